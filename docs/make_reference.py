@@ -1,0 +1,85 @@
+"""Write docs/recipe.md from the recipe's own fields. `--check` only says whether it is up to date."""
+
+from __future__ import annotations
+
+import sys
+import types
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from loratune.recipe import Recipe, Source
+
+PAGE = Path(__file__).parent / "recipe.md"
+HEAD = """# The recipe
+
+<!-- Written by docs/make_reference.py from src/loratune/recipe.py; `make docs` writes it anew. -->
+
+A YAML file with five sections. Every setting has a default, the seed's where the seed has one; unknown names are errors.
+On the command line `section.field=value` replaces a setting. Numbers such as `1e-4` are numbers. `loratune schema` prints
+the JSON schema for editors.
+"""
+
+
+def page() -> str:
+    """The whole page."""
+    parts = [HEAD]
+    for name, field in Recipe.model_fields.items():
+        section = field.annotation
+        assert isinstance(section, type)
+        assert issubclass(section, BaseModel)
+        parts += [f"## `{name}`: {_first_line(section)}\n", _table(section)]
+    parts += ["## A source\n", "A name alone, or a mapping:\n", _table(Source)]
+    return "\n".join(parts)
+
+
+def _table(section: type[BaseModel]) -> str:
+    rows = ["| field | values | default | |", "|---|---|---|---|"]
+    for name, field in section.model_fields.items():
+        description = " ".join((field.description or "").split())
+        values = _type_in_words(field.annotation).replace("|", "\\|")
+        rows.append(f"| `{name}` | {values} | {_default(field)} | {description} |")
+    return "\n".join(rows) + "\n"
+
+
+def _default(field: FieldInfo) -> str:
+    value = field.get_default(call_default_factory=True)
+    if field.is_required():
+        return "required"
+    if isinstance(value, tuple) and value and isinstance(value[0], Source):
+        return f"`{value[0].name}`, config `{value[0].config}`, split `{value[0].split}`"
+    return f"`{'null' if value is None else str(list(value)) if isinstance(value, tuple) else value}`"
+
+
+def _type_in_words(annotation: Any) -> str:
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return ", ".join(f"`{value}`" for value in arguments)
+    if origin in (Union, types.UnionType):
+        return " or ".join(_type_in_words(part) for part in arguments if part is not type(None))
+    if origin is tuple:
+        return f"list of {_type_in_words(arguments[0])}"
+    words = {int: "integer", float: "number", str: "text", bool: "`true`, `false`", Source: "source"}
+    return words.get(annotation, str(annotation))
+
+
+def _first_line(section: type[BaseModel]) -> str:
+    return (section.__doc__ or "").strip().partition("\n")[0].rstrip(".")
+
+
+def main() -> int:
+    """Write the page, or with `--check` compare it."""
+    text = page()
+    if "--check" in sys.argv:
+        if PAGE.is_file() and PAGE.read_text(encoding="utf-8") == text:
+            return 0
+        print("docs/recipe.md is not what the code says: run `make docs`", file=sys.stderr)
+        return 1
+    PAGE.write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

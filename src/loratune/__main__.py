@@ -1,0 +1,5 @@
+"""`python -m loratune`, as torchrun calls it."""
+
+from loratune.cli import main
+
+main()

@@ -1,0 +1,182 @@
+"""The command line: reads arguments, prints results. Data goes to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from loratune.errors import Interrupted, LoratuneError
+from loratune.recipe import Recipe
+from loratune.terminal import TerminalProgress
+
+if TYPE_CHECKING:
+    from loratune.pipeline import RunResult
+    from loratune.preparation import Preparation
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="LoRA fine-tuning that can be trusted. Exit codes: 0 done, 1 failed while running, 2 wrong recipe or arguments, "
+    "3 wrong data, 4 the machine cannot do it, 130 interrupted.",
+)
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML file; recipes/ holds complete examples.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[SECTION.FIELD=VALUE]...", help="Settings that replace those of the recipe: lora.r=32"),
+]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="The directory of a run (its train.output_dir).")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Delete the run that is in the output directory.")]
+Examples = Annotated[int, typer.Option("--examples", min=0, help="How many examples to show token by token.")]
+
+GIB = 2**30
+
+
+@app.command()
+def plan(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = False, examples: Examples = 3) -> None:
+    """Show what would be trained: parameters, memory, time, data, trained tokens. Loads no weights."""
+    with _reporting(as_json) as progress:
+        loaded = Recipe.load(recipe, overrides or ())
+        from loratune import pipeline
+
+        prepared = pipeline.plan(loaded, progress=progress)
+        if as_json:
+            _print_json({**prepared.as_plan(), "data_report": prepared.data.report})
+        else:
+            show_plan(prepared, Console(highlight=False), examples)
+
+
+@app.command()
+def train(
+    recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = False, overwrite: Overwrite = False
+) -> None:
+    """Plan, train, and evaluate base against tuned on held-out data."""
+    with _reporting(as_json) as progress:
+        loaded = Recipe.load(recipe, overrides or ())
+        from loratune import pipeline
+
+        def show(prepared: Preparation) -> None:
+            show_plan(prepared, progress.console, examples=1)
+
+        written = recipe.read_text(encoding="utf-8") if not overrides else loaded.to_yaml()
+        result = pipeline.train(loaded, written=written, overwrite=overwrite, progress=progress, on_plan=show)
+        _show_result(result, as_json)
+
+
+@app.command()
+def resume(run: RunFolder, as_json: AsJson = False) -> None:
+    """Go on where a run stopped."""
+    with _reporting(as_json) as progress:
+        from loratune import pipeline
+
+        _show_result(pipeline.resume(run, progress=progress), as_json)
+
+
+@app.command()
+def evaluate(run: RunFolder, as_json: AsJson = False) -> None:
+    """Measure base against tuned on held-out data, again."""
+    with _reporting(as_json) as progress:
+        from loratune import pipeline
+
+        _show_result(pipeline.evaluate(run, progress=progress), as_json)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of a recipe, for editors."""
+    _print_json(Recipe.model_json_schema())
+
+
+def show_plan(prepared: Preparation, console: Console, examples: int) -> None:
+    """Print what would be trained."""
+    from loratune.data.preview import preview
+
+    record = prepared.as_plan()
+    parameters, memory, data, clock = record["parameters"], record["memory"], record["data"], record["time"]
+    rows = {
+        "base model": f"{prepared.recipe.model.name} → {prepared.base.path}",
+        "trained": f"{parameters['trainable']:,} of {parameters['total']:,} parameters "
+        f"({parameters['trainable'] / parameters['total']:.2%}): {parameters['targets']}",
+        "adapter file": f"{parameters['adapter_bytes'] / 2**20:,.1f} MiB",
+        "data": f"{data['num_examples']:,} examples, {data['num_tokens']:,} tokens, of which "
+        f"{data['num_supervised_tokens']:,} carry loss; {data['num_eval_examples']:,} held out",
+        "steps": f"{clock['num_steps']:,} of {prepared.recipe.train.batch_size} examples, "
+        f"{prepared.recipe.train.epochs:g} epochs",
+        "memory": f"about {memory['peak_bytes'] / GIB:.1f} GiB at the peak",
+        "time": f"about {_duration(clock['train_seconds'])} of training, at "
+        f"{clock['flops_per_second'] / 1e9:,.0f} GFLOP/s measured for a matrix product",
+        "output": str(prepared.recipe.train.output_dir),
+    }
+    table = Table(show_header=False, box=None, padding=(0, 1))
+    for name, text in rows.items():
+        table.add_row(f"[bold]{name}[/bold]", escape(text))
+    for name, choice in record["choices"].items():
+        table.add_row(f"[dim]{name}: auto[/dim]", escape(f"{choice['value']} ({choice['reason']})"))
+    console.print(table)
+    for warning in record["warnings"]:
+        console.print(f"[yellow]![/yellow] {escape(warning)}")
+    if examples:
+        console.print(preview(prepared.data.train, prepared.tokenizer, examples))
+
+
+def _show_result(result: RunResult, as_json: bool) -> None:
+    from loratune.evaluation.compare import evaluation_table, samples_table
+    from loratune.run import read_json
+
+    if as_json:
+        plan_record = read_json(result.run.plan)
+        _print_json({"run": str(result.run.root), "plan": plan_record, "evaluation": result.evaluation})
+        return
+    console = Console(highlight=False)
+    if result.evaluation is not None:
+        console.print(evaluation_table(result.evaluation))
+        if result.evaluation["items"]:
+            console.print(samples_table(result.evaluation, count=3))
+    console.print(f"adapter: {escape(str(result.run.adapter))}", soft_wrap=True)
+
+
+def _print_json(record: Any) -> None:
+    sys.stdout.write(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+@contextmanager
+def _reporting(as_json: bool) -> Iterator[TerminalProgress]:
+    """Turn our errors into a message and an exit code."""
+    progress = TerminalProgress()
+    try:
+        yield progress
+    except LoratuneError as error:
+        if as_json:
+            _print_json(error.as_dict())
+        colour = "yellow" if isinstance(error, Interrupted) else "red"
+        progress.console.print(f"[{colour}]{type(error).__name__}[/{colour}] {escape(str(error))}")
+        raise SystemExit(error.exit_code) from None
+    except KeyboardInterrupt:
+        progress.console.print("[yellow]Interrupted[/yellow] stopped at once")
+        raise SystemExit(Interrupted.exit_code) from None
+
+
+def main() -> None:
+    """The `loratune` command."""
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    app()

@@ -1,0 +1,79 @@
+"""Examples → the tensors of one forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from loratune.data.render import Example
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MicroBatch:
+    """Several examples laid end to end, without padding. T tokens, E examples, S supervised tokens.
+
+    Attributes:
+        input_ids: int64 [1, T].
+        position_ids: int64 [1, T], restarting at 0 with each example.
+        boundaries: int32 [E + 1]; example e occupies tokens boundaries[e] to boundaries[e + 1].
+        max_length: Tokens of the longest example.
+        predictors: int64 [S]; the positions whose output predicts a supervised token.
+        targets: int64 [S]; those supervised tokens.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    boundaries: torch.Tensor
+    max_length: int
+    predictors: torch.Tensor
+    targets: torch.Tensor
+
+    @property
+    def num_tokens(self) -> int:
+        return self.input_ids.shape[1]
+
+    @property
+    def num_supervised_tokens(self) -> int:
+        return self.targets.shape[0]
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same on another device."""
+        return MicroBatch(
+            input_ids=self.input_ids.to(device, non_blocking=True),
+            position_ids=self.position_ids.to(device, non_blocking=True),
+            boundaries=self.boundaries.to(device, non_blocking=True),
+            max_length=self.max_length,
+            predictors=self.predictors.to(device, non_blocking=True),
+            targets=self.targets.to(device, non_blocking=True),
+        )
+
+
+def num_supervised(example: Example) -> int:
+    """Tokens of an example that carry loss. The first token is predicted from nothing, so it never does."""
+    return int(example.supervised[1:].sum())
+
+
+def collate(examples: Sequence[Example]) -> MicroBatch:
+    """Lay examples end to end.
+
+    >>> # two examples [a b c] and [x y]; b, c and y are supervised
+    >>> # input_ids    a b c x y      position_ids  0 1 2 0 1      boundaries  0 3 5
+    >>> # predictors   0 1 3          targets       b c y
+    """
+    lengths = [len(example.input_ids) for example in examples]
+    boundaries = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    input_ids = np.concatenate([example.input_ids for example in examples]).astype(np.int64)
+    supervised = np.concatenate([example.supervised for example in examples])
+    supervised[boundaries[:-1]] = False
+    targets_at = np.flatnonzero(supervised)
+    return MicroBatch(
+        input_ids=torch.from_numpy(input_ids)[None],
+        position_ids=torch.from_numpy(np.concatenate([np.arange(n, dtype=np.int64) for n in lengths]))[None],
+        boundaries=torch.from_numpy(boundaries),
+        max_length=max(lengths),
+        predictors=torch.from_numpy(targets_at - 1),
+        targets=torch.from_numpy(input_ids[targets_at]),
+    )

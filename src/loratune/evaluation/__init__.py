@@ -1,0 +1,1 @@
+"""Base against tuned on held-out data: answers, scores, and how sure the difference is."""

@@ -1,0 +1,115 @@
+"""How one answer is scored against its reference: 1 right, 0 wrong."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from decimal import Decimal
+from typing import Any, NoReturn
+
+from loratune.errors import DataError
+from loratune.evaluation.generate import Prompt
+
+
+class _NotJsonError(ValueError):
+    """Text that Python's parser takes and the JSON standard does not, or an object with a key twice."""
+
+
+def score(metric: str, answer: str, reference: str) -> float:
+    """Score an answer.
+
+    Args:
+        metric: `exact_match`, the same text but for white space around it; `json`, the same JSON value and nothing else
+            (1, true and "1" are three values, 1 and 1.0 one; the order of keys does not count); `contains`, the
+            reference occurs in the answer.
+        answer: What the model said.
+        reference: What the held-out conversation says.
+
+    Raises:
+        DataError: The metric is `json`, and the reference is no JSON value.
+        KeyError: There is no such metric.
+    """
+    return float(_METRICS[metric](answer.strip(), reference.strip()))
+
+
+def check_references(metric: str, prompts: Iterable[Prompt]) -> None:
+    """Refuse references that no answer, or every answer, would match.
+
+    Args:
+        metric: As for `score`, or `none`.
+        prompts: The held-out prompts.
+
+    Raises:
+        DataError: With file and line: a reference is not JSON where the metric is `json`, or is empty.
+    """
+    if metric == "none":
+        return
+    for prompt in prompts:
+        problem = _problem(metric, prompt.reference.strip())
+        if problem:
+            fix = "correct the row, or choose another evaluate.metric"
+            raise DataError(problem, fix=fix, file=prompt.origin.file, line=prompt.origin.line)
+
+
+def _problem(metric: str, reference: str) -> str:
+    if not reference:
+        return "the reference answer is empty"
+    if metric != "json":
+        return ""
+    try:
+        _parse(reference)
+    except _REFUSED as error:
+        return f"evaluate.metric is json, but the reference {_shortened(reference)} is not JSON: {error}"
+    return ""
+
+
+def _same_json(answer: str, reference: str) -> bool:
+    problem = _problem("json", reference)
+    if problem:
+        raise DataError(problem, fix="correct the row, or choose another evaluate.metric")
+    try:
+        return _same_value(_parse(answer), _parse(reference))
+    except _REFUSED:
+        return False
+
+
+def _same_value(left: Any, right: Any) -> bool:
+    if isinstance(left, dict) and isinstance(right, dict):
+        return left.keys() == right.keys() and all(_same_value(left[key], right[key]) for key in left)
+    if isinstance(left, list) and isinstance(right, list):
+        return len(left) == len(right) and all(map(_same_value, left, right))
+    # In Python True == 1; in JSON it is not.
+    if isinstance(left, bool) or isinstance(right, bool):
+        return left is right
+    return bool(left == right)
+
+
+def _parse(text: str) -> Any:
+    # Decimal: numbers compare as written, and 1e999 is no infinity.
+    return json.loads(text, object_pairs_hook=_object, parse_constant=_refuse_constant, parse_float=Decimal)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        raise _NotJsonError("a key stands twice in one object")
+    return value
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise _NotJsonError(f"{name} is no JSON value")
+
+
+def _shortened(text: str, limit: int = 60) -> str:
+    return repr(text if len(text) <= limit else f"{text[:limit]}…")
+
+
+# ValueError: not JSON, or an integer of thousands of digits; RecursionError: brackets nested thousands deep;
+# ArithmeticError: an exponent beyond those of Decimal.
+_REFUSED = (ValueError, RecursionError, ArithmeticError)
+
+_METRICS: Mapping[str, Callable[[str, str], bool]] = {
+    "exact_match": lambda answer, reference: answer == reference,
+    "json": _same_json,
+    "contains": lambda answer, reference: reference in answer,
+}

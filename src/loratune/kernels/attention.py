@@ -1,0 +1,155 @@
+"""Causal attention over examples that lie end to end in one row, which never look at each other.
+
+Registered with transformers under the name `PACKED`. The boundaries come through the model's forward as
+`cu_seq_lens_q` and `max_length_q`, the names that transformers uses for flash attention.
+
+Shapes: T tokens of all examples, H query heads, G key/value heads, D head width, E examples.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
+
+PACKED = "loratune_packed"
+
+
+class PackingUnsupportedError(RuntimeError):
+    """The architecture needs something of attention that the packed kernel does not do."""
+
+
+def packed_attention(  # the signature is transformers'
+    module: torch.nn.Module,  # noqa: ARG001
+    query_1HTD: torch.Tensor,
+    key_1GTD: torch.Tensor,
+    value_1GTD: torch.Tensor,
+    attention_mask: torch.Tensor | None,  # noqa: ARG001
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    max_length_q: int | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """An attention function for transformers' `AttentionInterface`.
+
+    Args:
+        module: The attention module that calls.
+        query_1HTD: [1, H, T, D].
+        key_1GTD: [1, G, T, D]; H is a multiple of G.
+        value_1GTD: [1, G, T, D].
+        attention_mask: Always None: the mask function registered with it makes none.
+        scaling: Factor on query·key; 1/√D when None.
+        dropout: Attention dropout, zero in the models that people fine-tune.
+        cu_seq_lens_q: int32 [E + 1], the boundaries of the examples.
+        max_length_q: Tokens of the longest example.
+        sliding_window: A token sees itself and the `sliding_window - 1` before it.
+        softcap: Scores become softcap · tanh(score / softcap).
+        **kwargs: What else the model passes; `s_aux` (attention sinks) is refused.
+
+    Returns:
+        [1, T, H, D], and None for the weights.
+
+    Raises:
+        PackingUnsupportedError: No boundaries arrived, or the architecture has attention sinks or attention dropout.
+    """
+    if cu_seq_lens_q is None or max_length_q is None:
+        raise PackingUnsupportedError("the model does not hand the examples' boundaries to its attention")
+    if kwargs.get("s_aux") is not None or kwargs.get("position_bias") is not None:
+        raise PackingUnsupportedError("the model's attention has sinks or a position bias")
+    if dropout:
+        raise PackingUnsupportedError(f"the model's attention has dropout {dropout}")
+    window = sliding_window if sliding_window is not None and sliding_window < max_length_q else None
+    if query_1HTD.is_cuda and softcap is None and query_1HTD.dtype in (torch.bfloat16, torch.float16):
+        return _varlen(query_1HTD, key_1GTD, value_1GTD, cu_seq_lens_q, max_length_q, scaling, window), None
+    return _by_example(query_1HTD, key_1GTD, value_1GTD, cu_seq_lens_q, scaling, window, softcap), None
+
+
+def _varlen(
+    query_1HTD: torch.Tensor,
+    key_1GTD: torch.Tensor,
+    value_1GTD: torch.Tensor,
+    boundaries: torch.Tensor,
+    max_length: int,
+    scaling: float | None,
+    window: int | None,
+) -> torch.Tensor:
+    from torch.nn.attention.varlen import varlen_attn  # not in every build of torch
+
+    out_THD = varlen_attn(
+        query_1HTD[0].transpose(0, 1),
+        key_1GTD[0].transpose(0, 1),
+        value_1GTD[0].transpose(0, 1),
+        boundaries,
+        boundaries,
+        max_length,
+        max_length,
+        scale=scaling,
+        window_size=(-1 if window is None else window - 1, 0),
+        enable_gqa=query_1HTD.shape[1] != key_1GTD.shape[1],
+    )
+    assert isinstance(out_THD, torch.Tensor)
+    return out_THD[None]
+
+
+def _by_example(
+    query_1HTD: torch.Tensor,
+    key_1GTD: torch.Tensor,
+    value_1GTD: torch.Tensor,
+    boundaries: torch.Tensor,
+    scaling: float | None,
+    window: int | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    ends = boundaries.tolist()
+    grouped = query_1HTD.shape[1] != key_1GTD.shape[1]
+    outs = []
+    for start, end in pairwise(ends):
+        query, key, value = (x[:, :, start:end] for x in (query_1HTD, key_1GTD, value_1GTD))
+        if softcap is not None:
+            out = _softcapped(query, key, value, scaling, window, softcap)
+        else:
+            mask = None if window is None or window >= end - start else _window_mask(end - start, window, query.device)
+            out = F.scaled_dot_product_attention(
+                query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped
+            )
+        outs.append(out)
+    return torch.cat(outs, dim=2).transpose(1, 2)
+
+
+def _window_mask(length: int, window: int | None, device: torch.device) -> torch.Tensor:
+    """Boolean [length, length], true where a query (row) may see a key (column)."""
+    mask = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    return mask if window is None else mask.triu(1 - window)
+
+
+def _softcapped(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float | None,
+    window: int | None,
+    softcap: float,
+) -> torch.Tensor:
+    group = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
+    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~_window_mask(query.shape[2], window, query.device), float("-inf"))
+    return scores.softmax(-1, dtype=torch.float32).to(value.dtype) @ value
+
+
+def _no_mask(*args: Any, **kwargs: Any) -> None:  # noqa: ARG001
+    """The boundaries say what a mask would."""
+
+
+def register() -> None:
+    """Make `PACKED` known to transformers."""
+    AttentionInterface.register(PACKED, packed_attention)
+    AttentionMaskInterface.register(PACKED, _no_mask)

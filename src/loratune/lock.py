@@ -1,0 +1,73 @@
+"""`lock.json`: everything that decides a run, so that resuming on something else is noticed."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from loratune.data.render import Example
+from loratune.model.gguf import file_sha256
+from loratune.run import Record
+
+PACKAGES = ("loratune", "torch", "transformers", "trl", "peft", "datasets", "accelerate", "tokenizers", "safetensors")
+
+
+def model_fingerprint(folder: Path) -> dict[str, str]:
+    """The SHA-256 of every file of a model folder that decides its answers."""
+    files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.json"), *folder.glob("*.jinja")])
+    return {path.name: file_sha256(path) for path in files}
+
+
+def examples_fingerprint(examples: Sequence[Example]) -> str:
+    """The SHA-256 of all token ids and of which of them are trained."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(len(example.input_ids).to_bytes(8, "little"))
+        digest.update(example.input_ids.astype("<i4").tobytes())
+        digest.update(example.supervised.astype("u1").tobytes())
+    return digest.hexdigest()
+
+
+def text_fingerprint(text: str) -> str:
+    """The SHA-256 of a text."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """The versions of Python and of the packages whose code a run goes through."""
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}}
+
+
+def differences(before: Record, now: Record, keys: Sequence[str] = ("model", "template", "train", "eval")) -> list[str]:
+    """What of the inputs changed between two locks, as `inputs.train` or `inputs.model.config.json`."""
+    changed: list[str] = []
+    for key in keys:
+        old, new = before["inputs"][key], now["inputs"][key]
+        if isinstance(old, dict) and isinstance(new, dict):
+            changed += [f"inputs.{key}.{name}" for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
+        elif old != new:
+            changed.append(f"inputs.{key}")
+    return changed
+
+
+def make_lock(*, recipe: dict[str, Any], choices: dict[str, Any], inputs: dict[str, Any], adapter: dict[str, Any]) -> Record:
+    """The record.
+
+    Args:
+        recipe: Every effective setting, `auto` resolved.
+        choices: setting → what `auto` became and why.
+        inputs: Fingerprints of model, template and examples.
+        adapter: Target modules and parameter counts.
+    """
+    return {
+        "recipe": recipe,
+        "choices": choices,
+        "inputs": inputs,
+        "adapter": adapter,
+        "versions": versions(),
+        "machine": {"platform": platform.platform(), "processor": platform.machine()},
+    }

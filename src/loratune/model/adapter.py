@@ -1,0 +1,64 @@
+"""The LoRA adapter on a model, by PEFT."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+
+from loratune.recipe import LoraSection
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def attach_adapter(
+    model: PreTrainedModel, lora: LoraSection, targets: tuple[str, ...], *, base_name: str, seed: int
+) -> PeftModel:
+    """Put a fresh adapter on the target modules; everything else is frozen.
+
+    B starts at zero, so the model answers as before; A is drawn from a generator seeded with `seed`, whatever was drawn
+    before. Adapter weights are float32 whatever the base is (PEFT's `autocast_adapter_dtype`).
+
+    Args:
+        model: The base.
+        lora: Rank, scale, dropout.
+        targets: Full module names, from `resolve_targets`.
+        base_name: What `base_model_name_or_path` of the saved adapter says.
+        seed: Of the initial weights.
+    """
+    config = LoraConfig(
+        r=lora.r,
+        lora_alpha=int(lora.alpha) if math.isclose(lora.alpha, int(lora.alpha)) else lora.alpha,  # type: ignore[arg-type]
+        lora_dropout=lora.dropout,
+        target_modules=list(short_names(model, targets)),
+        task_type=TaskType.CAUSAL_LM,
+        base_model_name_or_path=base_name,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        adapted = get_peft_model(model, config)
+    assert isinstance(adapted, PeftModel)
+    adapted.peft_config["default"].base_model_name_or_path = base_name
+    return adapted
+
+
+def short_names(model: torch.nn.Module, targets: tuple[str, ...]) -> tuple[str, ...]:
+    """The last parts of the names where these choose the same modules, as servers such as vLLM expect; else the full
+    names."""
+    leaves = {name.rpartition(".")[2] for name in targets}
+    chosen = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in leaves}
+    return tuple(sorted(leaves)) if chosen == set(targets) else tuple(sorted(targets))
+
+
+def trainable_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """The parameters that the optimizer changes, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def save_adapter(model: PeftModel, folder: Path) -> None:
+    """Write the adapter in PEFT's format, as safetensors."""
+    model.save_pretrained(str(folder), safe_serialization=True)

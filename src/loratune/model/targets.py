@@ -1,0 +1,307 @@
+"""Which matrices an adapter is attached to: a preset, or names, resolved against the modules of the actual model.
+
+Roles are found by structure. A candidate is a linear module inside the repeated layers of the decoder. Below a module
+that is called attention, its own name says what it projects (`q_proj`, `query`, `c_attn`, …); everything else in a
+layer, except routers of experts and state-space mixers, is feed-forward. Embeddings and the output head lie outside the
+layers and are never candidates of a preset.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from loratune.errors import RecipeError
+
+QUERY, KEY, VALUE, OUTPUT, OTHER, FEED_FORWARD = "query", "key", "value", "output", "attention", "feed-forward"
+
+PRESET_ROLES: Mapping[str, frozenset[str]] = {
+    "minimal": frozenset({QUERY}),
+    "balanced": frozenset({QUERY, VALUE}),
+    "attention": frozenset({QUERY, KEY, VALUE, OUTPUT}),
+    "complete": frozenset({QUERY, KEY, VALUE, OUTPUT, OTHER, FEED_FORWARD}),
+}
+
+# What a linear module below an attention module projects, by its own name in lower case. A fused matrix has several
+# roles. Names with `_a_` and `_b_` are the two halves of DeepSeek's low-rank projections.
+_ATTENTION_NAMES: Mapping[str, frozenset[str]] = {
+    name: frozenset(roles)
+    for names, roles in (
+        ("q_proj query wq q_lin q_attn q_a_proj q_b_proj to_q", (QUERY,)),
+        ("k_proj key wk k_lin to_k", (KEY,)),
+        ("v_proj value wv v_lin to_v", (VALUE,)),
+        ("kv_proj key_value wkv kv_a_proj_with_mqa kv_b_proj", (KEY, VALUE)),
+        ("qkv_proj query_key_value c_attn wqkv w_pack qkv in_proj_qkv in_proj_qkvz", (QUERY, KEY, VALUE)),
+        ("o_proj out_proj dense c_proj wo out_lin to_out resid_proj", (OUTPUT,)),
+    )
+    for name in names.split()
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Matrix:
+    """One adapted or adaptable weight matrix of d_out × d_in."""
+
+    name: str
+    d_in: int
+    d_out: int
+
+
+def matrix(name: str, module: nn.Module) -> Matrix:
+    """The shape of a linear module. GPT-2's `Conv1D` stores its weight as d_in × d_out, transposed.
+
+    Raises:
+        TypeError: The module is neither `Linear` nor `Conv1D`.
+    """
+    if isinstance(module, Conv1D):
+        return Matrix(name=name, d_in=module.weight.shape[0], d_out=module.weight.shape[1])
+    if isinstance(module, nn.Linear):
+        return Matrix(name=name, d_in=module.in_features, d_out=module.out_features)
+    raise TypeError(f"{name} is a {type(module).__name__}, not a linear module")
+
+
+def resolve_targets(model: nn.Module, targets: str | tuple[str, ...]) -> tuple[str, ...]:
+    """Find the modules to adapt.
+
+    Args:
+        model: The base model, without an adapter. It may be on the meta device.
+        targets: A preset (`minimal`, `balanced`, `attention`, `complete`), or names. A name matches a module's full
+            name or its last dotted parts, as in PEFT: `q_proj`, `mlp.gate_proj`.
+
+    Returns:
+        The full names of the modules, sorted.
+
+    Raises:
+        RecipeError: A preset or a name matches nothing, or matches a module that is no linear matrix.
+    """
+    if isinstance(targets, str):
+        return _resolve_preset(model, targets)
+    return _resolve_names(model, targets)
+
+
+def describe_targets(model: nn.Module, targets: str | tuple[str, ...]) -> str:
+    """What `targets` became, in words: `q_proj, v_proj in 28 layers`.
+
+    Raises:
+        RecipeError: As `resolve_targets`.
+    """
+    names = resolve_targets(model, targets)
+    layers = _layers(model)
+    num_layers_by_leaf: Counter[str] = Counter()
+    outside = []
+    for leaf, layer in sorted({(_short_name(name, layers), _layer_of(name, layers)) for name in names}):
+        if layer:
+            num_layers_by_leaf[leaf] += 1
+        else:
+            outside.append(leaf)
+    leaves_by_count: dict[int, list[str]] = {}
+    for leaf, num_layers in num_layers_by_leaf.items():
+        leaves_by_count.setdefault(num_layers, []).append(leaf)
+    parts = [_in_layers(leaves, num, len(layers)) for num, leaves in sorted(leaves_by_count.items(), reverse=True)]
+    return "; ".join([*parts, *outside])
+
+
+def target_notes(model: nn.Module, targets: str | tuple[str, ...]) -> tuple[str, ...]:
+    """What a user would not expect of a preset on this model: fused matrices, missing roles, frozen experts.
+
+    Args:
+        model: The base model.
+        targets: As for `resolve_targets`; names get no notes.
+
+    Returns:
+        One sentence each, without a full stop.
+
+    Raises:
+        RecipeError: `targets` is text, but no preset.
+    """
+    if not isinstance(targets, str):
+        return ()
+    wanted = _roles_of_preset(targets)
+    roles = _roles(model)
+    fused_experts = FEED_FORWARD in wanted and _has_fused_experts(model)
+    notes = []
+    fused = {name.rsplit(".", 1)[-1]: found for name, found in roles.items() if found & wanted and found - wanted}
+    for leaf, found in sorted(fused.items()):
+        asked, more = _list(found & wanted), _list(found - wanted)
+        notes.append(f"fused {leaf}: {asked} cannot be adapted without {more}, so the whole matrix is adapted")
+    missing = wanted - {OTHER} - frozenset().union(*roles.values())
+    if fused_experts:
+        notes.append("the experts' weights are stacked in one tensor a layer, not linear modules, and stay frozen")
+        missing -= {FEED_FORWARD}
+    if missing:
+        notes.append(f"this model has no {_list(missing)} matrix inside its layers")
+    return tuple(notes)
+
+
+def _roles_of_preset(preset: str) -> frozenset[str]:
+    if preset not in PRESET_ROLES:
+        presets = ", ".join(PRESET_ROLES)
+        raise RecipeError(f"lora.targets is {preset!r}", fix=f"give one of {presets}, or a list of names: [{preset}]")
+    return PRESET_ROLES[preset]
+
+
+def _resolve_preset(model: nn.Module, preset: str) -> tuple[str, ...]:
+    wanted = _roles_of_preset(preset)
+    names = tuple(sorted(name for name, roles in _roles(model).items() if roles & wanted))
+    if not names:
+        what = _list(wanted - {OTHER})
+        raise RecipeError(
+            f"lora.targets is {preset}, but {type(model).__name__} has no {what} matrix that loratune recognises",
+            fix=f"name the modules, for example {_examples(model)}",
+        )
+    return names
+
+
+def _resolve_names(model: nn.Module, targets: tuple[str, ...]) -> tuple[str, ...]:
+    if not targets:
+        raise RecipeError("lora.targets is an empty list", fix=f"name modules, for example {_examples(model)}")
+    linear = _linear_modules(model)
+    matches = {target: [name for name in linear if _matches(name, target)] for target in targets}
+    missing = [target for target, names in matches.items() if not names]
+    if missing:
+        raise _no_match(model, linear, missing)
+    found = tuple(sorted({name for names in matches.values() for name in names}))
+    head = _output_head(model)
+    for name in found:
+        # The loss reads the head's weight directly and takes it as frozen, so an adapter there would do nothing.
+        if linear[name] is head:
+            raise RecipeError(
+                f"lora.targets names {name}, the output head, which cannot be adapted", fix="leave it out"
+            )
+    return found
+
+
+def _no_match(model: nn.Module, linear: Mapping[str, nn.Module], missing: list[str]) -> RecipeError:
+    for target in missing:
+        for name, module in model.named_modules():
+            if not _matches(name, target):
+                continue
+            inside = _unique(part[len(name) + 1 :] for part in linear if part.startswith(f"{name}."))
+            fix = f"name the matrices inside it: {', '.join(inside)}" if inside else "leave it out"
+            kind = type(module).__name__
+            return RecipeError(f"lora.targets: {name} is a {kind}; only Linear and Conv1D can be adapted", fix=fix)
+    known = _unique(".".join(name.split(".")[-depth:]) for name in linear for depth in (1, 2))
+    near = _unique(hit for target in missing for hit in difflib.get_close_matches(target, known, n=3))
+    fix = f"did you mean {', '.join(near)}?" if near else f"known here: {_examples(model)}"
+    verb = "matches" if len(missing) == 1 else "match"
+    return RecipeError(f"lora.targets: {', '.join(missing)} {verb} no module of {type(model).__name__}", fix=fix)
+
+
+def _matches(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")
+
+
+def _linear_modules(model: nn.Module) -> dict[str, nn.Module]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+
+
+def _output_head(model: nn.Module) -> nn.Module | None:
+    if not isinstance(model, PreTrainedModel):
+        return None
+    head: nn.Module | None = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    return head
+
+
+def _layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The repeated layers of the decoder by name. The towers of other modalities are not searched."""
+    root = model
+    if isinstance(model, PreTrainedModel):
+        root = model.get_decoder()  # type: ignore[no-untyped-call]
+    prefix = next((f"{name}." if name else "" for name, module in model.named_modules() if module is root), "")
+    stacks: dict[str, nn.ModuleList] = {}
+    for name, module in root.named_modules():
+        nested = any(name.startswith(f"{stack}.") for stack in stacks)
+        if isinstance(module, nn.ModuleList) and not nested and _linear_modules(module):
+            stacks[name] = module
+    if not stacks:
+        return {}
+    name, stack = max(stacks.items(), key=lambda item: sum(p.numel() for p in item[1].parameters()))
+    return {f"{prefix}{name}.{index}": layer for index, layer in enumerate(stack)}
+
+
+def _roles(model: nn.Module) -> dict[str, frozenset[str]]:
+    """The roles of every linear module inside the layers; no role: a preset never adapts it."""
+    return {
+        f"{layer_name}.{name}": _role(layer, name)
+        for layer_name, layer in _layers(model).items()
+        for name in _linear_modules(layer)
+    }
+
+
+def _role(layer: nn.Module, name: str) -> frozenset[str]:
+    """The roles of one linear module, by its name inside the layer, such as `self_attn.q_proj`."""
+    *parents, leaf = name.lower().split(".")
+    if _is_router(layer, name):
+        return frozenset()
+    if any("attn" in part or "attention" in part for part in parents):
+        return _ATTENTION_NAMES.get(leaf, frozenset({OTHER}))
+    if _is_state_space(layer.get_submodule(name.rpartition(".")[0])):
+        return frozenset()
+    return frozenset({FEED_FORWARD})
+
+
+def _is_router(layer: nn.Module, name: str) -> bool:
+    """Whether a module decides which experts see a token: a `router`, or a `gate` (not `gate_proj`) beside experts."""
+    if any(part.endswith("router") for part in name.lower().split(".")):
+        return True
+    parent, _, leaf = name.rpartition(".")
+    siblings = [child for child, _ in layer.get_submodule(parent).named_children()]
+    return leaf.endswith("gate") and any("expert" in sibling for sibling in siblings)
+
+
+def _is_state_space(parent: nn.Module) -> bool:
+    """Mamba's kernels read the weights of their projections directly and pass adapters by; PEFT refuses them too."""
+    return any(name == "A_log" for name, _ in parent.named_parameters(recurse=False))
+
+
+def _has_fused_experts(model: nn.Module) -> bool:
+    return any(
+        parameter.ndim == 3 and "expert" in name
+        for layer in _layers(model).values()
+        for name, parameter in layer.named_parameters()
+    )
+
+
+def _layer_of(name: str, layers: Mapping[str, nn.Module]) -> str:
+    return next((layer for layer in layers if name.startswith(f"{layer}.")), "")
+
+
+def _short_name(name: str, layers: Mapping[str, nn.Module]) -> str:
+    """The leaf, with its parent where a layer has that leaf twice (`mlp.c_proj`), or the whole name outside layers."""
+    layer = _layer_of(name, layers)
+    if not layer:
+        return name
+    inside = name[len(layer) + 1 :]
+    leaf = inside.rpartition(".")[2]
+    siblings = [other for other in _linear_modules(layers[layer]) if other.rpartition(".")[2] == leaf]
+    parts = [part for part in inside.split(".") if not part.isdigit()]
+    return ".".join(parts[-2:]) if len(siblings) > 1 else leaf
+
+
+def _in_layers(leaves: list[str], num_layers: int, num_all: int) -> str:
+    where = f"{num_layers}" if num_layers == num_all else f"{num_layers} of {num_all}"
+    return f"{', '.join(leaves)} in {where} layer{'s' if num_all > 1 else ''}"
+
+
+def _examples(model: nn.Module) -> str:
+    """Distinct leaf names, those of the layers when there are layers."""
+    layers = _layers(model)
+    sources: Iterator[nn.Module] | list[nn.Module] = iter(layers.values()) if layers else [model]
+    return ", ".join(_unique(name.rpartition(".")[2] for layer in sources for name in _linear_modules(layer)))
+
+
+def _unique(names: Iterator[str]) -> list[str]:
+    return list(dict.fromkeys(names))
+
+
+def _list(words: frozenset[str]) -> str:
+    """Roles in the order of an attention layer: `query, key and value`."""
+    order = (QUERY, KEY, VALUE, OUTPUT, OTHER, FEED_FORWARD)
+    first, last = [word for word in order if word in words][:-1], [word for word in order if word in words][-1:]
+    return " and ".join([", ".join(first), *last]) if first else "".join(last)

@@ -1,0 +1,280 @@
+"""What each verb does, in order: the one module that knows every stage.
+
+    plan        prepare, and tell
+    train       prepare → run directory → weights and adapter → steps → adapter saved → base against tuned
+    resume      the same from a checkpoint, after checking that nothing it depends on changed
+    evaluate    base against tuned, of a finished run
+"""
+
+from __future__ import annotations
+
+import resource
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from loratune.data.render import render_prompts, stop_token_ids
+from loratune.errors import Interrupted, RecipeError, RunError
+from loratune.evaluation.compare import evaluation_record
+from loratune.evaluation.generate import generate_answers
+from loratune.lock import differences
+from loratune.model.adapter import attach_adapter, save_adapter
+from loratune.model.device import torch_dtype
+from loratune.model.load import load_model
+from loratune.preparation import Preparation, output_dir, prepare
+from loratune.progress import Progress, Silent
+from loratune.recipe import Recipe
+from loratune.reporting.card import write_card
+from loratune.run import Record, RunDir, read_json, write_json
+from loratune.training.callbacks import RunCallback, stopping_in_order
+from loratune.training.checkpoint import latest_checkpoint
+from loratune.training.loss import SupervisedLoss, make_loss
+from loratune.training.trainer import FastTrainer, ReferenceTrainer, TrainingData, evaluate_nll, resume_state
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunResult:
+    """What a run left behind.
+
+    Attributes:
+        run: Its directory.
+        evaluation: `evaluation.json`, or None without held-out data.
+    """
+
+    run: RunDir
+    evaluation: Record | None
+
+
+def plan(recipe: Recipe, *, progress: Progress | None = None) -> Preparation:
+    """What would be trained, and whether it fits; loads no weights. `.as_plan()` is the record."""
+    return prepare(recipe, progress or Silent())
+
+
+def train(
+    recipe: Recipe,
+    *,
+    written: str | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    on_plan: Any = None,
+) -> RunResult:
+    """Fine-tune, and evaluate base against tuned.
+
+    Args:
+        recipe: What to do.
+        written: The recipe as the user wrote it, kept in the run directory.
+        overwrite: Whether a run that is there already may be deleted.
+        progress: Who is told how it goes.
+        on_plan: Called with the `Preparation` before the weights load.
+
+    Raises:
+        RecipeError, DataError, MachineError: Nothing was started.
+        Interrupted: The user stopped it; `resume` goes on.
+        RunError: It failed while running.
+    """
+    progress = progress or Silent()
+    RunDir.check(output_dir(recipe), overwrite=overwrite)
+    prepared = prepare(recipe, progress)
+    if on_plan is not None:
+        on_plan(prepared)
+    run = RunDir.create(output_dir(recipe), overwrite=overwrite)
+    with run.exclusive():
+        run.recipe.write_text(written if written is not None else recipe.to_yaml(), encoding="utf-8")
+        write_json(run.data, prepared.data.report)
+        write_json(run.plan, prepared.as_plan())
+        write_json(run.lock, prepared.as_lock())
+        return _run(prepared, run, None, progress)
+
+
+def resume(root: str | Path, *, progress: Progress | None = None) -> RunResult:
+    """Go on where a run stopped.
+
+    Raises:
+        RecipeError: The run is finished, or its model, template or data changed since it began.
+        RunError: There is no checkpoint that can be used.
+    """
+    progress = progress or Silent()
+    run = RunDir.open(root)
+    if run.is_finished:
+        raise RecipeError("the run is finished", file=run.root, fix=f"`loratune evaluate {root}`, or train anew")
+    with run.exclusive():
+        lock = read_json(run.lock)
+        prepared = prepare(Recipe.parse(lock["recipe"], file=run.lock), progress)
+        changed = differences(lock, prepared.as_lock())
+        if changed:
+            raise RecipeError(
+                f"changed since the run began: {', '.join(changed)}", file=run.lock, fix="restore it, or train anew"
+            )
+        checkpoint, complaints = latest_checkpoint(run.checkpoints)
+        for complaint in complaints:
+            progress.warn(complaint)
+        if checkpoint is None:
+            raise RunError("the run has no checkpoint to go on from", file=run.checkpoints, fix="train anew with --overwrite")
+        step = resume_state(checkpoint)
+        run.rewind_metrics(step)
+        progress.line(f"going on after step {step}")
+        return _run(prepared, run, checkpoint, progress)
+
+
+def evaluate(root: str | Path, *, progress: Progress | None = None) -> RunResult:
+    """Measure base against tuned of a finished run again, and write `evaluation.json`.
+
+    Raises:
+        RecipeError: The run is not finished, or has no held-out data.
+    """
+    progress = progress or Silent()
+    run = RunDir.open(root)
+    if not run.is_finished:
+        raise RecipeError("the run has no adapter yet", file=run.root, fix=f"`loratune resume {root}`")
+    recipe = Recipe.parse(read_json(run.lock)["recipe"], file=run.lock)
+    if recipe.data.eval == "none":
+        raise RecipeError("data.eval of this run is none: there is nothing to evaluate on", file=run.lock)
+    prepared = prepare(recipe, progress)
+    base = _load_base(prepared, progress)
+    model = PeftModel.from_pretrained(base, str(run.adapter))
+    loss, _ = make_loss(model, prepared.data.train)
+    return RunResult(run=run, evaluation=_evaluate(prepared, run, model, loss, progress))
+
+
+def _run(prepared: Preparation, run: RunDir, checkpoint: Path | None, progress: Progress) -> RunResult:
+    """From the weights to the evaluation."""
+    started = time.perf_counter()
+    recipe = prepared.recipe
+    base = _load_base(prepared, progress)
+    model = attach_adapter(
+        base, recipe.lora, prepared.targets, base_name=_loadable_name(prepared), seed=recipe.train.seed
+    )
+    if recipe.train.engine == "fast":
+        loss, reason = make_loss(model, prepared.data.train)
+        if reason:
+            progress.warn(f"one example at a time: {reason}")
+    else:
+        loss = SupervisedLoss(model, packed=False)
+    seconds = _train(prepared, run, model, loss, checkpoint, progress)
+    _save(prepared, run, model)
+    evaluation = _evaluate(prepared, run, model, loss, progress) if prepared.data.eval else None
+    record = read_json(run.plan)
+    record["measured"] = {
+        "peak_bytes": peak_bytes(recipe.train.device),
+        "train_seconds": seconds,
+        "total_seconds": time.perf_counter() - started,
+    }
+    write_json(run.plan, record)
+    write_card(run)
+    return RunResult(run=run, evaluation=evaluation)
+
+
+def _load_base(prepared: Preparation, progress: Progress) -> Any:
+    recipe = prepared.recipe
+    progress.line(f"loading {recipe.model.name} in {recipe.model.dtype} on {recipe.train.device}")
+    return load_model(
+        prepared.base, recipe.model, dtype=torch_dtype(recipe.model.dtype), device=recipe.train.device
+    )
+
+
+def _loadable_name(prepared: Preparation) -> str:
+    """What PEFT can load the base by: its hub id, or its folder."""
+    return prepared.base.name if prepared.base.revision else str(prepared.base.path)
+
+
+def _train(
+    prepared: Preparation,
+    run: RunDir,
+    model: PeftModel,
+    loss: SupervisedLoss,
+    checkpoint: Path | None,
+    progress: Progress,
+) -> float:
+    """All optimizer steps; returns the seconds spent in them."""
+    recipe, data = prepared.recipe, prepared.data
+    done = resume_state(checkpoint) if checkpoint is not None else 0
+    torch.manual_seed(recipe.train.seed)
+    with progress.task("training", prepared.num_steps, "steps") as task:
+        task.advance(done)
+        callback = RunCallback(run, progress, task)
+        common = {
+            "model": model,
+            "train": recipe.train,
+            "data": TrainingData(train=data.train, eval=data.eval, token_budget=prepared.memory.token_budget),
+            "loss": loss,
+            "run": run,
+            "callbacks": [callback],
+            "progress": progress,
+        }
+        trainer = (
+            FastTrainer(**common)
+            if recipe.train.engine == "fast"
+            else ReferenceTrainer(**common, tokenizer=prepared.tokenizer)
+        )
+        callback.watch(trainer)
+        with stopping_in_order(callback, progress):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+    if callback.stopped_at is not None:
+        raise Interrupted(
+            f"stopped after step {callback.stopped_at} of {prepared.num_steps}, which is saved",
+            fix=f"`loratune resume {run.root}` goes on",
+        )
+    return callback.train_seconds
+
+
+def _save(prepared: Preparation, run: RunDir, model: PeftModel) -> None:
+    """The adapter with tokenizer and template, whole or not at all."""
+    temporary = run.root / ".adapter.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    save_adapter(model, temporary)
+    prepared.tokenizer.save_pretrained(temporary)
+    shutil.rmtree(run.adapter, ignore_errors=True)
+    temporary.rename(run.adapter)
+
+
+def _evaluate(
+    prepared: Preparation, run: RunDir, model: PeftModel, loss: SupervisedLoss, progress: Progress
+) -> Record:
+    """Base and tuned from the same loaded model, adapter off and on."""
+    section, data = prepared.recipe.evaluate, prepared.data
+    prompts = []
+    stops = stop_token_ids(prepared.tokenizer)
+    if section.metric != "none":
+        prompts = render_prompts(data.eval_conversations[: section.samples], prepared.tokenizer)
+
+    def measure(name: str) -> tuple[Any, Any]:
+        nll = evaluate_nll(loss, data.eval, prepared.memory.token_budget, progress)
+        with progress.task(f"{name} answers", len(prompts), "prompts") as task:
+            answers = generate_answers(
+                model,
+                prepared.tokenizer,
+                prompts,
+                max_new_tokens=section.max_new_tokens,
+                stop_token_ids=stops,
+                progress=task.advance,
+            )
+        return nll, answers
+
+    model.eval()
+    with model.disable_adapter():
+        base_nll, base_answers = measure("base")
+    tuned_nll, tuned_answers = measure("tuned")
+    record = evaluation_record(
+        metric=section.metric,
+        prompts=prompts,
+        base_answers=base_answers,
+        tuned_answers=tuned_answers,
+        base_nll=base_nll,
+        tuned_nll=tuned_nll,
+    )
+    write_json(run.evaluation, record)
+    return record
+
+
+def peak_bytes(device: str) -> int:
+    """The most memory that this process has had on the device."""
+    if device == "cuda":
+        return int(torch.cuda.max_memory_allocated())
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes on macOS, kibibytes on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

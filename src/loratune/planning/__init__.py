@@ -1,0 +1,1 @@
+"""What a run would cost, computed before any weights are loaded."""

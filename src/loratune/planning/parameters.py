@@ -1,0 +1,83 @@
+"""Exact parameter counts, from the model's shapes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from loratune.errors import RecipeError
+from loratune.model.targets import Matrix, matrix
+
+BYTES_PER_ADAPTER_PARAMETER = 4  # Adapters are kept and saved in float32, whatever the dtype of the base.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MatrixCount:
+    """One adapted matrix and the parameters that its adapter adds."""
+
+    matrix: Matrix
+    trainable: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParameterCount:
+    """How many parameters a run trains, and how many it keeps."""
+
+    trainable: int
+    """The adapter's parameters."""
+    total: int
+    """Base and adapter together, as PEFT counts. A tensor that is used twice (tied embeddings) counts once."""
+    adapter_bytes: int
+    """The adapter's weights on disk and in memory, without the file's header of some kB."""
+    per_module: tuple[MatrixCount, ...]
+    """Every adapted matrix, in the order of the target names."""
+
+
+def count_parameters(model: nn.Module, target_names: Sequence[str], r: int) -> ParameterCount:
+    """Count what LoRA would train: r·(d_in + d_out) for every adapted matrix.
+
+    Args:
+        model: The base model, without an adapter. It may be on the meta device.
+        target_names: Full module names, as `resolve_targets` returns them.
+        r: The rank.
+    """
+    shapes = [matrix(name, model.get_submodule(name)) for name in target_names]
+    per_module = tuple(MatrixCount(matrix=shape, trainable=r * (shape.d_in + shape.d_out)) for shape in shapes)
+    trainable = sum(item.trainable for item in per_module)
+    return ParameterCount(
+        trainable=trainable,
+        total=trainable + sum(parameter.numel() for parameter in model.parameters()),
+        adapter_bytes=trainable * BYTES_PER_ADAPTER_PARAMETER,
+        per_module=per_module,
+    )
+
+
+def skeleton(config: PretrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """Build the model from its configuration without weights, on the meta device (tens of milliseconds).
+
+    Args:
+        config: The configuration of a causal language model.
+        trust_remote_code: Whether a model class that comes with the configuration may run.
+
+    Raises:
+        RecipeError: There is no causal language model for this configuration.
+    """
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                config, trust_remote_code=trust_remote_code
+            )
+    except ValueError as error:
+        raise RecipeError(
+            f"model type {config.model_type!r} cannot be built as a causal language model: {_first_line(error)}",
+            fix="choose a decoder such as Llama or Qwen; a model with its own code needs trust_remote_code: true",
+        ) from None
+    return model
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]

@@ -1,0 +1,49 @@
+"""How long work tells that it goes on, without knowing who listens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+
+class Task(Protocol):
+    """One piece of work under way."""
+
+    def advance(self, amount: int = 1, note: str = "") -> None:
+        """Tell that `amount` more is done; `note` is shown beside the bar."""
+
+
+class Progress(Protocol):
+    """A listener: the terminal, a log, or nobody."""
+
+    def task(self, name: str, total: int | None, unit: str = "") -> _TaskContext:
+        """Start a piece of work of `total` units; a context manager that yields the `Task`."""
+
+    def line(self, text: str) -> None:
+        """Say one line."""
+
+    def warn(self, text: str) -> None:
+        """Say one line that the user should not miss."""
+
+
+class _TaskContext(Protocol):
+    def __enter__(self) -> Task: ...
+    def __exit__(self, *args: object) -> bool | None: ...
+
+
+class Silent:
+    """Nobody listens."""
+
+    @contextmanager
+    def task(self, name: str, total: int | None, unit: str = "") -> Iterator[Task]:  # noqa: ARG002
+        yield self
+
+    def advance(self, amount: int = 1, note: str = "") -> None:
+        pass
+
+    def line(self, text: str) -> None:
+        pass
+
+    def warn(self, text: str) -> None:
+        pass

@@ -1,0 +1,385 @@
+"""The recipe: every setting of a run, declared once.
+
+A field is declared by its name, its type, its default, and the docstring under it, which states its unit and what it
+does. `--help`, the JSON schema, the reference page and the comments of generated recipes are derived from here.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_args
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from loratune.errors import RecipeError
+
+Cadence = Literal["epoch", "never"] | int | float
+
+
+class Section(BaseModel):
+    """A part of the recipe: immutable, and strict about names and types."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
+
+
+class Source(Section):
+    """Where rows come from."""
+
+    name: str
+    """A file (`.jsonl`, `.json`, `.parquet`, `.csv`), a folder of such files, or the id of a hub data set."""
+
+    config: str | None = None
+    """The configuration of a hub data set (its `name` argument in `load_dataset`)."""
+
+    split: str | None = None
+    """The split of a hub data set; `train` when not given."""
+
+    weight: float = Field(default=1.0, gt=0)
+    """How many times the rows of this source are seen per epoch. A fraction is a seeded sample of the rows."""
+
+
+def _as_source(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
+
+
+def _as_sources(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return tuple(_as_source(item) for item in value)
+    return (_as_source(value),)
+
+
+def _as_eval(value: Any) -> Any:
+    if value in ("auto", "none") or (isinstance(value, float | int) and not isinstance(value, bool)):
+        return value
+    return _as_sources(value)
+
+
+Sources = Annotated[tuple[Source, ...], BeforeValidator(_as_sources)]
+
+SEED_DATASET = Source(name="HuggingFaceTB/smoltalk", config="all", split="train")
+
+
+class ModelSection(Section):
+    """The base model."""
+
+    name: str = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
+    """A hub id, a folder, a `.gguf` file, or `package:NAME/FILE.gguf` for a file inside an installed package."""
+
+    revision: str | None = None
+    """The branch, tag or commit of a hub model. A branch is resolved to its commit and recorded."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """The type of the frozen base weights. `auto`: bfloat16 where this machine multiplies it faster, else float32."""
+
+    trust_remote_code: bool = False
+    """Whether Python files that come with the model may run on this machine."""
+
+
+class DataSection(Section):
+    """The conversations, and which of their tokens are trained."""
+
+    train: Sources = (SEED_DATASET,)
+    """The training data: a source, or a list of sources with weights."""
+
+    eval: Annotated[Literal["auto", "none"] | float | tuple[Source, ...], BeforeValidator(_as_eval)] = "auto"
+    """The held-out data: a source, the fraction of the training conversations to hold out, or `none`. `auto`: the
+    `test` split of the default data set, else a fraction of 0.05."""
+
+    format: Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt", "text"] = "auto"
+    """The format of the rows. `auto`: detected from all rows."""
+
+    train_on: Literal["assistant", "last", "all"] = "assistant"
+    """The trained tokens: `assistant`, every answer with its stop token; `last`, the last answer; `all`, every token."""
+
+    thinking: Literal["keep", "strip", "error"] = "keep"
+    """Answers with `<think>…</think>`: `keep` trains the thoughts even where the chat template would drop them, `strip`
+    removes them from the data, `error` refuses such rows."""
+
+    max_length: int | Literal["auto"] = Field(default=1024, union_mode="left_to_right")
+    """The longest example, in tokens. `auto`: the positions of the model."""
+
+    on_long: Literal["error", "truncate", "drop"] = "truncate"
+    """Examples longer than `max_length`: refuse to start, cut the end off, or leave them out. Both are counted."""
+
+    on_bad_row: Literal["error", "skip"] = "error"
+    """Rows that cannot be trained on: refuse to start, or leave them out and list them in `data.json`."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if isinstance(self.max_length, int) and self.max_length < 2:
+            raise ValueError(f"max_length is {self.max_length}; an example needs at least 2 tokens")
+        if isinstance(self.eval, float | int) and not 0 < self.eval < 1:
+            raise ValueError(f"eval is {self.eval}; as a held-out fraction it must lie between 0 and 1")
+        if self.format == "text" and self.train_on != "all":
+            raise ValueError(f"format is text, which has no answers, but train_on is {self.train_on}; set train_on: all")
+        return self
+
+
+TargetPreset = Literal["minimal", "balanced", "attention", "complete"]
+
+
+class LoraSection(Section):
+    """The adapter: h = Wx + (alpha/r)·B·A·dropout(x), with W frozen."""
+
+    r: int = Field(default=16, ge=1)
+    """The rank: the inner dimension of B·A. A matrix of d×k gets r·(d+k) trainable parameters."""
+
+    alpha: float = Field(default=32, gt=0)
+    """The scale of the update is alpha/r. Often twice the rank."""
+
+    dropout: float = Field(default=0.05, ge=0, lt=1)
+    """The fraction of the adapter's inputs that is set to zero during training."""
+
+    targets: TargetPreset | tuple[str, ...] = Field(default="balanced", union_mode="left_to_right")
+    """The adapted matrices: `minimal` (query), `balanced` (query, value), `attention` (query, key, value, output),
+    `complete` (attention and feed-forward), or a list of module names."""
+
+
+class TrainSection(Section):
+    """The optimisation."""
+
+    output_dir: str = "auto"
+    """The run directory. `auto`: `__models/NAME-lora-fine-tuned`."""
+
+    epochs: float = Field(default=3, gt=0)
+    """How often each training example is seen. May be a fraction."""
+
+    learning_rate: float = Field(default=5e-5, gt=0)
+    """The highest learning rate of the schedule."""
+
+    batch_size: int = Field(default=8, ge=1)
+    """The examples of one optimizer step, over all micro-batches and devices."""
+
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """How the learning rate goes on after the warm-up: down to zero, or constant."""
+
+    warmup_fraction: float = Field(default=0.0, ge=0, lt=1)
+    """The fraction of the steps over which the learning rate rises from zero."""
+
+    weight_decay: float = Field(default=0.0, ge=0)
+    """AdamW's decoupled weight decay, on the adapter's weights."""
+
+    max_grad_norm: float = Field(default=1.0, ge=0)
+    """Gradients are scaled down to this norm. 0: never."""
+
+    seed: int = Field(default=42, ge=0, lt=2**32)
+    """Decides the adapter's initial weights, the order of the examples, and dropout."""
+
+    engine: Literal["fast", "trl"] = "fast"
+    """`fast`: flat micro-batches, packed attention, loss on supervised tokens only. `trl`: the stock `SFTTrainer` on the
+    same rows, as reference."""
+
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
+    """Where to train. `auto`: CUDA, else Apple's MPS, else the CPU."""
+
+    token_budget: int | Literal["auto"] = Field(default="auto", union_mode="left_to_right")
+    """The most tokens of one micro-batch; a longer example is a micro-batch of its own. Decides memory and speed, never
+    the result."""
+
+    eval_every: Cadence = Field(default="epoch", union_mode="left_to_right")
+    """When the held-out loss is measured: every `epoch`, `never`, every N steps, or every fraction of the run below 1."""
+
+    save_every: Cadence = Field(default="epoch", union_mode="left_to_right")
+    """When a checkpoint is written: as `eval_every`."""
+
+    log_every: Cadence = Field(default="epoch", union_mode="left_to_right")
+    """When a line is printed and trackers are told: as `eval_every`. `metrics.jsonl` has every step all the same."""
+
+    keep_checkpoints: int | None = Field(default=None, ge=1)
+    """How many of the newest checkpoints are kept. `null`: all."""
+
+    report_to: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()
+    """Experiment trackers to report to."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for name in ("eval_every", "save_every", "log_every"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                continue
+            if value <= 0 or (isinstance(value, float) and value >= 1 and value != int(value)):
+                raise ValueError(f"{name} is {value}; give a number of steps, a fraction of the run below 1, epoch or never")
+        if isinstance(self.token_budget, int) and self.token_budget < 1:
+            raise ValueError(f"token_budget is {self.token_budget}; give a positive number of tokens, or auto")
+        return self
+
+
+class EvaluateSection(Section):
+    """What is measured on the held-out data, base against tuned."""
+
+    metric: Literal["none", "exact_match", "json", "contains"] = "none"
+    """How a generated answer is scored against the reference: `exact_match`, the same text; `json`, the same JSON value;
+    `contains`, the reference occurs in the answer; `none`, no answers are generated, only the loss is measured."""
+
+    samples: int = Field(default=100, ge=1)
+    """How many held-out conversations are answered, from the first on."""
+
+    max_new_tokens: int = Field(default=256, ge=1)
+    """The longest generated answer, in tokens."""
+
+
+class Recipe(Section):
+    """Everything that decides a run. Load one with `Recipe.load`."""
+
+    model: ModelSection = ModelSection()
+    data: DataSection = DataSection()
+    lora: LoraSection = LoraSection()
+    train: TrainSection = TrainSection()
+    evaluate: EvaluateSection = EvaluateSection()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.data.eval == "none" and self.evaluate.metric != "none":
+            raise ValueError(f"evaluate.metric is {self.evaluate.metric}, but data.eval is none: nothing to score")
+        return self
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Self:
+        """Read a recipe from a YAML file.
+
+        Args:
+            path: The file.
+            overrides: Settings that replace those of the file, as `section.field=value`, the value in YAML.
+
+        Raises:
+            RecipeError: The file cannot be read, or a setting is unknown, of the wrong type, or contradicts another.
+        """
+        path = Path(path)
+        values, lines = _read_yaml(path)
+        for override in overrides:
+            _apply_override(values, override, lines)
+        return cls.parse(values, file=path, lines=lines)
+
+    @classmethod
+    def parse(
+        cls, values: dict[str, Any], *, file: str | Path | None = None, lines: dict[str, int] | None = None
+    ) -> Self:
+        """Validate nested dictionaries, as they come from YAML or JSON.
+
+        Args:
+            values: Sections with their fields.
+            file: Named in error messages.
+            lines: The line of each `section.field`, for error messages.
+
+        Raises:
+            RecipeError: A setting is unknown, of the wrong type, or contradicts another.
+        """
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise _explain(error, file, lines or {}) from None
+
+    def to_yaml(self) -> str:
+        """All settings as YAML that `load` reads back."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's numbers: PyYAML's own rule reads `1e-4` as text."""
+
+
+_Loader.add_implicit_resolver(  # type: ignore[no-untyped-call]
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+def _parse_yaml(text: str) -> yaml.Node | None:
+    return yaml.compose(text, Loader=_Loader)
+
+
+def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise RecipeError("no such recipe", file=path, fix="check the path; recipes/ holds complete examples") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"cannot read the recipe: {error}", file=path, fix="give a UTF-8 YAML file") from None
+    try:
+        node = _parse_yaml(text)
+        values = yaml.load(text, Loader=_Loader)  # noqa: S506 - _Loader is a SafeLoader
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        problem = getattr(error, "problem", None) or "not valid YAML"
+        line = mark.line + 1 if mark is not None else None
+        raise RecipeError(f"not YAML: {problem}", file=path, line=line, fix="mind indentation and colons") from None
+    if values is None:
+        return {}, {}
+    if not isinstance(values, dict):
+        raise RecipeError(f"a recipe is a mapping of sections, this is a {type(values).__name__}", file=path)
+    lines: dict[str, int] = {}
+    if isinstance(node, yaml.MappingNode):
+        _collect_lines(node, "", lines)
+    return values, lines
+
+
+def _collect_lines(node: yaml.MappingNode, prefix: str, lines: dict[str, int]) -> None:
+    for key, value in node.value:
+        name = f"{prefix}{key.value}"
+        if name in lines:
+            raise RecipeError(f"{name} is set twice, first on line {lines[name]}", line=key.start_mark.line + 1)
+        lines[name] = key.start_mark.line + 1
+        if isinstance(value, yaml.MappingNode):
+            _collect_lines(value, f"{name}.", lines)
+
+
+def _apply_override(values: dict[str, Any], override: str, lines: dict[str, int]) -> None:
+    name, equals, text = override.partition("=")
+    section, dot, field = name.strip().partition(".")
+    if not equals or not dot:
+        raise RecipeError(f"{override!r} is no setting", fix="write section.field=value, such as train.epochs=1")
+    try:
+        value = yaml.load(text, Loader=_Loader)  # noqa: S506 - _Loader is a SafeLoader
+    except yaml.YAMLError:
+        value = text
+    target = values.setdefault(section, {})
+    if not isinstance(target, dict):
+        raise RecipeError(f"section {section} holds {target!r}, not settings", line=lines.get(section))
+    target[field] = value
+    lines.pop(f"{section}.{field}", None)
+
+
+def _explain(error: ValidationError, file: str | Path | None, lines: dict[str, int]) -> RecipeError:
+    """Turn pydantic's first complaint into ours: the setting, the value, the line, the nearest known name."""
+    first = error.errors()[0]
+    location = [str(part) for part in first["loc"]]
+    name = ".".join(location[:2])
+    line = lines.get(".".join(location), lines.get(name))
+    if first["type"] == "extra_forbidden":
+        known = _known_names(location[:-1])
+        near = difflib.get_close_matches(location[-1], known, n=1)
+        fix = f"did you mean {near[0]}?" if near else f"known here: {', '.join(sorted(known))}"
+        return RecipeError(f"unknown setting {'.'.join(location)}", file=file, line=line, fix=fix)
+    if first["type"] == "value_error":
+        section = f"{location[0]}: " if location else ""
+        return RecipeError(f"{section}{first['ctx']['error']}", file=file, line=line)
+    problems = {item["msg"] for item in error.errors() if [str(p) for p in item["loc"]][:2] == location[:2]}
+    field = _field_of(location)
+    fix = " ".join((field.description or "").split()) if field is not None else ""
+    return RecipeError(f"{name} is {first['input']!r}: {'; or '.join(sorted(problems))}", file=file, line=line, fix=fix)
+
+
+def _section_of(name: str) -> type[BaseModel] | None:
+    field = Recipe.model_fields.get(name)
+    return field.annotation if field is not None and isinstance(field.annotation, type) else None
+
+
+def _known_names(location: list[str]) -> list[str]:
+    if not location:
+        return list(Recipe.model_fields)
+    if len(location) > 1:
+        return list(Source.model_fields)
+    section = _section_of(location[0])
+    return list(section.model_fields) if section is not None else []
+
+
+def _field_of(location: list[str]) -> Any:
+    section = _section_of(location[0]) if location else None
+    return section.model_fields.get(location[1]) if section is not None and len(location) > 1 else None
+
+
+TARGET_PRESETS: tuple[str, ...] = get_args(TargetPreset)

@@ -1,0 +1,210 @@
+"""The run directory: every path and every record that a run writes. Nothing else knows a file name.
+
+    RUN/recipe.yaml        as written          RUN/plan.json         what was promised, and what was measured
+    RUN/lock.json          everything effective RUN/metrics.jsonl     one line a step or evaluation
+    RUN/data.json          the data report     RUN/evaluation.json   base and tuned, per item
+    RUN/checkpoints/STEP/  to resume from      RUN/adapter/          PEFT format, with template and card
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loratune.errors import MachineError, RecipeError, RunError
+
+Record = dict[str, Any]
+_IN_USE = ".in_use"
+
+
+@dataclass(frozen=True, slots=True)
+class RunDir:
+    """The folder of one run.
+
+    Attributes:
+        root: The folder itself.
+    """
+
+    root: Path
+
+    @property
+    def recipe(self) -> Path:
+        return self.root / "recipe.yaml"
+
+    @property
+    def lock(self) -> Path:
+        return self.root / "lock.json"
+
+    @property
+    def data(self) -> Path:
+        return self.root / "data.json"
+
+    @property
+    def plan(self) -> Path:
+        return self.root / "plan.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.root / "metrics.jsonl"
+
+    @property
+    def evaluation(self) -> Path:
+        return self.root / "evaluation.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def adapter(self) -> Path:
+        return self.root / "adapter"
+
+    @property
+    def trackers(self) -> Path:
+        return self.root / "trackers"
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether training ran to its end and the adapter is written."""
+        return (self.adapter / "adapter_config.json").is_file()
+
+    @classmethod
+    def open(cls, root: str | Path) -> RunDir:
+        """An existing run.
+
+        Raises:
+            RecipeError: The folder is no run directory.
+        """
+        run = cls(Path(root).expanduser().resolve())
+        if not run.lock.is_file():
+            raise RecipeError(f"{run.root} is no run directory: it has no lock.json", fix="give train.output_dir of a run")
+        return run
+
+    @classmethod
+    def check(cls, root: str | Path, *, overwrite: bool) -> RunDir:
+        """Whether a new run may be made here, without touching anything.
+
+        Raises:
+            RecipeError: The folder holds something already, and `overwrite` is false or it is not a run.
+        """
+        run = cls(Path(root).expanduser().resolve())
+        if not run.root.exists() or (run.root.is_dir() and not any(run.root.iterdir())):
+            return run
+        other = "train.output_dir=… for another place"
+        if not ((run.root / _IN_USE).exists() or run.lock.is_file()):
+            raise RecipeError("the output directory exists and is not a run of loratune", file=run.root, fix=other)
+        with run.exclusive():
+            pass
+        if not overwrite:
+            goes_on = "" if run.is_finished else f"`loratune resume {run.root}` to go on, "
+            raise RecipeError(
+                "the output directory holds a run already",
+                file=run.root,
+                fix=f"{goes_on}--overwrite to start anew, or {other}",
+            )
+        return run
+
+    @classmethod
+    def create(cls, root: str | Path, *, overwrite: bool) -> RunDir:
+        """A new run directory, empty.
+
+        Raises:
+            RecipeError: As `check`.
+            MachineError: The folder cannot be written.
+        """
+        run = cls.check(root, overwrite=overwrite)
+        try:
+            run.checkpoints.mkdir(parents=True, exist_ok=True)
+            with run.exclusive():
+                for path in run.root.iterdir():
+                    if path.name != _IN_USE:
+                        shutil.rmtree(path) if path.is_dir() else path.unlink()
+                run.checkpoints.mkdir()
+        except OSError as error:
+            raise MachineError(
+                f"cannot write the run directory: {error}", file=run.root, fix="train.output_dir=… for another place"
+            ) from error
+        return run
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Keep every other process out of this run, as long as the context lasts and this process lives.
+
+        Raises:
+            RecipeError: Another process has it.
+        """
+        with (self.root / _IN_USE).open("a+") as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                stream.seek(0)
+                raise RecipeError(
+                    f"another run is using this output directory (process {stream.read().strip() or 'unknown'})",
+                    file=self.root,
+                    fix="wait for it, stop it, or choose another place with train.output_dir=…",
+                ) from None
+            stream.truncate(0)
+            stream.write(str(os.getpid()))
+            stream.flush()
+            yield
+
+    def append_metrics(self, record: Record) -> None:
+        """Add a line to `metrics.jsonl`."""
+        with self.metrics.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(record) + "\n")
+
+    def read_metrics(self) -> list[Record]:
+        """All lines of `metrics.jsonl`; a last line cut short by a crash is left out."""
+        if not self.metrics.is_file():
+            return []
+        records: list[Record] = []
+        for line in self.metrics.read_text(encoding="utf-8").splitlines():
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+        return records
+
+    def rewind_metrics(self, step: int) -> None:
+        """Forget the lines after a step, which a resumed run writes again."""
+        kept = [record for record in self.read_metrics() if record["step"] <= step]
+        _replace(self.metrics, "".join(json.dumps(record) + "\n" for record in kept))
+
+
+def write_json(path: Path, record: Any) -> None:
+    """Write a JSON file whole or not at all."""
+    _replace(path, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file of a run.
+
+    Raises:
+        RunError: It is missing or damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RunError("the run has no such file", file=path, fix="train first") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise RunError(f"damaged: {error}", file=path, fix="restore it or train again") from None
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise MachineError(f"cannot write: {error}", file=path, fix="free some disk space or choose another place") from error

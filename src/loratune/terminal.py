@@ -1,0 +1,72 @@
+"""Progress for people: bars on a terminal, plain lines where there is none. Everything goes to stderr."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+QUIET_SECONDS = 10.0
+"""Without a terminal, how often a piece of work under way says a line."""
+
+
+class TerminalProgress:
+    """Listens to the pipeline and shows bars or lines.
+
+    Args:
+        console: Where to show; stderr by default.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(file=sys.stderr, highlight=False, soft_wrap=True)
+
+    @contextmanager
+    def task(self, name: str, total: int | None, unit: str = "") -> Iterator[_Bar | _Lines]:
+        if not self.console.is_terminal:
+            yield _Lines(self, name, total, unit)
+            return
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[unit]}"),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self.console, transient=True) as bars:
+            yield _Bar(bars, bars.add_task(name, total=total, unit=unit, note=""))
+
+    def line(self, text: str) -> None:
+        self.console.print(escape(text))
+
+    def warn(self, text: str) -> None:
+        self.console.print(f"[yellow]![/yellow] {escape(text)}")
+
+
+class _Bar:
+    def __init__(self, bars: Progress, task: TaskID) -> None:
+        self._bars, self._task = bars, task
+
+    def advance(self, amount: int = 1, note: str = "") -> None:
+        self._bars.update(self._task, advance=amount, note=note)
+
+
+class _Lines:
+    def __init__(self, progress: TerminalProgress, name: str, total: int | None, unit: str) -> None:
+        self._progress, self._name, self._total, self._unit = progress, name, total, unit
+        self._done, self._told = 0, time.monotonic()
+
+    def advance(self, amount: int = 1, note: str = "") -> None:
+        self._done += amount
+        now = time.monotonic()
+        if now - self._told < QUIET_SECONDS:
+            return
+        self._told = now
+        of = f"/{self._total}" if self._total is not None else ""
+        self._progress.line(f"{self._name}: {self._done}{of} {self._unit} {note}".rstrip())

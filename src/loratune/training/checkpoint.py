@@ -1,0 +1,184 @@
+"""Checkpoints: everything a run needs to go on as if nothing had happened, in plain files.
+
+    checkpoints/120/adapter_model.safetensors   the adapter, in PEFT's format
+                    optimizer.safetensors       tensors of the optimizer's state; the rest of it in state.json
+                    random.safetensors          torch's random states; Python's and NumPy's in state.json
+                    trainer_state.json          transformers' own record: step, epoch, history
+                    manifest.json               SHA-256 of every file; written last
+
+A checkpoint is written beside its place and renamed into it, so one that has its name is whole. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+
+from loratune.errors import MachineError, RunError
+from loratune.model.gguf import file_sha256
+
+TRAINER_STATE = "trainer_state.json"
+_ADAPTER, _OPTIMIZER, _RANDOM = "adapter_model.safetensors", "optimizer.safetensors", "random.safetensors"
+_STATE, _MANIFEST = "state.json", "manifest.json"
+
+
+def save_checkpoint(
+    folder: Path, *, model: PeftModel, optimizer: Any, scheduler: Any, trainer_state: str, keep: int | None
+) -> None:
+    """Write a checkpoint, whole or not at all, then drop the oldest beyond `keep`.
+
+    Args:
+        folder: `checkpoints/STEP`.
+        model: Its adapter is saved.
+        optimizer: Its state is saved.
+        scheduler: The learning-rate schedule.
+        trainer_state: transformers' `TrainerState` as JSON.
+        keep: How many checkpoints to keep; None keeps all.
+
+    Raises:
+        MachineError: The disk is full or cannot be written. Earlier checkpoints are intact.
+    """
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        _write_files(temporary, model, optimizer, scheduler, trainer_state)
+        _write_manifest(temporary)
+        if folder.exists():
+            shutil.rmtree(folder)
+        temporary.rename(folder)
+        _sync(folder.parent)
+    except (OSError, RuntimeError) as error:  # safetensors raises its own RuntimeError when a write fails
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise MachineError(
+            f"cannot write the checkpoint: {error}", file=folder, fix="free some disk space, then `loratune resume`"
+        ) from error
+    if keep is not None:
+        for old in checkpoints_in(folder.parent)[:-keep]:
+            shutil.rmtree(old)
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """All checkpoints, oldest first."""
+    found = [path for path in folder.iterdir() if path.is_dir() and path.name.isdigit()] if folder.is_dir() else []
+    return sorted(found, key=lambda path: int(path.name))
+
+
+def latest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint whose files are as they were written, and what is wrong with any newer one."""
+    complaints = []
+    for path in reversed(checkpoints_in(folder)):
+        problem = _damage(path)
+        if not problem:
+            return path, complaints
+        complaints.append(f"checkpoint {path.name} is damaged ({problem}); an earlier one is used")
+    return None, complaints
+
+
+def load_adapter_weights(folder: Path, model: PeftModel) -> None:
+    """Put the adapter of a checkpoint into the model."""
+    set_peft_model_state_dict(model, load_file(folder / _ADAPTER, device=str(model.device)))
+
+
+def load_optimizer(folder: Path, optimizer: Any, scheduler: Any) -> None:
+    """Put optimizer and schedule back where they were."""
+    state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+    optimizer.load_state_dict(_join_state(state["optimizer"], load_file(folder / _OPTIMIZER)))
+    scheduler.load_state_dict(state["scheduler"])
+
+
+def load_random(folder: Path) -> None:
+    """Put every random generator back where it was.
+
+    Raises:
+        RunError: The checkpoint comes from a machine with another number of GPUs.
+    """
+    state = json.loads((folder / _STATE).read_text(encoding="utf-8"))["random"]
+    tensors = load_file(folder / _RANDOM)
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+    torch.random.set_rng_state(tensors["cpu"])
+    gpus = [tensors[name] for name in sorted(tensors) if name.startswith("cuda")]
+    if len(gpus) != torch.cuda.device_count():
+        raise RunError(f"the checkpoint has random states of {len(gpus)} GPUs, here are {torch.cuda.device_count()}")
+    if gpus:
+        torch.cuda.set_rng_state_all(gpus)
+
+
+def _write_files(folder: Path, model: PeftModel, optimizer: Any, scheduler: Any, trainer_state: str) -> None:
+    save_file(_contiguous(get_peft_model_state_dict(model)), folder / _ADAPTER)
+    structure, tensors = _split_state(optimizer.state_dict())
+    save_file(tensors, folder / _OPTIMIZER)
+    random_record, random_tensors = _random_state()
+    save_file(random_tensors, folder / _RANDOM)
+    record = {"optimizer": structure, "scheduler": scheduler.state_dict(), "random": random_record}
+    (folder / _STATE).write_text(json.dumps(record), encoding="utf-8")
+    (folder / TRAINER_STATE).write_text(trainer_state, encoding="utf-8")
+
+
+def _contiguous(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+
+
+def _split_state(state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """An optimizer's state as JSON (numbers) and tensors named `parameter.entry`."""
+    numbers: dict[str, dict[str, Any]] = {}
+    tensors: dict[str, torch.Tensor] = {}
+    for parameter, entries in state["state"].items():
+        numbers[str(parameter)] = {k: v for k, v in entries.items() if not isinstance(v, torch.Tensor)}
+        tensors.update({f"{parameter}.{k}": v for k, v in entries.items() if isinstance(v, torch.Tensor)})
+    return {"numbers": numbers, "param_groups": state["param_groups"]}, _contiguous(tensors)
+
+
+def _join_state(structure: dict[str, Any], tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+    state: dict[int, dict[str, Any]] = {int(name): dict(entries) for name, entries in structure["numbers"].items()}
+    for name, tensor in tensors.items():
+        parameter, _, entry = name.partition(".")
+        state[int(parameter)][entry] = tensor
+    return {"state": state, "param_groups": structure["param_groups"]}
+
+
+def _random_state() -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    name, keys, *rest = np.random.get_state(legacy=True)
+    record = {"python": random.getstate(), "numpy": [name, np.asarray(keys).tolist(), *rest]}
+    tensors = {"cpu": torch.random.get_rng_state()}
+    tensors.update({f"cuda{i:03d}": state for i, state in enumerate(torch.cuda.get_rng_state_all())})
+    return record, tensors
+
+
+def _write_manifest(folder: Path) -> None:
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    for path in files:
+        _sync(path)
+    (folder / _MANIFEST).write_text(json.dumps({path.name: file_sha256(path) for path in files}, indent=2))
+    _sync(folder / _MANIFEST)
+    _sync(folder)
+
+
+def _damage(folder: Path) -> str:
+    try:
+        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+        changed = [name for name, digest in manifest.items() if file_sha256(folder / name) != digest]
+    except (OSError, ValueError) as error:
+        return str(error)
+    return f"{', '.join(changed)} changed" if changed else ""
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

