@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -130,9 +131,10 @@ def prepare(recipe: Recipe, progress: Progress) -> Preparation:
     targets = resolve_targets(model, recipe.lora.targets)
     parameters = count_parameters(model, targets, recipe.lora.r)
     tokenizer = load_tokenizer(base, recipe.model)
-    data = prepare_data(
-        recipe.data, tokenizer, max_length=int(max_length.value), seed=recipe.train.seed, progress=_as_callback(progress)
-    )
+    with _Bars(progress) as bars:
+        data = prepare_data(
+            recipe.data, tokenizer, max_length=int(max_length.value), seed=recipe.train.seed, progress=bars
+        )
     dtype = choose_dtype(recipe.model.dtype, device.value)
     memory = _memory(recipe, config.get_text_config(), parameters, data, dtype.value, device.value)
     choices = {
@@ -156,7 +158,7 @@ def prepare(recipe: Recipe, progress: Progress) -> Preparation:
         memory=memory,
         time=_time(effective, config.get_text_config(), model, parameters, data),
         num_steps=num_steps(recipe.train, len(data.train)),
-        warnings=(*target_notes(model, recipe.lora.targets), *data.report["warnings"], *_advice(effective, data)),
+        warnings=(*target_notes(model, recipe.lora.targets), *data.report["notices"], *_advice(effective, data)),
     )
 
 
@@ -281,6 +283,24 @@ def _advice(recipe: Recipe, data: PreparedData) -> list[str]:
     return notes
 
 
-def _as_callback(progress: Progress) -> Any:
-    """`prepare_data` tells (what, done, total); show one bar for each what."""
-    return None
+class _Bars:
+    """Turns `prepare_data`'s calls into one bar after another."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._open = ExitStack()
+        self._name, self._done = "", 0
+
+    def __enter__(self) -> _Bars:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._open.close()
+
+    def __call__(self, name: str, done: int, total: int) -> None:
+        if name != self._name:
+            self._open.close()
+            self._task = self._open.enter_context(self._progress.task(name, total, "conversations"))
+            self._name, self._done = name, 0
+        self._task.advance(done - self._done)
+        self._done = done

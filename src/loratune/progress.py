@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 
@@ -17,7 +17,7 @@ class Task(Protocol):
 class Progress(Protocol):
     """A listener: the terminal, a log, or nobody."""
 
-    def task(self, name: str, total: int | None, unit: str = "") -> _TaskContext:
+    def task(self, name: str, total: int | None, unit: str = "") -> AbstractContextManager[Task]:
         """Start a piece of work of `total` units; a context manager that yields the `Task`."""
 
     def line(self, text: str) -> None:
@@ -25,11 +25,6 @@ class Progress(Protocol):
 
     def warn(self, text: str) -> None:
         """Say one line that the user should not miss."""
-
-
-class _TaskContext(Protocol):
-    def __enter__(self) -> Task: ...
-    def __exit__(self, *args: object) -> bool | None: ...
 
 
 class Silent:

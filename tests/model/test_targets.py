@@ -263,11 +263,13 @@ def test_a_preset_on_a_model_without_attention_is_refused_with_names_to_choose_f
 def test_targets_are_described_in_words() -> None:
     llama = model_of("LlamaConfig", num_hidden_layers=28)
     assert describe_targets(llama, "balanced") == "q_proj, v_proj in 28 layers"
+    complete = "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj in 28 layers"
+    assert describe_targets(llama, "complete") == complete
     assert describe_targets(llama, ("model.layers.3.mlp.up_proj", "k_proj")) == (
         "k_proj in 28 layers; up_proj in 1 of 28 layers"
     )
     gpt2 = model_of("GPT2Config")
-    assert describe_targets(gpt2, "complete") == "attn.c_proj, c_attn, c_fc, mlp.c_proj in 2 layers"
+    assert describe_targets(gpt2, "complete") == "c_attn, attn.c_proj, c_fc, mlp.c_proj in 2 layers"
     assert describe_targets(model_of("OPTConfig"), ("project_in",)) == "model.decoder.project_in"
 
 

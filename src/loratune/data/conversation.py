@@ -53,7 +53,7 @@ FORMATS = {
 """Format → the fields it is known by, in the order in which they are looked for."""
 
 
-class BadRow(Exception):  # noqa: N818 - a row's fate, caught where rows are looped over; never reaches a user
+class BadRow(Exception):
     """This row cannot be trained on; the text says why."""
 
 
@@ -344,7 +344,9 @@ def _content(content: Any, role: str, where: str, *, required: bool) -> str | No
         content = "".join(_text_part(part, where) for part in content)
     if content is None:
         if required:
-            raise BadRow(f"{where} has content null" if role != "assistant" else f"{where} has content null and no tool calls")
+            raise BadRow(
+                f"{where} has content null" if role != "assistant" else f"{where} has content null and no tool calls"
+            )
         return None
     if role == "tool" and not isinstance(content, str):
         content = json.dumps(content, ensure_ascii=False)  # results of tools are recorded as the objects they were
@@ -377,6 +379,7 @@ def _tool_calls(calls: Any, where: str) -> list[dict[str, Any]] | None:
         return None
     if not isinstance(calls, list):
         raise BadRow(f"{where} has tool_calls {_describe(calls)}, not a list")
+    _unicode(json.dumps(calls, ensure_ascii=False, default=str), f"a tool call of {where}")
     return [_tool_call(call, where) for call in calls]
 
 

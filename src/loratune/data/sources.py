@@ -29,6 +29,7 @@ _LOCAL_FIX = (
     "or, if it was loaded here before, set HF_HUB_OFFLINE=1"
 )
 
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
     """One record of a source, before anything is known about its meaning."""
@@ -175,14 +176,24 @@ def _read_json(path: Path) -> list[Row]:
     if text[end:].strip():
         return _read_jsonl(path)
     rows = _single_list(value)
-    return [Row(file=str(path), line=1, value=item) for item in rows] if rows else [Row(file=str(path), line=1, value=value)]
+    return (
+        [Row(file=str(path), line=1, value=item) for item in rows]
+        if rows
+        else [Row(file=str(path), line=1, value=value)]
+    )
 
 
 def _single_list(value: Any) -> list[Any] | None:
     """The records of `{"data": [...]}`, whatever the key, if that is all there is."""
     if isinstance(value, dict) and len(value) == 1:
         (items,) = value.values()
-        if isinstance(items, list) and items and isinstance(items[0], dict) and "role" not in items[0] and "from" not in items[0]:
+        if (
+            isinstance(items, list)
+            and items
+            and isinstance(items[0], dict)
+            and "role" not in items[0]
+            and "from" not in items[0]
+        ):
             return items
     return None
 
@@ -233,7 +244,9 @@ def _read_csv(path: Path) -> list[Row]:
             rows.append(Row(file=str(path), line=line, value=record))
             line = reader.line_num + 1
     except csv.Error as error:
-        raise DataError(f"not CSV: {error}", file=path, line=line, fix="quote fields that hold quotes or commas") from None
+        raise DataError(
+            f"not CSV: {error}", file=path, line=line, fix="quote fields that hold quotes or commas"
+        ) from None
     return rows
 
 
@@ -263,7 +276,9 @@ def _read_hub(source: Source) -> list[Row]:
     try:
         table = datasets.load_dataset(source.name, source.config, split=split)
     except DatasetNotFoundError as error:
-        raise DataError(f"no such data set: {error}", file=source.name, fix="check the id; log in if it is gated") from None
+        raise DataError(
+            f"no such data set: {error}", file=source.name, fix="check the id; log in if it is gated"
+        ) from None
     except ValueError as error:
         raise DataError(f"cannot load: {error}", file=source.name, fix="check config and split") from None
     except OSError as error:

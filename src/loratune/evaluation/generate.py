@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
 TOKEN_LIMIT = 16_384
 """The most tokens of one batch, prompts and answers together: with grouped keys and values about 1 GB of cache at 1.5 B
 parameters."""

@@ -36,13 +36,12 @@ def attach_adapter(
         lora_dropout=lora.dropout,
         target_modules=list(short_names(model, targets)),
         task_type=TaskType.CAUSAL_LM,
-        base_model_name_or_path=base_name,
     )
+    model.name_or_path = base_name  # PEFT takes the base's name from here
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         adapted = get_peft_model(model, config)
     assert isinstance(adapted, PeftModel)
-    adapted.peft_config["default"].base_model_name_or_path = base_name
     return adapted
 
 

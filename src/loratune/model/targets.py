@@ -9,7 +9,6 @@ layers and are never candidates of a preset.
 from __future__ import annotations
 
 import difflib
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -91,20 +90,16 @@ def describe_targets(model: nn.Module, targets: str | tuple[str, ...]) -> str:
     Raises:
         RecipeError: As `resolve_targets`.
     """
-    names = resolve_targets(model, targets)
+    chosen = set(resolve_targets(model, targets))
     layers = _layers(model)
-    num_layers_by_leaf: Counter[str] = Counter()
-    outside = []
-    for leaf, layer in sorted({(_short_name(name, layers), _layer_of(name, layers)) for name in names}):
-        if layer:
-            num_layers_by_leaf[leaf] += 1
-        else:
-            outside.append(leaf)
+    layers_by_leaf: dict[str, set[str]] = {}
+    for name in _linear_modules(model):
+        if name in chosen:
+            layers_by_leaf.setdefault(_short_name(name, layers), set()).add(_layer_of(name, layers))
     leaves_by_count: dict[int, list[str]] = {}
-    for leaf, num_layers in num_layers_by_leaf.items():
-        leaves_by_count.setdefault(num_layers, []).append(leaf)
-    parts = [_in_layers(leaves, num, len(layers)) for num, leaves in sorted(leaves_by_count.items(), reverse=True)]
-    return "; ".join([*parts, *outside])
+    for leaf, found in layers_by_leaf.items():
+        leaves_by_count.setdefault(len(found - {""}), []).append(leaf)
+    return "; ".join(_in_layers(leaves, count, len(layers)) for count, leaves in sorted(leaves_by_count.items())[::-1])
 
 
 def target_notes(model: nn.Module, targets: str | tuple[str, ...]) -> tuple[str, ...]:
@@ -285,6 +280,8 @@ def _short_name(name: str, layers: Mapping[str, nn.Module]) -> str:
 
 
 def _in_layers(leaves: list[str], num_layers: int, num_all: int) -> str:
+    if num_layers == 0:
+        return ", ".join(leaves)
     where = f"{num_layers}" if num_layers == num_all else f"{num_layers} of {num_all}"
     return f"{', '.join(leaves)} in {where} layer{'s' if num_all > 1 else ''}"
 

@@ -24,7 +24,7 @@ import torch
 from datasets import Dataset as HubDataset
 from peft import PeftModel
 from torch.utils.data import DataLoader, Dataset, Sampler
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from loratune.data.batch import MicroBatch, collate, num_supervised
@@ -149,8 +149,7 @@ class _RunTrainer(Trainer):
             load_random(Path(checkpoint))
 
     def floating_point_ops(self, inputs: Any) -> int:
-        """transformers' estimate is not used: planning knows better."""
-        return 0
+        return 0  # transformers' estimate would cost time, and planning knows better
 
 
 class _GlobalSteps(Sampler[int]):
@@ -192,6 +191,19 @@ class _Steps(Dataset[list[MicroBatch]]):
         return [collate([self._data.train[i] for i in chosen]) for chosen in rank]
 
 
+class _Held(Dataset[Example]):
+    """The held-out examples, for transformers to see that there are some."""
+
+    def __init__(self, examples: Sequence[Example]) -> None:
+        self._examples = examples
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def __getitem__(self, index: int) -> Example:
+        return self._examples[index]
+
+
 class FastTrainer(_RunTrainer):
     """One `training_step` is one optimizer step: it loops over the step's micro-batches."""
 
@@ -213,7 +225,10 @@ class FastTrainer(_RunTrainer):
         steps = _Steps(data, train)
         # The batch size of transformers' own arithmetic is in items of the data set, and an item is a whole step.
         args = TrainingArguments(**arguments, per_device_train_batch_size=1, remove_unused_columns=False)
-        super().__init__(model=model, args=args, train_dataset=steps, callbacks=callbacks)  # type: ignore[arg-type]
+        super().__init__(
+            model=model, args=args, train_dataset=steps, eval_dataset=_Held(data.eval), callbacks=callbacks
+        )
+        self.remove_callback(PrinterCallback)
 
     def get_train_dataloader(self) -> DataLoader[list[MicroBatch]]:
         steps = self.train_dataset
@@ -222,7 +237,7 @@ class FastTrainer(_RunTrainer):
         return DataLoader(steps, batch_size=1, sampler=sampler, collate_fn=_only)
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> tuple[list[Any], None]:
-        return [batch for batch, _ in zip(epoch_iterator, range(num_batches), strict=False)], None
+        return [next(epoch_iterator) for _ in range(num_batches)], None
 
     def training_step(self, model: Any, inputs: list[MicroBatch], num_items_in_batch: Any = None) -> torch.Tensor:
         """Gradients of one optimizer step; returns its loss: the mean over the step's supervised tokens."""
@@ -278,6 +293,7 @@ class ReferenceTrainer(_RunTrainer, SFTTrainer):
             processing_class=tokenizer,
             callbacks=callbacks,
         )
+        self.remove_callback(PrinterCallback)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return self._order

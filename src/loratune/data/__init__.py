@@ -1,0 +1,1 @@
+"""Sources → rows → conversations → verified examples → steps → tensors."""

@@ -1,0 +1,111 @@
+"""Show examples as training will see them: every token, and whether it is trained, from the tensors themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING, NamedTuple
+
+from rich.console import Group
+from rich.text import Text
+
+from loratune.data.render import Example, stop_token_ids
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderResult
+    from transformers import PreTrainedTokenizerBase
+
+MAX_TOKENS = 400
+"""Tokens shown of one example."""
+
+_TRAINED, _CONTEXT = "green", "dim"
+_SPECIAL, _STOP = "bold", "bold underline"
+_OPEN, _CLOSE = "⟦", "⟧"
+
+
+class Piece(NamedTuple):
+    """A run of tokens of one kind."""
+
+    text: str
+    trained: bool
+    special: bool
+    stop: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preview:
+    """A rich renderable: in colour where there is colour, else with ⟦brackets⟧ around what is trained."""
+
+    titles: tuple[str, ...]
+    pieces: tuple[tuple[Piece, ...], ...]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Print for this console."""
+        if console.color_system is None or console.no_color:
+            yield Text(self.plain())
+        else:
+            yield self.coloured()
+
+    def coloured(self) -> Group:
+        """Trained tokens green, the rest dim, special tokens bold, the stop token underlined."""
+        parts = [Text.assemble((_TRAINED, _TRAINED), ": trained  ", ("grey", _CONTEXT), ": not trained  ", ("stop token", _STOP))]
+        for title, pieces in zip(self.titles, self.pieces, strict=True):
+            parts += [Text(f"\n{title}", style="bold"), Text.assemble(*((p.text, _style(p)) for p in pieces))]
+        return Group(*parts)
+
+    def plain(self) -> str:
+        """The same without colour."""
+        lines = [f"{_OPEN}trained{_CLOSE}; the rest is not; • after a trained stop token"]
+        for title, pieces in zip(self.titles, self.pieces, strict=True):
+            lines += [f"\n{title}", "".join(_bracketed(pieces))]
+        return "\n".join(lines)
+
+
+def preview(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, count: int) -> Preview:
+    """Show the first examples, token by token.
+
+    Args:
+        examples: As training will use them.
+        tokenizer: Turns the ids back into text.
+        count: How many to show.
+    """
+    stops = set(stop_token_ids(tokenizer))
+    specials = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | set(tokenizer.all_special_ids)
+    shown = examples[:count]
+    return Preview(
+        titles=tuple(_title(example) for example in shown),
+        pieces=tuple(tuple(_pieces(example, tokenizer, specials, stops)) for example in shown),
+    )
+
+
+def _title(example: Example) -> str:
+    length, trained = len(example.input_ids), int(example.supervised.sum())
+    return f"{example.origin}: {length} tokens, {trained} trained ({trained / length:.0%})"
+
+
+def _pieces(
+    example: Example, tokenizer: PreTrainedTokenizerBase, specials: set[int], stops: set[int]
+) -> Iterator[Piece]:
+    tokens = zip(example.input_ids[:MAX_TOKENS].tolist(), example.supervised.tolist(), strict=False)
+    # Runs, not single tokens: one character may be several tokens.
+    for (trained, special, stop), run in groupby(tokens, key=lambda t: (t[1], t[0] in specials, t[1] and t[0] in stops)):
+        text = tokenizer.decode([i for i, _ in run], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)
+        yield Piece(text=text, trained=trained, special=special, stop=stop)
+    more = len(example.input_ids) - MAX_TOKENS
+    if more > 0:
+        yield Piece(text=f" … {more} more tokens, {int(example.supervised[MAX_TOKENS:].sum())} trained", trained=False, special=False, stop=False)
+
+
+def _style(piece: Piece) -> str:
+    colour = _TRAINED if piece.trained else _CONTEXT
+    if piece.stop:
+        return f"{_STOP} {colour}"
+    return f"{_SPECIAL} {colour}" if piece.special else colour
+
+
+def _bracketed(pieces: Sequence[Piece]) -> Iterator[str]:
+    for trained, run in groupby(pieces, key=lambda piece: piece.trained):
+        text = "".join(f"{piece.text}•" if piece.stop else piece.text for piece in run)
+        yield f"{_OPEN}{text}{_CLOSE}" if trained else text
