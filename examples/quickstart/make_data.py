@@ -5,6 +5,10 @@
 writes `train.jsonl` and `eval.jsonl` beside this file, the same bytes at every run. The words from which titles,
 places and people are composed are split before anything is composed, so no word of a held-out title, place or person
 occurs in training: a model that scores well has learned to copy and to classify, not to recall.
+
+The words are common ones on purpose. SmolLM2's tokenizer writes " annex" as one token and "annex" after a quote as two
+("an", "nex"); a 135M model then has to respell the word, and writes "antenna". Words that open a value are chosen from
+those that it writes alike in both places; held out or not makes no difference to the choice.
 """
 
 import json
@@ -13,10 +17,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 SEED = 2
-NUM_TRAIN = 420
+NUM_TRAIN = 400
 NUM_EVAL = 100
 HELD_OUT_FRACTION = 0.2
-FOLLOW_UP_FRACTION = 0.1
+FOLLOW_UP_FRACTION = 0.09
+# No spaces: 12 of 56 answer tokens less, and every trained token costs time.
 SEPARATORS = (",", ":")
 
 
@@ -30,39 +35,49 @@ def phrases(text: str) -> list[str]:
     return text.replace("\n", "").split("|")
 
 
-QUALIFIERS = words("""annual quarterly monthly weekly final draft joint internal external regional emergency informal extended
-preliminary virtual seasonal interim mandatory""")
+QUALIFIERS = words("""
+annual weekly final draft joint internal external regional extended virtual national global public private special
+short general second third winter summer online primary formal daily early""")
 
-TOPICS = words("""budget safety hiring onboarding payroll marketing logistics inventory roof garden kitchen elevator parking
-insurance pension contract copyright trademark software database network backup printer website newsletter podcast
-video photo recipe menu wine coffee bakery dairy salmon poultry vineyard harvest irrigation greenhouse tractor engine
-brake bicycle ferry cargo customs passport visa luggage choir orchestra piano violin ballet theater costume lighting
-sculpture poetry novel translation grammar spelling algebra chemistry physics biology genome vaccine dental eyesight
-allergy nutrition yoga rowing chess rugby tennis climbing sailing archery beekeeping pottery knitting carpentry
-plumbing drainage asphalt concrete bridge tunnel solar battery turbine boiler telescope satellite glacier volcano
-wetland forestry recycling compost fabric leather jewelry perfume candle toy robot drone""")
+TOPICS = words("""
+budget safety onboarding inventory contract copyright software database network backup printer website video photo
+recipe menu wine harvest engine lighting translation physics biology genome nutrition rowing bridge solar satellite
+forestry robot academic agency apple art audio bank bean bird blog boat brand bread brain camera card channel chart
+chemical client clinical clock cloth club coal color community computer consumer cover credit crop customer data
+design device diabetes doctor door dust energy english environment export factory family farm fashion fiction film
+fire fish flag floor flower font food fruit fuel game gene glass gold grain graph grass gravity hair hardware hazard
+health heart heat history home horse hospital image income iron journal language law legal lens license light machine
+mail map marine marriage material math meat media medicine metal meter milk mobile model money movie music ocean organ
+oxygen paper password patient pattern phone pipe pixel planet plant plastic policy power product protein quality radio
+rail rain rice road root rose salt sand science screen sensor server shirt skin snake snow soil song soup space speech
+stock storm sugar tank teacher tooth trade traffic travel tree vehicle voice waste water weather wheat wheel window
+wood yard brush cookie button cursor orbit ethics surgery tidal tropical vitamin helium hydrogen""")
 
-EVENTS = words("""review audit visit briefing workshop interview inspection demo rehearsal tasting lesson seminar hearing
-checkup survey handover walkthrough debrief tour lecture auction exam ceremony reception appraisal trial delivery
-pickup repair installation fitting negotiation presentation screening consultation meetup tournament bootcamp signing
+EVENTS = words("""
+review audit visit briefing workshop interview inspection demo rehearsal tasting lesson seminar hearing checkup survey
+handover walkthrough debrief tour lecture auction exam ceremony reception appraisal trial delivery pickup repair
+installation fitting negotiation presentation screening consultation meetup tournament bootcamp signing
 retrospective""")
 
-PLACE_NAMES = words("""maple cedar willow juniper north east upper lower central old royal silver golden crimson amber ivory
-cobalt granite marble copper iron crystal falcon heron otter badger salmonberry lakeside hillside seaside riverside
-downtown uptown summit canyon prairie island meadow orchard lighthouse windmill castle abbey mission union liberty
-franklin lincoln madison monroe jefferson wellington nelson oxford vienna geneva lisbon cairo""")
+PLACE_NAMES = words("""
+north east upper lower central old amber heron otter badger hawthorn riverside uptown windmill castle mission union
+lincoln madison monroe jefferson nelson oxford vienna geneva south west bishop pine vine lion wolf star moon sun angel
+alpha delta omega arch church mill ranch orange yellow purple black white blue red brown grey green main river lake
+forest stone hill ridge spring king new port anchor arrow bear urban""")
 
-PLACE_KINDS = words("""room hall library cafe office lobby gallery museum hotel gym studio warehouse clinic pavilion terrace
-basement annex lounge depot stadium chapel pier market arcade""")
+PLACE_KINDS = words("""
+room hall library office museum lounge market arcade pool park shop store house tower station center college campus
+court school field stage bar gate""")
 
-PEOPLE = words("""maria omar priya chen lucas fatima ingrid kofi yuki dmitri elena tomas aisha bruno clara diego emeka farah
-gustav hana ivan jasmine karim leila mateo nadia olga pablo quentin rosa samir tara ulrich vera walter ximena yusuf
-zara anton beatrice cyrus daphne edgar fiona gideon helga ismael joanna kenji lorenzo miriam noah ophelia pedro rachel
-stefan thelma ursula victor wanda xavier yolanda zoltan agnes boris camille desmond esther felix greta hugo irene
-jonas katya leon martha nikhil oscar paula ravi sofia theo uma vikram wendy abdul brigitte conrad doris""")
+PEOPLE = words("""
+maria priya fatima ingrid kofi yuki dmitri elena aisha bruno clara diego emeka farah jasmine karim leila mateo nadia
+olga pablo quentin samir tara ulrich walter ximena yusuf zara beatrice cyrus daphne edgar fiona gideon helga joanna
+lorenzo noah ophelia pedro rachel stefan wanda xavier yolanda zoltan boris camille desmond esther felix greta jonas
+katya leon martha nikhil paula ravi sofia theo wendy conrad doris""")
 
-TEAMS = phrases("""front desk|caterers|movers|lawyers|accountants|plumbers|electricians|gardeners|cleaners|drivers|
-translators|janitors|bookkeepers|night shift|sales team|mechanics|florists|nurses|chefs|tutors""")
+TEAMS = phrases("""
+front desk|night shift|teachers|builders|players|writers|students|scientists|workers|owners|parents|neighbors|members|
+authors|actors|clients|controllers""")
 
 DAYS = phrases("""monday|tuesday|wednesday|thursday|friday|saturday|sunday|today|tomorrow|next monday|next wednesday|
 next friday|this saturday|march 3|april 12|june 21|august 9|october 30|december 5""")
@@ -76,14 +91,14 @@ ok so |quick one: |when you get a chance, |would you |""")
 FORMS = {
     "book": (
         "book the {title} for {when}{where}",
-        "book a {title}{where} {on_when}",
+        "book our {title}{where} {on_when}",
         "schedule the {title} {on_when}{where}",
-        "schedule a {title}{where} for {when}",
+        "schedule our {title}{where} for {when}",
         "set up the {title} {on_when}{where}",
-        "set up a {title}{where}, {when}",
+        "set up another {title}{where}, {when}",
         "put the {title} on my calendar for {when}{where}",
         "add the {title} to the calendar, {when}{where}",
-        "arrange a {title}{where} {on_when}",
+        "arrange the {title}{where} {on_when}",
         "plan the {title} for {when}{where}",
     ),
     "move": (
@@ -143,8 +158,8 @@ class Vocabulary:
 
     def title(self, rng: random.Random) -> str:
         """Return two words ("roof audit") or three ("annual roof audit")."""
-        words = [rng.choice(self.topics), rng.choice(self.events)]
-        return " ".join([rng.choice(self.qualifiers), *words] if rng.random() < 0.2 else words)
+        title = f"{rng.choice(self.topics)} {rng.choice(self.events)}"
+        return f"{rng.choice(self.qualifiers)} {title}" if rng.random() < 0.2 else title
 
     def place(self, rng: random.Random) -> str:
         """Return a named place ("maple room") or, more rarely, a plain one ("library")."""
@@ -186,9 +201,9 @@ def split_vocabulary(rng: random.Random) -> tuple[Vocabulary, Vocabulary]:
         "teams": TEAMS,
     }
     train, held_out = {}, {}
-    for name, words in word_lists.items():
-        shuffled = rng.sample(words, len(words))
-        num_held_out = round(HELD_OUT_FRACTION * len(words))
+    for name, entries in word_lists.items():
+        shuffled = rng.sample(entries, len(entries))
+        num_held_out = round(HELD_OUT_FRACTION * len(entries))
         held_out[name], train[name] = shuffled[:num_held_out], shuffled[num_held_out:]
     return Vocabulary(**train), Vocabulary(**held_out)
 

@@ -12,6 +12,7 @@ import resource
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,10 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from loratune.data.render import render_prompts, stop_token_ids
+from loratune.data.render import stop_token_ids
 from loratune.errors import Interrupted, RecipeError, RunError
 from loratune.evaluation.compare import evaluation_record
-from loratune.evaluation.generate import generate_answers
+from loratune.evaluation.generate import Answer, generate_answers
 from loratune.lock import differences
 from loratune.model.adapter import attach_adapter, save_adapter
 from loratune.model.device import torch_dtype
@@ -38,6 +39,9 @@ from loratune.training.loss import SupervisedLoss, make_loss
 from loratune.training.trainer import FastTrainer, ReferenceTrainer, TrainingData, evaluate_nll, resume_state
 
 
+_NOBODY = Silent()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunResult:
     """What a run left behind.
@@ -51,9 +55,9 @@ class RunResult:
     evaluation: Record | None
 
 
-def plan(recipe: Recipe, *, progress: Progress | None = None) -> Preparation:
+def plan(recipe: Recipe, *, progress: Progress = _NOBODY) -> Preparation:
     """What would be trained, and whether it fits; loads no weights. `.as_plan()` is the record."""
-    return prepare(recipe, progress or Silent())
+    return prepare(recipe, progress)
 
 
 def train(
@@ -61,8 +65,8 @@ def train(
     *,
     written: str | None = None,
     overwrite: bool = False,
-    progress: Progress | None = None,
-    on_plan: Any = None,
+    progress: Progress = _NOBODY,
+    on_plan: Callable[[Preparation], None] | None = None,
 ) -> RunResult:
     """Fine-tune, and evaluate base against tuned.
 
@@ -78,7 +82,6 @@ def train(
         Interrupted: The user stopped it; `resume` goes on.
         RunError: It failed while running.
     """
-    progress = progress or Silent()
     RunDir.check(output_dir(recipe), overwrite=overwrite)
     prepared = prepare(recipe, progress)
     if on_plan is not None:
@@ -92,14 +95,13 @@ def train(
         return _run(prepared, run, None, progress)
 
 
-def resume(root: str | Path, *, progress: Progress | None = None) -> RunResult:
+def resume(root: str | Path, *, progress: Progress = _NOBODY) -> RunResult:
     """Go on where a run stopped.
 
     Raises:
         RecipeError: The run is finished, or its model, template or data changed since it began.
         RunError: There is no checkpoint that can be used.
     """
-    progress = progress or Silent()
     run = RunDir.open(root)
     if run.is_finished:
         raise RecipeError("the run is finished", file=run.root, fix=f"`loratune evaluate {root}`, or train anew")
@@ -122,13 +124,12 @@ def resume(root: str | Path, *, progress: Progress | None = None) -> RunResult:
         return _run(prepared, run, checkpoint, progress)
 
 
-def evaluate(root: str | Path, *, progress: Progress | None = None) -> RunResult:
+def evaluate(root: str | Path, *, progress: Progress = _NOBODY) -> RunResult:
     """Measure base against tuned of a finished run again, and write `evaluation.json`.
 
     Raises:
         RecipeError: The run is not finished, or has no held-out data.
     """
-    progress = progress or Silent()
     run = RunDir.open(root)
     if not run.is_finished:
         raise RecipeError("the run has no adapter yet", file=run.root, fix=f"`loratune resume {root}`")
@@ -238,13 +239,13 @@ def _evaluate(
 ) -> Record:
     """Base and tuned from the same loaded model, adapter off and on."""
     section, data = prepared.recipe.evaluate, prepared.data
-    prompts = []
-    stops = stop_token_ids(prepared.tokenizer)
-    if section.metric != "none":
-        prompts = render_prompts(data.eval_conversations[: section.samples], prepared.tokenizer)
+    prompts = prepared.prompts
+    stops = stop_token_ids(prepared.tokenizer) if prompts else ()
 
-    def measure(name: str) -> tuple[Any, Any]:
+    def measure(name: str) -> tuple[list[tuple[float, int]], list[Answer]]:
         nll = evaluate_nll(loss, data.eval, prepared.memory.token_budget, progress)
+        if not prompts:
+            return nll, []
         with progress.task(f"{name} answers", len(prompts), "prompts") as task:
             answers = generate_answers(
                 model,

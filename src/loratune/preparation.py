@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from loratune.data.batch import num_supervised
 from loratune.data.prepare import PreparedData, prepare_data
+from loratune.data.render import Prompt, render_prompts
 from loratune.errors import MachineError, RecipeError
+from loratune.evaluation.scoring import check_references
 from loratune.kernels.cross_entropy import chunk_rows
 from loratune.lock import examples_fingerprint, make_lock, model_fingerprint, text_fingerprint
 from loratune.model.device import Choice, choose_device, choose_dtype, torch_dtype
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 NO_LIMIT = 2**31
+"""Stands for no limit of an example's tokens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +46,7 @@ class Preparation:
         targets_in_words: The same for people.
         parameters: Exact counts.
         data: Examples and the data report.
+        prompts: The held-out prompts that will be answered; none where the metric is none.
         memory: Bytes by component.
         time: Seconds, and the rate they were computed from.
         num_steps: Optimizer steps of the run.
@@ -57,6 +61,7 @@ class Preparation:
     targets_in_words: str
     parameters: ParameterCount
     data: PreparedData
+    prompts: tuple[Prompt, ...]
     memory: MemoryPlan
     time: TimePlan
     num_steps: int
@@ -155,6 +160,7 @@ def prepare(recipe: Recipe, progress: Progress) -> Preparation:
         targets_in_words=describe_targets(model, recipe.lora.targets),
         parameters=parameters,
         data=data,
+        prompts=_prompts(recipe, data, tokenizer),
         memory=memory,
         time=_time(effective, config.get_text_config(), model, parameters, data),
         num_steps=num_steps(recipe.train, len(data.train)),
@@ -170,6 +176,14 @@ def output_dir(recipe: Recipe) -> Path:
     return Path("__models") / f"{name}-lora-fine-tuned"
 
 
+def _prompts(recipe: Recipe, data: PreparedData, tokenizer: PreTrainedTokenizerBase) -> tuple[Prompt, ...]:
+    if recipe.evaluate.metric == "none":
+        return ()
+    prompts = render_prompts(data.eval_conversations[: recipe.evaluate.samples], tokenizer)
+    check_references(recipe.evaluate.metric, prompts)
+    return tuple(prompts)
+
+
 def _max_length(recipe: Recipe, positions: int | None) -> Choice:
     wanted = recipe.data.max_length
     if wanted == "auto":
@@ -177,6 +191,8 @@ def _max_length(recipe: Recipe, positions: int | None) -> Choice:
             return Choice(str(NO_LIMIT), "the model's config states no limit")
         return Choice(str(positions), "the positions of the model")
     if positions is not None and int(wanted) > positions:
+        if "max_length" not in recipe.data.model_fields_set:  # nobody asked for the default
+            return Choice(str(positions), f"the positions of the model; the default is {wanted}")
         raise RecipeError(
             f"data.max_length is {wanted}, the model has {positions} positions", fix=f"data.max_length={positions} or auto"
         )
@@ -229,10 +245,8 @@ def _resolved(recipe: Recipe, choices: dict[str, Choice]) -> Recipe:
     values = recipe.model_dump()
     for name, choice in choices.items():
         section, _, field = name.partition(".")
-        current = values[section][field]
-        values[section][field] = int(choice.value) if name in ("data.max_length", "train.token_budget") else choice.value
-        if current != "auto":
-            values[section][field] = current
+        is_number = name in ("data.max_length", "train.token_budget")
+        values[section][field] = int(choice.value) if is_number else choice.value
     return Recipe.parse(values)
 
 

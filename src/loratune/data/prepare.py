@@ -82,13 +82,14 @@ def prepare_data(
     """
     train = _read(data.train, data, seed)
     held_out = _held_out_sources(data)
+    evaluation: _Part | None = None
     if isinstance(held_out, float):
         train, evaluation = _hold_out(train, held_out, seed)
-    else:
-        evaluation = _read(held_out, data, seed) if held_out else None
+    elif held_out:
+        evaluation = _read(held_out, data, seed)
     rendered = _render("train", train, data, tokenizer, max_length, progress)
     rendered_eval = _render("eval", evaluation, data, tokenizer, max_length, progress) if evaluation else None
-    report = {
+    report: dict[str, Any] = {
         "train_on": data.train_on,
         "thinking": data.thinking,
         "max_length": max_length,
@@ -97,9 +98,8 @@ def prepare_data(
         "train": _report(train, rendered),
         "eval": _report(evaluation, rendered_eval) if evaluation and rendered_eval else None,
         "overlap": _overlap(train, evaluation) if evaluation else [],
-        "notices": list(rendered.notices),
     }
-    report["notices"] += _warnings(report, train)
+    report["notices"] = [*rendered.notices, *_warnings(report, train)]
     kept = {example.origin for example in rendered_eval.examples} if rendered_eval else set()
     return PreparedData(
         train=rendered.examples,
@@ -130,9 +130,11 @@ def _read(sources: Sequence[Source], data: DataSection, seed: int) -> _Part:
     num_rows = 0
     for source in sources:
         rows = read_rows(source, seed=seed)
-        form = _format(rows, data)
+        form = _format(rows, data, source)
         good, bad = to_conversations(rows, form)
-        described.append({**source.model_dump(), "format": form, "rows": len(rows), "sha256": hash_source(source, rows)})
+        described.append(
+            {**source.model_dump(), "format": form, "rows": len(rows), "sha256": hash_source(source, rows)}
+        )
         conversations += good
         rejected += bad
         num_rows += len(rows)
@@ -147,8 +149,15 @@ def _read(sources: Sequence[Source], data: DataSection, seed: int) -> _Part:
     )
 
 
-def _format(rows: Sequence[Row], data: DataSection) -> str:
-    return detect_format(rows, strict=data.on_bad_row == "error") if data.format == "auto" else data.format
+def _format(rows: Sequence[Row], data: DataSection, source: Source) -> str:
+    form = detect_format(rows, strict=data.on_bad_row == "error") if data.format == "auto" else data.format
+    if form == "text" and data.train_on != "all":
+        raise DataError(
+            f"the rows are plain text, which has no answers, but train_on is {data.train_on}",
+            file=source.name,
+            fix="set data.train_on=all",
+        )
+    return form
 
 
 def _apply_policy(rejected: Sequence[Rejected], data: DataSection) -> None:
@@ -179,7 +188,7 @@ def _hold_out(part: _Part, fraction: float, seed: int) -> tuple[_Part, _Part]:
             fix="give more data, or set data.eval=none or data.eval=FILE",
         )
     keys = list(groups)
-    random.Random(seed).shuffle(keys)
+    random.Random(seed).shuffle(keys)  # noqa: S311 - no secret
     number = min(max(1, round(fraction * len(keys))), len(keys) - 1)
     chosen = set(keys[:number])
     train = [c for key, group in groups.items() if key not in chosen for c in group]
@@ -188,7 +197,13 @@ def _hold_out(part: _Part, fraction: float, seed: int) -> tuple[_Part, _Part]:
     train.sort(key=lambda conversation: order[id(conversation)])
     note = [{"held_out": fraction, "seed": seed, "from": "train"}]
     return (
-        _Part(sources=part.sources, format=part.format, num_rows=part.num_rows, conversations=train, rejected=part.rejected),
+        _Part(
+            sources=part.sources,
+            format=part.format,
+            num_rows=part.num_rows,
+            conversations=train,
+            rejected=part.rejected,
+        ),
         _Part(sources=note, format=part.format, num_rows=len(evaluation), conversations=evaluation, rejected=[]),
     )
 
@@ -290,7 +305,9 @@ def _place(origin: Origin) -> dict[str, Any]:
 def _warnings(report: dict[str, Any], train: _Part) -> list[str]:
     warnings = []
     if report["overlap"]:
-        pairs = [f"line {pair['eval']['line']} = training line {pair['train'][0]['line']}" for pair in report["overlap"]]
+        pairs = [
+            f"line {pair['eval']['line']} = training line {pair['train'][0]['line']}" for pair in report["overlap"]
+        ]
         more = f" and {len(pairs) - _SHOWN} more" if len(pairs) > _SHOWN else ""
         warnings.append(
             f"{len(pairs)} held-out conversations also stand in the training data, so the held-out loss flatters: "
@@ -303,7 +320,9 @@ def _warnings(report: dict[str, Any], train: _Part) -> list[str]:
     for name in ("train", "eval"):
         part = report[name]
         if part and part["num_rejected"]:
-            warnings.append(f"{part['num_rejected']} {name} rows were left out; data.json lists them with their reasons.")
+            warnings.append(
+                f"{part['num_rejected']} {name} rows were left out; data.json lists them with their reasons."
+            )
         if part and (part["truncated"] or part["dropped"]):
             warnings.append(
                 f"{part['truncated']} {name} conversations were cut at {report['max_length']} tokens, "

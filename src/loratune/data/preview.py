@@ -49,7 +49,11 @@ class Preview:
 
     def coloured(self) -> Group:
         """Trained tokens green, the rest dim, special tokens bold, the stop token underlined."""
-        parts = [Text.assemble((_TRAINED, _TRAINED), ": trained  ", ("grey", _CONTEXT), ": not trained  ", ("stop token", _STOP))]
+        parts = [
+            Text.assemble(
+                (_TRAINED, _TRAINED), ": trained  ", ("grey", _CONTEXT), ": not trained  ", ("stop token", _STOP)
+            )
+        ]
         for title, pieces in zip(self.titles, self.pieces, strict=True):
             parts += [Text(f"\n{title}", style="bold"), Text.assemble(*((p.text, _style(p)) for p in pieces))]
         return Group(*parts)
@@ -71,7 +75,9 @@ def preview(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, cou
         count: How many to show.
     """
     stops = set(stop_token_ids(tokenizer))
-    specials = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | set(tokenizer.all_special_ids)
+    specials = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | set(
+        tokenizer.all_special_ids
+    )
     shown = examples[:count]
     return Preview(
         titles=tuple(_title(example) for example in shown),
@@ -89,13 +95,20 @@ def _pieces(
 ) -> Iterator[Piece]:
     tokens = zip(example.input_ids[:MAX_TOKENS].tolist(), example.supervised.tolist(), strict=False)
     # Runs, not single tokens: one character may be several tokens.
-    for (trained, special, stop), run in groupby(tokens, key=lambda t: (t[1], t[0] in specials, t[1] and t[0] in stops)):
+    for (trained, special, stop), run in groupby(
+        tokens, key=lambda t: (t[1], t[0] in specials, t[1] and t[0] in stops)
+    ):
         text = tokenizer.decode([i for i, _ in run], skip_special_tokens=False, clean_up_tokenization_spaces=False)
         assert isinstance(text, str)
         yield Piece(text=text, trained=trained, special=special, stop=stop)
     more = len(example.input_ids) - MAX_TOKENS
     if more > 0:
-        yield Piece(text=f" … {more} more tokens, {int(example.supervised[MAX_TOKENS:].sum())} trained", trained=False, special=False, stop=False)
+        yield Piece(
+            text=f" … {more} more tokens, {int(example.supervised[MAX_TOKENS:].sum())} trained",
+            trained=False,
+            special=False,
+            stop=False,
+        )
 
 
 def _style(piece: Piece) -> str:

@@ -1,48 +1,33 @@
 """Conversations → verified examples: token ids, and which of them are trained.
 
-The chat template renders each conversation once; the texts are tokenised in batches; character spans become labels.
-A token is trained if the whole of it belongs to a trained answer.
+The chat template renders each conversation; `spans` says which of its characters are the assistant's own, twice;
+`labels` turns both into tokens, and compares them.
 """
 
 from __future__ import annotations
 
-import copy
-import os
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-import numpy as np
-import numpy.typing as npt
-
 from loratune.data.conversation import BadRow, Conversation, Message, Origin, Rejected, split_thoughts
+from loratune.data.labels import Encoded, Example, Labels, OnLong, Text, backend_of, encode, exact_offsets
 from loratune.data.spans import Span, Substitution, spans_by_markers, spans_by_prompting
-from loratune.data.template import ChatTemplate
+from loratune.data.template import ChatTemplate, Tools
 from loratune.errors import DataError
 
 if TYPE_CHECKING:
-    from tokenizers import Encoding, Tokenizer
     from transformers import PreTrainedTokenizerBase
 
 TrainOn = Literal["assistant", "last", "all"]
 Thinking = Literal["keep", "strip", "error"]
-OnLong = Literal["error", "truncate", "drop"]
+
+__all__ = ["Example", "Prompt", "Rendered", "render", "render_prompts", "stop_token_ids"]
 
 CHUNK = 512
 """Conversations that are rendered and tokenised together; enough to keep the tokenizer's threads busy."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Example:
-    """One tokenised conversation."""
-
-    input_ids: npt.NDArray[np.int32]
-    """[T]"""
-    supervised: npt.NDArray[np.bool_]
-    """[T] Whether token t carries loss; it is predicted from the tokens before it, so position 0 never does."""
-    origin: Origin
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,19 +52,6 @@ class Prompt:
     text: str
     reference: str
     """The last answer, without its thoughts."""
-    origin: Origin
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Text:
-    """A rendered conversation, before tokenising."""
-
-    text: str
-    spans: list[Span] | None
-    """None: every token is trained."""
-    check: list[Span] | None
-    """The spans as found the second way, where they differ by character."""
-    plain: bool
     origin: Origin
 
 
@@ -108,14 +80,23 @@ def render(
         DataError: The two ways of finding the trained tokens disagree; the tokenizer or its chat template cannot be
             trained with; an example is too long and `on_long` is `error`.
     """
+    backend = backend_of(tokenizer)
     work = _Work(tokenizer, train_on=train_on, thinking=thinking)
-    label = _Labels(tokenizer, max_length=max_length, on_long=on_long, counts=work.counts, rejected=work.rejected)
+    label = Labels(tokenizer, max_length=max_length, on_long=on_long, counts=work.counts, rejected=work.rejected)
     examples: list[Example] = []
-    for start in range(0, len(conversations), CHUNK):
-        chunk = conversations[start : start + CHUNK]
-        examples.extend(label(list(work.render(chunk))))
-        if progress is not None:
-            progress(start + len(chunk), len(conversations))
+    pending: Future[Encoded] | None = None
+    # The tokenizer is Rust code that does not hold the interpreter: it works on one chunk while the next is rendered.
+    with exact_offsets(backend), ThreadPoolExecutor(max_workers=1) as pool:
+        for start in range(0, len(conversations), CHUNK):
+            texts = list(work.render(conversations[start : start + CHUNK]))
+            following = pool.submit(encode, backend, texts)
+            if pending is not None:
+                examples.extend(label(pending.result()))
+            pending = following
+            if progress is not None:
+                progress(min(start + CHUNK, len(conversations)), len(conversations))
+        if pending is not None:
+            examples.extend(label(pending.result()))
     label.finish()
     return Rendered(
         examples=examples,
@@ -126,10 +107,17 @@ def render(
     )
 
 
-def render_prompts(conversations: Sequence[Conversation], tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
+def render_prompts(
+    conversations: Sequence[Conversation], tokenizer: PreTrainedTokenizerBase, *, thinking: Thinking = "keep"
+) -> list[Prompt]:
     """The prompts for the last answers: all messages before it, and the template's own generation prompt.
 
     Conversations without an answer, and plain text, have none and are left out.
+
+    Args:
+        conversations: Validated conversations.
+        tokenizer: With a chat template.
+        thinking: `strip` removes the thoughts of earlier answers; else the template decides about them.
 
     Raises:
         DataError: The tokenizer has no chat template, or it refuses a conversation.
@@ -139,7 +127,7 @@ def render_prompts(conversations: Sequence[Conversation], tokenizer: PreTrainedT
     if not asked:
         return []
     template = ChatTemplate(tokenizer)
-    texts = [_prompt_text(conversation, turns[-1], template) for conversation, turns in asked]
+    texts = [_prompt_text(conversation, turns[-1], template, thinking) for conversation, turns in asked]
     ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
     return [
         Prompt(input_ids=list(i), text=t, reference=_reference(c.messages[turns[-1]]), origin=c.origin)
@@ -154,17 +142,20 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
         DataError: The template ends answers with no token, or there is no stop token at all.
     """
     stops = ChatTemplate(tokenizer).stops if tokenizer.chat_template else (tokenizer.eos_token,)
-    ids = tokenizer.convert_tokens_to_ids([stop for stop in stops if stop])
+    known = tokenizer.get_vocab()
+    ids = [known[stop] for stop in stops if stop in known]
     if not ids:
         raise DataError("the tokenizer has no end-of-sequence token", fix="set eos_token in tokenizer_config.json")
     return tuple(dict.fromkeys(ids))
 
 
-def _prompt_text(conversation: Conversation, turn: int, template: ChatTemplate) -> str:
-    if conversation.tools or any("tool_calls" in message for message in conversation.messages):
-        template.prepare_tools()
+def _prompt_text(conversation: Conversation, turn: int, template: ChatTemplate, thinking: Thinking) -> str:
+    messages = conversation.messages[:turn]
     try:
-        return template.render(conversation.messages[:turn], conversation.tools, prompt=True)
+        if thinking == "strip":
+            messages = tuple(_with_thinking(m, thinking, template, n) for n, m in enumerate(messages, start=1))
+        _check_tool_support(messages, conversation.tools, template)
+        return template.render(messages, conversation.tools, prompt=True)
     except BadRow as bad:
         origin = conversation.origin
         raise DataError(str(bad), file=origin.file, line=origin.line, fix="correct this conversation") from None
@@ -197,26 +188,25 @@ class _Work:
         self.counts: Counter[str] = Counter()
         self.rejected: list[Rejected] = []
 
-    def render(self, conversations: Sequence[Conversation]) -> Iterator[_Text]:
+    def render(self, conversations: Sequence[Conversation]) -> Iterator[Text]:
         for conversation in conversations:
             try:
                 yield self._render(conversation)
             except BadRow as bad:
                 self.rejected.append(Rejected(origin=conversation.origin, reason=str(bad)))
 
-    def _render(self, conversation: Conversation) -> _Text:
+    def _render(self, conversation: Conversation) -> Text:
         if conversation.text is not None:
             if self._train_on != "all":
                 raise BadRow("plain text has no answers; train_on must be all")
-            return _Text(text=conversation.text, spans=None, check=None, plain=True, origin=conversation.origin)
+            return Text(text=conversation.text, spans=None, check=None, plain=True, origin=conversation.origin)
         template, substitution = self._tools_of_the_trade()
         messages = self._with_policy(conversation, template)
         tools = conversation.tools
         turns = _turns(messages, self._train_on)
         if not turns and self._train_on != "all":
             raise BadRow("no assistant turn: nothing to train")
-        if tools or any("tool_calls" in message for message in messages):
-            template.prepare_tools()
+        _check_tool_support(messages, tools, template)
         marked: list[Span] = []
         if template.has_markers and self._train_on != "all":
             text, marked = template.render_marked(messages, tools)
@@ -226,13 +216,13 @@ class _Work:
         rendering = substitution(text, messages, tools, turns)
         self._count(rendering.num_restored, messages, turns)
         if self._train_on == "all":
-            return _Text(text=rendering.text, spans=None, check=None, plain=False, origin=conversation.origin)
-        if marked and not rendering.num_restored:
+            return Text(text=rendering.text, spans=None, check=None, plain=False, origin=conversation.origin)
+        if template.has_markers and not rendering.num_restored:
             second = spans_by_markers(text, marked, template)[-len(turns) :]
         else:
             second = spans_by_prompting(rendering.text, messages, tools, turns, template)
         check = None if second == rendering.spans else second
-        return _Text(text=rendering.text, spans=rendering.spans, check=check, plain=False, origin=conversation.origin)
+        return Text(text=rendering.text, spans=rendering.spans, check=check, plain=False, origin=conversation.origin)
 
     def _tools_of_the_trade(self) -> tuple[ChatTemplate, Substitution]:
         if self._template is None or self._substitution is None:
@@ -341,212 +331,13 @@ def _texts_of(message: Message) -> Iterator[str]:
         yield str(message["tool_calls"])
 
 
+def _check_tool_support(messages: Sequence[Message], tools: Tools, template: ChatTemplate) -> None:
+    calls = any("tool_calls" in message for message in messages)
+    if (calls or tools) and not template.supports_tools and calls:
+        raise BadRow("the chat template does not write tool calls")
+
+
 def _check_tools_written(text: str, conversation: Conversation) -> None:
     for tool in conversation.tools or ():
         if tool["function"]["name"] not in text:
             raise BadRow(f"the chat template drops the tools: {tool['function']['name']} is not in its text")
-
-
-# ---- texts → examples
-
-
-@dataclass(slots=True, kw_only=True)
-class _Long:
-    """Examples over the limit, under `on_long: error`."""
-
-    count: int = 0
-    first: Origin | None = None
-    longest: int = 0
-
-
-class _Labels:
-    """Tokenises texts and labels their tokens."""
-
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        max_length: int,
-        on_long: OnLong,
-        counts: Counter[str],
-        rejected: list[Rejected],
-    ) -> None:
-        self._backend = _offsets_backend(tokenizer)
-        self._max_length = max_length
-        self._on_long = on_long
-        self._counts = counts
-        self._rejected = rejected
-        self._long = _Long()
-        self._frame = _text_frame(tokenizer)
-
-    def __call__(self, texts: list[_Text]) -> list[Example]:
-        encodings = self._backend.encode_batch([text.text for text in texts], add_special_tokens=False)
-        decoded = self._backend.decode_batch([e.ids for e in encodings], skip_special_tokens=False)
-        examples: list[Example] = []
-        for text, encoding, back in zip(texts, encodings, decoded, strict=True):
-            try:
-                _check_round_trip(text.text, back, encoding, self._backend)
-                example = self._fit(self._label(text, encoding))
-            except BadRow as bad:
-                self._rejected.append(Rejected(origin=text.origin, reason=str(bad)))
-                continue
-            if example is not None:
-                examples.append(example)
-        return examples
-
-    def finish(self) -> None:
-        """Complain about long examples, once all are known."""
-        if self._long.first is not None:
-            raise DataError(
-                f"{self._long.count} examples are longer than max_length {self._max_length}; the longest has "
-                f"{self._long.longest} tokens",
-                file=self._long.first.file,
-                line=self._long.first.line,
-                fix="raise data.max_length, or set data.on_long to truncate or drop",
-            )
-
-    def _label(self, text: _Text, encoding: Encoding) -> Example:
-        ids = np.array(encoding.ids, dtype=np.int32)
-        if text.plain:
-            ids = self._frame.around(ids)
-        if text.spans is None:
-            supervised = np.ones(len(ids), dtype=np.bool_)
-        else:
-            supervised = self._mask(text, text.spans, encoding)
-            self._counts["verified"] += 1
-            if text.check is not None and not np.array_equal(supervised, self._mask(text, text.check, encoding)):
-                raise _disagreement(text)
-        supervised[:1] = False
-        if not supervised.any():
-            raise BadRow("nothing to train")
-        return Example(input_ids=ids, supervised=supervised, origin=text.origin)
-
-    def _mask(self, text: _Text, spans: Sequence[Span], encoding: Encoding) -> npt.NDArray[np.bool_]:
-        mask = np.zeros(len(encoding), dtype=np.bool_)
-        for start, end in spans:
-            first, last, straddles = _tokens_of(encoding, text.text, start, end)
-            self._counts["straddling"] += straddles
-            mask[first : last + 1] = True
-        return mask
-
-    def _fit(self, example: Example) -> Example | None:
-        """The example within `max_length`, or None where it is dropped."""
-        length = len(example.input_ids)
-        if length <= self._max_length:
-            return example
-        if self._on_long == "error":
-            self._long.count += 1
-            self._long.longest = max(self._long.longest, length)
-            self._long.first = self._long.first or example.origin
-            return None
-        if self._on_long == "drop":
-            self._counts["dropped_long"] += 1
-            return None
-        supervised = example.supervised[: self._max_length]
-        if not supervised.any():
-            self._counts["dropped_empty"] += 1
-            return None
-        self._counts["truncated"] += 1
-        return Example(input_ids=example.input_ids[: self._max_length], supervised=supervised, origin=example.origin)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Frame:
-    """What goes around plain text: the tokenizer's own start, and the end-of-sequence token, so that it learns to stop."""
-
-    start: tuple[int, ...]
-    end: tuple[int, ...]
-
-    def around(self, ids: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
-        start = () if tuple(ids[: len(self.start)]) == self.start else self.start
-        end = () if tuple(ids[len(ids) - len(self.end) :]) == self.end else self.end
-        return np.concatenate([np.array(start, np.int32), ids, np.array(end, np.int32)])
-
-
-def _text_frame(tokenizer: PreTrainedTokenizerBase) -> _Frame:
-    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
-    full = tokenizer("a")["input_ids"]
-    start = next((tuple(full[:n]) for n in range(len(full)) if full[n : n + len(plain)] == plain), ())
-    end = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
-    return _Frame(start=start, end=end)
-
-
-def _offsets_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
-    """The tokenizer's Rust core, set to give the true extent of each token.
-
-    A copy, because the original is what a run saves; without a post-processor, because that adds special tokens and,
-    in byte-level tokenizers, cuts blanks off the offsets, which would hide a token that reaches into a header.
-    """
-    if not getattr(tokenizer, "is_fast", False):
-        raise DataError(
-            f"the tokenizer {type(tokenizer).__name__} does not say where in the text its tokens are",
-            fix="take a model with a fast tokenizer (tokenizer.json)",
-        )
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    backend = copy.deepcopy(tokenizer.backend_tokenizer)
-    backend.no_truncation()
-    backend.no_padding()
-    backend.post_processor = None
-    return backend
-
-
-def _tokens_of(encoding: Encoding, text: str, start: int, end: int) -> tuple[int, int, bool]:
-    """The tokens of a span: first, last, and whether one reaches into it from before (that one is left out)."""
-    first = last = None
-    for position in range(start, end):  # a tokenizer may give no token to a blank, so ask on
-        first = encoding.char_to_token(position)
-        if first is not None:
-            break
-    for position in range(end - 1, start - 1, -1):
-        last = encoding.char_to_token(position)
-        if last is not None:
-            break
-    if first is None or last is None:
-        raise BadRow("an answer has no tokens")
-    straddles = encoding.token_to_chars(first)[0] < start
-    beyond = text[end : encoding.token_to_chars(last)[1]]
-    if beyond.strip():
-        raise BadRow(f"the last token of an answer holds text after it: {beyond!r}")
-    return first + straddles, last, straddles
-
-
-def _check_round_trip(text: str, back: str, encoding: Encoding, backend: Tokenizer) -> None:
-    """What is trained must be what is in the data: no unknown characters, no lost ones."""
-    if back == text or _nfc(back) == _nfc(text):
-        return
-    # Special tokens may swallow the blanks beside them (Phi-3); the text between two of them must still be the same.
-    specials = {i for i, token in backend.get_added_tokens_decoder().items() if token.special}
-    offsets = encoding.offsets
-    start = 0
-    ids = encoding.ids
-    for stop in [*(n for n, i in enumerate(ids) if i in specials), len(ids)]:
-        if stop > start:
-            original = text[offsets[start][0] : offsets[stop - 1][1]]
-            decoded = backend.decode(ids[start:stop], skip_special_tokens=False)
-            if _nfc(original).strip() != _nfc(decoded).strip():
-                raise BadRow(f"the tokenizer cannot write it: {_difference(original, decoded)}")
-        start = stop + 1
-
-
-def _nfc(text: str) -> str:
-    return unicodedata.normalize("NFC", text)
-
-
-def _difference(original: str, decoded: str) -> str:
-    at = len(os.path.commonprefix([original, decoded]))
-    return f"{original[max(0, at - 10) : at + 20]!r} becomes {decoded[max(0, at - 10) : at + 20]!r}"
-
-
-def _disagreement(text: _Text) -> DataError:
-    assert text.spans is not None
-    assert text.check is not None
-    first = [text.text[start:end] for start, end in text.spans]
-    second = [text.text[start:end] for start, end in text.check]
-    return DataError(
-        "two ways of finding the trained tokens disagree about this conversation, so it cannot be trained:\n"
-        f"  by substitution: {first}\n  by its own marks or prompts: {second}",
-        file=text.origin.file,
-        line=text.origin.line,
-        fix="the chat template is at fault, or this conversation is one it was not written for; another model's "
-        "tokenizer, or data.train_on=all",
-    )

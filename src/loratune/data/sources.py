@@ -83,7 +83,7 @@ def _weigh(rows: list[Row], weight: float, seed: int) -> list[Row]:
     extra = round(fraction * len(rows))
     if not repeats:
         extra = max(1, extra)
-    chosen = sorted(random.Random(seed).sample(range(len(rows)), extra))
+    chosen = sorted(random.Random(seed).sample(range(len(rows)), extra))  # noqa: S311 - no secret
     return rows * int(repeats) + [rows[index] for index in chosen]
 
 
@@ -221,12 +221,12 @@ def _array_items(path: Path, text: str, start: int) -> Iterator[Row]:
 
 def _read_parquet(path: Path) -> list[Row]:
     # pyarrow loads slowly, and most runs read JSON lines.
-    import pyarrow
-    import pyarrow.parquet
+    import pyarrow as pa
+    from pyarrow import parquet
 
     try:
-        values = pyarrow.parquet.read_table(path).to_pylist()
-    except (pyarrow.ArrowInvalid, OSError) as error:
+        values = parquet.read_table(path).to_pylist()
+    except (pa.ArrowInvalid, OSError) as error:
         raise DataError(f"not Parquet: {error}", file=path, fix="write it again, or give a .jsonl file") from None
     return [Row(file=str(path), line=number, value=value) for number, value in enumerate(values, start=1)]
 
@@ -270,6 +270,7 @@ def _read_hub(source: Source) -> list[Row]:
     # `datasets` takes a second to import, and only hub sources need it.
     import datasets
     from datasets.exceptions import DatasetNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError
 
     split = source.split or "train"
     _require_hub(source)
@@ -281,7 +282,7 @@ def _read_hub(source: Source) -> list[Row]:
         ) from None
     except ValueError as error:
         raise DataError(f"cannot load: {error}", file=source.name, fix="check config and split") from None
-    except OSError as error:
+    except (OSError, HfHubHTTPError) as error:
         raise _unreachable(source, str(error)) from None
     place = ":".join(part for part in ("hub", source.name, source.config, split) if part)
     return [Row(file=place, line=number, value=value) for number, value in enumerate(table, start=1)]

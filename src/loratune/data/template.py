@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Tools = Sequence[dict[str, Any]] | None
+
+_render_jinja: Callable[..., tuple[list[str], list[list[tuple[int, int]]]]] = render_jinja_template  # type: ignore[assignment]
 
 _MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _EMPTY_THOUGHTS = r"<think>\s*(?:</think>\s*)?$"
@@ -54,7 +56,7 @@ class ChatTemplate:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
         self._named: dict[bool, str] = {}
-        self._variables = tokenizer.special_tokens_map
+        self._variables: dict[str, Any] = dict(tokenizer.special_tokens_map)
         if not tokenizer.chat_template:
             raise DataError(
                 f"the tokenizer {tokenizer.name_or_path!r} has no chat template",
@@ -91,13 +93,10 @@ class ChatTemplate:
 
     def _run(self, messages: Sequence[Message], tools: Tools, **options: bool) -> tuple[str, list[tuple[int, int]]]:
         styled = [self._styled(message) for message in messages]
+        arguments: dict[str, Any] = {**self._variables, **options}
         try:
-            texts, spans = render_jinja_template(
-                conversations=[styled],
-                tools=list(tools) if tools else None,
-                chat_template=self._source(bool(tools)),
-                **options,
-                **self._variables,
+            texts, spans = _render_jinja(
+                [styled], tools=list(tools) if tools else None, chat_template=self._source(bool(tools)), **arguments
             )
         except _RENDER_ERRORS as error:
             raise BadRow(f"the chat template refuses it: {error}") from None
@@ -195,7 +194,7 @@ class ChatTemplate:
         return eos if run and isinstance(eos, str) and run[0].endswith(eos) else None
 
     def _tool_stop(self) -> str | None:
-        text = self._probe(self._tool_probe, _PROBE_TOOLS) if self._supports_tools else ""
+        text = self._probe(self._tool_probe, _PROBE_TOOLS) if self.supports_tools else ""
         tail = text.rpartition(_PROBE_ARGUMENT)[2]
         tokens = self.control_tokens.findall(tail)
         return tokens[-1] if tokens and tail.rstrip().endswith(tokens[-1]) else None
@@ -210,10 +209,10 @@ class ChatTemplate:
         return [_message("user", _PROBE_USER), {"role": "assistant", "tool_calls": [call]}]
 
     @cached_property
-    def _supports_tools(self) -> bool:
-        """Whether it writes tool calls, in one of the forms that templates expect them in; sets that form.
+    def supports_tools(self) -> bool:
+        """Whether it writes tool calls, in one of the forms that templates expect them in.
 
-        Most read arguments as an object, DeepSeek's as JSON text; some fail on an answer without content.
+        Asking also settles that form, so it is to be asked before the first conversation with tools is rendered. Most read arguments as an object, DeepSeek's as JSON text; some fail on an answer without content.
         """
         for self._content_always in (False, True):
             for self._arguments_as_text in (False, True):
@@ -222,10 +221,6 @@ class ChatTemplate:
                     return True
         self._content_always = self._arguments_as_text = False
         return False
-
-    def prepare_tools(self) -> None:
-        """Find out how this template reads tool calls. To be called before the first conversation that has some."""
-        _ = self._supports_tools
 
     @cached_property
     def prompt_tail(self) -> str:
@@ -236,7 +231,7 @@ class ChatTemplate:
     def header(self) -> str:
         """The generation prompt: what it writes to start an answer. May be empty (Mistral)."""
         without = self._probe([_message("user", _PROBE_USER)]).rpartition(_PROBE_USER)[2]
-        cut = len(os.path.commonprefix([self.prompt_tail, without]))
+        cut = len(os.path.commonprefix([self.prompt_tail, without]))  # noqa: RUF071 - of characters
         inside = [m for m in self.control_tokens.finditer(self.prompt_tail) if m.start() < cut < m.end()]
         return self.prompt_tail[inside[0].start() if inside else cut :]
 

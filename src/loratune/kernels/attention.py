@@ -107,15 +107,16 @@ def _by_example(
     window: int | None,
     softcap: float | None,
 ) -> torch.Tensor:
-    ends = boundaries.tolist()
+    lengths = [end - start for start, end in pairwise(boundaries.tolist())]
     grouped = query_1HTD.shape[1] != key_1GTD.shape[1]
     outs = []
-    for start, end in pairwise(ends):
-        query, key, value = (x[:, :, start:end] for x in (query_1HTD, key_1GTD, value_1GTD))
+    # split, not slices: the gradient of a slice is a row of zeros as long as all examples together
+    for query, key, value in zip(*(x.split(lengths, dim=2) for x in (query_1HTD, key_1GTD, value_1GTD)), strict=True):
+        length = query.shape[2]
         if softcap is not None:
             out = _softcapped(query, key, value, scaling, window, softcap)
         else:
-            mask = None if window is None or window >= end - start else _window_mask(end - start, window, query.device)
+            mask = None if window is None or window >= length else _window_mask(length, window, query.device)
             out = F.scaled_dot_product_attention(
                 query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped
             )

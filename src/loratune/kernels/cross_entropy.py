@@ -40,7 +40,9 @@ def sum_cross_entropy(
         logit_scale: Factor on the logits (Cohere, Granite).
         softcap: Logits become softcap · tanh(logit / softcap) (Gemma 2).
     """
-    loss: torch.Tensor = _SumCrossEntropy.apply(hidden_SH, weight_VH, bias_V, targets_S, logit_scale, softcap)
+    loss: torch.Tensor = _SumCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        hidden_SH, weight_VH, bias_V, targets_S, logit_scale, softcap
+    )
     return loss
 
 
@@ -57,7 +59,7 @@ def cross_entropy_per_token(
     rows = chunk_rows(weight_VH.shape[0])
     losses = []
     with torch.no_grad():
-        for hidden_CH, targets_C in zip(hidden_SH.split(rows), targets_S.split(rows), strict=True):
+        for hidden_CH, targets_C in zip(torch.split(hidden_SH, rows), torch.split(targets_S, rows), strict=True):
             logits_CV = _logits(hidden_CH, weight_VH, bias_V, logit_scale, softcap)
             losses.append(logits_CV.logsumexp(-1) - logits_CV.gather(1, targets_C[:, None])[:, 0])
     return torch.cat(losses) if losses else hidden_SH.new_zeros(0, dtype=torch.float32)
@@ -76,7 +78,7 @@ def _logits(
 
 class _SumCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         hidden_SH: torch.Tensor,
         weight_VH: torch.Tensor,
@@ -104,6 +106,6 @@ class _SumCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad_total: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_total: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad_SH,) = ctx.saved_tensors
         return grad_SH * grad_total.to(grad_SH.dtype), None, None, None, None, None

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from transformers.pytorch_utils import Conv1D
 
 from loratune.recipe import LoraSection
 
@@ -32,10 +33,11 @@ def attach_adapter(
     """
     config = LoraConfig(
         r=lora.r,
-        lora_alpha=int(lora.alpha) if math.isclose(lora.alpha, int(lora.alpha)) else lora.alpha,  # type: ignore[arg-type]
+        lora_alpha=int(lora.alpha) if math.isclose(lora.alpha, int(lora.alpha)) else lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=list(short_names(model, targets)),
         task_type=TaskType.CAUSAL_LM,
+        fan_in_fan_out=isinstance(model.get_submodule(targets[0]), Conv1D),
     )
     model.name_or_path = base_name  # PEFT takes the base's name from here
     with torch.random.fork_rng():
@@ -60,4 +62,4 @@ def trainable_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter
 
 def save_adapter(model: PeftModel, folder: Path) -> None:
     """Write the adapter in PEFT's format, as safetensors."""
-    model.save_pretrained(str(folder), safe_serialization=True)
+    model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)

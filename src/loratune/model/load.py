@@ -46,6 +46,11 @@ def locate_model(section: ModelSection) -> BaseModel:
         MachineError: The hub cannot be reached.
     """
     name = section.name
+    is_local = name.startswith("package:") or name.endswith(".gguf") or Path(name).expanduser().exists()
+    if is_local and section.revision is not None:
+        raise RecipeError(
+            f"model.revision is {section.revision}, but model.name is local", fix="leave model.revision out"
+        )
     if name.startswith("package:"):
         file = _package_file(name)
         return BaseModel(name=name, path=import_gguf(file))

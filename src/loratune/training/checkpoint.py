@@ -76,7 +76,7 @@ def checkpoints_in(folder: Path) -> list[Path]:
 
 def latest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint whose files are as they were written, and what is wrong with any newer one."""
-    complaints = []
+    complaints: list[str] = []
     for path in reversed(checkpoints_in(folder)):
         problem = _damage(path)
         if not problem:
@@ -118,7 +118,9 @@ def load_random(folder: Path) -> None:
 
 
 def _write_files(folder: Path, model: PeftModel, optimizer: Any, scheduler: Any, trainer_state: str) -> None:
-    save_file(_contiguous(get_peft_model_state_dict(model)), folder / _ADAPTER)
+    # PEFT's "auto" asks the hub, at every save, whether the vocabulary was resized; we never resize it
+    adapter = get_peft_model_state_dict(model, save_embedding_layers=False)
+    save_file(_contiguous(adapter), folder / _ADAPTER)
     structure, tensors = _split_state(optimizer.state_dict())
     save_file(tensors, folder / _OPTIMIZER)
     random_record, random_tensors = _random_state()

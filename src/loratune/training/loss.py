@@ -70,7 +70,7 @@ class SupervisedLoss:
         self.decoder: Any = causal_lm.base_model
         if packed:
             register()
-            causal_lm.set_attn_implementation(PACKED)  # type: ignore[operator]
+            causal_lm.set_attn_implementation(PACKED)
 
     def sum(self, batch: MicroBatch) -> torch.Tensor:
         """Sum of -log p over the supervised tokens of a micro-batch, a float32 scalar with a gradient."""
@@ -144,7 +144,7 @@ def make_loss(model: PeftModel, examples: Sequence[Example]) -> tuple[Supervised
     tolerance = _TOLERANCE[loss_dtype(model)]
     if difference <= tolerance:
         return loss, ""
-    model.get_base_model().set_attn_implementation(own_attention)  # type: ignore[operator]
+    model.get_base_model().set_attn_implementation(own_attention)
     loss = SupervisedLoss(model, packed=False)
     difference = _largest_difference(loss, examples, expected)
     if difference > tolerance:
@@ -191,6 +191,6 @@ def _plain_losses(model: PeftModel, examples: Sequence[Example]) -> torch.Tensor
 def _largest_difference(loss: SupervisedLoss, examples: Sequence[Example], expected: torch.Tensor) -> float:
     was_training = loss.model.training
     loss.model.eval()
-    actual = loss.per_token(collate(_heads_of(examples)).to(loss.model.device))  # type: ignore[arg-type]
+    actual = loss.per_token(collate(_heads_of(examples)).to(loss.model.device))
     loss.model.train(was_training)
     return float((actual - expected).abs().max())

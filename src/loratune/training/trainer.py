@@ -121,7 +121,7 @@ class _RunTrainer(Trainer):
         return metrics
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
-        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[no-untyped-call]
         self.step_metrics.grad_norm = float(norm)
         self.step_metrics.learning_rate = self._get_learning_rate()
         return norm
@@ -239,7 +239,9 @@ class FastTrainer(_RunTrainer):
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> tuple[list[Any], None]:
         return [next(epoch_iterator) for _ in range(num_batches)], None
 
-    def training_step(self, model: Any, inputs: list[MicroBatch], num_items_in_batch: Any = None) -> torch.Tensor:
+    def training_step(  # type: ignore[override] # a step's micro-batches, not one batch
+        self, model: Any, inputs: list[MicroBatch], num_items_in_batch: Any = None
+    ) -> torch.Tensor:
         """Gradients of one optimizer step; returns its loss: the mean over the step's supervised tokens."""
         started = time.perf_counter()
         model.train()
@@ -335,9 +337,9 @@ def evaluate_nll(
     loss.model.eval()
     with progress.task("held-out loss", len(examples), "examples") as task:
         for chosen in pack([(i, len(example.input_ids)) for i, example in enumerate(examples)], token_budget):
-            batch = collate([examples[i] for i in chosen]).to(loss.model.device)  # type: ignore[arg-type]
+            batch = collate([examples[i] for i in chosen]).to(loss.model.device)
             counts = [num_supervised(examples[i]) for i in chosen]
-            sums = [float(part.double().sum()) for part in loss.per_token(batch).split(counts)]
+            sums = [float(part.double().sum()) for part in torch.split(loss.per_token(batch), counts)]
             for i, total, count in zip(chosen, sums, counts, strict=True):
                 results[i] = (total, count)
             task.advance(len(chosen))

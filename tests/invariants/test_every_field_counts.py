@@ -1,0 +1,224 @@
+"""No field is accepted and ignored: changing any of them changes something that a user can see."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+from transformers import PreTrainedTokenizerBase
+
+from loratune.errors import LoratuneError
+from loratune.pipeline import train
+from loratune.recipe import Recipe
+from tests.conftest import conversation, write_jsonl
+
+# field → a value other than the baseline's
+OTHER: dict[str, Any] = {
+    "model.name": "FOLDER",
+    "model.revision": "v2",
+    "model.dtype": "bfloat16",
+    "model.trust_remote_code": True,
+    "data.train": "FILE",
+    "data.eval": 0.3,
+    "data.format": "alpaca",
+    "data.train_on": "last",
+    "data.thinking": "strip",
+    "data.max_length": 90,
+    "data.on_long": "drop",
+    "data.on_bad_row": "error",
+    "lora.r": 3,
+    "lora.alpha": 4,
+    "lora.dropout": 0.3,
+    "lora.targets": "attention",
+    "train.output_dir": "FOLDER",
+    "train.epochs": 2,
+    "train.learning_rate": 1e-3,
+    "train.batch_size": 5,
+    "train.schedule": "cosine",
+    "train.warmup_fraction": 0.5,
+    "train.weight_decay": 0.5,
+    "train.max_grad_norm": 0.01,
+    "train.seed": 7,
+    "train.engine": "trl",
+    "train.device": "cuda",
+    "train.token_budget": 130,
+    "train.eval_every": 1,
+    "train.save_every": 1,
+    "train.log_every": 1,
+    "train.keep_checkpoints": 1,
+    "train.report_to": ["tensorboard"],
+    "evaluate.metric": "contains",
+    "evaluate.samples": 1,
+    "evaluate.max_new_tokens": 2,
+}
+# what has to be on for the field to matter
+ALSO: dict[str, dict[str, Any]] = {
+    "train.keep_checkpoints": {"train.save_every": 1},
+    "evaluate.samples": {"evaluate.metric": "exact_match"},
+    "evaluate.max_new_tokens": {"evaluate.metric": "exact_match"},
+}
+
+
+class Listener:
+    """Keeps what the user would see go by."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    @contextmanager
+    def task(self, name: str, total: int | None, unit: str = "") -> Iterator[Listener]:
+        yield self
+
+    def advance(self, amount: int = 1, note: str = "") -> None:
+        pass
+
+    def line(self, text: str) -> None:
+        self.lines.append(text.rpartition(" · ")[0] if "tokens/s" in text else text)
+
+    def warn(self, text: str) -> None:
+        self.lines.append(text)
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    thought = {"role": "assistant", "content": "<think>It is red.</think>Red."}
+    made = [conversation(i) for i in range(14)]
+    made.append({"messages": [{"role": "user", "content": "Colour?"}, thought]})
+    made.append({"messages": [{"role": "user", "content": "Count."}, {"role": "assistant", "content": "one two " * 60}]})
+    made.append({"messages": [{"role": "king", "content": "Count."}]})
+    return write_jsonl(tmp_path_factory.mktemp("rows") / "rows.jsonl", made)
+
+
+@pytest.fixture(scope="module")
+def baseline_values(tiny_model: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return {
+        "model": {"name": str(tiny_model), "dtype": "float32"},
+        "data": {"train": str(rows), "eval": str(rows), "on_bad_row": "skip", "max_length": 80, "on_long": "truncate"},
+        "lora": {"r": 2, "alpha": 8, "dropout": 0.1},
+        "train": {
+            "output_dir": str(tmp_path_factory.mktemp("runs") / "baseline"),
+            "epochs": 1,
+            "learning_rate": 1e-2,
+            "batch_size": 4,
+            "device": "cpu",
+        },
+        "evaluate": {"max_new_tokens": 4},
+    }
+
+
+def footprint(recipe: Recipe) -> dict[str, Any]:
+    """Everything that a user can see of a run, but for clocks and the recipe itself."""
+    listener = Listener()
+    try:
+        run = train(recipe, overwrite=True, progress=listener).run
+    except LoratuneError as error:
+        return {"error": str(error)}
+    plan = json.loads(run.plan.read_text())
+    for name in ("time", "measured", "choices"):
+        plan.pop(name)
+    metrics = run.read_metrics()
+    for record in metrics:
+        record.pop("tokens_per_second", None)
+    adapter = load_file(run.adapter / "adapter_model.safetensors")
+    seen = {
+        "files": sorted(path.name for path in run.root.iterdir()),
+        "root": str(run.root),
+        "plan": plan,
+        "metrics": metrics,
+        "adapter": {name: tensor.sum().item() for name, tensor in adapter.items()},
+        "scale": json.loads((run.adapter / "adapter_config.json").read_text()),
+        "inputs": json.loads(run.lock.read_text())["inputs"],
+        "data": json.loads(run.data.read_text())["train"]["num_rejected"],
+        "evaluation": json.loads(run.evaluation.read_text()),
+        "checkpoints": sorted(path.name for path in run.checkpoints.iterdir()),
+        "lines": listener.lines,
+    }
+    shutil.rmtree(run.root)
+    return seen
+
+
+def with_settings(values: dict[str, Any], settings: dict[str, Any]) -> Recipe:
+    changed = {section: dict(fields) for section, fields in values.items()}
+    for name, value in settings.items():
+        section, _, field = name.partition(".")
+        changed.setdefault(section, {})[field] = value
+    return Recipe.parse(changed)
+
+
+@pytest.fixture(scope="module")
+def footprints(baseline_values: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The baseline, and the baseline of each field that needs another to matter."""
+    made = {"": footprint(with_settings(baseline_values, {}))}
+    for also in ALSO.values():
+        made.setdefault(json.dumps(also), footprint(with_settings(baseline_values, also)))
+    return made
+
+
+def test_the_list_has_every_field() -> None:
+    fields = {
+        f"{name}.{field}"
+        for name, section in Recipe.model_fields.items()
+        for field in section.annotation.model_fields  # type: ignore[union-attr]
+    }
+    assert fields == set(OTHER)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("field", OTHER)
+def test_changing_a_field_changes_what_happens(
+    field: str,
+    baseline_values: dict[str, Any],
+    footprints: dict[str, dict[str, Any]],
+    tiny_model: Path,
+    rows: Path,
+    tmp_path: Path,
+    smollm2_tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    value = OTHER[field]
+    if field == "model.name":
+        value = shutil.copytree(tiny_model, tmp_path / "model")
+        (tmp_path / "model" / "chat_template.jinja").write_text(smollm2_tokenizer.chat_template.replace("SmolLM", "Tiny"))
+    elif field == "model.trust_remote_code":
+        _check_trust(baseline_values, tiny_model, tmp_path)
+        return
+    elif field == "data.train":
+        value = write_jsonl(tmp_path / "other.jsonl", [conversation(i) for i in range(50, 66)])
+    elif field == "train.output_dir":
+        value = tmp_path / "elsewhere"
+    also = ALSO.get(field, {})
+    value = str(value) if isinstance(value, Path) else value
+    baseline = footprints[json.dumps(also) if also else ""]
+    assert "error" not in baseline
+    assert footprint(with_settings(baseline_values, {**also, field: value})) != baseline
+
+
+def test_an_unchanged_recipe_leaves_the_same_footprint(
+    baseline_values: dict[str, Any], footprints: dict[str, dict[str, Any]]
+) -> None:
+    assert footprint(with_settings(baseline_values, {})) == footprints[""]
+
+
+def _check_trust(values: dict[str, Any], tiny_model: Path, tmp_path: Path) -> None:
+    """Code of the model runs only when the recipe says so."""
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    ran = tmp_path / "ran"
+    (folder / "configuration_own.py").write_text(
+        "from pathlib import Path\n"
+        "from transformers import LlamaConfig\n"
+        f"Path({str(ran)!r}).touch()\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
+    )
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "configuration_own.OwnConfig"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    refused = footprint(with_settings(values, {"model.name": str(folder)}))
+    assert "trust_remote_code" in refused["error"]
+    assert not ran.exists()
+    footprint(with_settings(values, {"model.name": str(folder), "model.trust_remote_code": True}))
+    assert ran.exists()

@@ -1,0 +1,82 @@
+"""The recipe decides the mathematics: engines, token budgets and packing must not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from loratune.pipeline import train
+from loratune.recipe import Recipe
+from loratune.run import RunDir
+
+MakeRecipe = Callable[..., Recipe]
+
+
+def trajectory(run: RunDir) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
+    """Losses of all steps, held-out losses, final adapter."""
+    metrics = run.read_metrics()
+    losses = [record["loss"] for record in metrics if "loss" in record]
+    held_out = [record["eval_nll"] for record in metrics if "eval_nll" in record]
+    return losses, held_out, load_file(run.adapter / "adapter_model.safetensors")
+
+
+def assert_same(one: RunDir, other: RunDir, *, tolerance: float) -> None:
+    losses, held_out, adapter = trajectory(one)
+    other_losses, other_held_out, other_adapter = trajectory(other)
+    assert losses == pytest.approx(other_losses, abs=tolerance)
+    assert held_out == pytest.approx(other_held_out, abs=tolerance)
+    assert adapter.keys() == other_adapter.keys()
+    for name, tensor in adapter.items():
+        torch.testing.assert_close(tensor, other_adapter[name], rtol=0, atol=10 * tolerance)
+    assert max(float(tensor.abs().max()) for name, tensor in adapter.items() if "lora_B" in name) > 1e-3
+
+
+# float32: a loss of 10 nats is known to 1e-6; Adam divides gradients by their size, so weights differ a little more
+@pytest.mark.parametrize("train_on", ["assistant", "all"])
+def test_the_fast_engine_takes_the_steps_of_stock_trl(tiny_recipe: MakeRecipe, tmp_path: Path, train_on: str) -> None:
+    fast = train(tiny_recipe(data__train_on=train_on, lora__targets="complete"))
+    stock = train(
+        tiny_recipe(
+            data__train_on=train_on,
+            lora__targets="complete",
+            train__engine="trl",
+            train__output_dir=str(tmp_path / "trl"),
+        )
+    )
+    assert_same(fast.run, stock.run, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("budget", [1, 100, 100_000])
+def test_the_token_budget_does_not_change_the_result(tiny_recipe: MakeRecipe, tmp_path: Path, budget: int) -> None:
+    one = train(tiny_recipe())
+    other = train(tiny_recipe(train__token_budget=budget, train__output_dir=str(tmp_path / "other")))
+    assert_same(one.run, other.run, tolerance=1e-5)
+
+
+def test_the_same_recipe_twice_is_the_same_to_the_bit(tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
+    one = train(tiny_recipe(lora__dropout=0.1))
+    other = train(tiny_recipe(lora__dropout=0.1, train__output_dir=str(tmp_path / "other")))
+    assert_same(one.run, other.run, tolerance=0)
+
+
+def test_a_stopped_and_resumed_run_is_the_uninterrupted_one_to_the_bit(
+    tiny_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    from loratune.pipeline import resume
+
+    whole = train(tiny_recipe(lora__dropout=0.1, train__save_every=2))
+    part = tiny_recipe(lora__dropout=0.1, train__save_every=2, train__output_dir=str(tmp_path / "part"))
+    killed = train(part)
+    # what a kill after step 4 leaves behind: later checkpoints and the adapter do not exist
+    import shutil
+
+    shutil.rmtree(killed.run.adapter)
+    shutil.rmtree(killed.run.checkpoints / "6")
+    resumed = resume(killed.run.root)
+    assert_same(whole.run, resumed.run, tolerance=0)
+    steps = [record["step"] for record in resumed.run.read_metrics() if "loss" in record]
+    assert steps == [1, 2, 3, 4, 5, 6]

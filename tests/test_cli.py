@@ -1,0 +1,202 @@
+"""The command as a user types it: what it prints, where, and its exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from loratune import cli
+from tests.conftest import conversation, write_jsonl
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def loratune(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run the command in this process; exit code, stdout, stderr."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["loratune", *map(str, arguments)])
+        before = signal.getsignal(signal.SIGPIPE)
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        signal.signal(signal.SIGPIPE, before)
+        captured = capsys.readouterr()
+        return int(stop.value.code or 0), captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def recipe(tiny_model: Path, chat_files: tuple[Path, Path], tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        f"model:\n  name: {tiny_model}\n  dtype: float32\n"
+        f"data:\n  train: {chat_files[0]}\n  eval: {chat_files[1]}\n"
+        f"train:\n  output_dir: {tmp_path / 'run'}\n  epochs: 1\n  device: cpu\n  learning_rate: 1e-2\n"
+        "evaluate:\n  metric: exact_match\n  max_new_tokens: 3\n"
+    )
+    return path
+
+
+def test_help_is_quick_and_names_every_verb() -> None:
+    started = time.perf_counter()
+    shown = subprocess.run([sys.executable, "-m", "loratune", "--help"], capture_output=True, text=True, check=True)
+    assert all(verb in shown.stdout for verb in ("plan", "train", "resume", "evaluate", "schema"))
+    modules = subprocess.run(
+        [sys.executable, "-c", "import sys, loratune.cli; print('torch' in sys.modules)"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert modules.stdout.strip() == "False", "the help must not wait for torch"
+    assert time.perf_counter() - started < 30
+
+
+def test_plan_shows_counts_and_trained_tokens_and_writes_nothing(loratune: Run, recipe: Path, tmp_path: Path) -> None:
+    code, out, _ = loratune("plan", recipe)
+    assert code == 0
+    assert "q_proj, v_proj in 2 layers" in " ".join(out.split())
+    assert "20 examples" in out
+    assert "<|im_end|>" in out
+    assert not (tmp_path / "run").exists()
+
+
+def test_train_leaves_a_run_directory_that_evaluate_reads(loratune: Run, recipe: Path, tmp_path: Path) -> None:
+    code, out, err = loratune("train", recipe)
+    assert code == 0, err
+    assert "exact_match" in out
+    run = tmp_path / "run"
+    for name in ("recipe.yaml", "lock.json", "data.json", "plan.json", "metrics.jsonl", "evaluation.json"):
+        assert (run / name).is_file(), name
+    assert (run / "recipe.yaml").read_text() == recipe.read_text()
+    assert {"README.md", "adapter_model.safetensors", "adapter_config.json", "chat_template.jinja"} <= {
+        path.name for path in (run / "adapter").iterdir()
+    }
+    plan = json.loads((run / "plan.json").read_text())
+    assert plan["measured"]["peak_bytes"] > 0
+    assert plan["measured"]["train_seconds"] > 0
+    first = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
+    assert {"step", "epoch", "loss", "learning_rate", "grad_norm", "num_tokens", "num_supervised_tokens"} <= set(first)
+    before = json.loads((run / "evaluation.json").read_text())
+    (run / "evaluation.json").unlink()
+    code, out, _ = loratune("evaluate", run, "--json")
+    assert code == 0
+    again = json.loads(out)["evaluation"]
+    assert again["tuned"] == pytest.approx(before["tuned"], rel=1e-6)
+    assert again["items"] == before["items"]
+    code, _, err = loratune("train", recipe)
+    assert code == 2
+    assert "holds a run already" in err
+
+
+def test_json_output_is_json_alone_on_stdout(loratune: Run, recipe: Path) -> None:
+    code, out, _ = loratune("plan", recipe, "--json")
+    record = json.loads(out)
+    assert code == 0
+    assert record["parameters"]["trainable"] == 2 * 16 * (32 + 32 + 32 + 16)
+    assert record["data"]["num_examples"] == 20
+    code, out, err = loratune("plan", recipe, "lora.rank=3", "--json")
+    assert code == 2
+    assert json.loads(out)["problem"] == "unknown setting lora.rank"
+    assert "did you mean" in err or "known here" in err
+
+
+@pytest.mark.parametrize(
+    ("rows", "settings", "code", "words"),
+    [
+        ("", (), 3, ["train.jsonl", "empty"]),
+        ('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\nnot json\n', (), 3, ["train.jsonl:2"]),
+        ('{"message": []}\n', (), 3, ["train.jsonl"]),
+        ('{"messages": [{"role": "king", "content": "a"}, {"role": "assistant", "content": "b"}]}\n', (), 3, ["train.jsonl:1", "king"]),
+        ('{"messages": [{"role": "user", "content": null}, {"role": "assistant", "content": "b"}]}\n', (), 3, ["train.jsonl:1", "content"]),
+        ('{"messages": [{"role": "system", "content": "a"}]}\n', (), 3, ["train.jsonl:1"]),
+        (None, ("lora.targets=[w_proj]",), 2, ["w_proj"]),
+        (None, ("data.max_length=100000",), 2, ["data.max_length is 100000", "512 positions"]),
+        (None, ("train.device=cuda",), 4, ["cuda is not available"]),
+        (None, ("model.name=/nowhere",), 2, ["/nowhere", "no such folder"]),
+        (None, ("model.name=package:no_such_package/a.gguf",), 2, ["not installed", "pip install"]),
+        (None, ("data.train=missing.jsonl",), 3, ["missing.jsonl"]),
+        (None, ("data.eval=none", "evaluate.metric=json"), 2, ["nothing to score"]),
+        (None, ("evaluate.metric=json",), 3, ["eval.jsonl:1", "JSON"]),
+        (None, ("data.max_length=5", "data.on_long=drop"), 3, ["no train conversation is left"]),
+    ],
+)  # fmt: skip
+def test_bad_input_is_told_with_place_and_exit_code_before_anything_is_written(
+    loratune: Run, recipe: Path, tmp_path: Path, rows: str | None, settings: tuple[str, ...], code: int, words: list[str]
+) -> None:
+    if rows is not None:
+        (tmp_path / "train.jsonl").write_text(rows)
+        settings = (*settings, f"data.train={tmp_path / 'train.jsonl'}")
+    actual, out, err = loratune("train", recipe, *settings)
+    flat = " ".join(err.split())
+    assert actual == code, err
+    assert out == ""
+    for word in words:
+        assert word in flat
+    assert "Traceback" not in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_without_chat_template_is_refused_with_the_way_out(
+    loratune: Run, recipe: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    import shutil
+
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "bare"))
+    (folder / "chat_template.jinja").unlink()
+    code, _, err = loratune("train", recipe, f"model.name={folder}")
+    assert code == 3
+    assert "no chat template" in err
+    assert "data.format=text" in err
+
+
+@pytest.mark.timeout(60)
+def test_the_hub_out_of_reach_says_how_to_use_a_local_folder(tmp_path: Path) -> None:
+    """The seed's own recipe on a machine without network."""
+    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    recipe = Path(__file__).parents[1] / "recipes" / "seed.yaml"
+    started = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-m", "loratune", "plan", str(recipe)], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 4, done.stderr
+    assert "model.name=/path/to/folder" in done.stderr
+    assert time.perf_counter() - started < 20  # 10 on an idle machine
+
+
+def test_ctrl_c_saves_and_resume_goes_on_to_the_same_end(recipe: Path, tmp_path: Path, loratune: Run) -> None:
+    rows = write_jsonl(tmp_path / "many.jsonl", [conversation(i) for i in range(160)])
+    settings = [f"data.train={rows}", "train.epochs=2", "evaluate.metric=none"]
+    command = [sys.executable, "-m", "loratune", "train", str(recipe), *settings]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        metrics = tmp_path / "run" / "metrics.jsonl"
+        deadline = time.monotonic() + 120
+        while not (metrics.is_file() and metrics.read_text().count("\n") >= 5):
+            assert process.poll() is None, process.communicate()[1]
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "loratune resume" in err
+    code, _, err = loratune("resume", tmp_path / "run")
+    assert code == 0, err
+    interrupted = [json.loads(line) for line in metrics.read_text().splitlines()]
+    code, _, err = loratune("train", recipe, *settings, f"train.output_dir={tmp_path / 'whole'}")
+    assert code == 0, err
+    whole = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    same = ("step", "loss", "grad_norm", "learning_rate", "eval_nll")
+    assert [[record.get(name) for name in same] for record in interrupted] == [
+        [record.get(name) for name in same] for record in whole
+    ]
+    one, other = (tmp_path / name / "adapter" / "adapter_model.safetensors" for name in ("run", "whole"))
+    assert one.read_bytes() == other.read_bytes()
