@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import MethodType
 from typing import TYPE_CHECKING
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft.tuners.lora.layer import Linear as LoraLinear
 from transformers.pytorch_utils import Conv1D
 
+from loratune.kernels.lora_linear import lora_linear
 from loratune.recipe import LoraSection
 
 if TYPE_CHECKING:
@@ -53,6 +56,39 @@ def short_names(model: torch.nn.Module, targets: tuple[str, ...]) -> tuple[str, 
     leaves = {name.rpartition(".")[2] for name in targets}
     chosen = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in leaves}
     return tuple(sorted(leaves)) if chosen == set(targets) else tuple(sorted(targets))
+
+
+def use_fast_layers(model: PeftModel) -> int:
+    """Let PEFT's plain LoRA layers compute with `kernels.lora_linear`; the number of layers that do.
+
+    PEFT makes the update in three passes over each layer's output and in float32. The `forward` of each layer object is
+    replaced; with the adapter off or merged, and for every other kind of layer, PEFT's own runs.
+    """
+    layers = [module for module in model.modules() if type(module) is LoraLinear and _is_plain(module)]
+    for layer in layers:
+        layer.forward = MethodType(_fast_forward, layer)
+    return len(layers)
+
+
+def _is_plain(layer: LoraLinear) -> bool:
+    return (
+        type(layer.base_layer) is torch.nn.Linear and not layer.lora_variant and not layer.lora_bias.get("default", False)
+    )
+
+
+def _fast_forward(layer: LoraLinear, x: torch.Tensor) -> torch.Tensor:
+    if layer.disable_adapters or layer.merged or layer.active_adapters != ["default"]:
+        return LoraLinear.forward(layer, x)
+    base = layer.base_layer
+    return lora_linear(
+        x,
+        layer.lora_dropout["default"](x),
+        base.weight,
+        base.bias,
+        layer.lora_A["default"].weight,
+        layer.lora_B["default"].weight,
+        layer.scaling["default"],
+    )
 
 
 def trainable_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:

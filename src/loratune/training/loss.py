@@ -19,6 +19,7 @@ from loratune.data.render import Example
 from loratune.errors import RunError
 from loratune.kernels.attention import PACKED, PackingUnsupportedError, register
 from loratune.kernels.cross_entropy import cross_entropy_per_token, sum_cross_entropy
+from loratune.model.adapter import use_fast_layers
 
 CHECK_TOKENS = 24
 """Tokens of each of the two examples on which the fast path is compared with the plain one."""
@@ -135,6 +136,7 @@ def make_loss(model: PeftModel, examples: Sequence[Example]) -> tuple[Supervised
     """
     own_attention = model.get_base_model().config._attn_implementation
     expected = _plain_losses(model, examples)
+    use_fast_layers(model)
     try:
         loss = SupervisedLoss(model, packed=True)
         difference = _largest_difference(loss, examples, expected)
