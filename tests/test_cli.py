@@ -131,7 +131,13 @@ def test_json_output_is_json_alone_on_stdout(loratune: Run, recipe: Path) -> Non
     ],
 )  # fmt: skip
 def test_bad_input_is_told_with_place_and_exit_code_before_anything_is_written(
-    loratune: Run, recipe: Path, tmp_path: Path, rows: str | None, settings: tuple[str, ...], code: int, words: list[str]
+    loratune: Run,
+    recipe: Path,
+    tmp_path: Path,
+    rows: str | None,
+    settings: tuple[str, ...],
+    code: int,
+    words: list[str],
 ) -> None:
     if rows is not None:
         (tmp_path / "train.jsonl").write_text(rows)
@@ -166,7 +172,11 @@ def test_the_hub_out_of_reach_says_how_to_use_a_local_folder(tmp_path: Path) -> 
     recipe = Path(__file__).parents[1] / "recipes" / "seed.yaml"
     started = time.perf_counter()
     done = subprocess.run(
-        [sys.executable, "-m", "loratune", "plan", str(recipe)], capture_output=True, text=True, env=environment, check=False
+        [sys.executable, "-m", "loratune", "plan", str(recipe)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
     )
     assert done.returncode == 4, done.stderr
     assert "model.name=/path/to/folder" in done.stderr

@@ -71,7 +71,12 @@ def test_a_source_may_be_a_name_or_a_mapping_or_a_list(tmp_path: Path) -> None:
         ("data:\n  max_length: 1\n", (), None, ["max_length is 1"]),
         ("data:\n  eval: 1.5\n", (), None, ["eval is 1.5", "between 0 and 1"]),
         ("data:\n  format: text\n", (), None, ["format is text", "train_on: all"]),
-        ("data:\n  eval: none\nevaluate:\n  metric: json\n", (), None, ["evaluate.metric is json", "data.eval is none"]),
+        (
+            "data:\n  eval: none\nevaluate:\n  metric: json\n",
+            (),
+            None,
+            ["evaluate.metric is json", "data.eval is none"],
+        ),
         ("train:\n  epochs: 1\n  epochs: 2\n", (), 3, ["train.epochs is set twice"]),
         ("train: 5\n", (), 1, ["train is 5"]),
         ("- a\n", (), None, ["a list"]),

@@ -6,7 +6,12 @@ import os
 from typing import TYPE_CHECKING, Any
 
 # The libraries read these once, when they are imported: no telemetry, no advertisements.
-for _name in ("HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK", "TRANSFORMERS_NO_ADVISORY_WARNINGS", "TRL_EXPERIMENTAL_SILENCE"):
+for _name in (
+    "HF_HUB_DISABLE_TELEMETRY",
+    "DO_NOT_TRACK",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS",
+    "TRL_EXPERIMENTAL_SILENCE",
+):
     os.environ.setdefault(_name, "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 

@@ -54,7 +54,9 @@ def differences(before: Record, now: Record, keys: Sequence[str] = ("model", "te
     return changed
 
 
-def make_lock(*, recipe: dict[str, Any], choices: dict[str, Any], inputs: dict[str, Any], adapter: dict[str, Any]) -> Record:
+def make_lock(
+    *, recipe: dict[str, Any], choices: dict[str, Any], inputs: dict[str, Any], adapter: dict[str, Any]
+) -> Record:
     """The record.
 
     Args:

@@ -1,9 +1,9 @@
 """What each verb does, in order: the one module that knows every stage.
 
-    plan        prepare, and tell
-    train       prepare → run directory → weights and adapter → steps → adapter saved → base against tuned
-    resume      the same from a checkpoint, after checking that nothing it depends on changed
-    evaluate    base against tuned, of a finished run
+plan        prepare, and tell
+train       prepare → run directory → weights and adapter → steps → adapter saved → base against tuned
+resume      the same from a checkpoint, after checking that nothing it depends on changed
+evaluate    base against tuned, of a finished run
 """
 
 from __future__ import annotations
@@ -37,7 +37,6 @@ from loratune.training.callbacks import RunCallback, stopping_in_order
 from loratune.training.checkpoint import latest_checkpoint
 from loratune.training.loss import SupervisedLoss, make_loss
 from loratune.training.trainer import FastTrainer, ReferenceTrainer, TrainingData, evaluate_nll, resume_state
-
 
 _NOBODY = Silent()
 
@@ -117,7 +116,9 @@ def resume(root: str | Path, *, progress: Progress = _NOBODY) -> RunResult:
         for complaint in complaints:
             progress.warn(complaint)
         if checkpoint is None:
-            raise RunError("the run has no checkpoint to go on from", file=run.checkpoints, fix="train anew with --overwrite")
+            raise RunError(
+                "the run has no checkpoint to go on from", file=run.checkpoints, fix="train anew with --overwrite"
+            )
         step = resume_state(checkpoint)
         run.rewind_metrics(step)
         progress.line(f"going on after step {step}")
@@ -174,9 +175,7 @@ def _run(prepared: Preparation, run: RunDir, checkpoint: Path | None, progress: 
 def _load_base(prepared: Preparation, progress: Progress) -> Any:
     recipe = prepared.recipe
     progress.line(f"loading {recipe.model.name} in {recipe.model.dtype} on {recipe.train.device}")
-    return load_model(
-        prepared.base, recipe.model, dtype=torch_dtype(recipe.model.dtype), device=recipe.train.device
-    )
+    return load_model(prepared.base, recipe.model, dtype=torch_dtype(recipe.model.dtype), device=recipe.train.device)
 
 
 def _loadable_name(prepared: Preparation) -> str:
@@ -234,9 +233,7 @@ def _save(prepared: Preparation, run: RunDir, model: PeftModel) -> None:
     temporary.rename(run.adapter)
 
 
-def _evaluate(
-    prepared: Preparation, run: RunDir, model: PeftModel, loss: SupervisedLoss, progress: Progress
-) -> Record:
+def _evaluate(prepared: Preparation, run: RunDir, model: PeftModel, loss: SupervisedLoss, progress: Progress) -> Record:
     """Base and tuned from the same loaded model, adapter off and on."""
     section, data = prepared.recipe.evaluate, prepared.data
     prompts = prepared.prompts

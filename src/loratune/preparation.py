@@ -6,7 +6,7 @@ import shutil
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from loratune.data.batch import num_supervised
 from loratune.data.prepare import PreparedData, prepare_data
@@ -99,7 +99,9 @@ class Preparation:
                 "num_supervised_tokens": sum(num_supervised(example) for example in train),
                 "num_eval_examples": len(self.data.eval),
             },
-            "choices": {name: {"value": choice.value, "reason": choice.reason} for name, choice in self.choices.items()},
+            "choices": {
+                name: {"value": choice.value, "reason": choice.reason} for name, choice in self.choices.items()
+            },
             "warnings": list(self.warnings),
         }
 
@@ -194,7 +196,8 @@ def _max_length(recipe: Recipe, positions: int | None) -> Choice:
         if "max_length" not in recipe.data.model_fields_set:  # nobody asked for the default
             return Choice(str(positions), f"the positions of the model; the default is {wanted}")
         raise RecipeError(
-            f"data.max_length is {wanted}, the model has {positions} positions", fix=f"data.max_length={positions} or auto"
+            f"data.max_length is {wanted}, the model has {positions} positions",
+            fix=f"data.max_length={positions} or auto",
         )
     return Choice(str(wanted))
 
@@ -305,7 +308,7 @@ class _Bars:
         self._open = ExitStack()
         self._name, self._done = "", 0
 
-    def __enter__(self) -> _Bars:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -114,7 +114,9 @@ class DataSection(Section):
         if isinstance(self.eval, float | int) and not 0 < self.eval < 1:
             raise ValueError(f"eval is {self.eval}; as a held-out fraction it must lie between 0 and 1")
         if self.format == "text" and self.train_on != "all":
-            raise ValueError(f"format is text, which has no answers, but train_on is {self.train_on}; set train_on: all")
+            raise ValueError(
+                f"format is text, which has no answers, but train_on is {self.train_on}; set train_on: all"
+            )
         return self
 
 
@@ -201,7 +203,9 @@ class TrainSection(Section):
             if isinstance(value, str):
                 continue
             if value <= 0 or (isinstance(value, float) and value >= 1 and value != int(value)):
-                raise ValueError(f"{name} is {value}; give a number of steps, a fraction of the run below 1, epoch or never")
+                raise ValueError(
+                    f"{name} is {value}; give a number of steps, a fraction of the run below 1, epoch or never"
+                )
         if isinstance(self.token_budget, int) and self.token_budget < 1:
             raise ValueError(f"token_budget is {self.token_budget}; give a positive number of tokens, or auto")
         return self

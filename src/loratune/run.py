@@ -1,9 +1,9 @@
 """The run directory: every path and every record that a run writes. Nothing else knows a file name.
 
-    RUN/recipe.yaml        as written          RUN/plan.json         what was promised, and what was measured
-    RUN/lock.json          everything effective RUN/metrics.jsonl     one line a step or evaluation
-    RUN/data.json          the data report     RUN/evaluation.json   base and tuned, per item
-    RUN/checkpoints/STEP/  to resume from      RUN/adapter/          PEFT format, with template and card
+RUN/recipe.yaml        as written          RUN/plan.json         what was promised, and what was measured
+RUN/lock.json          everything effective RUN/metrics.jsonl     one line a step or evaluation
+RUN/data.json          the data report     RUN/evaluation.json   base and tuned, per item
+RUN/checkpoints/STEP/  to resume from      RUN/adapter/          PEFT format, with template and card
 """
 
 from __future__ import annotations
@@ -84,7 +84,9 @@ class RunDir:
         """
         run = cls(Path(root).expanduser().resolve())
         if not run.lock.is_file():
-            raise RecipeError(f"{run.root} is no run directory: it has no lock.json", fix="give train.output_dir of a run")
+            raise RecipeError(
+                f"{run.root} is no run directory: it has no lock.json", fix="give train.output_dir of a run"
+            )
         return run
 
     @classmethod
@@ -207,4 +209,6 @@ def _replace(path: Path, text: str) -> None:
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise MachineError(f"cannot write: {error}", file=path, fix="free some disk space or choose another place") from error
+        raise MachineError(
+            f"cannot write: {error}", file=path, fix="free some disk space or choose another place"
+        ) from error

@@ -9,7 +9,9 @@ from loratune.data.steps import EpochPlan, epoch_order, num_steps_per_epoch, pac
 lengths_of_examples = st.lists(st.integers(1, 400), min_size=1, max_size=60)
 
 
-def plan_of(lengths: list[int], batch_size: int = 8, budget: int = 500, world_size: int = 1, epoch: int = 0) -> EpochPlan:
+def plan_of(
+    lengths: list[int], batch_size: int = 8, budget: int = 500, world_size: int = 1, epoch: int = 0
+) -> EpochPlan:
     return EpochPlan(
         lengths=lengths, batch_size=batch_size, seed=1, epoch=epoch, token_budget=budget, world_size=world_size
     )

@@ -127,7 +127,9 @@ def test_a_model_whose_state_would_leak_is_trained_one_example_at_a_time_and_say
     torch.manual_seed(0)
     config = MambaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2, state_size=4, initializer_range=0.2)
     base = AutoModelForCausalLM.from_config(config)
-    model = attach_adapter(base, LoraSection(r=3, dropout=0.0), ("backbone.layers.0.mixer.x_proj",), base_name="x", seed=0)
+    model = attach_adapter(
+        base, LoraSection(r=3, dropout=0.0), ("backbone.layers.0.mixer.x_proj",), base_name="x", seed=0
+    )
     loss, reason = make_loss(model, examples())
     assert not loss.packed
     assert reason

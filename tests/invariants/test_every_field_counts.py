@@ -90,7 +90,9 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     thought = {"role": "assistant", "content": "<think>It is red.</think>Red."}
     made = [conversation(i) for i in range(14)]
     made.append({"messages": [{"role": "user", "content": "Colour?"}, thought]})
-    made.append({"messages": [{"role": "user", "content": "Count."}, {"role": "assistant", "content": "one two " * 60}]})
+    made.append(
+        {"messages": [{"role": "user", "content": "Count."}, {"role": "assistant", "content": "one two " * 60}]}
+    )
     made.append({"messages": [{"role": "king", "content": "Count."}]})
     return write_jsonl(tmp_path_factory.mktemp("rows") / "rows.jsonl", made)
 
@@ -183,7 +185,9 @@ def test_changing_a_field_changes_what_happens(
     value = OTHER[field]
     if field == "model.name":
         value = shutil.copytree(tiny_model, tmp_path / "model")
-        (tmp_path / "model" / "chat_template.jinja").write_text(smollm2_tokenizer.chat_template.replace("SmolLM", "Tiny"))
+        (tmp_path / "model" / "chat_template.jinja").write_text(
+            smollm2_tokenizer.chat_template.replace("SmolLM", "Tiny")
+        )
     elif field == "model.trust_remote_code":
         _check_trust(baseline_values, tiny_model, tmp_path)
         return

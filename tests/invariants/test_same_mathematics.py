@@ -63,9 +63,7 @@ def test_the_same_recipe_twice_is_the_same_to_the_bit(tiny_recipe: MakeRecipe, t
     assert_same(one.run, other.run, tolerance=0)
 
 
-def test_a_stopped_and_resumed_run_is_the_uninterrupted_one_to_the_bit(
-    tiny_recipe: MakeRecipe, tmp_path: Path
-) -> None:
+def test_a_stopped_and_resumed_run_is_the_uninterrupted_one_to_the_bit(tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
     from loratune.pipeline import resume
 
     whole = train(tiny_recipe(lora__dropout=0.1, train__save_every=2))

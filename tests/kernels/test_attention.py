@@ -27,13 +27,13 @@ def reference(
 
 @pytest.mark.parametrize("num_key_heads", [4, 2, 1])
 @pytest.mark.parametrize(("window", "softcap"), [(None, None), (4, None), (None, 2.0), (4, 2.0), (100, None)])
-def test_value_and_gradients_equal_the_definition(num_key_heads: int, window: int | None, softcap: float | None) -> None:
+def test_value_and_gradients_equal_the_definition(
+    num_key_heads: int, window: int | None, softcap: float | None
+) -> None:
     torch.manual_seed(0)
     tokens = sum(LENGTHS)
     query = torch.randn(1, 4, tokens, 8, dtype=torch.float64, requires_grad=True)
-    key, value = (
-        torch.randn(1, num_key_heads, tokens, 8, dtype=torch.float64, requires_grad=True) for _ in range(2)
-    )
+    key, value = (torch.randn(1, num_key_heads, tokens, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
     boundaries = torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0).tolist()], dtype=torch.int32)
     out, weights = packed_attention(
         torch.nn.Module(),

@@ -88,9 +88,7 @@ def test_a_save_that_fails_leaves_the_earlier_checkpoints(saved: tuple[Path, Pef
             raise OSError(28, "No space left on device")
 
     with pytest.raises(MachineError, match="No space left"):
-        save_checkpoint(
-            folder / "20", model=model, optimizer=Full(), scheduler=None, trainer_state="", keep=1
-        )
+        save_checkpoint(folder / "20", model=model, optimizer=Full(), scheduler=None, trainer_state="", keep=1)
     assert latest_checkpoint(folder)[0] == folder / "10"
     assert sorted(path.name for path in folder.iterdir()) == ["10", "2", "4"]
 

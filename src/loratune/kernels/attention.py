@@ -111,7 +111,7 @@ def _by_example(
     grouped = query_1HTD.shape[1] != key_1GTD.shape[1]
     outs = []
     # split, not slices: the gradient of a slice is a row of zeros as long as all examples together
-    for query, key, value in zip(*(x.split(lengths, dim=2) for x in (query_1HTD, key_1GTD, value_1GTD)), strict=True):
+    for query, key, value in zip(*(torch.split(x, lengths, dim=2) for x in (query_1HTD, key_1GTD, value_1GTD)), strict=True):
         length = query.shape[2]
         if softcap is not None:
             out = _softcapped(query, key, value, scaling, window, softcap)
@@ -146,7 +146,7 @@ def _softcapped(
     return scores.softmax(-1, dtype=torch.float32).to(value.dtype) @ value
 
 
-def _no_mask(*args: Any, **kwargs: Any) -> None:  # noqa: ARG001
+def _no_mask(*args: Any, **kwargs: Any) -> None:
     """The boundaries say what a mask would."""
 
 

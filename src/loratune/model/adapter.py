@@ -72,7 +72,9 @@ def use_fast_layers(model: PeftModel) -> int:
 
 def _is_plain(layer: LoraLinear) -> bool:
     return (
-        type(layer.base_layer) is torch.nn.Linear and not layer.lora_variant and not layer.lora_bias.get("default", False)
+        type(layer.base_layer) is torch.nn.Linear
+        and not layer.lora_variant
+        and not layer.lora_bias.get("default", False)
     )
 
 

@@ -44,9 +44,7 @@ class MemoryPlan:
     @property
     def peak_bytes(self) -> int:
         """Everything at once."""
-        return (
-            self.weights_bytes + self.adapter_bytes + self.activation_bytes + self.loss_bytes + self.process_bytes
-        )
+        return self.weights_bytes + self.adapter_bytes + self.activation_bytes + self.loss_bytes + self.process_bytes
 
 
 def activation_bytes_per_token(config: Any, dtype_bytes: int, num_adapted: int, r: int) -> int:

@@ -67,7 +67,9 @@ class RunCallback(TrainerCallback):
             control.should_evaluate = False
             control.should_training_stop = True
 
-    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if self.stopped_at is not None:  # it is saved already, and who stops does not want to wait for an evaluation
             control.should_save = control.should_evaluate = False
 

@@ -47,7 +47,8 @@ class Head:
         layer = causal_lm.get_output_embeddings()
         if not isinstance(layer, torch.nn.Linear) or layer.weight.requires_grad:
             raise RunError(
-                f"the output head is a trained or adapted {type(layer).__name__}", fix="leave it out, or train.engine=trl"
+                f"the output head is a trained or adapted {type(layer).__name__}",
+                fix="leave it out, or train.engine=trl",
             )
         config = causal_lm.config.get_text_config()
         scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)

@@ -34,7 +34,13 @@ from loratune.errors import RunError
 from loratune.progress import Progress
 from loratune.recipe import TrainSection
 from loratune.run import RunDir
-from loratune.training.checkpoint import TRAINER_STATE, load_adapter_weights, load_optimizer, load_random, save_checkpoint
+from loratune.training.checkpoint import (
+    TRAINER_STATE,
+    load_adapter_weights,
+    load_optimizer,
+    load_random,
+    save_checkpoint,
+)
 from loratune.training.loss import SupervisedLoss
 
 
@@ -236,7 +242,9 @@ class FastTrainer(_RunTrainer):
         sampler = _GlobalSteps(steps.num_per_epoch, lambda: self.state.global_step)
         return DataLoader(steps, batch_size=1, sampler=sampler, collate_fn=_only)
 
-    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> tuple[list[Any], None]:
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], None]:
         return [next(epoch_iterator) for _ in range(num_batches)], None
 
     def training_step(  # type: ignore[override] # a step's micro-batches, not one batch
@@ -300,7 +308,9 @@ class ReferenceTrainer(_RunTrainer, SFTTrainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return self._order
 
-    def training_step(self, model: Any, inputs: dict[str, torch.Tensor], num_items_in_batch: Any = None) -> torch.Tensor:
+    def training_step(
+        self, model: Any, inputs: dict[str, torch.Tensor], num_items_in_batch: Any = None
+    ) -> torch.Tensor:
         started = time.perf_counter()
         num_tokens = int(inputs["attention_mask"].sum())
         num_supervised_tokens = int((inputs["labels"][:, 1:] != -100).sum())
