@@ -285,7 +285,7 @@ class _Loader(yaml.SafeLoader):
     """YAML 1.2's numbers: PyYAML's own rule reads `1e-4` as text."""
 
 
-_Loader.add_implicit_resolver(  # type: ignore[no-untyped-call]
+_Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"),
     list("-+0123456789."),
