@@ -10,7 +10,7 @@ import matplotlib as mpl
 from loratune.run import RunDir
 
 mpl.use("svg")
-import matplotlib.pyplot as plt  # noqa: E402 - after the choice of backend
+import matplotlib.pyplot as plt
 
 
 def draw(run: RunDir, out: Path) -> None:
@@ -18,7 +18,9 @@ def draw(run: RunDir, out: Path) -> None:
     records = run.read_metrics()
     steps = [(record["step"], record["loss"]) for record in records if "loss" in record]
     held_out = [(record["step"], record["eval_nll"]) for record in records if "eval_nll" in record]
-    plt.rcParams.update({"svg.hashsalt": "loratune", "font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
+    plt.rcParams.update(
+        {"svg.hashsalt": "loratune", "font.size": 11, "axes.spines.top": False, "axes.spines.right": False}
+    )
     figure, axes = plt.subplots(figsize=(7.2, 3.4), layout="constrained")
     axes.plot(*zip(*steps, strict=True), color="#3366cc", linewidth=1.6, label="training, each step")
     axes.plot(*zip(*held_out, strict=True), "o", color="#cc5500", markersize=7, label="held out")

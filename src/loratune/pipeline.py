@@ -38,6 +38,9 @@ from loratune.training.checkpoint import latest_checkpoint
 from loratune.training.loss import SupervisedLoss, make_loss
 from loratune.training.trainer import FastTrainer, ReferenceTrainer, TrainingData, evaluate_nll, resume_state
 
+Nll = list[tuple[float, int]]
+"""Per held-out example: the sum of -log p over its supervised tokens, and their number."""
+
 _NOBODY = Silent()
 
 
@@ -158,9 +161,9 @@ def _run(prepared: Preparation, run: RunDir, checkpoint: Path | None, progress: 
             progress.warn(f"one example at a time: {reason}")
     else:
         loss = SupervisedLoss(model, packed=False)
-    seconds = _train(prepared, run, model, loss, checkpoint, progress)
+    seconds, tuned_nll = _train(prepared, run, model, loss, checkpoint, progress)
     _save(prepared, run, model)
-    evaluation = _evaluate(prepared, run, model, loss, progress) if prepared.data.eval else None
+    evaluation = _evaluate(prepared, run, model, loss, progress, tuned_nll) if prepared.data.eval else None
     record = read_json(run.plan)
     record["measured"] = {
         "peak_bytes": peak_bytes(recipe.train.device),
@@ -190,8 +193,8 @@ def _train(
     loss: SupervisedLoss,
     checkpoint: Path | None,
     progress: Progress,
-) -> float:
-    """All optimizer steps; returns the seconds spent in them."""
+) -> tuple[float, Nll | None]:
+    """All optimizer steps; returns the seconds spent in them, and the last step's held-out losses if it was evaluated."""
     recipe, data = prepared.recipe, prepared.data
     done = resume_state(checkpoint) if checkpoint is not None else 0
     torch.manual_seed(recipe.train.seed)
@@ -220,7 +223,8 @@ def _train(
             f"stopped after step {callback.stopped_at} of {prepared.num_steps}, which is saved",
             fix=f"`loratune resume {run.root}` goes on",
         )
-    return callback.train_seconds
+    step, losses = trainer.last_evaluation
+    return callback.train_seconds, losses if step == prepared.num_steps else None
 
 
 def _save(prepared: Preparation, run: RunDir, model: PeftModel) -> None:
@@ -233,14 +237,21 @@ def _save(prepared: Preparation, run: RunDir, model: PeftModel) -> None:
     temporary.rename(run.adapter)
 
 
-def _evaluate(prepared: Preparation, run: RunDir, model: PeftModel, loss: SupervisedLoss, progress: Progress) -> Record:
-    """Base and tuned from the same loaded model, adapter off and on."""
+def _evaluate(
+    prepared: Preparation,
+    run: RunDir,
+    model: PeftModel,
+    loss: SupervisedLoss,
+    progress: Progress,
+    tuned_nll: Nll | None = None,
+) -> Record:
+    """Base and tuned from the same loaded model, adapter off and on. `tuned_nll`: where it is known already."""
     section, data = prepared.recipe.evaluate, prepared.data
     prompts = prepared.prompts
     stops = stop_token_ids(prepared.tokenizer) if prompts else ()
 
-    def measure(name: str) -> tuple[list[tuple[float, int]], list[Answer]]:
-        nll = evaluate_nll(loss, data.eval, prepared.memory.token_budget, progress)
+    def measure(name: str, known: Nll | None = None) -> tuple[Nll, list[Answer]]:
+        nll = known or evaluate_nll(loss, data.eval, prepared.memory.token_budget, progress)
         if not prompts:
             return nll, []
         with progress.task(f"{name} answers", len(prompts), "prompts") as task:
@@ -257,7 +268,7 @@ def _evaluate(prepared: Preparation, run: RunDir, model: PeftModel, loss: Superv
     model.eval()
     with model.disable_adapter():
         base_nll, base_answers = measure("base")
-    tuned_nll, tuned_answers = measure("tuned")
+    tuned_nll, tuned_answers = measure("tuned", tuned_nll)
     record = evaluation_record(
         metric=section.metric,
         prompts=prompts,

@@ -21,8 +21,8 @@ TRL_TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 
 # What looks like a control token in TRL's templates; their tokenizers have each of these as one token.
 CONTROL = re.compile(
-    r"<\|[^|<>\s]{1,40}\|>|<｜[^｜<>\s]{1,40}｜>|</?(?:start|end)_of_\w+>|</?s>|<\|?turn\|?>|<\|?channel\|?>"
-    r"|<\|?tool_(?:call|response)\|?>|<\|\"\|>"
+    r"<\|[^|<>\s]{1,40}\|>|<｜[^｜<>\s]{1,40}｜>|</?(?:start|end)_of_\w+>|</?s>|<\|\"\|>"
+    r"|<\|(?:turn|channel|tool_call|tool_response)>|<(?:turn|channel|tool_call|tool_response)\|>"
 )
 
 

@@ -30,6 +30,10 @@ class TinyPrompt:
     origin: Place
     input_ids: list[int] = field(default_factory=list)
 
+    @property
+    def question(self) -> str:
+        return self.text.upper()
+
 
 def answer(text: str, *, stopped: bool = True) -> Answer:
     return Answer(text=text, num_tokens=3, stopped=stopped)
@@ -144,6 +148,7 @@ def test_the_record_holds_means_differences_and_every_item() -> None:
         "file": "eval.jsonl",
         "line": 2,
         "prompt": "request 1",
+        "question": "REQUEST 1",
         "reference": "right 1",
         "base": {"text": "[red]wrong[/red]", "score": 0.0, "num_tokens": 3, "stopped": False},
         "tuned": {"text": "right 1", "score": 1.0, "num_tokens": 3, "stopped": True},
@@ -174,8 +179,8 @@ def test_the_table_shows_base_tuned_difference_and_interval() -> None:
 
 def test_samples_begin_with_items_that_differ_and_show_text_as_it_is() -> None:
     text = printed(samples_table(record()))
-    assert "request 0" not in text
+    assert "REQUEST 0" not in text
     assert "[red]wrong[/red] … (did not stop)" in text
     assert "\x1b" not in text
     assert r"\x1b[31m" in text
-    assert "request 0" in printed(samples_table(record(), count=4))
+    assert "REQUEST 0" in printed(samples_table(record(), count=4))

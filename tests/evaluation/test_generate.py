@@ -57,6 +57,7 @@ class TinyPrompt:
     reference: str = ""
     origin: Place = field(default_factory=Place)
     text: str = ""
+    question: str = ""
 
 
 @pytest.fixture(scope="module")

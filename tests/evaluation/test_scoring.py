@@ -22,6 +22,7 @@ class TinyPrompt:
     input_ids: list[int] = field(default_factory=list)
     origin: Place = field(default_factory=Place)
     text: str = ""
+    question: str = ""
 
 
 @pytest.mark.parametrize(

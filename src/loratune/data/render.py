@@ -50,6 +50,9 @@ class Prompt:
 
     input_ids: list[int]
     text: str
+    """As the model reads it, with the template's tokens."""
+    question: str
+    """What was said before the answer, for people: the messages' texts without the system's, a line each."""
     reference: str
     """The last answer, without its thoughts."""
     origin: Origin
@@ -130,7 +133,13 @@ def render_prompts(
     texts = [_prompt_text(conversation, turns[-1], template, thinking) for conversation, turns in asked]
     ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
     return [
-        Prompt(input_ids=list(i), text=t, reference=_reference(c.messages[turns[-1]]), origin=c.origin)
+        Prompt(
+            input_ids=list(i),
+            text=t,
+            question=_question(c.messages[: turns[-1]]),
+            reference=_reference(c.messages[turns[-1]]),
+            origin=c.origin,
+        )
         for i, t, (c, turns) in zip(ids, texts, asked, strict=True)
     ]
 
@@ -159,6 +168,10 @@ def _prompt_text(conversation: Conversation, turn: int, template: ChatTemplate, 
     except BadRow as bad:
         origin = conversation.origin
         raise DataError(str(bad), file=origin.file, line=origin.line, fix="correct this conversation") from None
+
+
+def _question(messages: Sequence[Message]) -> str:
+    return "\n".join(str(message.get("content") or "") for message in messages if message["role"] != "system")
 
 
 def _reference(message: Message) -> str:
@@ -333,7 +346,10 @@ def _texts_of(message: Message) -> Iterator[str]:
 
 def _check_tool_support(messages: Sequence[Message], tools: Tools, template: ChatTemplate) -> None:
     calls = any("tool_calls" in message for message in messages)
-    if (calls or tools) and not template.supports_tools and calls:
+    if not calls and not tools:
+        return
+    supported = template.supports_tools  # asked in any case: it settles how tools are rendered
+    if calls and not supported:
         raise BadRow("the chat template does not write tool calls")
 
 

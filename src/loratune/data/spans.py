@@ -16,6 +16,7 @@ token is not part of it.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ Span = tuple[int, int]
 
 _SENTINEL = re.compile(r"Qk(\d+)([ct])Z")
 _CACHED_SHAPES = 512
+_ENDING, _COMPARED = 8, 4096  # characters of a prompt: those it is looked for by, and those it is compared by
 
 
 class Hole(NamedTuple):
@@ -171,10 +173,7 @@ def spans_by_prompting(
     spans: list[Span] = []
     for turn in turns:
         prompt = template.render(messages[:turn], tools, prompt=True)
-        if text.startswith(prompt):
-            start = len(prompt)
-        else:
-            start = _find_prompt(text, prompt, messages[turn - 1], spans[-1][1] if spans else 0)
+        start = _end_of_prompt(text, prompt, spans[-1][1] if spans else 0)
         spans.append((start, _first_stop(text, start, len(text), template.stops) or len(text)))
     return spans
 
@@ -384,21 +383,29 @@ def _first_stop(text: str, start: int, limit: int, stops: Sequence[str]) -> int 
     return position + length
 
 
-def _find_prompt(text: str, prompt: str, previous: Message, floor: int) -> int:
-    """Where a prompt ends in a conversation that writes earlier messages differently.
+def _end_of_prompt(text: str, prompt: str, floor: int) -> int:
+    """Where a prompt ends in a conversation: it starts with it, or it writes earlier messages differently.
 
-    What is compared then is the prompt's last message and all after it, from the previous answer on.
+    Then, of all places after the previous answer that read like the end of the prompt, it is the one before which the
+    most reads like the prompt.
     """
-    for variant in header_variants(prompt)[1:]:
-        if text.startswith(variant):
+    best = (0, 0)
+    for variant in header_variants(prompt):
+        if variant and text.startswith(variant):
             return len(variant)
-    content = previous.get("content", "").strip()
-    position = max(prompt.rfind(content), prompt.rfind(_in_json(content))) if content else -1
-    for variant in header_variants(prompt[position:] if position >= 0 else prompt[-64:]):
-        found = text.find(variant, floor)
-        if found >= 0:
-            return found + len(variant)
-    raise BadRow("the chat template writes a prompt that does not occur in the conversation")
+        ending = variant[-_ENDING:]
+        end = text.find(ending, floor) + len(ending)
+        while ending and end >= floor + len(ending):
+            best = max(best, (_common_suffix(text[:end], variant), -end))
+            end = text.find(ending, end - len(ending) + 1) + len(ending)
+    if best == (0, 0):
+        raise BadRow("the chat template writes a prompt that does not occur in the conversation")
+    return -best[1]
+
+
+def _common_suffix(one: str, other: str) -> int:
+    ends = [text[-_COMPARED:][::-1] for text in (one, other)]
+    return len(os.path.commonprefix(ends))  # noqa: RUF071 - of characters
 
 
 def _merged(spans: Sequence[Span]) -> list[Span]:

@@ -142,11 +142,14 @@ def samples_table(record: Mapping[str, Any], count: int = 3) -> Table:
     items = record["items"]
     different = [item for item in items if item["base"]["text"] != item["tuned"]["text"]]
     alike = [item for item in items if item["base"]["text"] == item["tuned"]["text"]]
-    table = Table(title="Samples", show_lines=True)
-    for column in ("prompt", "reference", "base", "tuned"):
-        table.add_column(column, ratio=1, overflow="fold")
+    table = Table(title="Samples", show_header=False)
+    table.add_column("what", style="bold")
+    table.add_column("text", overflow="fold")
     for item in [*different, *alike][:count]:
-        table.add_row(_plain(item["prompt"]), _plain(item["reference"]), _scored(item["base"]), _scored(item["tuned"]))
+        table.add_row("prompt", _plain(item["question"]))
+        table.add_row("reference", _plain(item["reference"]))
+        table.add_row("base", _scored(item["base"]))
+        table.add_row("tuned", _scored(item["tuned"]), end_section=True)
     return table
 
 
@@ -185,6 +188,7 @@ def _item(metric: str, prompt: Prompt, base: Answer, tuned: Answer) -> dict[str,
         "file": prompt.origin.file,
         "line": prompt.origin.line,
         "prompt": prompt.text,
+        "question": prompt.question,
         "reference": prompt.reference,
         "base": _scored_answer(metric, base, prompt.reference),
         "tuned": _scored_answer(metric, tuned, prompt.reference),

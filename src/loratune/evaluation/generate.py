@@ -54,6 +54,11 @@ class Prompt(Protocol):
 
     @property
     def text(self) -> str:
+        """The prompt as the model reads it."""
+        ...
+
+    @property
+    def question(self) -> str:
         """The prompt as people read it."""
         ...
 

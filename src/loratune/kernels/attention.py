@@ -111,7 +111,9 @@ def _by_example(
     grouped = query_1HTD.shape[1] != key_1GTD.shape[1]
     outs = []
     # split, not slices: the gradient of a slice is a row of zeros as long as all examples together
-    for query, key, value in zip(*(torch.split(x, lengths, dim=2) for x in (query_1HTD, key_1GTD, value_1GTD)), strict=True):
+    for query, key, value in zip(
+        *(torch.split(x, lengths, dim=2) for x in (query_1HTD, key_1GTD, value_1GTD)), strict=True
+    ):
         length = query.shape[2]
         if softcap is not None:
             out = _softcapped(query, key, value, scaling, window, softcap)

@@ -116,10 +116,13 @@ class _RunTrainer(Trainer):
     supervised_loss: SupervisedLoss
     step_metrics: StepMetrics
     progress: Progress
+    last_evaluation: tuple[int, list[tuple[float, int]]] = (-1, [])
+    """The step of the last evaluation, and what `evaluate_nll` returned there."""
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Token-weighted negative log-likelihood of the held-out examples."""
         losses = evaluate_nll(self.supervised_loss, self.run_data.eval, self.run_data.token_budget, self.progress)
+        self.last_evaluation = self.state.global_step, losses
         metrics = {"eval_nll": sum(s for s, _ in losses) / max(1, sum(n for _, n in losses))}
         metrics["eval_loss"] = metrics["eval_nll"]  # the name that transformers' callbacks and trackers look for
         self.log(dict(metrics))
