@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 from loratune.data.batch import num_supervised
 from loratune.data.prepare import PreparedData, prepare_data
 from loratune.data.render import Prompt, render_prompts
+from loratune.data.steps import largest_step
 from loratune.errors import MachineError, RecipeError
 from loratune.evaluation.scoring import check_references
 from loratune.kernels.cross_entropy import chunk_rows
@@ -206,6 +207,7 @@ def _memory(
     recipe: Recipe, config: Any, parameters: ParameterCount, data: PreparedData, dtype: str, device: str
 ) -> MemoryPlan:
     wanted = recipe.train.token_budget
+    lengths = [len(example.input_ids) for example in data.train]
     return plan_memory(
         total_parameters=parameters.total,
         trainable_parameters=parameters.trainable,
@@ -215,7 +217,8 @@ def _memory(
         dtype_bytes=torch_dtype(dtype).itemsize,
         device=device,
         loss_chunk_bytes=chunk_rows(config.vocab_size) * config.vocab_size * 4,
-        longest=max(len(example.input_ids) for example in data.train),
+        longest=max(lengths),
+        largest_step=largest_step(lengths, batch_size=recipe.train.batch_size, seed=recipe.train.seed),
         wanted_budget=None if wanted == "auto" else int(wanted),
     )
 

@@ -226,8 +226,12 @@ def test_texts_that_read_like_the_templates_own_words_lead_nobody_astray(
         assistant("assistant\n"),
     )
 
-    (example,) = rendered([converse(*turn, *turn, tools=tools)], tokenizer).examples
+    conversation = converse(*turn, *turn, tools=tools)
 
+    (example,) = rendered([conversation], tokenizer).examples
+    (last,) = rendered([conversation], tokenizer, train_on="last").examples
+
+    assert trained_texts(last, tokenizer) == trained_texts(example, tokenizer)[-1:]
     trained = trained_texts(example, tokenizer)
     assert len(trained) == 4
     assert ["<function=weather>" in text for text in trained] == [True, False, True, False]

@@ -170,12 +170,55 @@ def spans_by_prompting(
     Raises:
         BadRow: A prompt does not occur in the conversation.
     """
-    spans: list[Span] = []
-    for turn in turns:
-        prompt = template.render(messages[:turn], tools, prompt=True)
-        start = _end_of_prompt(text, prompt, spans[-1][1] if spans else 0)
-        spans.append((start, _first_stop(text, start, len(text), template.stops) or len(text)))
-    return spans
+    prompts = _Prompts(text, messages, tools, template)
+    starts = [prompts.end(turn) for turn in turns]
+    return [(start, _first_stop(text, start, len(text), template.stops) or len(text)) for start in starts]
+
+
+class _Prompts:
+    """Where the prompts of answers end in a rendered conversation."""
+
+    def __init__(self, text: str, messages: Sequence[Message], tools: Tools, template: ChatTemplate) -> None:
+        self._text = text
+        self._messages = messages
+        self._tools = tools
+        self._template = template
+        self._ends: dict[int, int] = {}
+
+    def end(self, turn: int) -> int:
+        if turn not in self._ends:
+            prompt = self._template.render(self._messages[:turn], self._tools, prompt=True)
+            variants = header_variants(prompt) if not self._text.startswith(prompt) else [prompt]
+            fitting = next((variant for variant in variants if self._text.startswith(variant)), None)
+            self._ends[turn] = self._search(turn, prompt, variants) if fitting is None else len(fitting)
+        return self._ends[turn]
+
+    def _search(self, turn: int, prompt: str, variants: Sequence[str]) -> int:
+        """For templates that write earlier messages differently: look for the last message, and all after it.
+
+        It stands after the start of the previous answer. Some templates (Mistral's) even move texts between messages:
+        then it is the place before which the most reads like the prompt.
+        """
+        answers = [n for n in range(1, turn) if self._messages[n]["role"] == "assistant"]
+        floor = self.end(answers[-1]) if answers else 0
+        before = self._template.probe(self._messages[: turn - 1], self._tools)
+        last = len(os.path.commonprefix([prompt, before]))  # noqa: RUF071 - of characters
+        endings = [variant[last:] for variant in variants if before]
+        found = [(place, -len(ending)) for ending in endings if (place := self._text.find(ending, floor)) >= 0]
+        if found:
+            place, length = min(found)  # the first, and there the longest
+            return place - length
+        places = [place for variant in variants for place in _places_like(self._text, variant, floor)]
+        if not places:
+            raise BadRow("the chat template writes a prompt that does not occur in the conversation")
+        return -max(places)[1]
+
+
+def _places_like(text: str, prompt: str, floor: int) -> Iterator[tuple[int, int]]:
+    """Of each place that reads like the end of the prompt: how much of it does, and where it ends (negated)."""
+    for match in re.finditer(re.escape(prompt[-_ENDING:]), text[floor:]):
+        end = floor + match.end()
+        yield _common_suffix(text[:end], prompt), -end
 
 
 def spans_by_markers(text: str, marked: Sequence[Span], template: ChatTemplate) -> list[Span]:
@@ -381,26 +424,6 @@ def _first_stop(text: str, start: int, limit: int, stops: Sequence[str]) -> int 
         return None
     position, length = min(found)
     return position + length
-
-
-def _end_of_prompt(text: str, prompt: str, floor: int) -> int:
-    """Where a prompt ends in a conversation: it starts with it, or it writes earlier messages differently.
-
-    Then, of all places after the previous answer that read like the end of the prompt, it is the one before which the
-    most reads like the prompt.
-    """
-    best = (0, 0)
-    for variant in header_variants(prompt):
-        if variant and text.startswith(variant):
-            return len(variant)
-        ending = variant[-_ENDING:]
-        end = text.find(ending, floor) + len(ending)
-        while ending and end >= floor + len(ending):
-            best = max(best, (_common_suffix(text[:end], variant), -end))
-            end = text.find(ending, end - len(ending) + 1) + len(ending)
-    if best == (0, 0):
-        raise BadRow("the chat template writes a prompt that does not occur in the conversation")
-    return -best[1]
 
 
 def _common_suffix(one: str, other: str) -> int:

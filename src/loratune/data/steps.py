@@ -65,6 +65,12 @@ def num_steps_per_epoch(num_examples: int, batch_size: int) -> int:
     return -(-num_examples // batch_size)
 
 
+def largest_step(lengths: Sequence[int], *, batch_size: int, seed: int) -> int:
+    """Tokens of the largest step of the first epoch."""
+    shuffled = np.asarray(lengths)[epoch_order(len(lengths), seed=seed, epoch=0)]
+    return int(np.add.reduceat(shuffled, np.arange(0, len(lengths), batch_size)).max())
+
+
 def epoch_order(num_examples: int, *, seed: int, epoch: int) -> np.ndarray:
     """The shuffled example numbers of an epoch, int64 [num_examples]."""
     return np.random.default_rng([seed, epoch]).permutation(num_examples)

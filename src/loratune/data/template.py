@@ -122,7 +122,7 @@ class ChatTemplate:
             self._named[tools] = self._tokenizer.get_chat_template(tools=[{}] if tools else None)
         return self._named[tools]
 
-    def _probe(self, messages: Sequence[Message], tools: Tools = None, *, prompt: bool = False) -> str:
+    def probe(self, messages: Sequence[Message], tools: Tools = None, *, prompt: bool = False) -> str:
         """Like `render`, but an empty text where the template refuses."""
         try:
             return self.render(messages, tools, prompt=prompt)
@@ -133,7 +133,7 @@ class ChatTemplate:
         """Templates of models that see images read content as a list of parts only."""
         chat = [_message("user", _PROBE_USER), _message("assistant", _PROBE_ANSWER)]
         for self._as_parts in (False, True):
-            text = self._probe(chat)
+            text = self.probe(chat)
             if _PROBE_USER in text and _PROBE_ANSWER in text:
                 return
         self._as_parts = False
@@ -194,7 +194,7 @@ class ChatTemplate:
         return eos if run and isinstance(eos, str) and run[0].endswith(eos) else None
 
     def _tool_stop(self) -> str | None:
-        text = self._probe(self._tool_probe, _PROBE_TOOLS) if self.supports_tools else ""
+        text = self.probe(self._tool_probe, _PROBE_TOOLS) if self.supports_tools else ""
         tail = text.rpartition(_PROBE_ARGUMENT)[2]
         tokens = self.control_tokens.findall(tail)
         return tokens[-1] if tokens and tail.rstrip().endswith(tokens[-1]) else None
@@ -216,7 +216,7 @@ class ChatTemplate:
         """
         for self._content_always in (False, True):
             for self._arguments_as_text in (False, True):
-                text = self._probe(self._tool_probe, _PROBE_TOOLS)
+                text = self.probe(self._tool_probe, _PROBE_TOOLS)
                 if _PROBE_TOOL in text and _PROBE_ARGUMENT in text.rpartition(_PROBE_TOOL)[2]:
                     return True
         self._content_always = self._arguments_as_text = False
@@ -230,7 +230,7 @@ class ChatTemplate:
     @cached_property
     def header(self) -> str:
         """The generation prompt: what it writes to start an answer. May be empty (Mistral)."""
-        without = self._probe([_message("user", _PROBE_USER)]).rpartition(_PROBE_USER)[2]
+        without = self.probe([_message("user", _PROBE_USER)]).rpartition(_PROBE_USER)[2]
         cut = len(os.path.commonprefix([self.prompt_tail, without]))  # noqa: RUF071 - of characters
         inside = [m for m in self.control_tokens.finditer(self.prompt_tail) if m.start() < cut < m.end()]
         return self.prompt_tail[inside[0].start() if inside else cut :]
@@ -239,7 +239,7 @@ class ChatTemplate:
     def thoughts(self) -> ThoughtFormat | None:
         """How it writes `reasoning_content`; None where it does not read that field."""
         answer = {**_message("assistant", _PROBE_ANSWER), "reasoning_content": _PROBE_THOUGHTS}
-        text = self._probe([_message("user", _PROBE_USER), answer])
+        text = self.probe([_message("user", _PROBE_USER), answer])
         after_user = text.partition(_PROBE_USER)[2]
         start = without_thoughts(self.prompt_tail)
         if _PROBE_THOUGHTS not in after_user or not after_user.startswith(start):

@@ -77,6 +77,7 @@ def plan_memory(
     device: str,
     loss_chunk_bytes: int,
     longest: int,
+    largest_step: int,
     wanted_budget: int | None,
 ) -> MemoryPlan:
     """The token budget that fits this machine's free memory, and the memory that it takes.
@@ -91,6 +92,7 @@ def plan_memory(
         device: cpu, cuda or mps.
         loss_chunk_bytes: Bytes of one chunk of logits.
         longest: Tokens of the longest example: the least that a micro-batch must hold.
+        largest_step: Tokens of the largest step: the most that a micro-batch can hold.
         wanted_budget: The recipe's own, or None for auto.
 
     Raises:
@@ -111,7 +113,8 @@ def plan_memory(
             fix="set a smaller data.max_length, model.dtype: bfloat16, or use a smaller model",
         )
     budget = wanted_budget if wanted_budget is not None else max(longest, min(CAPS[device], room // per_token))
-    return MemoryPlan(**fixed, activation_bytes=max(budget, longest) * per_token, token_budget=budget)
+    tokens = max(longest, min(budget, largest_step))
+    return MemoryPlan(**fixed, activation_bytes=tokens * per_token, token_budget=budget)
 
 
 def free_bytes(device: str) -> int:
