@@ -132,7 +132,7 @@ def prepare(recipe: Recipe, progress: Progress) -> Preparation:
         MachineError: The run does not fit this machine, or the hub cannot be reached.
     """
     device = choose_device(recipe.train.device)
-    base = locate_model(recipe.model)
+    base = locate_model(recipe.model, progress)
     config = load_config(base, recipe.model)
     max_length = _max_length(recipe, positions_of(config))
     model = skeleton(config, trust_remote_code=recipe.model.trust_remote_code)
@@ -182,7 +182,9 @@ def output_dir(recipe: Recipe) -> Path:
 def _prompts(recipe: Recipe, data: PreparedData, tokenizer: PreTrainedTokenizerBase) -> tuple[Prompt, ...]:
     if recipe.evaluate.metric == "none":
         return ()
-    prompts = render_prompts(data.eval_conversations[: recipe.evaluate.samples], tokenizer)
+    prompts = render_prompts(
+        data.eval_conversations[: recipe.evaluate.samples], tokenizer, thinking=recipe.data.thinking
+    )
     check_references(recipe.evaluate.metric, prompts)
     return tuple(prompts)
 

@@ -9,10 +9,13 @@ import hashlib
 import json
 import os
 import tempfile
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 from loratune.errors import RecipeError, RunError
+from loratune.progress import Progress
 
 CACHE_VARIABLE = "LORATUNE_CACHE"
 _MAGIC = b"GGUF"
@@ -43,7 +46,7 @@ def check_gguf(file: Path) -> None:
         raise RecipeError(f"not a GGUF file: it begins with {magic!r}", file=file, fix="give the path of a GGUF model")
 
 
-def import_gguf(file: Path) -> Path:
+def import_gguf(file: Path, progress: Progress) -> Path:
     """The folder with the model of a GGUF file in float32, its tokenizer and its chat template; made if missing.
 
     The quantised weights are expanded to float32, which holds each of their values exactly.
@@ -54,10 +57,12 @@ def import_gguf(file: Path) -> Path:
     folder = imported_folder(file)
     if (folder / "config.json").is_file():
         return folder
+    progress.line(f"importing {file.name} into {folder}; done once, takes about half a minute for 135 M parameters")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
         try:
-            _expand(file, Path(temporary))
+            with redirect_stderr(StringIO()):  # the libraries' progress bars
+                _expand(file, Path(temporary))
         except (ValueError, KeyError, NotImplementedError) as error:
             raise RunError(
                 f"transformers cannot read it: {error}", file=file, fix="use the model's safetensors folder instead"

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from loratune.errors import MachineError, RecipeError
 from loratune.model.gguf import check_gguf, import_gguf
+from loratune.progress import Progress
 from loratune.recipe import ModelSection
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ class BaseModel:
     revision: str | None = None
 
 
-def locate_model(section: ModelSection) -> BaseModel:
+def locate_model(section: ModelSection, progress: Progress) -> BaseModel:
     """Find the base model: a folder, a GGUF file (imported into the cache if need be), or the hub.
 
     Weights from the hub are not fetched here: only what describes the model is.
@@ -53,13 +54,13 @@ def locate_model(section: ModelSection) -> BaseModel:
         )
     if name.startswith("package:"):
         file = _package_file(name)
-        return BaseModel(name=name, path=import_gguf(file))
+        return BaseModel(name=name, path=import_gguf(file, progress))
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
             raise RecipeError(f"model.name is {name}: no such file", fix="check the path")
         check_gguf(path)
-        return BaseModel(name=name, path=import_gguf(path.resolve()))
+        return BaseModel(name=name, path=import_gguf(path.resolve(), progress))
     if path.is_dir():
         _check_folder(path)
         return BaseModel(name=name, path=path.resolve())
