@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from contextlib import ExitStack
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -131,6 +132,7 @@ def prepare(recipe: Recipe, progress: Progress) -> Preparation:
         DataError: The data cannot be trained on.
         MachineError: The run does not fit this machine, or the hub cannot be reached.
     """
+    _check_trackers(recipe)
     device = choose_device(recipe.train.device)
     base = locate_model(recipe.model, progress)
     config = load_config(base, recipe.model)
@@ -169,6 +171,15 @@ def prepare(recipe: Recipe, progress: Progress) -> Preparation:
         num_steps=num_steps(recipe.train, len(data.train)),
         warnings=(*target_notes(model, recipe.lora.targets), *data.report["notices"], *_advice(effective, data)),
     )
+
+
+def _check_trackers(recipe: Recipe) -> None:
+    missing = [name for name in recipe.train.report_to if find_spec(name) is None]
+    if missing:
+        raise RecipeError(
+            f"train.report_to names {', '.join(missing)}, which is not installed",
+            fix=f"pip install {' '.join(missing)}",
+        )
 
 
 def output_dir(recipe: Recipe) -> Path:

@@ -25,6 +25,7 @@ from datasets import Dataset as HubDataset
 from peft import PeftModel
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations import TensorBoardCallback
 from trl import SFTConfig, SFTTrainer
 
 from loratune.data.batch import MicroBatch, collate, num_supervised
@@ -89,12 +90,21 @@ def training_arguments(train: TrainSection, data: TrainingData, run: RunDir) -> 
         **_cadence("eval", train.eval_every if data.eval else "never"),
         **_cadence("save", train.save_every),
         **_cadence("logging", train.log_every),
-        "report_to": list(train.report_to),
+        "report_to": [name for name in train.report_to if name != "tensorboard"],
         "disable_tqdm": True,
         "dataloader_pin_memory": False,
         "logging_nan_inf_filter": False,  # true would report the average of earlier losses in place of a NaN
         "label_names": ["labels"],
     }
+
+
+def _tensorboard(train: TrainSection, run: RunDir) -> list[TrainerCallback]:
+    """The callback of transformers, writing into the run's directory for trackers instead of among the checkpoints."""
+    if "tensorboard" not in train.report_to:
+        return []
+    from torch.utils.tensorboard import SummaryWriter  # an optional package
+
+    return [TensorBoardCallback(SummaryWriter(str(run.trackers)))]  # type: ignore[no-untyped-call]
 
 
 def num_steps(train: TrainSection, num_examples: int) -> int:
@@ -235,7 +245,11 @@ class FastTrainer(_RunTrainer):
         # The batch size of transformers' own arithmetic is in items of the data set, and an item is a whole step.
         args = TrainingArguments(**arguments, per_device_train_batch_size=1, remove_unused_columns=False)
         super().__init__(
-            model=model, args=args, train_dataset=steps, eval_dataset=_Held(data.eval), callbacks=callbacks
+            model=model,
+            args=args,
+            train_dataset=steps,
+            eval_dataset=_Held(data.eval),
+            callbacks=[*callbacks, *_tensorboard(train, run)],
         )
         self.remove_callback(PrinterCallback)
 
@@ -304,7 +318,7 @@ class ReferenceTrainer(_RunTrainer, SFTTrainer):
             train_dataset=_labelled(data.train),
             eval_dataset=_labelled(data.eval) if data.eval else None,
             processing_class=tokenizer,
-            callbacks=callbacks,
+            callbacks=[*callbacks, *_tensorboard(train, run)],
         )
         self.remove_callback(PrinterCallback)
 
