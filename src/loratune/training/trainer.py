@@ -25,7 +25,7 @@ from datasets import Dataset as HubDataset
 from peft import PeftModel
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.integrations import TensorBoardCallback
+from transformers.integrations.integration_utils import TensorBoardCallback
 from trl import SFTConfig, SFTTrainer
 
 from loratune.data.batch import MicroBatch, collate, num_supervised
