@@ -51,9 +51,9 @@ def plan(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = Fals
     """Show what would be trained: parameters, memory, time, data, trained tokens. Loads no weights."""
     with _reporting(as_json) as progress:
         loaded = Recipe.load(recipe, overrides or ())
-        from loratune import pipeline
+        from loratune.preparation import prepare  # not the pipeline: planning needs no trainer
 
-        prepared = pipeline.plan(loaded, progress=progress)
+        prepared = prepare(loaded, progress)
         if as_json:
             _print_json({**prepared.as_plan(), "data_report": prepared.data.report})
         else:

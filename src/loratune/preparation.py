@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 from loratune.data.batch import num_supervised
 from loratune.data.prepare import PreparedData, prepare_data
 from loratune.data.render import Prompt, render_prompts
-from loratune.data.steps import largest_step
+from loratune.data.steps import largest_step, num_steps
 from loratune.errors import MachineError, RecipeError
 from loratune.evaluation.scoring import check_references
 from loratune.kernels.cross_entropy import chunk_rows
@@ -26,7 +26,6 @@ from loratune.planning.speed import TimePlan, plan_time, training_flops
 from loratune.progress import Progress
 from loratune.recipe import Recipe
 from loratune.run import Record
-from loratune.training.trainer import num_steps
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -168,7 +167,7 @@ def prepare(recipe: Recipe, progress: Progress) -> Preparation:
         prompts=_prompts(recipe, data, tokenizer),
         memory=memory,
         time=_time(effective, config.get_text_config(), model, parameters, data),
-        num_steps=num_steps(recipe.train, len(data.train)),
+        num_steps=num_steps(len(data.train), recipe.train.batch_size, recipe.train.epochs),
         warnings=(*target_notes(model, recipe.lora.targets), *data.report["notices"], *_advice(effective, data)),
     )
 
@@ -271,7 +270,7 @@ def _resolved(recipe: Recipe, choices: dict[str, Choice]) -> Recipe:
 
 def _check_disk(recipe: Recipe, parameters: ParameterCount, num_examples: int) -> None:
     """Adapter and two moments in each checkpoint, all in float32."""
-    saves = _num_saves(recipe, num_steps(recipe.train, num_examples))
+    saves = _num_saves(recipe, num_steps(num_examples, recipe.train.batch_size, recipe.train.epochs))
     kept = min(saves, recipe.train.keep_checkpoints or saves) + 1  # one more is written before the oldest goes
     needed = kept * parameters.trainable * 12 + parameters.adapter_bytes + 50 * 2**20
     folder = Path(recipe.train.output_dir).expanduser().absolute()
@@ -299,7 +298,7 @@ def _num_saves(recipe: Recipe, steps: int) -> int:
 def _advice(recipe: Recipe, data: PreparedData) -> list[str]:
     """Settings that are known to be weak, each with its reason and a better value. Nothing is changed."""
     train = recipe.train
-    steps = num_steps(train, len(data.train))
+    steps = num_steps(len(data.train), train.batch_size, train.epochs)
     notes = []
     if train.learning_rate < 1e-4:
         notes.append(

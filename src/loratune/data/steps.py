@@ -9,6 +9,7 @@ is indexing with k.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -63,6 +64,11 @@ class EpochPlan:
 def num_steps_per_epoch(num_examples: int, batch_size: int) -> int:
     """Optimizer steps of one epoch; the last may be smaller."""
     return -(-num_examples // batch_size)
+
+
+def num_steps(num_examples: int, batch_size: int, epochs: float) -> int:
+    """Optimizer steps of a whole run."""
+    return math.ceil(epochs * num_steps_per_epoch(num_examples, batch_size))
 
 
 def largest_step(lengths: Sequence[int], *, batch_size: int, seed: int) -> int:

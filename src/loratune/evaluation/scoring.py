@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping
 from decimal import Decimal
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from loratune.errors import DataError
-from loratune.evaluation.generate import Prompt
+
+if TYPE_CHECKING:
+    from loratune.evaluation.generate import Prompt
 
 
 class _NotJsonError(ValueError):

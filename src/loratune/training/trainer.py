@@ -30,7 +30,7 @@ from trl import SFTConfig, SFTTrainer
 
 from loratune.data.batch import MicroBatch, collate, num_supervised
 from loratune.data.render import Example
-from loratune.data.steps import EpochPlan, epoch_order, num_steps_per_epoch, pack
+from loratune.data.steps import EpochPlan, epoch_order, num_steps, num_steps_per_epoch, pack
 from loratune.errors import RunError
 from loratune.progress import Progress
 from loratune.recipe import TrainSection
@@ -74,7 +74,7 @@ class StepMetrics:
 
 def training_arguments(train: TrainSection, data: TrainingData, run: RunDir) -> dict[str, Any]:
     """The arguments of transformers' trainer that a recipe decides, the same for both engines."""
-    steps = num_steps(train, len(data.train))
+    steps = num_steps(len(data.train), train.batch_size, train.epochs)
     schedule = "constant_with_warmup" if train.schedule == "constant" and train.warmup_fraction else train.schedule
     return {
         "output_dir": str(run.checkpoints),
@@ -105,11 +105,6 @@ def _tensorboard(train: TrainSection, run: RunDir) -> list[TrainerCallback]:
     from torch.utils.tensorboard import SummaryWriter  # an optional package
 
     return [TensorBoardCallback(SummaryWriter(str(run.trackers)))]  # type: ignore[no-untyped-call]
-
-
-def num_steps(train: TrainSection, num_examples: int) -> int:
-    """Optimizer steps of the whole run."""
-    return math.ceil(train.epochs * num_steps_per_epoch(num_examples, train.batch_size))
 
 
 def _cadence(name: str, every: str | float) -> dict[str, Any]:
