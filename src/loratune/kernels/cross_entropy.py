@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 CHUNK_BYTES = 64 * 2**20
-"""Logits of one chunk, in bytes at 4 a logit. Larger chunks were not faster on two cores; smaller ones start to cost."""
+"""Logits of one chunk, in bytes at 4 a logit: 341 positions of a vocabulary of 49,152."""
 
 
 def chunk_rows(vocab_size: int) -> int:
