@@ -88,11 +88,13 @@ def test_train_leaves_a_run_directory_that_evaluate_reads(loratune: Run, recipe:
     assert {"step", "epoch", "loss", "learning_rate", "grad_norm", "num_tokens", "num_supervised_tokens"} <= set(first)
     before = json.loads((run / "evaluation.json").read_text())
     (run / "evaluation.json").unlink()
+    (run / "adapter" / "README.md").unlink()
     code, out, _ = loratune("evaluate", run, "--json")
     assert code == 0
     again = json.loads(out)["evaluation"]
     assert again["tuned"] == pytest.approx(before["tuned"], rel=1e-6)
     assert again["items"] == before["items"]
+    assert "exact_match" in (run / "adapter" / "README.md").read_text()
     code, _, err = loratune("train", recipe)
     assert code == 2
     assert "holds a run already" in err

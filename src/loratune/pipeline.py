@@ -129,7 +129,7 @@ def resume(root: str | Path, *, progress: Progress = _NOBODY) -> RunResult:
 
 
 def evaluate(root: str | Path, *, progress: Progress = _NOBODY) -> RunResult:
-    """Measure base against tuned of a finished run again, and write `evaluation.json`.
+    """Measure base against tuned of a finished run again, and write `evaluation.json` and the card.
 
     Raises:
         RecipeError: The run is not finished, or has no held-out data.
@@ -144,7 +144,9 @@ def evaluate(root: str | Path, *, progress: Progress = _NOBODY) -> RunResult:
     base = _load_base(prepared, progress)
     model = PeftModel.from_pretrained(base, str(run.adapter))
     loss, _ = make_loss(model, prepared.data.train)
-    return RunResult(run=run, evaluation=_evaluate(prepared, run, model, loss, progress))
+    evaluation = _evaluate(prepared, run, model, loss, progress)
+    write_card(run)
+    return RunResult(run=run, evaluation=evaluation)
 
 
 def _run(prepared: Preparation, run: RunDir, checkpoint: Path | None, progress: Progress) -> RunResult:

@@ -86,7 +86,7 @@ class DataSection(Section):
 
     eval: Annotated[Literal["auto", "none"] | float | tuple[Source, ...], BeforeValidator(_as_eval)] = "auto"
     """The held-out data: a source, the fraction of the training conversations to hold out, or `none`. `auto`: the
-    `test` split of the default data set, else a fraction of 0.05."""
+    `test` split of a hub data set that is named with config or split and has one, else a fraction of 0.05."""
 
     format: Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt", "text"] = "auto"
     """The format of the rows. `auto`: detected from all rows."""

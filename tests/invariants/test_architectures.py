@@ -25,6 +25,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from loratune.data.batch import collate
 from loratune.data.conversation import Origin
 from loratune.data.render import Example
+from loratune.errors import RunError
 from loratune.model.adapter import attach_adapter, trainable_parameters
 from loratune.model.targets import resolve_targets
 from loratune.recipe import LoraSection
@@ -133,3 +134,11 @@ def test_a_model_whose_state_would_leak_is_trained_one_example_at_a_time_and_say
     loss, reason = make_loss(model, examples())
     assert not loss.packed
     assert reason
+
+
+def test_a_model_whose_losses_are_not_numbers_is_refused() -> None:
+    base = AutoModelForCausalLM.from_config(LlamaConfig(**COMMON))
+    torch.nn.init.constant_(base.model.norm.weight, float("nan"))
+    model = attach_adapter(base, LoraSection(r=3), resolve_targets(base, "balanced"), base_name="tiny", seed=0)
+    with pytest.raises(RunError, match="differs from LlamaForCausalLM's own by nan"):
+        make_loss(model, examples())

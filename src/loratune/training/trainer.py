@@ -393,7 +393,7 @@ def _finite(loss: float, step: int) -> float:
     if not math.isfinite(loss):
         raise RunError(
             f"the loss of step {step} is {loss}",
-            fix="lower train.learning_rate, or set model.dtype: float32; the last checkpoint is intact",
+            fix="lower train.learning_rate, or set model.dtype: float32; checkpoints written before are intact",
         )
     return loss
 
