@@ -35,6 +35,7 @@ from loratune.reporting.card import write_card
 from loratune.run import Record, RunDir, read_json, write_json
 from loratune.training.callbacks import RunCallback, stopping_in_order
 from loratune.training.checkpoint import latest_checkpoint
+from loratune.training.compilation import prepare_layers
 from loratune.training.loss import SupervisedLoss, make_loss
 from loratune.training.trainer import FastTrainer, ReferenceTrainer, TrainingData, evaluate_nll, resume_state
 
@@ -161,6 +162,8 @@ def _run(prepared: Preparation, run: RunDir, checkpoint: Path | None, progress: 
         loss, reason = make_loss(model, prepared.data.train)
         if reason:
             progress.warn(f"one example at a time: {reason}")
+        loss.compiled = recipe.train.compile is True
+        prepare_layers(model, compiled=loss.compiled, num_recomputed=int(recipe.train.recompute))
     else:
         loss = SupervisedLoss(model, packed=False)
     seconds, tuned_nll = _train(prepared, run, model, loss, checkpoint, progress)

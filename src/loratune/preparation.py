@@ -17,12 +17,12 @@ from loratune.errors import MachineError, RecipeError
 from loratune.evaluation.scoring import check_references
 from loratune.kernels.cross_entropy import chunk_rows
 from loratune.lock import examples_fingerprint, make_lock, model_fingerprint, text_fingerprint
-from loratune.model.device import Choice, choose_device, choose_dtype, torch_dtype
+from loratune.model.device import Choice, choose_compile, choose_device, choose_dtype, torch_dtype
 from loratune.model.load import BaseModel, load_config, load_tokenizer, locate_model, positions_of
 from loratune.model.targets import describe_targets, resolve_targets, target_notes
-from loratune.planning.memory import MemoryPlan, plan_memory
+from loratune.planning.memory import MemoryPlan, layer_bytes, plan_memory
 from loratune.planning.parameters import ParameterCount, count_parameters, skeleton
-from loratune.planning.speed import TimePlan, plan_time, training_flops
+from loratune.planning.speed import TimePlan, matmul_rate, plan_time, training_flops
 from loratune.progress import Progress
 from loratune.recipe import Recipe
 from loratune.run import Record
@@ -87,6 +87,7 @@ class Preparation:
                 "loss_bytes": memory.loss_bytes,
                 "process_bytes": memory.process_bytes,
                 "token_budget": memory.token_budget,
+                "num_recomputed": memory.num_recomputed,
             },
             "time": {
                 "train_seconds": clock.train_seconds,
@@ -145,11 +146,23 @@ def prepare(recipe: Recipe, progress: Progress) -> Preparation:
             recipe.data, tokenizer, max_length=int(max_length.value), seed=recipe.train.seed, progress=bars
         )
     dtype = choose_dtype(recipe.model.dtype, device.value)
-    memory = _memory(recipe, config.get_text_config(), parameters, data, dtype.value, device.value)
+    text_config = config.get_text_config()
+    rate = matmul_rate(device=device.value, dtype=torch_dtype(dtype.value), width=int(text_config.hidden_size))
+    flops = _flops(recipe, text_config, model, parameters, data)
+    eager = plan_time(flops, rate, compiled=False)
+    compiled = choose_compile(
+        recipe.train.compile if recipe.train.engine == "fast" else False,
+        device=device.value,
+        train_seconds=eager.train_seconds,
+    )
+    is_compiled = compiled.value == "true"
+    memory = _memory(recipe, text_config, parameters, data, dtype.value, device.value, compiled=is_compiled)
     choices = {
         "train.device": device,
         "model.dtype": dtype,
         "data.max_length": max_length,
+        "train.compile": compiled,
+        "train.recompute": Choice(str(memory.num_recomputed), _recompute_reason(recipe, memory)),
         "train.token_budget": Choice(str(memory.token_budget), _budget_reason(recipe, memory)),
         "train.output_dir": Choice(str(output_dir(recipe))),
     }
@@ -166,7 +179,7 @@ def prepare(recipe: Recipe, progress: Progress) -> Preparation:
         data=data,
         prompts=_prompts(recipe, data, tokenizer),
         memory=memory,
-        time=_time(effective, config.get_text_config(), model, parameters, data),
+        time=plan_time(flops, rate, compiled=True) if is_compiled else eager,
         num_steps=num_steps(len(data.train), recipe.train.batch_size, recipe.train.epochs),
         warnings=(*target_notes(model, recipe.lora.targets), *data.report["notices"], *_advice(effective, data)),
     )
@@ -216,22 +229,37 @@ def _max_length(recipe: Recipe, positions: int | None) -> Choice:
 
 
 def _memory(
-    recipe: Recipe, config: Any, parameters: ParameterCount, data: PreparedData, dtype: str, device: str
+    recipe: Recipe,
+    config: Any,
+    parameters: ParameterCount,
+    data: PreparedData,
+    dtype: str,
+    device: str,
+    *,
+    compiled: bool,
 ) -> MemoryPlan:
-    wanted = recipe.train.token_budget
+    wanted, recompute = recipe.train.token_budget, recipe.train.recompute
+    dtype_bytes = torch_dtype(dtype).itemsize
     lengths = [len(example.input_ids) for example in data.train]
     return plan_memory(
         total_parameters=parameters.total,
         trainable_parameters=parameters.trainable,
-        num_adapted=len(parameters.per_module),
-        r=recipe.lora.r,
-        config=config,
-        dtype_bytes=torch_dtype(dtype).itemsize,
+        layer=layer_bytes(
+            config,
+            dtype_bytes,
+            [count.matrix for count in parameters.per_module],
+            r=recipe.lora.r,
+            dropout=recipe.lora.dropout,
+            compiled=compiled,
+        ),
+        num_layers=config.num_hidden_layers,
+        dtype_bytes=dtype_bytes,
         device=device,
-        loss_chunk_bytes=chunk_rows(config.vocab_size) * config.vocab_size * 4,
+        loss_chunk_bytes=chunk_rows(config.vocab_size, device) * config.vocab_size * 4,
         longest=max(lengths),
         largest_step=largest_step(lengths, batch_size=recipe.train.batch_size, seed=recipe.train.seed),
         wanted_budget=None if wanted == "auto" else int(wanted),
+        wanted_recomputed=None if recompute == "auto" else int(recompute),
     )
 
 
@@ -241,20 +269,26 @@ def _budget_reason(recipe: Recipe, memory: MemoryPlan) -> str:
     return f"tokens per micro-batch, {memory.activation_bytes / 2**20:,.0f} MiB of activations"
 
 
-def _time(recipe: Recipe, config: Any, model: Any, parameters: ParameterCount, data: PreparedData) -> TimePlan:
+def _recompute_reason(recipe: Recipe, memory: MemoryPlan) -> str:
+    if recipe.train.recompute != "auto":
+        return ""
+    return (
+        f"layers of which only the input is kept; {memory.token_budget:,} tokens fit" if memory.num_recomputed else ""
+    )
+
+
+def _flops(recipe: Recipe, config: Any, model: Any, parameters: ParameterCount, data: PreparedData) -> float:
+    """Of all steps."""
     head = model.get_output_embeddings()
     head_parameters = head.weight.numel() if head is not None else 0
     tied = bool(getattr(config, "tie_word_embeddings", False))
     embeddings = head_parameters if tied else 2 * head_parameters
-    flops = recipe.train.epochs * training_flops(
+    return recipe.train.epochs * training_flops(
         matmul_parameters=parameters.total - parameters.trainable - embeddings,
         head_parameters=head_parameters,
         trainable_parameters=parameters.trainable,
         num_tokens=sum(len(example.input_ids) for example in data.train),
         num_supervised=sum(num_supervised(example) for example in data.train),
-    )
-    return plan_time(
-        flops, device=recipe.train.device, dtype=torch_dtype(recipe.model.dtype), width=int(config.hidden_size)
     )
 
 
@@ -263,8 +297,9 @@ def _resolved(recipe: Recipe, choices: dict[str, Choice]) -> Recipe:
     values = recipe.model_dump()
     for name, choice in choices.items():
         section, _, field = name.partition(".")
-        is_number = name in ("data.max_length", "train.token_budget")
-        values[section][field] = int(choice.value) if is_number else choice.value
+        values[section][field] = {"true": True, "false": False}.get(choice.value, choice.value)
+        if choice.value.isdecimal():
+            values[section][field] = int(choice.value)
     return Recipe.parse(values)
 
 

@@ -181,6 +181,14 @@ class TrainSection(Section):
     """The most tokens of one micro-batch; a longer example is a micro-batch of its own. Decides memory and speed, never
     the result."""
 
+    compile: bool | Literal["auto"] = "auto"
+    """Whether the repeated decoder layer and the loss run compiled, by torch.compile. `auto`: when the run is long enough
+    to repay the seconds that compiling takes, and a C++ compiler is there."""
+
+    recompute: int | Literal["auto"] = Field(default="auto", union_mode="left_to_right")
+    """How many decoder layers keep only their input and compute the rest again backwards, which takes less memory and
+    more time. `auto`: as few as the free memory allows."""
+
     eval_every: Cadence = Field(default="epoch", union_mode="left_to_right")
     """When the held-out loss is measured: every `epoch`, `never`, every N steps, or every fraction of the run below 1."""
 
@@ -208,6 +216,8 @@ class TrainSection(Section):
                 )
         if isinstance(self.token_budget, int) and self.token_budget < 1:
             raise ValueError(f"token_budget is {self.token_budget}; give a positive number of tokens, or auto")
+        if isinstance(self.recompute, int) and self.recompute < 0:
+            raise ValueError(f"recompute is {self.recompute}; give a number of layers, or auto")
         return self
 
 

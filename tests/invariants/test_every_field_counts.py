@@ -48,6 +48,8 @@ OTHER: dict[str, Any] = {
     "train.engine": "trl",
     "train.device": "cuda",
     "train.token_budget": 130,
+    "train.compile": True,
+    "train.recompute": 1,
     "train.eval_every": 1,
     "train.save_every": 1,
     "train.log_every": 1,

@@ -27,7 +27,9 @@ def reference(
 def test_sum_and_gradient_equal_torch(
     monkeypatch: pytest.MonkeyPatch, with_bias: bool, scale: float, softcap: float | None
 ) -> None:
-    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 4 * 101 * 16)  # chunks of 16 rows: several, the last one partial
+    monkeypatch.setitem(
+        cross_entropy.CHUNK_BYTES, "cpu", 4 * 101 * 16
+    )  # chunks of 16 rows: several, the last one partial
     torch.manual_seed(0)
     hidden = torch.randn(70, 24, requires_grad=True)
     weight, bias = torch.randn(101, 24), torch.randn(101) if with_bias else None

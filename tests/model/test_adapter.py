@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from loratune.kernels.lora_linear import keep_mask
 from loratune.model.adapter import attach_adapter, short_names, trainable_parameters, use_fast_layers
 from loratune.model.targets import resolve_targets
 from loratune.recipe import LoraSection
@@ -41,8 +42,11 @@ def test_a_fresh_adapter_changes_nothing_and_depends_on_its_seed_alone() -> None
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("adapter_on", [True, False])
-def test_fast_layers_equal_pefts_own_value_and_gradient(dropout: float, adapter_on: bool) -> None:
+def test_fast_layers_equal_pefts_own_value_and_gradient(
+    monkeypatch: pytest.MonkeyPatch, dropout: float, adapter_on: bool
+) -> None:
     """Also the alarm for a PEFT that moves: if its layers compute something else, this fails."""
+    monkeypatch.setattr(torch.nn.Dropout, "forward", lambda self, x: x * keep_mask(x, self.p) / (1 - self.p))
     base = tiny().double()
     model = attach_adapter(
         base, LoraSection(dropout=dropout), resolve_targets(base, "complete"), base_name="tiny", seed=0

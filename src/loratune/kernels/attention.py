@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from loratune.kernels.block_attention import block_attention
+
 PACKED = "loratune_packed"
 
 
@@ -23,11 +25,11 @@ class PackingUnsupportedError(RuntimeError):
 
 
 def packed_attention(  # the signature is transformers'
-    module: torch.nn.Module,  # noqa: ARG001
+    module: torch.nn.Module,
     query_1HTD: torch.Tensor,
     key_1GTD: torch.Tensor,
     value_1GTD: torch.Tensor,
-    attention_mask: torch.Tensor | None,  # noqa: ARG001
+    attention_mask: torch.Tensor | None,
     *,
     scaling: float | None = None,
     dropout: float = 0.0,
@@ -66,6 +68,11 @@ def packed_attention(  # the signature is transformers'
     if dropout:
         raise PackingUnsupportedError(f"the model's attention has dropout {dropout}")
     window = sliding_window if sliding_window is not None and sliding_window < max_length_q else None
+    if query_1HTD.device.type == "cpu":
+        scale = query_1HTD.shape[-1] ** -0.5 if scaling is None else scaling
+        return block_attention(
+            query_1HTD, key_1GTD, value_1GTD, cu_seq_lens_q, scale=scale, window=window, softcap=softcap
+        ), None
     if query_1HTD.is_cuda and softcap is None and query_1HTD.dtype in (torch.bfloat16, torch.float16):
         return _varlen(query_1HTD, key_1GTD, value_1GTD, cu_seq_lens_q, max_length_q, scaling, window), None
     return _by_example(query_1HTD, key_1GTD, value_1GTD, cu_seq_lens_q, scaling, window, softcap), None

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from types import MethodType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
@@ -61,12 +60,13 @@ def short_names(model: torch.nn.Module, targets: tuple[str, ...]) -> tuple[str, 
 def use_fast_layers(model: PeftModel) -> int:
     """Let PEFT's plain LoRA layers compute with `kernels.lora_linear`; the number of layers that do.
 
-    PEFT makes the update in three passes over each layer's output and in float32. The `forward` of each layer object is
-    replaced; with the adapter off or merged, and for every other kind of layer, PEFT's own runs.
+    PEFT makes the update in three passes over each layer's output and in float32. The class of each layer object is
+    replaced by one with another `forward`; with the adapter off or merged, and for every other kind of layer, PEFT's own
+    runs.
     """
     layers = [module for module in model.modules() if type(module) is LoraLinear and _is_plain(module)]
     for layer in layers:
-        layer.forward = MethodType(_fast_forward, layer)
+        layer.__class__ = FastLoraLinear
     return len(layers)
 
 
@@ -78,19 +78,24 @@ def _is_plain(layer: LoraLinear) -> bool:
     )
 
 
-def _fast_forward(layer: LoraLinear, x: torch.Tensor) -> torch.Tensor:
-    if layer.disable_adapters or layer.merged or layer.active_adapters != ["default"]:
-        return LoraLinear.forward(layer, x)
-    base = layer.base_layer
-    return lora_linear(
-        x,
-        layer.lora_dropout["default"](x),
-        base.weight,
-        base.bias,
-        layer.lora_A["default"].weight,
-        layer.lora_B["default"].weight,
-        layer.scaling["default"],
-    )
+class FastLoraLinear(LoraLinear):
+    """PEFT's layer with the same parameters and state, computed by `kernels.lora_linear`."""
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.disable_adapters or self.merged or self.active_adapters != ["default"]:
+            out: torch.Tensor = super().forward(x, *args, **kwargs)
+            return out
+        base, drop = self.base_layer, self.lora_dropout["default"]
+        dropout = drop.p if self.training and isinstance(drop, torch.nn.Dropout) else 0.0
+        return lora_linear(
+            x,
+            base.weight,
+            base.bias,
+            self.lora_A["default"].weight,
+            self.lora_B["default"].weight,
+            self.scaling["default"],
+            dropout,
+        )
 
 
 def trainable_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:

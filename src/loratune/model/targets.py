@@ -52,6 +52,11 @@ class Matrix:
     d_out: int
 
 
+def reads_attention(name: str) -> bool:
+    """Whether the matrix of this full name takes the attention's output, not what its neighbours take."""
+    return OUTPUT in _ATTENTION_NAMES.get(name.rpartition(".")[2].lower(), frozenset())
+
+
 def matrix(name: str, module: nn.Module) -> Matrix:
     """The shape of a linear module. GPT-2's `Conv1D` stores its weight as d_in × d_out, transposed.
 

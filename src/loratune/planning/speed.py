@@ -7,10 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-EFFICIENCY = 0.43
-"""The share of the matmul rate that a whole step reaches; the rest is element-wise work, attention, and smaller products.
-Measured with SmolLM2-135M and r 16 in float32 on two otherwise idle cores: 0.43 (GSM8K, balanced, all tokens trained) and
-0.44 (quickstart, complete)."""
+EFFICIENCY = {False: 0.42, True: 0.55}
+"""The share of the matmul rate that a whole step reaches, not compiled and compiled; the rest is element-wise work, attention,
+and smaller products. SmolLM2-135M on two CPU cores; `docs/performance.md` has the profiles."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,10 +38,10 @@ def training_flops(
     return body + 4.0 * head_parameters * num_supervised + 6.0 * trainable_parameters * num_tokens
 
 
-def plan_time(flops: float, *, device: str, dtype: torch.dtype, width: int) -> TimePlan:
-    """Seconds for so many operations, from a short probe of this machine."""
-    rate = matmul_rate(device=device, dtype=dtype, width=width)
-    return TimePlan(train_seconds=flops / (rate * EFFICIENCY), flops=flops, flops_per_second=rate)
+def plan_time(flops: float, flops_per_second: float, *, compiled: bool) -> TimePlan:
+    """Seconds for so many operations on a machine whose matrix products run at this rate."""
+    seconds = flops / (flops_per_second * EFFICIENCY[compiled])
+    return TimePlan(train_seconds=seconds, flops=flops, flops_per_second=flops_per_second)
 
 
 def matmul_rate(*, device: str, dtype: torch.dtype, width: int, seconds: float = 0.3) -> float:
