@@ -96,6 +96,30 @@ def evaluate(run: RunFolder, as_json: AsJson = False) -> None:
 
 
 @app.command()
+def bench(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="How often each engine runs.")] = 2,
+    steps: Annotated[int, typer.Option("--steps", min=3, help="Optimizer steps of a run; two are warm-up.")] = 8,
+    as_json: AsJson = False,
+) -> None:
+    """Time the fast engine against stock TRL on a recipe, in turns: tokens/s, memory, losses."""
+    with _reporting(as_json) as progress:
+        loaded = Recipe.load(recipe, overrides or ())
+        from loratune.bench import bench as run_bench
+        from loratune.bench import bench_lines
+
+        record = run_bench(loaded, rounds=rounds, steps=steps, progress=progress)
+        if as_json:
+            _print_json(record)
+            return
+        table = Table("", "fast", "stock TRL", "ratio", box=None)
+        for line in bench_lines(record):
+            table.add_row(*line)
+        Console(highlight=False).print(table)
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON schema of a recipe, for editors."""
     _print_json(Recipe.model_json_schema())

@@ -129,6 +129,7 @@ def footprint(recipe: Recipe) -> dict[str, Any]:
     metrics = run.read_metrics()
     for record in metrics:
         record.pop("tokens_per_second", None)
+        record.pop("time", None)
     adapter = load_file(run.adapter / "adapter_model.safetensors")
     seen = {
         "files": sorted(path.name for path in run.root.iterdir()),

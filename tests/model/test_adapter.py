@@ -10,14 +10,14 @@ from loratune.model.targets import resolve_targets
 from loratune.recipe import LoraSection
 
 
-def tiny() -> LlamaForCausalLM:
+def tiny(num_layers: int = 2) -> LlamaForCausalLM:
     torch.manual_seed(0)
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=60,
             hidden_size=16,
             intermediate_size=24,
-            num_hidden_layers=2,
+            num_hidden_layers=num_layers,
             num_attention_heads=2,
             attention_bias=True,
             initializer_range=0.3,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -44,18 +46,43 @@ def plan_time(flops: float, flops_per_second: float, *, compiled: bool) -> TimeP
     return TimePlan(train_seconds=seconds, flops=flops, flops_per_second=flops_per_second)
 
 
-def matmul_rate(*, device: str, dtype: torch.dtype, width: int, seconds: float = 0.3) -> float:
-    """Floating-point operations per second of a [1024, width] × [width, 3·width] product, the best of what fits in
-    `seconds`: what the machine can do, not what others leave of it. Widths under 512 are too short to time."""
+def matmul_rate_of(shapes: Mapping[tuple[int, int], int], *, device: str, dtype: torch.dtype) -> float:
+    """Floating-point operations per second of a model's products, forward and for the gradient to the input.
+
+    Args:
+        shapes: (inputs, outputs) of a matrix → how many there are.
+        device: Where.
+        dtype: Type of both factors.
+    """
+    rows, flops, seconds = 1536, 0.0, 0.0
+    for (width, columns), count in shapes.items():
+        inputs = torch.randn(rows, width, dtype=dtype, device=device)
+        weights = torch.randn(columns, width, dtype=dtype, device=device)
+        upstream = torch.randn(rows, columns, dtype=dtype, device=device)
+        flops += count * 4.0 * rows * width * columns
+        seconds += count * _best(partial(torch.nn.functional.linear, inputs, weights), device)
+        seconds += count * _best(partial(torch.mm, upstream, weights), device)
+    return flops / seconds
+
+
+def _best(work: Callable[[], object], device: str, *, seconds: float = 0.15) -> float:
+    """Seconds of the fastest of the repetitions that fit in `seconds`, at least three."""
+    best, deadline, runs = float("inf"), time.perf_counter() + seconds, 0
+    while runs < 3 or time.perf_counter() < deadline:
+        start = time.perf_counter()
+        work()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        best, runs = min(best, time.perf_counter() - start), runs + 1
+    return best
+
+
+def matmul_rate(*, device: str, dtype: torch.dtype, width: int) -> float:
+    """Floating-point operations per second of a [1024, width] × [width, 3·width] product, the best of several:
+    what the machine can do, not what others leave of it. Widths under 512 are too short to time."""
     rows, width = 1024, max(width, 512)
     columns = 3 * width
     inputs = torch.randn(rows, width, dtype=dtype, device=device)
     weights = torch.randn(columns, width, dtype=dtype, device=device)
-    best, deadline, runs = float("inf"), time.perf_counter() + seconds, 0
-    while runs < 3 or time.perf_counter() < deadline:
-        start = time.perf_counter()
-        torch.nn.functional.linear(inputs, weights)
-        if device == "cuda":
-            torch.cuda.synchronize()
-        best, runs = min(best, time.perf_counter() - start), runs + 1
-    return 2.0 * rows * width * columns / best
+    seconds = _best(lambda: torch.nn.functional.linear(inputs, weights), device, seconds=0.3)
+    return 2.0 * rows * width * columns / seconds

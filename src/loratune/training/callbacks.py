@@ -51,6 +51,7 @@ class RunCallback(TrainerCallback):
         self._run.append_metrics(
             {
                 "step": state.global_step,
+                "time": time.time(),
                 "epoch": state.epoch,
                 "loss": step.loss,
                 "learning_rate": step.learning_rate,
