@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import shutil
+import json
 from contextlib import ExitStack
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from loratune.data.batch import num_supervised
+from loratune.data.checks import with_checks
 from loratune.data.prepare import PreparedData, prepare_data
-from loratune.data.render import Prompt, render_prompts
+from loratune.data.render import Prompt, render_prompts, stop_token_ids
 from loratune.data.steps import largest_step, num_steps
+from loratune.early_checks import check_disk, check_output, check_prompts, check_trackers, check_vocabulary
 from loratune.errors import MachineError, RecipeError
 from loratune.evaluation.scoring import check_references
 from loratune.kernels.cross_entropy import chunk_rows
@@ -20,9 +21,14 @@ from loratune.lock import examples_fingerprint, make_lock, model_fingerprint, te
 from loratune.model.device import Choice, choose_device, choose_dtype, torch_dtype
 from loratune.model.load import BaseModel, load_config, load_tokenizer, locate_model, positions_of
 from loratune.model.targets import describe_targets, resolve_targets, target_notes
+from loratune.model.weights import check_weights
+from loratune.planning.advice import Advice, Facts, give_advice
+from loratune.planning.compatibility import unknown_to_gguf
+from loratune.planning.devices import Device
 from loratune.planning.memory import MemoryPlan, plan_memory
 from loratune.planning.parameters import ParameterCount, count_parameters, skeleton
-from loratune.planning.speed import TimePlan, plan_time, training_flops
+from loratune.planning.presets import PresetCount, count_presets
+from loratune.planning.speed import EFFICIENCY, TimePlan, plan_time, training_flops
 from loratune.progress import Progress
 from loratune.recipe import Recipe
 from loratune.run import Record
@@ -32,6 +38,33 @@ if TYPE_CHECKING:
 
 NO_LIMIT = 2**31
 """Stands for no limit of an example's tokens."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PresetPlan:
+    """One target preset: exact counts, and what it would take.
+
+    Attributes:
+        count: What it would train.
+        peak_bytes: Of memory; None where it does not fit the machine, or the preset not the model.
+        train_seconds: Of all optimizer steps; None where the preset does not fit the model.
+    """
+
+    count: PresetCount
+    peak_bytes: int | None
+    train_seconds: float | None
+
+    def as_record(self) -> Record:
+        """For `plan.json`."""
+        parameters = self.count.parameters
+        return {
+            "targets": self.count.targets_in_words,
+            "trainable": parameters and parameters.trainable,
+            "share": parameters and parameters.trainable / parameters.total,
+            "adapter_bytes": parameters and parameters.adapter_bytes,
+            "peak_bytes": self.peak_bytes,
+            "train_seconds": self.train_seconds,
+        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,12 +79,15 @@ class Preparation:
         targets: Full names of the adapted modules.
         targets_in_words: The same for people.
         parameters: Exact counts.
+        presets: The four target presets side by side.
         data: Examples and the data report.
         prompts: The held-out prompts that will be answered; none where the metric is none.
         memory: Bytes by component.
         time: Seconds, and the rate they were computed from.
         num_steps: Optimizer steps of the run.
         warnings: What the user should read before starting.
+        advice: What an expert would change.
+        device: The named device that the plan is for; None for this machine.
     """
 
     recipe: Recipe
@@ -61,12 +97,15 @@ class Preparation:
     targets: tuple[str, ...]
     targets_in_words: str
     parameters: ParameterCount
+    presets: tuple[PresetPlan, ...]
     data: PreparedData
     prompts: tuple[Prompt, ...]
     memory: MemoryPlan
     time: TimePlan
     num_steps: int
     warnings: tuple[str, ...]
+    advice: tuple[Advice, ...]
+    device: Device | None
 
     def as_plan(self) -> Record:
         """`plan.json`: what is promised."""
@@ -76,9 +115,20 @@ class Preparation:
             "parameters": {
                 "trainable": self.parameters.trainable,
                 "total": self.parameters.total,
+                "share": self.parameters.trainable / self.parameters.total,
                 "adapter_bytes": self.parameters.adapter_bytes,
                 "targets": self.targets_in_words,
+                "per_module": [
+                    {
+                        "name": item.matrix.name,
+                        "d_in": item.matrix.d_in,
+                        "d_out": item.matrix.d_out,
+                        "trainable": item.trainable,
+                    }
+                    for item in self.parameters.per_module
+                ],
             },
+            "presets": {preset.count.name: preset.as_record() for preset in self.presets},
             "memory": {
                 "peak_bytes": memory.peak_bytes,
                 "weights_bytes": memory.weights_bytes,
@@ -104,6 +154,15 @@ class Preparation:
                 name: {"value": choice.value, "reason": choice.reason} for name, choice in self.choices.items()
             },
             "warnings": list(self.warnings),
+            "advice": [advice.as_record() for advice in self.advice],
+            "device": self.device
+            and {
+                "name": self.device.name,
+                "memory_bytes": self.device.memory_bytes,
+                "bf16_flops_per_second": self.device.bf16_flops_per_second,
+                "source": self.device.source,
+                "is_estimate": True,
+            },
         }
 
     def as_lock(self) -> Record:
@@ -123,38 +182,55 @@ class Preparation:
         )
 
 
-def prepare(recipe: Recipe, progress: Progress) -> Preparation:
+def prepare(recipe: Recipe, progress: Progress, device: Device | None = None) -> Preparation:
     """Find out everything that can be known before the weights load.
 
+    Args:
+        recipe: What to do.
+        progress: Who is told how it goes.
+        device: Plan for this device in place of this machine's own.
+
     Raises:
-        RecipeError: A setting does not fit the model.
+        RecipeError: A setting does not fit the model, or the model's files are incomplete.
         DataError: The data cannot be trained on.
-        MachineError: The run does not fit this machine, or the hub cannot be reached.
+        MachineError: The run does not fit the machine, or the hub cannot be reached.
     """
-    _check_trackers(recipe)
-    device = choose_device(recipe.train.device)
+    check_trackers(recipe)
+    check_output(output_dir(recipe))
+    where = choose_device(recipe.train.device) if device is None else Choice("cuda", f"{device.name}, as published")
     base = locate_model(recipe.model, progress)
     config = load_config(base, recipe.model)
-    max_length = _max_length(recipe, positions_of(config))
+    positions = positions_of(config)
+    max_length = _max_length(recipe, positions)
     model = skeleton(config, trust_remote_code=recipe.model.trust_remote_code)
     targets = resolve_targets(model, recipe.lora.targets)
+    check_weights(base.path, model, quantized=getattr(config, "quantization_config", None) is not None)
     parameters = count_parameters(model, targets, recipe.lora.r)
     tokenizer = load_tokenizer(base, recipe.model)
     with _Bars(progress) as bars:
         data = prepare_data(
             recipe.data, tokenizer, max_length=int(max_length.value), seed=recipe.train.seed, progress=bars
         )
-    dtype = choose_dtype(recipe.model.dtype, device.value)
-    memory = _memory(recipe, config.get_text_config(), parameters, data, dtype.value, device.value)
+    embeddings: Any = model.get_input_embeddings()
+    check_vocabulary([*data.train, *data.eval], embeddings.weight.shape[0])
+    data = with_checks(data, recipe.data, tokenizer)
+    prompts = _prompts(recipe, data, tokenizer)
+    check_prompts(recipe, prompts, positions)
+    dtype = _dtype(recipe, where.value, device)
+    text_config = config.get_text_config()
+    memory = _memory(recipe, text_config, parameters, data, dtype.value, where.value, device)
     choices = {
-        "train.device": device,
+        "train.device": where,
         "model.dtype": dtype,
         "data.max_length": max_length,
         "train.token_budget": Choice(str(memory.token_budget), _budget_reason(recipe, memory)),
         "train.output_dir": Choice(str(output_dir(recipe))),
     }
     effective = _resolved(recipe, choices)
-    _check_disk(effective, parameters, len(data.train))
+    check_disk(effective, parameters, len(data.train))
+    clock = _time(effective, text_config, model, parameters, data, device)
+    presets = count_presets(model, recipe.lora.r)
+    steps = num_steps(len(data.train), recipe.train.batch_size, recipe.train.epochs)
     return Preparation(
         recipe=effective,
         choices={name: choice for name, choice in choices.items() if choice.reason},
@@ -163,22 +239,31 @@ def prepare(recipe: Recipe, progress: Progress) -> Preparation:
         targets=targets,
         targets_in_words=describe_targets(model, recipe.lora.targets),
         parameters=parameters,
+        presets=tuple(_preset(p, effective, text_config, model, data, clock, device) for p in presets),
         data=data,
-        prompts=_prompts(recipe, data, tokenizer),
+        prompts=prompts,
         memory=memory,
-        time=_time(effective, config.get_text_config(), model, parameters, data),
-        num_steps=num_steps(len(data.train), recipe.train.batch_size, recipe.train.epochs),
-        warnings=(*target_notes(model, recipe.lora.targets), *data.report["notices"], *_advice(effective, data)),
+        time=clock,
+        num_steps=steps,
+        warnings=(*target_notes(model, recipe.lora.targets), *data.report["notices"]),
+        advice=give_advice(
+            Facts(
+                recipe=effective,
+                num_examples=len(data.train),
+                num_steps=steps,
+                num_supervised_tokens=sum(num_supervised(example) for example in data.train),
+                num_cut=data.report["train"]["truncated"],
+                trainable=parameters.trainable,
+                feed_forward=_adapts_feed_forward(targets, presets),
+                architecture=type(model).__name__,
+                unknown_to_gguf=unknown_to_gguf(targets),
+                stop_token=_stop_token(tokenizer, data),
+                generation_stops=_generation_stops(base, text_config, tokenizer),
+                prompt_check=data.report["prompts"],
+            )
+        ),
+        device=device,
     )
-
-
-def _check_trackers(recipe: Recipe) -> None:
-    missing = [name for name in recipe.train.report_to if find_spec(name) is None]
-    if missing:
-        raise RecipeError(
-            f"train.report_to names {', '.join(missing)}, which is not installed",
-            fix=f"pip install {' '.join(missing)}",
-        )
 
 
 def output_dir(recipe: Recipe) -> Path:
@@ -216,7 +301,13 @@ def _max_length(recipe: Recipe, positions: int | None) -> Choice:
 
 
 def _memory(
-    recipe: Recipe, config: Any, parameters: ParameterCount, data: PreparedData, dtype: str, device: str
+    recipe: Recipe,
+    config: Any,
+    parameters: ParameterCount,
+    data: PreparedData,
+    dtype: str,
+    where: str,
+    device: Device | None,
 ) -> MemoryPlan:
     wanted = recipe.train.token_budget
     lengths = [len(example.input_ids) for example in data.train]
@@ -227,11 +318,12 @@ def _memory(
         r=recipe.lora.r,
         config=config,
         dtype_bytes=torch_dtype(dtype).itemsize,
-        device=device,
+        device=where,
         loss_chunk_bytes=chunk_rows(config.vocab_size) * config.vocab_size * 4,
         longest=max(lengths),
         largest_step=largest_step(lengths, batch_size=recipe.train.batch_size, seed=recipe.train.seed),
         wanted_budget=None if wanted == "auto" else int(wanted),
+        free=None if device is None else device.memory_bytes,
     )
 
 
@@ -241,21 +333,79 @@ def _budget_reason(recipe: Recipe, memory: MemoryPlan) -> str:
     return f"tokens per micro-batch, {memory.activation_bytes / 2**20:,.0f} MiB of activations"
 
 
-def _time(recipe: Recipe, config: Any, model: Any, parameters: ParameterCount, data: PreparedData) -> TimePlan:
+def _flops(recipe: Recipe, config: Any, model: Any, parameters: ParameterCount, data: PreparedData) -> float:
     head = model.get_output_embeddings()
     head_parameters = head.weight.numel() if head is not None else 0
     tied = bool(getattr(config, "tie_word_embeddings", False))
     embeddings = head_parameters if tied else 2 * head_parameters
-    flops = recipe.train.epochs * training_flops(
+    return recipe.train.epochs * training_flops(
         matmul_parameters=parameters.total - parameters.trainable - embeddings,
         head_parameters=head_parameters,
         trainable_parameters=parameters.trainable,
         num_tokens=sum(len(example.input_ids) for example in data.train),
         num_supervised=sum(num_supervised(example) for example in data.train),
     )
+
+
+def _time(
+    recipe: Recipe, config: Any, model: Any, parameters: ParameterCount, data: PreparedData, device: Device | None
+) -> TimePlan:
+    flops = _flops(recipe, config, model, parameters, data)
+    if device is not None:
+        rate = device.bf16_flops_per_second
+        return TimePlan(train_seconds=flops / (rate * EFFICIENCY), flops=flops, flops_per_second=rate)
     return plan_time(
         flops, device=recipe.train.device, dtype=torch_dtype(recipe.model.dtype), width=int(config.hidden_size)
     )
+
+
+def _preset(
+    count: PresetCount,
+    recipe: Recipe,
+    config: Any,
+    model: Any,
+    data: PreparedData,
+    clock: TimePlan,
+    device: Device | None,
+) -> PresetPlan:
+    """Memory and time of a preset: the formulas of the run itself, at the rate that was probed for it."""
+    if count.parameters is None:
+        return PresetPlan(count=count, peak_bytes=None, train_seconds=None)
+    where, dtype = recipe.train.device, recipe.model.dtype
+    try:
+        peak = _memory(recipe, config, count.parameters, data, dtype, where, device).peak_bytes
+    except MachineError:
+        peak = None
+    seconds = clock.train_seconds * _flops(recipe, config, model, count.parameters, data) / clock.flops
+    return PresetPlan(count=count, peak_bytes=peak, train_seconds=seconds)
+
+
+def _adapts_feed_forward(targets: tuple[str, ...], presets: tuple[PresetCount, ...]) -> bool | None:
+    by_name = {preset.name: set(preset.targets) for preset in presets}
+    feed_forward = by_name["complete"] - by_name["attention"]
+    return bool(feed_forward & set(targets)) if feed_forward else None
+
+
+def _stop_token(tokenizer: PreTrainedTokenizerBase, data: PreparedData) -> str:
+    if not any(conversation.messages for conversation in data.train_conversations):
+        return ""
+    return str(tokenizer.convert_ids_to_tokens(stop_token_ids(tokenizer)[0]))
+
+
+def _generation_stops(base: BaseModel, config: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """The tokens at which servers stop for this model."""
+    ids = config.eos_token_id
+    file = base.path / "generation_config.json"
+    if file.is_file():
+        ids = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id", ids)
+    ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
+    return tuple(map(str, tokenizer.convert_ids_to_tokens(ids)))
+
+
+def _dtype(recipe: Recipe, where: str, device: Device | None) -> Choice:
+    if device is not None and recipe.model.dtype == "auto":
+        return Choice("bfloat16", f"{device.name} multiplies it fastest")
+    return choose_dtype(recipe.model.dtype, where)
 
 
 def _resolved(recipe: Recipe, choices: dict[str, Choice]) -> Recipe:
@@ -266,53 +416,6 @@ def _resolved(recipe: Recipe, choices: dict[str, Choice]) -> Recipe:
         is_number = name in ("data.max_length", "train.token_budget")
         values[section][field] = int(choice.value) if is_number else choice.value
     return Recipe.parse(values)
-
-
-def _check_disk(recipe: Recipe, parameters: ParameterCount, num_examples: int) -> None:
-    """Adapter and two moments in each checkpoint, all in float32."""
-    saves = _num_saves(recipe, num_steps(num_examples, recipe.train.batch_size, recipe.train.epochs))
-    kept = min(saves, recipe.train.keep_checkpoints or saves) + 1  # one more is written before the oldest goes
-    needed = kept * parameters.trainable * 12 + parameters.adapter_bytes + 50 * 2**20
-    folder = Path(recipe.train.output_dir).expanduser().absolute()
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise MachineError(
-            f"{kept} checkpoints and the adapter need {needed / 2**20:,.0f} MiB, {free / 2**20:,.0f} MiB are free",
-            file=folder,
-            fix="train.keep_checkpoints=1, train.save_every=never, or another train.output_dir",
-        )
-
-
-def _num_saves(recipe: Recipe, steps: int) -> int:
-    every = recipe.train.save_every
-    if every == "never":
-        return 0
-    if every == "epoch":
-        return max(1, round(recipe.train.epochs))
-    assert not isinstance(every, str)
-    return max(1, round(1 / every)) if every < 1 else max(1, steps // int(every))
-
-
-def _advice(recipe: Recipe, data: PreparedData) -> list[str]:
-    """Settings that are known to be weak, each with its reason and a better value. Nothing is changed."""
-    train = recipe.train
-    steps = num_steps(len(data.train), train.batch_size, train.epochs)
-    notes = []
-    if train.learning_rate < 1e-4:
-        notes.append(
-            f"train.learning_rate {train.learning_rate:g} is low for LoRA, whose best rate is about ten times that of "
-            "full fine-tuning (Schulman et al. 2025); try 2e-4"
-        )
-    if train.warmup_fraction == 0 and train.learning_rate >= 5e-4:
-        notes.append(f"train.learning_rate {train.learning_rate:g} without warm-up; try train.warmup_fraction=0.05")
-    if train.eval_every == "epoch" and steps / max(1.0, train.epochs) > 2000:
-        notes.append(
-            f"one evaluation in {steps / max(1.0, train.epochs):,.0f} steps; try train.eval_every=0.05 and "
-            "train.save_every=0.05"
-        )
-    return notes
 
 
 class _Bars:

@@ -34,12 +34,14 @@ class PreparedData:
     Attributes:
         train: Verified training examples, in the order of the sources.
         eval: Verified held-out examples; empty where `data.eval` is `none`.
+        train_conversations: Every valid training conversation, also those that became no example.
         eval_conversations: The conversation of each held-out example.
         report: What was read, what it became, and what was left out, as JSON.
     """
 
     train: list[Example]
     eval: list[Example]
+    train_conversations: list[Conversation]
     eval_conversations: list[Conversation]
     report: dict[str, Any]
 
@@ -104,6 +106,7 @@ def prepare_data(
     return PreparedData(
         train=rendered.examples,
         eval=rendered_eval.examples if rendered_eval else [],
+        train_conversations=train.conversations,
         eval_conversations=[c for c in evaluation.conversations if c.origin in kept] if evaluation else [],
         report=report,
     )
@@ -247,6 +250,7 @@ def _report(part: _Part, rendered: Rendered) -> dict[str, Any]:
     tokens = int(lengths.sum())
     counts = rendered.counts
     rejected = [*part.rejected, *rendered.rejected]
+    duplicates = [origins for origins in _origins(part.conversations).values() if len(origins) > 1]
     return {
         "sources": part.sources,
         "format": part.format,
@@ -270,7 +274,8 @@ def _report(part: _Part, rendered: Rendered) -> dict[str, Any]:
         "answers_with_thoughts": counts.get("thoughts", 0),
         "answers_with_thoughts_put_back": counts.get("thoughts_restored", 0),
         "conversations_without_last_answer": counts.get("unanswered", 0),
-        "duplicates": _num_duplicates(part.conversations),
+        "duplicates": sum(len(origins) - 1 for origins in duplicates),
+        "duplicate_rows": [[_place(origin) for origin in origins] for origins in duplicates],
         "num_rejected": len(rejected),
         "rejected": [{"file": r.origin.file, "line": r.origin.line, "reason": r.reason} for r in rejected],
     }
@@ -282,10 +287,6 @@ def _origins(conversations: Iterable[Conversation]) -> dict[str, list[Origin]]:
     for conversation in conversations:
         places.setdefault(_key(conversation), {})[conversation.origin] = None
     return {key: list(origins) for key, origins in places.items()}
-
-
-def _num_duplicates(conversations: Sequence[Conversation]) -> int:
-    return sum(len(origins) - 1 for origins in _origins(conversations).values())
 
 
 def _overlap(train: _Part, evaluation: _Part) -> list[dict[str, Any]]:
@@ -314,8 +315,12 @@ def _warnings(report: dict[str, Any], train: _Part) -> list[str]:
             f"{', '.join(pairs[:_SHOWN])}{more}."
         )
     if report["train"]["duplicates"]:
+        groups = report["train"]["duplicate_rows"]
+        lines = "; ".join(" = ".join(f"line {place['line']}" for place in group[:_SHOWN]) for group in groups[:_SHOWN])
+        more = f" and {len(groups) - _SHOWN} more groups" if len(groups) > _SHOWN else ""
         warnings.append(
-            f"{report['train']['duplicates']} of {len(train.conversations)} training conversations are exact duplicates."
+            f"{report['train']['duplicates']} of {len(train.conversations)} training conversations are exact duplicates: "
+            f"{lines}{more}."
         )
     for name in ("train", "eval"):
         part = report[name]
@@ -323,9 +328,6 @@ def _warnings(report: dict[str, Any], train: _Part) -> list[str]:
             warnings.append(
                 f"{part['num_rejected']} {name} rows were left out; data.json lists them with their reasons."
             )
-        if part and (part["truncated"] or part["dropped"]):
-            warnings.append(
-                f"{part['truncated']} {name} conversations were cut at {report['max_length']} tokens, "
-                f"{part['dropped']} were left out for their length."
-            )
+    if report["eval"] and report["eval"]["dropped"]:
+        warnings.append(f"{report['eval']['dropped']} eval conversations were left out for their length.")
     return warnings

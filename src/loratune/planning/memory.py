@@ -79,8 +79,9 @@ def plan_memory(
     longest: int,
     largest_step: int,
     wanted_budget: int | None,
+    free: int | None = None,
 ) -> MemoryPlan:
-    """The token budget that fits this machine's free memory, and the memory that it takes.
+    """The token budget that fits the free memory, and the memory that it takes.
 
     Args:
         total_parameters: Of base and adapter.
@@ -94,6 +95,7 @@ def plan_memory(
         longest: Tokens of the longest example: the least that a micro-batch must hold.
         largest_step: Tokens of the largest step: the most that a micro-batch can hold.
         wanted_budget: The recipe's own, or None for auto.
+        free: Bytes of a device that is not here; None for what is free on this machine.
 
     Raises:
         MachineError: Not even one example fits.
@@ -105,11 +107,12 @@ def plan_memory(
         "process_bytes": PROCESS_BYTES[device],
     }
     per_token = activation_bytes_per_token(config, dtype_bytes, num_adapted, r)
-    room = int(free_bytes(device) * SHARE) - sum(fixed.values())
+    free = free_bytes(device) if free is None else free
+    room = int(free * SHARE) - sum(fixed.values())
     if room < longest * per_token:
         needed = sum(fixed.values()) + longest * per_token
         raise MachineError(
-            f"one example of {longest:,} tokens needs {needed / 2**30:.1f} GiB, {free_bytes(device) / 2**30:.1f} GiB are free",
+            f"one example of {longest:,} tokens needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free",
             fix="set a smaller data.max_length, model.dtype: bfloat16, or use a smaller model",
         )
     budget = wanted_budget if wanted_budget is not None else max(longest, min(CAPS[device], room // per_token))
