@@ -252,7 +252,7 @@ def prepare(recipe: Recipe, progress: Progress, device: Device | None = None) ->
                 num_examples=len(data.train),
                 num_steps=steps,
                 num_supervised_tokens=sum(num_supervised(example) for example in data.train),
-                num_cut=data.report["train"]["truncated"],
+                num_cut=sum(finding["kind"] == "cut" for finding in data.report["train"]["findings"]),
                 trainable=parameters.trainable,
                 feed_forward=_adapts_feed_forward(targets, presets),
                 architecture=type(model).__name__,

@@ -299,7 +299,7 @@ def findings_in_words(findings: Sequence[Finding], side: str) -> list[str]:
     for finding in findings:
         by_kind.setdefault(finding.kind, []).append(finding)
     return [
-        f"{side}: {len(found)} {KINDS[kind]}: {places([finding.origin for finding in found])} ({found[0].what})"
+        f"{side}: {KINDS[kind]} ({len(found)}): {places([finding.origin for finding in found])} ({found[0].what})"
         for kind, found in by_kind.items()
     ]
 

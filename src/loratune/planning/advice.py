@@ -53,7 +53,7 @@ class Facts:
         num_examples: Of the training data.
         num_steps: Optimizer steps of the run.
         num_supervised_tokens: Of one epoch.
-        num_cut: Examples that `max_length` cut.
+        num_cut: Examples whose answers `max_length` cut.
         trainable: Parameters of the adapter.
         feed_forward: Whether a feed-forward matrix is adapted; None where the model has none that could be.
         architecture: Class of the base model.
@@ -84,10 +84,11 @@ def give_advice(facts: Facts) -> tuple[Advice, ...]:
 
 def _prompt(facts: Facts) -> Iterator[Advice]:
     check = facts.prompt_check
-    if not check:
+    if not check or not check["header_differs"] + check["history_differs"]:
         return
-    place = f"{check.get('file')}:{check.get('line')}"
-    shown = f"at {place} training has {check['trained']!r} where a server sends {check['served']!r}"
+    shown = (
+        f"at {check['file']}:{check['line']} training has {check['trained']!r} where a server sends {check['served']!r}"
+    )
     if check["header_differs"]:
         think = "<think>" in check["served"]
         yield Advice(
