@@ -136,6 +136,7 @@ def test_r1_distill_with_thoughts_throughout_needs_no_advice_about_its_template(
         "checked": 4,
         "header_differs": 0,
         "history_differs": 0,
+        "boundary_differs": 0,
         "trained": "",
         "served": "",
     }

@@ -111,6 +111,7 @@ class Preparation:
         """`plan.json`: what is promised."""
         train = self.data.train
         memory, clock = self.memory, self.time
+        num_tokens = sum(len(example.input_ids) for example in train)
         return {
             "parameters": {
                 "trainable": self.parameters.trainable,
@@ -140,13 +141,14 @@ class Preparation:
             },
             "time": {
                 "train_seconds": clock.train_seconds,
+                "tokens_per_second": self.recipe.train.epochs * num_tokens / clock.train_seconds,
                 "flops": clock.flops,
                 "flops_per_second": clock.flops_per_second,
                 "num_steps": self.num_steps,
             },
             "data": {
                 "num_examples": len(train),
-                "num_tokens": sum(len(example.input_ids) for example in train),
+                "num_tokens": num_tokens,
                 "num_supervised_tokens": sum(num_supervised(example) for example in train),
                 "num_eval_examples": len(self.data.eval),
             },

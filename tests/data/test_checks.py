@@ -10,9 +10,18 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from loratune.data.checks import Finding, check_conversations, histogram, scripts, with_checks
+from loratune.data.checks import (
+    Finding,
+    PromptCheck,
+    check_conversations,
+    check_prompts,
+    histogram,
+    scripts,
+    with_checks,
+)
 from loratune.data.conversation import Conversation, Origin, to_conversations
 from loratune.data.prepare import PreparedData, prepare_data
+from loratune.data.render import Rendered
 from loratune.data.sources import Row
 from loratune.recipe import DataSection
 
@@ -164,6 +173,28 @@ def test_plain_text_is_checked_as_far_as_it_goes(checked: Callable[..., Prepared
     assert found(data) == []
     assert data.report["prompts"]["checked"] == 0
     assert data.report["train"]["scripts"] == {"LATIN": 1.0}
+
+
+def test_prompts_that_a_template_starts_in_another_way_are_counted(
+    with_template: Callable[..., PreTrainedTokenizerBase],
+    rendered: Callable[..., Rendered],
+) -> None:
+    rows = conversations(chat("Who?", "Nobody."), chat("Why?", "<think>\nHm.\n</think>\n\nSo."))
+
+    def check(template: str) -> PromptCheck:
+        tokenizer = with_template(template)
+        return check_prompts(rendered(rows, tokenizer).examples, rows, tokenizer, thinking="keep")
+
+    opened = check("qwen3_5_think")
+    assert (opened.checked, opened.header, opened.history) == (2, 1, 0)
+    assert opened.origin == Origin(file="a.jsonl", line=1)
+    assert opened.served == "<think>\n"
+    plain = check("qwen2_5")
+    assert (plain.checked, plain.header, plain.history, plain.boundary) == (2, 0, 0, 0)
+    # GPT-2's rule of splitting cuts a double line end in two where text follows.
+    joined = check("llama3")
+    assert (joined.header, joined.history, joined.boundary) == (0, 0, 2)
+    assert joined.origin is None
 
 
 def test_the_histogram_has_every_example_in_one_bin() -> None:

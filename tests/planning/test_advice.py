@@ -107,6 +107,22 @@ def test_what_is_in_order_is_not_talked_about(given: Facts) -> None:
     assert give_advice(given) == ()
 
 
+@pytest.mark.parametrize(
+    ("served", "words"),
+    [
+        ("<think>\n", "add thoughts to the answers"),
+        ("<think>\n\n</think>\n\n", "data.thinking=strip"),
+        ("[/INST]", "serve with the prompt that was trained"),
+    ],
+)
+def test_what_to_do_about_the_prompt_depends_on_what_it_opens(served: str, words: str) -> None:
+    check = {**DIFFERS, "header_differs": 3, "history_differs": 0, "served": served}
+
+    (advice,) = give_advice(facts(prompt_check=check))
+
+    assert words in advice.text
+
+
 def test_vllm_is_started_with_a_rank_that_it_knows() -> None:
     (advice,) = give_advice(facts({"lora.r": 48, "lora.alpha": 96}))
 

@@ -69,8 +69,10 @@ def test_promise_and_measurement_stand_side_by_side() -> None:
         {
             "measured": {"train_seconds": 65, "tokens_per_second": 1234.5, "peak_bytes": 2**31},
             "memory": {"peak_bytes": 2**30},
-            "time": {"train_seconds": 3600},
+            "time": {"train_seconds": 3600, "tokens_per_second": 22.4},
         }
     )
 
-    assert line == ("training took 1 min 5 s (planned 1 h 0 min), 1,234 tokens/s, 2.0 GiB at the peak (planned 1.0)")
+    assert line == (
+        "training took 1 min 5 s (planned 1 h 0 min), 1,234 tokens/s (planned 22), 2.0 GiB at the peak (planned 1.0)"
+    )

@@ -71,7 +71,8 @@ class PromptCheck:
         checked: Conversations compared.
         header: Those that differ in what starts the answer.
         history: Those that differ earlier, such as in the thoughts of earlier answers.
-        origin: The first that differs.
+        boundary: Those of the same text in other tokens: the tokenizer joins the prompt's end with the answer's start.
+        origin: The first that differs in text.
         trained: What stands there in training, from the first difference on.
         served: What a server would send instead.
     """
@@ -79,6 +80,7 @@ class PromptCheck:
     checked: int = 0
     header: int = 0
     history: int = 0
+    boundary: int = 0
     origin: Origin | None = None
     trained: str = ""
     served: str = ""
@@ -86,7 +88,12 @@ class PromptCheck:
     def as_record(self) -> dict[str, Any]:
         """For `data.json`."""
         place = {} if self.origin is None else {"file": self.origin.file, "line": self.origin.line}
-        counts = {"checked": self.checked, "header_differs": self.header, "history_differs": self.history}
+        counts = {
+            "checked": self.checked,
+            "header_differs": self.header,
+            "history_differs": self.history,
+            "boundary_differs": self.boundary,
+        }
         return {**counts, **place, "trained": self.trained, "served": self.served}
 
 
@@ -237,21 +244,16 @@ def check_prompts(
         if not len(differs):
             continue
         at = int(differs[0])
-        if not counts:
-            shown = slice(max(0, at - 1), at + 12)
-            first = PromptCheck(
-                origin=prompt.origin,
-                trained=str(tokenizer.decode(trained[shown])),
-                served=str(tokenizer.decode(served[shown])),
-            )
+        shown = slice(max(0, at - 1), at + 12)
+        texts = str(tokenizer.decode(trained[shown])), str(tokenizer.decode(served[shown]))
+        if texts[0].startswith(texts[1]) and not texts[1].rstrip().endswith("<think>"):
+            counts["boundary"] += 1
+            continue
+        if first.origin is None:
+            first = PromptCheck(origin=prompt.origin, trained=texts[0], served=texts[1])
         counts["header" if at >= len(served) - header else "history"] += 1
-    return PromptCheck(
-        checked=checked,
-        header=counts["header"],
-        history=counts["history"],
-        origin=first.origin,
-        trained=first.trained,
-        served=first.served,
+    return replace(
+        first, checked=checked, header=counts["header"], history=counts["history"], boundary=counts["boundary"]
     )
 
 

@@ -90,12 +90,15 @@ def _prompt(facts: Facts) -> Iterator[Advice]:
         f"at {check['file']}:{check['line']} training has {check['trained']!r} where a server sends {check['served']!r}"
     )
     if check["header_differs"]:
-        think = "<think>" in check["served"]
+        if "</think>" in check["served"]:
+            text = "data.thinking=strip, or serve with a template whose generation prompt leaves room for thoughts"
+        elif "<think>" in check["served"]:
+            text = "add thoughts to the answers, or serve with a template whose generation prompt does not open <think>"
+        else:
+            text = "serve with the prompt that was trained"
         yield Advice(
             about="chat template",
-            text="add thoughts to the answers, or serve with a template whose generation prompt does not open <think>"
-            if think
-            else "serve with the prompt that was trained",
+            text=text,
             reason=f"{check['header_differs']} of {check['checked']} prompts compared start the answer in another way "
             f"than training: {shown}",
         )

@@ -35,7 +35,8 @@ def summary_table(record: Record, *, model: str) -> Table:
         "steps": f"{clock['num_steps']:,} of {record['recipe']['batch_size']} examples, "
         f"{record['recipe']['epochs']:g} epochs",
         "memory": f"about {memory['peak_bytes'] / GIB:.1f} GiB at the peak: {_components(memory)}",
-        "time": f"about {duration(clock['train_seconds'])} of training, {_rate(record)}",
+        "time": f"about {duration(clock['train_seconds'])} of training, {clock['tokens_per_second']:,.0f} tokens/s, "
+        f"{_rate(record)}",
         "output": record["recipe"]["output_dir"],
     }
     if "cost" in record:
@@ -142,7 +143,7 @@ def measured_line(record: Record) -> str:
     measured, memory, clock = record["measured"], record["memory"], record["time"]
     return (
         f"training took {duration(measured['train_seconds'])} (planned {duration(clock['train_seconds'])}), "
-        f"{measured['tokens_per_second']:,.0f} tokens/s, {measured['peak_bytes'] / GIB:.1f} GiB at the peak "
+        f"{measured['tokens_per_second']:,.0f} tokens/s (planned {clock['tokens_per_second']:,.0f}), {measured['peak_bytes'] / GIB:.1f} GiB at the peak "
         f"(planned {memory['peak_bytes'] / GIB:.1f})"
     )
 
