@@ -123,7 +123,7 @@ def test_plan_for_another_device_with_its_price_and_a_page(loratune: Run, recipe
     record = json.loads(out)
     assert record["device"]["name"] == "h100-80gb"
     assert record["cost"]["cost"] == pytest.approx(record["time"]["train_seconds"] / 3600 * 3)
-    assert record["data_report"]["train"]["histogram"]
+    assert sum(record["data_report"]["train"]["length"]["histogram"]["counts"]) == 20
     assert page.read_text(encoding="utf-8").count("<h2>") == 2
     code, _, err = loratune("plan", recipe, "--device", "h100-90gb")
     assert code == 2

@@ -88,6 +88,9 @@ def test_a_named_device_gives_its_own_memory_time_and_type(tiny_recipe: MakeReci
     assert fast.as_plan()["device"]["is_estimate"] is True
     assert slow.time.train_seconds / fast.time.train_seconds == pytest.approx(989 / 121)
     assert plan(recipe).as_plan()["device"] is None
+    assert not any("several times slower" in warning for warning in fast.warnings)
+    in_float32 = plan(tiny_recipe(model__dtype="float32"), device="l4")
+    assert any("model.dtype is float32, which is several times slower" in warning for warning in in_float32.warnings)
 
 
 def test_a_model_that_does_not_fit_the_named_device_is_refused(

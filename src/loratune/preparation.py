@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from loratune.data.batch import num_supervised
-from loratune.data.checks import with_checks
 from loratune.data.prepare import PreparedData, prepare_data
 from loratune.data.render import Prompt, render_prompts, stop_token_ids
 from loratune.data.steps import largest_step, num_steps
@@ -215,7 +214,6 @@ def prepare(recipe: Recipe, progress: Progress, device: Device | None = None) ->
         )
     embeddings: Any = model.get_input_embeddings()
     check_vocabulary([*data.train, *data.eval], embeddings.weight.shape[0])
-    data = with_checks(data, recipe.data, tokenizer)
     prompts = _prompts(recipe, data, tokenizer)
     check_prompts(recipe, prompts, positions)
     dtype = _dtype(recipe, where.value, device)
@@ -247,7 +245,11 @@ def prepare(recipe: Recipe, progress: Progress, device: Device | None = None) ->
         memory=memory,
         time=clock,
         num_steps=steps,
-        warnings=(*target_notes(model, recipe.lora.targets), *data.report["notices"]),
+        warnings=(
+            *target_notes(model, recipe.lora.targets),
+            *data.report["notices"],
+            *_device_notes(device, dtype.value),
+        ),
         advice=give_advice(
             Facts(
                 recipe=effective,
@@ -361,6 +363,12 @@ def _time(
     )
 
 
+def _device_notes(device: Device | None, dtype: str) -> tuple[str, ...]:
+    if device is None or dtype != "float32":
+        return ()
+    return (f"the time on {device.name} is for bfloat16; model.dtype is float32, which is several times slower there",)
+
+
 def _preset(
     count: PresetCount,
     recipe: Recipe,
@@ -389,7 +397,7 @@ def _adapts_feed_forward(targets: tuple[str, ...], presets: tuple[PresetCount, .
 
 
 def _stop_token(tokenizer: PreTrainedTokenizerBase, data: PreparedData) -> str:
-    if not any(conversation.messages for conversation in data.train_conversations):
+    if data.report["train"]["format"] == "text":
         return ""
     return str(tokenizer.convert_ids_to_tokens(stop_token_ids(tokenizer)[0]))
 

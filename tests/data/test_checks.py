@@ -17,7 +17,6 @@ from loratune.data.checks import (
     check_prompts,
     histogram,
     scripts,
-    with_checks,
 )
 from loratune.data.conversation import Conversation, Origin, to_conversations
 from loratune.data.prepare import PreparedData, prepare_data
@@ -48,8 +47,7 @@ def checked(smollm2_tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> Calla
         if held_out:
             values["eval"] = write(tmp_path / "eval.jsonl", held_out)
         section = DataSection.model_validate(values)
-        prepared = prepare_data(section, smollm2_tokenizer, max_length=max_length, seed=1)
-        return with_checks(prepared, section, smollm2_tokenizer)
+        return prepare_data(section, smollm2_tokenizer, max_length=max_length, seed=1)
 
     return make
 
@@ -156,6 +154,8 @@ def test_what_was_left_out_for_its_length_is_named(checked: Callable[..., Prepar
     data = checked([GOOD, bad, chat("Count.", "one " * 100)], max_length=80, on_long="drop", on_bad_row="skip")
 
     assert found(data) == [("dropped", 3)]
+    held_out = checked([GOOD], [GOOD, chat("Count.", "one " * 100)], max_length=80, on_long="drop")
+    assert found(held_out, "eval") == [("dropped", 2)]
 
 
 def test_good_data_has_no_findings_and_no_notices(checked: Callable[..., PreparedData]) -> None:
@@ -200,11 +200,9 @@ def test_prompts_that_a_template_starts_in_another_way_are_counted(
 def test_the_histogram_has_every_example_in_one_bin() -> None:
     bins = histogram([37, 41, 41, 95, 160])
 
-    assert bins[0] == {"from": 20, "to": 39, "count": 1}
-    assert bins[1] == {"from": 40, "to": 59, "count": 2}
-    assert bins[-1] == {"from": 160, "to": 179, "count": 1}
-    assert sum(item["count"] for item in bins) == 5
-    assert histogram([7]) == [{"from": 7, "to": 7, "count": 1}]
+    assert bins["edges"] == [20, 40, 60, 80, 100, 120, 140, 160, 180]
+    assert bins["counts"] == [1, 2, 0, 1, 0, 0, 0, 1]
+    assert histogram([7]) == {"edges": [7, 8], "counts": [1]}
 
 
 def test_scripts_are_shares_of_letters() -> None:

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from loratune.data.conversation import Conversation, Message, Origin
-from loratune.data.prepare import PreparedData
 from loratune.data.render import Example, Thinking, TrainOn, render_prompts, stop_token_ids
 from loratune.data.template import ChatTemplate
 from loratune.recipe import DataSection
@@ -97,42 +96,43 @@ class PromptCheck:
         return {**counts, **place, "trained": self.trained, "served": self.served}
 
 
-def with_checks(data: PreparedData, section: DataSection, tokenizer: PreTrainedTokenizerBase) -> PreparedData:
-    """The same data, with a report that also has histograms, scripts, findings and the comparison of prompts.
+def add_checks(
+    report: dict[str, Any],
+    section: DataSection,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    train: tuple[Sequence[Example], Sequence[Conversation]],
+    evaluation: tuple[Sequence[Example], Sequence[Conversation]],
+) -> None:
+    """Add to the data report: histograms, scripts, findings, shared prompts, and the comparison of prompts.
 
     Args:
-        data: As `prepare_data` made it.
+        report: The data report; its notices get a line for each kind of finding.
         section: Of the recipe.
         tokenizer: Of the base model.
+        train: The examples, and all valid conversations, also those that became no example.
+        evaluation: The same of the held-out data; empty where there is none.
     """
-    report = dict(data.report)
-    notices = list(report["notices"])
-    sides = (("train", data.train, data.train_conversations), ("eval", data.eval, data.eval_conversations))
-    for side, examples, conversations in sides:
+    for side, (examples, conversations) in (("train", train), ("eval", evaluation)):
         if not examples:
             continue
         findings = check_conversations(conversations, tokenizer)
         findings += check_lengths(
             examples, conversations, tokenizer, train_on=section.train_on, report=report, side=side
         )
-        report[side] = {
-            **report[side],
-            "histogram": histogram([len(example.input_ids) for example in examples]),
-            "scripts": scripts(conversations),
-            "findings": [finding.as_record() for finding in findings],
-        }
-        notices += findings_in_words(findings, side)
-    if shared := shared_prompts(data.train_conversations, data.eval_conversations):
-        report["shared_prompts"] = [{"eval": _place(one), "train": _place(other)} for one, other in shared]
-        notices.append(
+        part = report[side]
+        part["length"] = {**part["length"], "histogram": histogram([len(example.input_ids) for example in examples])}
+        part["scripts"] = scripts(conversations)
+        part["findings"] = [finding.as_record() for finding in findings]
+        report["notices"] += findings_in_words(findings, side)
+    shared = shared_prompts(train[1], evaluation[1])
+    report["shared_prompts"] = [{"eval": _place(one), "train": _place(other)} for one, other in shared]
+    if shared:
+        report["notices"].append(
             f"{len(shared)} held-out conversations have the same prompt as a training conversation, with another answer: "
             f"{places([one for one, _ in shared])}."
         )
-    report["prompts"] = check_prompts(
-        data.train, data.train_conversations, tokenizer, thinking=section.thinking
-    ).as_record()
-    report["notices"] = notices
-    return replace(data, report=report)
+    report["prompts"] = check_prompts(*train, tokenizer, thinking=section.thinking).as_record()
 
 
 def check_conversations(conversations: Iterable[Conversation], tokenizer: PreTrainedTokenizerBase) -> list[Finding]:
@@ -257,8 +257,10 @@ def check_prompts(
     )
 
 
-def histogram(lengths: Sequence[int], *, most: int = 12) -> list[dict[str, int]]:
-    """Examples by their number of tokens, in bins of one width (1, 2 or 5 times a power of ten).
+def histogram(lengths: Sequence[int], *, most: int = 12) -> dict[str, list[int]]:
+    """How many lengths lie from each edge up to, not including, the next.
+
+    The bins are of one width: 1, 2 or 5 times a power of ten.
 
     Args:
         lengths: Tokens of each example.
@@ -269,10 +271,7 @@ def histogram(lengths: Sequence[int], *, most: int = 12) -> list[dict[str, int]]
     width = next(width for width in widths if longest // width - shortest // width < most)
     first = shortest // width
     counts = np.bincount(np.asarray(lengths) // width - first)
-    return [
-        {"from": (first + n) * width, "to": (first + n + 1) * width - 1, "count": int(count)}
-        for n, count in enumerate(counts)
-    ]
+    return {"edges": [(first + n) * width for n in range(len(counts) + 1)], "counts": counts.tolist()}
 
 
 def scripts(conversations: Sequence[Conversation]) -> dict[str, float]:

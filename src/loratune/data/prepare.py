@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from loratune.data.checks import add_checks
 from loratune.data.conversation import Conversation, Origin, Rejected, detect_format, to_conversations
 from loratune.data.render import Example, Rendered, render
 from loratune.data.sources import Row, hash_source, hub_has_split, is_local, read_rows
@@ -34,14 +35,12 @@ class PreparedData:
     Attributes:
         train: Verified training examples, in the order of the sources.
         eval: Verified held-out examples; empty where `data.eval` is `none`.
-        train_conversations: Every valid training conversation, also those that became no example.
         eval_conversations: The conversation of each held-out example.
         report: What was read, what it became, and what was left out, as JSON.
     """
 
     train: list[Example]
     eval: list[Example]
-    train_conversations: list[Conversation]
     eval_conversations: list[Conversation]
     report: dict[str, Any]
 
@@ -102,11 +101,17 @@ def prepare_data(
         "overlap": _overlap(train, evaluation) if evaluation else [],
     }
     report["notices"] = [*rendered.notices, *_warnings(report, train)]
+    add_checks(
+        report,
+        data,
+        tokenizer,
+        train=(rendered.examples, train.conversations),
+        evaluation=(rendered_eval.examples, evaluation.conversations) if evaluation and rendered_eval else ((), ()),
+    )
     kept = {example.origin for example in rendered_eval.examples} if rendered_eval else set()
     return PreparedData(
         train=rendered.examples,
         eval=rendered_eval.examples if rendered_eval else [],
-        train_conversations=train.conversations,
         eval_conversations=[c for c in evaluation.conversations if c.origin in kept] if evaluation else [],
         report=report,
     )
@@ -328,6 +333,4 @@ def _warnings(report: dict[str, Any], train: _Part) -> list[str]:
             warnings.append(
                 f"{part['num_rejected']} {name} rows were left out; data.json lists them with their reasons."
             )
-    if report["eval"] and report["eval"]["dropped"]:
-        warnings.append(f"{report['eval']['dropped']} eval conversations were left out for their length.")
     return warnings

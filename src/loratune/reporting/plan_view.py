@@ -106,7 +106,9 @@ def data_table(report: Record) -> RenderableType:
         "conversations": [f"{report[side]['conversations']:,}" for side in sides],
         "turns": [f"{report[side]['turns']:,}" for side in sides],
         "tokens": [f"{report[side]['tokens']:,}" for side in sides],
-        "p50 / p95 / max": [" / ".join(f"{n:,}" for n in report[side]["length"].values()) for side in sides],
+        "p50 / p95 / max": [
+            " / ".join(f"{report[side]['length'][name]:,}" for name in ("p50", "p95", "max")) for side in sides
+        ],
         "supervised": [f"{report[side]['supervised_share']:.0%}" for side in sides],
         "cut / left out": [f"{report[side]['truncated']:,} / {report[side]['dropped']:,}" for side in sides],
         "rejected": [f"{report[side]['num_rejected']:,}" for side in sides],
@@ -115,16 +117,16 @@ def data_table(report: Record) -> RenderableType:
     }
     for name, values in rows.items():
         table.add_row(name, *map(escape, values))
-    return Group(table, Text("Tokens of the training examples"), histogram_text(report["train"]["histogram"]))
+    return Group(table, Text("Tokens of the training examples"), histogram_text(report["train"]["length"]["histogram"]))
 
 
-def histogram_text(bins: list[dict[str, int]]) -> Text:
-    """The bins as bars of text."""
-    most = max(item["count"] for item in bins)
-    width = len(f"{bins[-1]['to']:,}")
+def histogram_text(bins: dict[str, list[int]]) -> Text:
+    """The bins (edges, and the counts between them) as bars of text."""
+    edges, counts = bins["edges"], bins["counts"]
+    most, width = max(counts), len(f"{edges[-1]:,}")
     lines = [
-        f"{item['from']:>{width},} to {item['to']:>{width},} {'█' * _blocks(item['count'], most)} {item['count']:,}"
-        for item in bins
+        f"{start:>{width},} to {end - 1:>{width},} {'█' * _blocks(count, most)} {count:,}"
+        for start, end, count in zip(edges, edges[1:], counts, strict=False)
     ]
     return Text("\n".join(lines))
 
