@@ -15,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from loratune.bench import bench, bench_lines
+from loratune.bench import bench, bench_table
 from loratune.recipe import TARGET_PRESETS, Recipe
 from loratune.terminal import TerminalProgress
 
@@ -51,7 +51,8 @@ def main(model: str) -> None:
                         }
                     )
                     record = bench(recipe, rounds=ROUNDS, steps=STEPS, progress=progress)
-                    progress.line(f"{tokens} tokens, {targets}, {recompute} layers recomputed: {bench_lines(record)}")
+                    progress.line(f"{tokens} tokens, {targets}, {recompute} layers recomputed")
+                    progress.console.print(bench_table(record))
                     records.append(record)
     print(json.dumps(records))
 

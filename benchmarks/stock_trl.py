@@ -35,13 +35,13 @@ class Clock(TrainerCallback):
     def __init__(self) -> None:
         self.started, self.seconds, self.losses = 0.0, [], []
 
-    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
         self.started = time.perf_counter()
 
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+    def on_step_end(self, *_: Any, **__: Any) -> None:
         self.seconds.append(time.perf_counter() - self.started)
 
-    def on_log(self, *args: Any, logs: dict[str, float], **kwargs: Any) -> None:
+    def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
         if "loss" in logs:
             self.losses.append(logs["loss"])
 

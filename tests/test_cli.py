@@ -84,6 +84,8 @@ def test_train_leaves_a_run_directory_that_evaluate_reads(loratune: Run, recipe:
     plan = json.loads((run / "plan.json").read_text())
     assert plan["measured"]["peak_bytes"] > 0
     assert plan["measured"]["train_seconds"] > 0
+    assert plan["measured"]["tokens_per_second"] > 0
+    assert "planned" in out
     first = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
     assert {"step", "epoch", "loss", "learning_rate", "grad_norm", "num_tokens", "num_supervised_tokens"} <= set(first)
     before = json.loads((run / "evaluation.json").read_text())
@@ -110,6 +112,25 @@ def test_json_output_is_json_alone_on_stdout(loratune: Run, recipe: Path) -> Non
     assert code == 2
     assert json.loads(out)["problem"] == "unknown setting lora.rank"
     assert "did you mean" in err or "known here" in err
+
+
+def test_plan_for_another_device_with_its_price_and_a_page(loratune: Run, recipe: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    code, out, err = loratune(
+        "plan", recipe, "--json", "--device", "h100-80gb", "--price-per-hour", 3, "--html", page, "--samples", 2
+    )
+    assert code == 0, err
+    record = json.loads(out)
+    assert record["device"]["name"] == "h100-80gb"
+    assert record["cost"]["cost"] == pytest.approx(record["time"]["train_seconds"] / 3600 * 3)
+    assert sum(record["data_report"]["train"]["length"]["histogram"]["counts"]) == 20
+    assert page.read_text(encoding="utf-8").count("<h2>") == 2
+    code, _, err = loratune("plan", recipe, "--device", "h100-90gb")
+    assert code == 2
+    assert "did you mean h100-80gb" in err
+    code, _, err = loratune("plan", recipe, "--html", tmp_path / "no" / "page.html")
+    assert code == 4
+    assert "another --html FILE" in err
 
 
 @pytest.mark.parametrize(

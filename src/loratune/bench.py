@@ -16,9 +16,9 @@ import time
 from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
+from rich.table import Table
 
 from loratune.data.steps import num_steps_per_epoch
 from loratune.errors import RecipeError, RunError
@@ -150,12 +150,19 @@ def _peak_rate(prepared: Preparation) -> float:
     return matmul_rate_of(shapes, device=recipe.train.device, dtype=torch_dtype(recipe.model.dtype))
 
 
-def bench_lines(record: Record) -> list[list[Any]]:
-    """Rows of a table: what, the fast engine, stock TRL, their ratio."""
+def bench_table(record: Record) -> Table:
+    """The fast engine beside stock TRL, for a terminal."""
+    table = Table("", "fast", "stock TRL", "ratio", box=None)
+    for line in _lines(record):
+        table.add_row(*line)
+    return table
+
+
+def _lines(record: Record) -> list[list[str]]:
     fast, trl = (record["engines"][name] for name in ENGINES)
     share = record["matmul"]["share"]
 
-    def row(name: str, key: str, scale: float, form: str) -> list[Any]:
+    def row(name: str, key: str, scale: float, form: str) -> list[str]:
         a, b = fast[key] / scale, trl[key] / scale
         return [name, format(a, form), format(b, form), f"{a / b:.2f}"]
 

@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
-from loratune.errors import Interrupted, LoratuneError
+from loratune.errors import Interrupted, LoratuneError, MachineError
 from loratune.recipe import Recipe
 from loratune.terminal import TerminalProgress
 
 if TYPE_CHECKING:
     from loratune.pipeline import RunResult
     from loratune.preparation import Preparation
+    from loratune.run import Record
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -41,23 +41,47 @@ Overrides = Annotated[
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="The directory of a run (its train.output_dir).")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Delete the run that is in the output directory.")]
-Examples = Annotated[int, typer.Option("--examples", min=0, help="How many examples to show token by token.")]
-
-GIB = 2**30
+Samples = Annotated[
+    int, typer.Option("--samples", "--examples", min=0, help="How many examples to show token by token.")
+]
+Html = Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write the examples as one HTML page.")]
+DeviceName = Annotated[
+    str | None,
+    typer.Option("--device", metavar="NAME", help="Plan for a GPU that is not here, such as h100-80gb, a100-80gb, l4."),
+]
+Price = Annotated[
+    float | None,
+    typer.Option("--price-per-hour", min=0, help="Of the machine, in your currency; shows what training costs."),
+]
 
 
 @app.command()
-def plan(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = False, examples: Examples = 3) -> None:
-    """Show what would be trained: parameters, memory, time, data, trained tokens. Loads no weights."""
+def plan(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+    samples: Samples = 3,
+    html: Html = None,
+    device: DeviceName = None,
+    price_per_hour: Price = None,
+) -> None:
+    """Show what would be trained: parameters, memory, time, data, trained tokens, advice. Loads no weights."""
     with _reporting(as_json) as progress:
         loaded = Recipe.load(recipe, overrides or ())
+        from loratune.planning.devices import find_device
         from loratune.preparation import prepare  # not the pipeline: planning needs no trainer
 
-        prepared = prepare(loaded, progress)
+        prepared = prepare(loaded, progress, find_device(device) if device is not None else None)
+        record = prepared.as_plan()
+        if price_per_hour is not None:
+            hours = record["time"]["train_seconds"] / 3600
+            record["cost"] = {"price_per_hour": price_per_hour, "cost": hours * price_per_hour}
+        if html is not None:
+            _write_page(html, prepared, samples)
         if as_json:
-            _print_json({**prepared.as_plan(), "data_report": prepared.data.report})
+            _print_json({**record, "data_report": prepared.data.report})
         else:
-            show_plan(prepared, Console(highlight=False), examples)
+            show_plan(prepared, record, Console(highlight=False), samples, whole=True)
 
 
 @app.command()
@@ -70,7 +94,7 @@ def train(
         from loratune import pipeline
 
         def show(prepared: Preparation) -> None:
-            show_plan(prepared, progress.console, examples=1)
+            show_plan(prepared, prepared.as_plan(), progress.console, samples=1, whole=False)
 
         written = recipe.read_text(encoding="utf-8") if not overrides else loaded.to_yaml()
         result = pipeline.train(loaded, written=written, overwrite=overwrite, progress=progress, on_plan=show)
@@ -107,16 +131,13 @@ def bench(
     with _reporting(as_json) as progress:
         loaded = Recipe.load(recipe, overrides or ())
         from loratune.bench import bench as run_bench
-        from loratune.bench import bench_lines
+        from loratune.bench import bench_table
 
         record = run_bench(loaded, rounds=rounds, steps=steps, progress=progress)
         if as_json:
             _print_json(record)
             return
-        table = Table("", "fast", "stock TRL", "ratio", box=None)
-        for line in bench_lines(record):
-            table.add_row(*line)
-        Console(highlight=False).print(table)
+        Console(highlight=False).print(bench_table(record))
 
 
 @app.command()
@@ -125,40 +146,44 @@ def schema() -> None:
     _print_json(Recipe.model_json_schema())
 
 
-def show_plan(prepared: Preparation, console: Console, examples: int) -> None:
-    """Print what would be trained."""
+def show_plan(prepared: Preparation, record: Record, console: Console, samples: int, *, whole: bool) -> None:
+    """Print what would be trained; `whole` with the tables of modules, presets and data."""
+    from loratune.data.preview import preview
+    from loratune.reporting import plan_view
+
+    recipe = prepared.recipe
+    shown = {
+        **record,
+        "recipe": {
+            "batch_size": recipe.train.batch_size,
+            "epochs": recipe.train.epochs,
+            "output_dir": recipe.train.output_dir,
+            "r": recipe.lora.r,
+        },
+    }
+    console.print(plan_view.summary_table(shown, model=f"{recipe.model.name} → {prepared.base.path}"))
+    if whole:
+        console.print(plan_view.modules_table(shown), plan_view.presets_table(shown), sep="\n")
+        console.print(plan_view.data_table(prepared.data.report))
+    for note in plan_view.notes(shown):
+        console.print(note, soft_wrap=True)
+    if samples:
+        console.print(preview(prepared.data.train, prepared.tokenizer, samples))
+
+
+def _write_page(path: Path, prepared: Preparation, samples: int) -> None:
     from loratune.data.preview import preview
 
-    record = prepared.as_plan()
-    parameters, memory, data, clock = record["parameters"], record["memory"], record["data"], record["time"]
-    rows = {
-        "base model": f"{prepared.recipe.model.name} → {prepared.base.path}",
-        "trained": f"{parameters['trainable']:,} of {parameters['total']:,} parameters "
-        f"({parameters['trainable'] / parameters['total']:.2%}): {parameters['targets']}",
-        "adapter file": f"{parameters['adapter_bytes'] / 2**20:,.1f} MiB",
-        "data": f"{data['num_examples']:,} examples, {data['num_tokens']:,} tokens, of which "
-        f"{data['num_supervised_tokens']:,} carry loss; {data['num_eval_examples']:,} held out",
-        "steps": f"{clock['num_steps']:,} of {prepared.recipe.train.batch_size} examples, "
-        f"{prepared.recipe.train.epochs:g} epochs",
-        "memory": f"about {memory['peak_bytes'] / GIB:.1f} GiB at the peak",
-        "time": f"about {_duration(clock['train_seconds'])} of training, at "
-        f"{clock['flops_per_second'] / 1e9:,.0f} GFLOP/s measured for a matrix product",
-        "output": str(prepared.recipe.train.output_dir),
-    }
-    table = Table(show_header=False, box=None, padding=(0, 1))
-    for name, text in rows.items():
-        table.add_row(f"[bold]{name}[/bold]", escape(text))
-    for name, choice in record["choices"].items():
-        table.add_row(f"[dim]{name}: auto[/dim]", escape(f"{choice['value']} ({choice['reason']})"))
-    console.print(table)
-    for warning in record["warnings"]:
-        console.print(f"[yellow]![/yellow] {escape(warning)}")
-    if examples:
-        console.print(preview(prepared.data.train, prepared.tokenizer, examples))
+    page = preview(prepared.data.train, prepared.tokenizer, samples).html(title=prepared.recipe.model.name)
+    try:
+        path.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise MachineError(f"cannot write: {error.strerror}", file=path, fix="another --html FILE") from None
 
 
 def _show_result(result: RunResult, as_json: bool) -> None:
     from loratune.evaluation.compare import evaluation_table, samples_table
+    from loratune.reporting.plan_view import measured_line
     from loratune.run import read_json
 
     if as_json:
@@ -170,17 +195,12 @@ def _show_result(result: RunResult, as_json: bool) -> None:
         console.print(evaluation_table(result.evaluation))
         if result.evaluation["items"]:
             console.print(samples_table(result.evaluation, count=3))
+    console.print(measured_line(read_json(result.run.plan)), soft_wrap=True)
     console.print(f"adapter: {escape(str(result.run.adapter))}", soft_wrap=True)
 
 
 def _print_json(record: Any) -> None:
     sys.stdout.write(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from loratune.lock import differences
 from loratune.model.adapter import attach_adapter, save_adapter
 from loratune.model.device import torch_dtype
 from loratune.model.load import load_model
+from loratune.planning.devices import find_device
 from loratune.preparation import Preparation, output_dir, prepare
 from loratune.progress import Progress, Silent
 from loratune.recipe import Recipe
@@ -58,9 +59,15 @@ class RunResult:
     evaluation: Record | None
 
 
-def plan(recipe: Recipe, *, progress: Progress = _NOBODY) -> Preparation:
-    """What would be trained, and whether it fits; loads no weights. `.as_plan()` is the record."""
-    return prepare(recipe, progress)
+def plan(recipe: Recipe, *, device: str | None = None, progress: Progress = _NOBODY) -> Preparation:
+    """What would be trained, and whether it fits; loads no weights. `.as_plan()` is the record.
+
+    Args:
+        recipe: What to do.
+        device: A GPU of `loratune.planning.devices` to plan for; None for this machine.
+        progress: Who is told how it goes.
+    """
+    return prepare(recipe, progress, find_device(device) if device is not None else None)
 
 
 def train(
@@ -173,6 +180,7 @@ def _run(prepared: Preparation, run: RunDir, checkpoint: Path | None, progress: 
     record["measured"] = {
         "peak_bytes": peak_bytes(recipe.train.device),
         "train_seconds": seconds,
+        "tokens_per_second": tokens_per_second(run.read_metrics()),
         "total_seconds": time.perf_counter() - started,
     }
     write_json(run.plan, record)
@@ -284,6 +292,13 @@ def _evaluate(
     )
     write_json(run.evaluation, record)
     return record
+
+
+def tokens_per_second(metrics: list[Record]) -> float:
+    """Over all optimizer steps of a run, also those before it was resumed; evaluation and saving do not count."""
+    steps = [record for record in metrics if "tokens_per_second" in record]
+    seconds = sum(record["num_tokens"] / record["tokens_per_second"] for record in steps)
+    return float(sum(record["num_tokens"] for record in steps) / seconds) if seconds else 0.0
 
 
 def peak_bytes(device: str) -> int:

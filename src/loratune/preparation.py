@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-import shutil
+import json
 from contextlib import ExitStack
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from loratune.data.batch import num_supervised
 from loratune.data.prepare import PreparedData, prepare_data
-from loratune.data.render import Prompt, render_prompts
-from loratune.data.steps import largest_step, num_steps
+from loratune.data.render import Prompt, render_prompts, stop_token_ids
+from loratune.data.steps import num_steps
+from loratune.early_checks import check_disk, check_output, check_prompts, check_trackers, check_vocabulary
 from loratune.errors import MachineError, RecipeError
 from loratune.evaluation.scoring import check_references
-from loratune.kernels.cross_entropy import chunk_rows
 from loratune.lock import examples_fingerprint, make_lock, model_fingerprint, text_fingerprint
 from loratune.model.device import Choice, choose_compile, choose_device, choose_dtype, torch_dtype
 from loratune.model.load import BaseModel, load_config, load_tokenizer, locate_model, positions_of
 from loratune.model.targets import describe_targets, resolve_targets, target_notes
-from loratune.planning.memory import MemoryPlan, layer_bytes, plan_memory
+from loratune.model.weights import check_weights
+from loratune.planning.advice import Advice, Facts, give_advice
+from loratune.planning.compatibility import unknown_to_gguf
+from loratune.planning.cost import Place, run_flops, run_memory
+from loratune.planning.devices import Device
+from loratune.planning.memory import MemoryPlan
 from loratune.planning.parameters import ParameterCount, count_parameters, skeleton
-from loratune.planning.speed import TimePlan, matmul_rate, plan_time, training_flops
+from loratune.planning.presets import PresetCount, count_presets
+from loratune.planning.speed import TimePlan, matmul_rate, plan_time
 from loratune.progress import Progress
 from loratune.recipe import Recipe
 from loratune.run import Record
@@ -32,6 +37,33 @@ if TYPE_CHECKING:
 
 NO_LIMIT = 2**31
 """Stands for no limit of an example's tokens."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PresetPlan:
+    """One target preset: exact counts, and what it would take.
+
+    Attributes:
+        count: What it would train.
+        peak_bytes: Of memory; None where it does not fit the machine, or the preset not the model.
+        train_seconds: Of all optimizer steps; None where the preset does not fit the model.
+    """
+
+    count: PresetCount
+    peak_bytes: int | None
+    train_seconds: float | None
+
+    def as_record(self) -> Record:
+        """For `plan.json`."""
+        parameters = self.count.parameters
+        return {
+            "targets": self.count.targets_in_words,
+            "trainable": parameters and parameters.trainable,
+            "share": parameters and parameters.trainable / parameters.total,
+            "adapter_bytes": parameters and parameters.adapter_bytes,
+            "peak_bytes": self.peak_bytes,
+            "train_seconds": self.train_seconds,
+        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,12 +78,15 @@ class Preparation:
         targets: Full names of the adapted modules.
         targets_in_words: The same for people.
         parameters: Exact counts.
+        presets: The four target presets side by side.
         data: Examples and the data report.
         prompts: The held-out prompts that will be answered; none where the metric is none.
         memory: Bytes by component.
         time: Seconds, and the rate they were computed from.
         num_steps: Optimizer steps of the run.
         warnings: What the user should read before starting.
+        advice: What an expert would change.
+        device: The named device that the plan is for; None for this machine.
     """
 
     recipe: Recipe
@@ -61,24 +96,39 @@ class Preparation:
     targets: tuple[str, ...]
     targets_in_words: str
     parameters: ParameterCount
+    presets: tuple[PresetPlan, ...]
     data: PreparedData
     prompts: tuple[Prompt, ...]
     memory: MemoryPlan
     time: TimePlan
     num_steps: int
     warnings: tuple[str, ...]
+    advice: tuple[Advice, ...]
+    device: Device | None
 
     def as_plan(self) -> Record:
         """`plan.json`: what is promised."""
         train = self.data.train
         memory, clock = self.memory, self.time
+        num_tokens = sum(len(example.input_ids) for example in train)
         return {
             "parameters": {
                 "trainable": self.parameters.trainable,
                 "total": self.parameters.total,
+                "share": self.parameters.trainable / self.parameters.total,
                 "adapter_bytes": self.parameters.adapter_bytes,
                 "targets": self.targets_in_words,
+                "per_module": [
+                    {
+                        "name": item.matrix.name,
+                        "d_in": item.matrix.d_in,
+                        "d_out": item.matrix.d_out,
+                        "trainable": item.trainable,
+                    }
+                    for item in self.parameters.per_module
+                ],
             },
+            "presets": {preset.count.name: preset.as_record() for preset in self.presets},
             "memory": {
                 "peak_bytes": memory.peak_bytes,
                 "weights_bytes": memory.weights_bytes,
@@ -91,13 +141,14 @@ class Preparation:
             },
             "time": {
                 "train_seconds": clock.train_seconds,
+                "tokens_per_second": self.recipe.train.epochs * num_tokens / clock.train_seconds,
                 "flops": clock.flops,
                 "flops_per_second": clock.flops_per_second,
                 "num_steps": self.num_steps,
             },
             "data": {
                 "num_examples": len(train),
-                "num_tokens": sum(len(example.input_ids) for example in train),
+                "num_tokens": num_tokens,
                 "num_supervised_tokens": sum(num_supervised(example) for example in train),
                 "num_eval_examples": len(self.data.eval),
             },
@@ -105,6 +156,15 @@ class Preparation:
                 name: {"value": choice.value, "reason": choice.reason} for name, choice in self.choices.items()
             },
             "warnings": list(self.warnings),
+            "advice": [advice.as_record() for advice in self.advice],
+            "device": self.device
+            and {
+                "name": self.device.name,
+                "memory_bytes": self.device.memory_bytes,
+                "bf16_flops_per_second": self.device.bf16_flops_per_second,
+                "source": self.device.source,
+                "is_estimate": True,
+            },
         }
 
     def as_lock(self) -> Record:
@@ -124,41 +184,58 @@ class Preparation:
         )
 
 
-def prepare(recipe: Recipe, progress: Progress) -> Preparation:
+def prepare(recipe: Recipe, progress: Progress, device: Device | None = None) -> Preparation:
     """Find out everything that can be known before the weights load.
 
+    Args:
+        recipe: What to do.
+        progress: Who is told how it goes.
+        device: Plan for this device in place of this machine's own.
+
     Raises:
-        RecipeError: A setting does not fit the model.
+        RecipeError: A setting does not fit the model, or the model's files are incomplete.
         DataError: The data cannot be trained on.
-        MachineError: The run does not fit this machine, or the hub cannot be reached.
+        MachineError: The run does not fit the machine, or the hub cannot be reached.
     """
-    _check_trackers(recipe)
-    device = choose_device(recipe.train.device)
+    check_trackers(recipe)
+    check_output(output_dir(recipe))
+    where = choose_device(recipe.train.device) if device is None else Choice("cuda", f"{device.name}, as published")
     base = locate_model(recipe.model, progress)
     config = load_config(base, recipe.model)
-    max_length = _max_length(recipe, positions_of(config))
+    positions = positions_of(config)
+    max_length = _max_length(recipe, positions)
     model = skeleton(config, trust_remote_code=recipe.model.trust_remote_code)
     targets = resolve_targets(model, recipe.lora.targets)
+    check_weights(base.path, model, quantized=getattr(config, "quantization_config", None) is not None)
     parameters = count_parameters(model, targets, recipe.lora.r)
     tokenizer = load_tokenizer(base, recipe.model)
     with _Bars(progress) as bars:
         data = prepare_data(
             recipe.data, tokenizer, max_length=int(max_length.value), seed=recipe.train.seed, progress=bars
         )
-    dtype = choose_dtype(recipe.model.dtype, device.value)
+    embeddings: Any = model.get_input_embeddings()
+    check_vocabulary([*data.train, *data.eval], embeddings.weight.shape[0])
+    prompts = _prompts(recipe, data, tokenizer)
+    check_prompts(recipe, prompts, positions)
+    dtype = _dtype(recipe, where.value, device)
     text_config = config.get_text_config()
-    rate = matmul_rate(device=device.value, dtype=torch_dtype(dtype.value), width=int(text_config.hidden_size))
-    flops = _flops(recipe, text_config, model, parameters, data)
-    eager = plan_time(flops, rate, compiled=False)
+    flops = run_flops(recipe, text_config, model, parameters, data.train)
+    rate = _rate(where.value, dtype.value, int(text_config.hidden_size), device)
     compiled = choose_compile(
         recipe.train.compile if recipe.train.engine == "fast" else False,
-        device=device.value,
-        train_seconds=eager.train_seconds,
+        device=where.value,
+        train_seconds=plan_time(flops, rate, compiled=False).train_seconds,
     )
-    is_compiled = compiled.value == "true"
-    memory = _memory(recipe, text_config, parameters, data, dtype.value, device.value, compiled=is_compiled)
+    place = Place(
+        device=where.value,
+        dtype=dtype.value,
+        compiled=compiled.value == "true",
+        free_bytes=None if device is None else device.memory_bytes,
+    )
+    memory = run_memory(recipe, text_config, parameters, data.train, place)
+    clock = plan_time(flops, rate, compiled=place.compiled)
     choices = {
-        "train.device": device,
+        "train.device": where,
         "model.dtype": dtype,
         "data.max_length": max_length,
         "train.compile": compiled,
@@ -167,7 +244,9 @@ def prepare(recipe: Recipe, progress: Progress) -> Preparation:
         "train.output_dir": Choice(str(output_dir(recipe))),
     }
     effective = _resolved(recipe, choices)
-    _check_disk(effective, parameters, len(data.train))
+    check_disk(effective, parameters, len(data.train))
+    presets = count_presets(model, recipe.lora.r)
+    steps = num_steps(len(data.train), recipe.train.batch_size, recipe.train.epochs)
     return Preparation(
         recipe=effective,
         choices={name: choice for name, choice in choices.items() if choice.reason},
@@ -176,22 +255,35 @@ def prepare(recipe: Recipe, progress: Progress) -> Preparation:
         targets=targets,
         targets_in_words=describe_targets(model, recipe.lora.targets),
         parameters=parameters,
+        presets=tuple(_preset(p, recipe, text_config, model, data, clock, place) for p in presets),
         data=data,
-        prompts=_prompts(recipe, data, tokenizer),
+        prompts=prompts,
         memory=memory,
-        time=plan_time(flops, rate, compiled=True) if is_compiled else eager,
-        num_steps=num_steps(len(data.train), recipe.train.batch_size, recipe.train.epochs),
-        warnings=(*target_notes(model, recipe.lora.targets), *data.report["notices"], *_advice(effective, data)),
+        time=clock,
+        num_steps=steps,
+        warnings=(
+            *target_notes(model, recipe.lora.targets),
+            *data.report["notices"],
+            *_device_notes(device, dtype.value),
+        ),
+        advice=give_advice(
+            Facts(
+                recipe=effective,
+                num_examples=len(data.train),
+                num_steps=steps,
+                num_supervised_tokens=sum(num_supervised(example) for example in data.train),
+                num_cut=sum(finding["kind"] == "cut" for finding in data.report["train"]["findings"]),
+                trainable=parameters.trainable,
+                feed_forward=_adapts_feed_forward(targets, presets),
+                architecture=type(model).__name__,
+                unknown_to_gguf=unknown_to_gguf(targets),
+                stop_token=_stop_token(tokenizer, data),
+                generation_stops=_generation_stops(base, text_config, tokenizer),
+                prompt_check=data.report["prompts"],
+            )
+        ),
+        device=device,
     )
-
-
-def _check_trackers(recipe: Recipe) -> None:
-    missing = [name for name in recipe.train.report_to if find_spec(name) is None]
-    if missing:
-        raise RecipeError(
-            f"train.report_to names {', '.join(missing)}, which is not installed",
-            fix=f"pip install {' '.join(missing)}",
-        )
 
 
 def output_dir(recipe: Recipe) -> Path:
@@ -228,41 +320,6 @@ def _max_length(recipe: Recipe, positions: int | None) -> Choice:
     return Choice(str(wanted))
 
 
-def _memory(
-    recipe: Recipe,
-    config: Any,
-    parameters: ParameterCount,
-    data: PreparedData,
-    dtype: str,
-    device: str,
-    *,
-    compiled: bool,
-) -> MemoryPlan:
-    wanted, recompute = recipe.train.token_budget, recipe.train.recompute
-    dtype_bytes = torch_dtype(dtype).itemsize
-    lengths = [len(example.input_ids) for example in data.train]
-    return plan_memory(
-        total_parameters=parameters.total,
-        trainable_parameters=parameters.trainable,
-        layer=layer_bytes(
-            config,
-            dtype_bytes,
-            [count.matrix for count in parameters.per_module],
-            r=recipe.lora.r,
-            dropout=recipe.lora.dropout,
-            compiled=compiled,
-        ),
-        num_layers=config.num_hidden_layers,
-        dtype_bytes=dtype_bytes,
-        device=device,
-        loss_chunk_bytes=chunk_rows(config.vocab_size, device) * config.vocab_size * 4,
-        longest=max(lengths),
-        largest_step=largest_step(lengths, batch_size=recipe.train.batch_size, seed=recipe.train.seed),
-        wanted_budget=None if wanted == "auto" else int(wanted),
-        wanted_recomputed=None if recompute == "auto" else int(recompute),
-    )
-
-
 def _budget_reason(recipe: Recipe, memory: MemoryPlan) -> str:
     if recipe.train.token_budget != "auto":
         return ""
@@ -270,26 +327,70 @@ def _budget_reason(recipe: Recipe, memory: MemoryPlan) -> str:
 
 
 def _recompute_reason(recipe: Recipe, memory: MemoryPlan) -> str:
-    if recipe.train.recompute != "auto":
+    if recipe.train.recompute != "auto" or not memory.num_recomputed:
         return ""
-    return (
-        f"layers of which only the input is kept; {memory.token_budget:,} tokens fit" if memory.num_recomputed else ""
-    )
+    return "layers that keep their input only, so that the micro-batch fits"
 
 
-def _flops(recipe: Recipe, config: Any, model: Any, parameters: ParameterCount, data: PreparedData) -> float:
-    """Of all steps."""
-    head = model.get_output_embeddings()
-    head_parameters = head.weight.numel() if head is not None else 0
-    tied = bool(getattr(config, "tie_word_embeddings", False))
-    embeddings = head_parameters if tied else 2 * head_parameters
-    return recipe.train.epochs * training_flops(
-        matmul_parameters=parameters.total - parameters.trainable - embeddings,
-        head_parameters=head_parameters,
-        trainable_parameters=parameters.trainable,
-        num_tokens=sum(len(example.input_ids) for example in data.train),
-        num_supervised=sum(num_supervised(example) for example in data.train),
-    )
+def _rate(where: str, dtype: str, width: int, device: Device | None) -> float:
+    """Operations per second of a matrix product, published or measured."""
+    if device is not None:
+        return device.bf16_flops_per_second
+    return matmul_rate(device=where, dtype=torch_dtype(dtype), width=width)
+
+
+def _device_notes(device: Device | None, dtype: str) -> tuple[str, ...]:
+    if device is None or dtype != "float32":
+        return ()
+    return (f"the time on {device.name} is for bfloat16; model.dtype is float32, which is several times slower there",)
+
+
+def _preset(
+    count: PresetCount,
+    recipe: Recipe,
+    config: Any,
+    model: Any,
+    data: PreparedData,
+    clock: TimePlan,
+    place: Place,
+) -> PresetPlan:
+    """Memory and time of a preset: the formulas of the run itself, at the rate that was probed for it."""
+    if count.parameters is None:
+        return PresetPlan(count=count, peak_bytes=None, train_seconds=None)
+    try:
+        peak = run_memory(recipe, config, count.parameters, data.train, place).peak_bytes
+    except MachineError:
+        peak = None
+    seconds = clock.train_seconds * run_flops(recipe, config, model, count.parameters, data.train) / clock.flops
+    return PresetPlan(count=count, peak_bytes=peak, train_seconds=seconds)
+
+
+def _adapts_feed_forward(targets: tuple[str, ...], presets: tuple[PresetCount, ...]) -> bool | None:
+    by_name = {preset.name: set(preset.targets) for preset in presets}
+    feed_forward = by_name["complete"] - by_name["attention"]
+    return bool(feed_forward & set(targets)) if feed_forward else None
+
+
+def _stop_token(tokenizer: PreTrainedTokenizerBase, data: PreparedData) -> str:
+    if data.report["train"]["format"] == "text":
+        return ""
+    return str(tokenizer.convert_ids_to_tokens(stop_token_ids(tokenizer)[0]))
+
+
+def _generation_stops(base: BaseModel, config: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """The tokens at which servers stop for this model."""
+    ids = config.eos_token_id
+    file = base.path / "generation_config.json"
+    if file.is_file():
+        ids = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id", ids)
+    ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
+    return tuple(map(str, tokenizer.convert_ids_to_tokens(ids)))
+
+
+def _dtype(recipe: Recipe, where: str, device: Device | None) -> Choice:
+    if device is not None and recipe.model.dtype == "auto":
+        return Choice("bfloat16", f"{device.name} multiplies it fastest")
+    return choose_dtype(recipe.model.dtype, where)
 
 
 def _resolved(recipe: Recipe, choices: dict[str, Choice]) -> Recipe:
@@ -301,53 +402,6 @@ def _resolved(recipe: Recipe, choices: dict[str, Choice]) -> Recipe:
         if choice.value.isdecimal():
             values[section][field] = int(choice.value)
     return Recipe.parse(values)
-
-
-def _check_disk(recipe: Recipe, parameters: ParameterCount, num_examples: int) -> None:
-    """Adapter and two moments in each checkpoint, all in float32."""
-    saves = _num_saves(recipe, num_steps(num_examples, recipe.train.batch_size, recipe.train.epochs))
-    kept = min(saves, recipe.train.keep_checkpoints or saves) + 1  # one more is written before the oldest goes
-    needed = kept * parameters.trainable * 12 + parameters.adapter_bytes + 50 * 2**20
-    folder = Path(recipe.train.output_dir).expanduser().absolute()
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise MachineError(
-            f"{kept} checkpoints and the adapter need {needed / 2**20:,.0f} MiB, {free / 2**20:,.0f} MiB are free",
-            file=folder,
-            fix="train.keep_checkpoints=1, train.save_every=never, or another train.output_dir",
-        )
-
-
-def _num_saves(recipe: Recipe, steps: int) -> int:
-    every = recipe.train.save_every
-    if every == "never":
-        return 0
-    if every == "epoch":
-        return max(1, round(recipe.train.epochs))
-    assert not isinstance(every, str)
-    return max(1, round(1 / every)) if every < 1 else max(1, steps // int(every))
-
-
-def _advice(recipe: Recipe, data: PreparedData) -> list[str]:
-    """Settings that are known to be weak, each with its reason and a better value. Nothing is changed."""
-    train = recipe.train
-    steps = num_steps(len(data.train), train.batch_size, train.epochs)
-    notes = []
-    if train.learning_rate < 1e-4:
-        notes.append(
-            f"train.learning_rate {train.learning_rate:g} is low for LoRA, whose best rate is about ten times that of "
-            "full fine-tuning (Schulman et al. 2025); try 2e-4"
-        )
-    if train.warmup_fraction == 0 and train.learning_rate >= 5e-4:
-        notes.append(f"train.learning_rate {train.learning_rate:g} without warm-up; try train.warmup_fraction=0.05")
-    if train.eval_every == "epoch" and steps / max(1.0, train.epochs) > 2000:
-        notes.append(
-            f"one evaluation in {steps / max(1.0, train.epochs):,.0f} steps; try train.eval_every=0.05 and "
-            "train.save_every=0.05"
-        )
-    return notes
 
 
 class _Bars:

@@ -64,3 +64,23 @@ def test_it_shows_as_many_examples_as_asked_and_cuts_long_ones(smollm2_tokenizer
 
     assert text.count("a.jsonl:3") == 2
     assert f"{len(long.input_ids) - MAX_TOKENS} more tokens" in text
+
+
+def test_the_page_has_the_same_marks_and_escapes_what_the_data_holds(
+    smollm2_tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    planted = '<script>alert(1)</script> & "it\'s"'
+    shown = example(
+        smollm2_tokenizer, (planted, False), ("<|im_start|>", False), (f"Yes. {planted}<|im_end|>", True), ("\n", False)
+    )
+
+    page = preview([shown], smollm2_tokenizer, 3).html(title="<b>tiny</b>")
+
+    assert "<script" not in page
+    assert "<b>" not in page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; &#34;it&#39;s&#34;" in page
+    assert '<span class="trained special stop">&lt;|im_end|&gt;</span>' in page
+    assert '<span class="trained">Yes. &lt;script' in page
+    assert '<span class=" special">&lt;|im_start|&gt;</span>' in page
+    assert "http" not in page
+    assert "src=" not in page

@@ -124,7 +124,7 @@ def footprint(recipe: Recipe) -> dict[str, Any]:
     except LoratuneError as error:
         return {"error": str(error)}
     plan = json.loads(run.plan.read_text())
-    for name in ("time", "measured", "choices"):
+    for name in ("time", "measured", "choices", "presets"):
         plan.pop(name)
     metrics = run.read_metrics()
     for record in metrics:

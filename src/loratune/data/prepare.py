@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from loratune.data.checks import add_checks
 from loratune.data.conversation import Conversation, Origin, Rejected, detect_format, to_conversations
 from loratune.data.render import Example, Rendered, render
 from loratune.data.sources import Row, hash_source, hub_has_split, is_local, read_rows
@@ -100,6 +101,13 @@ def prepare_data(
         "overlap": _overlap(train, evaluation) if evaluation else [],
     }
     report["notices"] = [*rendered.notices, *_warnings(report, train)]
+    add_checks(
+        report,
+        data,
+        tokenizer,
+        train=(rendered.examples, train.conversations),
+        evaluation=(rendered_eval.examples, evaluation.conversations) if evaluation and rendered_eval else ((), ()),
+    )
     kept = {example.origin for example in rendered_eval.examples} if rendered_eval else set()
     return PreparedData(
         train=rendered.examples,
@@ -247,6 +255,7 @@ def _report(part: _Part, rendered: Rendered) -> dict[str, Any]:
     tokens = int(lengths.sum())
     counts = rendered.counts
     rejected = [*part.rejected, *rendered.rejected]
+    duplicates = [origins for origins in _origins(part.conversations).values() if len(origins) > 1]
     return {
         "sources": part.sources,
         "format": part.format,
@@ -270,7 +279,8 @@ def _report(part: _Part, rendered: Rendered) -> dict[str, Any]:
         "answers_with_thoughts": counts.get("thoughts", 0),
         "answers_with_thoughts_put_back": counts.get("thoughts_restored", 0),
         "conversations_without_last_answer": counts.get("unanswered", 0),
-        "duplicates": _num_duplicates(part.conversations),
+        "duplicates": sum(len(origins) - 1 for origins in duplicates),
+        "duplicate_rows": [[_place(origin) for origin in origins] for origins in duplicates],
         "num_rejected": len(rejected),
         "rejected": [{"file": r.origin.file, "line": r.origin.line, "reason": r.reason} for r in rejected],
     }
@@ -282,10 +292,6 @@ def _origins(conversations: Iterable[Conversation]) -> dict[str, list[Origin]]:
     for conversation in conversations:
         places.setdefault(_key(conversation), {})[conversation.origin] = None
     return {key: list(origins) for key, origins in places.items()}
-
-
-def _num_duplicates(conversations: Sequence[Conversation]) -> int:
-    return sum(len(origins) - 1 for origins in _origins(conversations).values())
 
 
 def _overlap(train: _Part, evaluation: _Part) -> list[dict[str, Any]]:
@@ -314,18 +320,17 @@ def _warnings(report: dict[str, Any], train: _Part) -> list[str]:
             f"{', '.join(pairs[:_SHOWN])}{more}."
         )
     if report["train"]["duplicates"]:
+        groups = report["train"]["duplicate_rows"]
+        lines = "; ".join(" = ".join(f"line {place['line']}" for place in group[:_SHOWN]) for group in groups[:_SHOWN])
+        more = f" and {len(groups) - _SHOWN} more groups" if len(groups) > _SHOWN else ""
         warnings.append(
-            f"{report['train']['duplicates']} of {len(train.conversations)} training conversations are exact duplicates."
+            f"{report['train']['duplicates']} of {len(train.conversations)} training conversations are exact duplicates: "
+            f"{lines}{more}."
         )
     for name in ("train", "eval"):
         part = report[name]
         if part and part["num_rejected"]:
             warnings.append(
                 f"{part['num_rejected']} {name} rows were left out; data.json lists them with their reasons."
-            )
-        if part and (part["truncated"] or part["dropped"]):
-            warnings.append(
-                f"{part['truncated']} {name} conversations were cut at {report['max_length']} tokens, "
-                f"{part['dropped']} were left out for their length."
             )
     return warnings

@@ -23,6 +23,43 @@ _TRAINED, _CONTEXT = "green", "dim"
 _SPECIAL, _STOP = "bold", "bold underline"
 _OPEN, _CLOSE = "⟦", "⟧"
 
+_PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<title>{{ title }}: trained tokens</title>
+<style>
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
+       color: #777; background: #fff }
+h1, h2, p { color: #222 }
+h1 { font-size: 1.3rem }
+h2 { font-size: 1rem; margin-top: 2rem }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.6 ui-monospace, monospace;
+      border: 1px solid #ddd; padding: .7rem }
+.trained { background: #d9f2df; color: #0a4d1c }
+.special { font-weight: bold }
+.stop { text-decoration: underline 2px; outline: 1px solid #0a4d1c }
+@media (prefers-color-scheme: dark) {
+  body { color: #999; background: #161616 } h1, h2, p { color: #ddd } pre { border-color: #444 }
+  .trained { background: #12391d; color: #b9f0c8 } .stop { outline-color: #b9f0c8 }
+}
+</style>
+<h1>{{ title }}</h1>
+<p><span class="trained">trained</span>, <span class="special">special token</span>,
+<span class="trained special stop">stop token that is trained</span>; the rest is read, not trained.</p>
+{% for name, pieces in examples %}
+<h2>{{ name }}</h2>
+<pre>
+{%- for piece in pieces -%}
+<span class="{{ 'trained' if piece.trained }}{{ ' special' if piece.special }}{{ ' stop' if piece.stop }}">
+{{- piece.text -}}
+</span>
+{%- endfor -%}
+</pre>
+{% endfor %}
+</html>
+"""
+
 
 class Piece(NamedTuple):
     """A run of tokens of one kind."""
@@ -57,6 +94,14 @@ class Preview:
         for title, pieces in zip(self.titles, self.pieces, strict=True):
             parts += [Text(f"\n{title}", style="bold"), Text.assemble(*((p.text, _style(p)) for p in pieces))]
         return Group(*parts)
+
+    def html(self, *, title: str) -> str:
+        """The same as one page: no scripts, nothing from elsewhere, all text escaped."""
+        from jinja2 import Environment
+
+        environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+        examples = zip(self.titles, self.pieces, strict=True)
+        return environment.from_string(_PAGE).render(title=title, examples=list(examples))
 
     def plain(self) -> str:
         """The same without colour."""

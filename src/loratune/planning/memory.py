@@ -116,8 +116,9 @@ def plan_memory(
     largest_step: int,
     wanted_budget: int | None,
     wanted_recomputed: int | None,
+    free: int | None = None,
 ) -> MemoryPlan:
-    """The token budget that fits this machine's free memory, the layers to recompute, and the memory that it takes.
+    """The token budget that fits the free memory, the layers to recompute, and the memory that it takes.
 
     Args:
         total_parameters: Of base and adapter.
@@ -131,6 +132,7 @@ def plan_memory(
         largest_step: Tokens of the largest step: the most that a micro-batch can hold.
         wanted_budget: The recipe's own, or None for auto.
         wanted_recomputed: The recipe's own, or None for auto.
+        free: Bytes of a device that is not here; None for what is free on this machine.
 
     Raises:
         MachineError: Not even one example fits, with every layer recomputed.
@@ -141,7 +143,8 @@ def plan_memory(
         "loss_bytes": loss_chunk_bytes * 2 + loss_chunk_bytes * dtype_bytes // 4,
         "process_bytes": PROCESS_BYTES[device],
     }
-    room = int(free_bytes(device) * SHARE) - sum(fixed.values())
+    free = free_bytes(device) if free is None else free
+    room = int(free * SHARE) - sum(fixed.values())
     least = max(longest, min(wanted_budget or ENOUGH[device], largest_step))
     counts = range(num_layers + 1) if wanted_recomputed is None else (min(wanted_recomputed, num_layers),)
     fitting = [n for n in counts if least * per_token_bytes(layer, num_layers, n) <= room]
@@ -151,7 +154,7 @@ def plan_memory(
     if not fitting:
         needed = sum(fixed.values()) + longest * per_token_bytes(layer, num_layers, counts[-1])
         raise MachineError(
-            f"one example of {longest:,} tokens needs {needed / 2**30:.1f} GiB, {free_bytes(device) / 2**30:.1f} GiB are "
+            f"one example of {longest:,} tokens needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are "
             f"free, of which {SHARE:.0%} may be planned with",
             fix="set a smaller data.max_length, model.dtype: bfloat16, train.recompute: auto, or use a smaller model",
         )

@@ -1,0 +1,160 @@
+"""Everything that can be known to be wrong before the weights load, and is no concern of one stage alone.
+
+`prepare` runs these for plan, train and resume, the quickest first. What belongs to one stage is checked by that stage,
+and before the weights load as well:
+
+    recipe        unknown settings, wrong types, contradictions                        recipe.py
+    device        there or not                                                         model/device.py
+    model         found, config and tokenizer readable, trusted code, targets match    model/load.py, model/targets.py
+    weights       all files there, whole, and of this model                            model/weights.py
+    data          every row; labels verified in two ways                               data/
+    references    of the metric: JSON where it is json                                 evaluation/scoring.py
+    memory        the longest example fits                                             planning/memory.py
+    output        empty, or a run that may be overwritten                              run.py
+"""
+
+from __future__ import annotations
+
+import netrc
+import os
+import shutil
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from urllib.parse import urlparse
+
+from loratune.data.render import Example, Prompt
+from loratune.data.steps import num_steps
+from loratune.errors import DataError, MachineError, RecipeError
+from loratune.planning.parameters import ParameterCount
+from loratune.recipe import Recipe
+
+
+def check_trackers(recipe: Recipe) -> None:
+    """Whether the trackers of `train.report_to` are installed, and the one that needs a key has it.
+
+    Raises:
+        RecipeError: One is missing.
+    """
+    missing = [name for name in recipe.train.report_to if find_spec(name) is None]
+    if missing:
+        raise RecipeError(
+            f"train.report_to names {', '.join(missing)}, which is not installed",
+            fix=f"pip install {' '.join(missing)}",
+        )
+    if "wandb" in recipe.train.report_to and not _has_wandb_key():
+        raise RecipeError(
+            "train.report_to names wandb, which has no key here", fix="wandb login, or WANDB_MODE=offline"
+        )
+
+
+def _has_wandb_key() -> bool:
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
+        return True
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def check_output(folder: Path) -> None:
+    """Whether the run directory can be written.
+
+    Raises:
+        MachineError: It or the nearest folder above it is no folder, or is not ours to write in.
+    """
+    nearest = _nearest(folder)
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        what = "is not a folder" if not nearest.is_dir() else "may not be written"
+        raise MachineError(
+            f"train.output_dir cannot be made: this {what}", file=nearest, fix="another train.output_dir"
+        )
+
+
+def check_vocabulary(examples: Sequence[Example], num_embeddings: int) -> None:
+    """Whether the model has an embedding for every token of the data.
+
+    Args:
+        examples: Training and held-out examples.
+        num_embeddings: Rows of the model's embedding matrix.
+
+    Raises:
+        RecipeError: The tokenizer is of another model.
+    """
+    for example in examples:
+        highest = int(example.input_ids.max())
+        if highest >= num_embeddings:
+            raise RecipeError(
+                f"the tokenizer writes token {highest}, but the model has {num_embeddings} embeddings",
+                file=example.origin.file,
+                line=example.origin.line,
+                fix="the tokenizer in the model's folder is of another model, or was extended; put the model's own there",
+            )
+
+
+def check_prompts(recipe: Recipe, prompts: Sequence[Prompt], positions: int | None) -> None:
+    """Whether there is something to score, and the model has room for the answers.
+
+    Args:
+        recipe: Its evaluate section.
+        prompts: Of the held-out conversations to be answered.
+        positions: Of the model; None where it states none.
+
+    Raises:
+        DataError: No held-out conversation has an answer, or a prompt leaves no room for one.
+    """
+    metric, room = recipe.evaluate.metric, recipe.evaluate.max_new_tokens
+    if metric != "none" and not prompts:
+        raise DataError(
+            f"evaluate.metric is {metric}, but no held-out conversation has an answer to compare with",
+            fix="evaluate.metric=none, or other data.eval",
+        )
+    for prompt in prompts:
+        if positions is not None and len(prompt.input_ids) + room > positions:
+            raise DataError(
+                f"a prompt of {len(prompt.input_ids):,} tokens and an answer of {room:,} (evaluate.max_new_tokens) do not "
+                f"fit the model's {positions:,} positions",
+                file=prompt.origin.file,
+                line=prompt.origin.line,
+                fix=f"evaluate.max_new_tokens={positions - len(prompt.input_ids)}"
+                if len(prompt.input_ids) < positions
+                else "shorten the row, or leave it out of data.eval",
+            )
+
+
+def check_disk(recipe: Recipe, parameters: ParameterCount, num_examples: int) -> None:
+    """Whether the checkpoints and the adapter fit the disk: adapter and two moments in each, all in float32.
+
+    Raises:
+        MachineError: They do not.
+    """
+    saves = _num_saves(recipe, num_steps(num_examples, recipe.train.batch_size, recipe.train.epochs))
+    kept = min(saves, recipe.train.keep_checkpoints or saves) + 1  # one more is written before the oldest goes
+    needed = kept * parameters.trainable * 12 + parameters.adapter_bytes + 50 * 2**20
+    folder = _nearest(Path(recipe.train.output_dir))
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise MachineError(
+            f"{kept} checkpoints and the adapter need {needed / 2**20:,.0f} MiB, {free / 2**20:,.0f} MiB are free",
+            file=folder,
+            fix="train.keep_checkpoints=1, train.save_every=never, or another train.output_dir",
+        )
+
+
+def _num_saves(recipe: Recipe, steps: int) -> int:
+    every = recipe.train.save_every
+    if every == "never":
+        return 0
+    if every == "epoch":
+        return max(1, round(recipe.train.epochs))
+    assert not isinstance(every, str)
+    return max(1, round(1 / every)) if every < 1 else max(1, steps // int(every))
+
+
+def _nearest(folder: Path) -> Path:
+    """The folder, or the nearest one above it that exists."""
+    folder = folder.expanduser().absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return folder

@@ -1,0 +1,94 @@
+"""What the headers of safetensors files say, without reading a weight: whether all of the model is there, and whole."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from loratune.errors import RecipeError
+
+INDEX = "model.safetensors.index.json"
+_COPY_AGAIN = "copy or download the model again"
+
+
+def check_weights(folder: Path, model: nn.Module, *, quantized: bool) -> None:
+    """Whether the files in a folder hold the weights of a model: some milliseconds, whatever its size.
+
+    Args:
+        folder: With safetensors files; one without (a model on the hub, whose weights are fetched later) is passed over.
+        model: The model as its config describes it, on the meta device.
+        quantized: Whether the files hold packed weights, whose shapes are not those of the model.
+
+    Raises:
+        RecipeError: A file is missing, cut short, or not of this model.
+    """
+    files = _files(folder)
+    if not files:
+        return
+    tensors = {name: shape for file in files for name, shape in read_header(file).items()}
+    if quantized:
+        return
+    wanted = dict(model.named_parameters())
+    for name in tensors.keys() & wanted.keys():
+        if tensors[name] != tuple(wanted[name].shape):
+            raise RecipeError(
+                f"{name} is {_by(tensors[name])} in the weights and {_by(wanted[name].shape)} in config.json",
+                file=folder,
+                fix=f"the two are of different models; {_COPY_AGAIN}",
+            )
+    # By number, not by name: transformers renames and stacks tensors of many architectures when it loads them.
+    held, described = sum(map(math.prod, tensors.values())), sum(p.numel() for p in model.parameters())
+    if held < 0.999 * described:
+        raise RecipeError(
+            f"the weights hold {held:,} of the {described:,} parameters that config.json describes; the rest would be "
+            "random",
+            file=folder,
+            fix=f"files are missing; {_COPY_AGAIN}",
+        )
+
+
+def read_header(file: Path) -> dict[str, tuple[int, ...]]:
+    """The name and shape of every tensor of a safetensors file.
+
+    Raises:
+        RecipeError: It is not one, or shorter than its header says.
+    """
+    size = file.stat().st_size
+    try:
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header: dict[str, Any] = json.loads(stream.read(length)) if 0 < length <= size - 8 else {}
+        header.pop("__metadata__", None)
+        end = 8 + length + max(entry["data_offsets"][1] for entry in header.values())
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise RecipeError("not a safetensors file, or damaged", file=file, fix=_COPY_AGAIN) from None
+    if size < end:
+        raise RecipeError(f"cut short: {size:,} of {end:,} bytes", file=file, fix=_COPY_AGAIN)
+    return {name: tuple(entry["shape"]) for name, entry in header.items()}
+
+
+def _files(folder: Path) -> list[Path]:
+    index = folder / INDEX
+    found = sorted(folder.glob("*.safetensors"))
+    if not found or not index.is_file():
+        return [path for path in found if path.name == "model.safetensors"] or found
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError):
+        raise RecipeError("damaged: no weight_map in it", file=index, fix=_COPY_AGAIN) from None
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise RecipeError(
+            f"{len(missing)} of {len(names)} weight files are missing: {', '.join(missing[:3])}",
+            file=folder,
+            fix=_COPY_AGAIN,
+        )
+    return [folder / name for name in names]
+
+
+def _by(shape: Any) -> str:
+    return " × ".join(map(str, shape))

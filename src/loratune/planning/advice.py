@@ -1,0 +1,301 @@
+"""What an expert would say about a run before it starts: short, each with its reason and where it comes from.
+
+Nothing is changed. Each rule says something only where it applies; a run that needs no advice gets none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any
+
+from loratune.recipe import Recipe
+
+SCHULMAN = "Schulman et al. 2025, LoRA Without Regret, thinkingmachines.ai/blog/lora"
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM's `max_lora_rank` can be (`MaxLoRARanks` in vllm/config/lora.py, 0.14); its default is 16."""
+WITHOUT_LORA_IN_VLLM = ("GPT2LMHeadModel", "GPTNeoXForCausalLM", "GPTJForCausalLM")
+"""Architectures of common models without a mark under LoRA in docs.vllm.ai/en/latest/models/supported_models."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Advice:
+    """One piece of advice.
+
+    Attributes:
+        about: The setting, or what else it is about.
+        text: What to do.
+        reason: Why.
+        source: Where the reason comes from; empty where it is arithmetic.
+    """
+
+    about: str
+    text: str
+    reason: str
+    source: str = ""
+
+    def __str__(self) -> str:
+        source = f" ({self.source})" if self.source else ""
+        return f"{self.text}: {self.reason}{source}"
+
+    def as_record(self) -> dict[str, str]:
+        """For `plan.json`."""
+        return {"about": self.about, "text": self.text, "reason": self.reason, "source": self.source}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """What advice is given on.
+
+    Attributes:
+        recipe: With every `auto` resolved.
+        num_examples: Of the training data.
+        num_steps: Optimizer steps of the run.
+        num_supervised_tokens: Of one epoch.
+        num_cut: Examples whose answers `max_length` cut.
+        trainable: Parameters of the adapter.
+        feed_forward: Whether a feed-forward matrix is adapted; None where the model has none that could be.
+        architecture: Class of the base model.
+        unknown_to_gguf: Adapted modules that no architecture of llama.cpp has.
+        stop_token: What the chat template ends an answer with; empty for plain text.
+        generation_stops: The tokens at which the model's generation settings stop.
+        prompt_check: `PromptCheck.as_record()`; empty for plain text.
+    """
+
+    recipe: Recipe
+    num_examples: int
+    num_steps: int
+    num_supervised_tokens: int
+    num_cut: int
+    trainable: int
+    feed_forward: bool | None
+    architecture: str
+    unknown_to_gguf: Sequence[str] = ()
+    stop_token: str = ""
+    generation_stops: Sequence[str] = ()
+    prompt_check: dict[str, Any] = field(default_factory=dict)
+
+
+def give_advice(facts: Facts) -> tuple[Advice, ...]:
+    """All advice that applies, the most important first."""
+    return tuple(chain.from_iterable(rule(facts) for rule in _RULES))
+
+
+def _prompt(facts: Facts) -> Iterator[Advice]:
+    check = facts.prompt_check
+    if not check or not check["header_differs"] + check["history_differs"]:
+        return
+    shown = (
+        f"at {check['file']}:{check['line']} training has {check['trained']!r} where a server sends {check['served']!r}"
+    )
+    if check["header_differs"]:
+        if "</think>" in check["served"]:
+            text = "data.thinking=strip, or serve with a template whose generation prompt leaves room for thoughts"
+        elif "<think>" in check["served"]:
+            text = "add thoughts to the answers, or serve with a template whose generation prompt does not open <think>"
+        else:
+            text = "serve with the prompt that was trained"
+        yield Advice(
+            about="chat template",
+            text=text,
+            reason=f"{check['header_differs']} of {check['checked']} prompts compared start the answer in another way "
+            f"than training: {shown}",
+        )
+    if check["history_differs"]:
+        yield Advice(
+            about="data.thinking",
+            text="make conversations end after their first answer with thoughts, or set data.thinking=strip",
+            reason=f"{check['history_differs']} of {check['checked']} prompts compared differ from training before the "
+            f"last answer, mostly because templates drop the thoughts of earlier answers: {shown}",
+        )
+
+
+def _stop_token(facts: Facts) -> Iterator[Advice]:
+    if facts.stop_token and facts.generation_stops and facts.stop_token not in facts.generation_stops:
+        yield Advice(
+            about="stop token",
+            text=f"serve with the stop token {facts.stop_token}",
+            reason=f"the answers are trained to end with {facts.stop_token}, but the model's generation settings stop at "
+            f"{', '.join(facts.generation_stops)} only, so a server that reads them goes on after the answer",
+            source="eos_token_id in the model's generation_config.json or config.json",
+        )
+
+
+def _cut(facts: Facts) -> Iterator[Advice]:
+    data = facts.recipe.data
+    if facts.num_cut and facts.num_cut >= 0.01 * facts.num_examples and data.train_on != "all":
+        yield Advice(
+            about="data.max_length",
+            text="data.max_length=auto, or data.on_long=drop",
+            reason=f"{facts.num_cut:,} of {facts.num_examples:,} examples are cut at {data.max_length:,} tokens; an answer "
+            "that is cut is trained without its end",
+        )
+
+
+def _learning_rate(facts: Facts) -> Iterator[Advice]:
+    rate = facts.recipe.train.learning_rate
+    if rate < 1e-4:
+        yield Advice(
+            about="train.learning_rate",
+            text="train.learning_rate=2e-4",
+            reason=f"{rate:g} is low for LoRA, whose best rate is about ten times that of full fine-tuning",
+            source=SCHULMAN,
+        )
+    if rate > 2e-3:
+        yield Advice(
+            about="train.learning_rate",
+            text="train.learning_rate=5e-4",
+            reason=f"{rate:g} is high for LoRA, whose best rates lie between 1e-4 and 1e-3 for most models",
+            source=SCHULMAN,
+        )
+
+
+def _targets(facts: Facts) -> Iterator[Advice]:
+    if facts.feed_forward is False:
+        yield Advice(
+            about="lora.targets",
+            text="lora.targets=complete",
+            reason="adapters on attention only learn less than adapters on the feed-forward matrices, even with as many "
+            "parameters",
+            source=SCHULMAN,
+        )
+
+
+def _capacity(facts: Facts) -> Iterator[Advice]:
+    # One epoch counts: what is seen again is not new. 2 bits a parameter is the most that was measured.
+    data_bits, adapter_bits = facts.num_supervised_tokens, 2 * facts.trainable
+    if data_bits > adapter_bits:
+        yield Advice(
+            about="lora.r",
+            text="raise lora.r, or set lora.targets=complete",
+            reason=f"{facts.num_supervised_tokens:,} supervised tokens at about 1 bit each are more than the adapter's "
+            f"{facts.trainable:,} parameters hold at about 2 bits each",
+            source=f"{SCHULMAN}; Allen-Zhu & Li 2024, arXiv 2404.05405",
+        )
+
+
+def _scale(facts: Facts) -> Iterator[Advice]:
+    lora = facts.recipe.lora
+    scale = lora.alpha / lora.r
+    if not 0.5 <= scale <= 8:
+        yield Advice(
+            about="lora.alpha",
+            text=f"lora.alpha={2 * lora.r:g}",
+            reason=f"the update is scaled by alpha/r = {scale:g}, so it learns far "
+            f"{'slower' if scale < 0.5 else 'faster'} at the usual rates, which are meant for scales of 1 to 2",
+            source="Hu et al. 2021, arXiv 2106.09685, section 4.1",
+        )
+
+
+def _warmup(facts: Facts) -> Iterator[Advice]:
+    train = facts.recipe.train
+    if train.warmup_fraction == 0 and (train.learning_rate >= 5e-4 or facts.num_steps >= 1000):
+        yield Advice(
+            about="train.warmup_fraction",
+            text="train.warmup_fraction=0.03",
+            reason=f"without warm-up AdamW's first steps are full steps at {train.learning_rate:g} on second moments that "
+            "a few batches decided",
+            source="Ma & Yarats 2021, arXiv 1910.04209",
+        )
+
+
+def _num_steps(facts: Facts) -> Iterator[Advice]:
+    train = facts.recipe.train
+    if facts.num_examples < 50:
+        yield Advice(
+            about="data.train",
+            text="collect more examples",
+            reason=f"{facts.num_examples} are few; from 50 to 100 good ones on, a clear difference can be expected",
+            source="platform.openai.com/docs/guides/supervised-fine-tuning",
+        )
+    elif facts.num_steps < 30 and train.batch_size > 8:
+        yield Advice(
+            about="train.batch_size",
+            text="train.batch_size=8, or more train.epochs",
+            reason=f"{facts.num_steps} steps are few to learn in; each step sees {train.batch_size} of "
+            f"{facts.num_examples:,} examples",
+        )
+    elif train.batch_size > 128:
+        yield Advice(
+            about="train.batch_size",
+            text="train.batch_size=32",
+            reason=f"LoRA loses more than full fine-tuning does at large batch sizes such as {train.batch_size}",
+            source=SCHULMAN,
+        )
+
+
+def _cadence(facts: Facts) -> Iterator[Advice]:
+    train, steps = facts.recipe.train, facts.num_steps
+    never = {
+        "log_every": ("prints no loss and tells trackers nothing", "10"),
+        "eval_every": ("measures no held-out loss while it trains", "0.1"),
+        "save_every": ("writes no checkpoint, so a crash loses everything", "0.1"),
+    }
+    for name, (consequence, better) in never.items():
+        every = getattr(train, name)
+        if not isinstance(every, str) and every > steps:
+            yield Advice(
+                about=f"train.{name}",
+                text=f"train.{name}={better}",
+                reason=f"a run of {steps:,} steps that does it every {every:g} {consequence}",
+            )
+    per_epoch = steps / max(1.0, train.epochs)
+    if per_epoch > 2000:
+        names = [name for name in ("eval_every", "save_every", "log_every") if getattr(train, name) == "epoch"]
+        names = [name for name in names if name != "eval_every" or facts.recipe.data.eval != "none"]
+        if names:
+            yield Advice(
+                about=f"train.{names[0]}",
+                text=" ".join(f"train.{name}={'100' if name == 'log_every' else '0.05'}" for name in names),
+                reason=f"an epoch has {per_epoch:,.0f} steps, and nothing is seen or saved in between",
+            )
+
+
+def _serving(facts: Facts) -> Iterator[Advice]:
+    r = facts.recipe.lora.r
+    if facts.architecture in WITHOUT_LORA_IN_VLLM:
+        yield Advice(
+            about="vLLM",
+            text="merge the adapter before you serve it with vLLM",
+            reason=f"vLLM does not load LoRA adapters on {facts.architecture}",
+            source="docs.vllm.ai/en/latest/models/supported_models",
+        )
+    elif r > VLLM_RANKS[-1]:
+        yield Advice(
+            about="lora.r",
+            text=f"lora.r={VLLM_RANKS[-1]}, or merge the adapter before you serve it",
+            reason=f"vLLM refuses adapters of rank {r}; the highest it can be started with is {VLLM_RANKS[-1]}",
+            source="MaxLoRARanks in vllm/config/lora.py",
+        )
+    elif r > 16:
+        allowed = next(rank for rank in VLLM_RANKS if rank >= r)
+        yield Advice(
+            about="lora.r",
+            text=f"serve with vLLM's --max-lora-rank {allowed}",
+            reason=f"its default refuses ranks over 16, and this adapter has {r}",
+            source="docs.vllm.ai/en/latest/features/lora",
+        )
+    if facts.unknown_to_gguf:
+        yield Advice(
+            about="llama.cpp",
+            text="merge the adapter before you export it to GGUF",
+            reason=f"no architecture of llama.cpp has {', '.join(facts.unknown_to_gguf)}, so an adapter on it cannot be "
+            "converted by itself",
+            source="tensor names of the gguf package",
+        )
+
+
+_RULES: tuple[Callable[[Facts], Iterator[Advice]], ...] = (
+    _prompt,
+    _stop_token,
+    _cut,
+    _learning_rate,
+    _targets,
+    _capacity,
+    _scale,
+    _warmup,
+    _num_steps,
+    _cadence,
+    _serving,
+)

@@ -1,0 +1,69 @@
+"""What other machines can do, as their makers publish it: to plan for a GPU that is not here."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+
+from loratune.errors import RecipeError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Device:
+    """One accelerator.
+
+    Attributes:
+        name: As `--device` takes it.
+        memory_bytes: Of the device, before anything is loaded.
+        bf16_flops_per_second: Dense peak of bfloat16 products that add up in float32, without sparsity.
+        source: The maker's document.
+    """
+
+    name: str
+    memory_bytes: int
+    bf16_flops_per_second: float
+    source: str
+
+
+def _device(name: str, gigabytes: int, teraflops: float, source: str) -> Device:
+    return Device(
+        name=name, memory_bytes=gigabytes * 10**9, bf16_flops_per_second=teraflops * 1e12, source=f"NVIDIA, {source}"
+    )
+
+
+_HOPPER = "H100 datasheet (half of the figure with sparsity)"
+_AMPERE = "A100 datasheet"
+_GA102 = "GA102 GPU Architecture whitepaper, appendix A"
+_ADA = "Ada GPU Architecture whitepaper, appendix A"
+
+DEVICES = {
+    device.name: device
+    for device in (
+        _device("b200", 180, 2250, "DGX B200 datasheet (an eighth of it, half of the figure with sparsity)"),
+        _device("h200", 141, 989, "H200 datasheet (half of the figure with sparsity)"),
+        _device("h100-80gb", 80, 989, _HOPPER),
+        _device("h100-pcie", 80, 756, _HOPPER),
+        _device("a100-80gb", 80, 312, _AMPERE),
+        _device("a100-40gb", 40, 312, _AMPERE),
+        _device("l40s", 48, 362, "L40S datasheet"),
+        _device("l4", 24, 121, "L4 datasheet (half of the figure with sparsity)"),
+        _device("a10", 24, 125, "A10 datasheet"),
+        _device("rtx5090", 32, 209.5, "RTX Blackwell GPU Architecture whitepaper, appendix A"),
+        _device("rtx4090", 24, 165.2, _ADA),
+        _device("rtx3090", 24, 71, _GA102),
+    )
+}
+
+
+def find_device(name: str) -> Device:
+    """The device of this name.
+
+    Raises:
+        RecipeError: It is not in the table.
+    """
+    known = name.lower().replace("_", "-").replace(" ", "-")
+    if known in DEVICES:
+        return DEVICES[known]
+    near = difflib.get_close_matches(known, DEVICES, n=2, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    raise RecipeError(f"--device {name} is not known", fix=f"{hint}known are {', '.join(DEVICES)}")

@@ -1,0 +1,183 @@
+"""`plan.json` and `data.json` as tables for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import groupby
+
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from loratune.run import Record
+
+GIB, MIB = 2**30, 2**20
+_BAR = 40
+"""Characters of the longest bar of the histogram."""
+
+
+def summary_table(record: Record, *, model: str) -> Table:
+    """What will be done, a line each.
+
+    Args:
+        record: `plan.json`, with the recipe's values under `recipe`.
+        model: Where the base model lies.
+    """
+    parameters, memory, data, clock = record["parameters"], record["memory"], record["data"], record["time"]
+    rows = {
+        "base model": model,
+        "trained": f"{parameters['trainable']:,} of {parameters['total']:,} parameters "
+        f"({parameters['share']:.2%}): {parameters['targets']}",
+        "adapter file": f"{parameters['adapter_bytes'] / MIB:,.1f} MiB",
+        "data": f"{data['num_examples']:,} examples, {data['num_tokens']:,} tokens, of which "
+        f"{data['num_supervised_tokens']:,} carry loss; {data['num_eval_examples']:,} held out",
+        "steps": f"{clock['num_steps']:,} of {record['recipe']['batch_size']} examples, "
+        f"{record['recipe']['epochs']:g} epochs",
+        "memory": f"about {memory['peak_bytes'] / GIB:.1f} GiB at the peak: {_components(memory)}",
+        "time": f"about {duration(clock['train_seconds'])} of training, {clock['tokens_per_second']:,.0f} tokens/s, "
+        f"{_rate(record)}",
+        "output": record["recipe"]["output_dir"],
+    }
+    if "cost" in record:
+        cost = record["cost"]
+        rows["cost"] = f"about {cost['cost']:,.2f} at {cost['price_per_hour']:g} an hour, for training alone"
+    if record["device"]:
+        device = record["device"]
+        rows["device"] = (
+            f"{device['name']}: an estimate from published figures, {device['memory_bytes'] / 1e9:.0f} GB and "
+            f"{device['bf16_flops_per_second'] / 1e12:,.0f} TFLOP/s in bfloat16 ({device['source']})"
+        )
+    table = Table(show_header=False, box=None, padding=(0, 1))
+    for name, text in rows.items():
+        table.add_row(f"[bold]{name}[/bold]", escape(text))
+    for name, choice in record["choices"].items():
+        table.add_row(f"[dim]{name}: auto[/dim]", escape(f"{choice['value']} ({choice['reason']})"))
+    return table
+
+
+def modules_table(record: Record) -> Table:
+    """The adapted matrices by kind and shape."""
+    table = Table(title="Adapted matrices", title_justify="left")
+    for name in ("matrix", "in × out", "number", "parameters each", "parameters"):
+        table.add_column(name, justify="left" if name == "matrix" else "right")
+    kinds = sorted(
+        (_kind(item["name"]), item["d_in"], item["d_out"], item["trainable"])
+        for item in record["parameters"]["per_module"]
+    )
+    for (name, d_in, d_out, each), items in groupby(kinds):
+        number = len(list(items))
+        table.add_row(name, f"{d_in:,} × {d_out:,}", str(number), f"{each:,}", f"{each * number:,}")
+    return table
+
+
+def presets_table(record: Record) -> Table:
+    """The four target presets side by side."""
+    table = Table(title=f"Presets at r = {record['recipe']['r']}", title_justify="left")
+    table.add_column("lora.targets", no_wrap=True)
+    for name in ("trained", "share", "adapter", "memory", "time"):
+        table.add_column(name, justify="right")
+    for name, preset in record["presets"].items():
+        if preset["trainable"] is None:
+            table.add_row(name, "not on this model", "", "", "", "")
+            continue
+        peak = preset["peak_bytes"]
+        table.add_row(
+            name,
+            f"{preset['trainable']:,}",
+            f"{preset['share']:.3%}",
+            f"{preset['adapter_bytes'] / MIB:,.1f} MiB",
+            "does not fit" if peak is None else f"{peak / GIB:.1f} GiB",
+            duration(preset["train_seconds"]),
+            style="bold" if preset["targets"] == record["parameters"]["targets"] else "",
+        )
+    return table
+
+
+def data_table(report: Record) -> RenderableType:
+    """Training and held-out data side by side, and how long the training examples are."""
+    sides = [side for side in ("train", "eval") if report[side]]
+    table = Table(title="Data", title_justify="left")
+    table.add_column("")
+    for side in sides:
+        table.add_column(side, justify="right")
+    rows = {
+        "rows": [f"{report[side]['rows']:,}" for side in sides],
+        "conversations": [f"{report[side]['conversations']:,}" for side in sides],
+        "turns": [f"{report[side]['turns']:,}" for side in sides],
+        "tokens": [f"{report[side]['tokens']:,}" for side in sides],
+        "p50 / p95 / max": [
+            " / ".join(f"{report[side]['length'][name]:,}" for name in ("p50", "p95", "max")) for side in sides
+        ],
+        "supervised": [f"{report[side]['supervised_share']:.0%}" for side in sides],
+        "cut / left out": [f"{report[side]['truncated']:,} / {report[side]['dropped']:,}" for side in sides],
+        "rejected": [f"{report[side]['num_rejected']:,}" for side in sides],
+        "duplicates": [f"{report[side]['duplicates']:,}" for side in sides],
+        "scripts": [", ".join(_scripts(report[side]["scripts"])) for side in sides],
+    }
+    for name, values in rows.items():
+        table.add_row(name, *map(escape, values))
+    return Group(table, Text("Tokens of the training examples"), histogram_text(report["train"]["length"]["histogram"]))
+
+
+def histogram_text(bins: dict[str, list[int]]) -> Text:
+    """The bins (edges, and the counts between them) as bars of text."""
+    edges, counts = bins["edges"], bins["counts"]
+    most, width = max(counts), len(f"{edges[-1]:,}")
+    lines = [
+        f"{start:>{width},} to {end - 1:>{width},} {'█' * _blocks(count, most)} {count:,}"
+        for start, end, count in zip(edges, edges[1:], counts, strict=False)
+    ]
+    return Text("\n".join(lines))
+
+
+def notes(record: Record) -> Iterator[Text]:
+    """Warnings, then advice, a line each."""
+    for warning in record["warnings"]:
+        yield Text.assemble(("! ", "yellow"), warning)
+    for advice in record["advice"]:
+        source = f" ({advice['source']})" if advice["source"] else ""
+        yield Text.assemble(("→ ", "cyan"), (advice["text"], "bold"), f": {advice['reason']}", (source, "dim"))
+
+
+def measured_line(record: Record) -> str:
+    """What was promised beside what was measured, after a run."""
+    measured, memory, clock = record["measured"], record["memory"], record["time"]
+    return (
+        f"training took {duration(measured['train_seconds'])} (planned {duration(clock['train_seconds'])}), "
+        f"{measured['tokens_per_second']:,.0f} tokens/s (planned {clock['tokens_per_second']:,.0f}), {measured['peak_bytes'] / GIB:.1f} GiB at the peak "
+        f"(planned {memory['peak_bytes'] / GIB:.1f})"
+    )
+
+
+def duration(seconds: float) -> str:
+    """`2 h 5 min`, `3 min 4 s`, `7 s`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def _components(memory: Record) -> str:
+    parts = {name.removesuffix("_bytes"): size for name, size in memory.items() if name.endswith("_bytes")}
+    parts.pop("peak")
+    return ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items() if size >= 0.05 * GIB)
+
+
+def _rate(record: Record) -> str:
+    rate = record["time"]["flops_per_second"]
+    if record["device"]:
+        return f"from the published peak of {record['device']['name']}"
+    return f"at {rate / 1e9:,.0f} GFLOP/s measured for a matrix product"
+
+
+def _kind(name: str) -> str:
+    return ".".join([part for part in name.split(".") if not part.isdigit()][-2:])
+
+
+def _scripts(shares: dict[str, float]) -> Iterator[str]:
+    for name, share in list(shares.items())[:4]:
+        yield f"{name.capitalize()} {share:.1%}"
+
+
+def _blocks(count: int, most: int) -> int:
+    return max(1, round(_BAR * count / most)) if count else 0

@@ -1,0 +1,79 @@
+"""What is wrong is told before the weights load, by plan, train and resume alike."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from loratune import early_checks
+from loratune.errors import DataError, MachineError, RecipeError
+from loratune.pipeline import plan, resume, train
+from loratune.recipe import Recipe
+from tests.conftest import write_jsonl
+
+MakeRecipe = Callable[..., Recipe]
+
+
+def test_a_tracker_without_its_key_is_told(tiny_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(early_checks, "find_spec", lambda _: object())
+    monkeypatch.setenv("NETRC", os.devnull)
+    recipe = tiny_recipe(train__report_to=["wandb"])
+    with pytest.raises(RecipeError, match="has no key") as error:
+        early_checks.check_trackers(recipe)
+    assert error.value.fix == "wandb login, or WANDB_MODE=offline"
+    monkeypatch.setenv("WANDB_API_KEY", "k")
+    early_checks.check_trackers(recipe)
+
+
+def test_an_output_directory_below_a_file_is_told(tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(MachineError, match="this is not a folder") as error:
+        plan(tiny_recipe(train__output_dir=str(tmp_path / "file" / "run")))
+    assert error.value.file == str(tmp_path / "file")
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_told(
+    tiny_recipe: MakeRecipe, tiny_model: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(folder)
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "<new>"}]
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"messages": chat}])
+    size = len(tokenizer)
+    with pytest.raises(RecipeError, match=f"writes token {size - 1}, but the model has {size - 1} embeddings") as error:
+        plan(tiny_recipe(model__name=str(folder), data__train=str(rows), data__eval="none"))
+    assert error.value.place == f"{rows}:1"
+
+
+def test_answers_that_do_not_fit_the_model_are_told(tiny_recipe: MakeRecipe, chat_files: tuple[Path, Path]) -> None:
+    with pytest.raises(DataError, match="do not fit the model's 512 positions") as error:
+        plan(tiny_recipe(evaluate__metric="contains", evaluate__max_new_tokens=500))
+    assert error.value.place == f"{chat_files[1]}:1"
+    assert error.value.fix.startswith("evaluate.max_new_tokens=")
+
+
+def test_a_metric_without_answers_to_score_is_told(tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"text": f"Story {n}."} for n in range(4)])
+    recipe = tiny_recipe(data__train=str(rows), data__eval=str(rows), data__train_on="all", evaluate__metric="contains")
+    with pytest.raises(DataError, match="no held-out conversation has an answer"):
+        plan(recipe)
+
+
+def test_resume_checks_what_plan_and_train_check(tiny_recipe: MakeRecipe, tiny_model: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    recipe = tiny_recipe(model__name=str(folder), data__eval="none", train__epochs=1)
+    run = train(recipe).run
+    (run.adapter / "adapter_config.json").unlink()
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4])
+    for start in (lambda: plan(recipe), lambda: train(recipe, overwrite=True), lambda: resume(run.root)):
+        with pytest.raises(RecipeError, match="cut short"):
+            start()
+    assert run.lock.is_file()
