@@ -223,7 +223,7 @@ def _render(
         thinking=data.thinking,
         max_length=max_length,
         on_long=data.on_long,
-        progress=None if progress is None else lambda done, total: progress(f"preparing {name} data", done, total),
+        progress=None,
     )
     _apply_policy(rendered.rejected, data)
     if not rendered.examples:
