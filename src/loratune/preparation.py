@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from loratune.data.batch import num_supervised
 from loratune.data.prepare import PreparedData, prepare_data
@@ -18,6 +17,7 @@ from loratune.evaluation.scoring import check_references
 from loratune.kernels.cross_entropy import chunk_rows
 from loratune.lock import examples_fingerprint, make_lock, model_fingerprint, text_fingerprint
 from loratune.model.device import Choice, choose_device, choose_dtype, torch_dtype
+from loratune.model.gguf import cache_dir
 from loratune.model.load import BaseModel, load_config, load_tokenizer, locate_model, positions_of
 from loratune.model.targets import describe_targets, resolve_targets, target_notes
 from loratune.planning.memory import MemoryPlan, plan_memory
@@ -140,10 +140,14 @@ def prepare(recipe: Recipe, progress: Progress) -> Preparation:
     targets = resolve_targets(model, recipe.lora.targets)
     parameters = count_parameters(model, targets, recipe.lora.r)
     tokenizer = load_tokenizer(base, recipe.model)
-    with _Bars(progress) as bars:
-        data = prepare_data(
-            recipe.data, tokenizer, max_length=int(max_length.value), seed=recipe.train.seed, progress=bars
-        )
+    data = prepare_data(
+        recipe.data,
+        tokenizer,
+        max_length=int(max_length.value),
+        seed=recipe.train.seed,
+        cache=cache_dir() / "examples",
+        progress=progress,
+    )
     dtype = choose_dtype(recipe.model.dtype, device.value)
     memory = _memory(recipe, config.get_text_config(), parameters, data, dtype.value, device.value)
     choices = {
@@ -313,26 +317,3 @@ def _advice(recipe: Recipe, data: PreparedData) -> list[str]:
             "train.save_every=0.05"
         )
     return notes
-
-
-class _Bars:
-    """Turns `prepare_data`'s calls into one bar after another."""
-
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
-        self._open = ExitStack()
-        self._name, self._done = "", 0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._open.close()
-
-    def __call__(self, name: str, done: int, total: int) -> None:
-        if name != self._name:
-            self._open.close()
-            self._task = self._open.enter_context(self._progress.task(name, total, "conversations"))
-            self._name, self._done = name, 0
-        self._task.advance(done - self._done)
-        self._done = done

@@ -136,11 +136,11 @@ class Crew(Generic[T, R]):
         try:
             helper.stdin.write(setup)
             helper.stdin.flush()
-            pickle.load(helper.stdout)  # ready
+            pickle.load(helper.stdout)  # noqa: S301 - ready; from a process that this one started
             while (number := self._take(wait=False)) is not None:
                 pickle.dump(self._batches[number], helper.stdin, protocol=pickle.HIGHEST_PROTOCOL)
                 helper.stdin.flush()
-                self._finish(number, pickle.load(helper.stdout))
+                self._finish(number, pickle.load(helper.stdout))  # noqa: S301
         except (OSError, EOFError, pickle.PickleError):
             with self._changed:
                 if number is not None:
@@ -150,8 +150,12 @@ class Crew(Generic[T, R]):
 
 
 def _start_helper() -> subprocess.Popen[bytes]:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "TOKENIZERS_PARALLELISM": "false"}
-    return subprocess.Popen(  # noqa: S603 - ourselves
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    return subprocess.Popen(
         [sys.executable, "-m", "loratune.data.worker"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+from tokenizers.models import BPE
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -84,8 +85,7 @@ class Words:
     @classmethod
     def of(cls, backend: Tokenizer) -> Words | None:
         """For this tokenizer; None where it is not byte-level BPE, or of a form that is not known here."""
-        parts = json.loads(backend.to_str())
-        stages = _stages(parts)
+        stages = _stages(backend)
         if stages is None or not _added_tokens_are_plain(backend):
             return None
         words = cls(backend, stages)
@@ -254,22 +254,27 @@ def _added_tokens_are_plain(backend: Tokenizer) -> bool:
 # ---- the tokenizer's way of splitting
 
 
-def _stages(parts: dict[str, Any]) -> list[re.Pattern[str]] | None:
+def _stages(backend: Tokenizer) -> list[re.Pattern[str]] | None:
     """The expressions that cut a text into words, one after another; None for another kind of tokenizer."""
-    model, decoder, normalizer = parts["model"], parts["decoder"] or {}, parts["normalizer"] or {}
+    model = backend.model
     byte_level = (
-        model["type"] == "BPE"
-        and not (model["dropout"] or model["continuing_subword_prefix"] or model["end_of_word_suffix"])
-        and decoder.get("type") == "ByteLevel"
-        and normalizer.get("type") in _SAME_ON_ASCII
+        isinstance(model, BPE)
+        and not (model.dropout or model.continuing_subword_prefix or model.end_of_word_suffix)
+        and _described(backend.decoder).get("type") == "ByteLevel"
+        and _described(backend.normalizer).get("type") in _SAME_ON_ASCII
     )
-    steps = parts["pre_tokenizer"] or {}
-    steps = steps["pretokenizers"] if steps.get("type") == "Sequence" else [steps]
+    whole = _described(backend.pre_tokenizer)
+    steps: list[dict[str, Any]] = whole["pretokenizers"] if whole.get("type") == "Sequence" else [whole]
     if not byte_level or not steps or steps[-1].get("type") != "ByteLevel":
         return None
     patterns = [_pattern(step, last=number == len(steps)) for number, step in enumerate(steps, start=1)]
     compiled = [_compile(pattern) for pattern in patterns if pattern != ""]
     return None if None in patterns or None in compiled else [stage for stage in compiled if stage is not None]
+
+
+def _described(part: Any) -> dict[str, Any]:
+    """A part of the tokenizer, as `tokenizer.json` describes it."""
+    return {} if part is None else json.loads(part.__getstate__())
 
 
 def _pattern(step: dict[str, Any], *, last: bool) -> str | None:
@@ -315,7 +320,24 @@ def _ascii(pattern: str) -> str:
 def _random_texts() -> Iterator[str]:
     """Text of all that splits: words, contractions, numbers, blanks, line ends, punctuation, control characters."""
     draw = random.Random(0)  # noqa: S311 - no secret
-    pieces = ["the", "Hello", "camelCase", "I'm", "you'll", "IT'S", "12", "3", "4096", " ", "  ", "\n", "\n\n", "\t", ", ", "."]
+    pieces = [
+        "the",
+        "Hello",
+        "camelCase",
+        "I'm",
+        "you'll",
+        "IT'S",
+        "12",
+        "3",
+        "4096",
+        " ",
+        "  ",
+        "\n",
+        "\n\n",
+        "\t",
+        ", ",
+        ".",
+    ]
     for _ in range(200):
         words = [draw.choice(pieces) if draw.random() < 0.8 else chr(draw.randrange(128)) for _ in range(30)]
         yield "".join(words)

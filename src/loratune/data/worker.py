@@ -21,10 +21,9 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
         except EOFError:
             return
         try:
-            result = renderer(conversations)
+            _send(renderer(conversations), answers)
         except LoratuneError as error:
-            result = error
-        _send(result, answers)
+            _send(error, answers)
 
 
 def _send(answer: object, answers: BinaryIO) -> None:
