@@ -82,7 +82,7 @@ def test_the_second_time_all_comes_from_the_cache_and_says_so(prepared: Prepare,
 @pytest.mark.parametrize(
     "change",
     [
-        {"max_length": 32},
+        {"max_length": 60},
         {"seed": 2},
         {"train_on": "last"},
         {"thinking": "strip"},

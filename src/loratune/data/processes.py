@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, Generic, Self, TypeVar
 
 from loratune.errors import LoratuneError
@@ -70,7 +71,8 @@ class Crew(Generic[T, R]):
             helper.wait()
             for stream in (helper.stdin, helper.stdout):
                 assert stream is not None
-                stream.close()
+                with suppress(OSError):  # what was not yet sent cannot be any more
+                    stream.close()
 
     def map(self, batches: Sequence[Sequence[T]], progress: Callable[[int], None] | None = None) -> list[R]:
         """The results of all batches, in their order. To be called once.
