@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from loratune.data.batch import num_supervised
 from loratune.data.prepare import PreparedData, prepare_data
@@ -17,6 +16,7 @@ from loratune.errors import MachineError, RecipeError
 from loratune.evaluation.scoring import check_references
 from loratune.lock import examples_fingerprint, make_lock, model_fingerprint, text_fingerprint
 from loratune.model.device import Choice, choose_compile, choose_device, choose_dtype, torch_dtype
+from loratune.model.gguf import cache_dir
 from loratune.model.load import BaseModel, load_config, load_tokenizer, locate_model, positions_of
 from loratune.model.targets import describe_targets, resolve_targets, target_notes
 from loratune.model.weights import check_weights
@@ -209,10 +209,14 @@ def prepare(recipe: Recipe, progress: Progress, device: Device | None = None) ->
     check_weights(base.path, model, quantized=getattr(config, "quantization_config", None) is not None)
     parameters = count_parameters(model, targets, recipe.lora.r)
     tokenizer = load_tokenizer(base, recipe.model)
-    with _Bars(progress) as bars:
-        data = prepare_data(
-            recipe.data, tokenizer, max_length=int(max_length.value), seed=recipe.train.seed, progress=bars
-        )
+    data = prepare_data(
+        recipe.data,
+        tokenizer,
+        max_length=int(max_length.value),
+        seed=recipe.train.seed,
+        cache=cache_dir() / "examples",
+        progress=progress,
+    )
     embeddings: Any = model.get_input_embeddings()
     check_vocabulary([*data.train, *data.eval], embeddings.weight.shape[0])
     prompts = _prompts(recipe, data, tokenizer)
@@ -398,30 +402,8 @@ def _resolved(recipe: Recipe, choices: dict[str, Choice]) -> Recipe:
     values = recipe.model_dump()
     for name, choice in choices.items():
         section, _, field = name.partition(".")
-        values[section][field] = {"true": True, "false": False}.get(choice.value, choice.value)
-        if choice.value.isdecimal():
-            values[section][field] = int(choice.value)
+        is_number = name in ("data.max_length", "train.token_budget", "train.recompute")
+        values[section][field] = int(choice.value) if is_number else choice.value
+        if name == "train.compile":
+            values[section][field] = choice.value == "true"
     return Recipe.parse(values)
-
-
-class _Bars:
-    """Turns `prepare_data`'s calls into one bar after another."""
-
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
-        self._open = ExitStack()
-        self._name, self._done = "", 0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._open.close()
-
-    def __call__(self, name: str, done: int, total: int) -> None:
-        if name != self._name:
-            self._open.close()
-            self._task = self._open.enter_context(self._progress.task(name, total, "conversations"))
-            self._name, self._done = name, 0
-        self._task.advance(done - self._done)
-        self._done = done

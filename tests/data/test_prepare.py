@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from loratune.data.prepare import PreparedData, prepare_data
 from loratune.errors import DataError
+from loratune.progress import Progress, Silent, Task
 from loratune.recipe import DataSection
 
 Prepare = Callable[..., PreparedData]
@@ -34,7 +36,7 @@ def write(path: Path, rows: list[Any]) -> str:
 
 @pytest.fixture
 def prepared(smollm2_tokenizer: PreTrainedTokenizerBase) -> Prepare:
-    def make(*, max_length: int = 512, seed: int = 42, progress: Any = None, **data: Any) -> PreparedData:
+    def make(*, max_length: int = 512, seed: int = 42, progress: Progress = Silent(), **data: Any) -> PreparedData:  # noqa: B008
         section = DataSection.model_validate(data)
         return prepare_data(section, smollm2_tokenizer, max_length=max_length, seed=seed, progress=progress)
 
@@ -180,10 +182,35 @@ def test_held_out_conversations_are_those_of_the_held_out_examples(tmp_path: Pat
     assert [c.origin.line for c in data.eval_conversations] == [e.origin.line for e in data.eval] == [1, 3]
 
 
+class Heard(Silent):
+    """Remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.done: dict[str, tuple[int, int | None]] = {}
+        self.lines: list[str] = []
+        self.warnings: list[str] = []
+
+    @contextmanager
+    def task(self, name: str, total: int | None, unit: str = "") -> Iterator[Task]:
+        self.done[name] = (0, total)
+        self._name = name
+        yield self
+
+    def advance(self, amount: int = 1, note: str = "") -> None:
+        done, total = self.done[self._name]
+        self.done[self._name] = (done + amount, total)
+
+    def line(self, text: str) -> None:
+        self.lines.append(text)
+
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
+
+
 def test_progress_reaches_its_total(tmp_path: Path, prepared: Prepare) -> None:
-    seen: list[tuple[str, int, int]] = []
+    heard = Heard()
     train = write(tmp_path / "train.jsonl", [row(n) for n in range(600)])
 
-    prepared(train=train, eval="none", progress=lambda *event: seen.append(event))
+    prepared(train=train, eval="none", progress=heard)
 
-    assert seen == [("preparing train data", 512, 600), ("preparing train data", 600, 600)]
+    assert heard.done == {f"reading {train}": (0, None), "preparing train data": (600, 600)}

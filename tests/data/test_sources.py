@@ -13,7 +13,7 @@ import pytest
 from huggingface_hub import constants
 from pyarrow import parquet
 
-from loratune.data.sources import hash_source, is_local, read_rows
+from loratune.data.sources import hash_files, is_local, read_rows
 from loratune.errors import DataError, MachineError
 from loratune.recipe import Source
 
@@ -150,11 +150,11 @@ def test_hub_ids_and_files_are_told_apart(tmp_path: Path) -> None:
 def test_a_source_is_hashed_by_the_bytes_of_its_files(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "a.jsonl", ROWS)
     source = Source(name=str(tmp_path))
-    before = hash_source(source, read_rows(source))
+    before = hash_files(source)
     path.write_text(path.read_text("utf-8") + "\n", encoding="utf-8")
 
     assert list(before) == [str(path)]
-    assert hash_source(source, read_rows(source)) != before
+    assert hash_files(source) != before
 
 
 def test_an_unreachable_hub_is_reported_within_ten_seconds_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,21 +12,23 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from loratune.data.conversation import BadRow, Origin, Rejected
+from loratune.data.conversation import BadRow, Origin
 from loratune.data.spans import Span
+from loratune.data.words import Tokens, Words
 from loratune.errors import DataError
 
 if TYPE_CHECKING:
-    from tokenizers import Encoding, Tokenizer
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
 OnLong = Literal["error", "truncate", "drop"]
-Encoded: TypeAlias = "list[tuple[Text, Encoding, str]]"
+Labelled = tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]
+"""Token ids [T], and which of them carry loss [T]."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -53,131 +55,149 @@ class Text:
     origin: Origin
 
 
-def encode(backend: Tokenizer, texts: Sequence[Text]) -> Encoded:
-    """Each text with its tokens, and with what these are as text again."""
-    encodings = backend.encode_batch([text.text for text in texts], add_special_tokens=False)
-    decoded = backend.decode_batch([encoding.ids for encoding in encodings], skip_special_tokens=False)
-    return list(zip(texts, encodings, decoded, strict=True))
+class Encoder:
+    """Tokenises texts: word by word where the tokenizer allows it, else whole."""
+
+    def __init__(self, backend: Tokenizer) -> None:
+        self._backend = backend
+        with exact_offsets(backend):
+            self._words = Words.of(backend)
+
+    def __call__(self, texts: Sequence[str]) -> list[Tokens]:
+        """The tokens of each text."""
+        with exact_offsets(self._backend):
+            found = self._words(texts) if self._words is not None else [None] * len(texts)
+            rest = iter(self._whole([text for text, tokens in zip(texts, found, strict=True) if tokens is None]))
+            return [tokens if tokens is not None else next(rest) for tokens in found]
+
+    def _whole(self, texts: Sequence[str]) -> list[Tokens]:
+        encodings = self._backend.encode_batch(texts, add_special_tokens=False)
+        decoded = self._backend.decode_batch([encoding.ids for encoding in encodings], skip_special_tokens=False)
+        return [
+            _with_offsets(encoding.ids, encoding.offsets, back)
+            for encoding, back in zip(encodings, decoded, strict=True)
+        ]
+
+
+def _with_offsets(ids: Sequence[int], offsets: Sequence[tuple[int, int]], decoded: str) -> Tokens:
+    places = np.array(offsets, dtype=np.int32).reshape(-1, 2)
+    return Tokens(ids=np.array(ids, dtype=np.int32), starts=places[:, 0], ends=places[:, 1], decoded=decoded)
 
 
 @dataclass(slots=True, kw_only=True)
-class _Long:
+class TooLong:
     """Examples over the limit, under `on_long: error`."""
 
     count: int = 0
     first: Origin | None = None
     longest: int = 0
 
+    def add(self, other: TooLong) -> None:
+        """Count in what comes after."""
+        self.count += other.count
+        self.longest = max(self.longest, other.longest)
+        self.first = self.first or other.first
+
+    def complain(self, max_length: int) -> None:
+        """Raise `DataError` if there were any."""
+        if self.first is not None:
+            raise DataError(
+                f"{self.count} examples are longer than max_length {max_length}; the longest has {self.longest} tokens",
+                file=self.first.file,
+                line=self.first.line,
+                fix="raise data.max_length, or set data.on_long to truncate or drop",
+            )
+
 
 class Labels:
-    """Tokenises texts and labels their tokens."""
+    """Labels the tokens of texts.
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        max_length: int,
-        on_long: OnLong,
-        counts: Counter[str],
-        rejected: list[Rejected],
-    ) -> None:
+    Args:
+        tokenizer: A fast one.
+        max_length: The longest example, in tokens.
+        on_long: What happens to a longer one.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, max_length: int, on_long: OnLong) -> None:
         self._backend = backend_of(tokenizer)
         added = tokenizer.added_tokens_decoder
         self._specials = {i for i, token in added.items() if token.special}
         self._stops = {*added, tokenizer.eos_token_id}  # what may be a stop token: one token, whatever is before it
         self._max_length = max_length
         self._on_long = on_long
-        self._counts = counts
-        self._rejected = rejected
-        self._long = _Long()
         self._frame = _text_frame(tokenizer)
+        self.counts: Counter[str] = Counter()
+        self.too_long = TooLong()
 
-    def __call__(self, encoded: Encoded) -> list[Example]:
-        examples: list[Example] = []
-        for text, encoding, decoded in encoded:
-            try:
-                self._check_round_trip(text.text, decoded, encoding)
-                example = self._fit(self._label(text, encoding))
-            except BadRow as bad:
-                self._rejected.append(Rejected(origin=text.origin, reason=str(bad)))
-                continue
-            if example is not None:
-                examples.append(example)
-        return examples
+    def __call__(self, text: Text, tokens: Tokens) -> Labelled | None:
+        """The example; None where it is left out for its length.
 
-    def finish(self) -> None:
-        """Complain about long examples, once all are known."""
-        if self._long.first is not None:
-            raise DataError(
-                f"{self._long.count} examples are longer than max_length {self._max_length}; the longest has "
-                f"{self._long.longest} tokens",
-                file=self._long.first.file,
-                line=self._long.first.line,
-                fix="raise data.max_length, or set data.on_long to truncate or drop",
-            )
+        Raises:
+            BadRow: It cannot be trained on.
+            DataError: The two ways of finding the trained tokens disagree.
+        """
+        self._check_round_trip(text.text, tokens)
+        return self._fit(*self._label(text, tokens), text.origin)
 
-    def _label(self, text: Text, encoding: Encoding) -> Example:
-        ids = np.array(encoding.ids, dtype=np.int32)
+    def _label(self, text: Text, tokens: Tokens) -> Labelled:
+        ids = tokens.ids
         if text.plain:
             ids = self._frame.around(ids)
         if text.spans is None:
             supervised = np.ones(len(ids), dtype=np.bool_)
         else:
-            supervised = self._mask(text, text.spans, encoding, ids)
-            if text.check is not None and not np.array_equal(supervised, self._mask(text, text.check, encoding, ids)):
+            supervised = self._mask(text, text.spans, tokens)
+            if text.check is not None and not np.array_equal(supervised, self._mask(text, text.check, tokens)):
                 raise _disagreement(text)
-            self._counts["verified"] += 1
+            self.counts["verified"] += 1
         supervised[:1] = False
         if not supervised.any():
             raise BadRow("nothing to train")
-        return Example(input_ids=ids, supervised=supervised, origin=text.origin)
+        return ids, supervised
 
-    def _mask(
-        self, text: Text, spans: Sequence[Span], encoding: Encoding, ids: npt.NDArray[np.int32]
-    ) -> npt.NDArray[np.bool_]:
-        mask = np.zeros(len(encoding), dtype=np.bool_)
+    def _mask(self, text: Text, spans: Sequence[Span], tokens: Tokens) -> npt.NDArray[np.bool_]:
+        mask = np.zeros(len(tokens.ids), dtype=np.bool_)
         for start, end in spans:
-            first, last, straddles = _tokens_of(encoding, text.text, start, end)
-            self._counts["straddling"] += straddles
-            if spans is text.spans and int(ids[last]) not in self._stops:
+            first, last, straddles = _tokens_of(tokens, text.text, start, end)
+            self.counts["straddling"] += straddles
+            if spans is text.spans and int(tokens.ids[last]) not in self._stops:
                 raise BadRow("the tokenizer does not write the stop token of an answer as one token")
             mask[first : last + 1] = True
         return mask
 
-    def _check_round_trip(self, text: str, decoded: str, encoding: Encoding) -> None:
+    def _check_round_trip(self, text: str, tokens: Tokens) -> None:
         """What is trained must be what is in the data: no unknown characters, no lost ones."""
-        if decoded == text or _nfc(decoded) == _nfc(text):
+        decoded = tokens.decoded
+        if decoded is None or decoded == text or _nfc(decoded) == _nfc(text):
             return
         # Special tokens may swallow the blanks beside them (Phi-3); the text between two of them must still be the same.
-        ids, offsets = encoding.ids, encoding.offsets
+        ids = tokens.ids.tolist()
         start = 0
         for stop in [*(n for n, token in enumerate(ids) if token in self._specials), len(ids)]:
             if stop > start:
-                original = text[offsets[start][0] : offsets[stop - 1][1]]
+                original = text[tokens.starts[start] : tokens.ends[stop - 1]]
                 back = self._backend.decode(ids[start:stop], skip_special_tokens=False)
                 if _nfc(original).strip() != _nfc(back).strip():
                     raise BadRow(f"the tokenizer cannot write it: {_difference(original, back)}")
             start = stop + 1
 
-    def _fit(self, example: Example) -> Example | None:
-        """The example within `max_length`, or None where it is dropped."""
-        length = len(example.input_ids)
+    def _fit(self, ids: npt.NDArray[np.int32], supervised: npt.NDArray[np.bool_], origin: Origin) -> Labelled | None:
+        """The example within `max_length`, or None where it is left out."""
+        length = len(ids)
         if length <= self._max_length:
-            return example
+            return ids, supervised
         if self._on_long == "error":
-            self._long.count += 1
-            self._long.longest = max(self._long.longest, length)
-            self._long.first = self._long.first or example.origin
+            self.too_long.add(TooLong(count=1, first=origin, longest=length))
             return None
         if self._on_long == "drop":
-            self._counts["dropped_long"] += 1
+            self.counts["dropped_long"] += 1
             return None
-        supervised = example.supervised[: self._max_length]
+        supervised = supervised[: self._max_length]
         if not supervised.any():
-            self._counts["dropped_empty"] += 1
+            self.counts["dropped_empty"] += 1
             return None
-        self._counts["truncated"] += 1
-        return Example(input_ids=example.input_ids[: self._max_length], supervised=supervised, origin=example.origin)
+        self.counts["truncated"] += 1
+        return ids[: self._max_length], supervised
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -232,24 +252,17 @@ def exact_offsets(backend: Tokenizer) -> Iterator[None]:
             backend.enable_padding(**padding)
 
 
-def _tokens_of(encoding: Encoding, text: str, start: int, end: int) -> tuple[int, int, bool]:
+def _tokens_of(tokens: Tokens, text: str, start: int, end: int) -> tuple[int, int, bool]:
     """The tokens of a span: first, last, and whether one reaches into it from before (that one is left out)."""
-    first = last = None
-    for position in range(start, end):  # a tokenizer may give no token to a blank, so ask on
-        first = encoding.char_to_token(position)
-        if first is not None:
-            break
-    for position in range(end - 1, start - 1, -1):
-        last = encoding.char_to_token(position)
-        if last is not None:
-            break
-    if first is None or last is None:
+    starts, ends = tokens.starts, tokens.ends
+    first = int(ends.searchsorted(start, side="right"))
+    if first == len(ends) or starts[first] >= end:
         raise BadRow("an answer has no tokens")
-    extent, last_extent = encoding.token_to_chars(first), encoding.token_to_chars(last)
-    assert extent is not None
-    assert last_extent is not None
-    straddles = extent[0] < start
-    beyond = text[end : last_extent[1]]
+    last = int(ends.searchsorted(end - 1, side="right"))
+    if last == len(ends) or starts[last] >= end:  # a tokenizer may give no token to a blank: the one before it
+        last = int(ends.searchsorted(ends[last - 1] - 1, side="right"))
+    straddles = bool(starts[first] < start)
+    beyond = text[end : ends[last]]
     if beyond.strip():
         raise BadRow(f"the last token of an answer holds text after it: {beyond!r}")
     return first + straddles, last, straddles

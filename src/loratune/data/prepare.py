@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from loratune.data.cache import Arrays, Cache, cache_key
 from loratune.data.checks import add_checks
 from loratune.data.conversation import Conversation, Origin, Rejected, detect_format, to_conversations
+from loratune.data.labels import backend_of
 from loratune.data.render import Example, Rendered, render
-from loratune.data.sources import Row, hash_source, hub_has_split, is_local, read_rows
+from loratune.data.sources import Row, hash_files, hash_rows, hub_has_split, is_local, read_rows
 from loratune.errors import DataError
+from loratune.progress import Progress, Silent
 from loratune.recipe import DataSection, Source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Progress = Callable[[str, int, int], None]
+_NOBODY = Silent()
 
 AUTO_EVAL_FRACTION = 0.05
 _SHOWN = 10
@@ -37,12 +42,14 @@ class PreparedData:
         eval: Verified held-out examples; empty where `data.eval` is `none`.
         eval_conversations: The conversation of each held-out example.
         report: What was read, what it became, and what was left out, as JSON.
+        cached: Whether all this was found in the cache.
     """
 
     train: list[Example]
     eval: list[Example]
     eval_conversations: list[Conversation]
     report: dict[str, Any]
+    cached: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +60,8 @@ class _Part:
     format: str
     num_rows: int
     conversations: list[Conversation]
+    keys: list[int]
+    """Of each conversation; equal for those that say the same."""
     rejected: list[Rejected]
 
 
@@ -62,16 +71,20 @@ def prepare_data(
     *,
     max_length: int,
     seed: int,
-    progress: Progress | None = None,
+    cache: Path | None = None,
+    processes: int | None = None,
+    progress: Progress = _NOBODY,
 ) -> PreparedData:
-    """Read, validate, render and verify the data of a run.
+    """Read, validate, render and verify the data of a run, or find all that in the cache.
 
     Args:
         data: The recipe's data section.
         tokenizer: Of the base model.
         max_length: The longest example, in tokens.
         seed: Decides which rows a fractional weight picks, and which conversations are held out.
-        progress: Called with what is being done, how much of it is done, and its total.
+        cache: The folder of the cache; None: nothing is kept.
+        processes: How many share the work; None: as many as repay their start. The result is the same.
+        progress: Who is told how it goes.
 
     Returns:
         The examples, and the report.
@@ -81,15 +94,48 @@ def prepare_data(
             conversation cannot be verified.
         MachineError: The hub does not answer.
     """
-    train = _read(data.train, data, seed)
+    backend_of(tokenizer)  # first of all: it must be a fast one
     held_out = _held_out_sources(data)
+    read = _Reader(data, seed, progress)
+    if cache is None:
+        return _prepare(read, held_out, tokenizer, max_length, processes)
+    store = Cache(cache, progress)
+    sources = [*data.train, *(held_out if isinstance(held_out, tuple) else ())]
+
+    def key() -> str:
+        policy = {**data.model_dump(mode="json"), "max_length": max_length, "seed": seed, "held_out": str(held_out)}
+        return cache_key(tokenizer, {"policy": policy, "contents": [read.contents(source) for source in sources]})
+
+    before = key()
+    arrays = store.load(before)
+    if arrays is not None:
+        progress.line(f"the prepared examples are in the cache: {store.path(before)}")
+        return unpack(arrays)
+    prepared = _prepare(read, held_out, tokenizer, max_length, processes)
+    arrays = pack(prepared)
+    if arrays is not None and key() == before:  # not changed while it was read
+        store.store(before, arrays)
+    return prepared
+
+
+def _prepare(
+    read: _Reader,
+    held_out: tuple[Source, ...] | float,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    processes: int | None,
+) -> PreparedData:
+    data = read.data
+    train = read(data.train)
     evaluation: _Part | None = None
     if isinstance(held_out, float):
-        train, evaluation = _hold_out(train, held_out, seed)
+        train, evaluation = _hold_out(train, held_out, read.seed)
     elif held_out:
-        evaluation = _read(held_out, data, seed)
-    rendered = _render("train", train, data, tokenizer, max_length, progress)
-    rendered_eval = _render("eval", evaluation, data, tokenizer, max_length, progress) if evaluation else None
+        evaluation = read(held_out)
+    rendered = _render("train", train, data, tokenizer, max_length, processes, read.progress)
+    rendered_eval = (
+        _render("eval", evaluation, data, tokenizer, max_length, processes, read.progress) if evaluation else None
+    )
     report: dict[str, Any] = {
         "train_on": data.train_on,
         "thinking": data.thinking,
@@ -130,31 +176,54 @@ def _held_out_sources(data: DataSection) -> tuple[Source, ...] | float:
     return AUTO_EVAL_FRACTION
 
 
-def _read(sources: Sequence[Source], data: DataSection, seed: int) -> _Part:
-    """Rows of all sources, as conversations. Each source has its own format."""
-    described: list[dict[str, Any]] = []
-    conversations: list[Conversation] = []
-    rejected: list[Rejected] = []
-    num_rows = 0
-    for source in sources:
-        rows = read_rows(source, seed=seed)
-        form = _format(rows, data, source)
-        good, bad = to_conversations(rows, form)
-        described.append(
-            {**source.model_dump(), "format": form, "rows": len(rows), "sha256": hash_source(source, rows)}
+class _Reader:
+    """Reads sources as conversations. Rows of a hub data set are read once, since only they tell what they are."""
+
+    def __init__(self, data: DataSection, seed: int, progress: Progress) -> None:
+        self.data = data
+        self.seed = seed
+        self.progress = progress
+        self._hub_rows: dict[Source, list[Row]] = {}
+
+    def __call__(self, sources: Sequence[Source]) -> _Part:
+        """Rows of all sources, as conversations. Each source has its own format."""
+        described: list[dict[str, Any]] = []
+        conversations: list[Conversation] = []
+        rejected: list[Rejected] = []
+        num_rows = 0
+        for source in sources:
+            rows = self._rows(source)
+            form = _format(rows, self.data, source)
+            good, bad = to_conversations(rows, form)
+            described.append(
+                {**source.model_dump(), "format": form, "rows": len(rows), "sha256": self.contents(source)}
+            )
+            conversations += good
+            rejected += bad
+            num_rows += len(rows)
+        _apply_policy(rejected, self.data)
+        formats = dict.fromkeys(source["format"] for source in described)
+        return _Part(
+            sources=described,
+            format=", ".join(formats),
+            num_rows=num_rows,
+            conversations=conversations,
+            keys=[_key(conversation) for conversation in conversations],
+            rejected=rejected,
         )
-        conversations += good
-        rejected += bad
-        num_rows += len(rows)
-    _apply_policy(rejected, data)
-    formats = dict.fromkeys(source["format"] for source in described)
-    return _Part(
-        sources=described,
-        format=", ".join(formats),
-        num_rows=num_rows,
-        conversations=conversations,
-        rejected=rejected,
-    )
+
+    def contents(self, source: Source) -> dict[str, str]:
+        """The SHA-256 of each file; of a hub data set, of its rows."""
+        return hash_files(source) if is_local(source) else hash_rows(self._rows(source))
+
+    def _rows(self, source: Source) -> list[Row]:
+        if source in self._hub_rows:
+            return self._hub_rows[source]
+        with self.progress.task(f"reading {source.name}", None):
+            rows = read_rows(source, seed=self.seed)
+        if not is_local(source):
+            self._hub_rows[source] = rows
+        return rows
 
 
 def _format(rows: Sequence[Row], data: DataSection, source: Source) -> str:
@@ -180,16 +249,17 @@ def _apply_policy(rejected: Sequence[Rejected], data: DataSection) -> None:
         )
 
 
-def _key(conversation: Conversation) -> str:
-    """Equal for conversations that say the same."""
-    return json.dumps([conversation.messages, conversation.tools, conversation.text], sort_keys=True)
+def _key(conversation: Conversation) -> int:
+    """Equal for conversations that say the same: a hash of 128 bits, since the texts would be held twice."""
+    text = json.dumps([conversation.messages, conversation.tools, conversation.text], sort_keys=True)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest())
 
 
 def _hold_out(part: _Part, fraction: float, seed: int) -> tuple[_Part, _Part]:
     """Split off a seeded choice of distinct conversations: all copies of one go to the same side."""
-    groups: dict[str, list[Conversation]] = {}
-    for conversation in part.conversations:
-        groups.setdefault(_key(conversation), []).append(conversation)
+    groups: dict[int, list[int]] = {}
+    for number, key in enumerate(part.keys):
+        groups.setdefault(key, []).append(number)
     if len(groups) < 2:
         raise DataError(
             f"{len(groups)} distinct conversations: nothing can be held out",
@@ -199,21 +269,17 @@ def _hold_out(part: _Part, fraction: float, seed: int) -> tuple[_Part, _Part]:
     random.Random(seed).shuffle(keys)  # noqa: S311 - no secret
     number = min(max(1, round(fraction * len(keys))), len(keys) - 1)
     chosen = set(keys[:number])
-    train = [c for key, group in groups.items() if key not in chosen for c in group]
+    train = sorted(n for key, group in groups.items() if key not in chosen for n in group)
     evaluation = [group[0] for key, group in groups.items() if key in chosen]
-    order = {id(conversation): n for n, conversation in enumerate(part.conversations)}
-    train.sort(key=lambda conversation: order[id(conversation)])
     note = [{"held_out": fraction, "seed": seed, "from": "train"}]
     return (
-        _Part(
-            sources=part.sources,
-            format=part.format,
-            num_rows=part.num_rows,
-            conversations=train,
-            rejected=part.rejected,
-        ),
-        _Part(sources=note, format=part.format, num_rows=len(evaluation), conversations=evaluation, rejected=[]),
+        _choose(part, train),
+        replace(_choose(part, evaluation), sources=note, num_rows=len(evaluation), rejected=[]),
     )
+
+
+def _choose(part: _Part, numbers: Sequence[int]) -> _Part:
+    return replace(part, conversations=[part.conversations[n] for n in numbers], keys=[part.keys[n] for n in numbers])
 
 
 def _render(
@@ -222,17 +288,20 @@ def _render(
     data: DataSection,
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
-    progress: Progress | None,
+    processes: int | None,
+    progress: Progress,
 ) -> Rendered:
-    rendered = render(
-        part.conversations,
-        tokenizer,
-        train_on=data.train_on,
-        thinking=data.thinking,
-        max_length=max_length,
-        on_long=data.on_long,
-        progress=None if progress is None else lambda done, total: progress(f"preparing {name} data", done, total),
-    )
+    with progress.task(f"preparing {name} data", len(part.conversations), "conversations") as task:
+        rendered = render(
+            part.conversations,
+            tokenizer,
+            train_on=data.train_on,
+            thinking=data.thinking,
+            max_length=max_length,
+            on_long=data.on_long,
+            processes=processes,
+            progress=task.advance,
+        )
     _apply_policy(rendered.rejected, data)
     if not rendered.examples:
         left_out = Counter(rejected.reason for rejected in [*part.rejected, *rendered.rejected])
@@ -255,7 +324,7 @@ def _report(part: _Part, rendered: Rendered) -> dict[str, Any]:
     tokens = int(lengths.sum())
     counts = rendered.counts
     rejected = [*part.rejected, *rendered.rejected]
-    duplicates = [origins for origins in _origins(part.conversations).values() if len(origins) > 1]
+    duplicates = [origins for origins in _origins(part).values() if len(origins) > 1]
     return {
         "sources": part.sources,
         "format": part.format,
@@ -286,20 +355,20 @@ def _report(part: _Part, rendered: Rendered) -> dict[str, Any]:
     }
 
 
-def _origins(conversations: Iterable[Conversation]) -> dict[str, list[Origin]]:
+def _origins(part: _Part) -> dict[int, list[Origin]]:
     """Where each distinct conversation stands. A row that a weight repeats stands in one place."""
-    places: dict[str, dict[Origin, None]] = {}
-    for conversation in conversations:
-        places.setdefault(_key(conversation), {})[conversation.origin] = None
+    places: dict[int, dict[Origin, None]] = {}
+    for key, conversation in zip(part.keys, part.conversations, strict=True):
+        places.setdefault(key, {})[conversation.origin] = None
     return {key: list(origins) for key, origins in places.items()}
 
 
 def _overlap(train: _Part, evaluation: _Part) -> list[dict[str, Any]]:
     """The held-out conversations that also stand in the training data."""
-    seen = _origins(train.conversations)
+    seen = _origins(train)
     return [
         {"eval": _place(origins[0]), "train": [_place(origin) for origin in seen[key]]}
-        for key, origins in _origins(evaluation.conversations).items()
+        for key, origins in _origins(evaluation).items()
         if key in seen
     ]
 
@@ -334,3 +403,68 @@ def _warnings(report: dict[str, Any], train: _Part) -> list[str]:
                 f"{part['num_rejected']} {name} rows were left out; data.json lists them with their reasons."
             )
     return warnings
+
+
+# ---- to and from the cache
+
+
+def pack(prepared: PreparedData) -> Arrays | None:
+    """As arrays; None where the held-out conversations hold what JSON cannot (dates of a Parquet file)."""
+    record = {
+        "report": prepared.report,
+        "eval_conversations": [
+            [c.messages, c.tools, c.text, c.origin.file, c.origin.line] for c in prepared.eval_conversations
+        ],
+        "files": list(dict.fromkeys(e.origin.file for e in [*prepared.train, *prepared.eval])),
+    }
+    try:
+        text = json.dumps(record)
+    except (TypeError, ValueError):
+        return None
+    if _conversations(json.loads(text)) != prepared.eval_conversations:
+        return None
+    arrays: Arrays = {"record": np.frombuffer(text.encode(), dtype=np.uint8)}
+    files = {file: number for number, file in enumerate(record["files"])}
+    for name, examples in (("train", prepared.train), ("eval", prepared.eval)):
+        arrays[f"{name}.input_ids"] = np.concatenate([np.empty(0, np.int32), *(e.input_ids for e in examples)])
+        arrays[f"{name}.supervised"] = np.concatenate([np.empty(0, np.bool_), *(e.supervised for e in examples)])
+        places = [(len(e.input_ids), files[e.origin.file], e.origin.line) for e in examples]
+        arrays[f"{name}.places"] = np.array(places, dtype=np.int64).reshape(-1, 3)
+    return arrays
+
+
+def unpack(arrays: Arrays) -> PreparedData:
+    """The opposite of `pack`."""
+    record = json.loads(arrays["record"].tobytes())
+    return PreparedData(
+        train=_examples(arrays, "train", record["files"]),
+        eval=_examples(arrays, "eval", record["files"]),
+        eval_conversations=_conversations(record),
+        report=record["report"],
+        cached=True,
+    )
+
+
+def _examples(arrays: Arrays, name: str, files: Sequence[str]) -> list[Example]:
+    ids, supervised, places = (arrays[f"{name}.{field}"] for field in ("input_ids", "supervised", "places"))
+    stops = places[:, 0].cumsum().tolist()
+    return [
+        Example(
+            input_ids=ids[stop - length : stop],
+            supervised=supervised[stop - length : stop],
+            origin=Origin(file=files[file], line=line),
+        )
+        for stop, (length, file, line) in zip(stops, places.tolist(), strict=True)
+    ]
+
+
+def _conversations(record: dict[str, Any]) -> list[Conversation]:
+    return [
+        Conversation(
+            messages=tuple(messages),
+            tools=None if tools is None else tuple(tools),
+            text=text,
+            origin=Origin(file=file, line=line),
+        )
+        for messages, tools, text, file, line in record["eval_conversations"]
+    ]

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, ParamSpec, TypeVar
+
+import numpy as np
+import numpy.typing as npt
 
 from loratune.data.conversation import BadRow, Conversation, Message, Origin, Rejected, split_thoughts
-from loratune.data.labels import Encoded, Example, Labels, OnLong, Text, backend_of, encode, exact_offsets
+from loratune.data.labels import Encoder, Example, Labels, OnLong, Text, TooLong, backend_of
+from loratune.data.processes import Crew, num_helpers
 from loratune.data.spans import Span, Substitution, spans_by_markers, spans_by_prompting
 from loratune.data.template import ChatTemplate, Tools
 from loratune.errors import DataError
@@ -24,10 +27,46 @@ if TYPE_CHECKING:
 TrainOn = Literal["assistant", "last", "all"]
 Thinking = Literal["keep", "strip", "error"]
 
-__all__ = ["Example", "Prompt", "Rendered", "render", "render_prompts", "stop_token_ids"]
+P = ParamSpec("P")
+R = TypeVar("R")
 
-CHUNK = 512
-"""Conversations that are rendered and tokenised together; enough to keep the tokenizer's threads busy."""
+__all__ = ["Chunk", "Example", "Policy", "Prompt", "Rendered", "Renderer", "render", "render_prompts", "stop_token_ids"]
+
+CHUNK = 256
+"""Conversations that are rendered and tokenised together, and that a process is given at a time."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    """What is trained, and what happens to thoughts and long examples; see `render`."""
+
+    train_on: TrainOn
+    thinking: Thinking
+    max_length: int
+    on_long: OnLong
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Chunk:
+    """What became of some conversations: examples laid end to end, so that they are cheap to send and to keep."""
+
+    input_ids: npt.NDArray[np.int32]
+    supervised: npt.NDArray[np.bool_]
+    lengths: npt.NDArray[np.int32]
+    kept: npt.NDArray[np.int32]
+    """Of each example, which of the conversations it is."""
+    rejected: list[tuple[int, str]]
+    """Which conversation cannot be trained on, and why."""
+    counts: Counter[str]
+    too_long: TooLong
+
+    def examples(self, conversations: Sequence[Conversation]) -> Iterator[Example]:
+        """The examples, as views."""
+        stops = np.cumsum(self.lengths)
+        for number, length, stop in zip(self.kept.tolist(), self.lengths.tolist(), stops.tolist(), strict=True):
+            place = slice(stop - length, stop)
+            origin = conversations[number].origin
+            yield Example(input_ids=self.input_ids[place], supervised=self.supervised[place], origin=origin)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +105,8 @@ def render(
     thinking: Thinking,
     max_length: int,
     on_long: OnLong,
-    progress: Callable[[int, int], None] | None = None,
+    processes: int | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> Rendered:
     """Render, tokenise and label conversations, and verify the labels.
 
@@ -77,36 +117,36 @@ def render(
         thinking: What happens to the thoughts in answers.
         max_length: The longest example, in tokens.
         on_long: What happens to a longer one.
-        progress: Called with the number of conversations done, and their total.
+        processes: How many share the work; None: as many as repay their start. The result is the same.
+        progress: Called with the number of conversations that were done since it was last called.
 
     Raises:
         DataError: The two ways of finding the trained tokens disagree; the tokenizer or its chat template cannot be
             trained with; an example is too long and `on_long` is `error`.
     """
-    backend = backend_of(tokenizer)
-    work = _Work(tokenizer, train_on=train_on, thinking=thinking)
-    label = Labels(tokenizer, max_length=max_length, on_long=on_long, counts=work.counts, rejected=work.rejected)
-    examples: list[Example] = []
-    pending: Future[Encoded] | None = None
-    # The tokenizer is Rust code that does not hold the interpreter: it works on one chunk while the next is rendered.
-    with exact_offsets(backend), ThreadPoolExecutor(max_workers=1) as pool:
-        for start in range(0, len(conversations), CHUNK):
-            texts = list(work.render(conversations[start : start + CHUNK]))
-            following = pool.submit(encode, backend, texts)
-            if pending is not None:
-                examples.extend(label(pending.result()))
-            pending = following
-            if progress is not None:
-                progress(min(start + CHUNK, len(conversations)), len(conversations))
-        if pending is not None:
-            examples.extend(label(pending.result()))
-    label.finish()
+    policy = Policy(train_on=train_on, thinking=thinking, max_length=max_length, on_long=on_long)
+    renderer = Renderer(tokenizer, policy)
+    slices = [conversations[start : start + CHUNK] for start in range(0, len(conversations), CHUNK)]
+    helpers = num_helpers(len(conversations)) if processes is None else processes - 1
+    with Crew(renderer, setup=(tokenizer, policy), num_helpers=min(helpers, len(slices) - 1)) as crew:
+        chunks = crew.map(slices, progress)
+    counts: Counter[str] = Counter()
+    too_long = TooLong()
+    for chunk in chunks:
+        counts.update(chunk.counts)
+        too_long.add(chunk.too_long)
+    too_long.complain(max_length)
+    templated = any(conversation.text is None for conversation in conversations)
     return Rendered(
-        examples=examples,
-        rejected=work.rejected,
-        counts=dict(work.counts),
-        notices=work.notices(),
-        method=work.method,
+        examples=[e for part, chunk in zip(slices, chunks, strict=True) for e in chunk.examples(part)],
+        rejected=[
+            Rejected(origin=part[number].origin, reason=reason)
+            for part, chunk in zip(slices, chunks, strict=True)
+            for number, reason in chunk.rejected
+        ],
+        counts=dict(counts),
+        notices=renderer.notices(counts) if templated else [],
+        method=renderer.method if templated else "plain text: every token is trained",
     )
 
 
@@ -189,31 +229,53 @@ def _turns(messages: Sequence[Message], train_on: TrainOn) -> list[int]:
 # ---- conversations → texts and spans
 
 
-class _Work:
-    """Rendering under one policy; counts and rejections add up over chunks."""
+class Renderer:
+    """Conversations → examples, under one policy.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, train_on: TrainOn, thinking: Thinking) -> None:
+    Args:
+        tokenizer: A fast one.
+        policy: What to train.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, policy: Policy) -> None:
         self._tokenizer = tokenizer
-        self._train_on: TrainOn = train_on
-        self._thinking: Thinking = thinking
-        self._template: ChatTemplate | None = None
-        self._substitution: Substitution | None = None
-        self.counts: Counter[str] = Counter()
-        self.rejected: list[Rejected] = []
+        self._train_on = policy.train_on
+        self._thinking = policy.thinking
+        self._encode = Encoder(backend_of(tokenizer))
+        self._label = Labels(tokenizer, max_length=policy.max_length, on_long=policy.on_long)
+        self._trade: tuple[ChatTemplate, Substitution] | None = None
+        self._counts: Counter[str] = Counter()
 
-    def render(self, conversations: Sequence[Conversation]) -> Iterator[Text]:
-        for conversation in conversations:
-            try:
-                yield self._render(conversation)
-            except BadRow as bad:
-                self.rejected.append(Rejected(origin=conversation.origin, reason=str(bad)))
+    def __call__(self, conversations: Sequence[Conversation]) -> Chunk:
+        """Render, tokenise and label, in their order.
+
+        Raises:
+            DataError: As `render`.
+        """
+        self._counts = self._label.counts = Counter()
+        too_long = self._label.too_long = TooLong()
+        texts = [_result_or_reason(self._render, conversation) for conversation in conversations]
+        encoded = iter(self._encode([text.text for text in texts if isinstance(text, Text)]))
+        results = [
+            _result_or_reason(self._label, text, next(encoded)) if isinstance(text, Text) else text for text in texts
+        ]
+        kept = [(number, result) for number, result in enumerate(results) if isinstance(result, tuple)]
+        return Chunk(
+            input_ids=np.concatenate([np.empty(0, np.int32), *(ids for _, (ids, _) in kept)]),
+            supervised=np.concatenate([np.empty(0, np.bool_), *(supervised for _, (_, supervised) in kept)]),
+            lengths=np.array([len(ids) for _, (ids, _) in kept], dtype=np.int32),
+            kept=np.array([number for number, _ in kept], dtype=np.int32),
+            rejected=[(number, result) for number, result in enumerate(results) if isinstance(result, str)],
+            counts=self._counts,
+            too_long=too_long,
+        )
 
     def _render(self, conversation: Conversation) -> Text:
         if conversation.text is not None:
             if self._train_on != "all":
                 raise BadRow("plain text has no answers; train_on must be all")
             return Text(text=conversation.text, spans=None, check=None, plain=True, origin=conversation.origin)
-        template, substitution = self._tools_of_the_trade()
+        template, substitution = self._tools_of_the_trade
         messages = self._with_policy(conversation, template)
         tools = conversation.tools
         turns = _turns(messages, self._train_on)
@@ -237,11 +299,12 @@ class _Work:
         check = None if second == rendering.spans else second
         return Text(text=rendering.text, spans=rendering.spans, check=check, plain=False, origin=conversation.origin)
 
+    @property
     def _tools_of_the_trade(self) -> tuple[ChatTemplate, Substitution]:
-        if self._template is None or self._substitution is None:
-            self._template = ChatTemplate(self._tokenizer)
-            self._substitution = Substitution(self._template)
-        return self._template, self._substitution
+        if self._trade is None:
+            template = ChatTemplate(self._tokenizer)
+            self._trade = template, Substitution(template)
+        return self._trade
 
     def _with_policy(self, conversation: Conversation, template: ChatTemplate) -> list[Message]:
         _check_forging(conversation, template)
@@ -249,25 +312,24 @@ class _Work:
 
     def _count(self, num_restored: int, messages: Sequence[Message], turns: Sequence[int]) -> None:
         with_thoughts = sum(1 for turn in turns if _has_thoughts(messages[turn]))
-        self.counts["answers"] += len(turns)
-        self.counts["thoughts"] += with_thoughts
-        self.counts["thoughts_restored"] += num_restored
-        self.counts["unanswered"] += messages[-1]["role"] != "assistant"
+        self._counts["answers"] += len(turns)
+        self._counts["thoughts"] += with_thoughts
+        self._counts["thoughts_restored"] += num_restored
+        self._counts["unanswered"] += messages[-1]["role"] != "assistant"
 
     @property
     def method(self) -> str:
-        if self._template is None:
-            return "plain text: every token is trained"
+        """How trained tokens are found and checked."""
         if self._train_on == "all":
             return "every token is trained"
-        second = "the template's generation markers" if self._template.has_markers else "rendered prompts"
+        template, _ = self._tools_of_the_trade
+        second = "the template's generation markers" if template.has_markers else "rendered prompts"
         return f"sentinel substitution, checked against {second}"
 
-    def notices(self) -> list[str]:
+    def notices(self, counts: Counter[str]) -> list[str]:
+        """What the user should know about the chat template and this data."""
         notices: list[str] = []
-        template, counts = self._template, self.counts
-        if template is None:
-            return notices
+        template, _ = self._tools_of_the_trade
         if counts["thoughts_restored"]:
             notices.append(
                 f"The chat template drops the thoughts of {counts['thoughts_restored']} answers. They were put back and "
@@ -295,6 +357,14 @@ class _Work:
                 f"{counts['straddling']} tokens hold both the end of a header and the start of an answer; they are not trained."
             )
         return notices
+
+
+def _result_or_reason(work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R | str:
+    """The result, or why the row is refused."""
+    try:
+        return work(*args, **kwargs)
+    except BadRow as bad:
+        return str(bad)
 
 
 def _has_thoughts(message: Message) -> bool:

@@ -67,10 +67,17 @@ def is_local(source: Source) -> bool:
     return Path(name).exists()
 
 
-def hash_source(source: Source, rows: list[Row]) -> dict[str, str]:
-    """The SHA-256 of each file of a source; of a hub data set, of its rows."""
-    if is_local(source):
-        return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in _files(source)}
+def hash_files(source: Source) -> dict[str, str]:
+    """The SHA-256 of each file of a local source.
+
+    Raises:
+        DataError: A file is missing or cannot be read.
+    """
+    return {str(path): hashlib.sha256(_read_bytes(path)).hexdigest() for path in _files(source)}
+
+
+def hash_rows(rows: list[Row]) -> dict[str, str]:
+    """The SHA-256 of the rows of a hub data set, under its name."""
     digest = hashlib.sha256()
     for row in rows:
         digest.update(json.dumps(row.value, sort_keys=True, default=str).encode())
@@ -127,12 +134,16 @@ def _read_local(source: Source) -> list[Row]:
     return rows
 
 
-def _read_text(path: Path) -> str:
-    """The file as text; a byte order mark is dropped."""
+def _read_bytes(path: Path) -> bytes:
     try:
-        data = path.read_bytes()
+        return path.read_bytes()
     except OSError as error:
         raise DataError(f"cannot read: {error.strerror}", file=path, fix="check the permissions") from None
+
+
+def _read_text(path: Path) -> str:
+    """The file as text; a byte order mark is dropped."""
+    data = _read_bytes(path)
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
