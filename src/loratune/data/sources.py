@@ -310,14 +310,19 @@ def _require_hub(source: Source) -> None:
     """
     from huggingface_hub import constants
 
-    if constants.HF_HUB_OFFLINE:
-        return
+    if not constants.HF_HUB_OFFLINE and not hub_answers():
+        raise _unreachable(source, f"{constants.ENDPOINT} does not answer")
+
+
+def hub_answers(seconds: float = HUB_TIMEOUT_SECONDS) -> bool:
+    """Whether the hub answers at all within so many seconds."""
+    from huggingface_hub import constants
+
     done = threading.Event()
     thread = threading.Thread(target=_ask_hub, args=(constants.ENDPOINT, done), daemon=True)
     thread.start()
-    thread.join(HUB_TIMEOUT_SECONDS)  # name resolution has no timeout of its own
-    if not done.is_set():
-        raise _unreachable(source, f"{constants.ENDPOINT} does not answer")
+    thread.join(seconds)  # name resolution has no timeout of its own
+    return done.is_set()
 
 
 def _ask_hub(endpoint: str, done: threading.Event) -> None:
