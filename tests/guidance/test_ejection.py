@@ -41,33 +41,36 @@ def losses_of_script(folder: Path) -> list[float]:
     return [record["loss"] for record in history if "loss" in record]
 
 
-def run_both(recipe: Recipe, script: Path) -> tuple[list[float], list[float], bytes, bytes]:
-    """Losses of every step and the final adapter, of the script and of `train.engine=trl`."""
-    ejected = Path(f"{recipe.train.output_dir}-ejected")
-    runpy.run_path(str(script), run_name="__main__")
-    stock = Recipe.parse(
-        {**recipe.model_dump(), "train": {**recipe.train.model_dump(), "engine": "trl"}, "evaluate": {"metric": "none"}}
-    )
-    run = train(stock).run
-    losses = [record["loss"] for record in run.read_metrics() if "loss" in record]
-    one, other = (folder / "adapter_model.safetensors" for folder in (ejected, run.adapter))
-    return losses_of_script(ejected), losses, one.read_bytes(), other.read_bytes()
-
-
-@pytest.mark.parametrize("kind", ["rows", "all", "marked"])
+@pytest.mark.parametrize(
+    "kind", ["rows", pytest.param("all", marks=pytest.mark.slow), pytest.param("marked", marks=pytest.mark.slow)]
+)
 def test_the_script_trains_to_the_same_losses_and_the_same_adapter(
     kind: str, recipe_file: Path, marked_model: Path, tmp_path: Path
 ) -> None:
     settings = {"rows": [], "all": ["data.train_on=all"], "marked": [f"model.name={marked_model}"]}[kind]
-    recipe = Recipe.load(recipe_file, settings)
-    script = tmp_path / "script.py"
-    ejected = eject(prepare(recipe, Silent()), script, overwrite=False, progress=Silent())
-    assert (ejected.rows is not None) == (kind == "rows"), ejected.why_rows
-    assert ("assistant_only_loss=True" in script.read_text()) == (kind == "marked")
-    theirs, ours, one, other = run_both(recipe, script)
-    assert theirs == ours
-    assert len(ours) == 5
-    assert one == other, "the adapters differ"
+    script, ejected = tmp_path / "script.py", tmp_path / "run-ejected"
+    eject(prepare(Recipe.load(recipe_file, settings), Silent()), script, overwrite=False, progress=Silent())
+    runpy.run_path(str(script), run_name="__main__")
+    run = train(Recipe.load(recipe_file, [*settings, "train.engine=trl"])).run
+    losses = [record["loss"] for record in run.read_metrics() if "loss" in record]
+    assert losses_of_script(ejected) == losses
+    assert len(losses) == 3
+    one, other = (folder / "adapter_model.safetensors" for folder in (ejected, run.adapter))
+    assert one.read_bytes() == other.read_bytes(), "the adapters differ"
+
+
+def test_rows_that_trl_prepares_alike_are_left_where_they_are(
+    recipe_file: Path, marked_model: Path, few_chats: tuple[Path, Path], tmp_path: Path
+) -> None:
+    for settings, words in (
+        (["data.train_on=all"], "assistant_only_loss=False"),
+        ([f"model.name={marked_model}"], "assistant_only_loss=True"),
+    ):
+        prepared = prepare(Recipe.load(recipe_file, settings), Silent())
+        ejected = eject(prepared, tmp_path / "script.py", overwrite=True, progress=Silent())
+        assert (ejected.rows, ejected.why_rows) == (None, "")
+        assert words in ejected.script.read_text()
+        assert str(few_chats[0]) in ejected.script.read_text()
 
 
 def test_the_script_imports_the_libraries_of_the_seed_and_nothing_of_ours(recipe_file: Path, tmp_path: Path) -> None:
@@ -91,12 +94,12 @@ def test_the_script_imports_the_libraries_of_the_seed_and_nothing_of_ours(recipe
     ],
 )
 def test_where_trl_alone_would_train_something_else_the_rows_are_written_and_it_says_why(
-    settings: list[str], why: str, recipe_file: Path, marked_model: Path, chat_files: tuple[Path, Path], tmp_path: Path
+    settings: list[str], why: str, recipe_file: Path, marked_model: Path, few_chats: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    settings = [setting.replace("TRAIN", str(chat_files[0])) for setting in settings]
+    settings = [setting.replace("TRAIN", str(few_chats[0])) for setting in settings]
     recipe = Recipe.load(recipe_file, [f"model.name={marked_model}", *settings])
     ejected = eject(prepare(recipe, Silent()), tmp_path / "s.py", overwrite=False, progress=Silent())
-    assert why.replace("TRAIN", str(chat_files[0])) in ejected.why_rows
+    assert why.replace("TRAIN", str(few_chats[0])) in ejected.why_rows
     assert ejected.rows is not None
     assert (ejected.rows / "train.parquet").is_file()
 
