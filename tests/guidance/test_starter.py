@@ -11,7 +11,7 @@ from loratune.recipe import Recipe
 from tests.conftest import conversation, write_jsonl
 
 ROWS = {
-    "messages": lambda i: conversation(i),
+    "messages": conversation,
     "sharegpt": lambda i: {"conversations": [{"from": "human", "value": f"q{i}"}, {"from": "gpt", "value": "a"}]},
     "prompt_completion": lambda i: {"prompt": f"q{i}", "completion": "a"},
     "alpaca": lambda i: {"instruction": f"q{i}", "input": "", "output": "a"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -171,7 +172,8 @@ def explanation_table(explanations: Sequence[Explanation]) -> Table:
         before, section = section, item.name.partition(".")[0]
         if before and before != section:
             table.add_section()
-        table.add_row(*(escape(text) for text in (item.name, item.value, item.origin_in_words, item.effect)))
+        origin = re.sub(r"^.*:(\d+)", r"line \1", item.origin_in_words)  # the file is the one that was asked about
+        table.add_row(*(escape(text) for text in (item.name, item.value, origin, item.effect)))
     return table
 
 

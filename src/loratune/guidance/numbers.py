@@ -326,7 +326,7 @@ def _batch_size(facts: Facts) -> str:
     train = facts.prepared.recipe.train
     tokens = sum(facts.lengths) / num_steps_per_epoch(len(facts.lengths), train.batch_size)
     double = num_steps(len(facts.lengths), 2 * train.batch_size, train.epochs)
-    return f"{tokens:,.0f} tokens a step; {2 * train.batch_size} would make {double:,} steps of {facts.prepared.num_steps:,}"
+    return f"{tokens:,.0f} tokens a step; {2 * train.batch_size} would make {double:,} steps instead of {facts.prepared.num_steps:,}"
 
 
 def _batch_size_table(facts: Facts) -> list[Row]:

@@ -66,10 +66,10 @@ class Starter:
             if not fields:
                 continue
             lines += ["", *_comment((part.__doc__ or "").strip().partition("\n")[0]), f"{section}:"]
-            for field in fields:
+            for number, field in enumerate(fields):
                 value, reason = self.settings[f"{section}.{field}"]
                 words = " ".join((part.model_fields[field].description or "").split())
-                lines += ["", *_comment(words, indent=2)]
+                lines += ["", *_comment(words, indent=2)] if number else _comment(words, indent=2)
                 if reason:
                     lines += _comment(f"Here: {reason}.", indent=2)
                 lines += _yaml_lines(field, value)
