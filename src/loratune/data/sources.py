@@ -94,6 +94,9 @@ def _files(source: Source) -> list[Path]:
         raise DataError("no such file or folder", file=source.name, fix="check the path in data.train or data.eval")
     if path.is_file():
         _refuse_hub_settings(source)
+        if path.suffix.lower() not in SUFFIXES:
+            what = f"of the unknown kind {path.suffix}" if path.suffix else "without a suffix"
+            raise DataError(f"a file {what}", file=source.name, fix=f"known are {', '.join(SUFFIXES)}")
         return [path]
     files = sorted(f for f in path.rglob("*") if f.is_file() and f.suffix.lower() in SUFFIXES and not _hidden(f, path))
     if source.config is not None:

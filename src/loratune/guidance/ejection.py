@@ -128,6 +128,7 @@ def eject(prepared: Preparation, script: Path, *, overwrite: bool, progress: Pro
 
 def _write_rows(prepared: Preparation, folder: Path) -> None:
     folder.mkdir(exist_ok=True)
+    (folder / "eval.parquet").unlink(missing_ok=True)  # of an earlier script, with held-out data
     disable_progress_bar()
     labelled(prepared.data.train).to_parquet(folder / "train.parquet")
     if prepared.data.eval:

@@ -59,9 +59,14 @@ def stock_difference(
     if len(made) != len(examples):
         return f"TRL makes {len(made):,} examples of the rows, loratune {len(examples):,}"
     for number, (theirs, ours) in enumerate(zip(made, labelled(examples), strict=True)):
-        for column, word in (("input_ids", "tokens"), ("labels", "trained tokens")):
-            if theirs[column][1:] != ours[column][1:] or theirs["input_ids"][0] != ours["input_ids"][0]:
-                return f"TRL's {word} differ, first in {examples[number].origin}"
+        if theirs["input_ids"] != ours["input_ids"]:
+            return f"TRL's tokens differ, first in {examples[number].origin}"
+        if theirs["labels"][1:] != ours["labels"][1:]:
+            trained = [sum(label != -100 for label in row["labels"][1:]) for row in (theirs, ours)]
+            return (
+                f"TRL's trained tokens differ, first in {examples[number].origin}: TRL trains {trained[0]} tokens of it, "
+                f"loratune {trained[1]}"
+            )
     return ""
 
 
