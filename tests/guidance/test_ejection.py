@@ -59,6 +59,26 @@ def test_the_script_trains_to_the_same_losses_and_the_same_adapter(
     assert one.read_bytes() == other.read_bytes(), "the adapters differ"
 
 
+@pytest.mark.slow
+def test_the_script_of_the_quickstart_trains_as_the_trl_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real model, for two short steps; the whole run takes TRL a quarter of an hour."""
+    monkeypatch.chdir(Path(__file__).parents[2])
+    settings = [
+        *("data.eval=none", "evaluate.metric=none", "train.epochs=0.01", "train.batch_size=2", "train.log_every=1"),
+        *("model.dtype=float32", "train.device=cpu", f"train.output_dir={tmp_path / 'run'}"),
+    ]
+    recipe = Recipe.load("recipes/quickstart.yaml", settings)
+    script = tmp_path / "quickstart.py"
+    eject(prepare(recipe, Silent()), script, overwrite=False, progress=Silent())
+    runpy.run_path(str(script), run_name="__main__")
+    run = train(Recipe.load("recipes/quickstart.yaml", [*settings, "train.engine=trl"])).run
+    losses = [record["loss"] for record in run.read_metrics() if "loss" in record]
+    assert losses_of_script(tmp_path / "run-ejected") == losses
+    assert len(losses) == 2
+    one, other = (folder / "adapter_model.safetensors" for folder in (tmp_path / "run-ejected", run.adapter))
+    assert one.read_bytes() == other.read_bytes(), "the adapters differ"
+
+
 def test_rows_that_trl_prepares_alike_are_left_where_they_are(
     recipe_file: Path, marked_model: Path, few_chats: tuple[Path, Path], tmp_path: Path
 ) -> None:
