@@ -61,7 +61,7 @@ def test_the_script_trains_to_the_same_losses_and_the_same_adapter(
 
 @pytest.mark.slow
 def test_the_script_of_the_quickstart_trains_as_the_trl_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The real model, for two short steps; the whole run takes TRL a quarter of an hour."""
+    """The real model, for two short steps."""
     monkeypatch.chdir(Path(__file__).parents[2])
     settings = [
         *("data.eval=none", "evaluate.metric=none", "train.epochs=0.01", "train.batch_size=2", "train.log_every=1"),
