@@ -48,6 +48,7 @@ COVERED = {
         *("output_dir", "epochs", "learning_rate", "batch_size", "schedule", "warmup_fraction", "weight_decay"),
         *("max_grad_norm", "seed", "engine", "device", "token_budget", "eval_every", "save_every", "log_every"),
         *("keep_checkpoints", "report_to"),
+        *("compile", "recompute"),  # of the fast engine's speed and memory alone
     },
 }
 """The settings that a script follows. Another one that is not at its default is refused. The evaluate section is left out,
