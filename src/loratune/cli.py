@@ -17,6 +17,7 @@ from rich.markup import escape
 
 from loratune.errors import Interrupted, LoratuneError, MachineError
 from loratune.recipe import Recipe
+from loratune.recipe import origins as load_origins
 from loratune.terminal import TerminalProgress
 
 if TYPE_CHECKING:
@@ -52,6 +53,15 @@ DeviceName = Annotated[
 Price = Annotated[
     float | None,
     typer.Option("--price-per-hour", min=0, help="Of the machine, in your currency; shows what training costs."),
+]
+OverwriteFile = Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")]
+OutFile = Annotated[Path | None, typer.Option("--out", help="The file to write; in the current folder when not given.")]
+FieldsAndOverrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[FIELD]... [SECTION.FIELD=VALUE]...",
+        help="Settings to explain on a page each, such as lora.r; overrides.",
+    ),
 ]
 
 
@@ -138,6 +148,130 @@ def bench(
             _print_json(record)
             return
         Console(highlight=False).print(bench_table(record))
+
+
+@app.command()
+def init(
+    what: Annotated[
+        str | None,
+        typer.Argument(metavar="[DATA|NAME]", help="A data file, or a recipe's name: chat, quickstart, seed."),
+    ] = None,
+    out: OutFile = None,
+    overwrite: OverwriteFile = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a commented recipe to begin with, chosen by the data's format and by this machine."""
+    with _reporting(as_json) as progress:
+        from loratune.guidance.starter import init as write
+
+        path, starter = write(what, out, overwrite=overwrite)
+        if as_json:
+            _print_json({"recipe": str(path), "title": starter.title, "settings": starter.as_dict()})
+            return
+        progress.line(f"{starter.title} Next: loratune plan {path}")
+        sys.stdout.write(f"{path}\n")
+
+
+@app.command()
+def explain(recipe: RecipeFile, words: FieldsAndOverrides = None, as_json: AsJson = False) -> None:
+    """Show every effective setting, where it came from, and what it does to this model; or one setting on a page."""
+    with _reporting(as_json) as progress:
+        fields = [word for word in words or () if "=" not in word]
+        overrides = [word for word in words or () if "=" in word]
+        loaded, origins = Recipe.load(recipe, overrides), load_origins(recipe, overrides)
+        from loratune.guidance import explanation as guide
+        from loratune.preparation import prepare
+
+        fields = [guide.full_name(field) for field in fields]  # before the data is read
+        found = guide.explain(loaded, prepare(loaded, progress), origins, fields)
+        if as_json:
+            _print_json([item.as_dict() for item in found])
+            return
+        console = Console(highlight=False)
+        for part in [guide.explanation_page(item) for item in found] if fields else [guide.explanation_table(found)]:
+            console.print(part)
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Show what this machine can do, and the command that mends what is missing. Exit code 0: the quickstart can run."""
+    with _reporting(as_json):
+        from loratune.guidance import diagnosis
+
+        checks = diagnosis.doctor()
+        missing = [check.name for check in checks if check.state == "missing"]
+        if as_json:
+            _print_json({"quickstart_can_run": not missing, "checks": [check.as_dict() for check in checks]})
+        else:
+            Console(highlight=False).print(diagnosis.diagnosis_table(checks))
+        if missing:
+            raise MachineError(
+                f"the quickstart cannot run: {', '.join(missing)}", fix="the commands beside the crosses, above"
+            )
+
+
+@app.command()
+def eject(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    out: OutFile = None,
+    overwrite: OverwriteFile = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write the same run as one plain script on datasets, transformers, peft and trl alone."""
+    with _reporting(as_json) as progress:
+        loaded = Recipe.load(recipe, overrides or ())
+        from loratune.guidance.ejection import eject as write
+        from loratune.preparation import prepare
+
+        target = out or Path(f"{recipe.stem}.py")
+        ejected = write(prepare(loaded, progress), target, overwrite=overwrite, progress=progress)
+        if as_json:
+            _print_json(ejected.as_dict())
+            return
+        if ejected.rows is not None:
+            progress.warn(f"tokens and labels are in {ejected.rows}: {ejected.why_rows}")
+        else:
+            progress.line("the script reads your own rows: TRL makes the same tokens and labels of them, each compared")
+        sys.stdout.write(f"{ejected.script}\n")
+
+
+@app.command()
+def diff(first: RunFolder, second: RunFolder, as_json: AsJson = False) -> None:
+    """Show in what two runs differ: settings, model, template, data, mask, versions, results."""
+    with _reporting(as_json):
+        from loratune.reporting import difference
+        from loratune.run import RunDir
+
+        one, other = RunDir.open(first), RunDir.open(second)
+        found = difference.diff(one, other)
+        if as_json:
+            _print_json([item.as_dict() for item in found])
+        elif found:
+            Console(highlight=False).print(difference.difference_table(found, one, other))
+        else:
+            sys.stdout.write("no difference\n")
+
+
+@app.command()
+def reproduce(
+    run: RunFolder,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="The new run's directory; RUN-again when not given.")
+    ] = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train a finished run again from the same inputs. Exit code 0: the same adapter, bit for bit; 1: another one."""
+    with _reporting(as_json) as progress:
+        from loratune import reproduction
+
+        result = reproduction.reproduce(run, out, overwrite=overwrite, progress=progress)
+        if as_json:
+            _print_json(result.as_dict())
+        if not result.equal:
+            raise result.as_error()
+        progress.line(f"the same adapter, bit for bit: {result.run.adapter}")
 
 
 @app.command()

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from loratune.data.render import Example
 from loratune.model.gguf import file_sha256
 from loratune.run import Record
@@ -22,14 +24,14 @@ def model_fingerprint(folder: Path) -> dict[str, str]:
     return {path.name: file_sha256(path) for path in files}
 
 
-def examples_fingerprint(examples: Sequence[Example]) -> str:
-    """The SHA-256 of all token ids and of which of them are trained."""
-    digest = hashlib.sha256()
+def examples_fingerprint(examples: Sequence[Example]) -> dict[str, str]:
+    """The SHA-256 of all token ids, and of which of them are trained."""
+    tokens, mask = hashlib.sha256(), hashlib.sha256()
     for example in examples:
-        digest.update(len(example.input_ids).to_bytes(8, "little"))
-        digest.update(example.input_ids.astype("<i4").tobytes())
-        digest.update(example.supervised.astype("u1").tobytes())
-    return digest.hexdigest()
+        length = len(example.input_ids).to_bytes(8, "little")
+        tokens.update(length + example.input_ids.astype("<i4").tobytes())
+        mask.update(length + example.supervised.astype("u1").tobytes())
+    return {"tokens": tokens.hexdigest(), "mask": mask.hexdigest()}
 
 
 def text_fingerprint(text: str) -> str:
@@ -43,7 +45,7 @@ def versions() -> dict[str, str]:
 
 
 def differences(before: Record, now: Record, keys: Sequence[str] = ("model", "template", "train", "eval")) -> list[str]:
-    """What of the inputs changed between two locks, as `inputs.train` or `inputs.model.config.json`."""
+    """What of the inputs changed between two locks, as `inputs.train.mask` or `inputs.model.config.json`."""
     changed: list[str] = []
     for key in keys:
         old, new = before["inputs"][key], now["inputs"][key]
@@ -71,5 +73,9 @@ def make_lock(
         "inputs": inputs,
         "adapter": adapter,
         "versions": versions(),
-        "machine": {"platform": platform.platform(), "processor": platform.machine()},
+        "machine": {
+            "platform": platform.platform(),
+            "processor": platform.machine(),
+            "threads": torch.get_num_threads(),
+        },
     }

@@ -291,6 +291,22 @@ class Recipe(Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
+def origins(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> dict[str, str]:
+    """Where each setting that was given was given: `section.field` → `FILE:LINE` or `command line`.
+
+    Settings that are not named have their default.
+
+    Raises:
+        RecipeError: As `Recipe.load`.
+    """
+    values, lines = _read_yaml(Path(path))
+    found = {name: f"{path}:{line}" for name, line in lines.items() if name.count(".") == 1}
+    for override in overrides:
+        _apply_override(values, override, lines)
+        found[override.partition("=")[0].strip()] = "command line"
+    return found
+
+
 class _Loader(yaml.SafeLoader):
     """YAML 1.2's numbers: PyYAML's own rule reads `1e-4` as text."""
 

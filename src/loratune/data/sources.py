@@ -101,6 +101,9 @@ def _files(source: Source) -> list[Path]:
         raise DataError("no such file or folder", file=source.name, fix="check the path in data.train or data.eval")
     if path.is_file():
         _refuse_hub_settings(source)
+        if path.suffix.lower() not in SUFFIXES:
+            what = f"of the unknown kind {path.suffix}" if path.suffix else "without a suffix"
+            raise DataError(f"a file {what}", file=source.name, fix=f"known are {', '.join(SUFFIXES)}")
         return [path]
     files = sorted(f for f in path.rglob("*") if f.is_file() and f.suffix.lower() in SUFFIXES and not _hidden(f, path))
     if source.config is not None:
@@ -321,14 +324,19 @@ def _require_hub(source: Source) -> None:
     """
     from huggingface_hub import constants
 
-    if constants.HF_HUB_OFFLINE:
-        return
+    if not constants.HF_HUB_OFFLINE and not hub_answers():
+        raise _unreachable(source, f"{constants.ENDPOINT} does not answer")
+
+
+def hub_answers(seconds: float = HUB_TIMEOUT_SECONDS) -> bool:
+    """Whether the hub answers at all within so many seconds."""
+    from huggingface_hub import constants
+
     done = threading.Event()
     thread = threading.Thread(target=_ask_hub, args=(constants.ENDPOINT, done), daemon=True)
     thread.start()
-    thread.join(HUB_TIMEOUT_SECONDS)  # name resolution has no timeout of its own
-    if not done.is_set():
-        raise _unreachable(source, f"{constants.ENDPOINT} does not answer")
+    thread.join(seconds)  # name resolution has no timeout of its own
+    return done.is_set()
 
 
 def _ask_hub(endpoint: str, done: threading.Event) -> None:

@@ -1,4 +1,4 @@
-"""transformers' trainer, told what a step is. The only module that imports trl.
+"""transformers' trainer, told what a step is. Only this module and `stock` import trl.
 
 `FastTrainer` and `ReferenceTrainer` share everything but the step itself: optimizer, schedule, callbacks, trackers from
 transformers; order of the examples, checkpoints and evaluation from `_RunTrainer`.
@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset as HubDataset
 from peft import PeftModel
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
@@ -43,6 +42,7 @@ from loratune.training.checkpoint import (
     save_checkpoint,
 )
 from loratune.training.loss import SupervisedLoss
+from loratune.training.stock import labelled
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +95,16 @@ def training_arguments(train: TrainSection, data: TrainingData, run: RunDir) -> 
         "dataloader_pin_memory": False,
         "logging_nan_inf_filter": False,  # true would report the average of earlier losses in place of a NaN
         "label_names": ["labels"],
+    }
+
+
+def stock_arguments(train: TrainSection, data: TrainingData, run: RunDir, *, bf16: bool) -> dict[str, Any]:
+    """The arguments of TRL's `SFTConfig` on ready-made examples."""
+    return {
+        **training_arguments(train, data, run),
+        "per_device_train_batch_size": train.batch_size,
+        "max_length": None,  # the examples are cut already, by the recipe's policy
+        "bf16": bf16,
     }
 
 
@@ -295,23 +305,17 @@ class ReferenceTrainer(_RunTrainer, SFTTrainer):
         progress: Progress,
         tokenizer: PreTrainedTokenizerBase,
     ) -> None:
-        arguments = training_arguments(train, data, run)
         self.run_data, self.supervised_loss, self.progress = data, loss, progress
         self.keep_checkpoints = train.keep_checkpoints
         self.step_metrics = StepMetrics()
         self._order = _ExampleOrder(len(data.train), train, lambda: self.state.global_step)
-        args = SFTConfig(
-            **arguments,
-            per_device_train_batch_size=train.batch_size,
-            max_length=None,  # the examples are cut already, by the recipe's policy
-            bf16=model.get_base_model().dtype == torch.bfloat16,
-        )
+        args = SFTConfig(**stock_arguments(train, data, run, bf16=model.get_base_model().dtype == torch.bfloat16))
         SFTTrainer.__init__(
             self,
             model=model,
             args=args,
-            train_dataset=_labelled(data.train),
-            eval_dataset=_labelled(data.eval) if data.eval else None,
+            train_dataset=labelled(data.train),
+            eval_dataset=labelled(data.eval) if data.eval else None,
             processing_class=tokenizer,
             callbacks=[*callbacks, *_tensorboard(train, run)],
         )
@@ -367,21 +371,6 @@ def evaluate_nll(
             task.advance(len(chosen))
     loss.model.train(was_training)
     return results
-
-
-def _labelled(examples: Sequence[Example]) -> HubDataset:
-    """Examples as TRL takes them ready-made: `input_ids`, and `labels` with -100 where nothing is trained."""
-    rows = [
-        {
-            "input_ids": example.input_ids.tolist(),
-            "labels": [
-                token if trained else -100
-                for token, trained in zip(example.input_ids.tolist(), example.supervised.tolist(), strict=True)
-            ],
-        }
-        for example in examples
-    ]
-    return HubDataset.from_list(rows)
 
 
 def _only(items: list[list[MicroBatch]]) -> list[MicroBatch]:

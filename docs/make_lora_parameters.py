@@ -1,0 +1,210 @@
+"""Write docs/lora-parameters.md, every number of it computed. `--check` only says whether it is up to date."""
+
+from __future__ import annotations
+
+import sys
+import textwrap
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, Qwen2Config
+
+from loratune.guidance.numbers import Row, preset_rows, rank_row
+from loratune.model.targets import matrix, resolve_targets
+from loratune.planning.parameters import count_parameters, skeleton
+from loratune.recipe import LoraSection, ModelSection
+
+PAGE = Path(__file__).parent / "lora-parameters.md"
+CONFIG = Qwen2Config(  # the shapes of the default model
+    hidden_size=1536,
+    num_hidden_layers=28,
+    num_attention_heads=12,
+    num_key_value_heads=2,
+    intermediate_size=8960,
+    vocab_size=151936,
+    tie_word_embeddings=False,
+)
+RANKS = (4, 8, 16, 32, 64)
+
+TEXT = """# LoRA's parameters, in numbers
+
+<!-- Written by docs/make_lora_parameters.py, which computes every number; `make docs` writes it anew. -->
+
+All numbers are those of the default model, {name}: {layers} layers of width {hidden:,}, {total:,} parameters. For your own
+model and data, `loratune explain RECIPE` computes the same; `loratune explain RECIPE lora.r` is a page on one setting.
+
+## What is trained
+
+A weight matrix W of d×k stays as it is. Beside it stand B of d×r and A of r×k, and only these are trained:
+
+    h = Wx + (alpha/r)·B·A·dropout(x)
+
+B begins at zero, so the first step starts from the base model. A matrix gets r·(d+k) trainable parameters. For one of
+1,024×1,024 that is, at r {r}, {square_lora:,} instead of {square_full:,}: {square_saved:.1%} less.
+
+The matrices of one layer of {name}:
+
+{matrices}
+
+{key_value_heads} key-value heads serve {heads} query heads, which is why k_proj and v_proj are small: at r {r} they get
+{kv_lora:,} parameters each, q_proj and o_proj {q_lora:,}.
+
+## `r`, the rank
+
+The inner dimension of B·A: how many directions the update of a matrix can have. Twice the rank is twice the parameters.
+With `targets: {preset}` and alpha {alpha:g}:
+
+{ranks}
+
+*While training* counts 16 bytes for each parameter: weight, gradient and AdamW's two moments, in float32. The frozen
+base takes {base_bf16:.1f} GiB in bfloat16 beside it, so the rank hardly decides whether a model fits. Common values are 4 to
+64; 16 is the default.
+
+## `alpha`, the scale
+
+The update is multiplied by alpha/r, so a rank that is doubled with the same alpha halves each direction's weight. Keep
+alpha at twice the rank to compare ranks, or change alpha alone to change how much the adapter says:
+
+{alphas}
+
+With Adam, whose step does not grow with the gradient, alpha and the learning rate are two knobs, not one: alpha scales what
+the adapter does at a given weight, the learning rate how fast the weights go.
+
+## `dropout`
+
+The fraction of the inputs of A that is set to zero at each training step, for the adapter only; W sees all of x. At the
+default {dropout:g}, {dropped:,.0f} of the {hidden:,} inputs of q_proj are zero on average, and the others are scaled by
+1/(1 − {dropout:g}) = {dropout_scale:.3f}. It is against learning small data by heart.
+
+## `targets`, the adapted matrices
+
+| projection | what it decides |
+|---|---|
+| query (`q_proj`) | what a token looks for in those before it |
+| key (`k_proj`) | how a token is found |
+| value (`v_proj`) | what is fetched from a token that was found |
+| output (`o_proj`) | how what the heads fetched is put together |
+| feed-forward (`gate_proj`, `up_proj`, `down_proj`) | what is computed at each token by itself |
+
+The presets, at r {r}:
+
+{presets}
+
+`balanced`, the default, trains {balanced_of_attention:.0%} of what `attention` does. `complete` trains
+{complete_times:.1f} times as much as `balanced`, because the feed-forward matrices are the large ones: at r {r} they hold
+{feed_forward_share:.0%} of its parameters. Other architectures name their matrices otherwise; presets find them by
+structure, and a list of names is taken too.
+
+## The task type
+
+PEFT's `task_type` is always `CAUSAL_LM`: a decoder that predicts the next token is the only kind of model that loratune
+trains.
+
+## All of it, against full fine-tuning
+
+| | trainable | share | written to disk | weights, gradients and moments |
+|---|---|---|---|---|
+| full fine-tuning, float32 | {total:,} | 100% | {full_gib:.1f} GiB | {full_training_gib:.1f} GiB |
+| LoRA, r {r}, {preset} | {trainable:,} | {share:.2%} | {adapter_mib:.1f} MiB | {adapter_training_mib:.1f} MiB, and {base_bf16:.1f} GiB frozen in bfloat16 |
+"""
+
+
+def page() -> str:
+    """The whole page."""
+    lora, model = LoraSection(), skeleton(CONFIG)
+    assert isinstance(lora.targets, str)
+    names = {preset: resolve_targets(model, preset) for preset in ("balanced", "attention", "complete")}
+    counts = {preset: count_parameters(model, found, lora.r) for preset, found in names.items()}
+    chosen = counts[lora.targets]
+    total = chosen.total - chosen.trainable
+    layer = {
+        row.matrix.name.rpartition(".")[2]: row for row in counts["complete"].per_module if ".0." in row.matrix.name
+    }
+    square = torch.nn.ModuleDict({"square": torch.nn.Linear(1024, 1024, bias=False, device="meta")})
+    square_lora = count_parameters(square, ("square",), lora.r).trainable
+    text = TEXT.format(
+        name=ModelSection().name.rpartition("/")[2],
+        layers=CONFIG.num_hidden_layers,
+        hidden=CONFIG.hidden_size,
+        heads=CONFIG.num_attention_heads,
+        key_value_heads=CONFIG.num_key_value_heads,
+        total=total,
+        r=lora.r,
+        alpha=lora.alpha,
+        preset=lora.targets,
+        dropout=lora.dropout,
+        dropout_scale=1 / (1 - lora.dropout),
+        dropped=lora.dropout * CONFIG.hidden_size,
+        square_lora=square_lora,
+        square_full=1024 * 1024,
+        square_saved=1 - square_lora / 1024**2,
+        matrices=_table(_matrix_rows(model, lora.r)),
+        kv_lora=layer["k_proj"].trainable,
+        q_lora=layer["q_proj"].trainable,
+        ranks=_table([rank_row(count_parameters(model, names[lora.targets], r), lora.alpha, r) for r in RANKS]),
+        alphas=_table(_alpha_rows()),
+        presets=_table(preset_rows(model, lora.r)),
+        balanced_of_attention=counts["balanced"].trainable / counts["attention"].trainable,
+        complete_times=counts["complete"].trainable / counts["balanced"].trainable,
+        feed_forward_share=1 - counts["attention"].trainable / counts["complete"].trainable,
+        trainable=chosen.trainable,
+        share=chosen.trainable / chosen.total,
+        adapter_mib=chosen.adapter_bytes / 2**20,
+        adapter_training_mib=16 * chosen.trainable / 2**20,
+        base_bf16=2 * total / 2**30,
+        full_gib=4 * total / 2**30,
+        full_training_gib=16 * total / 2**30,
+    )
+    return "\n\n".join(map(_filled, text.strip().split("\n\n"))) + "\n"
+
+
+def _filled(block: str) -> str:
+    """A paragraph, broken anew after its numbers are in; anything else as it is."""
+    return block if block.startswith(("#", "|", "<", " ")) else textwrap.fill(block, 118, break_on_hyphens=False)
+
+
+def _matrix_rows(model: PreTrainedModel, r: int) -> list[Row]:
+    rows = []
+    for name in resolve_targets(model, "complete"):
+        if ".layers.0." not in name:
+            continue
+        shape = matrix(name, model.get_submodule(name))
+        full, low = shape.d_in * shape.d_out, r * (shape.d_in + shape.d_out)
+        rows.append(
+            {
+                "matrix": f"`{name.rpartition('.')[2]}`",
+                "d×k": f"{shape.d_out:,}×{shape.d_in:,}",
+                "parameters": f"{full:,}",
+                f"LoRA at r {r}": f"{low:,}",
+                "share": f"{low / full:.1%}",
+            }
+        )
+    return rows
+
+
+def _alpha_rows() -> list[Row]:
+    return [
+        {"alpha": str(alpha), **{f"alpha/r at r {r}": f"{alpha / r:g}" for r in RANKS}}
+        for alpha in (8, 16, 32, 64, 128)
+    ]
+
+
+def _table(rows: list[Row]) -> str:
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def main() -> int:
+    """Write the page, or with `--check` compare it."""
+    text = page()
+    if "--check" in sys.argv:
+        if PAGE.is_file() and PAGE.read_text(encoding="utf-8") == text:
+            return 0
+        print("docs/lora-parameters.md is not what the code says: run `make docs`", file=sys.stderr)
+        return 1
+    PAGE.write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,341 @@
+"""`eject`: the same run as one plain script in the shape of the seed's, on datasets, transformers, peft and trl alone.
+
+How the trained tokens get into it is decided by trying. If stock TRL, given the user's own rows, makes exactly the tokens
+and labels that loratune trains, the script loads these rows and lets TRL do it. If not, the tokens and labels are written
+beside the script, and the script says why.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import json
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from datasets import load_dataset
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+from datasets.utils.logging import disable_progress_bar
+from transformers.pytorch_utils import Conv1D
+
+from loratune.data.render import Example
+from loratune.data.sources import is_local
+from loratune.errors import MachineError, RecipeError
+from loratune.lock import versions
+from loratune.model.adapter import short_names
+from loratune.model.load import load_config
+from loratune.planning.parameters import skeleton
+from loratune.preparation import NO_LIMIT, Preparation
+from loratune.progress import Progress
+from loratune.recipe import Recipe, Source
+from loratune.run import Record, RunDir
+from loratune.training.stock import labelled, stock_difference
+from loratune.training.trainer import TrainingData, stock_arguments
+
+BUILDERS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
+"""Suffix → the builder of `load_dataset` that reads it."""
+
+
+WIDTH = 118
+COVERED = {
+    "model": {"name", "revision", "dtype", "trust_remote_code"},
+    "data": {"train", "eval", "format", "train_on", "thinking", "max_length", "on_long", "on_bad_row"},
+    "lora": {"r", "alpha", "dropout", "targets"},
+    "train": {
+        *("output_dir", "epochs", "learning_rate", "batch_size", "schedule", "warmup_fraction", "weight_decay"),
+        *("max_grad_norm", "seed", "engine", "device", "token_budget", "eval_every", "save_every", "log_every"),
+        *("keep_checkpoints", "report_to"),
+        *("compile", "recompute"),  # of the fast engine's speed and memory alone
+    },
+}
+"""The settings that a script follows. Another one that is not at its default is refused. The evaluate section is left out,
+and the script says so."""
+
+NOT_WRITTEN = {"output_dir", "disable_tqdm"}
+"""Arguments of the engine that the script has elsewhere, or does better without."""
+
+FIELD_OF = {
+    "num_train_epochs": "epochs",
+    "lr_scheduler_type": "schedule",
+    "warmup_steps": "warmup_fraction",
+    "per_device_train_batch_size": "batch_size",
+    "eval_strategy": "eval_every",
+    "save_strategy": "save_every",
+    "logging_strategy": "log_every",
+    "save_total_limit": "keep_checkpoints",
+    "learning_rate": "learning_rate",
+    "weight_decay": "weight_decay",
+    "max_grad_norm": "max_grad_norm",
+    "seed": "seed",
+}
+"""Argument of `SFTConfig` → the field of the train section whose words explain it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ejected:
+    """What was written.
+
+    Attributes:
+        script: The script.
+        rows: The folder with tokens and labels; None where the script reads the user's own rows.
+        why_rows: Why TRL could not make the tokens and labels itself.
+    """
+
+    script: Path
+    rows: Path | None
+    why_rows: str
+
+    def as_dict(self) -> Record:
+        """For `--json`."""
+        return {
+            "script": str(self.script),
+            "rows": str(self.rows) if self.rows is not None else None,
+            "why_rows": self.why_rows,
+        }
+
+
+def eject(prepared: Preparation, script: Path, *, overwrite: bool, progress: Progress) -> Ejected:
+    """Write the run as one plain script.
+
+    Args:
+        prepared: The run, as it would start.
+        script: Where to write it. Tokens and labels, if need be, go to a folder of the same name with `-rows`.
+        overwrite: Whether a script or a folder that is there may be replaced.
+        progress: Who is told how it goes.
+
+    Raises:
+        RecipeError: There is such a file already, or the script has no counterpart for a setting.
+        MachineError: It cannot be written.
+    """
+    _check_covered(prepared.recipe)
+    rows = script.with_name(f"{script.stem}-rows")
+    for path in (script, rows):
+        if path.exists() and not overwrite:
+            raise RecipeError("there is such a file already", file=path, fix="--overwrite, or --out FILE")
+    progress.line("letting TRL prepare the data, to compare every token and label with loratune's")
+    why_rows = _why_not_directly(prepared)
+    try:
+        script.parent.mkdir(parents=True, exist_ok=True)
+        if why_rows:
+            _write_rows(prepared, rows)
+        script.write_text(_script(prepared, rows if why_rows else None, why_rows), encoding="utf-8")
+    except OSError as error:
+        raise MachineError(f"cannot write: {error}", file=script, fix="--out FILE for another place") from error
+    return Ejected(script=script, rows=rows if why_rows else None, why_rows=why_rows)
+
+
+def _write_rows(prepared: Preparation, folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / "eval.parquet").unlink(missing_ok=True)  # of an earlier script, with held-out data
+    disable_progress_bar()
+    labelled(prepared.data.train).to_parquet(folder / "train.parquet")
+    if prepared.data.eval:
+        labelled(prepared.data.eval).to_parquet(folder / "eval.parquet")
+
+
+# ---- can TRL make the same of the user's own rows?
+
+
+def _why_not_directly(prepared: Preparation) -> str:
+    """Empty when it can: then `load_dataset` and TRL alone give the same tokens and labels."""
+    data = prepared.recipe.data
+    sides: list[tuple[Source, list[Example]]] = []
+    for side, sources, examples in (
+        ("train", data.train, prepared.data.train),
+        ("eval", _eval_sources(prepared), prepared.data.eval),
+    ):
+        if not examples:
+            continue
+        if sources is None:
+            return "the held-out conversations are a part of the training data that loratune chose"
+        reason = _why_not_one_source(sources)
+        if reason:
+            return f"the {side} data {reason}"
+        sides.append((sources[0], examples))
+    max_length = min(int(data.max_length), NO_LIMIT)
+    for source, examples in sides:
+        try:
+            rows = _load(source)
+        except (ValueError, OSError, DatasetGenerationError, DatasetNotFoundError) as error:
+            return f"load_dataset cannot read {source.name}: {str(error).partition(chr(10))[0]}"
+        difference = stock_difference(
+            rows, examples, prepared.tokenizer, max_length=max_length, assistant_only=data.train_on != "all"
+        )
+        if difference:
+            return difference
+    return ""
+
+
+def _eval_sources(prepared: Preparation) -> tuple[Source, ...] | None:
+    """The sources of the held-out data; None where it is a part of the training data."""
+    wanted = prepared.recipe.data.eval
+    if isinstance(wanted, tuple):
+        return wanted
+    (source, *_) = prepared.data.report["eval"]["sources"] if prepared.data.eval else [{"held_out": 0}]
+    if "held_out" in source:
+        return None
+    return (Source.model_validate({key: source[key] for key in Source.model_fields}),)
+
+
+def _why_not_one_source(sources: Sequence[Source]) -> str:
+    if len(sources) > 1:
+        return "comes from several sources"
+    if sources[0].weight != 1:
+        return f"has the weight {sources[0].weight:g}"
+    if is_local(sources[0]) and Path(sources[0].name).suffix.lower() not in BUILDERS:
+        return "is a folder of files"
+    return ""
+
+
+def _load(source: Source) -> Any:
+    disable_progress_bar()
+    if not is_local(source):
+        return load_dataset(source.name, source.config, split=source.split or "train")
+    return load_dataset(_builder(source), data_files=str(Path(source.name).expanduser()), split="train")
+
+
+def _builder(source: Source) -> str:
+    return BUILDERS[Path(source.name).suffix.lower()]
+
+
+# ---- the script
+
+
+def _check_covered(recipe: Recipe) -> None:
+    default = Recipe()
+    for section, covered in COVERED.items():
+        mine, plain = getattr(recipe, section), getattr(default, section)
+        for field in type(mine).model_fields:
+            if field not in covered and getattr(mine, field) != getattr(plain, field):
+                raise RecipeError(
+                    f"{section}.{field} is {getattr(mine, field)}, which a script of TRL and PEFT alone cannot follow",
+                    fix=f"leave {section}.{field} at {getattr(plain, field)}",
+                )
+
+
+def _script(prepared: Preparation, rows: Path | None, why_rows: str) -> str:
+    recipe, base = prepared.recipe, prepared.base
+    section = recipe.model
+    model = skeleton(load_config(base, section), trust_remote_code=section.trust_remote_code)
+    constants, load = _data_lines(prepared, rows)
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True, autoescape=False)  # noqa: S701 - Python, not HTML
+    template = environment.from_string(
+        importlib.resources.files("loratune.guidance").joinpath("script.py.jinja").read_text(encoding="utf-8")
+    )
+    return template.render(
+        title=f"LoRA fine-tuning of {section.name}.",
+        versions=_versions(),
+        from_rows=rows is not None,
+        data_comment=_data_comment(why_rows),
+        constants={
+            "checkpoint": _literal(base.name if base.revision else str(base.path)),
+            **constants,
+            "output_dir": _literal(f"{recipe.train.output_dir}-ejected"),
+        },
+        lora=recipe.lora,
+        train=recipe.train,
+        words=_words(),
+        targets=_literal(short_names(model, prepared.targets)),
+        targets_in_words=prepared.targets_in_words,
+        trainable=f"{prepared.parameters.trainable:,}",
+        fan_in_fan_out=isinstance(model.get_submodule(prepared.targets[0]), Conv1D),
+        device=_literal(recipe.train.device),
+        load=load,
+        revision=f", revision={_literal(base.revision)}" if base.revision else "",
+        trust=", trust_remote_code=True" if section.trust_remote_code else "",
+        dtype=section.dtype,
+        arguments=_arguments(prepared, direct=rows is None),
+        has_eval=bool(prepared.data.eval),
+    )
+
+
+def _versions() -> str:
+    known = versions()
+    return ", ".join(f"{name} {known[name]}" for name in ("datasets", "transformers", "peft", "trl"))
+
+
+def _words() -> dict[str, str]:
+    """Field → the first sentence of its docstring."""
+    return {
+        f"{section}.{field}": _first_sentence(declared.description or "")
+        for section, part in ((name, info.annotation) for name, info in Recipe.model_fields.items())
+        for field, declared in part.model_fields.items()  # type: ignore[union-attr]
+    }
+
+
+def _first_sentence(text: str) -> str:
+    return " ".join(text.split()).partition(". ")[0].rstrip(".")
+
+
+def _data_comment(why_rows: str) -> list[str]:
+    if not why_rows:
+        return ["TRL makes of these rows exactly the tokens and labels that loratune trains: compared, each of them."]
+    text = (
+        "The rows are tokenised and labelled by loratune (label -100: not trained), because TRL alone would not train the "
+        f"same: {why_rows}."
+    )
+    return textwrap.wrap(text, WIDTH - 2, break_long_words=False)
+
+
+def _data_lines(prepared: Preparation, rows: Path | None) -> tuple[dict[str, str], list[str]]:
+    """Constants that name the data, and the lines that load it."""
+    names = ["train", *(["eval"] if prepared.data.eval else [])]
+    if rows is not None:
+        load = [f'{name}_dataset = load_dataset("parquet", data_files=rows["{name}"], split="train")' for name in names]
+        files = ", ".join(f'"{name}": str(rows_dir / "{name}.parquet")' for name in names)
+        return {"rows_dir": f"Path(__file__).parent / {_literal(rows.name)}", "rows": f"{{{files}}}"}, load
+    constants, load = {}, []
+    sources = {"train": prepared.recipe.data.train, "eval": _eval_sources(prepared)}
+    for name in names:
+        (source,) = sources[name] or ()
+        if is_local(source):
+            constants[f"{name}_file"] = _literal(str(Path(source.name).expanduser().resolve()))
+            load.append(f'{name}_dataset = load_dataset("{_builder(source)}", data_files={name}_file, split="train")')
+        else:
+            arguments = ", ".join(_literal(part) for part in (source.name, source.config) if part)
+            load.append(f"{name}_dataset = load_dataset({arguments}, split={_literal(source.split or 'train')})")
+    return constants, load
+
+
+def _arguments(prepared: Preparation, *, direct: bool) -> list[str]:
+    """The lines of `SFTConfig`: the arguments of the `trl` engine."""
+    recipe, words = prepared.recipe, _words()
+    data = TrainingData(train=prepared.data.train, eval=prepared.data.eval, token_budget=prepared.memory.token_budget)
+    run = RunDir(Path(recipe.train.output_dir))
+    arguments = stock_arguments(recipe.train, data, run, bf16=recipe.model.dtype == "bfloat16")
+    arguments["report_to"] = list(recipe.train.report_to)
+    arguments["save_total_limit"] = recipe.train.keep_checkpoints
+    if direct:
+        arguments["max_length"] = int(recipe.data.max_length)
+        arguments["assistant_only_loss"] = recipe.data.train_on != "all"
+    lines = ["output_dir=output_dir,"]
+    for name, value in arguments.items():
+        if name in NOT_WRITTEN or (value is None and name != "max_length"):
+            continue
+        comment = words.get(f"train.{FIELD_OF.get(name, '')}", "")
+        if name == "warmup_steps":
+            comment = f"{recipe.train.warmup_fraction:g} of {prepared.num_steps:,} steps: the rate rises from zero"
+        line = f"{name}={_literal(value)},"
+        lines += _with_comment(line, comment)
+    return lines
+
+
+def _with_comment(line: str, comment: str) -> list[str]:
+    """The comment behind the line where there is room, else above it."""
+    if not comment:
+        return [line]
+    if len(line) + len(comment) + 8 <= WIDTH:
+        return [f"{line}  # {comment}"]
+    return [*(f"# {part}" for part in textwrap.wrap(comment, WIDTH - 6)), line]
+
+
+def _literal(value: Any) -> str:
+    """Python's spelling of a value, with double quotes."""
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False)
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(_literal(item) for item in value)}]"
+    return repr(value)

@@ -1,0 +1,494 @@
+"""What each setting does to the user's own model and data, in numbers that are computed, never typed in."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import psutil
+import torch
+from transformers import get_scheduler
+
+from loratune.data.batch import num_supervised
+from loratune.data.prepare import prepare_data
+from loratune.data.steps import EpochPlan, num_steps, num_steps_per_epoch
+from loratune.model.device import torch_dtype
+from loratune.model.load import load_config, positions_of
+from loratune.model.targets import describe_targets, resolve_targets
+from loratune.planning.parameters import ParameterCount, count_parameters, skeleton
+from loratune.preparation import NO_LIMIT, Preparation
+from loratune.recipe import TARGET_PRESETS, Cadence, DataSection
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from loratune.data.render import Example
+
+Row = dict[str, str]
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the numbers are computed from; each of them once, and only when asked for.
+
+    Attributes:
+        prepared: The run, as it would start.
+    """
+
+    prepared: Preparation
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """The base model without weights."""
+        section = self.prepared.recipe.model
+        return skeleton(load_config(self.prepared.base, section), trust_remote_code=section.trust_remote_code)
+
+    @cached_property
+    def base_parameters(self) -> int:
+        return self.prepared.parameters.total - self.prepared.parameters.trainable
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        return [len(example.input_ids) for example in self.prepared.data.train]
+
+    @cached_property
+    def learning_rates(self) -> np.ndarray:
+        """float64 [steps]: that of each optimizer step, by the schedule that training uses."""
+        return learning_rates(self.prepared.recipe.train, self.prepared.num_steps)
+
+    def count(self, r: int) -> ParameterCount:
+        """The parameters at another rank."""
+        return count_parameters(self.model, self.prepared.targets, r)
+
+    def render_again(self, **settings: Any) -> list[Example]:
+        """The training examples under other settings of the data section."""
+        recipe = self.prepared.recipe
+        data = DataSection.model_validate({**recipe.data.model_dump(), **settings})
+        limit = NO_LIMIT if data.max_length == "auto" else int(data.max_length)
+        return prepare_data(data, self.prepared.tokenizer, max_length=limit, seed=recipe.train.seed).train
+
+
+def learning_rates(train: Any, steps: int) -> np.ndarray:
+    """float64 [steps]: the learning rate of each optimizer step.
+
+    Args:
+        train: The recipe's train section.
+        steps: Optimizer steps of the run.
+    """
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=train.learning_rate)
+    scheduler = get_scheduler(
+        "constant_with_warmup" if train.schedule == "constant" else train.schedule,
+        optimizer,
+        num_warmup_steps=math.ceil(train.warmup_fraction * steps),
+        num_training_steps=steps,
+    )
+    factor: Callable[[int], float] = scheduler.lr_lambdas[0]
+    return train.learning_rate * np.array([factor(step) for step in range(steps)])
+
+
+def occasions(every: Cadence, *, steps: int, epochs: float, at_end: bool = True) -> int:
+    """How often something with this cadence happens in a run.
+
+    Args:
+        every: The recipe's `eval_every`, `save_every` or `log_every`.
+        steps: Optimizer steps of the run.
+        epochs: Epochs of the run.
+        at_end: Whether it also happens after the last step, as evaluating and saving do.
+    """
+    if isinstance(every, str):
+        return {"never": 0, "epoch": math.ceil(epochs)}[every]
+    interval = math.ceil(steps * every) if every < 1 else int(every)
+    return steps // interval + (at_end and steps % interval != 0)
+
+
+def around(value: int) -> list[int]:
+    """A quarter, half, once, twice and four times a count."""
+    return sorted({max(1, value // 4), max(1, value // 2), value, 2 * value, 4 * value})
+
+
+def rank_row(count: ParameterCount, alpha: float, r: int) -> Row:
+    """One rank: parameters, sizes, and the scale that this alpha gives it. AdamW keeps 16 bytes for each parameter:
+    weight, gradient and two moments in float32."""
+    return {
+        "r": str(r),
+        "trainable": f"{count.trainable:,}",
+        "share": f"{count.trainable / count.total:.3%}",
+        "adapter file": _size(count.adapter_bytes),
+        "while training": _size(16 * count.trainable),
+        f"alpha/r at alpha {alpha:g}": f"{alpha / r:g}",
+    }
+
+
+# ---- model
+
+
+def _name(facts: Facts) -> str:
+    config = facts.model.config.get_text_config()
+    return f"{config.num_hidden_layers} layers of width {config.hidden_size:,}, {facts.base_parameters:,} parameters"
+
+
+def _revision(facts: Facts) -> str:
+    base = facts.prepared.base
+    return f"commit {base.revision}" if base.revision else "a local model has none"
+
+
+def _dtype(facts: Facts) -> str:
+    dtype = torch_dtype(facts.prepared.recipe.model.dtype)
+    return f"the frozen weights take {_size(facts.base_parameters * dtype.itemsize)}"
+
+
+def _dtype_table(facts: Facts) -> list[Row]:
+    names = ("float32", "bfloat16", "float16")
+    return [
+        {"dtype": name, "frozen weights": _size(facts.base_parameters * torch_dtype(name).itemsize)} for name in names
+    ]
+
+
+# ---- data
+
+
+def _train(facts: Facts) -> str:
+    part = facts.prepared.data.report["train"]
+    return f"{part['rows']:,} rows, {part['conversations']:,} examples, {part['tokens']:,} tokens"
+
+
+def _eval(facts: Facts) -> str:
+    report = facts.prepared.data.report
+    overlap = f", {len(report['overlap'])} of them also in the training data" if report["overlap"] else ""
+    return f"{len(facts.prepared.data.eval):,} held-out examples{overlap}"
+
+
+def _format(facts: Facts) -> str:
+    part = facts.prepared.data.report["train"]
+    return f"{part['rows']:,} rows read as {part['format']}"
+
+
+def _train_on(facts: Facts) -> str:
+    return _share_supervised(facts.prepared.data.train)
+
+
+def _train_on_table(facts: Facts) -> list[Row]:
+    plain = facts.prepared.data.report["train"]["format"] == "text"
+    return [
+        {"train_on": choice, "tokens that carry loss": _share_supervised(facts.render_again(train_on=choice))}
+        for choice in (("all",) if plain else ("assistant", "last", "all"))
+    ]
+
+
+def _thinking(facts: Facts) -> str:
+    part = facts.prepared.data.report["train"]
+    return f"{part['answers_with_thoughts']:,} answers have thoughts"
+
+
+def _max_length(facts: Facts) -> str:
+    part = facts.prepared.data.report["train"]
+    longest = part["length"]["max"]
+    return f"{part['truncated']:,} cut, {part['dropped']:,} left out for their length; the longest has {longest:,}"
+
+
+def _max_length_table(facts: Facts) -> list[Row]:
+    """Rows for powers of two up to the longest example, as it is without any limit."""
+    whole = facts.render_again(max_length="auto", on_long="truncate")
+    lengths = [len(example.input_ids) for example in whole]
+    positions = positions_of(facts.model.config) or NO_LIMIT
+    limits = {2**power for power in range(6, 21) if 2**power < 2 * max(lengths) and 2**power <= positions}
+    limits |= {min(int(facts.prepared.recipe.data.max_length), positions)} - {NO_LIMIT}
+    supervised = sum(num_supervised(example) for example in whole)
+    rows = []
+    for limit in sorted(limits):
+        lost = sum(int(example.supervised[max(1, limit) :].sum()) for example in whole)
+        rows.append(
+            {
+                "max_length": f"{limit:,}",
+                "examples longer": f"{sum(length > limit for length in lengths):,} of {len(whole):,}",
+                "tokens lost by truncate": f"{sum(max(0, length - limit) for length in lengths):,}",
+                "of those that carry loss": f"{lost:,} ({lost / supervised:.1%})",
+            }
+        )
+    return rows
+
+
+def _on_long(facts: Facts) -> str:
+    part = facts.prepared.data.report["train"]
+    return f"{part['truncated']:,} cut, {part['dropped']:,} left out"
+
+
+def _on_bad_row(facts: Facts) -> str:
+    return f"{facts.prepared.data.report['train']['num_rejected']:,} training rows left out"
+
+
+# ---- lora
+
+
+def _rank(facts: Facts) -> str:
+    r, now = facts.prepared.recipe.lora.r, facts.prepared.parameters
+    return f"{now.trainable:,} trainable ({now.trainable / now.total:.2%}); r {2 * r} would double it to {facts.count(2 * r).trainable:,}"
+
+
+def _rank_table(facts: Facts) -> list[Row]:
+    lora = facts.prepared.recipe.lora
+    return [rank_row(facts.count(r), lora.alpha, r) for r in around(lora.r)]
+
+
+def _alpha(facts: Facts) -> str:
+    lora = facts.prepared.recipe.lora
+    return f"the update B·A·x is multiplied by alpha/r = {lora.alpha / lora.r:g}"
+
+
+def _alpha_table(facts: Facts) -> list[Row]:
+    r = facts.prepared.recipe.lora.r
+    alphas = sorted({*around(r), facts.prepared.recipe.lora.alpha})
+    return [{"alpha": f"{alpha:g}", f"scale alpha/r at r {r}": f"{alpha / r:g}"} for alpha in alphas]
+
+
+def _dropout(facts: Facts) -> str:
+    widest = max((item.matrix for item in facts.prepared.parameters.per_module), key=lambda matrix: matrix.d_in)
+    dropout = facts.prepared.recipe.lora.dropout
+    leaf = widest.name.rpartition(".")[2]
+    return f"of the {widest.d_in:,} inputs of {leaf}, {dropout * widest.d_in:,.0f} are zero on average for a token"
+
+
+def _targets(facts: Facts) -> str:
+    return f"{len(facts.prepared.targets)} matrices: {facts.prepared.targets_in_words}"
+
+
+def _targets_table(facts: Facts) -> list[Row]:
+    return preset_rows(facts.model, facts.prepared.recipe.lora.r)
+
+
+def preset_rows(model: PreTrainedModel, r: int) -> list[Row]:
+    """One row a preset: its matrices, and what they train at this rank."""
+    rows = []
+    for preset in TARGET_PRESETS:
+        count = count_parameters(model, resolve_targets(model, preset), r)
+        rows.append(
+            {
+                "targets": preset,
+                "matrices": describe_targets(model, preset),
+                "trainable": f"{count.trainable:,}",
+                "share": f"{count.trainable / count.total:.3%}",
+                "adapter file": _size(count.adapter_bytes),
+            }
+        )
+    return rows
+
+
+# ---- train
+
+
+def _epochs(facts: Facts) -> str:
+    per_epoch = num_steps_per_epoch(len(facts.lengths), facts.prepared.recipe.train.batch_size)
+    return f"{facts.prepared.num_steps:,} steps, {per_epoch:,} an epoch"
+
+
+def _epochs_table(facts: Facts) -> list[Row]:
+    train, tokens = facts.prepared.recipe.train, sum(facts.lengths)
+    return [
+        {
+            "epochs": f"{epochs:g}",
+            "steps": f"{num_steps(len(facts.lengths), train.batch_size, epochs):,}",
+            "tokens": f"{epochs * tokens:,.0f}",
+        }
+        for epochs in sorted({1.0, 2.0, 3.0, 5.0, float(train.epochs)})
+    ]
+
+
+def _learning_rate(facts: Facts) -> str:
+    rates = facts.learning_rates
+    return f"highest at step {int(rates.argmax()) + 1} of {len(rates):,}, on average {rates.mean():.2e}"
+
+
+def _schedule_table(facts: Facts) -> list[Row]:
+    rates = facts.learning_rates
+    at = sorted({0, int(rates.argmax()), *(round(part * (len(rates) - 1)) for part in (0.25, 0.5, 0.75, 1))})
+    return [
+        {"step": f"{step + 1:,}", "of the run": f"{(step + 1) / len(rates):.0%}", "learning rate": f"{rates[step]:.2e}"}
+        for step in at
+    ]
+
+
+def _schedule(facts: Facts) -> str:
+    rates, highest = facts.learning_rates, facts.prepared.recipe.train.learning_rate
+    return f"on average {rates.mean() / highest:.0%} of the highest rate; the last step has {rates[-1]:.1e}"
+
+
+def _warmup(facts: Facts) -> str:
+    steps = facts.prepared.num_steps
+    return f"{math.ceil(facts.prepared.recipe.train.warmup_fraction * steps):,} of {steps:,} steps"
+
+
+def _batch_size(facts: Facts) -> str:
+    train = facts.prepared.recipe.train
+    tokens = sum(facts.lengths) / num_steps_per_epoch(len(facts.lengths), train.batch_size)
+    double = num_steps(len(facts.lengths), 2 * train.batch_size, train.epochs)
+    return f"{tokens:,.0f} tokens a step; {2 * train.batch_size} would make {double:,} steps instead of {facts.prepared.num_steps:,}"
+
+
+def _batch_size_table(facts: Facts) -> list[Row]:
+    train = facts.prepared.recipe.train
+    supervised = sum(num_supervised(example) for example in facts.prepared.data.train)
+    rows = []
+    for size in around(train.batch_size):
+        per_epoch = num_steps_per_epoch(len(facts.lengths), size)
+        rows.append(
+            {
+                "batch_size": str(size),
+                "steps": f"{num_steps(len(facts.lengths), size, train.epochs):,}",
+                "tokens a step": f"{sum(facts.lengths) / per_epoch:,.0f}",
+                "of those carry loss": f"{supervised / per_epoch:,.0f}",
+            }
+        )
+    return rows
+
+
+def _weight_decay(facts: Facts) -> str:
+    decay = facts.prepared.recipe.train.weight_decay
+    kept = float(np.prod(1 - decay * facts.learning_rates))
+    return f"a weight without gradient would keep {kept:.2%} of its value over the run"
+
+
+def _seed(facts: Facts) -> str:
+    train = facts.prepared.recipe.train
+    plan = EpochPlan(lengths=facts.lengths, batch_size=train.batch_size, seed=train.seed, epoch=0, token_budget=1)
+    first = [facts.prepared.data.train[i].origin.line for i in plan[0].examples]
+    return f"the first step takes rows {_some(first)}"
+
+
+def _token_budget(facts: Facts) -> str:
+    return f"{_micro_batches(facts, int(facts.prepared.recipe.train.token_budget)):.1f} micro-batches a step"
+
+
+def _token_budget_table(facts: Facts) -> list[Row]:
+    budgets = around(int(facts.prepared.recipe.train.token_budget))
+    return [
+        {"token_budget": f"{budget:,}", "micro-batches a step": f"{_micro_batches(facts, budget):.1f}"}
+        for budget in budgets
+    ]
+
+
+def _micro_batches(facts: Facts, budget: int) -> float:
+    """On average over the first hundred steps."""
+    train = facts.prepared.recipe.train
+    plan = EpochPlan(lengths=facts.lengths, batch_size=train.batch_size, seed=train.seed, epoch=0, token_budget=budget)
+    return float(np.mean([len(plan[step].ranks[0]) for step in range(min(100, len(plan)))]))
+
+
+def _device(facts: Facts) -> str:
+    if facts.prepared.recipe.train.device == "cuda":
+        free, total = torch.cuda.mem_get_info()
+        return f"{_gib(free)} of {_gib(total)} are free"
+    memory = psutil.virtual_memory()
+    return f"{_gib(memory.available)} of {_gib(memory.total)} are free"
+
+
+def _occasions(field: str, what: str) -> Callable[[Facts], str]:
+    def say(facts: Facts) -> str:
+        train = facts.prepared.recipe.train
+        every = getattr(train, field)
+        steps = facts.prepared.num_steps
+        times = occasions(every, steps=steps, epochs=train.epochs, at_end=field != "log_every")
+        return f"{times:,} {what} in {steps:,} steps"
+
+    return say
+
+
+def _keep(facts: Facts) -> str:
+    train, size = facts.prepared.recipe.train, 12 * facts.prepared.parameters.trainable
+    saves = occasions(train.save_every, steps=facts.prepared.num_steps, epochs=train.epochs)
+    kept = min(saves, train.keep_checkpoints or saves)
+    return f"{kept:,} stay, about {_size(size)} each (weights and two moments)"
+
+
+# ---- evaluate
+
+
+def _metric(facts: Facts) -> str:
+    return f"{len(facts.prepared.prompts):,} answers each by base and tuned"
+
+
+def _max_new_tokens(facts: Facts) -> str:
+    references = [prompt.reference for prompt in facts.prepared.prompts]
+    if not references:
+        return "no answers are generated"
+    lengths = [len(ids) for ids in facts.prepared.tokenizer(references, add_special_tokens=False)["input_ids"]]
+    longer = sum(length >= facts.prepared.recipe.evaluate.max_new_tokens for length in lengths)
+    return (
+        f"the longest reference has {max(lengths):,} tokens; {longer:,} of {len(lengths):,} do not fit with their end"
+    )
+
+
+SUMMARIES: dict[str, Callable[[Facts], str]] = {
+    "model.name": _name,
+    "model.revision": _revision,
+    "model.dtype": _dtype,
+    "data.train": _train,
+    "data.eval": _eval,
+    "data.format": _format,
+    "data.train_on": _train_on,
+    "data.thinking": _thinking,
+    "data.max_length": _max_length,
+    "data.on_long": _on_long,
+    "data.on_bad_row": _on_bad_row,
+    "lora.r": _rank,
+    "lora.alpha": _alpha,
+    "lora.dropout": _dropout,
+    "lora.targets": _targets,
+    "train.epochs": _epochs,
+    "train.learning_rate": _learning_rate,
+    "train.schedule": _schedule,
+    "train.warmup_fraction": _warmup,
+    "train.batch_size": _batch_size,
+    "train.weight_decay": _weight_decay,
+    "train.seed": _seed,
+    "train.device": _device,
+    "train.token_budget": _token_budget,
+    "train.eval_every": _occasions("eval_every", "evaluations"),
+    "train.save_every": _occasions("save_every", "checkpoints"),
+    "train.log_every": _occasions("log_every", "lines"),
+    "train.keep_checkpoints": _keep,
+    "evaluate.metric": _metric,
+    "evaluate.samples": _metric,
+    "evaluate.max_new_tokens": _max_new_tokens,
+}
+"""Field → what its value does here, in one line."""
+
+TABLES: dict[str, Callable[[Facts], list[Row]]] = {
+    "model.dtype": _dtype_table,
+    "data.train_on": _train_on_table,
+    "data.max_length": _max_length_table,
+    "lora.r": _rank_table,
+    "lora.alpha": _alpha_table,
+    "lora.targets": _targets_table,
+    "train.epochs": _epochs_table,
+    "train.learning_rate": _schedule_table,
+    "train.schedule": _schedule_table,
+    "train.warmup_fraction": _schedule_table,
+    "train.batch_size": _batch_size_table,
+    "train.token_budget": _token_budget_table,
+}
+"""Field → what other values would do. Those of the data section read and tokenise the data again."""
+
+
+def _share_supervised(examples: Sequence[Example]) -> str:
+    supervised = sum(num_supervised(example) for example in examples)
+    tokens = sum(len(example.input_ids) for example in examples)
+    return f"{supervised:,} of {tokens:,} tokens ({supervised / tokens:.1%})"
+
+
+def _some(items: Sequence[int], shown: int = 8) -> str:
+    more = f" and {len(items) - shown} more" if len(items) > shown else ""
+    return ", ".join(str(item) for item in items[:shown]) + more
+
+
+def _size(num_bytes: int) -> str:
+    unit, name = (MIB, "MiB") if num_bytes >= MIB else (2**10, "KiB")
+    return f"{num_bytes / unit:,.1f} {name}"
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:,.1f} GiB"

@@ -1,0 +1,95 @@
+"""What stock TRL makes of a data set, found out by letting it: the check behind `eject`."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from datasets import Dataset as HubDataset
+from datasets.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
+from transformers import LlamaConfig, LlamaForCausalLM
+from trl import SFTConfig, SFTTrainer
+
+from loratune.data.render import Example
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def labelled(examples: Sequence[Example]) -> HubDataset:
+    """Examples as TRL takes them ready-made: `input_ids`, and `labels` with -100 where nothing is trained."""
+    rows = [
+        {
+            "input_ids": example.input_ids.tolist(),
+            "labels": [
+                token if trained else -100
+                for token, trained in zip(example.input_ids.tolist(), example.supervised.tolist(), strict=True)
+            ],
+        }
+        for example in examples
+    ]
+    return HubDataset.from_list(rows)
+
+
+def stock_difference(
+    rows: HubDataset,
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    assistant_only: bool,
+) -> str:
+    """How the tokens or labels that `SFTTrainer` makes of the rows differ from the examples; empty when they are equal.
+
+    Whether the first token is labelled makes no difference: nothing predicts it. The trainer is a real one, on a model of two thousand weights a token, so what is compared is what it would train.
+
+    Args:
+        rows: As `load_dataset` gives them.
+        examples: What loratune trains.
+        tokenizer: Of the base model.
+        max_length: The longest example, in tokens.
+        assistant_only: TRL's `assistant_only_loss`.
+    """
+    try:
+        made = _prepare(rows, tokenizer, max_length=max_length, assistant_only=assistant_only)
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:  # what it raises on data it was not written for
+        return f"TRL refuses the rows: {str(error).partition('. ')[0]}"
+    if len(made) != len(examples):
+        return f"TRL makes {len(made):,} examples of the rows, loratune {len(examples):,}"
+    for number, (theirs, ours) in enumerate(zip(made, labelled(examples), strict=True)):
+        if theirs["input_ids"] != ours["input_ids"]:
+            return f"TRL's tokens differ, first in {examples[number].origin}"
+        if theirs["labels"][1:] != ours["labels"][1:]:
+            trained = [sum(label != -100 for label in row["labels"][1:]) for row in (theirs, ours)]
+            return (
+                f"TRL's trained tokens differ, first in {examples[number].origin}: TRL trains {trained[0]} tokens of it, "
+                f"loratune {trained[1]}"
+            )
+    return ""
+
+
+def _prepare(rows: HubDataset, tokenizer: PreTrainedTokenizerBase, *, max_length: int, assistant_only: bool) -> Any:
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
+    )
+    shown = is_progress_bar_enabled()
+    disable_progress_bar()
+    try:
+        with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng():
+            arguments = SFTConfig(
+                output_dir=folder,
+                use_cpu=True,
+                bf16=False,
+                report_to=[],
+                max_length=max_length,
+                assistant_only_loss=assistant_only,
+            )
+            trainer = SFTTrainer(
+                model=LlamaForCausalLM(config), args=arguments, train_dataset=rows, processing_class=tokenizer
+            )
+            return trainer.train_dataset
+    finally:
+        if shown:
+            enable_progress_bar()
