@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 Progress = Callable[[str, int, int], None]
 
 AUTO_EVAL_FRACTION = 0.05
+_MOST_BINS = 30
+"""Of the histogram of lengths."""
 _SHOWN = 10
 """Line numbers that a warning names before it says how many more there are."""
 
@@ -260,6 +262,7 @@ def _report(part: _Part, rendered: Rendered) -> dict[str, Any]:
             "p50": int(np.percentile(lengths, 50)),
             "p95": int(np.percentile(lengths, 95)),
             "max": int(lengths.max()),
+            "histogram": _histogram(lengths),
         },
         "truncated": counts.get("truncated", 0),
         "dropped": counts.get("dropped_long", 0) + counts.get("dropped_empty", 0),
@@ -274,6 +277,14 @@ def _report(part: _Part, rendered: Rendered) -> dict[str, Any]:
         "num_rejected": len(rejected),
         "rejected": [{"file": r.origin.file, "line": r.origin.line, "reason": r.reason} for r in rejected],
     }
+
+
+def _histogram(lengths: np.ndarray[tuple[int], np.dtype[np.int64]]) -> dict[str, list[int]]:
+    """How many lengths lie from each edge up to, not including, the next."""
+    first, end = int(lengths.min()), int(lengths.max()) + 1
+    width = -(-(end - first) // _MOST_BINS)
+    edges = np.arange(first, end + width, width)
+    return {"edges": edges.tolist(), "counts": np.histogram(lengths, edges)[0].tolist()}
 
 
 def _origins(conversations: Iterable[Conversation]) -> dict[str, list[Origin]]:
