@@ -50,7 +50,7 @@ def recipe(tiny_model: Path, chat_files: tuple[Path, Path], tmp_path: Path) -> P
 def test_help_is_quick_and_names_every_verb() -> None:
     started = time.perf_counter()
     shown = subprocess.run([sys.executable, "-m", "loratune", "--help"], capture_output=True, text=True, check=True)
-    assert all(verb in shown.stdout for verb in ("plan", "train", "resume", "evaluate", "schema"))
+    assert all(verb in shown.stdout for verb in ("plan", "train", "resume", "evaluate", "report", "compare", "schema"))
     modules = subprocess.run(
         [sys.executable, "-c", "import sys, loratune.cli; print('torch' in sys.modules)"],
         capture_output=True,
@@ -75,7 +75,8 @@ def test_train_leaves_a_run_directory_that_evaluate_reads(loratune: Run, recipe:
     assert code == 0, err
     assert "exact_match" in out
     run = tmp_path / "run"
-    for name in ("recipe.yaml", "lock.json", "data.json", "plan.json", "metrics.jsonl", "evaluation.json"):
+    records = ("lock.json", "data.json", "preview.json", "plan.json", "metrics.jsonl", "evaluation.json")
+    for name in ("recipe.yaml", *records, "report.html"):
         assert (run / name).is_file(), name
     assert (run / "recipe.yaml").read_text() == recipe.read_text()
     assert {"README.md", "adapter_model.safetensors", "adapter_config.json", "chat_template.jinja"} <= {
@@ -89,12 +90,14 @@ def test_train_leaves_a_run_directory_that_evaluate_reads(loratune: Run, recipe:
     before = json.loads((run / "evaluation.json").read_text())
     (run / "evaluation.json").unlink()
     (run / "adapter" / "README.md").unlink()
+    (run / "report.html").unlink()
     code, out, _ = loratune("evaluate", run, "--json")
     assert code == 0
     again = json.loads(out)["evaluation"]
     assert again["tuned"] == pytest.approx(before["tuned"], rel=1e-6)
     assert again["items"] == before["items"]
     assert "exact_match" in (run / "adapter" / "README.md").read_text()
+    assert "Base against tuned" in (run / "report.html").read_text()
     code, _, err = loratune("train", recipe)
     assert code == 2
     assert "holds a run already" in err

@@ -18,8 +18,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 if TYPE_CHECKING:
     from loratune.pipeline import evaluate, plan, resume, train
     from loratune.recipe import Recipe
+    from loratune.reporting.page import compare, report
 
-__all__ = ["Recipe", "__version__", "evaluate", "plan", "resume", "train"]
+__all__ = ["Recipe", "__version__", "compare", "evaluate", "plan", "report", "resume", "train"]
 __version__ = "0.1.0"
 
 
@@ -33,4 +34,8 @@ def __getattr__(name: str) -> Any:
         import loratune.pipeline
 
         return getattr(loratune.pipeline, name)
+    if name in ("compare", "report"):
+        import loratune.reporting.page
+
+        return getattr(loratune.reporting.page, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

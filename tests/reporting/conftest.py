@@ -97,6 +97,7 @@ class Opened:
 
     page: Page
     requests: list[str] = field(default_factory=list)
+    failed: list[tuple[str, str | None]] = field(default_factory=list)
     complaints: list[str] = field(default_factory=list)
 
 
@@ -110,6 +111,7 @@ def open_page(chromium: Browser) -> Iterator[Callable[..., Opened]]:
         contexts.append(context)
         opened = Opened(page=context.new_page())
         opened.page.on("request", lambda request: opened.requests.append(request.url))
+        opened.page.on("requestfailed", lambda request: opened.failed.append((request.url, request.failure)))
         opened.page.on("console", lambda message: opened.complaints.append(message.text))
         opened.page.on("pageerror", lambda error: opened.complaints.append(str(error)))
         opened.page.on("dialog", lambda dialog: (opened.complaints.append(dialog.message), dialog.dismiss()))

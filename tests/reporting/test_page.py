@@ -83,7 +83,7 @@ def test_the_policy_of_the_page_stops_what_an_escape_would_have_missed(
     opened.page.wait_for_timeout(200)
     assert opened.page.evaluate("window.hacked ?? null") is None
     assert opened.page.evaluate("getComputedStyle(document.querySelector('h1')).color") != "rgb(255, 0, 0)"
-    assert opened.requests == [page.as_uri()]
+    assert opened.failed == [("https://example.org/x.png", "csp")]
     assert any("Content Security Policy" in complaint for complaint in opened.complaints)
 
 

@@ -18,6 +18,7 @@ from loratune.cli import app
 from loratune.errors import MachineError, RecipeError
 from loratune.progress import Silent
 from loratune.recipe import Recipe
+from loratune.reporting.files import read_run
 from loratune.reporting.page import compare, report, report_or_warn
 from loratune.run import RunDir, read_json
 from tests.reporting.conftest import rewrite
@@ -86,20 +87,34 @@ def test_a_run_that_goes_on_is_told_with_the_time_left(a_copy: Copy) -> None:
 
 
 @pytest.mark.parametrize("name", RECORDS)
+@pytest.mark.parametrize("content", ["", "{", "null", "[]", "\udcff", "[" * 100_000])
+def test_a_damaged_file_is_named(a_copy: Copy, name: str, content: str) -> None:
+    run = a_copy()
+    (run.root / name).write_bytes(content.encode(errors="surrogateescape"))
+    (complaint,) = read_run(run).complaints
+    assert complaint.startswith(f"{name} cannot be read: ")
+
+
 @pytest.mark.parametrize(
-    "content", [None, "", "{", "null", "[]", "{}", '{"recipe": 7, "train": 3, "items": [[]]}', "\udcff"]
+    ("name", "content"),
+    [
+        *((name, None) for name in RECORDS if name != "lock.json"),  # without it the folder is no run
+        *((name, '{"recipe": 7, "train": 3, "items": [[]], "examples": 1, "time": {}}') for name in RECORDS),
+    ],
 )
-def test_a_file_that_is_missing_or_damaged_costs_its_section_only(a_copy: Copy, name: str, content: str | None) -> None:
+def test_a_file_that_is_missing_or_says_something_else_costs_its_sections_only(
+    a_copy: Copy, name: str, content: str | None
+) -> None:
     run = a_copy()
     path = run.root / name
-    if content is None and name == "lock.json":
-        return  # without it the folder is no run
-    path.unlink() if content is None else path.write_bytes(content.encode(errors="surrogateescape"))
+    if content is not None:
+        path.write_text(content)
+    else:
+        path.unlink()
     shown = text_of(report(run.root))
-    others = {"lock.json": "Base against tuned", "plan.json": "Curves"}
-    assert others.get(name, "What was trained on what") in shown
-    if content != "{}":
-        assert "What is missing" in shown
+    assert "What is missing" in shown
+    assert (name if content is None else "is left out: a file holds something else than expected") in shown
+    assert {"lock.json": "Base against tuned"}.get(name, "What was trained on what") in shown
 
 
 def test_a_run_that_died_before_its_first_step_has_a_page(a_copy: Copy) -> None:

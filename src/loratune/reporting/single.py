@@ -402,10 +402,7 @@ def _data(files: RunFiles) -> Iterator[Block]:
         lines = [f"{place(row)} ({name}): {row['reason']}" for name, row in rejected]
         yield Fold(title=f"{as_count(len(lines), 'row')} left out", blocks=(Items(lines=_first(lines, "data.json")),))
     if files.data["overlap"]:
-        lines = [
-            f"{place(pair['eval'])} = {', '.join(place(place) for place in pair['train'])}"
-            for pair in files.data["overlap"]
-        ]
+        lines = [f"{place(pair['eval'])} = {', '.join(map(place, pair['train']))}" for pair in files.data["overlap"]]
         yield Fold(
             title=f"{as_count(len(lines), 'held-out conversation')} also in the training data",
             blocks=(Items(lines=_first(lines, "data.json")),),
@@ -496,7 +493,7 @@ def _again(files: RunFiles) -> Iterator[Block]:
     )
     yield Paragraph(
         text="The lock.json of both runs must have the same inputs: the fingerprints of model, template and examples. On the "
-        "same machine the losses are then the same; elsewhere they agree to float noise."
+        "same CPU the losses are then the same; elsewhere they agree to float noise."
     )
     yield Code(
         title="See both on one page",
