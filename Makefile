@@ -34,8 +34,8 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 
 # The pages are tested in a real browser. Without one those tests are skipped, and say so.
 browser:
-	command -v chromium >/dev/null || { test "$$(id -u)" = 0 && apt-get update -qq && \
-	  apt-get install -y -qq --no-install-recommends chromium; }
+	@command -v chromium >/dev/null || test "$$(id -u)" = 0 || { echo "chromium is missing, and only root can install it"; exit 1; }
+	@command -v chromium >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; }
 
 clean:
 	rm -rf $(VENV) __models

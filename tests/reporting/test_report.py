@@ -83,6 +83,7 @@ def test_a_run_that_goes_on_is_told_with_the_time_left(a_copy: Copy) -> None:
     assert "Base against tuned" not in shown
     shown = text_of(report(run.root))
     assert "stopped after step 3 of 10" in shown
+    assert f"loratune resume {run.root}" in shown
     assert "line 4 cannot be read" in shown
 
 

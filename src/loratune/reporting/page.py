@@ -56,8 +56,7 @@ def compare(roots: Sequence[str | Path], out: str | Path = "compare.html") -> Pa
     runs = [RunDir.open(root) for root in roots]
     if len({run.root for run in runs}) < max(2, len(runs)):
         raise RecipeError(
-            f"{len(runs)} runs given, {len({run.root for run in runs})} of them different: nothing to compare",
-            fix="give two or more different run directories",
+            f"nothing to compare: {', '.join(map(str, roots))}", fix="give two or more run directories, each once"
         )
     return _write(comparison_page([read_run(run) for run in runs]), Path(out))
 

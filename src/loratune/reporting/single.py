@@ -103,7 +103,7 @@ def _figures(files: RunFiles) -> Iterator[Figure]:
         yield Figure(
             name="time in steps",
             value=as_duration(files.train_seconds),
-            note=f"promised {as_duration(files.plan['time']['train_seconds'])}",
+            note=f"promised {as_duration(_promised_seconds(files))}",
         )
         yield Figure(
             name="speed",
@@ -316,7 +316,7 @@ def _promise(files: RunFiles) -> Iterator[Block]:
     clock, measured = files.plan["time"], files.plan.get("measured", {})
     done, num_steps, seconds = len(files.steps), clock["num_steps"], files.train_seconds
     share = done / num_steps
-    promised_seconds = clock["train_seconds"] * share
+    promised_seconds = _promised_seconds(files)
     so_far = "" if done == num_steps else " so far"
     rows = [("optimizer steps", f"{num_steps:,}", f"{done:,}{so_far}", f"{share:.0%}")]
     if done:
@@ -344,7 +344,16 @@ def _promise(files: RunFiles) -> Iterator[Block]:
     )
     if files.state == "running" and 0 < done < num_steps:
         yield Paragraph(text=f"At this rate the steps take {as_duration(seconds / done * (num_steps - done))} more.")
+    if files.state == "stopped":
+        verb = "evaluate" if files.is_trained else "resume"
+        yield Code(title="Go on", text=f"loratune {verb} {shlex.quote(str(files.run.root))}")
     yield Charts(charts=(_memory_chart(files.plan),))
+
+
+def _promised_seconds(files: RunFiles) -> float:
+    """For the steps that are done."""
+    clock = files.plan["time"]
+    return float(clock["train_seconds"] * len(files.steps) / clock["num_steps"])
 
 
 def _memory_chart(plan: Record) -> Chart:
