@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo bench test check docs clean
+.PHONY: demo bench test check docs browser clean
 
 demo: $(VENV)/.installed
 	$(BIN)/loratune train recipes/quickstart.yaml --overwrite
@@ -38,6 +38,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
+
+# The pages are tested in a real browser. Without one those tests are skipped, and say so.
+browser:
+	@command -v chromium >/dev/null || test "$$(id -u)" = 0 || { echo "chromium is missing, and only root can install it"; exit 1; }
+	@command -v chromium >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; }
 
 clean:
 	rm -rf $(VENV) __models

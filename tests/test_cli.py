@@ -16,7 +16,22 @@ import pytest
 from loratune import cli
 from tests.conftest import conversation, write_jsonl
 
-VERBS = ["init", "plan", "explain", "eject", "train", "resume", "evaluate", "diff", "reproduce", "doctor", "schema"]
+VERBS = [
+    "init",
+    "plan",
+    "explain",
+    "eject",
+    "train",
+    "resume",
+    "evaluate",
+    "report",
+    "compare",
+    "diff",
+    "reproduce",
+    "doctor",
+    "bench",
+    "schema",
+]
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -77,7 +92,8 @@ def test_train_leaves_a_run_directory_that_evaluate_reads(loratune: Run, recipe:
     assert code == 0, err
     assert "exact_match" in out
     run = tmp_path / "run"
-    for name in ("recipe.yaml", "lock.json", "data.json", "plan.json", "metrics.jsonl", "evaluation.json"):
+    records = ("lock.json", "data.json", "preview.json", "plan.json", "metrics.jsonl", "evaluation.json")
+    for name in ("recipe.yaml", *records, "report.html"):
         assert (run / name).is_file(), name
     assert (run / "recipe.yaml").read_text() == recipe.read_text()
     assert {"README.md", "adapter_model.safetensors", "adapter_config.json", "chat_template.jinja"} <= {
@@ -93,12 +109,14 @@ def test_train_leaves_a_run_directory_that_evaluate_reads(loratune: Run, recipe:
     before = json.loads((run / "evaluation.json").read_text())
     (run / "evaluation.json").unlink()
     (run / "adapter" / "README.md").unlink()
+    (run / "report.html").unlink()
     code, out, _ = loratune("evaluate", run, "--json")
     assert code == 0
     again = json.loads(out)["evaluation"]
     assert again["tuned"] == pytest.approx(before["tuned"], rel=1e-6)
     assert again["items"] == before["items"]
     assert "exact_match" in (run / "adapter" / "README.md").read_text()
+    assert "Base against tuned" in (run / "report.html").read_text()
     code, _, err = loratune("train", recipe)
     assert code == 2
     assert "holds a run already" in err

@@ -19,14 +19,21 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 _ROOMS = {
+    "compare": "reporting.page",
     "diff": "reporting.difference",
     "doctor": "guidance.diagnosis",
     "eject": "guidance.ejection",
     "explain": "guidance.explanation",
     "init": "guidance.starter",
+    "evaluate": "pipeline",
+    "plan": "pipeline",
+    "report": "reporting.page",
     "reproduce": "reproduction",
+    "resume": "pipeline",
+    "train": "pipeline",
+    "Recipe": "recipe",
 }
-"""Verb → the module that has it."""
+"""Name → the module that has it."""
 
 if TYPE_CHECKING:
     from loratune.guidance.diagnosis import doctor
@@ -36,11 +43,13 @@ if TYPE_CHECKING:
     from loratune.pipeline import evaluate, plan, resume, train
     from loratune.recipe import Recipe
     from loratune.reporting.difference import diff
+    from loratune.reporting.page import compare, report
     from loratune.reproduction import reproduce
 
 __all__ = [
     "Recipe",
     "__version__",
+    "compare",
     "diff",
     "doctor",
     "eject",
@@ -48,6 +57,7 @@ __all__ = [
     "explain",
     "init",
     "plan",
+    "report",
     "reproduce",
     "resume",
     "train",
@@ -57,14 +67,6 @@ __version__ = "0.1.0"
 
 def __getattr__(name: str) -> Any:
     """Import on first use: `loratune --help` must not wait for torch."""
-    if name == "Recipe":
-        from loratune.recipe import Recipe
-
-        return Recipe
-    if name in ("evaluate", "plan", "resume", "train"):
-        import loratune.pipeline
-
-        return getattr(loratune.pipeline, name)
     if name in _ROOMS:
         return getattr(importlib.import_module(f"loratune.{_ROOMS[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -40,6 +40,8 @@ Overrides = Annotated[
     typer.Argument(metavar="[SECTION.FIELD=VALUE]...", help="Settings that replace those of the recipe: lora.r=32"),
 ]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="The directory of a run (its train.output_dir).")]
+RunFolders = Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="The directories of two or more runs.")]
+ReportFile = Annotated[Path | None, typer.Option("--out", metavar="FILE", help="The HTML file to write.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Delete the run that is in the output directory.")]
 Samples = Annotated[
@@ -275,6 +277,24 @@ def reproduce(
 
 
 @app.command()
+def report(run: RunFolder, out: ReportFile = None, as_json: AsJson = False) -> None:
+    """Write one HTML page about a run, also one that is still going or that died: RUN/report.html."""
+    with _reporting(as_json):
+        from loratune.reporting.page import report
+
+        _show_file("report", report(run, out), as_json)
+
+
+@app.command()
+def compare(runs: RunFolders, out: ReportFile = None, as_json: AsJson = False) -> None:
+    """Write one HTML page about several runs: compare.html."""
+    with _reporting(as_json):
+        from loratune.reporting.page import compare
+
+        _show_file("comparison", compare(runs, out or "compare.html"), as_json)
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON schema of a recipe, for editors."""
     _print_json(Recipe.model_json_schema())
@@ -331,6 +351,13 @@ def _show_result(result: RunResult, as_json: bool) -> None:
             console.print(samples_table(result.evaluation, count=3))
     console.print(measured_line(read_json(result.run.plan)), soft_wrap=True)
     console.print(f"adapter: {escape(str(result.run.adapter))}", soft_wrap=True)
+
+
+def _show_file(name: str, path: Path, as_json: bool) -> None:
+    if as_json:
+        _print_json({name: str(path)})
+    else:
+        sys.stdout.write(f"{path}\n")
 
 
 def _print_json(record: Any) -> None:

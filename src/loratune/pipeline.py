@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 
+from loratune.data.preview import preview
 from loratune.data.render import stop_token_ids
 from loratune.errors import Interrupted, RecipeError, RunError
 from loratune.evaluation.compare import evaluation_record
@@ -33,6 +34,7 @@ from loratune.preparation import Preparation, output_dir, prepare
 from loratune.progress import Progress, Silent
 from loratune.recipe import Recipe
 from loratune.reporting.card import write_card
+from loratune.reporting.page import report_or_warn
 from loratune.run import Record, RunDir, read_json, write_json
 from loratune.training.callbacks import RunCallback, stopping_in_order
 from loratune.training.checkpoint import latest_checkpoint
@@ -42,6 +44,9 @@ from loratune.training.trainer import FastTrainer, ReferenceTrainer, TrainingDat
 
 Nll = list[tuple[float, int]]
 """Per held-out example: the sum of -log p over its supervised tokens, and their number."""
+
+PREVIEW_EXAMPLES = 5
+"""Examples whose tokens are kept in the run directory."""
 
 _NOBODY = Silent()
 
@@ -100,6 +105,7 @@ def train(
     with run.exclusive():
         run.recipe.write_text(written if written is not None else recipe.to_yaml(), encoding="utf-8")
         write_json(run.data, prepared.data.report)
+        write_json(run.preview, preview(prepared.data.train, prepared.tokenizer, PREVIEW_EXAMPLES).as_record())
         write_json(run.plan, prepared.as_plan())
         write_json(run.lock, prepared.as_lock())
         return _run(prepared, run, None, progress)
@@ -154,6 +160,7 @@ def evaluate(root: str | Path, *, progress: Progress = _NOBODY) -> RunResult:
     loss, _ = make_loss(model, prepared.data.train)
     evaluation = _evaluate(prepared, run, model, loss, progress)
     write_card(run)
+    report_or_warn(run, progress)
     return RunResult(run=run, evaluation=evaluation)
 
 
@@ -185,6 +192,7 @@ def _run(prepared: Preparation, run: RunDir, checkpoint: Path | None, progress: 
     }
     write_json(run.plan, record)
     write_card(run)
+    report_or_warn(run, progress)
     return RunResult(run=run, evaluation=evaluation)
 
 

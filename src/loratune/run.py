@@ -4,6 +4,7 @@ RUN/recipe.yaml        as written          RUN/plan.json         what was promis
 RUN/lock.json          everything effective RUN/metrics.jsonl     one line a step or evaluation
 RUN/data.json          the data report     RUN/evaluation.json   base and tuned, per item
 RUN/checkpoints/STEP/  to resume from      RUN/adapter/          PEFT format, with template and card
+RUN/preview.json       examples by token   RUN/report.html       all of it for people
 """
 
 from __future__ import annotations
@@ -51,6 +52,14 @@ class RunDir:
         return self.root / "plan.json"
 
     @property
+    def preview(self) -> Path:
+        return self.root / "preview.json"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report.html"
+
+    @property
     def metrics(self) -> Path:
         return self.root / "metrics.jsonl"
 
@@ -74,6 +83,18 @@ class RunDir:
     def is_finished(self) -> bool:
         """Whether training ran to its end and the adapter is written."""
         return (self.adapter / "adapter_config.json").is_file()
+
+    @property
+    def is_in_use(self) -> bool:
+        """Whether a process is at work on the run."""
+        try:
+            with (self.root / _IN_USE).open("rb") as stream:
+                fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return False
+        except OSError:
+            return True
+        return False
 
     @classmethod
     def open(cls, root: str | Path) -> RunDir:
@@ -177,12 +198,12 @@ class RunDir:
     def rewind_metrics(self, step: int) -> None:
         """Forget the lines after a step, which a resumed run writes again."""
         kept = [record for record in self.read_metrics() if record["step"] <= step]
-        _replace(self.metrics, "".join(json.dumps(record) + "\n" for record in kept))
+        write_text(self.metrics, "".join(json.dumps(record) + "\n" for record in kept))
 
 
 def write_json(path: Path, record: Any) -> None:
     """Write a JSON file whole or not at all."""
-    _replace(path, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
@@ -199,7 +220,12 @@ def read_json(path: Path) -> Any:
         raise RunError(f"damaged: {error}", file=path, fix="restore it or train again") from None
 
 
-def _replace(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all.
+
+    Raises:
+        MachineError: It cannot be written.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("w", encoding="utf-8") as stream:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -57,6 +58,10 @@ def test_the_report_says_what_was_read_and_what_it_became(tmp_path: Path, prepar
     assert part["supervised_tokens"] == sum(int(example.supervised.sum()) for example in data.train)
     assert part["supervised_share"] == pytest.approx(part["supervised_tokens"] / part["tokens"])
     assert 0 < part["length"]["p50"] <= part["length"]["p95"] <= part["length"]["max"]
+    edges, counts = part["length"]["histogram"]["edges"], part["length"]["histogram"]["counts"]
+    lengths = [len(example.input_ids) for example in data.train]
+    assert counts == [sum(low <= length < high for length in lengths) for low, high in itertools.pairwise(edges)]
+    assert sum(counts) == len(lengths)
     assert (part["truncated"], part["dropped"], part["duplicates"], part["rejected"]) == (0, 0, 0, [])
     assert part["sources"][0]["sha256"] == {train: hashlib.sha256(Path(train).read_bytes()).hexdigest()}
     assert report["mask"] == {"method": "sentinel substitution, checked against rendered prompts", "verified": 20}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.console import Group
 from rich.text import Text
@@ -83,6 +83,15 @@ class Preview:
             yield Text(self.plain())
         else:
             yield self.coloured()
+
+    def as_record(self) -> dict[str, Any]:
+        """`preview.json`: each example's title, and its pieces in order."""
+        return {
+            "examples": [
+                {"title": title, "pieces": [piece._asdict() for piece in pieces]}
+                for title, pieces in zip(self.titles, self.pieces, strict=True)
+            ]
+        }
 
     def coloured(self) -> Group:
         """Trained tokens green, the rest dim, special tokens bold, the stop token underlined."""

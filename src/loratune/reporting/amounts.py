@@ -1,0 +1,51 @@
+"""Numbers as people read them, with their units."""
+
+from __future__ import annotations
+
+
+def as_bytes(number: float) -> str:
+    """1,048,576 → 1.0 MiB."""
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if number >= size:
+            return f"{number / size:,.1f} {unit}"
+    return f"{number:,.0f} B"
+
+
+def as_duration(seconds: float) -> str:
+    """4000 → 1 h 6 min."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def as_count(number: int, one: str, many: str = "") -> str:
+    """1 → 1 step; 2000 → 2,000 steps."""
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
+
+
+def as_number(value: float, sign: str = "") -> str:
+    """Four digits, and never an exponent for a large number."""
+    return f"{value:{sign},.0f}" if abs(value) >= 1000 else f"{value:{sign}.4g}"
+
+
+def as_measure(name: str, value: float) -> str:
+    """A score as a percentage, a loss as a number."""
+    return as_number(value) if name in ("nll", "perplexity") else f"{value:.1%}"
+
+
+def as_difference(name: str, value: float) -> str:
+    """A difference of two measures, with its sign."""
+    return as_number(value, "+") if name in ("nll", "perplexity") else f"{100 * value:+.1f} points"
+
+
+def measure_in_words(name: str) -> str:
+    """What a measure is called on a page."""
+    return {
+        "nll": "held-out loss",
+        "perplexity": "perplexity",
+        "exact_match": "exact match",
+        "json": "right JSON",
+        "contains": "contains the reference",
+    }.get(name, name)

@@ -1,0 +1,143 @@
+"""The files of a run, as far as they can be read: also of a run that is still going or that died."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from loratune.errors import RunError
+from loratune.run import Record, RunDir, read_json
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunFiles:
+    """What the files of a run hold at one moment.
+
+    Attributes:
+        run: The run.
+        lock: `lock.json`; empty where it cannot be read, as all records here.
+        plan: `plan.json`.
+        data: `data.json`.
+        evaluation: `evaluation.json`.
+        preview: `preview.json`.
+        steps: The lines of `metrics.jsonl` that are optimizer steps, one a step, in their order.
+        held_out: Those that are evaluations.
+        state: `finished`, `running` or `stopped`.
+        is_trained: Whether the adapter is written.
+        read_at: When the files were read.
+        complaints: What is missing or damaged, for people.
+    """
+
+    run: RunDir
+    lock: Record
+    plan: Record
+    data: Record
+    evaluation: Record
+    preview: Record
+    steps: list[Record]
+    held_out: list[Record]
+    state: str
+    is_trained: bool
+    read_at: datetime
+    complaints: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """What people call the run: the name of its folder."""
+        return self.run.root.name
+
+    @property
+    def train_seconds(self) -> float:
+        """Seconds spent in steps, over all sittings of a resumed run."""
+        return math.fsum(step["num_tokens"] / step["tokens_per_second"] for step in self.steps)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all steps."""
+        return sum(step["num_tokens"] for step in self.steps)
+
+
+def read_run(run: RunDir) -> RunFiles:
+    """Read what is there."""
+    complaints: list[str] = []
+    running = run.is_in_use
+    plan = _record(run.plan, complaints)
+    state = "finished" if run.is_finished and "measured" in plan else "running" if running else "stopped"
+    lines = _lines(run.metrics, complaints, growing=state == "running")
+    lock = _record(run.lock, complaints)
+    return RunFiles(
+        run=run,
+        lock=lock,
+        plan=plan,
+        data=_record(run.data, complaints),
+        evaluation=_record(run.evaluation, complaints, expected=state == "finished" and _holds_out(lock)),
+        preview=_record(run.preview, complaints),
+        steps=[line for line in lines if "loss" in line],
+        held_out=[line for line in lines if "eval_nll" in line],
+        state=state,
+        is_trained=run.is_finished,
+        read_at=datetime.now(UTC),
+        complaints=tuple(complaints),
+    )
+
+
+def _holds_out(lock: Record) -> bool:
+    try:
+        return bool(lock["recipe"]["data"]["eval"] != "none")
+    except (KeyError, TypeError):
+        return False
+
+
+def _record(path: Path, complaints: list[str], *, expected: bool = True) -> Record:
+    if not path.exists():
+        if expected:
+            complaints.append(f"{path.name} is not there.")
+        return {}
+    try:
+        record = read_json(path)
+    except (RunError, OSError, RecursionError) as error:
+        complaints.append(f"{path.name} cannot be read: {error.problem if isinstance(error, RunError) else error}.")
+        return {}
+    if not isinstance(record, dict):
+        complaints.append(f"{path.name} cannot be read: it holds no object.")
+        return {}
+    return record
+
+
+def _lines(path: Path, complaints: list[str], *, growing: bool) -> list[Record]:
+    """All metrics that can be read. While a run is going, its last line may be half written."""
+    if not path.exists():
+        complaints.append(f"{path.name} is not there: no step was finished.")
+        return []
+    try:
+        written = path.read_bytes().decode(errors="replace").split("\n")
+    except OSError as error:
+        complaints.append(f"{path.name} cannot be read: {error}.")
+        return []
+    records, damaged = [], []
+    for number, line in enumerate(written, 1):
+        record = _metrics(line)
+        if record is not None:
+            records.append(record)
+        elif line and not (growing and number == len(written)):
+            damaged.append(number)
+    if damaged:
+        more = "" if len(damaged) == 1 else f" and {len(damaged) - 1} more"
+        complaints.append(f"{path.name}: line {damaged[0]}{more} cannot be read and is left out of the curves.")
+    return records
+
+
+def _metrics(line: str) -> Record | None:
+    try:
+        record = json.loads(line)
+        return record if isinstance(record, dict) and all(map(_is_number, record.values())) else None
+    except (ValueError, OverflowError, RecursionError):
+        return None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,532 @@
+"""One run → the sections of its page."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+import yaml
+
+from loratune.reporting.amounts import (
+    as_bytes,
+    as_count,
+    as_difference,
+    as_duration,
+    as_measure,
+    measure_in_words,
+)
+from loratune.reporting.answers import failures, place, samples, short
+from loratune.reporting.blocks import (
+    Block,
+    Chart,
+    Charts,
+    Code,
+    Figure,
+    Fold,
+    Items,
+    Page,
+    Paragraph,
+    Table,
+    TokenRun,
+    Tokens,
+)
+from loratune.reporting.charts import Bar, Series, describe, draw_bars, draw_histogram, draw_lines
+from loratune.reporting.files import RunFiles
+from loratune.reporting.sections import UNEXPECTED, build_sections
+from loratune.run import Record
+
+_MOST_LINES = 20
+
+Built = TypeVar("Built")
+
+_MEMORY = (
+    ("weights_bytes", "base weights"),
+    ("adapter_bytes", "adapter and optimizer"),
+    ("activation_bytes", "activations"),
+    ("loss_bytes", "loss"),
+    ("process_bytes", "process"),
+)
+
+
+def run_page(files: RunFiles) -> Page:
+    """Everything that is known about a run. What cannot be told is said on the page."""
+    return Page(
+        title=files.name,
+        lead=_guarded(lambda: _lead(files), "A fine-tuning run of loratune."),
+        badge=_guarded(lambda: _badge(files), files.state),
+        tone=files.state,
+        figures=_guarded(lambda: tuple(_figures(files)), ()),
+        sections=build_sections(_PARTS, files, files.complaints),
+        footer=f"Read from {files.run.root} at {files.read_at:%Y-%m-%d %H:%M} UTC.",
+    )
+
+
+def _guarded(build: Callable[[], Built], otherwise: Built) -> Built:
+    try:
+        return build()
+    except UNEXPECTED:  # the section on the same file says so
+        return otherwise
+
+
+def _lead(files: RunFiles) -> str:
+    recipe, data = files.lock["recipe"], files.plan["data"]
+    sources = ", ".join(short(source["name"]) for source in recipe["data"]["train"])
+    return (
+        f"{short(recipe['model']['name'])}, fine-tuned with LoRA of rank {recipe['lora']['r']} on "
+        f"{as_count(data['num_examples'], 'conversation')} of {sources}."
+    )
+
+
+def _badge(files: RunFiles) -> str:
+    if files.state == "finished":
+        return "finished"
+    if files.is_trained:
+        return "trained, evaluation under way" if files.state == "running" else "trained, evaluation did not finish"
+    done = f"step {len(files.steps):,} of {files.plan['time']['num_steps']:,}"
+    return f"running: {done}" if files.state == "running" else f"stopped after {done}"
+
+
+def _figures(files: RunFiles) -> Iterator[Figure]:
+    tuned, base = files.evaluation.get("tuned", {}), files.evaluation.get("base", {})
+    for name in (files.evaluation.get("metric", "none"), "nll"):
+        if name in tuned:
+            yield Figure(
+                name=measure_in_words(name),
+                value=as_measure(name, tuned[name]),
+                note=f"base {as_measure(name, base[name])}",
+            )
+    if not tuned and files.steps:
+        first, last = files.steps[0]["loss"], files.steps[-1]["loss"]
+        yield Figure(name="training loss", value=f"{last:.4g}", note=f"first step {first:.4g}")
+    if files.steps:
+        yield Figure(
+            name="time in steps",
+            value=as_duration(files.train_seconds),
+            note=f"promised {as_duration(_promised_seconds(files))}",
+        )
+        yield Figure(
+            name="speed",
+            value=f"{files.num_tokens / files.train_seconds:,.0f}",
+            note="tokens per second",
+        )
+    if "measured" in files.plan:
+        yield Figure(
+            name="peak memory",
+            value=as_bytes(files.plan["measured"]["peak_bytes"]),
+            note=f"promised {as_bytes(files.plan['memory']['peak_bytes'])}",
+        )
+
+
+# ---- base against tuned
+
+
+def _result(files: RunFiles) -> Iterator[Block]:
+    record = files.evaluation
+    if not record:
+        return
+    metric, level = record["metric"], f"{record['interval']['level']:.0%}"
+    measures = [name for name in dict.fromkeys((metric, "nll", "perplexity")) if name in record["tuned"]]
+    yield Paragraph(
+        text=f"Measured on {as_count(record['num_examples'], 'held-out conversation')} that training did not see. The "
+        f"interval says where the difference lies with {level} confidence ({record['interval']['method']}, "
+        f"{record['interval']['resamples']:,} resamples)."
+    )
+    yield Table(
+        caption="Base against tuned",
+        columns=("measure", "base", "tuned", f"difference, {level} interval"),
+        rows=tuple(_measure_row(record, name) for name in measures),
+        numeric=True,
+    )
+    yield Charts(charts=tuple(_measure_chart(record, name) for name in measures if name != "perplexity"))
+    if record["items"]:
+        yield _turned(record)
+
+
+def _measure_row(record: Record, name: str) -> tuple[str, ...]:
+    difference = record["difference"][name]
+    of_what = {"nll": ", nats per token", record["metric"]: f", {len(record['items'])} answers"}.get(name, "")
+    low, high = (as_difference(name, difference[end]).removesuffix(" points") for end in ("low", "high"))
+    return (
+        f"{measure_in_words(name)}{of_what}",
+        as_measure(name, record["base"][name]),
+        as_measure(name, record["tuned"][name]),
+        f"{as_difference(name, difference['value'])}\n{low} to {high}",
+    )
+
+
+def _measure_chart(record: Record, name: str) -> Chart:
+    base, tuned, difference = record["base"][name], record["tuned"][name], record["difference"][name]
+    scale = 1 if name == "nll" else 100
+    interval = (scale * max(0.0, base + difference["low"]), scale * (base + difference["high"]))
+    words = measure_in_words(name)
+    return Chart(
+        title=words[0].upper() + words[1:],
+        svg=draw_bars(
+            f"measure-{'nll' if name == 'nll' else 'score'}",
+            f"{words}: base {as_measure(name, base)}, tuned {as_measure(name, tuned)}.",
+            (
+                Bar(name="base", parts=((scale * base, 3),), label=as_measure(name, base)),
+                Bar(name="tuned", parts=((scale * tuned, 0),), label=as_measure(name, tuned), interval=interval),
+            ),
+            x_label="nats per supervised token, less is better" if name == "nll" else "% of answers, more is better",
+            ticks=None if name == "nll" else (0, 25, 50, 75, 100),
+        ),
+        caption="The line on the tuned bar is the interval of the difference, added to the base.",
+    )
+
+
+def _turned(record: Record) -> Table:
+    """How many answers became right and how many wrong."""
+    scores = [(bool(item["base"]["score"]), bool(item["tuned"]["score"])) for item in record["items"]]
+    return Table(
+        caption="Answers, base against tuned",
+        columns=("", "tuned right", "tuned wrong"),
+        rows=(
+            ("base right", f"{scores.count((True, True)):,}", f"{scores.count((True, False)):,}"),
+            ("base wrong", f"{scores.count((False, True)):,}", f"{scores.count((False, False)):,}"),
+        ),
+        numeric=True,
+    )
+
+
+# ---- curves
+
+
+def _curves(files: RunFiles) -> Iterator[Block]:
+    if not files.steps:
+        return
+    steps = [step["step"] for step in files.steps]
+    yield Charts(charts=(_loss_chart(files, steps), *_step_charts(files, steps)))
+
+
+def _loss_chart(files: RunFiles, steps: list[int]) -> Chart:
+    losses = [step["loss"] for step in files.steps]
+    held_out = [(line["step"], line["eval_nll"]) for line in files.held_out]
+    if files.evaluation:
+        held_out.insert(0, (0, files.evaluation["base"]["nll"]))
+    curves = [Series(x=steps, y=losses)]
+    legend = [(0, "training, each step")]
+    alt = describe("Training loss", losses)
+    if held_out:
+        curves.append(Series(x=[x for x, _ in held_out], y=[y for _, y in held_out], colour=1, form="points"))
+        legend.append((1, "held out"))
+        alt += " " + describe("Held-out loss", [y for _, y in held_out])
+    values = [value for curve in curves for value in curve.y]
+    log = min(values) > 0 and max(values) > 10 * min(values)
+    return Chart(
+        title="Loss",
+        svg=draw_lines("loss", alt, curves, x_label="step", y_label="nats per supervised token", log=log),
+        legend=tuple(legend),
+        caption="The held-out loss at step 0 is that of the base model." if files.evaluation else "",
+    )
+
+
+def _step_charts(files: RunFiles, steps: list[int]) -> Iterator[Chart]:
+    train = files.lock.get("recipe", {}).get("train", {})
+    for key, title, unit in (
+        ("learning_rate", "Learning rate", ""),
+        ("grad_norm", "Gradient norm", "before clipping"),
+        ("tokens_per_second", "Speed", "tokens per second"),
+    ):
+        points = [(x, step[key]) for x, step in zip(steps, files.steps, strict=True) if key in step]
+        if not points:
+            continue
+        values = [y for _, y in points]
+        curves = [Series(x=[x for x, _ in points], y=values)]
+        caption = ""
+        limit = train.get("max_grad_norm")
+        if key == "grad_norm" and limit:
+            clipped = sum(value > limit for value in values)
+            caption = f"Longer gradients are scaled down to {limit:g}: {as_count(clipped, 'step')} of {len(values):,}."
+            if clipped:
+                curves.append(Series(x=(steps[0], steps[-1]), y=(limit, limit), form="rule"))
+        yield Chart(
+            title=title,
+            svg=draw_lines(
+                key.replace("_", "-"), describe(title, values), curves, x_label="step", y_label=unit, from_zero=True
+            ),
+            caption=caption,
+        )
+
+
+# ---- what was trained on what
+
+
+def _trained(files: RunFiles) -> Iterator[Block]:
+    if not files.lock:
+        return
+    inputs = files.lock["inputs"]
+    yield Table(caption="What was trained on what", rows=tuple(_facts(files)))
+    choices = files.lock["choices"]
+    if choices:
+        yield Table(
+            caption="Settings that were left to loratune",
+            columns=("setting", "became", "because"),
+            rows=tuple((name, str(choice["value"]), choice["reason"]) for name, choice in choices.items()),
+        )
+    if files.plan.get("warnings"):
+        yield Paragraph(text="Before it started, loratune warned:", tone="warning")
+        yield Items(lines=tuple(files.plan["warnings"]))
+    rows = [(f"model: {name}", digest) for name, digest in inputs["model"].items()]
+    rows += [(name, inputs[name]) for name in ("template", "train", "eval")]
+    yield Fold(
+        title="Fingerprints of everything that went in (SHA-256)",
+        blocks=(
+            Table(caption="SHA-256 of model files, chat template, and token ids with their mask", rows=tuple(rows)),
+        ),
+    )
+
+
+def _facts(files: RunFiles) -> Iterator[tuple[str, str]]:
+    recipe, inputs, adapter = files.lock["recipe"], files.lock["inputs"], files.lock["adapter"]
+    model, data, lora, train = (recipe[section] for section in ("model", "data", "lora", "train"))
+    yield "base model", model["name"]
+    yield (
+        "loaded from",
+        inputs["model_path"] + (f", revision {inputs['model_revision']}" if inputs["model_revision"] else ""),
+    )
+    yield "adapter", f"LoRA, rank {lora['r']}, alpha {lora['alpha']:g}, dropout {lora['dropout']:g}"
+    yield "adapted", adapter["targets"]
+    total = files.plan.get("parameters", {}).get("total")
+    share = f" of {total:,} ({adapter['trainable'] / total:.2%})" if total else ""
+    yield "trained parameters", f"{adapter['trainable']:,}{share}"
+    yield "training data", ", ".join(source["name"] for source in data["train"])
+    held_out = data["eval"]
+    yield "held-out data", ", ".join(s["name"] for s in held_out) if isinstance(held_out, list) else str(held_out)
+    yield (
+        "loss on",
+        {"assistant": "answers of the assistant", "all": "all tokens"}.get(data["train_on"], data["train_on"]),
+    )
+    yield "length", f"{train['epochs']:g} epochs of {train['batch_size']} examples a step"
+    yield (
+        "learning rate",
+        f"{train['learning_rate']:g}, {train['schedule']}, warm-up over {train['warmup_fraction']:.0%} of the steps",
+    )
+    yield "on", f"{train['device']}, weights in {model['dtype']}, engine {train['engine']}, seed {train['seed']}"
+    yield "machine", f"{files.lock['machine']['platform']}"
+
+
+# ---- promised and measured
+
+
+def _promise(files: RunFiles) -> Iterator[Block]:
+    if not files.plan:
+        return
+    clock, measured = files.plan["time"], files.plan.get("measured", {})
+    done, num_steps, seconds = len(files.steps), clock["num_steps"], files.train_seconds
+    share = done / num_steps
+    promised_seconds = _promised_seconds(files)
+    so_far = "" if done == num_steps else " so far"
+    rows = [("optimizer steps", f"{num_steps:,}", f"{done:,}{so_far}", f"{share:.0%}")]
+    if done:
+        rows.append(
+            (
+                f"time in steps{so_far}",
+                as_duration(promised_seconds),
+                as_duration(seconds),
+                f"{seconds / promised_seconds:.0%}",
+            )
+        )
+    peak = files.plan["memory"]["peak_bytes"]
+    if measured:
+        rows.append(
+            ("peak memory", as_bytes(peak), as_bytes(measured["peak_bytes"]), f"{measured['peak_bytes'] / peak:.0%}")
+        )
+        rows.append(("from loading to the end", "", as_duration(measured["total_seconds"]), ""))
+    else:
+        rows.append(("peak memory", as_bytes(peak), "known at the end", ""))
+    yield Table(
+        caption="Promised before the weights were loaded, and measured",
+        columns=("", "promised", "measured", "measured / promised"),
+        rows=tuple(rows),
+        numeric=True,
+    )
+    if files.state == "running" and 0 < done < num_steps:
+        yield Paragraph(text=f"At this rate the steps take {as_duration(seconds / done * (num_steps - done))} more.")
+    if files.state == "stopped":
+        verb = "evaluate" if files.is_trained else "resume"
+        yield Code(title="Go on", text=f"loratune {verb} {shlex.quote(str(files.run.root))}")
+    yield Charts(charts=(_memory_chart(files.plan),))
+
+
+def _promised_seconds(files: RunFiles) -> float:
+    """For the steps that are done."""
+    clock = files.plan["time"]
+    return float(clock["train_seconds"] * len(files.steps) / clock["num_steps"])
+
+
+def _memory_chart(plan: Record) -> Chart:
+    memory, measured = plan["memory"], plan.get("measured")
+    parts = [(name, words, memory[name] / 2**20) for name, words in _MEMORY]
+    bars = [
+        Bar(
+            name="promised",
+            parts=tuple((size, colour) for colour, (_, _, size) in enumerate(parts)),
+            label=as_bytes(memory["peak_bytes"]),
+        )
+    ]
+    alt = f"Promised {as_bytes(memory['peak_bytes'])}: " + ", ".join(
+        f"{words} {as_bytes(memory[name])}" for name, words, _ in parts
+    )
+    if measured:
+        bars.append(
+            Bar(name="measured", parts=((measured["peak_bytes"] / 2**20, 5),), label=as_bytes(measured["peak_bytes"]))
+        )
+        alt += f". Measured {as_bytes(measured['peak_bytes'])}"
+    return Chart(
+        title="Memory at its peak",
+        svg=draw_bars("memory", f"{alt}.", bars, x_label="MiB"),
+        legend=tuple((colour, f"{words} {as_bytes(memory[name])}") for colour, (name, words, _) in enumerate(parts)),
+    )
+
+
+# ---- data
+
+
+def _data(files: RunFiles) -> Iterator[Block]:
+    if not files.data:
+        return
+    sides = [(name, files.data[key]) for key, name in (("train", "training"), ("eval", "held out")) if files.data[key]]
+    if files.data["notices"]:
+        yield Items(lines=tuple(files.data["notices"]))
+    yield Table(
+        caption="What was read, and what it became",
+        columns=("", *(name for name, _ in sides)),
+        rows=tuple((label, *(value(side) for _, side in sides)) for label, value in _DATA_ROWS),
+        numeric=True,
+    )
+    yield Paragraph(
+        text=f"Which tokens carry loss was worked out in two independent ways, which agree ({files.data['mask']['method']})."
+        if files.data["mask"]["verified"]
+        else f"Which tokens carry loss: {files.data['mask']['method']}."
+    )
+    charts = [_length_chart(name, side) for name, side in sides if "histogram" in side["length"]]
+    if charts:
+        yield Charts(charts=tuple(charts))
+    sources = [(name, source) for name, side in sides for source in side["sources"]]
+    yield Fold(title="Sources", blocks=(Items(lines=tuple(_source(name, source) for name, source in sources)),))
+    rejected = [(name, row) for name, side in sides for row in side["rejected"]]
+    if rejected:
+        lines = [f"{place(row)} ({name}): {row['reason']}" for name, row in rejected]
+        yield Fold(title=f"{as_count(len(lines), 'row')} left out", blocks=(Items(lines=_first(lines, "data.json")),))
+    if files.data["overlap"]:
+        lines = [f"{place(pair['eval'])} = {', '.join(map(place, pair['train']))}" for pair in files.data["overlap"]]
+        yield Fold(
+            title=f"{as_count(len(lines), 'held-out conversation')} also in the training data",
+            blocks=(Items(lines=_first(lines, "data.json")),),
+        )
+
+
+_DATA_ROWS: tuple[tuple[str, Callable[[Record], str]], ...] = (
+    ("rows read", lambda side: f"{side['rows']:,}"),
+    ("conversations", lambda side: f"{side['conversations']:,}"),
+    ("turns", lambda side: f"{side['turns']:,}"),
+    ("tokens", lambda side: f"{side['tokens']:,}"),
+    ("tokens that carry loss", lambda side: f"{side['supervised_tokens']:,} ({side['supervised_share']:.0%})"),
+    ("tokens of one, median", lambda side: f"{side['length']['p50']:,}"),
+    ("95 % are no longer than", lambda side: f"{side['length']['p95']:,}"),
+    ("longest", lambda side: f"{side['length']['max']:,}"),
+    ("cut for length", lambda side: f"{side['truncated']:,}"),
+    ("left out for length", lambda side: f"{side['dropped']:,}"),
+    ("left out as wrong", lambda side: f"{side['num_rejected']:,}"),
+    ("exact duplicates", lambda side: f"{side['duplicates']:,}"),
+)
+
+
+def _length_chart(name: str, side: Record) -> Chart:
+    histogram, length = side["length"]["histogram"], side["length"]
+    return Chart(
+        title=f"Length, {name}",
+        svg=draw_histogram(
+            f"length-{name.replace(' ', '-')}",
+            f"Histogram of the lengths of {as_count(side['conversations'], 'conversation')}: median {length['p50']} "
+            f"tokens, 95 % up to {length['p95']}, longest {length['max']}.",
+            histogram["edges"],
+            histogram["counts"],
+            x_label="tokens of a conversation",
+            y_label="conversations",
+        ),
+    )
+
+
+def _source(name: str, source: Record) -> str:
+    if "held_out" in source:
+        return f"{name}: {source['held_out']:.0%} of the training conversations, drawn with seed {source['seed']}"
+    digests = source["sha256"]
+    hashes = ", ".join(f"{short(file)} {digest}" for file, digest in digests.items()) if digests else "no fingerprint"
+    return f"{name}: {source['name']}, {as_count(source['rows'], 'row')}, format {source['format']}; SHA-256 {hashes}"
+
+
+# ---- what the tokens are
+
+
+def _tokens(files: RunFiles) -> Iterator[Block]:
+    examples = files.preview.get("examples")
+    if not examples:
+        return
+    yield Paragraph(
+        text="The first training examples, token by token as training sees them. What is marked carries loss: it is what "
+        "the model learns to say. Everything else is only read. The frame is the stop token."
+    )
+    for example in examples:
+        runs = (TokenRun(text=run["text"], style=_style(run)) for run in example["pieces"])
+        yield Tokens(title=example["title"], runs=tuple(runs))
+
+
+def _style(run: Record) -> str:
+    kinds = ("trained" if run["trained"] else "context", "special" * run["special"], "stop" * run["stop"])
+    return " ".join(filter(None, kinds))
+
+
+# ---- how to do it again
+
+
+def _again(files: RunFiles) -> Iterator[Block]:
+    if not files.lock:
+        return
+    recipe = files.lock["recipe"]
+    folder = recipe["train"]["output_dir"].rstrip("/")
+    first, again = shlex.quote(folder), shlex.quote(f"{folder}-again")
+    yield Paragraph(
+        text="Save these settings as recipe.yaml. They hold every setting, also those that were left to loratune, so "
+        "nothing hangs on a default."
+    )
+    yield Fold(
+        title="recipe.yaml",
+        blocks=(Code(title="recipe.yaml", text=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)),),
+    )
+    yield Code(
+        title="Then, with the versions below installed",
+        text=f"loratune train recipe.yaml train.output_dir={again}",
+    )
+    yield Paragraph(
+        text="The lock.json of both runs must have the same inputs: the fingerprints of model, template and examples. On the "
+        "same CPU the losses are then the same; elsewhere they agree to float noise."
+    )
+    yield Code(
+        title="See both on one page",
+        text=f"loratune compare {first} {again}",
+    )
+    yield Table(caption="Versions", rows=tuple(files.lock["versions"].items()))
+
+
+_PARTS: tuple[tuple[str, str, Callable[[RunFiles], Iterator[Block]]], ...] = (
+    ("result", "Base against tuned", _result),
+    ("curves", "Curves", _curves),
+    ("trained", "What was trained on what", _trained),
+    ("promise", "Promised and measured", _promise),
+    ("data", "Data", _data),
+    ("tokens", "Which tokens were trained", _tokens),
+    ("samples", "Samples", samples),
+    ("failures", "Failures", failures),
+    ("again", "Do it again", _again),
+)
+
+
+# ---- small things
+
+
+def _first(lines: list[str], file: str) -> tuple[str, ...]:
+    more = len(lines) - _MOST_LINES
+    return (*lines[:_MOST_LINES], *((f"{more:,} more in {file}",) if more > 0 else ()))

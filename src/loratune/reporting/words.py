@@ -1,0 +1,43 @@
+"""Where the words of an answer differ from those of its reference."""
+
+from __future__ import annotations
+
+import re
+from difflib import SequenceMatcher
+from typing import NamedTuple
+
+_WORDS = re.compile(r"\s+|\w+|[^\w\s]")
+_LEAST_ALIKE = 0.3
+"""Below this share of common words, marks would cover nearly everything."""
+
+
+class Piece(NamedTuple):
+    """Neighbouring words: `plain`, `extra` only in the answer, `missing` only in the reference."""
+
+    text: str
+    kind: str
+
+
+def whole(text: str) -> tuple[Piece, ...]:
+    """A text in which nothing is marked."""
+    return (Piece(text, "plain"),) if text else ()
+
+
+def marked(answer: str, reference: str) -> tuple[Piece, ...]:
+    """The answer in pieces, with the reference's words that it lacks in their places.
+
+    Joined without the missing pieces it is the answer. In an answer that has little in common with the reference nothing
+    is marked.
+    """
+    said, wanted = _WORDS.findall(answer), _WORDS.findall(reference)
+    matcher = SequenceMatcher(None, wanted, said, autojunk=False)
+    if matcher.ratio() < _LEAST_ALIKE:
+        return whole(answer)
+    pieces = []
+    for operation, first, last, start, stop in matcher.get_opcodes():
+        if operation == "equal":
+            pieces.append(Piece("".join(said[start:stop]), "plain"))
+            continue
+        pieces += [Piece("".join(wanted[first:last]), "missing")] if last > first else []
+        pieces += [Piece("".join(said[start:stop]), "extra")] if stop > start else []
+    return tuple(pieces)

@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import re
+from xml.etree import ElementTree as ET
+
+import pytest
+
+from loratune.reporting.charts import MOST_POINTS, Bar, Series, draw_bars, draw_histogram, draw_lines
+
+
+def drawn() -> dict[str, str]:
+    """One chart of each kind."""
+    line = Series(x=[1, 2, 3], y=[3.0, 1.0, 2.0])
+    return {
+        "lines": draw_lines("lines", "a", [line], x_label="step", y_label="loss"),
+        "log": draw_lines("log", "a", [Series(x=[1, 2], y=[1e-3, 1e3])], x_label="step", y_label="loss", log=True),
+        "one point": draw_lines("one", "a", [Series(x=[1], y=[0.0])], x_label="step", y_label="", from_zero=True),
+        "histogram": draw_histogram("histogram", "a", [1, 3, 5], [2, 7], x_label="tokens", y_label="rows"),
+        "bars": draw_bars(
+            "bars", "a", [Bar(name="x", parts=((0.0, 0), (2.0, 1)), label="2", interval=(1, 3))], x_label="s"
+        ),
+    }
+
+
+def test_a_chart_can_stand_in_a_page_that_forbids_inline_styles_and_requests() -> None:
+    charts = drawn()
+    ids: list[str] = []
+    for svg in charts.values():
+        root = ET.fromstring(svg)  # noqa: S314 - drawn just now
+        assert (root.tag, root.attrib["role"], root.attrib["aria-label"]) == ("svg", "img", "a")
+        for element in root.iter():
+            assert element.tag not in ("style", "script", "image", "a")
+            assert not {"style", "onload"} & set(element.attrib)
+            assert "http" not in " ".join(element.attrib.values())
+        own = [element.attrib["id"] for element in root.iter() if "id" in element.attrib]
+        assert set(re.findall(r"#(\w+)", svg)) == set(own), "every reference is to something of the chart"
+        ids += own
+    assert len(ids) == len(set(ids)), "two charts of one page must not share a name"
+
+
+@pytest.mark.parametrize("colour", ["#0", "#1f77b4", "black"])
+def test_every_colour_is_the_page_s(colour: str) -> None:
+    for svg in drawn().values():
+        assert colour not in re.sub(r'(href|clip-path|id)="[^"]*"', "", svg)
+
+
+def test_a_long_curve_is_drawn_as_means_with_a_band_that_holds_every_value() -> None:
+    values = [float(number % 2) for number in range(10 * MOST_POINTS)]
+    svg = draw_lines("long", "a", [Series(x=range(len(values)), y=values)], x_label="step", y_label="")
+    root = ET.fromstring(svg)  # noqa: S314 - drawn just now
+    (line,) = root.findall(".//g[@class='series-0']/path")
+    heights = [float(part) for part in re.findall(r"[-\d.]+", line.attrib["d"])][1::2]
+    assert max(heights) - min(heights) < 1, "the mean of ones and zeros is a flat line"
+    (band,) = [element for element in root.iter() if element.attrib.get("fill-opacity") == "0.18"]
+    (outline,) = root.findall(f".//path[@id='{band.attrib['href'][1:]}']") if band.tag == "use" else [band]
+    edges = [float(part) for part in re.findall(r"[-\d.]+", outline.attrib["d"])][1::2]
+    assert max(edges) - min(edges) > 80
+    assert len(svg) < 60_000
