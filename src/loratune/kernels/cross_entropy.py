@@ -60,14 +60,15 @@ def cross_entropy_per_token(
     losses = []
     with torch.no_grad():
         for hidden_CH, targets_C in zip(torch.split(hidden_SH, rows), torch.split(targets_S, rows), strict=True):
-            logits_CV = _logits(hidden_CH, weight_VH, bias_V, logit_scale, softcap)
+            logits_CV = head_logits(hidden_CH, weight_VH, bias_V, logit_scale, softcap)
             losses.append(logits_CV.logsumexp(-1) - logits_CV.gather(1, targets_C[:, None])[:, 0])
     return torch.cat(losses) if losses else hidden_SH.new_zeros(0, dtype=torch.float32)
 
 
-def _logits(
+def head_logits(
     hidden_CH: torch.Tensor, weight_VH: torch.Tensor, bias_V: torch.Tensor | None, scale: float, softcap: float | None
 ) -> torch.Tensor:
+    """Logits of the output head in float32, [C, V]."""
     logits_CV = torch.nn.functional.linear(hidden_CH, weight_VH, bias_V).float()
     if scale != 1.0:
         logits_CV = logits_CV * scale
@@ -93,7 +94,7 @@ class _SumCrossEntropy(torch.autograd.Function):
         for start in range(0, hidden_SH.shape[0], rows):
             chunk = slice(start, start + rows)
             targets_C1 = targets_S[chunk, None]
-            logits_CV = _logits(hidden_SH[chunk], weight_VH, bias_V, scale, softcap)
+            logits_CV = head_logits(hidden_SH[chunk], weight_VH, bias_V, scale, softcap)
             log_sum_C1 = logits_CV.logsumexp(-1, keepdim=True)
             total += (log_sum_C1 - logits_CV.gather(1, targets_C1)).sum()
             slope_CV = 1 - (logits_CV / softcap) ** 2 if softcap is not None else None
