@@ -4,6 +4,7 @@ RUN/recipe.yaml        as written          RUN/plan.json         what was promis
 RUN/lock.json          everything effective RUN/metrics.jsonl     one line a step or evaluation
 RUN/data.json          the data report     RUN/evaluation.json   base and tuned, per item
 RUN/checkpoints/STEP/  to resume from      RUN/adapter/          PEFT format, with template and card
+RUN/parity.json        certificates of what was merged and exported
 """
 
 from __future__ import annotations
@@ -65,6 +66,10 @@ class RunDir:
     @property
     def adapter(self) -> Path:
         return self.root / "adapter"
+
+    @property
+    def parity(self) -> Path:
+        return self.root / "parity.json"
 
     @property
     def trackers(self) -> Path:

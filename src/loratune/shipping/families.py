@@ -109,4 +109,4 @@ class GgufLayout:
 
 def _swapped(tensor: torch.Tensor, heads: int, outer: int) -> torch.Tensor:
     """Each head's rows, read as a table of `outer` lines, turned."""
-    return tensor.unflatten(0, (heads, outer, -1)).transpose(1, 2).flatten(0, 2)
+    return tensor.reshape(heads, outer, -1, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)

@@ -91,6 +91,12 @@ def write_gguf_model(
         _write(writer, weights, _names(weights, layout, config), layout, kind, extra, on_tensor)
 
 
+def is_quantised(file: Path) -> bool:
+    """Whether a GGUF file holds weights in fewer than 16 bits."""
+    plain = {GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16}
+    return any(tensor.tensor_type not in plain for tensor in GGUFReader(file).tensors)
+
+
 def _names(weights: MergedWeights, layout: GgufLayout, config: Any) -> dict[str, str]:
     """The model's tensor → the name in the file."""
     names = {}
@@ -124,7 +130,9 @@ def _write(
         stored = quant_shape_to_byte_shape(shape, kinds[name]) if kinds[name] in _AS_BYTES else tuple(shape)
         dtype = {GGMLQuantizationType.F32: np.float32, GGMLQuantizationType.F16: np.float16}.get(kinds[name], np.uint8)
         size = int(np.prod(stored)) * np.dtype(dtype).itemsize
-        writer.add_tensor_info(name, stored, np.dtype(dtype), size, raw_dtype=kinds[name] if kinds[name] in _AS_BYTES else None)
+        writer.add_tensor_info(
+            name, stored, np.dtype(dtype), size, raw_dtype=kinds[name] if kinds[name] in _AS_BYTES else None
+        )
     for name, values in extra.items():
         writer.add_tensor_info(name, values.shape, values.dtype, values.nbytes)
     writer.write_header_to_file()
@@ -155,7 +163,9 @@ def _keep(writer: GGUFWriter, reader: GGUFReader, layout: GgufLayout) -> dict[st
     architecture = reader.get_field("general.architecture")
     if architecture is None or architecture.contents() != layout.family.name:
         found = architecture.contents() if architecture is not None else "nothing"
-        raise RecipeError(f"the base's GGUF file says {found}, its configuration {layout.family.name}", fix="merge instead")
+        raise RecipeError(
+            f"the base's GGUF file says {found}, its configuration {layout.family.name}", fix="merge instead"
+        )
     for field in reader.fields.values():
         if field.name.startswith(_WRITTEN_HERE):
             continue
@@ -200,10 +210,13 @@ def _add_gemma(writer: GGUFWriter, config: Any, head_dim: int) -> None:
     """The window of every second or all but every sixth layer, and Gemma 2's soft caps."""
     every = 2 if config.model_type == "gemma2" else 6
     pattern = [
-        "full_attention" if (layer + 1) % every == 0 else "sliding_attention" for layer in range(config.num_hidden_layers)
+        "full_attention" if (layer + 1) % every == 0 else "sliding_attention"
+        for layer in range(config.num_hidden_layers)
     ]
     if list(config.layer_types) != pattern:
-        raise RecipeError(f"layer_types of this {config.model_type} is not every {every}th layer whole", fix="merge instead")
+        raise RecipeError(
+            f"layer_types of this {config.model_type} is not every {every}th layer whole", fix="merge instead"
+        )
     if config.query_pre_attn_scalar != head_dim:
         raise RecipeError(
             f"query_pre_attn_scalar {config.query_pre_attn_scalar} is not head_dim {head_dim}, as llama.cpp has it",

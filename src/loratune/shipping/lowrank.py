@@ -55,7 +55,9 @@ def read_adapter(folder: Path) -> dict[str, LowRank]:
         RunError: The adapter holds something else than low-rank updates of matrices.
     """
     config: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    tensors = {name.removeprefix(_PREFIX): t.float() for name, t in load_file(folder / "adapter_model.safetensors").items()}
+    tensors = {
+        name.removeprefix(_PREFIX): t.float() for name, t in load_file(folder / "adapter_model.safetensors").items()
+    }
     modules = [name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")]
     updates: dict[str, LowRank] = {}
     for module in sorted(modules):

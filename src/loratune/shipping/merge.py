@@ -221,4 +221,3 @@ def _write_file(
 
 def _written_as(own: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
     return wanted if wanted is not None and own.is_floating_point else own
-

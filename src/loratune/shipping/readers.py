@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from loratune.data.render import render_prompts
 from loratune.data.conversation import Conversation, Origin
+from loratune.data.render import render_prompts
+from loratune.shipping.lowrank import LowRank
+
+Render = Callable[[Sequence[dict[str, Any]]], str]
+"""Writes a conversation as text, up to where the answer begins."""
 
 
 class TransformersReader:
@@ -25,17 +29,19 @@ class TransformersReader:
         gguf_file: The file in the folder, if it is one.
         adapter: A folder in PEFT's format, with tokenizer and template of its own.
         trust_remote_code: Whether Python files that come with the model may run.
+        render: In the place of the target's own template; the tokenizer then adds what it adds by itself.
     """
 
     def __init__(
         self,
         folder: Path,
         *,
-        dtype: torch.dtype,
+        dtype: torch.dtype | str,
         device: str = "cpu",
         gguf_file: str | None = None,
         adapter: Path | None = None,
         trust_remote_code: bool = False,
+        render: Render | None = None,
     ) -> None:
         from peft import PeftModel
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -50,18 +56,31 @@ class TransformersReader:
         if adapter is not None:
             model = PeftModel.from_pretrained(model, str(adapter))
         self._model = model.to(device).eval()
+        self._render = render
         names = ["transformers", *(["peft"] if adapter else []), *(["gguf"] if gguf_file else [])]
         self.checked_with = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
 
     def prompt_ids(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None) -> list[int]:
+        if self._render is not None:
+            ids: list[int] = self._tokenizer(self._render(messages))["input_ids"]
+            return ids
         asked = [*messages, {"role": "assistant", "content": "-"}]
         conversation = Conversation(
             messages=tuple(asked),
             tools=tuple(tools) if tools else None,
             text=None,
-            origin=Origin(file="held-out", line=None),
+            origin=Origin(file="held-out", line=1),
         )
         return render_prompts([conversation], self._tokenizer)[0].input_ids
+
+    def replace_adapter(self, updates: Mapping[str, LowRank]) -> None:
+        """Put other values into the adapter: those read back from another file."""
+        for module, update in updates.items():
+            layer = self._model.get_base_model().get_submodule(module)
+            layer.lora_A["default"].weight.data.copy_(update.a)
+            layer.lora_B["default"].weight.data.copy_(update.b)
+            layer.scaling["default"] = update.scale
+        self.checked_with += f", gguf {importlib.metadata.version('gguf')} (llama-cpp-python is not installed)"
 
     @torch.no_grad()
     def logits(self, input_ids: Sequence[int], places: Sequence[int]) -> torch.Tensor:
@@ -80,13 +99,17 @@ class LlamaCppReader:
         model: The GGUF file of the model.
         adapter: A GGUF LoRA file.
         num_tokens: The longest text that will be asked for.
+        render: In the place of the file's own template; llama.cpp then adds what it adds by itself.
     """
 
-    def __init__(self, model: Path, *, adapter: Path | None = None, num_tokens: int) -> None:
+    def __init__(
+        self, model: Path, *, adapter: Path | None = None, num_tokens: int, render: Render | None = None
+    ) -> None:
         import llama_cpp
         from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
         self._library = llama_cpp
+        self._render = render
         self._llama = llama_cpp.Llama(
             model_path=str(model),
             lora_path=str(adapter) if adapter is not None else None,
@@ -108,9 +131,14 @@ class LlamaCppReader:
         self.checked_with = f"llama.cpp in llama-cpp-python {importlib.metadata.version('llama_cpp_python')}"
 
     def prompt_ids(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None) -> list[int]:
-        assert self._format is not None, "a GGUF file without a chat template"
+        ids: list[int]
+        if self._render is not None:
+            ids = self._llama.tokenize(self._render(messages).encode(), add_bos=True, special=True)
+            return ids
+        if self._format is None:
+            return []
         text = self._format(messages=list(messages), tools=list(tools) if tools else None).prompt
-        ids: list[int] = self._llama.tokenize(text.encode(), add_bos=False, special=True)
+        ids = self._llama.tokenize(text.encode(), add_bos=False, special=True)
         return ids
 
     def logits(self, input_ids: Sequence[int], places: Sequence[int]) -> torch.Tensor:
@@ -131,6 +159,10 @@ class LlamaCppReader:
                 break
             answer.append(token)
         return answer
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self._llama.close()
 
     def _piece(self, token: int) -> str:
         if token < 0:

@@ -51,6 +51,8 @@ def staged(target: Path) -> Iterator[Path]:
             target.rmdir()
         temporary.rename(target)
     except OSError as error:
-        raise MachineError(f"cannot write: {error}", file=target, fix="free some disk space, or give another place") from error
+        raise MachineError(
+            f"cannot write: {error}", file=target, fix="free some disk space, or give another place"
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
