@@ -223,7 +223,12 @@ def open_chat(root: Path, sampling: Sampling, *, progress: Progress | None = Non
         if not run.is_finished:
             raise RecipeError("the run has no adapter yet", file=run.root, fix=f"`loratune resume {root}`")
         recipe = Recipe.parse(read_json(run.lock)["recipe"], file=run.lock)
-        section, device, dtype, adapter = recipe.model, device_here(recipe.train.device), recipe.model.dtype, run.adapter
+        section, device, dtype, adapter = (
+            recipe.model,
+            device_here(recipe.train.device),
+            recipe.model.dtype,
+            run.adapter,
+        )
     base = locate_model(section, listener)
     listener.line(f"loading {section.name} on {device}")
     tokenizer_section = section if adapter is None else ModelSection(name=str(adapter))

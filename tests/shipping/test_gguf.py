@@ -216,9 +216,7 @@ def test_an_unknown_architecture_and_unknown_positions_are_refused_by_name(
 def test_beyond_its_window_a_model_is_not_claimed_to_work(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     config = MistralConfig(**COMMON, sliding_window=40)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    write_gguf_model(
-        tmp_path, {}, config, tokenizer, tmp_path / "a.gguf", outtype="f16", name="a", stop_token_ids=(2,)
-    )
+    write_gguf_model(tmp_path, {}, config, tokenizer, tmp_path / "a.gguf", outtype="f16", name="a", stop_token_ids=(2,))
     field = GGUFReader(tmp_path / "a.gguf").get_field("llama.context_length")
     assert field is not None
     assert field.contents() == 40
