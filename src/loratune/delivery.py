@@ -269,6 +269,7 @@ def _certificate(finished: _Finished, load: _Load, tolerance: Tolerance, *, whol
     reader = load(expected)
     with finished.progress.task("asking what was written", len(expected.examples), "examples") as task:
         certificate = certify(expected, reader, tolerance, stops_required=whole, progress=task.advance)
+    certificate["compared_on"] = "held-out" if finished.prepared.data.eval else "training"
     if isinstance(reader, LlamaCppReader):
         certificate["answers"] = _compare_answers(finished, reader, num_answers)
         reader.close()
@@ -459,6 +460,7 @@ def _export_vllm(finished: _Finished, target: Path, *, merged: bool) -> Delivery
             name=finished.name,
             rank=rank,
             dtype=recipe.model.dtype,
+            has_template=bool(finished.prepared.tokenizer.chat_template),
         )
 
     def write(folder: Path) -> tuple[_Load, Tolerance]:

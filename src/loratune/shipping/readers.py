@@ -116,6 +116,8 @@ class LlamaCppReader:
             n_ctx=num_tokens + 8,
             n_batch=num_tokens + 8,
             logits_all=True,
+            n_threads=torch.get_num_threads(),
+            n_threads_batch=torch.get_num_threads(),
             verbose=False,
         )
         template = self._llama.metadata.get("tokenizer.chat_template")

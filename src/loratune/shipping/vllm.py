@@ -55,7 +55,9 @@ def check_vllm(updates: Mapping[str, LowRank], config: Any) -> int:
     return fitting
 
 
-def serve_adapter(*, base: str, revision: str | None, adapter: Path, name: str, rank: int, dtype: str) -> str:
+def serve_adapter(
+    *, base: str, revision: str | None, adapter: Path, name: str, rank: int, dtype: str, has_template: bool = True
+) -> str:
     """The command that serves base and adapter.
 
     Args:
@@ -65,10 +67,12 @@ def serve_adapter(*, base: str, revision: str | None, adapter: Path, name: str, 
         name: The model name that requests choose the adapter by.
         rank: As `check_vllm` returns it.
         dtype: Of training.
+        has_template: Whether there is a chat template; there is none where plain text was trained.
     """
     words = ["vllm", "serve", base, *(["--revision", revision] if revision else []), "--dtype", dtype]
     words += ["--enable-lora", "--max-lora-rank", str(rank), "--lora-modules", f"{name}={adapter}"]
-    words += ["--generation-config", str(adapter), "--chat-template", str(adapter / "chat_template.jinja")]
+    words += ["--generation-config", str(adapter)]
+    words += ["--chat-template", str(adapter / "chat_template.jinja")] if has_template else []
     return shlex.join(words)
 
 
