@@ -277,6 +277,8 @@ def _exchange(chat: Chat, console: Console, asked: Sequence[str], text: str) -> 
 
                 turn.answers[side] = chat.answer(side, text, show)
             live.update(_columns(asked, turn.answers), refresh=True)
+        if not console.is_terminal:
+            console.print()  # `Live` ends the line on a terminal only
     if all(turn.answers.values()):
         chat.turns.append(turn)
     else:
@@ -284,7 +286,9 @@ def _exchange(chat: Chat, console: Console, asked: Sequence[str], text: str) -> 
 
 
 def _columns(sides: Sequence[str], texts: dict[str, str]) -> Table:
-    table = Table(*sides, expand=True)
+    table = Table(expand=True)
+    for side in sides:
+        table.add_column(side, ratio=1, overflow="fold")
     table.add_row(*(Text(texts.get(side, "")) for side in sides))
     return table
 

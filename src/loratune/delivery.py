@@ -122,7 +122,6 @@ def merge(root: str | Path, out: str | Path, *, dtype: str = "auto", progress: P
     check_target(target, needed_bytes=finished.base_bytes)
     usage = (
         f"loratune chat {target}",
-        f"transformers serve --force-model {target}",
         serve_merged(target.absolute(), name=finished.name),
     )
     return _deliver(finished, "merge", target, lambda folder: _write_folder(finished, folder, dtype), usage)
