@@ -20,6 +20,8 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 _ROOMS = {
     "compare": "reporting.page",
+    "export": "delivery",
+    "merge": "delivery",
     "diff": "reporting.difference",
     "doctor": "guidance.diagnosis",
     "eject": "guidance.ejection",
@@ -36,6 +38,7 @@ _ROOMS = {
 """Name → the module that has it."""
 
 if TYPE_CHECKING:
+    from loratune.delivery import export, merge
     from loratune.guidance.diagnosis import doctor
     from loratune.guidance.ejection import eject
     from loratune.guidance.explanation import explain
@@ -55,7 +58,9 @@ __all__ = [
     "eject",
     "evaluate",
     "explain",
+    "export",
     "init",
+    "merge",
     "plan",
     "report",
     "reproduce",

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -21,6 +21,7 @@ from loratune.recipe import origins as load_origins
 from loratune.terminal import TerminalProgress
 
 if TYPE_CHECKING:
+    from loratune.delivery import Delivery
     from loratune.pipeline import RunResult
     from loratune.preparation import Preparation
     from loratune.run import Record
@@ -295,6 +296,65 @@ def compare(runs: RunFolders, out: ReportFile = None, as_json: AsJson = False) -
 
 
 @app.command()
+def merge(
+    run: RunFolder,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make.")],
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        typer.Option(help="Of the weights. auto: as in the base's files; bfloat16 for a quantised GGUF file."),
+    ] = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Write base and adapter as one model, and prove that it is the same."""
+    with _reporting(as_json) as progress:
+        from loratune import delivery
+
+        _show_delivery(delivery.merge(run, out, dtype=dtype, progress=progress), as_json)
+
+
+@app.command()
+def export(
+    run: RunFolder,
+    to: Annotated[Literal["gguf", "ollama", "vllm"], typer.Option("--to", help="The program it is for.")],
+    merged: Annotated[bool, typer.Option("--merged", help="The whole model, not the adapter alone.")] = False,
+    outtype: Annotated[
+        Literal["f16", "bf16", "q8_0"] | None, typer.Option(help="Of a merged GGUF model; f16 if not given.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The folder to make; default RUN/exports/….")] = None,
+    answers: Annotated[
+        int, typer.Option(min=0, help="How many held-out prompts llama.cpp answers in full, to compare.")
+    ] = 20,
+    as_json: AsJson = False,
+) -> None:
+    """Write a run for llama.cpp (gguf), Ollama or vLLM, and prove that it is the same model."""
+    with _reporting(as_json) as progress:
+        from loratune import delivery
+
+        delivered = delivery.export(
+            run, to=to, merged=merged, outtype=outtype, out=out, num_answers=answers, progress=progress
+        )
+        _show_delivery(delivered, as_json)
+
+
+@app.command()
+def chat(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's directory, or a merged folder.")],
+    temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0, max=1, help="Sample from the likeliest tokens of this mass.")] = 1.0,
+    top_k: Annotated[int, typer.Option(min=0, help="Sample from this many tokens; 0: from all.")] = 0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 512,
+    seed: Annotated[int, typer.Option(min=0, help="Of the sampling.")] = 0,
+    system: Annotated[str, typer.Option(help="A system message.")] = "",
+) -> None:
+    """Talk to base and tuned, with the template and stop tokens of training. /help lists what can be typed."""
+    with _reporting(as_json=False) as progress:
+        from loratune.chat import Sampling, converse, open_chat
+
+        sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, max_new_tokens=max_new_tokens, seed=seed)
+        converse(open_chat(run, sampling, progress=progress, system=system), Console(highlight=False, soft_wrap=True))
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON schema of a recipe, for editors."""
     _print_json(Recipe.model_json_schema())
@@ -358,6 +418,20 @@ def _show_file(name: str, path: Path, as_json: bool) -> None:
         _print_json({name: str(path)})
     else:
         sys.stdout.write(f"{path}\n")
+
+
+def _show_delivery(delivered: Delivery, as_json: bool) -> None:
+    if as_json:
+        _print_json(
+            {"folder": str(delivered.folder), "certificate": delivered.certificate, "usage": list(delivered.usage)}
+        )
+        return
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(escape(delivered.summary))
+    for path in sorted(delivered.folder.iterdir()):
+        console.print(f"  {escape(str(path))}  {path.stat().st_size / 2**20:,.1f} MiB")
+    for command in delivered.usage:
+        console.print(f"[bold]$[/bold] {escape(command)}")
 
 
 def _print_json(record: Any) -> None:

@@ -5,6 +5,7 @@ RUN/lock.json          everything effective RUN/metrics.jsonl     one line a ste
 RUN/data.json          the data report     RUN/evaluation.json   base and tuned, per item
 RUN/checkpoints/STEP/  to resume from      RUN/adapter/          PEFT format, with template and card
 RUN/preview.json       examples by token   RUN/report.html       all of it for people
+RUN/parity.json        certificates of what was merged and exported
 """
 
 from __future__ import annotations
@@ -74,6 +75,10 @@ class RunDir:
     @property
     def adapter(self) -> Path:
         return self.root / "adapter"
+
+    @property
+    def parity(self) -> Path:
+        return self.root / "parity.json"
 
     @property
     def trackers(self) -> Path:

@@ -105,7 +105,7 @@ def generate_answers(
     assert isinstance(base, PreTrainedModel)
     settings = _greedy(tokenizer, max_new_tokens, stop_token_ids)
     answers: dict[int, Answer] = {}
-    with _as_generator(base, settings):
+    with as_generator(base, settings):
         for batch in _batches([len(prompt.input_ids) for prompt in prompts], max_new_tokens, token_limit):
             rows = _generate(base, [prompts[index].input_ids for index in batch], settings)
             for index, row in zip(batch, rows, strict=True):
@@ -131,7 +131,7 @@ def _greedy(
 
 
 @contextmanager
-def _as_generator(model: PreTrainedModel, settings: GenerationConfig) -> Iterator[None]:
+def as_generator(model: PreTrainedModel, settings: GenerationConfig) -> Iterator[None]:
     """Evaluation mode, an attention that knows padding, and our generation settings instead of the model's.
 
     `generate` fills what our settings leave open from `model.generation_config`, repetition penalty included, so the

@@ -69,7 +69,7 @@ def cross_entropy_per_token(
     losses = []
     with torch.no_grad():
         for hidden_CH, targets_C in zip(torch.split(hidden_SH, rows), torch.split(targets_S, rows), strict=True):
-            logits_CV = _logits(hidden_CH, weight_VH, bias_V, logit_scale, softcap)
+            logits_CV = head_logits(hidden_CH, weight_VH, bias_V, logit_scale, softcap)
             losses.append(logits_CV.logsumexp(-1) - logits_CV.gather(1, targets_C[:, None])[:, 0])
     return torch.cat(losses) if losses else hidden_SH.new_zeros(0, dtype=torch.float32)
 
@@ -79,9 +79,10 @@ def _compiled_chunk() -> Chunk:
     return torch.compile(_chunk, dynamic=True)
 
 
-def _logits(
+def head_logits(
     hidden_CH: torch.Tensor, weight_VH: torch.Tensor, bias_V: torch.Tensor | None, scale: float, softcap: float | None
 ) -> torch.Tensor:
+    """Logits of the output head in float32, [C, V]."""
     logits_CV = torch.nn.functional.linear(hidden_CH, weight_VH, bias_V).float()
     if scale != 1.0:
         logits_CV = logits_CV * scale
@@ -100,7 +101,7 @@ def _chunk(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """-log p of each target, float32 [C], and the gradient of their sum to the hidden states, [C, H]."""
     targets_C1 = targets_C[:, None]
-    logits_CV = _logits(hidden_CH, weight_VH, bias_V, scale, softcap)
+    logits_CV = head_logits(hidden_CH, weight_VH, bias_V, scale, softcap)
     slope_CV = 1 - (logits_CV / softcap) ** 2 if softcap is not None else None
     logits_CV = logits_CV - logits_CV.amax(-1, keepdim=True)
     target_C1 = logits_CV.gather(1, targets_C1)

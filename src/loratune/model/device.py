@@ -55,6 +55,14 @@ def choose_device(wanted: str) -> Choice:
     return Choice("cpu", f"no GPU, {torch.get_num_threads()} threads")
 
 
+def device_here(wanted: str) -> str:
+    """The wanted device, or the best one where that is not on this machine: of a run that was trained elsewhere."""
+    try:
+        return choose_device(wanted).value
+    except MachineError:
+        return choose_device("auto").value
+
+
 def choose_dtype(wanted: str, device: str) -> Choice:
     """`float32`, `bfloat16` or `float16` for the frozen base weights.
 

@@ -69,6 +69,30 @@ def locate_model(section: ModelSection, progress: Progress) -> BaseModel:
     return _from_hub(section)
 
 
+def gguf_file(section: ModelSection) -> Path | None:
+    """The GGUF file that a base model is imported from; None where it is no such file."""
+    if section.name.startswith("package:"):
+        return _package_file(section.name)
+    path = Path(section.name).expanduser()
+    return path.resolve() if path.suffix == ".gguf" else None
+
+
+def download_weights(base: BaseModel) -> Path:
+    """The folder with the weights of a base model, fetched from the hub where they are not here yet.
+
+    Raises:
+        MachineError: The hub cannot be reached.
+    """
+    if base.revision is None:
+        return base.path
+    from huggingface_hub import snapshot_download
+
+    with _explained(base):
+        return Path(
+            snapshot_download(base.name, revision=base.revision, allow_patterns=["*.safetensors*", "*.json", "*.py"])
+        )
+
+
 def _package_file(name: str) -> Path:
     package, slash, file = name.removeprefix("package:").partition("/")
     if not slash:

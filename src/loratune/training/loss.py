@@ -18,7 +18,7 @@ from loratune.data.batch import MicroBatch, collate
 from loratune.data.render import Example
 from loratune.errors import RunError
 from loratune.kernels.attention import PACKED, PackingUnsupportedError, register
-from loratune.kernels.cross_entropy import cross_entropy_per_token, sum_cross_entropy
+from loratune.kernels.cross_entropy import cross_entropy_per_token, head_logits, sum_cross_entropy
 from loratune.model.adapter import use_fast_layers
 
 CHECK_TOKENS = 24
@@ -105,6 +105,12 @@ class SupervisedLoss:
             logit_scale=head.logit_scale,
             softcap=head.softcap,
         )
+
+    @torch.no_grad()
+    def logits(self, batch: MicroBatch) -> torch.Tensor:
+        """The logits that predict each supervised token of a micro-batch, float32 [S, V]."""
+        head = self.head
+        return head_logits(self._predictions(batch), head.weight, head.bias, head.logit_scale, head.softcap)
 
     def _predictions(self, batch: MicroBatch) -> torch.Tensor:
         """Hidden states at the positions that predict a supervised token, [S, H]."""

@@ -1,0 +1,83 @@
+"""A saved adapter as matrices: what it adds to which weight, in float32."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.utils.other import get_pattern_key
+from safetensors.torch import load_file
+
+from loratune.errors import RunError
+
+_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LowRank:
+    """The update of one matrix W of d_out × d_in: W + scale · B · A, and with DoRA its rows scaled to `magnitude`.
+
+    Attributes:
+        a: float32 [r, d_in].
+        b: float32 [d_out, r].
+        scale: alpha/r, or alpha/√r with rank-stabilised LoRA.
+        magnitude: float32 [d_out] with DoRA, else None.
+        transposed: Whether the model keeps W as d_in × d_out, as GPT-2 does.
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scale: float
+    magnitude: torch.Tensor | None = None
+    transposed: bool = False
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+    def applied_to(self, weight: torch.Tensor) -> torch.Tensor:
+        """The merged matrix in float32, in the layout of `weight`."""
+        whole = weight.float().T if self.transposed else weight.float()
+        merged = whole + self.scale * (self.b @ self.a)
+        if self.magnitude is not None:  # Liu et al. 2024, equation 5
+            merged = merged * (self.magnitude / torch.linalg.vector_norm(merged, dim=1))[:, None]
+        return merged.T if self.transposed else merged
+
+
+def read_adapter(folder: Path) -> dict[str, LowRank]:
+    """Module name → its update, from a folder in PEFT's format.
+
+    Raises:
+        RunError: The adapter holds something else than low-rank updates of matrices.
+    """
+    config: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    tensors = {
+        name.removeprefix(_PREFIX): t.float() for name, t in load_file(folder / "adapter_model.safetensors").items()
+    }
+    modules = [name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")]
+    updates: dict[str, LowRank] = {}
+    for module in sorted(modules):
+        a = tensors.pop(f"{module}.lora_A.weight")
+        updates[module] = LowRank(
+            a=a,
+            b=tensors.pop(f"{module}.lora_B.weight"),
+            scale=_scale(config, module, a.shape[0]),
+            magnitude=tensors.pop(f"{module}.lora_magnitude_vector", None),
+            transposed=bool(config.get("fan_in_fan_out")),
+        )
+    if tensors or not updates:
+        odd = next(iter(tensors), "nothing")
+        raise RunError(
+            f"the adapter holds {odd}, which is no low-rank update of a matrix", file=folder, fix="load it with PEFT"
+        )
+    return updates
+
+
+def _scale(config: dict[str, Any], module: str, rank: int) -> float:
+    patterns: dict[str, float] = config.get("alpha_pattern") or {}
+    alpha = float(patterns.get(get_pattern_key(patterns.keys(), module), config["lora_alpha"]))
+    return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
