@@ -198,3 +198,16 @@ def test_progress_counts_every_answer(tokenizer: PreTrainedTokenizerFast) -> Non
 
 def test_no_prompts_get_no_answers(tokenizer: PreTrainedTokenizerFast) -> None:
     assert generate_answers(tiny_model(), tokenizer, [], max_new_tokens=2, stop_token_ids=()) == []
+
+
+def test_the_head_gets_no_slice_with_gaps_and_is_left_as_it_was(tokenizer: PreTrainedTokenizerFast) -> None:
+    """A slice with gaps makes torch copy the head once for every row, in bfloat16 on a CPU."""
+    model = tiny_model()
+    head = model.get_output_embeddings()
+    seen: list[bool] = []
+    own = head.forward
+    head.forward = lambda x: (seen.append(x.is_contiguous()), own(x))[1]
+    generate_answers(model, tokenizer, prompts(), max_new_tokens=3, stop_token_ids=())
+    assert seen
+    assert all(seen)
+    assert not head._forward_pre_hooks
