@@ -296,7 +296,9 @@ def test_diff_and_reproduce_tell_by_words_and_exit_code(loratune: Run, recipe: P
     code, out, _ = loratune("diff", tmp_path / "run", tmp_path / "run-again", "--json")
     names = {item["name"] for item in json.loads(out)}
     assert code == 0
-    assert names <= {"measured peak_bytes", "measured train_seconds", "measured total_seconds"}
+    assert names <= {
+        f"measured {name}" for name in ("peak_bytes", "train_seconds", "total_seconds", "tokens_per_second")
+    }
     code, out, _ = loratune("diff", tmp_path / "run", tmp_path / "run")
     assert (code, out) == (0, "no difference\n")
     lock = json.loads((tmp_path / "run" / "lock.json").read_text())

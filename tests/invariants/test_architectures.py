@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -100,7 +102,7 @@ def plain_loss_and_gradients(model: torch.nn.Module) -> tuple[float, dict[str, t
 @pytest.mark.parametrize("name", CONFIGS)
 def test_packed_loss_and_every_gradient_equal_the_models_own(name: str) -> None:
     torch.manual_seed(0)
-    config: PreTrainedConfig = CONFIGS[name]
+    config: PreTrainedConfig = copy.deepcopy(CONFIGS[name])  # a model keeps its attention in its config
     base = AutoModelForCausalLM.from_config(config)
     lora = LoraSection(r=3, dropout=0.0)
     model = attach_adapter(base, lora, resolve_targets(base, "complete"), base_name="tiny", seed=0)

@@ -18,6 +18,7 @@ from loratune.cli import app
 from loratune.errors import MachineError, RecipeError
 from loratune.progress import Silent
 from loratune.recipe import Recipe
+from loratune.reporting.amounts import as_bytes
 from loratune.reporting.files import read_run
 from loratune.reporting.page import compare, report, report_or_warn
 from loratune.run import RunDir, read_json
@@ -38,11 +39,11 @@ def test_the_numbers_are_those_of_the_files(finished_run: RunDir) -> None:
     for side in ("base", "tuned"):
         assert f"{evaluation[side]['nll']:.4g}" in shown
     assert f"{evaluation['difference']['nll']['low']:+.4g} to {evaluation['difference']['nll']['high']:+.4g}" in shown
-    assert f"{plan['measured']['peak_bytes'] / 2**20:,.1f} MiB" in shown
+    assert as_bytes(plan["measured"]["peak_bytes"]) in shown
     assert f"{plan['parameters']['trainable']:,} of {plan['parameters']['total']:,}" in shown
     assert f"{data['train']['supervised_tokens']:,}" in shown
     assert "The first 20 of 22 held-out prompts" in shown
-    assert read_json(finished_run.lock)["inputs"]["train"] in shown
+    assert read_json(finished_run.lock)["inputs"]["train"]["tokens"] in shown
 
 
 def test_the_recipe_on_the_page_is_the_recipe_of_the_run(finished_run: RunDir) -> None:
@@ -196,7 +197,9 @@ def test_runs_of_one_name_are_told_apart_and_other_held_out_data_is_warned_of(a_
     first.root.rename(tmp_path / "moved")
     (tmp_path / "moved").rename(second.root)
     first = a_copy()
-    rewrite(second.lock, lambda lock: {**lock, "inputs": {**lock["inputs"], "eval": "0" * 64}})
+    rewrite(
+        second.lock, lambda lock: {**lock, "inputs": {**lock["inputs"], "eval": {"tokens": "0" * 64, "mask": "0" * 64}}}
+    )
     shown = text_of(compare([first.root, second.root], tmp_path / "both.html"))
     assert str(second.root) in shown
     assert "different held-out data" in shown

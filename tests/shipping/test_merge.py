@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ def logits_of(model: PeftModel) -> torch.Tensor:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_merge_agrees_with_the_adapter_on_its_base(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    base = AutoModelForCausalLM.from_config(CONFIGS[name])
+    base = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[name]))
     base.save_pretrained(tmp_path / "base")
     targets = resolve_targets(base, "complete")
     model = with_noise(attach_adapter(base, LoraSection(r=3, dropout=0.0), targets, base_name="tiny", seed=0))

@@ -139,7 +139,7 @@ def as_generator(model: PreTrainedModel, settings: GenerationConfig) -> Iterator
     """
     modes = [(module, module.training) for module in model.modules()]
     attention, own_settings = model.config._attn_implementation, model.generation_config
-    head = model.get_output_embeddings()
+    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     # The last positions of all rows are a slice with gaps, for which torch copies the head once for every row in bfloat16 on
     # a CPU: 3.4 GB more at 90 rows of SmolLM2-135M.
     hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:])) if head else None

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from itertools import accumulate
-from typing import Any
 
 from loratune.reporting.amounts import as_bytes, as_count, as_difference, as_duration, as_measure, measure_in_words
 from loratune.reporting.answers import answer, cut, place, short
@@ -148,8 +148,9 @@ def _flat(record: Record, before: str = "") -> Iterator[tuple[str, str]]:
             yield f"{before}{key}", str(value)
 
 
-def _input(run: RunFiles, key: str) -> Any:
-    return run.lock.get("inputs", {}).get(key)
+def _input(run: RunFiles, key: str) -> str:
+    """The fingerprint of an input, as text; empty where the run has none."""
+    return json.dumps(run.lock.get("inputs", {}).get(key, ""), sort_keys=True)
 
 
 # ---- curves

@@ -269,7 +269,8 @@ def _trained(files: RunFiles) -> Iterator[Block]:
         yield Paragraph(text="Before it started, loratune warned:", tone="warning")
         yield Items(lines=tuple(files.plan["warnings"]))
     rows = [(f"model: {name}", digest) for name, digest in inputs["model"].items()]
-    rows += [(name, inputs[name]) for name in ("template", "train", "eval")]
+    rows.append(("chat template", inputs["template"]))
+    rows += [(f"{side}: {name}", digest) for side in ("train", "eval") for name, digest in inputs[side].items()]
     yield Fold(
         title="Fingerprints of everything that went in (SHA-256)",
         blocks=(
