@@ -169,6 +169,8 @@ def _run(prepared: Preparation, run: RunDir, checkpoint: Path | None, progress: 
     started = time.perf_counter()
     recipe = prepared.recipe
     base = _load_base(prepared, progress)
+    if checkpoint is None and prepared.base.revision:
+        write_json(run.lock, prepared.as_lock())  # the weights of a hub model were not there before
     model = attach_adapter(
         base, recipe.lora, prepared.targets, base_name=_loadable_name(prepared), seed=recipe.train.seed
     )
