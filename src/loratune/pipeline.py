@@ -227,7 +227,11 @@ def _train(
         common = {
             "model": model,
             "train": recipe.train,
-            "data": TrainingData(train=data.train, eval=data.eval, token_budget=prepared.memory.token_budget),
+            "data": TrainingData(
+                train=data.train if data.stream is None else data.stream,
+                eval=data.eval,
+                token_budget=prepared.memory.token_budget,
+            ),
             "loss": loss,
             "run": run,
             "callbacks": [callback],

@@ -11,6 +11,7 @@ from loratune.data.batch import num_supervised
 from loratune.data.prepare import PreparedData, prepare_data
 from loratune.data.render import Prompt, render_prompts, stop_token_ids
 from loratune.data.steps import num_steps
+from loratune.data.stream import MANY_ROWS, can_stream, open_tables, stream_data
 from loratune.early_checks import check_disk, check_output, check_prompts, check_trackers, check_vocabulary
 from loratune.errors import MachineError, RecipeError
 from loratune.evaluation.scoring import check_references
@@ -108,9 +109,9 @@ class Preparation:
 
     def as_plan(self) -> Record:
         """`plan.json`: what is promised."""
-        train = self.data.train
+        train, scale = self.data.train, self.data.scale
         memory, clock = self.memory, self.time
-        num_tokens = sum(len(example.input_ids) for example in train)
+        num_tokens = round(scale * sum(len(example.input_ids) for example in train))
         return {
             "parameters": {
                 "trainable": self.parameters.trainable,
@@ -147,10 +148,11 @@ class Preparation:
                 "num_steps": self.num_steps,
             },
             "data": {
-                "num_examples": len(train),
+                "num_examples": self.data.num_examples,
                 "num_tokens": num_tokens,
-                "num_supervised_tokens": sum(num_supervised(example) for example in train),
+                "num_supervised_tokens": round(scale * sum(num_supervised(example) for example in train)),
                 "num_eval_examples": len(self.data.eval),
+                "is_estimate": self.data.stream is not None,
             },
             "choices": {
                 name: {"value": choice.value, "reason": choice.reason} for name, choice in self.choices.items()
@@ -177,7 +179,9 @@ class Preparation:
                 "model_path": str(self.base.path),
                 "model_revision": self.base.revision,
                 "template": text_fingerprint(str(self.tokenizer.chat_template)),
-                "train": examples_fingerprint(self.data.train),
+                "train": examples_fingerprint(self.data.train)
+                if self.data.stream is None
+                else self.data.stream.contents,
                 "eval": examples_fingerprint(self.data.eval),
             },
             adapter={"targets": self.targets_in_words, "trainable": self.parameters.trainable},
@@ -209,21 +213,14 @@ def prepare(recipe: Recipe, progress: Progress, device: Device | None = None) ->
     check_weights(base.path, model, quantized=getattr(config, "quantization_config", None) is not None)
     parameters = count_parameters(model, targets, recipe.lora.r)
     tokenizer = load_tokenizer(base, recipe.model)
-    data = prepare_data(
-        recipe.data,
-        tokenizer,
-        max_length=int(max_length.value),
-        seed=recipe.train.seed,
-        cache=cache_dir() / "examples",
-        progress=progress,
-    )
+    streaming, data = _data(recipe, tokenizer, int(max_length.value), progress)
     embeddings: Any = model.get_input_embeddings()
     check_vocabulary([*data.train, *data.eval], embeddings.weight.shape[0])
     prompts = _prompts(recipe, data, tokenizer)
     check_prompts(recipe, prompts, positions)
     dtype = _dtype(recipe, where.value, device)
     text_config = config.get_text_config()
-    flops = run_flops(recipe, text_config, model, parameters, data.train)
+    flops = run_flops(recipe, text_config, model, parameters, data)
     rate = _rate(where.value, dtype.value, int(text_config.hidden_size), device)
     compiled = choose_compile(
         recipe.train.compile if recipe.train.engine == "fast" else False,
@@ -236,21 +233,22 @@ def prepare(recipe: Recipe, progress: Progress, device: Device | None = None) ->
         compiled=compiled.value == "true",
         free_bytes=None if device is None else device.memory_bytes,
     )
-    memory = run_memory(recipe, text_config, parameters, data.train, place)
+    memory = run_memory(recipe, text_config, parameters, data, place)
     clock = plan_time(flops, rate, compiled=place.compiled)
     choices = {
         "train.device": where,
         "model.dtype": dtype,
         "data.max_length": max_length,
+        "data.streaming": streaming,
         "train.compile": compiled,
         "train.recompute": Choice(str(memory.num_recomputed), _recompute_reason(recipe, memory)),
         "train.token_budget": Choice(str(memory.token_budget), _budget_reason(recipe, memory)),
         "train.output_dir": Choice(str(output_dir(recipe))),
     }
     effective = _resolved(recipe, choices)
-    check_disk(effective, parameters, len(data.train))
+    check_disk(effective, parameters, data.num_examples)
     presets = count_presets(model, recipe.lora.r)
-    steps = num_steps(len(data.train), recipe.train.batch_size, recipe.train.epochs)
+    steps = num_steps(data.num_examples, recipe.train.batch_size, recipe.train.epochs)
     return Preparation(
         recipe=effective,
         choices={name: choice for name, choice in choices.items() if choice.reason},
@@ -273,9 +271,9 @@ def prepare(recipe: Recipe, progress: Progress, device: Device | None = None) ->
         advice=give_advice(
             Facts(
                 recipe=effective,
-                num_examples=len(data.train),
+                num_examples=data.num_examples,
                 num_steps=steps,
-                num_supervised_tokens=sum(num_supervised(example) for example in data.train),
+                num_supervised_tokens=round(data.scale * sum(num_supervised(example) for example in data.train)),
                 num_cut=sum(finding["kind"] == "cut" for finding in data.report["train"]["findings"]),
                 trainable=parameters.trainable,
                 feed_forward=_adapts_feed_forward(targets, presets),
@@ -296,6 +294,31 @@ def output_dir(recipe: Recipe) -> Path:
         return Path(recipe.train.output_dir)
     name = recipe.model.name.rstrip("/").rpartition("/")[2].removesuffix(".gguf")
     return Path("__models") / f"{name}-lora-fine-tuned"
+
+
+def _data(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, max_length: int, progress: Progress
+) -> tuple[Choice, PreparedData]:
+    """Whether the data is streamed, and the data."""
+    section, seed = recipe.data, recipe.train.seed
+    wanted = section.streaming
+    possible = recipe.train.engine == "fast" and can_stream(section)
+    if wanted is True and not possible:
+        raise RecipeError(
+            "data.streaming is true, but the rows of data.train cannot be read one by one",
+            fix="give .jsonl files or hub data sets without weights, or data.streaming=auto",
+        )
+    if possible and wanted is not False:
+        tables = open_tables(section, progress)
+        num_rows = sum(map(len, tables.values()))
+        if wanted is True or num_rows >= MANY_ROWS:
+            reason = f"{num_rows:,} rows, each verified before its step" if wanted == "auto" else ""
+            data = stream_data(section, tables, tokenizer, max_length=max_length, seed=seed, progress=progress)
+            return Choice("true", reason), data
+    data = prepare_data(
+        section, tokenizer, max_length=max_length, seed=seed, cache=cache_dir() / "examples", progress=progress
+    )
+    return Choice("false"), data
 
 
 def _prompts(recipe: Recipe, data: PreparedData, tokenizer: PreTrainedTokenizerBase) -> tuple[Prompt, ...]:
@@ -362,10 +385,10 @@ def _preset(
     if count.parameters is None:
         return PresetPlan(count=count, peak_bytes=None, train_seconds=None)
     try:
-        peak = run_memory(recipe, config, count.parameters, data.train, place).peak_bytes
+        peak = run_memory(recipe, config, count.parameters, data, place).peak_bytes
     except MachineError:
         peak = None
-    seconds = clock.train_seconds * run_flops(recipe, config, model, count.parameters, data.train) / clock.flops
+    seconds = clock.train_seconds * run_flops(recipe, config, model, count.parameters, data) / clock.flops
     return PresetPlan(count=count, peak_bytes=peak, train_seconds=seconds)
 
 

@@ -107,6 +107,10 @@ class DataSection(Section):
     on_bad_row: Literal["error", "skip"] = "error"
     """Rows that cannot be trained on: refuse to start, or leave them out and list them in `data.json`."""
 
+    streaming: bool | Literal["auto"] = "auto"
+    """Whether training starts before all rows are looked at: each is read, verified and tokenised shortly before its step,
+    and what is said beforehand comes from a sample. For JSON lines and hub data sets. `auto`: from 100,000 rows on."""
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if isinstance(self.max_length, int) and self.max_length < 2:
@@ -246,6 +250,8 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.data.streaming is True and self.train.engine == "trl":
+            raise ValueError("data.streaming is true, but train.engine is trl, which takes all examples at once")
         if self.data.eval == "none" and self.evaluate.metric != "none":
             raise ValueError(f"evaluate.metric is {self.evaluate.metric}, but data.eval is none: nothing to score")
         return self

@@ -32,6 +32,7 @@ OTHER: dict[str, Any] = {
     "data.max_length": 90,
     "data.on_long": "drop",
     "data.on_bad_row": "error",
+    "data.streaming": True,
     "lora.r": 3,
     "lora.alpha": 4,
     "lora.dropout": 0.3,

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -33,16 +33,30 @@ _SHOWN = 10
 """Line numbers that a warning names before it says how many more there are."""
 
 
+@runtime_checkable
+class Stream(Protocol):
+    """Training examples that are made when they are asked for, or why there is none; see `loratune.data.stream`."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Example | Rejected: ...
+
+    @property
+    def contents(self) -> dict[str, Any]:
+        """Fingerprints of all rows."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreparedData:
     """The data of a run.
 
     Attributes:
-        train: Verified training examples, in the order of the sources.
+        train: Verified training examples, in the order of the sources; of streamed data, those of a random sample.
         eval: Verified held-out examples; empty where `data.eval` is `none`.
         eval_conversations: The conversation of each held-out example.
         report: What was read, what it became, and what was left out, as JSON.
         cached: Whether all this was found in the cache.
+        stream: All training examples, where `train` is only a sample.
     """
 
     train: list[Example]
@@ -50,6 +64,17 @@ class PreparedData:
     eval_conversations: list[Conversation]
     report: dict[str, Any]
     cached: bool = False
+    stream: Stream | None = None
+
+    @property
+    def num_examples(self) -> int:
+        """Training examples; of streamed data, rows."""
+        return len(self.train if self.stream is None else self.stream)
+
+    @property
+    def scale(self) -> float:
+        """Training examples for each one in `train`."""
+        return self.num_examples / len(self.train)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,10 +120,10 @@ def prepare_data(
         MachineError: The hub does not answer.
     """
     backend_of(tokenizer)  # first of all: it must be a fast one
-    held_out = _held_out_sources(data)
-    read = _Reader(data, seed, progress)
+    held_out = held_out_sources(data)
+    read = Reader(data, seed, progress)
     if cache is None:
-        return _prepare(read, held_out, tokenizer, max_length, processes)
+        return assemble(read, held_out, tokenizer, max_length, processes)
     store = Cache(cache, progress)
     sources = [*data.train, *(held_out if isinstance(held_out, tuple) else ())]
 
@@ -111,20 +136,21 @@ def prepare_data(
     if arrays is not None:
         progress.line(f"the prepared examples are in the cache: {store.path(before)}")
         return unpack(arrays)
-    prepared = _prepare(read, held_out, tokenizer, max_length, processes)
+    prepared = assemble(read, held_out, tokenizer, max_length, processes)
     arrays = pack(prepared)
     if arrays is not None and key() == before:  # not changed while it was read
         store.store(before, arrays)
     return prepared
 
 
-def _prepare(
-    read: _Reader,
+def assemble(
+    read: Reader,
     held_out: tuple[Source, ...] | float,
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     processes: int | None,
 ) -> PreparedData:
+    """Examples and report of what a reader reads; the arguments and errors are those of `prepare_data`."""
     data = read.data
     train = read(data.train)
     evaluation: _Part | None = None
@@ -163,7 +189,7 @@ def _prepare(
     )
 
 
-def _held_out_sources(data: DataSection) -> tuple[Source, ...] | float:
+def held_out_sources(data: DataSection) -> tuple[Source, ...] | float:
     """Sources of held-out data, or the fraction of the training data to hold out; no sources: nothing is held out."""
     if data.eval == "none":
         return ()
@@ -176,7 +202,7 @@ def _held_out_sources(data: DataSection) -> tuple[Source, ...] | float:
     return AUTO_EVAL_FRACTION
 
 
-class _Reader:
+class Reader:
     """Reads sources as conversations. Rows of a hub data set are read once, since only they tell what they are."""
 
     def __init__(self, data: DataSection, seed: int, progress: Progress) -> None:
@@ -192,16 +218,21 @@ class _Reader:
         rejected: list[Rejected] = []
         num_rows = 0
         for source in sources:
-            rows = self._rows(source)
+            rows = self.rows(source)
             form = _format(rows, self.data, source)
             good, bad = to_conversations(rows, form)
             described.append(
-                {**source.model_dump(), "format": form, "rows": len(rows), "sha256": self.contents(source)}
+                {
+                    **source.model_dump(),
+                    "format": form,
+                    "rows": self.count(source, rows),
+                    "sha256": self.contents(source),
+                }
             )
             conversations += good
             rejected += bad
             num_rows += len(rows)
-        _apply_policy(rejected, self.data)
+        apply_policy(rejected, self.data)
         formats = dict.fromkeys(source["format"] for source in described)
         return _Part(
             sources=described,
@@ -214,9 +245,18 @@ class _Reader:
 
     def contents(self, source: Source) -> dict[str, str]:
         """The SHA-256 of each file; of a hub data set, of its rows."""
-        return hash_files(source) if is_local(source) else hash_rows(self._rows(source))
+        return hash_files(source) if is_local(source) else hash_rows(self.rows(source))
 
-    def _rows(self, source: Source) -> list[Row]:
+    def count(self, source: Source, rows: Sequence[Row]) -> int:  # noqa: ARG002 - of a sample, the source knows
+        """How many rows the source has, of which these were read."""
+        return len(rows)
+
+    def rows(self, source: Source) -> list[Row]:
+        """The rows of a source.
+
+        Raises:
+            DataError, MachineError: As `read_rows`.
+        """
         if source in self._hub_rows:
             return self._hub_rows[source]
         with self.progress.task(f"reading {source.name}", None):
@@ -237,7 +277,12 @@ def _format(rows: Sequence[Row], data: DataSection, source: Source) -> str:
     return form
 
 
-def _apply_policy(rejected: Sequence[Rejected], data: DataSection) -> None:
+def apply_policy(rejected: Sequence[Rejected], data: DataSection) -> None:
+    """Refuse rows that cannot be trained on, where the recipe does not leave them out.
+
+    Raises:
+        DataError: There are some, and `data.on_bad_row` is `error`.
+    """
     if rejected and data.on_bad_row == "error":
         first = rejected[0]
         more = f" ({len(rejected)} such rows)" if len(rejected) > 1 else ""
@@ -302,7 +347,7 @@ def _render(
             processes=processes,
             progress=task.advance,
         )
-    _apply_policy(rendered.rejected, data)
+    apply_policy(rendered.rejected, data)
     if not rendered.examples:
         left_out = Counter(rejected.reason for rejected in [*part.rejected, *rendered.rejected])
         reasons = "; ".join(f"{number} × {reason}" for reason, number in left_out.most_common(3))

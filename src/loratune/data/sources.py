@@ -73,7 +73,7 @@ def hash_files(source: Source) -> dict[str, str]:
     Raises:
         DataError: A file is missing or cannot be read.
     """
-    return {str(path): hashlib.sha256(_read_bytes(path)).hexdigest() for path in _files(source)}
+    return {str(path): hashlib.sha256(_read_bytes(path)).hexdigest() for path in local_files(source)}
 
 
 def hash_rows(rows: list[Row]) -> dict[str, str]:
@@ -94,7 +94,7 @@ def _weigh(rows: list[Row], weight: float, seed: int) -> list[Row]:
     return rows * int(repeats) + [rows[index] for index in chosen]
 
 
-def _files(source: Source) -> list[Path]:
+def local_files(source: Source) -> list[Path]:
     """The files of a local source, in a fixed order."""
     path = Path(source.name).expanduser()
     if not path.exists():
@@ -132,7 +132,7 @@ def _refuse_hub_settings(source: Source) -> None:
 
 def _read_local(source: Source) -> list[Row]:
     rows: list[Row] = []
-    for path in _files(source):
+    for path in local_files(source):
         rows.extend(_READERS[path.suffix.lower()](path))
     return rows
 
@@ -159,7 +159,12 @@ def _read_text(path: Path) -> str:
     return text
 
 
-def _parse_line(path: Path, number: int, line: str) -> Any:
+def parse_line(path: Path, number: int, line: str) -> Any:
+    """The record on a line of JSON lines.
+
+    Raises:
+        DataError: It is not JSON.
+    """
     try:
         return json.loads(line)
     except json.JSONDecodeError as error:
@@ -174,7 +179,7 @@ def _read_jsonl(path: Path) -> list[Row]:
     # split, not splitlines: JSON strings may hold U+2028 and its like, which splitlines would cut at.
     lines = enumerate(_read_text(path).split("\n"), start=1)
     file = str(path)
-    return [Row(file=file, line=n, value=_parse_line(path, n, line)) for n, line in lines if line.strip()]
+    return [Row(file=file, line=n, value=parse_line(path, n, line)) for n, line in lines if line.strip()]
 
 
 def _read_json(path: Path) -> list[Row]:
@@ -281,6 +286,17 @@ _READERS: dict[str, Callable[[Path], list[Row]]] = {
 
 
 def _read_hub(source: Source) -> list[Row]:
+    place, table = hub_table(source)
+    return [Row(file=place, line=number, value=value) for number, value in enumerate(table, start=1)]
+
+
+def hub_table(source: Source) -> tuple[str, Any]:
+    """How a hub data set is named in messages, and its rows as a `datasets.Dataset`.
+
+    Raises:
+        DataError: There is none of this name, config and split.
+        MachineError: The hub does not answer, and the data set is not in the local cache.
+    """
     # `datasets` takes a second to import, and only hub sources need it.
     import datasets
     from datasets.exceptions import DatasetNotFoundError
@@ -298,8 +314,7 @@ def _read_hub(source: Source) -> list[Row]:
         raise DataError(f"cannot load: {error}", file=source.name, fix="check config and split") from None
     except (OSError, HfHubHTTPError) as error:
         raise _unreachable(source, str(error)) from None
-    place = ":".join(part for part in ("hub", source.name, source.config, split) if part)
-    return [Row(file=place, line=number, value=value) for number, value in enumerate(table, start=1)]
+    return ":".join(part for part in ("hub", source.name, source.config, split) if part), table
 
 
 def hub_has_split(source: Source, split: str) -> bool:

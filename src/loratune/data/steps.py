@@ -10,8 +10,9 @@ is indexing with k.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -55,10 +56,17 @@ class EpochPlan:
     def __getitem__(self, index: int) -> Step:
         if not 0 <= index < len(self):
             raise IndexError(f"step {index} of an epoch of {len(self)}")
-        order = epoch_order(len(self.lengths), seed=self.seed, epoch=self.epoch)
-        examples = tuple(order[index * self.batch_size : (index + 1) * self.batch_size].tolist())
-        micro_batches = pack([(i, self.lengths[i]) for i in examples], self.token_budget)
-        return Step(examples=examples, ranks=_deal(micro_batches, self.lengths, self.world_size))
+        examples = step_examples(
+            len(self.lengths), batch_size=self.batch_size, seed=self.seed, epoch=self.epoch, index=index
+        )
+        lengths = {i: self.lengths[i] for i in examples}
+        return Step(examples=examples, ranks=deal(lengths, self.token_budget, self.world_size))
+
+
+def step_examples(num_examples: int, *, batch_size: int, seed: int, epoch: int, index: int) -> tuple[int, ...]:
+    """The example numbers of a step of an epoch, whose lengths need not be known."""
+    order = epoch_order(num_examples, seed=seed, epoch=epoch)
+    return tuple(order[index * batch_size : (index + 1) * batch_size].tolist())
 
 
 def num_steps_per_epoch(num_examples: int, batch_size: int) -> int:
@@ -77,9 +85,12 @@ def largest_step(lengths: Sequence[int], *, batch_size: int, seed: int) -> int:
     return int(np.add.reduceat(shuffled, np.arange(0, len(lengths), batch_size)).max())
 
 
+@lru_cache(maxsize=2)
 def epoch_order(num_examples: int, *, seed: int, epoch: int) -> np.ndarray:
     """The shuffled example numbers of an epoch, int64 [num_examples]."""
-    return np.random.default_rng([seed, epoch]).permutation(num_examples)
+    order = np.random.default_rng([seed, epoch]).permutation(num_examples)
+    order.setflags(write=False)
+    return order
 
 
 def pack(items: Sequence[tuple[int, int]], token_budget: int) -> list[tuple[int, ...]]:
@@ -101,13 +112,20 @@ def pack(items: Sequence[tuple[int, int]], token_budget: int) -> list[tuple[int,
     return [tuple(chosen) for chosen in bins]
 
 
-def _deal(
-    micro_batches: list[tuple[int, ...]], lengths: Sequence[int], world_size: int
-) -> tuple[tuple[tuple[int, ...], ...], ...]:
-    """Give every rank the same number of micro-batches, heaviest first, back and forth, so that tokens balance."""
+def deal(lengths: Mapping[int, int], token_budget: int, world_size: int = 1) -> tuple[tuple[tuple[int, ...], ...], ...]:
+    """Pack a step's examples into micro-batches, and give every rank the same number of them.
+
+    Args:
+        lengths: Example number → its tokens.
+        token_budget: Tokens per micro-batch.
+        world_size: Number of ranks. The heaviest micro-batches are dealt first, back and forth, so that tokens balance.
+
+    Returns:
+        rank → micro-batch → example numbers.
+    """
+    bins = pack(list(lengths.items()), token_budget)
     if world_size == 1:
-        return (tuple(micro_batches),)
-    bins = list(micro_batches)
+        return (tuple(bins),)
     while len(bins) % world_size:
         splittable = [chosen for chosen in bins if len(chosen) > 1]
         if not splittable:

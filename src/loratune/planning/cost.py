@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from loratune.data.batch import num_supervised
-from loratune.data.render import Example
+from loratune.data.prepare import PreparedData
 from loratune.data.steps import largest_step
 from loratune.kernels.cross_entropy import chunk_rows
 from loratune.model.device import torch_dtype
@@ -34,16 +33,14 @@ class Place:
     free_bytes: int | None = None
 
 
-def run_memory(
-    recipe: Recipe, config: Any, parameters: ParameterCount, examples: Sequence[Example], place: Place
-) -> MemoryPlan:
+def run_memory(recipe: Recipe, config: Any, parameters: ParameterCount, data: PreparedData, place: Place) -> MemoryPlan:
     """Bytes at the peak, the token budget, and the layers to recompute.
 
     Args:
         recipe: Its token budget and recomputed layers may be auto.
         config: The model's text configuration.
         parameters: What is trained.
-        examples: The training examples.
+        data: Its training examples; of streamed data, any example may be as long as `data.max_length`.
         place: Where.
 
     Raises:
@@ -51,7 +48,9 @@ def run_memory(
     """
     wanted, recompute = recipe.train.token_budget, recipe.train.recompute
     dtype_bytes = torch_dtype(place.dtype).itemsize
-    lengths = [len(example.input_ids) for example in examples]
+    lengths = [len(example.input_ids) for example in data.train]
+    if data.stream is not None:
+        lengths = [int(data.report["max_length"])] * recipe.train.batch_size
     return plan_memory(
         total_parameters=parameters.total,
         trainable_parameters=parameters.trainable,
@@ -75,18 +74,20 @@ def run_memory(
     )
 
 
-def run_flops(
-    recipe: Recipe, config: Any, model: Any, parameters: ParameterCount, examples: Sequence[Example]
-) -> float:
+def run_flops(recipe: Recipe, config: Any, model: Any, parameters: ParameterCount, data: PreparedData) -> float:
     """Floating-point operations of all steps. `model` may be on the meta device; the others as in `run_memory`."""
     head = model.get_output_embeddings()
     head_parameters = head.weight.numel() if head is not None else 0
     tied = bool(getattr(config, "tie_word_embeddings", False))
     embeddings = head_parameters if tied else 2 * head_parameters
-    return recipe.train.epochs * training_flops(
-        matmul_parameters=parameters.total - parameters.trainable - embeddings,
-        head_parameters=head_parameters,
-        trainable_parameters=parameters.trainable,
-        num_tokens=sum(len(example.input_ids) for example in examples),
-        num_supervised=sum(num_supervised(example) for example in examples),
+    return (
+        recipe.train.epochs
+        * data.scale
+        * training_flops(
+            matmul_parameters=parameters.total - parameters.trainable - embeddings,
+            head_parameters=head_parameters,
+            trainable_parameters=parameters.trainable,
+            num_tokens=sum(len(example.input_ids) for example in data.train),
+            num_supervised=sum(num_supervised(example) for example in data.train),
+        )
     )

@@ -48,6 +48,9 @@ class RunCallback(TrainerCallback):
         seconds = time.perf_counter() - step.started
         self._num_tokens += step.num_tokens
         self._seconds += seconds
+        left_out = [{"file": r.origin.file, "line": r.origin.line, "reason": r.reason} for r in step.left_out]
+        for row in left_out:
+            self._progress.warn(f"{row['file']}:{row['line']} is left out of step {state.global_step}: {row['reason']}")
         self._run.append_metrics(
             {
                 "step": state.global_step,
@@ -59,6 +62,7 @@ class RunCallback(TrainerCallback):
                 "num_tokens": step.num_tokens,
                 "num_supervised_tokens": step.num_supervised_tokens,
                 "tokens_per_second": step.num_tokens / seconds,
+                **({"left_out": left_out} if left_out else {}),
             }
         )
         self._task.advance(1, f"loss {step.loss:.4f} · {self._num_tokens / self._seconds:,.0f} tokens/s")

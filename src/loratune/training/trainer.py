@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +30,11 @@ from transformers.integrations.integration_utils import TensorBoardCallback
 from trl import SFTConfig, SFTTrainer
 
 from loratune.data.batch import MicroBatch, collate, num_supervised
+from loratune.data.conversation import Rejected
+from loratune.data.prepare import Stream
 from loratune.data.render import Example
-from loratune.data.steps import EpochPlan, epoch_order, num_steps, num_steps_per_epoch, pack
-from loratune.errors import RunError
+from loratune.data.steps import deal, epoch_order, num_steps, num_steps_per_epoch, pack, step_examples
+from loratune.errors import LoratuneError, RunError
 from loratune.progress import Progress
 from loratune.recipe import TrainSection
 from loratune.run import RunDir
@@ -50,12 +54,12 @@ class TrainingData:
     """What a trainer trains and evaluates on.
 
     Attributes:
-        train: Training examples.
+        train: Training examples; of streamed data, the stream.
         eval: Held-out examples; may be empty.
         token_budget: Tokens per micro-batch, `auto` resolved.
     """
 
-    train: Sequence[Example]
+    train: Sequence[Example] | Stream
     eval: Sequence[Example]
     token_budget: int
 
@@ -69,6 +73,7 @@ class StepMetrics:
     learning_rate: float = math.nan
     num_tokens: int = 0
     num_supervised_tokens: int = 0
+    left_out: list[Rejected] = field(default_factory=list)
     started: float = 0.0
 
 
@@ -191,28 +196,56 @@ class _GlobalSteps(Sampler[int]):
         return iter(range(first, first + self._num_per_epoch))
 
 
-class _Steps(Dataset[list[MicroBatch]]):
-    """Step number, counted over the whole run → its micro-batches."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepBatch:
+    """The work of one optimizer step.
+
+    Attributes:
+        micro_batches: Its examples.
+        left_out: Rows of streamed data that turned out to be none.
+    """
+
+    micro_batches: list[MicroBatch]
+    left_out: list[Rejected]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(batch.num_tokens for batch in self.micro_batches)
+
+    @property
+    def num_supervised_tokens(self) -> int:
+        return sum(batch.num_supervised_tokens for batch in self.micro_batches)
+
+
+class _Steps(Dataset[StepBatch | LoratuneError]):
+    """Step number, counted over the whole run → its micro-batches. An error is handed over, since it may arise in a worker."""
 
     def __init__(self, data: TrainingData, train: TrainSection) -> None:
         self._data, self._train = data, train
-        self._lengths = [len(example.input_ids) for example in data.train]
         self.num_per_epoch = num_steps_per_epoch(len(data.train), train.batch_size)
 
     def __len__(self) -> int:
         return self.num_per_epoch
 
-    def __getitem__(self, number: int) -> list[MicroBatch]:
+    def __getitem__(self, number: int) -> StepBatch | LoratuneError:
         epoch, index = divmod(number, self.num_per_epoch)
-        plan = EpochPlan(
-            lengths=self._lengths,
+        numbers = step_examples(
+            len(self._data.train),
             batch_size=self._train.batch_size,
             seed=self._train.seed,
             epoch=epoch,
-            token_budget=self._data.token_budget,
+            index=index,
         )
-        (rank,) = plan[index].ranks
-        return [collate([self._data.train[i] for i in chosen]) for chosen in rank]
+        try:
+            made = {i: self._data.train[i] for i in numbers}
+        except LoratuneError as error:
+            return error
+        examples = {i: example for i, example in made.items() if isinstance(example, Example)}
+        (rank,) = deal({i: len(example.input_ids) for i, example in examples.items()}, self._data.token_budget)
+        return StepBatch(
+            micro_batches=[collate([examples[i] for i in chosen]) for chosen in rank],
+            left_out=[row for row in made.values() if isinstance(row, Rejected)],
+        )
 
 
 class _Held(Dataset[Example]):
@@ -258,33 +291,45 @@ class FastTrainer(_RunTrainer):
         )
         self.remove_callback(PrinterCallback)
 
-    def get_train_dataloader(self) -> DataLoader[list[MicroBatch]]:
+    def get_train_dataloader(self) -> DataLoader[StepBatch | LoratuneError]:
         steps = self.train_dataset
         assert isinstance(steps, _Steps)
         sampler = _GlobalSteps(steps.num_per_epoch, lambda: self.state.global_step)
-        return DataLoader(steps, batch_size=1, sampler=sampler, collate_fn=_only)
+        ahead = steps_ahead() if isinstance(self.run_data.train, Stream) else {}
+        return DataLoader(steps, batch_size=1, sampler=sampler, collate_fn=_only, **ahead)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], None]:
-        return [next(epoch_iterator) for _ in range(num_batches)], None
+        """The next steps.
+
+        Raises:
+            LoratuneError: A row of streamed data cannot be trained on, and may not be left out.
+        """
+        batches = []
+        for _ in range(num_batches):
+            batch = next(epoch_iterator)
+            if isinstance(batch, LoratuneError):
+                raise batch
+            batches.append(batch)
+        return batches, None
 
     def training_step(  # type: ignore[override] # a step's micro-batches, not one batch
-        self, model: Any, inputs: list[MicroBatch], num_items_in_batch: Any = None
+        self, model: Any, inputs: StepBatch, num_items_in_batch: Any = None
     ) -> torch.Tensor:
         """Gradients of one optimizer step; returns its loss: the mean over the step's supervised tokens."""
         started = time.perf_counter()
         model.train()
-        num_supervised_tokens = sum(batch.num_supervised_tokens for batch in inputs)
         total = torch.zeros((), device=self.args.device)
-        for batch in inputs:
-            loss = self.supervised_loss.sum(batch.to(self.args.device)) / num_supervised_tokens
+        for batch in inputs.micro_batches:
+            loss = self.supervised_loss.sum(batch.to(self.args.device)) / inputs.num_supervised_tokens
             self.accelerator.backward(loss)
             total += loss.detach()
         self.step_metrics = StepMetrics(
             loss=_finite(float(total), self.state.global_step + 1),
-            num_tokens=sum(batch.num_tokens for batch in inputs),
-            num_supervised_tokens=num_supervised_tokens,
+            num_tokens=inputs.num_tokens,
+            num_supervised_tokens=inputs.num_supervised_tokens,
+            left_out=inputs.left_out,
             started=started,
         )
         return total
@@ -305,6 +350,7 @@ class ReferenceTrainer(_RunTrainer, SFTTrainer):
         progress: Progress,
         tokenizer: PreTrainedTokenizerBase,
     ) -> None:
+        assert not isinstance(data.train, Stream), "the recipe refuses it"
         self.run_data, self.supervised_loss, self.progress = data, loss, progress
         self.keep_checkpoints = train.keep_checkpoints
         self.step_metrics = StepMetrics()
@@ -373,9 +419,19 @@ def evaluate_nll(
     return results
 
 
-def _only(items: list[list[MicroBatch]]) -> list[MicroBatch]:
+def _only(items: list[StepBatch | LoratuneError]) -> StepBatch | LoratuneError:
     (item,) = items
     return item
+
+
+def steps_ahead() -> dict[str, Any]:
+    """Settings of a `DataLoader` that has the next steps made in a process of its own, while this one trains."""
+    return {"num_workers": 1, "prefetch_factor": 4, "worker_init_fn": _as_worker, "multiprocessing_context": "fork"}
+
+
+def _as_worker(number: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that trains
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # threads of the tokenizer do not survive a fork
 
 
 def _finite(loss: float, step: int) -> float:
