@@ -427,6 +427,6 @@ def _resolved(recipe: Recipe, choices: dict[str, Choice]) -> Recipe:
         section, _, field = name.partition(".")
         is_number = name in ("data.max_length", "train.token_budget", "train.recompute")
         values[section][field] = int(choice.value) if is_number else choice.value
-        if name == "train.compile":
+        if name in ("train.compile", "data.streaming"):
             values[section][field] = choice.value == "true"
     return Recipe.parse(values)

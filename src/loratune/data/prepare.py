@@ -128,7 +128,12 @@ def prepare_data(
     sources = [*data.train, *(held_out if isinstance(held_out, tuple) else ())]
 
     def key() -> str:
-        policy = {**data.model_dump(mode="json"), "max_length": max_length, "seed": seed, "held_out": str(held_out)}
+        policy = {
+            **data.model_dump(mode="json", exclude={"streaming"}),
+            "max_length": max_length,
+            "seed": seed,
+            "held_out": str(held_out),
+        }
         return cache_key(tokenizer, {"policy": policy, "contents": [read.contents(source) for source in sources]})
 
     before = key()

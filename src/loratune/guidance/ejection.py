@@ -42,7 +42,7 @@ BUILDERS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "p
 WIDTH = 118
 COVERED = {
     "model": {"name", "revision", "dtype", "trust_remote_code"},
-    "data": {"train", "eval", "format", "train_on", "thinking", "max_length", "on_long", "on_bad_row"},
+    "data": {"train", "eval", "format", "train_on", "thinking", "max_length", "on_long", "on_bad_row", "streaming"},
     "lora": {"r", "alpha", "dropout", "targets"},
     "train": {
         *("output_dir", "epochs", "learning_rate", "batch_size", "schedule", "warmup_fraction", "weight_decay"),
@@ -111,6 +111,8 @@ def eject(prepared: Preparation, script: Path, *, overwrite: bool, progress: Pro
         MachineError: It cannot be written.
     """
     _check_covered(prepared.recipe)
+    if prepared.data.stream is not None:
+        raise RecipeError("the script takes all examples at once", fix="data.streaming=false")
     rows = script.with_name(f"{script.stem}-rows")
     for path in (script, rows):
         if path.exists() and not overwrite:

@@ -54,7 +54,9 @@ class Facts:
 
     @cached_property
     def lengths(self) -> list[int]:
-        return [len(example.input_ids) for example in self.prepared.data.train]
+        """Tokens of each training example; of streamed data, those of the sample over and over."""
+        data = self.prepared.data
+        return np.resize([len(example.input_ids) for example in data.train], data.num_examples).tolist()
 
     @cached_property
     def learning_rates(self) -> np.ndarray:
@@ -218,6 +220,11 @@ def _on_long(facts: Facts) -> str:
     return f"{part['truncated']:,} cut, {part['dropped']:,} left out"
 
 
+def _streaming(facts: Facts) -> str:
+    streamed = facts.prepared.data.stream is not None
+    return f"{facts.prepared.data.num_examples:,} rows, {'made examples a few steps ahead' if streamed else 'all prepared'}"
+
+
 def _on_bad_row(facts: Facts) -> str:
     return f"{facts.prepared.data.report['train']['num_rejected']:,} training rows left out"
 
@@ -331,7 +338,8 @@ def _batch_size(facts: Facts) -> str:
 
 def _batch_size_table(facts: Facts) -> list[Row]:
     train = facts.prepared.recipe.train
-    supervised = sum(num_supervised(example) for example in facts.prepared.data.train)
+    data = facts.prepared.data
+    supervised = data.scale * sum(num_supervised(example) for example in data.train)
     rows = []
     for size in around(train.batch_size):
         per_epoch = num_steps_per_epoch(len(facts.lengths), size)
@@ -355,7 +363,9 @@ def _weight_decay(facts: Facts) -> str:
 def _seed(facts: Facts) -> str:
     train = facts.prepared.recipe.train
     plan = EpochPlan(lengths=facts.lengths, batch_size=train.batch_size, seed=train.seed, epoch=0, token_budget=1)
-    first = [facts.prepared.data.train[i].origin.line for i in plan[0].examples]
+    data = facts.prepared.data
+    examples = data.train if data.stream is None else data.stream
+    first = [examples[i].origin.line for i in plan[0].examples]
     return f"the first step takes rows {_some(first)}"
 
 
@@ -434,6 +444,7 @@ SUMMARIES: dict[str, Callable[[Facts], str]] = {
     "data.max_length": _max_length,
     "data.on_long": _on_long,
     "data.on_bad_row": _on_bad_row,
+    "data.streaming": _streaming,
     "lora.r": _rank,
     "lora.alpha": _alpha,
     "lora.dropout": _dropout,
