@@ -32,8 +32,8 @@ from loratune.preparation import NO_LIMIT, Preparation
 from loratune.progress import Progress
 from loratune.recipe import Recipe, Source
 from loratune.run import Record, RunDir
+from loratune.training.arguments import TrainingData, stock_arguments
 from loratune.training.stock import labelled, stock_difference
-from loratune.training.trainer import TrainingData, stock_arguments
 
 BUILDERS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
 """Suffix → the builder of `load_dataset` that reads it."""
