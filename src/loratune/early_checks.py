@@ -130,7 +130,9 @@ def check_disk(recipe: Recipe, parameters: ParameterCount, num_examples: int) ->
         MachineError: They do not.
     """
     saves = _num_saves(recipe, num_steps(num_examples, recipe.train.batch_size, recipe.train.epochs))
-    kept = min(saves, recipe.train.keep_checkpoints or saves) + 1  # one more is written before the oldest goes
+    kept = (
+        min(saves, (recipe.train.keep_checkpoints or saves) + 1) + 1
+    )  # the best; and a new one before the oldest goes
     needed = kept * parameters.trainable * 12 + parameters.adapter_bytes + 50 * 2**20
     folder = _nearest(Path(recipe.train.output_dir))
     free = shutil.disk_usage(folder).free

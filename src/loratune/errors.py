@@ -5,7 +5,8 @@
     ├── DataError                     3      a row, a file or a template cannot be trained on
     ├── MachineError                  4      memory, disk, device or network cannot do it
     ├── RunError                      1      failed while running
-    └── Interrupted                 130      stopped by the user; the run can be resumed
+    └── Interrupted                 130      stopped by the user (Ctrl-C); the run can be resumed
+        └── Terminated              143      stopped by SIGTERM, as schedulers do; 128 + 15, what shells report for it
 
 Each says where (file and line), what (the value) and what to do about it (the fix). Everything else that reaches a
 user is a bug of loratune.
@@ -87,3 +88,9 @@ class Interrupted(LoratuneError):
     """The user stopped the run."""
 
     exit_code = 130
+
+
+class Terminated(Interrupted):
+    """SIGTERM stopped the run."""
+
+    exit_code = 143

@@ -56,6 +56,16 @@ def differences(before: Record, now: Record, keys: Sequence[str] = ("model", "te
     return changed
 
 
+def changed_settings(before: Record, now: Record) -> list[str]:
+    """What of a recipe as written changed, as `train.learning_rate (0.01 → 0.02)`."""
+    return [
+        f"{section}.{field} ({before.get(section, {}).get(field)} → {now.get(section, {}).get(field)})"
+        for section in sorted({*before, *now})
+        for field in sorted({*before.get(section, {}), *now.get(section, {})})
+        if before.get(section, {}).get(field) != now.get(section, {}).get(field)
+    ]
+
+
 def make_lock(
     *, recipe: dict[str, Any], choices: dict[str, Any], inputs: dict[str, Any], adapter: dict[str, Any]
 ) -> Record:

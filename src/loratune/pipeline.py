@@ -2,7 +2,7 @@
 
 plan        prepare, and tell
 train       prepare → run directory → weights and adapter → steps → adapter saved → base against tuned
-resume      the same from a checkpoint, after checking that nothing it depends on changed
+resume      what of that is left, after checking that nothing it depends on changed
 evaluate    base against tuned, of a finished run
 """
 
@@ -12,7 +12,8 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,33 +23,38 @@ from peft import PeftModel
 
 from loratune.data.preview import preview
 from loratune.data.render import stop_token_ids
-from loratune.errors import Interrupted, RecipeError, RunError
+from loratune.data.steps import num_steps_per_epoch
+from loratune.errors import Interrupted, MachineError, RecipeError, RunError
 from loratune.evaluation.compare import evaluation_record
 from loratune.evaluation.generate import Answer, generate_answers
-from loratune.lock import differences
+from loratune.lock import changed_settings, differences
 from loratune.model.adapter import attach_adapter, save_adapter
 from loratune.model.device import torch_dtype
 from loratune.model.load import load_model
 from loratune.planning.devices import find_device
+from loratune.planning.memory import wants_rehearsal
 from loratune.preparation import Preparation, output_dir, prepare
 from loratune.progress import Progress, Silent
 from loratune.recipe import Recipe
 from loratune.reporting.card import write_card
 from loratune.reporting.page import report_or_warn
-from loratune.run import Record, RunDir, read_json, write_json
-from loratune.training.callbacks import RunCallback, stopping_in_order
-from loratune.training.checkpoint import latest_checkpoint
+from loratune.run import Record, RunDir, cannot_write, read_json, write_json, write_text
+from loratune.training.arguments import TrainingData
+from loratune.training.budget import TokenBudget, is_out_of_memory
+from loratune.training.callbacks import RunCallback
+from loratune.training.checkpoint import latest_checkpoint, remove_checkpoint, sync
 from loratune.training.compilation import prepare_layers
+from loratune.training.events import Events, History
+from loratune.training.held_out import Nll, evaluate_nll
 from loratune.training.loss import SupervisedLoss, make_loss
-from loratune.training.trainer import FastTrainer, ReferenceTrainer, TrainingData, evaluate_nll, resume_state
-
-Nll = list[tuple[float, int]]
-"""Per held-out example: the sum of -log p over its supervised tokens, and their number."""
+from loratune.training.stopping import StopRequest, stopping_in_order
+from loratune.training.trainer import FastTrainer, ReferenceTrainer, TrainerSetup, resume_state
 
 PREVIEW_EXAMPLES = 5
 """Examples whose tokens are kept in the run directory."""
 
 _NOBODY = Silent()
+_UNEVALUATED = "stopped before the evaluation was done; all steps are, and the adapter is saved"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,43 +109,78 @@ def train(
         on_plan(prepared)
     run = RunDir.create(output_dir(recipe), overwrite=overwrite)
     with run.exclusive():
-        run.recipe.write_text(written if written is not None else recipe.to_yaml(), encoding="utf-8")
+        write_text(run.recipe, written if written is not None else recipe.to_yaml())
         write_json(run.data, prepared.data.report)
         write_json(run.preview, preview(prepared.data.train, prepared.tokenizer, PREVIEW_EXAMPLES).as_record())
         write_json(run.plan, prepared.as_plan())
-        write_json(run.lock, prepared.as_lock())
+        _write_lock(prepared, run)
         return _run(prepared, run, None, progress)
 
 
 def resume(root: str | Path, *, progress: Progress = _NOBODY) -> RunResult:
-    """Go on where a run stopped.
+    """Go on where a run stopped, whatever stopped it and whenever.
 
     Raises:
-        RecipeError: The run is finished, or its model, template or data changed since it began.
-        RunError: There is no checkpoint that can be used.
+        RecipeError: The run is finished, or its recipe, model, template or data changed since it began.
+        RunError: All its checkpoints are damaged.
     """
     run = RunDir.open(root)
-    if run.is_finished:
-        raise RecipeError("the run is finished", file=run.root, fix=f"`loratune evaluate {root}`, or train anew")
     with run.exclusive():
+        run.clean()
+        if run.is_complete:
+            raise RecipeError("the run is finished", file=run.root, fix=f"`loratune evaluate {root}`, or train anew")
         lock = read_json(run.lock)
+        if "written" not in lock:
+            raise RecipeError("the run was begun by an earlier version, which kept too little to go on", file=run.lock)
+        _refuse(changed_settings(lock["written"], _as_written(run)), run.recipe)
         prepared = prepare(Recipe.parse(lock["recipe"], file=run.lock), progress)
-        changed = differences(lock, prepared.as_lock())
-        if changed:
-            raise RecipeError(
-                f"changed since the run began: {', '.join(changed)}", file=run.lock, fix="restore it, or train anew"
-            )
-        checkpoint, complaints = latest_checkpoint(run.checkpoints)
-        for complaint in complaints:
-            progress.warn(complaint)
-        if checkpoint is None:
-            raise RunError(
-                "the run has no checkpoint to go on from", file=run.checkpoints, fix="train anew with --overwrite"
-            )
-        step = resume_state(checkpoint)
+        _refuse(_changed_inputs(lock, prepared, run), run.lock)
+        if run.is_finished:
+            progress.line("all steps are done and the adapter is saved; going on with the evaluation")
+            return _finish_trained(prepared, run, progress)
+        checkpoint = _checkpoint_to_go_on_from(run, progress)
+        step = resume_state(checkpoint) if checkpoint is not None else 0
         run.rewind_metrics(step)
-        progress.line(f"going on after step {step}")
+        if checkpoint is None:
+            progress.line("there is no checkpoint yet: beginning again with the first step")
+        else:
+            progress.line(f"going on after step {step}")
         return _run(prepared, run, checkpoint, progress)
+
+
+def _as_written(run: RunDir) -> Record:
+    """The settings of RUN/recipe.yaml, `auto` as it stands there."""
+    return Recipe.load(run.recipe).model_dump(mode="json")
+
+
+def _changed_inputs(lock: Record, prepared: Preparation, run: RunDir) -> list[str]:
+    now = prepared.as_lock()
+    if prepared.base.revision and not run.metrics.is_file():
+        # Stopped while the weights were fetched: a commit's files do not change, but the lock may not know all of them yet.
+        known = lock["inputs"]["model"]
+        now["inputs"]["model"] = {name: digest for name, digest in now["inputs"]["model"].items() if name in known}
+    return differences(lock, now)
+
+
+def _refuse(changed: list[str], file: Path) -> None:
+    if changed:
+        raise RecipeError(
+            f"changed since the run began: {', '.join(changed)}", file=file, fix="restore it, or train anew"
+        )
+
+
+def _checkpoint_to_go_on_from(run: RunDir, progress: Progress) -> Path | None:
+    """The newest good one; damaged newer ones are deleted, or they would count among those that are kept."""
+    checkpoint, damaged = latest_checkpoint(run.checkpoints)
+    if checkpoint is None and damaged:
+        problems = "; ".join(f"{path.name}: {problem}" for path, problem in damaged.items())
+        raise RunError(
+            f"every checkpoint is damaged ({problems})", file=run.checkpoints, fix="train anew with --overwrite"
+        )
+    for path, problem in damaged.items():
+        progress.warn(f"checkpoint {path.name} is damaged ({problem}) and deleted; an earlier one is used")
+        remove_checkpoint(path)
+    return checkpoint
 
 
 def evaluate(root: str | Path, *, progress: Progress = _NOBODY) -> RunResult:
@@ -155,47 +196,141 @@ def evaluate(root: str | Path, *, progress: Progress = _NOBODY) -> RunResult:
     if recipe.data.eval == "none":
         raise RecipeError("data.eval of this run is none: there is nothing to evaluate on", file=run.lock)
     prepared = prepare(recipe, progress)
-    base = _load_base(prepared, progress)
-    model = PeftModel.from_pretrained(base, str(run.adapter))
-    loss, _ = make_loss(model, prepared.data.train)
-    evaluation = _evaluate(prepared, run, model, loss, progress)
+    model, loss = _load_trained(prepared, run, progress)
+    with _memory_errors_told(run):
+        evaluation = _evaluate(prepared, run, model, loss, progress)
     write_card(run)
     report_or_warn(run, progress)
     return RunResult(run=run, evaluation=evaluation)
 
 
 def _run(prepared: Preparation, run: RunDir, checkpoint: Path | None, progress: Progress) -> RunResult:
-    """From the weights to the evaluation."""
-    started = time.perf_counter()
+    """From the weights to the report."""
+    sitting = _Sitting(run, prepared.recipe.train.device)
+    model, loss = _load(prepared, run, checkpoint, progress)
+    stop = StopRequest()
+    try:
+        with _memory_errors_told(run):
+            tuned_nll = _train(prepared, run, model, loss, checkpoint, stop, progress)
+        _save(prepared, run, model)
+        if stop:
+            raise stop.as_error(_UNEVALUATED, f"`loratune resume {run.root}` does the rest")
+    except Interrupted:
+        sitting.note()
+        raise
+    sitting.note()
+    return _finish(prepared, run, model, loss, sitting, progress, tuned_nll)
+
+
+def _finish_trained(prepared: Preparation, run: RunDir, progress: Progress) -> RunResult:
+    """What is left to do when the adapter stands."""
+    sitting = _Sitting(run, prepared.recipe.train.device)
+    if "measured" in read_json(run.plan):
+        report_or_warn(run, progress)
+        return RunResult(run=run, evaluation=read_json(run.evaluation) if prepared.data.eval else None)
+    model, loss = _load_trained(prepared, run, progress)
+    return _finish(prepared, run, model, loss, sitting, progress)
+
+
+def _finish(
+    prepared: Preparation,
+    run: RunDir,
+    model: PeftModel,
+    loss: SupervisedLoss,
+    sitting: _Sitting,
+    progress: Progress,
+    tuned_nll: Nll | None = None,
+) -> RunResult:
+    """Evaluation, card, what was measured, report. `measured` comes last of what must be there: with it a run is done."""
+    evaluation = None
+    try:
+        with _memory_errors_told(run):
+            if prepared.data.eval:
+                evaluation = _evaluate(prepared, run, model, loss, progress, tuned_nll)
+    except KeyboardInterrupt:
+        sitting.note()
+        raise Interrupted(_UNEVALUATED, fix=f"`loratune resume {run.root}` does the rest") from None
+    write_card(run)
+    sitting.close()
+    report_or_warn(run, progress)
+    return RunResult(run=run, evaluation=evaluation)
+
+
+class _Sitting:
+    """The time from one start of the process to its end, and its memory; a run has several when it was stopped.
+
+    What earlier ones came to stands in `plan.json` under `so_far`, until `measured` replaces it. A sitting that was killed
+    could not write its own; its steps count all the same, their times are in `metrics.jsonl`.
+    """
+
+    def __init__(self, run: RunDir, device: str) -> None:
+        self._run, self._device = run, device
+        self._started = time.perf_counter()
+        self._before = read_json(run.plan).get("so_far", {})
+
+    def note(self) -> None:
+        """Write down what there is until now."""
+        record = read_json(self._run.plan)
+        record["so_far"] = self._so_far()
+        write_json(self._run.plan, record)
+
+    def close(self) -> None:
+        """Write down what the whole run came to."""
+        record = read_json(self._run.plan)
+        record.pop("so_far", None)
+        record["measured"] = {**self._so_far(), **step_totals(self._run.read_metrics())}
+        write_json(self._run.plan, record)
+
+    def _so_far(self) -> Record:
+        return {
+            "peak_bytes": max(self._before.get("peak_bytes", 0), peak_bytes(self._device)),
+            "total_seconds": self._before.get("total_seconds", 0.0) + time.perf_counter() - self._started,
+        }
+
+
+def _load(
+    prepared: Preparation, run: RunDir, checkpoint: Path | None, progress: Progress
+) -> tuple[PeftModel, SupervisedLoss]:
+    """Base, fresh adapter, and the way to the loss."""
     recipe = prepared.recipe
     base = _load_base(prepared, progress)
     if checkpoint is None and prepared.base.revision:
-        write_json(run.lock, prepared.as_lock())  # the weights of a hub model were not there before
+        _write_lock(prepared, run)  # the weights of a hub model were not there before
     model = attach_adapter(
         base, recipe.lora, prepared.targets, base_name=_loadable_name(prepared), seed=recipe.train.seed
     )
-    if recipe.train.engine == "fast":
-        loss, reason = make_loss(model, prepared.data.train)
-        if reason:
-            progress.warn(f"one example at a time: {reason}")
-        loss.compiled = recipe.train.compile is True
-        prepare_layers(model, compiled=loss.compiled, num_recomputed=int(recipe.train.recompute))
-    else:
-        loss = SupervisedLoss(model, packed=False)
-    seconds, tuned_nll = _train(prepared, run, model, loss, checkpoint, progress)
-    _save(prepared, run, model)
-    evaluation = _evaluate(prepared, run, model, loss, progress, tuned_nll) if prepared.data.eval else None
-    record = read_json(run.plan)
-    record["measured"] = {
-        "peak_bytes": peak_bytes(recipe.train.device),
-        "train_seconds": seconds,
-        "tokens_per_second": tokens_per_second(run.read_metrics()),
-        "total_seconds": time.perf_counter() - started,
-    }
-    write_json(run.plan, record)
-    write_card(run)
-    report_or_warn(run, progress)
-    return RunResult(run=run, evaluation=evaluation)
+    if recipe.train.engine == "trl":
+        return model, SupervisedLoss(model, packed=False)
+    loss, reason = make_loss(model, prepared.data.train)
+    if reason:
+        progress.warn(f"one example at a time: {reason}")
+    loss.compiled = recipe.train.compile is True
+    prepare_layers(model, compiled=loss.compiled, num_recomputed=int(recipe.train.recompute))
+    return model, loss
+
+
+def _load_trained(prepared: Preparation, run: RunDir, progress: Progress) -> tuple[PeftModel, SupervisedLoss]:
+    """Base and the run's adapter."""
+    model = PeftModel.from_pretrained(_load_base(prepared, progress), str(run.adapter))
+    loss, _ = make_loss(model, prepared.data.train)
+    return model, loss
+
+
+def _write_lock(prepared: Preparation, run: RunDir) -> None:
+    write_json(run.lock, {**prepared.as_lock(), "written": _as_written(run)})
+
+
+@contextmanager
+def _memory_errors_told(run: RunDir) -> Iterator[None]:
+    """Memory that runs out where nothing can be made smaller."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise MachineError(
+            f"out of memory: {error}", file=run.root, fix="end other programs, then `loratune resume`"
+        ) from error
 
 
 def _load_base(prepared: Preparation, progress: Progress) -> Any:
@@ -215,53 +350,67 @@ def _train(
     model: PeftModel,
     loss: SupervisedLoss,
     checkpoint: Path | None,
+    stop: StopRequest,
     progress: Progress,
-) -> tuple[float, Nll | None]:
-    """All optimizer steps; returns the seconds spent in them, and the last step's held-out losses if it was evaluated."""
+) -> Nll | None:
+    """All optimizer steps; returns the last step's held-out losses if it was evaluated.
+
+    Raises:
+        Interrupted: The user stopped it.
+    """
     recipe, data = prepared.recipe, prepared.data
     done = resume_state(checkpoint) if checkpoint is not None else 0
     torch.manual_seed(recipe.train.seed)
-    with progress.task("training", prepared.num_steps, "steps") as task:
+    with progress.task("training", prepared.num_steps, "steps") as task, stopping_in_order(stop, progress):
         task.advance(done)
-        callback = RunCallback(run, progress, task)
-        common = {
-            "model": model,
-            "train": recipe.train,
-            "data": TrainingData(
+        callback = RunCallback(
+            run, progress, task, stop, num_steps_per_epoch(data.num_examples, recipe.train.batch_size)
+        )
+        setup = TrainerSetup(
+            model=model,
+            tokenizer=prepared.tokenizer,
+            train=recipe.train,
+            data=TrainingData(
                 train=data.train if data.stream is None else data.stream,
+                known=data.train,
                 eval=data.eval,
                 token_budget=prepared.memory.token_budget,
             ),
-            "loss": loss,
-            "run": run,
-            "callbacks": [callback],
-            "progress": progress,
-        }
-        trainer = (
-            FastTrainer(**common)
-            if recipe.train.engine == "fast"
-            else ReferenceTrainer(**common, tokenizer=prepared.tokenizer)
+            loss=loss,
+            run=run,
+            stop=stop,
+            progress=progress,
+            callback=callback,
         )
+        trainer = FastTrainer(setup) if recipe.train.engine == "fast" else ReferenceTrainer(setup)
         callback.watch(trainer)
-        with stopping_in_order(callback, progress):
+        if isinstance(trainer, FastTrainer) and wants_rehearsal(prepared.memory, recipe.train.device):
+            trainer.rehearse()
+        if checkpoint is not None and done == prepared.num_steps:
+            trainer.restore(checkpoint)
+            callback.evaluate_if_owed()
+        else:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
     if callback.stopped_at is not None:
-        raise Interrupted(
+        raise stop.as_error(
             f"stopped after step {callback.stopped_at} of {prepared.num_steps}, which is saved",
-            fix=f"`loratune resume {run.root}` goes on",
+            f"`loratune resume {run.root}` goes on",
         )
     step, losses = trainer.last_evaluation
-    return callback.train_seconds, losses if step == prepared.num_steps else None
+    return losses if step == prepared.num_steps else None
 
 
 def _save(prepared: Preparation, run: RunDir, model: PeftModel) -> None:
     """The adapter with tokenizer and template, whole or not at all."""
     temporary = run.root / ".adapter.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
-    save_adapter(model, temporary)
-    prepared.tokenizer.save_pretrained(temporary)
-    shutil.rmtree(run.adapter, ignore_errors=True)
-    temporary.rename(run.adapter)
+    with cannot_write(run.adapter):
+        save_adapter(model, temporary)
+        prepared.tokenizer.save_pretrained(temporary)
+        for path in (*temporary.iterdir(), temporary):
+            sync(path)
+        temporary.rename(run.adapter)
+        sync(run.root)
 
 
 def _evaluate(
@@ -275,10 +424,11 @@ def _evaluate(
     """Base and tuned from the same loaded model, adapter off and on. `tuned_nll`: where it is known already."""
     section, data = prepared.recipe.evaluate, prepared.data
     prompts = prepared.prompts
+    budget = TokenBudget(_token_budget(prepared, run), Events(run, progress))
     stops = stop_token_ids(prepared.tokenizer) if prompts else ()
 
     def measure(name: str, known: Nll | None = None) -> tuple[Nll, list[Answer]]:
-        nll = known or evaluate_nll(loss, data.eval, prepared.memory.token_budget, progress)
+        nll = known or evaluate_nll(loss, data.eval, budget, progress)
         if not prompts:
             return nll, []
         with progress.task(f"{name} answers", len(prompts), "prompts") as task:
@@ -308,11 +458,17 @@ def _evaluate(
     return record
 
 
-def tokens_per_second(metrics: list[Record]) -> float:
-    """Over all optimizer steps of a run, also those before it was resumed; evaluation and saving do not count."""
-    steps = [record for record in metrics if "tokens_per_second" in record]
+def _token_budget(prepared: Preparation, run: RunDir) -> int:
+    """The plan's, or what an out-of-memory error left of it."""
+    return History.of(run.read_metrics()).token_budget or prepared.memory.token_budget
+
+
+def step_totals(metrics: list[Record]) -> Record:
+    """Seconds and rate of all optimizer steps of a run, also those before it was resumed, without evaluation and saving."""
+    steps = [record for record in metrics if record.get("tokens_per_second")]
     seconds = sum(record["num_tokens"] / record["tokens_per_second"] for record in steps)
-    return float(sum(record["num_tokens"] for record in steps) / seconds) if seconds else 0.0
+    num_tokens = sum(record["num_tokens"] for record in steps)
+    return {"train_seconds": seconds, "tokens_per_second": num_tokens / seconds if seconds else 0.0}
 
 
 def peak_bytes(device: str) -> int:

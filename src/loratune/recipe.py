@@ -203,7 +203,14 @@ class TrainSection(Section):
     """When a line is printed and trackers are told: as `eval_every`. `metrics.jsonl` has every step all the same."""
 
     keep_checkpoints: int | None = Field(default=None, ge=1)
-    """How many of the newest checkpoints are kept. `null`: all."""
+    """How many of the newest checkpoints are kept, beside the one with the lowest held-out loss. `null`: all."""
+
+    on_bad_step: Literal["error", "skip"] = "error"
+    """A step whose loss or gradient is NaN or infinite is never applied. `error`: the run ends there; `skip`: it goes on
+    with the next one. Either way the examples are named."""
+
+    max_skipped_steps: int = Field(default=10, ge=0)
+    """How many steps may be skipped in the whole run with `on_bad_step: skip`, before it ends."""
 
     report_to: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()
     """Experiment trackers to report to."""

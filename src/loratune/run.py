@@ -6,6 +6,7 @@ RUN/data.json          the data report     RUN/evaluation.json   base and tuned,
 RUN/checkpoints/STEP/  to resume from      RUN/adapter/          PEFT format, with template and card
 RUN/preview.json       examples by token   RUN/report.html       all of it for people
 RUN/parity.json        certificates of what was merged and exported
+RUN/checkpoints/best.json  which checkpoint has the lowest held-out loss
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from loratune.errors import MachineError, RecipeError, RunError
 
@@ -73,6 +76,10 @@ class RunDir:
         return self.root / "checkpoints"
 
     @property
+    def best(self) -> Path:
+        return self.checkpoints / "best.json"
+
+    @property
     def adapter(self) -> Path:
         return self.root / "adapter"
 
@@ -90,6 +97,11 @@ class RunDir:
         return (self.adapter / "adapter_config.json").is_file()
 
     @property
+    def is_complete(self) -> bool:
+        """Whether nothing is left to do: the adapter is written, evaluated, measured and reported on."""
+        return self.is_finished and "measured" in read_json(self.plan) and self.report.is_file()
+
+    @property
     def is_in_use(self) -> bool:
         """Whether a process is at work on the run."""
         try:
@@ -101,6 +113,13 @@ class RunDir:
             return True
         return False
 
+    @property
+    def _never_began(self) -> bool:
+        """Whether a kill left a directory that has no more than what is written before the first step."""
+        early = {_IN_USE, *(path.name for path in (self.recipe, self.data, self.preview, self.plan, self.checkpoints))}
+        names = {path.name for path in self.root.iterdir() if not _is_leftover(path)}
+        return names <= early and not any(self.checkpoints.glob("*"))
+
     @classmethod
     def open(cls, root: str | Path) -> RunDir:
         """An existing run.
@@ -111,7 +130,8 @@ class RunDir:
         run = cls(Path(root).expanduser().resolve())
         if not run.lock.is_file():
             raise RecipeError(
-                f"{run.root} is no run directory: it has no lock.json", fix="give train.output_dir of a run"
+                f"{run.root} is no run directory: it has no lock.json",
+                fix="give train.output_dir of a run; one that was stopped before it began is trained anew",
             )
         return run
 
@@ -130,7 +150,7 @@ class RunDir:
             raise RecipeError("the output directory exists and is not a run of loratune", file=run.root, fix=other)
         with run.exclusive():
             pass
-        if not overwrite:
+        if not overwrite and not run._never_began:
             goes_on = "" if run.is_finished else f"`loratune resume {run.root}` to go on, "
             raise RecipeError(
                 "the output directory holds a run already",
@@ -148,18 +168,20 @@ class RunDir:
             MachineError: The folder cannot be written.
         """
         run = cls.check(root, overwrite=overwrite)
-        try:
+        with cannot_write(run.root, fix="train.output_dir=… for another place"):
             run.checkpoints.mkdir(parents=True, exist_ok=True)
             with run.exclusive():
                 for path in run.root.iterdir():
                     if path.name != _IN_USE:
                         shutil.rmtree(path) if path.is_dir() else path.unlink()
                 run.checkpoints.mkdir()
-        except OSError as error:
-            raise MachineError(
-                f"cannot write the run directory: {error}", file=run.root, fix="train.output_dir=… for another place"
-            ) from error
         return run
+
+    def clean(self) -> None:
+        """Delete what a kill left half written."""
+        for path in (*self.root.glob(".*"), *self.checkpoints.glob(".*")):
+            if _is_leftover(path):
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
@@ -167,8 +189,11 @@ class RunDir:
 
         Raises:
             RecipeError: Another process has it.
+            MachineError: The folder cannot be written.
         """
-        with (self.root / _IN_USE).open("a+") as stream:
+        with cannot_write(self.root):
+            stream = (self.root / _IN_USE).open("a+")
+        with stream:
             try:
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
@@ -178,15 +203,26 @@ class RunDir:
                     file=self.root,
                     fix="wait for it, stop it, or choose another place with train.output_dir=…",
                 ) from None
-            stream.truncate(0)
-            stream.write(str(os.getpid()))
-            stream.flush()
+            with cannot_write(self.root):
+                stream.truncate(0)
+                stream.write(str(os.getpid()))
+                stream.flush()
             yield
 
     def append_metrics(self, record: Record) -> None:
-        """Add a line to `metrics.jsonl`."""
-        with self.metrics.open("a", encoding="utf-8") as stream:
+        """Add a line to `metrics.jsonl`.
+
+        Raises:
+            MachineError: It cannot be written.
+        """
+        with cannot_write(self.metrics), self.metrics.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(record) + "\n")
+
+    def sync_metrics(self) -> None:
+        """Have the disk hold all lines of `metrics.jsonl` before going on."""
+        if self.metrics.is_file():
+            with cannot_write(self.metrics), self.metrics.open("rb") as stream:
+                os.fsync(stream.fileno())
 
     def read_metrics(self) -> list[Record]:
         """All lines of `metrics.jsonl`; a last line cut short by a crash is left out."""
@@ -233,13 +269,26 @@ def write_text(path: Path, text: str) -> None:
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise MachineError(
-            f"cannot write: {error}", file=path, fix="free some disk space or choose another place"
-        ) from error
+        with cannot_write(path):
+            with temporary.open("w", encoding="utf-8") as stream:
+                stream.write(text)
+                stream.flush()
+                os.fsync(stream.fileno())
+            temporary.replace(path)
+    except MachineError:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+@contextmanager
+def cannot_write(path: Path, fix: str = "free some disk space, then `loratune resume`") -> Iterator[None]:
+    """Turn what the system says when a disk is full or read-only into our error."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:  # safetensors has an error of its own for what the system says
+        raise MachineError(f"cannot write: {error}", file=path, fix=fix) from error
+
+
+def _is_leftover(path: Path) -> bool:
+    return path.name.startswith(".") and path.name.endswith(".tmp")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from peft import PeftModel
 from loratune.errors import MachineError, RecipeError, RunError
 from loratune.pipeline import resume, train
 from loratune.recipe import Recipe
+from loratune.run import read_json
 from loratune.training.checkpoint import checkpoints_in, latest_checkpoint, load_random, save_checkpoint
 
 MakeRecipe = Callable[..., Recipe]
@@ -39,7 +41,13 @@ def saved(tmp_path: Path) -> tuple[Path, PeftModel]:
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
     for step in (2, 4, 10):
         save_checkpoint(
-            tmp_path / str(step), model=model, optimizer=optimizer, scheduler=scheduler, trainer_state="{}", keep=None
+            tmp_path / str(step),
+            model=model,
+            optimizer=optimizer,
+            scheduler=scheduler,
+            trainer_state="{}",
+            keep=None,
+            held_out={},
         )
     return tmp_path, model
 
@@ -66,10 +74,10 @@ def test_the_newest_undamaged_checkpoint_is_chosen(saved: tuple[Path, PeftModel]
         stream.seek(-1, 2)
         stream.write(bytes([last[0] ^ 1]))
     (folder / "4" / "state.json").unlink()
-    chosen, complaints = latest_checkpoint(folder)
+    chosen, damaged = latest_checkpoint(folder)
     assert chosen == folder / "2"
-    assert "optimizer.safetensors changed" in complaints[0]
-    assert "checkpoint 4" in complaints[1]
+    assert list(damaged) == [folder / "10", folder / "4"]
+    assert "optimizer.safetensors changed" in damaged[folder / "10"]
 
 
 def test_random_states_come_back(saved: tuple[Path, PeftModel]) -> None:
@@ -88,14 +96,26 @@ def test_a_save_that_fails_leaves_the_earlier_checkpoints(saved: tuple[Path, Pef
             raise OSError(28, "No space left on device")
 
     with pytest.raises(MachineError, match="No space left"):
-        save_checkpoint(folder / "20", model=model, optimizer=Full(), scheduler=None, trainer_state="", keep=1)
+        save_checkpoint(
+            folder / "20", model=model, optimizer=Full(), scheduler=None, trainer_state="", keep=1, held_out={}
+        )
     assert latest_checkpoint(folder)[0] == folder / "10"
     assert sorted(path.name for path in folder.iterdir()) == ["10", "2", "4"]
 
 
-def test_only_the_newest_are_kept(tiny_recipe: MakeRecipe) -> None:
-    run = train(tiny_recipe(train__save_every=1, train__keep_checkpoints=2)).run
+def test_only_the_newest_are_kept_and_the_best(tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
+    keep = {"train__save_every": 1, "train__keep_checkpoints": 2}
+    run = train(tiny_recipe(**keep, train__eval_every="never")).run
     assert [path.name for path in checkpoints_in(run.checkpoints)] == ["5", "6"]
+    assert not run.best.exists()
+    # far too high a rate: the held-out loss is lowest early
+    recipe = tiny_recipe(**keep, train__eval_every=1, train__learning_rate=5.0, train__output_dir=str(tmp_path / "b"))
+    run = train(recipe).run
+    losses = {line["step"]: line["eval_nll"] for line in run.read_metrics() if "eval_nll" in line}
+    best = min(losses, key=lambda step: losses[step])
+    assert best < 5
+    assert [path.name for path in checkpoints_in(run.checkpoints)] == [str(best), "5", "6"]
+    assert read_json(run.best) == {"step": best, "eval_nll": losses[best], "checkpoint": f"checkpoints/{best}"}
 
 
 def test_resume_refuses_what_it_cannot_continue(tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
@@ -108,12 +128,17 @@ def test_resume_refuses_what_it_cannot_continue(tiny_recipe: MakeRecipe, tmp_pat
     run = train(tiny_recipe(data__train=str(data), train__epochs=1)).run
     with pytest.raises(RecipeError, match="the run is finished"):
         resume(run.root)
-    (run.adapter / "adapter_config.json").unlink()
+    shutil.rmtree(run.adapter)
+    written = run.recipe.read_text()
+    run.recipe.write_text(written.replace("learning_rate: 0.01", "learning_rate: 0.02"))
+    with pytest.raises(RecipeError, match=r"since the run began: train\.learning_rate \(0\.01 → 0\.02\)"):
+        resume(run.root)
+    run.recipe.write_text(f"# a comment changes nothing\n{written}")
     data.write_text("\n".join(json.dumps(row) for row in rows[1:] + rows[:1]))
     with pytest.raises(RecipeError, match=r"changed since the run began: inputs\.train"):
         resume(run.root)
     data.write_text("\n".join(json.dumps(row) for row in rows))
     for path in checkpoints_in(run.checkpoints):
         (path / "manifest.json").unlink()
-    with pytest.raises(RunError, match="no checkpoint"):
+    with pytest.raises(RunError, match="every checkpoint is damaged"):
         resume(run.root)

@@ -32,8 +32,8 @@ from loratune.preparation import NO_LIMIT, Preparation
 from loratune.progress import Progress
 from loratune.recipe import Recipe, Source
 from loratune.run import Record, RunDir
+from loratune.training.arguments import TrainingData, stock_arguments
 from loratune.training.stock import labelled, stock_difference
-from loratune.training.trainer import TrainingData, stock_arguments
 
 BUILDERS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
 """Suffix → the builder of `load_dataset` that reads it."""
@@ -305,7 +305,12 @@ def _data_lines(prepared: Preparation, rows: Path | None) -> tuple[dict[str, str
 def _arguments(prepared: Preparation, *, direct: bool) -> list[str]:
     """The lines of `SFTConfig`: the arguments of the `trl` engine."""
     recipe, words = prepared.recipe, _words()
-    data = TrainingData(train=prepared.data.train, eval=prepared.data.eval, token_budget=prepared.memory.token_budget)
+    data = TrainingData(
+        train=prepared.data.train,
+        known=prepared.data.train,
+        eval=prepared.data.eval,
+        token_budget=prepared.memory.token_budget,
+    )
     run = RunDir(Path(recipe.train.output_dir))
     arguments = stock_arguments(recipe.train, data, run, bf16=recipe.model.dtype == "bfloat16")
     arguments["report_to"] = list(recipe.train.report_to)

@@ -35,6 +35,10 @@ SHARE = 0.8
 """The part of the free memory that a plan may use; the rest is for what no formula sees."""
 
 
+TIGHT = 0.6
+"""The part of the memory from which on a plan on a CPU is tried before it is trusted."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerBytes:
     """What one token costs in one decoder layer.
@@ -163,6 +167,17 @@ def plan_memory(
     budget = wanted_budget if wanted_budget is not None else max(longest, min(CAPS[device], room // per_token))
     tokens = max(longest, min(budget, largest_step))
     return MemoryPlan(**fixed, activation_bytes=tokens * per_token, token_budget=budget, num_recomputed=num_recomputed)
+
+
+def wants_rehearsal(plan: MemoryPlan, device: str) -> bool:
+    """Whether the largest micro-batches should be tried before the first step.
+
+    On a GPU always: it takes a fraction of a second, and what no formula sees (fragments, kernels' work space) is seen. On a
+    CPU a micro-batch takes seconds, so only where the plan comes close to the memory that this process can have.
+    """
+    if device != "cpu":
+        return True
+    return plan.peak_bytes > TIGHT * (free_bytes(device) + psutil.Process().memory_info().rss)
 
 
 def per_token_bytes(layer: LayerBytes, num_layers: int, num_recomputed: int) -> int:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import yaml
 
-from loratune.run import Record, RunDir, read_json
+from loratune.run import Record, RunDir, read_json, write_text
 
 
 def write_card(run: RunDir) -> None:
     """Write `adapter/README.md` from the run's files."""
     lock, plan = read_json(run.lock), read_json(run.plan)
     evaluation = read_json(run.evaluation) if run.evaluation.is_file() else None
-    (run.adapter / "README.md").write_text(model_card(lock, plan, evaluation), encoding="utf-8")
+    write_text(run.adapter / "README.md", model_card(lock, plan, evaluation))
 
 
 def model_card(lock: Record, plan: Record, evaluation: Record | None) -> str:

@@ -53,12 +53,12 @@ class RunFiles:
     @property
     def train_seconds(self) -> float:
         """Seconds spent in steps, over all sittings of a resumed run."""
-        return math.fsum(step["num_tokens"] / step["tokens_per_second"] for step in self.steps)
+        return math.fsum(step["num_tokens"] / step["tokens_per_second"] for step in self.steps if step["num_tokens"])
 
     @property
     def num_tokens(self) -> int:
         """Tokens of all steps."""
-        return sum(step["num_tokens"] for step in self.steps)
+        return sum(step["num_tokens"] for step in self.steps if step["num_tokens"])
 
 
 def read_run(run: RunDir) -> RunFiles:

@@ -1,56 +1,99 @@
-"""What happens beside a step: the metrics file, the progress bar, stopping in good order."""
+"""What happens beside a step: the metrics file, the progress bar, when to evaluate, save and stop."""
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from types import FrameType
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
 
 from loratune.progress import Progress, Task
 from loratune.run import RunDir
-from loratune.training.trainer import StepMetrics
+from loratune.training.events import StepMetrics
+from loratune.training.stopping import StopRequest
 
 
 class RunCallback(TrainerCallback):
     """Writes `metrics.jsonl`, moves the bar, prints a line when the recipe wants one, stops when asked.
 
+    What the recipe wants at the end of an epoch happens at the end of its last step: log, evaluate, save, in this order. So
+    whatever belongs to a step is written before its checkpoint is, and a run that goes on from there lacks nothing.
+
     Args:
         run: Where the metrics go.
         progress: Who is told of lines and warnings.
         task: The bar, of optimizer steps.
+        stop: Whether the user wants to stop.
+        num_per_epoch: Optimizer steps of an epoch.
+
+    Attributes:
+        stopped_at: The step after which the run was stopped, and which is saved.
     """
 
-    def __init__(self, run: RunDir, progress: Progress, task: Task) -> None:
+    def __init__(self, run: RunDir, progress: Progress, task: Task, stop: StopRequest, num_per_epoch: int) -> None:
         self._run, self._progress, self._task = run, progress, task
+        self._stop, self._num_per_epoch = stop, num_per_epoch
         self._trainer: Any = None
         self._num_tokens = 0
         self._seconds = 0.0
-        self.stop_requested = False
         self.stopped_at: int | None = None
-
-    @property
-    def train_seconds(self) -> float:
-        """Seconds spent in steps, without evaluation and saving."""
-        return self._seconds
 
     def watch(self, trainer: Any) -> None:
         """Read the step's metrics from this trainer."""
         self._trainer = trainer
 
+    def evaluate_if_owed(self) -> None:
+        """The evaluation that belongs to the step that is done, if the run was stopped before it."""
+        args, state = self._trainer.args, self._trainer.state
+        if state.global_step and state.global_step not in self._trainer.held_out and self._evaluates(args, state):
+            self._trainer.evaluate()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.evaluate_if_owed()
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._write(state)
+        if self._ends_epoch(state):
+            control.should_log |= args.logging_strategy == IntervalStrategy.EPOCH
+            control.should_save |= args.save_strategy == "epoch"
+        control.should_evaluate = self._evaluates(args, state)
+        if self._stop:
+            self.stopped_at = state.global_step
+            control.should_save = True
+            control.should_evaluate = False  # who stops does not want to wait; `resume` makes up for it
+            control.should_training_stop = True
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        control.should_log = control.should_evaluate = control.should_save = False
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._stop:  # also where the stop came in an evaluation
+            self.stopped_at = state.global_step
+            control.should_training_stop = True
+
+    def _ends_epoch(self, state: TrainerState) -> bool:
+        return state.global_step % self._num_per_epoch == 0 or state.global_step >= state.max_steps
+
+    def _evaluates(self, args: TrainingArguments, state: TrainerState) -> bool:
+        if args.eval_strategy == IntervalStrategy.NO:
+            return False
+        if args.eval_strategy == IntervalStrategy.EPOCH:
+            return self._ends_epoch(state)
+        return state.global_step % state.eval_steps == 0 or state.global_step >= state.max_steps
+
+    def _write(self, state: TrainerState) -> None:
         step: StepMetrics = self._trainer.step_metrics
+        if step.skipped:  # the line that says so is written
+            self._task.advance(1, "skipped")
+            return
         seconds = time.perf_counter() - step.started
         self._num_tokens += step.num_tokens
         self._seconds += seconds
-        left_out = [{"file": r.origin.file, "line": r.origin.line, "reason": r.reason} for r in step.left_out]
-        for row in left_out:
-            self._progress.warn(f"{row['file']}:{row['line']} is left out of step {state.global_step}: {row['reason']}")
         self._run.append_metrics(
             {
                 "step": state.global_step,
@@ -62,21 +105,9 @@ class RunCallback(TrainerCallback):
                 "num_tokens": step.num_tokens,
                 "num_supervised_tokens": step.num_supervised_tokens,
                 "tokens_per_second": step.num_tokens / seconds,
-                **({"left_out": left_out} if left_out else {}),
             }
         )
         self._task.advance(1, f"loss {step.loss:.4f} · {self._num_tokens / self._seconds:,.0f} tokens/s")
-        if self.stop_requested and state.global_step < state.max_steps:
-            self.stopped_at = state.global_step
-            control.should_save = True
-            control.should_evaluate = False
-            control.should_training_stop = True
-
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if self.stopped_at is not None:  # it is saved already, and who stops does not want to wait for an evaluation
-            control.should_save = control.should_evaluate = False
 
     def on_log(
         self,
@@ -89,7 +120,7 @@ class RunCallback(TrainerCallback):
         logs = logs or {}
         where = f"step {state.global_step}/{state.max_steps} · epoch {state.epoch or 0:.2f}"
         if "loss" in logs:
-            rate = self._num_tokens / self._seconds
+            rate = self._num_tokens / max(self._seconds, 1e-9)
             self._progress.line(
                 f"{where} · loss {logs['loss']:.4f} · learning rate {logs['learning_rate']:.2e} · {rate:,.0f} tokens/s"
             )
@@ -105,27 +136,3 @@ class RunCallback(TrainerCallback):
         nll = (metrics or {})["eval_nll"]
         self._run.append_metrics({"step": state.global_step, "epoch": state.epoch, "eval_nll": nll})
         self._progress.line(f"step {state.global_step}/{state.max_steps} · held-out loss {nll:.4f}")
-
-
-@contextmanager
-def stopping_in_order(callback: RunCallback, progress: Progress) -> Iterator[None]:
-    """While the context lasts, Ctrl-C and SIGTERM finish the step and save; a second one stops at once.
-
-    Signals reach the main thread only; elsewhere (a notebook's worker, a server) they are left alone.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def on_signal(number: int, frame: FrameType | None) -> None:
-        if callback.stop_requested:
-            raise KeyboardInterrupt
-        callback.stop_requested = True
-        progress.warn("stopping after this step; once more to stop at once")
-
-    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -6,7 +6,8 @@
                     trainer_state.json          transformers' own record: step, epoch, history
                     manifest.json               SHA-256 of every file; written last
 
-A checkpoint is written beside its place and renamed into it, so one that has its name is whole. Nothing is pickled.
+A checkpoint is written beside its place and renamed into it, so one that has its name is whole; one that goes is renamed
+before it is deleted. What a kill leaves under a name with a dot is nobody's. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from loratune.errors import MachineError, RunError
@@ -33,9 +35,16 @@ _STATE, _MANIFEST = "state.json", "manifest.json"
 
 
 def save_checkpoint(
-    folder: Path, *, model: PeftModel, optimizer: Any, scheduler: Any, trainer_state: str, keep: int | None
+    folder: Path,
+    *,
+    model: PeftModel,
+    optimizer: Any,
+    scheduler: Any,
+    trainer_state: str,
+    keep: int | None,
+    held_out: Mapping[int, float | None],
 ) -> None:
-    """Write a checkpoint, whole or not at all, then drop the oldest beyond `keep`.
+    """Write a checkpoint, whole or not at all, then drop the oldest beyond `keep`, but never the best.
 
     Args:
         folder: `checkpoints/STEP`.
@@ -44,28 +53,46 @@ def save_checkpoint(
         scheduler: The learning-rate schedule.
         trainer_state: transformers' `TrainerState` as JSON.
         keep: How many checkpoints to keep; None keeps all.
+        held_out: Step → held-out loss.
 
     Raises:
         MachineError: The disk is full or cannot be written. Earlier checkpoints are intact.
     """
     temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
     try:
+        shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         _write_files(temporary, model, optimizer, scheduler, trainer_state)
         _write_manifest(temporary)
-        if folder.exists():
-            shutil.rmtree(folder)
+        remove_checkpoint(folder)
         temporary.rename(folder)
-        _sync(folder.parent)
-    except (OSError, RuntimeError) as error:  # safetensors raises its own RuntimeError when a write fails
+        sync(folder.parent)
+        if keep is not None:
+            best = best_checkpoint(folder.parent, held_out)
+            for old in checkpoints_in(folder.parent)[:-keep]:
+                if int(old.name) != best:
+                    remove_checkpoint(old)
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise MachineError(
             f"cannot write the checkpoint: {error}", file=folder, fix="free some disk space, then `loratune resume`"
         ) from error
-    if keep is not None:
-        for old in checkpoints_in(folder.parent)[:-keep]:
-            shutil.rmtree(old)
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Delete a checkpoint, so that half of it is never taken for one."""
+    if folder.exists():
+        leaving = folder.with_name(f".{folder.name}.old.tmp")
+        shutil.rmtree(leaving, ignore_errors=True)
+        folder.rename(leaving)
+        shutil.rmtree(leaving)
+
+
+def best_checkpoint(folder: Path, held_out: Mapping[int, float | None]) -> int | None:
+    """The step of the checkpoint with the lowest held-out loss, the earliest of equals; None where none was measured."""
+    steps = [int(path.name) for path in checkpoints_in(folder)]
+    measured = [(loss, step) for step in steps if (loss := held_out.get(step)) is not None]
+    return min(measured)[1] if measured else None
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
@@ -74,15 +101,15 @@ def checkpoints_in(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name))
 
 
-def latest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint whose files are as they were written, and what is wrong with any newer one."""
-    complaints: list[str] = []
+def latest_checkpoint(folder: Path) -> tuple[Path | None, dict[Path, str]]:
+    """The newest checkpoint whose files are as they were written, and any newer ones with what is wrong with them."""
+    damaged: dict[Path, str] = {}
     for path in reversed(checkpoints_in(folder)):
         problem = _damage(path)
         if not problem:
-            return path, complaints
-        complaints.append(f"checkpoint {path.name} is damaged ({problem}); an earlier one is used")
-    return None, complaints
+            return path, damaged
+        damaged[path] = problem
+    return None, damaged
 
 
 def load_adapter_weights(folder: Path, model: PeftModel) -> None:
@@ -163,10 +190,11 @@ def _random_state() -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
 def _write_manifest(folder: Path) -> None:
     files = sorted(path for path in folder.iterdir() if path.is_file())
     for path in files:
-        _sync(path)
-    (folder / _MANIFEST).write_text(json.dumps({path.name: file_sha256(path) for path in files}, indent=2))
-    _sync(folder / _MANIFEST)
-    _sync(folder)
+        sync(path)
+    digests = {path.name: file_sha256(path) for path in files}
+    (folder / _MANIFEST).write_text(json.dumps(digests, indent=2), encoding="utf-8")
+    sync(folder / _MANIFEST)
+    sync(folder)
 
 
 def _damage(folder: Path) -> str:
@@ -178,7 +206,8 @@ def _damage(folder: Path) -> str:
     return f"{', '.join(changed)} changed" if changed else ""
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have the disk hold a file, or the names in a folder, before going on."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

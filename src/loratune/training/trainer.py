@@ -8,163 +8,184 @@ One optimizer step of `FastTrainer`, the whole of it:
     for micro_batch in step:                     # as many as the token budget makes of the step's examples
         loss = loss_sum(micro_batch) / step's supervised tokens
         loss.backward()
+
+Around it: `budget` repeats the step in smaller micro-batches when memory runs out, `watch` keeps a step that is not finite
+from being applied.
 """
 
 from __future__ import annotations
 
 import json
-import math
-import os
-import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel
-from torch.utils.data import DataLoader, Dataset, Sampler
-from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.integrations.integration_utils import TensorBoardCallback
+from torch.utils.data import DataLoader, Sampler
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
-from loratune.data.batch import MicroBatch, collate, num_supervised
+from loratune.data.batch import collate, num_supervised
 from loratune.data.conversation import Rejected
 from loratune.data.prepare import Stream
 from loratune.data.render import Example
-from loratune.data.steps import deal, epoch_order, num_steps, num_steps_per_epoch, pack, step_examples
-from loratune.errors import LoratuneError, RunError
-from loratune.progress import Progress
+from loratune.errors import LoratuneError, MachineError
+from loratune.progress import Progress, Silent
 from loratune.recipe import TrainSection
-from loratune.run import RunDir
+from loratune.run import RunDir, write_json
+from loratune.training.arguments import TrainingData, stock_arguments, training_arguments
+from loratune.training.budget import TokenBudget, is_out_of_memory, random_state, set_random_state
 from loratune.training.checkpoint import (
     TRAINER_STATE,
+    best_checkpoint,
     load_adapter_weights,
     load_optimizer,
     load_random,
     save_checkpoint,
 )
+from loratune.training.events import Events, History, StepMetrics
+from loratune.training.held_out import EvaluationStoppedError, Nll, evaluate_nll
 from loratune.training.loss import SupervisedLoss
+from loratune.training.order import ExampleOrder, Held, StepExamples, Steps
 from loratune.training.stock import labelled
+from loratune.training.stopping import StopRequest
+from loratune.training.trackers import Trackers
+from loratune.training.watch import NumberWatch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TrainingData:
-    """What a trainer trains and evaluates on.
+class TrainerSetup:
+    """What both engines need.
 
     Attributes:
-        train: Training examples; of streamed data, the stream.
-        eval: Held-out examples; may be empty.
-        token_budget: Tokens per micro-batch, `auto` resolved.
+        model: The adapted model.
+        tokenizer: Of the base model.
+        train: The recipe's section.
+        data: Examples and the token budget.
+        loss: Of the model.
+        run: Where everything is written.
+        stop: Whether the user wants to stop.
+        progress: Who is told.
+        callback: Writes the metrics.
     """
 
-    train: Sequence[Example] | Stream
-    eval: Sequence[Example]
-    token_budget: int
-
-
-@dataclass(slots=True)
-class StepMetrics:
-    """What is known about the step under way; `metrics.jsonl` gets it when the step is done."""
-
-    loss: float = math.nan
-    grad_norm: float = math.nan
-    learning_rate: float = math.nan
-    num_tokens: int = 0
-    num_supervised_tokens: int = 0
-    left_out: list[Rejected] = field(default_factory=list)
-    started: float = 0.0
-
-
-def training_arguments(train: TrainSection, data: TrainingData, run: RunDir) -> dict[str, Any]:
-    """The arguments of transformers' trainer that a recipe decides, the same for both engines."""
-    steps = num_steps(len(data.train), train.batch_size, train.epochs)
-    schedule = "constant_with_warmup" if train.schedule == "constant" and train.warmup_fraction else train.schedule
-    return {
-        "output_dir": str(run.checkpoints),
-        "num_train_epochs": train.epochs,
-        "learning_rate": train.learning_rate,
-        "lr_scheduler_type": schedule,
-        "warmup_steps": math.ceil(train.warmup_fraction * steps),
-        "weight_decay": train.weight_decay,
-        "max_grad_norm": train.max_grad_norm,
-        "optim": "adamw_torch",
-        "seed": train.seed,
-        "use_cpu": train.device == "cpu",
-        **_cadence("eval", train.eval_every if data.eval else "never"),
-        **_cadence("save", train.save_every),
-        **_cadence("logging", train.log_every),
-        "report_to": [name for name in train.report_to if name != "tensorboard"],
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
-        "logging_nan_inf_filter": False,  # true would report the average of earlier losses in place of a NaN
-        "label_names": ["labels"],
-    }
-
-
-def stock_arguments(train: TrainSection, data: TrainingData, run: RunDir, *, bf16: bool) -> dict[str, Any]:
-    """The arguments of TRL's `SFTConfig` on ready-made examples."""
-    return {
-        **training_arguments(train, data, run),
-        "per_device_train_batch_size": train.batch_size,
-        "max_length": None,  # the examples are cut already, by the recipe's policy
-        "bf16": bf16,
-    }
-
-
-def _tensorboard(train: TrainSection, run: RunDir) -> list[TrainerCallback]:
-    """The callback of transformers, writing into the run's directory for trackers instead of among the checkpoints."""
-    if "tensorboard" not in train.report_to:
-        return []
-    from torch.utils.tensorboard import SummaryWriter  # an optional package
-
-    return [TensorBoardCallback(SummaryWriter(str(run.trackers)))]  # type: ignore[no-untyped-call]
-
-
-def _cadence(name: str, every: str | float) -> dict[str, Any]:
-    if isinstance(every, str):
-        return {f"{name}_strategy": {"epoch": "epoch", "never": "no"}[every]}
-    return {f"{name}_strategy": "steps", f"{name}_steps": every}
+    model: PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    train: TrainSection
+    data: TrainingData
+    loss: SupervisedLoss
+    run: RunDir
+    stop: StopRequest
+    progress: Progress
+    callback: TrainerCallback
 
 
 class _RunTrainer(Trainer):
-    """What both engines share: the order of the examples, checkpoints, token-weighted evaluation, step metrics."""
+    """What both engines share: the order of the examples, checkpoints, token-weighted evaluation, faults."""
 
-    keep_checkpoints: int | None
-    run_data: TrainingData
-    supervised_loss: SupervisedLoss
+    setup: TrainerSetup
+    events: Events
+    budget: TokenBudget
+    watch: NumberWatch
+    held_out: dict[int, float | None]
+    steps: Steps
+    under_way: StepExamples
     step_metrics: StepMetrics
-    progress: Progress
-    last_evaluation: tuple[int, list[tuple[float, int]]] = (-1, [])
+    last_evaluation: tuple[int, Nll] = (-1, [])
     """The step of the last evaluation, and what `evaluate_nll` returned there."""
 
+    def _set_up(self, setup: TrainerSetup) -> list[TrainerCallback]:
+        """Everything beside the step; returns the callbacks."""
+        history = History.of(setup.run.read_metrics())
+        self.setup, self.step_metrics = setup, StepMetrics()
+        self.events = Events(setup.run, setup.progress)
+        self.budget = TokenBudget(history.token_budget or setup.data.token_budget, self.events)
+        self.watch = NumberWatch(setup.train, setup.loss, setup.tokenizer, self.events, history)
+        self.held_out = history.held_out
+        self.steps = Steps(setup.data.train, setup.train)
+        return [setup.callback, Trackers(setup.train.report_to, setup.run, self.events)]
+
+    def restore(self, checkpoint: Path) -> None:
+        """Be where a run is after its last step."""
+        load_adapter_weights(checkpoint, self.model)
+        self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE))
+
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Token-weighted negative log-likelihood of the held-out examples."""
-        losses = evaluate_nll(self.supervised_loss, self.run_data.eval, self.run_data.token_budget, self.progress)
+        """Token-weighted negative log-likelihood of the held-out examples; nothing where it fails or is stopped."""
+        setup = self.setup
+        self.events.step = self.state.global_step
+        try:
+            losses = evaluate_nll(setup.loss, setup.data.eval, self.budget, setup.progress, lambda: setup.stop)
+        except EvaluationStoppedError:  # `resume` makes up for it
+            self.control.should_save = self.control.should_training_stop = True
+            return {}
+        except Exception as error:  # noqa: BLE001 - a model's own code; hours of training must not end in a measurement
+            problem = f"{type(error).__name__}: {error}".partition("\n  fix:")[0]
+            self.held_out[self.state.global_step] = None
+            self.events.happened("evaluation_failed", f"the held-out loss could not be measured: {problem}")
+            return {}
         self.last_evaluation = self.state.global_step, losses
         metrics = {"eval_nll": sum(s for s, _ in losses) / max(1, sum(n for _, n in losses))}
+        self.held_out[self.state.global_step] = metrics["eval_nll"]
         metrics["eval_loss"] = metrics["eval_nll"]  # the name that transformers' callbacks and trackers look for
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        super().log(logs, *args, **kwargs)
+        self.state.log_history.clear()  # `metrics.jsonl` has it; here it would grow with the run, and each checkpoint too
+
+    def _judged(self, total: torch.Tensor, *, started: float, tokens: tuple[int, int]) -> torch.Tensor:
+        """The loss of the step under way, after a look at it; without gradients where it must not be applied."""
+        loss, examples = float(total), self.under_way.examples
+        self.step_metrics = StepMetrics(
+            loss=loss,
+            num_tokens=tokens[0],
+            num_supervised_tokens=tokens[1],
+            started=started,
+        )
+        if not self.watch.check("loss", loss, examples):
+            self._skip()
+            since = self.state.global_step - self._globalstep_last_logged
+            return self._tr_loss / max(1, since)  # the mean of the steps since the last line, which it leaves as it is
+        self.watch.see(loss, examples)
+        return total
+
+    def _skip(self) -> None:
+        """AdamW leaves a parameter without a gradient as it is, and its moments too."""
+        self.step_metrics.skipped = True
+        self.setup.model.zero_grad(set_to_none=True)
+
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[no-untyped-call]
-        self.step_metrics.grad_norm = float(norm)
-        self.step_metrics.learning_rate = self._get_learning_rate()
+        metrics = self.step_metrics
+        metrics.grad_norm, metrics.learning_rate = float(norm), self._get_learning_rate()
+        if not metrics.skipped and not self.watch.check("gradient norm", metrics.grad_norm, self.under_way.examples):
+            self._skip()
         return norm
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any = None) -> None:
-        assert self.args.output_dir is not None
+        run, step = self.setup.run, self.state.global_step
+        run.sync_metrics()  # a checkpoint that survives a power cut must find the lines before it
         save_checkpoint(
-            Path(self.args.output_dir) / str(self.state.global_step),
+            run.checkpoints / str(step),
             model=self.model,
             optimizer=self.optimizer,
             scheduler=self.lr_scheduler,
             trainer_state=json.dumps(asdict(self.state), indent=2),
-            keep=self.keep_checkpoints,
+            keep=self.setup.train.keep_checkpoints,
+            held_out=self.held_out,
         )
+        best = best_checkpoint(run.checkpoints, self.held_out)
+        if best is not None:
+            write_json(run.best, {"step": best, "eval_nll": self.held_out[best], "checkpoint": f"checkpoints/{best}"})
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         load_adapter_weights(Path(resume_from_checkpoint), self.model)
@@ -181,189 +202,106 @@ class _RunTrainer(Trainer):
         return 0  # transformers' estimate would cost time, and planning knows better
 
 
-class _GlobalSteps(Sampler[int]):
-    """The numbers of the steps of the epoch that the trainer is in, counted over the whole run."""
-
-    def __init__(self, num_per_epoch: int, steps_done: Callable[[], int]) -> None:
-        self._num_per_epoch = num_per_epoch
-        self._steps_done = steps_done
-
-    def __len__(self) -> int:
-        return self._num_per_epoch
-
-    def __iter__(self) -> Iterator[int]:
-        first = self._steps_done() // self._num_per_epoch * self._num_per_epoch
-        return iter(range(first, first + self._num_per_epoch))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepBatch:
-    """The work of one optimizer step.
-
-    Attributes:
-        micro_batches: Its examples.
-        left_out: Rows of streamed data that turned out to be none.
-    """
-
-    micro_batches: list[MicroBatch]
-    left_out: list[Rejected]
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(batch.num_tokens for batch in self.micro_batches)
-
-    @property
-    def num_supervised_tokens(self) -> int:
-        return sum(batch.num_supervised_tokens for batch in self.micro_batches)
-
-
-class _Steps(Dataset[StepBatch | LoratuneError]):
-    """Step number, counted over the whole run → its micro-batches. An error is handed over, since it may arise in a worker."""
-
-    def __init__(self, data: TrainingData, train: TrainSection) -> None:
-        self._data, self._train = data, train
-        self.num_per_epoch = num_steps_per_epoch(len(data.train), train.batch_size)
-
-    def __len__(self) -> int:
-        return self.num_per_epoch
-
-    def __getitem__(self, number: int) -> StepBatch | LoratuneError:
-        epoch, index = divmod(number, self.num_per_epoch)
-        numbers = step_examples(
-            len(self._data.train),
-            batch_size=self._train.batch_size,
-            seed=self._train.seed,
-            epoch=epoch,
-            index=index,
-        )
-        try:
-            made = {i: self._data.train[i] for i in numbers}
-        except LoratuneError as error:
-            return error
-        examples = {i: example for i, example in made.items() if isinstance(example, Example)}
-        (rank,) = deal({i: len(example.input_ids) for i, example in examples.items()}, self._data.token_budget)
-        return StepBatch(
-            micro_batches=[collate([examples[i] for i in chosen]) for chosen in rank],
-            left_out=[row for row in made.values() if isinstance(row, Rejected)],
-        )
-
-
-class _Held(Dataset[Example]):
-    """The held-out examples, for transformers to see that there are some."""
-
-    def __init__(self, examples: Sequence[Example]) -> None:
-        self._examples = examples
-
-    def __len__(self) -> int:
-        return len(self._examples)
-
-    def __getitem__(self, index: int) -> Example:
-        return self._examples[index]
-
-
 class FastTrainer(_RunTrainer):
     """One `training_step` is one optimizer step: it loops over the step's micro-batches."""
 
-    def __init__(
-        self,
-        *,
-        model: PeftModel,
-        train: TrainSection,
-        data: TrainingData,
-        loss: SupervisedLoss,
-        run: RunDir,
-        callbacks: list[TrainerCallback],
-        progress: Progress,
-    ) -> None:
-        arguments = training_arguments(train, data, run)
-        self.run_data, self.supervised_loss, self.progress = data, loss, progress
-        self.keep_checkpoints = train.keep_checkpoints
-        self.step_metrics = StepMetrics()
-        steps = _Steps(data, train)
+    def __init__(self, setup: TrainerSetup) -> None:
+        callbacks = self._set_up(setup)
         # The batch size of transformers' own arithmetic is in items of the data set, and an item is a whole step.
-        args = TrainingArguments(**arguments, per_device_train_batch_size=1, remove_unused_columns=False)
+        args = TrainingArguments(
+            **training_arguments(setup.train, setup.data, setup.run),
+            per_device_train_batch_size=1,
+            remove_unused_columns=False,
+        )
         super().__init__(
-            model=model,
+            model=setup.model,
             args=args,
-            train_dataset=steps,
-            eval_dataset=_Held(data.eval),
-            callbacks=[*callbacks, *_tensorboard(train, run)],
+            train_dataset=self.steps,
+            eval_dataset=Held(setup.data.eval),
+            callbacks=callbacks,
         )
         self.remove_callback(PrinterCallback)
 
-    def get_train_dataloader(self) -> DataLoader[StepBatch | LoratuneError]:
-        steps = self.train_dataset
-        assert isinstance(steps, _Steps)
-        sampler = _GlobalSteps(steps.num_per_epoch, lambda: self.state.global_step)
-        ahead = steps_ahead() if isinstance(self.run_data.train, Stream) else {}
-        return DataLoader(steps, batch_size=1, sampler=sampler, collate_fn=_only, **ahead)
+    def get_train_dataloader(self) -> DataLoader[StepExamples | LoratuneError]:
+        return self.steps.loader(lambda: self.state.global_step)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], None]:
-        """The next steps.
+        """The next step's examples.
 
         Raises:
             LoratuneError: A row of streamed data cannot be trained on, and may not be left out.
         """
-        batches = []
-        for _ in range(num_batches):
-            batch = next(epoch_iterator)
+        batches = [next(epoch_iterator) for _ in range(num_batches)]
+        for batch in batches:
             if isinstance(batch, LoratuneError):
                 raise batch
-            batches.append(batch)
         return batches, None
 
-    def training_step(  # type: ignore[override] # a step's micro-batches, not one batch
-        self, model: Any, inputs: StepBatch, num_items_in_batch: Any = None
+    def training_step(  # type: ignore[override] # a step's examples, not one batch
+        self, model: Any, inputs: StepExamples, num_items_in_batch: Any = None
     ) -> torch.Tensor:
         """Gradients of one optimizer step; returns its loss: the mean over the step's supervised tokens."""
         started = time.perf_counter()
         model.train()
+        self.events.step = self.state.global_step + 1
+        self.under_way, examples = inputs, inputs.examples
+        self._tell_left_out(inputs.left_out)
+        num_supervised_tokens = sum(map(num_supervised, examples))
+        total = self.budget.retry(lambda: self._gradients(examples, num_supervised_tokens), undo=model.zero_grad)
+        num_tokens = sum(len(example.input_ids) for example in examples)
+        return self._judged(total, started=started, tokens=(num_tokens, num_supervised_tokens))
+
+    def _tell_left_out(self, rows: Sequence[Rejected]) -> None:
+        if rows:
+            places = "; ".join(f"{row.origin}: {row.reason}" for row in rows)
+            listed = [{"file": row.origin.file, "line": row.origin.line, "reason": row.reason} for row in rows]
+            self.events.happened("left_out", f"left out of step {self.events.step}: {places}", rows=listed)
+
+    def _gradients(self, examples: Sequence[Example], num_supervised_tokens: int) -> torch.Tensor:
         total = torch.zeros((), device=self.args.device)
-        for batch in inputs.micro_batches:
-            loss = self.supervised_loss.sum(batch.to(self.args.device)) / inputs.num_supervised_tokens
+        for chosen in self.budget.micro_batches(examples, range(len(examples))):
+            batch = collate([examples[i] for i in chosen]).to(self.args.device)
+            loss = self.setup.loss.sum(batch) / num_supervised_tokens
             self.accelerator.backward(loss)
             total += loss.detach()
-        self.step_metrics = StepMetrics(
-            loss=_finite(float(total), self.state.global_step + 1),
-            num_tokens=inputs.num_tokens,
-            num_supervised_tokens=inputs.num_supervised_tokens,
-            left_out=inputs.left_out,
-            started=started,
-        )
         return total
+
+    def rehearse(self) -> None:
+        """Run the largest micro-batches of training and evaluation once, so that memory runs out now or not at all.
+
+        Gradients and random numbers are afterwards as they were, so the run is the same to the bit.
+        """
+        setup, before = self.setup, random_state()
+        self.events.step = self.state.global_step
+        known = setup.data.known
+        largest = [known[i] for i in self.budget.largest_micro_batch(known, setup.train.batch_size)]
+        setup.model.train()
+        self.budget.retry(lambda: self._gradients(largest, 1), undo=setup.model.zero_grad)
+        setup.model.zero_grad()
+        if setup.data.eval:
+            chosen = self.budget.largest_micro_batch(setup.data.eval, len(setup.data.eval))
+            evaluate_nll(setup.loss, [setup.data.eval[i] for i in chosen], self.budget, Silent())
+        set_random_state(before)
 
 
 class ReferenceTrainer(_RunTrainer, SFTTrainer):
     """The stock `SFTTrainer` on the same examples in the same order: the plain path that the fast one must equal."""
 
-    def __init__(
-        self,
-        *,
-        model: PeftModel,
-        train: TrainSection,
-        data: TrainingData,
-        loss: SupervisedLoss,
-        run: RunDir,
-        callbacks: list[TrainerCallback],
-        progress: Progress,
-        tokenizer: PreTrainedTokenizerBase,
-    ) -> None:
+    def __init__(self, setup: TrainerSetup) -> None:
+        callbacks, data = self._set_up(setup), setup.data
         assert not isinstance(data.train, Stream), "the recipe refuses it"
-        self.run_data, self.supervised_loss, self.progress = data, loss, progress
-        self.keep_checkpoints = train.keep_checkpoints
-        self.step_metrics = StepMetrics()
-        self._order = _ExampleOrder(len(data.train), train, lambda: self.state.global_step)
-        args = SFTConfig(**stock_arguments(train, data, run, bf16=model.get_base_model().dtype == torch.bfloat16))
+        self._order = ExampleOrder(len(data.train), setup.train, lambda: self.state.global_step)
+        bf16 = setup.model.get_base_model().dtype == torch.bfloat16
         SFTTrainer.__init__(
             self,
-            model=model,
-            args=args,
+            model=setup.model,
+            args=SFTConfig(**stock_arguments(setup.train, data, setup.run, bf16=bf16)),
             train_dataset=labelled(data.train),
             eval_dataset=labelled(data.eval) if data.eval else None,
-            processing_class=tokenizer,
-            callbacks=[*callbacks, *_tensorboard(train, run)],
+            processing_class=setup.tokenizer,
+            callbacks=callbacks,
         )
         self.remove_callback(PrinterCallback)
 
@@ -374,73 +312,22 @@ class ReferenceTrainer(_RunTrainer, SFTTrainer):
         self, model: Any, inputs: dict[str, torch.Tensor], num_items_in_batch: Any = None
     ) -> torch.Tensor:
         started = time.perf_counter()
+        self.events.step = self.state.global_step + 1
+        under_way = self.steps[self.state.global_step]
+        assert isinstance(under_way, StepExamples)
+        self.under_way = under_way
         num_tokens = int(inputs["attention_mask"].sum())
         num_supervised_tokens = int((inputs["labels"][:, 1:] != -100).sum())
-        loss: torch.Tensor = SFTTrainer.training_step(self, model, inputs, num_items_in_batch)
-        self.step_metrics = StepMetrics(
-            loss=_finite(float(loss), self.state.global_step + 1),
-            num_tokens=num_tokens,
-            num_supervised_tokens=num_supervised_tokens,
-            started=started,
-        )
-        return loss
-
-
-class _ExampleOrder(Sampler[int]):
-    """Example numbers of the epoch that the trainer is in, in the step plan's order."""
-
-    def __init__(self, num_examples: int, train: TrainSection, steps_done: Callable[[], int]) -> None:
-        self._num_examples, self._train, self._steps_done = num_examples, train, steps_done
-
-    def __len__(self) -> int:
-        return self._num_examples
-
-    def __iter__(self) -> Iterator[int]:
-        epoch = self._steps_done() // num_steps_per_epoch(self._num_examples, self._train.batch_size)
-        return iter(epoch_order(self._num_examples, seed=self._train.seed, epoch=epoch).tolist())
-
-
-def evaluate_nll(
-    loss: SupervisedLoss, examples: Sequence[Example], token_budget: int, progress: Progress
-) -> list[tuple[float, int]]:
-    """For each example the sum of -log p over its supervised tokens, in nats, and their number."""
-    results: list[tuple[float, int]] = [(0.0, 0)] * len(examples)
-    was_training = loss.model.training
-    loss.model.eval()
-    with progress.task("held-out loss", len(examples), "examples") as task:
-        for chosen in pack([(i, len(example.input_ids)) for i, example in enumerate(examples)], token_budget):
-            batch = collate([examples[i] for i in chosen]).to(loss.model.device)
-            counts = [num_supervised(examples[i]) for i in chosen]
-            sums = [float(part.double().sum()) for part in torch.split(loss.per_token(batch), counts)]
-            for i, total, count in zip(chosen, sums, counts, strict=True):
-                results[i] = (total, count)
-            task.advance(len(chosen))
-    loss.model.train(was_training)
-    return results
-
-
-def _only(items: list[StepBatch | LoratuneError]) -> StepBatch | LoratuneError:
-    (item,) = items
-    return item
-
-
-def steps_ahead() -> dict[str, Any]:
-    """Settings of a `DataLoader` that has the next steps made in a process of its own, while this one trains."""
-    return {"num_workers": 1, "prefetch_factor": 4, "worker_init_fn": _as_worker, "multiprocessing_context": "fork"}
-
-
-def _as_worker(number: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that trains
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # threads of the tokenizer do not survive a fork
-
-
-def _finite(loss: float, step: int) -> float:
-    if not math.isfinite(loss):
-        raise RunError(
-            f"the loss of step {step} is {loss}",
-            fix="lower train.learning_rate, or set model.dtype: float32; checkpoints written before are intact",
-        )
-    return loss
+        try:
+            loss: torch.Tensor = SFTTrainer.training_step(self, model, inputs, num_items_in_batch)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise MachineError(
+                f"a batch of {inputs['input_ids'].numel():,} tokens with its padding does not fit into memory: {error}",
+                fix="train.engine: fast, which cuts a step into micro-batches, or a smaller train.batch_size",
+            ) from error
+        return self._judged(loss, started=started, tokens=(num_tokens, num_supervised_tokens))
 
 
 def resume_state(checkpoint: Path) -> int:

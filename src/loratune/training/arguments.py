@@ -1,0 +1,73 @@
+"""What a trainer works on, and a recipe in the words of transformers' trainer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from loratune.data.prepare import Stream
+from loratune.data.render import Example
+from loratune.data.steps import num_steps
+from loratune.recipe import TrainSection
+from loratune.run import RunDir
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingData:
+    """What a trainer trains and evaluates on.
+
+    Attributes:
+        train: Training examples; of streamed data, the stream.
+        known: Training examples; of streamed data, a sample.
+        eval: Held-out examples; may be empty.
+        token_budget: Tokens per micro-batch, `auto` resolved.
+    """
+
+    train: Sequence[Example] | Stream
+    known: Sequence[Example]
+    eval: Sequence[Example]
+    token_budget: int
+
+
+def training_arguments(train: TrainSection, data: TrainingData, run: RunDir) -> dict[str, Any]:
+    """The arguments of transformers' trainer that a recipe decides, the same for both engines."""
+    steps = num_steps(len(data.train), train.batch_size, train.epochs)
+    schedule = "constant_with_warmup" if train.schedule == "constant" and train.warmup_fraction else train.schedule
+    return {
+        "output_dir": str(run.checkpoints),
+        "num_train_epochs": train.epochs,
+        "learning_rate": train.learning_rate,
+        "lr_scheduler_type": schedule,
+        "warmup_steps": math.ceil(train.warmup_fraction * steps),
+        "weight_decay": train.weight_decay,
+        "max_grad_norm": train.max_grad_norm,
+        "optim": "adamw_torch",
+        "seed": train.seed,
+        "use_cpu": train.device == "cpu",
+        **_cadence("eval", train.eval_every if data.eval else "never"),
+        **_cadence("save", train.save_every),
+        **_cadence("logging", train.log_every),
+        "report_to": [],  # `trackers` runs them, so that one that fails stops nothing
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        "logging_nan_inf_filter": False,  # true would report the average of earlier losses in place of a NaN
+        "label_names": ["labels"],
+    }
+
+
+def stock_arguments(train: TrainSection, data: TrainingData, run: RunDir, *, bf16: bool) -> dict[str, Any]:
+    """The arguments of TRL's `SFTConfig` on ready-made examples."""
+    return {
+        **training_arguments(train, data, run),
+        "per_device_train_batch_size": train.batch_size,
+        "max_length": None,  # the examples are cut already, by the recipe's policy
+        "bf16": bf16,
+    }
+
+
+def _cadence(name: str, every: str | float) -> dict[str, Any]:
+    if isinstance(every, str):
+        return {f"{name}_strategy": {"epoch": "epoch", "never": "no"}[every]}
+    return {f"{name}_strategy": "steps", f"{name}_steps": every}
