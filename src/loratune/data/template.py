@@ -9,30 +9,25 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from jinja2.exceptions import TemplateError
-from transformers.utils.chat_template_utils import render_jinja_template
-
 from loratune.data.conversation import BadRow, Message
-from loratune.errors import DataError
+from loratune.data.sandbox import compile_template, describe, render_template
+from loratune.errors import DataError, LoratuneError
 
 if TYPE_CHECKING:
+    from jinja2 import Template
     from transformers import PreTrainedTokenizerBase
 
 Tools = Sequence[dict[str, Any]] | None
-
-_render_jinja: Callable[..., tuple[list[str], list[list[tuple[int, int]]]]] = render_jinja_template  # type: ignore[assignment]
 
 _MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _EMPTY_THOUGHTS = r"<think>\s*(?:</think>\s*)?$"
 _PROBE_USER, _PROBE_ANSWER, _PROBE_THOUGHTS, _PROBE_ARGUMENT = "Qk0uZ", "Qk1aZ", "Qk2tZ", "Qk3vZ"
 _PROBE_TOOL = "qk4fz"
-# What a template may raise on a conversation it was not written for: its own complaints, and Python's.
-_RENDER_ERRORS = (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +51,7 @@ class ChatTemplate:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
         self._named: dict[bool, str] = {}
+        self._templates: dict[bool, Template] = {}
         self._variables: dict[str, Any] = dict(tokenizer.special_tokens_map)
         if not tokenizer.chat_template:
             raise DataError(
@@ -88,19 +84,22 @@ class ChatTemplate:
 
         transformers' own token mask is not used: only the spans are, and they are checked.
         """
-        text, spans = self._run(messages, tools, return_assistant_tokens_mask=True)
+        text, spans = self._run(messages, tools, marked=True)
         return text, [(start, end) for start, end in spans if end > start]
 
     def _run(self, messages: Sequence[Message], tools: Tools, **options: bool) -> tuple[str, list[tuple[int, int]]]:
         styled = [self._styled(message) for message in messages]
-        arguments: dict[str, Any] = {**self._variables, **options}
         try:
-            texts, spans = _render_jinja(
-                [styled], tools=list(tools) if tools else None, chat_template=self._source(bool(tools)), **arguments
+            return render_template(
+                self._compiled(bool(tools)),
+                styled,
+                tools,
+                **{"add_generation_prompt": False, **self._variables, **options},
             )
-        except _RENDER_ERRORS as error:
-            raise BadRow(f"the chat template refuses it: {error}") from None
-        return texts[0], spans[0] if spans else []
+        except LoratuneError:
+            raise
+        except Exception as error:  # noqa: BLE001 - it is a stranger's code, and raises what it likes
+            raise BadRow(f"the chat template refuses it: {describe(error)}") from None
 
     def _styled(self, message: Message) -> Message:
         """The message in the form that this template reads."""
@@ -115,6 +114,11 @@ class ChatTemplate:
         if self._as_parts and isinstance(message.get("content"), str):
             message["content"] = [{"type": "text", "text": message["content"]}]
         return message
+
+    def _compiled(self, tools: bool) -> Template:
+        if tools not in self._templates:
+            self._templates[tools] = compile_template(self._source(tools))
+        return self._templates[tools]
 
     def _source(self, tools: bool) -> str:
         if tools not in self._named:
