@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from loratune.errors import Interrupted, LoratuneError, MachineError
+from loratune.errors import Interrupted, LoratuneError, MachineError, RunError
 from loratune.printing import print_json as _print_json
 from loratune.printing import show_delivery, show_result, show_service
 from loratune.recipe import Recipe
@@ -124,12 +124,38 @@ def resume(run: RunFolder, as_json: AsJson = False) -> None:
 
 
 @app.command()
-def evaluate(run: RunFolder, as_json: AsJson = False) -> None:
+def evaluate(
+    run: RunFolder,
+    gate: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME>=NUMBER", help="Exit code 1 unless: json>=0.8, difference.nll.high<0. Repeatable."),
+    ] = None,
+    metric: Annotated[
+        str, typer.Option(metavar="FILE.py:FUNCTION", help="Your own metric, of answer and reference; 0 to 1.")
+    ] = "",
+    harness: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TASK", help="Of lm-evaluation-harness: a name, or a YAML file. Repeatable."),
+    ] = None,
+    allow_code: Annotated[bool, typer.Option(help="Let the code that --metric and --harness name run.")] = False,
+    as_json: AsJson = False,
+) -> None:
     """Measure base against tuned on held-out data, again."""
     with _reporting(as_json) as progress:
         from loratune import pipeline
+        from loratune.evaluation.gates import check_gates
 
-        show_result(pipeline.evaluate(run, progress=progress), as_json)
+        tasks = tuple(task for word in harness or () for task in word.split(","))
+        extras = pipeline.Extras(metric=metric, harness=tasks, gates=tuple(gate or ()), allow_code=allow_code)
+        result = pipeline.evaluate(run, extras=extras, progress=progress)
+        show_result(result, as_json)
+        try:
+            check_gates(result.evaluation or {})
+        except RunError as failed:
+            if not as_json:
+                raise
+            progress.warn(str(failed))  # stdout has the record, gates included
+            raise SystemExit(failed.exit_code) from None
 
 
 @app.command()

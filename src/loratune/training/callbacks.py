@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from loratune.model.device import peak_bytes
 from loratune.progress import Progress, Task
 from loratune.run import RunDir
 from loratune.training.trainer import StepMetrics
@@ -59,9 +60,11 @@ class RunCallback(TrainerCallback):
                 "num_tokens": step.num_tokens,
                 "num_supervised_tokens": step.num_supervised_tokens,
                 "tokens_per_second": step.num_tokens / seconds,
+                "peak_bytes": (peak := peak_bytes(args.device.type)),
             }
         )
-        self._task.advance(1, f"loss {step.loss:.4f} · {self._num_tokens / self._seconds:,.0f} tokens/s")
+        rate = self._num_tokens / self._seconds
+        self._task.advance(1, f"loss {step.loss:.4f} · {rate:,.0f} tokens/s · {peak / 2**30:.1f} GiB")
         if self.stop_requested and state.global_step < state.max_steps:
             self.stopped_at = state.global_step
             control.should_save = True

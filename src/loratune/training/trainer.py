@@ -359,6 +359,8 @@ def evaluate_nll(
 ) -> list[tuple[float, int]]:
     """For each example the sum of -log p over its supervised tokens, in nats, and their number."""
     results: list[tuple[float, int]] = [(0.0, 0)] * len(examples)
+    if not examples:
+        return results
     was_training = loss.model.training
     loss.model.eval()
     with progress.task("held-out loss", len(examples), "examples") as task:
