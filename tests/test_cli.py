@@ -29,6 +29,7 @@ VERBS = [
     "merge",
     "export",
     "chat",
+    "serve",
     "diff",
     "reproduce",
     "doctor",

@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
-from loratune.errors import Interrupted, LoratuneError, MachineError
+from loratune.errors import Interrupted, LoratuneError, MachineError, RunError
+from loratune.printing import print_json as _print_json
+from loratune.printing import show_delivery, show_result, show_service
 from loratune.recipe import Recipe
 from loratune.recipe import origins as load_origins
 from loratune.terminal import TerminalProgress
 
 if TYPE_CHECKING:
-    from loratune.delivery import Delivery
-    from loratune.pipeline import RunResult
     from loratune.preparation import Preparation
     from loratune.run import Record
+    from loratune.serving import Service
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -111,7 +111,7 @@ def train(
 
         written = recipe.read_text(encoding="utf-8") if not overrides else loaded.to_yaml()
         result = pipeline.train(loaded, written=written, overwrite=overwrite, progress=progress, on_plan=show)
-        _show_result(result, as_json)
+        show_result(result, as_json)
 
 
 @app.command()
@@ -120,16 +120,42 @@ def resume(run: RunFolder, as_json: AsJson = False) -> None:
     with _reporting(as_json) as progress:
         from loratune import pipeline
 
-        _show_result(pipeline.resume(run, progress=progress), as_json)
+        show_result(pipeline.resume(run, progress=progress), as_json)
 
 
 @app.command()
-def evaluate(run: RunFolder, as_json: AsJson = False) -> None:
+def evaluate(
+    run: RunFolder,
+    gate: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME>=NUMBER", help="Exit code 1 unless: json>=0.8, difference.nll.high<0. Repeatable."),
+    ] = None,
+    metric: Annotated[
+        str, typer.Option(metavar="FILE.py:FUNCTION", help="Your own metric, of answer and reference; 0 to 1.")
+    ] = "",
+    harness: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TASK", help="Of lm-evaluation-harness: a name, or a YAML file. Repeatable."),
+    ] = None,
+    allow_code: Annotated[bool, typer.Option(help="Let the code that --metric and --harness name run.")] = False,
+    as_json: AsJson = False,
+) -> None:
     """Measure base against tuned on held-out data, again."""
     with _reporting(as_json) as progress:
         from loratune import pipeline
+        from loratune.evaluation.gates import check_gates
 
-        _show_result(pipeline.evaluate(run, progress=progress), as_json)
+        tasks = tuple(task for word in harness or () for task in word.split(","))
+        extras = pipeline.Extras(metric=metric, harness=tasks, gates=tuple(gate or ()), allow_code=allow_code)
+        result = pipeline.evaluate(run, extras=extras, progress=progress)
+        show_result(result, as_json)
+        try:
+            check_gates(result.evaluation or {})
+        except RunError as failed:
+            if not as_json:
+                raise
+            progress.warn(str(failed))  # stdout has the record, gates included
+            raise SystemExit(failed.exit_code) from None
 
 
 @app.command()
@@ -309,7 +335,7 @@ def merge(
     with _reporting(as_json) as progress:
         from loratune import delivery
 
-        _show_delivery(delivery.merge(run, out, dtype=dtype, progress=progress), as_json)
+        show_delivery(delivery.merge(run, out, dtype=dtype, progress=progress), as_json)
 
 
 @app.command()
@@ -333,7 +359,7 @@ def export(
         delivered = delivery.export(
             run, to=to, merged=merged, outtype=outtype, out=out, num_answers=answers, progress=progress
         )
-        _show_delivery(delivered, as_json)
+        show_delivery(delivered, as_json)
 
 
 @app.command()
@@ -352,6 +378,31 @@ def chat(
 
         sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, max_new_tokens=max_new_tokens, seed=seed)
         converse(open_chat(run, sampling, progress=progress, system=system), Console(highlight=False, soft_wrap=True))
+
+
+@app.command()
+def serve(
+    run: RunFolder,
+    server: Annotated[
+        Literal["auto", "vllm", "transformers"], typer.Option(help="auto: vLLM where it is installed.")
+    ] = "auto",
+    host: Annotated[
+        str, typer.Option(help="The address to listen at; others than this machine need a key.")
+    ] = "127.0.0.1",
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="8000 if not given, or a free one.")] = None,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="LORATUNE_API_KEY", help="What requests must bring; vLLM only.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Serve base and tuned by OpenAI's API (chat completions), until Ctrl-C."""
+    with _reporting(as_json) as progress:
+        from loratune.serving import serve as start
+
+        def ready(service: Service) -> None:
+            show_service(service, as_json)
+
+        start(run, server=server, host=host, port=port, api_key=api_key, progress=progress, on_ready=ready)
 
 
 @app.command()
@@ -395,47 +446,11 @@ def _write_page(path: Path, prepared: Preparation, samples: int) -> None:
         raise MachineError(f"cannot write: {error.strerror}", file=path, fix="another --html FILE") from None
 
 
-def _show_result(result: RunResult, as_json: bool) -> None:
-    from loratune.evaluation.compare import evaluation_table, samples_table
-    from loratune.reporting.plan_view import measured_line
-    from loratune.run import read_json
-
-    if as_json:
-        plan_record = read_json(result.run.plan)
-        _print_json({"run": str(result.run.root), "plan": plan_record, "evaluation": result.evaluation})
-        return
-    console = Console(highlight=False)
-    if result.evaluation is not None:
-        console.print(evaluation_table(result.evaluation))
-        if result.evaluation["items"]:
-            console.print(samples_table(result.evaluation, count=3))
-    console.print(measured_line(read_json(result.run.plan)), soft_wrap=True)
-    console.print(f"adapter: {escape(str(result.run.adapter))}", soft_wrap=True)
-
-
 def _show_file(name: str, path: Path, as_json: bool) -> None:
     if as_json:
         _print_json({name: str(path)})
     else:
         sys.stdout.write(f"{path}\n")
-
-
-def _show_delivery(delivered: Delivery, as_json: bool) -> None:
-    if as_json:
-        _print_json(
-            {"folder": str(delivered.folder), "certificate": delivered.certificate, "usage": list(delivered.usage)}
-        )
-        return
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(escape(delivered.summary))
-    for path in sorted(delivered.folder.iterdir()):
-        console.print(f"  {escape(str(path))}  {path.stat().st_size / 2**20:,.1f} MiB")
-    for command in delivered.usage:
-        console.print(f"[bold]$[/bold] {escape(command)}")
-
-
-def _print_json(record: Any) -> None:
-    sys.stdout.write(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
 
 @contextmanager

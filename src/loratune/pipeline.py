@@ -8,13 +8,11 @@ evaluate    base against tuned, of a finished run
 
 from __future__ import annotations
 
-import resource
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +23,18 @@ from loratune.data.preview import preview
 from loratune.data.render import stop_token_ids
 from loratune.data.steps import num_steps_per_epoch
 from loratune.errors import Interrupted, MachineError, RecipeError, RunError
-from loratune.evaluation.compare import evaluation_record
+from loratune.evaluation.compare import evaluation_record, nll_record
+from loratune.evaluation.gates import check_names, parse_gate, pass_gates
 from loratune.evaluation.generate import Answer, generate_answers
+from loratune.evaluation.harness import check_harness, run_harness
+from loratune.evaluation.own_metric import OwnMetric, load_metric
 from loratune.lock import changed_settings, differences
 from loratune.model.adapter import attach_adapter, save_adapter
-from loratune.model.device import torch_dtype
+from loratune.model.device import peak_bytes, torch_dtype
 from loratune.model.load import load_model
 from loratune.planning.devices import find_device
 from loratune.planning.memory import wants_rehearsal
-from loratune.preparation import Preparation, output_dir, prepare
+from loratune.preparation import Preparation, held_out_prompts, output_dir, prepare
 from loratune.progress import Progress, Silent
 from loratune.recipe import Recipe
 from loratune.reporting.card import write_card
@@ -183,11 +184,35 @@ def _checkpoint_to_go_on_from(run: RunDir, progress: Progress) -> Path | None:
     return checkpoint
 
 
-def evaluate(root: str | Path, *, progress: Progress = _NOBODY) -> RunResult:
-    """Measure base against tuned of a finished run again, and write `evaluation.json` and the card.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Extras:
+    """What an evaluation measures beside what the recipe says.
+
+    Attributes:
+        metric: `path/to/file.py:function`, in the place of the recipe's metric; empty: none.
+        harness: Tasks of lm-evaluation-harness, by name or as YAML files.
+        gates: Thresholds such as `json>=0.8`.
+        allow_code: Whether Python code that metric and tasks name may run.
+    """
+
+    metric: str = ""
+    harness: tuple[str, ...] = ()
+    gates: tuple[str, ...] = ()
+    allow_code: bool = False
+
+
+_NOTHING_MORE = Extras()
+
+
+def evaluate(root: str | Path, *, extras: Extras = _NOTHING_MORE, progress: Progress = _NOBODY) -> RunResult:
+    """Measure base against tuned of a finished run again, and write `evaluation.json`, the card and the report.
+
+    Whether the gates were passed stands in the record; `evaluation.gates.check_gates` raises where they were not.
 
     Raises:
-        RecipeError: The run is not finished, or has no held-out data.
+        RecipeError: The run is not finished, has no held-out data, or the extras do not fit.
+        MachineError: lm-evaluation-harness is asked for and not installed.
+        RunError: The metric or a task fails.
     """
     run = RunDir.open(root)
     if not run.is_finished:
@@ -195,10 +220,24 @@ def evaluate(root: str | Path, *, progress: Progress = _NOBODY) -> RunResult:
     recipe = Recipe.parse(read_json(run.lock)["recipe"], file=run.lock)
     if recipe.data.eval == "none":
         raise RecipeError("data.eval of this run is none: there is nothing to evaluate on", file=run.lock)
+    own = load_metric(extras.metric, allow_code=extras.allow_code) if extras.metric else None
+    gates = [parse_gate(text) for text in extras.gates]
+    measures = [own.name if own else recipe.evaluate.metric, "nll", "perplexity"]
+    forgets = recipe.evaluate.forgetting != "none"
+    check_names(gates, measures, forgetting=forgets, harness=bool(extras.harness))
+    if extras.harness:
+        check_harness(extras.harness, allow_code=extras.allow_code)
     prepared = prepare(recipe, progress)
+    if own is not None:
+        prepared = replace(prepared, prompts=held_out_prompts(recipe, prepared.data, prepared.tokenizer))
     model, loss = _load_trained(prepared, run, progress)
     with _memory_errors_told(run):
-        evaluation = _evaluate(prepared, run, model, loss, progress)
+        evaluation = _evaluate(prepared, run, model, loss, progress, own=own)
+    if extras.harness:
+        progress.line(f"lm-evaluation-harness: {', '.join(extras.harness)}")
+        evaluation["harness"] = run_harness(model, prepared.tokenizer, extras.harness, allow_code=extras.allow_code)
+    pass_gates(gates, evaluation)
+    write_json(run.evaluation, evaluation)
     write_card(run)
     report_or_warn(run, progress)
     return RunResult(run=run, evaluation=evaluation)
@@ -420,17 +459,22 @@ def _evaluate(
     loss: SupervisedLoss,
     progress: Progress,
     tuned_nll: Nll | None = None,
+    own: OwnMetric | None = None,
 ) -> Record:
-    """Base and tuned from the same loaded model, adapter off and on. `tuned_nll`: where it is known already."""
+    """Base and tuned from the same loaded model, adapter off and on.
+
+    `tuned_nll`: where it is known already; `own`: in the place of the recipe's metric.
+    """
     section, data = prepared.recipe.evaluate, prepared.data
     prompts = prepared.prompts
     budget = TokenBudget(_token_budget(prepared, run), Events(run, progress))
     stops = stop_token_ids(prepared.tokenizer) if prompts else ()
 
-    def measure(name: str, known: Nll | None = None) -> tuple[Nll, list[Answer]]:
+    def measure(name: str, known: Nll | None = None) -> tuple[Nll, Nll, list[Answer]]:
         nll = known or evaluate_nll(loss, data.eval, budget, progress)
+        other = evaluate_nll(loss, prepared.forgetting, budget, progress) if prepared.forgetting else []
         if not prompts:
-            return nll, []
+            return nll, other, []
         with progress.task(f"{name} answers", len(prompts), "prompts") as task:
             answers = generate_answers(
                 model,
@@ -440,20 +484,26 @@ def _evaluate(
                 stop_token_ids=stops,
                 progress=task.advance,
             )
-        return nll, answers
+        return nll, other, answers
 
     model.eval()
     with model.disable_adapter():
-        base_nll, base_answers = measure("base")
-    tuned_nll, tuned_answers = measure("tuned", tuned_nll)
+        base_nll, base_other, base_answers = measure("base")
+    tuned_nll, tuned_other, tuned_answers = measure("tuned", tuned_nll)
     record = evaluation_record(
-        metric=section.metric,
+        metric=own.name if own else section.metric,
         prompts=prompts,
         base_answers=base_answers,
         tuned_answers=tuned_answers,
         base_nll=base_nll,
         tuned_nll=tuned_nll,
+        scorer=own,
     )
+    if prepared.forgetting:
+        record["forgetting"] = nll_record(base_other, tuned_other)
+        rise = record["forgetting"]["difference"]["nll"]
+        if rise["low"] > 0:
+            progress.warn(f"the loss on evaluate.forgetting rose by {rise['value']:.4g} nats per token: it forgets")
     write_json(run.evaluation, record)
     return record
 
@@ -469,11 +519,3 @@ def step_totals(metrics: list[Record]) -> Record:
     seconds = sum(record["num_tokens"] / record["tokens_per_second"] for record in steps)
     num_tokens = sum(record["num_tokens"] for record in steps)
     return {"train_seconds": seconds, "tokens_per_second": num_tokens / seconds if seconds else 0.0}
-
-
-def peak_bytes(device: str) -> int:
-    """The most memory that this process has had on the device."""
-    if device == "cuda":
-        return int(torch.cuda.max_memory_allocated())
-    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes on macOS, kibibytes on Linux
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from loratune.data.batch import num_supervised
 from loratune.data.prepare import PreparedData, prepare_data
-from loratune.data.render import Prompt, render_prompts, stop_token_ids
+from loratune.data.render import Example, Prompt, render_prompts, stop_token_ids
 from loratune.data.steps import num_steps
 from loratune.data.stream import MANY_ROWS, can_stream, open_tables, stream_data
 from loratune.early_checks import check_disk, check_output, check_prompts, check_trackers, check_vocabulary
@@ -82,6 +82,7 @@ class Preparation:
         presets: The four target presets side by side.
         data: Examples and the data report.
         prompts: The held-out prompts that will be answered; none where the metric is none.
+        forgetting: The examples of another kind; none where `evaluate.forgetting` is none.
         memory: Bytes by component.
         time: Seconds, and the rate they were computed from.
         num_steps: Optimizer steps of the run.
@@ -100,6 +101,7 @@ class Preparation:
     presets: tuple[PresetPlan, ...]
     data: PreparedData
     prompts: tuple[Prompt, ...]
+    forgetting: tuple[Example, ...]
     memory: MemoryPlan
     time: TimePlan
     num_steps: int
@@ -183,6 +185,7 @@ class Preparation:
                 if self.data.stream is None
                 else self.data.stream.contents,
                 "eval": examples_fingerprint(self.data.eval),
+                **({"forgetting": examples_fingerprint(self.forgetting)} if self.forgetting else {}),
             },
             adapter={"targets": self.targets_in_words, "trainable": self.parameters.trainable},
         )
@@ -214,9 +217,11 @@ def prepare(recipe: Recipe, progress: Progress, device: Device | None = None) ->
     parameters = count_parameters(model, targets, recipe.lora.r)
     tokenizer = load_tokenizer(base, recipe.model)
     streaming, data = _data(recipe, tokenizer, int(max_length.value), progress)
+    forgetting = _forgetting(recipe, tokenizer, int(max_length.value), progress)
     embeddings: Any = model.get_input_embeddings()
-    check_vocabulary([*data.train, *data.eval], embeddings.weight.shape[0])
-    prompts = _prompts(recipe, data, tokenizer)
+    check_vocabulary([*data.train, *data.eval, *forgetting], embeddings.weight.shape[0])
+    prompts = () if recipe.evaluate.metric == "none" else held_out_prompts(recipe, data, tokenizer)
+    check_references(recipe.evaluate.metric, prompts)
     check_prompts(recipe, prompts, positions)
     dtype = _dtype(recipe, where.value, device)
     text_config = config.get_text_config()
@@ -260,6 +265,7 @@ def prepare(recipe: Recipe, progress: Progress, device: Device | None = None) ->
         presets=tuple(_preset(p, recipe, text_config, model, data, clock, place) for p in presets),
         data=data,
         prompts=prompts,
+        forgetting=forgetting,
         memory=memory,
         time=clock,
         num_steps=steps,
@@ -321,14 +327,28 @@ def _data(
     return Choice("false"), data
 
 
-def _prompts(recipe: Recipe, data: PreparedData, tokenizer: PreTrainedTokenizerBase) -> tuple[Prompt, ...]:
-    if recipe.evaluate.metric == "none":
+def held_out_prompts(recipe: Recipe, data: PreparedData, tokenizer: PreTrainedTokenizerBase) -> tuple[Prompt, ...]:
+    """The prompts of the held-out conversations that are answered."""
+    chosen = data.eval_conversations[: recipe.evaluate.samples]
+    return tuple(render_prompts(chosen, tokenizer, thinking=recipe.data.thinking))
+
+
+def _forgetting(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, max_length: int, progress: Progress
+) -> tuple[Example, ...]:
+    """The examples of `evaluate.forgetting`, made as the training examples are; their format is their own."""
+    if recipe.evaluate.forgetting == "none":
         return ()
-    prompts = render_prompts(
-        data.eval_conversations[: recipe.evaluate.samples], tokenizer, thinking=recipe.data.thinking
+    section = recipe.data.model_copy(update={"train": recipe.evaluate.forgetting, "eval": "none", "format": "auto"})
+    prepared = prepare_data(
+        section,
+        tokenizer,
+        max_length=max_length,
+        seed=recipe.train.seed,
+        cache=cache_dir() / "examples",
+        progress=progress,
     )
-    check_references(recipe.evaluate.metric, prompts)
-    return tuple(prompts)
+    return tuple(prepared.train)
 
 
 def _max_length(recipe: Recipe, positions: int | None) -> Choice:

@@ -245,6 +245,9 @@ class EvaluateSection(Section):
     max_new_tokens: int = Field(default=256, ge=1)
     """The longest generated answer, in tokens."""
 
+    forgetting: Annotated[Literal["none"] | tuple[Source, ...], BeforeValidator(_as_eval)] = "none"
+    """Data of another kind, whose loss should not rise by training: a source, a list of sources, or `none`."""
+
 
 class Recipe(Section):
     """Everything that decides a run. Load one with `Recipe.load`."""

@@ -84,6 +84,14 @@ class RunDir:
         return self.root / "adapter"
 
     @property
+    def adapter_weights(self) -> Path:
+        return self.adapter / "adapter_model.safetensors"
+
+    @property
+    def exports(self) -> Path:
+        return self.root / "exports"
+
+    @property
     def parity(self) -> Path:
         return self.root / "parity.json"
 

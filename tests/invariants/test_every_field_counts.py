@@ -59,6 +59,7 @@ OTHER: dict[str, Any] = {
     "evaluate.metric": "contains",
     "evaluate.samples": 1,
     "evaluate.max_new_tokens": 2,
+    "evaluate.forgetting": "FILE",
 }
 # what has to be on for the field to matter
 ALSO: dict[str, dict[str, Any]] = {
@@ -132,6 +133,7 @@ def footprint(recipe: Recipe) -> dict[str, Any]:
     metrics = run.read_metrics()
     for record in metrics:
         record.pop("tokens_per_second", None)
+        record.pop("peak_bytes", None)
         record.pop("time", None)
     adapter = load_file(run.adapter / "adapter_model.safetensors")
     seen = {
@@ -197,7 +199,7 @@ def test_changing_a_field_changes_what_happens(
     elif field == "model.trust_remote_code":
         _check_trust(baseline_values, tiny_model, tmp_path)
         return
-    elif field == "data.train":
+    elif field in ("data.train", "evaluate.forgetting"):
         value = write_jsonl(tmp_path / "other.jsonl", [conversation(i) for i in range(50, 66)])
     elif field == "train.output_dir":
         value = tmp_path / "elsewhere"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -76,16 +77,18 @@ def evaluation_record(
     tuned_answers: Sequence[Answer],
     base_nll: Sequence[NllPair],
     tuned_nll: Sequence[NllPair],
+    scorer: Callable[[str, str], float] | None = None,
 ) -> dict[str, Any]:
     """Put together what `evaluation.json` holds.
 
     Args:
-        metric: How answers are scored; `none`: there are no answers, and no items.
+        metric: The name of how answers are scored; `none`: there are no answers, and no items.
         prompts: The prompts that were answered.
         base_answers: One answer a prompt, without the adapter.
         tuned_answers: The same with it.
         base_nll: Of every held-out example: the summed NLL of its supervised tokens, and their number, all above zero.
         tuned_nll: The same with the adapter.
+        scorer: What scores an answer against its reference; None: the metric of that name.
 
     Returns:
         `base` and `tuned`, each with `nll` (nats per supervised token), `perplexity`, and the mean score under the
@@ -102,10 +105,18 @@ def evaluation_record(
     items = []
     if metric != "none":
         triples = zip(prompts, base_answers, tuned_answers, strict=True)
-        items = [_item(metric, prompt, base, tuned) for prompt, base, tuned in triples]
+        rate = scorer or partial(score, metric)
+        items = [_item(rate, prompt, base, tuned) for prompt, base, tuned in triples]
         _add_scores(record, metric, items)
     record["interval"] = {"level": LEVEL, "method": "paired bootstrap", "resamples": RESAMPLES}
     record["items"] = items
+    return record
+
+
+def nll_record(base: Sequence[NllPair], tuned: Sequence[NllPair]) -> dict[str, Any]:
+    """`base`, `tuned` and `difference` of losses alone, on data of another kind."""
+    record: dict[str, Any] = {"num_examples": len(base), "base": {}, "tuned": {}, "difference": {}}
+    _add_nll(record, base, tuned)
     return record
 
 
@@ -126,15 +137,20 @@ def evaluation_table(record: Mapping[str, Any]) -> Table:
             f"{points['low']:+.1f} to {points['high']:+.1f}",
         )
     for name, label in (("nll", "NLL per token"), ("perplexity", "perplexity")):
-        difference = record["difference"][name]
-        table.add_row(
-            label,
-            f"{record['base'][name]:.4g}",
-            f"{record['tuned'][name]:.4g}",
-            f"{difference['value']:+.4g}",
-            f"{difference['low']:+.4g} to {difference['high']:+.4g}",
-        )
+        _add_row(table, label, record["base"][name], record["tuned"][name], record["difference"][name])
+    if "forgetting" in record:
+        other = record["forgetting"]
+        label = f"other data: NLL per token ({other['num_examples']} conversations)"
+        _add_row(table, label, other["base"]["nll"], other["tuned"]["nll"], other["difference"]["nll"])
+    for task, measures in record.get("harness", {}).get("tasks", {}).items():
+        for name, values in measures.items():
+            _add_row(table, f"{task}: {name}", values["base"], values["tuned"], values["difference"])
     return table
+
+
+def _add_row(table: Table, label: str, base: float, tuned: float, difference: Mapping[str, float]) -> None:
+    interval = f"{difference['low']:+.4g} to {difference['high']:+.4g}" if "low" in difference else ""
+    table.add_row(label, f"{base:.4g}", f"{tuned:.4g}", f"{difference['value']:+.4g}", interval)
 
 
 def samples_table(record: Mapping[str, Any], count: int = 3) -> Table:
@@ -183,22 +199,22 @@ def _add_scores(record: dict[str, Any], metric: str, items: Sequence[Mapping[str
     record["difference"][metric] = paired_bootstrap(base, tuned).as_dict()
 
 
-def _item(metric: str, prompt: Prompt, base: Answer, tuned: Answer) -> dict[str, Any]:
+def _item(rate: Callable[[str, str], float], prompt: Prompt, base: Answer, tuned: Answer) -> dict[str, Any]:
     return {
         "file": prompt.origin.file,
         "line": prompt.origin.line,
         "prompt": prompt.text,
         "question": prompt.question,
         "reference": prompt.reference,
-        "base": _scored_answer(metric, base, prompt.reference),
-        "tuned": _scored_answer(metric, tuned, prompt.reference),
+        "base": _scored_answer(rate, base, prompt.reference),
+        "tuned": _scored_answer(rate, tuned, prompt.reference),
     }
 
 
-def _scored_answer(metric: str, answer: Answer, reference: str) -> dict[str, Any]:
+def _scored_answer(rate: Callable[[str, str], float], answer: Answer, reference: str) -> dict[str, Any]:
     return {
         "text": answer.text,
-        "score": score(metric, answer.text, reference),
+        "score": rate(answer.text, reference),
         "num_tokens": answer.num_tokens,
         "stopped": answer.stopped,
     }

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
+import sys
 import time
 from dataclasses import dataclass
 
@@ -124,3 +126,11 @@ def _matmul_seconds(dtype: torch.dtype) -> float:
         torch.nn.functional.linear(inputs, weights)
         best = min(best, time.perf_counter() - start)
     return best
+
+
+def peak_bytes(device: str) -> int:
+    """The most memory that this process has had on the device."""
+    if device == "cuda":
+        return int(torch.cuda.max_memory_allocated())
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes on macOS, kibibytes on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -11,7 +11,6 @@ import yaml
 from loratune.reporting.amounts import (
     as_bytes,
     as_count,
-    as_difference,
     as_duration,
     as_measure,
     measure_in_words,
@@ -33,6 +32,7 @@ from loratune.reporting.blocks import (
 )
 from loratune.reporting.charts import Bar, Series, describe, draw_bars, draw_histogram, draw_lines
 from loratune.reporting.files import RunFiles
+from loratune.reporting.result import result
 from loratune.reporting.sections import UNEXPECTED, build_sections
 from loratune.run import Record
 
@@ -118,78 +118,6 @@ def _figures(files: RunFiles) -> Iterator[Figure]:
         )
 
 
-# ---- base against tuned
-
-
-def _result(files: RunFiles) -> Iterator[Block]:
-    record = files.evaluation
-    if not record:
-        return
-    metric, level = record["metric"], f"{record['interval']['level']:.0%}"
-    measures = [name for name in dict.fromkeys((metric, "nll", "perplexity")) if name in record["tuned"]]
-    yield Paragraph(
-        text=f"Measured on {as_count(record['num_examples'], 'held-out conversation')} that training did not see. The "
-        f"interval says where the difference lies with {level} confidence ({record['interval']['method']}, "
-        f"{record['interval']['resamples']:,} resamples)."
-    )
-    yield Table(
-        caption="Base against tuned",
-        columns=("measure", "base", "tuned", f"difference, {level} interval"),
-        rows=tuple(_measure_row(record, name) for name in measures),
-        numeric=True,
-    )
-    yield Charts(charts=tuple(_measure_chart(record, name) for name in measures if name != "perplexity"))
-    if record["items"]:
-        yield _turned(record)
-
-
-def _measure_row(record: Record, name: str) -> tuple[str, ...]:
-    difference = record["difference"][name]
-    of_what = {"nll": ", nats per token", record["metric"]: f", {len(record['items'])} answers"}.get(name, "")
-    low, high = (as_difference(name, difference[end]).removesuffix(" points") for end in ("low", "high"))
-    return (
-        f"{measure_in_words(name)}{of_what}",
-        as_measure(name, record["base"][name]),
-        as_measure(name, record["tuned"][name]),
-        f"{as_difference(name, difference['value'])}\n{low} to {high}",
-    )
-
-
-def _measure_chart(record: Record, name: str) -> Chart:
-    base, tuned, difference = record["base"][name], record["tuned"][name], record["difference"][name]
-    scale = 1 if name == "nll" else 100
-    interval = (scale * max(0.0, base + difference["low"]), scale * (base + difference["high"]))
-    words = measure_in_words(name)
-    return Chart(
-        title=words[0].upper() + words[1:],
-        svg=draw_bars(
-            f"measure-{'nll' if name == 'nll' else 'score'}",
-            f"{words}: base {as_measure(name, base)}, tuned {as_measure(name, tuned)}.",
-            (
-                Bar(name="base", parts=((scale * base, 3),), label=as_measure(name, base)),
-                Bar(name="tuned", parts=((scale * tuned, 0),), label=as_measure(name, tuned), interval=interval),
-            ),
-            x_label="nats per supervised token, less is better" if name == "nll" else "% of answers, more is better",
-            ticks=None if name == "nll" else (0, 25, 50, 75, 100),
-        ),
-        caption="The line on the tuned bar is the interval of the difference, added to the base.",
-    )
-
-
-def _turned(record: Record) -> Table:
-    """How many answers became right and how many wrong."""
-    scores = [(bool(item["base"]["score"]), bool(item["tuned"]["score"])) for item in record["items"]]
-    return Table(
-        caption="Answers, base against tuned",
-        columns=("", "tuned right", "tuned wrong"),
-        rows=(
-            ("base right", f"{scores.count((True, True)):,}", f"{scores.count((True, False)):,}"),
-            ("base wrong", f"{scores.count((False, True)):,}", f"{scores.count((False, False)):,}"),
-        ),
-        numeric=True,
-    )
-
-
 # ---- curves
 
 
@@ -228,8 +156,10 @@ def _step_charts(files: RunFiles, steps: list[int]) -> Iterator[Chart]:
         ("learning_rate", "Learning rate", ""),
         ("grad_norm", "Gradient norm", "before clipping"),
         ("tokens_per_second", "Speed", "tokens per second"),
+        ("peak_bytes", "Memory", "GiB at the peak so far"),
     ):
-        points = [(x, step[key]) for x, step in zip(steps, files.steps, strict=True) if key in step]
+        scale = 2**30 if key == "peak_bytes" else 1
+        points = [(x, step[key] / scale) for x, step in zip(steps, files.steps, strict=True) if key in step]
         if not points:
             continue
         values = [y for _, y in points]
@@ -270,7 +200,8 @@ def _trained(files: RunFiles) -> Iterator[Block]:
         yield Items(lines=tuple(files.plan["warnings"]))
     rows = [(f"model: {name}", digest) for name, digest in inputs["model"].items()]
     rows.append(("chat template", inputs["template"]))
-    rows += [(f"{side}: {name}", digest) for side in ("train", "eval") for name, digest in inputs[side].items()]
+    sides = [side for side in ("train", "eval", "forgetting") if side in inputs]
+    rows += [(f"{side}: {name}", digest) for side in sides for name, digest in inputs[side].items()]
     yield Fold(
         title="Fingerprints of everything that went in (SHA-256)",
         blocks=(
@@ -513,7 +444,7 @@ def _again(files: RunFiles) -> Iterator[Block]:
 
 
 _PARTS: tuple[tuple[str, str, Callable[[RunFiles], Iterator[Block]]], ...] = (
-    ("result", "Base against tuned", _result),
+    ("result", "Base against tuned", result),
     ("curves", "Curves", _curves),
     ("trained", "What was trained on what", _trained),
     ("promise", "Promised and measured", _promise),

@@ -276,4 +276,4 @@ def _complaints(template: Record, distributions: Record, tolerance: Tolerance) -
 
 
 def _answers(record: Record | None) -> str:
-    return f", {record['same_by_metric']} of {record['num_prompts']} greedy answers" if record else ""
+    return f", {record['same']} of {record['num_prompts']} greedy answers ({record['share']:.1%})" if record else ""

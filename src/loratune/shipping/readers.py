@@ -29,6 +29,7 @@ class TransformersReader:
         gguf_file: The file in the folder, if it is one.
         adapter: A folder in PEFT's format, with tokenizer and template of its own.
         trust_remote_code: Whether Python files that come with the model may run.
+        architecture: The class of transformers that loads the folder; None: transformers' own choice.
         render: In the place of the target's own template; the tokenizer then adds what it adds by itself.
     """
 
@@ -41,15 +42,18 @@ class TransformersReader:
         gguf_file: str | None = None,
         adapter: Path | None = None,
         trust_remote_code: bool = False,
+        architecture: str | None = None,
         render: Render | None = None,
     ) -> None:
+        import transformers
         from peft import PeftModel
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
         if gguf_file is not None:
             options["gguf_file"] = gguf_file
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
+        loader: Any = AutoModelForCausalLM if architecture is None else getattr(transformers, architecture)
+        model: Any = loader.from_pretrained(folder, dtype=dtype, **options)
         self._tokenizer: Any = AutoTokenizer.from_pretrained(adapter or folder, **({} if adapter else options))
         eos = model.generation_config.eos_token_id
         self._stops = eos if isinstance(eos, list) else [eos]

@@ -79,3 +79,8 @@ def serve_adapter(
 def serve_merged(folder: Path, *, name: str) -> str:
     """The command that serves a merged folder."""
     return shlex.join(["vllm", "serve", str(folder), "--served-model-name", name])
+
+
+def serve_words(command: str, *, base_name: str, host: str, port: int) -> tuple[str, ...]:
+    """The command of `serve_adapter` with an address, and a name for the base beside the adapter's."""
+    return (*shlex.split(command), "--served-model-name", base_name, "--host", host, "--port", str(port))

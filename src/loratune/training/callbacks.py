@@ -8,6 +8,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
+from loratune.model.device import peak_bytes
 from loratune.progress import Progress, Task
 from loratune.run import RunDir
 from loratune.training.events import StepMetrics
@@ -55,7 +56,7 @@ class RunCallback(TrainerCallback):
         self.evaluate_if_owed()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._write(state)
+        self._write(args, state)
         if self._ends_epoch(state):
             control.should_log |= args.logging_strategy == IntervalStrategy.EPOCH
             control.should_save |= args.save_strategy == "epoch"
@@ -86,7 +87,7 @@ class RunCallback(TrainerCallback):
             return self._ends_epoch(state)
         return state.global_step % state.eval_steps == 0 or state.global_step >= state.max_steps
 
-    def _write(self, state: TrainerState) -> None:
+    def _write(self, args: TrainingArguments, state: TrainerState) -> None:
         step: StepMetrics = self._trainer.step_metrics
         if step.skipped:  # the line that says so is written
             self._task.advance(1, "skipped")
@@ -105,9 +106,11 @@ class RunCallback(TrainerCallback):
                 "num_tokens": step.num_tokens,
                 "num_supervised_tokens": step.num_supervised_tokens,
                 "tokens_per_second": step.num_tokens / seconds,
+                "peak_bytes": (peak := peak_bytes(args.device.type)),
             }
         )
-        self._task.advance(1, f"loss {step.loss:.4f} · {self._num_tokens / self._seconds:,.0f} tokens/s")
+        rate = self._num_tokens / self._seconds
+        self._task.advance(1, f"loss {step.loss:.4f} · {rate:,.0f} tokens/s · {peak / 2**30:.1f} GiB")
 
     def on_log(
         self,

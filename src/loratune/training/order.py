@@ -60,19 +60,12 @@ class Steps(Dataset[StepExamples | LoratuneError]):
 
     def loader(self, steps_done: Callable[[], int]) -> DataLoader[StepExamples | LoratuneError]:
         """The steps of the epoch that the trainer is in. Streamed data is made examples in a process of its own, ahead."""
-        ahead = {
-            "num_workers": 1,
-            "prefetch_factor": 4,
-            "worker_init_fn": _as_worker,
-            "multiprocessing_context": "fork",
-        }
-        return DataLoader(
-            self,
-            batch_size=1,
-            sampler=GlobalSteps(self.num_per_epoch, steps_done),
-            collate_fn=_only,
-            **(ahead if isinstance(self._examples, Stream) else {}),
-        )
+        ahead: dict[str, Any] = {}
+        if isinstance(self._examples, Stream):
+            ahead |= {"num_workers": 1, "prefetch_factor": 4}
+            ahead |= {"worker_init_fn": _as_worker, "multiprocessing_context": "fork"}
+        sampler = GlobalSteps(self.num_per_epoch, steps_done)
+        return DataLoader(self, batch_size=1, sampler=sampler, collate_fn=_only, **ahead)
 
 
 def _as_worker(number: int) -> None:

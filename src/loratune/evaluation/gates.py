@@ -1,0 +1,136 @@
+"""Thresholds on what was measured, for programs that decide by an exit code: `json>=0.8`, `difference.nll.high<0`."""
+
+from __future__ import annotations
+
+import math
+import operator
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+from loratune.errors import RecipeError, RunError
+
+_COMPARISONS: Mapping[str, Callable[[float, float], bool]] = {
+    ">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt,
+}  # fmt: skip
+_GATE = re.compile(r"\s*([^<>=\s]+)\s*(>=|<=|>|<)\s*([-+0-9.eE]+)\s*")
+_PARTS = ("base", "tuned", "difference", "forgetting")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gate:
+    """One threshold.
+
+    Attributes:
+        text: As it was given.
+        name: Of a reported number: `tuned.json`, `difference.nll.low`; a measure's bare name is the tuned model's.
+        comparison: `>=`, `<=`, `>` or `<`.
+        threshold: What the number is held to.
+    """
+
+    text: str
+    name: str
+    comparison: str
+    threshold: float
+
+
+def parse_gate(text: str) -> Gate:
+    """Read a gate.
+
+    Raises:
+        RecipeError: It is none.
+    """
+    found = _GATE.fullmatch(text)
+    try:
+        threshold = float(found[3]) if found else math.nan
+    except ValueError:
+        threshold = math.nan
+    if found is None or not math.isfinite(threshold):
+        raise RecipeError(f"--gate {text!r} is no threshold", fix="NAME>=NUMBER with >=, <=, > or <, such as json>=0.8")
+    return Gate(text=text.strip(), name=found[1], comparison=found[2], threshold=threshold)
+
+
+def check_names(gates: Iterable[Gate], measures: Sequence[str], *, forgetting: bool, harness: bool) -> None:
+    """Refuse gates on numbers that will not be reported, before anything is measured.
+
+    Args:
+        gates: The gates.
+        measures: What is measured on the held-out data.
+        forgetting: Whether there is other data to measure on.
+        harness: Whether tasks of lm-evaluation-harness run; their numbers are known afterwards only.
+
+    Raises:
+        RecipeError: With the nearest name that will be.
+    """
+    sides = {"base": 0.0, "tuned": 0.0, "difference": {"value": 0.0, "low": 0.0, "high": 0.0}}
+    whole: dict[str, Any] = {side: dict.fromkeys(measures, value) for side, value in sides.items()}
+    if forgetting:
+        whole["forgetting"] = {side: dict.fromkeys(("nll", "perplexity"), value) for side, value in sides.items()}
+    known = reported_numbers(whole)
+    for gate in gates:
+        if not (harness and gate.name.startswith("harness.")):
+            _find(known, gate)
+
+
+def reported_numbers(record: Mapping[str, Any]) -> dict[str, float]:
+    """Every number of `evaluation.json` that a gate can name, by its name."""
+    numbers: dict[str, float] = {}
+    for part in _PARTS:
+        _flatten(record.get(part, {}), part, numbers)
+    for task, measures in record.get("harness", {}).get("tasks", {}).items():
+        for measure, values in measures.items():
+            _flatten(values, f"harness.{task}.{measure}", numbers)
+            numbers[f"harness.{task}.{measure}"] = values["tuned"]
+    return numbers | {
+        name.removeprefix("tuned."): value for name, value in numbers.items() if name.startswith("tuned.")
+    }
+
+
+def pass_gates(gates: Iterable[Gate], record: dict[str, Any]) -> None:
+    """Write into the record what became of each gate.
+
+    Raises:
+        RecipeError: A gate names a number that was not reported.
+    """
+    numbers = reported_numbers(record)
+    record["gates"] = [
+        {
+            "gate": gate.text,
+            "value": _find(numbers, gate),
+            "passed": _COMPARISONS[gate.comparison](_find(numbers, gate), gate.threshold),
+        }
+        for gate in gates
+    ]
+
+
+def check_gates(record: Mapping[str, Any]) -> None:
+    """Fail where a gate was not passed.
+
+    Raises:
+        RunError: Naming each of them with its number.
+    """
+    failed = [gate for gate in record.get("gates", ()) if not gate["passed"]]
+    if failed:
+        words = "; ".join(f"{gate['gate']}, but it is {gate['value']:.6g}" for gate in failed)
+        raise RunError(
+            f"{len(failed)} of {len(record['gates'])} gates failed: {words}", fix="evaluation.json has it all"
+        )
+
+
+def _flatten(value: Any, name: str, numbers: dict[str, float]) -> None:
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            _flatten(inner, f"{name}.{key}", numbers)
+    elif isinstance(value, int | float):
+        numbers[name] = value
+        numbers[name.removesuffix(".value")] = value  # a difference's own name is its value
+
+
+def _find(numbers: Mapping[str, float], gate: Gate) -> float:
+    if gate.name not in numbers:
+        near = get_close_matches(gate.name, numbers, n=1)
+        fix = f"did you mean {near[0]}?" if near else f"reported are {', '.join(sorted(numbers))}"
+        raise RecipeError(f"--gate {gate.text}: no number {gate.name} is reported", fix=fix)
+    return numbers[gate.name]

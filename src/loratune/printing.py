@@ -1,0 +1,65 @@
+"""What a verb leaves behind, on stdout: tables for people, JSON for programs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+
+if TYPE_CHECKING:
+    from loratune.certified import Delivery
+    from loratune.pipeline import RunResult
+    from loratune.serving import Service
+
+
+def show_result(result: RunResult, as_json: bool) -> None:
+    """Print the evaluation, and what training took."""
+    from loratune.evaluation.compare import evaluation_table, samples_table
+    from loratune.reporting.plan_view import measured_line
+    from loratune.run import read_json
+
+    if as_json:
+        plan_record = read_json(result.run.plan)
+        print_json({"run": str(result.run.root), "plan": plan_record, "evaluation": result.evaluation})
+        return
+    console = Console(highlight=False)
+    if result.evaluation is not None:
+        console.print(evaluation_table(result.evaluation))
+        if result.evaluation["items"]:
+            console.print(samples_table(result.evaluation, count=3))
+    console.print(measured_line(read_json(result.run.plan)), soft_wrap=True)
+    console.print(f"adapter: {escape(str(result.run.adapter))}", soft_wrap=True)
+
+
+def show_delivery(delivered: Delivery, as_json: bool) -> None:
+    """Print the certificate, the files, and the commands that use them."""
+    if as_json:
+        print_json(
+            {"folder": str(delivered.folder), "certificate": delivered.certificate, "usage": list(delivered.usage)}
+        )
+        return
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(escape(delivered.summary))
+    for path in sorted(delivered.folder.iterdir()):
+        console.print(f"  {escape(str(path))}  {path.stat().st_size / 2**20:,.1f} MiB")
+    for command in delivered.usage:
+        console.print(f"[bold]$[/bold] {escape(command)}")
+
+
+def show_service(service: Service, as_json: bool) -> None:
+    """Print where a server listens, and how it is asked."""
+    if as_json:
+        print_json({"url": service.url, "server": service.server, "models": list(service.models)})
+    else:
+        base, tuned = service.models
+        sys.stdout.write(f"{service.url} serves {tuned} and {base}, by {service.server}; Ctrl-C ends it\n")
+        sys.stdout.write(f"$ {service.curl}\n>>> {service.python}\n")
+    sys.stdout.flush()
+
+
+def print_json(record: Any) -> None:
+    """Print a record."""
+    sys.stdout.write(json.dumps(record, indent=2, ensure_ascii=False) + "\n")

@@ -1,0 +1,133 @@
+"""Base against tuned: the section of a run's page that people read first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from loratune.reporting.amounts import as_count, as_difference, as_measure, as_number, measure_in_words
+from loratune.reporting.blocks import Block, Chart, Charts, Paragraph, Table
+from loratune.reporting.charts import Bar, draw_bars
+from loratune.reporting.files import RunFiles
+from loratune.run import Record
+
+_WORDS = {"nll": "loss, nats per token", "perplexity": "perplexity"}
+
+
+def result(files: RunFiles) -> Iterator[Block]:
+    """The measures, their intervals, and what was held to a threshold."""
+    record = files.evaluation
+    if not record:
+        return
+    metric, level = record["metric"], f"{record['interval']['level']:.0%}"
+    measures = [name for name in dict.fromkeys((metric, "nll", "perplexity")) if name in record["tuned"]]
+    yield Paragraph(
+        text=f"Measured on {as_count(record['num_examples'], 'held-out conversation')} that training did not see. The "
+        f"interval says where the difference lies with {level} confidence ({record['interval']['method']}, "
+        f"{record['interval']['resamples']:,} resamples)."
+    )
+    yield Table(
+        caption="Base against tuned",
+        columns=("measure", "base", "tuned", f"difference, {level} interval"),
+        rows=tuple(_measure_row(record, name) for name in measures),
+        numeric=True,
+    )
+    yield Charts(charts=tuple(_measure_chart(record, name) for name in measures if name != "perplexity"))
+    if record["items"]:
+        yield _turned(record)
+    yield from _elsewhere(record)
+    if record.get("gates"):
+        yield _gates(record["gates"])
+
+
+def _measure_row(record: Record, name: str) -> tuple[str, ...]:
+    difference = record["difference"][name]
+    of_what = {"nll": ", nats per token", record["metric"]: f", {len(record['items'])} answers"}.get(name, "")
+    low, high = (as_difference(name, difference[end]).removesuffix(" points") for end in ("low", "high"))
+    return (
+        f"{measure_in_words(name)}{of_what}",
+        as_measure(name, record["base"][name]),
+        as_measure(name, record["tuned"][name]),
+        f"{as_difference(name, difference['value'])}\n{low} to {high}",
+    )
+
+
+def _measure_chart(record: Record, name: str) -> Chart:
+    base, tuned, difference = record["base"][name], record["tuned"][name], record["difference"][name]
+    scale = 1 if name == "nll" else 100
+    interval = (scale * max(0.0, base + difference["low"]), scale * (base + difference["high"]))
+    words = measure_in_words(name)
+    return Chart(
+        title=words[0].upper() + words[1:],
+        svg=draw_bars(
+            f"measure-{'nll' if name == 'nll' else 'score'}",
+            f"{words}: base {as_measure(name, base)}, tuned {as_measure(name, tuned)}.",
+            (
+                Bar(name="base", parts=((scale * base, 3),), label=as_measure(name, base)),
+                Bar(name="tuned", parts=((scale * tuned, 0),), label=as_measure(name, tuned), interval=interval),
+            ),
+            x_label="nats per supervised token, less is better" if name == "nll" else "% of answers, more is better",
+            ticks=None if name == "nll" else (0, 25, 50, 75, 100),
+        ),
+        caption="The line on the tuned bar is the interval of the difference, added to the base.",
+    )
+
+
+def _turned(record: Record) -> Table:
+    """How many answers became right and how many wrong."""
+    scores = [(bool(item["base"]["score"]), bool(item["tuned"]["score"])) for item in record["items"]]
+    return Table(
+        caption="Answers, base against tuned",
+        columns=("", "tuned right", "tuned wrong"),
+        rows=(
+            ("base right", f"{scores.count((True, True)):,}", f"{scores.count((True, False)):,}"),
+            ("base wrong", f"{scores.count((False, True)):,}", f"{scores.count((False, False)):,}"),
+        ),
+        numeric=True,
+    )
+
+
+def _elsewhere(record: Record) -> Iterator[Block]:
+    """What became of everything that was not trained: data of another kind, tasks of the harness."""
+    rows = []
+    if "forgetting" in record:
+        other = record["forgetting"]
+        for name in ("nll", "perplexity"):
+            of_what = f"{_WORDS[name]}, {as_count(other['num_examples'], 'conversation')} of another kind"
+            rows.append(_number_row(of_what, {side: other[side][name] for side in ("base", "tuned", "difference")}))
+    for task, measures in record.get("harness", {}).get("tasks", {}).items():
+        rows += [_number_row(f"{task}: {measure}", values) for measure, values in measures.items()]
+    if not rows:
+        return
+    asked = "asked in the chat template" if record.get("harness", {}).get("chat_template") else "asked as plain text"
+    by = f" Tasks by lm-evaluation-harness {record['harness']['version']}, {asked}." if "harness" in record else ""
+    yield Paragraph(text=f"Training should leave other things as they were: a loss that rises here is forgetting.{by}")
+    yield Table(
+        caption="On other data",
+        columns=("measure", "base", "tuned", "difference, interval"),
+        rows=tuple(rows),
+        numeric=True,
+    )
+
+
+def _number_row(name: str, values: Record) -> tuple[str, ...]:
+    difference = values["difference"]
+    interval = (
+        f"\n{as_number(difference['low'], '+')} to {as_number(difference['high'], '+')}" if "low" in difference else ""
+    )
+    return (
+        name,
+        as_number(values["base"]),
+        as_number(values["tuned"]),
+        f"{as_number(difference['value'], '+')}{interval}",
+    )
+
+
+def _gates(gates: list[Record]) -> Table:
+    return Table(
+        caption="Gates",
+        columns=("gate", "measured", ""),
+        rows=tuple(
+            (gate["gate"], as_number(gate["value"]), "passed" if gate["passed"] else "failed") for gate in gates
+        ),
+        numeric=True,
+    )
