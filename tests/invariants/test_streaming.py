@@ -27,7 +27,10 @@ def test_streamed_data_takes_the_steps_of_prepared_data_to_the_bit(tiny_recipe: 
     shutil.rmtree(streamed.run.adapter)
     shutil.rmtree(streamed.run.checkpoints / "6")
     assert_same(prepared.run, resume(streamed.run.root).run, tolerance=0)
-    assert evaluate(streamed.run.root).evaluation == prepared.evaluation
+    again = evaluate(streamed.run.root).evaluation
+    assert again is not None
+    assert prepared.evaluation is not None
+    assert [again[name] for name in ("base", "tuned")] == [prepared.evaluation[name] for name in ("base", "tuned")]
 
 
 def test_another_file_is_not_gone_on_with(tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
