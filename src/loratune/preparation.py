@@ -236,7 +236,7 @@ def prepare(recipe: Recipe, progress: Progress, device: Device | None = None) ->
         compiled=compiled.value == "true",
         free_bytes=None if device is None else device.memory_bytes,
     )
-    memory = run_memory(recipe, text_config, parameters, data.train, place)
+    memory = run_memory(recipe, text_config, parameters, data.train, place, data.eval)
     clock = plan_time(flops, rate, compiled=place.compiled)
     choices = {
         "train.device": where,
@@ -362,7 +362,7 @@ def _preset(
     if count.parameters is None:
         return PresetPlan(count=count, peak_bytes=None, train_seconds=None)
     try:
-        peak = run_memory(recipe, config, count.parameters, data.train, place).peak_bytes
+        peak = run_memory(recipe, config, count.parameters, data.train, place, data.eval).peak_bytes
     except MachineError:
         peak = None
     seconds = clock.train_seconds * run_flops(recipe, config, model, count.parameters, data.train) / clock.flops

@@ -21,8 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from loratune.errors import MachineError, RecipeError, RunError
 
 Record = dict[str, Any]
@@ -286,7 +284,10 @@ def cannot_write(path: Path, fix: str = "free some disk space, then `loratune re
     """Turn what the system says when a disk is full or read-only into our error."""
     try:
         yield
-    except (OSError, SafetensorError) as error:  # safetensors has an error of its own for what the system says
+    except Exception as error:
+        # Libraries in Rust quote the system in errors of their own: safetensors in its type, tokenizers in a bare Exception.
+        if not isinstance(error, OSError) and "os error" not in str(error):
+            raise
         raise MachineError(f"cannot write: {error}", file=path, fix=fix) from error
 
 

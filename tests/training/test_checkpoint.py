@@ -16,6 +16,7 @@ from loratune.pipeline import resume, train
 from loratune.recipe import Recipe
 from loratune.run import read_json
 from loratune.training.checkpoint import checkpoints_in, latest_checkpoint, load_random, save_checkpoint
+from tests.conftest import write_jsonl
 
 MakeRecipe = Callable[..., Recipe]
 
@@ -108,8 +109,16 @@ def test_only_the_newest_are_kept_and_the_best(tiny_recipe: MakeRecipe, tmp_path
     run = train(tiny_recipe(**keep, train__eval_every="never")).run
     assert [path.name for path in checkpoints_in(run.checkpoints)] == ["5", "6"]
     assert not run.best.exists()
-    # far too high a rate: the held-out loss is lowest early
-    recipe = tiny_recipe(**keep, train__eval_every=1, train__learning_rate=5.0, train__output_dir=str(tmp_path / "b"))
+    # held-out answers in words that training never shows: the longer it trains, the worse they get
+    said = [{"role": "user", "content": "Describe"}, {"role": "assistant", "content": "quartz zebra 7 7 7"}]
+    other = write_jsonl(tmp_path / "other.jsonl", [{"messages": said}])
+    recipe = tiny_recipe(
+        **keep,
+        train__eval_every=1,
+        data__eval=str(other),
+        lora__targets="complete",
+        train__output_dir=str(tmp_path / "b"),
+    )
     run = train(recipe).run
     losses = {line["step"]: line["eval_nll"] for line in run.read_metrics() if "eval_nll" in line}
     best = min(losses, key=lambda step: losses[step])

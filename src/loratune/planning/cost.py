@@ -35,7 +35,12 @@ class Place:
 
 
 def run_memory(
-    recipe: Recipe, config: Any, parameters: ParameterCount, examples: Sequence[Example], place: Place
+    recipe: Recipe,
+    config: Any,
+    parameters: ParameterCount,
+    examples: Sequence[Example],
+    place: Place,
+    held_out: Sequence[Example] = (),
 ) -> MemoryPlan:
     """Bytes at the peak, the token budget, and the layers to recompute.
 
@@ -45,6 +50,7 @@ def run_memory(
         parameters: What is trained.
         examples: The training examples.
         place: Where.
+        held_out: The held-out examples.
 
     Raises:
         MachineError: Not even one example fits.
@@ -68,6 +74,7 @@ def run_memory(
         device=place.device,
         loss_chunk_bytes=chunk_rows(config.vocab_size, place.device) * config.vocab_size * 4,
         longest=max(lengths),
+        longest_held_out=max((len(example.input_ids) for example in held_out), default=0),
         largest_step=largest_step(lengths, batch_size=recipe.train.batch_size, seed=recipe.train.seed),
         wanted_budget=None if wanted == "auto" else int(wanted),
         wanted_recomputed=None if recompute == "auto" else int(recompute),
