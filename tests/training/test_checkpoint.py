@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 
 from loratune.errors import MachineError, RecipeError, RunError
 from loratune.pipeline import resume, train
@@ -115,6 +116,7 @@ def test_only_the_newest_are_kept_and_the_best(tiny_recipe: MakeRecipe, tmp_path
     recipe = tiny_recipe(
         **keep,
         train__eval_every=1,
+        train__final_adapter="best",
         data__eval=str(other),
         lora__targets="complete",
         train__output_dir=str(tmp_path / "b"),
@@ -125,6 +127,11 @@ def test_only_the_newest_are_kept_and_the_best(tiny_recipe: MakeRecipe, tmp_path
     assert best < 5
     assert [path.name for path in checkpoints_in(run.checkpoints)] == [str(best), "5", "6"]
     assert read_json(run.best) == {"step": best, "eval_nll": losses[best], "checkpoint": f"checkpoints/{best}"}
+    name = "adapter_model.safetensors"
+    adapter, kept = load_file(run.adapter / name), load_file(run.checkpoints / str(best) / name)
+    assert all(torch.equal(adapter[key], kept[key]) for key in adapter)
+    assert adapter.keys() == kept.keys()
+    assert read_json(run.evaluation)["tuned"]["nll"] == pytest.approx(losses[best])
 
 
 def test_resume_refuses_what_it_cannot_continue(tiny_recipe: MakeRecipe, tmp_path: Path) -> None:

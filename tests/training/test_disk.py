@@ -18,6 +18,7 @@ from loratune.progress import Silent
 from loratune.recipe import Recipe
 from loratune.run import RunDir
 from loratune.training.checkpoint import latest_checkpoint
+from tests.conftest import recipe_maker
 from tests.invariants.test_same_mathematics import assert_same
 
 MakeRecipe = Callable[..., Recipe]
@@ -109,23 +110,7 @@ def test_a_file_that_cannot_be_written_is_told_and_the_run_goes_on_to_the_same_b
 @pytest.fixture(scope="module")
 def whole(tiny_model: Path, chat_files: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     """The same run on a disk that has room."""
-    recipe = Recipe.parse(
-        {
-            "model": {"name": str(tiny_model), "dtype": "float32"},
-            "data": {"train": str(chat_files[0]), "eval": str(chat_files[1])},
-            "lora": {"dropout": 0.1, "r": 4},
-            "train": {
-                "output_dir": str(tmp_path_factory.mktemp("whole") / "run"),
-                "epochs": 1,
-                "save_every": 1,
-                "learning_rate": 1e-2,
-                "batch_size": 8,
-                "device": "cpu",
-            },
-            "evaluate": {"metric": "exact_match", "max_new_tokens": 2},
-        }
-    )
-    return train(recipe).run
+    return train(recipe_maker(tiny_model, chat_files, tmp_path_factory.mktemp("whole"))(**SETTINGS)).run
 
 
 def test_a_report_and_a_cache_that_cannot_be_written_are_told_and_stop_nothing(

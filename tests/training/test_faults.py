@@ -25,7 +25,6 @@ from loratune.progress import Silent
 from loratune.recipe import Recipe
 from loratune.run import Record, RunDir
 from loratune.training import loss as loss_module
-from loratune.training import order
 from loratune.training.budget import TokenBudget, is_out_of_memory
 from loratune.training.events import Events
 from loratune.training.watch import is_spike
@@ -155,16 +154,10 @@ def test_the_rehearsal_changes_nothing(
     settings = {"lora__dropout": 0.1, "train__epochs": 1}
     one = train(tiny_recipe(**settings)).run
     monkeypatch.setattr(memory, "TIGHT", 0.0)
-    calls = inject("sum_cross_entropy", raising({1: NO_MEMORY[1]}))
-    other = train(tiny_recipe(**settings, train__output_dir=str(tmp_path / "other"))).run
-    assert len(calls) > 4
-    (event,) = events_of(other, "out_of_memory")
-    assert event["step"] == 0, "memory ran out before the first step"
-    monkeypatch.setattr(memory, "TIGHT", 0.0)
     calls = inject("sum_cross_entropy", lambda _, result: result)
-    third = train(tiny_recipe(**settings, train__output_dir=str(tmp_path / "third"))).run
+    other = train(tiny_recipe(**settings, train__output_dir=str(tmp_path / "other"))).run
     assert len(calls) == 4
-    assert_same(one, third, tolerance=0)
+    assert_same(one, other, tolerance=0)
 
 
 # ---- numbers
@@ -206,7 +199,7 @@ def test_a_step_that_is_not_finite_is_not_applied_and_its_examples_are_named(
     assert words.partition(" is")[0] in run.report.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("engine", ["fast", "trl"])
+@pytest.mark.parametrize("engine", ["fast", pytest.param("trl", marks=pytest.mark.slow)])
 def test_the_recipe_says_whether_a_bad_step_ends_the_run(
     tiny_recipe: MakeRecipe, chat_files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, inject: Inject, engine: str
 ) -> None:
@@ -283,17 +276,6 @@ def test_a_tracker_that_fails_does_not_end_training(
     assert told == ["tensorboard failed and is told nothing more: ConnectionError: the server is gone"]
     assert len(events_of(run, "tracker_failed")) == 1
     assert run.is_complete
-
-
-def test_a_run_that_goes_on_asks_for_no_step_before(tiny_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = train(tiny_recipe(train__save_every=2)).run
-    shutil.rmtree(run.adapter)
-    shutil.rmtree(run.checkpoints / "6")
-    asked: list[int] = []
-    get = order.Steps.__getitem__
-    monkeypatch.setattr(order.Steps, "__getitem__", lambda self, number: (asked.append(number), get(self, number))[1])
-    resume(run.root)
-    assert set(asked) == {4, 5}
 
 
 @pytest.mark.parametrize("steps", [240, pytest.param(5000, marks=pytest.mark.slow)])

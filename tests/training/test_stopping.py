@@ -15,6 +15,7 @@ from loratune.errors import Interrupted, Terminated
 from loratune.pipeline import resume, train
 from loratune.recipe import Recipe
 from loratune.run import RunDir, read_json
+from tests.conftest import recipe_maker
 from tests.invariants.test_same_mathematics import assert_same
 from tests.training.test_disk import Moment
 
@@ -30,24 +31,38 @@ def send(*numbers: int) -> Callable[[], None]:
     return act
 
 
-def test_a_stop_is_in_order_whatever_was_under_way(tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
-    """A stop at a step that an evaluation belongs to, one in an evaluation, one at the last step: then the same bits."""
-    settings = {"lora__dropout": 0.1, "train__eval_every": 2, "train__epochs": 1.9}
-    whole = train(tiny_recipe(**settings)).run
-    recipe = tiny_recipe(**settings, train__output_dir=str(tmp_path / "stopped"))
+SETTINGS = {
+    "lora__dropout": 0.1,
+    "train__epochs": 1.9,
+    "train__save_every": 1,
+    "train__eval_every": 2,
+    "train__keep_checkpoints": 1,
+    "train__token_budget": 100,  # three micro-batches in an evaluation
+}
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_model: Path, chat_files: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    """The run that nothing stops."""
+    return train(recipe_maker(tiny_model, chat_files, tmp_path_factory.mktemp("whole"))(**SETTINGS)).run
+
+
+def test_a_stop_is_in_order_whatever_was_under_way(tiny_recipe: MakeRecipe, whole: RunDir) -> None:
+    """At a step that an evaluation belongs to, in that evaluation when it is made up for, at the last step: the same bits."""
+    recipe = tiny_recipe(**SETTINGS)
     with pytest.raises(Terminated, match="stopped after step 2 of 6, which is saved") as stopped:
         train(recipe, progress=Moment("training", send(signal.SIGTERM), at=3))
     assert stopped.value.exit_code == 143
-    run = RunDir.open(tmp_path / "stopped")
+    run = RunDir.open(recipe.train.output_dir)
     assert [record["step"] for record in run.read_metrics()] == [1, 2], "who stops does not wait for an evaluation"
-    with pytest.raises(Interrupted, match="stopped after step 4") as stopped:
-        resume(run.root, progress=Moment("training", send(signal.SIGINT), at=3))
+    with pytest.raises(Interrupted, match="stopped after step 2 of 6") as stopped:
+        resume(run.root, progress=Moment("held-out loss", send(signal.SIGINT), at=1))
     assert stopped.value.exit_code == 130
+    with pytest.raises(Interrupted, match="stopped after step 4"):
+        resume(run.root, progress=Moment("training", send(signal.SIGINT), at=3))
     with pytest.raises(Interrupted, match="stopped after step 6 of 6"):
         resume(run.root, progress=Moment("training", send(signal.SIGINT), at=3))
     assert not run.is_finished
-    with pytest.raises(KeyboardInterrupt):
-        resume(run.root, progress=Moment("training", send(signal.SIGINT, signal.SIGINT), at=1))
     resume(run.root)
     assert_same(whole, run, tolerance=0)
     measured = read_json(run.plan)["measured"]
@@ -56,29 +71,19 @@ def test_a_stop_is_in_order_whatever_was_under_way(tiny_recipe: MakeRecipe, tmp_
     assert measured["total_seconds"] > measured["train_seconds"]
 
 
-def test_a_stop_in_an_evaluation_saves_and_is_made_up_for(tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
-    settings = {"lora__dropout": 0.1, "train__token_budget": 100, "train__epochs": 1}
-    whole = train(tiny_recipe(**settings)).run
-    recipe = tiny_recipe(**settings, train__output_dir=str(tmp_path / "stopped"))
-    with pytest.raises(Interrupted, match="stopped after step 3 of 3"):
+def test_a_stop_ends_an_evaluation_and_a_second_one_is_at_once_and_harms_no_checkpoint(
+    tiny_recipe: MakeRecipe, whole: RunDir
+) -> None:
+    recipe = tiny_recipe(**SETTINGS)
+    with pytest.raises(Interrupted, match="stopped after step 2"):
         train(recipe, progress=Moment("held-out loss", send(signal.SIGINT), at=1))
-    run = RunDir.open(tmp_path / "stopped")
-    assert not any("eval_nll" in record for record in run.read_metrics())
-    resume(run.root)
-    assert_same(whole, run, tolerance=0)
-
-
-def test_a_second_stop_is_at_once_and_harms_no_checkpoint(tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
-    settings = {"lora__dropout": 0.1, "train__save_every": 1, "train__keep_checkpoints": 1, "train__epochs": 1}
-    whole = train(tiny_recipe(**settings)).run
-    recipe = tiny_recipe(**settings, train__output_dir=str(tmp_path / "stopped"))
+    run = RunDir.open(recipe.train.output_dir)
     with pytest.raises(KeyboardInterrupt):
-        train(recipe, progress=Moment("training", send(signal.SIGINT, signal.SIGINT), at=3))
-    root = tmp_path / "stopped"
+        resume(run.root, progress=Moment("training", send(signal.SIGINT, signal.SIGINT), at=2))
     with pytest.raises(SystemExit) as stopped:
-        resume(root, progress=Moment("training", send(signal.SIGTERM, signal.SIGTERM), at=2))
+        resume(run.root, progress=Moment("training", send(signal.SIGTERM, signal.SIGTERM), at=3))
     assert stopped.value.code == 143
-    assert_same(whole, resume(root).run, tolerance=0)
+    assert_same(whole, resume(run.root).run, tolerance=0)
 
 
 def test_ctrl_c_in_the_last_evaluation_keeps_the_adapter(tiny_recipe: MakeRecipe) -> None:
@@ -118,7 +123,7 @@ def test_a_kill_before_the_first_checkpoint_begins_again(tiny_recipe: MakeRecipe
 @pytest.mark.parametrize(
     "options",
     [
-        ["--kills", "6", "--forked", "--seed", "1"],
+        ["--kills", "5", "--forked", "--seed", "1"],
         pytest.param(["--kills", "20", "--forked"], marks=pytest.mark.slow),
         pytest.param(["--kills", "20"], marks=[pytest.mark.slow, pytest.mark.timeout(3600)]),
     ],

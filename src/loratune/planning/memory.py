@@ -152,7 +152,7 @@ def plan_memory(
     free = free_bytes(device) if free is None else free
     room = int(free * SHARE) - sum(fixed.values())
     evaluation = longest_held_out * (layer.kept + 2 * layer.input)  # nothing is kept beyond the layer under way
-    if evaluation > room:
+    if evaluation and evaluation > room:
         raise _does_not_fit(f"one held-out example of {longest_held_out:,}", sum(fixed.values()) + evaluation, free)
     least = max(longest, min(wanted_budget or ENOUGH[device], largest_step))
     counts = range(num_layers + 1) if wanted_recomputed is None else (min(wanted_recomputed, num_layers),)
