@@ -203,7 +203,7 @@ class TrainSection(Section):
 
     final_adapter: Literal["last", "best"] = "last"
     """The adapter that the run ends with: of the `last` step, or of the `best` checkpoint, the one with the lowest held-out
-    loss. Which one that is stands in `checkpoints/best.json` either way."""
+    loss. Which one that is stands in `best.json` either way."""
 
     on_bad_step: Literal["error", "skip"] = "error"
     """A step whose loss or gradient is NaN or infinite is never applied. `error`: the run ends there; `skip`: it goes on

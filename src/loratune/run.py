@@ -6,7 +6,7 @@ RUN/data.json          the data report     RUN/evaluation.json   base and tuned,
 RUN/checkpoints/STEP/  to resume from      RUN/adapter/          PEFT format, with template and card
 RUN/preview.json       examples by token   RUN/report.html       all of it for people
 RUN/parity.json        certificates of what was merged and exported
-RUN/checkpoints/best.json  which checkpoint has the lowest held-out loss
+RUN/best.json          which checkpoint has the lowest held-out loss
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class RunDir:
 
     @property
     def best(self) -> Path:
-        return self.checkpoints / "best.json"
+        return self.root / "best.json"
 
     @property
     def adapter(self) -> Path:
@@ -177,7 +177,7 @@ class RunDir:
 
     def clean(self) -> None:
         """Delete what a kill left half written."""
-        for path in (*self.root.glob(".*"), *self.checkpoints.glob(".*")):
+        for path in (*self.root.glob(".*"), *self.checkpoints.glob(".*"), *self.adapter.glob(".*")):
             if _is_leftover(path):
                 shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 

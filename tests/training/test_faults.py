@@ -227,7 +227,7 @@ def test_a_loss_that_leaps_is_told_once_and_written_down(tiny_recipe: MakeRecipe
     run = train(recipe, progress=listener).run
     first, second = events_of(run, "spike")
     assert (first["step"], second["step"]) == (24, 25)
-    assert first["loss"] > 4 * first["median"]
+    assert first["value"] > 4 * first["median"]
     assert first["examples"][0]["line"] > 0
     told = [line for line in listener.lines if "leaps to" in line]
     assert told == [first["message"]]

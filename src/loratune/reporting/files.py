@@ -84,7 +84,7 @@ def read_run(run: RunDir) -> RunFiles:
         data=_record(run.data, complaints),
         evaluation=_record(run.evaluation, complaints, expected=state == "finished" and _holds_out(lock)),
         preview=_record(run.preview, complaints),
-        steps=[line for line in lines if "loss" in line and "event" not in line],
+        steps=[line for line in lines if "loss" in line],
         held_out=[line for line in lines if "eval_nll" in line],
         events=[line for line in lines if "event" in line],
         state=state,
