@@ -132,9 +132,8 @@ def chat_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     )
 
 
-@pytest.fixture
-def tiny_recipe(tiny_model: Path, chat_files: tuple[Path, Path], tmp_path: Path) -> Callable[..., Recipe]:
-    """Make a recipe on the tiny model; settings as `train__epochs=1`."""
+def recipe_maker(tiny_model: Path, chat_files: tuple[Path, Path], folder: Path) -> Callable[..., Recipe]:
+    """Makes recipes on the tiny model; settings as `train__epochs=1`."""
 
     def make(**settings: object) -> Recipe:
         values: dict[str, dict[str, object]] = {
@@ -142,7 +141,7 @@ def tiny_recipe(tiny_model: Path, chat_files: tuple[Path, Path], tmp_path: Path)
             "data": {"train": str(chat_files[0]), "eval": str(chat_files[1])},
             "lora": {"dropout": 0.0, "r": 4},
             "train": {
-                "output_dir": str(tmp_path / "run"),
+                "output_dir": str(folder / "run"),
                 "epochs": 2,
                 "learning_rate": 1e-2,
                 "batch_size": 8,
@@ -155,6 +154,12 @@ def tiny_recipe(tiny_model: Path, chat_files: tuple[Path, Path], tmp_path: Path)
         return Recipe.parse(values)
 
     return make
+
+
+@pytest.fixture
+def tiny_recipe(tiny_model: Path, chat_files: tuple[Path, Path], tmp_path: Path) -> Callable[..., Recipe]:
+    """Makes recipes on the tiny model; settings as `train__epochs=1`."""
+    return recipe_maker(tiny_model, chat_files, tmp_path)
 
 
 @pytest.fixture(scope="session")

@@ -92,7 +92,7 @@ def _turn(recipe: Recipe) -> Record:
     if done.returncode != 0:
         raise RunError(f"engine {recipe.train.engine} failed: {done.stderr.strip()[-2000:]}")
     run = RunDir.open(recipe.train.output_dir)
-    metrics = run.read_metrics()
+    metrics = [record for record in run.read_metrics() if "loss" in record]
     first = metrics[0]
     return {
         "engine": recipe.train.engine,

@@ -32,7 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     help="LoRA fine-tuning that can be trusted. Exit codes: 0 done, 1 failed while running, 2 wrong recipe or arguments, "
-    "3 wrong data, 4 the machine cannot do it, 130 interrupted.",
+    "3 wrong data, 4 the machine cannot do it, 130 interrupted, 143 ended by SIGTERM.",
 )
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML file; recipes/ holds complete examples.")]

@@ -43,7 +43,7 @@ from loratune.run import Record, RunDir, cannot_write, read_json, write_json, wr
 from loratune.training.arguments import TrainingData
 from loratune.training.budget import TokenBudget, is_out_of_memory
 from loratune.training.callbacks import RunCallback
-from loratune.training.checkpoint import latest_checkpoint, remove_checkpoint, sync
+from loratune.training.checkpoint import latest_checkpoint, load_adapter_weights, remove_checkpoint, sync
 from loratune.training.compilation import prepare_layers
 from loratune.training.events import Events, History
 from loratune.training.held_out import Nll, evaluate_nll
@@ -251,9 +251,11 @@ def _run(prepared: Preparation, run: RunDir, checkpoint: Path | None, progress: 
     try:
         with _memory_errors_told(run):
             tuned_nll = _train(prepared, run, model, loss, checkpoint, stop, progress)
+        if prepared.recipe.train.final_adapter == "best" and _take_best(run, model, prepared.num_steps, progress):
+            tuned_nll = None
         _save(prepared, run, model)
         if stop:
-            raise stop.as_error(_UNEVALUATED, f"`loratune resume {run.root}` does the rest")
+            raise stop.as_error(_UNEVALUATED, run)
     except Interrupted:
         sitting.note()
         raise
@@ -288,7 +290,7 @@ def _finish(
                 evaluation = _evaluate(prepared, run, model, loss, progress, tuned_nll)
     except KeyboardInterrupt:
         sitting.note()
-        raise Interrupted(_UNEVALUATED, fix=f"`loratune resume {run.root}` does the rest") from None
+        raise StopRequest().as_error(_UNEVALUATED, run) from None
     write_card(run)
     sitting.close()
     report_or_warn(run, progress)
@@ -431,12 +433,22 @@ def _train(
         else:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
     if callback.stopped_at is not None:
-        raise stop.as_error(
-            f"stopped after step {callback.stopped_at} of {prepared.num_steps}, which is saved",
-            f"`loratune resume {run.root}` goes on",
-        )
+        raise stop.after(callback.stopped_at, prepared.num_steps, run)
     step, losses = trainer.last_evaluation
     return losses if step == prepared.num_steps else None
+
+
+def _take_best(run: RunDir, model: PeftModel, num_steps: int, progress: Progress) -> bool:
+    """Give the model the adapter of the best checkpoint; whether it is another one than it has."""
+    if not run.best.is_file():
+        progress.warn("no checkpoint has a held-out loss to choose by: the adapter is that of the last step")
+        return False
+    best = read_json(run.best)
+    progress.line(f"the adapter is that of step {best['step']}, with held-out loss {best['eval_nll']:.4f}")
+    if best["step"] == num_steps:
+        return False
+    load_adapter_weights(run.checkpoints / str(best["step"]), model)
+    return True
 
 
 def _save(prepared: Preparation, run: RunDir, model: PeftModel) -> None:

@@ -205,6 +205,10 @@ class TrainSection(Section):
     keep_checkpoints: int | None = Field(default=None, ge=1)
     """How many of the newest checkpoints are kept, beside the one with the lowest held-out loss. `null`: all."""
 
+    final_adapter: Literal["last", "best"] = "last"
+    """The adapter that the run ends with: of the `last` step, or of the `best` checkpoint, the one with the lowest held-out
+    loss. Which one that is stands in `best.json` either way."""
+
     on_bad_step: Literal["error", "skip"] = "error"
     """A step whose loss or gradient is NaN or infinite is never applied. `error`: the run ends there; `skip`: it goes on
     with the next one. Either way the examples are named."""
@@ -227,6 +231,10 @@ class TrainSection(Section):
                 )
         if isinstance(self.token_budget, int) and self.token_budget < 1:
             raise ValueError(f"token_budget is {self.token_budget}; give a positive number of tokens, or auto")
+        if self.final_adapter == "best" and "never" in (self.eval_every, self.save_every):
+            raise ValueError(
+                "final_adapter is best, but eval_every or save_every is never: there is nothing to choose from"
+            )
         if isinstance(self.recompute, int) and self.recompute < 0:
             raise ValueError(f"recompute is {self.recompute}; give a number of layers, or auto")
         return self
@@ -264,6 +272,8 @@ class Recipe(Section):
             raise ValueError("data.streaming is true, but train.engine is trl, which takes all examples at once")
         if self.data.eval == "none" and self.evaluate.metric != "none":
             raise ValueError(f"evaluate.metric is {self.evaluate.metric}, but data.eval is none: nothing to score")
+        if self.data.eval == "none" and self.train.final_adapter == "best":
+            raise ValueError("train.final_adapter is best, but data.eval is none: there is no held-out loss to go by")
         return self
 
     @classmethod

@@ -6,7 +6,7 @@ RUN/data.json          the data report     RUN/evaluation.json   base and tuned,
 RUN/checkpoints/STEP/  to resume from      RUN/adapter/          PEFT format, with template and card
 RUN/preview.json       examples by token   RUN/report.html       all of it for people
 RUN/parity.json        certificates of what was merged and exported
-RUN/checkpoints/best.json  which checkpoint has the lowest held-out loss
+RUN/best.json          which checkpoint has the lowest held-out loss
 """
 
 from __future__ import annotations
@@ -20,8 +20,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from safetensors import SafetensorError
 
 from loratune.errors import MachineError, RecipeError, RunError
 
@@ -77,7 +75,7 @@ class RunDir:
 
     @property
     def best(self) -> Path:
-        return self.checkpoints / "best.json"
+        return self.root / "best.json"
 
     @property
     def adapter(self) -> Path:
@@ -187,7 +185,7 @@ class RunDir:
 
     def clean(self) -> None:
         """Delete what a kill left half written."""
-        for path in (*self.root.glob(".*"), *self.checkpoints.glob(".*")):
+        for path in (*self.root.glob(".*"), *self.checkpoints.glob(".*"), *self.adapter.glob(".*")):
             if _is_leftover(path):
                 shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
@@ -294,7 +292,10 @@ def cannot_write(path: Path, fix: str = "free some disk space, then `loratune re
     """Turn what the system says when a disk is full or read-only into our error."""
     try:
         yield
-    except (OSError, SafetensorError) as error:  # safetensors has an error of its own for what the system says
+    except Exception as error:
+        # Libraries in Rust quote the system in errors of their own: safetensors in its type, tokenizers in a bare Exception.
+        if not isinstance(error, OSError) and "os error" not in str(error):
+            raise
         raise MachineError(f"cannot write: {error}", file=path, fix=fix) from error
 
 

@@ -55,6 +55,9 @@ OTHER: dict[str, Any] = {
     "train.save_every": 1,
     "train.log_every": 1,
     "train.keep_checkpoints": 1,
+    "train.final_adapter": "best",
+    "train.on_bad_step": "error",
+    "train.max_skipped_steps": 1,
     "train.report_to": ["tensorboard"],
     "evaluate.metric": "contains",
     "evaluate.samples": 1,
@@ -64,6 +67,10 @@ OTHER: dict[str, Any] = {
 # what has to be on for the field to matter
 ALSO: dict[str, dict[str, Any]] = {
     "train.keep_checkpoints": {"train.save_every": 1},
+    # too high a rate, so that the last step is not the best one
+    "train.final_adapter": {"train.save_every": 1, "train.eval_every": 1, "train.learning_rate": 20.0},
+    "train.on_bad_step": {"lora.alpha": 1e38, "train.on_bad_step": "skip"},  # no gradient of such a scale has a norm
+    "train.max_skipped_steps": {"lora.alpha": 1e38, "train.on_bad_step": "skip"},
     "evaluate.samples": {"evaluate.metric": "exact_match"},
     "evaluate.max_new_tokens": {"evaluate.metric": "exact_match"},
 }

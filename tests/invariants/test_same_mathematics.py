@@ -110,8 +110,11 @@ def test_the_same_recipe_twice_is_the_same_to_the_bit(tiny_recipe: MakeRecipe, t
     assert_same(one.run, other.run, tolerance=0)
 
 
-def test_a_stopped_and_resumed_run_is_the_uninterrupted_one_to_the_bit(tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
+def test_a_stopped_and_resumed_run_is_the_uninterrupted_one_to_the_bit(
+    tiny_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from loratune.pipeline import resume
+    from loratune.training.order import Steps
 
     whole = train(tiny_recipe(lora__dropout=0.1, train__save_every=2))
     part = tiny_recipe(lora__dropout=0.1, train__save_every=2, train__output_dir=str(tmp_path / "part"))
@@ -121,7 +124,11 @@ def test_a_stopped_and_resumed_run_is_the_uninterrupted_one_to_the_bit(tiny_reci
 
     shutil.rmtree(killed.run.adapter)
     shutil.rmtree(killed.run.checkpoints / "6")
+    asked: list[int] = []
+    get = Steps.__getitem__
+    monkeypatch.setattr(Steps, "__getitem__", lambda self, number: (asked.append(number), get(self, number))[1])
     resumed = resume(killed.run.root)
+    assert set(asked) == {4, 5}, "no step before is read or skipped over"
     assert_same(whole.run, resumed.run, tolerance=0)
     steps = [record["step"] for record in resumed.run.read_metrics() if "loss" in record]
     assert steps == [1, 2, 3, 4, 5, 6]

@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 
 from loratune.errors import MachineError, RecipeError, RunError
 from loratune.pipeline import resume, train
 from loratune.recipe import Recipe
 from loratune.run import read_json
 from loratune.training.checkpoint import checkpoints_in, latest_checkpoint, load_random, save_checkpoint
+from tests.conftest import write_jsonl
 
 MakeRecipe = Callable[..., Recipe]
 
@@ -108,14 +110,28 @@ def test_only_the_newest_are_kept_and_the_best(tiny_recipe: MakeRecipe, tmp_path
     run = train(tiny_recipe(**keep, train__eval_every="never")).run
     assert [path.name for path in checkpoints_in(run.checkpoints)] == ["5", "6"]
     assert not run.best.exists()
-    # far too high a rate: the held-out loss is lowest early
-    recipe = tiny_recipe(**keep, train__eval_every=1, train__learning_rate=5.0, train__output_dir=str(tmp_path / "b"))
+    # held-out answers in words that training never shows: the longer it trains, the worse they get
+    said = [{"role": "user", "content": "Describe"}, {"role": "assistant", "content": "quartz zebra 7 7 7"}]
+    other = write_jsonl(tmp_path / "other.jsonl", [{"messages": said}])
+    recipe = tiny_recipe(
+        **keep,
+        train__eval_every=1,
+        train__final_adapter="best",
+        data__eval=str(other),
+        lora__targets="complete",
+        train__output_dir=str(tmp_path / "b"),
+    )
     run = train(recipe).run
     losses = {line["step"]: line["eval_nll"] for line in run.read_metrics() if "eval_nll" in line}
     best = min(losses, key=lambda step: losses[step])
     assert best < 5
     assert [path.name for path in checkpoints_in(run.checkpoints)] == [str(best), "5", "6"]
     assert read_json(run.best) == {"step": best, "eval_nll": losses[best], "checkpoint": f"checkpoints/{best}"}
+    name = "adapter_model.safetensors"
+    adapter, kept = load_file(run.adapter / name), load_file(run.checkpoints / str(best) / name)
+    assert all(torch.equal(adapter[key], kept[key]) for key in adapter)
+    assert adapter.keys() == kept.keys()
+    assert read_json(run.evaluation)["tuned"]["nll"] == pytest.approx(losses[best])
 
 
 def test_resume_refuses_what_it_cannot_continue(tiny_recipe: MakeRecipe, tmp_path: Path) -> None:

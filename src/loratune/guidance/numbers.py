@@ -411,7 +411,8 @@ def _keep(facts: Facts) -> str:
     train, size = facts.prepared.recipe.train, 12 * facts.prepared.parameters.trainable
     saves = occasions(train.save_every, steps=facts.prepared.num_steps, epochs=train.epochs)
     kept = min(saves, train.keep_checkpoints or saves)
-    return f"{kept:,} stay, about {_size(size)} each (weights and two moments)"
+    best = " and the best" if kept < saves and train.eval_every != "never" else ""
+    return f"{kept:,} stay{best}, about {_size(size)} each (weights and two moments)"
 
 
 # ---- evaluate

@@ -67,6 +67,7 @@ def run_memory(recipe: Recipe, config: Any, parameters: ParameterCount, data: Pr
         device=place.device,
         loss_chunk_bytes=chunk_rows(config.vocab_size, place.device) * config.vocab_size * 4,
         longest=max(lengths),
+        longest_held_out=max((len(example.input_ids) for example in data.eval), default=0),
         largest_step=largest_step(lengths, batch_size=recipe.train.batch_size, seed=recipe.train.seed),
         wanted_budget=None if wanted == "auto" else int(wanted),
         wanted_recomputed=None if recompute == "auto" else int(recompute),

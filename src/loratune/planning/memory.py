@@ -117,6 +117,7 @@ def plan_memory(
     device: str,
     loss_chunk_bytes: int,
     longest: int,
+    longest_held_out: int,
     largest_step: int,
     wanted_budget: int | None,
     wanted_recomputed: int | None,
@@ -133,13 +134,14 @@ def plan_memory(
         device: cpu, cuda or mps.
         loss_chunk_bytes: Bytes of one chunk of logits in float32.
         longest: Tokens of the longest example: the least that a micro-batch must hold.
+        longest_held_out: The same of the held-out examples; 0 where there are none.
         largest_step: Tokens of the largest step: the most that a micro-batch can hold.
         wanted_budget: The recipe's own, or None for auto.
         wanted_recomputed: The recipe's own, or None for auto.
         free: Bytes of a device that is not here; None for what is free on this machine.
 
     Raises:
-        MachineError: Not even one example fits, with every layer recomputed.
+        MachineError: Not even one example fits, with every layer recomputed; or a held-out one does not.
     """
     fixed = {
         "weights_bytes": (total_parameters - trainable_parameters) * dtype_bytes,
@@ -149,6 +151,9 @@ def plan_memory(
     }
     free = free_bytes(device) if free is None else free
     room = int(free * SHARE) - sum(fixed.values())
+    evaluation = longest_held_out * (layer.kept + 2 * layer.input)  # nothing is kept beyond the layer under way
+    if evaluation and evaluation > room:
+        raise _does_not_fit(f"one held-out example of {longest_held_out:,}", sum(fixed.values()) + evaluation, free)
     least = max(longest, min(wanted_budget or ENOUGH[device], largest_step))
     counts = range(num_layers + 1) if wanted_recomputed is None else (min(wanted_recomputed, num_layers),)
     fitting = [n for n in counts if least * per_token_bytes(layer, num_layers, n) <= room]
@@ -157,16 +162,21 @@ def plan_memory(
         fitting = [n for n in counts if least * per_token_bytes(layer, num_layers, n) <= room]
     if not fitting:
         needed = sum(fixed.values()) + longest * per_token_bytes(layer, num_layers, counts[-1])
-        raise MachineError(
-            f"one example of {longest:,} tokens needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are "
-            f"free, of which {SHARE:.0%} may be planned with",
-            fix="set a smaller data.max_length, model.dtype: bfloat16, train.recompute: auto, or use a smaller model",
-        )
+        raise _does_not_fit(f"one example of {longest:,}", needed, free)
     num_recomputed = fitting[0]
     per_token = per_token_bytes(layer, num_layers, num_recomputed)
     budget = wanted_budget if wanted_budget is not None else max(longest, min(CAPS[device], room // per_token))
     tokens = max(longest, min(budget, largest_step))
-    return MemoryPlan(**fixed, activation_bytes=tokens * per_token, token_budget=budget, num_recomputed=num_recomputed)
+    activations = max(tokens * per_token, evaluation)
+    return MemoryPlan(**fixed, activation_bytes=activations, token_budget=budget, num_recomputed=num_recomputed)
+
+
+def _does_not_fit(what: str, needed: int, free: int) -> MachineError:
+    return MachineError(
+        f"{what} tokens needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free, of which {SHARE:.0%} may be "
+        "planned with",
+        fix="set a smaller data.max_length, model.dtype: bfloat16, train.recompute: auto, or use a smaller model",
+    )
 
 
 def wants_rehearsal(plan: MemoryPlan, device: str) -> bool:

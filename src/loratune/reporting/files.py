@@ -26,6 +26,7 @@ class RunFiles:
         preview: `preview.json`.
         steps: The lines of `metrics.jsonl` that are optimizer steps, one a step, in their order.
         held_out: Those that are evaluations.
+        events: Those that tell what happened beside the steps.
         state: `finished`, `running` or `stopped`.
         is_trained: Whether the adapter is written.
         read_at: When the files were read.
@@ -40,6 +41,7 @@ class RunFiles:
     preview: Record
     steps: list[Record]
     held_out: list[Record]
+    events: list[Record]
     state: str
     is_trained: bool
     read_at: datetime
@@ -54,6 +56,12 @@ class RunFiles:
     def train_seconds(self) -> float:
         """Seconds spent in steps, over all sittings of a resumed run."""
         return math.fsum(step["num_tokens"] / step["tokens_per_second"] for step in self.steps if step["num_tokens"])
+
+    @property
+    def num_done(self) -> int:
+        """Steps that are done, the skipped ones among them."""
+        skipped = sum(event["event"] == "skipped" for event in self.events)
+        return len(self.steps) + skipped
 
     @property
     def num_tokens(self) -> int:
@@ -78,6 +86,7 @@ def read_run(run: RunDir) -> RunFiles:
         preview=_record(run.preview, complaints),
         steps=[line for line in lines if "loss" in line],
         held_out=[line for line in lines if "eval_nll" in line],
+        events=[line for line in lines if "event" in line],
         state=state,
         is_trained=run.is_finished,
         read_at=datetime.now(UTC),
@@ -134,8 +143,11 @@ def _lines(path: Path, complaints: list[str], *, growing: bool) -> list[Record]:
 def _metrics(line: str) -> Record | None:
     try:
         record = json.loads(line)
-        return record if isinstance(record, dict) and all(map(_is_number, record.values())) else None
-    except (ValueError, OverflowError, RecursionError):
+        if not isinstance(record, dict):
+            return None
+        numbers = (record["step"], record["time"]) if "event" in record else record.values()
+        return record if all(map(_is_number, numbers)) else None
+    except (LookupError, ValueError, OverflowError, RecursionError):
         return None
 
 

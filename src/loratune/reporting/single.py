@@ -31,6 +31,7 @@ from loratune.reporting.blocks import (
     Tokens,
 )
 from loratune.reporting.charts import Bar, Series, describe, draw_bars, draw_histogram, draw_lines
+from loratune.reporting.events import events
 from loratune.reporting.files import RunFiles
 from loratune.reporting.result import result
 from loratune.reporting.sections import UNEXPECTED, build_sections
@@ -83,7 +84,7 @@ def _badge(files: RunFiles) -> str:
         return "finished"
     if files.is_trained:
         return "trained, evaluation under way" if files.state == "running" else "trained, evaluation did not finish"
-    done = f"step {len(files.steps):,} of {files.plan['time']['num_steps']:,}"
+    done = f"step {files.num_done:,} of {files.plan['time']['num_steps']:,}"
     return f"running: {done}" if files.state == "running" else f"stopped after {done}"
 
 
@@ -246,7 +247,7 @@ def _promise(files: RunFiles) -> Iterator[Block]:
     if not files.plan:
         return
     clock, measured = files.plan["time"], files.plan.get("measured", {})
-    done, num_steps, seconds = len(files.steps), clock["num_steps"], files.train_seconds
+    done, num_steps, seconds = files.num_done, clock["num_steps"], files.train_seconds
     share = done / num_steps
     promised_seconds = _promised_seconds(files)
     so_far = "" if done == num_steps else " so far"
@@ -277,15 +278,14 @@ def _promise(files: RunFiles) -> Iterator[Block]:
     if files.state == "running" and 0 < done < num_steps:
         yield Paragraph(text=f"At this rate the steps take {as_duration(seconds / done * (num_steps - done))} more.")
     if files.state == "stopped":
-        verb = "evaluate" if files.is_trained else "resume"
-        yield Code(title="Go on", text=f"loratune {verb} {shlex.quote(str(files.run.root))}")
+        yield Code(title="Go on", text=f"loratune resume {shlex.quote(str(files.run.root))}")
     yield Charts(charts=(_memory_chart(files.plan),))
 
 
 def _promised_seconds(files: RunFiles) -> float:
     """For the steps that are done."""
     clock = files.plan["time"]
-    return float(clock["train_seconds"] * len(files.steps) / clock["num_steps"])
+    return float(clock["train_seconds"] * files.num_done / clock["num_steps"])
 
 
 def _memory_chart(plan: Record) -> Chart:
@@ -446,6 +446,7 @@ def _again(files: RunFiles) -> Iterator[Block]:
 _PARTS: tuple[tuple[str, str, Callable[[RunFiles], Iterator[Block]]], ...] = (
     ("result", "Base against tuned", result),
     ("curves", "Curves", _curves),
+    ("events", "What happened", events),
     ("trained", "What was trained on what", _trained),
     ("promise", "Promised and measured", _promise),
     ("data", "Data", _data),

@@ -45,10 +45,16 @@ class RunCallback(TrainerCallback):
         self._trainer = trainer
 
     def evaluate_if_owed(self) -> None:
-        """The evaluation that belongs to the step that is done, if the run was stopped before it."""
+        """The evaluation that belongs to the step that is done, if the run was stopped before it.
+
+        Raises:
+            Interrupted: The user stops it again.
+        """
         args, state = self._trainer.args, self._trainer.state
         if state.global_step and state.global_step not in self._trainer.held_out and self._evaluates(args, state):
             self._trainer.evaluate()
+            if self._stop:  # with another step it would be forgotten that it is owed
+                raise self._stop.after(state.global_step, state.max_steps, self._run)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -23,11 +23,11 @@ from typing import Any
 import numpy as np
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from loratune.errors import MachineError, RunError
 from loratune.model.gguf import file_sha256
+from loratune.run import cannot_write
 
 TRAINER_STATE = "trainer_state.json"
 _ADAPTER, _OPTIMIZER, _RANDOM = "adapter_model.safetensors", "optimizer.safetensors", "random.safetensors"
@@ -60,23 +60,22 @@ def save_checkpoint(
     """
     temporary = folder.with_name(f".{folder.name}.tmp")
     try:
+        with cannot_write(folder):
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            _write_files(temporary, model, optimizer, scheduler, trainer_state)
+            _write_manifest(temporary)
+            remove_checkpoint(folder)
+            temporary.rename(folder)
+            sync(folder.parent)
+            if keep is not None:
+                best = best_checkpoint(folder.parent, held_out)
+                for old in checkpoints_in(folder.parent)[:-keep]:
+                    if int(old.name) != best:
+                        remove_checkpoint(old)
+    except MachineError:
         shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        _write_files(temporary, model, optimizer, scheduler, trainer_state)
-        _write_manifest(temporary)
-        remove_checkpoint(folder)
-        temporary.rename(folder)
-        sync(folder.parent)
-        if keep is not None:
-            best = best_checkpoint(folder.parent, held_out)
-            for old in checkpoints_in(folder.parent)[:-keep]:
-                if int(old.name) != best:
-                    remove_checkpoint(old)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise MachineError(
-            f"cannot write the checkpoint: {error}", file=folder, fix="free some disk space, then `loratune resume`"
-        ) from error
+        raise
 
 
 def remove_checkpoint(folder: Path) -> None:

@@ -84,7 +84,7 @@ class History:
         for line in metrics:
             if "eval_nll" in line:
                 held_out[line["step"]] = line["eval_nll"]
-            elif "loss" in line and "event" not in line:
+            elif "loss" in line:
                 losses.append(line["loss"])
             match line.get("event"):
                 case "evaluation_failed":

@@ -10,6 +10,7 @@ from types import FrameType
 
 from loratune.errors import Interrupted, Terminated
 from loratune.progress import Progress
+from loratune.run import RunDir
 
 
 class StopRequest:
@@ -24,10 +25,14 @@ class StopRequest:
     def __bool__(self) -> bool:
         return self.signal is not None
 
-    def as_error(self, problem: str, fix: str) -> Interrupted:
+    def as_error(self, problem: str, run: RunDir) -> Interrupted:
         """The error that ends the command with the signal's exit code."""
         kind = Terminated if self.signal == signal.SIGTERM else Interrupted
-        return kind(problem, fix=fix)
+        return kind(problem, fix=f"`loratune resume {run.root}` goes on")
+
+    def after(self, step: int, num_steps: int, run: RunDir) -> Interrupted:
+        """The same, after a step that has a checkpoint."""
+        return self.as_error(f"stopped after step {step} of {num_steps}, which is saved", run)
 
 
 @contextmanager

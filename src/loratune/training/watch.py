@@ -97,7 +97,7 @@ class NumberWatch:
                 f"the loss of step {self._events.step} leaps to {loss:.4g}, the median of {len(self._losses)} steps before is "
                 f"{median:.4g}\n{_in_words(suspects, len(examples))}",
                 told=not self._in_spike,
-                loss=loss,
+                value=loss,
                 median=median,
                 examples=suspects,
             )
