@@ -98,6 +98,10 @@ class DataSection(Section):
     """Answers with `<think>…</think>`: `keep` trains the thoughts even where the chat template would drop them, `strip`
     removes them from the data, `error` refuses such rows."""
 
+    special_tokens_in_text: Literal["error", "as_text"] = "error"
+    """The names of special tokens in texts, such as `<|im_end|>` in a user's message, which tokenizers read as the tokens:
+    `error` refuses such rows of chats (in plain text they are read as tokens), `as_text` trains them as ordinary text."""
+
     max_length: int | Literal["auto"] = Field(default=1024, union_mode="left_to_right")
     """The longest example, in tokens. `auto`: the positions of the model."""
 
