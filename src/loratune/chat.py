@@ -127,7 +127,7 @@ class Chat:
         Raises:
             DataError: The text holds a token of the template, or the template refuses the conversation.
         """
-        found = self.template.forging.search(f"{self.system}\n{text}")
+        found = self.template.special_text.names.search(f"{self.system}\n{text}")
         if found:
             raise DataError(f"the text holds the special token {found[0]}", fix="write it in another way")
         try:

@@ -240,6 +240,22 @@ def doctor(as_json: AsJson = False) -> None:
 
 
 @app.command()
+def selftest(as_json: AsJson = False) -> None:
+    """Prove on this machine, with a tiny model, that the shortcuts change nothing. Exit code 0: every check holds; 1: not."""
+    with _reporting(as_json) as progress:
+        from loratune import selftest as tests
+
+        checks = tests.selftest(progress)
+        failed = [check.name for check in checks if not check.ok]
+        if as_json:
+            _print_json({"ok": not failed, "checks": [check.as_dict() for check in checks]})
+            raise SystemExit(bool(failed))
+        Console(highlight=False).print(tests.selftest_table(checks))
+        if failed:
+            raise tests.failure(failed)
+
+
+@app.command()
 def eject(
     recipe: RecipeFile,
     overrides: Overrides = None,

@@ -16,6 +16,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+LONGEST_TEXT = 2000
+"""Characters of a text of an error; it may quote a row of many megabytes."""
+
+
+def printable(text: str) -> str:
+    """The text as it can be written to a file or a terminal: not endless, and without half surrogate pairs."""
+    if len(text) > LONGEST_TEXT:
+        text = f"{text[:LONGEST_TEXT]}… ({len(text) - LONGEST_TEXT:,} more characters)"
+    return text.encode("utf-8", "backslashreplace").decode()
+
 
 class LoratuneError(Exception):
     """Base of every error that is meant for the user.
@@ -30,9 +40,9 @@ class LoratuneError(Exception):
     exit_code = 1
 
     def __init__(self, problem: str, *, fix: str = "", file: str | Path | None = None, line: int | None = None) -> None:
-        self.problem = problem
-        self.fix = fix
-        self.file = str(file) if file is not None else None
+        self.problem = printable(problem)
+        self.fix = printable(fix)
+        self.file = printable(str(file)) if file is not None else None
         self.line = line
         super().__init__(str(self))
 

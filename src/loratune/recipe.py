@@ -22,7 +22,9 @@ Cadence = Literal["epoch", "never"] | int | float
 class Section(BaseModel):
     """A part of the recipe: immutable, and strict about names and types."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
+    )
 
 
 class Source(Section):
@@ -97,6 +99,10 @@ class DataSection(Section):
     thinking: Literal["keep", "strip", "error"] = "keep"
     """Answers with `<think>…</think>`: `keep` trains the thoughts even where the chat template would drop them, `strip`
     removes them from the data, `error` refuses such rows."""
+
+    special_tokens_in_text: Literal["error", "as_text"] = "error"
+    """The names of special tokens in texts, such as `<|im_end|>` in a user's message, which tokenizers read as the tokens:
+    `error` refuses such rows of chats (in plain text they are read as tokens), `as_text` trains them as ordinary text."""
 
     max_length: int | Literal["auto"] = Field(default=1024, union_mode="left_to_right")
     """The longest example, in tokens. `auto`: the positions of the model."""
@@ -344,8 +350,26 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _parse_yaml(text: str) -> yaml.Node | None:
-    return yaml.compose(text, Loader=_Loader)
+_MOST_NODES = 100_000
+"""Values of a recipe, aliases written out: a kilobyte of them can stand for billions."""
+
+
+def _parse_yaml(text: str) -> tuple[yaml.Node | None, Any]:
+    """The nodes, and the value that they stand for."""
+    node = yaml.compose(text, Loader=_Loader)
+    if node is not None and _count_nodes(node, {}) > _MOST_NODES:
+        raise ValueError(f"aliases stand for more than {_MOST_NODES:,} values")
+    return node, yaml.load(text, Loader=_Loader)  # noqa: S506 - _Loader is a SafeLoader
+
+
+def _count_nodes(node: yaml.Node, known: dict[int, int]) -> int:
+    """How many values a node stands for; one that holds itself stands for endlessly many."""
+    if id(node) not in known:
+        known[id(node)] = _MOST_NODES + 1  # while it is being counted
+        parts = node.value if isinstance(node, yaml.CollectionNode) else ()
+        flat = [part for pair in parts for part in (pair if isinstance(pair, tuple) else (pair,))]
+        known[id(node)] = 1 + sum(_count_nodes(part, known) for part in flat)
+    return known[id(node)]
 
 
 def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
@@ -356,8 +380,9 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"cannot read the recipe: {error}", file=path, fix="give a UTF-8 YAML file") from None
     try:
-        node = _parse_yaml(text)
-        values = yaml.load(text, Loader=_Loader)  # noqa: S506 - _Loader is a SafeLoader
+        node, values = _parse_yaml(text)
+    except (ValueError, RecursionError, OverflowError) as error:  # a date such as 2001-99-99, or a thousand brackets
+        raise RecipeError(f"not readable YAML: {error}", file=path, fix="mind what is not in quotes") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         problem = getattr(error, "problem", None) or "not valid YAML"
@@ -389,12 +414,12 @@ def _apply_override(values: dict[str, Any], override: str, lines: dict[str, int]
     if not equals or not dot:
         raise RecipeError(f"{override!r} is no setting", fix="write section.field=value, such as train.epochs=1")
     try:
-        value = yaml.load(text, Loader=_Loader)  # noqa: S506 - _Loader is a SafeLoader
-    except yaml.YAMLError:
+        _, value = _parse_yaml(text)
+    except (yaml.YAMLError, ValueError, RecursionError, OverflowError):
         value = text
     target = values.setdefault(section, {})
     if not isinstance(target, dict):
-        raise RecipeError(f"section {section} holds {target!r}, not settings", line=lines.get(section))
+        raise RecipeError(f"section {section} holds {_shown(target)}, not settings", line=lines.get(section))
     target[field] = value
     lines.pop(f"{section}.{field}", None)
 
@@ -416,7 +441,17 @@ def _explain(error: ValidationError, file: str | Path | None, lines: dict[str, i
     problems = {item["msg"] for item in error.errors() if [str(p) for p in item["loc"]][:2] == location[:2]}
     field = _field_of(location)
     fix = " ".join((field.description or "").split()) if field is not None else ""
-    return RecipeError(f"{name} is {first['input']!r}: {'; or '.join(sorted(problems))}", file=file, line=line, fix=fix)
+    return RecipeError(
+        f"{name} is {_shown(first['input'])}: {'; or '.join(sorted(problems))}", file=file, line=line, fix=fix
+    )
+
+
+def _shown(value: Any) -> str:
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits, a thousand levels of lists
+        return f"a {type(value).__name__} that is too large to show"
+    return text if len(text) <= 200 else f"{text[:197]}..."
 
 
 def _section_of(name: str) -> type[BaseModel] | None:

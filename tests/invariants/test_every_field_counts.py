@@ -29,6 +29,7 @@ OTHER: dict[str, Any] = {
     "data.format": "alpaca",
     "data.train_on": "last",
     "data.thinking": "strip",
+    "data.special_tokens_in_text": "as_text",
     "data.max_length": 90,
     "data.on_long": "drop",
     "data.on_bad_row": "error",
@@ -106,6 +107,8 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made.append(
         {"messages": [{"role": "user", "content": "Count."}, {"role": "assistant", "content": "one two " * 60}]}
     )
+    named = [{"role": "user", "content": "What is <|im_end|>?"}, {"role": "assistant", "content": "The end."}]
+    made.append({"messages": named})
     made.append({"messages": [{"role": "king", "content": "Count."}]})
     return write_jsonl(tmp_path_factory.mktemp("rows") / "rows.jsonl", made)
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from loratune.data.sources import Row
-from loratune.errors import DataError
+from loratune.errors import DataError, printable
 
 Message = dict[str, Any]
 
@@ -41,6 +41,8 @@ _SHAREGPT_ROLES = {
 }
 
 _PROMPT_FIELDS = (("prompt", "completion"), ("prompt", "response"), ("question", "answer"))
+_DEEPEST = 50
+"""Levels of lists and objects in the arguments of a tool; Python's own limit is about 1,000 calls."""
 _REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 
 FORMATS = {
@@ -55,6 +57,9 @@ FORMATS = {
 
 class BadRow(Exception):
     """This row cannot be trained on; the text says why."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(printable(reason))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,7 +167,10 @@ def split_thoughts(content: str) -> tuple[str, str] | None:
 def _describe(value: Any) -> str:
     if isinstance(value, dict):
         return f"fields {', '.join(map(str, value)) or '(none)'}"
-    text = json.dumps(value, ensure_ascii=False, default=str)
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=str)
+    except (ValueError, RecursionError):
+        return f"a {type(value).__name__} that is too large or nested too deeply to show"
     return f"{type(value).__name__} {text if len(text) <= 40 else text[:37] + '...'}"
 
 
@@ -171,7 +179,7 @@ def _from_json(value: Any) -> Any:
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
             return json.loads(value)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             return value
     return value
 
@@ -334,7 +342,7 @@ def _checked(role: str, turn: dict[str, Any], content: Any, number: int) -> Mess
         raise BadRow(f"{where} is empty: nothing to train")
     for name in ("name", "tool_call_id"):
         if isinstance(turn.get(name), str):
-            message[name] = turn[name]
+            message[name] = _unicode(turn[name], where)
     return message
 
 
@@ -349,6 +357,7 @@ def _content(content: Any, role: str, where: str, *, required: bool) -> str | No
             )
         return None
     if role == "tool" and not isinstance(content, str):
+        _check_json(content, where)
         content = json.dumps(content, ensure_ascii=False)  # results of tools are recorded as the objects they were
     if not isinstance(content, str):
         raise BadRow(f"{where} has content {_describe(content)}, not text")
@@ -391,7 +400,8 @@ def _tool_call(call: Any, where: str) -> dict[str, Any]:
     arguments = {} if arguments in (None, "") else arguments
     if not isinstance(arguments, dict):
         raise BadRow(f"{where} calls {function['name']} with {_describe(arguments)}; arguments are a JSON object")
-    identity = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
+    _check_json([function["name"], arguments], f"a tool call of {where}")
+    identity = {"id": _unicode(call["id"], where)} if isinstance(call.get("id"), str) else {}
     return {"type": "function", **identity, "function": {"name": function["name"], "arguments": arguments}}
 
 
@@ -404,4 +414,24 @@ def _tools(tools: Any) -> tuple[dict[str, Any], ...] | None:
     schemas = tuple(tool if "function" in tool else {"type": "function", "function": tool} for tool in tools)
     if not all(isinstance(schema["function"], dict) and schema["function"].get("name") for schema in schemas):
         raise BadRow("tools holds a function without a name")
+    _check_json(list(schemas), "tools")
+    if not all(isinstance(schema["function"]["name"], str) for schema in schemas):
+        raise BadRow("tools holds a function whose name is not text")
     return schemas
+
+
+def _check_json(value: Any, where: str, depth: int = 0) -> None:
+    """What a template may write as JSON must be JSON: rows of tables hold dates, and rows of strangers anything."""
+    if isinstance(value, str):
+        _unicode(value, where)
+    elif isinstance(value, dict | list):
+        if depth > _DEEPEST:
+            raise BadRow(f"{where} is nested more than {_DEEPEST} levels deep")
+        for part in value.values() if isinstance(value, dict) else value:
+            _check_json(part, where, depth + 1)
+        for name in value if isinstance(value, dict) else ():
+            if not isinstance(name, str):
+                raise BadRow(f"{where} has a field whose name is {_describe(name)}, not text")
+            _unicode(name, where)
+    elif value is not None and not isinstance(value, bool | int | float):
+        raise BadRow(f"{where} holds {_describe(value)}, which JSON does not have")

@@ -53,6 +53,10 @@ class Text:
     """The spans as found the second way, where they differ by character."""
     plain: bool
     origin: Origin
+    num_controls: int | None
+    """Special tokens that the template writes; None: they are not counted."""
+    hidden: str | None
+    """The text with stand-ins for special tokens' names that are text; None where there are none. See `specials`."""
 
 
 class Encoder:

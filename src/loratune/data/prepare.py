@@ -349,6 +349,7 @@ def _render(
             thinking=data.thinking,
             max_length=max_length,
             on_long=data.on_long,
+            special_tokens_in_text=data.special_tokens_in_text,
             processes=processes,
             progress=task.advance,
         )
@@ -397,6 +398,7 @@ def _report(part: _Part, rendered: Rendered) -> dict[str, Any]:
         "straddling_tokens": counts.get("straddling", 0),
         "answers_with_thoughts": counts.get("thoughts", 0),
         "answers_with_thoughts_put_back": counts.get("thoughts_restored", 0),
+        "special_tokens_in_text": counts.get("special_tokens_in_text", 0),
         "conversations_without_last_answer": counts.get("unanswered", 0),
         "duplicates": sum(len(origins) - 1 for origins in duplicates),
         "duplicate_rows": [[_place(origin) for origin in origins] for origins in duplicates],

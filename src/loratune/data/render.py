@@ -8,17 +8,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, ParamSpec, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from loratune.data.conversation import BadRow, Conversation, Message, Origin, Rejected, split_thoughts
-from loratune.data.labels import Encoder, Example, Labels, OnLong, Text, TooLong, backend_of
+from loratune.data.labels import Encoder, Example, Labelled, Labels, OnLong, Text, TooLong, backend_of
 from loratune.data.processes import Crew, num_helpers
 from loratune.data.spans import Span, Substitution, spans_by_markers, spans_by_prompting
+from loratune.data.specials import SpecialText, special_names, texts_in
 from loratune.data.template import ChatTemplate, Tools
+from loratune.data.words import Tokens
 from loratune.errors import DataError
 
 if TYPE_CHECKING:
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
 TrainOn = Literal["assistant", "last", "all"]
 Thinking = Literal["keep", "strip", "error"]
+SpecialTokensInText = Literal["error", "as_text"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -44,6 +47,7 @@ class Policy:
     thinking: Thinking
     max_length: int
     on_long: OnLong
+    special_tokens_in_text: SpecialTokensInText
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -105,6 +109,7 @@ def render(
     thinking: Thinking,
     max_length: int,
     on_long: OnLong,
+    special_tokens_in_text: SpecialTokensInText = "error",
     processes: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Rendered:
@@ -117,6 +122,7 @@ def render(
         thinking: What happens to the thoughts in answers.
         max_length: The longest example, in tokens.
         on_long: What happens to a longer one.
+        special_tokens_in_text: What happens to the names of special tokens in texts.
         processes: How many share the work; None: as many as repay their start. The result is the same.
         progress: Called with the number of conversations that were done since it was last called.
 
@@ -124,7 +130,13 @@ def render(
         DataError: The two ways of finding the trained tokens disagree; the tokenizer or its chat template cannot be
             trained with; an example is too long and `on_long` is `error`.
     """
-    policy = Policy(train_on=train_on, thinking=thinking, max_length=max_length, on_long=on_long)
+    policy = Policy(
+        train_on=train_on,
+        thinking=thinking,
+        max_length=max_length,
+        on_long=on_long,
+        special_tokens_in_text=special_tokens_in_text,
+    )
     renderer = Renderer(tokenizer, policy)
     slices = [conversations[start : start + CHUNK] for start in range(0, len(conversations), CHUNK)]
     helpers = num_helpers(len(conversations)) if processes is None else processes - 1
@@ -145,7 +157,7 @@ def render(
             for number, reason in chunk.rejected
         ],
         counts=dict(counts),
-        notices=renderer.notices(counts) if templated else [],
+        notices=[*_special_notices(counts, policy), *(renderer.notices(counts) if templated else [])],
         method=renderer.method if templated else "plain text: every token is trained",
     )
 
@@ -171,16 +183,16 @@ def render_prompts(
         return []
     template = ChatTemplate(tokenizer)
     texts = [_prompt_text(conversation, turns[-1], template, thinking) for conversation, turns in asked]
-    ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    ids = tokenizer([text for text, _ in texts], add_special_tokens=False)["input_ids"]
     return [
         Prompt(
-            input_ids=list(i),
-            text=t,
-            question=_question(c.messages[: turns[-1]]),
-            reference=_reference(c.messages[turns[-1]]),
-            origin=c.origin,
+            input_ids=_as_text_ids(text, conversation, template) if hidden else list(plain),
+            text=template.special_text.show(text) if hidden else text,
+            question=_question(conversation.messages[: turns[-1]]),
+            reference=_reference(conversation.messages[turns[-1]]),
+            origin=conversation.origin,
         )
-        for i, t, (c, turns) in zip(ids, texts, asked, strict=True)
+        for plain, (text, hidden), (conversation, turns) in zip(ids, texts, asked, strict=True)
     ]
 
 
@@ -198,16 +210,30 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     return tuple(dict.fromkeys(ids))
 
 
-def _prompt_text(conversation: Conversation, turn: int, template: ChatTemplate, thinking: Thinking) -> str:
-    messages = conversation.messages[:turn]
+def _prompt_text(conversation: Conversation, turn: int, template: ChatTemplate, thinking: Thinking) -> tuple[str, bool]:
+    """The prompt, and whether names of special tokens in it are hidden."""
+    messages, tools = conversation.messages[:turn], conversation.tools
+    hidden = bool(_special_token_in(conversation, template.special_text))
     try:
+        if hidden:
+            messages, tools = template.special_text.hide((messages, tools))
         if thinking == "strip":
             messages = tuple(_with_thinking(m, thinking, template, n) for n, m in enumerate(messages, start=1))
-        _check_tool_support(messages, conversation.tools, template)
-        return template.render(messages, conversation.tools, prompt=True)
+        _check_tool_support(messages, tools, template)
+        return template.render(messages, tools, prompt=True), hidden
     except BadRow as bad:
-        origin = conversation.origin
-        raise DataError(str(bad), file=origin.file, line=origin.line, fix="correct this conversation") from None
+        raise _refusal(bad, conversation.origin) from None
+
+
+def _as_text_ids(text: str, conversation: Conversation, template: ChatTemplate) -> list[int]:
+    try:
+        return list(template.special_text.tokens(text).ids.tolist())
+    except BadRow as bad:
+        raise _refusal(bad, conversation.origin) from None
+
+
+def _refusal(bad: BadRow, origin: Origin) -> DataError:
+    return DataError(str(bad), file=origin.file, line=origin.line, fix="correct this conversation")
 
 
 def _question(messages: Sequence[Message]) -> str:
@@ -243,6 +269,8 @@ class Renderer:
         self._thinking = policy.thinking
         self._encode = Encoder(backend_of(tokenizer))
         self._label = Labels(tokenizer, max_length=policy.max_length, on_long=policy.on_long)
+        self._as_text = policy.special_tokens_in_text == "as_text"
+        self._text_specials: SpecialText | None = None
         self._trade: tuple[ChatTemplate, Substitution] | None = None
         self._counts: Counter[str] = Counter()
 
@@ -255,10 +283,13 @@ class Renderer:
         self._counts = self._label.counts = Counter()
         too_long = self._label.too_long = TooLong()
         texts = [_result_or_reason(self._render, conversation) for conversation in conversations]
-        encoded = iter(self._encode([text.text for text in texts if isinstance(text, Text)]))
+        encoded = iter(self._encode([t.text for t in texts if isinstance(t, Text) and t.hidden is None]))
         results = [
-            _result_or_reason(self._label, text, next(encoded)) if isinstance(text, Text) else text for text in texts
-        ]
+            text if isinstance(text, str)
+            # the words' own tokens, or those of a text in which names of special tokens are text
+            else _result_or_reason(self._labelled, text, next(encoded) if text.hidden is None else None)
+            for text in texts
+        ]  # fmt: skip
         kept = [(number, result) for number, result in enumerate(results) if isinstance(result, tuple)]
         return Chunk(
             input_ids=np.concatenate([np.empty(0, np.int32), *(ids for _, (ids, _) in kept)]),
@@ -270,13 +301,55 @@ class Renderer:
             too_long=too_long,
         )
 
+    def _labelled(self, text: Text, tokens: Tokens | None) -> Labelled | None:
+        if tokens is None:
+            assert text.hidden is not None
+            tokens = self._specials(text).tokens(text.hidden)
+        labelled = self._label(text, tokens)
+        if text.num_controls is not None and (found := self._specials(text).count_tokens(tokens)) != text.num_controls:
+            raise BadRow(
+                f"the tokenizer reads {found} special tokens where the chat template writes {text.num_controls}: a text "
+                "would change the structure of the conversation"
+            )
+        return labelled
+
+    def _specials(self, text: Text) -> SpecialText:
+        if not text.plain:
+            return self._tools_of_the_trade[0].special_text
+        if self._text_specials is None:
+            self._text_specials = SpecialText(self._tokenizer, special_names(self._tokenizer))
+        return self._text_specials
+
     def _render(self, conversation: Conversation) -> Text:
         if conversation.text is not None:
-            if self._train_on != "all":
-                raise BadRow("plain text has no answers; train_on must be all")
-            return Text(text=conversation.text, spans=None, check=None, plain=True, origin=conversation.origin)
+            return self._render_plain(conversation, conversation.text)
         template, substitution = self._tools_of_the_trade
-        messages = self._with_policy(conversation, template)
+        found = _special_token_in(conversation, template.special_text)
+        if found:
+            self._counts["special_tokens_in_text"] += 1
+            if not self._as_text:
+                raise BadRow(found)
+            messages, tools = template.special_text.hide((conversation.messages, conversation.tools))
+            conversation = replace(conversation, messages=messages, tools=tools)
+        text = self._render_chat(conversation, template, substitution)
+        return replace(text, text=template.special_text.show(text.text), hidden=text.text) if found else text
+
+    def _render_plain(self, conversation: Conversation, text: str) -> Text:
+        if self._train_on != "all":
+            raise BadRow("plain text has no answers; train_on must be all")
+        made = Text(
+            text=text, spans=None, check=None, plain=True, origin=conversation.origin, num_controls=None, hidden=None
+        )
+        specials = self._specials(made)
+        if not specials.names.search(text):
+            return made
+        self._counts["special_tokens_in_text"] += 1
+        return replace(made, hidden=specials.hide(text), num_controls=0) if self._as_text else made
+
+    def _render_chat(self, conversation: Conversation, template: ChatTemplate, substitution: Substitution) -> Text:
+        messages = [
+            _with_thinking(m, self._thinking, template, n) for n, m in enumerate(conversation.messages, start=1)
+        ]
         tools = conversation.tools
         turns = _turns(messages, self._train_on)
         if not turns and self._train_on != "all":
@@ -290,14 +363,24 @@ class Renderer:
         _check_tools_written(text, conversation)
         rendering = substitution(text, messages, tools, turns)
         self._count(rendering.num_restored, messages, turns)
-        if self._train_on == "all":
-            return Text(text=rendering.text, spans=None, check=None, plain=False, origin=conversation.origin)
-        if template.has_markers and not rendering.num_restored:
-            second = spans_by_markers(text, marked, template)[-len(turns) :]
-        else:
-            second = spans_by_prompting(rendering.text, messages, tools, turns, template)
-        check = None if second == rendering.spans else second
-        return Text(text=rendering.text, spans=rendering.spans, check=check, plain=False, origin=conversation.origin)
+        spans: list[Span] | None = None
+        check: list[Span] | None = None
+        if self._train_on != "all":
+            spans = rendering.spans
+            if template.has_markers and not rendering.num_restored:
+                second = spans_by_markers(text, marked, template)[-len(turns) :]
+            else:
+                second = spans_by_prompting(rendering.text, messages, tools, turns, template)
+            check = None if second == spans else second
+        return Text(
+            text=rendering.text,
+            spans=spans,
+            check=check,
+            plain=False,
+            origin=conversation.origin,
+            num_controls=rendering.num_controls,
+            hidden=None,
+        )
 
     @property
     def _tools_of_the_trade(self) -> tuple[ChatTemplate, Substitution]:
@@ -305,10 +388,6 @@ class Renderer:
             template = ChatTemplate(self._tokenizer)
             self._trade = template, Substitution(template)
         return self._trade
-
-    def _with_policy(self, conversation: Conversation, template: ChatTemplate) -> list[Message]:
-        _check_forging(conversation, template)
-        return [_with_thinking(m, self._thinking, template, n) for n, m in enumerate(conversation.messages, start=1)]
 
     def _count(self, num_restored: int, messages: Sequence[Message], turns: Sequence[int]) -> None:
         with_thoughts = sum(1 for turn in turns if _has_thoughts(messages[turn]))
@@ -397,21 +476,34 @@ def _with_thinking(message: Message, thinking: Thinking, template: ChatTemplate,
     return message if inline else {**bare, "content": f"<think>\n{thoughts.strip()}\n</think>\n\n{answer}"}
 
 
-def _check_forging(conversation: Conversation, template: ChatTemplate) -> None:
-    """A special token inside a text would be tokenised as one, and could start or end a turn."""
+def _special_token_in(conversation: Conversation, specials: SpecialText) -> str:
+    """Where a text has the name of a special token, which would be read as one and could start or end a turn; or nothing."""
     for number, message in enumerate(conversation.messages, start=1):
-        for text in _texts_of(message):
-            found = template.forging.search(text)
+        plain = len(message) == 2 and "content" in message
+        for text in (message["content"],) if plain else texts_in(message):
+            found = specials.names.search(text)
             if found:
-                raise BadRow(f"message {number} ({message['role']}) contains the special token {found[0]}")
+                return f"message {number} ({message['role']}) contains the special token {found[0]}"
+    for text in texts_in(conversation.tools):
+        found = specials.names.search(text)
+        if found:
+            return f"the tools contain the special token {found[0]}"
+    return ""
 
 
-def _texts_of(message: Message) -> Iterator[str]:
-    yield message.get("content", "")
-    if "reasoning_content" in message:
-        yield message["reasoning_content"]
-    if "tool_calls" in message:
-        yield str(message["tool_calls"])
+def _special_notices(counts: Counter[str], policy: Policy) -> list[str]:
+    number = counts["special_tokens_in_text"]
+    if not number:
+        return []
+    if policy.special_tokens_in_text == "as_text":
+        return [
+            f"{number} conversations have the names of special tokens in their texts. They are trained as the ordinary "
+            "text that they are (data.special_tokens_in_text=as_text). Most servers read them as special tokens."
+        ]
+    return [
+        f"{number} texts have the names of special tokens in them. In chats such rows are refused, in plain text they are "
+        "read as these tokens; data.special_tokens_in_text=as_text reads them as text."
+    ]
 
 
 def _check_tool_support(messages: Sequence[Message], tools: Tools, template: ChatTemplate) -> None:

@@ -55,7 +55,11 @@ def read_rows(source: Source, *, seed: int = 42) -> list[Row]:
     """
     rows = _read_local(source) if is_local(source) else _read_hub(source)
     if not rows:
-        raise DataError("no rows", file=source.name, fix="the file is empty; give a file with one conversation per row")
+        raise DataError(
+            "there are no rows in it",
+            file=source.name,
+            fix="the file is empty; give a file with one conversation per row",
+        )
     return _weigh(rows, source.weight, seed)
 
 
@@ -173,6 +177,13 @@ def parse_line(path: Path, number: int, line: str) -> Any:
         raise DataError(
             f"not JSON: {error.msg} at column {error.colno}: {shown!r}", file=path, line=number, fix=fix
         ) from None
+    except (ValueError, RecursionError) as error:
+        raise _unreadable_json(path, number, error) from None
+
+
+def _unreadable_json(path: Path, line: int, error: Exception) -> DataError:
+    """JSON that is well formed but not for Python: a number of thousands of digits, or a thousand levels of lists."""
+    return DataError(f"not readable JSON: {error}", file=path, line=line, fix="correct this row, or remove it")
 
 
 def _read_jsonl(path: Path) -> list[Row]:
@@ -192,6 +203,8 @@ def _read_json(path: Path) -> list[Row]:
         value, end = json.JSONDecoder().raw_decode(text, start)
     except json.JSONDecodeError as error:
         raise DataError(f"not JSON: {error.msg}", file=path, line=error.lineno, fix="check this line") from None
+    except (ValueError, RecursionError) as error:
+        raise _unreadable_json(path, 1, error) from None
     if text[end:].strip():
         return _read_jsonl(path)
     rows = _single_list(value)
@@ -235,6 +248,8 @@ def _array_items(path: Path, text: str, start: int) -> Iterator[Row]:
         except json.JSONDecodeError as error:
             fix = "the file starts with [, so it must be one complete JSON array"
             raise DataError(f"not JSON: {error.msg}", file=path, line=error.lineno, fix=fix) from None
+        except (ValueError, RecursionError) as error:
+            raise _unreadable_json(path, line, error) from None
         yield Row(file=str(path), line=line, value=value)
 
 
@@ -245,7 +260,7 @@ def _read_parquet(path: Path) -> list[Row]:
 
     try:
         values = parquet.read_table(path).to_pylist()
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: text that is not UTF-8
         raise DataError(f"not Parquet: {error}", file=path, fix="write it again, or give a .jsonl file") from None
     return [Row(file=str(path), line=number, value=value) for number, value in enumerate(values, start=1)]
 

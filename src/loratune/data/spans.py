@@ -55,6 +55,8 @@ class Layout:
     holes: tuple[Hole, ...]
     prompts: dict[int, Prompt]
     """Of each answer to be trained, by its message."""
+    num_controls: int
+    """Special tokens that the template writes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +68,8 @@ class Rendering:
     """Of each trained answer."""
     num_restored: int
     """Answers whose thoughts the template dropped, and which were put back."""
+    num_controls: int
+    """Special tokens that the template writes. More tokens of this kind would come from the texts."""
 
 
 @dataclass(slots=True)
@@ -118,7 +122,8 @@ class Substitution:
         spans = [_span(draft, text, turn, messages[turn], self._template.stops) for turn in turns]
         for turn, (start, end) in zip(turns, spans, strict=True):
             _refuse_header(text[start:end], self._header, turn)
-        return Rendering(text=text, spans=spans, num_restored=num_restored)
+        num_controls = self._template.special_text.count(text) if num_restored else draft.layout.num_controls
+        return Rendering(text=text, spans=spans, num_restored=num_restored, num_controls=num_controls)
 
     def _match(self, text: str, messages: Sequence[Message], tools: Tools, turns: Sequence[int]) -> _Draft:
         layout = self._cached_layout(messages, tools, turns)
@@ -153,7 +158,8 @@ class Substitution:
         prompts = {turn: self._prompt(hidden[:turn], tools) for turn in turns}
         if any(prompt.anchor is not None and prompt.anchor not in holes for prompt in prompts.values()):
             raise BadRow("the chat template writes a prompt that does not occur in the conversation")
-        return Layout(gaps=gaps, holes=holes, prompts=prompts)
+        num_controls = sum(map(self._template.special_text.count, gaps))
+        return Layout(gaps=gaps, holes=holes, prompts=prompts, num_controls=num_controls)
 
     def _prompt(self, hidden: Sequence[Message], tools: Tools) -> Prompt:
         if not hidden:
@@ -218,7 +224,7 @@ def _places_like(text: str, prompt: str, floor: int) -> Iterator[tuple[int, int]
     """Of each place that reads like the end of the prompt: how much of it does, and where it ends (negated)."""
     for match in re.finditer(re.escape(prompt[-_ENDING:]), text[floor:]):
         end = floor + match.end()
-        yield _common_suffix(text[:end], prompt), -end
+        yield _common_suffix(text[max(0, end - _COMPARED) : end], prompt), -end
 
 
 def spans_by_markers(text: str, marked: Sequence[Span], template: ChatTemplate) -> list[Span]:

@@ -167,7 +167,13 @@ def stream_data(
     prepared = assemble(read, share, tokenizer, max_length, None)
     numbers, copies = _without(rows, sample, prepared) if isinstance(held_out, float) else (np.arange(len(rows)), 0)
     forms = [str(source["format"]) for source in prepared.report["train"]["sources"]]
-    policy = Policy(train_on=data.train_on, thinking=data.thinking, max_length=max_length, on_long=data.on_long)
+    policy = Policy(
+        train_on=data.train_on,
+        thinking=data.thinking,
+        max_length=max_length,
+        on_long=data.on_long,
+        special_tokens_in_text=data.special_tokens_in_text,
+    )
     stream = ExampleStream(
         list(zip(tables.values(), forms, strict=True)), numbers, Renderer(tokenizer, policy), data, max_length
     )

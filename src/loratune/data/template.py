@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from loratune.data.conversation import BadRow, Message
 from loratune.data.sandbox import compile_template, describe, render_template
+from loratune.data.specials import SpecialText, any_of, special_names
 from loratune.errors import DataError, LoratuneError
 
 if TYPE_CHECKING:
@@ -159,15 +160,12 @@ class ChatTemplate:
     @cached_property
     def control_tokens(self) -> re.Pattern[str]:
         """Matches any added token of the tokenizer."""
-        return _any_of([token.content for token in self._tokenizer.added_tokens_decoder.values()])
+        return any_of([token.content for token in self._tokenizer.added_tokens_decoder.values()])
 
     @cached_property
-    def forging(self) -> re.Pattern[str]:
-        """Matches what no message may contain: tokens that the model reads as the structure of a conversation."""
-        added = self._tokenizer.added_tokens_decoder.values()
-        special = {token.content for token in added if token.special and token.content.strip()}
-        special.update(token for token in self._tokenizer.all_special_tokens if token)
-        return _any_of((special | set(self.stops)) - {"<think>", "</think>"})
+    def special_text(self) -> SpecialText:
+        """What no message may contain as it is: tokens that the model reads as the structure of a conversation."""
+        return SpecialText(self._tokenizer, special_names(self._tokenizer) | set(self.stops))
 
     @cached_property
     def stops(self) -> tuple[str, ...]:
@@ -294,11 +292,6 @@ def without_thoughts(prompt: str) -> str:
 
 def _message(role: str, content: str) -> Message:
     return {"role": role, "content": content}
-
-
-def _any_of(strings: Sequence[str] | set[str]) -> re.Pattern[str]:
-    longest_first = sorted((s for s in strings if s), key=lambda s: (-len(s), s))
-    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
 
 def _with_text_arguments(call: dict[str, Any]) -> dict[str, Any]:

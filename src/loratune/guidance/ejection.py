@@ -42,7 +42,10 @@ BUILDERS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "p
 WIDTH = 118
 COVERED = {
     "model": {"name", "revision", "dtype", "trust_remote_code"},
-    "data": {"train", "eval", "format", "train_on", "thinking", "max_length", "on_long", "on_bad_row", "streaming"},
+    "data": {
+        *("train", "eval", "format", "train_on", "thinking", "special_tokens_in_text"),
+        *("max_length", "on_long", "on_bad_row", "streaming"),
+    },
     "lora": {"r", "alpha", "dropout", "targets"},
     "train": {
         *("output_dir", "epochs", "learning_rate", "batch_size", "schedule", "warmup_fraction", "weight_decay"),

@@ -187,6 +187,11 @@ def _thinking(facts: Facts) -> str:
     return f"{part['answers_with_thoughts']:,} answers have thoughts"
 
 
+def _special_tokens_in_text(facts: Facts) -> str:
+    part = facts.prepared.data.report["train"]
+    return f"{part['special_tokens_in_text']:,} conversations name special tokens in their texts"
+
+
 def _max_length(facts: Facts) -> str:
     part = facts.prepared.data.report["train"]
     longest = part["length"]["max"]
@@ -442,6 +447,7 @@ SUMMARIES: dict[str, Callable[[Facts], str]] = {
     "data.format": _format,
     "data.train_on": _train_on,
     "data.thinking": _thinking,
+    "data.special_tokens_in_text": _special_tokens_in_text,
     "data.max_length": _max_length,
     "data.on_long": _on_long,
     "data.on_bad_row": _on_bad_row,
