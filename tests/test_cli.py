@@ -30,6 +30,7 @@ VERBS = [
     "export",
     "chat",
     "serve",
+    "push",
     "diff",
     "reproduce",
     "doctor",

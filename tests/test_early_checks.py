@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from transformers import AutoTokenizer
@@ -19,8 +21,19 @@ from tests.conftest import write_jsonl
 MakeRecipe = Callable[..., Recipe]
 
 
+def test_a_tracker_whose_own_packages_are_missing_is_told(
+    tiny_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "trackio.py").write_text("import no_such_package\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "trackio", raising=False)
+    with pytest.raises(RecipeError, match="cannot be imported: No module named 'no_such_package'"):
+        early_checks.check_trackers(tiny_recipe(train__report_to=["trackio"]))
+
+
 def test_a_tracker_without_its_key_is_told(tiny_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(early_checks, "find_spec", lambda _: object())
+    monkeypatch.setitem(sys.modules, "wandb", ModuleType("wandb"))
     monkeypatch.setenv("NETRC", os.devnull)
     recipe = tiny_recipe(train__report_to=["wandb"])
     with pytest.raises(RecipeError, match="has no key") as error:

@@ -16,7 +16,7 @@ from rich.markup import escape
 
 from loratune.errors import Interrupted, LoratuneError, MachineError, RunError
 from loratune.printing import print_json as _print_json
-from loratune.printing import show_delivery, show_result, show_service
+from loratune.printing import show_delivery, show_publication, show_result, show_service
 from loratune.recipe import Recipe
 from loratune.recipe import origins as load_origins
 from loratune.terminal import TerminalProgress
@@ -419,6 +419,25 @@ def serve(
             show_service(service, as_json)
 
         start(run, server=server, host=host, port=port, api_key=api_key, progress=progress, on_ready=ready)
+
+
+@app.command()
+def push(
+    run: RunFolder,
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="OWNER/NAME on the hub, or NAME in your own name.")],
+    public: Annotated[bool, typer.Option("--public", help="Everybody may see it.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would go.")] = False,
+    with_report: Annotated[
+        bool, typer.Option("--report/--no-report", help="The report shows prompts, answers and training examples.")
+    ] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Put adapter, card and report on the Hugging Face hub; private unless told otherwise."""
+    with _reporting(as_json) as progress:
+        from loratune.publication import push as send
+
+        done = send(run, repo, public=public, dry_run=dry_run, with_report=with_report, progress=progress)
+        show_publication(done, as_json)
 
 
 @app.command()

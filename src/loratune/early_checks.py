@@ -15,6 +15,7 @@ and before the weights load as well:
 
 from __future__ import annotations
 
+import importlib
 import netrc
 import os
 import shutil
@@ -46,6 +47,13 @@ def check_trackers(recipe: Recipe) -> None:
         raise RecipeError(
             "train.report_to names wandb, which has no key here", fix="wandb login, or WANDB_MODE=offline"
         )
+    for name in recipe.train.report_to:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise RecipeError(
+                f"train.report_to names {name}, which cannot be imported: {error}", fix=f"pip install --upgrade {name}"
+            ) from error
 
 
 def _has_wandb_key() -> bool:

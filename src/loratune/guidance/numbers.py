@@ -438,6 +438,11 @@ def _max_new_tokens(facts: Facts) -> str:
     )
 
 
+def _forgetting(facts: Facts) -> str:
+    other = facts.prepared.forgetting
+    return f"{len(other):,} examples of another kind, {_share_supervised(other)} compared" if other else "not measured"
+
+
 SUMMARIES: dict[str, Callable[[Facts], str]] = {
     "model.name": _name,
     "model.revision": _revision,
@@ -472,6 +477,7 @@ SUMMARIES: dict[str, Callable[[Facts], str]] = {
     "evaluate.metric": _metric,
     "evaluate.samples": _metric,
     "evaluate.max_new_tokens": _max_new_tokens,
+    "evaluate.forgetting": _forgetting,
 }
 """Field → what its value does here, in one line."""
 

@@ -1,74 +1,207 @@
-"""The model card of an adapter: what was trained on what, how well it does, how to load it."""
+"""The model card of an adapter: what was trained on what, how well it does, what it is for, how to load it."""
 
 from __future__ import annotations
 
-import yaml
+from collections.abc import Iterator
+from typing import Any
 
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from loratune.reporting.amounts import as_difference, as_measure, measure_in_words
+from loratune.reporting.answers import short
 from loratune.run import Record, RunDir, read_json, write_text
+
+_HERE = "path/of/this/folder"
 
 
 def write_card(run: RunDir) -> None:
     """Write `adapter/README.md` from the run's files."""
-    lock, plan = read_json(run.lock), read_json(run.plan)
+    write_text(run.adapter / "README.md", card_of(run))
+
+
+def card_of(run: RunDir, repo: str = "") -> str:
+    """The card from the run's files; `repo`: where on the hub it will stand."""
     evaluation = read_json(run.evaluation) if run.evaluation.is_file() else None
-    write_text(run.adapter / "README.md", model_card(lock, plan, evaluation))
+    return model_card(read_json(run.lock), read_json(run.plan), evaluation, name=run.root.name, repo=repo)
 
 
-def model_card(lock: Record, plan: Record, evaluation: Record | None) -> str:
+def model_card(lock: Record, plan: Record, evaluation: Record | None, *, name: str, repo: str = "") -> str:
     """The card as Markdown, with the hub's metadata on top.
 
     Args:
         lock: `lock.json`.
         plan: `plan.json`.
         evaluation: `evaluation.json`, or None where nothing was held out.
+        name: Of the run.
+        repo: Where on the hub the adapter will stand; empty: it is a folder. A card for the hub names no folder of
+            this machine.
     """
     recipe = lock["recipe"]
-    base = lock["recipe"]["model"]["name"]
+    base = base_name(lock)
+    text = [
+        f"# LoRA adapter for {base}",
+        "",
+        *_trained(lock, plan),
+        "",
+        *_results(evaluation),
+        *_intended_use(recipe, evaluation),
+        *_load(lock, repo),
+        "## Recipe",
+        "",
+        "Every setting, also those that were left to loratune:",
+        "",
+        "```yaml",
+        yaml.safe_dump(shared_recipe(recipe) if repo else recipe, sort_keys=False, allow_unicode=True).strip(),
+        "```",
+        "",
+    ]
+    metadata = _metadata(lock, evaluation, name)
+    return str(ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n" + "\n".join(text)))
+
+
+def base_name(lock: Record) -> str:
+    """What people know the base by: its hub id, or the name of its file or folder."""
+    name: str = lock["recipe"]["model"]["name"]
+    return name if lock["inputs"]["model_revision"] is not None or name.startswith("package:") else short(name)
+
+
+def shared_recipe(recipe: Record) -> Record:
+    """The recipe with the names of files and folders for their paths, which say where this machine keeps things."""
+
+    def shared(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: shared(inner) for key, inner in value.items()}
+        if isinstance(value, list):
+            return [shared(inner) for inner in value]
+        return short(value) if isinstance(value, str) and value.startswith(("/", "~", "./", "../")) else value
+
+    changed: Record = shared(recipe)
+    return changed
+
+
+def _metadata(lock: Record, evaluation: Record | None, name: str) -> ModelCardData:
+    recipe = lock["recipe"]
     on_hub = lock["inputs"]["model_revision"] is not None
-    metadata = {"library_name": "peft", "pipeline_tag": "text-generation", "tags": ["lora", "loratune"]}
-    if on_hub:
-        metadata["base_model"] = base
-    loadable = base if on_hub else lock["inputs"]["model_path"]
-    data, train, lora = plan["data"], recipe["train"], recipe["lora"]
-    sources = ", ".join(f"`{source['name']}`" for source in recipe["data"]["train"])
-    return "\n".join(
-        [
-            "---",
-            yaml.safe_dump(metadata, sort_keys=False).strip(),
-            "---",
-            "",
-            f"# LoRA adapter for {base}",
-            "",
-            f"Trained on {data['num_examples']:,} examples of {sources} ({data['num_supervised_tokens']:,} of "
-            f"{data['num_tokens']:,} tokens carry loss, `train_on: {recipe['data']['train_on']}`), "
-            f"{train['epochs']:g} epochs of {train['batch_size']} examples a step, learning rate "
-            f"{train['learning_rate']:g}.",
-            "",
-            f"Rank {lora['r']}, alpha {lora['alpha']:g}, dropout {lora['dropout']:g} on {lock['adapter']['targets']}: "
-            f"{lock['adapter']['trainable']:,} trained parameters.",
-            "",
-            *_results(evaluation),
-            "## Load it",
-            "",
-            "```python",
-            "from peft import AutoPeftModelForCausalLM",
-            "from transformers import AutoTokenizer",
-            "",
-            'model = AutoPeftModelForCausalLM.from_pretrained("path/of/this/folder")',
-            'tokenizer = AutoTokenizer.from_pretrained("path/of/this/folder")',
-            "```",
-            "",
-            f"The base model is loaded from `{loadable}`.",
-            "",
-        ]
+    sets = sorted({source["name"] for source in recipe["data"]["train"] if _is_hub_id(source)})
+    return ModelCardData(
+        base_model=recipe["model"]["name"] if on_hub else None,
+        datasets=sets or None,
+        library_name="peft",
+        pipeline_tag="text-generation",
+        tags=["lora", "loratune"],
+        model_name=name if evaluation else None,
+        eval_results=list(_eval_results(recipe, evaluation)) if evaluation else None,
+    )
+
+
+def _is_hub_id(source: Record) -> bool:
+    """Whether a data set is on the hub: it has the form of an id and not the ending of a file."""
+    name: str = source["name"]
+    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and "." not in name.rpartition("/")[2]
+
+
+def _eval_results(recipe: Record, evaluation: Record) -> Iterator[EvalResult]:
+    held_out = recipe["data"]["eval"]
+    source = held_out[0] if isinstance(held_out, list) and len(held_out) == 1 else None
+    for measure, value in evaluation["tuned"].items():
+        yield EvalResult(
+            task_type="text-generation",
+            task_name="Text Generation",
+            dataset_type=source["name"] if source and _is_hub_id(source) else "held-out",
+            dataset_name=short(source["name"]) if source else "held-out conversations",
+            metric_type=measure,
+            metric_name=measure_in_words(measure),
+            metric_value=value,
+        )
+
+
+def _trained(lock: Record, plan: Record) -> Iterator[str]:
+    recipe, data = lock["recipe"], plan["data"]
+    train, lora = recipe["train"], recipe["lora"]
+    sources = ", ".join(f"`{s['name'] if _is_hub_id(s) else short(s['name'])}`" for s in recipe["data"]["train"])
+    yield (
+        f"Trained on {data['num_examples']:,} examples of {sources} ({data['num_supervised_tokens']:,} of "
+        f"{data['num_tokens']:,} tokens carry loss, `train_on: {recipe['data']['train_on']}`), "
+        f"{train['epochs']:g} epochs of {train['batch_size']} examples a step, learning rate {train['learning_rate']:g}."
+    )
+    yield ""
+    yield (
+        f"Rank {lora['r']}, alpha {lora['alpha']:g}, dropout {lora['dropout']:g} on {lock['adapter']['targets']}: "
+        f"{lock['adapter']['trainable']:,} trained parameters."
     )
 
 
 def _results(evaluation: Record | None) -> list[str]:
     if evaluation is None:
         return []
-    rows = ["## Results on held-out data", "", "| | base | tuned |", "|---|---|---|"]
+    level = f"{evaluation['interval']['level']:.0%}"
+    rows = [
+        f"## Results on {evaluation['num_examples']:,} held-out conversations",
+        "",
+        f"| | base | tuned | difference | {level} interval |",
+        "|---|---|---|---|---|",
+    ]
     for name, tuned in evaluation["tuned"].items():
-        base = evaluation["base"][name]
-        rows.append(f"| {name} | {base:.4g} | {tuned:.4g} |")
+        difference = evaluation["difference"][name]
+        low, high = (as_difference(name, difference[end]).removesuffix(" points") for end in ("low", "high"))
+        rows.append(
+            f"| {measure_in_words(name)} | {as_measure(name, evaluation['base'][name])} | {as_measure(name, tuned)} | "
+            f"{as_difference(name, difference['value'])} | {low} to {high} |"
+        )
+    if "forgetting" in evaluation:
+        other = evaluation["forgetting"]
+        difference = other["difference"]["nll"]
+        rows.append(
+            f"| loss on {other['num_examples']:,} conversations of another kind | {other['base']['nll']:.4g} | "
+            f"{other['tuned']['nll']:.4g} | {difference['value']:+.4g} | {difference['low']:+.4g} to "
+            f"{difference['high']:+.4g} |"
+        )
     return [*rows, ""]
+
+
+def _intended_use(recipe: Record, evaluation: Record | None) -> list[str]:
+    sources = ", ".join(short(source["name"]) for source in recipe["data"]["train"])
+    measured = "was measured on held-out conversations of that kind" if evaluation else "was not measured"
+    return [
+        "## Intended use",
+        "",
+        f"For conversations such as those of {sources}, in the chat template beside the adapter. It {measured}; other uses, "
+        "safety and bias were not examined. What the base model may and may not be used for holds for the adapter too.",
+        "",
+    ]
+
+
+def _load(lock: Record, repo: str) -> list[str]:
+    place = repo or _HERE
+    loadable = base_name(lock) if repo or lock["inputs"]["model_revision"] is not None else lock["inputs"]["model_path"]
+    if not repo or lock["inputs"]["model_revision"] is not None:
+        return [
+            "## Load it",
+            "",
+            "```python",
+            "from peft import AutoPeftModelForCausalLM",
+            "from transformers import AutoTokenizer",
+            "",
+            f'model = AutoPeftModelForCausalLM.from_pretrained("{place}")',
+            f'tokenizer = AutoTokenizer.from_pretrained("{place}")',
+            "```",
+            "",
+            f"The base model is loaded from `{loadable}`.",
+            "",
+        ]
+    return [
+        "## Load it",
+        "",
+        f"The base, `{loadable}`, was a file or folder of the machine that trained; put yours in its place.",
+        "",
+        "```python",
+        "from peft import PeftModel",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        'base = AutoModelForCausalLM.from_pretrained("THE_BASE_MODEL")',
+        f'model = PeftModel.from_pretrained(base, "{place}")',
+        f'tokenizer = AutoTokenizer.from_pretrained("{place}")',
+        "```",
+        "",
+    ]

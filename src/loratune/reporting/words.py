@@ -18,6 +18,11 @@ class Piece(NamedTuple):
     kind: str
 
 
+def _count(words: list[str]) -> int:
+    """The words; spaces between them are alike in all texts."""
+    return sum(not word.isspace() for word in words)
+
+
 def whole(text: str) -> tuple[Piece, ...]:
     """A text in which nothing is marked."""
     return (Piece(text, "plain"),) if text else ()
@@ -31,7 +36,8 @@ def marked(answer: str, reference: str) -> tuple[Piece, ...]:
     """
     said, wanted = _WORDS.findall(answer), _WORDS.findall(reference)
     matcher = SequenceMatcher(None, wanted, said, autojunk=False)
-    if matcher.ratio() < _LEAST_ALIKE:
+    same = [word for block in matcher.get_matching_blocks() for word in wanted[block.a : block.a + block.size]]
+    if 2 * _count(same) < _LEAST_ALIKE * (_count(wanted) + _count(said)):
         return whole(answer)
     pieces = []
     for operation, first, last, start, stop in matcher.get_opcodes():
