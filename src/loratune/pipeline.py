@@ -31,6 +31,7 @@ from loratune.evaluation.own_metric import OwnMetric, load_metric
 from loratune.lock import changed_settings, differences
 from loratune.model.adapter import attach_adapter, save_adapter
 from loratune.model.device import peak_bytes, torch_dtype
+from loratune.model.fp8 import quantise_frozen
 from loratune.model.load import load_model
 from loratune.planning.devices import find_device
 from loratune.planning.memory import wants_rehearsal
@@ -340,6 +341,8 @@ def _load(
     model = attach_adapter(
         base, recipe.lora, prepared.targets, base_name=_loadable_name(prepared), seed=recipe.train.seed
     )
+    if recipe.model.quantization == "fp8":
+        quantise_frozen(model)
     if recipe.train.engine == "trl":
         return model, SupervisedLoss(model, packed=False)
     loss, reason = make_loss(model, prepared.data.train)
@@ -353,6 +356,8 @@ def _load(
 def _load_trained(prepared: Preparation, run: RunDir, progress: Progress) -> tuple[PeftModel, SupervisedLoss]:
     """Base and the run's adapter."""
     model = PeftModel.from_pretrained(_load_base(prepared, progress), str(run.adapter))
+    if prepared.recipe.model.quantization == "fp8":
+        quantise_frozen(model)
     loss, _ = make_loss(model, prepared.data.train)
     return model, loss
 

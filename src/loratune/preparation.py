@@ -16,7 +16,7 @@ from loratune.early_checks import check_disk, check_output, check_prompts, check
 from loratune.errors import MachineError, RecipeError
 from loratune.evaluation.scoring import check_references
 from loratune.lock import examples_fingerprint, make_lock, model_fingerprint, text_fingerprint
-from loratune.model.device import Choice, choose_compile, choose_device, choose_dtype, torch_dtype
+from loratune.model.device import Choice, check_fp8, choose_compile, choose_device, choose_dtype, no_fp8, torch_dtype
 from loratune.model.gguf import cache_dir
 from loratune.model.load import BaseModel, load_config, load_tokenizer, locate_model, positions_of
 from loratune.model.targets import describe_targets, resolve_targets, target_notes
@@ -207,6 +207,7 @@ def prepare(recipe: Recipe, progress: Progress, device: Device | None = None) ->
     check_trackers(recipe)
     check_output(output_dir(recipe))
     where = choose_device(recipe.train.device) if device is None else Choice("cuda", f"{device.name}, as published")
+    _check_quantization(recipe, where.value, device)
     base = locate_model(recipe.model, progress)
     config = load_config(base, recipe.model)
     positions = positions_of(config)
@@ -434,7 +435,18 @@ def _generation_stops(base: BaseModel, config: Any, tokenizer: PreTrainedTokeniz
     return tuple(map(str, tokenizer.convert_ids_to_tokens(ids)))
 
 
+def _check_quantization(recipe: Recipe, where: str, device: Device | None) -> None:
+    if recipe.model.quantization == "none":
+        return
+    if device is None:
+        check_fp8(where)
+    elif not device.has_fp8:
+        raise no_fp8(device.name)
+
+
 def _dtype(recipe: Recipe, where: str, device: Device | None) -> Choice:
+    if recipe.model.dtype == "auto" and recipe.model.quantization == "fp8":
+        return Choice("bfloat16", "fp8 is made from it")
     if device is not None and recipe.model.dtype == "auto":
         return Choice("bfloat16", f"{device.name} multiplies it fastest")
     return choose_dtype(recipe.model.dtype, where)

@@ -76,6 +76,10 @@ class ModelSection(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """The type of the frozen base weights. `auto`: bfloat16 where this machine multiplies it faster, else float32."""
 
+    quantization: Literal["none", "fp8"] = "none"
+    """`fp8`: the frozen linear layers compute in 8-bit floats, on NVIDIA GPUs of Hopper's generation and later. Weights take
+    as many bytes as in bfloat16, since each is kept in two layouts."""
+
     trust_remote_code: bool = False
     """Whether Python files that come with the model may run on this machine."""
 
@@ -274,6 +278,10 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.model.quantization == "fp8" and self.model.dtype not in ("auto", "bfloat16"):
+            raise ValueError(
+                f"model.quantization is fp8, which is made from bfloat16, but model.dtype is {self.model.dtype}"
+            )
         if self.data.streaming is True and self.train.engine == "trl":
             raise ValueError("data.streaming is true, but train.engine is trl, which takes all examples at once")
         if self.data.eval == "none" and self.evaluate.metric != "none":

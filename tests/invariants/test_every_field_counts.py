@@ -23,6 +23,7 @@ OTHER: dict[str, Any] = {
     "model.name": "FOLDER",
     "model.revision": "v2",
     "model.dtype": "bfloat16",
+    "model.quantization": "fp8",
     "model.trust_remote_code": True,
     "data.train": "FILE",
     "data.eval": 0.3,

@@ -42,6 +42,14 @@ def lora_linear(
     return out
 
 
+def lora_update(
+    x: torch.Tensor, a_RI: torch.Tensor, b_OR: torch.Tensor, scale: float, dropout: float = 0.0
+) -> torch.Tensor:
+    """What the adapter adds to a layer that is no plain linear one: s/(1-p)·((x∘m)·Aᵀ)·Bᵀ; arguments as in `lora_linear`."""
+    kept = torch.where(keep_mask(x, dropout), x, 0) if dropout else x
+    return F.linear(F.linear(kept, a_RI.to(x.dtype)), b_OR.to(x.dtype)) * (scale / (1 - dropout))
+
+
 def keep_mask(x: torch.Tensor, dropout: float) -> torch.Tensor:
     """Boolean, shaped like `x`, true with probability 1 - `dropout`, from torch's default generator."""
     if x.device.type == "cpu":

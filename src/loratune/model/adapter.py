@@ -11,7 +11,8 @@ from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.lora.layer import Linear as LoraLinear
 from transformers.pytorch_utils import Conv1D
 
-from loratune.kernels.lora_linear import lora_linear
+from loratune.kernels.fp8_linear import Fp8Linear
+from loratune.kernels.lora_linear import lora_linear, lora_update
 from loratune.recipe import LoraSection
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def use_fast_layers(model: PeftModel) -> int:
 
 def _is_plain(layer: LoraLinear) -> bool:
     return (
-        type(layer.base_layer) is torch.nn.Linear
+        type(layer.base_layer) in (torch.nn.Linear, Fp8Linear)
         and not layer.lora_variant
         and not layer.lora_bias.get("default", False)
     )
@@ -87,15 +88,10 @@ class FastLoraLinear(LoraLinear):
             return out
         base, drop = self.base_layer, self.lora_dropout["default"]
         dropout = drop.p if self.training and isinstance(drop, torch.nn.Dropout) else 0.0
-        return lora_linear(
-            x,
-            base.weight,
-            base.bias,
-            self.lora_A["default"].weight,
-            self.lora_B["default"].weight,
-            self.scaling["default"],
-            dropout,
-        )
+        a, b, scale = self.lora_A["default"].weight, self.lora_B["default"].weight, self.scaling["default"]
+        if isinstance(base, Fp8Linear):
+            return base(x) + lora_update(x, a, b, scale, dropout)
+        return lora_linear(x, base.weight, base.bias, a, b, scale, dropout)
 
 
 def trainable_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:

@@ -13,6 +13,9 @@ import torch
 
 from loratune.errors import MachineError
 
+FP8_CAPABILITY = (9, 0)
+"""CUDA's compute capability from which on scaled products have a scale for each row."""
+
 FASTER = 1.2
 """bfloat16 must multiply at least this much faster than float32 to be chosen on a CPU: it halves memory, but rounds."""
 
@@ -83,6 +86,29 @@ def choose_dtype(wanted: str, device: str) -> Choice:
     ratio = _matmul_seconds(torch.float32) / _matmul_seconds(torch.bfloat16)
     reason = f"this CPU multiplies bfloat16 {ratio:.1f} × as fast as float32"
     return Choice("bfloat16" if ratio >= FASTER else "float32", reason)
+
+
+def check_fp8(device: str) -> None:
+    """Whether this machine multiplies fp8 with a scale for each row.
+
+    Raises:
+        MachineError: It does not.
+    """
+    here = f"the {device}"
+    if device == "cuda":
+        if torch.cuda.get_device_capability() >= FP8_CAPABILITY:
+            return
+        major, minor = torch.cuda.get_device_capability()
+        here = f"{torch.cuda.get_device_name()} (SM {major}.{minor})"
+    raise no_fp8(here)
+
+
+def no_fp8(here: str) -> MachineError:
+    """What to say where there is no fp8."""
+    return MachineError(
+        f"model.quantization is fp8, which needs an NVIDIA GPU of Hopper's generation (SM 9.0) or later; this is {here}",
+        fix="model.quantization=none",
+    )
 
 
 def choose_compile(wanted: str | bool, *, device: str, train_seconds: float) -> Choice:

@@ -17,17 +17,23 @@ class Device:
         memory_bytes: Of the device, before anything is loaded.
         bf16_flops_per_second: Dense peak of bfloat16 products that add up in float32, without sparsity.
         source: The maker's document.
+        has_fp8: Whether it multiplies fp8 with a scale for each row: Hopper and later.
     """
 
     name: str
     memory_bytes: int
     bf16_flops_per_second: float
     source: str
+    has_fp8: bool
 
 
-def _device(name: str, gigabytes: int, teraflops: float, source: str) -> Device:
+def _device(name: str, gigabytes: int, teraflops: float, source: str, *, has_fp8: bool = False) -> Device:
     return Device(
-        name=name, memory_bytes=gigabytes * 10**9, bf16_flops_per_second=teraflops * 1e12, source=f"NVIDIA, {source}"
+        name=name,
+        memory_bytes=gigabytes * 10**9,
+        bf16_flops_per_second=teraflops * 1e12,
+        source=f"NVIDIA, {source}",
+        has_fp8=has_fp8,
     )
 
 
@@ -39,16 +45,18 @@ _ADA = "Ada GPU Architecture whitepaper, appendix A"
 DEVICES = {
     device.name: device
     for device in (
-        _device("b200", 180, 2250, "DGX B200 datasheet (an eighth of it, half of the figure with sparsity)"),
-        _device("h200", 141, 989, "H200 datasheet (half of the figure with sparsity)"),
-        _device("h100-80gb", 80, 989, _HOPPER),
-        _device("h100-pcie", 80, 756, _HOPPER),
+        _device(
+            "b200", 180, 2250, "DGX B200 datasheet (an eighth of it, half of the figure with sparsity)", has_fp8=True
+        ),
+        _device("h200", 141, 989, "H200 datasheet (half of the figure with sparsity)", has_fp8=True),
+        _device("h100-80gb", 80, 989, _HOPPER, has_fp8=True),
+        _device("h100-pcie", 80, 756, _HOPPER, has_fp8=True),
         _device("a100-80gb", 80, 312, _AMPERE),
         _device("a100-40gb", 40, 312, _AMPERE),
         _device("l40s", 48, 362, "L40S datasheet"),
         _device("l4", 24, 121, "L4 datasheet (half of the figure with sparsity)"),
         _device("a10", 24, 125, "A10 datasheet"),
-        _device("rtx5090", 32, 209.5, "RTX Blackwell GPU Architecture whitepaper, appendix A"),
+        _device("rtx5090", 32, 209.5, "RTX Blackwell GPU Architecture whitepaper, appendix A", has_fp8=True),
         _device("rtx4090", 24, 165.2, _ADA),
         _device("rtx3090", 24, 71, _GA102),
     )
