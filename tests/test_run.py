@@ -22,6 +22,21 @@ def test_a_new_directory_is_made_and_a_used_one_is_not_touched(tmp_path: Path) -
     assert not run.lock.exists()
 
 
+def test_what_a_kill_left_before_a_run_began_is_no_run(tmp_path: Path) -> None:
+    run = RunDir.create(tmp_path / "run", overwrite=False)
+    with run.exclusive():
+        run.recipe.write_text("model: {}")
+        (run.root / ".plan.json.tmp").write_text("{")
+    with pytest.raises(RecipeError, match=r"no lock\.json") as error:
+        RunDir.open(run.root)
+    assert "trained anew" in error.value.fix
+    RunDir.create(tmp_path / "run", overwrite=False)
+    assert not run.recipe.exists()
+    (run.root / "thesis.tex").write_text("ten years of work")
+    with pytest.raises(RecipeError, match="holds a run already"):
+        RunDir.create(tmp_path / "run", overwrite=False)
+
+
 def test_a_directory_of_something_else_is_never_overwritten(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("ten years of work")
     with pytest.raises(RecipeError, match="not a run of loratune"):

@@ -9,7 +9,6 @@ evaluate    base against tuned, of a finished run
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -30,7 +29,7 @@ from loratune.evaluation.harness import check_harness, run_harness
 from loratune.evaluation.own_metric import OwnMetric, load_metric
 from loratune.lock import changed_settings, differences
 from loratune.model.adapter import attach_adapter, save_adapter
-from loratune.model.device import peak_bytes, torch_dtype
+from loratune.model.device import torch_dtype
 from loratune.model.fp8 import quantise_frozen
 from loratune.model.load import load_model
 from loratune.planning.devices import find_device
@@ -41,6 +40,7 @@ from loratune.recipe import Recipe
 from loratune.reporting.card import write_card
 from loratune.reporting.page import report_or_warn
 from loratune.run import Record, RunDir, cannot_write, read_json, write_json, write_text
+from loratune.sitting import Sitting
 from loratune.training.arguments import TrainingData
 from loratune.training.budget import TokenBudget, is_out_of_memory
 from loratune.training.callbacks import RunCallback
@@ -246,7 +246,7 @@ def evaluate(root: str | Path, *, extras: Extras = _NOTHING_MORE, progress: Prog
 
 def _run(prepared: Preparation, run: RunDir, checkpoint: Path | None, progress: Progress) -> RunResult:
     """From the weights to the report."""
-    sitting = _Sitting(run, prepared.recipe.train.device)
+    sitting = Sitting(run, prepared.recipe.train.device)
     model, loss = _load(prepared, run, checkpoint, progress)
     stop = StopRequest()
     try:
@@ -266,7 +266,7 @@ def _run(prepared: Preparation, run: RunDir, checkpoint: Path | None, progress: 
 
 def _finish_trained(prepared: Preparation, run: RunDir, progress: Progress) -> RunResult:
     """What is left to do when the adapter stands."""
-    sitting = _Sitting(run, prepared.recipe.train.device)
+    sitting = Sitting(run, prepared.recipe.train.device)
     if "measured" in read_json(run.plan):
         report_or_warn(run, progress)
         return RunResult(run=run, evaluation=read_json(run.evaluation) if prepared.data.eval else None)
@@ -279,7 +279,7 @@ def _finish(
     run: RunDir,
     model: PeftModel,
     loss: SupervisedLoss,
-    sitting: _Sitting,
+    sitting: Sitting,
     progress: Progress,
     tuned_nll: Nll | None = None,
 ) -> RunResult:
@@ -296,38 +296,6 @@ def _finish(
     sitting.close()
     report_or_warn(run, progress)
     return RunResult(run=run, evaluation=evaluation)
-
-
-class _Sitting:
-    """The time from one start of the process to its end, and its memory; a run has several when it was stopped.
-
-    What earlier ones came to stands in `plan.json` under `so_far`, until `measured` replaces it. A sitting that was killed
-    could not write its own; its steps count all the same, their times are in `metrics.jsonl`.
-    """
-
-    def __init__(self, run: RunDir, device: str) -> None:
-        self._run, self._device = run, device
-        self._started = time.perf_counter()
-        self._before = read_json(run.plan).get("so_far", {})
-
-    def note(self) -> None:
-        """Write down what there is until now."""
-        record = read_json(self._run.plan)
-        record["so_far"] = self._so_far()
-        write_json(self._run.plan, record)
-
-    def close(self) -> None:
-        """Write down what the whole run came to."""
-        record = read_json(self._run.plan)
-        record.pop("so_far", None)
-        record["measured"] = {**self._so_far(), **step_totals(self._run.read_metrics())}
-        write_json(self._run.plan, record)
-
-    def _so_far(self) -> Record:
-        return {
-            "peak_bytes": max(self._before.get("peak_bytes", 0), peak_bytes(self._device)),
-            "total_seconds": self._before.get("total_seconds", 0.0) + time.perf_counter() - self._started,
-        }
 
 
 def _load(
@@ -358,6 +326,8 @@ def _load_trained(prepared: Preparation, run: RunDir, progress: Progress) -> tup
     model = PeftModel.from_pretrained(_load_base(prepared, progress), str(run.adapter))
     if prepared.recipe.model.quantization == "fp8":
         quantise_frozen(model)
+    if prepared.recipe.train.engine == "trl":
+        return model, SupervisedLoss(model, packed=False)
     loss, _ = make_loss(model, prepared.data.train)
     return model, loss
 
@@ -375,7 +345,9 @@ def _memory_errors_told(run: RunDir) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         raise MachineError(
-            f"out of memory: {error}", file=run.root, fix="end other programs, then `loratune resume`"
+            f"out of memory: {error}",
+            file=run.root,
+            fix="end other programs, then start it again: `loratune resume`, or what you did",
         ) from error
 
 
@@ -430,12 +402,12 @@ def _train(
         )
         trainer = FastTrainer(setup) if recipe.train.engine == "fast" else ReferenceTrainer(setup)
         callback.watch(trainer)
-        if isinstance(trainer, FastTrainer) and wants_rehearsal(prepared.memory, recipe.train.device):
-            trainer.rehearse()
         if checkpoint is not None and done == prepared.num_steps:
             trainer.restore(checkpoint)
             callback.evaluate_if_owed()
         else:
+            if isinstance(trainer, FastTrainer) and wants_rehearsal(prepared.memory, recipe.train.device):
+                trainer.rehearse()
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
     if callback.stopped_at is not None:
         raise stop.after(callback.stopped_at, prepared.num_steps, run)
@@ -528,11 +500,3 @@ def _evaluate(
 def _token_budget(prepared: Preparation, run: RunDir) -> int:
     """The plan's, or what an out-of-memory error left of it."""
     return History.of(run.read_metrics()).token_budget or prepared.memory.token_budget
-
-
-def step_totals(metrics: list[Record]) -> Record:
-    """Seconds and rate of all optimizer steps of a run, also those before it was resumed, without evaluation and saving."""
-    steps = [record for record in metrics if record.get("tokens_per_second")]
-    seconds = sum(record["num_tokens"] / record["tokens_per_second"] for record in steps)
-    num_tokens = sum(record["num_tokens"] for record in steps)
-    return {"train_seconds": seconds, "tokens_per_second": num_tokens / seconds if seconds else 0.0}

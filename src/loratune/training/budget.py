@@ -108,13 +108,20 @@ class TokenBudget:
         )
 
 
-def random_state() -> list[torch.Tensor]:
-    """Of torch's generators, which are all that a forward pass draws from."""
-    return [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+def random_state() -> dict[str, torch.Tensor]:
+    """Of torch's generators on all devices, which are all that a forward pass draws from; also for checkpoints."""
+    states = {"cpu": torch.get_rng_state()}
+    states.update({f"cuda{i:03d}": state for i, state in enumerate(torch.cuda.get_rng_state_all())})
+    if torch.backends.mps.is_available():
+        states["mps"] = torch.mps.get_rng_state()
+    return states
 
 
-def set_random_state(state: list[torch.Tensor]) -> None:
+def set_random_state(states: dict[str, torch.Tensor]) -> None:
     """Put torch's generators back."""
-    torch.set_rng_state(state[0])
-    if state[1:]:
-        torch.cuda.set_rng_state_all(state[1:])
+    torch.set_rng_state(states["cpu"])
+    gpus = [states[name] for name in sorted(states) if name.startswith("cuda")]
+    if gpus:
+        torch.cuda.set_rng_state_all(gpus)
+    if "mps" in states:
+        torch.mps.set_rng_state(states["mps"])

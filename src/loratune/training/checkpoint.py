@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from loratune.errors import MachineError, RunError
 from loratune.model.gguf import file_sha256
 from loratune.run import cannot_write
+from loratune.training.budget import random_state, set_random_state
 
 TRAINER_STATE = "trainer_state.json"
 _ADAPTER, _OPTIMIZER, _RANDOM = "adapter_model.safetensors", "optimizer.safetensors", "random.safetensors"
@@ -135,12 +136,10 @@ def load_random(folder: Path) -> None:
     random.setstate((version, tuple(internal), gauss))
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
-    torch.random.set_rng_state(tensors["cpu"])
-    gpus = [tensors[name] for name in sorted(tensors) if name.startswith("cuda")]
-    if len(gpus) != torch.cuda.device_count():
-        raise RunError(f"the checkpoint has random states of {len(gpus)} GPUs, here are {torch.cuda.device_count()}")
-    if gpus:
-        torch.cuda.set_rng_state_all(gpus)
+    num_gpus = sum(name.startswith("cuda") for name in tensors)
+    if num_gpus != torch.cuda.device_count():
+        raise RunError(f"the checkpoint has random states of {num_gpus} GPUs, here are {torch.cuda.device_count()}")
+    set_random_state(tensors)
 
 
 def _write_files(folder: Path, model: PeftModel, optimizer: Any, scheduler: Any, trainer_state: str) -> None:
@@ -180,10 +179,7 @@ def _join_state(structure: dict[str, Any], tensors: dict[str, torch.Tensor]) -> 
 
 def _random_state() -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     name, keys, *rest = np.random.get_state(legacy=True)
-    record = {"python": random.getstate(), "numpy": [name, np.asarray(keys).tolist(), *rest]}
-    tensors = {"cpu": torch.random.get_rng_state()}
-    tensors.update({f"cuda{i:03d}": state for i, state in enumerate(torch.cuda.get_rng_state_all())})
-    return record, tensors
+    return {"python": random.getstate(), "numpy": [name, np.asarray(keys).tolist(), *rest]}, random_state()
 
 
 def _write_manifest(folder: Path) -> None:
