@@ -29,9 +29,11 @@ _ROOMS = {
     "init": "guidance.starter",
     "evaluate": "pipeline",
     "plan": "pipeline",
+    "push": "publication",
     "report": "reporting.page",
     "reproduce": "reproduction",
     "resume": "pipeline",
+    "serve": "serving",
     "train": "pipeline",
     "Recipe": "recipe",
 }
@@ -44,10 +46,12 @@ if TYPE_CHECKING:
     from loratune.guidance.explanation import explain
     from loratune.guidance.starter import init
     from loratune.pipeline import evaluate, plan, resume, train
+    from loratune.publication import push
     from loratune.recipe import Recipe
     from loratune.reporting.difference import diff
     from loratune.reporting.page import compare, report
     from loratune.reproduction import reproduce
+    from loratune.serving import serve
 
 __all__ = [
     "Recipe",
@@ -62,9 +66,11 @@ __all__ = [
     "init",
     "merge",
     "plan",
+    "push",
     "report",
     "reproduce",
     "resume",
+    "serve",
     "train",
 ]
 __version__ = "0.1.0"

@@ -24,6 +24,7 @@ from loratune.model.load import download_weights, gguf_file, load_config, load_m
 from loratune.preparation import Preparation, prepare
 from loratune.progress import Progress
 from loratune.recipe import Recipe
+from loratune.reporting.page import report_or_warn
 from loratune.run import Record, RunDir, read_json, write_json
 from loratune.shipping.lowrank import LowRank, read_adapter
 from loratune.shipping.merge import weight_files
@@ -182,6 +183,7 @@ def deliver(
             f"the base does not end answers at {texts}, as training does: tell your server to stop there"
         )
     _record(finished.run, certificate)
+    report_or_warn(finished.run, finished.progress)
     return Delivery(folder=target.absolute(), certificate=certificate, usage=usage)
 
 

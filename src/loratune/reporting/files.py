@@ -24,6 +24,7 @@ class RunFiles:
         data: `data.json`.
         evaluation: `evaluation.json`.
         preview: `preview.json`.
+        certificates: What `parity.json` lists, if anything was merged or exported.
         steps: The lines of `metrics.jsonl` that are optimizer steps, one a step, in their order.
         held_out: Those that are evaluations.
         events: Those that tell what happened beside the steps.
@@ -39,6 +40,7 @@ class RunFiles:
     data: Record
     evaluation: Record
     preview: Record
+    certificates: list[Record]
     steps: list[Record]
     held_out: list[Record]
     events: list[Record]
@@ -84,6 +86,7 @@ def read_run(run: RunDir) -> RunFiles:
         data=_record(run.data, complaints),
         evaluation=_record(run.evaluation, complaints, expected=state == "finished" and _holds_out(lock)),
         preview=_record(run.preview, complaints),
+        certificates=_certificates(run.parity, complaints),
         steps=[line for line in lines if "loss" in line],
         held_out=[line for line in lines if "eval_nll" in line],
         events=[line for line in lines if "event" in line],
@@ -115,6 +118,20 @@ def _record(path: Path, complaints: list[str], *, expected: bool = True) -> Reco
         complaints.append(f"{path.name} cannot be read: it holds no object.")
         return {}
     return record
+
+
+def _certificates(path: Path, complaints: list[str]) -> list[Record]:
+    if not path.exists():
+        return []
+    try:
+        found = read_json(path)
+    except (RunError, OSError, RecursionError) as error:
+        complaints.append(f"{path.name} cannot be read: {error.problem if isinstance(error, RunError) else error}.")
+        return []
+    if not isinstance(found, list):
+        complaints.append(f"{path.name} cannot be read: it holds no list.")
+        return []
+    return [record for record in found if isinstance(record, dict)]
 
 
 def _lines(path: Path, complaints: list[str], *, growing: bool) -> list[Record]:

@@ -30,6 +30,7 @@ from loratune.reporting.blocks import (
     TokenRun,
     Tokens,
 )
+from loratune.reporting.certificates import certificates
 from loratune.reporting.charts import Bar, Series, describe, draw_bars, draw_histogram, draw_lines
 from loratune.reporting.events import events
 from loratune.reporting.files import RunFiles
@@ -453,6 +454,7 @@ _PARTS: tuple[tuple[str, str, Callable[[RunFiles], Iterator[Block]]], ...] = (
     ("tokens", "Which tokens were trained", _tokens),
     ("samples", "Samples", samples),
     ("failures", "Failures", failures),
+    ("certificates", "Taken elsewhere", certificates),
     ("again", "Do it again", _again),
 )
 
