@@ -399,7 +399,9 @@ def _evaluate(
     """Base and tuned from the same loaded model, adapter off and on. `tuned_nll`: where it is known already."""
     section, data = prepared.recipe.evaluate, prepared.data
     prompts = prepared.prompts
-    budget = TokenBudget(_token_budget(prepared, run), Events(run, progress))
+    events = Events(run, progress)
+    events.step = prepared.num_steps
+    budget = TokenBudget(_token_budget(prepared, run), events)
     stops = stop_token_ids(prepared.tokenizer) if prompts else ()
 
     def measure(name: str, known: Nll | None = None) -> tuple[Nll, list[Answer]]:
@@ -414,6 +416,7 @@ def _evaluate(
                 max_new_tokens=section.max_new_tokens,
                 stop_token_ids=stops,
                 progress=task.advance,
+                told=lambda message: events.happened("smaller_answer_batches", message),
             )
         return nll, answers
 
