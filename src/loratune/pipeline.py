@@ -456,7 +456,9 @@ def _evaluate(
     """
     section, data = prepared.recipe.evaluate, prepared.data
     prompts = prepared.prompts
-    budget = TokenBudget(_token_budget(prepared, run), Events(run, progress))
+    events = Events(run, progress)
+    events.step = prepared.num_steps
+    budget = TokenBudget(_token_budget(prepared, run), events)
     stops = stop_token_ids(prepared.tokenizer) if prompts else ()
 
     def measure(name: str, known: Nll | None = None) -> tuple[Nll, Nll, list[Answer]]:
@@ -472,6 +474,7 @@ def _evaluate(
                 max_new_tokens=section.max_new_tokens,
                 stop_token_ids=stops,
                 progress=task.advance,
+                told=lambda message: events.happened("smaller_answer_batches", message),
             )
         return nll, other, answers
 

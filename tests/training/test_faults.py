@@ -160,6 +160,28 @@ def test_the_rehearsal_changes_nothing(
     assert_same(one, other, tolerance=0)
 
 
+def test_answers_that_do_not_fit_together_are_generated_in_halves(
+    tiny_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"evaluate__metric": "exact_match", "evaluate__max_new_tokens": 2, "train__epochs": 0.3}
+    whole = train(tiny_recipe(**settings)).evaluation
+    embed = torch.nn.Embedding.forward
+
+    def narrow(self: torch.nn.Embedding, ids: torch.Tensor) -> torch.Tensor:
+        if ids.shape[0] > 2:  # rows of a batch of prompts; training and losses have one
+            raise NO_MEMORY[0]
+        return embed(self, ids)
+
+    monkeypatch.setattr(torch.nn.Embedding, "forward", narrow)
+    listener = Listener()
+    result = train(tiny_recipe(**settings, train__output_dir=str(tmp_path / "narrow")), progress=listener)
+    assert whole is not None
+    assert result.evaluation is not None
+    assert result.evaluation["items"] == whole["items"]
+    assert "out of memory with 6 answers at a time; they are done in halves" in listener.lines
+    assert events_of(result.run, "smaller_answer_batches")
+
+
 # ---- numbers
 
 

@@ -15,6 +15,8 @@ import torch
 from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from loratune.training.budget import free_memory, is_out_of_memory
+
 TOKEN_LIMIT = 16_384
 """The most tokens of one batch, prompts and answers together: with grouped keys and values about 1 GB of cache at 1.5 B
 parameters."""
@@ -84,6 +86,7 @@ def generate_answers(
     stop_token_ids: tuple[int, ...],
     progress: Callable[[int], None] | None = None,
     token_limit: int = TOKEN_LIMIT,
+    told: Callable[[str], None] = lambda _: None,
 ) -> list[Answer]:
     """Answer every prompt with the likeliest token at each place.
 
@@ -97,6 +100,7 @@ def generate_answers(
         stop_token_ids: The tokens that end an answer; none: every answer has `max_new_tokens` tokens.
         progress: Called with the number of further answers, after every batch.
         token_limit: The most tokens of one batch. A longer prompt is a batch of its own.
+        told: Called when a batch did not fit into memory and is done in halves.
 
     Returns:
         The answers, in the order of the prompts.
@@ -107,7 +111,7 @@ def generate_answers(
     answers: dict[int, Answer] = {}
     with as_generator(base, settings):
         for batch in _batches([len(prompt.input_ids) for prompt in prompts], max_new_tokens, token_limit):
-            rows = _generate(base, [prompts[index].input_ids for index in batch], settings)
+            rows = _generate_or_halve(base, [prompts[index].input_ids for index in batch], settings, told)
             for index, row in zip(batch, rows, strict=True):
                 answers[index] = _answer(tokenizer, row, stop_token_ids)
             if progress is not None:
@@ -176,6 +180,24 @@ def _batches(lengths: Sequence[int], max_new_tokens: int, token_limit: int) -> I
         batch.append(index)
     if batch:
         yield batch
+
+
+def _generate_or_halve(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    settings: GenerationConfig,
+    told: Callable[[str], None],
+) -> list[list[int]]:
+    try:
+        return _generate(model, prompts, settings)
+    except (MemoryError, RuntimeError) as error:
+        if len(prompts) == 1 or not is_out_of_memory(error):
+            raise
+    free_memory()
+    told(f"out of memory with {len(prompts):,} answers at a time; they are done in halves")
+    middle = len(prompts) // 2
+    halves = (prompts[:middle], prompts[middle:])
+    return [row for half in halves for row in _generate_or_halve(model, half, settings, told)]
 
 
 def _generate(model: PreTrainedModel, prompts: Sequence[Sequence[int]], settings: GenerationConfig) -> list[list[int]]:

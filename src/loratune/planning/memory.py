@@ -151,9 +151,6 @@ def plan_memory(
     }
     free = free_bytes(device) if free is None else free
     room = int(free * SHARE) - sum(fixed.values())
-    evaluation = longest_held_out * (layer.kept + 2 * layer.input)  # nothing is kept beyond the layer under way
-    if evaluation and evaluation > room:
-        raise _does_not_fit(f"one held-out example of {longest_held_out:,}", sum(fixed.values()) + evaluation, free)
     least = max(longest, min(wanted_budget or ENOUGH[device], largest_step))
     counts = range(num_layers + 1) if wanted_recomputed is None else (min(wanted_recomputed, num_layers),)
     fitting = [n for n in counts if least * per_token_bytes(layer, num_layers, n) <= room]
@@ -163,6 +160,9 @@ def plan_memory(
     if not fitting:
         needed = sum(fixed.values()) + longest * per_token_bytes(layer, num_layers, counts[-1])
         raise _does_not_fit(f"one example of {longest:,}", needed, free)
+    evaluation = longest_held_out * (layer.kept + 2 * layer.input)  # nothing is kept beyond the layer under way
+    if evaluation > room:
+        raise _does_not_fit(f"one held-out example of {longest_held_out:,}", sum(fixed.values()) + evaluation, free)
     num_recomputed = fitting[0]
     per_token = per_token_bytes(layer, num_layers, num_recomputed)
     budget = wanted_budget if wanted_budget is not None else max(longest, min(CAPS[device], room // per_token))

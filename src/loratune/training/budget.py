@@ -32,6 +32,13 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _ALLOCATORS)
 
 
+def free_memory() -> None:
+    """Give back what nobody holds."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 class TokenBudget:
     """The most tokens of one micro-batch, halved whenever memory runs out.
 
@@ -81,9 +88,7 @@ class TokenBudget:
                 reason = str(error).strip().partition("\n")[0]
             # Here the error is gone, and with it the frames that hold the failed attempt's tensors.
             undo()
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            free_memory()
             set_random_state(random)
             self._halve(reason)
 
