@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from loratune import cli
+from loratune.run import RunDir
 from tests.conftest import conversation, write_jsonl
 
 VERBS = [
@@ -320,3 +322,16 @@ def test_doctor_exits_with_4_where_the_quickstart_cannot_run(
     assert code == 4
     assert "cd " in out
     assert "quickstart" in err
+
+
+def test_a_gate_that_fails_is_exit_code_1_and_the_record_is_whole(
+    loratune: Run, finished_run: RunDir, tmp_path: Path
+) -> None:
+    run = shutil.copytree(finished_run.root, tmp_path / "run", ignore=shutil.ignore_patterns("exports"))
+    code, out, err = loratune("evaluate", run, "--gate", "nll<0", "--gate", "difference.nll<0", "--json")
+    assert code == 1
+    assert [gate["passed"] for gate in json.loads(out)["evaluation"]["gates"]] == [False, True]
+    assert "1 of 2 gates failed: nll<0, but it is" in err
+    code, out, err = loratune("evaluate", run, "--metric", "own.py:score", "--json")
+    assert code == 2
+    assert "--allow-code" in json.loads(out)["fix"]

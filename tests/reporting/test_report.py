@@ -88,6 +88,14 @@ def test_a_run_that_goes_on_is_told_with_the_time_left(a_copy: Copy) -> None:
     assert "line 4 cannot be read" in shown
 
 
+@pytest.mark.parametrize("content", ["[", "{}", "3"])
+def test_damaged_certificates_are_named(a_copy: Copy, content: str) -> None:
+    run = a_copy()
+    run.parity.write_text(content)
+    (complaint,) = read_run(run).complaints
+    assert complaint.startswith("parity.json cannot be read: ")
+
+
 @pytest.mark.parametrize("name", RECORDS)
 @pytest.mark.parametrize("content", ["", "{", "null", "[]", "\udcff", "[" * 100_000])
 def test_a_damaged_file_is_named(a_copy: Copy, name: str, content: str) -> None:
