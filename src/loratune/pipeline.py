@@ -11,9 +11,10 @@ from __future__ import annotations
 import resource
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from peft import PeftModel
 
 from loratune.data.preview import preview
 from loratune.data.render import stop_token_ids
+from loratune.data.steps import examples_of_largest_step
 from loratune.errors import Interrupted, RecipeError, RunError
 from loratune.evaluation.compare import evaluation_record
 from loratune.evaluation.generate import Answer, generate_answers
@@ -30,6 +32,7 @@ from loratune.model.adapter import attach_adapter, save_adapter
 from loratune.model.device import torch_dtype
 from loratune.model.load import load_model
 from loratune.planning.devices import find_device
+from loratune.planning.speed import StepProbe
 from loratune.preparation import Preparation, output_dir, prepare
 from loratune.progress import Progress, Silent
 from loratune.recipe import Recipe
@@ -44,6 +47,9 @@ from loratune.training.trainer import FastTrainer, ReferenceTrainer, TrainingDat
 
 Nll = list[tuple[float, int]]
 """Per held-out example: the sum of -log p over its supervised tokens, and their number."""
+
+PROBE_STEPS = 3
+"""Of `plan --probe`; the first compiles and warms up."""
 
 PREVIEW_EXAMPLES = 5
 """Examples whose tokens are kept in the run directory."""
@@ -64,15 +70,26 @@ class RunResult:
     evaluation: Record | None
 
 
-def plan(recipe: Recipe, *, device: str | None = None, progress: Progress = _NOBODY) -> Preparation:
-    """What would be trained, and whether it fits; loads no weights. `.as_plan()` is the record.
+def plan(
+    recipe: Recipe, *, device: str | None = None, probe: bool = False, progress: Progress = _NOBODY
+) -> Preparation:
+    """What would be trained, and whether it fits. `.as_plan()` is the record.
 
     Args:
         recipe: What to do.
         device: A GPU of `loratune.planning.devices` to plan for; None for this machine.
+        probe: Whether to run the longest step three times on the real weights, the one case in which they are loaded, and
+            to promise what these took. Nothing is written.
         progress: Who is told how it goes.
+
+    Raises:
+        RecipeError, DataError, MachineError: As `prepare`; or a device that is not here is to be probed.
+        RunError: A step of the probe failed.
     """
-    return prepare(recipe, progress, find_device(device) if device is not None else None)
+    if probe and device is not None:
+        raise RecipeError(f"--probe runs steps here, and --device {device} is not here", fix="leave one of them out")
+    prepared = prepare(recipe, progress, find_device(device) if device is not None else None, weights=probe)
+    return prepared.with_probe(_probe(prepared, progress)) if probe else prepared
 
 
 def train(
@@ -167,28 +184,19 @@ def evaluate(root: str | Path, *, progress: Progress = _NOBODY) -> RunResult:
 def _run(prepared: Preparation, run: RunDir, checkpoint: Path | None, progress: Progress) -> RunResult:
     """From the weights to the evaluation."""
     started = time.perf_counter()
-    recipe = prepared.recipe
     base = _load_base(prepared, progress)
     if checkpoint is None and prepared.base.revision:
         write_json(run.lock, prepared.as_lock())  # the weights of a hub model were not there before
-    model = attach_adapter(
-        base, recipe.lora, prepared.targets, base_name=_loadable_name(prepared), seed=recipe.train.seed
-    )
-    if recipe.train.engine == "fast":
-        loss, reason = make_loss(model, prepared.data.train)
-        if reason:
-            progress.warn(f"one example at a time: {reason}")
-        loss.compiled = recipe.train.compile is True
-        prepare_layers(model, compiled=loss.compiled, num_recomputed=int(recipe.train.recompute))
-    else:
-        loss = SupervisedLoss(model, packed=False)
-    seconds, tuned_nll = _train(prepared, run, model, loss, checkpoint, progress)
+    model, loss = _adapt(prepared, base, progress)
+    seconds, evaluate_seconds, tuned_nll = _train(prepared, run, model, loss, checkpoint, progress)
     _save(prepared, run, model)
+    evaluating = time.perf_counter()
     evaluation = _evaluate(prepared, run, model, loss, progress, tuned_nll) if prepared.data.eval else None
     record = read_json(run.plan)
     record["measured"] = {
-        "peak_bytes": peak_bytes(recipe.train.device),
+        "peak_bytes": peak_bytes(prepared.recipe.train.device),
         "train_seconds": seconds,
+        "evaluate_seconds": evaluate_seconds + time.perf_counter() - evaluating,
         "tokens_per_second": tokens_per_second(run.read_metrics()),
         "total_seconds": time.perf_counter() - started,
     }
@@ -204,6 +212,55 @@ def _load_base(prepared: Preparation, progress: Progress) -> Any:
     return load_model(prepared.base, recipe.model, dtype=torch_dtype(recipe.model.dtype), device=recipe.train.device)
 
 
+def _probe(prepared: Preparation, progress: Progress) -> StepProbe:
+    """Run the longest step three times, and throw the result away."""
+    train = prepared.recipe.train
+    lengths = [len(example.input_ids) for example in prepared.data.train]
+    longest = examples_of_largest_step(lengths, batch_size=train.batch_size, seed=train.seed)
+    # One step is all the data, so an epoch is a step.
+    changes = {
+        "epochs": PROBE_STEPS,
+        "eval_every": "never",
+        "save_every": "never",
+        "log_every": "never",
+        "report_to": (),
+    }
+    short = replace(
+        prepared,
+        recipe=prepared.recipe.model_copy(update={"train": train.model_copy(update=changes)}),
+        data=replace(prepared.data, train=[prepared.data.train[i] for i in longest], eval=[]),
+        num_steps=PROBE_STEPS,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        run = RunDir.create(Path(folder) / "probe", overwrite=False)
+        model, loss = _adapt(short, _load_base(short, progress), progress)
+        _train(short, run, model, loss, None, progress)
+        seconds = [step["num_tokens"] / step["tokens_per_second"] for step in run.read_metrics()]
+    return StepProbe(
+        num_tokens=sum(lengths[i] for i in longest),
+        first_step_seconds=seconds[0],
+        step_seconds=min(seconds[1:]),
+        peak_bytes=peak_bytes(train.device),
+    )
+
+
+def _adapt(prepared: Preparation, base: Any, progress: Progress) -> tuple[PeftModel, SupervisedLoss]:
+    """A fresh adapter on the base, and its loss, ready for training."""
+    recipe = prepared.recipe
+    model = attach_adapter(
+        base, recipe.lora, prepared.targets, base_name=_loadable_name(prepared), seed=recipe.train.seed
+    )
+    if recipe.train.engine == "fast":
+        loss, reason = make_loss(model, prepared.data.train)
+        if reason:
+            progress.warn(f"one example at a time: {reason}")
+        loss.compiled = recipe.train.compile is True
+        prepare_layers(model, compiled=loss.compiled, num_recomputed=int(recipe.train.recompute))
+    else:
+        loss = SupervisedLoss(model, packed=False)
+    return model, loss
+
+
 def _loadable_name(prepared: Preparation) -> str:
     """What PEFT can load the base by: its hub id, or its folder."""
     return prepared.base.name if prepared.base.revision else str(prepared.base.path)
@@ -216,8 +273,9 @@ def _train(
     loss: SupervisedLoss,
     checkpoint: Path | None,
     progress: Progress,
-) -> tuple[float, Nll | None]:
-    """All optimizer steps; returns the seconds spent in them, and the last step's held-out losses if it was evaluated."""
+) -> tuple[float, float, Nll | None]:
+    """All optimizer steps; returns the seconds spent in them and in evaluations between them, and the last step's held-out
+    losses if it was evaluated."""
     recipe, data = prepared.recipe, prepared.data
     done = resume_state(checkpoint) if checkpoint is not None else 0
     torch.manual_seed(recipe.train.seed)
@@ -247,7 +305,7 @@ def _train(
             fix=f"`loratune resume {run.root}` goes on",
         )
     step, losses = trainer.last_evaluation
-    return callback.train_seconds, losses if step == prepared.num_steps else None
+    return callback.train_seconds, trainer.evaluate_seconds, losses if step == prepared.num_steps else None
 
 
 def _save(prepared: Preparation, run: RunDir, model: PeftModel) -> None:
@@ -284,6 +342,7 @@ def _evaluate(
                 prompts,
                 max_new_tokens=section.max_new_tokens,
                 stop_token_ids=stops,
+                token_limit=prepared.memory.generation_tokens,
                 progress=task.advance,
             )
         return nll, answers
@@ -315,5 +374,9 @@ def peak_bytes(device: str) -> int:
     """The most memory that this process has had on the device."""
     if device == "cuda":
         return int(torch.cuda.max_memory_allocated())
-    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes on macOS, kibibytes on Linux
+    status = Path("/proc/self/status")
+    if status.is_file():  # not getrusage: there a process starts with the peak of the one that started it
+        (line,) = (line for line in status.read_text(encoding="ascii").splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes on macOS, kibibytes elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

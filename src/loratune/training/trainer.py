@@ -133,10 +133,14 @@ class _RunTrainer(Trainer):
     progress: Progress
     last_evaluation: tuple[int, list[tuple[float, int]]] = (-1, [])
     """The step of the last evaluation, and what `evaluate_nll` returned there."""
+    evaluate_seconds = 0.0
+    """Spent in evaluations."""
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Token-weighted negative log-likelihood of the held-out examples."""
+        started = time.perf_counter()
         losses = evaluate_nll(self.supervised_loss, self.run_data.eval, self.run_data.token_budget, self.progress)
+        self.evaluate_seconds += time.perf_counter() - started
         self.last_evaluation = self.state.global_step, losses
         metrics = {"eval_nll": sum(s for s, _ in losses) / max(1, sum(n for _, n in losses))}
         metrics["eval_loss"] = metrics["eval_nll"]  # the name that transformers' callbacks and trackers look for
