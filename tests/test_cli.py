@@ -141,6 +141,22 @@ def test_json_output_is_json_alone_on_stdout(loratune: Run, recipe: Path) -> Non
     assert "did you mean" in err or "known here" in err
 
 
+def test_plan_probes_real_steps_and_writes_nothing(loratune: Run, recipe: Path, tmp_path: Path) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    code, out, err = loratune("plan", recipe, "--probe", "--json")
+    assert code == 0, err
+    record = json.loads(out)
+    probe = record["probe"]
+    assert probe["tokens_per_second"] == pytest.approx(probe["num_tokens"] / probe["step_seconds"])
+    assert probe["peak_bytes"] > 0
+    assert record["time"]["source"].startswith("three steps")
+    assert sorted(tmp_path.rglob("*")) == before
+    code, out, _ = loratune("plan", recipe, "--probe")
+    assert code == 0
+    assert "in steps of" in out
+    assert loratune("plan", recipe, "--probe", "--device", "l4")[0] == 2
+
+
 def test_plan_for_another_device_with_its_price_and_a_page(loratune: Run, recipe: Path, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     code, out, err = loratune(
@@ -149,7 +165,7 @@ def test_plan_for_another_device_with_its_price_and_a_page(loratune: Run, recipe
     assert code == 0, err
     record = json.loads(out)
     assert record["device"]["name"] == "h100-80gb"
-    assert record["cost"]["cost"] == pytest.approx(record["time"]["train_seconds"] / 3600 * 3)
+    assert record["cost"]["cost"] == pytest.approx(record["time"]["total_seconds"] / 3600 * 3)
     assert sum(record["data_report"]["train"]["length"]["histogram"]["counts"]) == 20
     assert page.read_text(encoding="utf-8").count("<h2>") == 2
     code, _, err = loratune("plan", recipe, "--device", "h100-90gb")
@@ -301,7 +317,8 @@ def test_diff_and_reproduce_tell_by_words_and_exit_code(loratune: Run, recipe: P
     names = {item["name"] for item in json.loads(out)}
     assert code == 0
     assert names <= {
-        f"measured {name}" for name in ("peak_bytes", "train_seconds", "total_seconds", "tokens_per_second")
+        f"measured {name}"
+        for name in ("peak_bytes", "train_seconds", "evaluate_seconds", "total_seconds", "tokens_per_second")
     }
     code, out, _ = loratune("diff", tmp_path / "run", tmp_path / "run")
     assert (code, out) == (0, "no difference\n")

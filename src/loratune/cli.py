@@ -57,6 +57,10 @@ Price = Annotated[
     float | None,
     typer.Option("--price-per-hour", min=0, help="Of the machine, in your currency; shows what training costs."),
 ]
+RealSteps = Annotated[
+    bool,
+    typer.Option("--probe", help="Load the weights, run three real steps of the longest batch, and promise by them."),
+]
 OverwriteFile = Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")]
 OutFile = Annotated[Path | None, typer.Option("--out", help="The file to write; in the current folder when not given.")]
 FieldsAndOverrides = Annotated[
@@ -77,17 +81,24 @@ def plan(
     html: Html = None,
     device: DeviceName = None,
     price_per_hour: Price = None,
+    probe: RealSteps = False,
 ) -> None:
-    """Show what would be trained: parameters, memory, time, data, trained tokens, advice. Loads no weights."""
+    """Show what would be trained: parameters, memory, time, data, trained tokens, advice. Loads no weights without --probe."""
     with _reporting(as_json) as progress:
         loaded = Recipe.load(recipe, overrides or ())
-        from loratune.planning.devices import find_device
-        from loratune.preparation import prepare  # not the pipeline: planning needs no trainer
+        if probe:
+            from loratune import pipeline
 
-        prepared = prepare(loaded, progress, find_device(device) if device is not None else None)
+            prepared = pipeline.plan(loaded, device=device, probe=True, progress=progress)
+        else:
+            from loratune.planning.devices import find_device
+            from loratune.preparation import prepare  # not the pipeline: planning needs no trainer
+
+            named = find_device(device) if device is not None else None
+            prepared = prepare(loaded, progress, named, weights=False)
         record = prepared.as_plan()
         if price_per_hour is not None:
-            hours = record["time"]["train_seconds"] / 3600
+            hours = record["time"]["total_seconds"] / 3600
             record["cost"] = {"price_per_hour": price_per_hour, "cost": hours * price_per_hour}
         if html is not None:
             _write_page(html, prepared, samples)
@@ -212,7 +223,7 @@ def explain(recipe: RecipeFile, words: FieldsAndOverrides = None, as_json: AsJso
         from loratune.preparation import prepare
 
         fields = [guide.full_name(field) for field in fields]  # before the data is read
-        found = guide.explain(loaded, prepare(loaded, progress), origins, fields)
+        found = guide.explain(loaded, prepare(loaded, progress, weights=False), origins, fields)
         if as_json:
             _print_json([item.as_dict() for item in found])
             return
@@ -463,7 +474,9 @@ def show_plan(prepared: Preparation, record: Record, console: Console, samples: 
     }
     console.print(plan_view.summary_table(shown, model=f"{recipe.model.name} → {prepared.base.path}"))
     if whole:
-        console.print(plan_view.modules_table(shown), plan_view.presets_table(shown), sep="\n")
+        console.print(
+            plan_view.memory_table(shown), plan_view.modules_table(shown), plan_view.presets_table(shown), sep="\n"
+        )
         console.print(plan_view.data_table(prepared.data.report))
     for note in plan_view.notes(shown):
         console.print(note, soft_wrap=True)

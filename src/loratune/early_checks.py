@@ -25,7 +25,7 @@ from pathlib import Path
 from urllib.parse import urlparse
 
 from loratune.data.render import Example, Prompt
-from loratune.data.steps import num_steps
+from loratune.data.steps import num_steps, occasions
 from loratune.errors import DataError, MachineError, RecipeError
 from loratune.planning.parameters import ParameterCount
 from loratune.recipe import Recipe
@@ -137,10 +137,10 @@ def check_disk(recipe: Recipe, parameters: ParameterCount, num_examples: int) ->
     Raises:
         MachineError: They do not.
     """
-    saves = _num_saves(recipe, num_steps(num_examples, recipe.train.batch_size, recipe.train.epochs))
-    kept = (
-        min(saves, (recipe.train.keep_checkpoints or saves) + 1) + 1
-    )  # the best; and a new one before the oldest goes
+    steps = num_steps(num_examples, recipe.train.batch_size, recipe.train.epochs)
+    saves = occasions(recipe.train.save_every, steps=steps, epochs=recipe.train.epochs)
+    # beside the newest the best is kept, and a new one is written before the oldest goes
+    kept = min(saves, (recipe.train.keep_checkpoints or saves) + 1) + 1
     needed = kept * parameters.trainable * 12 + parameters.adapter_bytes + 50 * 2**20
     folder = _nearest(Path(recipe.train.output_dir))
     free = shutil.disk_usage(folder).free
@@ -150,16 +150,6 @@ def check_disk(recipe: Recipe, parameters: ParameterCount, num_examples: int) ->
             file=folder,
             fix="train.keep_checkpoints=1, train.save_every=never, or another train.output_dir",
         )
-
-
-def _num_saves(recipe: Recipe, steps: int) -> int:
-    every = recipe.train.save_every
-    if every == "never":
-        return 0
-    if every == "epoch":
-        return max(1, round(recipe.train.epochs))
-    assert not isinstance(every, str)
-    return max(1, round(1 / every)) if every < 1 else max(1, steps // int(every))
 
 
 def _nearest(folder: Path) -> Path:

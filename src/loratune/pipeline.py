@@ -9,6 +9,8 @@ evaluate    base against tuned, of a finished run
 from __future__ import annotations
 
 import shutil
+import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,7 +22,7 @@ from peft import PeftModel
 
 from loratune.data.preview import preview
 from loratune.data.render import stop_token_ids
-from loratune.data.steps import num_steps_per_epoch
+from loratune.data.steps import examples_of_largest_step, num_steps_per_epoch
 from loratune.errors import Interrupted, MachineError, RecipeError, RunError
 from loratune.evaluation.compare import evaluation_record, nll_record
 from loratune.evaluation.gates import check_names, parse_gate, pass_gates
@@ -29,11 +31,12 @@ from loratune.evaluation.harness import check_harness, run_harness
 from loratune.evaluation.own_metric import OwnMetric, load_metric
 from loratune.lock import changed_settings, differences
 from loratune.model.adapter import attach_adapter, save_adapter
-from loratune.model.device import torch_dtype
+from loratune.model.device import peak_bytes, torch_dtype
 from loratune.model.fp8 import quantise_frozen
 from loratune.model.load import load_model
 from loratune.planning.devices import find_device
 from loratune.planning.memory import wants_rehearsal
+from loratune.planning.speed import StepProbe
 from loratune.preparation import Preparation, held_out_prompts, output_dir, prepare
 from loratune.progress import Progress, Silent
 from loratune.recipe import Recipe
@@ -51,6 +54,9 @@ from loratune.training.held_out import Nll, evaluate_nll
 from loratune.training.loss import SupervisedLoss, make_loss
 from loratune.training.stopping import StopRequest, stopping_in_order
 from loratune.training.trainer import FastTrainer, ReferenceTrainer, TrainerSetup, resume_state
+
+PROBE_STEPS = 3
+"""Of `plan --probe`; the first compiles and warms up."""
 
 PREVIEW_EXAMPLES = 5
 """Examples whose tokens are kept in the run directory."""
@@ -72,15 +78,26 @@ class RunResult:
     evaluation: Record | None
 
 
-def plan(recipe: Recipe, *, device: str | None = None, progress: Progress = _NOBODY) -> Preparation:
-    """What would be trained, and whether it fits; loads no weights. `.as_plan()` is the record.
+def plan(
+    recipe: Recipe, *, device: str | None = None, probe: bool = False, progress: Progress = _NOBODY
+) -> Preparation:
+    """What would be trained, and whether it fits. `.as_plan()` is the record.
 
     Args:
         recipe: What to do.
         device: A GPU of `loratune.planning.devices` to plan for; None for this machine.
+        probe: Whether to run the longest step three times on the real weights, the one case in which they are loaded, and
+            to promise what these took. Nothing is written.
         progress: Who is told how it goes.
+
+    Raises:
+        RecipeError, DataError, MachineError: As `prepare`; or a device that is not here is to be probed.
+        RunError: A step of the probe failed.
     """
-    return prepare(recipe, progress, find_device(device) if device is not None else None)
+    if probe and device is not None:
+        raise RecipeError(f"--probe runs steps here, and --device {device} is not here", fix="leave one of them out")
+    prepared = prepare(recipe, progress, find_device(device) if device is not None else None, weights=probe)
+    return prepared.with_probe(_probe(prepared, progress)) if probe else prepared
 
 
 def train(
@@ -284,7 +301,7 @@ def _finish(
     tuned_nll: Nll | None = None,
 ) -> RunResult:
     """Evaluation, card, what was measured, report. `measured` comes last of what must be there: with it a run is done."""
-    evaluation = None
+    evaluation, started = None, time.perf_counter()
     try:
         with _memory_errors_told(run):
             if prepared.data.eval:
@@ -292,8 +309,9 @@ def _finish(
     except KeyboardInterrupt:
         sitting.note()
         raise StopRequest().as_error(_UNEVALUATED, run) from None
+    seconds = time.perf_counter() - started
     write_card(run)
-    sitting.close()
+    sitting.close(evaluate_seconds=seconds)
     report_or_warn(run, progress)
     return RunResult(run=run, evaluation=evaluation)
 
@@ -302,10 +320,15 @@ def _load(
     prepared: Preparation, run: RunDir, checkpoint: Path | None, progress: Progress
 ) -> tuple[PeftModel, SupervisedLoss]:
     """Base, fresh adapter, and the way to the loss."""
-    recipe = prepared.recipe
     base = _load_base(prepared, progress)
     if checkpoint is None and prepared.base.revision:
         _write_lock(prepared, run)  # the weights of a hub model were not there before
+    return _adapt(prepared, base, progress)
+
+
+def _adapt(prepared: Preparation, base: Any, progress: Progress) -> tuple[PeftModel, SupervisedLoss]:
+    """A fresh adapter on the base, and the way to its loss, ready for training."""
+    recipe = prepared.recipe
     model = attach_adapter(
         base, recipe.lora, prepared.targets, base_name=_loadable_name(prepared), seed=recipe.train.seed
     )
@@ -355,6 +378,38 @@ def _load_base(prepared: Preparation, progress: Progress) -> Any:
     recipe = prepared.recipe
     progress.line(f"loading {recipe.model.name} in {recipe.model.dtype} on {recipe.train.device}")
     return load_model(prepared.base, recipe.model, dtype=torch_dtype(recipe.model.dtype), device=recipe.train.device)
+
+
+def _probe(prepared: Preparation, progress: Progress) -> StepProbe:
+    """Run the longest step three times, and throw the result away."""
+    train = prepared.recipe.train
+    lengths = [len(example.input_ids) for example in prepared.data.train]
+    longest = examples_of_largest_step(lengths, batch_size=train.batch_size, seed=train.seed)
+    # One step is all the data, so an epoch is a step.
+    changes = {
+        "epochs": PROBE_STEPS,
+        "eval_every": "never",
+        "save_every": "never",
+        "log_every": "never",
+        "report_to": (),
+    }
+    short = replace(
+        prepared,
+        recipe=prepared.recipe.model_copy(update={"train": train.model_copy(update=changes)}),
+        data=replace(prepared.data, train=[prepared.data.train[i] for i in longest], eval=[], stream=None),
+        num_steps=PROBE_STEPS,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        run = RunDir.create(Path(folder) / "probe", overwrite=False)
+        model, loss = _adapt(short, _load_base(short, progress), progress)
+        _train(short, run, model, loss, None, StopRequest(), progress)
+        seconds = [step["num_tokens"] / step["tokens_per_second"] for step in run.read_metrics()]
+    return StepProbe(
+        num_tokens=sum(lengths[i] for i in longest),
+        first_step_seconds=seconds[0],
+        step_seconds=min(seconds[1:]),
+        peak_bytes=peak_bytes(train.device),
+    )
 
 
 def _loadable_name(prepared: Preparation) -> str:
@@ -473,6 +528,7 @@ def _evaluate(
                 prompts,
                 max_new_tokens=section.max_new_tokens,
                 stop_token_ids=stops,
+                token_limit=prepared.memory.generation_tokens,
                 progress=task.advance,
                 told=lambda message: events.happened("smaller_answer_batches", message),
             )

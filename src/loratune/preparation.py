@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,19 +16,20 @@ from loratune.early_checks import check_disk, check_output, check_prompts, check
 from loratune.errors import MachineError, RecipeError
 from loratune.evaluation.scoring import check_references
 from loratune.lock import examples_fingerprint, make_lock, model_fingerprint, text_fingerprint
-from loratune.model.device import Choice, check_fp8, choose_compile, choose_device, choose_dtype, no_fp8, torch_dtype
+from loratune.model.device import Choice, check_fp8, choose_device, choose_dtype, no_fp8
 from loratune.model.gguf import cache_dir
 from loratune.model.load import BaseModel, load_config, load_tokenizer, locate_model, positions_of
 from loratune.model.targets import describe_targets, resolve_targets, target_notes
-from loratune.model.weights import check_weights
+from loratune.model.weights import bytes_to_convert, check_stored, check_weights
 from loratune.planning.advice import Advice, Facts, give_advice
 from loratune.planning.compatibility import unknown_to_gguf
 from loratune.planning.cost import Place, run_flops, run_memory
 from loratune.planning.devices import Device
-from loratune.planning.memory import MemoryPlan
+from loratune.planning.estimate import Estimate, estimate
+from loratune.planning.memory import MemoryPlan, resident_bytes
 from loratune.planning.parameters import ParameterCount, count_parameters, skeleton
 from loratune.planning.presets import PresetCount, count_presets
-from loratune.planning.speed import TimePlan, matmul_rate, plan_time
+from loratune.planning.speed import StepProbe, TimePlan, with_probe
 from loratune.progress import Progress
 from loratune.recipe import Recipe
 from loratune.run import Record
@@ -53,6 +54,10 @@ class PresetPlan:
     count: PresetCount
     peak_bytes: int | None
     train_seconds: float | None
+
+    def scaled(self, factor: float) -> PresetPlan:
+        """The same at another speed."""
+        return replace(self, train_seconds=self.train_seconds and self.train_seconds * factor)
 
     def as_record(self) -> Record:
         """For `plan.json`."""
@@ -89,6 +94,7 @@ class Preparation:
         warnings: What the user should read before starting.
         advice: What an expert would change.
         device: The named device that the plan is for; None for this machine.
+        probe: What real steps took; None where none were run.
     """
 
     recipe: Recipe
@@ -108,6 +114,18 @@ class Preparation:
     warnings: tuple[str, ...]
     advice: tuple[Advice, ...]
     device: Device | None
+    probe: StepProbe | None = None
+
+    def with_probe(self, probe: StepProbe) -> Preparation:
+        """The same with the times that the probe's speed makes."""
+        tokens = self.recipe.train.epochs * sum(len(example.input_ids) for example in self.data.train)
+        time = with_probe(self.time, probe, tokens)
+        return replace(
+            self,
+            probe=probe,
+            time=time,
+            presets=tuple(preset.scaled(time.train_seconds / self.time.train_seconds) for preset in self.presets),
+        )
 
     def as_plan(self) -> Record:
         """`plan.json`: what is promised."""
@@ -132,23 +150,13 @@ class Preparation:
                 ],
             },
             "presets": {preset.count.name: preset.as_record() for preset in self.presets},
-            "memory": {
-                "peak_bytes": memory.peak_bytes,
-                "weights_bytes": memory.weights_bytes,
-                "adapter_bytes": memory.adapter_bytes,
-                "activation_bytes": memory.activation_bytes,
-                "loss_bytes": memory.loss_bytes,
-                "process_bytes": memory.process_bytes,
-                "token_budget": memory.token_budget,
-                "num_recomputed": memory.num_recomputed,
-            },
+            "memory": {"peak_bytes": memory.peak_bytes, **asdict(memory)},
             "time": {
-                "train_seconds": clock.train_seconds,
+                **asdict(clock),
                 "tokens_per_second": self.recipe.train.epochs * num_tokens / clock.train_seconds,
-                "flops": clock.flops,
-                "flops_per_second": clock.flops_per_second,
                 "num_steps": self.num_steps,
             },
+            "probe": self.probe and {**asdict(self.probe), "tokens_per_second": self.probe.tokens_per_second},
             "data": {
                 "num_examples": self.data.num_examples,
                 "num_tokens": num_tokens,
@@ -191,13 +199,14 @@ class Preparation:
         )
 
 
-def prepare(recipe: Recipe, progress: Progress, device: Device | None = None) -> Preparation:
+def prepare(recipe: Recipe, progress: Progress, device: Device | None = None, *, weights: bool = True) -> Preparation:
     """Find out everything that can be known before the weights load.
 
     Args:
         recipe: What to do.
         progress: Who is told how it goes.
         device: Plan for this device in place of this machine's own.
+        weights: Whether they will be loaded; where not, a GGUF file's header is enough.
 
     Raises:
         RecipeError: A setting does not fit the model, or the model's files are incomplete.
@@ -208,13 +217,14 @@ def prepare(recipe: Recipe, progress: Progress, device: Device | None = None) ->
     check_output(output_dir(recipe))
     where = choose_device(recipe.train.device) if device is None else Choice("cuda", f"{device.name}, as published")
     _check_quantization(recipe, where.value, device)
-    base = locate_model(recipe.model, progress)
+    base = locate_model(recipe.model, progress, weights=weights)
     config = load_config(base, recipe.model)
     positions = positions_of(config)
     max_length = _max_length(recipe, positions)
     model = skeleton(config, trust_remote_code=recipe.model.trust_remote_code)
     targets = resolve_targets(model, recipe.lora.targets)
     check_weights(base.path, model, quantized=getattr(config, "quantization_config", None) is not None)
+    check_stored(base.stored, model, name=base.name)
     parameters = count_parameters(model, targets, recipe.lora.r)
     tokenizer = load_tokenizer(base, recipe.model)
     streaming, data = _data(recipe, tokenizer, int(max_length.value), progress)
@@ -225,28 +235,36 @@ def prepare(recipe: Recipe, progress: Progress, device: Device | None = None) ->
     check_references(recipe.evaluate.metric, prompts)
     check_prompts(recipe, prompts, positions)
     dtype = _dtype(recipe, where.value, device)
+    resident = resident_bytes()  # before the probes
     text_config = config.get_text_config()
-    flops = run_flops(recipe, text_config, model, parameters, data)
-    rate = _rate(where.value, dtype.value, int(text_config.hidden_size), device)
-    compiled = choose_compile(
-        recipe.train.compile if recipe.train.engine == "fast" else False,
-        device=where.value,
-        train_seconds=plan_time(flops, rate, compiled=False).train_seconds,
+    estimated = estimate(
+        recipe,
+        text_config,
+        model,
+        targets,
+        parameters,
+        data=data,
+        prompts=prompts,
+        longest_answer=_longest_answer(prompts, tokenizer),
+        place=Place(
+            device=where.value,
+            dtype=dtype.value,
+            compiled=False,
+            stored_bytes=bytes_to_convert(
+                base.path, dtype.value, stored=base.stored, num_parameters=parameters.total - parameters.trainable
+            ),
+            resident_bytes=resident,
+            free_bytes=None if device is None else device.memory_bytes,
+        ),
+        device=device,
     )
-    place = Place(
-        device=where.value,
-        dtype=dtype.value,
-        compiled=compiled.value == "true",
-        free_bytes=None if device is None else device.memory_bytes,
-    )
-    memory = run_memory(recipe, text_config, parameters, data, place)
-    clock = plan_time(flops, rate, compiled=place.compiled)
+    memory = estimated.memory
     choices = {
         "train.device": where,
         "model.dtype": dtype,
         "data.max_length": max_length,
         "data.streaming": streaming,
-        "train.compile": compiled,
+        "train.compile": estimated.compiled,
         "train.recompute": Choice(str(memory.num_recomputed), _recompute_reason(recipe, memory)),
         "train.token_budget": Choice(str(memory.token_budget), _budget_reason(recipe, memory)),
         "train.output_dir": Choice(str(output_dir(recipe))),
@@ -263,12 +281,12 @@ def prepare(recipe: Recipe, progress: Progress, device: Device | None = None) ->
         targets=targets,
         targets_in_words=describe_targets(model, recipe.lora.targets),
         parameters=parameters,
-        presets=tuple(_preset(p, recipe, text_config, model, data, clock, place) for p in presets),
+        presets=tuple(_preset(p, recipe, text_config, model, data, estimated) for p in presets),
         data=data,
         prompts=prompts,
         forgetting=forgetting,
         memory=memory,
-        time=clock,
+        time=estimated.time,
         num_steps=steps,
         warnings=(
             *target_notes(model, recipe.lora.targets),
@@ -380,11 +398,10 @@ def _recompute_reason(recipe: Recipe, memory: MemoryPlan) -> str:
     return "layers that keep their input only, so that the micro-batch fits"
 
 
-def _rate(where: str, dtype: str, width: int, device: Device | None) -> float:
-    """Operations per second of a matrix product, published or measured."""
-    if device is not None:
-        return device.bf16_flops_per_second
-    return matmul_rate(device=where, dtype=torch_dtype(dtype), width=width)
+def _longest_answer(prompts: tuple[Prompt, ...], tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens of the longest reference, with its stop token; 0 without prompts."""
+    references = [prompt.reference for prompt in prompts]
+    return 1 + max(map(len, tokenizer(references, add_special_tokens=False)["input_ids"])) if references else 0
 
 
 def _device_notes(device: Device | None, dtype: str) -> tuple[str, ...]:
@@ -399,16 +416,16 @@ def _preset(
     config: Any,
     model: Any,
     data: PreparedData,
-    clock: TimePlan,
-    place: Place,
+    estimated: Estimate,
 ) -> PresetPlan:
     """Memory and time of a preset: the formulas of the run itself, at the rate that was probed for it."""
     if count.parameters is None:
         return PresetPlan(count=count, peak_bytes=None, train_seconds=None)
     try:
-        peak = run_memory(recipe, config, count.parameters, data, place).peak_bytes
+        peak = run_memory(recipe, config, count.parameters, estimated.work, estimated.place).peak_bytes
     except MachineError:
         peak = None
+    clock = estimated.time
     seconds = clock.train_seconds * run_flops(recipe, config, model, count.parameters, data) / clock.flops
     return PresetPlan(count=count, peak_bytes=peak, train_seconds=seconds)
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 
-import torch
-
+from loratune.model.device import peak_bytes
 from loratune.run import Record, RunDir, read_json, write_json
 
 
@@ -29,11 +26,14 @@ class Sitting:
         record["so_far"] = self._so_far()
         write_json(self._run.plan, record)
 
-    def close(self) -> None:
-        """Write down what the whole run came to."""
-        record = read_json(self._run.plan)
+    def close(self, *, evaluate_seconds: float) -> None:
+        """Write down what the whole run came to; `evaluate_seconds` were spent on it since training ended."""
+        record, metrics = read_json(self._run.plan), self._run.read_metrics()
         record.pop("so_far", None)
-        record["measured"] = {**self._so_far(), **step_totals(self._run.read_metrics())}
+        record["measured"] = {**self._so_far(), **step_totals(metrics)}
+        record["measured"]["evaluate_seconds"] = evaluate_seconds + sum(
+            line["seconds"] for line in metrics if "eval_nll" in line
+        )
         write_json(self._run.plan, record)
 
     def _so_far(self) -> Record:
@@ -49,11 +49,3 @@ def step_totals(metrics: list[Record]) -> Record:
     seconds = sum(record["num_tokens"] / record["tokens_per_second"] for record in steps)
     num_tokens = sum(record["num_tokens"] for record in steps)
     return {"train_seconds": seconds, "tokens_per_second": num_tokens / seconds if seconds else 0.0}
-
-
-def peak_bytes(device: str) -> int:
-    """The most memory that this process has had on the device."""
-    if device == "cuda":
-        return int(torch.cuda.max_memory_allocated())
-    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes on macOS, kibibytes on Linux
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -141,6 +141,8 @@ def footprint(recipe: Recipe) -> dict[str, Any]:
     plan = json.loads(run.plan.read_text())
     for name in ("time", "measured", "choices", "presets"):
         plan.pop(name)
+    for name in ("peak_bytes", "process_bytes"):  # of this process, with all that the tests before have left
+        plan["memory"].pop(name)
     metrics = run.read_metrics()
     for record in metrics:
         record.pop("tokens_per_second", None)

@@ -67,12 +67,18 @@ def test_notes_give_advice_with_reason_and_source(shown: tuple[Record, Record]) 
 def test_promise_and_measurement_stand_side_by_side() -> None:
     line = plan_view.measured_line(
         {
-            "measured": {"train_seconds": 65, "tokens_per_second": 1234.5, "peak_bytes": 2**31},
+            "measured": {
+                "train_seconds": 65,
+                "evaluate_seconds": 8,
+                "tokens_per_second": 1234.5,
+                "peak_bytes": 2**31,
+            },
             "memory": {"peak_bytes": 2**30},
-            "time": {"train_seconds": 3600, "tokens_per_second": 22.4},
+            "time": {"train_seconds": 130, "evaluate_seconds": 0, "tokens_per_second": 22.4},
         }
     )
 
     assert line == (
-        "training took 1 min 5 s (planned 1 h 0 min), 1,234 tokens/s (planned 22), 2.0 GiB at the peak (planned 1.0)"
+        "training took 1 min 5 s (planned 2 min 10 s, 50% of it), evaluation 8 s (planned 0 s), "
+        "1,234 tokens/s (planned 22 tokens/s, 5511% of it), peak memory 2.0 GiB (planned 1.0 GiB, 200% of it)"
     )

@@ -79,10 +79,34 @@ def num_steps(num_examples: int, batch_size: int, epochs: float) -> int:
     return math.ceil(epochs * num_steps_per_epoch(num_examples, batch_size))
 
 
+def occasions(every: str | float, *, steps: int, epochs: float, at_end: bool = True) -> int:
+    """How often something with this cadence happens in a run.
+
+    Args:
+        every: The recipe's `eval_every`, `save_every` or `log_every`.
+        steps: Optimizer steps of the run.
+        epochs: Epochs of the run.
+        at_end: Whether it also happens after the last step, as evaluating and saving do.
+    """
+    if isinstance(every, str):
+        return {"never": 0, "epoch": math.ceil(epochs)}[every]
+    interval = math.ceil(steps * every) if every < 1 else int(every)
+    return steps // interval + (at_end and steps % interval != 0)
+
+
 def largest_step(lengths: Sequence[int], *, batch_size: int, seed: int) -> int:
     """Tokens of the largest step of the first epoch."""
     shuffled = np.asarray(lengths)[epoch_order(len(lengths), seed=seed, epoch=0)]
     return int(np.add.reduceat(shuffled, np.arange(0, len(lengths), batch_size)).max())
+
+
+def examples_of_largest_step(lengths: Sequence[int], *, batch_size: int, seed: int) -> list[int]:
+    """The numbers of the examples of that step."""
+    order = epoch_order(len(lengths), seed=seed, epoch=0)
+    starts = np.arange(0, len(lengths), batch_size)
+    start = int(starts[np.add.reduceat(np.asarray(lengths)[order], starts).argmax()])
+    chosen: list[int] = order[start : start + batch_size].tolist()
+    return chosen
 
 
 @lru_cache(maxsize=2)

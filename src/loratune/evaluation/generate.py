@@ -18,8 +18,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from loratune.training.budget import free_memory, is_out_of_memory
 
 TOKEN_LIMIT = 16_384
-"""The most tokens of one batch, prompts and answers together: with grouped keys and values about 1 GB of cache at 1.5 B
-parameters."""
+"""The most tokens of one batch, prompts and answers together, where nobody planned how many fit."""
 
 
 class Origin(Protocol):
@@ -99,7 +98,8 @@ def generate_answers(
         max_new_tokens: The longest answer, in tokens.
         stop_token_ids: The tokens that end an answer; none: every answer has `max_new_tokens` tokens.
         progress: Called with the number of further answers, after every batch.
-        token_limit: The most tokens of one batch. A longer prompt is a batch of its own.
+        token_limit: The most tokens of one batch, prompts and answers together, so that it takes no more memory than
+            training (`MemoryPlan.generation_tokens`). A longer prompt is a batch of its own.
         told: Called when a batch did not fit into memory and is done in halves.
 
     Returns:

@@ -15,13 +15,13 @@ from transformers import get_scheduler
 
 from loratune.data.batch import num_supervised
 from loratune.data.prepare import prepare_data
-from loratune.data.steps import EpochPlan, num_steps, num_steps_per_epoch
+from loratune.data.steps import EpochPlan, num_steps, num_steps_per_epoch, occasions
 from loratune.model.device import torch_dtype
 from loratune.model.load import load_config, positions_of
 from loratune.model.targets import describe_targets, resolve_targets
 from loratune.planning.parameters import ParameterCount, count_parameters, skeleton
 from loratune.preparation import NO_LIMIT, Preparation
-from loratune.recipe import TARGET_PRESETS, Cadence, DataSection
+from loratune.recipe import TARGET_PRESETS, DataSection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -91,21 +91,6 @@ def learning_rates(train: Any, steps: int) -> np.ndarray:
     )
     factor: Callable[[int], float] = scheduler.lr_lambdas[0]
     return train.learning_rate * np.array([factor(step) for step in range(steps)])
-
-
-def occasions(every: Cadence, *, steps: int, epochs: float, at_end: bool = True) -> int:
-    """How often something with this cadence happens in a run.
-
-    Args:
-        every: The recipe's `eval_every`, `save_every` or `log_every`.
-        steps: Optimizer steps of the run.
-        epochs: Epochs of the run.
-        at_end: Whether it also happens after the last step, as evaluating and saving do.
-    """
-    if isinstance(every, str):
-        return {"never": 0, "epoch": math.ceil(epochs)}[every]
-    interval = math.ceil(steps * every) if every < 1 else int(every)
-    return steps // interval + (at_end and steps % interval != 0)
 
 
 def around(value: int) -> list[int]:

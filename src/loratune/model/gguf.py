@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Callable
 from contextlib import redirect_stderr
 from io import StringIO
 from pathlib import Path
@@ -19,6 +20,7 @@ from loratune.progress import Progress
 
 CACHE_VARIABLE = "LORATUNE_CACHE"
 _MAGIC = b"GGUF"
+_HEADER_BYTES = 64 * 2**20  # more than a header with its vocabulary has
 
 
 def cache_dir() -> Path:
@@ -46,6 +48,24 @@ def check_gguf(file: Path) -> None:
         raise RecipeError(f"not a GGUF file: it begins with {magic!r}", file=file, fix="give the path of a GGUF model")
 
 
+def describe_gguf(file: Path, progress: Progress) -> Path:
+    """A folder with config, tokenizer and chat template of a GGUF file, from its header alone; made if missing.
+
+    The folder of the import, where there is one already.
+
+    Raises:
+        RunError: transformers cannot read this GGUF file.
+    """
+    with file.open("rb") as stream:
+        start = hashlib.sha256(stream.read(_HEADER_BYTES))
+    folder = cache_dir() / "descriptions" / f"{file.stem}-{start.hexdigest()[:16]}"
+    if (folder / "config.json").is_file():
+        return folder
+    progress.line(f"reading the header of {file.name}; done once, takes some seconds")
+    _make(folder, file, _describe)
+    return folder
+
+
 def import_gguf(file: Path, progress: Progress) -> Path:
     """The folder with the model of a GGUF file in float32, its tokenizer and its chat template; made if missing.
 
@@ -58,16 +78,21 @@ def import_gguf(file: Path, progress: Progress) -> Path:
     if (folder / "config.json").is_file():
         return folder
     progress.line(f"importing {file.name} into {folder}; done once, takes about half a minute for 135 M parameters")
+    _make(folder, file, _expand)
+    return folder
+
+
+def _make(folder: Path, file: Path, fill: Callable[[Path, Path], None]) -> None:
+    """The folder, filled by a function of file and folder, whole or not at all."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
         try:
             with redirect_stderr(StringIO()):  # the libraries' progress bars
-                _expand(file, Path(temporary))
+                fill(file, Path(temporary))
         except (ValueError, KeyError, NotImplementedError) as error:
             raise RunError(
                 f"transformers cannot read it: {error}", file=file, fix="use the model's safetensors folder instead"
             ) from error
-        (Path(temporary) / "source.json").write_text(json.dumps({"gguf": str(file), "sha256": file_sha256(file)}))
         try:
             Path(temporary).rename(folder)
         except OSError:  # another process was first, with the same bytes
@@ -75,7 +100,13 @@ def import_gguf(file: Path, progress: Progress) -> Path:
                 raise
         else:
             Path(temporary).mkdir()  # for TemporaryDirectory to remove
-    return folder
+
+
+def _describe(file: Path, folder: Path) -> None:
+    from transformers import AutoConfig, AutoTokenizer
+
+    AutoConfig.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
 
 
 def _expand(file: Path, folder: Path) -> None:
@@ -89,3 +120,4 @@ def _expand(file: Path, folder: Path) -> None:
     model.is_quantized = False
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
+    (folder / "source.json").write_text(json.dumps({"gguf": str(file), "sha256": file_sha256(file)}))

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratune.errors import MachineError, RecipeError
-from loratune.model.gguf import check_gguf, import_gguf
+from loratune.model.gguf import check_gguf, describe_gguf, import_gguf, imported_folder
 from loratune.progress import Progress
 from loratune.recipe import ModelSection
 
@@ -30,17 +30,24 @@ class BaseModel:
         name: As the recipe has it.
         path: A folder that `from_pretrained` loads.
         revision: The commit of a hub model, else None.
+        stored: Type → parameters of it, of weights that are not in the folder; as safetensors names types.
     """
 
     name: str
     path: Path
     revision: str | None = None
+    stored: Mapping[str, int] = field(default_factory=dict)
 
 
-def locate_model(section: ModelSection, progress: Progress) -> BaseModel:
+def locate_model(section: ModelSection, progress: Progress, *, weights: bool = True) -> BaseModel:
     """Find the base model: a folder, a GGUF file (imported into the cache if need be), or the hub.
 
     Weights from the hub are not fetched here: only what describes the model is.
+
+    Args:
+        section: Of the recipe.
+        progress: Who is told of an import.
+        weights: Whether a GGUF file is imported; else its header is enough.
 
     Raises:
         RecipeError: There is no such file, folder or package, or it holds no model.
@@ -54,19 +61,25 @@ def locate_model(section: ModelSection, progress: Progress) -> BaseModel:
         )
     if name.startswith("package:"):
         file = _package_file(name)
-        return BaseModel(name=name, path=import_gguf(file, progress))
+        return _from_gguf(name, file, progress, weights=weights)
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
             raise RecipeError(f"model.name is {name}: no such file", fix="check the path")
         check_gguf(path)
-        return BaseModel(name=name, path=import_gguf(path.resolve(), progress))
+        return _from_gguf(name, path.resolve(), progress, weights=weights)
     if path.is_dir():
         _check_folder(path)
         return BaseModel(name=name, path=path.resolve())
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise RecipeError(f"model.name is {name}: no such folder", fix="give a folder, a .gguf file or a hub id")
     return _from_hub(section)
+
+
+def _from_gguf(name: str, file: Path, progress: Progress, *, weights: bool) -> BaseModel:
+    if weights or (imported_folder(file) / "config.json").is_file():
+        return BaseModel(name=name, path=import_gguf(file, progress))
+    return BaseModel(name=name, path=describe_gguf(file, progress), stored={"F32": 0})
 
 
 def gguf_file(section: ModelSection) -> Path | None:
@@ -125,12 +138,24 @@ def _check_folder(path: Path) -> None:
 def _from_hub(section: ModelSection) -> BaseModel:
     import httpx2
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        NotASafetensorsRepoError,
+        OfflineModeIsEnabled,
+    )
 
     patterns = ["*.json", "*.jinja", "tokenizer.model", *(["*.py"] if section.trust_remote_code else [])]
     try:
         revision = HfApi().model_info(section.name, revision=section.revision, timeout=HUB_TIMEOUT_SECONDS).sha
         path = snapshot_download(section.name, revision=revision, allow_patterns=patterns)
+        metadata = HfApi().get_safetensors_metadata(section.name, revision=revision)
+        stored = {str(dtype): number for dtype, number in metadata.parameter_count.items()}
+    except NotASafetensorsRepoError as error:
+        raise RecipeError(
+            f"model.name is {section.name}: the hub has no safetensors weights of it",
+            fix="convert it: only safetensors are loaded, because other formats can run code",
+        ) from error
     except HfHubHTTPError as error:
         raise RecipeError(
             f"model.name is {section.name}: the hub answers {error.response.status_code}",
@@ -145,8 +170,8 @@ def _from_hub(section: ModelSection) -> BaseModel:
                 fix="connect, or use a model on this machine: model.name=/path/to/folder (with config.json, "
                 "safetensors and tokenizer) or model.name=/path/to/file.gguf",
             ) from error
-        revision = Path(path).name
-    return BaseModel(name=section.name, path=Path(path), revision=revision)
+        revision, stored = Path(path).name, {}
+    return BaseModel(name=section.name, path=Path(path), revision=revision, stored=stored)
 
 
 def load_config(base: BaseModel, section: ModelSection) -> PreTrainedConfig:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 from loratune.errors import RecipeError
 
 INDEX = "model.safetensors.index.json"
+_TYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _COPY_AGAIN = "copy or download the model again"
 
 
@@ -51,12 +53,47 @@ def check_weights(folder: Path, model: nn.Module, *, quantized: bool) -> None:
         )
 
 
+def check_stored(stored: Mapping[str, int], model: nn.Module, *, name: str) -> None:
+    """The same by the number of parameters, for weights that are on the hub.
+
+    Raises:
+        RecipeError: Some are missing there.
+    """
+    held, described = sum(stored.values()), sum(p.numel() for p in model.parameters())
+    if held and set(stored) <= set(_TYPES.values()) and held < 0.999 * described:
+        raise RecipeError(
+            f"model.name is {name}: the hub holds {held:,} of the {described:,} parameters that config.json describes",
+            fix="another model.revision, or another model",
+        )
+
+
+def bytes_to_convert(folder: Path, dtype: str, *, stored: Mapping[str, int], num_parameters: int) -> int:
+    """Bytes of the weights' files that are held beside the weights while these load; 0 where the files have their type, and
+    are mapped as they are.
+
+    Args:
+        folder: As in `check_weights`.
+        dtype: Name of the type of the loaded weights.
+        stored: The types of weights that are not in the folder.
+        num_parameters: Of the base.
+    """
+    files = _files(folder)
+    types = set(stored) or {entry["dtype"] for file in files for entry in _header(file).values()}
+    if types <= {_TYPES[dtype]}:
+        return 0
+    return sum(file.stat().st_size for file in files) or num_parameters * (4 if "F32" in types else 2)
+
+
 def read_header(file: Path) -> dict[str, tuple[int, ...]]:
     """The name and shape of every tensor of a safetensors file.
 
     Raises:
         RecipeError: It is not one, or shorter than its header says.
     """
+    return {name: tuple(entry["shape"]) for name, entry in _header(file).items()}
+
+
+def _header(file: Path) -> dict[str, Any]:
     size = file.stat().st_size
     try:
         with file.open("rb") as stream:
@@ -68,7 +105,7 @@ def read_header(file: Path) -> dict[str, tuple[int, ...]]:
         raise RecipeError("not a safetensors file, or damaged", file=file, fix=_COPY_AGAIN) from None
     if size < end:
         raise RecipeError(f"cut short: {size:,} of {end:,} bytes", file=file, fix=_COPY_AGAIN)
-    return {name: tuple(entry["shape"]) for name, entry in header.items()}
+    return header
 
 
 def _files(folder: Path) -> list[Path]:

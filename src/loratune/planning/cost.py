@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from loratune.data.batch import num_supervised
 from loratune.data.prepare import PreparedData
-from loratune.data.steps import largest_step
+from loratune.data.render import Prompt
+from loratune.data.steps import largest_step, num_steps, occasions
 from loratune.kernels.cross_entropy import chunk_rows
 from loratune.model.device import torch_dtype
-from loratune.planning.memory import MemoryPlan, layer_bytes, plan_memory
+from loratune.planning.memory import MemoryPlan, Work, layer_bytes, plan_memory
 from loratune.planning.parameters import ParameterCount
-from loratune.planning.speed import training_flops
+from loratune.planning.speed import Amounts, training_flops
 from loratune.recipe import Recipe
 
 
@@ -24,23 +26,42 @@ class Place:
         device: cpu, cuda or mps.
         dtype: Name of the type of the frozen weights.
         compiled: Whether the layers run compiled.
+        stored_bytes: Of the weights' files where they must be converted to be loaded.
+        resident_bytes: Of this process, with libraries and data.
         free_bytes: Of a device that is not here; None for what is free on this machine.
     """
 
     device: str
     dtype: str
     compiled: bool
+    stored_bytes: int = 0
+    resident_bytes: int = 0
     free_bytes: int | None = None
 
 
-def run_memory(recipe: Recipe, config: Any, parameters: ParameterCount, data: PreparedData, place: Place) -> MemoryPlan:
+def run_work(recipe: Recipe, data: PreparedData, prompts: Sequence[Prompt]) -> Work:
+    """The sizes of what a run puts through the model. Any example of streamed data may be as long as `data.max_length`."""
+    lengths = [len(example.input_ids) for example in data.train]
+    if data.stream is not None:
+        lengths = [int(data.report["max_length"])] * recipe.train.batch_size
+    return Work(
+        longest=max(lengths),
+        largest_step=largest_step(lengths, batch_size=recipe.train.batch_size, seed=recipe.train.seed),
+        held_out=max((len(example.input_ids) for example in data.eval), default=0),
+        prompt=max((len(prompt.input_ids) for prompt in prompts), default=0),
+        num_prompts=len(prompts),
+        max_new_tokens=recipe.evaluate.max_new_tokens if prompts else 0,
+    )
+
+
+def run_memory(recipe: Recipe, config: Any, parameters: ParameterCount, work: Work, place: Place) -> MemoryPlan:
     """Bytes at the peak, the token budget, and the layers to recompute.
 
     Args:
         recipe: Its token budget and recomputed layers may be auto.
         config: The model's text configuration.
         parameters: What is trained.
-        data: Its training examples; of streamed data, any example may be as long as `data.max_length`.
+        work: What is run through the model.
         place: Where.
 
     Raises:
@@ -48,12 +69,10 @@ def run_memory(recipe: Recipe, config: Any, parameters: ParameterCount, data: Pr
     """
     wanted, recompute = recipe.train.token_budget, recipe.train.recompute
     dtype_bytes = torch_dtype(place.dtype).itemsize
-    lengths = [len(example.input_ids) for example in data.train]
-    if data.stream is not None:
-        lengths = [int(data.report["max_length"])] * recipe.train.batch_size
     return plan_memory(
         total_parameters=parameters.total,
         trainable_parameters=parameters.trainable,
+        stored_bytes=place.stored_bytes,
         layer=layer_bytes(
             config,
             dtype_bytes,
@@ -61,34 +80,92 @@ def run_memory(recipe: Recipe, config: Any, parameters: ParameterCount, data: Pr
             r=recipe.lora.r,
             dropout=recipe.lora.dropout,
             compiled=place.compiled,
+            device=place.device,
         ),
         num_layers=config.num_hidden_layers,
         dtype_bytes=dtype_bytes,
         device=place.device,
+        compiled=place.compiled,
         loss_chunk_bytes=chunk_rows(config.vocab_size, place.device) * config.vocab_size * 4,
-        longest=max(lengths),
-        longest_held_out=max((len(example.input_ids) for example in data.eval), default=0),
-        largest_step=largest_step(lengths, batch_size=recipe.train.batch_size, seed=recipe.train.seed),
+        row_logits_bytes=config.vocab_size * 4,
+        work=work,
         wanted_budget=None if wanted == "auto" else int(wanted),
         wanted_recomputed=None if recompute == "auto" else int(recompute),
+        resident=place.resident_bytes,
         free=place.free_bytes,
     )
 
 
+def run_amounts(
+    recipe: Recipe,
+    config: Any,
+    memory: MemoryPlan,
+    *,
+    data: PreparedData,
+    prompts: Sequence[Prompt],
+    longest_answer: int,
+    load_bytes: int,
+) -> Amounts:
+    """What a run computes, in tokens.
+
+    Args:
+        recipe: Its cadence of evaluation counts.
+        config: The model's text configuration.
+        memory: Decides how many answers are a batch.
+        data: Training and held-out examples.
+        prompts: That are answered.
+        longest_answer: Tokens of the longest reference: where the tuned model is taken to stop. The base is taken to go on
+            to `evaluate.max_new_tokens`, as most do that were not trained for the task.
+        load_bytes: Of the weights' files.
+    """
+    section, epochs = recipe.evaluate, recipe.train.epochs
+    steps = num_steps(data.num_examples, recipe.train.batch_size, epochs)
+    evaluations = occasions(recipe.train.eval_every, steps=steps, epochs=epochs) + 1  # and the base's
+    batches = -(-len(prompts) // num_answers(prompts, memory, section.max_new_tokens))
+    return Amounts(
+        num_layers=config.num_hidden_layers,
+        tokens=epochs * data.scale * sum(len(example.input_ids) for example in data.train),
+        supervised=epochs * data.scale * sum(num_supervised(example) for example in data.train),
+        held_out_tokens=sum(len(example.input_ids) for example in data.eval),
+        held_out_supervised=sum(num_supervised(example) for example in data.eval),
+        evaluations=evaluations + (recipe.train.eval_every == "never"),  # then the tuned model's comes afterwards
+        prompt_tokens=sum(len(prompt.input_ids) for prompt in prompts),
+        decode_steps=batches * (section.max_new_tokens + min(longest_answer, section.max_new_tokens)),
+        load_bytes=load_bytes,
+    )
+
+
+def num_answers(prompts: Sequence[Prompt], memory: MemoryPlan, max_new_tokens: int) -> int:
+    """The prompts that are answered at once."""
+    if not prompts:
+        return 1
+    longest = max(len(prompt.input_ids) for prompt in prompts) + max_new_tokens
+    return max(1, min(len(prompts), memory.generation_tokens // longest))
+
+
+def layer_parameters(config: Any, model: Any, parameters: ParameterCount) -> int:
+    """Of one decoder layer without its adapter."""
+    return (parameters.total - parameters.trainable - _embeddings(config, model)) // int(config.num_hidden_layers)
+
+
 def run_flops(recipe: Recipe, config: Any, model: Any, parameters: ParameterCount, data: PreparedData) -> float:
     """Floating-point operations of all steps. `model` may be on the meta device; the others as in `run_memory`."""
-    head = model.get_output_embeddings()
-    head_parameters = head.weight.numel() if head is not None else 0
-    tied = bool(getattr(config, "tie_word_embeddings", False))
-    embeddings = head_parameters if tied else 2 * head_parameters
-    return (
-        recipe.train.epochs
-        * data.scale
-        * training_flops(
-            matmul_parameters=parameters.total - parameters.trainable - embeddings,
-            head_parameters=head_parameters,
-            trainable_parameters=parameters.trainable,
-            num_tokens=sum(len(example.input_ids) for example in data.train),
-            num_supervised=sum(num_supervised(example) for example in data.train),
-        )
+    per_epoch = training_flops(
+        matmul_parameters=parameters.total - parameters.trainable - _embeddings(config, model),
+        head_parameters=head_parameters(model),
+        trainable_parameters=parameters.trainable,
+        num_tokens=sum(len(example.input_ids) for example in data.train),
+        num_supervised=sum(num_supervised(example) for example in data.train),
     )
+    return recipe.train.epochs * data.scale * per_epoch
+
+
+def head_parameters(model: Any) -> int:
+    """Of the output head."""
+    head = model.get_output_embeddings()
+    return head.weight.numel() if head is not None else 0
+
+
+def _embeddings(config: Any, model: Any) -> int:
+    """Parameters of input and output embeddings."""
+    return head_parameters(model) * (1 if getattr(config, "tie_word_embeddings", False) else 2)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import groupby
 
 from rich.console import Group, RenderableType
@@ -34,14 +34,21 @@ def summary_table(record: Record, *, model: str) -> Table:
         f"{data['num_supervised_tokens']:,} carry loss; {data['num_eval_examples']:,} held out",
         "steps": f"{clock['num_steps']:,} of {record['recipe']['batch_size']} examples, "
         f"{record['recipe']['epochs']:g} epochs",
-        "memory": f"about {memory['peak_bytes'] / GIB:.1f} GiB at the peak: {_components(memory)}",
-        "time": f"about {duration(clock['train_seconds'])} of training, {clock['tokens_per_second']:,.0f} tokens/s, "
-        f"{_rate(record)}",
+        "memory": f"about {memory['peak_bytes'] / GIB:.1f} GiB at the peak",
+        "time": f"about {duration(clock['total_seconds'])}: training {duration(clock['train_seconds'])} at "
+        f"{clock['tokens_per_second']:,.0f} tokens/s, evaluation {duration(clock['evaluate_seconds'])}; "
+        f"from {clock['source']}",
         "output": record["recipe"]["output_dir"],
     }
+    if record["probe"]:
+        probe = record["probe"]
+        rows["probed"] = (
+            f"{probe['tokens_per_second']:,.0f} tokens/s in steps of {probe['num_tokens']:,} tokens, the first took "
+            f"{duration(probe['first_step_seconds'])}; {probe['peak_bytes'] / GIB:.1f} GiB at the peak"
+        )
     if "cost" in record:
         cost = record["cost"]
-        rows["cost"] = f"about {cost['cost']:,.2f} at {cost['price_per_hour']:g} an hour, for training alone"
+        rows["cost"] = f"about {cost['cost']:,.2f} at {cost['price_per_hour']:g} an hour"
     if record["device"]:
         device = record["device"]
         rows["device"] = (
@@ -54,6 +61,52 @@ def summary_table(record: Record, *, model: str) -> Table:
     for name, choice in record["choices"].items():
         table.add_row(f"[dim]{name}: auto[/dim]", escape(f"{choice['value']} ({choice['reason']})"))
     return table
+
+
+def memory_table(record: Record) -> Table:
+    """Bytes by component, and what the peak is made of."""
+    memory = record["memory"]
+    table = Table(title="Memory", title_justify="left")
+    table.add_column("component")
+    table.add_column("MiB", justify="right")
+    table.add_column("what it is")
+    kept, none = memory["activation_bytes_without_recomputation"], memory["activation_bytes_with_recomputation"]
+    recomputed = memory["num_recomputed"]
+    rows = (
+        ("weights", memory["weights_bytes"], "the frozen base"),
+        ("adapter", memory["adapter_bytes"], "its weights and gradients"),
+        ("optimizer", memory["optimizer_bytes"], "AdamW's two moments"),
+        (
+            "activations",
+            memory["activation_bytes"],
+            f"kept for the way back, {f'{recomputed} layers recomputed' if recomputed else 'nothing recomputed'}: "
+            f"{kept / MIB:,.0f} without recomputation, {none / MIB:,.0f} with every layer recomputed",
+        ),
+        ("loss", memory["loss_bytes"], "a chunk of logits, before the way back"),
+        ("backward", memory["backward_bytes"], "one layer's gradients, in place of the loss"),
+        ("evaluation", memory["evaluation_bytes"], "in place of activations, loss and backward"),
+        ("loading", memory["loading_bytes"], "the weights' files while they are converted, before all but the weights"),
+        ("allocator", memory["allocator_bytes"], "holes in its heap"),
+        ("process", memory["process_bytes"], "Python, libraries and data"),
+    )
+    for name, size, words in rows:
+        if size:
+            table.add_row(name, f"{size / MIB:,.0f}", words)
+    table.add_section()
+    table.add_row("peak", f"{memory['peak_bytes'] / MIB:,.0f}", f"of {_phase(memory)}", style="bold")
+    return table
+
+
+def _phase(memory: Record) -> str:
+    """The part of the run that has the peak."""
+    base = memory["weights_bytes"] + memory["process_bytes"]
+    trained = base + memory["allocator_bytes"] + memory["adapter_bytes"] + memory["optimizer_bytes"]
+    peaks = {
+        "training": trained + memory["activation_bytes"] + max(memory["loss_bytes"], memory["backward_bytes"]),
+        "evaluation": trained + memory["evaluation_bytes"],
+        "loading the weights": base + memory["loading_bytes"],
+    }
+    return max(peaks, key=lambda name: peaks[name])
 
 
 def modules_table(record: Record) -> Table:
@@ -143,11 +196,18 @@ def notes(record: Record) -> Iterator[Text]:
 def measured_line(record: Record) -> str:
     """What was promised beside what was measured, after a run."""
     measured, memory, clock = record["measured"], record["memory"], record["time"]
-    return (
-        f"training took {duration(measured['train_seconds'])} (planned {duration(clock['train_seconds'])}), "
-        f"{measured['tokens_per_second']:,.0f} tokens/s (planned {clock['tokens_per_second']:,.0f}), {measured['peak_bytes'] / GIB:.1f} GiB at the peak "
-        f"(planned {memory['peak_bytes'] / GIB:.1f})"
-    )
+    parts = [
+        _against("training took", duration, measured["train_seconds"], clock["train_seconds"]),
+        _against("evaluation", duration, measured["evaluate_seconds"], clock["evaluate_seconds"]),
+        _against("", lambda rate: f"{rate:,.0f} tokens/s", measured["tokens_per_second"], clock["tokens_per_second"]),
+        _against("peak memory", lambda size: f"{size / GIB:.1f} GiB", measured["peak_bytes"], memory["peak_bytes"]),
+    ]
+    return ", ".join(parts)
+
+
+def _against(what: str, shown: Callable[[float], str], measured: float, promised: float) -> str:
+    ratio = f", {measured / promised:.0%} of it" if promised else ""
+    return f"{what} {shown(measured)} (planned {shown(promised)}{ratio})".lstrip()
 
 
 def duration(seconds: float) -> str:
@@ -155,19 +215,6 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
-
-
-def _components(memory: Record) -> str:
-    parts = {name.removesuffix("_bytes"): size for name, size in memory.items() if name.endswith("_bytes")}
-    parts.pop("peak")
-    return ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items() if size >= 0.05 * GIB)
-
-
-def _rate(record: Record) -> str:
-    rate = record["time"]["flops_per_second"]
-    if record["device"]:
-        return f"from the published peak of {record['device']['name']}"
-    return f"at {rate / 1e9:,.0f} GFLOP/s measured for a matrix product"
 
 
 def _kind(name: str) -> str:

@@ -42,14 +42,6 @@ _MOST_LINES = 20
 
 Built = TypeVar("Built")
 
-_MEMORY = (
-    ("weights_bytes", "base weights"),
-    ("adapter_bytes", "adapter and optimizer"),
-    ("activation_bytes", "activations"),
-    ("loss_bytes", "loss"),
-    ("process_bytes", "process"),
-)
-
 
 def run_page(files: RunFiles) -> Page:
     """Everything that is known about a run. What cannot be told is said on the page."""
@@ -267,7 +259,8 @@ def _promise(files: RunFiles) -> Iterator[Block]:
         rows.append(
             ("peak memory", as_bytes(peak), as_bytes(measured["peak_bytes"]), f"{measured['peak_bytes'] / peak:.0%}")
         )
-        rows.append(("from loading to the end", "", as_duration(measured["total_seconds"]), ""))
+        for name, words in (("evaluate_seconds", "evaluation"), ("total_seconds", "from loading to the end")):
+            rows.append(_promised_row(words, clock.get(name), measured.get(name)))
     else:
         rows.append(("peak memory", as_bytes(peak), "known at the end", ""))
     yield Table(
@@ -283,6 +276,17 @@ def _promise(files: RunFiles) -> Iterator[Block]:
     yield Charts(charts=(_memory_chart(files.plan),))
 
 
+def _promised_row(words: str, promised: float | None, measured: float | None) -> tuple[str, str, str, str]:
+    """A line of seconds; what an older run has not is left open."""
+    ratio = f"{measured / promised:.0%}" if promised and measured is not None else ""
+    return (
+        words,
+        as_duration(promised) if promised is not None else "",
+        as_duration(measured) if measured is not None else "",
+        ratio,
+    )
+
+
 def _promised_seconds(files: RunFiles) -> float:
     """For the steps that are done."""
     clock = files.plan["time"]
@@ -291,16 +295,16 @@ def _promised_seconds(files: RunFiles) -> float:
 
 def _memory_chart(plan: Record) -> Chart:
     memory, measured = plan["memory"], plan.get("measured")
-    parts = [(name, words, memory[name] / 2**20) for name, words in _MEMORY]
+    parts = _memory_parts(memory)
     bars = [
         Bar(
             name="promised",
-            parts=tuple((size, colour) for colour, (_, _, size) in enumerate(parts)),
+            parts=tuple((size / 2**20, colour) for colour, (_, size) in enumerate(parts)),
             label=as_bytes(memory["peak_bytes"]),
         )
     ]
     alt = f"Promised {as_bytes(memory['peak_bytes'])}: " + ", ".join(
-        f"{words} {as_bytes(memory[name])}" for name, words, _ in parts
+        f"{words} {as_bytes(size)}" for words, size in parts
     )
     if measured:
         bars.append(
@@ -310,8 +314,22 @@ def _memory_chart(plan: Record) -> Chart:
     return Chart(
         title="Memory at its peak",
         svg=draw_bars("memory", f"{alt}.", bars, x_label="MiB"),
-        legend=tuple((colour, f"{words} {as_bytes(memory[name])}") for colour, (name, words, _) in enumerate(parts)),
+        legend=tuple((colour, f"{words} {as_bytes(size)}") for colour, (words, size) in enumerate(parts)),
     )
+
+
+def _memory_parts(memory: Record) -> list[tuple[str, int]]:
+    """The promised peak in as many parts as there are colours."""
+    parts = {
+        "base weights": memory["weights_bytes"],
+        "adapter and optimizer": memory["adapter_bytes"] + memory.get("optimizer_bytes", 0),
+        "activations": memory["activation_bytes"],
+        "process and allocator": memory["process_bytes"] + memory.get("allocator_bytes", 0),
+    }
+    rest = memory["peak_bytes"] - sum(parts.values())
+    beyond = rest > max(memory["loss_bytes"], memory.get("backward_bytes", 0))
+    name = "loading or evaluation beyond training" if beyond else "loss, or a layer's gradients"
+    return [*list(parts.items())[:3], (name, rest), *list(parts.items())[3:]]
 
 
 # ---- data

@@ -143,5 +143,6 @@ class RunCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         nll = (metrics or {})["eval_nll"]
-        self._run.append_metrics({"step": state.global_step, "epoch": state.epoch, "eval_nll": nll})
+        seconds = self._trainer.evaluate_seconds
+        self._run.append_metrics({"step": state.global_step, "epoch": state.epoch, "eval_nll": nll, "seconds": seconds})
         self._progress.line(f"step {state.global_step}/{state.max_steps} · held-out loss {nll:.4f}")

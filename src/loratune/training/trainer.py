@@ -99,6 +99,8 @@ class _RunTrainer(Trainer):
     step_metrics: StepMetrics
     last_evaluation: tuple[int, Nll] = (-1, [])
     """The step of the last evaluation, and what `evaluate_nll` returned there."""
+    evaluate_seconds = 0.0
+    """That the last evaluation took."""
 
     def _set_up(self, setup: TrainerSetup) -> list[TrainerCallback]:
         """Everything beside the step; returns the callbacks."""
@@ -120,6 +122,7 @@ class _RunTrainer(Trainer):
         """Token-weighted negative log-likelihood of the held-out examples; nothing where it fails or is stopped."""
         setup = self.setup
         self.events.step = self.state.global_step
+        started = time.perf_counter()
         try:
             losses = evaluate_nll(setup.loss, setup.data.eval, self.budget, setup.progress, lambda: setup.stop)
         except EvaluationStoppedError:  # `resume` makes up for it
@@ -130,6 +133,7 @@ class _RunTrainer(Trainer):
             self.held_out[self.state.global_step] = None
             self.events.happened("evaluation_failed", f"the held-out loss could not be measured: {problem}")
             return {}
+        self.evaluate_seconds = time.perf_counter() - started
         self.last_evaluation = self.state.global_step, losses
         metrics = {"eval_nll": sum(s for s, _ in losses) / max(1, sum(n for _, n in losses))}
         self.held_out[self.state.global_step] = metrics["eval_nll"]

@@ -1,0 +1,168 @@
+"""What one decoder layer and the output head of a model take on this machine, measured on random weights in a second or two.
+
+Two layers of the model's own shape, with its adapter, dropout, type and attention, run through the code that training uses;
+so element-wise work, attention and small products count with what they take here, not with a share that was measured elsewhere.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from loratune.kernels.attention import PACKED, PackingUnsupportedError, register
+from loratune.kernels.cross_entropy import chunk_rows, cross_entropy_per_token, sum_cross_entropy
+from loratune.model.adapter import attach_adapter, use_fast_layers
+from loratune.model.targets import resolve_targets
+from loratune.planning.speed import best_seconds
+from loratune.recipe import LoraSection
+
+LAYERS = 2
+TOKENS = 512
+"""Of the probe's micro-batch, or one example if that is longer."""
+
+MOST_BYTES = 2**30
+"""Of the two layers' weights; larger ones are not probed."""
+
+HEAD_ROWS = 32_768
+"""Of the vocabulary, at most; time grows with it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rates:
+    """Seconds on this machine, not compiled.
+
+    Attributes:
+        train: Of a token in one layer, forward and backward.
+        forward: Of a token in one layer, without gradients.
+        decode: Of one more token of a batch of answers in one layer.
+        head_train: Of a supervised token in the output head, with its loss and gradient.
+        head_forward: The same without a gradient.
+        head_decode: Of one more token of a batch of answers in the output head.
+    """
+
+    train: float
+    forward: float
+    decode: float
+    head_train: float
+    head_forward: float
+    head_decode: float
+
+
+def probe(
+    config: Any,
+    lora: LoraSection,
+    targets: tuple[str, ...],
+    *,
+    layer_parameters: int,
+    dtype: torch.dtype,
+    device: str,
+    length: int,
+    num_answers: int,
+) -> Rates | None:
+    """Measure; None where two layers of this architecture cannot stand for it, or are too large.
+
+    Args:
+        config: The model's text configuration.
+        lora: Of the recipe.
+        targets: Full names of the adapted modules.
+        layer_parameters: Of one layer.
+        dtype: Of the frozen weights.
+        device: Where.
+        length: Tokens of a usual example.
+        num_answers: Rows of a batch of answers.
+    """
+    if LAYERS * layer_parameters * dtype.itemsize > MOST_BYTES:
+        return None
+    leaves = tuple(sorted({name.rpartition(".")[2] for name in targets}))
+    try:
+        with torch.random.fork_rng():
+            model = _two_layers(config, dtype).to(device)
+            adapted = attach_adapter(model, lora, resolve_targets(model, leaves), base_name="probe", seed=0)
+            decode = _decode_seconds(adapted, num_answers, device)
+            train, forward = _layer_seconds(adapted, length, device)
+            head = _head_seconds(config, num_answers, dtype, device)
+    # A config of two layers is one that its authors may not have thought of: the run itself does not depend on it.
+    except (ValueError, TypeError, AttributeError, KeyError, IndexError, AssertionError, PackingUnsupportedError):
+        return None
+    return Rates(train=train, forward=forward, decode=decode, **head)
+
+
+def _two_layers(config: Any, dtype: torch.dtype) -> Any:
+    small = copy.deepcopy(config)
+    small.num_hidden_layers = LAYERS
+    if getattr(small, "layer_types", None):
+        small.layer_types = small.layer_types[:LAYERS]
+    small.vocab_size = 256  # the head is measured by itself
+    small.pad_token_id = small.bos_token_id = small.eos_token_id = None
+    return AutoModelForCausalLM.from_config(small, dtype=dtype)  # type: ignore[no-untyped-call]
+
+
+def _layer_seconds(adapted: PeftModel, length: int, device: str) -> tuple[float, float]:
+    """Of a token in one layer, trained and not."""
+    use_fast_layers(adapted)
+    register()
+    causal_lm: Any = adapted.get_base_model()
+    causal_lm.set_attn_implementation(PACKED)
+    # As in every layer but the first, the input gets a gradient.
+    causal_lm.get_input_embeddings().register_forward_hook(_with_gradient)
+    count = max(1, TOKENS // length)
+    tokens = count * length
+    batch = {
+        "input_ids": torch.randint(0, 256, (1, tokens), device=device),
+        "position_ids": torch.arange(length, device=device).repeat(count)[None],
+        "cu_seq_lens_q": torch.arange(0, tokens + 1, length, dtype=torch.int32, device=device),
+        "max_length_q": length,
+        "use_cache": False,
+    }
+    batch |= {"cu_seq_lens_k": batch["cu_seq_lens_q"], "max_length_k": length}
+
+    def train() -> None:
+        causal_lm.base_model(**batch)[0].sum().backward()
+
+    def forward() -> None:
+        with torch.no_grad():
+            causal_lm.base_model(**batch)
+
+    adapted.train()
+    trained = best_seconds(train, device)
+    adapted.eval()
+    return trained / tokens / LAYERS, best_seconds(forward, device) / tokens / LAYERS
+
+
+def _with_gradient(module: torch.nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:  # noqa: ARG001 - torch's
+    return output.requires_grad_()
+
+
+def _decode_seconds(adapted: PeftModel, num_answers: int, device: str) -> float:
+    """Of one more token for all answers of a batch in one layer."""
+    adapted.eval()
+    causal_lm: Any = adapted.get_base_model()
+    ids = torch.zeros((max(1, num_answers), 64), dtype=torch.long, device=device)
+    with torch.no_grad():
+        cache = causal_lm(input_ids=ids, use_cache=True).past_key_values
+        step: Callable[[], Any] = lambda: causal_lm(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)  # noqa: E731
+        return best_seconds(step, device) / LAYERS
+
+
+def _head_seconds(config: Any, num_answers: int, dtype: torch.dtype, device: str) -> dict[str, float]:
+    rows = min(config.vocab_size, HEAD_ROWS)
+    share, positions = config.vocab_size / rows, chunk_rows(config.vocab_size, device)
+    weight = torch.randn(rows, config.hidden_size, dtype=dtype, device=device) / 32
+    hidden = torch.randn(positions, config.hidden_size, dtype=dtype, device=device)
+    targets = torch.zeros(positions, dtype=torch.long, device=device)
+    answers = torch.randn(max(1, num_answers), config.hidden_size, dtype=dtype, device=device)
+    return {
+        "head_train": share
+        * best_seconds(lambda: sum_cross_entropy(hidden, weight, None, targets), device)
+        / positions,
+        "head_forward": share
+        * best_seconds(lambda: cross_entropy_per_token(hidden, weight, None, targets), device)
+        / positions,
+        "head_decode": share * best_seconds(lambda: torch.nn.functional.linear(answers, weight).float(), device),
+    }

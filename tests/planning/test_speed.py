@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from loratune.planning.probe import Rates, probe
+from loratune.planning.speed import COMPILED_TAKES, Amounts, StepProbe, TimePlan, plan_time, with_probe
+from loratune.recipe import LoraSection
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+
+RATES = Rates(train=1.0, forward=0.25, decode=2.0, head_train=10.0, head_forward=4.0, head_decode=3.0)
+
+
+def timed(*, compile_seconds: float | None = None, **changes: int) -> TimePlan:
+    amounts = {
+        "num_layers": 5,
+        "tokens": 100,
+        "supervised": 10,
+        "held_out_tokens": 40,
+        "held_out_supervised": 4,
+        "evaluations": 3,
+        "prompt_tokens": 8,
+        "decode_steps": 6,
+        "load_bytes": 0,
+    }
+    return plan_time(
+        Amounts(**amounts | changes),
+        RATES,
+        compile_seconds=compile_seconds,
+        flops=1.0,
+        flops_per_second=1.0,
+        source="a test",
+    )
+
+
+def test_seconds_are_those_of_layers_and_head() -> None:
+    made = timed()
+    assert made.train_seconds == 100 * 5 + 10 * 10
+    assert made.evaluate_seconds == 3 * (40 * 5 / 4 + 4 * 4) + 2 * 8 * 5 / 4 + 6 * (5 * 2 + 3)
+    assert made.total_seconds > made.train_seconds + made.evaluate_seconds
+    assert timed(evaluations=0, prompt_tokens=0, decode_steps=0).evaluate_seconds == 0
+
+
+def test_compiling_costs_its_seconds_and_saves_its_share() -> None:
+    made = timed(compile_seconds=15)
+    assert made.compile_seconds == 15
+    assert made.train_seconds == COMPILED_TAKES * 600 + 15
+
+
+def test_real_steps_replace_the_formula() -> None:
+    steps = StepProbe(num_tokens=50, first_step_seconds=9.0, step_seconds=2.0, peak_bytes=1)
+    made = with_probe(timed(compile_seconds=15), steps, 100)
+    assert made.train_seconds == 100 / 25 + 7
+    assert made.compile_seconds == 7
+    assert made.evaluate_seconds == timed().evaluate_seconds
+    assert made.total_seconds == pytest.approx(timed(compile_seconds=15).total_seconds - 465 + 11)
+
+
+def config() -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        pad_token_id=63,
+    )
+
+
+def test_two_layers_stand_for_the_model_and_draw_no_random_number_of_the_run() -> None:
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    rates = probe(
+        config(),
+        LoraSection(r=2, dropout=0.1),
+        ("model.layers.3.self_attn.q_proj", "model.layers.0.mlp.down_proj"),
+        layer_parameters=10_000,
+        dtype=torch.float32,
+        device="cpu",
+        length=20,
+        num_answers=4,
+    )
+    assert rates is not None
+    assert 0 < rates.forward < rates.train
+    assert min(rates.decode, rates.head_train, rates.head_forward, rates.head_decode) > 0
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_layers_that_are_too_large_to_try_are_not_tried() -> None:
+    assert (
+        probe(
+            config(),
+            LoraSection(),
+            ("model.layers.0.self_attn.q_proj",),
+            layer_parameters=10**10,
+            dtype=torch.bfloat16,
+            device="cpu",
+            length=20,
+            num_answers=1,
+        )
+        is None
+    )
