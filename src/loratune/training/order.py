@@ -20,14 +20,16 @@ class Steps(Dataset[tuple[int, ...]]):
     def __init__(self, num_examples: int, train: TrainSection) -> None:
         self._num_examples, self._batch_size, self._seed = num_examples, train.batch_size, train.seed
         self.num_per_epoch = num_steps_per_epoch(num_examples, train.batch_size)
+        self._epoch, self._order = -1, epoch_order(0, seed=0, epoch=0)
 
     def __len__(self) -> int:
         return self.num_per_epoch
 
     def __getitem__(self, number: int) -> tuple[int, ...]:
         epoch, index = divmod(number, self.num_per_epoch)
-        order = epoch_order(self._num_examples, seed=self._seed, epoch=epoch)
-        return tuple(order[index * self._batch_size : (index + 1) * self._batch_size].tolist())
+        if epoch != self._epoch:  # a million examples take 20 ms to shuffle
+            self._epoch, self._order = epoch, epoch_order(self._num_examples, seed=self._seed, epoch=epoch)
+        return tuple(self._order[index * self._batch_size : (index + 1) * self._batch_size].tolist())
 
 
 class GlobalSteps(Sampler[int]):

@@ -166,10 +166,9 @@ class _RunTrainer(Trainer):
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[no-untyped-call]
         metrics = self.step_metrics
         metrics.grad_norm, metrics.learning_rate = float(norm), self._get_learning_rate()
-        if not metrics.skipped:
-            examples = self._examples(self.step_examples[self.state.global_step])
-            if not self.watch.check("gradient norm", metrics.grad_norm, examples):
-                self._skip()
+        examples = self._examples(self.step_examples[self.state.global_step])
+        if not metrics.skipped and not self.watch.check("gradient norm", metrics.grad_norm, examples):
+            self._skip()
         return norm
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any = None) -> None:
