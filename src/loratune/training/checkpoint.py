@@ -13,6 +13,7 @@ before it is deleted. What a kill leaves under a name with a dot is nobody's. No
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import shutil
@@ -91,7 +92,7 @@ def remove_checkpoint(folder: Path) -> None:
 def best_checkpoint(folder: Path, held_out: Mapping[int, float | None]) -> int | None:
     """The step of the checkpoint with the lowest held-out loss, the earliest of equals; None where none was measured."""
     steps = [int(path.name) for path in checkpoints_in(folder)]
-    measured = [(loss, step) for step in steps if (loss := held_out.get(step)) is not None]
+    measured = [(loss, step) for step in steps if (loss := held_out.get(step)) is not None and math.isfinite(loss)]
     return min(measured)[1] if measured else None
 
 
