@@ -18,7 +18,7 @@ from rich.markup import escape
 from loratune.errors import Interrupted, LoratuneError, MachineError
 from loratune.recipe import Recipe
 from loratune.recipe import origins as load_origins
-from loratune.terminal import TerminalProgress
+from loratune.terminal import SafeConsole, TerminalProgress
 
 if TYPE_CHECKING:
     from loratune.delivery import Delivery
@@ -94,7 +94,7 @@ def plan(
         if as_json:
             _print_json({**record, "data_report": prepared.data.report})
         else:
-            show_plan(prepared, record, Console(highlight=False), samples, whole=True)
+            show_plan(prepared, record, SafeConsole(highlight=False), samples, whole=True)
 
 
 @app.command()
@@ -150,7 +150,7 @@ def bench(
         if as_json:
             _print_json(record)
             return
-        Console(highlight=False).print(bench_table(record))
+        SafeConsole(highlight=False).print(bench_table(record))
 
 
 @app.command()
@@ -190,7 +190,7 @@ def explain(recipe: RecipeFile, words: FieldsAndOverrides = None, as_json: AsJso
         if as_json:
             _print_json([item.as_dict() for item in found])
             return
-        console = Console(highlight=False)
+        console = SafeConsole(highlight=False)
         for part in [guide.explanation_page(item) for item in found] if fields else [guide.explanation_table(found)]:
             console.print(part)
 
@@ -206,7 +206,7 @@ def doctor(as_json: AsJson = False) -> None:
         if as_json:
             _print_json({"quickstart_can_run": not missing, "checks": [check.as_dict() for check in checks]})
         else:
-            Console(highlight=False).print(diagnosis.diagnosis_table(checks))
+            SafeConsole(highlight=False).print(diagnosis.diagnosis_table(checks))
         if missing:
             raise MachineError(
                 f"the quickstart cannot run: {', '.join(missing)}", fix="the commands beside the crosses, above"
@@ -224,7 +224,7 @@ def selftest(as_json: AsJson = False) -> None:
         if as_json:
             _print_json({"ok": not failed, "checks": [check.as_dict() for check in checks]})
             raise SystemExit(bool(failed))
-        Console(highlight=False).print(tests.selftest_table(checks))
+        SafeConsole(highlight=False).print(tests.selftest_table(checks))
         if failed:
             raise tests.failure(failed)
 
@@ -267,7 +267,7 @@ def diff(first: RunFolder, second: RunFolder, as_json: AsJson = False) -> None:
         if as_json:
             _print_json([item.as_dict() for item in found])
         elif found:
-            Console(highlight=False).print(difference.difference_table(found, one, other))
+            SafeConsole(highlight=False).print(difference.difference_table(found, one, other))
         else:
             sys.stdout.write("no difference\n")
 
@@ -367,7 +367,9 @@ def chat(
         from loratune.chat import Sampling, converse, open_chat
 
         sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, max_new_tokens=max_new_tokens, seed=seed)
-        converse(open_chat(run, sampling, progress=progress, system=system), Console(highlight=False, soft_wrap=True))
+        converse(
+            open_chat(run, sampling, progress=progress, system=system), SafeConsole(highlight=False, soft_wrap=True)
+        )
 
 
 @app.command()
@@ -420,7 +422,7 @@ def _show_result(result: RunResult, as_json: bool) -> None:
         plan_record = read_json(result.run.plan)
         _print_json({"run": str(result.run.root), "plan": plan_record, "evaluation": result.evaluation})
         return
-    console = Console(highlight=False)
+    console = SafeConsole(highlight=False)
     if result.evaluation is not None:
         console.print(evaluation_table(result.evaluation))
         if result.evaluation["items"]:
@@ -442,7 +444,7 @@ def _show_delivery(delivered: Delivery, as_json: bool) -> None:
             {"folder": str(delivered.folder), "certificate": delivered.certificate, "usage": list(delivered.usage)}
         )
         return
-    console = Console(highlight=False, soft_wrap=True)
+    console = SafeConsole(highlight=False, soft_wrap=True)
     console.print(escape(delivered.summary))
     for path in sorted(delivered.folder.iterdir()):
         console.print(f"  {escape(str(path))}  {path.stat().st_size / 2**20:,.1f} MiB")

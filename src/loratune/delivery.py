@@ -18,12 +18,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from peft import PeftModel
 
 from loratune.data.render import stop_token_ids
 from loratune.errors import DataError, RecipeError, RunError
 from loratune.evaluation.scoring import score
 from loratune.lock import differences
+from loratune.model.adapter import load_adapter
 from loratune.model.device import device_here, torch_dtype
 from loratune.model.load import download_weights, gguf_file, load_config, load_model
 from loratune.preparation import Preparation, prepare
@@ -219,7 +219,7 @@ def _expect(finished: _Finished) -> Expected:
     recipe = prepared.recipe
     held_out = choose_examples(prepared.data.eval or prepared.data.train)
     base = load_model(prepared.base, recipe.model, dtype=torch_dtype(recipe.model.dtype), device=recipe.train.device)
-    model = PeftModel.from_pretrained(base, str(finished.run.adapter))
+    model = load_adapter(base, finished.run.adapter)
     loss, _ = make_loss(model, prepared.data.train)
     model.eval()
     questions = choose_questions(prepared.data.eval_conversations, prepared.tokenizer)

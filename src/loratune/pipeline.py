@@ -26,7 +26,7 @@ from loratune.errors import Interrupted, RecipeError, RunError
 from loratune.evaluation.compare import evaluation_record
 from loratune.evaluation.generate import Answer, generate_answers
 from loratune.lock import differences
-from loratune.model.adapter import attach_adapter, save_adapter
+from loratune.model.adapter import attach_adapter, load_adapter, save_adapter
 from loratune.model.device import torch_dtype
 from loratune.model.load import load_model
 from loratune.planning.devices import find_device
@@ -156,7 +156,7 @@ def evaluate(root: str | Path, *, progress: Progress = _NOBODY) -> RunResult:
         raise RecipeError("data.eval of this run is none: there is nothing to evaluate on", file=run.lock)
     prepared = prepare(recipe, progress)
     base = _load_base(prepared, progress)
-    model = PeftModel.from_pretrained(base, str(run.adapter))
+    model = load_adapter(base, run.adapter)
     loss, _ = make_loss(model, prepared.data.train)
     evaluation = _evaluate(prepared, run, model, loss, progress)
     write_card(run)
