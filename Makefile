@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo bench test check docs browser clean
+.PHONY: demo bench test check docs browser audit clean
 
 demo: $(VENV)/.installed
 	$(BIN)/loratune train recipes/quickstart.yaml --overwrite
@@ -44,5 +44,9 @@ browser:
 	@command -v chromium >/dev/null || test "$$(id -u)" = 0 || { echo "chromium is missing, and only root can install it"; exit 1; }
 	@command -v chromium >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; }
 
+# Known vulnerabilities of what is installed.
+audit: $(VENV)/.installed-dev
+	.ci/audit
+
 clean:
-	rm -rf $(VENV) __models
+	rm -rf $(VENV) .audit-venv __models

@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
-
 from loratune.data.render import stop_token_ids
 from loratune.errors import DataError, RecipeError, RunError
 from loratune.evaluation.scoring import score
 from loratune.lock import differences
+from loratune.model.adapter import load_adapter
 from loratune.model.device import device_here, torch_dtype
 from loratune.model.gguf import file_sha256
 from loratune.model.load import download_weights, gguf_file, load_config, load_model
@@ -138,7 +137,7 @@ def _expect(finished: FinishedRun) -> Expected:
     recipe = prepared.recipe
     held_out = choose_examples(prepared.data.eval or prepared.data.train)
     base = load_model(prepared.base, recipe.model, dtype=torch_dtype(recipe.model.dtype), device=recipe.train.device)
-    model = PeftModel.from_pretrained(base, str(finished.run.adapter))
+    model = load_adapter(base, finished.run.adapter)
     loss, _ = make_loss(model, prepared.data.train)
     model.eval()
     questions = choose_questions(prepared.data.eval_conversations, prepared.tokenizer)

@@ -25,6 +25,7 @@ from loratune.data.render import stop_token_ids
 from loratune.data.template import ChatTemplate
 from loratune.errors import DataError, LoratuneError, MachineError, RecipeError
 from loratune.evaluation.generate import as_generator
+from loratune.model.adapter import load_adapter
 from loratune.model.device import choose_device, device_here, torch_dtype
 from loratune.model.load import load_model, load_tokenizer, locate_model, positions_of
 from loratune.progress import Progress, Silent
@@ -235,7 +236,7 @@ def open_chat(root: Path, sampling: Sampling, *, progress: Progress | None = Non
     tokenizer = load_tokenizer(replace(base, path=adapter) if adapter is not None else base, tokenizer_section)
     model: Any = load_model(base, section, dtype=_dtype(dtype, base.path), device=device)
     if adapter is not None:
-        model = PeftModel.from_pretrained(model, str(adapter))
+        model = load_adapter(model, adapter)
     return Chat(model.eval(), tokenizer, sampling, system=system)
 
 

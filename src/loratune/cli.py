@@ -19,7 +19,7 @@ from loratune.printing import print_json as _print_json
 from loratune.printing import show_delivery, show_publication, show_result, show_service
 from loratune.recipe import Recipe
 from loratune.recipe import origins as load_origins
-from loratune.terminal import TerminalProgress
+from loratune.terminal import SafeConsole, TerminalProgress
 
 if TYPE_CHECKING:
     from loratune.preparation import Preparation
@@ -105,7 +105,7 @@ def plan(
         if as_json:
             _print_json({**record, "data_report": prepared.data.report})
         else:
-            show_plan(prepared, record, Console(highlight=False), samples, whole=True)
+            show_plan(prepared, record, SafeConsole(highlight=False), samples, whole=True)
 
 
 @app.command()
@@ -187,7 +187,7 @@ def bench(
         if as_json:
             _print_json(record)
             return
-        Console(highlight=False).print(bench_table(record))
+        SafeConsole(highlight=False).print(bench_table(record))
 
 
 @app.command()
@@ -227,7 +227,7 @@ def explain(recipe: RecipeFile, words: FieldsAndOverrides = None, as_json: AsJso
         if as_json:
             _print_json([item.as_dict() for item in found])
             return
-        console = Console(highlight=False)
+        console = SafeConsole(highlight=False)
         for part in [guide.explanation_page(item) for item in found] if fields else [guide.explanation_table(found)]:
             console.print(part)
 
@@ -243,7 +243,7 @@ def doctor(as_json: AsJson = False) -> None:
         if as_json:
             _print_json({"quickstart_can_run": not missing, "checks": [check.as_dict() for check in checks]})
         else:
-            Console(highlight=False).print(diagnosis.diagnosis_table(checks))
+            SafeConsole(highlight=False).print(diagnosis.diagnosis_table(checks))
         if missing:
             raise MachineError(
                 f"the quickstart cannot run: {', '.join(missing)}", fix="the commands beside the crosses, above"
@@ -261,7 +261,7 @@ def selftest(as_json: AsJson = False) -> None:
         if as_json:
             _print_json({"ok": not failed, "checks": [check.as_dict() for check in checks]})
             raise SystemExit(bool(failed))
-        Console(highlight=False).print(tests.selftest_table(checks))
+        SafeConsole(highlight=False).print(tests.selftest_table(checks))
         if failed:
             raise tests.failure(failed)
 
@@ -304,7 +304,7 @@ def diff(first: RunFolder, second: RunFolder, as_json: AsJson = False) -> None:
         if as_json:
             _print_json([item.as_dict() for item in found])
         elif found:
-            Console(highlight=False).print(difference.difference_table(found, one, other))
+            SafeConsole(highlight=False).print(difference.difference_table(found, one, other))
         else:
             sys.stdout.write("no difference\n")
 
@@ -404,7 +404,9 @@ def chat(
         from loratune.chat import Sampling, converse, open_chat
 
         sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, max_new_tokens=max_new_tokens, seed=seed)
-        converse(open_chat(run, sampling, progress=progress, system=system), Console(highlight=False, soft_wrap=True))
+        converse(
+            open_chat(run, sampling, progress=progress, system=system), SafeConsole(highlight=False, soft_wrap=True)
+        )
 
 
 @app.command()

@@ -16,12 +16,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from loratune.credentials import without_secrets
+
 LONGEST_TEXT = 2000
 """Characters of a text of an error; it may quote a row of many megabytes."""
 
 
 def printable(text: str) -> str:
-    """The text as it can be written to a file or a terminal: not endless, and without half surrogate pairs."""
+    """The text as it can be shown: not endless, without secrets, and without half surrogate pairs."""
+    text = without_secrets(text)
     if len(text) > LONGEST_TEXT:
         text = f"{text[:LONGEST_TEXT]}… ({len(text) - LONGEST_TEXT:,} more characters)"
     return text.encode("utf-8", "backslashreplace").decode()

@@ -30,7 +30,7 @@ from loratune.evaluation.generate import Answer, generate_answers
 from loratune.evaluation.harness import check_harness, run_harness
 from loratune.evaluation.own_metric import OwnMetric, load_metric
 from loratune.lock import changed_settings, differences
-from loratune.model.adapter import attach_adapter, save_adapter
+from loratune.model.adapter import attach_adapter, load_adapter, save_adapter
 from loratune.model.device import peak_bytes, torch_dtype
 from loratune.model.fp8 import quantise_frozen
 from loratune.model.load import load_model
@@ -346,7 +346,7 @@ def _adapt(prepared: Preparation, base: Any, progress: Progress) -> tuple[PeftMo
 
 def _load_trained(prepared: Preparation, run: RunDir, progress: Progress) -> tuple[PeftModel, SupervisedLoss]:
     """Base and the run's adapter."""
-    model = PeftModel.from_pretrained(_load_base(prepared, progress), str(run.adapter))
+    model = load_adapter(_load_base(prepared, progress), run.adapter)
     if prepared.recipe.model.quantization == "fp8":
         quantise_frozen(model)
     if prepared.recipe.train.engine == "trl":

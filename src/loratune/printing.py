@@ -6,8 +6,9 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.markup import escape
+
+from loratune.terminal import SafeConsole
 
 if TYPE_CHECKING:
     from loratune.certified import Delivery
@@ -26,7 +27,7 @@ def show_result(result: RunResult, as_json: bool) -> None:
         plan_record = read_json(result.run.plan)
         print_json({"run": str(result.run.root), "plan": plan_record, "evaluation": result.evaluation})
         return
-    console = Console(highlight=False)
+    console = SafeConsole(highlight=False)
     if result.evaluation is not None:
         console.print(evaluation_table(result.evaluation))
         if result.evaluation["items"]:
@@ -42,7 +43,7 @@ def show_delivery(delivered: Delivery, as_json: bool) -> None:
             {"folder": str(delivered.folder), "certificate": delivered.certificate, "usage": list(delivered.usage)}
         )
         return
-    console = Console(highlight=False, soft_wrap=True)
+    console = SafeConsole(highlight=False, soft_wrap=True)
     console.print(escape(delivered.summary))
     for path in sorted(delivered.folder.iterdir()):
         console.print(f"  {escape(str(path))}  {path.stat().st_size / 2**20:,.1f} MiB")

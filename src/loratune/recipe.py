@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from loratune.credentials import find_secret
 from loratune.errors import RecipeError
 
 Cadence = Literal["epoch", "never"] | int | float
@@ -321,6 +322,7 @@ class Recipe(Section):
         Raises:
             RecipeError: A setting is unknown, of the wrong type, or contradicts another.
         """
+        _refuse_secrets(_shown(values, most=1_000_000), None)
         try:
             return cls.model_validate(values)
         except ValidationError as error:
@@ -387,6 +389,7 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
         raise RecipeError("no such recipe", file=path, fix="check the path; recipes/ holds complete examples") from None
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"cannot read the recipe: {error}", file=path, fix="give a UTF-8 YAML file") from None
+    _refuse_secrets(text, path)
     try:
         node, values = _parse_yaml(text)
     except (ValueError, RecursionError, OverflowError) as error:  # a date such as 2001-99-99, or a thousand brackets
@@ -417,6 +420,7 @@ def _collect_lines(node: yaml.MappingNode, prefix: str, lines: dict[str, int]) -
 
 
 def _apply_override(values: dict[str, Any], override: str, lines: dict[str, int]) -> None:
+    _refuse_secrets(override, None)
     name, equals, text = override.partition("=")
     section, dot, field = name.strip().partition(".")
     if not equals or not dot:
@@ -454,12 +458,25 @@ def _explain(error: ValidationError, file: str | Path | None, lines: dict[str, i
     )
 
 
-def _shown(value: Any) -> str:
+def _refuse_secrets(text: str, path: Path | None) -> None:
+    """A recipe is copied into the run, its card and its report: also a comment in it must hold no secret."""
+    found = find_secret(text)
+    if found is not None:
+        place, what = found
+        raise RecipeError(
+            f"the recipe holds {what}, and recipes are copied into what is shared",
+            file=path,
+            line=text.count("\n", 0, place) + 1 if path is not None else None,
+            fix="remove it; tokens belong in the environment (HF_TOKEN, WANDB_API_KEY) or in `hf auth login`",
+        )
+
+
+def _shown(value: Any, most: int = 200) -> str:
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # an integer of thousands of digits, a thousand levels of lists
         return f"a {type(value).__name__} that is too large to show"
-    return text if len(text) <= 200 else f"{text[:197]}..."
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def _section_of(name: str) -> type[BaseModel] | None:

@@ -15,7 +15,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,6 +139,7 @@ class RunDir:
                 f"{run.root} is no run directory: it has no lock.json",
                 fix="give train.output_dir of a run; one that was stopped before it began is trained anew",
             )
+        _refuse_links(run.root.rglob("*"))
         return run
 
     @classmethod
@@ -152,6 +153,7 @@ class RunDir:
         if not run.root.exists() or (run.root.is_dir() and not any(run.root.iterdir())):
             return run
         other = "train.output_dir=… for another place"
+        _refuse_links([run.root / _IN_USE])
         if not ((run.root / _IN_USE).exists() or run.lock.is_file()):
             raise RecipeError("the output directory exists and is not a run of loratune", file=run.root, fix=other)
         with run.exclusive():
@@ -179,7 +181,7 @@ class RunDir:
             with run.exclusive():
                 for path in run.root.iterdir():
                     if path.name != _IN_USE:
-                        shutil.rmtree(path) if path.is_dir() else path.unlink()
+                        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
                 run.checkpoints.mkdir()
         return run
 
@@ -246,6 +248,13 @@ class RunDir:
         """Forget the lines after a step, which a resumed run writes again."""
         kept = [record for record in self.read_metrics() if record["step"] <= step]
         write_text(self.metrics, "".join(json.dumps(record) + "\n" for record in kept))
+
+
+def _refuse_links(paths: Iterable[Path]) -> None:
+    """What is written to a run stays in it: a link in a run of a stranger could lead to any file."""
+    link = next((path for path in paths if path.is_symlink()), None)
+    if link is not None:
+        raise RecipeError("a link in a run directory", file=link, fix="put the file itself there, or remove the link")
 
 
 def write_json(path: Path, record: Any) -> None:

@@ -315,8 +315,7 @@ class _Bench:
 
     def loaded_by_peft(self) -> float:
         """The held-out loss that the run reports, against PEFT's and transformers' own forward of what it saved."""
-        base: Any = AutoModelForCausalLM.from_pretrained(self._model, dtype=torch.float32)
-        base.to(self._device)
+        base: Any = self._base()
         model = PeftModel.from_pretrained(base, str(self.whole.adapter)).eval()
         total, count = 0.0, 0
         with torch.no_grad():
@@ -347,14 +346,17 @@ class _Bench:
         )
         return _largest_difference(packed, separate, relative=True)
 
+    def _base(self) -> Any:
+        base: Any = AutoModelForCausalLM.from_pretrained(self._model, dtype=torch.float32)
+        return base.to(self._device)
+
     def _batch(self, examples: Sequence[Example]) -> MicroBatch:
         return collate(examples).to(torch.device(self._device))
 
     def _adapted(self) -> tuple[PeftModel, list[Example]]:
         """The model with an adapter whose B is not zero, so that every factor of it counts."""
         prepared = prepare(self.recipe("none"), _SILENT)
-        base: Any = AutoModelForCausalLM.from_pretrained(self._model, dtype=torch.float32)
-        base.to(self._device)
+        base: Any = self._base()
         model = attach_adapter(base, prepared.recipe.lora, prepared.targets, base_name="tiny", seed=1).eval()
         generator = torch.Generator().manual_seed(4)
         with torch.no_grad():

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
@@ -19,11 +19,32 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.segment import Segment
+
+from loratune.errors import printable
+
+# What moves the cursor, changes the title, or turns the direction of writing; tabs and line ends stay.
+_CONTROLS = [*range(9), *range(11, 32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
+_SHOWN = {
+    **{code: f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" for code in _CONTROLS},
+    **dict.fromkeys(range(0xD800, 0xE000), "\ufffd"),
+}
+"""Characters that data must not send to a terminal → what is shown in their place."""
 
 WIDE = 130
 """Columns of a terminal where a training bar has room for all."""
 QUIET_SECONDS = 10.0
 """Without a terminal, how often a piece of work under way says a line."""
+
+
+class SafeConsole(Console):
+    """A console on which text cannot do anything but be read: control characters of data and models are spelt out."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """As rich renders it, with harmless text. Rich's own control codes are no text and pass."""
+        for segment in super().render(renderable, options):
+            text, style, control = segment
+            yield segment if control or text.isprintable() else Segment(text.translate(_SHOWN), style)
 
 
 class TerminalProgress:
@@ -34,7 +55,7 @@ class TerminalProgress:
     """
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(file=sys.stderr, highlight=False, soft_wrap=True)
+        self.console = console or SafeConsole(file=sys.stderr, highlight=False, soft_wrap=True)
 
     @contextmanager
     def task(self, name: str, total: int | None, unit: str = "") -> Iterator[_Bar | _Lines]:
@@ -45,10 +66,10 @@ class TerminalProgress:
             yield _Bar(bars, bars.add_task(name, total=total, unit=unit, note=""))
 
     def line(self, text: str) -> None:
-        self.console.print(escape(text))
+        self.console.print(escape(printable(text)))
 
     def warn(self, text: str) -> None:
-        self.console.print(f"[yellow]![/yellow] {escape(text)}")
+        self.console.print(f"[yellow]![/yellow] {escape(printable(text))}")
 
 
 def _columns(width: int) -> list[ProgressColumn]:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from loratune.cli import app
 from loratune.reporting.page import compare, report
 from loratune.run import RunDir
 from tests.reporting.conftest import PLANTED, Opened, rewrite
@@ -85,6 +88,28 @@ def test_the_policy_of_the_page_stops_what_an_escape_would_have_missed(
     assert opened.page.evaluate("getComputedStyle(document.querySelector('h1')).color") != "rgb(255, 0, 0)"
     assert opened.failed == [("https://example.org/x.png", "csp")]
     assert any("Content Security Policy" in complaint for complaint in opened.complaints)
+
+
+def test_the_page_of_a_plan_runs_nothing_that_was_planted_either(
+    finished_run: RunDir, open_page: Open, tiny_model: Path, tmp_path: Path
+) -> None:
+    """In data, in file names, in the model's name."""
+    lock = json.loads(finished_run.lock.read_text(encoding="utf-8"))
+    model = tmp_path / "<script>window.hacked=6"
+    shutil.copytree(tiny_model, model)
+    recipe = tmp_path / "recipe.yaml"
+    settings = {"data": lock["recipe"]["data"], "model": {**lock["recipe"]["model"], "name": str(model)}}
+    recipe.write_text(json.dumps({**settings, "train": {"device": "cpu"}}), encoding="utf-8")
+    page = tmp_path / "<img src=x onerror=window.hacked=7>.html"
+    result = CliRunner().invoke(app, ["plan", str(recipe), "--html", str(page), "--samples", "30"])
+    assert result.exit_code == 0, result.output
+    opened = open_page(page)
+    shown = opened.page.locator("body").text_content() or ""
+    assert all(text in shown for text in PLANTED)
+    assert "window.hacked=6" in shown or model.name not in shown
+    assert opened.page.evaluate(HARMLESS) == NOTHING
+    assert opened.requests == [page.as_uri()]
+    assert opened.complaints == []
 
 
 def test_every_part_is_there_and_the_plots_have_data(finished_run: RunDir, open_page: Open) -> None:

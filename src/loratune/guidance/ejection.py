@@ -231,7 +231,8 @@ def _script(prepared: Preparation, rows: Path | None, why_rows: str) -> str:
         importlib.resources.files("loratune.guidance").joinpath("script.py.jinja").read_text(encoding="utf-8")
     )
     return template.render(
-        title=f"LoRA fine-tuning of {section.name}.",
+        # in a docstring, where a name must not end it
+        title=f"LoRA fine-tuning of {section.name.encode('unicode_escape').decode()}.".replace('"', "'"),
         versions=_versions(),
         from_rows=rows is not None,
         data_comment=_data_comment(why_rows),

@@ -11,6 +11,7 @@ from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.lora.layer import Linear as LoraLinear
 from transformers.pytorch_utils import Conv1D
 
+from loratune.errors import RecipeError
 from loratune.kernels.fp8_linear import Fp8Linear
 from loratune.kernels.lora_linear import lora_linear, lora_update
 from loratune.recipe import LoraSection
@@ -97,6 +98,39 @@ class FastLoraLinear(LoraLinear):
 def trainable_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     """The parameters that the optimizer changes, by name."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def adapter_file(folder: Path) -> Path:
+    """The weights of a saved adapter.
+
+    Raises:
+        RecipeError: They are not stored as safetensors.
+    """
+    file = folder / "adapter_model.safetensors"
+    if not file.is_file():
+        raise RecipeError(
+            "no adapter_model.safetensors in it",
+            file=folder,
+            fix="convert the adapter: only safetensors are loaded, because other formats can run code",
+        )
+    return file
+
+
+def load_adapter(base: Any, folder: Path, **settings: Any) -> PeftModel:
+    """The model with a saved adapter, from safetensors only.
+
+    Args:
+        base: The base model.
+        folder: In PEFT's format.
+        settings: Of PEFT's own `from_pretrained`.
+
+    Raises:
+        RecipeError: The adapter is not stored as safetensors.
+    """
+    adapter_file(folder)
+    adapted = PeftModel.from_pretrained(base, str(folder), **settings)
+    assert isinstance(adapted, PeftModel)
+    return adapted
 
 
 def save_adapter(model: PeftModel, folder: Path) -> None:

@@ -70,6 +70,8 @@ def locate_model(section: ModelSection, progress: Progress, *, weights: bool = T
         return _from_gguf(name, path.resolve(), progress, weights=weights)
     if path.is_dir():
         _check_folder(path)
+        if not section.trust_remote_code and (code := sorted(file.name for file in path.rglob("*.py"))):
+            progress.warn(f"model.name is {name}: Python code comes with it ({', '.join(code[:5])}) and is not run")
         return BaseModel(name=name, path=path.resolve())
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise RecipeError(f"model.name is {name}: no such folder", fix="give a folder, a .gguf file or a hub id")

@@ -113,10 +113,7 @@ def _files(folder: Path) -> list[Path]:
     found = sorted(folder.glob("*.safetensors"))
     if not found or not index.is_file():
         return [path for path in found if path.name == "model.safetensors"] or found
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError):
-        raise RecipeError("damaged: no weight_map in it", file=index, fix=_COPY_AGAIN) from None
+    names = index_files(index)
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise RecipeError(
@@ -125,6 +122,22 @@ def _files(folder: Path) -> list[Path]:
             fix=_COPY_AGAIN,
         )
     return [folder / name for name in names]
+
+
+def index_files(index: Path) -> list[str]:
+    """The names of the weight files in an index. They are names, not paths: merging writes files of the same names.
+
+    Raises:
+        RecipeError: It is damaged, or names a file outside of its folder.
+    """
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        outside = [name for name in names if Path(name).name != name]
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise RecipeError("damaged: no weight_map in it", file=index, fix=_COPY_AGAIN) from None
+    if outside:
+        raise RecipeError(f"it names a file outside of its folder: {outside[0]}", file=index, fix=_COPY_AGAIN)
+    return names
 
 
 def _by(shape: Any) -> str:

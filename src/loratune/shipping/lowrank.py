@@ -13,6 +13,7 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
 
 from loratune.errors import RunError
+from loratune.model.adapter import adapter_file
 
 _PREFIX = "base_model.model."
 
@@ -55,9 +56,7 @@ def read_adapter(folder: Path) -> dict[str, LowRank]:
         RunError: The adapter holds something else than low-rank updates of matrices.
     """
     config: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    tensors = {
-        name.removeprefix(_PREFIX): t.float() for name, t in load_file(folder / "adapter_model.safetensors").items()
-    }
+    tensors = {name.removeprefix(_PREFIX): t.float() for name, t in load_file(adapter_file(folder)).items()}
     modules = [name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")]
     updates: dict[str, LowRank] = {}
     for module in sorted(modules):

@@ -17,6 +17,7 @@ import torch
 from safetensors import safe_open
 
 from loratune.errors import RunError
+from loratune.model.weights import index_files
 from loratune.shipping.lowrank import LowRank
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -114,7 +115,7 @@ def weight_files(folder: Path) -> list[str]:
     """
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        return index_files(index)
     found = ["model.safetensors"] if (folder / "model.safetensors").is_file() else []
     found = found or sorted(path.name for path in folder.glob("*.safetensors"))
     if not found:

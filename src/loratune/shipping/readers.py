@@ -46,8 +46,9 @@ class TransformersReader:
         render: Render | None = None,
     ) -> None:
         import transformers
-        from peft import PeftModel
         from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        from loratune.model.adapter import load_adapter
 
         options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
         if gguf_file is not None:
@@ -58,7 +59,7 @@ class TransformersReader:
         eos = model.generation_config.eos_token_id
         self._stops = eos if isinstance(eos, list) else [eos]
         if adapter is not None:
-            model = PeftModel.from_pretrained(model, str(adapter))
+            model = load_adapter(model, Path(adapter))
         self._model = model.to(device).eval()
         self._render = render
         names = ["transformers", *(["peft"] if adapter else []), *(["gguf"] if gguf_file else [])]
