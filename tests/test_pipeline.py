@@ -29,9 +29,9 @@ def test_the_lock_of_a_hub_model_knows_the_weights_that_are_fetched_after_the_pl
         late[0].write_text("{}")
         return load(prepared, progress)
 
-    load = pipeline._load_base
+    load = pipeline.load_base
     monkeypatch.setattr(pipeline, "prepare", from_hub)
-    monkeypatch.setattr(pipeline, "_load_base", fetch)
+    monkeypatch.setattr(pipeline, "load_base", fetch)
     recipe = tiny_recipe()
     try:
         run = pipeline.train(recipe).run

@@ -11,29 +11,24 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PeftModel
 
+from loratune.assessment import assess, memory_errors_told
 from loratune.data.preview import preview
-from loratune.data.render import stop_token_ids
 from loratune.data.steps import examples_of_largest_step, num_steps_per_epoch
-from loratune.errors import Interrupted, MachineError, RecipeError, RunError
-from loratune.evaluation.compare import evaluation_record, nll_record
+from loratune.errors import Interrupted, RecipeError, RunError
 from loratune.evaluation.gates import check_names, parse_gate, pass_gates
-from loratune.evaluation.generate import Answer, generate_answers
 from loratune.evaluation.harness import check_harness, run_harness
-from loratune.evaluation.own_metric import OwnMetric, load_metric
+from loratune.evaluation.own_metric import load_metric
+from loratune.loading import adapt, load_base, load_trained
 from loratune.lock import changed_settings, differences
-from loratune.model.adapter import attach_adapter, load_adapter, save_adapter
-from loratune.model.device import peak_bytes, torch_dtype
-from loratune.model.fp8 import quantise_frozen
-from loratune.model.load import load_model
+from loratune.model.adapter import save_adapter
+from loratune.model.device import peak_bytes
 from loratune.planning.devices import find_device
 from loratune.planning.memory import wants_rehearsal
 from loratune.planning.speed import StepProbe
@@ -45,13 +40,10 @@ from loratune.reporting.page import report_or_warn
 from loratune.run import Record, RunDir, cannot_write, read_json, write_json, write_text
 from loratune.sitting import Sitting
 from loratune.training.arguments import TrainingData
-from loratune.training.budget import TokenBudget, is_out_of_memory
 from loratune.training.callbacks import RunCallback
 from loratune.training.checkpoint import latest_checkpoint, load_adapter_weights, remove_checkpoint, sync
-from loratune.training.compilation import prepare_layers
-from loratune.training.events import Events, History
-from loratune.training.held_out import Nll, evaluate_nll
-from loratune.training.loss import SupervisedLoss, make_loss
+from loratune.training.held_out import Nll
+from loratune.training.loss import SupervisedLoss
 from loratune.training.stopping import StopRequest, stopping_in_order
 from loratune.training.trainer import FastTrainer, ReferenceTrainer, TrainerSetup, resume_state
 
@@ -248,9 +240,9 @@ def evaluate(root: str | Path, *, extras: Extras = _NOTHING_MORE, progress: Prog
     prepared = prepare(recipe, progress)
     if own is not None:
         prepared = replace(prepared, prompts=held_out_prompts(recipe, prepared.data, prepared.tokenizer))
-    model, loss = _load_trained(prepared, run, progress)
-    with _memory_errors_told(run):
-        evaluation = _evaluate(prepared, run, model, loss, progress, own=own)
+    model, loss = load_trained(prepared, run, progress)
+    with memory_errors_told(run):
+        evaluation = assess(prepared, run, model, loss, progress, own=own)
     if extras.harness:
         progress.line(f"lm-evaluation-harness: {', '.join(extras.harness)}")
         evaluation["harness"] = run_harness(model, prepared.tokenizer, extras.harness, allow_code=extras.allow_code)
@@ -267,7 +259,7 @@ def _run(prepared: Preparation, run: RunDir, checkpoint: Path | None, progress: 
     model, loss = _load(prepared, run, checkpoint, progress)
     stop = StopRequest()
     try:
-        with _memory_errors_told(run):
+        with memory_errors_told(run):
             tuned_nll = _train(prepared, run, model, loss, checkpoint, stop, progress)
         if prepared.recipe.train.final_adapter == "best" and _take_best(run, model, prepared.num_steps, progress):
             tuned_nll = None
@@ -287,7 +279,7 @@ def _finish_trained(prepared: Preparation, run: RunDir, progress: Progress) -> R
     if "measured" in read_json(run.plan):
         report_or_warn(run, progress)
         return RunResult(run=run, evaluation=read_json(run.evaluation) if prepared.data.eval else None)
-    model, loss = _load_trained(prepared, run, progress)
+    model, loss = load_trained(prepared, run, progress)
     return _finish(prepared, run, model, loss, sitting, progress)
 
 
@@ -303,9 +295,9 @@ def _finish(
     """Evaluation, card, what was measured, report. `measured` comes last of what must be there: with it a run is done."""
     evaluation, started = None, time.perf_counter()
     try:
-        with _memory_errors_told(run):
+        with memory_errors_told(run):
             if prepared.data.eval:
-                evaluation = _evaluate(prepared, run, model, loss, progress, tuned_nll)
+                evaluation = assess(prepared, run, model, loss, progress, tuned_nll)
     except KeyboardInterrupt:
         sitting.note()
         raise StopRequest().as_error(_UNEVALUATED, run) from None
@@ -320,64 +312,14 @@ def _load(
     prepared: Preparation, run: RunDir, checkpoint: Path | None, progress: Progress
 ) -> tuple[PeftModel, SupervisedLoss]:
     """Base, fresh adapter, and the way to the loss."""
-    base = _load_base(prepared, progress)
+    base = load_base(prepared, progress)
     if checkpoint is None and prepared.base.revision:
         _write_lock(prepared, run)  # the weights of a hub model were not there before
-    return _adapt(prepared, base, progress)
-
-
-def _adapt(prepared: Preparation, base: Any, progress: Progress) -> tuple[PeftModel, SupervisedLoss]:
-    """A fresh adapter on the base, and the way to its loss, ready for training."""
-    recipe = prepared.recipe
-    model = attach_adapter(
-        base, recipe.lora, prepared.targets, base_name=_loadable_name(prepared), seed=recipe.train.seed
-    )
-    if recipe.model.quantization == "fp8":
-        quantise_frozen(model)
-    if recipe.train.engine == "trl":
-        return model, SupervisedLoss(model, packed=False)
-    loss, reason = make_loss(model, prepared.data.train)
-    if reason:
-        progress.warn(f"one example at a time: {reason}")
-    loss.compiled = recipe.train.compile is True
-    prepare_layers(model, compiled=loss.compiled, num_recomputed=int(recipe.train.recompute))
-    return model, loss
-
-
-def _load_trained(prepared: Preparation, run: RunDir, progress: Progress) -> tuple[PeftModel, SupervisedLoss]:
-    """Base and the run's adapter."""
-    model = load_adapter(_load_base(prepared, progress), run.adapter)
-    if prepared.recipe.model.quantization == "fp8":
-        quantise_frozen(model)
-    if prepared.recipe.train.engine == "trl":
-        return model, SupervisedLoss(model, packed=False)
-    loss, _ = make_loss(model, prepared.data.train)
-    return model, loss
+    return adapt(prepared, base, progress)
 
 
 def _write_lock(prepared: Preparation, run: RunDir) -> None:
     write_json(run.lock, {**prepared.as_lock(), "written": _as_written(run)})
-
-
-@contextmanager
-def _memory_errors_told(run: RunDir) -> Iterator[None]:
-    """Memory that runs out where nothing can be made smaller."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise MachineError(
-            f"out of memory: {error}",
-            file=run.root,
-            fix="end other programs, then start it again: `loratune resume`, or what you did",
-        ) from error
-
-
-def _load_base(prepared: Preparation, progress: Progress) -> Any:
-    recipe = prepared.recipe
-    progress.line(f"loading {recipe.model.name} in {recipe.model.dtype} on {recipe.train.device}")
-    return load_model(prepared.base, recipe.model, dtype=torch_dtype(recipe.model.dtype), device=recipe.train.device)
 
 
 def _probe(prepared: Preparation, progress: Progress) -> StepProbe:
@@ -401,7 +343,7 @@ def _probe(prepared: Preparation, progress: Progress) -> StepProbe:
     )
     with tempfile.TemporaryDirectory() as folder:
         run = RunDir.create(Path(folder) / "probe", overwrite=False)
-        model, loss = _adapt(short, _load_base(short, progress), progress)
+        model, loss = adapt(short, load_base(short, progress), progress)
         _train(short, run, model, loss, None, StopRequest(), progress)
         seconds = [step["num_tokens"] / step["tokens_per_second"] for step in run.read_metrics()]
     return StepProbe(
@@ -410,11 +352,6 @@ def _probe(prepared: Preparation, progress: Progress) -> StepProbe:
         step_seconds=min(seconds[1:]),
         peak_bytes=peak_bytes(train.device),
     )
-
-
-def _loadable_name(prepared: Preparation) -> str:
-    """What PEFT can load the base by: its hub id, or its folder."""
-    return prepared.base.name if prepared.base.revision else str(prepared.base.path)
 
 
 def _train(
@@ -494,68 +431,3 @@ def _save(prepared: Preparation, run: RunDir, model: PeftModel) -> None:
             sync(path)
         temporary.rename(run.adapter)
         sync(run.root)
-
-
-def _evaluate(
-    prepared: Preparation,
-    run: RunDir,
-    model: PeftModel,
-    loss: SupervisedLoss,
-    progress: Progress,
-    tuned_nll: Nll | None = None,
-    own: OwnMetric | None = None,
-) -> Record:
-    """Base and tuned from the same loaded model, adapter off and on.
-
-    `tuned_nll`: where it is known already; `own`: in the place of the recipe's metric.
-    """
-    section, data = prepared.recipe.evaluate, prepared.data
-    prompts = prepared.prompts
-    events = Events(run, progress)
-    events.step = prepared.num_steps
-    budget = TokenBudget(_token_budget(prepared, run), events)
-    stops = stop_token_ids(prepared.tokenizer) if prompts else ()
-
-    def measure(name: str, known: Nll | None = None) -> tuple[Nll, Nll, list[Answer]]:
-        nll = known or evaluate_nll(loss, data.eval, budget, progress)
-        other = evaluate_nll(loss, prepared.forgetting, budget, progress) if prepared.forgetting else []
-        if not prompts:
-            return nll, other, []
-        with progress.task(f"{name} answers", len(prompts), "prompts") as task:
-            answers = generate_answers(
-                model,
-                prepared.tokenizer,
-                prompts,
-                max_new_tokens=section.max_new_tokens,
-                stop_token_ids=stops,
-                token_limit=prepared.memory.generation_tokens,
-                progress=task.advance,
-                told=lambda message: events.happened("smaller_answer_batches", message),
-            )
-        return nll, other, answers
-
-    model.eval()
-    with model.disable_adapter():
-        base_nll, base_other, base_answers = measure("base")
-    tuned_nll, tuned_other, tuned_answers = measure("tuned", tuned_nll)
-    record = evaluation_record(
-        metric=own.name if own else section.metric,
-        prompts=prompts,
-        base_answers=base_answers,
-        tuned_answers=tuned_answers,
-        base_nll=base_nll,
-        tuned_nll=tuned_nll,
-        scorer=own,
-    )
-    if prepared.forgetting:
-        record["forgetting"] = nll_record(base_other, tuned_other)
-        rise = record["forgetting"]["difference"]["nll"]
-        if rise["low"] > 0:
-            progress.warn(f"the loss on evaluate.forgetting rose by {rise['value']:.4g} nats per token: it forgets")
-    write_json(run.evaluation, record)
-    return record
-
-
-def _token_budget(prepared: Preparation, run: RunDir) -> int:
-    """The plan's, or what an out-of-memory error left of it."""
-    return History.of(run.read_metrics()).token_budget or prepared.memory.token_budget

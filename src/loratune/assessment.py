@@ -1,0 +1,101 @@
+"""Base against tuned on held-out data: losses, answers, and what was forgotten."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from peft import PeftModel
+
+from loratune.data.render import stop_token_ids
+from loratune.errors import MachineError
+from loratune.evaluation.compare import evaluation_record, nll_record
+from loratune.evaluation.generate import Answer, generate_answers
+from loratune.evaluation.own_metric import OwnMetric
+from loratune.preparation import Preparation
+from loratune.progress import Progress
+from loratune.run import Record, RunDir, write_json
+from loratune.training.budget import TokenBudget, is_out_of_memory
+from loratune.training.events import Events, History
+from loratune.training.held_out import Nll, evaluate_nll
+from loratune.training.loss import SupervisedLoss
+
+
+def assess(
+    prepared: Preparation,
+    run: RunDir,
+    model: PeftModel,
+    loss: SupervisedLoss,
+    progress: Progress,
+    tuned_nll: Nll | None = None,
+    own: OwnMetric | None = None,
+) -> Record:
+    """Base and tuned from the same loaded model, adapter off and on.
+
+    `tuned_nll`: where it is known already; `own`: in the place of the recipe's metric.
+    """
+    section, data = prepared.recipe.evaluate, prepared.data
+    prompts = prepared.prompts
+    events = Events(run, progress)
+    events.step = prepared.num_steps
+    budget = TokenBudget(_token_budget(prepared, run), events)
+    stops = stop_token_ids(prepared.tokenizer) if prompts else ()
+
+    def measure(name: str, known: Nll | None = None) -> tuple[Nll, Nll, list[Answer]]:
+        nll = known or evaluate_nll(loss, data.eval, budget, progress)
+        other = evaluate_nll(loss, prepared.forgetting, budget, progress) if prepared.forgetting else []
+        if not prompts:
+            return nll, other, []
+        with progress.task(f"{name} answers", len(prompts), "prompts") as task:
+            answers = generate_answers(
+                model,
+                prepared.tokenizer,
+                prompts,
+                max_new_tokens=section.max_new_tokens,
+                stop_token_ids=stops,
+                token_limit=prepared.memory.generation_tokens,
+                progress=task.advance,
+                told=lambda message: events.happened("smaller_answer_batches", message),
+            )
+        return nll, other, answers
+
+    model.eval()
+    with model.disable_adapter():
+        base_nll, base_other, base_answers = measure("base")
+    tuned_nll, tuned_other, tuned_answers = measure("tuned", tuned_nll)
+    record = evaluation_record(
+        metric=own.name if own else section.metric,
+        prompts=prompts,
+        base_answers=base_answers,
+        tuned_answers=tuned_answers,
+        base_nll=base_nll,
+        tuned_nll=tuned_nll,
+        scorer=own,
+    )
+    if prepared.forgetting:
+        record["forgetting"] = nll_record(base_other, tuned_other)
+        rise = record["forgetting"]["difference"]["nll"]
+        if rise["low"] > 0:
+            progress.warn(f"the loss on evaluate.forgetting rose by {rise['value']:.4g} nats per token: it forgets")
+    write_json(run.evaluation, record)
+    return record
+
+
+@contextmanager
+def memory_errors_told(run: RunDir) -> Iterator[None]:
+    """Memory that runs out where nothing can be made smaller."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise MachineError(
+            f"out of memory: {error}",
+            file=run.root,
+            fix="end other programs, then start it again: `loratune resume`, or what you did",
+        ) from error
+
+
+def _token_budget(prepared: Preparation, run: RunDir) -> int:
+    """The plan's, or what an out-of-memory error left of it."""
+    return History.of(run.read_metrics()).token_budget or prepared.memory.token_budget

@@ -1,0 +1,58 @@
+"""Base, adapter, and the way to the loss: what everything that needs the weights begins with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft import PeftModel
+
+from loratune.model.adapter import attach_adapter, load_adapter
+from loratune.model.device import torch_dtype
+from loratune.model.fp8 import quantise_frozen
+from loratune.model.load import load_model
+from loratune.preparation import Preparation
+from loratune.progress import Progress
+from loratune.run import RunDir
+from loratune.training.compilation import prepare_layers
+from loratune.training.loss import SupervisedLoss, make_loss
+
+
+def load_base(prepared: Preparation, progress: Progress) -> Any:
+    """The base model alone."""
+    recipe = prepared.recipe
+    progress.line(f"loading {recipe.model.name} in {recipe.model.dtype} on {recipe.train.device}")
+    return load_model(prepared.base, recipe.model, dtype=torch_dtype(recipe.model.dtype), device=recipe.train.device)
+
+
+def adapt(prepared: Preparation, base: Any, progress: Progress) -> tuple[PeftModel, SupervisedLoss]:
+    """A fresh adapter on the base, and the way to its loss, ready for training."""
+    recipe = prepared.recipe
+    model = attach_adapter(
+        base, recipe.lora, prepared.targets, base_name=_loadable_name(prepared), seed=recipe.train.seed
+    )
+    if recipe.model.quantization == "fp8":
+        quantise_frozen(model)
+    if recipe.train.engine == "trl":
+        return model, SupervisedLoss(model, packed=False)
+    loss, reason = make_loss(model, prepared.data.train)
+    if reason:
+        progress.warn(f"one example at a time: {reason}")
+    loss.compiled = recipe.train.compile is True
+    prepare_layers(model, compiled=loss.compiled, num_recomputed=int(recipe.train.recompute))
+    return model, loss
+
+
+def load_trained(prepared: Preparation, run: RunDir, progress: Progress) -> tuple[PeftModel, SupervisedLoss]:
+    """Base and the run's adapter."""
+    model = load_adapter(load_base(prepared, progress), run.adapter)
+    if prepared.recipe.model.quantization == "fp8":
+        quantise_frozen(model)
+    if prepared.recipe.train.engine == "trl":
+        return model, SupervisedLoss(model, packed=False)
+    loss, _ = make_loss(model, prepared.data.train)
+    return model, loss
+
+
+def _loadable_name(prepared: Preparation) -> str:
+    """What PEFT can load the base by: its hub id, or its folder."""
+    return prepared.base.name if prepared.base.revision else str(prepared.base.path)
