@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
@@ -31,7 +31,7 @@ from tests.data.conftest import TRL_TEMPLATES
 
 SMALL = settings(
     max_examples=60, derandomize=True, deadline=None, database=None,
-    suppress_health_check=list(HealthCheck), phases=(Phase.generate, Phase.shrink),
+    suppress_health_check=list(HealthCheck), phases=(Phase.explicit, Phase.generate, Phase.shrink),
 )  # fmt: skip
 LONG = settings(SMALL, max_examples=3000, derandomize=False, print_blob=True)
 
@@ -255,6 +255,7 @@ def test_mutated_templates(
 
 
 @SMALL
+@example(source="{{ messages }}{% set messages = messages[1:] %}{{ messages[0]['content'] }}")  # refuses a prompt
 @given(source=INVENTED)
 def test_invented_templates(
     source: str, control_tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPathFactory

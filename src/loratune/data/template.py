@@ -227,7 +227,14 @@ class ChatTemplate:
     @cached_property
     def prompt_tail(self) -> str:
         """What it writes between a user's text and the answer to it, as a prompt."""
-        return self.render([_message("user", _PROBE_USER)], prompt=True).rpartition(_PROBE_USER)[2]
+        try:
+            text = self.render([_message("user", _PROBE_USER)], prompt=True)
+        except BadRow as bad:
+            raise DataError(
+                f"{bad}: a prompt of one message of a user",
+                fix="take a model whose tokenizer has a working chat template",
+            ) from None
+        return text.rpartition(_PROBE_USER)[2]
 
     @cached_property
     def header(self) -> str:
