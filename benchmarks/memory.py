@@ -135,9 +135,9 @@ train: {{output_dir: {folder / "run"}, epochs: 1, batch_size: {batch_size(int(le
 def table(done: list[dict[str, Any]]) -> str:
     """Markdown."""
     lines = [
-        "| model | tokens | type | layers | weights | adapter, optimizer | activations | loss or backward | process | "
+        "| model | tokens | type | layers | weights | adapter, optimizer | activations | loss or backward | heap | process | "
         "predicted | measured | error |",
-        "|" + "---|" * 12,
+        "|" + "---|" * 13,
     ]
     mib = 2**20
     for record in done:
@@ -149,6 +149,7 @@ def table(done: list[dict[str, Any]]) -> str:
             memory["adapter_bytes"] + memory["optimizer_bytes"],
             memory["activation_bytes"],
             max(memory["loss_bytes"], memory["backward_bytes"]),
+            memory["allocator_bytes"],
             memory["process_bytes"],
             memory["peak_bytes"],
             measured,

@@ -294,22 +294,37 @@ def prepare(recipe: Recipe, progress: Progress, device: Device | None = None, *,
             *_device_notes(device, dtype.value),
         ),
         advice=give_advice(
-            Facts(
-                recipe=effective,
-                num_examples=data.num_examples,
-                num_steps=steps,
-                num_supervised_tokens=round(data.scale * sum(num_supervised(example) for example in data.train)),
-                num_cut=sum(finding["kind"] == "cut" for finding in data.report["train"]["findings"]),
-                trainable=parameters.trainable,
-                feed_forward=_adapts_feed_forward(targets, presets),
-                architecture=type(model).__name__,
-                unknown_to_gguf=unknown_to_gguf(targets),
-                stop_token=_stop_token(tokenizer, data),
-                generation_stops=_generation_stops(base, text_config, tokenizer),
-                prompt_check=data.report["prompts"],
-            )
+            _facts(effective, base, tokenizer, model, targets, data, trainable=parameters.trainable, steps=steps)
         ),
         device=device,
+    )
+
+
+def _facts(
+    recipe: Recipe,
+    base: BaseModel,
+    tokenizer: PreTrainedTokenizerBase,
+    model: Any,
+    targets: tuple[str, ...],
+    data: PreparedData,
+    *,
+    trainable: int,
+    steps: int,
+) -> Facts:
+    """What advice is given on."""
+    return Facts(
+        recipe=recipe,
+        num_examples=data.num_examples,
+        num_steps=steps,
+        num_supervised_tokens=round(data.scale * sum(num_supervised(example) for example in data.train)),
+        num_cut=sum(finding["kind"] == "cut" for finding in data.report["train"]["findings"]),
+        trainable=trainable,
+        feed_forward=_adapts_feed_forward(targets, count_presets(model, recipe.lora.r)),
+        architecture=type(model).__name__,
+        unknown_to_gguf=unknown_to_gguf(targets),
+        stop_token=_stop_token(tokenizer, data),
+        generation_stops=_generation_stops(base, model.config.get_text_config(), tokenizer),
+        prompt_check=data.report["prompts"],
     )
 
 

@@ -129,14 +129,14 @@ def check_rows(
     lines = [example.origin.line for example in prepared.train] + [rejected["line"] for rejected in part["rejected"]]
     assert len(set(lines)) == len(lines)
     assert all(rejected["reason"] and len(rejected["reason"]) < 3000 for rejected in part["rejected"])
-    for example in prepared.train:
-        assert not example.supervised[0]
-        assert example.supervised.any()
+    for made in prepared.train:
+        assert not made.supervised[0]
+        assert made.supervised.any()
         if part["format"] == "messages" and policy["train_on"] == "assistant" and not part["truncated"]:
-            check_answers(rows[example.origin.line - 1], example, tokenizer, trained_texts)
+            check_answers(rows[made.origin.line - 1], made, tokenizer, trained_texts)
 
 
-def check_answers(row: Any, example: Example, tokenizer: PreTrainedTokenizerBase, trained_texts: TrainedTexts) -> None:
+def check_answers(row: Any, made: Example, tokenizer: PreTrainedTokenizerBase, trained_texts: TrainedTexts) -> None:
     """What is trained is the answers, each with the stop token, and nothing else."""
     turns = row.get("messages") or row.get("conversations")
     if not isinstance(turns, list) or any(turn.keys() - {"role", "content"} for turn in turns):
