@@ -17,7 +17,8 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, Phase, example, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import example as with_example
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
@@ -255,7 +256,7 @@ def test_mutated_templates(
 
 
 @SMALL
-@example(source="{{ messages }}{% set messages = messages[1:] %}{{ messages[0]['content'] }}")  # refuses a prompt
+@with_example(source="{{ messages }}{% set messages = messages[1:] %}{{ messages[0]['content'] }}")  # refuses a prompt
 @given(source=INVENTED)
 def test_invented_templates(
     source: str, control_tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPathFactory

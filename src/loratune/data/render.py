@@ -18,7 +18,7 @@ from loratune.data.conversation import BadRow, Conversation, Message, Origin, Re
 from loratune.data.labels import Encoder, Example, Labelled, Labels, OnLong, Text, TooLong, backend_of
 from loratune.data.processes import Crew, num_helpers
 from loratune.data.spans import Span, Substitution, spans_by_markers, spans_by_prompting
-from loratune.data.specials import SpecialText, special_names, texts_in
+from loratune.data.specials import SpecialText, special_names, special_notices, special_token_in
 from loratune.data.template import ChatTemplate, Tools
 from loratune.data.words import Tokens
 from loratune.errors import DataError
@@ -157,7 +157,10 @@ def render(
             for number, reason in chunk.rejected
         ],
         counts=dict(counts),
-        notices=[*_special_notices(counts, policy), *(renderer.notices(counts) if templated else [])],
+        notices=[
+            *special_notices(counts["special_tokens_in_text"], as_text=special_tokens_in_text == "as_text"),
+            *(renderer.notices(counts) if templated else []),
+        ],
         method=renderer.method if templated else "plain text: every token is trained",
     )
 
@@ -213,7 +216,7 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
 def _prompt_text(conversation: Conversation, turn: int, template: ChatTemplate, thinking: Thinking) -> tuple[str, bool]:
     """The prompt, and whether names of special tokens in it are hidden."""
     messages, tools = conversation.messages[:turn], conversation.tools
-    hidden = bool(_special_token_in(conversation, template.special_text))
+    hidden = bool(special_token_in(conversation, template.special_text))
     try:
         if hidden:
             messages, tools = template.special_text.hide((messages, tools))
@@ -324,7 +327,7 @@ class Renderer:
         if conversation.text is not None:
             return self._render_plain(conversation, conversation.text)
         template, substitution = self._tools_of_the_trade
-        found = _special_token_in(conversation, template.special_text)
+        found = special_token_in(conversation, template.special_text)
         if found:
             self._counts["special_tokens_in_text"] += 1
             if not self._as_text:
@@ -474,36 +477,6 @@ def _with_thinking(message: Message, thinking: Thinking, template: ChatTemplate,
     if template.thoughts is not None:
         return {**bare, "reasoning_content": thoughts.strip()}
     return message if inline else {**bare, "content": f"<think>\n{thoughts.strip()}\n</think>\n\n{answer}"}
-
-
-def _special_token_in(conversation: Conversation, specials: SpecialText) -> str:
-    """Where a text has the name of a special token, which would be read as one and could start or end a turn; or nothing."""
-    for number, message in enumerate(conversation.messages, start=1):
-        plain = len(message) == 2 and "content" in message
-        for text in (message["content"],) if plain else texts_in(message):
-            found = specials.names.search(text)
-            if found:
-                return f"message {number} ({message['role']}) contains the special token {found[0]}"
-    for text in texts_in(conversation.tools):
-        found = specials.names.search(text)
-        if found:
-            return f"the tools contain the special token {found[0]}"
-    return ""
-
-
-def _special_notices(counts: Counter[str], policy: Policy) -> list[str]:
-    number = counts["special_tokens_in_text"]
-    if not number:
-        return []
-    if policy.special_tokens_in_text == "as_text":
-        return [
-            f"{number} conversations have the names of special tokens in their texts. They are trained as the ordinary "
-            "text that they are (data.special_tokens_in_text=as_text). Most servers read them as special tokens."
-        ]
-    return [
-        f"{number} texts have the names of special tokens in them. In chats such rows are refused, in plain text they are "
-        "read as these tokens; data.special_tokens_in_text=as_text reads them as text."
-    ]
 
 
 def _check_tool_support(messages: Sequence[Message], tools: Tools, template: ChatTemplate) -> None:

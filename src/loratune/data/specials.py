@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from tokenizers import AddedToken, Tokenizer
 
-from loratune.data.conversation import BadRow
+from loratune.data.conversation import BadRow, Conversation
 from loratune.data.words import Tokens
 
 if TYPE_CHECKING:
@@ -168,3 +168,33 @@ class SpecialText:
 
 def _stand_in(name: str, character: int) -> str:
     return chr(character) * len(name)
+
+
+def special_token_in(conversation: Conversation, specials: SpecialText) -> str:
+    """Where a text has the name of a special token, which would be read as one and could start or end a turn; or nothing."""
+    for number, message in enumerate(conversation.messages, start=1):
+        plain = len(message) == 2 and "content" in message
+        for text in (message["content"],) if plain else texts_in(message):
+            found = specials.names.search(text)
+            if found:
+                return f"message {number} ({message['role']}) contains the special token {found[0]}"
+    for text in texts_in(conversation.tools):
+        found = specials.names.search(text)
+        if found:
+            return f"the tools contain the special token {found[0]}"
+    return ""
+
+
+def special_notices(number: int, *, as_text: bool) -> list[str]:
+    """What the user should know about conversations that name special tokens in their texts."""
+    if not number:
+        return []
+    if as_text:
+        return [
+            f"{number} conversations have the names of special tokens in their texts. They are trained as the ordinary "
+            "text that they are (data.special_tokens_in_text=as_text). Most servers read them as special tokens."
+        ]
+    return [
+        f"{number} texts have the names of special tokens in them. In chats such rows are refused, in plain text they are "
+        "read as these tokens; data.special_tokens_in_text=as_text reads them as text."
+    ]
