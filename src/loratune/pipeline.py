@@ -20,7 +20,8 @@ from peft import PeftModel
 
 from loratune.data.preview import preview
 from loratune.data.render import stop_token_ids
-from loratune.errors import Interrupted, RecipeError, RunError
+from loratune.early_checks import check_prompts
+from loratune.errors import DataError, Interrupted, RecipeError, RunError
 from loratune.evaluation.compare import evaluation_record, nll_record
 from loratune.evaluation.gates import check_names, parse_gate, pass_gates
 from loratune.evaluation.generate import Answer, generate_answers
@@ -29,7 +30,7 @@ from loratune.evaluation.own_metric import OwnMetric, load_metric
 from loratune.lock import differences
 from loratune.model.adapter import attach_adapter, save_adapter
 from loratune.model.device import peak_bytes, torch_dtype
-from loratune.model.load import load_model
+from loratune.model.load import load_config, load_model, positions_of
 from loratune.planning.devices import find_device
 from loratune.preparation import Preparation, held_out_prompts, output_dir, prepare
 from loratune.progress import Progress, Silent
@@ -170,6 +171,7 @@ def evaluate(root: str | Path, *, extras: Extras = _NOTHING_MORE, progress: Prog
 
     Raises:
         RecipeError: The run is not finished, has no held-out data, or the extras do not fit.
+        DataError: No held-out conversation has an answer for the metric, or its prompt leaves no room for one.
         MachineError: lm-evaluation-harness is asked for and not installed.
         RunError: The metric or a task fails.
     """
@@ -181,7 +183,8 @@ def evaluate(root: str | Path, *, extras: Extras = _NOTHING_MORE, progress: Prog
         raise RecipeError("data.eval of this run is none: there is nothing to evaluate on", file=run.lock)
     own = load_metric(extras.metric, allow_code=extras.allow_code) if extras.metric else None
     gates = [parse_gate(text) for text in extras.gates]
-    measures = [own.name if own else recipe.evaluate.metric, "nll", "perplexity"]
+    metric = own.name if own else recipe.evaluate.metric
+    measures = [*([metric] if metric != "none" else []), "nll", "perplexity"]
     forgets = recipe.evaluate.forgetting != "none"
     check_names(gates, measures, forgetting=forgets, harness=bool(extras.harness))
     if extras.harness:
@@ -189,6 +192,9 @@ def evaluate(root: str | Path, *, extras: Extras = _NOTHING_MORE, progress: Prog
     prepared = prepare(recipe, progress)
     if own is not None:
         prepared = replace(prepared, prompts=held_out_prompts(recipe, prepared.data, prepared.tokenizer))
+        if not prepared.prompts:
+            raise DataError("no held-out conversation has an answer for --metric to score", fix="other data.eval")
+        check_prompts(recipe, prepared.prompts, positions_of(load_config(prepared.base, recipe.model)))
     base = _load_base(prepared, progress)
     model = PeftModel.from_pretrained(base, str(run.adapter))
     loss, _ = make_loss(model, prepared.data.train)
