@@ -21,7 +21,8 @@ from peft import PeftModel
 from loratune.assessment import assess, memory_errors_told
 from loratune.data.preview import preview
 from loratune.data.steps import examples_of_largest_step, num_steps_per_epoch
-from loratune.errors import Interrupted, RecipeError, RunError
+from loratune.early_checks import check_prompts
+from loratune.errors import DataError, Interrupted, RecipeError, RunError
 from loratune.evaluation.gates import check_names, parse_gate, pass_gates
 from loratune.evaluation.harness import check_harness, run_harness
 from loratune.evaluation.own_metric import load_metric
@@ -29,6 +30,7 @@ from loratune.loading import adapt, load_base, load_trained
 from loratune.lock import changed_settings, differences
 from loratune.model.adapter import save_adapter
 from loratune.model.device import peak_bytes
+from loratune.model.load import load_config, positions_of
 from loratune.planning.devices import find_device
 from loratune.planning.memory import wants_rehearsal
 from loratune.planning.speed import StepProbe
@@ -221,6 +223,7 @@ def evaluate(root: str | Path, *, extras: Extras = _NOTHING_MORE, progress: Prog
 
     Raises:
         RecipeError: The run is not finished, has no held-out data, or the extras do not fit.
+        DataError: No held-out conversation has an answer for the metric, or its prompt leaves no room for one.
         MachineError: lm-evaluation-harness is asked for and not installed.
         RunError: The metric or a task fails.
     """
@@ -232,7 +235,8 @@ def evaluate(root: str | Path, *, extras: Extras = _NOTHING_MORE, progress: Prog
         raise RecipeError("data.eval of this run is none: there is nothing to evaluate on", file=run.lock)
     own = load_metric(extras.metric, allow_code=extras.allow_code) if extras.metric else None
     gates = [parse_gate(text) for text in extras.gates]
-    measures = [own.name if own else recipe.evaluate.metric, "nll", "perplexity"]
+    metric = own.name if own else recipe.evaluate.metric
+    measures = [*([metric] if metric != "none" else []), "nll", "perplexity"]
     forgets = recipe.evaluate.forgetting != "none"
     check_names(gates, measures, forgetting=forgets, harness=bool(extras.harness))
     if extras.harness:
@@ -240,6 +244,9 @@ def evaluate(root: str | Path, *, extras: Extras = _NOTHING_MORE, progress: Prog
     prepared = prepare(recipe, progress)
     if own is not None:
         prepared = replace(prepared, prompts=held_out_prompts(recipe, prepared.data, prepared.tokenizer))
+        if not prepared.prompts:
+            raise DataError("no held-out conversation has an answer for --metric to score", fix="other data.eval")
+        check_prompts(recipe, prepared.prompts, positions_of(load_config(prepared.base, recipe.model)))
     model, loss = load_trained(prepared, run, progress)
     with memory_errors_told(run):
         evaluation = assess(prepared, run, model, loss, progress, own=own)
