@@ -111,3 +111,14 @@ def test_the_adapter_of_a_run_loads_with_peft_and_answers_as_in_training(
         ids = tokenizer(item["prompt"], add_special_tokens=False, return_tensors="pt")
         out = model.generate(**ids, max_new_tokens=6, do_sample=False)[0, ids["input_ids"].shape[1] :]
         assert tokenizer.decode(out).removesuffix("<|im_end|>") == item["tuned"]["text"]
+
+
+@pytest.mark.timeout(300)
+def test_a_plan_reads_a_gguf_files_header_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORATUNE_CACHE", str(tmp_path))
+    section = ModelSection(name=QUICKSTART)
+    base = locate_model(section, Silent(), weights=False)
+    assert not list(tmp_path.rglob("*.safetensors"))
+    assert load_config(base, section).hidden_size == 576
+    assert load_tokenizer(base, section).chat_template
+    assert locate_model(section, Silent(), weights=False) == base
