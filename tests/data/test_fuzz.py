@@ -145,7 +145,7 @@ def check_answers(row: Any, made: Example, tokenizer: PreTrainedTokenizerBase, t
     answers = [turn["content"] for turn in turns if turn["role"] == "assistant"]
     if not all(isinstance(answer, str) for answer in answers) or any(split_thoughts(answer) for answer in answers):
         return
-    trained = trained_texts(example, tokenizer)
+    trained = trained_texts(made, tokenizer)
     expected = [f"{answer}<|im_end|>" for answer in answers]
     assert trained == expected or [text.strip() for text in trained] == [text.strip() for text in expected]
 
