@@ -139,8 +139,14 @@ class RunDir:
                 f"{run.root} is no run directory: it has no lock.json",
                 fix="give train.output_dir of a run; one that was stopped before it began is trained anew",
             )
-        _refuse_links(run.root.rglob("*"))
+        _refuse_links(run._written_in_place)
         return run
+
+    @property
+    def _written_in_place(self) -> Iterator[Path]:
+        """All but what exports hold: those are replaced as a whole, and may link to the weights of the base."""
+        exports = self.root / "exports"
+        return (path for path in self.root.rglob("*") if exports not in path.parent.parents)
 
     @classmethod
     def check(cls, root: str | Path, *, overwrite: bool) -> RunDir:

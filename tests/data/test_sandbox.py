@@ -73,6 +73,8 @@ def rendering(source: str) -> str:
     return text
 
 
+# hypothesis has a callback at the garbage collector, where an exception is ignored; the watchdog raises again
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("name", HARM)
 def test_a_template_that_wants_to_do_harm_is_stopped(name: str, smollm2_tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer = copy.copy(smollm2_tokenizer)
@@ -84,7 +86,28 @@ def test_a_template_that_wants_to_do_harm_is_stopped(name: str, smollm2_tokenize
             ChatTemplate(tokenizer).render([{"role": "user", "content": "Hello there"}])
         assert "chat template" in str(caught.value)
         assert len(str(caught.value)) < 1000
-        assert time.monotonic() - started < 6
+        assert time.monotonic() - started < 8
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_it_is_stopped_again_when_the_first_time_was_swallowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox, "TIME_LIMIT_SECONDS", 0.3)
+    monkeypatch.setattr(sandbox, "_AGAIN_SECONDS", 0.2)
+
+    class Swallows:
+        """Python ignores what is raised in a destructor."""
+
+        def __del__(self) -> None:
+            ends = time.monotonic() + 0.6
+            while time.monotonic() < ends:
+                pass
+
+    def work() -> None:
+        while True:
+            Swallows()
+
+    with pytest.raises(DataError, match=r"takes longer than 0\.3 seconds"):
+        sandbox.limited(work)
 
 
 def test_helpers_stop_it_too(

@@ -68,6 +68,7 @@ OTHER: dict[str, Any] = {
 }
 # what has to be on for the field to matter
 ALSO: dict[str, dict[str, Any]] = {
+    "model.quantization": {"model.dtype": "bfloat16"},
     "train.keep_checkpoints": {"train.save_every": 1},
     # too high a rate, so that the last step is not the best one
     "train.final_adapter": {"train.save_every": 1, "train.eval_every": 1, "train.learning_rate": 20.0},
@@ -148,6 +149,7 @@ def footprint(recipe: Recipe) -> dict[str, Any]:
         record.pop("tokens_per_second", None)
         record.pop("peak_bytes", None)
         record.pop("time", None)
+        record.pop("seconds", None)
     adapter = load_file(run.adapter / "adapter_model.safetensors")
     seen = {
         "files": sorted(path.name for path in run.root.iterdir()),

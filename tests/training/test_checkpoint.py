@@ -82,6 +82,15 @@ def test_the_newest_undamaged_checkpoint_is_chosen(saved: tuple[Path, PeftModel]
     assert "optimizer.safetensors changed" in damaged[folder / "10"]
 
 
+@pytest.mark.parametrize("manifest", ["{}", "[]", '{"../lock.json": "0"}', "nothing"])
+def test_a_manifest_that_names_other_files_is_damage(saved: tuple[Path, PeftModel], manifest: str) -> None:
+    folder, _ = saved
+    (folder / "10" / "manifest.json").write_text(manifest)
+    chosen, damaged = latest_checkpoint(folder)
+    assert chosen == folder / "4"
+    assert list(damaged) == [folder / "10"]
+
+
 def test_random_states_come_back(saved: tuple[Path, PeftModel]) -> None:
     folder, _ = saved
     load_random(folder / "10")

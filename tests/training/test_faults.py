@@ -19,13 +19,14 @@ from safetensors.torch import load_file
 from loratune.data.conversation import Origin
 from loratune.data.render import Example
 from loratune.errors import MachineError, RunError
+from loratune.model.device import is_out_of_memory
 from loratune.pipeline import resume, train
 from loratune.planning import memory
 from loratune.progress import Silent
 from loratune.recipe import Recipe
 from loratune.run import Record, RunDir
 from loratune.training import loss as loss_module
-from loratune.training.budget import TokenBudget, is_out_of_memory
+from loratune.training.budget import TokenBudget
 from loratune.training.events import Events
 from loratune.training.watch import is_spike
 from tests.invariants.test_same_mathematics import assert_same

@@ -43,6 +43,8 @@ TEXT_LIMIT = 2**27
 """Characters that one operation of a template may make."""
 
 _LOOK_SECONDS, _IDLE_SECONDS = 0.1, 2.0
+_AGAIN_SECONDS = 1.0
+"""After which the watchdog raises again: Python ignores what is raised in a destructor or a callback of its garbage collector."""
 _WIDE = re.compile(r"\d{7}")
 """What asks for a wide field in a format."""
 
@@ -219,13 +221,14 @@ def _power(left: Any, right: Any) -> Any:
 class _Work:
     """One rendering under way."""
 
-    __slots__ = ("looks", "memory", "reason", "started", "thread")
+    __slots__ = ("looks", "memory", "raised", "reason", "started", "thread")
 
     def __init__(self) -> None:
         self.thread = threading.get_ident()
         self.started = time.monotonic()
         self.looks = 0
         self.memory = 0
+        self.raised = 0.0
         self.reason = ""
 
 
@@ -268,6 +271,8 @@ class _Watchdog:
 
     def _look(self, work: _Work, now: float, process: psutil.Process) -> None:
         if work.reason:
+            if now - work.raised > _AGAIN_SECONDS:
+                self._raise(work, now)
             return
         memory = process.memory_info().rss
         if not work.looks:
@@ -278,7 +283,11 @@ class _Watchdog:
         elif memory - work.memory > MEMORY_LIMIT_BYTES:
             work.reason = f"takes more than {MEMORY_LIMIT_BYTES / 2**30:g} GiB of memory"
         if work.reason:
-            _raise_in(work.thread, _StopRenderingError)
+            self._raise(work, now)
+
+    def _raise(self, work: _Work, now: float) -> None:
+        work.raised = now
+        _raise_in(work.thread, _StopRenderingError)
 
 
 def _raise_in(thread: int, error: type[BaseException] | None) -> None:

@@ -16,6 +16,9 @@ import torch
 
 from loratune.errors import MachineError
 
+_ALLOCATORS = ("can't allocate memory", "not enough memory", "out of memory")
+"""What the CPU's allocator and MPS say in a plain RuntimeError."""
+
 FP8_CAPABILITY = (9, 0)
 """CUDA's compute capability from which on scaled products have a scale for each row."""
 
@@ -177,3 +180,10 @@ def peak_bytes(device: str) -> int:
         return int(line.split()[1]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes on macOS, kibibytes elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that there is no memory left."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _ALLOCATORS)

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from loratune.kernels.attention import PACKED, PackingUnsupportedError, register
 from loratune.kernels.cross_entropy import chunk_rows, cross_entropy_per_token, sum_cross_entropy
 from loratune.model.adapter import attach_adapter, use_fast_layers
+from loratune.model.device import is_out_of_memory
 from loratune.model.targets import resolve_targets
 from loratune.planning.speed import best_seconds
 from loratune.recipe import LoraSection
@@ -89,6 +90,10 @@ def probe(
             head = _head_seconds(config, num_answers, dtype, device)
     # A config of two layers is one that its authors may not have thought of: the run itself does not depend on it.
     except (ValueError, TypeError, AttributeError, KeyError, IndexError, AssertionError, PackingUnsupportedError):
+        return None
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
         return None
     return Rates(train=train, forward=forward, decode=decode, **head)
 

@@ -17,19 +17,10 @@ import torch
 from loratune.data.render import Example
 from loratune.data.steps import pack
 from loratune.errors import MachineError
+from loratune.model.device import is_out_of_memory
 from loratune.training.events import Events
 
 T = TypeVar("T")
-
-_ALLOCATORS = ("can't allocate memory", "not enough memory", "out of memory")
-"""What the CPU's allocator and MPS say in a plain RuntimeError."""
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that there is no memory left."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _ALLOCATORS)
 
 
 def free_memory() -> None:

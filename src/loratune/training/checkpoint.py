@@ -34,6 +34,7 @@ from loratune.training.budget import random_state, set_random_state
 TRAINER_STATE = "trainer_state.json"
 _ADAPTER, _OPTIMIZER, _RANDOM = "adapter_model.safetensors", "optimizer.safetensors", "random.safetensors"
 _STATE, _MANIFEST = "state.json", "manifest.json"
+_FILES = frozenset((_ADAPTER, _OPTIMIZER, _RANDOM, _STATE, TRAINER_STATE))
 
 
 def save_checkpoint(
@@ -196,6 +197,8 @@ def _write_manifest(folder: Path) -> None:
 def _damage(folder: Path) -> str:
     try:
         manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+        if not isinstance(manifest, dict) or manifest.keys() != _FILES:
+            return f"{_MANIFEST} does not name the files of a checkpoint"
         changed = [name for name, digest in manifest.items() if file_sha256(folder / name) != digest]
     except (OSError, ValueError) as error:
         return str(error)

@@ -33,11 +33,12 @@ from loratune.data.conversation import Rejected
 from loratune.data.prepare import Stream
 from loratune.data.render import Example
 from loratune.errors import LoratuneError, MachineError
+from loratune.model.device import is_out_of_memory
 from loratune.progress import Progress, Silent
 from loratune.recipe import TrainSection
 from loratune.run import RunDir, write_json
 from loratune.training.arguments import TrainingData, stock_arguments, training_arguments
-from loratune.training.budget import TokenBudget, is_out_of_memory, random_state, set_random_state
+from loratune.training.budget import TokenBudget, random_state, set_random_state
 from loratune.training.checkpoint import (
     TRAINER_STATE,
     best_checkpoint,
