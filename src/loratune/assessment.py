@@ -16,7 +16,7 @@ from loratune.model.device import is_out_of_memory
 from loratune.preparation import Preparation
 from loratune.progress import Progress
 from loratune.run import Record, RunDir, write_json
-from loratune.training.budget import TokenBudget
+from loratune.training.budget import TokenBudget, free_memory
 from loratune.training.events import Events, History
 from loratune.training.held_out import Nll, evaluate_nll
 from loratune.training.loss import SupervisedLoss
@@ -61,6 +61,7 @@ def assess(
         return nll, other, answers
 
     model.eval()
+    free_memory()
     with model.disable_adapter():
         base_nll, base_other, base_answers = measure("base")
     tuned_nll, tuned_other, tuned_answers = measure("tuned", tuned_nll)

@@ -7,8 +7,10 @@ others of the same law, since they are drawn for a micro-batch at a time.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from itertools import accumulate
 from typing import TypeVar
 
@@ -24,8 +26,10 @@ T = TypeVar("T")
 
 
 def free_memory() -> None:
-    """Give back what nobody holds."""
+    """Give back what nobody holds, on a CPU also the free pages of glibc's heap: half of the process after a training."""
     gc.collect()
+    with suppress(AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
