@@ -13,8 +13,9 @@ bench: $(VENV)/.installed
 	$(BIN)/loratune bench benchmarks/step.yaml
 	$(BIN)/loratune bench benchmarks/step.yaml data.train_on=assistant
 
+# A process for each core, up to four, with one thread each.
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check

@@ -82,7 +82,7 @@ def probe(
         return None
     leaves = tuple(sorted({name.rpartition(".")[2] for name in targets}))
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), torch.enable_grad():
             model = _two_layers(config, dtype).to(device)
             adapted = attach_adapter(model, lora, resolve_targets(model, leaves), base_name="probe", seed=0)
             decode = _decode_seconds(adapted, num_answers, device)
