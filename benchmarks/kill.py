@@ -211,6 +211,8 @@ def harness(recipe: Recipe, folder: Path, *, kills: int, seed: int, forked: bool
     if child.ended():
         print(child.log.read_text(encoding="utf-8"), file=sys.stderr)
         return 1
+    # What `auto` became must be the same in all runs; on a machine that others use it might not.
+    recipe = Recipe.parse(json.loads(whole.lock.read_text(encoding="utf-8"))["recipe"])
     num_steps = json.loads(whole.plan.read_text(encoding="utf-8"))["time"]["num_steps"]
     print(f"left alone: {num_steps} steps in {time.monotonic() - started:.1f} s, the first after {start_seconds:.1f} s")
     killed, bad = 0, 0
