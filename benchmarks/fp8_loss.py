@@ -60,7 +60,7 @@ def measure(loss: SupervisedLoss, prepared: Preparation, conversations: int, ste
             gradient = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]).double()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(value))
+        losses.append(float(value.detach()))
     return {"token_losses": token_losses, "gradient": gradient, "losses": losses}
 
 
