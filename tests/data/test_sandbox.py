@@ -103,8 +103,9 @@ def test_it_is_stopped_again_when_the_first_time_was_swallowed(monkeypatch: pyte
                 pass
 
     def work() -> None:
+        Swallows()
         while True:
-            Swallows()
+            pass
 
     with pytest.raises(DataError, match=r"takes longer than 0\.3 seconds"):
         sandbox.limited(work)
