@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from loratune.planning.probe import Rates, probe
-from loratune.planning.speed import COMPILED_TAKES, Amounts, StepProbe, TimePlan, plan_time, with_probe
+from loratune.planning.probe import probe
+from loratune.planning.speed import COMPILED_TAKES, Amounts, Rates, StepProbe, TimePlan, plan_time, with_probe
 from loratune.recipe import LoraSection
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")

@@ -24,7 +24,7 @@ from loratune.planning.devices import Device
 from loratune.planning.memory import MemoryPlan, Work
 from loratune.planning.parameters import ParameterCount
 from loratune.planning.probe import probe
-from loratune.planning.speed import Amounts, LayerRates, TimePlan, matmul_rate, plan_time, rates_by_arithmetic
+from loratune.planning.speed import Amounts, Rates, TimePlan, matmul_rate, plan_time, rates_by_arithmetic
 from loratune.recipe import Recipe
 
 
@@ -133,7 +133,7 @@ def _rates(
     answers: int,
     place: Place,
     device: Device | None,
-) -> tuple[float, LayerRates, str]:
+) -> tuple[float, Rates, str]:
     """Operations per second of a matrix product, seconds of a layer and the head, and where these come from."""
     if device is not None:
         rate = device.bf16_flops_per_second

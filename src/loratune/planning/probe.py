@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from loratune.kernels.cross_entropy import chunk_rows, cross_entropy_per_token, 
 from loratune.model.adapter import attach_adapter, use_fast_layers
 from loratune.model.device import is_out_of_memory
 from loratune.model.targets import resolve_targets
-from loratune.planning.speed import best_seconds
+from loratune.planning.speed import Rates, best_seconds
 from loratune.recipe import LoraSection
 
 LAYERS = 2
@@ -32,27 +31,6 @@ MOST_BYTES = 2**30
 
 HEAD_ROWS = 32_768
 """Of the vocabulary, at most; time grows with it."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rates:
-    """Seconds on this machine, not compiled.
-
-    Attributes:
-        train: Of a token in one layer, forward and backward.
-        forward: Of a token in one layer, without gradients.
-        decode: Of one more token of a batch of answers in one layer.
-        head_train: Of a supervised token in the output head, with its loss and gradient.
-        head_forward: The same without a gradient.
-        head_decode: Of one more token of a batch of answers in the output head.
-    """
-
-    train: float
-    forward: float
-    decode: float
-    head_train: float
-    head_forward: float
-    head_decode: float
 
 
 def probe(

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol
 
 import torch
 
@@ -25,21 +24,25 @@ LOAD_BYTES_PER_SECOND = 1e9
 """At which weights are read and converted. An estimate."""
 
 
-class LayerRates(Protocol):
-    """`probe.Rates`."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rates:
+    """Seconds of a device, not compiled: measured by `probe`, or by arithmetic alone.
 
-    @property
-    def train(self) -> float: ...
-    @property
-    def forward(self) -> float: ...
-    @property
-    def decode(self) -> float: ...
-    @property
-    def head_train(self) -> float: ...
-    @property
-    def head_forward(self) -> float: ...
-    @property
-    def head_decode(self) -> float: ...
+    Attributes:
+        train: Of a token in one layer, forward and backward.
+        forward: Of a token in one layer, without gradients.
+        decode: Of one more token of a batch of answers in one layer.
+        head_train: Of a supervised token in the output head, with its loss and gradient.
+        head_forward: The same without a gradient.
+        head_decode: Of one more token of a batch of answers in the output head.
+    """
+
+    train: float
+    forward: float
+    decode: float
+    head_train: float
+    head_forward: float
+    head_decode: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,26 +115,14 @@ class StepProbe:
         return self.num_tokens / self.step_seconds
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PublishedRates:
-    """Seconds by arithmetic alone; fields as in `probe.Rates`."""
-
-    train: float
-    forward: float
-    decode: float
-    head_train: float
-    head_forward: float
-    head_decode: float
-
-
 def rates_by_arithmetic(
     layer_parameters: float, head_parameters: int, num_answers: int, flops_per_second: float
-) -> PublishedRates:
+) -> Rates:
     """Of a layer and a head of so many parameters, where they cannot be run: operations over the rate of a matrix product
     times `EFFICIENCY`. A batch's next token reads every weight for a few rows, which is slower than this."""
     rate = flops_per_second * EFFICIENCY[False]
     layer, head = layer_parameters / rate, head_parameters / rate
-    return PublishedRates(
+    return Rates(
         train=4 * layer,
         forward=2 * layer,
         decode=2 * layer * num_answers,
@@ -156,7 +147,7 @@ def training_flops(
 
 def plan_time(
     amounts: Amounts,
-    rates: LayerRates,
+    rates: Rates,
     *,
     compile_seconds: float | None,
     flops: float,
