@@ -7,15 +7,14 @@ does. `--help`, the JSON schema, the reference page and the comments of generate
 from __future__ import annotations
 
 import difflib
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from loratune.credentials import find_secret
 from loratune.errors import RecipeError
+from loratune.recipe_file import apply_override, read_yaml, refuse_secrets, shown
 
 Cadence = Literal["epoch", "never"] | int | float
 
@@ -303,9 +302,9 @@ class Recipe(Section):
             RecipeError: The file cannot be read, or a setting is unknown, of the wrong type, or contradicts another.
         """
         path = Path(path)
-        values, lines = _read_yaml(path)
+        values, lines = read_yaml(path)
         for override in overrides:
-            _apply_override(values, override, lines)
+            apply_override(values, override, lines)
         return cls.parse(values, file=path, lines=lines)
 
     @classmethod
@@ -322,7 +321,7 @@ class Recipe(Section):
         Raises:
             RecipeError: A setting is unknown, of the wrong type, or contradicts another.
         """
-        _refuse_secrets(_shown(values, most=1_000_000), None)
+        refuse_secrets(shown(values, most=1_000_000), None)
         try:
             return cls.model_validate(values)
         except ValidationError as error:
@@ -341,99 +340,12 @@ def origins(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> di
     Raises:
         RecipeError: As `Recipe.load`.
     """
-    values, lines = _read_yaml(Path(path))
+    values, lines = read_yaml(Path(path))
     found = {name: f"{path}:{line}" for name, line in lines.items() if name.count(".") == 1}
     for override in overrides:
-        _apply_override(values, override, lines)
+        apply_override(values, override, lines)
         found[override.partition("=")[0].strip()] = "command line"
     return found
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's numbers: PyYAML's own rule reads `1e-4` as text."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"),
-    list("-+0123456789."),
-)
-
-
-_MOST_NODES = 100_000
-"""Values of a recipe, aliases written out: a kilobyte of them can stand for billions."""
-
-
-def _parse_yaml(text: str) -> tuple[yaml.Node | None, Any]:
-    """The nodes, and the value that they stand for."""
-    node = yaml.compose(text, Loader=_Loader)
-    if node is not None and _count_nodes(node, {}) > _MOST_NODES:
-        raise ValueError(f"aliases stand for more than {_MOST_NODES:,} values")
-    return node, yaml.load(text, Loader=_Loader)  # noqa: S506 - _Loader is a SafeLoader
-
-
-def _count_nodes(node: yaml.Node, known: dict[int, int]) -> int:
-    """How many values a node stands for; one that holds itself stands for endlessly many."""
-    if id(node) not in known:
-        known[id(node)] = _MOST_NODES + 1  # while it is being counted
-        parts = node.value if isinstance(node, yaml.CollectionNode) else ()
-        flat = [part for pair in parts for part in (pair if isinstance(pair, tuple) else (pair,))]
-        known[id(node)] = 1 + sum(_count_nodes(part, known) for part in flat)
-    return known[id(node)]
-
-
-def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise RecipeError("no such recipe", file=path, fix="check the path; recipes/ holds complete examples") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"cannot read the recipe: {error}", file=path, fix="give a UTF-8 YAML file") from None
-    _refuse_secrets(text, path)
-    try:
-        node, values = _parse_yaml(text)
-    except (ValueError, RecursionError, OverflowError) as error:  # a date such as 2001-99-99, or a thousand brackets
-        raise RecipeError(f"not readable YAML: {error}", file=path, fix="mind what is not in quotes") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        problem = getattr(error, "problem", None) or "not valid YAML"
-        line = mark.line + 1 if mark is not None else None
-        raise RecipeError(f"not YAML: {problem}", file=path, line=line, fix="mind indentation and colons") from None
-    if values is None:
-        return {}, {}
-    if not isinstance(values, dict):
-        raise RecipeError(f"a recipe is a mapping of sections, this is a {type(values).__name__}", file=path)
-    lines: dict[str, int] = {}
-    if isinstance(node, yaml.MappingNode):
-        _collect_lines(node, "", lines)
-    return values, lines
-
-
-def _collect_lines(node: yaml.MappingNode, prefix: str, lines: dict[str, int]) -> None:
-    for key, value in node.value:
-        name = f"{prefix}{key.value}"
-        if name in lines:
-            raise RecipeError(f"{name} is set twice, first on line {lines[name]}", line=key.start_mark.line + 1)
-        lines[name] = key.start_mark.line + 1
-        if isinstance(value, yaml.MappingNode):
-            _collect_lines(value, f"{name}.", lines)
-
-
-def _apply_override(values: dict[str, Any], override: str, lines: dict[str, int]) -> None:
-    _refuse_secrets(override, None)
-    name, equals, text = override.partition("=")
-    section, dot, field = name.strip().partition(".")
-    if not equals or not dot:
-        raise RecipeError(f"{override!r} is no setting", fix="write section.field=value, such as train.epochs=1")
-    try:
-        _, value = _parse_yaml(text)
-    except (yaml.YAMLError, ValueError, RecursionError, OverflowError):
-        value = text
-    target = values.setdefault(section, {})
-    if not isinstance(target, dict):
-        raise RecipeError(f"section {section} holds {_shown(target)}, not settings", line=lines.get(section))
-    target[field] = value
-    lines.pop(f"{section}.{field}", None)
 
 
 def _explain(error: ValidationError, file: str | Path | None, lines: dict[str, int]) -> RecipeError:
@@ -454,29 +366,8 @@ def _explain(error: ValidationError, file: str | Path | None, lines: dict[str, i
     field = _field_of(location)
     fix = " ".join((field.description or "").split()) if field is not None else ""
     return RecipeError(
-        f"{name} is {_shown(first['input'])}: {'; or '.join(sorted(problems))}", file=file, line=line, fix=fix
+        f"{name} is {shown(first['input'])}: {'; or '.join(sorted(problems))}", file=file, line=line, fix=fix
     )
-
-
-def _refuse_secrets(text: str, path: Path | None) -> None:
-    """A recipe is copied into the run, its card and its report: also a comment in it must hold no secret."""
-    found = find_secret(text)
-    if found is not None:
-        place, what = found
-        raise RecipeError(
-            f"the recipe holds {what}, and recipes are copied into what is shared",
-            file=path,
-            line=text.count("\n", 0, place) + 1 if path is not None else None,
-            fix="remove it; tokens belong in the environment (HF_TOKEN, WANDB_API_KEY) or in `hf auth login`",
-        )
-
-
-def _shown(value: Any, most: int = 200) -> str:
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):  # an integer of thousands of digits, a thousand levels of lists
-        return f"a {type(value).__name__} that is too large to show"
-    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def _section_of(name: str) -> type[BaseModel] | None:

@@ -1,0 +1,131 @@
+"""The text of a recipe: YAML to values, with the line of each, and no secrets in it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from loratune.credentials import find_secret
+from loratune.errors import RecipeError
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's numbers: PyYAML's own rule reads `1e-4` as text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+_MOST_NODES = 100_000
+"""Values of a recipe, aliases written out: a kilobyte of them can stand for billions."""
+
+
+def _parse_yaml(text: str) -> tuple[yaml.Node | None, Any]:
+    """The nodes, and the value that they stand for."""
+    node = yaml.compose(text, Loader=_Loader)
+    if node is not None and _count_nodes(node, {}) > _MOST_NODES:
+        raise ValueError(f"aliases stand for more than {_MOST_NODES:,} values")
+    return node, yaml.load(text, Loader=_Loader)  # noqa: S506 - _Loader is a SafeLoader
+
+
+def _count_nodes(node: yaml.Node, known: dict[int, int]) -> int:
+    """How many values a node stands for; one that holds itself stands for endlessly many."""
+    if id(node) not in known:
+        known[id(node)] = _MOST_NODES + 1  # while it is being counted
+        parts = node.value if isinstance(node, yaml.CollectionNode) else ()
+        flat = [part for pair in parts for part in (pair if isinstance(pair, tuple) else (pair,))]
+        known[id(node)] = 1 + sum(_count_nodes(part, known) for part in flat)
+    return known[id(node)]
+
+
+def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
+    """The settings of a file as nested dictionaries, and the line of each `section.field`.
+
+    Raises:
+        RecipeError: The file cannot be read, is no YAML mapping, sets a name twice, or holds a secret.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise RecipeError("no such recipe", file=path, fix="check the path; recipes/ holds complete examples") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"cannot read the recipe: {error}", file=path, fix="give a UTF-8 YAML file") from None
+    refuse_secrets(text, path)
+    try:
+        node, values = _parse_yaml(text)
+    except (ValueError, RecursionError, OverflowError) as error:  # a date such as 2001-99-99, or a thousand brackets
+        raise RecipeError(f"not readable YAML: {error}", file=path, fix="mind what is not in quotes") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        problem = getattr(error, "problem", None) or "not valid YAML"
+        line = mark.line + 1 if mark is not None else None
+        raise RecipeError(f"not YAML: {problem}", file=path, line=line, fix="mind indentation and colons") from None
+    if values is None:
+        return {}, {}
+    if not isinstance(values, dict):
+        raise RecipeError(f"a recipe is a mapping of sections, this is a {type(values).__name__}", file=path)
+    lines: dict[str, int] = {}
+    if isinstance(node, yaml.MappingNode):
+        _collect_lines(node, "", lines)
+    return values, lines
+
+
+def _collect_lines(node: yaml.MappingNode, prefix: str, lines: dict[str, int]) -> None:
+    for key, value in node.value:
+        name = f"{prefix}{key.value}"
+        if name in lines:
+            raise RecipeError(f"{name} is set twice, first on line {lines[name]}", line=key.start_mark.line + 1)
+        lines[name] = key.start_mark.line + 1
+        if isinstance(value, yaml.MappingNode):
+            _collect_lines(value, f"{name}.", lines)
+
+
+def apply_override(values: dict[str, Any], override: str, lines: dict[str, int]) -> None:
+    """Put `section.field=value`, the value in YAML, into what `read_yaml` returned.
+
+    Raises:
+        RecipeError: It is not of this shape, or holds a secret.
+    """
+    refuse_secrets(override, None)
+    name, equals, text = override.partition("=")
+    section, dot, field = name.strip().partition(".")
+    if not equals or not dot:
+        raise RecipeError(f"{override!r} is no setting", fix="write section.field=value, such as train.epochs=1")
+    try:
+        _, value = _parse_yaml(text)
+    except (yaml.YAMLError, ValueError, RecursionError, OverflowError):
+        value = text
+    target = values.setdefault(section, {})
+    if not isinstance(target, dict):
+        raise RecipeError(f"section {section} holds {shown(target)}, not settings", line=lines.get(section))
+    target[field] = value
+    lines.pop(f"{section}.{field}", None)
+
+
+def refuse_secrets(text: str, path: Path | None) -> None:
+    """A recipe is copied into the run, its card and its report: also a comment in it must hold no secret."""
+    found = find_secret(text)
+    if found is not None:
+        place, what = found
+        raise RecipeError(
+            f"the recipe holds {what}, and recipes are copied into what is shared",
+            file=path,
+            line=text.count("\n", 0, place) + 1 if path is not None else None,
+            fix="remove it; tokens belong in the environment (HF_TOKEN, WANDB_API_KEY) or in `hf auth login`",
+        )
+
+
+def shown(value: Any, most: int = 200) -> str:
+    """A value for an error message, at most so many characters long."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits, a thousand levels of lists
+        return f"a {type(value).__name__} that is too large to show"
+    return text if len(text) <= most else f"{text[: most - 3]}..."
