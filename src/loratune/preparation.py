@@ -16,11 +16,18 @@ from loratune.early_checks import check_disk, check_output, check_prompts, check
 from loratune.errors import MachineError, RecipeError
 from loratune.evaluation.scoring import check_metric, check_references
 from loratune.lock import examples_fingerprint, make_lock, model_fingerprint, text_fingerprint
-from loratune.model.device import Choice, check_fp8, choose_device, choose_dtype, no_fp8
+from loratune.model.device import Choice, check_fp8, choose_device, choose_dtype, no_fp8, torch_dtype
 from loratune.model.gguf import cache_dir
 from loratune.model.load import BaseModel, load_config, load_tokenizer, locate_model, positions_of
+from loratune.model.quantised import (
+    BY_BITSANDBYTES,
+    base_bytes,
+    check_checkpoint,
+    check_quantization,
+    unpacked_bytes,
+)
 from loratune.model.targets import describe_targets, resolve_targets, target_notes
-from loratune.model.weights import bytes_to_convert, check_stored, check_weights
+from loratune.model.weights import bytes_to_convert, check_stored, check_weights, stored_bytes
 from loratune.planning.advice import Advice, Facts, give_advice
 from loratune.planning.compatibility import unknown_to_gguf
 from loratune.planning.cost import Place, run_flops, run_memory
@@ -35,7 +42,7 @@ from loratune.recipe import Recipe
 from loratune.run import Record
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 NO_LIMIT = 2**31
 """Stands for no limit of an example's tokens."""
@@ -218,8 +225,10 @@ def prepare(recipe: Recipe, progress: Progress, device: Device | None = None, *,
     check_output(output_dir(recipe))
     where = choose_device(recipe.train.device) if device is None else Choice("cuda", f"{device.name}, as published")
     _check_quantization(recipe, where.value, device)
+    check_quantization(recipe.model.quantization, where.value, is_here=device is None)
     base = locate_model(recipe.model, progress, weights=weights)
     config = load_config(base, recipe.model)
+    check_checkpoint(config, recipe.model.quantization, name=base.name, device=where.value)
     positions = positions_of(config)
     max_length = _max_length(recipe, positions)
     model = skeleton(config, trust_remote_code=recipe.model.trust_remote_code)
@@ -251,8 +260,12 @@ def prepare(recipe: Recipe, progress: Progress, device: Device | None = None, *,
             device=where.value,
             dtype=dtype.value,
             compiled=False,
+            **_quantised_place(recipe.model.quantization, base, model, dtype.value),
             stored_bytes=bytes_to_convert(
-                base.path, dtype.value, stored=base.stored, num_parameters=parameters.total - parameters.trainable
+                base.path,
+                None if recipe.model.quantization in BY_BITSANDBYTES else dtype.value,
+                stored=base.stored,
+                num_parameters=parameters.total - parameters.trainable,
             ),
             resident_bytes=resident,
             free_bytes=None if device is None else device.memory_bytes,
@@ -293,6 +306,7 @@ def prepare(recipe: Recipe, progress: Progress, device: Device | None = None, *,
             *target_notes(model, recipe.lora.targets),
             *data.report["notices"],
             *_device_notes(device, dtype.value),
+            *_quantization_notes(recipe.model.quantization, dtype.value),
         ),
         advice=give_advice(
             _facts(effective, base, tokenizer, model, targets, data, trainable=parameters.trainable, steps=steps)
@@ -471,8 +485,26 @@ def _generation_stops(base: BaseModel, config: Any, tokenizer: PreTrainedTokeniz
     return tuple(map(str, tokenizer.convert_ids_to_tokens(ids)))
 
 
+def _quantised_place(quantization: str, base: BaseModel, model: PreTrainedModel, dtype: str) -> dict[str, Any]:
+    if quantization not in BY_BITSANDBYTES:
+        comes_quantised = getattr(model.config, "quantization_config", None) is not None
+        return {"quantization": quantization, "weights_bytes": stored_bytes(base.path) if comes_quantised else None}
+    dtype_bytes = torch_dtype(dtype).itemsize
+    return {
+        "quantization": quantization,
+        "weights_bytes": base_bytes(model, quantization, dtype_bytes),
+        "unpacked_bytes": unpacked_bytes(model, dtype_bytes),
+    }
+
+
+def _quantization_notes(quantization: str, dtype: str) -> tuple[str, ...]:
+    if quantization not in BY_BITSANDBYTES:
+        return ()
+    return (f"the planned time is that of products in {dtype}; unpacking the {quantization} weights comes on top",)
+
+
 def _check_quantization(recipe: Recipe, where: str, device: Device | None) -> None:
-    if recipe.model.quantization == "none":
+    if recipe.model.quantization != "fp8":
         return
     if device is None:
         check_fp8(where)
