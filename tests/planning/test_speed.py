@@ -16,6 +16,7 @@ RATES = Rates(train=1.0, forward=0.25, decode=2.0, head_train=10.0, head_forward
 def timed(*, compile_seconds: float | None = None, **changes: int) -> TimePlan:
     amounts = {
         "num_layers": 5,
+        "num_recomputed": 0,
         "tokens": 100,
         "supervised": 10,
         "held_out_tokens": 40,
