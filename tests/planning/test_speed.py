@@ -44,6 +44,10 @@ def test_seconds_are_those_of_layers_and_head() -> None:
     assert timed(evaluations=0, prompt_tokens=0, decode_steps=0).evaluate_seconds == 0
 
 
+def test_recomputed_layers_take_another_forward() -> None:
+    assert timed(num_recomputed=2).train_seconds == timed().train_seconds + 100 * 2 * 0.25
+
+
 def test_compiling_costs_its_seconds_and_saves_its_share() -> None:
     made = timed(compile_seconds=15)
     assert made.compile_seconds == 15
