@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.markup import escape
 
-from loratune.errors import Interrupted, LoratuneError, MachineError, RunError
+from loratune import world
+from loratune.errors import Interrupted, LoratuneError, MachineError, RecipeError, RunError
 from loratune.printing import (
     add_cost,
     show_delivery,
@@ -51,6 +52,9 @@ RunFolders = Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="Th
 ReportFile = Annotated[Path | None, typer.Option("--out", metavar="FILE", help="The HTML file to write.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Delete the run that is in the output directory.")]
+Processes = Annotated[
+    int, typer.Option("--processes", min=1, help="On this machine, one for each GPU; torchrun starts them.")
+]
 Samples = Annotated[
     int, typer.Option("--samples", "--examples", min=0, help="How many examples to show token by token.")
 ]
@@ -140,10 +144,15 @@ def plan(
 
 @app.command()
 def train(
-    recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = False, overwrite: Overwrite = False
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+    overwrite: Overwrite = False,
+    processes: Processes = 1,
 ) -> None:
     """Plan, train, and evaluate base against tuned on held-out data."""
-    with _reporting(as_json) as progress:
+    _start_processes(processes)
+    with _reporting(as_json, together=True) as progress:
         loaded = Recipe.load(recipe, overrides or ())
         from loratune import pipeline
 
@@ -152,16 +161,20 @@ def train(
 
         written = recipe.read_text(encoding="utf-8") if not overrides else loaded.to_yaml()
         result = pipeline.train(loaded, written=written, overwrite=overwrite, progress=progress, on_plan=show)
-        show_result(result, as_json)
+        if world.is_main():
+            show_result(result, as_json)
 
 
 @app.command()
-def resume(run: RunFolder, as_json: AsJson = False) -> None:
+def resume(run: RunFolder, as_json: AsJson = False, processes: Processes = 1) -> None:
     """Go on where a run stopped."""
-    with _reporting(as_json) as progress:
+    _start_processes(processes)
+    with _reporting(as_json, together=True) as progress:
         from loratune import pipeline
 
-        show_result(pipeline.resume(run, progress=progress), as_json)
+        result = pipeline.resume(run, progress=progress)
+        if world.is_main():
+            show_result(result, as_json)
 
 
 @app.command()
@@ -496,21 +509,53 @@ def _show_file(name: str, path: Path, as_json: bool) -> None:
         sys.stdout.write(f"{path}\n")
 
 
+def _start_processes(number: int) -> None:
+    """Let torchrun start this command so many times in place of this process."""
+    if number > 1 and not world.is_launched():
+        from loratune.launching import run_torchrun
+
+        raise SystemExit(run_torchrun(number, sys.argv[1:]))
+
+
 @contextmanager
-def _reporting(as_json: bool) -> Iterator[TerminalProgress]:
-    """Turn our errors into a message and an exit code."""
-    progress = TerminalProgress()
+def _reporting(as_json: bool, *, together: bool = False) -> Iterator[TerminalProgress]:
+    """Turn our errors into a message and an exit code. Of several processes the first one talks, and of their errors the first
+    is told; `together`: whether the verb knows of several."""
+    progress = TerminalProgress() if world.is_main() else TerminalProgress(SafeConsole(quiet=True))
     try:
+        if world.is_launched() and not together:
+            raise RecipeError("this command runs in one process", fix="call it without a launcher, as `loratune …`")
+        world.start()
         yield progress
     except LoratuneError as error:
-        if as_json:
-            _print_json(error.as_dict())
-        colour = "yellow" if isinstance(error, Interrupted) else "red"
-        progress.console.print(f"[{colour}]{type(error).__name__}[/{colour}] {escape(str(error))}")
-        raise SystemExit(error.exit_code) from None
+        raise SystemExit(_tell(error, as_json)) from None
     except KeyboardInterrupt:
         progress.console.print("[yellow]Interrupted[/yellow] stopped at once")
         raise SystemExit(Interrupted.exit_code) from None
+    except Exception:
+        earlier = world.earlier_failure(RunError.exit_code)
+        if earlier is not None:
+            raise SystemExit(earlier) from None
+        raise
+
+
+def _tell(error: LoratuneError, as_json: bool) -> int:
+    """Print an error, unless another process does; returns the exit code."""
+    everywhere = (
+        isinstance(error, Interrupted) or not world.is_connected()
+    )  # a stop, or the same recipe, in all processes
+    if everywhere and not world.is_main():
+        return error.exit_code
+    earlier = world.earlier_failure(error.exit_code)
+    if earlier is not None:
+        return earlier
+    if as_json:
+        _print_json({**error.as_dict(), **({"process": world.rank()} if world.is_connected() else {})})
+    colour = "yellow" if isinstance(error, Interrupted) else "red"
+    where = "" if world.is_main() else f"process {world.rank()}: "
+    console = TerminalProgress().console
+    console.print(f"[{colour}]{type(error).__name__}[/{colour}] {where}{escape(str(error))}")
+    return error.exit_code
 
 
 def main() -> None:

@@ -8,13 +8,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loratune import world
 from loratune.data.batch import num_supervised
 from loratune.data.prepare import PreparedData, prepare_data
 from loratune.data.render import Example, Prompt, render_prompts, stop_token_ids
 from loratune.data.steps import num_steps
 from loratune.data.stream import MANY_ROWS, can_stream, open_tables, stream_data
 from loratune.early_checks import check_disk, check_output, check_prompts, check_trackers, check_vocabulary
-from loratune.errors import MachineError, RecipeError
+from loratune.errors import MachineError, RecipeError, RunError
 from loratune.evaluation.scoring import check_references
 from loratune.lock import examples_fingerprint, make_lock, model_fingerprint, text_fingerprint
 from loratune.model.device import Choice, check_fp8, choose_device, choose_dtype, no_fp8
@@ -28,7 +29,7 @@ from loratune.planning.compatibility import unknown_to_gguf
 from loratune.planning.cost import Place, run_flops, run_memory
 from loratune.planning.devices import Device
 from loratune.planning.estimate import Estimate, estimate
-from loratune.planning.memory import MemoryPlan, resident_bytes
+from loratune.planning.memory import MemoryPlan, free_bytes, resident_bytes
 from loratune.planning.parameters import ParameterCount, count_parameters, skeleton
 from loratune.planning.presets import PresetCount, PresetPlan, count_presets
 from loratune.planning.scaling import Scaling, scale, strategy_for
@@ -143,6 +144,7 @@ class Preparation:
             },
             "warnings": list(self.warnings),
             "advice": [advice.as_record() for advice in self.advice],
+            "num_processes": world.size(),
             "device": self.device
             and {
                 "name": self.device.name,
@@ -240,7 +242,7 @@ def prepare(
             base.path, dtype.value, stored=base.stored, num_parameters=parameters.total - parameters.trainable
         ),
         resident_bytes=resident,
-        free_bytes=None if device is None else device.memory_bytes,
+        free_bytes=_free_bytes(where.value) if device is None else device.memory_bytes,
     )
     _, estimated = strategy_for(cluster, place, estimate_at)
     memory = estimated.memory
@@ -289,6 +291,37 @@ def prepare(
         if cluster is None
         else scale(cluster, recipe, text_config, parameters, data=data, place=place, estimate_at=estimate_at),
     )
+
+
+def prepare_together(recipe: Recipe, progress: Progress) -> Preparation:
+    """`prepare` by all processes of a run: what `auto` becomes is what the first one finds, and its prepared examples are in the
+    cache when the others ask for them.
+
+    Raises:
+        RunError: The processes do not see the same data.
+        LoratuneError: As `prepare`.
+    """
+    if world.size() == 1:
+        return prepare(recipe, progress)
+    if recipe.train.engine == "trl":
+        raise RecipeError("train.engine is trl, which trains in one process here", fix="train.engine=fast")
+    if world.is_main():
+        prepared = prepare(recipe, progress)
+        world.publish("recipe", prepared.recipe.model_dump_json())
+    else:
+        prepared = prepare(Recipe.parse(json.loads(world.read("recipe"))), progress)
+    seen = world.gather([examples_fingerprint(examples) for examples in (prepared.data.train, prepared.data.eval)])
+    if seen[world.rank()] != seen[0]:
+        raise RunError(
+            f"process {world.rank()} does not see the same examples as process 0",
+            fix="the same files, at the same paths, on all machines",
+        )
+    return prepared
+
+
+def _free_bytes(device: str) -> int | None:
+    """Of the processes that share a machine's memory, the share of one; each has a GPU of its own."""
+    return None if world.local_size() == 1 or device != "cpu" else free_bytes(device) // world.local_size()
 
 
 def _facts(

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loratune.data.steps import EpochPlan, epoch_order, largest_step, num_steps_per_epoch, pack
+from loratune.data.steps import EpochPlan, epoch_order, num_steps_per_epoch, pack, step_tokens
 
 lengths_of_examples = st.lists(st.integers(1, 400), min_size=1, max_size=60)
 
@@ -69,11 +69,11 @@ def test_the_last_step_takes_what_is_left() -> None:
         plan[3]
 
 
-def test_the_largest_step_is_the_largest_of_the_plan() -> None:
+def test_the_tokens_of_the_steps_are_those_of_the_plan() -> None:
     lengths = [(7 * i) % 31 + 1 for i in range(53)]
     plan = plan_of(lengths)
     sums = [sum(lengths[i] for i in plan[step].examples) for step in range(len(plan))]
-    assert largest_step(lengths, batch_size=8, seed=1) == max(sums)
+    assert step_tokens(lengths, batch_size=8, seed=1).tolist() == sums
 
 
 def test_tokens_are_balanced_over_ranks() -> None:

@@ -94,19 +94,17 @@ def occasions(every: str | float, *, steps: int, epochs: float, at_end: bool = T
     return steps // interval + (at_end and steps % interval != 0)
 
 
-def largest_step(lengths: Sequence[int], *, batch_size: int, seed: int) -> int:
-    """Tokens of the largest step of the first epoch."""
+def step_tokens(lengths: Sequence[int], *, batch_size: int, seed: int) -> np.ndarray:
+    """Tokens of each step of the first epoch, int64 [steps]."""
     shuffled = np.asarray(lengths)[epoch_order(len(lengths), seed=seed, epoch=0)]
-    return int(np.add.reduceat(shuffled, np.arange(0, len(lengths), batch_size)).max())
+    tokens: np.ndarray = np.add.reduceat(shuffled, np.arange(0, len(lengths), batch_size))
+    return tokens
 
 
 def examples_of_largest_step(lengths: Sequence[int], *, batch_size: int, seed: int) -> list[int]:
     """The numbers of the examples of that step."""
-    order = epoch_order(len(lengths), seed=seed, epoch=0)
-    starts = np.arange(0, len(lengths), batch_size)
-    start = int(starts[np.add.reduceat(np.asarray(lengths)[order], starts).argmax()])
-    chosen: list[int] = order[start : start + batch_size].tolist()
-    return chosen
+    largest = int(step_tokens(lengths, batch_size=batch_size, seed=seed).argmax())
+    return list(step_examples(len(lengths), batch_size=batch_size, seed=seed, epoch=0, index=largest))
 
 
 @lru_cache(maxsize=2)

@@ -9,7 +9,7 @@ from typing import Any
 from loratune.data.batch import num_supervised
 from loratune.data.prepare import PreparedData
 from loratune.data.render import Prompt
-from loratune.data.steps import largest_step, num_steps, occasions
+from loratune.data.steps import num_steps, occasions, step_tokens
 from loratune.kernels.cross_entropy import chunk_rows
 from loratune.model.device import torch_dtype
 from loratune.planning.memory import MemoryPlan, Work, layer_bytes, plan_memory
@@ -46,9 +46,11 @@ def run_work(recipe: Recipe, data: PreparedData, prompts: Sequence[Prompt]) -> W
     lengths = [len(example.input_ids) for example in data.train]
     if data.stream is not None:
         lengths = [int(data.report["max_length"])] * recipe.train.batch_size
+    steps = step_tokens(lengths, batch_size=recipe.train.batch_size, seed=recipe.train.seed)
     return Work(
         longest=max(lengths),
-        largest_step=largest_step(lengths, batch_size=recipe.train.batch_size, seed=recipe.train.seed),
+        largest_step=int(steps.max()),
+        num_sizes=len(set(steps.tolist())) if data.stream is None else data.num_examples,
         held_out=max((len(example.input_ids) for example in data.eval), default=0),
         prompt=max((len(prompt.input_ids) for prompt in prompts), default=0),
         num_prompts=len(prompts),
