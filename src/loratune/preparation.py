@@ -21,6 +21,7 @@ from loratune.lock import examples_fingerprint, make_lock, model_fingerprint, te
 from loratune.model.device import Choice, check_fp8, choose_device, choose_dtype, no_fp8
 from loratune.model.gguf import cache_dir
 from loratune.model.load import BaseModel, load_config, load_tokenizer, locate_model, positions_of
+from loratune.model.stops import generation_stops
 from loratune.model.targets import describe_targets, resolve_targets, target_notes
 from loratune.model.weights import bytes_to_convert, check_stored, check_weights
 from loratune.planning.advice import Advice, Facts, give_advice
@@ -347,7 +348,7 @@ def _facts(
         architecture=type(model).__name__,
         unknown_to_gguf=unknown_to_gguf(targets),
         stop_token=_stop_token(tokenizer, data),
-        generation_stops=_generation_stops(base, model.config.get_text_config(), tokenizer),
+        generation_stops=generation_stops(base, model.config.get_text_config(), tokenizer),
         prompt_check=data.report["prompts"],
     )
 
@@ -479,16 +480,6 @@ def _stop_token(tokenizer: PreTrainedTokenizerBase, data: PreparedData) -> str:
     if data.report["train"]["format"] == "text":
         return ""
     return str(tokenizer.convert_ids_to_tokens(stop_token_ids(tokenizer)[0]))
-
-
-def _generation_stops(base: BaseModel, config: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
-    """The tokens at which servers stop for this model."""
-    ids = config.eos_token_id
-    file = base.path / "generation_config.json"
-    if file.is_file():
-        ids = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id", ids)
-    ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
-    return tuple(map(str, tokenizer.convert_ids_to_tokens(ids)))
 
 
 def _check_quantization(recipe: Recipe, where: str, device: Device | None) -> None:

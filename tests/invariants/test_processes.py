@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -12,11 +11,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from loratune.pipeline import evaluate, resume, train
+from loratune.pipeline import train
 from loratune.recipe import Recipe
 from loratune.run import RunDir, read_json
-from tests.conftest import conversation, write_jsonl
-from tests.invariants.test_same_mathematics import assert_same, trajectory
+from tests.invariants.test_same_mathematics import assert_same
 
 MakeRecipe = Callable[..., Recipe]
 SETTINGS = {"train__token_budget": 150, "train__save_every": 2, "train__eval_every": 2, "lora__targets": "complete"}
