@@ -4,79 +4,48 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loratune import world
 from loratune.data.batch import num_supervised
 from loratune.data.prepare import PreparedData, prepare_data
 from loratune.data.render import Example, Prompt, render_prompts, stop_token_ids
 from loratune.data.steps import num_steps
 from loratune.data.stream import MANY_ROWS, can_stream, open_tables, stream_data
 from loratune.early_checks import check_disk, check_output, check_prompts, check_trackers, check_vocabulary
-from loratune.errors import MachineError, RecipeError
+from loratune.errors import MachineError, RecipeError, RunError
 from loratune.evaluation.scoring import check_metric, check_references
 from loratune.lock import examples_fingerprint, make_lock, model_fingerprint, text_fingerprint
-from loratune.model.device import Choice, check_fp8, choose_device, choose_dtype, no_fp8, torch_dtype
+from loratune.model.device import Choice, choose_device, choose_dtype
 from loratune.model.gguf import cache_dir
 from loratune.model.load import BaseModel, load_config, load_tokenizer, locate_model, positions_of
-from loratune.model.quantised import (
-    BY_BITSANDBYTES,
-    base_bytes,
-    check_checkpoint,
-    check_quantization,
-    unpacked_bytes,
-)
+from loratune.model.quantised import BY_BITSANDBYTES, check_checkpoint
+from loratune.model.stops import generation_stops
 from loratune.model.targets import describe_targets, resolve_targets, target_notes
-from loratune.model.weights import bytes_to_convert, check_stored, check_weights, stored_bytes
+from loratune.model.weights import bytes_to_convert, check_stored, check_weights
 from loratune.planning.advice import Advice, Facts, give_advice
+from loratune.planning.cluster import Cluster
 from loratune.planning.compatibility import unknown_to_gguf
 from loratune.planning.cost import Place, run_flops, run_memory
 from loratune.planning.devices import Device
 from loratune.planning.estimate import Estimate, estimate
-from loratune.planning.memory import MemoryPlan, resident_bytes
+from loratune.planning.memory import MemoryPlan, free_bytes, resident_bytes
 from loratune.planning.parameters import ParameterCount, count_parameters, skeleton
-from loratune.planning.presets import PresetCount, count_presets
+from loratune.planning.presets import PresetCount, PresetPlan, count_presets
+from loratune.planning.quantised import check_quantised, quantised_place, quantization_notes
+from loratune.planning.scaling import Scaling, scale, strategy_for
 from loratune.planning.speed import StepProbe, TimePlan, with_probe
 from loratune.progress import Progress
 from loratune.recipe import Recipe
 from loratune.run import Record
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 NO_LIMIT = 2**31
 """Stands for no limit of an example's tokens."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PresetPlan:
-    """One target preset: exact counts, and what it would take.
-
-    Attributes:
-        count: What it would train.
-        peak_bytes: Of memory; None where it does not fit the machine, or the preset not the model.
-        train_seconds: Of all optimizer steps; None where the preset does not fit the model.
-    """
-
-    count: PresetCount
-    peak_bytes: int | None
-    train_seconds: float | None
-
-    def scaled(self, factor: float) -> PresetPlan:
-        """The same at another speed."""
-        return replace(self, train_seconds=self.train_seconds and self.train_seconds * factor)
-
-    def as_record(self) -> Record:
-        """For `plan.json`."""
-        parameters = self.count.parameters
-        return {
-            "targets": self.count.targets_in_words,
-            "trainable": parameters and parameters.trainable,
-            "share": parameters and parameters.trainable / parameters.total,
-            "adapter_bytes": parameters and parameters.adapter_bytes,
-            "peak_bytes": self.peak_bytes,
-            "train_seconds": self.train_seconds,
-        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,6 +70,7 @@ class Preparation:
         warnings: What the user should read before starting.
         advice: What an expert would change.
         device: The named device that the plan is for; None for this machine.
+        scaling: The run on more and more devices; None where the plan is for one.
         probe: What real steps took; None where none were run.
     """
 
@@ -121,6 +91,7 @@ class Preparation:
     warnings: tuple[str, ...]
     advice: tuple[Advice, ...]
     device: Device | None
+    scaling: Scaling | None = None
     probe: StepProbe | None = None
 
     def with_probe(self, probe: StepProbe) -> Preparation:
@@ -176,6 +147,7 @@ class Preparation:
             },
             "warnings": list(self.warnings),
             "advice": [advice.as_record() for advice in self.advice],
+            "num_processes": world.size(),
             "device": self.device
             and {
                 "name": self.device.name,
@@ -184,6 +156,7 @@ class Preparation:
                 "source": self.device.source,
                 "is_estimate": True,
             },
+            "scaling": self.scaling and self.scaling.as_record(),
         }
 
     def as_lock(self) -> Record:
@@ -206,13 +179,21 @@ class Preparation:
         )
 
 
-def prepare(recipe: Recipe, progress: Progress, device: Device | None = None, *, weights: bool = True) -> Preparation:
+def prepare(
+    recipe: Recipe,
+    progress: Progress,
+    device: Device | None = None,
+    *,
+    cluster: Cluster | None = None,
+    weights: bool = True,
+) -> Preparation:
     """Find out everything that can be known before the weights load.
 
     Args:
         recipe: What to do.
         progress: Who is told how it goes.
         device: Plan for this device in place of this machine's own.
+        cluster: Plan for several of that device.
         weights: Whether they will be loaded; where not, a GGUF file's header is enough.
 
     Raises:
@@ -224,8 +205,7 @@ def prepare(recipe: Recipe, progress: Progress, device: Device | None = None, *,
     check_metric(recipe.evaluate.metric)
     check_output(output_dir(recipe))
     where = choose_device(recipe.train.device) if device is None else Choice("cuda", f"{device.name}, as published")
-    _check_quantization(recipe, where.value, device)
-    check_quantization(recipe.model.quantization, where.value, is_here=device is None)
+    check_quantised(recipe.model.quantization, where.value, device)
     base = locate_model(recipe.model, progress, weights=weights)
     config = load_config(base, recipe.model)
     check_checkpoint(config, recipe.model.quantization, name=base.name, device=where.value)
@@ -247,7 +227,8 @@ def prepare(recipe: Recipe, progress: Progress, device: Device | None = None, *,
     dtype = _dtype(recipe, where.value, device)
     resident = resident_bytes()  # before the probes
     text_config = config.get_text_config()
-    estimated = estimate(
+    estimate_at = partial(
+        estimate,
         recipe,
         text_config,
         model,
@@ -256,22 +237,23 @@ def prepare(recipe: Recipe, progress: Progress, device: Device | None = None, *,
         data=data,
         prompts=prompts,
         longest_answer=_longest_answer(prompts, tokenizer),
-        place=Place(
-            device=where.value,
-            dtype=dtype.value,
-            compiled=False,
-            **_quantised_place(recipe.model.quantization, base, model, dtype.value),
-            stored_bytes=bytes_to_convert(
-                base.path,
-                None if recipe.model.quantization in BY_BITSANDBYTES else dtype.value,
-                stored=base.stored,
-                num_parameters=parameters.total - parameters.trainable,
-            ),
-            resident_bytes=resident,
-            free_bytes=None if device is None else device.memory_bytes,
-        ),
         device=device,
     )
+    place = Place(
+        device=where.value,
+        dtype=dtype.value,
+        compiled=False,
+        **quantised_place(recipe.model.quantization, base.path, model, dtype.value),
+        stored_bytes=bytes_to_convert(
+            base.path,
+            None if recipe.model.quantization in BY_BITSANDBYTES else dtype.value,
+            stored=base.stored,
+            num_parameters=parameters.total - parameters.trainable,
+        ),
+        resident_bytes=resident,
+        free_bytes=_free_bytes(where.value) if device is None else device.memory_bytes,
+    )
+    _, estimated = strategy_for(cluster, place, estimate_at)
     memory = estimated.memory
     choices = {
         "train.device": where,
@@ -306,13 +288,50 @@ def prepare(recipe: Recipe, progress: Progress, device: Device | None = None, *,
             *target_notes(model, recipe.lora.targets),
             *data.report["notices"],
             *_device_notes(device, dtype.value),
-            *_quantization_notes(recipe.model.quantization, dtype.value),
+            *quantization_notes(recipe.model.quantization, dtype.value),
         ),
         advice=give_advice(
-            _facts(effective, base, tokenizer, model, targets, data, trainable=parameters.trainable, steps=steps)
+            replace(
+                _facts(effective, base, tokenizer, model, targets, data, trainable=parameters.trainable, steps=steps),
+                num_devices=1 if cluster is None else cluster.size,
+            )
         ),
         device=device,
+        scaling=None
+        if cluster is None
+        else scale(cluster, recipe, text_config, parameters, data=data, place=place, estimate_at=estimate_at),
     )
+
+
+def prepare_together(recipe: Recipe, progress: Progress) -> Preparation:
+    """`prepare` by all processes of a run: what `auto` becomes is what the first one finds, and its prepared examples are in the
+    cache when the others ask for them.
+
+    Raises:
+        RunError: The processes do not see the same data.
+        LoratuneError: As `prepare`.
+    """
+    if world.size() == 1:
+        return prepare(recipe, progress)
+    if recipe.train.engine == "trl":
+        raise RecipeError("train.engine is trl, which trains in one process here", fix="train.engine=fast")
+    if world.is_main():
+        prepared = prepare(recipe, progress)
+        world.publish("recipe", prepared.recipe.model_dump_json())
+    else:
+        prepared = prepare(Recipe.parse(json.loads(world.read("recipe"))), progress)
+    seen = world.gather([examples_fingerprint(examples) for examples in (prepared.data.train, prepared.data.eval)])
+    if seen[world.rank()] != seen[0]:
+        raise RunError(
+            f"process {world.rank()} does not see the same examples as process 0",
+            fix="the same files, at the same paths, on all machines",
+        )
+    return prepared
+
+
+def _free_bytes(device: str) -> int | None:
+    """Of the processes that share a machine's memory, the share of one; each has a GPU of its own."""
+    return None if world.local_size() == 1 or device != "cpu" else free_bytes(device) // world.local_size()
 
 
 def _facts(
@@ -338,7 +357,7 @@ def _facts(
         architecture=type(model).__name__,
         unknown_to_gguf=unknown_to_gguf(targets),
         stop_token=_stop_token(tokenizer, data),
-        generation_stops=_generation_stops(base, model.config.get_text_config(), tokenizer),
+        generation_stops=generation_stops(base, model.config.get_text_config(), tokenizer),
         prompt_check=data.report["prompts"],
     )
 
@@ -473,43 +492,6 @@ def _stop_token(tokenizer: PreTrainedTokenizerBase, data: PreparedData) -> str:
     if data.report["train"]["format"] == "text":
         return ""
     return str(tokenizer.convert_ids_to_tokens(stop_token_ids(tokenizer)[0]))
-
-
-def _generation_stops(base: BaseModel, config: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
-    """The tokens at which servers stop for this model."""
-    ids = config.eos_token_id
-    file = base.path / "generation_config.json"
-    if file.is_file():
-        ids = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id", ids)
-    ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
-    return tuple(map(str, tokenizer.convert_ids_to_tokens(ids)))
-
-
-def _quantised_place(quantization: str, base: BaseModel, model: PreTrainedModel, dtype: str) -> dict[str, Any]:
-    if quantization not in BY_BITSANDBYTES:
-        comes_quantised = getattr(model.config, "quantization_config", None) is not None
-        return {"quantization": quantization, "weights_bytes": stored_bytes(base.path) if comes_quantised else None}
-    dtype_bytes = torch_dtype(dtype).itemsize
-    return {
-        "quantization": quantization,
-        "weights_bytes": base_bytes(model, quantization, dtype_bytes),
-        "unpacked_bytes": unpacked_bytes(model, dtype_bytes),
-    }
-
-
-def _quantization_notes(quantization: str, dtype: str) -> tuple[str, ...]:
-    if quantization not in BY_BITSANDBYTES:
-        return ()
-    return (f"the planned time is that of products in {dtype}; unpacking the {quantization} weights comes on top",)
-
-
-def _check_quantization(recipe: Recipe, where: str, device: Device | None) -> None:
-    if recipe.model.quantization != "fp8":
-        return
-    if device is None:
-        check_fp8(where)
-    elif not device.has_fp8:
-        raise no_fp8(device.name)
 
 
 def _dtype(recipe: Recipe, where: str, device: Device | None) -> Choice:
