@@ -16,7 +16,7 @@ from loratune.data.steps import num_steps
 from loratune.data.stream import MANY_ROWS, can_stream, open_tables, stream_data
 from loratune.early_checks import check_disk, check_output, check_prompts, check_trackers, check_vocabulary
 from loratune.errors import MachineError, RecipeError, RunError
-from loratune.evaluation.scoring import check_references
+from loratune.evaluation.scoring import check_metric, check_references
 from loratune.lock import examples_fingerprint, make_lock, model_fingerprint, text_fingerprint
 from loratune.model.device import Choice, check_fp8, choose_device, choose_dtype, no_fp8
 from loratune.model.gguf import cache_dir
@@ -200,6 +200,7 @@ def prepare(
         MachineError: The run does not fit the machine, or the hub cannot be reached.
     """
     check_trackers(recipe)
+    check_metric(recipe.evaluate.metric)
     check_output(output_dir(recipe))
     where = choose_device(recipe.train.device) if device is None else Choice("cuda", f"{device.name}, as published")
     _check_quantization(recipe, where.value, device)
@@ -388,8 +389,10 @@ def _data(
 
 def held_out_prompts(recipe: Recipe, data: PreparedData, tokenizer: PreTrainedTokenizerBase) -> tuple[Prompt, ...]:
     """The prompts of the held-out conversations that are answered."""
-    chosen = data.eval_conversations[: recipe.evaluate.samples]
-    return tuple(render_prompts(chosen, tokenizer, thinking=recipe.data.thinking))
+    section = recipe.evaluate
+    return tuple(
+        render_prompts(data.eval_conversations, tokenizer, thinking=recipe.data.thinking, limit=section.samples)
+    )
 
 
 def _forgetting(
@@ -398,7 +401,8 @@ def _forgetting(
     """The examples of `evaluate.forgetting`, made as the training examples are; their format is their own."""
     if recipe.evaluate.forgetting == "none":
         return ()
-    section = recipe.data.model_copy(update={"train": recipe.evaluate.forgetting, "eval": "none", "format": "auto"})
+    own = {"train": recipe.evaluate.forgetting, "eval": "none", "format": "auto", "columns": {}}
+    section = recipe.data.model_copy(update=own)
     prepared = prepare_data(
         section,
         tokenizer,
@@ -440,7 +444,7 @@ def _recompute_reason(recipe: Recipe, memory: MemoryPlan) -> str:
 
 def _longest_answer(prompts: tuple[Prompt, ...], tokenizer: PreTrainedTokenizerBase) -> int:
     """Tokens of the longest reference, with its stop token; 0 without prompts."""
-    references = [prompt.reference for prompt in prompts]
+    references = [reference for prompt in prompts for reference in prompt.references]
     return 1 + max(map(len, tokenizer(references, add_special_tokens=False)["input_ids"])) if references else 0
 
 

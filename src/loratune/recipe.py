@@ -84,6 +84,11 @@ class ModelSection(Section):
     """Whether Python files that come with the model may run on this machine."""
 
 
+Column = Literal[
+    "messages", "conversations", "prompt", "completion", "instruction", "input", "output", "text", "system", "tools"
+]
+
+
 class DataSection(Section):
     """The conversations, and which of their tokens are trained."""
 
@@ -96,6 +101,10 @@ class DataSection(Section):
 
     format: Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt", "text"] = "auto"
     """The format of the rows. `auto`: detected from all rows."""
+
+    columns: dict[Column, str] = {}
+    """Columns of the rows whose names are not those of the format: `{prompt: mr, completion: ref}` reads column `mr` as the
+    prompt and `ref` as the completion."""
 
     train_on: Literal["assistant", "last", "all"] = "assistant"
     """The trained tokens: `assistant`, every answer with its stop token; `last`, the last answer; `all`, every token."""
@@ -253,12 +262,14 @@ class TrainSection(Section):
 class EvaluateSection(Section):
     """What is measured on the held-out data, base against tuned."""
 
-    metric: Literal["none", "exact_match", "json", "contains"] = "none"
-    """How a generated answer is scored against the reference: `exact_match`, the same text; `json`, the same JSON value;
-    `contains`, the reference occurs in the answer; `none`, no answers are generated, only the loss is measured."""
+    metric: Literal["none", "exact_match", "json", "contains", "bleu"] = "none"
+    """How a generated answer is scored against its references: `exact_match`, the same text; `json`, the same JSON value;
+    `contains`, a reference occurs in the answer; `bleu`, n-grams of all answers together, by sacrebleu; `none`, no answers
+    are generated, only the loss is measured."""
 
     samples: int = Field(default=100, ge=1)
-    """How many held-out conversations are answered, from the first on."""
+    """How many held-out prompts are answered, from the first on. Conversations that differ in their last answer only are one
+    prompt with several references."""
 
     max_new_tokens: int = Field(default=256, ge=1)
     """The longest generated answer, in tokens."""

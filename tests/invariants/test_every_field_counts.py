@@ -28,6 +28,7 @@ OTHER: dict[str, Any] = {
     "data.train": "FILE",
     "data.eval": 0.3,
     "data.format": "alpaca",
+    "data.columns": {"tools": "no_such_column"},
     "data.train_on": "last",
     "data.thinking": "strip",
     "data.special_tokens_in_text": "as_text",

@@ -43,7 +43,7 @@ WIDTH = 118
 COVERED = {
     "model": {"name", "revision", "dtype", "trust_remote_code"},
     "data": {
-        *("train", "eval", "format", "train_on", "thinking", "special_tokens_in_text"),
+        *("train", "eval", "format", "columns", "train_on", "thinking", "special_tokens_in_text"),
         *("max_length", "on_long", "on_bad_row", "streaming"),
     },
     "lora": {"r", "alpha", "dropout", "targets"},
@@ -156,7 +156,7 @@ def _why_not_directly(prepared: Preparation) -> str:
             continue
         if sources is None:
             return "the held-out conversations are a part of the training data that loratune chose"
-        reason = _why_not_one_source(sources)
+        reason = _why_not_one_source(sources) or ("has columns of other names" if data.columns else "")
         if reason:
             return f"the {side} data {reason}"
         sides.append((sources[0], examples))

@@ -155,6 +155,12 @@ def _format(facts: Facts) -> str:
     return f"{part['rows']:,} rows read as {part['format']}"
 
 
+def _columns(facts: Facts) -> str:
+    columns = facts.prepared.recipe.data.columns
+    named = ", ".join(f"{column} as {field}" for field, column in columns.items())
+    return f"reads {named}" if columns else "columns are found by their names"
+
+
 def _train_on(facts: Facts) -> str:
     return _share_supervised(facts.prepared.data.train)
 
@@ -409,11 +415,14 @@ def _keep(facts: Facts) -> str:
 
 
 def _metric(facts: Facts) -> str:
-    return f"{len(facts.prepared.prompts):,} answers each by base and tuned"
+    prompts = facts.prepared.prompts
+    more = sum(len(prompt.references) for prompt in prompts) - len(prompts)
+    several = f"; {len(prompts) + more:,} references" if more else ""
+    return f"{len(prompts):,} answers each by base and tuned{several}"
 
 
 def _max_new_tokens(facts: Facts) -> str:
-    references = [prompt.reference for prompt in facts.prepared.prompts]
+    references = [reference for prompt in facts.prepared.prompts for reference in prompt.references]
     if not references:
         return "no answers are generated"
     lengths = [len(ids) for ids in facts.prepared.tokenizer(references, add_special_tokens=False)["input_ids"]]
@@ -435,6 +444,7 @@ SUMMARIES: dict[str, Callable[[Facts], str]] = {
     "data.train": _train,
     "data.eval": _eval,
     "data.format": _format,
+    "data.columns": _columns,
     "data.train_on": _train_on,
     "data.thinking": _thinking,
     "data.special_tokens_in_text": _special_tokens_in_text,
