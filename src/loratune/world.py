@@ -279,11 +279,11 @@ def _from_slurm(environment: Mapping[str, str]) -> dict[str, str]:
 
 def _choose_gpu(local_rank: int) -> None:
     """Let this process see its own GPU only. Before CUDA starts: afterwards the variable is not read again."""
-    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-    if len(visible) == 1:  # the launcher chose
-        return
-    if not visible:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    if "CUDA_VISIBLE_DEVICES" not in os.environ:
         os.environ["CUDA_VISIBLE_DEVICES"] = str(local_rank)
+    elif len(visible) == 1:  # the launcher chose, or the user wants none
+        return
     elif local_rank < len(visible):
         os.environ["CUDA_VISIBLE_DEVICES"] = visible[local_rank]
     else:
