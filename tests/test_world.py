@@ -81,7 +81,8 @@ def test_what_a_launcher_must_not_decide_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("visible", "local_rank", "own"), [(None, 1, "1"), ("", 1, ""), ("4,5", 1, "5"), ("7", 1, "7"), ("GPU-a,GPU-b", 0, "GPU-a")]
+    ("visible", "local_rank", "own"),
+    [(None, 1, "1"), ("", 1, ""), ("4,5", 1, "5"), ("7", 1, "7"), ("GPU-a,GPU-b", 0, "GPU-a")],
 )
 def test_each_process_sees_its_own_gpu(
     monkeypatch: pytest.MonkeyPatch, visible: str | None, local_rank: int, own: str

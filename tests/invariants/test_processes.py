@@ -36,7 +36,7 @@ SETTINGS = {
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
-WAIT_SECONDS = 120
+WAIT_SECONDS = 300
 
 
 def write_recipe(recipe: Recipe, folder: Path, name: str) -> tuple[Path, RunDir]:
