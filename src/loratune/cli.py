@@ -11,20 +11,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
 from loratune import world
 from loratune.errors import Interrupted, LoratuneError, MachineError, RecipeError, RunError
+from loratune.printing import (
+    add_cost,
+    show_delivery,
+    show_plan,
+    show_publication,
+    show_result,
+    show_service,
+    write_page,
+)
 from loratune.printing import print_json as _print_json
-from loratune.printing import show_delivery, show_publication, show_result, show_service
 from loratune.recipe import Recipe
 from loratune.recipe import origins as load_origins
 from loratune.terminal import SafeConsole, TerminalProgress
 
 if TYPE_CHECKING:
     from loratune.preparation import Preparation
-    from loratune.run import Record
     from loratune.serving import Service
 
 app = typer.Typer(
@@ -57,9 +63,30 @@ DeviceName = Annotated[
     str | None,
     typer.Option("--device", metavar="NAME", help="Plan for a GPU that is not here, such as h100-80gb, a100-80gb, l4."),
 ]
+DevicesSpec = Annotated[
+    str | None,
+    typer.Option(
+        "--devices",
+        metavar="[NODESx]NUMBERxNAME",
+        help="Plan for several GPUs, and show what each number of them makes: 8xh100-80gb; 2x8xh100-80gb is two nodes.",
+    ),
+]
+Interconnect = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--interconnect",
+        metavar="NAME",
+        help="What joins --devices, where not the usual: nvlink4, pcie5, …; between nodes infiniband-ndr, ethernet-100g, … "
+        "Repeatable.",
+    ),
+]
 Price = Annotated[
     float | None,
-    typer.Option("--price-per-hour", min=0, help="Of the machine, in your currency; shows what training costs."),
+    typer.Option(
+        "--price-per-hour",
+        min=0,
+        help="Of the machine, with --devices of each device, in your currency; shows the cost.",
+    ),
 ]
 RealSteps = Annotated[
     bool,
@@ -84,6 +111,8 @@ def plan(
     samples: Samples = 3,
     html: Html = None,
     device: DeviceName = None,
+    devices: DevicesSpec = None,
+    interconnect: Interconnect = None,
     price_per_hour: Price = None,
     probe: RealSteps = False,
 ) -> None:
@@ -93,19 +122,20 @@ def plan(
         if probe:
             from loratune import pipeline
 
-            prepared = pipeline.plan(loaded, device=device, probe=True, progress=progress)
+            prepared = pipeline.plan(
+                loaded, device=device, devices=devices, interconnect=interconnect or (), probe=True, progress=progress
+            )
         else:
-            from loratune.planning.devices import find_device
+            from loratune.planning.cluster import find_machine
             from loratune.preparation import prepare  # not the pipeline: planning needs no trainer
 
-            named = find_device(device) if device is not None else None
-            prepared = prepare(loaded, progress, named, weights=False)
+            named, cluster = find_machine(device, devices, interconnect or ())
+            prepared = prepare(loaded, progress, named, cluster=cluster, weights=False)
         record = prepared.as_plan()
         if price_per_hour is not None:
-            hours = record["time"]["total_seconds"] / 3600
-            record["cost"] = {"price_per_hour": price_per_hour, "cost": hours * price_per_hour}
+            add_cost(record, price_per_hour)
         if html is not None:
-            _write_page(html, prepared, samples)
+            write_page(html, prepared, samples)
         if as_json:
             _print_json({**record, "data_report": prepared.data.report})
         else:
@@ -470,43 +500,6 @@ def push(
 def schema() -> None:
     """Print the JSON schema of a recipe, for editors."""
     _print_json(Recipe.model_json_schema())
-
-
-def show_plan(prepared: Preparation, record: Record, console: Console, samples: int, *, whole: bool) -> None:
-    """Print what would be trained; `whole` with the tables of modules, presets and data."""
-    from loratune.data.preview import preview
-    from loratune.reporting import plan_view
-
-    recipe = prepared.recipe
-    shown = {
-        **record,
-        "recipe": {
-            "batch_size": recipe.train.batch_size,
-            "epochs": recipe.train.epochs,
-            "output_dir": recipe.train.output_dir,
-            "r": recipe.lora.r,
-        },
-    }
-    console.print(plan_view.summary_table(shown, model=f"{recipe.model.name} → {prepared.base.path}"))
-    if whole:
-        console.print(
-            plan_view.memory_table(shown), plan_view.modules_table(shown), plan_view.presets_table(shown), sep="\n"
-        )
-        console.print(plan_view.data_table(prepared.data.report))
-    for note in plan_view.notes(shown):
-        console.print(note, soft_wrap=True)
-    if samples:
-        console.print(preview(prepared.data.train, prepared.tokenizer, samples))
-
-
-def _write_page(path: Path, prepared: Preparation, samples: int) -> None:
-    from loratune.data.preview import preview
-
-    page = preview(prepared.data.train, prepared.tokenizer, samples).html(title=prepared.recipe.model.name)
-    try:
-        path.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise MachineError(f"cannot write: {error.strerror}", file=path, fix="another --html FILE") from None
 
 
 def _show_file(name: str, path: Path, as_json: bool) -> None:

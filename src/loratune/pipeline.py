@@ -13,7 +13,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -34,7 +34,7 @@ from loratune.lock import changed_settings, differences
 from loratune.model.adapter import save_adapter
 from loratune.model.device import peak_bytes
 from loratune.model.load import load_config, positions_of
-from loratune.planning.devices import find_device
+from loratune.planning.cluster import find_machine
 from loratune.planning.memory import wants_rehearsal
 from loratune.planning.speed import StepProbe
 from loratune.preparation import Preparation, held_out_prompts, output_dir, prepare, prepare_together
@@ -78,13 +78,21 @@ class RunResult:
 
 
 def plan(
-    recipe: Recipe, *, device: str | None = None, probe: bool = False, progress: Progress = _NOBODY
+    recipe: Recipe,
+    *,
+    device: str | None = None,
+    devices: str | None = None,
+    interconnect: Sequence[str] = (),
+    probe: bool = False,
+    progress: Progress = _NOBODY,
 ) -> Preparation:
     """What would be trained, and whether it fits. `.as_plan()` is the record.
 
     Args:
         recipe: What to do.
         device: A GPU of `loratune.planning.devices` to plan for; None for this machine.
+        devices: Several of them: `8xh100-80gb`, or `2x8xh100-80gb` for two nodes.
+        interconnect: What joins them, of `loratune.planning.interconnect`; empty for the usual.
         probe: Whether to run the longest step three times on the real weights, the one case in which they are loaded, and
             to promise what these took. Nothing is written.
         progress: Who is told how it goes.
@@ -93,9 +101,10 @@ def plan(
         RecipeError, DataError, MachineError: As `prepare`; or a device that is not here is to be probed.
         RunError: A step of the probe failed.
     """
-    if probe and device is not None:
-        raise RecipeError(f"--probe runs steps here, and --device {device} is not here", fix="leave one of them out")
-    prepared = prepare(recipe, progress, find_device(device) if device is not None else None, weights=probe)
+    named, cluster = find_machine(device, devices, interconnect)
+    if probe and named is not None:
+        raise RecipeError(f"--probe runs steps here, and {named.name} is not here", fix="leave one of them out")
+    prepared = prepare(recipe, progress, named, cluster=cluster, weights=probe)
     return prepared.with_probe(_probe(prepared, progress)) if probe else prepared
 
 
