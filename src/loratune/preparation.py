@@ -17,9 +17,10 @@ from loratune.early_checks import check_disk, check_output, check_prompts, check
 from loratune.errors import MachineError, RecipeError
 from loratune.evaluation.scoring import check_metric, check_references
 from loratune.lock import examples_fingerprint, make_lock, model_fingerprint, text_fingerprint
-from loratune.model.device import Choice, check_fp8, choose_device, choose_dtype, no_fp8
+from loratune.model.device import Choice, choose_device, choose_dtype
 from loratune.model.gguf import cache_dir
 from loratune.model.load import BaseModel, load_config, load_tokenizer, locate_model, positions_of
+from loratune.model.quantised import BY_BITSANDBYTES, check_checkpoint
 from loratune.model.stops import generation_stops
 from loratune.model.targets import describe_targets, resolve_targets, target_notes
 from loratune.model.weights import bytes_to_convert, check_stored, check_weights
@@ -32,6 +33,7 @@ from loratune.planning.estimate import Estimate, estimate
 from loratune.planning.memory import MemoryPlan, free_bytes, resident_bytes
 from loratune.planning.parameters import ParameterCount, count_parameters, skeleton
 from loratune.planning.presets import PresetCount, PresetPlan, count_presets
+from loratune.planning.quantised import check_quantised, quantised_place, quantization_notes
 from loratune.planning.scaling import Scaling, scale, strategy_for
 from loratune.planning.speed import StepProbe, TimePlan, with_probe
 from loratune.progress import Progress
@@ -202,9 +204,10 @@ def prepare(
     check_metric(recipe.evaluate.metric)
     check_output(output_dir(recipe))
     where = choose_device(recipe.train.device) if device is None else Choice("cuda", f"{device.name}, as published")
-    _check_quantization(recipe, where.value, device)
+    check_quantised(recipe.model.quantization, where.value, device)
     base = locate_model(recipe.model, progress, weights=weights)
     config = load_config(base, recipe.model)
+    check_checkpoint(config, recipe.model.quantization, name=base.name, device=where.value)
     positions = positions_of(config)
     max_length = _max_length(recipe, positions)
     model = skeleton(config, trust_remote_code=recipe.model.trust_remote_code)
@@ -239,8 +242,12 @@ def prepare(
         device=where.value,
         dtype=dtype.value,
         compiled=False,
+        **quantised_place(recipe.model.quantization, base.path, model, dtype.value),
         stored_bytes=bytes_to_convert(
-            base.path, dtype.value, stored=base.stored, num_parameters=parameters.total - parameters.trainable
+            base.path,
+            None if recipe.model.quantization in BY_BITSANDBYTES else dtype.value,
+            stored=base.stored,
+            num_parameters=parameters.total - parameters.trainable,
         ),
         resident_bytes=resident,
         free_bytes=_free_bytes(where.value) if device is None else device.memory_bytes,
@@ -280,6 +287,7 @@ def prepare(
             *target_notes(model, recipe.lora.targets),
             *data.report["notices"],
             *_device_notes(device, dtype.value),
+            *quantization_notes(recipe.model.quantization, dtype.value),
         ),
         advice=give_advice(
             replace(
@@ -457,15 +465,6 @@ def _stop_token(tokenizer: PreTrainedTokenizerBase, data: PreparedData) -> str:
     if data.report["train"]["format"] == "text":
         return ""
     return str(tokenizer.convert_ids_to_tokens(stop_token_ids(tokenizer)[0]))
-
-
-def _check_quantization(recipe: Recipe, where: str, device: Device | None) -> None:
-    if recipe.model.quantization == "none":
-        return
-    if device is None:
-        check_fp8(where)
-    elif not device.has_fp8:
-        raise no_fp8(device.name)
 
 
 def _dtype(recipe: Recipe, where: str, device: Device | None) -> Choice:

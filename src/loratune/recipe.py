@@ -76,9 +76,10 @@ class ModelSection(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """The type of the frozen base weights. `auto`: bfloat16 where this machine multiplies it faster, else float32."""
 
-    quantization: Literal["none", "fp8"] = "none"
-    """`fp8`: the frozen linear layers compute in 8-bit floats, on NVIDIA GPUs of Hopper's generation and later. Weights take
-    as many bytes as in bfloat16, since each is kept in two layouts."""
+    quantization: Literal["none", "fp8", "nf4", "int8"] = "none"
+    """The frozen linear layers in fewer bits; the adapter stays in float32. `nf4`: 4 bits a weight (QLoRA), `int8`: 8 bits, by
+    bitsandbytes. `fp8`: 8-bit floats, on NVIDIA GPUs of Hopper's generation and later; they take as many bytes as in bfloat16,
+    since each is kept in two layouts."""
 
     trust_remote_code: bool = False
     """Whether Python files that come with the model may run on this machine."""
@@ -293,6 +294,7 @@ class Recipe(Section):
             raise ValueError(
                 f"model.quantization is fp8, which is made from bfloat16, but model.dtype is {self.model.dtype}"
             )
+        self._check_bitsandbytes()
         if self.data.streaming is True and self.train.engine == "trl":
             raise ValueError("data.streaming is true, but train.engine is trl, which takes all examples at once")
         if self.data.eval == "none" and self.evaluate.metric != "none":
@@ -300,6 +302,19 @@ class Recipe(Section):
         if self.data.eval == "none" and self.train.final_adapter == "best":
             raise ValueError("train.final_adapter is best, but data.eval is none: there is no held-out loss to go by")
         return self
+
+    def _check_bitsandbytes(self) -> None:
+        chosen = self.model.quantization
+        if chosen not in ("nf4", "int8"):
+            return
+        if self.model.dtype == "float16":
+            raise ValueError(f"model.quantization is {chosen}, whose products are in bfloat16 or float32, not float16")
+        if self.train.compile is True:
+            raise ValueError(f"train.compile is true, but the layers of bitsandbytes ({chosen}) run uncompiled")
+        if chosen == "int8" and self.train.recompute not in ("auto", 0):
+            raise ValueError(
+                "train.recompute is not 0, but int8 layers of bitsandbytes keep their inputs where recomputing cannot free them"
+            )
 
     @classmethod
     def load(cls, path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Self:

@@ -18,6 +18,7 @@ from loratune.data.prepare import prepare_data
 from loratune.data.steps import EpochPlan, num_steps, num_steps_per_epoch, occasions
 from loratune.model.device import torch_dtype
 from loratune.model.load import load_config, positions_of
+from loratune.model.quantised import BY_BITSANDBYTES, base_bytes
 from loratune.model.targets import describe_targets, resolve_targets
 from loratune.planning.parameters import ParameterCount, count_parameters, skeleton
 from loratune.preparation import NO_LIMIT, Preparation
@@ -127,6 +128,21 @@ def _revision(facts: Facts) -> str:
 def _dtype(facts: Facts) -> str:
     dtype = torch_dtype(facts.prepared.recipe.model.dtype)
     return f"the frozen weights take {_size(facts.base_parameters * dtype.itemsize)}"
+
+
+def _quantization(facts: Facts) -> str:
+    section, memory = facts.prepared.recipe.model, facts.prepared.memory
+    plain = facts.base_parameters * torch_dtype(section.dtype).itemsize
+    return (
+        f"the frozen weights take {_size(memory.weights_bytes)}, {memory.weights_bytes / plain:.0%} of {section.dtype}"
+    )
+
+
+def _quantization_table(facts: Facts) -> list[Row]:
+    dtype_bytes = torch_dtype(facts.prepared.recipe.model.dtype).itemsize
+    sizes = {"none": facts.base_parameters * dtype_bytes}
+    sizes |= {name: base_bytes(facts.model, name, dtype_bytes) for name in BY_BITSANDBYTES}
+    return [{"quantization": name, "frozen weights": _size(size)} for name, size in sizes.items()]
 
 
 def _dtype_table(facts: Facts) -> list[Row]:
@@ -441,6 +457,7 @@ SUMMARIES: dict[str, Callable[[Facts], str]] = {
     "model.name": _name,
     "model.revision": _revision,
     "model.dtype": _dtype,
+    "model.quantization": _quantization,
     "data.train": _train,
     "data.eval": _eval,
     "data.format": _format,
@@ -478,6 +495,7 @@ SUMMARIES: dict[str, Callable[[Facts], str]] = {
 
 TABLES: dict[str, Callable[[Facts], list[Row]]] = {
     "model.dtype": _dtype_table,
+    "model.quantization": _quantization_table,
     "data.train_on": _train_on_table,
     "data.max_length": _max_length_table,
     "lora.r": _rank_table,

@@ -193,6 +193,7 @@ def layer_bytes(
     dropout: float,
     compiled: bool,
     device: str = "cpu",
+    keeps_inputs: bool = False,
 ) -> LayerBytes:
     """Bytes that one token costs in one decoder layer, for a Llama-like one with a gated feed-forward.
 
@@ -215,6 +216,7 @@ def layer_bytes(
         dropout: Of the adapter's inputs.
         compiled: Whether the layers run compiled.
         device: cpu, cuda or mps.
+        keeps_inputs: Whether frozen matrices keep their inputs too, as int8 layers of bitsandbytes do.
     """
     hidden = config.hidden_size
     heads = config.num_attention_heads
@@ -230,7 +232,9 @@ def layer_bytes(
         body += dtype_bytes * query + 4 * heads
     per_layer = 1 / config.num_hidden_layers
     inputs = {(m.name.rpartition(".")[0], m.d_in, reads_attention(m.name)): m.d_in for m in adapted}
-    adapters = dtype_bytes * (sum(inputs.values()) + r * len(adapted))
+    adapters = dtype_bytes * ((0 if keeps_inputs else sum(inputs.values())) + r * len(adapted))
+    if keeps_inputs:
+        body += dtype_bytes * (2 * hidden + query + feed_forward)
     if dropout:
         adapters += sum(matrix.d_in for matrix in adapted)
     return LayerBytes(
@@ -260,6 +264,8 @@ def plan_memory(
     wanted_recomputed: int | None,
     resident: int,
     free: int | None = None,
+    weights_bytes: int | None = None,
+    unpacked_bytes: int = 0,
 ) -> MemoryPlan:
     """The token budget that fits the free memory, the layers to recompute, and the memory that it takes.
 
@@ -279,13 +285,17 @@ def plan_memory(
         wanted_recomputed: The recipe's own, or None for auto.
         resident: Bytes of this process now, with libraries and data.
         free: Bytes of a device that is not here; None for what is free on this machine.
+        weights_bytes: Of a quantised base; None: `dtype_bytes` a parameter.
+        unpacked_bytes: Of quantised weights while they are multiplied.
 
     Raises:
         MachineError: Not even one example fits, with every layer recomputed; or a held-out one does not.
     """
     process, to_come = process_bytes(device, resident, compiled=compiled)
     fixed = {
-        "weights_bytes": (total_parameters - trainable_parameters) * dtype_bytes,
+        "weights_bytes": (total_parameters - trainable_parameters) * dtype_bytes
+        if weights_bytes is None
+        else weights_bytes,
         "adapter_bytes": trainable_parameters * (8 + (dtype_bytes if dtype_bytes < 4 else 0)),
         "optimizer_bytes": trainable_parameters * 8,
         "loss_bytes": loss_chunk_bytes * 2 + loss_chunk_bytes * dtype_bytes // 4,
@@ -294,7 +304,9 @@ def plan_memory(
     to_come += holes
     longest = work.longest
     free = free_bytes(device) if free is None else free
-    room = int((free * SHARE - sum(fixed.values()) - to_come) / (1 + share)) - longest * layer.attention
+    room = (
+        int((free * SHARE - sum(fixed.values()) - unpacked_bytes - to_come) / (1 + share)) - longest * layer.attention
+    )
     least = max(longest, min(wanted_budget or ENOUGH[device], work.largest_step))
     counts = range(num_layers + 1) if wanted_recomputed is None else (min(wanted_recomputed, num_layers),)
     fitting = [n for n in counts if least * per_token_bytes(layer, num_layers, n) <= room]
@@ -314,7 +326,7 @@ def plan_memory(
     kept = {
         n: tokens * (per_token_bytes(layer, num_layers, n) - layer.backward) for n in (0, num_recomputed, num_layers)
     }
-    backward = tokens * layer.backward + longest * layer.attention
+    backward = tokens * layer.backward + longest * layer.attention + unpacked_bytes
     step = kept[num_recomputed] + max(backward, fixed["loss_bytes"])
     per_answer_token = generation_bytes(layer, num_layers, row_logits_bytes, work)
     generation_tokens = min(GENERATION_TOKENS, step // per_answer_token)
