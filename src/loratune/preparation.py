@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +14,7 @@ from loratune.data.render import Example, Prompt, render_prompts, stop_token_ids
 from loratune.data.steps import num_steps
 from loratune.data.stream import MANY_ROWS, can_stream, open_tables, stream_data
 from loratune.early_checks import check_disk, check_output, check_prompts, check_trackers, check_vocabulary
-from loratune.errors import MachineError, RecipeError, RunError
+from loratune.errors import MachineError, RecipeError
 from loratune.evaluation.scoring import check_metric, check_references
 from loratune.lock import examples_fingerprint, make_lock, model_fingerprint, text_fingerprint
 from loratune.model.device import Choice, choose_device, choose_dtype
@@ -301,32 +300,6 @@ def prepare(
         if cluster is None
         else scale(cluster, recipe, text_config, parameters, data=data, place=place, estimate_at=estimate_at),
     )
-
-
-def prepare_together(recipe: Recipe, progress: Progress) -> Preparation:
-    """`prepare` by all processes of a run: what `auto` becomes is what the first one finds, and its prepared examples are in the
-    cache when the others ask for them.
-
-    Raises:
-        RunError: The processes do not see the same data.
-        LoratuneError: As `prepare`.
-    """
-    if world.size() == 1:
-        return prepare(recipe, progress)
-    if recipe.train.engine == "trl":
-        raise RecipeError("train.engine is trl, which trains in one process here", fix="train.engine=fast")
-    if world.is_main():
-        prepared = prepare(recipe, progress)
-        world.publish("recipe", prepared.recipe.model_dump_json())
-    else:
-        prepared = prepare(Recipe.parse(json.loads(world.read("recipe"))), progress)
-    seen = world.gather([examples_fingerprint(examples) for examples in (prepared.data.train, prepared.data.eval)])
-    if seen[world.rank()] != seen[0]:
-        raise RunError(
-            f"process {world.rank()} does not see the same examples as process 0",
-            fix="the same files, at the same paths, on all machines",
-        )
-    return prepared
 
 
 def _free_bytes(device: str) -> int | None:

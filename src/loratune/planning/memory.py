@@ -10,7 +10,7 @@ The terms, for a model with LoRA:
     evaluation   takes the place of activations and working: one layer without gradients, chunks of logits, the cache of keys
                  and values of generation
     loading      beside the weights: the file's own bytes, where they are of another type
-    allocator    the holes in its heap: a share of the activations, and what products of many sizes leave behind
+    allocator    the holes in its heap: a share of the activations, and what steps of many sizes leave behind
     process      Python, torch and the libraries themselves, and the data; a GPU's context
 
     peak = weights + process + max(loading, adapter + optimizer + max(activations + working, evaluation) + allocator)
@@ -51,12 +51,12 @@ that for large pages, and it does not shrink. Eager steps in 16 bits mix most si
 HEAP_BYTES = 100 * 2**20
 """What it adds in eager 16-bit steps whatever their size."""
 
-PREPARED_BYTES = 270 * 2**20
-"""What oneDNN's caches of prepared 16-bit products add, and the holes that come with them, once they are full: on the quickstart,
-whose steps are all of different sizes, the process grew by that until the 28th step."""
+SIZES_BYTES = 270 * 2**20
+"""What steps of ever new sizes leave behind besides: holes of tensors of other sizes, and oneDNN's caches of prepared products. The
+quickstart grew by that until its 28th step, in either type, eager and compiled."""
 
 FULL_SIZES = 28
-"""The different sizes of steps with which they are full."""
+"""The different sizes of steps from which on it does not grow."""
 
 GPU_ALLOCATOR_SHARE = 0.05
 """The same of a GPU's caching allocator. An estimate."""
@@ -388,10 +388,9 @@ def allocator(device: str, dtype_bytes: int, num_sizes: int, *, compiled: bool) 
     """
     if device != "cpu":
         return GPU_ALLOCATOR_SHARE, 0
-    if dtype_bytes == 4:
-        return HEAP_SHARE["compiled" if compiled else "float32"], 0
-    prepared = PREPARED_BYTES * min(num_sizes, FULL_SIZES) // FULL_SIZES
-    return (HEAP_SHARE["compiled"], prepared) if compiled else (HEAP_SHARE["narrow"], HEAP_BYTES + prepared)
+    sizes = SIZES_BYTES * min(num_sizes, FULL_SIZES) // FULL_SIZES
+    kind = "compiled" if compiled else "float32" if dtype_bytes == 4 else "narrow"
+    return HEAP_SHARE[kind], sizes + (HEAP_BYTES if kind == "narrow" else 0)
 
 
 def generation_bytes(layer: LayerBytes, num_layers: int, row_logits_bytes: int, work: Work) -> int:
