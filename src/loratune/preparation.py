@@ -15,11 +15,12 @@ from loratune.data.steps import num_steps
 from loratune.data.stream import MANY_ROWS, can_stream, open_tables, stream_data
 from loratune.early_checks import check_disk, check_output, check_prompts, check_trackers, check_vocabulary
 from loratune.errors import MachineError, RecipeError
-from loratune.evaluation.scoring import check_references
+from loratune.evaluation.scoring import check_metric, check_references
 from loratune.lock import examples_fingerprint, make_lock, model_fingerprint, text_fingerprint
-from loratune.model.device import Choice, check_fp8, choose_device, choose_dtype, no_fp8
+from loratune.model.device import Choice, choose_device, choose_dtype
 from loratune.model.gguf import cache_dir
 from loratune.model.load import BaseModel, load_config, load_tokenizer, locate_model, positions_of
+from loratune.model.quantised import BY_BITSANDBYTES, check_checkpoint
 from loratune.model.stops import generation_stops
 from loratune.model.targets import describe_targets, resolve_targets, target_notes
 from loratune.model.weights import bytes_to_convert, check_stored, check_weights
@@ -32,6 +33,7 @@ from loratune.planning.estimate import Estimate, estimate
 from loratune.planning.memory import MemoryPlan, free_bytes, resident_bytes
 from loratune.planning.parameters import ParameterCount, count_parameters, skeleton
 from loratune.planning.presets import PresetCount, PresetPlan, count_presets
+from loratune.planning.quantised import check_quantised, quantised_place, quantization_notes
 from loratune.planning.scaling import Scaling, scale, strategy_for
 from loratune.planning.speed import StepProbe, TimePlan, with_probe
 from loratune.progress import Progress
@@ -199,11 +201,13 @@ def prepare(
         MachineError: The run does not fit the machine, or the hub cannot be reached.
     """
     check_trackers(recipe)
+    check_metric(recipe.evaluate.metric)
     check_output(output_dir(recipe))
     where = choose_device(recipe.train.device) if device is None else Choice("cuda", f"{device.name}, as published")
-    _check_quantization(recipe, where.value, device)
+    check_quantised(recipe.model.quantization, where.value, device)
     base = locate_model(recipe.model, progress, weights=weights)
     config = load_config(base, recipe.model)
+    check_checkpoint(config, recipe.model.quantization, name=base.name, device=where.value)
     positions = positions_of(config)
     max_length = _max_length(recipe, positions)
     model = skeleton(config, trust_remote_code=recipe.model.trust_remote_code)
@@ -238,8 +242,12 @@ def prepare(
         device=where.value,
         dtype=dtype.value,
         compiled=False,
+        **quantised_place(recipe.model.quantization, base.path, model, dtype.value),
         stored_bytes=bytes_to_convert(
-            base.path, dtype.value, stored=base.stored, num_parameters=parameters.total - parameters.trainable
+            base.path,
+            None if recipe.model.quantization in BY_BITSANDBYTES else dtype.value,
+            stored=base.stored,
+            num_parameters=parameters.total - parameters.trainable,
         ),
         resident_bytes=resident,
         free_bytes=_free_bytes(where.value) if device is None else device.memory_bytes,
@@ -279,6 +287,7 @@ def prepare(
             *target_notes(model, recipe.lora.targets),
             *data.report["notices"],
             *_device_notes(device, dtype.value),
+            *quantization_notes(recipe.model.quantization, dtype.value),
         ),
         advice=give_advice(
             replace(
@@ -361,8 +370,10 @@ def _data(
 
 def held_out_prompts(recipe: Recipe, data: PreparedData, tokenizer: PreTrainedTokenizerBase) -> tuple[Prompt, ...]:
     """The prompts of the held-out conversations that are answered."""
-    chosen = data.eval_conversations[: recipe.evaluate.samples]
-    return tuple(render_prompts(chosen, tokenizer, thinking=recipe.data.thinking))
+    section = recipe.evaluate
+    return tuple(
+        render_prompts(data.eval_conversations, tokenizer, thinking=recipe.data.thinking, limit=section.samples)
+    )
 
 
 def _forgetting(
@@ -371,7 +382,8 @@ def _forgetting(
     """The examples of `evaluate.forgetting`, made as the training examples are; their format is their own."""
     if recipe.evaluate.forgetting == "none":
         return ()
-    section = recipe.data.model_copy(update={"train": recipe.evaluate.forgetting, "eval": "none", "format": "auto"})
+    own = {"train": recipe.evaluate.forgetting, "eval": "none", "format": "auto", "columns": {}}
+    section = recipe.data.model_copy(update=own)
     prepared = prepare_data(
         section,
         tokenizer,
@@ -413,7 +425,7 @@ def _recompute_reason(recipe: Recipe, memory: MemoryPlan) -> str:
 
 def _longest_answer(prompts: tuple[Prompt, ...], tokenizer: PreTrainedTokenizerBase) -> int:
     """Tokens of the longest reference, with its stop token; 0 without prompts."""
-    references = [prompt.reference for prompt in prompts]
+    references = [reference for prompt in prompts for reference in prompt.references]
     return 1 + max(map(len, tokenizer(references, add_special_tokens=False)["input_ids"])) if references else 0
 
 
@@ -453,15 +465,6 @@ def _stop_token(tokenizer: PreTrainedTokenizerBase, data: PreparedData) -> str:
     if data.report["train"]["format"] == "text":
         return ""
     return str(tokenizer.convert_ids_to_tokens(stop_token_ids(tokenizer)[0]))
-
-
-def _check_quantization(recipe: Recipe, where: str, device: Device | None) -> None:
-    if recipe.model.quantization == "none":
-        return
-    if device is None:
-        check_fp8(where)
-    elif not device.has_fp8:
-        raise no_fp8(device.name)
 
 
 def _dtype(recipe: Recipe, where: str, device: Device | None) -> Choice:
