@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from peft import PeftModel
 
-from loratune.data.render import stop_token_ids
+from loratune.data.prompts import stop_token_ids
 from loratune.errors import MachineError
 from loratune.evaluation.compare import evaluation_record, nll_record
 from loratune.evaluation.generate import Answer, generate_answers

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loratune.data.render import stop_token_ids
+from loratune.data.prompts import stop_token_ids
 from loratune.errors import DataError, RecipeError, RunError
 from loratune.evaluation.scoring import score
 from loratune.lock import differences

@@ -21,7 +21,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.generation.streamers import BaseStreamer
 
 from loratune.data.conversation import BadRow
-from loratune.data.render import stop_token_ids
+from loratune.data.prompts import stop_token_ids
 from loratune.data.template import ChatTemplate
 from loratune.errors import DataError, LoratuneError, MachineError, RecipeError
 from loratune.evaluation.generate import as_generator

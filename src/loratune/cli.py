@@ -5,16 +5,13 @@ from __future__ import annotations
 import signal
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.markup import escape
 
 from loratune import world
-from loratune.errors import Interrupted, LoratuneError, MachineError, RecipeError, RunError
+from loratune.errors import MachineError, RunError
 from loratune.printing import (
     add_cost,
     show_delivery,
@@ -27,7 +24,8 @@ from loratune.printing import (
 from loratune.printing import print_json as _print_json
 from loratune.recipe import Recipe
 from loratune.recipe import origins as load_origins
-from loratune.terminal import SafeConsole, TerminalProgress
+from loratune.shell import in_the_shell, start_processes
+from loratune.terminal import SafeConsole
 
 if TYPE_CHECKING:
     from loratune.preparation import Preparation
@@ -117,7 +115,7 @@ def plan(
     probe: RealSteps = False,
 ) -> None:
     """Show what would be trained: parameters, memory, time, data, trained tokens, advice. Loads no weights without --probe."""
-    with _reporting(as_json) as progress:
+    with in_the_shell(as_json) as progress:
         loaded = Recipe.load(recipe, overrides or ())
         if probe:
             from loratune import pipeline
@@ -151,8 +149,8 @@ def train(
     processes: Processes = 1,
 ) -> None:
     """Plan, train, and evaluate base against tuned on held-out data."""
-    _start_processes(processes)
-    with _reporting(as_json, together=True) as progress:
+    start_processes(processes)
+    with in_the_shell(as_json, together=True) as progress:
         loaded = Recipe.load(recipe, overrides or ())
         from loratune import pipeline
 
@@ -168,8 +166,8 @@ def train(
 @app.command()
 def resume(run: RunFolder, as_json: AsJson = False, processes: Processes = 1) -> None:
     """Go on where a run stopped."""
-    _start_processes(processes)
-    with _reporting(as_json, together=True) as progress:
+    start_processes(processes)
+    with in_the_shell(as_json, together=True) as progress:
         from loratune import pipeline
 
         result = pipeline.resume(run, progress=progress)
@@ -195,7 +193,7 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Measure base against tuned on held-out data, again."""
-    with _reporting(as_json) as progress:
+    with in_the_shell(as_json) as progress:
         from loratune import pipeline
         from loratune.evaluation.gates import check_gates
 
@@ -221,7 +219,7 @@ def bench(
     as_json: AsJson = False,
 ) -> None:
     """Time the fast engine against stock TRL on a recipe, in turns: tokens/s, memory, losses."""
-    with _reporting(as_json) as progress:
+    with in_the_shell(as_json) as progress:
         loaded = Recipe.load(recipe, overrides or ())
         from loratune.bench import bench as run_bench
         from loratune.bench import bench_table
@@ -244,7 +242,7 @@ def init(
     as_json: AsJson = False,
 ) -> None:
     """Write a commented recipe to begin with, chosen by the data's format and by this machine."""
-    with _reporting(as_json) as progress:
+    with in_the_shell(as_json) as progress:
         from loratune.guidance.starter import init as write
 
         path, starter = write(what, out, overwrite=overwrite)
@@ -258,7 +256,7 @@ def init(
 @app.command()
 def explain(recipe: RecipeFile, words: FieldsAndOverrides = None, as_json: AsJson = False) -> None:
     """Show every effective setting, where it came from, and what it does to this model; or one setting on a page."""
-    with _reporting(as_json) as progress:
+    with in_the_shell(as_json) as progress:
         fields = [word for word in words or () if "=" not in word]
         overrides = [word for word in words or () if "=" in word]
         loaded, origins = Recipe.load(recipe, overrides), load_origins(recipe, overrides)
@@ -278,7 +276,7 @@ def explain(recipe: RecipeFile, words: FieldsAndOverrides = None, as_json: AsJso
 @app.command()
 def doctor(as_json: AsJson = False) -> None:
     """Show what this machine can do, and the command that mends what is missing. Exit code 0: the quickstart can run."""
-    with _reporting(as_json):
+    with in_the_shell(as_json):
         from loratune.guidance import diagnosis
 
         checks = diagnosis.doctor()
@@ -296,7 +294,7 @@ def doctor(as_json: AsJson = False) -> None:
 @app.command()
 def selftest(as_json: AsJson = False) -> None:
     """Prove on this machine, with a tiny model, that the shortcuts change nothing. Exit code 0: every check holds; 1: not."""
-    with _reporting(as_json) as progress:
+    with in_the_shell(as_json) as progress:
         from loratune import selftest as tests
 
         checks = tests.selftest(progress)
@@ -318,7 +316,7 @@ def eject(
     as_json: AsJson = False,
 ) -> None:
     """Write the same run as one plain script on datasets, transformers, peft and trl alone."""
-    with _reporting(as_json) as progress:
+    with in_the_shell(as_json) as progress:
         loaded = Recipe.load(recipe, overrides or ())
         from loratune.guidance.ejection import eject as write
         from loratune.preparation import prepare
@@ -338,7 +336,7 @@ def eject(
 @app.command()
 def diff(first: RunFolder, second: RunFolder, as_json: AsJson = False) -> None:
     """Show in what two runs differ: settings, model, template, data, mask, versions, results."""
-    with _reporting(as_json):
+    with in_the_shell(as_json):
         from loratune.reporting import difference
         from loratune.run import RunDir
 
@@ -362,7 +360,7 @@ def reproduce(
     as_json: AsJson = False,
 ) -> None:
     """Train a finished run again from the same inputs. Exit code 0: the same adapter, bit for bit; 1: another one."""
-    with _reporting(as_json) as progress:
+    with in_the_shell(as_json) as progress:
         from loratune import reproduction
 
         result = reproduction.reproduce(run, out, overwrite=overwrite, progress=progress)
@@ -376,7 +374,7 @@ def reproduce(
 @app.command()
 def report(run: RunFolder, out: ReportFile = None, as_json: AsJson = False) -> None:
     """Write one HTML page about a run, also one that is still going or that died: RUN/report.html."""
-    with _reporting(as_json):
+    with in_the_shell(as_json):
         from loratune.reporting.page import report
 
         _show_file("report", report(run, out), as_json)
@@ -385,7 +383,7 @@ def report(run: RunFolder, out: ReportFile = None, as_json: AsJson = False) -> N
 @app.command()
 def compare(runs: RunFolders, out: ReportFile = None, as_json: AsJson = False) -> None:
     """Write one HTML page about several runs: compare.html."""
-    with _reporting(as_json):
+    with in_the_shell(as_json):
         from loratune.reporting.page import compare
 
         _show_file("comparison", compare(runs, out or "compare.html"), as_json)
@@ -402,7 +400,7 @@ def merge(
     as_json: AsJson = False,
 ) -> None:
     """Write base and adapter as one model, and prove that it is the same."""
-    with _reporting(as_json) as progress:
+    with in_the_shell(as_json) as progress:
         from loratune import delivery
 
         show_delivery(delivery.merge(run, out, dtype=dtype, progress=progress), as_json)
@@ -423,7 +421,7 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Write a run for llama.cpp (gguf), Ollama or vLLM, and prove that it is the same model."""
-    with _reporting(as_json) as progress:
+    with in_the_shell(as_json) as progress:
         from loratune import delivery
 
         delivered = delivery.export(
@@ -443,7 +441,7 @@ def chat(
     system: Annotated[str, typer.Option(help="A system message.")] = "",
 ) -> None:
     """Talk to base and tuned, with the template and stop tokens of training. /help lists what can be typed."""
-    with _reporting(as_json=False) as progress:
+    with in_the_shell(as_json=False) as progress:
         from loratune.chat import Sampling, converse, open_chat
 
         sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, max_new_tokens=max_new_tokens, seed=seed)
@@ -468,7 +466,7 @@ def serve(
     as_json: AsJson = False,
 ) -> None:
     """Serve base and tuned by OpenAI's API (chat completions), until Ctrl-C."""
-    with _reporting(as_json) as progress:
+    with in_the_shell(as_json) as progress:
         from loratune.serving import serve as start
 
         def ready(service: Service) -> None:
@@ -489,7 +487,7 @@ def push(
     as_json: AsJson = False,
 ) -> None:
     """Put adapter, card and report on the Hugging Face hub; private unless told otherwise."""
-    with _reporting(as_json) as progress:
+    with in_the_shell(as_json) as progress:
         from loratune.publication import push as send
 
         done = send(run, repo, public=public, dry_run=dry_run, with_report=with_report, progress=progress)
@@ -507,55 +505,6 @@ def _show_file(name: str, path: Path, as_json: bool) -> None:
         _print_json({name: str(path)})
     else:
         sys.stdout.write(f"{path}\n")
-
-
-def _start_processes(number: int) -> None:
-    """Let torchrun start this command so many times in place of this process."""
-    if number > 1 and not world.is_launched():
-        from loratune.launching import run_torchrun
-
-        raise SystemExit(run_torchrun(number, sys.argv[1:]))
-
-
-@contextmanager
-def _reporting(as_json: bool, *, together: bool = False) -> Iterator[TerminalProgress]:
-    """Turn our errors into a message and an exit code. Of several processes the first one talks, and of their errors the first
-    is told; `together`: whether the verb knows of several."""
-    progress = TerminalProgress() if world.is_main() else TerminalProgress(SafeConsole(quiet=True))
-    try:
-        if world.is_launched() and not together:
-            raise RecipeError("this command runs in one process", fix="call it without a launcher, as `loratune …`")
-        world.start()
-        yield progress
-    except LoratuneError as error:
-        raise SystemExit(_tell(error, as_json)) from None
-    except KeyboardInterrupt:
-        progress.console.print("[yellow]Interrupted[/yellow] stopped at once")
-        raise SystemExit(Interrupted.exit_code) from None
-    except Exception:
-        earlier = world.earlier_failure(RunError.exit_code)
-        if earlier is not None:
-            raise SystemExit(earlier) from None
-        raise
-
-
-def _tell(error: LoratuneError, as_json: bool) -> int:
-    """Print an error, unless another process does; returns the exit code."""
-    everywhere = (
-        isinstance(error, Interrupted) or not world.is_connected()
-    )  # a stop, or the same recipe, in all processes
-    if everywhere and not world.is_main():
-        return error.exit_code
-    earlier = world.earlier_failure(error.exit_code)
-    if earlier is not None:
-        return earlier
-    if as_json:
-        _print_json({**error.as_dict(), **({"process": world.rank()} if world.is_connected() else {})})
-    colour = "yellow" if isinstance(error, Interrupted) else "red"
-    where = "" if world.is_main() else f"process {world.rank()}: "
-    console = TerminalProgress().console
-    console.print(f"[{colour}]{type(error).__name__}[/{colour}] {where}{escape(str(error))}")
-    return error.exit_code
 
 
 def main() -> None:

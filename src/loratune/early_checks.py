@@ -24,7 +24,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import urlparse
 
-from loratune.data.render import Example, Prompt
+from loratune.data.prompts import Prompt
+from loratune.data.render import Example
 from loratune.data.steps import num_steps, occasions
 from loratune.errors import DataError, MachineError, RecipeError
 from loratune.planning.parameters import ParameterCount

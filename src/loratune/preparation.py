@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from loratune import world
 from loratune.data.batch import num_supervised
 from loratune.data.prepare import PreparedData, prepare_data
-from loratune.data.render import Example, Prompt, render_prompts, stop_token_ids
+from loratune.data.prompts import Prompt, render_prompts, stop_token_ids
+from loratune.data.render import Example
 from loratune.data.steps import num_steps
 from loratune.data.stream import MANY_ROWS, can_stream, open_tables, stream_data
 from loratune.early_checks import check_disk, check_output, check_prompts, check_trackers, check_vocabulary

@@ -14,7 +14,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from loratune.data.conversation import Conversation, Origin, to_conversations
-from loratune.data.render import Example, Rendered, render_prompts, stop_token_ids
+from loratune.data.prompts import render_prompts, stop_token_ids
+from loratune.data.render import Example, Rendered
 from loratune.data.sources import Row
 from loratune.errors import DataError
 

@@ -11,7 +11,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, tra
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from loratune.data.conversation import Conversation
-from loratune.data.render import Example, Rendered, render_prompts
+from loratune.data.prompts import render_prompts
+from loratune.data.render import Example, Rendered
 
 WithTemplate = Callable[..., PreTrainedTokenizerBase]
 Make = Callable[..., Conversation]

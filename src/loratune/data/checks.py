@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from loratune.data.conversation import Conversation, Message, Origin
-from loratune.data.render import Example, Thinking, TrainOn, render_prompts, stop_token_ids
+from loratune.data.prompts import render_prompts, stop_token_ids
+from loratune.data.render import Example, Thinking, TrainOn
 from loratune.data.template import ChatTemplate
 from loratune.recipe import DataSection
 

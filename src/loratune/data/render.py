@@ -6,7 +6,6 @@ The chat template renders each conversation; `spans` says which of its character
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -15,14 +14,13 @@ from typing import TYPE_CHECKING, Literal, ParamSpec, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from loratune.data.conversation import BadRow, Conversation, Message, Origin, Rejected, split_thoughts
+from loratune.data.conversation import BadRow, Conversation, Message, Rejected, split_thoughts
 from loratune.data.labels import Encoder, Example, Labelled, Labels, OnLong, Text, TooLong, backend_of
 from loratune.data.processes import Crew, num_helpers
 from loratune.data.spans import Span, Substitution, spans_by_markers, spans_by_prompting
 from loratune.data.specials import SpecialText, special_names, special_notices, special_token_in
 from loratune.data.template import ChatTemplate, Tools
 from loratune.data.words import Tokens
-from loratune.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,7 +32,7 @@ SpecialTokensInText = Literal["error", "as_text"]
 P = ParamSpec("P")
 R = TypeVar("R")
 
-__all__ = ["Chunk", "Example", "Policy", "Prompt", "Rendered", "Renderer", "render", "render_prompts", "stop_token_ids"]
+__all__ = ["Chunk", "Example", "Policy", "Rendered", "Renderer", "render"]
 
 CHUNK = 256
 """Conversations that are rendered and tokenised together, and that a process is given at a time."""
@@ -86,21 +84,6 @@ class Rendered:
     """What the user should know, in sentences."""
     method: str
     """How the trained spans were found and checked."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Prompt:
-    """What a server would send to the model to get the last answer of a conversation."""
-
-    input_ids: list[int]
-    text: str
-    """As the model reads it, with the template's tokens."""
-    question: str
-    """What was said before the answer, for people: the messages' texts without the system's, a line each."""
-    references: tuple[str, ...]
-    """The last answers of all conversations with this prompt, without their thoughts."""
-    origin: Origin
-    """Of the first of them."""
 
 
 def render(
@@ -167,109 +150,7 @@ def render(
     )
 
 
-def render_prompts(
-    conversations: Sequence[Conversation],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    thinking: Thinking = "keep",
-    limit: int | None = None,
-) -> list[Prompt]:
-    """The prompts for the last answers: all messages before it, and the template's own generation prompt.
-
-    Conversations without an answer, and plain text, have none and are left out. Those that are alike up to their last answer
-    have one prompt together.
-
-    Args:
-        conversations: Validated conversations.
-        tokenizer: With a chat template.
-        thinking: `strip` removes the thoughts of earlier answers; else the template decides about them.
-        limit: How many prompts, from the first on; None: all.
-
-    Raises:
-        DataError: The tokenizer has no chat template, or it refuses a conversation.
-    """
-    asked = _by_prompt(conversations)[:limit]
-    if not asked:
-        return []
-    template = ChatTemplate(tokenizer)
-    texts = [_prompt_text(conversation, turn, template, thinking) for conversation, turn, _ in asked]
-    ids = tokenizer([text for text, _ in texts], add_special_tokens=False)["input_ids"]
-    return [
-        Prompt(
-            input_ids=_as_text_ids(text, conversation, template) if hidden else list(plain),
-            text=template.special_text.show(text) if hidden else text,
-            question=_question(conversation.messages[:turn]),
-            references=references,
-            origin=conversation.origin,
-        )
-        for plain, (text, hidden), (conversation, turn, references) in zip(ids, texts, asked, strict=True)
-    ]
-
-
-def _by_prompt(conversations: Sequence[Conversation]) -> list[tuple[Conversation, int, tuple[str, ...]]]:
-    """Of each distinct prompt: the first conversation with it, the place of the answer, and all answers."""
-    found: dict[str, tuple[Conversation, int, dict[str, None]]] = {}
-    for conversation in conversations:
-        turns = _turns(conversation.messages, "last")
-        if not turns or turns[-1] == 0:
-            continue
-        key = json.dumps([conversation.messages[: turns[-1]], conversation.tools], sort_keys=True)
-        _, _, references = found.setdefault(key, (conversation, turns[-1], {}))
-        references[_reference(conversation.messages[turns[-1]])] = None
-    return [(conversation, turn, tuple(references)) for conversation, turn, references in found.values()]
-
-
-def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """The tokens that end an answer: the template's end-of-turn tokens, and the end-of-sequence token.
-
-    Raises:
-        DataError: The template ends answers with no token, or there is no stop token at all.
-    """
-    stops = ChatTemplate(tokenizer).stops if tokenizer.chat_template else (tokenizer.eos_token,)
-    known = tokenizer.get_vocab()
-    ids = [known[stop] for stop in stops if stop in known]
-    if not ids:
-        raise DataError("the tokenizer has no end-of-sequence token", fix="set eos_token in tokenizer_config.json")
-    return tuple(dict.fromkeys(ids))
-
-
-def _prompt_text(conversation: Conversation, turn: int, template: ChatTemplate, thinking: Thinking) -> tuple[str, bool]:
-    """The prompt, and whether names of special tokens in it are hidden."""
-    messages, tools = conversation.messages[:turn], conversation.tools
-    hidden = bool(special_token_in(conversation, template.special_text))
-    try:
-        if hidden:
-            messages, tools = template.special_text.hide((messages, tools))
-        if thinking == "strip":
-            messages = tuple(_with_thinking(m, thinking, template, n) for n, m in enumerate(messages, start=1))
-        _check_tool_support(messages, tools, template)
-        return template.render(messages, tools, prompt=True), hidden
-    except BadRow as bad:
-        raise _refusal(bad, conversation.origin) from None
-
-
-def _as_text_ids(text: str, conversation: Conversation, template: ChatTemplate) -> list[int]:
-    try:
-        return list(template.special_text.tokens(text).ids.tolist())
-    except BadRow as bad:
-        raise _refusal(bad, conversation.origin) from None
-
-
-def _refusal(bad: BadRow, origin: Origin) -> DataError:
-    return DataError(str(bad), file=origin.file, line=origin.line, fix="correct this conversation")
-
-
-def _question(messages: Sequence[Message]) -> str:
-    return "\n".join(str(message.get("content") or "") for message in messages if message["role"] != "system")
-
-
-def _reference(message: Message) -> str:
-    content = message.get("content", "")
-    parts = split_thoughts(content)
-    return (parts[1] if parts else content).strip()
-
-
-def _turns(messages: Sequence[Message], train_on: TrainOn) -> list[int]:
+def trained_turns(messages: Sequence[Message], train_on: TrainOn) -> list[int]:
     """The messages to be trained."""
     turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
     return turns[-1:] if train_on == "last" else turns
@@ -370,14 +251,12 @@ class Renderer:
         return replace(made, hidden=specials.hide(text), num_controls=0) if self._as_text else made
 
     def _render_chat(self, conversation: Conversation, template: ChatTemplate, substitution: Substitution) -> Text:
-        messages = [
-            _with_thinking(m, self._thinking, template, n) for n, m in enumerate(conversation.messages, start=1)
-        ]
+        messages = [with_thinking(m, self._thinking, template, n) for n, m in enumerate(conversation.messages, start=1)]
         tools = conversation.tools
-        turns = _turns(messages, self._train_on)
+        turns = trained_turns(messages, self._train_on)
         if not turns and self._train_on != "all":
             raise BadRow("no assistant turn: nothing to train")
-        _check_tool_support(messages, tools, template)
+        check_tool_support(messages, tools, template)
         marked: list[Span] = []
         if template.has_markers and self._train_on != "all":
             text, marked = template.render_marked(messages, tools)
@@ -473,8 +352,12 @@ def _has_thoughts(message: Message) -> bool:
     return "reasoning_content" in message or split_thoughts(message.get("content", "")) is not None
 
 
-def _with_thinking(message: Message, thinking: Thinking, template: ChatTemplate, number: int) -> Message:
-    """The message under the policy. Thoughts move to the template's own field, if it reads one."""
+def with_thinking(message: Message, thinking: Thinking, template: ChatTemplate, number: int) -> Message:
+    """The message under the policy. Thoughts move to the template's own field, if it reads one.
+
+    Raises:
+        BadRow: Its thoughts do not end, are refused by the policy, or no answer follows them.
+    """
     if message["role"] != "assistant":
         return message
     content = message.get("content", "")
@@ -499,7 +382,12 @@ def _with_thinking(message: Message, thinking: Thinking, template: ChatTemplate,
     return message if inline else {**bare, "content": f"<think>\n{thoughts.strip()}\n</think>\n\n{answer}"}
 
 
-def _check_tool_support(messages: Sequence[Message], tools: Tools, template: ChatTemplate) -> None:
+def check_tool_support(messages: Sequence[Message], tools: Tools, template: ChatTemplate) -> None:
+    """Whether the template writes what the conversation has of tools.
+
+    Raises:
+        BadRow: It does not.
+    """
     calls = any("tool_calls" in message for message in messages)
     if not calls and not tools:
         return

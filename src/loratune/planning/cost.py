@@ -8,7 +8,7 @@ from typing import Any
 
 from loratune.data.batch import num_supervised
 from loratune.data.prepare import PreparedData
-from loratune.data.render import Prompt
+from loratune.data.prompts import Prompt
 from loratune.data.steps import num_steps, occasions, step_tokens
 from loratune.kernels.cross_entropy import chunk_rows
 from loratune.model.device import torch_dtype

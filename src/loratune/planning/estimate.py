@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from loratune.data.prepare import PreparedData
-from loratune.data.render import Prompt
+from loratune.data.prompts import Prompt
 from loratune.model.device import Choice, choose_compile, compile_seconds, torch_dtype
 from loratune.model.quantised import uncompiled
 from loratune.planning.cost import (

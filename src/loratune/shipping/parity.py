@@ -17,7 +17,8 @@ import torch
 
 from loratune.data.batch import collate
 from loratune.data.conversation import Conversation
-from loratune.data.render import Example, render_prompts, stop_token_ids
+from loratune.data.prompts import render_prompts, stop_token_ids
+from loratune.data.render import Example
 from loratune.errors import RunError
 from loratune.run import Record
 from loratune.training.loss import SupervisedLoss

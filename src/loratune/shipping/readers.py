@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from loratune.data.conversation import Conversation, Origin
-from loratune.data.render import render_prompts
+from loratune.data.prompts import render_prompts
 from loratune.shipping.lowrank import LowRank
 
 Render = Callable[[Sequence[dict[str, Any]]], str]

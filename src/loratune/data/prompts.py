@@ -1,0 +1,134 @@
+"""What a server would send to the model, and what ends its answer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from loratune.data.conversation import BadRow, Conversation, Message, Origin, split_thoughts
+from loratune.data.render import Thinking, check_tool_support, trained_turns, with_thinking
+from loratune.data.specials import special_token_in
+from loratune.data.template import ChatTemplate
+from loratune.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """What a server would send to the model to get the last answer of a conversation."""
+
+    input_ids: list[int]
+    text: str
+    """As the model reads it, with the template's tokens."""
+    question: str
+    """What was said before the answer, for people: the messages' texts without the system's, a line each."""
+    references: tuple[str, ...]
+    """The last answers of all conversations with this prompt, without their thoughts."""
+    origin: Origin
+    """Of the first of them."""
+
+
+def render_prompts(
+    conversations: Sequence[Conversation],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    thinking: Thinking = "keep",
+    limit: int | None = None,
+) -> list[Prompt]:
+    """The prompts for the last answers: all messages before it, and the template's own generation prompt.
+
+    Conversations without an answer, and plain text, have none and are left out. Those that are alike up to their last answer
+    have one prompt together.
+
+    Args:
+        conversations: Validated conversations.
+        tokenizer: With a chat template.
+        thinking: `strip` removes the thoughts of earlier answers; else the template decides about them.
+        limit: How many prompts, from the first on; None: all.
+
+    Raises:
+        DataError: The tokenizer has no chat template, or it refuses a conversation.
+    """
+    asked = _by_prompt(conversations)[:limit]
+    if not asked:
+        return []
+    template = ChatTemplate(tokenizer)
+    texts = [_prompt_text(conversation, turn, template, thinking) for conversation, turn, _ in asked]
+    ids = tokenizer([text for text, _ in texts], add_special_tokens=False)["input_ids"]
+    return [
+        Prompt(
+            input_ids=_as_text_ids(text, conversation, template) if hidden else list(plain),
+            text=template.special_text.show(text) if hidden else text,
+            question=_question(conversation.messages[:turn]),
+            references=references,
+            origin=conversation.origin,
+        )
+        for plain, (text, hidden), (conversation, turn, references) in zip(ids, texts, asked, strict=True)
+    ]
+
+
+def _by_prompt(conversations: Sequence[Conversation]) -> list[tuple[Conversation, int, tuple[str, ...]]]:
+    """Of each distinct prompt: the first conversation with it, the place of the answer, and all answers."""
+    found: dict[str, tuple[Conversation, int, dict[str, None]]] = {}
+    for conversation in conversations:
+        turns = trained_turns(conversation.messages, "last")
+        if not turns or turns[-1] == 0:
+            continue
+        key = json.dumps([conversation.messages[: turns[-1]], conversation.tools], sort_keys=True)
+        _, _, references = found.setdefault(key, (conversation, turns[-1], {}))
+        references[_reference(conversation.messages[turns[-1]])] = None
+    return [(conversation, turn, tuple(references)) for conversation, turn, references in found.values()]
+
+
+def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The tokens that end an answer: the template's end-of-turn tokens, and the end-of-sequence token.
+
+    Raises:
+        DataError: The template ends answers with no token, or there is no stop token at all.
+    """
+    stops = ChatTemplate(tokenizer).stops if tokenizer.chat_template else (tokenizer.eos_token,)
+    known = tokenizer.get_vocab()
+    ids = [known[stop] for stop in stops if stop in known]
+    if not ids:
+        raise DataError("the tokenizer has no end-of-sequence token", fix="set eos_token in tokenizer_config.json")
+    return tuple(dict.fromkeys(ids))
+
+
+def _prompt_text(conversation: Conversation, turn: int, template: ChatTemplate, thinking: Thinking) -> tuple[str, bool]:
+    """The prompt, and whether names of special tokens in it are hidden."""
+    messages, tools = conversation.messages[:turn], conversation.tools
+    hidden = bool(special_token_in(conversation, template.special_text))
+    try:
+        if hidden:
+            messages, tools = template.special_text.hide((messages, tools))
+        if thinking == "strip":
+            messages = tuple(with_thinking(m, thinking, template, n) for n, m in enumerate(messages, start=1))
+        check_tool_support(messages, tools, template)
+        return template.render(messages, tools, prompt=True), hidden
+    except BadRow as bad:
+        raise _refusal(bad, conversation.origin) from None
+
+
+def _as_text_ids(text: str, conversation: Conversation, template: ChatTemplate) -> list[int]:
+    try:
+        return list(template.special_text.tokens(text).ids.tolist())
+    except BadRow as bad:
+        raise _refusal(bad, conversation.origin) from None
+
+
+def _refusal(bad: BadRow, origin: Origin) -> DataError:
+    return DataError(str(bad), file=origin.file, line=origin.line, fix="correct this conversation")
+
+
+def _question(messages: Sequence[Message]) -> str:
+    return "\n".join(str(message.get("content") or "") for message in messages if message["role"] != "system")
+
+
+def _reference(message: Message) -> str:
+    content = message.get("content", "")
+    parts = split_thoughts(content)
+    return (parts[1] if parts else content).strip()

@@ -1,0 +1,63 @@
+"""Between a verb and the shell: progress on stderr, errors as a message and an exit code, and one voice for several processes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.markup import escape
+
+from loratune import world
+from loratune.errors import Interrupted, LoratuneError, RecipeError, RunError
+from loratune.printing import print_json
+from loratune.terminal import SafeConsole, TerminalProgress
+
+
+def start_processes(number: int) -> None:
+    """Let torchrun start this command so many times in place of this process."""
+    if number > 1 and not world.is_launched():
+        from loratune.launching import run_torchrun
+
+        raise SystemExit(run_torchrun(number, sys.argv[1:]))
+
+
+@contextmanager
+def in_the_shell(as_json: bool, *, together: bool = False) -> Iterator[TerminalProgress]:
+    """Turn our errors into a message and an exit code. Of several processes the first one talks, and of their errors the first
+    is told; `together`: whether the verb knows of several."""
+    progress = TerminalProgress() if world.is_main() else TerminalProgress(SafeConsole(quiet=True))
+    try:
+        if world.is_launched() and not together:
+            raise RecipeError("this command runs in one process", fix="call it without a launcher, as `loratune …`")
+        world.start()
+        yield progress
+    except LoratuneError as error:
+        raise SystemExit(_tell(error, as_json)) from None
+    except KeyboardInterrupt:
+        progress.console.print("[yellow]Interrupted[/yellow] stopped at once")
+        raise SystemExit(Interrupted.exit_code) from None
+    except Exception:
+        earlier = world.earlier_failure(RunError.exit_code)
+        if earlier is not None:
+            raise SystemExit(earlier) from None
+        raise
+
+
+def _tell(error: LoratuneError, as_json: bool) -> int:
+    """Print an error, unless another process does; returns the exit code."""
+    everywhere = (
+        isinstance(error, Interrupted) or not world.is_connected()
+    )  # a stop, or the same recipe, in all processes
+    if everywhere and not world.is_main():
+        return error.exit_code
+    earlier = world.earlier_failure(error.exit_code)
+    if earlier is not None:
+        return earlier
+    if as_json:
+        print_json({**error.as_dict(), **({"process": world.rank()} if world.is_connected() else {})})
+    colour = "yellow" if isinstance(error, Interrupted) else "red"
+    where = "" if world.is_main() else f"process {world.rank()}: "
+    console = TerminalProgress().console
+    console.print(f"[{colour}]{type(error).__name__}[/{colour}] {where}{escape(str(error))}")
+    return error.exit_code
