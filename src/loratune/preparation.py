@@ -20,6 +20,7 @@ from loratune.model.device import Choice, check_fp8, choose_device, choose_dtype
 from loratune.model.gguf import cache_dir
 from loratune.model.load import BaseModel, load_config, load_tokenizer, locate_model, positions_of
 from loratune.model.targets import describe_targets, resolve_targets, target_notes
+from loratune.model.variants import check_variant, variant_notes
 from loratune.model.weights import bytes_to_convert, check_stored, check_weights
 from loratune.planning.advice import Advice, Facts, give_advice
 from loratune.planning.compatibility import unknown_to_gguf
@@ -225,7 +226,8 @@ def prepare(recipe: Recipe, progress: Progress, device: Device | None = None, *,
     targets = resolve_targets(model, recipe.lora.targets)
     check_weights(base.path, model, quantized=getattr(config, "quantization_config", None) is not None)
     check_stored(base.stored, model, name=base.name)
-    parameters = count_parameters(model, targets, recipe.lora.r)
+    parameters = count_parameters(model, targets, recipe.lora)
+    check_variant(recipe.lora, [count.matrix for count in parameters.per_module], model)
     tokenizer = load_tokenizer(base, recipe.model)
     streaming, data = _data(recipe, tokenizer, int(max_length.value), progress)
     forgetting = _forgetting(recipe, tokenizer, int(max_length.value), progress)
@@ -271,7 +273,7 @@ def prepare(recipe: Recipe, progress: Progress, device: Device | None = None, *,
     }
     effective = _resolved(recipe, choices)
     check_disk(effective, parameters, data.num_examples)
-    presets = count_presets(model, recipe.lora.r)
+    presets = count_presets(model, recipe.lora)
     steps = num_steps(data.num_examples, recipe.train.batch_size, recipe.train.epochs)
     return Preparation(
         recipe=effective,
@@ -290,6 +292,7 @@ def prepare(recipe: Recipe, progress: Progress, device: Device | None = None, *,
         num_steps=steps,
         warnings=(
             *target_notes(model, recipe.lora.targets),
+            *variant_notes(effective),
             *data.report["notices"],
             *_device_notes(device, dtype.value),
         ),
@@ -319,7 +322,7 @@ def _facts(
         num_supervised_tokens=round(data.scale * sum(num_supervised(example) for example in data.train)),
         num_cut=sum(finding["kind"] == "cut" for finding in data.report["train"]["findings"]),
         trainable=trainable,
-        feed_forward=_adapts_feed_forward(targets, count_presets(model, recipe.lora.r)),
+        feed_forward=_adapts_feed_forward(targets, count_presets(model, recipe.lora)),
         architecture=type(model).__name__,
         unknown_to_gguf=unknown_to_gguf(targets),
         stop_token=_stop_token(tokenizer, data),

@@ -134,6 +134,7 @@ class DataSection(Section):
         return self
 
 
+Variant = Literal["plain", "rslora", "dora", "pissa", "olora"]
 TargetPreset = Literal["minimal", "balanced", "attention", "complete"]
 
 
@@ -152,6 +153,11 @@ class LoraSection(Section):
     targets: TargetPreset | tuple[str, ...] = Field(default="balanced", union_mode="left_to_right")
     """The adapted matrices: `minimal` (query), `balanced` (query, value), `attention` (query, key, value, output),
     `complete` (attention and feed-forward), or a list of module names."""
+
+    variant: Variant = "plain"
+    """How the adapter is scaled and begins: `rslora`, by alpha/√r; `dora`, with a trained magnitude for each output;
+    `pissa`, A and B from the largest singular values of W; `olora`, from its QR decomposition. The last two are saved as a
+    plain adapter of rank 2r."""
 
 
 class TrainSection(Section):
@@ -282,6 +288,11 @@ class Recipe(Section):
             raise ValueError(
                 f"model.quantization is fp8, which is made from bfloat16, but model.dtype is {self.model.dtype}"
             )
+        if self.model.quantization != "none" and self.lora.variant in ("dora", "pissa", "olora"):
+            raise ValueError(
+                f"lora.variant is {self.lora.variant}, which needs the weights as they are, but model.quantization is "
+                f"{self.model.quantization}"
+            )
         if self.data.streaming is True and self.train.engine == "trl":
             raise ValueError("data.streaming is true, but train.engine is trl, which takes all examples at once")
         if self.data.eval == "none" and self.evaluate.metric != "none":
@@ -390,3 +401,4 @@ def _field_of(location: list[str]) -> Any:
 
 
 TARGET_PRESETS: tuple[str, ...] = get_args(TargetPreset)
+VARIANTS: tuple[str, ...] = get_args(Variant)

@@ -9,7 +9,7 @@ from torch import nn
 from loratune.errors import RecipeError
 from loratune.model.targets import describe_targets, resolve_targets
 from loratune.planning.parameters import ParameterCount, count_parameters
-from loratune.recipe import TARGET_PRESETS
+from loratune.recipe import TARGET_PRESETS, LoraSection
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,17 +29,17 @@ class PresetCount:
     parameters: ParameterCount | None
 
 
-def count_presets(model: nn.Module, r: int) -> tuple[PresetCount, ...]:
+def count_presets(model: nn.Module, lora: LoraSection) -> tuple[PresetCount, ...]:
     """Every preset on this model.
 
     Args:
         model: The base model, without an adapter. It may be on the meta device.
-        r: The rank.
+        lora: Rank and variant; its targets do not count.
     """
-    return tuple(_count(model, preset, r) for preset in TARGET_PRESETS)
+    return tuple(_count(model, preset, lora) for preset in TARGET_PRESETS)
 
 
-def _count(model: nn.Module, preset: str, r: int) -> PresetCount:
+def _count(model: nn.Module, preset: str, lora: LoraSection) -> PresetCount:
     try:
         targets = resolve_targets(model, preset)
     except RecipeError as error:
@@ -48,5 +48,5 @@ def _count(model: nn.Module, preset: str, r: int) -> PresetCount:
         name=preset,
         targets=targets,
         targets_in_words=describe_targets(model, preset),
-        parameters=count_parameters(model, targets, r),
+        parameters=count_parameters(model, targets, lora),
     )
