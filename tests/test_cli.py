@@ -176,6 +176,48 @@ def test_plan_for_another_device_with_its_price_and_a_page(loratune: Run, recipe
     assert "another --html FILE" in err
 
 
+def test_plan_for_several_devices_begins_with_the_plan_for_one(loratune: Run, recipe: Path) -> None:
+    code, out, err = loratune("plan", recipe, "--json", "--devices", "2x8xh100-80gb", "--price-per-hour", 3)
+    assert code == 0, err
+    record = json.loads(out)
+    scaling, one, last = record["scaling"], record["scaling"]["rows"][0], record["scaling"]["rows"][-1]
+    assert (scaling["device"], scaling["devices"], scaling["nodes"]) == ("h100-80gb", 16, 2)
+    assert [row["devices"] for row in scaling["rows"]] == [1, 2, 4, 8, 16]
+    assert [link["name"] for link in scaling["interconnect"]] == ["nvlink4", "infiniband-ndr"]
+    for name in ("train_seconds", "total_seconds", "tokens_per_second"):
+        assert one[name] == record["time"][name]
+    assert one["peak_bytes"] == record["memory"]["peak_bytes"]
+    assert record["cost"]["cost"] == last["cost"] == pytest.approx(last["total_seconds"] / 3600 * 16 * 3)
+    assert last["idle"] == pytest.approx(1 - 20 / 3 / 16), "steps of 8, 8 and 4 examples on 16 devices"
+    assert any("8 of 16 devices" in advice["reason"] for advice in record["advice"])
+
+
+def test_plan_for_several_devices_shows_what_it_rests_on(loratune: Run, recipe: Path) -> None:
+    code, out, err = loratune("plan", recipe, "--devices", "2xl4", "--interconnect", "pcie5", "--samples", 0)
+    assert code == 0, err
+    shown = " ".join(out.split())
+    assert "On several l4 (computed, not measured)" in shown
+    assert "pcie5, 64 GB/s one way for each device (NVIDIA, H100 datasheet" in shown
+    assert "42% of its published peak" in shown
+    assert "fsdp yet" not in shown, "a device holds this model"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--devices", "8xh100-90gb"), "did you mean h100-80gb"),
+        (("--devices", "h100-80gb"), "cannot be read"),
+        (("--devices", "8xl4", "--device", "l4"), "leave one of them out"),
+        (("--interconnect", "pcie5"), "needs devices"),
+        (("--devices", "8xl4", "--probe"), "--probe runs steps here"),
+    ],
+)
+def test_devices_that_cannot_be_are_told(loratune: Run, recipe: Path, options: tuple[str, ...], words: str) -> None:
+    code, _, err = loratune("plan", recipe, *options)
+    assert code == 2
+    assert words in " ".join(err.split())
+
+
 @pytest.mark.parametrize(
     ("rows", "settings", "code", "words"),
     [

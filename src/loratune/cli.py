@@ -11,19 +11,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
-from loratune.errors import Interrupted, LoratuneError, MachineError, RunError
+from loratune import world
+from loratune.errors import Interrupted, LoratuneError, MachineError, RecipeError, RunError
+from loratune.printing import (
+    add_cost,
+    show_delivery,
+    show_plan,
+    show_publication,
+    show_result,
+    show_service,
+    write_page,
+)
 from loratune.printing import print_json as _print_json
-from loratune.printing import show_delivery, show_publication, show_result, show_service
 from loratune.recipe import Recipe
 from loratune.recipe import origins as load_origins
 from loratune.terminal import SafeConsole, TerminalProgress
 
 if TYPE_CHECKING:
     from loratune.preparation import Preparation
-    from loratune.run import Record
     from loratune.serving import Service
 
 app = typer.Typer(
@@ -45,6 +52,9 @@ RunFolders = Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="Th
 ReportFile = Annotated[Path | None, typer.Option("--out", metavar="FILE", help="The HTML file to write.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Delete the run that is in the output directory.")]
+Processes = Annotated[
+    int, typer.Option("--processes", min=1, help="On this machine, one for each GPU; torchrun starts them.")
+]
 Samples = Annotated[
     int, typer.Option("--samples", "--examples", min=0, help="How many examples to show token by token.")
 ]
@@ -53,9 +63,30 @@ DeviceName = Annotated[
     str | None,
     typer.Option("--device", metavar="NAME", help="Plan for a GPU that is not here, such as h100-80gb, a100-80gb, l4."),
 ]
+DevicesSpec = Annotated[
+    str | None,
+    typer.Option(
+        "--devices",
+        metavar="[NODESx]NUMBERxNAME",
+        help="Plan for several GPUs, and show what each number of them makes: 8xh100-80gb; 2x8xh100-80gb is two nodes.",
+    ),
+]
+Interconnect = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--interconnect",
+        metavar="NAME",
+        help="What joins --devices, where not the usual: nvlink4, pcie5, …; between nodes infiniband-ndr, ethernet-100g, … "
+        "Repeatable.",
+    ),
+]
 Price = Annotated[
     float | None,
-    typer.Option("--price-per-hour", min=0, help="Of the machine, in your currency; shows what training costs."),
+    typer.Option(
+        "--price-per-hour",
+        min=0,
+        help="Of the machine, with --devices of each device, in your currency; shows the cost.",
+    ),
 ]
 RealSteps = Annotated[
     bool,
@@ -80,6 +111,8 @@ def plan(
     samples: Samples = 3,
     html: Html = None,
     device: DeviceName = None,
+    devices: DevicesSpec = None,
+    interconnect: Interconnect = None,
     price_per_hour: Price = None,
     probe: RealSteps = False,
 ) -> None:
@@ -89,19 +122,20 @@ def plan(
         if probe:
             from loratune import pipeline
 
-            prepared = pipeline.plan(loaded, device=device, probe=True, progress=progress)
+            prepared = pipeline.plan(
+                loaded, device=device, devices=devices, interconnect=interconnect or (), probe=True, progress=progress
+            )
         else:
-            from loratune.planning.devices import find_device
+            from loratune.planning.cluster import find_machine
             from loratune.preparation import prepare  # not the pipeline: planning needs no trainer
 
-            named = find_device(device) if device is not None else None
-            prepared = prepare(loaded, progress, named, weights=False)
+            named, cluster = find_machine(device, devices, interconnect or ())
+            prepared = prepare(loaded, progress, named, cluster=cluster, weights=False)
         record = prepared.as_plan()
         if price_per_hour is not None:
-            hours = record["time"]["total_seconds"] / 3600
-            record["cost"] = {"price_per_hour": price_per_hour, "cost": hours * price_per_hour}
+            add_cost(record, price_per_hour)
         if html is not None:
-            _write_page(html, prepared, samples)
+            write_page(html, prepared, samples)
         if as_json:
             _print_json({**record, "data_report": prepared.data.report})
         else:
@@ -110,10 +144,15 @@ def plan(
 
 @app.command()
 def train(
-    recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = False, overwrite: Overwrite = False
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+    overwrite: Overwrite = False,
+    processes: Processes = 1,
 ) -> None:
     """Plan, train, and evaluate base against tuned on held-out data."""
-    with _reporting(as_json) as progress:
+    _start_processes(processes)
+    with _reporting(as_json, together=True) as progress:
         loaded = Recipe.load(recipe, overrides or ())
         from loratune import pipeline
 
@@ -122,16 +161,20 @@ def train(
 
         written = recipe.read_text(encoding="utf-8") if not overrides else loaded.to_yaml()
         result = pipeline.train(loaded, written=written, overwrite=overwrite, progress=progress, on_plan=show)
-        show_result(result, as_json)
+        if world.is_main():
+            show_result(result, as_json)
 
 
 @app.command()
-def resume(run: RunFolder, as_json: AsJson = False) -> None:
+def resume(run: RunFolder, as_json: AsJson = False, processes: Processes = 1) -> None:
     """Go on where a run stopped."""
-    with _reporting(as_json) as progress:
+    _start_processes(processes)
+    with _reporting(as_json, together=True) as progress:
         from loratune import pipeline
 
-        show_result(pipeline.resume(run, progress=progress), as_json)
+        result = pipeline.resume(run, progress=progress)
+        if world.is_main():
+            show_result(result, as_json)
 
 
 @app.command()
@@ -459,43 +502,6 @@ def schema() -> None:
     _print_json(Recipe.model_json_schema())
 
 
-def show_plan(prepared: Preparation, record: Record, console: Console, samples: int, *, whole: bool) -> None:
-    """Print what would be trained; `whole` with the tables of modules, presets and data."""
-    from loratune.data.preview import preview
-    from loratune.reporting import plan_view
-
-    recipe = prepared.recipe
-    shown = {
-        **record,
-        "recipe": {
-            "batch_size": recipe.train.batch_size,
-            "epochs": recipe.train.epochs,
-            "output_dir": recipe.train.output_dir,
-            "r": recipe.lora.r,
-        },
-    }
-    console.print(plan_view.summary_table(shown, model=f"{recipe.model.name} → {prepared.base.path}"))
-    if whole:
-        console.print(
-            plan_view.memory_table(shown), plan_view.modules_table(shown), plan_view.presets_table(shown), sep="\n"
-        )
-        console.print(plan_view.data_table(prepared.data.report))
-    for note in plan_view.notes(shown):
-        console.print(note, soft_wrap=True)
-    if samples:
-        console.print(preview(prepared.data.train, prepared.tokenizer, samples))
-
-
-def _write_page(path: Path, prepared: Preparation, samples: int) -> None:
-    from loratune.data.preview import preview
-
-    page = preview(prepared.data.train, prepared.tokenizer, samples).html(title=prepared.recipe.model.name)
-    try:
-        path.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise MachineError(f"cannot write: {error.strerror}", file=path, fix="another --html FILE") from None
-
-
 def _show_file(name: str, path: Path, as_json: bool) -> None:
     if as_json:
         _print_json({name: str(path)})
@@ -503,21 +509,53 @@ def _show_file(name: str, path: Path, as_json: bool) -> None:
         sys.stdout.write(f"{path}\n")
 
 
+def _start_processes(number: int) -> None:
+    """Let torchrun start this command so many times in place of this process."""
+    if number > 1 and not world.is_launched():
+        from loratune.launching import run_torchrun
+
+        raise SystemExit(run_torchrun(number, sys.argv[1:]))
+
+
 @contextmanager
-def _reporting(as_json: bool) -> Iterator[TerminalProgress]:
-    """Turn our errors into a message and an exit code."""
-    progress = TerminalProgress()
+def _reporting(as_json: bool, *, together: bool = False) -> Iterator[TerminalProgress]:
+    """Turn our errors into a message and an exit code. Of several processes the first one talks, and of their errors the first
+    is told; `together`: whether the verb knows of several."""
+    progress = TerminalProgress() if world.is_main() else TerminalProgress(SafeConsole(quiet=True))
     try:
+        if world.is_launched() and not together:
+            raise RecipeError("this command runs in one process", fix="call it without a launcher, as `loratune …`")
+        world.start()
         yield progress
     except LoratuneError as error:
-        if as_json:
-            _print_json(error.as_dict())
-        colour = "yellow" if isinstance(error, Interrupted) else "red"
-        progress.console.print(f"[{colour}]{type(error).__name__}[/{colour}] {escape(str(error))}")
-        raise SystemExit(error.exit_code) from None
+        raise SystemExit(_tell(error, as_json)) from None
     except KeyboardInterrupt:
         progress.console.print("[yellow]Interrupted[/yellow] stopped at once")
         raise SystemExit(Interrupted.exit_code) from None
+    except Exception:
+        earlier = world.earlier_failure(RunError.exit_code)
+        if earlier is not None:
+            raise SystemExit(earlier) from None
+        raise
+
+
+def _tell(error: LoratuneError, as_json: bool) -> int:
+    """Print an error, unless another process does; returns the exit code."""
+    everywhere = (
+        isinstance(error, Interrupted) or not world.is_connected()
+    )  # a stop, or the same recipe, in all processes
+    if everywhere and not world.is_main():
+        return error.exit_code
+    earlier = world.earlier_failure(error.exit_code)
+    if earlier is not None:
+        return earlier
+    if as_json:
+        _print_json({**error.as_dict(), **({"process": world.rank()} if world.is_connected() else {})})
+    colour = "yellow" if isinstance(error, Interrupted) else "red"
+    where = "" if world.is_main() else f"process {world.rank()}: "
+    console = TerminalProgress().console
+    console.print(f"[{colour}]{type(error).__name__}[/{colour}] {where}{escape(str(error))}")
+    return error.exit_code
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from loratune import world
 from loratune.data.render import Example
 from loratune.model.gguf import file_sha256
 from loratune.run import Record
@@ -87,5 +88,6 @@ def make_lock(
             "platform": platform.platform(),
             "processor": platform.machine(),
             "threads": torch.get_num_threads(),
+            "processes": world.size(),
         },
     }

@@ -4,6 +4,8 @@ plan        prepare, and tell
 train       prepare → run directory → weights and adapter → steps → adapter saved → base against tuned
 resume      what of that is left, after checking that nothing it depends on changed
 evaluate    base against tuned, of a finished run
+
+Of several processes (`world`) each goes this way until the last step is taken; then the first one saves and evaluates alone.
 """
 
 from __future__ import annotations
@@ -11,13 +13,14 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from peft import PeftModel
 
+from loratune import world
 from loratune.assessment import assess, memory_errors_told
 from loratune.data.preview import preview
 from loratune.data.steps import examples_of_largest_step, num_steps_per_epoch
@@ -32,10 +35,10 @@ from loratune.model.adapter import save_adapter
 from loratune.model.device import peak_bytes
 from loratune.model.load import load_config, positions_of
 from loratune.model.variants import has_changed_base
-from loratune.planning.devices import find_device
+from loratune.planning.cluster import find_machine
 from loratune.planning.memory import wants_rehearsal
 from loratune.planning.speed import StepProbe
-from loratune.preparation import Preparation, held_out_prompts, output_dir, prepare
+from loratune.preparation import Preparation, held_out_prompts, output_dir, prepare, prepare_together
 from loratune.progress import Progress, Silent
 from loratune.recipe import Recipe
 from loratune.reporting.card import write_card
@@ -48,6 +51,7 @@ from loratune.training.callbacks import RunCallback
 from loratune.training.checkpoint import latest_checkpoint, load_adapter_weights, remove_checkpoint, sync
 from loratune.training.held_out import Nll
 from loratune.training.loss import SupervisedLoss
+from loratune.training.sharing import check_same
 from loratune.training.stopping import StopRequest, stopping_in_order
 from loratune.training.trainer import FastTrainer, ReferenceTrainer, TrainerSetup, resume_state
 
@@ -58,6 +62,7 @@ PREVIEW_EXAMPLES = 5
 """Examples whose tokens are kept in the run directory."""
 
 _NOBODY = Silent()
+_NEXT, _EVALUATE = "checkpoint", "evaluate"
 _UNEVALUATED = "stopped before the evaluation was done; all steps are, and the adapter is saved"
 
 
@@ -67,7 +72,7 @@ class RunResult:
 
     Attributes:
         run: Its directory.
-        evaluation: `evaluation.json`, or None without held-out data.
+        evaluation: `evaluation.json`, or None without held-out data; None in all processes but the first.
     """
 
     run: RunDir
@@ -75,13 +80,21 @@ class RunResult:
 
 
 def plan(
-    recipe: Recipe, *, device: str | None = None, probe: bool = False, progress: Progress = _NOBODY
+    recipe: Recipe,
+    *,
+    device: str | None = None,
+    devices: str | None = None,
+    interconnect: Sequence[str] = (),
+    probe: bool = False,
+    progress: Progress = _NOBODY,
 ) -> Preparation:
     """What would be trained, and whether it fits. `.as_plan()` is the record.
 
     Args:
         recipe: What to do.
         device: A GPU of `loratune.planning.devices` to plan for; None for this machine.
+        devices: Several of them: `8xh100-80gb`, or `2x8xh100-80gb` for two nodes.
+        interconnect: What joins them, of `loratune.planning.interconnect`; empty for the usual.
         probe: Whether to run the longest step three times on the real weights, the one case in which they are loaded, and
             to promise what these took. Nothing is written.
         progress: Who is told how it goes.
@@ -90,9 +103,10 @@ def plan(
         RecipeError, DataError, MachineError: As `prepare`; or a device that is not here is to be probed.
         RunError: A step of the probe failed.
     """
-    if probe and device is not None:
-        raise RecipeError(f"--probe runs steps here, and --device {device} is not here", fix="leave one of them out")
-    prepared = prepare(recipe, progress, find_device(device) if device is not None else None, weights=probe)
+    named, cluster = find_machine(device, devices, interconnect)
+    if probe and named is not None:
+        raise RecipeError(f"--probe runs steps here, and {named.name} is not here", fix="leave one of them out")
+    prepared = prepare(recipe, progress, named, cluster=cluster, weights=probe)
     return prepared.with_probe(_probe(prepared, progress)) if probe else prepared
 
 
@@ -118,11 +132,18 @@ def train(
         Interrupted: The user stopped it; `resume` goes on.
         RunError: It failed while running.
     """
-    RunDir.check(output_dir(recipe), overwrite=overwrite)
-    prepared = prepare(recipe, progress)
+    world.start()
+    root = output_dir(recipe)
+    if _began_before(RunDir.at(root)):
+        return _go_on(RunDir.open(root), progress)
+    if world.is_main():
+        RunDir.check(root, overwrite=overwrite)
+    prepared = prepare_together(recipe, progress)
+    if not world.is_main():
+        return _run(prepared, RunDir.at(root), None, progress)
     if on_plan is not None:
         on_plan(prepared)
-    run = RunDir.create(output_dir(recipe), overwrite=overwrite)
+    run = RunDir.create(root, overwrite=overwrite)
     with run.exclusive():
         write_text(run.recipe, written if written is not None else recipe.to_yaml())
         write_json(run.data, prepared.data.report)
@@ -139,28 +160,58 @@ def resume(root: str | Path, *, progress: Progress = _NOBODY) -> RunResult:
         RecipeError: The run is finished, or its recipe, model, template or data changed since it began.
         RunError: All its checkpoints are damaged.
     """
+    world.start()
     run = RunDir.open(root)
+    if run.is_complete:
+        raise RecipeError("the run is finished", file=run.root, fix=f"`loratune evaluate {root}`, or train anew")
+    return _go_on(run, progress)
+
+
+def _began_before(run: RunDir) -> bool:
+    """Whether torchrun starts its processes again after one was killed, and the run is the one that they began."""
+    launch = world.launch()
+    return world.gather(bool(launch) and run.lock.is_file() and read_json(run.lock).get("launch") == launch)[0]
+
+
+def _go_on(run: RunDir, progress: Progress) -> RunResult:
+    lock = read_json(run.lock)
+    if "written" not in lock:
+        raise RecipeError("the run was begun by an earlier version, which kept too little to go on", file=run.lock)
+    world.gather(None)  # all have read what there is, before anything changes
     with run.exclusive():
-        run.clean()
-        if run.is_complete:
-            raise RecipeError("the run is finished", file=run.root, fix=f"`loratune evaluate {root}`, or train anew")
-        lock = read_json(run.lock)
-        if "written" not in lock:
-            raise RecipeError("the run was begun by an earlier version, which kept too little to go on", file=run.lock)
-        _refuse(changed_settings(lock["written"], _as_written(run)), run.recipe)
-        prepared = prepare(Recipe.parse(lock["recipe"], file=run.lock), progress)
+        if world.is_main():
+            run.clean()
+            _refuse(changed_settings(lock["written"], _as_written(run)), run.recipe)
+        prepared = prepare_together(Recipe.parse(lock["recipe"], file=run.lock), progress)
+        if not world.is_main():
+            return _follow(prepared, run, progress)
         _refuse(_changed_inputs(lock, prepared, run), run.lock)
         if run.is_finished:
+            world.publish(_NEXT, _EVALUATE)
+            world.stop()
             progress.line("all steps are done and the adapter is saved; going on with the evaluation")
             return _finish_trained(prepared, run, progress)
         checkpoint = _checkpoint_to_go_on_from(run, progress)
         step = resume_state(checkpoint) if checkpoint is not None else 0
         run.rewind_metrics(step)
+        world.publish(_NEXT, checkpoint.name if checkpoint is not None else "")
         if checkpoint is None:
             progress.line("there is no checkpoint yet: beginning again with the first step")
         else:
             progress.line(f"going on after step {step}")
         return _run(prepared, run, checkpoint, progress)
+
+
+def _follow(prepared: Preparation, run: RunDir, progress: Progress) -> RunResult:
+    """What the other processes do when the first one knows where to go on."""
+    name = world.read(_NEXT)
+    if name == _EVALUATE:
+        world.stop()
+        return RunResult(run=run, evaluation=None)
+    checkpoint = run.checkpoints / name if name else None
+    if checkpoint is not None and not checkpoint.is_dir():
+        raise RunError("the checkpoint is not on this machine", file=checkpoint, fix="a folder that all machines share")
+    return _run(prepared, run, checkpoint, progress)
 
 
 def _as_written(run: RunDir) -> Record:
@@ -270,6 +321,9 @@ def _run(prepared: Preparation, run: RunDir, checkpoint: Path | None, progress: 
     try:
         with memory_errors_told(run):
             tuned_nll = _train(prepared, run, model, loss, checkpoint, stop, progress)
+        world.stop()
+        if not world.is_main():
+            return RunResult(run=run, evaluation=None)
         if prepared.recipe.train.final_adapter == "best" and _take_best(run, model, prepared.num_steps, progress):
             tuned_nll = None
         _save(prepared, run, model)
@@ -327,13 +381,13 @@ def _load(
 ) -> tuple[PeftModel, SupervisedLoss]:
     """Base, fresh adapter, and the way to the loss."""
     base = load_base(prepared, progress)
-    if checkpoint is None and prepared.base.revision:
+    if checkpoint is None and prepared.base.revision and world.is_main():
         _write_lock(prepared, run)  # the weights of a hub model were not there before
     return adapt(prepared, base, progress)
 
 
 def _write_lock(prepared: Preparation, run: RunDir) -> None:
-    write_json(run.lock, {**prepared.as_lock(), "written": _as_written(run)})
+    write_json(run.lock, {**prepared.as_lock(), "written": _as_written(run), "launch": world.launch()})
 
 
 def _probe(prepared: Preparation, progress: Progress) -> StepProbe:
@@ -408,6 +462,7 @@ def _train(
         )
         trainer = FastTrainer(setup) if recipe.train.engine == "fast" else ReferenceTrainer(setup)
         callback.watch(trainer)
+        check_same(model)
         if checkpoint is not None and done == prepared.num_steps:
             trainer.restore(checkpoint)
             callback.evaluate_if_owed()
@@ -415,6 +470,7 @@ def _train(
             if isinstance(trainer, FastTrainer) and wants_rehearsal(prepared.memory, recipe.train.device):
                 trainer.rehearse()
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+        check_same(model)
     if callback.stopped_at is not None:
         raise stop.after(callback.stopped_at, prepared.num_steps, run)
     step, losses = trainer.last_evaluation

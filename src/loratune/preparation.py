@@ -4,32 +4,37 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loratune import world
 from loratune.data.batch import num_supervised
 from loratune.data.prepare import PreparedData, prepare_data
 from loratune.data.render import Example, Prompt, render_prompts, stop_token_ids
 from loratune.data.steps import num_steps
 from loratune.data.stream import MANY_ROWS, can_stream, open_tables, stream_data
 from loratune.early_checks import check_disk, check_output, check_prompts, check_trackers, check_vocabulary
-from loratune.errors import MachineError, RecipeError
+from loratune.errors import MachineError, RecipeError, RunError
 from loratune.evaluation.scoring import check_references
 from loratune.lock import examples_fingerprint, make_lock, model_fingerprint, text_fingerprint
 from loratune.model.device import Choice, check_fp8, choose_device, choose_dtype, no_fp8
 from loratune.model.gguf import cache_dir
 from loratune.model.load import BaseModel, load_config, load_tokenizer, locate_model, positions_of
+from loratune.model.stops import generation_stops
 from loratune.model.targets import describe_targets, resolve_targets, target_notes
 from loratune.model.variants import check_variant, variant_notes
 from loratune.model.weights import bytes_to_convert, check_stored, check_weights
 from loratune.planning.advice import Advice, Facts, give_advice
+from loratune.planning.cluster import Cluster
 from loratune.planning.compatibility import unknown_to_gguf
 from loratune.planning.cost import Place, run_flops, run_memory
 from loratune.planning.devices import Device
 from loratune.planning.estimate import Estimate, estimate
-from loratune.planning.memory import MemoryPlan, resident_bytes
+from loratune.planning.memory import MemoryPlan, free_bytes, resident_bytes
 from loratune.planning.parameters import ParameterCount, count_parameters, skeleton
-from loratune.planning.presets import PresetCount, count_presets
+from loratune.planning.presets import PresetCount, PresetPlan, count_presets
+from loratune.planning.scaling import Scaling, scale, strategy_for
 from loratune.planning.speed import StepProbe, TimePlan, with_probe
 from loratune.progress import Progress
 from loratune.recipe import Recipe
@@ -40,37 +45,6 @@ if TYPE_CHECKING:
 
 NO_LIMIT = 2**31
 """Stands for no limit of an example's tokens."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PresetPlan:
-    """One target preset: exact counts, and what it would take.
-
-    Attributes:
-        count: What it would train.
-        peak_bytes: Of memory; None where it does not fit the machine, or the preset not the model.
-        train_seconds: Of all optimizer steps; None where the preset does not fit the model.
-    """
-
-    count: PresetCount
-    peak_bytes: int | None
-    train_seconds: float | None
-
-    def scaled(self, factor: float) -> PresetPlan:
-        """The same at another speed."""
-        return replace(self, train_seconds=self.train_seconds and self.train_seconds * factor)
-
-    def as_record(self) -> Record:
-        """For `plan.json`."""
-        parameters = self.count.parameters
-        return {
-            "targets": self.count.targets_in_words,
-            "trainable": parameters and parameters.trainable,
-            "share": parameters and parameters.trainable / parameters.total,
-            "adapter_bytes": parameters and parameters.adapter_bytes,
-            "peak_bytes": self.peak_bytes,
-            "train_seconds": self.train_seconds,
-        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +69,7 @@ class Preparation:
         warnings: What the user should read before starting.
         advice: What an expert would change.
         device: The named device that the plan is for; None for this machine.
+        scaling: The run on more and more devices; None where the plan is for one.
         probe: What real steps took; None where none were run.
     """
 
@@ -115,6 +90,7 @@ class Preparation:
     warnings: tuple[str, ...]
     advice: tuple[Advice, ...]
     device: Device | None
+    scaling: Scaling | None = None
     probe: StepProbe | None = None
 
     def with_probe(self, probe: StepProbe) -> Preparation:
@@ -170,6 +146,7 @@ class Preparation:
             },
             "warnings": list(self.warnings),
             "advice": [advice.as_record() for advice in self.advice],
+            "num_processes": world.size(),
             "device": self.device
             and {
                 "name": self.device.name,
@@ -178,6 +155,7 @@ class Preparation:
                 "source": self.device.source,
                 "is_estimate": True,
             },
+            "scaling": self.scaling and self.scaling.as_record(),
         }
 
     def as_lock(self) -> Record:
@@ -200,13 +178,21 @@ class Preparation:
         )
 
 
-def prepare(recipe: Recipe, progress: Progress, device: Device | None = None, *, weights: bool = True) -> Preparation:
+def prepare(
+    recipe: Recipe,
+    progress: Progress,
+    device: Device | None = None,
+    *,
+    cluster: Cluster | None = None,
+    weights: bool = True,
+) -> Preparation:
     """Find out everything that can be known before the weights load.
 
     Args:
         recipe: What to do.
         progress: Who is told how it goes.
         device: Plan for this device in place of this machine's own.
+        cluster: Plan for several of that device.
         weights: Whether they will be loaded; where not, a GGUF file's header is enough.
 
     Raises:
@@ -239,7 +225,8 @@ def prepare(recipe: Recipe, progress: Progress, device: Device | None = None, *,
     dtype = _dtype(recipe, where.value, device)
     resident = resident_bytes()  # before the probes
     text_config = config.get_text_config()
-    estimated = estimate(
+    estimate_at = partial(
+        estimate,
         recipe,
         text_config,
         model,
@@ -248,18 +235,19 @@ def prepare(recipe: Recipe, progress: Progress, device: Device | None = None, *,
         data=data,
         prompts=prompts,
         longest_answer=_longest_answer(prompts, tokenizer),
-        place=Place(
-            device=where.value,
-            dtype=dtype.value,
-            compiled=False,
-            stored_bytes=bytes_to_convert(
-                base.path, dtype.value, stored=base.stored, num_parameters=parameters.total - parameters.trainable
-            ),
-            resident_bytes=resident,
-            free_bytes=None if device is None else device.memory_bytes,
-        ),
         device=device,
     )
+    place = Place(
+        device=where.value,
+        dtype=dtype.value,
+        compiled=False,
+        stored_bytes=bytes_to_convert(
+            base.path, dtype.value, stored=base.stored, num_parameters=parameters.total - parameters.trainable
+        ),
+        resident_bytes=resident,
+        free_bytes=_free_bytes(where.value) if device is None else device.memory_bytes,
+    )
+    _, estimated = strategy_for(cluster, place, estimate_at)
     memory = estimated.memory
     choices = {
         "train.device": where,
@@ -297,10 +285,47 @@ def prepare(recipe: Recipe, progress: Progress, device: Device | None = None, *,
             *_device_notes(device, dtype.value),
         ),
         advice=give_advice(
-            _facts(effective, base, tokenizer, model, targets, data, trainable=parameters.trainable, steps=steps)
+            replace(
+                _facts(effective, base, tokenizer, model, targets, data, trainable=parameters.trainable, steps=steps),
+                num_devices=1 if cluster is None else cluster.size,
+            )
         ),
         device=device,
+        scaling=None
+        if cluster is None
+        else scale(cluster, recipe, text_config, parameters, data=data, place=place, estimate_at=estimate_at),
     )
+
+
+def prepare_together(recipe: Recipe, progress: Progress) -> Preparation:
+    """`prepare` by all processes of a run: what `auto` becomes is what the first one finds, and its prepared examples are in the
+    cache when the others ask for them.
+
+    Raises:
+        RunError: The processes do not see the same data.
+        LoratuneError: As `prepare`.
+    """
+    if world.size() == 1:
+        return prepare(recipe, progress)
+    if recipe.train.engine == "trl":
+        raise RecipeError("train.engine is trl, which trains in one process here", fix="train.engine=fast")
+    if world.is_main():
+        prepared = prepare(recipe, progress)
+        world.publish("recipe", prepared.recipe.model_dump_json())
+    else:
+        prepared = prepare(Recipe.parse(json.loads(world.read("recipe"))), progress)
+    seen = world.gather([examples_fingerprint(examples) for examples in (prepared.data.train, prepared.data.eval)])
+    if seen[world.rank()] != seen[0]:
+        raise RunError(
+            f"process {world.rank()} does not see the same examples as process 0",
+            fix="the same files, at the same paths, on all machines",
+        )
+    return prepared
+
+
+def _free_bytes(device: str) -> int | None:
+    """Of the processes that share a machine's memory, the share of one; each has a GPU of its own."""
+    return None if world.local_size() == 1 or device != "cpu" else free_bytes(device) // world.local_size()
 
 
 def _facts(
@@ -326,7 +351,7 @@ def _facts(
         architecture=type(model).__name__,
         unknown_to_gguf=unknown_to_gguf(targets),
         stop_token=_stop_token(tokenizer, data),
-        generation_stops=_generation_stops(base, model.config.get_text_config(), tokenizer),
+        generation_stops=generation_stops(base, model.config.get_text_config(), tokenizer),
         prompt_check=data.report["prompts"],
     )
 
@@ -458,16 +483,6 @@ def _stop_token(tokenizer: PreTrainedTokenizerBase, data: PreparedData) -> str:
     if data.report["train"]["format"] == "text":
         return ""
     return str(tokenizer.convert_ids_to_tokens(stop_token_ids(tokenizer)[0]))
-
-
-def _generation_stops(base: BaseModel, config: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
-    """The tokens at which servers stop for this model."""
-    ids = config.eos_token_id
-    file = base.path / "generation_config.json"
-    if file.is_file():
-        ids = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id", ids)
-    ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
-    return tuple(map(str, tokenizer.convert_ids_to_tokens(ids)))
 
 
 def _check_quantization(recipe: Recipe, where: str, device: Device | None) -> None:

@@ -4,17 +4,75 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.console import Console
 from rich.markup import escape
 
+from loratune.errors import MachineError
 from loratune.terminal import SafeConsole
 
 if TYPE_CHECKING:
     from loratune.certified import Delivery
     from loratune.pipeline import RunResult
+    from loratune.preparation import Preparation
     from loratune.publication import Publication
+    from loratune.run import Record
     from loratune.serving import Service
+
+
+def show_plan(prepared: Preparation, record: Record, console: Console, samples: int, *, whole: bool) -> None:
+    """Print what would be trained; `whole` with the tables of modules, presets and data."""
+    from loratune.data.preview import preview
+    from loratune.reporting import plan_view
+
+    recipe = prepared.recipe
+    shown = {
+        **record,
+        "recipe": {
+            "batch_size": recipe.train.batch_size,
+            "epochs": recipe.train.epochs,
+            "output_dir": recipe.train.output_dir,
+            "r": recipe.lora.r,
+        },
+    }
+    console.print(plan_view.summary_table(shown, model=f"{recipe.model.name} → {prepared.base.path}"))
+    if whole:
+        console.print(
+            plan_view.memory_table(shown), plan_view.modules_table(shown), plan_view.presets_table(shown), sep="\n"
+        )
+        if record["scaling"]:
+            console.print(*plan_view.scaling_tables(shown), sep="\n")
+            for line in plan_view.scaling_lines(shown):
+                console.print(line, soft_wrap=True)
+        console.print(plan_view.data_table(prepared.data.report))
+    for note in plan_view.notes(shown):
+        console.print(note, soft_wrap=True)
+    if samples:
+        console.print(preview(prepared.data.train, prepared.tokenizer, samples))
+
+
+def add_cost(record: Record, price_per_hour: float) -> None:
+    """What the run costs; on several devices, each number of them, at so much an hour and device."""
+    if record["scaling"]:
+        for row in record["scaling"]["rows"]:
+            row["cost"] = row["total_seconds"] / 3600 * row["devices"] * price_per_hour
+        cost = record["scaling"]["rows"][-1]["cost"]
+    else:
+        cost = record["time"]["total_seconds"] / 3600 * price_per_hour
+    record["cost"] = {"price_per_hour": price_per_hour, "cost": cost}
+
+
+def write_page(path: Path, prepared: Preparation, samples: int) -> None:
+    """Write the examples, token by token, as one HTML page."""
+    from loratune.data.preview import preview
+
+    page = preview(prepared.data.train, prepared.tokenizer, samples).html(title=prepared.recipe.model.name)
+    try:
+        path.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise MachineError(f"cannot write: {error.strerror}", file=path, fix="another --html FILE") from None
 
 
 def show_result(result: RunResult, as_json: bool) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from loratune import world
 from loratune.errors import RecipeError, RunError
 from loratune.lock import differences, versions
 from loratune.model.gguf import file_sha256
@@ -132,7 +133,8 @@ def _largest_difference(one: Mapping[str, torch.Tensor], other: Mapping[str, tor
 
 def _other_circumstances(lock: Record) -> list[str]:
     """What is no input and still can change the last bits."""
-    now = {**versions(), "threads": torch.get_num_threads()}
-    before = {**lock["versions"], "threads": lock["machine"].get("threads")}
+    now = {**versions(), "threads": torch.get_num_threads(), "processes": world.size()}
+    machine = lock["machine"]
+    before = {**lock["versions"], "threads": machine.get("threads"), "processes": machine.get("processes", 1)}
     changed = [f"{name} {before[name]} → {now.get(name)}" for name in before if before[name] != now.get(name)]
     return [f"not as in the run, the last bits may differ: {', '.join(changed)}"] if changed else []

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from loratune import world
 from loratune.errors import MachineError, RecipeError, RunError
 
 Record = dict[str, Any]
@@ -127,13 +128,18 @@ class RunDir:
         return names <= early and not any(self.checkpoints.glob("*"))
 
     @classmethod
+    def at(cls, root: str | Path) -> RunDir:
+        """The run in a folder, which may not be there yet."""
+        return cls(Path(root).expanduser().resolve())
+
+    @classmethod
     def open(cls, root: str | Path) -> RunDir:
         """An existing run.
 
         Raises:
             RecipeError: The folder is no run directory.
         """
-        run = cls(Path(root).expanduser().resolve())
+        run = cls.at(root)
         if not run.lock.is_file():
             raise RecipeError(
                 f"{run.root} is no run directory: it has no lock.json",
@@ -155,7 +161,7 @@ class RunDir:
         Raises:
             RecipeError: The folder holds something already, and `overwrite` is false or it is not a run.
         """
-        run = cls(Path(root).expanduser().resolve())
+        run = cls.at(root)
         if not run.root.exists() or (run.root.is_dir() and not any(run.root.iterdir())):
             return run
         other = "train.output_dir=… for another place"
@@ -199,12 +205,16 @@ class RunDir:
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Keep every other process out of this run, as long as the context lasts and this process lives.
+        """Keep other commands out of this run, as long as the context lasts and this process lives. Of several processes of a
+        run the first does so for all.
 
         Raises:
             RecipeError: Another process has it.
             MachineError: The folder cannot be written.
         """
+        if not world.is_main():
+            yield
+            return
         with cannot_write(self.root):
             stream = (self.root / _IN_USE).open("a+")
         with stream:
@@ -224,11 +234,13 @@ class RunDir:
             yield
 
     def append_metrics(self, record: Record) -> None:
-        """Add a line to `metrics.jsonl`.
+        """Add a line to `metrics.jsonl`. Of several processes the first one does; all know the same.
 
         Raises:
             MachineError: It cannot be written.
         """
+        if not world.is_main():
+            return
         with cannot_write(self.metrics), self.metrics.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(record) + "\n")
 

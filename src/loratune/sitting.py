@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+from loratune import world
 from loratune.model.device import peak_bytes
 from loratune.run import Record, RunDir, read_json, write_json
 
@@ -12,16 +13,19 @@ class Sitting:
     """The time from one start of the process to its end, and its memory; a run has several when it was stopped.
 
     What earlier ones came to stands in `plan.json` under `so_far`, until `measured` replaces it. A sitting that was killed
-    could not write its own; its steps count all the same, their times are in `metrics.jsonl`.
+    could not write its own; its steps count all the same, their times are in `metrics.jsonl`. Of several processes it is the
+    first one's.
     """
 
     def __init__(self, run: RunDir, device: str) -> None:
         self._run, self._device = run, device
         self._started = time.perf_counter()
-        self._before = read_json(run.plan).get("so_far", {})
+        self._before = read_json(run.plan).get("so_far", {}) if world.is_main() else {}
 
     def note(self) -> None:
         """Write down what there is until now."""
+        if not world.is_main():
+            return
         record = read_json(self._run.plan)
         record["so_far"] = self._so_far()
         write_json(self._run.plan, record)

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loratune.data.steps import EpochPlan, epoch_order, largest_step, num_steps_per_epoch, pack
+from loratune.data.steps import EpochPlan, deal, epoch_order, num_steps_per_epoch, pack, step_tokens
 
 lengths_of_examples = st.lists(st.integers(1, 400), min_size=1, max_size=60)
 
@@ -69,14 +69,29 @@ def test_the_last_step_takes_what_is_left() -> None:
         plan[3]
 
 
-def test_the_largest_step_is_the_largest_of_the_plan() -> None:
+def test_the_tokens_of_the_steps_are_those_of_the_plan() -> None:
     lengths = [(7 * i) % 31 + 1 for i in range(53)]
     plan = plan_of(lengths)
     sums = [sum(lengths[i] for i in plan[step].examples) for step in range(len(plan))]
-    assert largest_step(lengths, batch_size=8, seed=1) == max(sums)
+    assert step_tokens(lengths, batch_size=8, seed=1).tolist() == sums
+
+
+@given(lengths_of_examples, st.integers(1, 1000), st.integers(2, 5))
+def test_ranks_differ_by_no_more_than_one_example(lengths: list[int], budget: int, world_size: int) -> None:
+    ranks = deal(dict(enumerate(lengths)), budget, world_size)
+    batches = [chosen for rank in ranks for chosen in rank]
+    assert sorted(i for chosen in batches for i in chosen) == list(range(len(lengths)))
+    assert all(sum(lengths[i] for i in chosen) <= budget or len(chosen) == 1 for chosen in batches if chosen)
+    tokens = [sum(lengths[i] for chosen in rank for i in chosen) for rank in ranks]
+    assert max(tokens) - min(tokens) <= max(lengths, default=0)
 
 
 def test_tokens_are_balanced_over_ranks() -> None:
     plan = plan_of([100, 200, 300, 400] * 8, batch_size=32, budget=800, world_size=2)
     first, second = (sum(plan.lengths[i] for batch in rank for i in batch) for rank in plan[0].ranks)
-    assert abs(first - second) <= 0.1 * (first + second)
+    assert first == second
+
+
+def test_a_step_that_is_a_little_more_than_the_budget_is_shared_evenly() -> None:
+    first, second = deal(dict.fromkeys(range(24), 100), 2000, 2)
+    assert [len(chosen) for chosen in first] == [len(chosen) for chosen in second] == [12]

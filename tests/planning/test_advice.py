@@ -62,6 +62,7 @@ def test_a_run_that_needs_no_advice_gets_none() -> None:
         (facts({"lora.alpha": 512}), "lora.alpha", "far faster"),
         (facts({"train.warmup_fraction": 0.0, "train.learning_rate": 1e-3}), "train.warmup_fraction", "at 0.001"),
         (facts({"train.warmup_fraction": 0.0}, num_steps=1500), "train.warmup_fraction", "without warm-up"),
+        (facts(num_devices=24), "train.batch_size", "feeds 16 of 24 devices and 8 wait at every step; 24 is the least"),
         (facts(num_examples=20), "data.train", "20 are few"),
         (facts({"train.batch_size": 256}, num_steps=12), "train.batch_size", "12 steps are few"),
         (facts({"train.batch_size": 256}), "train.batch_size", "batch sizes such as 256"),

@@ -16,6 +16,7 @@ RATES = Rates(train=1.0, forward=0.25, decode=2.0, head_train=10.0, head_forward
 def timed(*, compile_seconds: float | None = None, **changes: int) -> TimePlan:
     amounts = {
         "num_layers": 5,
+        "num_recomputed": 0,
         "tokens": 100,
         "supervised": 10,
         "held_out_tokens": 40,
@@ -41,6 +42,10 @@ def test_seconds_are_those_of_layers_and_head() -> None:
     assert made.evaluate_seconds == 3 * (40 * 5 / 4 + 4 * 4) + 2 * 8 * 5 / 4 + 6 * (5 * 2 + 3)
     assert made.total_seconds > made.train_seconds + made.evaluate_seconds
     assert timed(evaluations=0, prompt_tokens=0, decode_steps=0).evaluate_seconds == 0
+
+
+def test_recomputed_layers_take_another_forward() -> None:
+    assert timed(num_recomputed=2).train_seconds == timed().train_seconds + 100 * 2 * 0.25
 
 
 def test_compiling_costs_its_seconds_and_saves_its_share() -> None:

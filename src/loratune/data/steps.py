@@ -9,6 +9,7 @@ is indexing with k.
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -94,19 +95,17 @@ def occasions(every: str | float, *, steps: int, epochs: float, at_end: bool = T
     return steps // interval + (at_end and steps % interval != 0)
 
 
-def largest_step(lengths: Sequence[int], *, batch_size: int, seed: int) -> int:
-    """Tokens of the largest step of the first epoch."""
+def step_tokens(lengths: Sequence[int], *, batch_size: int, seed: int) -> np.ndarray:
+    """Tokens of each step of the first epoch, int64 [steps]."""
     shuffled = np.asarray(lengths)[epoch_order(len(lengths), seed=seed, epoch=0)]
-    return int(np.add.reduceat(shuffled, np.arange(0, len(lengths), batch_size)).max())
+    tokens: np.ndarray = np.add.reduceat(shuffled, np.arange(0, len(lengths), batch_size))
+    return tokens
 
 
 def examples_of_largest_step(lengths: Sequence[int], *, batch_size: int, seed: int) -> list[int]:
     """The numbers of the examples of that step."""
-    order = epoch_order(len(lengths), seed=seed, epoch=0)
-    starts = np.arange(0, len(lengths), batch_size)
-    start = int(starts[np.add.reduceat(np.asarray(lengths)[order], starts).argmax()])
-    chosen: list[int] = order[start : start + batch_size].tolist()
-    return chosen
+    largest = int(step_tokens(lengths, batch_size=batch_size, seed=seed).argmax())
+    return list(step_examples(len(lengths), batch_size=batch_size, seed=seed, epoch=0, index=largest))
 
 
 @lru_cache(maxsize=2)
@@ -142,7 +141,7 @@ def deal(lengths: Mapping[int, int], token_budget: int, world_size: int = 1) -> 
     Args:
         lengths: Example number → its tokens.
         token_budget: Tokens per micro-batch.
-        world_size: Number of ranks. The heaviest micro-batches are dealt first, back and forth, so that tokens balance.
+        world_size: Number of ranks. A step takes as long as its slowest rank, so their tokens are kept alike.
 
     Returns:
         rank → micro-batch → example numbers.
@@ -150,18 +149,31 @@ def deal(lengths: Mapping[int, int], token_budget: int, world_size: int = 1) -> 
     bins = pack(list(lengths.items()), token_budget)
     if world_size == 1:
         return (tuple(bins),)
-    while len(bins) % world_size:
-        splittable = [chosen for chosen in bins if len(chosen) > 1]
-        if not splittable:
-            bins.append(())
-            continue
-        heaviest = max(splittable, key=lambda chosen: sum(lengths[i] for i in chosen))
-        bins.remove(heaviest)
-        bins += [heaviest[::2], heaviest[1::2]]
-    bins.sort(key=lambda chosen: -sum(lengths[i] for i in chosen))
+    bins = _spread(lengths, token_budget, multiple=world_size, at_least=len(bins))
     ranks: list[list[tuple[int, ...]]] = [[] for _ in range(world_size)]
-    for start in range(0, len(bins), world_size):
-        row = bins[start : start + world_size]
-        for rank, chosen in enumerate(row if (start // world_size) % 2 == 0 else reversed(row)):
+    tokens = [0] * world_size
+    for start in range(0, len(bins), world_size):  # the heaviest of each row goes to the rank that has the least
+        lightest = sorted(range(world_size), key=tokens.__getitem__)
+        for rank, chosen in zip(lightest, bins[start : start + world_size], strict=True):
             ranks[rank].append(chosen)
+            tokens[rank] += sum(lengths[i] for i in chosen)
     return tuple(tuple(rank) for rank in ranks)
+
+
+def _spread(lengths: Mapping[int, int], token_budget: int, *, multiple: int, at_least: int) -> list[tuple[int, ...]]:
+    """The same examples in micro-batches that are as alike as the longest-first rule makes them, the heaviest first: each example
+    goes to the lightest one (Graham 1969, SIAM J. Appl. Math. 17(2)). The fewest that keep the budget, in multiples of the ranks."""
+    longest_first = sorted(lengths, key=lambda i: (-lengths[i], i))
+    count = -(-at_least // multiple) * multiple
+    while True:
+        bins: list[list[int]] = [[] for _ in range(count)]
+        heap = [(0, number) for number in range(count)]
+        for example in longest_first:
+            tokens, number = heap[0]
+            if bins[number] and tokens + lengths[example] > token_budget:
+                break
+            bins[number].append(example)
+            heapq.heapreplace(heap, (tokens + lengths[example], number))
+        else:
+            return sorted(map(tuple, bins), key=lambda chosen: -sum(lengths[i] for i in chosen))
+        count += multiple

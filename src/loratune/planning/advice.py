@@ -53,6 +53,7 @@ class Facts:
         recipe: With every `auto` resolved.
         num_examples: Of the training data.
         num_steps: Optimizer steps of the run.
+        num_devices: That the plan is for.
         num_supervised_tokens: Of one epoch.
         num_cut: Examples whose answers `max_length` cut.
         trainable: Parameters of the adapter.
@@ -72,6 +73,7 @@ class Facts:
     trainable: int
     feed_forward: bool | None
     architecture: str
+    num_devices: int = 1
     unknown_to_gguf: Sequence[str] = ()
     stop_token: str = ""
     generation_stops: Sequence[str] = ()
@@ -201,6 +203,17 @@ def _warmup(facts: Facts) -> Iterator[Advice]:
         )
 
 
+def _idle_devices(facts: Facts) -> Iterator[Advice]:
+    size, devices = facts.recipe.train.batch_size, facts.num_devices
+    if size < devices:
+        yield Advice(
+            about="train.batch_size",
+            text=f"train.batch_size={devices}, or {size} devices",
+            reason=f"a step of {size} examples feeds {size} of {devices} devices and {devices - size} wait at every step; "
+            f"{devices} is the least that feeds them all, and it is another run: fewer and larger steps",
+        )
+
+
 def _num_steps(facts: Facts) -> Iterator[Advice]:
     train = facts.recipe.train
     if facts.num_examples < 50:
@@ -303,6 +316,7 @@ _RULES: tuple[Callable[[Facts], Iterator[Advice]], ...] = (
     _capacity,
     _scale,
     _warmup,
+    _idle_devices,
     _num_steps,
     _cadence,
     _serving,

@@ -9,7 +9,7 @@ from typing import Any
 from loratune.data.batch import num_supervised
 from loratune.data.prepare import PreparedData
 from loratune.data.render import Prompt
-from loratune.data.steps import largest_step, num_steps, occasions
+from loratune.data.steps import num_steps, occasions, step_tokens
 from loratune.kernels.cross_entropy import chunk_rows
 from loratune.model.device import torch_dtype
 from loratune.planning.adapter_memory import variant_bytes
@@ -30,6 +30,7 @@ class Place:
         stored_bytes: Of the weights' files where they must be converted to be loaded.
         resident_bytes: Of this process, with libraries and data.
         free_bytes: Of a device that is not here; None for what is free on this machine.
+        shards: Ranks that the frozen base is sharded over; 1 where each holds all of it.
     """
 
     device: str
@@ -38,6 +39,7 @@ class Place:
     stored_bytes: int = 0
     resident_bytes: int = 0
     free_bytes: int | None = None
+    shards: int = 1
 
 
 def run_work(recipe: Recipe, data: PreparedData, prompts: Sequence[Prompt]) -> Work:
@@ -45,9 +47,11 @@ def run_work(recipe: Recipe, data: PreparedData, prompts: Sequence[Prompt]) -> W
     lengths = [len(example.input_ids) for example in data.train]
     if data.stream is not None:
         lengths = [int(data.report["max_length"])] * recipe.train.batch_size
+    steps = step_tokens(lengths, batch_size=recipe.train.batch_size, seed=recipe.train.seed)
     return Work(
         longest=max(lengths),
-        largest_step=largest_step(lengths, batch_size=recipe.train.batch_size, seed=recipe.train.seed),
+        largest_step=int(steps.max()),
+        num_sizes=len(set(steps.tolist())) if data.stream is None else data.num_examples,
         held_out=max((len(example.input_ids) for example in data.eval), default=0),
         prompt=max((len(prompt.input_ids) for prompt in prompts), default=0),
         num_prompts=len(prompts),
@@ -72,7 +76,7 @@ def run_memory(recipe: Recipe, config: Any, parameters: ParameterCount, work: Wo
     dtype_bytes = torch_dtype(place.dtype).itemsize
     matrices = [count.matrix for count in parameters.per_module]
     return plan_memory(
-        total_parameters=parameters.total,
+        total_parameters=parameters.trainable + held_parameters(config, parameters, place.shards),
         trainable_parameters=parameters.trainable,
         stored_bytes=place.stored_bytes,
         layer=layer_bytes(
@@ -96,6 +100,26 @@ def run_memory(recipe: Recipe, config: Any, parameters: ParameterCount, work: Wo
         free=place.free_bytes,
         variant_bytes=variant_bytes(matrices, recipe.lora, dtype_bytes),
     )
+
+
+def held_parameters(config: Any, parameters: ParameterCount, shards: int) -> int:
+    """Frozen parameters that a rank holds at the peak, of a base that is sharded layer by layer.
+
+    Its shard of all; embeddings and head, which FSDP2's outermost module gathers once and keeps until the backward is done; and
+    two layers, the one that computes and the one that is gathered meanwhile (PyTorch's notes on FSDP,
+    docs.pytorch.org/docs/stable/notes/fsdp.html; `torch.distributed.fsdp.fully_shard`, `reshard_after_forward`).
+    """
+    frozen = parameters.total - parameters.trainable
+    if shards == 1:
+        return frozen
+    layer, outside = sharded_parameters(config, parameters)
+    return min(frozen, -(-frozen // shards) + outside + 2 * layer)
+
+
+def sharded_parameters(config: Any, parameters: ParameterCount) -> tuple[int, int]:
+    """Frozen parameters of one decoder layer, and of what lies outside of the layers."""
+    outside = config.vocab_size * config.hidden_size * (1 if getattr(config, "tie_word_embeddings", False) else 2)
+    return (parameters.total - parameters.trainable - outside) // int(config.num_hidden_layers), outside
 
 
 def run_amounts(
@@ -126,6 +150,7 @@ def run_amounts(
     batches = -(-len(prompts) // num_answers(prompts, memory, section.max_new_tokens))
     return Amounts(
         num_layers=config.num_hidden_layers,
+        num_recomputed=memory.num_recomputed,
         tokens=epochs * data.scale * sum(len(example.input_ids) for example in data.train),
         supervised=epochs * data.scale * sum(num_supervised(example) for example in data.train),
         held_out_tokens=sum(len(example.input_ids) for example in data.eval),

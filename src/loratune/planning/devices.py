@@ -18,6 +18,7 @@ class Device:
         bf16_flops_per_second: Dense peak of bfloat16 products that add up in float32, without sparsity.
         source: The maker's document.
         has_fp8: Whether it multiplies fp8 with a scale for each row: Hopper and later.
+        link: What usually joins several of them in a node, of `loratune.planning.interconnect`.
     """
 
     name: str
@@ -25,15 +26,17 @@ class Device:
     bf16_flops_per_second: float
     source: str
     has_fp8: bool
+    link: str
 
 
-def _device(name: str, gigabytes: int, teraflops: float, source: str, *, has_fp8: bool = False) -> Device:
+def _device(name: str, gigabytes: int, teraflops: float, source: str, *, link: str, has_fp8: bool = False) -> Device:
     return Device(
         name=name,
         memory_bytes=gigabytes * 10**9,
         bf16_flops_per_second=teraflops * 1e12,
         source=f"NVIDIA, {source}",
         has_fp8=has_fp8,
+        link=link,
     )
 
 
@@ -46,25 +49,32 @@ DEVICES = {
     device.name: device
     for device in (
         _device(
-            "b200", 180, 2250, "DGX B200 datasheet (an eighth of it, half of the figure with sparsity)", has_fp8=True
+            "b200",
+            180,
+            2250,
+            "DGX B200 datasheet (an eighth of it, half of the figure with sparsity)",
+            link="nvlink5",
+            has_fp8=True,
         ),
-        _device("h200", 141, 989, "H200 datasheet (half of the figure with sparsity)", has_fp8=True),
-        _device("h100-80gb", 80, 989, _HOPPER, has_fp8=True),
-        _device("h100-pcie", 80, 756, _HOPPER, has_fp8=True),
-        _device("a100-80gb", 80, 312, _AMPERE),
-        _device("a100-40gb", 40, 312, _AMPERE),
-        _device("l40s", 48, 362, "L40S datasheet"),
-        _device("l4", 24, 121, "L4 datasheet (half of the figure with sparsity)"),
-        _device("a10", 24, 125, "A10 datasheet"),
-        _device("rtx5090", 32, 209.5, "RTX Blackwell GPU Architecture whitepaper, appendix A", has_fp8=True),
-        _device("rtx4090", 24, 165.2, _ADA),
-        _device("rtx3090", 24, 71, _GA102),
+        _device("h200", 141, 989, "H200 datasheet (half of the figure with sparsity)", link="nvlink4", has_fp8=True),
+        _device("h100-80gb", 80, 989, _HOPPER, link="nvlink4", has_fp8=True),
+        _device("h100-pcie", 80, 756, _HOPPER, link="pcie5", has_fp8=True),
+        _device("a100-80gb", 80, 312, _AMPERE, link="nvlink3"),
+        _device("a100-40gb", 40, 312, _AMPERE, link="nvlink3"),
+        _device("l40s", 48, 362, "L40S datasheet", link="pcie4"),
+        _device("l4", 24, 121, "L4 datasheet (half of the figure with sparsity)", link="pcie4"),
+        _device("a10", 24, 125, "A10 datasheet", link="pcie4"),
+        _device(
+            "rtx5090", 32, 209.5, "RTX Blackwell GPU Architecture whitepaper, appendix A", link="pcie5", has_fp8=True
+        ),
+        _device("rtx4090", 24, 165.2, _ADA, link="pcie4"),
+        _device("rtx3090", 24, 71, _GA102, link="pcie4"),
     )
 }
 
 
-def find_device(name: str) -> Device:
-    """The device of this name.
+def find_device(name: str, *, option: str = "--device") -> Device:
+    """The device of this name, which `option` gave.
 
     Raises:
         RecipeError: It is not in the table.
@@ -74,4 +84,4 @@ def find_device(name: str) -> Device:
         return DEVICES[known]
     near = difflib.get_close_matches(known, DEVICES, n=2, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
-    raise RecipeError(f"--device {name} is not known", fix=f"{hint}known are {', '.join(DEVICES)}")
+    raise RecipeError(f"{option} {name} is not known", fix=f"{hint}known are {', '.join(DEVICES)}")

@@ -11,7 +11,7 @@ The terms, for a model with LoRA:
     evaluation   takes the place of activations and working: one layer without gradients, chunks of logits, the cache of keys
                  and values of generation
     loading      beside the weights: the file's own bytes, where they are of another type
-    allocator    the holes in its heap: a share of the activations
+    allocator    the holes in its heap: a share of the activations, and what products of many sizes leave behind
     process      Python, torch and the libraries themselves, and the data; a GPU's context
 
     peak = weights + process + max(loading, variant + adapter + optimizer + max(activations + working, evaluation) + allocator)
@@ -47,11 +47,19 @@ RUNNING_BYTES = 40 * 2**20
 COMPILER_BYTES = 105 * 2**20
 """What stays of compiling in the process: 384 → 482 MiB of its own, after the first step, eager and compiled."""
 
-HEAP_SHARE = {"narrow": 0.6, "float32": 0.15, "compiled": 0.05}
+HEAP_SHARE = {"narrow": 0.3, "float32": 0.15, "compiled": 0.05}
 """What glibc's heap adds to the activations on a CPU. Tensors of many sizes come and go in it, those of 2 MiB and more aligned to
-that for large pages, and it does not shrink; it stops growing after two to four steps. Eager steps in 16 bits mix most sizes, since
-norms compute in float32: 0.67, 0.35 and 0.82 for SmolLM2-135M at 496, 992 and 1,984 tokens, 0.51 and 0.39 for models of 360 and
-494 million at 1,000. In float32 0.15. Compiled layers have few temporaries: 0.08 for SmolLM2-135M, none for Qwen2-1.5B."""
+that for large pages, and it does not shrink. Eager steps in 16 bits mix most sizes, since norms compute in float32."""
+
+HEAP_BYTES = 100 * 2**20
+"""What it adds in eager 16-bit steps whatever their size."""
+
+PREPARED_BYTES = 270 * 2**20
+"""What oneDNN's caches of prepared 16-bit products add, and the holes that come with them, once they are full: on the quickstart,
+whose steps are all of different sizes, the process grew by that until the 28th step."""
+
+FULL_SIZES = 28
+"""The different sizes of steps with which they are full."""
 
 GPU_ALLOCATOR_SHARE = 0.05
 """The same of a GPU's caching allocator. An estimate."""
@@ -165,6 +173,7 @@ class Work:
     Attributes:
         longest: The longest training example: the least that a micro-batch must hold.
         largest_step: The largest step: the most that a micro-batch can hold.
+        num_sizes: How many different numbers of tokens the steps of an epoch have.
         held_out: The longest held-out example; 0 where there is none.
         prompt: The longest prompt that is answered; 0 where none is.
         num_prompts: How many are answered.
@@ -173,6 +182,7 @@ class Work:
 
     longest: int
     largest_step: int
+    num_sizes: int = 1
     held_out: int = 0
     prompt: int = 0
     num_prompts: int = 0
@@ -282,7 +292,8 @@ def plan_memory(
         "variant_bytes": variant_bytes,
         "loss_bytes": loss_chunk_bytes * 2 + loss_chunk_bytes * dtype_bytes // 4,
     }
-    share = allocator_share(device, dtype_bytes, compiled=compiled)
+    share, holes = allocator(device, dtype_bytes, work.num_sizes, compiled=compiled)
+    to_come += holes
     longest = work.longest
     free = free_bytes(device) if free is None else free
     room = int((free * SHARE - sum(fixed.values()) - to_come) / (1 + share)) - longest * layer.attention
@@ -322,8 +333,8 @@ def plan_memory(
         backward_bytes=backward,
         evaluation_bytes=max(held_out if work.held_out else 0, answers * per_answer_token if work.num_prompts else 0),
         loading_bytes=stored_bytes if device == "cpu" else 0,
-        allocator_bytes=int(share * kept[num_recomputed]),
-        process_bytes=process + to_come,
+        allocator_bytes=int(share * kept[num_recomputed]) + holes,
+        process_bytes=process + to_come - holes,
         token_budget=budget,
         generation_tokens=generation_tokens,
         num_recomputed=num_recomputed,
@@ -356,11 +367,21 @@ def per_token_bytes(layer: LayerBytes, num_layers: int, num_recomputed: int) -> 
     return kept + layer.backward + (layer.kept if num_recomputed else 0)
 
 
-def allocator_share(device: str, dtype_bytes: int, *, compiled: bool) -> float:
-    """Bytes that the allocator adds to a byte of activations."""
+def allocator(device: str, dtype_bytes: int, num_sizes: int, *, compiled: bool) -> tuple[float, int]:
+    """Bytes that the allocator adds to a byte of activations, and those that it adds anyway.
+
+    Args:
+        device: cpu, cuda or mps.
+        dtype_bytes: Bytes of one frozen weight.
+        num_sizes: Different numbers of tokens that the steps have.
+        compiled: Whether the layers run compiled.
+    """
     if device != "cpu":
-        return GPU_ALLOCATOR_SHARE
-    return HEAP_SHARE["compiled" if compiled else "float32" if dtype_bytes == 4 else "narrow"]
+        return GPU_ALLOCATOR_SHARE, 0
+    if dtype_bytes == 4:
+        return HEAP_SHARE["compiled" if compiled else "float32"], 0
+    prepared = PREPARED_BYTES * min(num_sizes, FULL_SIZES) // FULL_SIZES
+    return (HEAP_SHARE["compiled"], prepared) if compiled else (HEAP_SHARE["narrow"], HEAP_BYTES + prepared)
 
 
 def generation_bytes(layer: LayerBytes, num_layers: int, row_logits_bytes: int, work: Work) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -10,6 +10,7 @@ from loratune.errors import RecipeError
 from loratune.model.targets import describe_targets, resolve_targets
 from loratune.planning.parameters import ParameterCount, count_parameters
 from loratune.recipe import TARGET_PRESETS, LoraSection
+from loratune.run import Record
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +28,37 @@ class PresetCount:
     targets: tuple[str, ...]
     targets_in_words: str
     parameters: ParameterCount | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PresetPlan:
+    """One target preset: exact counts, and what it would take.
+
+    Attributes:
+        count: What it would train.
+        peak_bytes: Of memory; None where it does not fit the machine, or the preset not the model.
+        train_seconds: Of all optimizer steps; None where the preset does not fit the model.
+    """
+
+    count: PresetCount
+    peak_bytes: int | None
+    train_seconds: float | None
+
+    def scaled(self, factor: float) -> PresetPlan:
+        """The same at another speed."""
+        return replace(self, train_seconds=self.train_seconds and self.train_seconds * factor)
+
+    def as_record(self) -> Record:
+        """For `plan.json`."""
+        parameters = self.count.parameters
+        return {
+            "targets": self.count.targets_in_words,
+            "trainable": parameters and parameters.trainable,
+            "share": parameters and parameters.trainable / parameters.total,
+            "adapter_bytes": parameters and parameters.adapter_bytes,
+            "peak_bytes": self.peak_bytes,
+            "train_seconds": self.train_seconds,
+        }
 
 
 def count_presets(model: nn.Module, lora: LoraSection) -> tuple[PresetCount, ...]:

@@ -51,6 +51,7 @@ class Amounts:
 
     Attributes:
         num_layers: Of the model.
+        num_recomputed: Of them, whose forward runs once more on the way back.
         tokens, supervised: Of all steps.
         held_out_tokens, held_out_supervised: Of one evaluation of the held-out loss.
         evaluations: How often that loss is measured, of the base and during training.
@@ -60,6 +61,7 @@ class Amounts:
     """
 
     num_layers: int
+    num_recomputed: int
     tokens: float
     supervised: float
     held_out_tokens: int
@@ -162,7 +164,8 @@ def plan_time(
         compile_seconds: What compiling takes; None where nothing is compiled.
         flops, flops_per_second, source: As in `TimePlan`.
     """
-    train = amounts.tokens * amounts.num_layers * rates.train + amounts.supervised * rates.head_train
+    layers = amounts.num_layers * rates.train + amounts.num_recomputed * rates.forward
+    train = amounts.tokens * layers + amounts.supervised * rates.head_train
     if compile_seconds is not None:
         train = train * COMPILED_TAKES + compile_seconds
     forward = amounts.num_layers * rates.forward

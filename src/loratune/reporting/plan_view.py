@@ -35,7 +35,9 @@ def summary_table(record: Record, *, model: str) -> Table:
         "steps": f"{clock['num_steps']:,} of {record['recipe']['batch_size']} examples, "
         f"{record['recipe']['epochs']:g} epochs",
         "memory": f"about {memory['peak_bytes'] / GIB:.1f} GiB at the peak",
-        "time": f"about {duration(clock['total_seconds'])}: training {duration(clock['train_seconds'])} at "
+        "time on one"
+        if record["scaling"]
+        else "time": f"about {duration(clock['total_seconds'])}: training {duration(clock['train_seconds'])} at "
         f"{clock['tokens_per_second']:,.0f} tokens/s, evaluation {duration(clock['evaluate_seconds'])}; "
         f"from {clock['source']}",
         "output": record["recipe"]["output_dir"],
@@ -48,7 +50,8 @@ def summary_table(record: Record, *, model: str) -> Table:
         )
     if "cost" in record:
         cost = record["cost"]
-        rows["cost"] = f"about {cost['cost']:,.2f} at {cost['price_per_hour']:g} an hour"
+        each = f" for each of {record['scaling']['devices']} devices" if record["scaling"] else ""
+        rows["cost"] = f"about {cost['cost']:,.2f} at {cost['price_per_hour']:g} an hour{each}"
     if record["device"]:
         device = record["device"]
         rows["device"] = (
@@ -149,6 +152,64 @@ def presets_table(record: Record) -> Table:
     return table
 
 
+def scaling_tables(record: Record) -> tuple[Table, Table]:
+    """The run on more and more devices: what comes of it, and what a step waits for."""
+    scaling = record["scaling"]
+    with_cost = "cost" in scaling["rows"][-1]
+    made = Table(title=f"On several {scaling['device']} (computed, not measured)", title_justify="left")
+    for name in ("devices", "strategy", "memory", "tokens/s", "efficiency", "total", *(["cost"] if with_cost else [])):
+        made.add_column(name, justify="left" if name == "strategy" else "right")
+    waits = Table(title="A step on them", title_justify="left")
+    for name in ("devices", "step", "waits for links", "tokens of each", "balance", "idle"):
+        waits.add_column(name, justify="right")
+    for number in scaling["too_few"]:
+        made.add_row(f"{number:,}", "does not fit")
+    for row in scaling["rows"]:
+        nodes = row["nodes"]
+        devices = f"{row['devices']:,}" if nodes == 1 else f"{nodes:,}×{row['devices'] // nodes:,}"
+        cost = [f"{row['cost']:,.2f}"] if with_cost else []
+        made.add_row(
+            devices,
+            row["strategy"],
+            f"{row['peak_bytes'] / GIB:.1f} GiB",
+            f"{row['tokens_per_second']:,.0f}",
+            f"{row['efficiency']:.0%}",
+            duration(row["total_seconds"]),
+            *cost,
+        )
+        waits.add_row(
+            devices,
+            _short(row["step_seconds"]),
+            _short(row["communication_seconds"]),
+            f"{row['rank_tokens']:,.0f}",
+            f"{row['balance']:.0%}",
+            f"{row['idle']:.0%}",
+        )
+    return made, waits
+
+
+def scaling_lines(record: Record) -> Iterator[Text]:
+    """What the columns are, and what the figures rest on."""
+    scaling = record["scaling"]
+    yield Text(
+        "memory: of each device; efficiency: against that many times one device; balance: tokens of the mean device over those "
+        "of the slowest; idle: devices without an example",
+        style="dim",
+    )
+    for note in scaling["notes"]:
+        yield Text.assemble(("! ", "yellow"), note)
+    for link in scaling["interconnect"]:
+        what = "between nodes" if link["scope"] == "nodes" else "in a node"
+        each = "node" if link["shared"] else "device"
+        rate = f"{link['bytes_per_second'] / 1e9:g} GB/s one way for each {each}"
+        yield Text(f"{what}: {link['name']}, {rate} ({link['source']})", style="dim")
+    yield Text(f"assumed: {'; '.join(scaling['assumptions'])}", style="dim")
+    yield Text(
+        f"fsdp waits for links where micro-batches have fewer than {scaling['hiding_tokens']:,.0f} tokens: docs/scaling.md",
+        style="dim",
+    )
+
+
 def data_table(report: Record) -> RenderableType:
     """Training and held-out data side by side, and how long the training examples are."""
     sides = [side for side in ("train", "eval") if report[side]]
@@ -217,6 +278,14 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def _short(seconds: float) -> str:
+    """Of a step: `1.2 s`, `34 ms`, `56 µs`."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= size:
+            return f"{seconds / size:,.1f} {unit}"
+    return f"{seconds / 1e-6:,.0f} µs"
 
 
 def _kind(name: str) -> str:

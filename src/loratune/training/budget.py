@@ -100,7 +100,7 @@ class TokenBudget:
                 "a larger train.recompute, or model.dtype: bfloat16",
             )
         self.tokens = min(self.tokens, sum(lengths)) // 2
-        self._events.happened(
+        self._events.happened_here(
             "out_of_memory",
             f"out of memory in a micro-batch of {sum(lengths):,} tokens; it is repeated, and from here on a micro-batch "
             f"has at most {self.tokens:,} tokens",

@@ -19,6 +19,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from loratune import world
 from loratune.progress import Progress
 from loratune.run import Record, RunDir
 
@@ -51,12 +52,30 @@ class Events:
 
     def __init__(self, run: RunDir, progress: Progress) -> None:
         self._run, self._progress = run, progress
+        self._untold: list[Record] = []
 
     def happened(self, event: str, message: str, *, told: bool = True, **fields: Any) -> None:
         """Write an event down; `told`: and warn the user."""
         if told:
             self._progress.warn(message)
         self._run.append_metrics({"step": self.step, "time": time.time(), "event": event, "message": message, **fields})
+
+    def happened_here(self, event: str, message: str, **fields: Any) -> None:
+        """The same of an event that other processes do not see: the first process tells it when it hears of it."""
+        if world.is_main():
+            self.happened(event, message, **fields)
+        else:
+            self._untold.append({"event": event, "message": f"process {world.rank()}: {message}", **fields})
+
+    def untold(self) -> list[Record]:
+        """What this process has to tell, and has not yet handed over."""
+        untold, self._untold = self._untold, []
+        return untold
+
+    def tell(self, untold: Iterable[Record]) -> None:
+        """Tell what happened in other processes."""
+        for record in untold:
+            self.happened(**record)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,11 +6,15 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from loratune import world
 from loratune.data.batch import collate, num_supervised
 from loratune.data.render import Example
+from loratune.errors import RunError
 from loratune.progress import Progress, Silent
 from loratune.training.budget import TokenBudget
+from loratune.training.events import Events
 from loratune.training.loss import SupervisedLoss
+from loratune.training.stopping import StopRequest
 
 Nll = list[tuple[float, int]]
 """Per held-out example: the sum of -log p over its supervised tokens, in nats, and their number."""
@@ -48,6 +52,46 @@ def evaluate_nll(
         return budget.retry(lambda: _measure(loss, examples, budget, progress, stop), undo=lambda: None)
     finally:
         loss.model.train(was_training)
+
+
+def evaluate_together(
+    loss: SupervisedLoss,
+    examples: Sequence[Example],
+    budget: TokenBudget,
+    progress: Progress,
+    stop: StopRequest,
+    events: Events,
+) -> Nll:
+    """`evaluate_nll` by all processes, each a share of the examples: all have all losses afterwards, or all fail or stop.
+
+    Raises:
+        EvaluationStoppedError: A process was asked to stop.
+        RunError: It failed in another process.
+        LostError: Another process is gone.
+    """
+    if world.size() == 1:
+        return evaluate_nll(loss, examples, budget, progress, lambda: stop)
+    by_length = sorted(range(len(examples)), key=lambda i: -len(examples[i].input_ids))
+    mine = by_length[world.rank() :: world.size()]
+    found: dict[int, tuple[float, int]] = {}
+    problem = ""
+    try:
+        losses = evaluate_nll(loss, [examples[i] for i in mine], budget, progress, lambda: stop.asked)
+        found = dict(zip(mine, losses, strict=True))
+    except EvaluationStoppedError:
+        pass
+    except Exception as error:  # noqa: BLE001 - the others wait for this share; they must hear of it, whatever it was
+        problem = f"process {world.rank()}: {type(error).__name__}: {error}"
+    parts = world.gather((found, problem, stop.asked or 0, events.untold()))
+    events.tell(record for *_, untold in parts for record in untold)
+    stop.agree(asked for _, _, asked, _ in parts)
+    if stop:
+        raise EvaluationStoppedError
+    for _, problem, _, _ in parts:
+        if problem:
+            raise RunError(problem)
+    everything = {i: pair for part, *_ in parts for i, pair in part.items()}
+    return [everything[i] for i in range(len(examples))]
 
 
 def _measure(

@@ -13,20 +13,21 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from loratune import world
 from loratune.data.conversation import Rejected
 from loratune.data.prepare import Stream
 from loratune.data.render import Example
-from loratune.data.steps import epoch_order, num_steps_per_epoch, step_examples
+from loratune.data.steps import deal, epoch_order, num_steps_per_epoch, step_examples
 from loratune.errors import LoratuneError
 from loratune.recipe import TrainSection
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepExamples:
-    """What an optimizer step works on.
+    """What an optimizer step works on in this process.
 
     Attributes:
-        examples: In the order of the epoch's shuffle.
+        examples: In the order of the epoch's shuffle; of several processes, the share of this one.
         left_out: Rows of streamed data that turned out to be no examples.
     """
 
@@ -35,10 +36,17 @@ class StepExamples:
 
 
 class Steps(Dataset[StepExamples | LoratuneError]):
-    """Step number, counted over the whole run from 0 → its examples. An error is handed over, since it may arise in a worker."""
+    """Step number, counted over the whole run from 0 → its examples. An error is handed over, since it may arise in a worker.
 
-    def __init__(self, examples: Sequence[Example] | Stream, train: TrainSection) -> None:
+    Args:
+        examples: Of the whole run.
+        train: The recipe's section.
+        token_budget: Of a micro-batch, the same in all processes: it decides which of them has which examples.
+    """
+
+    def __init__(self, examples: Sequence[Example] | Stream, train: TrainSection, token_budget: int) -> None:
         self._examples, self._batch_size, self._seed = examples, train.batch_size, train.seed
+        self._token_budget = token_budget
         self.num_per_epoch = num_steps_per_epoch(len(examples), train.batch_size)
 
     def __len__(self) -> int:
@@ -50,13 +58,23 @@ class Steps(Dataset[StepExamples | LoratuneError]):
             len(self._examples), batch_size=self._batch_size, seed=self._seed, epoch=epoch, index=index
         )
         try:
-            made = [self._examples[i] for i in numbers]
+            made = [self._examples[i] for i in self._share(numbers)]
         except LoratuneError as error:
             return error
         return StepExamples(
             examples=[row for row in made if isinstance(row, Example)],
             left_out=[row for row in made if isinstance(row, Rejected)],
         )
+
+    def _share(self, numbers: tuple[int, ...]) -> list[int]:
+        """Those of the examples that this process takes: as many tokens as the others; of streams, as many examples."""
+        if world.size() == 1:
+            return list(numbers)
+        if isinstance(self._examples, Stream):  # its lengths are found out by making the examples
+            return list(numbers[world.rank() :: world.size()])
+        lengths = {i: len(self._examples[i].input_ids) for i in numbers}
+        mine = {i for chosen in deal(lengths, self._token_budget, world.size())[world.rank()] for i in chosen}
+        return [i for i in numbers if i in mine]
 
     def loader(self, steps_done: Callable[[], int]) -> DataLoader[StepExamples | LoratuneError]:
         """The steps of the epoch that the trainer is in. Streamed data is made examples in a process of its own, ahead."""

@@ -4,26 +4,47 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from loratune import world
 from loratune.errors import Interrupted, Terminated
 from loratune.progress import Progress
 from loratune.run import RunDir
+
+ONE_STOP_SECONDS = 3.0
+"""Of several processes each gets a Ctrl-C from the terminal, and the same once more from torchrun."""
 
 
 class StopRequest:
     """Whether the user wants the run to stop.
 
     Attributes:
-        signal: The signal that said so; None while nothing did.
+        asked: The signal that asked this process; None while nothing did.
+        signal: The signal that all processes stop for; None while they do not.
     """
 
+    asked: int | None = None
     signal: int | None = None
 
     def __bool__(self) -> bool:
         return self.signal is not None
+
+    def ask(self, number: int) -> None:
+        """A signal came. Of several processes none stops before all know, or the others would wait for it."""
+        self.asked = number
+        if world.size() == 1:
+            self.signal = number
+
+    def agree(self, asked: Iterable[int]) -> None:
+        """Stop, if a process was asked to.
+
+        Args:
+            asked: The signals that came to the processes; 0 is none.
+        """
+        self.signal = max(asked, default=0) or self.signal
 
     def as_error(self, problem: str, run: RunDir) -> Interrupted:
         """The error that ends the command with the signal's exit code."""
@@ -45,11 +66,17 @@ def stopping_in_order(stop: StopRequest, progress: Progress) -> Iterator[None]:
         yield
         return
 
+    asked_at = 0.0
+
     def on_signal(number: int, frame: FrameType | None) -> None:
-        if stop:
+        nonlocal asked_at
+        if stop.asked is not None:
+            if world.size() > 1 and time.monotonic() - asked_at < ONE_STOP_SECONDS:
+                return
             # Neither is an Exception, so nothing that survives foreign code swallows them.
             raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(Terminated.exit_code)
-        stop.signal = number
+        asked_at = time.monotonic()
+        stop.ask(number)
         progress.warn("stopping after this step; once more to stop at once")
 
     before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -8,6 +8,7 @@ One optimizer step of `FastTrainer`, the whole of it:
     for micro_batch in step:                     # as many as the token budget makes of the step's examples
         loss = loss_sum(micro_batch) / step's supervised tokens
         loss.backward()
+    gradients = their sum over all processes     # of which each has a share of the step's examples
 
 Around it: `budget` repeats the step in smaller micro-batches when memory runs out, `watch` keeps a step that is not finite
 from being applied.
@@ -16,6 +17,7 @@ from being applied.
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -28,7 +30,8 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
-from loratune.data.batch import collate, num_supervised
+from loratune import world
+from loratune.data.batch import collate
 from loratune.data.conversation import Rejected
 from loratune.data.prepare import Stream
 from loratune.data.render import Example
@@ -48,9 +51,10 @@ from loratune.training.checkpoint import (
     save_checkpoint,
 )
 from loratune.training.events import Events, History, StepMetrics
-from loratune.training.held_out import EvaluationStoppedError, Nll, evaluate_nll
+from loratune.training.held_out import EvaluationStoppedError, Nll, evaluate_nll, evaluate_together
 from loratune.training.loss import SupervisedLoss
 from loratune.training.order import ExampleOrder, Held, StepExamples, Steps
+from loratune.training.sharing import StepTotals, add_up_gradients, check_same, seed_step
 from loratune.training.stock import labelled
 from loratune.training.stopping import StopRequest
 from loratune.training.trackers import Trackers
@@ -105,14 +109,15 @@ class _RunTrainer(Trainer):
 
     def _set_up(self, setup: TrainerSetup) -> list[TrainerCallback]:
         """Everything beside the step; returns the callbacks."""
-        history = History.of(setup.run.read_metrics())
+        history = world.gather(History.of(setup.run.read_metrics()))[0]
         self.setup, self.step_metrics = setup, StepMetrics()
         self.events = Events(setup.run, setup.progress)
         self.budget = TokenBudget(history.token_budget or setup.data.token_budget, self.events)
         self.watch = NumberWatch(setup.train, setup.loss, setup.tokenizer, self.events, history)
         self.held_out = history.held_out
-        self.steps = Steps(setup.data.train, setup.train)
-        return [setup.callback, Trackers(setup.train.report_to, setup.run, self.events)]
+        self.steps = Steps(setup.data.train, setup.train, setup.data.token_budget)
+        trackers = setup.train.report_to if world.is_main() else ()
+        return [setup.callback, Trackers(trackers, setup.run, self.events)]
 
     def restore(self, checkpoint: Path) -> None:
         """Be where a run is after its last step."""
@@ -125,7 +130,11 @@ class _RunTrainer(Trainer):
         self.events.step = self.state.global_step
         started = time.perf_counter()
         try:
-            losses = evaluate_nll(setup.loss, setup.data.eval, self.budget, setup.progress, lambda: setup.stop)
+            losses = evaluate_together(
+                setup.loss, setup.data.eval, self.budget, setup.progress, setup.stop, self.events
+            )
+        except world.LostError:
+            raise
         except EvaluationStoppedError:  # `resume` makes up for it
             self.control.should_save = self.control.should_training_stop = True
             return {}
@@ -178,6 +187,9 @@ class _RunTrainer(Trainer):
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any = None) -> None:
         run, step = self.setup.run, self.state.global_step
+        check_same(self.model)
+        if not world.is_main():
+            return
         run.sync_metrics()  # a checkpoint that survives a power cut must find the lines before it
         save_checkpoint(
             run.checkpoints / str(step),
@@ -200,7 +212,7 @@ class _RunTrainer(Trainer):
             load_optimizer(Path(checkpoint), self.optimizer, self.lr_scheduler)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
+        if checkpoint is not None and world.size() == 1:  # several draw from the step's number
             load_random(Path(checkpoint))
 
     def floating_point_ops(self, inputs: Any) -> int:
@@ -212,6 +224,8 @@ class FastTrainer(_RunTrainer):
 
     def __init__(self, setup: TrainerSetup) -> None:
         callbacks = self._set_up(setup)
+        if world.size() > 1:
+            logging.getLogger("transformers.training_args").addFilter(_is_no_advice_on_launching)
         # The batch size of transformers' own arithmetic is in items of the data set, and an item is a whole step.
         args = TrainingArguments(
             **training_arguments(setup.train, setup.data, setup.run),
@@ -252,11 +266,12 @@ class FastTrainer(_RunTrainer):
         model.train()
         self.events.step = self.state.global_step + 1
         self.under_way, examples = inputs, inputs.examples
-        self._tell_left_out(inputs.left_out)
-        num_supervised_tokens = sum(map(num_supervised, examples))
-        total = self.budget.retry(lambda: self._gradients(examples, num_supervised_tokens), undo=model.zero_grad)
-        num_tokens = sum(len(example.input_ids) for example in examples)
-        return self._judged(total, started=started, tokens=(num_tokens, num_supervised_tokens))
+        totals = StepTotals.over_all(inputs, self.events)
+        self._tell_left_out(totals.left_out)
+        seed_step(self.setup.train.seed, self.state.global_step)
+        total = self.budget.retry(lambda: self._gradients(examples, totals.num_supervised_tokens), undo=model.zero_grad)
+        total = add_up_gradients(self.model, total, self.setup.stop)
+        return self._judged(total, started=started, tokens=(totals.num_tokens, totals.num_supervised_tokens))
 
     def _tell_left_out(self, rows: Sequence[Rejected]) -> None:
         if rows:
@@ -333,6 +348,11 @@ class ReferenceTrainer(_RunTrainer, SFTTrainer):
                 fix="train.engine: fast, which cuts a step into micro-batches, or a smaller train.batch_size",
             ) from error
         return self._judged(loss, started=started, tokens=(num_tokens, num_supervised_tokens))
+
+
+def _is_no_advice_on_launching(record: logging.LogRecord) -> bool:
+    """That the process group is there while the trainer sees one process, which is how it is meant: see `world`."""
+    return "parallel_mode" not in record.getMessage()
 
 
 def resume_state(checkpoint: Path) -> int:

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from loratune import world
 from loratune.data.render import Example
 from loratune.errors import RunError
 from loratune.recipe import TrainSection
@@ -70,8 +71,8 @@ class NumberWatch:
         """
         if math.isfinite(value):
             return True
-        suspects = self._suspects(examples)
-        problem = f"the {name} of step {self._events.step} is {value}\n{_in_words(suspects, len(examples))}"
+        suspects, num_examples = self._suspects(examples)
+        problem = f"the {name} of step {self._events.step} is {value}\n{_in_words(suspects, num_examples)}"
         if self._train.on_bad_step == "error":
             raise RunError(
                 f"{problem}\n  the step is not applied; checkpoints written before are intact",
@@ -91,11 +92,11 @@ class NumberWatch:
         """Warn when a loss leaps; of steps in a row that do, the first is told, and all are written down."""
         if is_spike(loss, self._losses):
             median = statistics.median(self._losses)
-            suspects = [] if self._in_spike else self._suspects(examples)
+            suspects, num_examples = ([], 0) if self._in_spike else self._suspects(examples)
             self._events.happened(
                 "spike",
                 f"the loss of step {self._events.step} leaps to {loss:.4g}, the median of {len(self._losses)} steps before is "
-                f"{median:.4g}\n{_in_words(suspects, len(examples))}",
+                f"{median:.4g}\n{_in_words(suspects, num_examples)}",
                 told=not self._in_spike,
                 value=loss,
                 median=median,
@@ -106,19 +107,28 @@ class NumberWatch:
             self._in_spike = False
         self._losses.append(loss)
 
-    def _suspects(self, examples: Sequence[Example]) -> list[Record]:
-        """The examples of the step with the worst losses, the not finite ones first."""
+    def _suspects(self, examples: Sequence[Example]) -> tuple[list[Record], int]:
+        """The examples of the step with the worst losses, the not finite ones first, and how many it has in all processes."""
         losses = loss_of_each(self._loss, examples)
-        worst = sorted(range(len(examples)), key=lambda i: (math.isfinite(losses[i]), -losses[i], i))
-        return [
+        worst = sorted(range(len(examples)), key=lambda i: _badness(losses[i]))[:_MOST_EXAMPLES]
+        mine = [
             {
                 "file": examples[i].origin.file,
                 "line": examples[i].origin.line,
                 "loss": losses[i] if math.isfinite(losses[i]) else str(losses[i]),
                 "text": _shortened(str(self._tokenizer.decode(examples[i].input_ids.tolist()))),
             }
-            for i in worst[:_MOST_EXAMPLES]
+            for i in worst
         ]
+        everybodys = world.gather((mine, len(examples)))
+        suspects = sorted((item for items, _ in everybodys for item in items), key=lambda item: _badness(item["loss"]))
+        return suspects[:_MOST_EXAMPLES], sum(number for _, number in everybodys)
+
+
+def _badness(loss: float | str) -> tuple[bool, float]:
+    """By this the worst losses come first; equal ones stay in the order of the step."""
+    finite = math.isfinite(float(loss))
+    return finite, -float(loss) if finite else 0.0
 
 
 def is_spike(loss: float, before: Sequence[float]) -> bool:

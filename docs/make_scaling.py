@@ -1,0 +1,349 @@
+"""Write docs/scaling.md, every number of it computed by the plan's own formulas. `--check` only says whether it is up to date."""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from pathlib import Path
+from statistics import NormalDist
+
+import numpy as np
+from transformers import LlamaConfig, PreTrainedModel, Qwen2Config
+
+from loratune.data.conversation import Origin
+from loratune.data.prepare import PreparedData
+from loratune.data.render import Example
+from loratune.model.targets import resolve_targets
+from loratune.planning.cluster import Cluster, find_cluster
+from loratune.planning.cost import Place, sharded_parameters
+from loratune.planning.estimate import estimate
+from loratune.planning.interconnect import CALL_SECONDS, LINKS, SHARE
+from loratune.planning.memory import CAPS
+from loratune.planning.parameters import ParameterCount, count_parameters, skeleton
+from loratune.planning.scaling import GRADIENT_BYTES, NOT_TRAINED_YET, Scaling, hiding_tokens, scale
+from loratune.planning.speed import EFFICIENCY
+from loratune.recipe import Recipe
+
+PAGE = Path(__file__).parent / "scaling.md"
+LLAMA = {"vocab_size": 128256, "num_key_value_heads": 8, "tie_word_embeddings": False}
+MODELS = {
+    "1.5B": Qwen2Config(
+        hidden_size=1536,
+        num_hidden_layers=28,
+        num_attention_heads=12,
+        num_key_value_heads=2,
+        intermediate_size=8960,
+        vocab_size=151936,
+        tie_word_embeddings=False,
+    ),
+    "8B": LlamaConfig(hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, intermediate_size=14336, **LLAMA),
+    "70B": LlamaConfig(
+        hidden_size=8192, num_hidden_layers=80, num_attention_heads=64, intermediate_size=28672, **LLAMA
+    ),
+}
+"""The shapes of the default model, of Llama 3.1 8B and of Llama 3.1 70B."""
+
+NUM_EXAMPLES, MEDIAN, SIGMA, LONGEST = 4096, 400, 0.8, 4096
+ORIGIN = Origin(file="docs/make_scaling.py", line=0)
+
+Row = dict[str, str]
+
+TEXT = """# More devices
+
+<!-- Written by docs/make_scaling.py, which computes every number; `make docs` writes it anew. -->
+
+What several GPUs make of a run, what limits it, and when to shard the base. Everything here is **arithmetic on published figures**:
+nothing on this page was measured. For your own recipe, data and machines:
+
+    loratune plan my.yaml --devices 8xh100-80gb
+    loratune plan my.yaml --devices 2x8xh100-80gb                          # two nodes of eight
+    loratune plan my.yaml --devices 8xh100-80gb --interconnect pcie5       # not the usual links
+    loratune plan my.yaml --devices 2x8xa100-80gb --interconnect ethernet-100g --price-per-hour 2   # of each GPU
+
+`--json` has all of it under `scaling`.
+
+## What must be sent
+
+Full training adds up a gradient of every weight at every step. LoRA computes no gradient of the frozen base, so two things are left:
+
+- **the adapter's gradients**, once a step, in float32: {gradient_bytes} bytes a parameter of the adapter;
+- **the frozen base**, only where it is sharded (fsdp): every layer must be gathered before it computes, once forward and once backward,
+  for every micro-batch.
+
+{volumes}
+
+*Full training* would add up 2 bytes a weight a step. Adapters: r 16, `targets: complete`.
+
+## The formulas
+
+For n ranks and B bytes a second on the slowest link, one way:
+
+    all-reduce     2(n−1)/n · bytes / B + latency of 2(n−1) hops
+    all-gather      (n−1)/n · bytes / B + latency of n−1 hops
+
+(Patarasuk & Yuan 2009; Thakur et al. 2005; NVIDIA/nccl-tests, doc/PERFORMANCE.md.) A call takes {call:.1f} µs, and a hop what NCCL's own
+model says of a ring (src/graph/tuning.cc):
+
+{links}
+
+Nobody reaches a link's peak: {share:.0%} of it are assumed, the 235 of 300 GB/s to which NCCL limits its model of an A100. Between nodes,
+rings run through all ports of a node at once, so a node with a port for each GPU has the sum of them.
+
+Computing takes 4 operations a frozen weight and token (2 forward, 2 for the gradient to the input; 2 more where a layer is recomputed),
+at {efficiency:.0%} of the published peak: the share that `plan --device` assumes. Then
+
+    ddp step  = tokens of the slowest rank · seconds of a token + all-reduce(adapter)
+    fsdp step = Σ micro-batches (tokens of the heaviest rank · seconds of a token + gathers that no computing hides)
+                + all-reduce(adapter)
+
+Which rank gets which examples is not estimated: the steps of an epoch are dealt out as training deals them, on the recipe's own
+lengths. `batch_size` counts a step's examples over all ranks, so more ranks mean fewer tokens for each, never another run.
+
+## What limits it
+
+**The step.** With {small} examples a step, the 8B model on H100s:
+
+{small_rows}
+
+*Balance* is what is lost because examples are whole: the mean rank's tokens over the slowest rank's. With {large} examples a step the
+same lengths deal out evenly:
+
+{large_rows}
+
+Below one example for each rank, ranks idle: `plan` says so, and names the smallest `batch_size` that feeds them all.
+
+**The link** matters little to ddp, whose message is small. The 8B model, {large} examples a step, two nodes of eight H100s:
+
+{network_rows}
+
+## When ddp beats fsdp
+
+Where a device holds the base, ddp sends less, whatever the link; that is what `auto` takes. fsdp is for bases that no device holds:
+a rank keeps 1/n of the base, embeddings and head, and two whole layers (the one that computes and the one that arrives). The 70B model,
+{large} examples a step, on two nodes of eight:
+
+{sharded_rows}
+
+Its gathers cost nothing where they hide behind computing. A layer of P weights, b bytes each, hides when
+
+    (n−1)/n · b·P / B  ≤  2·P · tokens / R        R: operations a second that a device reaches
+
+P cancels, so what decides is the tokens of a micro-batch, whatever the model:
+
+    tokens  ≥  (n−1)/n · b/2 · R/B
+
+{crossover}
+
+`token_budget: auto` stops at {cap:,} tokens on a GPU. So over NVLink and InfiniBand full micro-batches hide the gathers, and over
+Ethernet of 100 Gb/s they do not. Latency, left out here, is in the tables above.
+
+One case is not weighed by `auto`: where the whole base leaves so little memory that layers must be recomputed (half as many operations
+again), a sharded base may be the faster one.
+{not_yet}
+## What the formulas do not see
+
+- A GPU's speed on small micro-batches: each token is taken to cost the same, so many ranks with few tokens each are slower than here.
+- The small messages in which ranks agree about a step (token counts, requests to stop). They are latency alone, and count where a step
+  takes milliseconds.
+- PCIe without peer-to-peer, as between many GeForce cards: data goes through the host's memory, which is slower than here.
+- Other traffic on the same network, and slow nodes.
+- Evaluation: it is counted as on one device, though held-out losses during training are shared by the ranks.
+
+Lengths of this page: {examples:,} examples, log-normal with median {median} and σ {sigma:g}, {longest:,} at most; one epoch, not compiled.
+"""
+
+
+def page() -> str:
+    """The whole page."""
+    h100 = find_cluster("2x8xh100-80gb")
+    return TEXT.format(
+        gradient_bytes=GRADIENT_BYTES,
+        volumes=_table([_volume(name) for name in MODELS]),
+        call=CALL_SECONDS * 1e6,
+        links=_table([_link(name) for name in LINKS]),
+        share=SHARE,
+        efficiency=EFFICIENCY[False],
+        small=16,
+        large=256,
+        small_rows=_table(_rows(_scaled("8B", h100, batch_size=16))),
+        large_rows=_table(_rows(_scaled("8B", h100, batch_size=256))),
+        network_rows=_table(_network_rows()),
+        sharded_rows=_table(_rows(_scaled("70B", h100, batch_size=256))),
+        crossover=_table(_crossover_rows()),
+        not_yet=f"\n**{NOT_TRAINED_YET['fsdp']}.**\n" if "fsdp" in NOT_TRAINED_YET else "",
+        cap=CAPS["cuda"],
+        examples=NUM_EXAMPLES,
+        median=MEDIAN,
+        sigma=SIGMA,
+        longest=LONGEST,
+    )
+
+
+def _model(name: str) -> tuple[PreTrainedModel, tuple[str, ...], ParameterCount]:
+    model = skeleton(MODELS[name])
+    targets = resolve_targets(model, "complete")
+    return model, targets, count_parameters(model, targets, _recipe(1).lora)
+
+
+def _recipe(batch_size: int) -> Recipe:
+    return Recipe.parse(
+        {
+            "model": {"dtype": "bfloat16"},
+            "data": {"train": "none.jsonl", "eval": "none"},
+            "lora": {"dropout": 0.0, "targets": "complete"},
+            "train": {"batch_size": batch_size, "epochs": 1, "compile": False},
+            "evaluate": {"metric": "none"},
+        }
+    )
+
+
+def _data() -> PreparedData:
+    normal = NormalDist(np.log(MEDIAN), SIGMA)
+    quantiles = [normal.inv_cdf((i + 0.5) / NUM_EXAMPLES) for i in range(NUM_EXAMPLES)]
+    lengths = [min(LONGEST, max(8, round(float(np.exp(quantile))))) for quantile in quantiles]
+    train = [
+        Example(input_ids=np.zeros(length, np.int32), supervised=np.arange(length) >= length // 2, origin=ORIGIN)
+        for length in lengths
+    ]
+    return PreparedData(train=train, eval=[], eval_conversations=[], report={})
+
+
+def _scaled(name: str, cluster: Cluster, *, batch_size: int) -> Scaling:
+    model, targets, parameters = _model(name)
+    config, recipe, data = MODELS[name], _recipe(batch_size), _data()
+    place = Place(device="cuda", dtype="bfloat16", compiled=False, free_bytes=cluster.device.memory_bytes)
+    estimate_at = partial(
+        estimate,
+        recipe,
+        config,
+        model,
+        targets,
+        parameters,
+        data=data,
+        prompts=(),
+        longest_answer=0,
+        device=cluster.device,
+    )
+    return scale(cluster, recipe, config, parameters, data=data, place=place, estimate_at=estimate_at)
+
+
+def _rows(scaling: Scaling) -> list[Row]:
+    missing: list[Row] = [
+        dict.fromkeys(_row_names(), "") | {"GPUs": str(number), "strategy": "does not fit"}
+        for number in scaling.too_few
+    ]
+    return missing + [
+        {
+            "GPUs": f"{row.nodes}×{row.devices // row.nodes}" if row.nodes > 1 else str(row.devices),
+            "strategy": row.strategy,
+            "memory each": f"{row.peak_bytes / 2**30:.1f} GiB",
+            "tokens of each": f"{row.rank_tokens:,.0f}",
+            "step": _seconds(row.step_seconds),
+            "of it waits for links": _seconds(row.communication_seconds),
+            "balance": f"{row.balance:.0%}",
+            "tokens/s": f"{row.tokens_per_second:,.0f}",
+            "efficiency": f"{row.efficiency:.0%}",
+        }
+        for row in scaling.rows
+    ]
+
+
+def _row_names() -> list[str]:
+    names = ["GPUs", "strategy", "memory each", "tokens of each", "step", "of it waits for links"]
+    return [*names, "balance", "tokens/s", "efficiency"]
+
+
+def _network_rows() -> list[Row]:
+    rows = []
+    for name in ("infiniband-ndr", "ethernet-100g", "ethernet-10g"):
+        last = _scaled("8B", find_cluster("2x8xh100-80gb", [name]), batch_size=256).rows[-1]
+        rows.append(
+            {
+                "between nodes": name,
+                "step": _seconds(last.step_seconds),
+                "of it waits for links": _seconds(last.communication_seconds),
+                "efficiency": f"{last.efficiency:.0%}",
+            }
+        )
+    return rows
+
+
+def _volume(name: str) -> Row:
+    _, _, parameters = _model(name)
+    layer, outside = sharded_parameters(MODELS[name], parameters)
+    frozen = parameters.total - parameters.trainable
+    return {
+        "model": name,
+        "full training, a step": _size(2 * frozen),
+        "adapter, a step": _size(GRADIENT_BYTES * parameters.trainable),
+        "sharded base, a micro-batch": _size(2 * (2 * layer * MODELS[name].num_hidden_layers + outside)),
+    }
+
+
+def _link(name: str) -> Row:
+    link = LINKS[name]
+    return {
+        "`--interconnect`": f"`{name}`",
+        "joins": "nodes" if link.scope == "nodes" else "devices of a node",
+        "GB/s, one way": f"{link.bytes_per_second / 1e9:g} for each {'node' if link.shared else 'GPU'}",
+        "hop": f"{link.hop_seconds * 1e6:g} µs",
+        "source": link.source,
+    }
+
+
+def _crossover_rows() -> list[Row]:
+    rows = []
+    for spec, links in (
+        ("8xb200", ()),
+        ("8xh100-80gb", ()),
+        ("8xa100-80gb", ()),
+        ("8xh100-pcie", ()),
+        ("8xl4", ()),
+        ("2x8xh100-80gb", ()),
+        ("2x8xh100-80gb", ("ethernet-100g",)),
+    ):
+        cluster = find_cluster(spec, links)
+        fabric = cluster.fabric
+        rate = cluster.device.bf16_flops_per_second * EFFICIENCY[False]
+        name = fabric.between.name if fabric.nodes > 1 else fabric.within.name
+        tokens = {b: hiding_tokens(fabric, flops_per_second=rate, bytes_per_weight=b) for b in (2, 0.5)}
+        rows.append(
+            {
+                "GPUs": spec,
+                "slowest link": name,
+                "B": f"{fabric.bytes_per_second / 1e9:,.0f} GB/s",
+                "R": f"{rate / 1e12:,.0f} TFLOP/s",
+                "tokens, bfloat16 base": f"{tokens[2]:,.0f}",
+                "tokens, base of 4 bits": f"{tokens[0.5]:,.0f}",
+            }
+        )
+    return rows
+
+
+def _size(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:,.2f} GB"
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:,.2f} s" if seconds >= 1 else f"{seconds * 1e3:,.2f} ms"
+
+
+def _table(rows: list[Row]) -> str:
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def main() -> int:
+    """Write the page, or with `--check` compare it."""
+    text = page()
+    if "--check" in sys.argv:
+        if PAGE.is_file() and PAGE.read_text(encoding="utf-8") == text:
+            return 0
+        print("docs/scaling.md is not what the code says: run `make docs`", file=sys.stderr)
+        return 1
+    PAGE.write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

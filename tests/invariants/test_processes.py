@@ -1,0 +1,187 @@
+"""The number of processes decides the speed only: real processes of torchrun on a CPU, against one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from loratune.pipeline import resume, train
+from loratune.recipe import Recipe
+from loratune.run import RunDir, read_json
+from tests.conftest import recipe_maker
+from tests.invariants.test_same_mathematics import assert_same
+
+MakeRecipe = Callable[..., Recipe]
+SETTINGS = {
+    "train__token_budget": 150,
+    "train__save_every": 2,
+    "train__eval_every": 2,
+    "lora__targets": "complete",
+    "evaluate__metric": "exact_match",
+    "evaluate__max_new_tokens": 4,
+}
+"""Several micro-batches in a step; with 20 examples and a batch of 8 the last step of an epoch has 4."""
+
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+WAIT_SECONDS = 120
+
+
+def write_recipe(recipe: Recipe, folder: Path, name: str) -> tuple[Path, RunDir]:
+    """A file that trains into `folder/name`."""
+    values = recipe.model_dump(mode="json", exclude_unset=True)
+    values["train"]["output_dir"] = str(folder / name)
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(values), encoding="utf-8")
+    return path, RunDir(folder / name)
+
+
+def command(arguments: Sequence[object]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        list(map(str, arguments)), capture_output=True, text=True, check=False, env={**os.environ, **ENVIRONMENT}
+    )
+
+
+def trained(number: int, recipe: Recipe, folder: Path) -> RunDir:
+    """The run of so many processes."""
+    file, run = write_recipe(recipe, folder, f"{number}-processes")
+    done = command([*TORCHRUN, f"--nproc-per-node={number}", "-m", "loratune", "train", file])
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("loading ") == 1, "one process talks"
+    return run
+
+
+def lose_the_end(run: RunDir) -> None:
+    """What a kill after step 4 leaves: later checkpoints, the adapter and the evaluation do not exist."""
+    shutil.rmtree(run.adapter)
+    shutil.rmtree(run.checkpoints / "6")
+    run.evaluation.unlink()
+
+
+def sizes(run: RunDir) -> list[tuple[object, ...]]:
+    """Which steps there were, and what was in them."""
+    names = ("step", "num_tokens", "num_supervised_tokens")
+    return [tuple(record[name] for name in names) for record in run.read_metrics() if "loss" in record]
+
+
+@pytest.fixture(scope="module")
+def one(tiny_model: Path, chat_files: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    """The run of one process."""
+    return train(recipe_maker(tiny_model, chat_files, tmp_path_factory.mktemp("one"))(**SETTINGS)).run
+
+
+@pytest.mark.parametrize("number", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_several_processes_take_the_steps_of_one(
+    tiny_recipe: MakeRecipe, one: RunDir, tmp_path: Path, number: int
+) -> None:
+    run = trained(number, tiny_recipe(**SETTINGS), tmp_path)
+    assert_same(one, run, tolerance=1e-5)
+    assert sizes(run) == sizes(one)
+    measured, expected = read_json(run.evaluation), read_json(one.evaluation)
+    for name in ("base", "tuned"):
+        assert measured[name]["nll"] == pytest.approx(expected[name]["nll"], abs=1e-5)
+    assert read_json(run.plan)["num_processes"] == number
+    assert read_json(run.lock)["machine"]["processes"] == number
+    assert run.is_complete
+    lose_the_end(run)
+    assert_same(one, resume(run.root).run, tolerance=1e-5)  # in one process: the same examples in the same order
+    assert sizes(run) == sizes(one)
+
+
+def test_with_dropout_a_resumed_run_of_two_is_the_uninterrupted_one_to_the_bit(
+    tiny_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    run = trained(2, tiny_recipe(**SETTINGS, lora__dropout=0.1), tmp_path)
+    whole = RunDir(tmp_path / "whole")
+    shutil.copytree(run.root, whole.root)
+    lose_the_end(run)
+    done = command([sys.executable, "-m", "loratune", "resume", run.root, "--processes", 2, "--json"])
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["run"] == str(run.root)
+    assert "going on after step 4" in done.stderr
+    assert_same(whole, run, tolerance=0)
+
+
+def test_streamed_rows_are_shared_too(tiny_recipe: MakeRecipe, one: RunDir, tmp_path: Path) -> None:
+    run = trained(2, tiny_recipe(**SETTINGS, data__streaming=True), tmp_path)
+    assert_same(one, run, tolerance=1e-5)
+    assert sizes(run) == sizes(one)
+
+
+@contextmanager
+def started(arguments: Sequence[object]) -> Iterator[subprocess.Popen[str]]:
+    """A command that goes on while the test does, and not longer."""
+    with subprocess.Popen(
+        list(map(str, arguments)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, **ENVIRONMENT},
+    ) as process:
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                process.terminate()
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    began = time.monotonic()
+    while not condition():
+        assert time.monotonic() - began < WAIT_SECONDS
+        time.sleep(0.002)
+
+
+def process_of(torchrun: int, rank: int) -> psutil.Process:
+    found = [p for p in psutil.Process(torchrun).children() if p.environ().get("RANK") == str(rank)]
+    assert len(found) == 1
+    return found[0]
+
+
+@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_a_killed_process_is_started_again_and_no_example_is_lost_or_seen_twice(
+    tiny_recipe: MakeRecipe, one: RunDir, tmp_path: Path, rank: int
+) -> None:
+    file, run = write_recipe(tiny_recipe(**SETTINGS), tmp_path, "killed")
+    options = ["--nproc-per-node=2", "--max-restarts=1", "-m", "loratune", "train", file]
+    with started([*TORCHRUN, *options]) as process:
+        wait_for((run.checkpoints / "2").is_dir)
+        process_of(process.pid, rank).send_signal(signal.SIGKILL)
+        output, _ = process.communicate(timeout=WAIT_SECONDS)
+    assert process.returncode == 0, output
+    assert "going on after step" in output
+    assert_same(one, run, tolerance=1e-5)
+    assert sizes(run) == sizes(one)
+
+
+def test_sigterm_stops_all_processes_in_order(tiny_recipe: MakeRecipe, one: RunDir, tmp_path: Path) -> None:
+    file, run = write_recipe(tiny_recipe(**SETTINGS), tmp_path, "stopped")
+    with started([sys.executable, "-m", "loratune", "train", file, "--processes=2"]) as process:
+        wait_for((run.checkpoints / "2").is_dir)
+        process.terminate()
+        output, _ = process.communicate(timeout=WAIT_SECONDS)
+    assert process.returncode == 143, output
+    assert output.count("Terminated") == 1, output
+    assert "which is saved" in output
+    assert_same(one, resume(run.root).run, tolerance=1e-5)
+
+
+def test_an_error_of_all_processes_is_told_once(tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
+    file, _ = write_recipe(tiny_recipe(train__engine="trl"), tmp_path, "refused")
+    done = command([sys.executable, "-m", "loratune", "train", file, "--processes", 2])
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("trains in one process here") == 1
+    done = command([*TORCHRUN, "--nproc-per-node=2", "-m", "loratune", "plan", file])
+    assert done.stderr.count("this command runs in one process") == 1
