@@ -47,6 +47,11 @@ Memory while training in bfloat16, beside weights, gradients and moments of the 
 
 `loratune explain RECIPE lora.variant` computes the first table for your model, `loratune plan RECIPE` the memory.
 
+## Only some layers
+
+`lora.layers` is `all`, `first N`, `last N` or a list of numbers from 0 on, and goes with every variant. Layers below the first adapted
+one get no gradient and keep nothing for the way back; the plan's memory and time count them as if they did, so both are upper bounds then.
+
 ## rsLoRA
 
 The update is scaled by alpha/√r in place of alpha/r (Kalajdzievski 2023, arXiv 2312.03732). With the default alpha it is

@@ -209,7 +209,7 @@ def prepare(
     positions = positions_of(config)
     max_length = _max_length(recipe, positions)
     model = skeleton(config, trust_remote_code=recipe.model.trust_remote_code)
-    targets = resolve_targets(model, recipe.lora.targets)
+    targets = resolve_targets(model, recipe.lora.targets, recipe.lora.layers)
     check_weights(base.path, model, quantized=getattr(config, "quantization_config", None) is not None)
     check_stored(base.stored, model, name=base.name)
     parameters = count_parameters(model, targets, recipe.lora)
@@ -269,7 +269,7 @@ def prepare(
         base=base,
         tokenizer=tokenizer,
         targets=targets,
-        targets_in_words=describe_targets(model, recipe.lora.targets),
+        targets_in_words=describe_targets(model, recipe.lora.targets, recipe.lora.layers),
         parameters=parameters,
         presets=tuple(_preset(p, recipe, text_config, model, data, estimated) for p in presets),
         data=data,

@@ -7,11 +7,12 @@ does. `--help`, the JSON schema, the reference page and the comments of generate
 from __future__ import annotations
 
 import difflib
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from loratune.errors import RecipeError
 from loratune.recipe_file import apply_override, read_yaml, refuse_secrets, shown
@@ -154,10 +155,20 @@ class LoraSection(Section):
     """The adapted matrices: `minimal` (query), `balanced` (query, value), `attention` (query, key, value, output),
     `complete` (attention and feed-forward), or a list of module names."""
 
+    layers: str | tuple[int, ...] = Field(default="all", union_mode="left_to_right")
+    """The decoder layers whose matrices are adapted: `all`, `first 4`, `last 4`, or a list of numbers from 0 on."""
+
     variant: Variant = "plain"
     """How the adapter is scaled and begins: `rslora`, by alpha/√r; `dora`, with a trained magnitude for each output;
     `pissa`, A and B from the largest singular values of W; `olora`, from its QR decomposition. The last two are saved as a
     plain adapter of rank 2r."""
+
+    @field_validator("layers")
+    @classmethod
+    def _check_layers(cls, value: str | tuple[int, ...]) -> str | tuple[int, ...]:
+        if isinstance(value, str) and not re.fullmatch(r"all|(first|last) [1-9][0-9]*", value):
+            raise ValueError(f"layers is {value}; give all, first N, last N, or a list of numbers from 0 on")
+        return value
 
 
 class TrainSection(Section):

@@ -99,3 +99,20 @@ def test_a_saved_adapter_of_a_changed_base_says_that_it_is_plain(tiny_recipe: Ma
     run = train(tiny_recipe(lora__variant="pissa", train__epochs=0.4)).run
     config = json.loads((run.adapter / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["init_lora_weights"]) == (8, 64, True)
+
+
+def test_only_the_chosen_layers_are_trained_and_stock_peft_loads_them(
+    tiny_recipe: MakeRecipe, tiny_model: Path, tmp_path: Path
+) -> None:
+    settings = {"lora__layers": "last 1", "lora__targets": "complete"}
+    fast = train(tiny_recipe(**settings)).run
+    stock = train(tiny_recipe(**settings, train__engine="trl", train__output_dir=str(tmp_path / "trl"))).run
+    assert_same(fast, stock, tolerance=1e-5)
+    names = load_file(fast.adapter / "adapter_model.safetensors")
+    assert len(names) == 14
+    assert all(".layers.1." in name for name in names)
+    assert read_json(fast.plan)["parameters"]["trainable"] == sum(tensor.numel() for tensor in names.values())
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), str(fast.adapter))
+    assert sum(p.numel() for name, p in adapted.named_parameters() if "lora_" in name) == sum(
+        map(torch.numel, names.values())
+    )

@@ -72,17 +72,22 @@ def preset_rows(model: PreTrainedModel, lora: LoraSection) -> list[Row]:
     """One row a preset: its matrices, and what they train at this rank, by this variant."""
     rows = []
     for preset in TARGET_PRESETS:
-        count = count_parameters(model, resolve_targets(model, preset), lora)
+        count = count_parameters(model, resolve_targets(model, preset, lora.layers), lora)
         rows.append(
             {
                 "targets": preset,
-                "matrices": describe_targets(model, preset),
+                "matrices": describe_targets(model, preset, lora.layers),
                 "trainable": f"{count.trainable:,}",
                 "share": f"{count.trainable / count.total:.3%}",
                 "adapter file": size(count.adapter_bytes),
             }
         )
     return rows
+
+
+def _layers(facts: Facts) -> str:
+    total = facts.model.config.get_text_config().num_hidden_layers
+    return f"{facts.prepared.targets_in_words} of a model of {total}"
 
 
 def _variant(facts: Facts) -> str:
@@ -117,6 +122,7 @@ SUMMARIES: dict[str, Callable[[Facts], str]] = {
     "lora.alpha": _alpha,
     "lora.dropout": _dropout,
     "lora.targets": _targets,
+    "lora.layers": _layers,
     "lora.variant": _variant,
 }
 

@@ -47,7 +47,7 @@ COVERED = {
         *("train", "eval", "format", "train_on", "thinking", "special_tokens_in_text"),
         *("max_length", "on_long", "on_bad_row", "streaming"),
     },
-    "lora": {"r", "alpha", "dropout", "targets", "variant"},
+    "lora": {"r", "alpha", "dropout", "targets", "layers", "variant"},
     "train": {
         *("output_dir", "epochs", "learning_rate", "batch_size", "schedule", "warmup_fraction", "weight_decay"),
         *("max_grad_norm", "seed", "engine", "device", "token_budget", "eval_every", "save_every", "log_every"),

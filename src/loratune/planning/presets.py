@@ -66,19 +66,19 @@ def count_presets(model: nn.Module, lora: LoraSection) -> tuple[PresetCount, ...
 
     Args:
         model: The base model, without an adapter. It may be on the meta device.
-        lora: Rank and variant; its targets do not count.
+        lora: Rank, variant and layers; its targets do not count.
     """
     return tuple(_count(model, preset, lora) for preset in TARGET_PRESETS)
 
 
 def _count(model: nn.Module, preset: str, lora: LoraSection) -> PresetCount:
     try:
-        targets = resolve_targets(model, preset)
+        targets = resolve_targets(model, preset, lora.layers)
     except RecipeError as error:
         return PresetCount(name=preset, targets=(), targets_in_words=error.problem, parameters=None)
     return PresetCount(
         name=preset,
         targets=targets,
-        targets_in_words=describe_targets(model, preset),
+        targets_in_words=describe_targets(model, preset, lora.layers),
         parameters=count_parameters(model, targets, lora),
     )
