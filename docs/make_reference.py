@@ -61,6 +61,8 @@ def _type_in_words(annotation: Any) -> str:
         return " or ".join(_type_in_words(part) for part in arguments if part is not type(None))
     if origin is tuple:
         return f"list of {_type_in_words(arguments[0])}"
+    if origin is dict:
+        return f"mapping of {_type_in_words(arguments[0])} to {_type_in_words(arguments[1])}"
     words = {int: "integer", float: "number", str: "text", bool: "`true`, `false`", Source: "source"}
     return words.get(annotation, str(annotation))
 

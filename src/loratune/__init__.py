@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,11 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 # by 17 MiB a step with them, and with 256 entries did not, at the same speed.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 os.environ.setdefault("LRU_CACHE_CAPACITY", "256")
+
+# bitsandbytes says at every 8-bit product that its input is rounded, and at its import, which PEFT does wherever it is installed,
+# which kernel it does without.
+for _name in ("bitsandbytes.autograd._functions", "bitsandbytes.backends.cpu.ops"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
 
 _ROOMS = {
     "compare": "reporting.page",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -18,13 +19,15 @@ import torch
 from loratune.certified import Delivery, FinishedRun, Load, deliver, open_finished
 from loratune.errors import RecipeError
 from loratune.model.device import torch_dtype
+from loratune.model.quantised import BY_BITSANDBYTES, as_multiplied, quantised_matrices
+from loratune.planning.parameters import skeleton
 from loratune.progress import Progress, Silent
 from loratune.run import RunDir
 from loratune.shipping.families import GgufLayout
 from loratune.shipping.gguf_adapter import check_plain, read_gguf_adapter, write_gguf_adapter
 from loratune.shipping.gguf_model import is_quantised, write_gguf_model
 from loratune.shipping.lowrank import LowRank
-from loratune.shipping.merge import DTYPES, check_not_quantised, copy_companions, write_merged
+from loratune.shipping.merge import DTYPES, Values, check_not_quantised, copy_companions, write_merged
 from loratune.shipping.ollama import Turns, modelfile, translate
 from loratune.shipping.parity import (
     EXACT,
@@ -104,6 +107,8 @@ def export(
     if target.suffix == ".gguf":
         raise RecipeError(f"--out is {target}: a folder is written", fix=f"--out {target.with_suffix('')}")
     finished = open_finished(root, progress)
+    if not merged or to != "vllm":
+        _check_full_base(finished, "what is exported would be put on, or merged into, the base before quantisation")
     if to == "vllm":
         check_target(target, needed_bytes=finished.base_bytes if merged else 0)
         return _export_vllm(finished, target.absolute(), merged=merged)
@@ -135,6 +140,7 @@ def lay_out(root: str | Path, target: Path, *, progress: Progress = _NOBODY) -> 
         As `merge`; and RecipeError where `transformers serve` cannot load the model.
     """
     finished = open_finished(root, progress)
+    _check_full_base(finished, "the server would put it on the base before quantisation")
     architecture = check_transformers(finished.config)
     check_target(target)
     recipe = finished.prepared.recipe
@@ -167,7 +173,13 @@ def _write_folder(finished: FinishedRun, folder: Path, dtype: str) -> tuple[Load
     finished.progress.line(
         f"merging {len(finished.updates)} matrices in float32, written in {wanted or 'the type of the base'}"
     )
-    write_merged(finished.base, finished.updates, folder, dtype=wanted)
+    frozen = _frozen(finished)
+    if frozen:
+        finished.progress.line(
+            f"{len(frozen)} matrices of the base are written with the values that {recipe.model.quantization} left them, since "
+            "the adapter was trained on these"
+        )
+    write_merged(finished.base, finished.updates, folder, dtype=wanted, frozen=frozen)
     copy_companions(finished.base, finished.run.adapter, folder, finished.stops)
 
     def load(_: Expected) -> Target:
@@ -178,9 +190,32 @@ def _write_folder(finished: FinishedRun, folder: Path, dtype: str) -> tuple[Load
             trust_remote_code=recipe.model.trust_remote_code,
         )
 
+    if recipe.model.quantization == "int8":  # inputs were rounded to 8 bits too, and no longer are
+        return load, QUANTISED
     own = {str(parameter) for parameter in (wanted, torch_dtype(recipe.model.dtype)) if parameter}
     exact = own == {"torch.float32"} and (wanted is not None or finished.config.dtype == torch.float32)
     return load, EXACT if exact else ROUNDED
+
+
+def _frozen(finished: FinishedRun) -> dict[str, Values]:
+    """What training multiplied with in the place of the base's weights: none where these were not quantised."""
+    section = finished.prepared.recipe.model
+    if section.quantization not in BY_BITSANDBYTES:
+        return {}
+    model = skeleton(finished.config, trust_remote_code=section.trust_remote_code)
+    values = partial(as_multiplied, quantization=section.quantization, dtype=torch_dtype(section.dtype))
+    return {name: values for name, _ in quantised_matrices(model)}
+
+
+def _check_full_base(finished: FinishedRun, what: str) -> None:
+    """Refuse what puts the adapter on the base as it was before quantisation: that is another model."""
+    quantization = finished.prepared.recipe.model.quantization
+    if quantization in BY_BITSANDBYTES:
+        raise RecipeError(
+            f"the adapter was trained on a base in {quantization}; {what}",
+            file=finished.run.root,
+            fix=f"loratune merge {finished.run.root} OUT, which writes the values that training multiplied with",
+        )
 
 
 def _merged_dtype(finished: FinishedRun, dtype: str) -> torch.dtype | None:

@@ -29,6 +29,7 @@ from loratune.errors import DataError, Interrupted, RecipeError, RunError
 from loratune.evaluation.gates import check_names, parse_gate, pass_gates
 from loratune.evaluation.harness import check_harness, run_harness
 from loratune.evaluation.own_metric import load_metric
+from loratune.joint_preparation import prepare_together
 from loratune.loading import adapt, load_base, load_trained
 from loratune.lock import changed_settings, differences
 from loratune.model.adapter import save_adapter
@@ -38,7 +39,7 @@ from loratune.model.variants import has_changed_base
 from loratune.planning.cluster import find_machine
 from loratune.planning.memory import wants_rehearsal
 from loratune.planning.speed import StepProbe
-from loratune.preparation import Preparation, held_out_prompts, output_dir, prepare, prepare_together
+from loratune.preparation import Preparation, held_out_prompts, output_dir, prepare
 from loratune.progress import Progress, Silent
 from loratune.recipe import Recipe
 from loratune.reporting.card import write_card

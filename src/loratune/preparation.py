@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,12 +14,13 @@ from loratune.data.render import Example, Prompt, render_prompts, stop_token_ids
 from loratune.data.steps import num_steps
 from loratune.data.stream import MANY_ROWS, can_stream, open_tables, stream_data
 from loratune.early_checks import check_disk, check_output, check_prompts, check_trackers, check_vocabulary
-from loratune.errors import MachineError, RecipeError, RunError
-from loratune.evaluation.scoring import check_references
+from loratune.errors import MachineError, RecipeError
+from loratune.evaluation.scoring import check_metric, check_references
 from loratune.lock import examples_fingerprint, make_lock, model_fingerprint, text_fingerprint
-from loratune.model.device import Choice, check_fp8, choose_device, choose_dtype, no_fp8
+from loratune.model.device import Choice, choose_device, choose_dtype
 from loratune.model.gguf import cache_dir
 from loratune.model.load import BaseModel, load_config, load_tokenizer, locate_model, positions_of
+from loratune.model.quantised import BY_BITSANDBYTES, check_checkpoint
 from loratune.model.stops import generation_stops
 from loratune.model.targets import describe_targets, resolve_targets, target_notes
 from loratune.model.variants import check_variant, variant_notes
@@ -34,6 +34,7 @@ from loratune.planning.estimate import Estimate, estimate
 from loratune.planning.memory import MemoryPlan, free_bytes, resident_bytes
 from loratune.planning.parameters import ParameterCount, count_parameters, skeleton
 from loratune.planning.presets import PresetCount, PresetPlan, count_presets
+from loratune.planning.quantised import check_quantised, quantised_place, quantization_notes
 from loratune.planning.scaling import Scaling, scale, strategy_for
 from loratune.planning.speed import StepProbe, TimePlan, with_probe
 from loratune.progress import Progress
@@ -201,11 +202,13 @@ def prepare(
         MachineError: The run does not fit the machine, or the hub cannot be reached.
     """
     check_trackers(recipe)
+    check_metric(recipe.evaluate.metric)
     check_output(output_dir(recipe))
     where = choose_device(recipe.train.device) if device is None else Choice("cuda", f"{device.name}, as published")
-    _check_quantization(recipe, where.value, device)
+    check_quantised(recipe.model.quantization, where.value, device)
     base = locate_model(recipe.model, progress, weights=weights)
     config = load_config(base, recipe.model)
+    check_checkpoint(config, recipe.model.quantization, name=base.name, device=where.value)
     positions = positions_of(config)
     max_length = _max_length(recipe, positions)
     model = skeleton(config, trust_remote_code=recipe.model.trust_remote_code)
@@ -241,8 +244,12 @@ def prepare(
         device=where.value,
         dtype=dtype.value,
         compiled=False,
+        **quantised_place(recipe.model.quantization, base.path, model, dtype.value),
         stored_bytes=bytes_to_convert(
-            base.path, dtype.value, stored=base.stored, num_parameters=parameters.total - parameters.trainable
+            base.path,
+            None if recipe.model.quantization in BY_BITSANDBYTES else dtype.value,
+            stored=base.stored,
+            num_parameters=parameters.total - parameters.trainable,
         ),
         resident_bytes=resident,
         free_bytes=_free_bytes(where.value) if device is None else device.memory_bytes,
@@ -283,6 +290,7 @@ def prepare(
             *variant_notes(effective),
             *data.report["notices"],
             *_device_notes(device, dtype.value),
+            *quantization_notes(recipe.model.quantization, dtype.value),
         ),
         advice=give_advice(
             replace(
@@ -295,32 +303,6 @@ def prepare(
         if cluster is None
         else scale(cluster, recipe, text_config, parameters, data=data, place=place, estimate_at=estimate_at),
     )
-
-
-def prepare_together(recipe: Recipe, progress: Progress) -> Preparation:
-    """`prepare` by all processes of a run: what `auto` becomes is what the first one finds, and its prepared examples are in the
-    cache when the others ask for them.
-
-    Raises:
-        RunError: The processes do not see the same data.
-        LoratuneError: As `prepare`.
-    """
-    if world.size() == 1:
-        return prepare(recipe, progress)
-    if recipe.train.engine == "trl":
-        raise RecipeError("train.engine is trl, which trains in one process here", fix="train.engine=fast")
-    if world.is_main():
-        prepared = prepare(recipe, progress)
-        world.publish("recipe", prepared.recipe.model_dump_json())
-    else:
-        prepared = prepare(Recipe.parse(json.loads(world.read("recipe"))), progress)
-    seen = world.gather([examples_fingerprint(examples) for examples in (prepared.data.train, prepared.data.eval)])
-    if seen[world.rank()] != seen[0]:
-        raise RunError(
-            f"process {world.rank()} does not see the same examples as process 0",
-            fix="the same files, at the same paths, on all machines",
-        )
-    return prepared
 
 
 def _free_bytes(device: str) -> int | None:
@@ -391,8 +373,10 @@ def _data(
 
 def held_out_prompts(recipe: Recipe, data: PreparedData, tokenizer: PreTrainedTokenizerBase) -> tuple[Prompt, ...]:
     """The prompts of the held-out conversations that are answered."""
-    chosen = data.eval_conversations[: recipe.evaluate.samples]
-    return tuple(render_prompts(chosen, tokenizer, thinking=recipe.data.thinking))
+    section = recipe.evaluate
+    return tuple(
+        render_prompts(data.eval_conversations, tokenizer, thinking=recipe.data.thinking, limit=section.samples)
+    )
 
 
 def _forgetting(
@@ -401,7 +385,8 @@ def _forgetting(
     """The examples of `evaluate.forgetting`, made as the training examples are; their format is their own."""
     if recipe.evaluate.forgetting == "none":
         return ()
-    section = recipe.data.model_copy(update={"train": recipe.evaluate.forgetting, "eval": "none", "format": "auto"})
+    own = {"train": recipe.evaluate.forgetting, "eval": "none", "format": "auto", "columns": {}}
+    section = recipe.data.model_copy(update=own)
     prepared = prepare_data(
         section,
         tokenizer,
@@ -443,7 +428,7 @@ def _recompute_reason(recipe: Recipe, memory: MemoryPlan) -> str:
 
 def _longest_answer(prompts: tuple[Prompt, ...], tokenizer: PreTrainedTokenizerBase) -> int:
     """Tokens of the longest reference, with its stop token; 0 without prompts."""
-    references = [prompt.reference for prompt in prompts]
+    references = [reference for prompt in prompts for reference in prompt.references]
     return 1 + max(map(len, tokenizer(references, add_special_tokens=False)["input_ids"])) if references else 0
 
 
@@ -483,15 +468,6 @@ def _stop_token(tokenizer: PreTrainedTokenizerBase, data: PreparedData) -> str:
     if data.report["train"]["format"] == "text":
         return ""
     return str(tokenizer.convert_ids_to_tokens(stop_token_ids(tokenizer)[0]))
-
-
-def _check_quantization(recipe: Recipe, where: str, device: Device | None) -> None:
-    if recipe.model.quantization == "none":
-        return
-    if device is None:
-        check_fp8(where)
-    elif not device.has_fp8:
-        raise no_fp8(device.name)
 
 
 def _dtype(recipe: Recipe, where: str, device: Device | None) -> Choice:

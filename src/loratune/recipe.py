@@ -77,12 +77,18 @@ class ModelSection(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """The type of the frozen base weights. `auto`: bfloat16 where this machine multiplies it faster, else float32."""
 
-    quantization: Literal["none", "fp8"] = "none"
-    """`fp8`: the frozen linear layers compute in 8-bit floats, on NVIDIA GPUs of Hopper's generation and later. Weights take
-    as many bytes as in bfloat16, since each is kept in two layouts."""
+    quantization: Literal["none", "fp8", "nf4", "int8"] = "none"
+    """The frozen linear layers in fewer bits; the adapter stays in float32. `nf4`: 4 bits a weight (QLoRA), `int8`: 8 bits, by
+    bitsandbytes. `fp8`: 8-bit floats, on NVIDIA GPUs of Hopper's generation and later; they take as many bytes as in bfloat16,
+    since each is kept in two layouts."""
 
     trust_remote_code: bool = False
     """Whether Python files that come with the model may run on this machine."""
+
+
+Column = Literal[
+    "messages", "conversations", "prompt", "completion", "instruction", "input", "output", "text", "system", "tools"
+]
 
 
 class DataSection(Section):
@@ -97,6 +103,10 @@ class DataSection(Section):
 
     format: Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt", "text"] = "auto"
     """The format of the rows. `auto`: detected from all rows."""
+
+    columns: dict[Column, str] = {}
+    """Columns of the rows whose names are not those of the format: `{prompt: mr, completion: ref}` reads column `mr` as the
+    prompt and `ref` as the completion."""
 
     train_on: Literal["assistant", "last", "all"] = "assistant"
     """The trained tokens: `assistant`, every answer with its stop token; `last`, the last answer; `all`, every token."""
@@ -270,12 +280,14 @@ class TrainSection(Section):
 class EvaluateSection(Section):
     """What is measured on the held-out data, base against tuned."""
 
-    metric: Literal["none", "exact_match", "json", "contains"] = "none"
-    """How a generated answer is scored against the reference: `exact_match`, the same text; `json`, the same JSON value;
-    `contains`, the reference occurs in the answer; `none`, no answers are generated, only the loss is measured."""
+    metric: Literal["none", "exact_match", "json", "contains", "bleu"] = "none"
+    """How a generated answer is scored against its references: `exact_match`, the same text; `json`, the same JSON value;
+    `contains`, a reference occurs in the answer; `bleu`, n-grams of all answers together, by sacrebleu; `none`, no answers
+    are generated, only the loss is measured."""
 
     samples: int = Field(default=100, ge=1)
-    """How many held-out conversations are answered, from the first on."""
+    """How many held-out prompts are answered, from the first on. Conversations that differ in their last answer only are one
+    prompt with several references."""
 
     max_new_tokens: int = Field(default=256, ge=1)
     """The longest generated answer, in tokens."""
@@ -299,6 +311,7 @@ class Recipe(Section):
             raise ValueError(
                 f"model.quantization is fp8, which is made from bfloat16, but model.dtype is {self.model.dtype}"
             )
+        self._check_bitsandbytes()
         if self.model.quantization != "none" and self.lora.variant in ("dora", "pissa", "olora"):
             raise ValueError(
                 f"lora.variant is {self.lora.variant}, which needs the weights as they are, but model.quantization is "
@@ -311,6 +324,19 @@ class Recipe(Section):
         if self.data.eval == "none" and self.train.final_adapter == "best":
             raise ValueError("train.final_adapter is best, but data.eval is none: there is no held-out loss to go by")
         return self
+
+    def _check_bitsandbytes(self) -> None:
+        chosen = self.model.quantization
+        if chosen not in ("nf4", "int8"):
+            return
+        if self.model.dtype == "float16":
+            raise ValueError(f"model.quantization is {chosen}, whose products are in bfloat16 or float32, not float16")
+        if self.train.compile is True:
+            raise ValueError(f"train.compile is true, but the layers of bitsandbytes ({chosen}) run uncompiled")
+        if chosen == "int8" and self.train.recompute not in ("auto", 0):
+            raise ValueError(
+                "train.recompute is not 0, but int8 layers of bitsandbytes keep their inputs where recomputing cannot free them"
+            )
 
     @classmethod
     def load(cls, path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Self:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import socket
 import time
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,6 +37,9 @@ _WHO = (
     "MV2_COMM_WORLD_SIZE",
 )
 """By these transformers and accelerate see that a process is one of several."""
+
+MEET_SECONDS = 1800
+"""How long processes wait for each other at the start, as torch does."""
 
 _POLL_SECONDS = 0.1
 _FAILED = "failed"
@@ -135,6 +139,7 @@ def start() -> None:
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     try:
         store, number, count = next(rendezvous("env://"))
+        store = dist.PrefixStore(_meet(store, number, count), store)  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=number, world_size=count)
         hosts: list[str] = [""] * count
         dist.all_gather_object(hosts, socket.gethostname())
@@ -148,6 +153,38 @@ def start() -> None:
     )
     for name in _WHO:
         os.environ.pop(name, None)
+
+
+def _meet(store: Any, number: int, count: int) -> str:
+    """A name that only the processes that run now have agreed on.
+
+    torchrun (2.13) keeps its store when it starts processes again, with the addresses and words of those that are gone in it. So
+    each one says a number that nobody used before, the first one answers with a number of its own and all that it heard, again
+    whenever it hears another, and who finds its own number in the answer is in.
+    """
+    mine = uuid.uuid4().hex
+    store.set(f"hello/{number}", mine)
+    deadline = time.monotonic() + MEET_SECONDS
+
+    def said(key: str) -> str:
+        return str(store.get(key).decode()) if store.check([key]) else ""
+
+    heard: list[str] = []
+    while time.monotonic() < deadline:
+        if number == 0:
+            now = [said(f"hello/{other}") or "-" for other in range(count)]
+            if now != heard:
+                heard = now
+                store.set("welcome", " ".join((mine, *heard)))
+            if all(said(f"in/{other}") == mine for other in range(1, count)):
+                return mine
+        else:
+            name, *welcome = said("welcome").split() or [""]
+            if len(welcome) == count and welcome[number] == mine:
+                store.set(f"in/{number}", name)
+                return name
+        time.sleep(_POLL_SECONDS)
+    raise RuntimeError(f"not all {count} came within {MEET_SECONDS:,} s")
 
 
 def stop() -> None:

@@ -164,7 +164,7 @@ def test_the_prompt_and_what_is_trained_after_it_are_the_whole_conversation(
 
     opened = prompt.text.removesuffix("<think>\n")  # R1's prompt opens thoughts that this answer does not have
     assert whole.startswith(opened + trained_texts(example, tokenizer)[0])
-    assert prompt.reference == "10, of course."
+    assert prompt.references == ("10, of course.",)
     assert prompt.input_ids == tokenizer(prompt.text, add_special_tokens=False)["input_ids"]
     assert prompt.input_ids == tokenizer.apply_chat_template(
         list(CHAT[:3]), add_generation_prompt=True, return_dict=False
@@ -317,7 +317,7 @@ def test_prompts_follow_the_policy_on_earlier_thoughts(with_template: WithTempla
 
     assert "Five times two" in kept.text
     assert "Five times two" not in stripped.text
-    assert kept.reference == stripped.reference == "10."
+    assert kept.references == stripped.references == ("10.",)
 
 
 # ---- what is refused

@@ -29,6 +29,11 @@ class TinyPrompt:
     reference: str
     origin: Place
     input_ids: list[int] = field(default_factory=list)
+    more: tuple[str, ...] = ()
+
+    @property
+    def references(self) -> tuple[str, ...]:
+        return (self.reference, *self.more)
 
     @property
     def question(self) -> str:

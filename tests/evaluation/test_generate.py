@@ -54,7 +54,7 @@ class Place:
 @dataclass(frozen=True)
 class TinyPrompt:
     input_ids: list[int]
-    reference: str = ""
+    references: tuple[str, ...] = ("",)
     origin: Place = field(default_factory=Place)
     text: str = ""
     question: str = ""

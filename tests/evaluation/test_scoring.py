@@ -19,10 +19,15 @@ class Place:
 @dataclass(frozen=True)
 class TinyPrompt:
     reference: str
+    more: tuple[str, ...] = ()
     input_ids: list[int] = field(default_factory=list)
     origin: Place = field(default_factory=Place)
     text: str = ""
     question: str = ""
+
+    @property
+    def references(self) -> tuple[str, ...]:
+        return (self.reference, *self.more)
 
 
 @pytest.mark.parametrize(

@@ -23,11 +23,12 @@ OTHER: dict[str, Any] = {
     "model.name": "FOLDER",
     "model.revision": "v2",
     "model.dtype": "bfloat16",
-    "model.quantization": "fp8",
+    "model.quantization": "int8",
     "model.trust_remote_code": True,
     "data.train": "FILE",
     "data.eval": 0.3,
     "data.format": "alpaca",
+    "data.columns": {"tools": "no_such_column"},
     "data.train_on": "last",
     "data.thinking": "strip",
     "data.special_tokens_in_text": "as_text",
@@ -70,7 +71,6 @@ OTHER: dict[str, Any] = {
 }
 # what has to be on for the field to matter
 ALSO: dict[str, dict[str, Any]] = {
-    "model.quantization": {"model.dtype": "bfloat16"},
     "train.keep_checkpoints": {"train.save_every": 1},
     # too high a rate, so that the last step is not the best one
     "train.final_adapter": {"train.save_every": 1, "train.eval_every": 1, "train.learning_rate": 20.0},

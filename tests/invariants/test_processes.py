@@ -36,7 +36,7 @@ SETTINGS = {
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
-WAIT_SECONDS = 120
+WAIT_SECONDS = 300
 
 
 def write_recipe(recipe: Recipe, folder: Path, name: str) -> tuple[Path, RunDir]:
@@ -114,6 +114,7 @@ def test_with_dropout_a_resumed_run_of_two_is_the_uninterrupted_one_to_the_bit(
     assert_same(whole, run, tolerance=0)
 
 
+@pytest.mark.slow
 def test_streamed_rows_are_shared_too(tiny_recipe: MakeRecipe, one: RunDir, tmp_path: Path) -> None:
     run = trained(2, tiny_recipe(**SETTINGS, data__streaming=True), tmp_path)
     assert_same(one, run, tolerance=1e-5)
@@ -150,7 +151,8 @@ def process_of(torchrun: int, rank: int) -> psutil.Process:
     return found[0]
 
 
-@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [1, 0])
 def test_a_killed_process_is_started_again_and_no_example_is_lost_or_seen_twice(
     tiny_recipe: MakeRecipe, one: RunDir, tmp_path: Path, rank: int
 ) -> None:

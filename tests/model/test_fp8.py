@@ -58,7 +58,7 @@ def test_losses_are_near_those_of_bfloat16(
     tiny_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str
 ) -> None:
     """The machine is not asked: torch computes the same products on a CPU, only slowly."""
-    monkeypatch.setattr("loratune.preparation.check_fp8", lambda device: None)
+    monkeypatch.setattr("loratune.planning.quantised.check_fp8", lambda device: None)
     losses = {}
     for quantization in ("none", "fp8"):
         recipe = tiny_recipe(

@@ -134,14 +134,14 @@ def test_what_a_variant_takes_is_in_the_peak_and_what_it_takes_is_its_formula() 
     assert without_dropout == 4 * (64 * 64 + 4 * 64 * 32)
 
 
-def test_steps_of_many_sizes_leave_more_behind_in_16_bits_on_a_cpu() -> None:
+def test_steps_of_many_sizes_leave_more_behind_on_a_cpu() -> None:
     def left(num_sizes: int, **changes: Any) -> int:
         work = Work(longest=100, largest_step=800, num_sizes=num_sizes)
         return plan(device="cpu", work=work, **changes).allocator_bytes
 
     assert left(1) < left(10) < left(28) == left(1000) == left(0) + 270 * 2**20
     assert left(1, compiled=True) < left(28, compiled=True)
-    assert left(28, dtype_bytes=4) == left(1, dtype_bytes=4)
+    assert left(1, dtype_bytes=4) < left(28, dtype_bytes=4) < left(28)
     assert plan(work=Work(longest=100, largest_step=800, num_sizes=28)) == plan()
 
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 import difflib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from loratune.data.sources import Row
 from loratune.errors import DataError, printable
+from loratune.recipe import Column
 
 Message = dict[str, Any]
 
@@ -123,6 +124,34 @@ def detect_format(rows: Iterable[Row], *, strict: bool = True) -> str:
         line=odd.line,
         fix=f"formats are {looked_for}; correct the row, or leave such rows out with data.on_bad_row=skip",
     )
+
+
+def rename_columns(rows: Sequence[Row], columns: Mapping[Column, str]) -> list[Row]:
+    """The rows with the field names of their format, where `data.columns` says which columns these are."""
+    return [_renamed(row, columns) for row in rows] if columns else list(rows)
+
+
+def _renamed(row: Row, columns: Mapping[Column, str]) -> Row:
+    if not isinstance(row.value, dict):
+        return row
+    value = {name: content for name, content in row.value.items() if name not in columns.values()}
+    named = {field: row.value[column] for field, column in columns.items() if column in row.value}
+    return replace(row, value={**value, **named})
+
+
+def check_columns(rows: Sequence[Row], columns: Mapping[Column, str]) -> None:
+    """Refuse a column that no row has.
+
+    Raises:
+        DataError: Naming those that the first row has.
+    """
+    for field, column in columns.items():
+        if not any(isinstance(row.value, dict) and column in row.value for row in rows):
+            raise DataError(
+                f"data.columns reads {field} from the column {column}, which no row has",
+                file=rows[0].file,
+                fix=f"the first row has {_describe(rows[0].value)}",
+            )
 
 
 def to_conversations(rows: Iterable[Row], format: str) -> tuple[list[Conversation], list[Rejected]]:  # noqa: A002 - the recipe's word

@@ -15,7 +15,15 @@ import numpy as np
 
 from loratune.data.cache import Arrays, Cache, cache_key
 from loratune.data.checks import add_checks
-from loratune.data.conversation import Conversation, Origin, Rejected, detect_format, to_conversations
+from loratune.data.conversation import (
+    Conversation,
+    Origin,
+    Rejected,
+    check_columns,
+    detect_format,
+    rename_columns,
+    to_conversations,
+)
 from loratune.data.labels import backend_of
 from loratune.data.render import Example, Rendered, render
 from loratune.data.sources import Row, hash_files, hash_rows, hub_has_split, is_local, read_rows
@@ -224,6 +232,8 @@ class Reader:
         num_rows = 0
         for source in sources:
             rows = self.rows(source)
+            check_columns(rows, self.data.columns)
+            rows = rename_columns(rows, self.data.columns)
             form = _format(rows, self.data, source)
             good, bad = to_conversations(rows, form)
             described.append(

@@ -6,6 +6,7 @@ The chat template renders each conversation; `spans` says which of its character
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -96,9 +97,10 @@ class Prompt:
     """As the model reads it, with the template's tokens."""
     question: str
     """What was said before the answer, for people: the messages' texts without the system's, a line each."""
-    reference: str
-    """The last answer, without its thoughts."""
+    references: tuple[str, ...]
+    """The last answers of all conversations with this prompt, without their thoughts."""
     origin: Origin
+    """Of the first of them."""
 
 
 def render(
@@ -166,37 +168,55 @@ def render(
 
 
 def render_prompts(
-    conversations: Sequence[Conversation], tokenizer: PreTrainedTokenizerBase, *, thinking: Thinking = "keep"
+    conversations: Sequence[Conversation],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    thinking: Thinking = "keep",
+    limit: int | None = None,
 ) -> list[Prompt]:
     """The prompts for the last answers: all messages before it, and the template's own generation prompt.
 
-    Conversations without an answer, and plain text, have none and are left out.
+    Conversations without an answer, and plain text, have none and are left out. Those that are alike up to their last answer
+    have one prompt together.
 
     Args:
         conversations: Validated conversations.
         tokenizer: With a chat template.
         thinking: `strip` removes the thoughts of earlier answers; else the template decides about them.
+        limit: How many prompts, from the first on; None: all.
 
     Raises:
         DataError: The tokenizer has no chat template, or it refuses a conversation.
     """
-    asked = [(conversation, _turns(conversation.messages, "last")) for conversation in conversations]
-    asked = [(conversation, turns) for conversation, turns in asked if turns and turns[-1] > 0]
+    asked = _by_prompt(conversations)[:limit]
     if not asked:
         return []
     template = ChatTemplate(tokenizer)
-    texts = [_prompt_text(conversation, turns[-1], template, thinking) for conversation, turns in asked]
+    texts = [_prompt_text(conversation, turn, template, thinking) for conversation, turn, _ in asked]
     ids = tokenizer([text for text, _ in texts], add_special_tokens=False)["input_ids"]
     return [
         Prompt(
             input_ids=_as_text_ids(text, conversation, template) if hidden else list(plain),
             text=template.special_text.show(text) if hidden else text,
-            question=_question(conversation.messages[: turns[-1]]),
-            reference=_reference(conversation.messages[turns[-1]]),
+            question=_question(conversation.messages[:turn]),
+            references=references,
             origin=conversation.origin,
         )
-        for plain, (text, hidden), (conversation, turns) in zip(ids, texts, asked, strict=True)
+        for plain, (text, hidden), (conversation, turn, references) in zip(ids, texts, asked, strict=True)
     ]
+
+
+def _by_prompt(conversations: Sequence[Conversation]) -> list[tuple[Conversation, int, tuple[str, ...]]]:
+    """Of each distinct prompt: the first conversation with it, the place of the answer, and all answers."""
+    found: dict[str, tuple[Conversation, int, dict[str, None]]] = {}
+    for conversation in conversations:
+        turns = _turns(conversation.messages, "last")
+        if not turns or turns[-1] == 0:
+            continue
+        key = json.dumps([conversation.messages[: turns[-1]], conversation.tools], sort_keys=True)
+        _, _, references = found.setdefault(key, (conversation, turns[-1], {}))
+        references[_reference(conversation.messages[turns[-1]])] = None
+    return [(conversation, turn, tuple(references)) for conversation, turn, references in found.values()]
 
 
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 import numpy.typing as npt
 
-from loratune.data.conversation import Origin, Rejected, to_conversations
+from loratune.data.conversation import Origin, Rejected, rename_columns, to_conversations
 from loratune.data.labels import Example, backend_of
 from loratune.data.prepare import PreparedData, Reader, apply_policy, assemble, held_out_sources
 from loratune.data.render import Policy, Renderer
@@ -112,7 +112,7 @@ class ExampleStream(Sequence[Example | Rejected]):
         return made
 
     def _make(self, row: Row, form: str) -> Example | Rejected:
-        conversations, bad = to_conversations([row], form)
+        conversations, bad = to_conversations(rename_columns([row], self._data.columns), form)
         if bad:
             return bad[0]
         chunk = self._renderer(conversations)

@@ -82,17 +82,19 @@ def evaluation_record(
     """Put together what `evaluation.json` holds.
 
     Args:
-        metric: The name of how answers are scored; `none`: there are no answers, and no items.
+        metric: The name of how answers are scored; `none`: there are no answers, and no items. `bleu` is of all answers
+            together, from 0 to 100; any other is a mean over answers, from 0 to 1.
         prompts: The prompts that were answered.
         base_answers: One answer a prompt, without the adapter.
         tuned_answers: The same with it.
         base_nll: Of every held-out example: the summed NLL of its supervised tokens, and their number, all above zero.
         tuned_nll: The same with the adapter.
-        scorer: What scores an answer against its reference; None: the metric of that name.
+        scorer: What scores an answer against a reference, of several the one that gives most; None: the metric of that name.
 
     Returns:
         `base` and `tuned`, each with `nll` (nats per supervised token), `perplexity`, and the mean score under the
-        metric's name; `difference` (tuned minus base) of each as `value`, `low`, `high`; `interval`; `items`.
+        metric's name; `difference` (tuned minus base) of each as `value`, `low`, `high`; `interval`; `items`; for `bleu` its
+        `signature`.
     """
     record: dict[str, Any] = {
         "metric": metric,
@@ -103,10 +105,11 @@ def evaluation_record(
     }
     _add_nll(record, base_nll, tuned_nll)
     items = []
-    if metric != "none":
-        triples = zip(prompts, base_answers, tuned_answers, strict=True)
-        rate = scorer or partial(score, metric)
-        items = [_item(rate, prompt, base, tuned) for prompt, base, tuned in triples]
+    if metric == "bleu" and scorer is None:
+        items = _add_bleu(record, prompts, base_answers, tuned_answers)
+    elif metric != "none":
+        rate = _best(scorer or partial(score, metric))
+        items = _items(rate, prompts, base_answers, tuned_answers)
         _add_scores(record, metric, items)
     record["interval"] = {"level": LEVEL, "method": "paired bootstrap", "resamples": RESAMPLES}
     record["items"] = items
@@ -127,7 +130,10 @@ def evaluation_table(record: Mapping[str, Any]) -> Table:
     for column in ("base", "tuned", "difference", f"{record['interval']['level']:.0%} interval"):
         table.add_column(column, justify="right")
     metric = record["metric"]
-    if metric in record["base"]:
+    if metric == "bleu" and metric in record["base"]:
+        label = f"bleu ({len(record['items'])} answers)"
+        _add_row(table, label, record["base"][metric], record["tuned"][metric], record["difference"][metric])
+    elif metric in record["base"]:
         points = {name: 100 * value for name, value in record["difference"][metric].items()}
         table.add_row(
             f"{metric} ({len(record['items'])} answers)",
@@ -163,34 +169,68 @@ def samples_table(record: Mapping[str, Any], count: int = 3) -> Table:
     table.add_column("text", overflow="fold")
     for item in [*different, *alike][:count]:
         table.add_row("prompt", _plain(item["question"]))
-        table.add_row("reference", _plain(item["reference"]))
-        table.add_row("base", _scored(item["base"]))
-        table.add_row("tuned", _scored(item["tuned"]), end_section=True)
+        for reference in item.get("references", [item["reference"]]):
+            table.add_row("reference", _plain(reference))
+        graded = record["metric"] == "bleu"
+        table.add_row("base", _scored(item["base"], graded=graded))
+        table.add_row("tuned", _scored(item["tuned"], graded=graded), end_section=True)
     return table
 
 
 def _add_nll(record: dict[str, Any], base: Sequence[NllPair], tuned: Sequence[NllPair]) -> None:
     assert len(base) == len(tuned) > 0
-    columns = np.column_stack([np.asarray(base, dtype=np.float64), np.asarray(tuned, dtype=np.float64)])
-    assert (columns[:, [1, 3]] > 0).all(), "an example without supervised tokens"
+    sides = np.asarray(base, dtype=np.float64), np.asarray(tuned, dtype=np.float64)
+    assert all((side[:, 1] > 0).all() for side in sides), "an example without supervised tokens"
+    _add_statistics(record, *sides, {"nll": _nll, "perplexity": _perplexity})
+
+
+def _add_statistics(
+    record: dict[str, Any], base: Columns, tuned: Columns, statistics: Mapping[str, Callable[[Columns], Values]]
+) -> None:
+    """Measures of all items together: functions of sums over items, paired as in `paired_bootstrap`.
+
+    Args:
+        record: Gets them.
+        base: What adds up, [items, c].
+        tuned: The same with the adapter.
+        statistics: Name → from sums [rows, c] the measure of each row.
+    """
+    columns = np.hstack([base, tuned])
+    width = base.shape[1]
     totals = columns.sum(axis=0, keepdims=True)
     resampled = _resampled_sums(columns, seed=0, samples=RESAMPLES)
-    for name, statistic in (("nll", _nll), ("perplexity", _perplexity)):
-        base_value, tuned_value = (float(statistic(totals, first)[0]) for first in (0, 2))
+    for name, statistic in statistics.items():
+        base_value, tuned_value = (float(statistic(side)[0]) for side in (totals[:, :width], totals[:, width:]))
         record["base"][name], record["tuned"][name] = base_value, tuned_value
-        differences = statistic(resampled, 2) - statistic(resampled, 0)
+        differences = statistic(resampled[:, width:]) - statistic(resampled[:, :width])
         record["difference"][name] = _interval(tuned_value - base_value, differences, LEVEL).as_dict()
 
 
-def _nll(sums: Columns, first: int) -> Values:
-    """Token-weighted: summed NLL over the number of tokens, from the columns `first` and the one after."""
-    values: Values = sums[:, first] / sums[:, first + 1]
+def _nll(sums: Columns) -> Values:
+    """Token-weighted: summed NLL over the number of tokens."""
+    values: Values = sums[:, 0] / sums[:, 1]
     return values
 
 
-def _perplexity(sums: Columns, first: int) -> Values:
-    values: Values = np.exp(np.minimum(_nll(sums, first), LARGEST_EXPONENT))
+def _perplexity(sums: Columns) -> Values:
+    values: Values = np.exp(np.minimum(_nll(sums), LARGEST_EXPONENT))
     return values
+
+
+def _add_bleu(
+    record: dict[str, Any], prompts: Sequence[Prompt], base: Sequence[Answer], tuned: Sequence[Answer]
+) -> list[dict[str, Any]]:
+    """BLEU of all answers together; returns the items, each with the BLEU of its own answers."""
+    from loratune.evaluation.bleu import Bleu, corpus_bleu, signature  # an extra
+
+    bleu = Bleu()
+    base_counts, tuned_counts = (
+        np.array([bleu.counts(a.text, p.references) for p, a in zip(prompts, answers, strict=True)], dtype=np.float64)
+        for answers in (base, tuned)
+    )
+    _add_statistics(record, base_counts, tuned_counts, {"bleu": corpus_bleu})
+    record["signature"] = signature([prompt.references for prompt in prompts])
+    return _items(bleu.one, prompts, base, tuned)
 
 
 def _add_scores(record: dict[str, Any], metric: str, items: Sequence[Mapping[str, Any]]) -> None:
@@ -199,22 +239,38 @@ def _add_scores(record: dict[str, Any], metric: str, items: Sequence[Mapping[str
     record["difference"][metric] = paired_bootstrap(base, tuned).as_dict()
 
 
-def _item(rate: Callable[[str, str], float], prompt: Prompt, base: Answer, tuned: Answer) -> dict[str, Any]:
+Rate = Callable[[str, Sequence[str]], float]
+"""The score of an answer, by all its references."""
+
+
+def _best(rate: Callable[[str, str], float]) -> Rate:
+    return lambda answer, references: max(rate(answer, reference) for reference in references)
+
+
+def _items(
+    rate: Rate, prompts: Sequence[Prompt], base: Sequence[Answer], tuned: Sequence[Answer]
+) -> list[dict[str, Any]]:
+    return [_item(rate, *triple) for triple in zip(prompts, base, tuned, strict=True)]
+
+
+def _item(rate: Rate, prompt: Prompt, base: Answer, tuned: Answer) -> dict[str, Any]:
+    several = {"references": list(prompt.references)} if len(prompt.references) > 1 else {}
     return {
         "file": prompt.origin.file,
         "line": prompt.origin.line,
         "prompt": prompt.text,
         "question": prompt.question,
-        "reference": prompt.reference,
-        "base": _scored_answer(rate, base, prompt.reference),
-        "tuned": _scored_answer(rate, tuned, prompt.reference),
+        "reference": prompt.references[0],
+        **several,
+        "base": _scored_answer(rate, base, prompt.references),
+        "tuned": _scored_answer(rate, tuned, prompt.references),
     }
 
 
-def _scored_answer(rate: Callable[[str, str], float], answer: Answer, reference: str) -> dict[str, Any]:
+def _scored_answer(rate: Rate, answer: Answer, references: Sequence[str]) -> dict[str, Any]:
     return {
         "text": answer.text,
-        "score": rate(answer.text, reference),
+        "score": rate(answer.text, references),
         "num_tokens": answer.num_tokens,
         "stopped": answer.stopped,
     }
@@ -237,8 +293,10 @@ def _interval(difference: float, resampled: Values, level: float) -> Interval:
     return Interval(difference=difference, low=float(low), high=float(high))
 
 
-def _scored(answer: Mapping[str, Any]) -> Text:
+def _scored(answer: Mapping[str, Any], *, graded: bool) -> Text:
     mark = Text("✓ ", style="green") if answer["score"] else Text("✗ ", style="red")
+    if graded:
+        mark = Text(f"{answer['score']:.1f} ", style="bold")
     return mark + _plain(answer["text"] if answer["stopped"] else f"{answer['text']} … (did not stop)")
 
 

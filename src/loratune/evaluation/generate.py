@@ -45,8 +45,8 @@ class Prompt(Protocol):
         ...
 
     @property
-    def reference(self) -> str:
-        """The answer in the data."""
+    def references(self) -> Sequence[str]:
+        """The answers in the data, at least one."""
         ...
 
     @property

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from loratune.errors import RecipeError, RunError
 
-TAKEN = ("nll", "perplexity", "none")
+TAKEN = ("nll", "perplexity", "none", "bleu")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping
 from decimal import Decimal
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from loratune.errors import DataError
+from loratune.errors import DataError, MachineError
 
 if TYPE_CHECKING:
     from loratune.evaluation.generate import Prompt
@@ -34,6 +35,18 @@ def score(metric: str, answer: str, reference: str) -> float:
     return float(_METRICS[metric](answer.strip(), reference.strip()))
 
 
+def check_metric(metric: str) -> None:
+    """Whether what the metric needs is installed.
+
+    Raises:
+        MachineError: It is not.
+    """
+    if metric == "bleu" and find_spec("sacrebleu") is None:
+        raise MachineError(
+            "evaluate.metric is bleu, but sacrebleu is not installed", fix="pip install 'loratune[bleu]'"
+        )
+
+
 def check_references(metric: str, prompts: Iterable[Prompt]) -> None:
     """Refuse references that no answer, or every answer, would match.
 
@@ -47,7 +60,7 @@ def check_references(metric: str, prompts: Iterable[Prompt]) -> None:
     if metric == "none":
         return
     for prompt in prompts:
-        problem = _problem(metric, prompt.reference.strip())
+        problem = next(filter(None, (_problem(metric, reference.strip()) for reference in prompt.references)), "")
         if problem:
             fix = "correct the row, or choose another evaluate.metric"
             raise DataError(problem, fix=fix, file=prompt.origin.file, line=prompt.origin.line)

@@ -42,9 +42,9 @@ BUILDERS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "p
 
 WIDTH = 118
 COVERED = {
-    "model": {"name", "revision", "dtype", "trust_remote_code"},
+    "model": {"name", "revision", "dtype", "quantization", "trust_remote_code"},
     "data": {
-        *("train", "eval", "format", "train_on", "thinking", "special_tokens_in_text"),
+        *("train", "eval", "format", "columns", "train_on", "thinking", "special_tokens_in_text"),
         *("max_length", "on_long", "on_bad_row", "streaming"),
     },
     "lora": {"r", "alpha", "dropout", "targets", "layers", "variant"},
@@ -157,7 +157,7 @@ def _why_not_directly(prepared: Preparation) -> str:
             continue
         if sources is None:
             return "the held-out conversations are a part of the training data that loratune chose"
-        reason = _why_not_one_source(sources)
+        reason = _why_not_one_source(sources) or ("has columns of other names" if data.columns else "")
         if reason:
             return f"the {side} data {reason}"
         sides.append((sources[0], examples))
@@ -212,6 +212,11 @@ def _builder(source: Source) -> str:
 
 def _check_covered(recipe: Recipe) -> None:
     default = Recipe()
+    if recipe.model.quantization == "fp8":
+        raise RecipeError(
+            "model.quantization is fp8, which a script of TRL and PEFT alone cannot follow",
+            fix="leave model.quantization at none, nf4 or int8",
+        )
     for section, covered in COVERED.items():
         mine, plain = getattr(recipe, section), getattr(default, section)
         for field in type(mine).model_fields:
@@ -256,6 +261,7 @@ def _script(prepared: Preparation, rows: Path | None, why_rows: str) -> str:
         revision=f", revision={_literal(base.revision)}" if base.revision else "",
         trust=", trust_remote_code=True" if section.trust_remote_code else "",
         dtype=section.dtype,
+        quantization=section.quantization,
         arguments=_arguments(prepared, direct=rows is None),
         has_eval=bool(prepared.data.eval),
     )

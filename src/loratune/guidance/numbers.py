@@ -16,6 +16,7 @@ from loratune.guidance import adapter_numbers
 from loratune.guidance.facts import Facts, Row, around, size
 from loratune.model.device import torch_dtype
 from loratune.model.load import positions_of
+from loratune.model.quantised import BY_BITSANDBYTES, base_bytes
 from loratune.preparation import NO_LIMIT
 
 # ---- model
@@ -34,6 +35,21 @@ def _revision(facts: Facts) -> str:
 def _dtype(facts: Facts) -> str:
     dtype = torch_dtype(facts.prepared.recipe.model.dtype)
     return f"the frozen weights take {size(facts.base_parameters * dtype.itemsize)}"
+
+
+def _quantization(facts: Facts) -> str:
+    section, memory = facts.prepared.recipe.model, facts.prepared.memory
+    plain = facts.base_parameters * torch_dtype(section.dtype).itemsize
+    return (
+        f"the frozen weights take {size(memory.weights_bytes)}, {memory.weights_bytes / plain:.0%} of {section.dtype}"
+    )
+
+
+def _quantization_table(facts: Facts) -> list[Row]:
+    dtype_bytes = torch_dtype(facts.prepared.recipe.model.dtype).itemsize
+    sizes = {"none": facts.base_parameters * dtype_bytes}
+    sizes |= {name: base_bytes(facts.model, name, dtype_bytes) for name in BY_BITSANDBYTES}
+    return [{"quantization": name, "frozen weights": size(num_bytes)} for name, num_bytes in sizes.items()]
 
 
 def _dtype_table(facts: Facts) -> list[Row]:
@@ -60,6 +76,12 @@ def _eval(facts: Facts) -> str:
 def _format(facts: Facts) -> str:
     part = facts.prepared.data.report["train"]
     return f"{part['rows']:,} rows read as {part['format']}"
+
+
+def _columns(facts: Facts) -> str:
+    columns = facts.prepared.recipe.data.columns
+    named = ", ".join(f"{column} as {field}" for field, column in columns.items())
+    return f"reads {named}" if columns else "columns are found by their names"
 
 
 def _train_on(facts: Facts) -> str:
@@ -260,11 +282,14 @@ def _keep(facts: Facts) -> str:
 
 
 def _metric(facts: Facts) -> str:
-    return f"{len(facts.prepared.prompts):,} answers each by base and tuned"
+    prompts = facts.prepared.prompts
+    more = sum(len(prompt.references) for prompt in prompts) - len(prompts)
+    several = f"; {len(prompts) + more:,} references" if more else ""
+    return f"{len(prompts):,} answers each by base and tuned{several}"
 
 
 def _max_new_tokens(facts: Facts) -> str:
-    references = [prompt.reference for prompt in facts.prepared.prompts]
+    references = [reference for prompt in facts.prepared.prompts for reference in prompt.references]
     if not references:
         return "no answers are generated"
     lengths = [len(ids) for ids in facts.prepared.tokenizer(references, add_special_tokens=False)["input_ids"]]
@@ -283,9 +308,11 @@ SUMMARIES: dict[str, Callable[[Facts], str]] = {
     "model.name": _name,
     "model.revision": _revision,
     "model.dtype": _dtype,
+    "model.quantization": _quantization,
     "data.train": _train,
     "data.eval": _eval,
     "data.format": _format,
+    "data.columns": _columns,
     "data.train_on": _train_on,
     "data.thinking": _thinking,
     "data.special_tokens_in_text": _special_tokens_in_text,
@@ -316,6 +343,7 @@ SUMMARIES: dict[str, Callable[[Facts], str]] = {
 
 TABLES: dict[str, Callable[[Facts], list[Row]]] = {
     "model.dtype": _dtype_table,
+    "model.quantization": _quantization_table,
     "data.train_on": _train_on_table,
     "data.max_length": _max_length_table,
     **adapter_numbers.TABLES,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,33 +72,46 @@ def use_fast_layers(model: PeftModel) -> int:
     replaced by one with another `forward`; with the adapter off or merged, and for every other kind of layer, PEFT's own
     runs.
     """
-    layers = [module for module in model.modules() if type(module) is LoraLinear and _is_plain(module)]
+    layers = [module for module in model.modules() if _has_fast_class(type(module)) and _is_plain(module)]
     for layer in layers:
-        layer.__class__ = FastLoraLinear
+        kind: Any = type(layer)
+        layer.__class__ = fast_class(kind)
     return len(layers)
 
 
-def _is_plain(layer: LoraLinear) -> bool:
+def _has_fast_class(kind: type) -> bool:
+    # By name: PEFT's layers on bitsandbytes exist only where that is installed.
+    return kind is LoraLinear or (kind.__module__, kind.__name__) in _ON_BITSANDBYTES
+
+
+_ON_BITSANDBYTES = {("peft.tuners.lora.bnb", name) for name in ("Linear4bit", "Linear8bitLt")}
+
+
+def _is_plain(layer: Any) -> bool:
+    on_bitsandbytes = type(layer) is not LoraLinear
     return (
-        type(layer.base_layer) in (torch.nn.Linear, Fp8Linear)
+        (on_bitsandbytes or type(layer.base_layer) in (torch.nn.Linear, Fp8Linear))
         and not layer.lora_variant
         and not layer.lora_bias.get("default", False)
     )
 
 
-class FastLoraLinear(LoraLinear):
-    """PEFT's layer with the same parameters and state, computed by `kernels.lora_linear`."""
+@cache
+def fast_class(kind: Any) -> Any:
+    """PEFT's layer class with the same parameters and state, computed by `kernels.lora_linear`."""
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self.disable_adapters or self.merged or self.active_adapters != ["default"]:
-            out: torch.Tensor = super().forward(x, *args, **kwargs)
+            out: torch.Tensor = kind.forward(self, x, *args, **kwargs)
             return out
         base, drop = self.base_layer, self.lora_dropout["default"]
         dropout = drop.p if self.training and isinstance(drop, torch.nn.Dropout) else 0.0
         a, b, scale = self.lora_A["default"].weight, self.lora_B["default"].weight, self.scaling["default"]
-        if isinstance(base, Fp8Linear):
+        if type(base) is not torch.nn.Linear:
             return base(x) + lora_update(x, a, b, scale, dropout)
         return lora_linear(x, base.weight, base.bias, a, b, scale, dropout)
+
+    return type(f"Fast{kind.__name__}", (kind,), {"forward": forward})
 
 
 def trainable_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from loratune.errors import MachineError, RecipeError
 from loratune.model.gguf import check_gguf, describe_gguf, import_gguf, imported_folder
+from loratune.model.quantised import BY_BITSANDBYTES, keep_layout, load_settings
 from loratune.progress import Progress
 from loratune.recipe import ModelSection
 
@@ -205,7 +206,7 @@ def load_tokenizer(base: BaseModel, section: ModelSection) -> PreTrainedTokenize
 
 
 def load_model(base: BaseModel, section: ModelSection, *, dtype: torch.dtype, device: str) -> PreTrainedModel:
-    """The base model with its weights, from safetensors only.
+    """The base model with its weights, from safetensors only, quantised where the recipe says so.
 
     Raises:
         RecipeError: There are no safetensors weights, or its code is not trusted.
@@ -223,9 +224,20 @@ def load_model(base: BaseModel, section: ModelSection, *, dtype: torch.dtype, de
             dtype=dtype,
             use_safetensors=True,
             trust_remote_code=section.trust_remote_code,
+            **_placed(section.quantization, dtype, device),
         )
     model.config.use_cache = False
+    if getattr(model, "is_quantized", False):
+        keep_layout(model)
+        return model
     return model.to(device)  # type: ignore[arg-type]
+
+
+def _placed(quantization: str, dtype: torch.dtype, device: str) -> dict[str, Any]:
+    """How weights get to the device: quantised ones as they load, since they cannot be moved."""
+    if quantization not in BY_BITSANDBYTES:
+        return {}
+    return {"quantization_config": load_settings(quantization, dtype), "device_map": {"": device}}
 
 
 def positions_of(config: PreTrainedConfig) -> int | None:

@@ -67,21 +67,28 @@ def check_stored(stored: Mapping[str, int], model: nn.Module, *, name: str) -> N
         )
 
 
-def bytes_to_convert(folder: Path, dtype: str, *, stored: Mapping[str, int], num_parameters: int) -> int:
+def bytes_to_convert(folder: Path, dtype: str | None, *, stored: Mapping[str, int], num_parameters: int) -> int:
     """Bytes of the weights' files that are held beside the weights while these load; 0 where the files have their type, and
     are mapped as they are.
 
     Args:
         folder: As in `check_weights`.
-        dtype: Name of the type of the loaded weights.
+        dtype: Name of the type of the loaded weights; None: they are quantised while they load.
         stored: The types of weights that are not in the folder.
         num_parameters: Of the base.
     """
     files = _files(folder)
     types = set(stored) or {entry["dtype"] for file in files for entry in _header(file).values()}
-    if types <= {_TYPES[dtype]}:
+    if dtype is not None and types <= {_TYPES[dtype]}:
         return 0
     return sum(file.stat().st_size for file in files) or num_parameters * (4 if "F32" in types else 2)
+
+
+def stored_bytes(folder: Path) -> int | None:
+    """Bytes of all tensors in the files of a folder; None where there are none."""
+    files = _files(folder)
+    ends = [entry["data_offsets"] for file in files for entry in _header(file).values()]
+    return sum(end - start for start, end in ends) if files else None
 
 
 def read_header(file: Path) -> dict[str, tuple[int, ...]]:

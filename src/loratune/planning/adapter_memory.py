@@ -9,19 +9,19 @@ from loratune.model.variants import changes_base, num_trainable
 from loratune.recipe import LoraSection
 
 
-def kept_bytes(matrices: Sequence[Matrix], lora: LoraSection, dtype_bytes: int) -> int:
+def kept_bytes(matrices: Sequence[Matrix], lora: LoraSection, dtype_bytes: int, *, inputs: bool = True) -> int:
     """Bytes that one token leaves in the adapters of these matrices, between forward and backward.
 
     A fast layer keeps its input (shared by those with the same one), a byte of mask for each element where there is dropout,
     and the r-wide product. DoRA, in PEFT's own forward and in float32, keeps the layer's output and the update's, and of its
     input a copy, with dropout the mask and what it left. Counted with `saved_tensors_hooks`
-    (`tests/planning/test_memory.py`).
+    (`tests/planning/test_memory.py`). `inputs`: whether a layer's input is kept by the adapter, and not by the layer anyway.
     """
     if lora.variant == "dora":
         return sum(_kept_by_dora(matrix, lora, dtype_bytes) for matrix in matrices) + (
             0 if lora.dropout or dtype_bytes < 4 else _inputs(matrices, dtype_bytes)
         )
-    adapters = _inputs(matrices, dtype_bytes) + dtype_bytes * lora.r * len(matrices)
+    adapters = (_inputs(matrices, dtype_bytes) if inputs else 0) + dtype_bytes * lora.r * len(matrices)
     if lora.dropout:
         adapters += sum(matrix.d_in for matrix in matrices)
     return adapters

@@ -30,6 +30,9 @@ class Place:
         stored_bytes: Of the weights' files where they must be converted to be loaded.
         resident_bytes: Of this process, with libraries and data.
         free_bytes: Of a device that is not here; None for what is free on this machine.
+        weights_bytes: Of a quantised base; None where it is a number of `dtype` a parameter.
+        unpacked_bytes: Of quantised weights while they are multiplied.
+        quantization: The recipe's.
         shards: Ranks that the frozen base is sharded over; 1 where each holds all of it.
     """
 
@@ -39,6 +42,9 @@ class Place:
     stored_bytes: int = 0
     resident_bytes: int = 0
     free_bytes: int | None = None
+    weights_bytes: int | None = None
+    unpacked_bytes: int = 0
+    quantization: str = "none"
     shards: int = 1
 
 
@@ -86,6 +92,7 @@ def run_memory(recipe: Recipe, config: Any, parameters: ParameterCount, work: Wo
             lora=recipe.lora,
             compiled=place.compiled,
             device=place.device,
+            keeps_inputs=place.quantization == "int8",
         ),
         num_layers=config.num_hidden_layers,
         dtype_bytes=dtype_bytes,
@@ -95,7 +102,9 @@ def run_memory(recipe: Recipe, config: Any, parameters: ParameterCount, work: Wo
         row_logits_bytes=config.vocab_size * 4,
         work=work,
         wanted_budget=None if wanted == "auto" else int(wanted),
-        wanted_recomputed=None if recompute == "auto" else int(recompute),
+        wanted_recomputed=0 if place.quantization == "int8" else None if recompute == "auto" else int(recompute),
+        weights_bytes=place.weights_bytes,
+        unpacked_bytes=place.unpacked_bytes,
         resident=place.resident_bytes,
         free=place.free_bytes,
         variant_bytes=variant_bytes(matrices, recipe.lora, dtype_bytes),

@@ -10,6 +10,7 @@ from typing import Any
 from loratune.data.prepare import PreparedData
 from loratune.data.render import Prompt
 from loratune.model.device import Choice, choose_compile, compile_seconds, torch_dtype
+from loratune.model.quantised import uncompiled
 from loratune.planning.cost import (
     Place,
     head_parameters,
@@ -77,7 +78,8 @@ def estimate(
     Raises:
         MachineError: Not even one example fits, or compilation is asked for and impossible.
     """
-    wanted = recipe.train.compile if recipe.train.engine == "fast" else False
+    reason = uncompiled(recipe.model.quantization, config)
+    wanted = recipe.train.compile if recipe.train.engine == "fast" and not reason else False
     work = run_work(recipe, data, prompts)
     place = replace(place, compiled=wanted is True)
     memory = run_memory(recipe, config, parameters, work, place)
@@ -115,6 +117,8 @@ def estimate(
         )
 
     compiled = choose_compile(wanted, device=place.device, train_seconds=clock(memory, compiled=False).train_seconds)
+    if reason:
+        compiled = Choice("false", reason)
     place = replace(place, compiled=compiled.value == "true")
     memory = run_memory(recipe, config, parameters, work, place)
     return Estimate(

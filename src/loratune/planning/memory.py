@@ -11,7 +11,7 @@ The terms, for a model with LoRA:
     evaluation   takes the place of activations and working: one layer without gradients, chunks of logits, the cache of keys
                  and values of generation
     loading      beside the weights: the file's own bytes, where they are of another type
-    allocator    the holes in its heap: a share of the activations, and what products of many sizes leave behind
+    allocator    the holes in its heap: a share of the activations, and what steps of many sizes leave behind
     process      Python, torch and the libraries themselves, and the data; a GPU's context
 
     peak = weights + process + max(loading, variant + adapter + optimizer + max(activations + working, evaluation) + allocator)
@@ -54,12 +54,12 @@ that for large pages, and it does not shrink. Eager steps in 16 bits mix most si
 HEAP_BYTES = 100 * 2**20
 """What it adds in eager 16-bit steps whatever their size."""
 
-PREPARED_BYTES = 270 * 2**20
-"""What oneDNN's caches of prepared 16-bit products add, and the holes that come with them, once they are full: on the quickstart,
-whose steps are all of different sizes, the process grew by that until the 28th step."""
+SIZES_BYTES = 270 * 2**20
+"""What steps of ever new sizes leave behind besides: holes of tensors of other sizes, and oneDNN's caches of prepared products. The
+quickstart grew by that until its 28th step, in either type, eager and compiled."""
 
 FULL_SIZES = 28
-"""The different sizes of steps with which they are full."""
+"""The different sizes of steps from which on it does not grow."""
 
 GPU_ALLOCATOR_SHARE = 0.05
 """The same of a GPU's caching allocator. An estimate."""
@@ -197,6 +197,7 @@ def layer_bytes(
     lora: LoraSection,
     compiled: bool,
     device: str = "cpu",
+    keeps_inputs: bool = False,
 ) -> LayerBytes:
     """Bytes that one token costs in one decoder layer, for a Llama-like one with a gated feed-forward.
 
@@ -217,6 +218,7 @@ def layer_bytes(
         lora: Rank, dropout and variant.
         compiled: Whether the layers run compiled.
         device: cpu, cuda or mps.
+        keeps_inputs: Whether frozen matrices keep their inputs too, as int8 layers of bitsandbytes do.
     """
     hidden = config.hidden_size
     heads = config.num_attention_heads
@@ -231,7 +233,9 @@ def layer_bytes(
     if device != "cpu":
         body += dtype_bytes * query + 4 * heads
     per_layer = 1 / config.num_hidden_layers
-    adapters = kept_bytes(adapted, lora, dtype_bytes)
+    adapters = kept_bytes(adapted, lora, dtype_bytes, inputs=not keeps_inputs)
+    if keeps_inputs:
+        body += dtype_bytes * (2 * hidden + query + feed_forward)
     return LayerBytes(
         kept=int(body + adapters * per_layer),
         input=hidden * dtype_bytes,
@@ -260,6 +264,8 @@ def plan_memory(
     resident: int,
     free: int | None = None,
     variant_bytes: int = 0,
+    weights_bytes: int | None = None,
+    unpacked_bytes: int = 0,
 ) -> MemoryPlan:
     """The token budget that fits the free memory, the layers to recompute, and the memory that it takes.
 
@@ -280,13 +286,17 @@ def plan_memory(
         resident: Bytes of this process now, with libraries and data.
         free: Bytes of a device that is not here; None for what is free on this machine.
         variant_bytes: From `adapter_memory`.
+        weights_bytes: Of a quantised base; None: `dtype_bytes` a parameter.
+        unpacked_bytes: Of quantised weights while they are multiplied.
 
     Raises:
         MachineError: Not even one example fits, with every layer recomputed; or a held-out one does not.
     """
     process, to_come = process_bytes(device, resident, compiled=compiled)
     fixed = {
-        "weights_bytes": (total_parameters - trainable_parameters) * dtype_bytes,
+        "weights_bytes": (total_parameters - trainable_parameters) * dtype_bytes
+        if weights_bytes is None
+        else weights_bytes,
         "adapter_bytes": trainable_parameters * (8 + (dtype_bytes if dtype_bytes < 4 else 0)),
         "optimizer_bytes": trainable_parameters * 8,
         "variant_bytes": variant_bytes,
@@ -296,7 +306,9 @@ def plan_memory(
     to_come += holes
     longest = work.longest
     free = free_bytes(device) if free is None else free
-    room = int((free * SHARE - sum(fixed.values()) - to_come) / (1 + share)) - longest * layer.attention
+    room = (
+        int((free * SHARE - sum(fixed.values()) - unpacked_bytes - to_come) / (1 + share)) - longest * layer.attention
+    )
     least = max(longest, min(wanted_budget or ENOUGH[device], work.largest_step))
     counts = range(num_layers + 1) if wanted_recomputed is None else (min(wanted_recomputed, num_layers),)
     fitting = [n for n in counts if least * per_token_bytes(layer, num_layers, n) <= room]
@@ -316,7 +328,7 @@ def plan_memory(
     kept = {
         n: tokens * (per_token_bytes(layer, num_layers, n) - layer.backward) for n in (0, num_recomputed, num_layers)
     }
-    backward = tokens * layer.backward + longest * layer.attention
+    backward = tokens * layer.backward + longest * layer.attention + unpacked_bytes
     step = kept[num_recomputed] + max(backward, fixed["loss_bytes"])
     per_answer_token = generation_bytes(layer, num_layers, row_logits_bytes, work)
     generation_tokens = min(GENERATION_TOKENS, step // per_answer_token)
@@ -378,10 +390,9 @@ def allocator(device: str, dtype_bytes: int, num_sizes: int, *, compiled: bool) 
     """
     if device != "cpu":
         return GPU_ALLOCATOR_SHARE, 0
-    if dtype_bytes == 4:
-        return HEAP_SHARE["compiled" if compiled else "float32"], 0
-    prepared = PREPARED_BYTES * min(num_sizes, FULL_SIZES) // FULL_SIZES
-    return (HEAP_SHARE["compiled"], prepared) if compiled else (HEAP_SHARE["narrow"], HEAP_BYTES + prepared)
+    sizes = SIZES_BYTES * min(num_sizes, FULL_SIZES) // FULL_SIZES
+    kind = "compiled" if compiled else "float32" if dtype_bytes == 4 else "narrow"
+    return HEAP_SHARE[kind], sizes + (HEAP_BYTES if kind == "narrow" else 0)
 
 
 def generation_bytes(layer: LayerBytes, num_layers: int, row_logits_bytes: int, work: Work) -> int:

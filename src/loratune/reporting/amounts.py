@@ -30,14 +30,23 @@ def as_number(value: float, sign: str = "") -> str:
     return f"{value:{sign},.0f}" if abs(value) >= 1000 else f"{value:{sign}.4g}"
 
 
+_NUMBERS = ("nll", "perplexity", "bleu")
+"""Measures that are no shares of answers."""
+
+
+def is_graded(metric: str) -> bool:
+    """Whether answers are not right or wrong by the metric, but better or worse."""
+    return metric == "bleu"
+
+
 def as_measure(name: str, value: float) -> str:
-    """A score as a percentage, a loss as a number."""
-    return as_number(value) if name in ("nll", "perplexity") else f"{value:.1%}"
+    """A share as a percentage, a loss or BLEU as a number."""
+    return as_number(value) if name in _NUMBERS else f"{value:.1%}"
 
 
 def as_difference(name: str, value: float) -> str:
     """A difference of two measures, with its sign."""
-    return as_number(value, "+") if name in ("nll", "perplexity") else f"{100 * value:+.1f} points"
+    return as_number(value, "+") if name in _NUMBERS else f"{100 * value:+.1f} points"
 
 
 def measure_in_words(name: str) -> str:
@@ -48,4 +57,5 @@ def measure_in_words(name: str) -> str:
         "exact_match": "exact match",
         "json": "right JSON",
         "contains": "contains the reference",
+        "bleu": "BLEU",
     }.get(name, name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from loratune.reporting.amounts import as_count
+from loratune.reporting.amounts import as_count, is_graded
 from loratune.reporting.blocks import Answer, Block, Paragraph, Sample
 from loratune.reporting.files import RunFiles
 from loratune.reporting.words import Piece, marked, whole
@@ -26,13 +26,14 @@ def samples(files: RunFiles) -> Iterator[Block]:
         "chose them. Words that differ from the reference are marked: underlined what the answer has instead, struck "
         "through what it lacks. An answer with little in common with the reference is left unmarked."
     )
+    graded = is_graded(files.evaluation["metric"])
     for number, item in enumerate(shown, 1):
-        yield _sample(number, item, sides=("base", "tuned"))
+        yield _sample(number, item, sides=("base", "tuned"), graded=graded)
 
 
 def failures(files: RunFiles) -> Iterator[Block]:
     items = files.evaluation.get("items")
-    if not items:
+    if not items or is_graded(files.evaluation["metric"]):
         return
     wrong = [(number, item) for number, item in enumerate(items, 1) if not item["tuned"]["score"]]
     if not wrong:
@@ -56,27 +57,32 @@ def _max_new_tokens(files: RunFiles) -> str:
     return f"{number:,} tokens" if number else "the tokens allowed"
 
 
-def _sample(number: int, item: Record, sides: tuple[str, ...]) -> Sample:
+def _sample(number: int, item: Record, sides: tuple[str, ...], *, graded: bool = False) -> Sample:
     reference = cut(item["reference"])
+    others = (cut(text) for text in item.get("references", [])[1:])
     return Sample(
         title=f"{number} · {place(item)}",
         prompt=cut(item["question"]),
         answers=(
             Answer(title="reference", pieces=whole(reference)),
-            *(answer(side, item[side], reference) for side in sides),
+            *(Answer(title="another reference", pieces=whole(text)) for text in others),
+            *(answer(side, item[side], reference, graded=graded) for side in sides),
         ),
     )
 
 
-def answer(title: str, record: Record, reference: str) -> Answer:
+def answer(title: str, record: Record, reference: str, *, graded: bool = False) -> Answer:
     """What one model said, against the reference (shortened already)."""
     right = bool(record["score"])
     text = cut(record["text"])
     return Answer(
         title=title,
         pieces=_pieces(text, reference),
-        verdict="right" if right else "wrong",
-        remarks=() if record["stopped"] else ("did not stop",),
+        verdict="" if graded else "right" if right else "wrong",
+        remarks=(
+            *((f"{record['score']:.1f} by itself",) if graded else ()),
+            *(() if record["stopped"] else ("did not stop",)),
+        ),
     )
 
 

@@ -7,7 +7,15 @@ from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from itertools import accumulate
 
-from loratune.reporting.amounts import as_bytes, as_count, as_difference, as_duration, as_measure, measure_in_words
+from loratune.reporting.amounts import (
+    as_bytes,
+    as_count,
+    as_difference,
+    as_duration,
+    as_measure,
+    is_graded,
+    measure_in_words,
+)
 from loratune.reporting.answers import answer, cut, place, short
 from loratune.reporting.blocks import (
     Answer,
@@ -204,6 +212,8 @@ def _curve(run: RunFiles, key: str, number: int) -> Series:
 
 
 def _answers(runs: Runs) -> Iterator[Block]:
+    if any(is_graded(run.evaluation.get("metric", "none")) for run in runs):
+        return
     items = [{_key(item): item for item in run.evaluation.get("items", [])} for run in runs]
     common = [key for key in items[0] if all(key in other for other in items[1:])]
     if not common:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from loratune.reporting.amounts import as_count, as_difference, as_measure, as_number, measure_in_words
+from loratune.reporting.amounts import as_count, as_difference, as_measure, as_number, is_graded, measure_in_words
 from loratune.reporting.blocks import Block, Chart, Charts, Paragraph, Table
 from loratune.reporting.charts import Bar, draw_bars
 from loratune.reporting.files import RunFiles
 from loratune.run import Record
 
+_AXES = {"nll": "nats per supervised token, less is better", "bleu": "BLEU, more is better"}
 _WORDS = {"nll": "loss, nats per token", "perplexity": "perplexity"}
 
 
@@ -32,7 +33,7 @@ def result(files: RunFiles) -> Iterator[Block]:
         numeric=True,
     )
     yield Charts(charts=tuple(_measure_chart(record, name) for name in measures if name != "perplexity"))
-    if record["items"]:
+    if record["items"] and not is_graded(metric):
         yield _turned(record)
     yield from _elsewhere(record)
     if record.get("gates"):
@@ -53,7 +54,7 @@ def _measure_row(record: Record, name: str) -> tuple[str, ...]:
 
 def _measure_chart(record: Record, name: str) -> Chart:
     base, tuned, difference = record["base"][name], record["tuned"][name], record["difference"][name]
-    scale = 1 if name == "nll" else 100
+    scale = 1 if name in ("nll", "bleu") else 100
     interval = (scale * max(0.0, base + difference["low"]), scale * (base + difference["high"]))
     words = measure_in_words(name)
     return Chart(
@@ -65,7 +66,7 @@ def _measure_chart(record: Record, name: str) -> Chart:
                 Bar(name="base", parts=((scale * base, 3),), label=as_measure(name, base)),
                 Bar(name="tuned", parts=((scale * tuned, 0),), label=as_measure(name, tuned), interval=interval),
             ),
-            x_label="nats per supervised token, less is better" if name == "nll" else "% of answers, more is better",
+            x_label=_AXES.get(name, "% of answers, more is better"),
             ticks=None if name == "nll" else (0, 25, 50, 75, 100),
         ),
         caption="The line on the tuned bar is the interval of the difference, added to the base.",

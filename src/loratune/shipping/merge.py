@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Self
 
 import torch
@@ -28,20 +29,28 @@ _CODES = {
 _TYPES = {code: dtype for dtype, code in _CODES.items()}
 
 
+Values = Callable[[torch.Tensor], torch.Tensor]
+"""From a weight in the base's files to what training multiplied with."""
+
+
 class MergedWeights:
     """The tensors of a base model with an adapter applied, read from the base's files one at a time.
 
     Args:
         base: A folder with safetensors.
         updates: Module name → update; none for the base as it is.
+        frozen: Module name → what its weight was worth in training, where that is not what the file holds.
 
     Raises:
         RunError: A weight that the adapter changes is not in the files.
     """
 
-    def __init__(self, base: Path, updates: Mapping[str, LowRank]) -> None:
+    def __init__(
+        self, base: Path, updates: Mapping[str, LowRank], frozen: Mapping[str, Values] = MappingProxyType({})
+    ) -> None:
         self._base = base
         self._updates = updates
+        self._frozen = frozen
         self._open = ExitStack()
         self.files = weight_files(base)
 
@@ -51,6 +60,7 @@ class MergedWeights:
         }
         self._file_of = {name: file for file, shard in self._shards.items() for name in shard.keys()}  # noqa: SIM118
         self._update_of = {self._weight_of(module): update for module, update in self._updates.items()}
+        self._values_of = {self._weight_of(module): values for module, values in self._frozen.items()}
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -88,6 +98,8 @@ class MergedWeights:
     def tensor(self, name: str) -> torch.Tensor:
         """A tensor, with its update in float32 if it has one; else as it is."""
         weight: torch.Tensor = self._shards[self._file_of[name]].get_tensor(name)
+        if name in self._values_of:
+            weight = self._values_of[name](weight)
         update = self._update_of.get(name)
         return weight if update is None else update.applied_to(weight)
 
@@ -141,6 +153,7 @@ def write_merged(
     out: Path,
     *,
     dtype: torch.dtype | None,
+    frozen: Mapping[str, Values] = MappingProxyType({}),
     on_tensor: Callable[[], None] = lambda: None,
 ) -> None:
     """Write the merged weights, and `config.json` with their type.
@@ -150,13 +163,14 @@ def write_merged(
         updates: The adapter.
         out: A folder that is there.
         dtype: Of the written floating-point tensors; None: each as in the base.
+        frozen: As for `MergedWeights`.
         on_tensor: Called after each tensor.
 
     Raises:
         RunError: The base is quantised, or does not hold what the adapter changes.
     """
     check_not_quantised(base)
-    with MergedWeights(base, updates) as weights:
+    with MergedWeights(base, updates, frozen) as weights:
         for file in weights.files:
             _write_file(out / file, weights, file, dtype, on_tensor)
     config = json.loads((base / "config.json").read_text(encoding="utf-8"))

@@ -36,6 +36,7 @@ from loratune.data.conversation import Rejected
 from loratune.data.prepare import Stream
 from loratune.data.render import Example
 from loratune.errors import LoratuneError, MachineError
+from loratune.model.adapter import trainable_parameters
 from loratune.model.device import is_out_of_memory
 from loratune.progress import Progress, Silent
 from loratune.recipe import TrainSection
@@ -313,6 +314,7 @@ class ReferenceTrainer(_RunTrainer, SFTTrainer):
         callbacks, data = self._set_up(setup), setup.data
         assert not isinstance(data.train, Stream), "the recipe refuses it"
         self._order = ExampleOrder(len(data.train), setup.train, lambda: self.state.global_step)
+        adapter = {name: parameter.data for name, parameter in trainable_parameters(setup.model).items()}
         bf16 = setup.model.get_base_model().dtype == torch.bfloat16
         SFTTrainer.__init__(
             self,
@@ -323,6 +325,8 @@ class ReferenceTrainer(_RunTrainer, SFTTrainer):
             processing_class=setup.tokenizer,
             callbacks=callbacks,
         )
+        for name, parameter in trainable_parameters(setup.model).items():
+            parameter.data = adapter[name]  # TRL rounds adapters on a quantised base to bfloat16
         self.remove_callback(PrinterCallback)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
