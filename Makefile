@@ -24,11 +24,13 @@ check: $(VENV)/.installed-dev
 	$(BIN)/lint-imports
 	$(BIN)/python docs/make_reference.py --check
 	$(BIN)/python docs/make_lora_parameters.py --check
+	$(BIN)/python docs/make_adapters.py --check
 	$(BIN)/python docs/make_scaling.py --check
 
 docs: $(VENV)/.installed-dev
 	$(BIN)/python docs/make_reference.py
 	$(BIN)/python docs/make_lora_parameters.py
+	$(BIN)/python docs/make_adapters.py
 	$(BIN)/python docs/make_scaling.py
 
 # The quickstart's model comes as a package; what that package depends on is not needed.

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, Qwen2Config
 
-from loratune.guidance.numbers import Row, preset_rows, rank_row
+from loratune.guidance.adapter_numbers import preset_rows, rank_row
+from loratune.guidance.facts import Row
 from loratune.model.targets import matrix, resolve_targets
 from loratune.planning.parameters import count_parameters, skeleton
 from loratune.recipe import LoraSection, ModelSection
@@ -113,15 +114,16 @@ def page() -> str:
     """The whole page."""
     lora, model = LoraSection(), skeleton(CONFIG)
     assert isinstance(lora.targets, str)
+    ranks = [lora.model_copy(update={"r": r}) for r in RANKS]
     names = {preset: resolve_targets(model, preset) for preset in ("balanced", "attention", "complete")}
-    counts = {preset: count_parameters(model, found, lora.r) for preset, found in names.items()}
+    counts = {preset: count_parameters(model, found, lora) for preset, found in names.items()}
     chosen = counts[lora.targets]
     total = chosen.total - chosen.trainable
     layer = {
         row.matrix.name.rpartition(".")[2]: row for row in counts["complete"].per_module if ".0." in row.matrix.name
     }
     square = torch.nn.ModuleDict({"square": torch.nn.Linear(1024, 1024, bias=False, device="meta")})
-    square_lora = count_parameters(square, ("square",), lora.r).trainable
+    square_lora = count_parameters(square, ("square",), lora).trainable
     text = TEXT.format(
         name=ModelSection().name.rpartition("/")[2],
         layers=CONFIG.num_hidden_layers,
@@ -138,12 +140,12 @@ def page() -> str:
         square_lora=square_lora,
         square_full=1024 * 1024,
         square_saved=1 - square_lora / 1024**2,
-        matrices=_table(_matrix_rows(model, lora.r)),
+        matrices=table(_matrix_rows(model, lora.r)),
         kv_lora=layer["k_proj"].trainable,
         q_lora=layer["q_proj"].trainable,
-        ranks=_table([rank_row(count_parameters(model, names[lora.targets], r), lora.alpha, r) for r in RANKS]),
-        alphas=_table(_alpha_rows()),
-        presets=_table(preset_rows(model, lora.r)),
+        ranks=table([rank_row(count_parameters(model, names[lora.targets], other), other) for other in ranks]),
+        alphas=table(_alpha_rows()),
+        presets=table(preset_rows(model, lora)),
         balanced_of_attention=counts["balanced"].trainable / counts["attention"].trainable,
         complete_times=counts["complete"].trainable / counts["balanced"].trainable,
         feed_forward_share=1 - counts["attention"].trainable / counts["complete"].trainable,
@@ -189,7 +191,7 @@ def _alpha_rows() -> list[Row]:
     ]
 
 
-def _table(rows: list[Row]) -> str:
+def table(rows: list[Row]) -> str:
     lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

@@ -182,7 +182,7 @@ def page() -> str:
 def _model(name: str) -> tuple[PreTrainedModel, tuple[str, ...], ParameterCount]:
     model = skeleton(MODELS[name])
     targets = resolve_targets(model, "complete")
-    return model, targets, count_parameters(model, targets, _recipe(1).lora.r)
+    return model, targets, count_parameters(model, targets, _recipe(1).lora)
 
 
 def _recipe(batch_size: int) -> Recipe:

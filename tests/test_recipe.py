@@ -111,3 +111,9 @@ def test_the_schema_names_every_setting() -> None:
     assert set(schema["properties"]) == set(Recipe.model_fields)
     assert "learning_rate" in schema["$defs"]["TrainSection"]["properties"]
     assert schema["additionalProperties"] is False
+
+
+@pytest.mark.parametrize("layers", ["last", "first 0", "last -1", "0", "middle 2"])
+def test_layers_are_all_or_counted_from_an_end(layers: str) -> None:
+    with pytest.raises(RecipeError, match=f"layers is {layers}; give all"):
+        Recipe.parse({"lora": {"layers": layers}})

@@ -35,6 +35,7 @@ from loratune.lock import changed_settings, differences
 from loratune.model.adapter import save_adapter
 from loratune.model.device import peak_bytes
 from loratune.model.load import load_config, positions_of
+from loratune.model.variants import has_changed_base
 from loratune.planning.cluster import find_machine
 from loratune.planning.memory import wants_rehearsal
 from loratune.planning.speed import StepProbe
@@ -46,6 +47,7 @@ from loratune.reporting.page import report_or_warn
 from loratune.run import Record, RunDir, cannot_write, read_json, write_json, write_text
 from loratune.sitting import Sitting
 from loratune.training.arguments import TrainingData
+from loratune.training.budget import free_memory
 from loratune.training.callbacks import RunCallback
 from loratune.training.checkpoint import latest_checkpoint, load_adapter_weights, remove_checkpoint, sync
 from loratune.training.held_out import Nll
@@ -332,6 +334,11 @@ def _run(prepared: Preparation, run: RunDir, checkpoint: Path | None, progress: 
         sitting.note()
         raise
     sitting.note()
+    if has_changed_base(model):  # base against tuned means the base as everybody has it
+        del model, loss
+        free_memory()
+        model, loss = load_trained(prepared, run, progress)
+        tuned_nll = None
     return _finish(prepared, run, model, loss, sitting, progress, tuned_nll)
 
 

@@ -24,6 +24,7 @@ from loratune.model.load import BaseModel, load_config, load_tokenizer, locate_m
 from loratune.model.quantised import BY_BITSANDBYTES, check_checkpoint
 from loratune.model.stops import generation_stops
 from loratune.model.targets import describe_targets, resolve_targets, target_notes
+from loratune.model.variants import check_variant, variant_notes
 from loratune.model.weights import bytes_to_convert, check_stored, check_weights
 from loratune.planning.advice import Advice, Facts, give_advice
 from loratune.planning.cluster import Cluster
@@ -212,10 +213,11 @@ def prepare(
     positions = positions_of(config)
     max_length = _max_length(recipe, positions)
     model = skeleton(config, trust_remote_code=recipe.model.trust_remote_code)
-    targets = resolve_targets(model, recipe.lora.targets)
+    targets = resolve_targets(model, recipe.lora.targets, recipe.lora.layers)
     check_weights(base.path, model, quantized=getattr(config, "quantization_config", None) is not None)
     check_stored(base.stored, model, name=base.name)
-    parameters = count_parameters(model, targets, recipe.lora.r)
+    parameters = count_parameters(model, targets, recipe.lora)
+    check_variant(recipe.lora, [count.matrix for count in parameters.per_module], model)
     tokenizer = load_tokenizer(base, recipe.model)
     streaming, data = _data(recipe, tokenizer, int(max_length.value), progress)
     forgetting = _forgetting(recipe, tokenizer, int(max_length.value), progress)
@@ -267,7 +269,7 @@ def prepare(
     }
     effective = _resolved(recipe, choices)
     check_disk(effective, parameters, data.num_examples)
-    presets = count_presets(model, recipe.lora.r)
+    presets = count_presets(model, recipe.lora)
     steps = num_steps(data.num_examples, recipe.train.batch_size, recipe.train.epochs)
     return Preparation(
         recipe=effective,
@@ -275,7 +277,7 @@ def prepare(
         base=base,
         tokenizer=tokenizer,
         targets=targets,
-        targets_in_words=describe_targets(model, recipe.lora.targets),
+        targets_in_words=describe_targets(model, recipe.lora.targets, recipe.lora.layers),
         parameters=parameters,
         presets=tuple(_preset(p, recipe, text_config, model, data, estimated) for p in presets),
         data=data,
@@ -286,6 +288,7 @@ def prepare(
         num_steps=steps,
         warnings=(
             *target_notes(model, recipe.lora.targets),
+            *variant_notes(effective),
             *data.report["notices"],
             *_device_notes(device, dtype.value),
             *quantization_notes(recipe.model.quantization, dtype.value),
@@ -327,7 +330,7 @@ def _facts(
         num_supervised_tokens=round(data.scale * sum(num_supervised(example) for example in data.train)),
         num_cut=sum(finding["kind"] == "cut" for finding in data.report["train"]["findings"]),
         trainable=trainable,
-        feed_forward=_adapts_feed_forward(targets, count_presets(model, recipe.lora.r)),
+        feed_forward=_adapts_feed_forward(targets, count_presets(model, recipe.lora)),
         architecture=type(model).__name__,
         unknown_to_gguf=unknown_to_gguf(targets),
         stop_token=_stop_token(tokenizer, data),

@@ -7,11 +7,12 @@ does. `--help`, the JSON schema, the reference page and the comments of generate
 from __future__ import annotations
 
 import difflib
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from loratune.errors import RecipeError
 from loratune.recipe_file import apply_override, read_yaml, refuse_secrets, shown
@@ -144,6 +145,7 @@ class DataSection(Section):
         return self
 
 
+Variant = Literal["plain", "rslora", "dora", "pissa", "olora"]
 TargetPreset = Literal["minimal", "balanced", "attention", "complete"]
 
 
@@ -162,6 +164,21 @@ class LoraSection(Section):
     targets: TargetPreset | tuple[str, ...] = Field(default="balanced", union_mode="left_to_right")
     """The adapted matrices: `minimal` (query), `balanced` (query, value), `attention` (query, key, value, output),
     `complete` (attention and feed-forward), or a list of module names."""
+
+    layers: str | tuple[int, ...] = Field(default="all", union_mode="left_to_right")
+    """The decoder layers whose matrices are adapted: `all`, `first 4`, `last 4`, or a list of numbers from 0 on."""
+
+    variant: Variant = "plain"
+    """How the adapter is scaled and begins: `rslora`, by alpha/√r; `dora`, with a trained magnitude for each output;
+    `pissa`, A and B from the largest singular values of W; `olora`, from its QR decomposition. The last two are saved as a
+    plain adapter of rank 2r."""
+
+    @field_validator("layers")
+    @classmethod
+    def _check_layers(cls, value: str | tuple[int, ...]) -> str | tuple[int, ...]:
+        if isinstance(value, str) and not re.fullmatch(r"all|(first|last) [1-9][0-9]*", value):
+            raise ValueError(f"layers is {value}; give all, first N, last N, or a list of numbers from 0 on")
+        return value
 
 
 class TrainSection(Section):
@@ -295,6 +312,11 @@ class Recipe(Section):
                 f"model.quantization is fp8, which is made from bfloat16, but model.dtype is {self.model.dtype}"
             )
         self._check_bitsandbytes()
+        if self.model.quantization != "none" and self.lora.variant in ("dora", "pissa", "olora"):
+            raise ValueError(
+                f"lora.variant is {self.lora.variant}, which needs the weights as they are, but model.quantization is "
+                f"{self.model.quantization}"
+            )
         if self.data.streaming is True and self.train.engine == "trl":
             raise ValueError("data.streaming is true, but train.engine is trl, which takes all examples at once")
         if self.data.eval == "none" and self.evaluate.metric != "none":
@@ -416,3 +438,4 @@ def _field_of(location: list[str]) -> Any:
 
 
 TARGET_PRESETS: tuple[str, ...] = get_args(TargetPreset)
+VARIANTS: tuple[str, ...] = get_args(Variant)

@@ -41,13 +41,19 @@ def losses_of_script(folder: Path) -> list[float]:
     return [record["loss"] for record in history if "loss" in record]
 
 
+@pytest.mark.filterwarnings("ignore:OLoRA changes the base weights:UserWarning")  # PEFT, while it converts just that
 @pytest.mark.parametrize(
-    "kind", ["rows", pytest.param("all", marks=pytest.mark.slow), pytest.param("marked", marks=pytest.mark.slow)]
+    "kind",
+    [
+        *("rows", "rslora", "dora", "pissa", "olora"),
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("all", "marked")),
+    ],
 )
 def test_the_script_trains_to_the_same_losses_and_the_same_adapter(
     kind: str, recipe_file: Path, marked_model: Path, tmp_path: Path
 ) -> None:
-    settings = {"rows": [], "all": ["data.train_on=all"], "marked": [f"model.name={marked_model}"]}[kind]
+    kinds = {"rows": [], "all": ["data.train_on=all"], "marked": [f"model.name={marked_model}"]}
+    settings = kinds.get(kind, [f"lora.variant={kind}"])
     script, ejected = tmp_path / "script.py", tmp_path / "run-ejected"
     eject(prepare(Recipe.load(recipe_file, settings), Silent()), script, overwrite=False, progress=Silent())
     runpy.run_path(str(script), run_name="__main__")

@@ -10,8 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from loratune.data.steps import occasions
 from loratune.guidance.explanation import all_fields
-from loratune.guidance.numbers import SUMMARIES, TABLES, Facts, learning_rates, occasions
+from loratune.guidance.facts import Facts, learning_rates
+from loratune.guidance.numbers import SUMMARIES, TABLES
 from loratune.pipeline import train
 from loratune.preparation import prepare
 from loratune.progress import Silent

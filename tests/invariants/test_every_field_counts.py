@@ -40,6 +40,8 @@ OTHER: dict[str, Any] = {
     "lora.alpha": 4,
     "lora.dropout": 0.3,
     "lora.targets": "attention",
+    "lora.layers": "last 1",
+    "lora.variant": "rslora",
     "train.output_dir": "FOLDER",
     "train.epochs": 2,
     "train.learning_rate": 1e-3,

@@ -281,3 +281,20 @@ def test_notes_tell_of_fused_matrices_and_frozen_experts_and_nothing_else() -> N
     (experts,) = target_notes(model_of("MixtralConfig"), "complete")
     assert "experts" in experts
     assert target_notes(model_of("MixtralConfig"), ("q_proj",)) == ()
+
+
+def test_layers_are_chosen_from_either_end_or_by_number() -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(architectures.LlamaConfig(**{**SIZES, "num_hidden_layers": 4}))
+
+    def numbers(layers: str | tuple[int, ...]) -> list[int]:
+        return sorted({int(name.split(".")[2]) for name in resolve_targets(model, "balanced", layers)})
+
+    assert numbers("all") == [0, 1, 2, 3]
+    assert numbers("first 2") == [0, 1]
+    assert numbers("last 1") == [3]
+    assert numbers((2, 0)) == [0, 2]
+    assert describe_targets(model, "balanced", "last 3") == "q_proj, v_proj in 3 of 4 layers"
+    for impossible in ("last 5", (4,), (-1,), ()):
+        with pytest.raises(RecipeError, match="has 4 layers"):
+            numbers(impossible)

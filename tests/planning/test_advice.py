@@ -73,6 +73,8 @@ def test_a_run_that_needs_no_advice_gets_none() -> None:
         (facts(num_cut=20), "data.max_length", "20 of 1,000 examples are cut at 1,024 tokens"),
         (facts({"lora.r": 32, "lora.alpha": 64}), "lora.r", "this adapter has 32"),
         (facts({"lora.r": 600, "lora.alpha": 1200}), "lora.r", "refuses adapters of rank 600"),
+        (facts({"lora.variant": "pissa"}), "lora.r", "this adapter has 32"),
+        (facts({"lora.variant": "dora"}), "lora.variant", "no place for DoRA's magnitudes"),
         (facts(architecture="GPT2LMHeadModel"), "vLLM", "does not load LoRA adapters on GPT2LMHeadModel"),
         (facts(unknown_to_gguf=("model.layers.0.odd",)), "llama.cpp", "model.layers.0.odd"),
         (facts(generation_stops=("<|endoftext|>",)), "stop token", "stop at <|endoftext|> only"),

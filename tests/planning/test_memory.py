@@ -8,10 +8,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from loratune.kernels.attention import PACKED, register
 from loratune.model.adapter import attach_adapter, use_fast_layers
-from loratune.model.targets import resolve_targets
+from loratune.model.targets import Matrix, resolve_targets
+from loratune.planning.adapter_memory import variant_bytes
 from loratune.planning.memory import LayerBytes, MemoryPlan, Work, generation_bytes, layer_bytes, plan_memory
 from loratune.planning.parameters import count_parameters
-from loratune.recipe import LoraSection
+from loratune.recipe import LoraSection, Variant
 
 TOKENS = 192
 LAYER = LayerBytes(kept=1000, input=100, forward=400, backward=300, cache=50, attention=0)
@@ -32,26 +33,39 @@ def config(layers: int = 3) -> LlamaConfig:
     "ignore:`is_gradient_checkpointing`:FutureWarning"
 )  # PEFT asks transformers by an old name.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("variant", ["plain", "dora"])
 @pytest.mark.parametrize(("targets", "dropout"), [("balanced", 0.1), ("complete", 0.0)])
-def test_what_a_layer_keeps_is_what_autograd_saves(dtype: torch.dtype, targets: str, dropout: float) -> None:
+def test_what_a_layer_keeps_is_what_autograd_saves(
+    dtype: torch.dtype, targets: str, dropout: float, variant: Variant
+) -> None:
     register()
     model = LlamaForCausalLM(config()).to(dtype)
     names = resolve_targets(model, targets)
-    adapted = attach_adapter(model, LoraSection(r=4, dropout=dropout), names, base_name="tiny", seed=0)
-    counted = count_parameters(LlamaForCausalLM(config()), names, 4).per_module
+    lora = LoraSection(r=4, dropout=dropout, variant=variant)
+    adapted = attach_adapter(model, lora, names, base_name="tiny", seed=0)
+    counted = count_parameters(LlamaForCausalLM(config()), names, lora).per_module
     use_fast_layers(adapted)
     model.set_attn_implementation(PACKED)
     adapted.train()
     model.get_input_embeddings().register_forward_hook(lambda *args: args[2].requires_grad_())
     ends = torch.tensor([0, TOKENS], dtype=torch.int32)
     saved: dict[int, int] = {}
+    alive: list[torch.Tensor] = []  # else a storage that is freed lends its address to the next one
     own = {parameter.untyped_storage().data_ptr() for parameter in adapted.parameters()}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own and tensor.numel() % TOKENS == 0:  # not the adapter's copies
+        if storage.data_ptr() not in own and tensor.numel() % TOKENS == 0 and not is_weight(tensor):
+            alive.append(tensor)
             saved[storage.data_ptr()] = storage.nbytes()
         return tensor
+
+    def is_weight(tensor: torch.Tensor) -> bool:
+        """The adapter's copies in the base's type, and what DoRA makes of W."""
+        return TOKENS not in tensor.shape and tensor.numel() in {
+            *(item.matrix.d_in * item.matrix.d_out for item in counted),
+            *(item.matrix.d_in**2 for item in counted),
+        }
 
     def forward(layers: int) -> int:
         saved.clear()
@@ -70,9 +84,7 @@ def test_what_a_layer_keeps_is_what_autograd_saves(dtype: torch.dtype, targets: 
         return sum(saved.values())
 
     all_layers = model.model.layers
-    expected = layer_bytes(
-        config(), dtype.itemsize, [item.matrix for item in counted], r=4, dropout=dropout, compiled=False
-    )
+    expected = layer_bytes(config(), dtype.itemsize, [item.matrix for item in counted], lora=lora, compiled=False)
     measured = (forward(3) - forward(1)) / 2 / TOKENS
     assert expected.kept == pytest.approx(measured, rel=0.03)
 
@@ -109,6 +121,17 @@ def test_the_components_are_the_formulas() -> None:
     assert made.peak_bytes == made.training_bytes
     parts = made.weights_bytes + made.adapter_bytes + made.optimizer_bytes + made.activation_bytes + made.backward_bytes
     assert made.peak_bytes == parts + made.allocator_bytes + made.process_bytes
+
+
+def test_what_a_variant_takes_is_in_the_peak_and_what_it_takes_is_its_formula() -> None:
+    assert plan(variant_bytes=10**6).peak_bytes == plan().peak_bytes + 10**6
+    matrices = [Matrix(name="a", d_in=64, d_out=32), Matrix(name="b", d_in=16, d_out=64)]
+    needed = {v: variant_bytes(matrices, LoraSection(r=4, variant=v), 2) for v in ("plain", "rslora", "pissa", "dora")}
+    assert needed["plain"] == needed["rslora"] == 0
+    assert needed["pissa"] == 4 * 4 * (64 + 32 + 16 + 64)
+    assert needed["dora"] == 4 * (64 * 32 + 16 * 64) + 4 * (64 * 64 + 4 * 64 * 32)
+    without_dropout = variant_bytes(matrices, LoraSection(variant="dora", dropout=0), 2)
+    assert without_dropout == 4 * (64 * 64 + 4 * 64 * 32)
 
 
 def test_steps_of_many_sizes_leave_more_behind_on_a_cpu() -> None:

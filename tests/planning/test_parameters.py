@@ -13,6 +13,7 @@ from transformers import models as architectures
 from loratune.errors import RecipeError
 from loratune.model.targets import Matrix, resolve_targets
 from loratune.planning.parameters import count_parameters, skeleton
+from loratune.recipe import LoraSection
 
 SIZES = {
     "vocab_size": 64,
@@ -59,7 +60,7 @@ def test_the_default_model_trains_2_179_072_parameters_with_the_balanced_preset(
         tie_word_embeddings=False,
     )
     model = skeleton(config)
-    count = count_parameters(model, resolve_targets(model, "balanced"), 16)
+    count = count_parameters(model, resolve_targets(model, "balanced"), LoraSection(r=16))
     assert count.trainable == 2_179_072
     assert count.total == 1_777_088_000 + 2_179_072
     assert count.adapter_bytes == 4 * 2_179_072
@@ -68,7 +69,7 @@ def test_the_default_model_trains_2_179_072_parameters_with_the_balanced_preset(
 
 def test_a_matrix_of_1024_by_1024_at_rank_16_trains_32_768_parameters() -> None:
     model = nn.ModuleDict({"layer": nn.Linear(1024, 1024)})
-    assert count_parameters(model, ("layer",), 16).trainable == 32_768
+    assert count_parameters(model, ("layer",), LoraSection(r=16)).trainable == 32_768
 
 
 @pytest.mark.parametrize("preset", ["minimal", "balanced", "attention", "complete"])
@@ -80,7 +81,7 @@ def test_a_matrix_of_1024_by_1024_at_rank_16_trains_32_768_parameters() -> None:
 def test_counts_equal_those_of_peft(name: str, preset: str) -> None:
     meta = skeleton(config_of(name))
     names = resolve_targets(meta, preset)
-    count = count_parameters(meta, names, 4)
+    count = count_parameters(meta, names, LoraSection(r=4))
     model = AutoModelForCausalLM.from_config(config_of(name))
     adapted = get_peft_model(model, LoraConfig(r=4, target_modules=list(names), task_type="CAUSAL_LM"))
     assert (count.trainable, count.total) == adapted.get_nb_trainable_parameters()
@@ -94,14 +95,16 @@ def test_counts_equal_those_of_peft(name: str, preset: str) -> None:
 
 def test_conv1d_is_counted_with_its_transposed_shape() -> None:
     model = skeleton(config_of("GPT2Config"))
-    (first, _) = count_parameters(model, resolve_targets(model, "minimal"), 2).per_module
+    (first, _) = count_parameters(model, resolve_targets(model, "minimal"), LoraSection(r=2)).per_module
     assert first.matrix == Matrix(name="transformer.h.0.attn.c_attn", d_in=32, d_out=96)
     assert first.trainable == 2 * (32 + 96)
 
 
 def test_tied_embeddings_count_once() -> None:
     tied, untied = (skeleton(LlamaConfig(**SIZES, tie_word_embeddings=tie)) for tie in (True, False))
-    difference = count_parameters(untied, (), 1).total - count_parameters(tied, (), 1).total
+    difference = (
+        count_parameters(untied, (), LoraSection(r=1)).total - count_parameters(tied, (), LoraSection(r=1)).total
+    )
     assert difference == 64 * 32
 
 

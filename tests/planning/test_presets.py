@@ -4,6 +4,7 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from loratune.planning.presets import count_presets
+from loratune.recipe import LoraSection
 
 
 def test_the_four_presets_are_counted_exactly() -> None:
@@ -18,7 +19,10 @@ def test_the_four_presets_are_counted_exactly() -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
 
-    counted = {preset.name: preset.parameters and preset.parameters.trainable for preset in count_presets(model, r=4)}
+    counted = {
+        preset.name: preset.parameters and preset.parameters.trainable
+        for preset in count_presets(model, LoraSection(r=4))
+    }
 
     query, value, feed_forward = 4 * (32 + 32), 4 * (32 + 16), 3 * 4 * (32 + 64)
     assert counted == {
@@ -37,7 +41,7 @@ def test_a_preset_that_a_model_has_nothing_for_says_so() -> None:
             super().__init__()
             self.layers = nn.ModuleList(nn.ModuleDict({"up": nn.Linear(4, 8), "down": nn.Linear(8, 4)}) for _ in "ab")
 
-    presets = {preset.name: preset for preset in count_presets(OnlyFeedForward(), r=2)}
+    presets = {preset.name: preset for preset in count_presets(OnlyFeedForward(), LoraSection(r=2))}
 
     assert presets["minimal"].parameters is None
     assert "has no query matrix" in presets["minimal"].targets_in_words
@@ -49,6 +53,6 @@ def test_fused_matrices_make_presets_equal() -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=20))
 
-    presets = {preset.name: preset for preset in count_presets(model, r=2)}
+    presets = {preset.name: preset for preset in count_presets(model, LoraSection(r=2))}
 
     assert presets["minimal"].targets == presets["balanced"].targets == ("transformer.h.0.attn.c_attn",)

@@ -36,7 +36,7 @@ from loratune.planning.scaling import (
     strategy_for,
     unhidden_gather_seconds,
 )
-from loratune.recipe import Recipe
+from loratune.recipe import LoraSection, Recipe
 
 CONFIG = LlamaConfig(
     vocab_size=32000,
@@ -60,7 +60,7 @@ def run(
     """What is predicted, and the estimate at a place."""
     model = skeleton(CONFIG)
     targets = resolve_targets(model, "balanced")
-    parameters = count_parameters(model, targets, 16)
+    parameters = count_parameters(model, targets, LoraSection(r=16))
     recipe = Recipe.parse(
         {
             "model": {"dtype": "bfloat16"},
@@ -141,7 +141,7 @@ def test_a_base_that_no_device_holds_is_sharded() -> None:
 
 
 def test_what_a_rank_holds_of_a_sharded_base() -> None:
-    parameters = count_parameters(skeleton(CONFIG), (), 1)
+    parameters = count_parameters(skeleton(CONFIG), (), LoraSection(r=1))
     layer, outside = sharded_parameters(CONFIG, parameters)
     assert outside == 2 * 32000 * 2048
     assert layer == pytest.approx(2048 * (2 * 2048 + 2 * 512) + 3 * 2048 * 8192, rel=1e-3)

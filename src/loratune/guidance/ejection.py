@@ -27,6 +27,7 @@ from loratune.errors import MachineError, RecipeError
 from loratune.lock import versions
 from loratune.model.adapter import short_names
 from loratune.model.load import load_config
+from loratune.model.variants import changes_base, peft_arguments
 from loratune.planning.parameters import skeleton
 from loratune.preparation import NO_LIMIT, Preparation
 from loratune.progress import Progress
@@ -46,7 +47,7 @@ COVERED = {
         *("train", "eval", "format", "columns", "train_on", "thinking", "special_tokens_in_text"),
         *("max_length", "on_long", "on_bad_row", "streaming"),
     },
-    "lora": {"r", "alpha", "dropout", "targets"},
+    "lora": {"r", "alpha", "dropout", "targets", "layers", "variant"},
     "train": {
         *("output_dir", "epochs", "learning_rate", "batch_size", "schedule", "warmup_fraction", "weight_decay"),
         *("max_grad_norm", "seed", "engine", "device", "token_budget", "eval_every", "save_every", "log_every"),
@@ -253,6 +254,8 @@ def _script(prepared: Preparation, rows: Path | None, why_rows: str) -> str:
         targets_in_words=prepared.targets_in_words,
         trainable=f"{prepared.parameters.trainable:,}",
         fan_in_fan_out=isinstance(model.get_submodule(prepared.targets[0]), Conv1D),
+        peft_arguments=[f"{name}={_literal(value)}," for name, value in peft_arguments(recipe.lora).items()],
+        changes_base=changes_base(recipe.lora),
         device=_literal(recipe.train.device),
         load=load,
         revision=f", revision={_literal(base.revision)}" if base.revision else "",

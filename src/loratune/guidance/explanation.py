@@ -14,7 +14,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from loratune.errors import RecipeError
-from loratune.guidance.numbers import SUMMARIES, TABLES, Facts, Row
+from loratune.guidance.facts import Facts, Row
+from loratune.guidance.numbers import SUMMARIES, TABLES
 from loratune.preparation import Preparation
 from loratune.recipe import Recipe, Source
 from loratune.run import Record

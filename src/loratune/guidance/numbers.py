@@ -4,113 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import psutil
 import torch
-from transformers import get_scheduler
 
 from loratune.data.batch import num_supervised
-from loratune.data.prepare import prepare_data
+from loratune.data.render import Example
 from loratune.data.steps import EpochPlan, num_steps, num_steps_per_epoch, occasions
+from loratune.guidance import adapter_numbers
+from loratune.guidance.facts import Facts, Row, around, size
 from loratune.model.device import torch_dtype
-from loratune.model.load import load_config, positions_of
+from loratune.model.load import positions_of
 from loratune.model.quantised import BY_BITSANDBYTES, base_bytes
-from loratune.model.targets import describe_targets, resolve_targets
-from loratune.planning.parameters import ParameterCount, count_parameters, skeleton
-from loratune.preparation import NO_LIMIT, Preparation
-from loratune.recipe import TARGET_PRESETS, DataSection
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from loratune.data.render import Example
-
-Row = dict[str, str]
-MIB = 2**20
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What the numbers are computed from; each of them once, and only when asked for.
-
-    Attributes:
-        prepared: The run, as it would start.
-    """
-
-    prepared: Preparation
-
-    @cached_property
-    def model(self) -> PreTrainedModel:
-        """The base model without weights."""
-        section = self.prepared.recipe.model
-        return skeleton(load_config(self.prepared.base, section), trust_remote_code=section.trust_remote_code)
-
-    @cached_property
-    def base_parameters(self) -> int:
-        return self.prepared.parameters.total - self.prepared.parameters.trainable
-
-    @cached_property
-    def lengths(self) -> list[int]:
-        """Tokens of each training example; of streamed data, those of the sample over and over."""
-        data = self.prepared.data
-        return np.resize([len(example.input_ids) for example in data.train], data.num_examples).tolist()
-
-    @cached_property
-    def learning_rates(self) -> np.ndarray:
-        """float64 [steps]: that of each optimizer step, by the schedule that training uses."""
-        return learning_rates(self.prepared.recipe.train, self.prepared.num_steps)
-
-    def count(self, r: int) -> ParameterCount:
-        """The parameters at another rank."""
-        return count_parameters(self.model, self.prepared.targets, r)
-
-    def render_again(self, **settings: Any) -> list[Example]:
-        """The training examples under other settings of the data section."""
-        recipe = self.prepared.recipe
-        data = DataSection.model_validate({**recipe.data.model_dump(), **settings})
-        limit = NO_LIMIT if data.max_length == "auto" else int(data.max_length)
-        return prepare_data(data, self.prepared.tokenizer, max_length=limit, seed=recipe.train.seed).train
-
-
-def learning_rates(train: Any, steps: int) -> np.ndarray:
-    """float64 [steps]: the learning rate of each optimizer step.
-
-    Args:
-        train: The recipe's train section.
-        steps: Optimizer steps of the run.
-    """
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=train.learning_rate)
-    scheduler = get_scheduler(
-        "constant_with_warmup" if train.schedule == "constant" else train.schedule,
-        optimizer,
-        num_warmup_steps=math.ceil(train.warmup_fraction * steps),
-        num_training_steps=steps,
-    )
-    factor: Callable[[int], float] = scheduler.lr_lambdas[0]
-    return train.learning_rate * np.array([factor(step) for step in range(steps)])
-
-
-def around(value: int) -> list[int]:
-    """A quarter, half, once, twice and four times a count."""
-    return sorted({max(1, value // 4), max(1, value // 2), value, 2 * value, 4 * value})
-
-
-def rank_row(count: ParameterCount, alpha: float, r: int) -> Row:
-    """One rank: parameters, sizes, and the scale that this alpha gives it. AdamW keeps 16 bytes for each parameter:
-    weight, gradient and two moments in float32."""
-    return {
-        "r": str(r),
-        "trainable": f"{count.trainable:,}",
-        "share": f"{count.trainable / count.total:.3%}",
-        "adapter file": _size(count.adapter_bytes),
-        "while training": _size(16 * count.trainable),
-        f"alpha/r at alpha {alpha:g}": f"{alpha / r:g}",
-    }
-
+from loratune.preparation import NO_LIMIT
 
 # ---- model
 
@@ -127,14 +34,14 @@ def _revision(facts: Facts) -> str:
 
 def _dtype(facts: Facts) -> str:
     dtype = torch_dtype(facts.prepared.recipe.model.dtype)
-    return f"the frozen weights take {_size(facts.base_parameters * dtype.itemsize)}"
+    return f"the frozen weights take {size(facts.base_parameters * dtype.itemsize)}"
 
 
 def _quantization(facts: Facts) -> str:
     section, memory = facts.prepared.recipe.model, facts.prepared.memory
     plain = facts.base_parameters * torch_dtype(section.dtype).itemsize
     return (
-        f"the frozen weights take {_size(memory.weights_bytes)}, {memory.weights_bytes / plain:.0%} of {section.dtype}"
+        f"the frozen weights take {size(memory.weights_bytes)}, {memory.weights_bytes / plain:.0%} of {section.dtype}"
     )
 
 
@@ -142,13 +49,13 @@ def _quantization_table(facts: Facts) -> list[Row]:
     dtype_bytes = torch_dtype(facts.prepared.recipe.model.dtype).itemsize
     sizes = {"none": facts.base_parameters * dtype_bytes}
     sizes |= {name: base_bytes(facts.model, name, dtype_bytes) for name in BY_BITSANDBYTES}
-    return [{"quantization": name, "frozen weights": _size(size)} for name, size in sizes.items()]
+    return [{"quantization": name, "frozen weights": size(num_bytes)} for name, num_bytes in sizes.items()]
 
 
 def _dtype_table(facts: Facts) -> list[Row]:
     names = ("float32", "bfloat16", "float16")
     return [
-        {"dtype": name, "frozen weights": _size(facts.base_parameters * torch_dtype(name).itemsize)} for name in names
+        {"dtype": name, "frozen weights": size(facts.base_parameters * torch_dtype(name).itemsize)} for name in names
     ]
 
 
@@ -241,62 +148,6 @@ def _on_bad_row(facts: Facts) -> str:
     return f"{facts.prepared.data.report['train']['num_rejected']:,} training rows left out"
 
 
-# ---- lora
-
-
-def _rank(facts: Facts) -> str:
-    r, now = facts.prepared.recipe.lora.r, facts.prepared.parameters
-    return f"{now.trainable:,} trainable ({now.trainable / now.total:.2%}); r {2 * r} would double it to {facts.count(2 * r).trainable:,}"
-
-
-def _rank_table(facts: Facts) -> list[Row]:
-    lora = facts.prepared.recipe.lora
-    return [rank_row(facts.count(r), lora.alpha, r) for r in around(lora.r)]
-
-
-def _alpha(facts: Facts) -> str:
-    lora = facts.prepared.recipe.lora
-    return f"the update B·A·x is multiplied by alpha/r = {lora.alpha / lora.r:g}"
-
-
-def _alpha_table(facts: Facts) -> list[Row]:
-    r = facts.prepared.recipe.lora.r
-    alphas = sorted({*around(r), facts.prepared.recipe.lora.alpha})
-    return [{"alpha": f"{alpha:g}", f"scale alpha/r at r {r}": f"{alpha / r:g}"} for alpha in alphas]
-
-
-def _dropout(facts: Facts) -> str:
-    widest = max((item.matrix for item in facts.prepared.parameters.per_module), key=lambda matrix: matrix.d_in)
-    dropout = facts.prepared.recipe.lora.dropout
-    leaf = widest.name.rpartition(".")[2]
-    return f"of the {widest.d_in:,} inputs of {leaf}, {dropout * widest.d_in:,.0f} are zero on average for a token"
-
-
-def _targets(facts: Facts) -> str:
-    return f"{len(facts.prepared.targets)} matrices: {facts.prepared.targets_in_words}"
-
-
-def _targets_table(facts: Facts) -> list[Row]:
-    return preset_rows(facts.model, facts.prepared.recipe.lora.r)
-
-
-def preset_rows(model: PreTrainedModel, r: int) -> list[Row]:
-    """One row a preset: its matrices, and what they train at this rank."""
-    rows = []
-    for preset in TARGET_PRESETS:
-        count = count_parameters(model, resolve_targets(model, preset), r)
-        rows.append(
-            {
-                "targets": preset,
-                "matrices": describe_targets(model, preset),
-                "trainable": f"{count.trainable:,}",
-                "share": f"{count.trainable / count.total:.3%}",
-                "adapter file": _size(count.adapter_bytes),
-            }
-        )
-    return rows
-
-
 # ---- train
 
 
@@ -353,12 +204,12 @@ def _batch_size_table(facts: Facts) -> list[Row]:
     data = facts.prepared.data
     supervised = data.scale * sum(num_supervised(example) for example in data.train)
     rows = []
-    for size in around(train.batch_size):
-        per_epoch = num_steps_per_epoch(len(facts.lengths), size)
+    for batch_size in around(train.batch_size):
+        per_epoch = num_steps_per_epoch(len(facts.lengths), batch_size)
         rows.append(
             {
-                "batch_size": str(size),
-                "steps": f"{num_steps(len(facts.lengths), size, train.epochs):,}",
+                "batch_size": str(batch_size),
+                "steps": f"{num_steps(len(facts.lengths), batch_size, train.epochs):,}",
                 "tokens a step": f"{sum(facts.lengths) / per_epoch:,.0f}",
                 "of those carry loss": f"{supervised / per_epoch:,.0f}",
             }
@@ -420,11 +271,11 @@ def _occasions(field: str, what: str) -> Callable[[Facts], str]:
 
 
 def _keep(facts: Facts) -> str:
-    train, size = facts.prepared.recipe.train, 12 * facts.prepared.parameters.trainable
+    train, num_bytes = facts.prepared.recipe.train, 12 * facts.prepared.parameters.trainable
     saves = occasions(train.save_every, steps=facts.prepared.num_steps, epochs=train.epochs)
     kept = min(saves, train.keep_checkpoints or saves)
     best = " and the best" if kept < saves and train.eval_every != "never" else ""
-    return f"{kept:,} stay{best}, about {_size(size)} each (weights and two moments)"
+    return f"{kept:,} stay{best}, about {size(num_bytes)} each (weights and two moments)"
 
 
 # ---- evaluate
@@ -469,10 +320,7 @@ SUMMARIES: dict[str, Callable[[Facts], str]] = {
     "data.on_long": _on_long,
     "data.on_bad_row": _on_bad_row,
     "data.streaming": _streaming,
-    "lora.r": _rank,
-    "lora.alpha": _alpha,
-    "lora.dropout": _dropout,
-    "lora.targets": _targets,
+    **adapter_numbers.SUMMARIES,
     "train.epochs": _epochs,
     "train.learning_rate": _learning_rate,
     "train.schedule": _schedule,
@@ -498,9 +346,7 @@ TABLES: dict[str, Callable[[Facts], list[Row]]] = {
     "model.quantization": _quantization_table,
     "data.train_on": _train_on_table,
     "data.max_length": _max_length_table,
-    "lora.r": _rank_table,
-    "lora.alpha": _alpha_table,
-    "lora.targets": _targets_table,
+    **adapter_numbers.TABLES,
     "train.epochs": _epochs_table,
     "train.learning_rate": _schedule_table,
     "train.schedule": _schedule_table,
@@ -520,11 +366,6 @@ def _share_supervised(examples: Sequence[Example]) -> str:
 def _some(items: Sequence[int], shown: int = 8) -> str:
     more = f" and {len(items) - shown} more" if len(items) > shown else ""
     return ", ".join(str(item) for item in items[:shown]) + more
-
-
-def _size(num_bytes: int) -> str:
-    unit, name = (MIB, "MiB") if num_bytes >= MIB else (2**10, "KiB")
-    return f"{num_bytes / unit:,.1f} {name}"
 
 
 def _gib(num_bytes: int) -> str:

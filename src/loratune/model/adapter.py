@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from loratune.errors import RecipeError
 from loratune.kernels.fp8_linear import Fp8Linear
 from loratune.kernels.lora_linear import lora_linear, lora_update
+from loratune.model.variants import changes_base, has_changed_base, keep_beginning, peft_arguments, save_as_plain
 from loratune.recipe import LoraSection
 
 if TYPE_CHECKING:
@@ -26,12 +27,13 @@ def attach_adapter(
 ) -> PeftModel:
     """Put a fresh adapter on the target modules; everything else is frozen.
 
-    B starts at zero, so the model answers as before; A is drawn from a generator seeded with `seed`, whatever was drawn
-    before. Adapter weights are float32 whatever the base is (PEFT's `autocast_adapter_dtype`).
+    The model answers as before: B starts at zero, or B·A is taken out of the base's weights. What is drawn comes from a
+    generator seeded with `seed`, whatever was drawn before. Adapter weights are float32 whatever the base is (PEFT's
+    `autocast_adapter_dtype`).
 
     Args:
-        model: The base.
-        lora: Rank, scale, dropout.
+        model: The base; its weights are changed by some of the variants.
+        lora: Rank, scale, dropout, variant.
         targets: Full module names, from `resolve_targets`.
         base_name: What `base_model_name_or_path` of the saved adapter says.
         seed: Of the initial weights.
@@ -43,12 +45,15 @@ def attach_adapter(
         target_modules=list(short_names(model, targets)),
         task_type=TaskType.CAUSAL_LM,
         fan_in_fan_out=isinstance(model.get_submodule(targets[0]), Conv1D),
+        **peft_arguments(lora),
     )
     model.name_or_path = base_name  # PEFT takes the base's name from here
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         adapted = get_peft_model(model, config)
     assert isinstance(adapted, PeftModel)
+    if changes_base(lora):
+        keep_beginning(adapted)
     return adapted
 
 
@@ -148,5 +153,8 @@ def load_adapter(base: Any, folder: Path, **settings: Any) -> PeftModel:
 
 
 def save_adapter(model: PeftModel, folder: Path) -> None:
-    """Write the adapter in PEFT's format, as safetensors."""
+    """Write the adapter in PEFT's format, as safetensors, for the base as it was before `attach_adapter`."""
+    if has_changed_base(model):
+        save_as_plain(model, folder)
+        return
     model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)

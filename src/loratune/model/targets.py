@@ -70,41 +70,70 @@ def matrix(name: str, module: nn.Module) -> Matrix:
     raise TypeError(f"{name} is a {type(module).__name__}, not a linear module")
 
 
-def resolve_targets(model: nn.Module, targets: str | tuple[str, ...]) -> tuple[str, ...]:
+def resolve_targets(
+    model: nn.Module, targets: str | tuple[str, ...], layers: str | tuple[int, ...] = "all"
+) -> tuple[str, ...]:
     """Find the modules to adapt.
 
     Args:
         model: The base model, without an adapter. It may be on the meta device.
         targets: A preset (`minimal`, `balanced`, `attention`, `complete`), or names. A name matches a module's full
             name or its last dotted parts, as in PEFT: `q_proj`, `mlp.gate_proj`.
+        layers: `all`, `first N`, `last N`, or the numbers of the decoder layers from 0 on.
 
     Returns:
         The full names of the modules, sorted.
 
     Raises:
-        RecipeError: A preset or a name matches nothing, or matches a module that is no linear matrix.
+        RecipeError: A preset or a name matches nothing, or matches a module that is no linear matrix, or a layer does not
+            exist.
     """
-    if isinstance(targets, str):
-        return _resolve_preset(model, targets)
-    return _resolve_names(model, targets)
+    found = _resolve_preset(model, targets) if isinstance(targets, str) else _resolve_names(model, targets)
+    return found if layers == "all" else _in_chosen_layers(model, found, layers)
 
 
-def describe_targets(model: nn.Module, targets: str | tuple[str, ...]) -> str:
+def _in_chosen_layers(model: nn.Module, names: tuple[str, ...], layers: str | tuple[int, ...]) -> tuple[str, ...]:
+    """Those of the modules that lie in the chosen layers."""
+    all_layers = _layers(model)
+    known = list(all_layers)
+    if isinstance(layers, str):
+        where, _, number = layers.partition(" ")
+        count = int(number)
+        numbers = tuple(range(count) if where == "first" else range(len(known) - count, len(known)))
+    else:
+        numbers = layers
+    odd = [number for number in numbers if not 0 <= number < len(known)]
+    if odd or not numbers:
+        shown = layers if isinstance(layers, str) else list(layers)
+        raise RecipeError(
+            f"lora.layers is {shown}, but {type(model).__name__} has {len(known)} layers",
+            fix=f"numbers from 0 to {len(known) - 1}, or first or last and at most {len(known)}",
+        )
+    chosen = {known[number] for number in numbers}
+    inside = tuple(name for name in names if _layer_of(name, all_layers) in chosen)
+    if not inside:
+        raise RecipeError("lora.layers leaves none of the modules of lora.targets", fix="choose other layers")
+    return inside
+
+
+def describe_targets(model: nn.Module, targets: str | tuple[str, ...], layers: str | tuple[int, ...] = "all") -> str:
     """What `targets` became, in words: `q_proj, v_proj in 28 layers`.
 
     Raises:
         RecipeError: As `resolve_targets`.
     """
-    chosen = set(resolve_targets(model, targets))
-    layers = _layers(model)
+    chosen = set(resolve_targets(model, targets, layers))
+    all_layers = _layers(model)
     layers_by_leaf: dict[str, set[str]] = {}
     for name in _linear_modules(model):
         if name in chosen:
-            layers_by_leaf.setdefault(_short_name(name, layers), set()).add(_layer_of(name, layers))
+            layers_by_leaf.setdefault(_short_name(name, all_layers), set()).add(_layer_of(name, all_layers))
     leaves_by_count: dict[int, list[str]] = {}
     for leaf, found in layers_by_leaf.items():
         leaves_by_count.setdefault(len(found - {""}), []).append(leaf)
-    return "; ".join(_in_layers(leaves, count, len(layers)) for count, leaves in sorted(leaves_by_count.items())[::-1])
+    return "; ".join(
+        _in_layers(leaves, count, len(all_layers)) for count, leaves in sorted(leaves_by_count.items())[::-1]
+    )
 
 
 def target_notes(model: nn.Module, targets: str | tuple[str, ...]) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
+from loratune.model.variants import saved_rank, scale_of
 from loratune.recipe import Recipe
 
 SCHULMAN = "Schulman et al. 2025, LoRA Without Regret, thinkingmachines.ai/blog/lora"
@@ -179,8 +180,8 @@ def _capacity(facts: Facts) -> Iterator[Advice]:
 
 def _scale(facts: Facts) -> Iterator[Advice]:
     lora = facts.recipe.lora
-    scale = lora.alpha / lora.r
-    if not 0.5 <= scale <= 8:
+    scale = scale_of(lora)
+    if lora.variant != "rslora" and not 0.5 <= scale <= 8:
         yield Advice(
             about="lora.alpha",
             text=f"lora.alpha={2 * lora.r:g}",
@@ -266,8 +267,15 @@ def _cadence(facts: Facts) -> Iterator[Advice]:
 
 
 def _serving(facts: Facts) -> Iterator[Advice]:
-    r = facts.recipe.lora.r
-    if facts.architecture in WITHOUT_LORA_IN_VLLM:
+    r = saved_rank(facts.recipe.lora)
+    if facts.recipe.lora.variant == "dora":
+        yield Advice(
+            about="lora.variant",
+            text="merge the adapter before you serve it with vLLM, llama.cpp or Ollama, or lora.variant=plain",
+            reason="they load A and B, and have no place for DoRA's magnitudes",
+            source="docs.vllm.ai/en/latest/features/lora; convert_lora_to_gguf.py of llama.cpp",
+        )
+    elif facts.architecture in WITHOUT_LORA_IN_VLLM:
         yield Advice(
             about="vLLM",
             text="merge the adapter before you serve it with vLLM",
@@ -277,7 +285,7 @@ def _serving(facts: Facts) -> Iterator[Advice]:
     elif r > VLLM_RANKS[-1]:
         yield Advice(
             about="lora.r",
-            text=f"lora.r={VLLM_RANKS[-1]}, or merge the adapter before you serve it",
+            text=f"lora.r={VLLM_RANKS[-1] * facts.recipe.lora.r // r}, or merge the adapter before you serve it",
             reason=f"vLLM refuses adapters of rank {r}; the highest it can be started with is {VLLM_RANKS[-1]}",
             source="MaxLoRARanks in vllm/config/lora.py",
         )

@@ -12,6 +12,7 @@ from loratune.data.prompts import Prompt
 from loratune.data.steps import num_steps, occasions, step_tokens
 from loratune.kernels.cross_entropy import chunk_rows
 from loratune.model.device import torch_dtype
+from loratune.planning.adapter_memory import variant_bytes
 from loratune.planning.memory import MemoryPlan, Work, layer_bytes, plan_memory
 from loratune.planning.parameters import ParameterCount
 from loratune.planning.speed import Amounts, training_flops
@@ -79,6 +80,7 @@ def run_memory(recipe: Recipe, config: Any, parameters: ParameterCount, work: Wo
     """
     wanted, recompute = recipe.train.token_budget, recipe.train.recompute
     dtype_bytes = torch_dtype(place.dtype).itemsize
+    matrices = [count.matrix for count in parameters.per_module]
     return plan_memory(
         total_parameters=parameters.trainable + held_parameters(config, parameters, place.shards),
         trainable_parameters=parameters.trainable,
@@ -86,9 +88,8 @@ def run_memory(recipe: Recipe, config: Any, parameters: ParameterCount, work: Wo
         layer=layer_bytes(
             config,
             dtype_bytes,
-            [count.matrix for count in parameters.per_module],
-            r=recipe.lora.r,
-            dropout=recipe.lora.dropout,
+            matrices,
+            lora=recipe.lora,
             compiled=place.compiled,
             device=place.device,
             keeps_inputs=place.quantization == "int8",
@@ -106,6 +107,7 @@ def run_memory(recipe: Recipe, config: Any, parameters: ParameterCount, work: Wo
         unpacked_bytes=place.unpacked_bytes,
         resident=place.resident_bytes,
         free=place.free_bytes,
+        variant_bytes=variant_bytes(matrices, recipe.lora, dtype_bytes),
     )
 
 

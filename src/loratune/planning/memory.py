@@ -3,6 +3,7 @@
 The terms, for a model with LoRA:
 
     weights      parameters × bytes of the base type
+    variant      what DoRA, PiSSA or OLoRA take beside (`adapter_memory`)
     adapter      trainable × 8 for float32 weight and gradient, and a copy in the base type where that is narrower
     optimizer    trainable × 8: AdamW's two moments in float32 (Loshchilov & Hutter 2019)
     activations  tokens of a micro-batch × what each layer keeps for its backward pass
@@ -13,7 +14,7 @@ The terms, for a model with LoRA:
     allocator    the holes in its heap: a share of the activations, and what steps of many sizes leave behind
     process      Python, torch and the libraries themselves, and the data; a GPU's context
 
-    peak = weights + process + max(loading, adapter + optimizer + max(activations + working, evaluation) + allocator)
+    peak = weights + process + max(loading, variant + adapter + optimizer + max(activations + working, evaluation) + allocator)
 
 Each formula states its source and error where it stands; `docs/results/memory.md` has predicted beside measured.
 """
@@ -30,7 +31,9 @@ import torch
 
 from loratune.errors import MachineError
 from loratune.kernels.block_attention import BLOCK_QUERIES
-from loratune.model.targets import Matrix, reads_attention
+from loratune.model.targets import Matrix
+from loratune.planning.adapter_memory import kept_bytes
+from loratune.recipe import LoraSection
 
 CONTEXT_BYTES = {"cuda": 600 * 2**20, "mps": 600 * 2**20}
 """Of a GPU before any weight is loaded: its context and the libraries' code. Estimates."""
@@ -115,6 +118,7 @@ class MemoryPlan:
         loss_bytes: Chunks of logits.
         evaluation_bytes: Of the held-out loss or of the answers, whichever takes more.
         loading_bytes: Beside the weights while they load.
+        variant_bytes: What `lora.variant` takes while it trains.
         allocator_bytes: Holes in the allocator's heap.
         process_bytes: Before any weight is loaded.
         token_budget: Tokens of a micro-batch.
@@ -132,6 +136,7 @@ class MemoryPlan:
     loss_bytes: int
     evaluation_bytes: int
     loading_bytes: int
+    variant_bytes: int
     allocator_bytes: int
     process_bytes: int
     token_budget: int
@@ -151,7 +156,7 @@ class MemoryPlan:
     @property
     def base_bytes(self) -> int:
         """What is there whatever is done."""
-        return self.weights_bytes + self.process_bytes + self.allocator_bytes
+        return self.weights_bytes + self.process_bytes + self.allocator_bytes + self.variant_bytes
 
     @property
     def peak_bytes(self) -> int:
@@ -189,8 +194,7 @@ def layer_bytes(
     dtype_bytes: int,
     adapted: Sequence[Matrix],
     *,
-    r: int,
-    dropout: float,
+    lora: LoraSection,
     compiled: bool,
     device: str = "cpu",
     keeps_inputs: bool = False,
@@ -198,8 +202,7 @@ def layer_bytes(
     """Bytes that one token costs in one decoder layer, for a Llama-like one with a gated feed-forward.
 
     Kept: the two norms keep their input in float32; attention keeps query, key and value; the feed-forward keeps gate, its
-    activation, and up; an adapted matrix keeps its input (shared by those with the same one), a byte of mask for each
-    element where there is dropout, and the r-wide product. Compiled, the norms' inputs stay in the base type and the
+    activation, and up; adapted matrices keep what `kept_bytes` says. Compiled, the norms' inputs stay in the base type and the
     activation is recomputed. Frozen matrices keep nothing. On a GPU, attention keeps its output and a number a head as well
     (Dao 2023, arXiv 2307.08691). Counted with `saved_tensors_hooks` on SmolLM2-135M (balanced and complete, with dropout and
     without, float32 and bfloat16), the formula is within 1 % eager and 0 to 5 % high compiled.
@@ -212,8 +215,7 @@ def layer_bytes(
         config: The model's text configuration.
         dtype_bytes: Bytes of one frozen weight.
         adapted: The adapted matrices of the whole model.
-        r: Rank.
-        dropout: Of the adapter's inputs.
+        lora: Rank, dropout and variant.
         compiled: Whether the layers run compiled.
         device: cpu, cuda or mps.
         keeps_inputs: Whether frozen matrices keep their inputs too, as int8 layers of bitsandbytes do.
@@ -231,12 +233,9 @@ def layer_bytes(
     if device != "cpu":
         body += dtype_bytes * query + 4 * heads
     per_layer = 1 / config.num_hidden_layers
-    inputs = {(m.name.rpartition(".")[0], m.d_in, reads_attention(m.name)): m.d_in for m in adapted}
-    adapters = dtype_bytes * ((0 if keeps_inputs else sum(inputs.values())) + r * len(adapted))
+    adapters = kept_bytes(adapted, lora, dtype_bytes, inputs=not keeps_inputs)
     if keeps_inputs:
         body += dtype_bytes * (2 * hidden + query + feed_forward)
-    if dropout:
-        adapters += sum(matrix.d_in for matrix in adapted)
     return LayerBytes(
         kept=int(body + adapters * per_layer),
         input=hidden * dtype_bytes,
@@ -264,6 +263,7 @@ def plan_memory(
     wanted_recomputed: int | None,
     resident: int,
     free: int | None = None,
+    variant_bytes: int = 0,
     weights_bytes: int | None = None,
     unpacked_bytes: int = 0,
 ) -> MemoryPlan:
@@ -285,6 +285,7 @@ def plan_memory(
         wanted_recomputed: The recipe's own, or None for auto.
         resident: Bytes of this process now, with libraries and data.
         free: Bytes of a device that is not here; None for what is free on this machine.
+        variant_bytes: From `adapter_memory`.
         weights_bytes: Of a quantised base; None: `dtype_bytes` a parameter.
         unpacked_bytes: Of quantised weights while they are multiplied.
 
@@ -298,6 +299,7 @@ def plan_memory(
         else weights_bytes,
         "adapter_bytes": trainable_parameters * (8 + (dtype_bytes if dtype_bytes < 4 else 0)),
         "optimizer_bytes": trainable_parameters * 8,
+        "variant_bytes": variant_bytes,
         "loss_bytes": loss_chunk_bytes * 2 + loss_chunk_bytes * dtype_bytes // 4,
     }
     share, holes = allocator(device, dtype_bytes, work.num_sizes, compiled=compiled)

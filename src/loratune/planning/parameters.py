@@ -11,6 +11,8 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from loratune.errors import RecipeError
 from loratune.model.targets import Matrix, matrix
+from loratune.model.variants import changes_base, num_trainable
+from loratune.recipe import LoraSection
 
 BYTES_PER_ADAPTER_PARAMETER = 4  # Adapters are kept and saved in float32, whatever the dtype of the base.
 
@@ -32,26 +34,26 @@ class ParameterCount:
     total: int
     """Base and adapter together, as PEFT counts. A tensor that is used twice (tied embeddings) counts once."""
     adapter_bytes: int
-    """The adapter's weights on disk and in memory, without the file's header of some kB."""
+    """The saved adapter's weights, without the file's header of some kB."""
     per_module: tuple[MatrixCount, ...]
     """Every adapted matrix, in the order of the target names."""
 
 
-def count_parameters(model: nn.Module, target_names: Sequence[str], r: int) -> ParameterCount:
-    """Count what LoRA would train: r·(d_in + d_out) for every adapted matrix.
+def count_parameters(model: nn.Module, target_names: Sequence[str], lora: LoraSection) -> ParameterCount:
+    """Count what LoRA would train: r·(d_in + d_out) for every adapted matrix, and what the variant adds.
 
     Args:
         model: The base model, without an adapter. It may be on the meta device.
         target_names: Full module names, as `resolve_targets` returns them.
-        r: The rank.
+        lora: Rank and variant.
     """
     shapes = [matrix(name, model.get_submodule(name)) for name in target_names]
-    per_module = tuple(MatrixCount(matrix=shape, trainable=r * (shape.d_in + shape.d_out)) for shape in shapes)
+    per_module = tuple(MatrixCount(matrix=shape, trainable=num_trainable(lora, shape)) for shape in shapes)
     trainable = sum(item.trainable for item in per_module)
     return ParameterCount(
         trainable=trainable,
         total=trainable + sum(parameter.numel() for parameter in model.parameters()),
-        adapter_bytes=trainable * BYTES_PER_ADAPTER_PARAMETER,
+        adapter_bytes=trainable * BYTES_PER_ADAPTER_PARAMETER * (2 if changes_base(lora) else 1),
         per_module=per_module,
     )
 

@@ -9,7 +9,7 @@ from torch import nn
 from loratune.errors import RecipeError
 from loratune.model.targets import describe_targets, resolve_targets
 from loratune.planning.parameters import ParameterCount, count_parameters
-from loratune.recipe import TARGET_PRESETS
+from loratune.recipe import TARGET_PRESETS, LoraSection
 from loratune.run import Record
 
 
@@ -61,24 +61,24 @@ class PresetPlan:
         }
 
 
-def count_presets(model: nn.Module, r: int) -> tuple[PresetCount, ...]:
+def count_presets(model: nn.Module, lora: LoraSection) -> tuple[PresetCount, ...]:
     """Every preset on this model.
 
     Args:
         model: The base model, without an adapter. It may be on the meta device.
-        r: The rank.
+        lora: Rank, variant and layers; its targets do not count.
     """
-    return tuple(_count(model, preset, r) for preset in TARGET_PRESETS)
+    return tuple(_count(model, preset, lora) for preset in TARGET_PRESETS)
 
 
-def _count(model: nn.Module, preset: str, r: int) -> PresetCount:
+def _count(model: nn.Module, preset: str, lora: LoraSection) -> PresetCount:
     try:
-        targets = resolve_targets(model, preset)
+        targets = resolve_targets(model, preset, lora.layers)
     except RecipeError as error:
         return PresetCount(name=preset, targets=(), targets_in_words=error.problem, parameters=None)
     return PresetCount(
         name=preset,
         targets=targets,
-        targets_in_words=describe_targets(model, preset),
-        parameters=count_parameters(model, targets, r),
+        targets_in_words=describe_targets(model, preset, lora.layers),
+        parameters=count_parameters(model, targets, lora),
     )

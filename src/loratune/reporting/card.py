@@ -116,6 +116,14 @@ def _eval_results(recipe: Record, evaluation: Record) -> Iterator[EvalResult]:
         )
 
 
+_VARIANTS = {
+    "rslora": "rsLoRA. ",
+    "dora": "DoRA. ",
+    "pissa": "PiSSA, saved as a plain LoRA of twice the rank. ",
+    "olora": "OLoRA, saved as a plain LoRA of twice the rank. ",
+}
+
+
 def _trained(lock: Record, plan: Record) -> Iterator[str]:
     recipe, data = lock["recipe"], plan["data"]
     train, lora = recipe["train"], recipe["lora"]
@@ -127,7 +135,7 @@ def _trained(lock: Record, plan: Record) -> Iterator[str]:
     )
     yield ""
     yield (
-        f"Rank {lora['r']}, alpha {lora['alpha']:g}, dropout {lora['dropout']:g} on {lock['adapter']['targets']}: "
+        f"{_VARIANTS.get(lora.get('variant', 'plain'), '')}Rank {lora['r']}, alpha {lora['alpha']:g}, dropout {lora['dropout']:g} on {lock['adapter']['targets']}: "
         f"{lock['adapter']['trainable']:,} trained parameters."
     )
 

@@ -78,6 +78,7 @@ def memory_table(record: Record) -> Table:
     rows = (
         ("weights", memory["weights_bytes"], "the frozen base"),
         ("adapter", memory["adapter_bytes"], "its weights and gradients"),
+        ("variant", memory.get("variant_bytes", 0), "what lora.variant needs beside a plain adapter"),
         ("optimizer", memory["optimizer_bytes"], "AdamW's two moments"),
         (
             "activations",
@@ -103,7 +104,8 @@ def memory_table(record: Record) -> Table:
 def _phase(memory: Record) -> str:
     """The part of the run that has the peak."""
     base = memory["weights_bytes"] + memory["process_bytes"]
-    trained = base + memory["allocator_bytes"] + memory["adapter_bytes"] + memory["optimizer_bytes"]
+    variant = memory.get("variant_bytes", 0)
+    trained = base + variant + memory["allocator_bytes"] + memory["adapter_bytes"] + memory["optimizer_bytes"]
     peaks = {
         "training": trained + memory["activation_bytes"] + max(memory["loss_bytes"], memory["backward_bytes"]),
         "evaluation": trained + memory["evaluation_bytes"],

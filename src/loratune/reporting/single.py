@@ -322,7 +322,9 @@ def _memory_parts(memory: Record) -> list[tuple[str, int]]:
     """The promised peak in as many parts as there are colours."""
     parts = {
         "base weights": memory["weights_bytes"],
-        "adapter and optimizer": memory["adapter_bytes"] + memory.get("optimizer_bytes", 0),
+        "adapter and optimizer": memory["adapter_bytes"]
+        + memory.get("optimizer_bytes", 0)
+        + memory.get("variant_bytes", 0),
         "activations": memory["activation_bytes"],
         "process and allocator": memory["process_bytes"] + memory.get("allocator_bytes", 0),
     }

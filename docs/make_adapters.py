@@ -1,0 +1,120 @@
+"""Write docs/adapters.md, every number of it computed. `--check` only says whether it is up to date."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from make_lora_parameters import CONFIG, table
+
+from loratune.guidance.adapter_numbers import variant_rows
+from loratune.guidance.facts import Row, size
+from loratune.model.targets import resolve_targets
+from loratune.model.variants import PISSA_ITERATIONS
+from loratune.planning.adapter_memory import kept_bytes, variant_bytes
+from loratune.planning.parameters import count_parameters, skeleton
+from loratune.recipe import VARIANTS, LoraSection, ModelSection, Variant
+
+PAGE = Path(__file__).parent / "adapters.md"
+WHERE: dict[str, tuple[str, str]] = {
+    "plain": ("the default; the others are measured against it", "PEFT, transformers, vLLM, llama.cpp, Ollama"),
+    "rslora": ("ranks of 64 and more, whose update alpha/r makes too small", "as plain"),
+    "dora": (
+        "small ranks, where the quality of each parameter counts more than speed",
+        "PEFT; the others after merging",
+    ),
+    "pissa": ("a faster start, at the same cost a step", "as plain, with twice the rank"),
+    "olora": ("as PiSSA, with a cheaper beginning", "as plain, with twice the rank"),
+}
+TEXT = """# The adapter's variants
+
+<!-- Written by docs/make_adapters.py, which computes every number; `make docs` writes it anew. -->
+
+`lora.variant` chooses one. All are PEFT's own, and what is saved loads in stock PEFT on the base as everybody has it;
+`tests/invariants/test_variants.py` compares the logits, the two engines, a resumed run and the merged model for each of them.
+
+| `lora.variant` | when, by its authors | what serves the saved adapter |
+|---|---|---|
+{when}
+
+On {name} with `targets: {targets}`, r {r} and alpha {alpha:g}:
+
+{counted}
+
+Memory while training in bfloat16, beside weights, gradients and moments of the trained parameters, dropout {dropout:g}:
+
+{memory}
+
+`loratune explain RECIPE lora.variant` computes the first table for your model, `loratune plan RECIPE` the memory.
+
+## Only some layers
+
+`lora.layers` is `all`, `first N`, `last N` or a list of numbers from 0 on, and goes with every variant. Layers below the first adapted
+one get no gradient and keep nothing for the way back; the plan's memory and time count them as if they did, so both are upper bounds then.
+
+## rsLoRA
+
+The update is scaled by alpha/√r in place of alpha/r (Kalajdzievski 2023, arXiv 2312.03732). With the default alpha it is
+√r times as large: lower alpha or the learning rate with it.
+
+## DoRA
+
+Each output of the adapted matrix has a trained magnitude, and W + s·B·A is scaled to it (Liu et al. 2024, arXiv 2402.09353). The adapted
+matrices run PEFT's own forward, which makes their whole update at every step; `plan` says so, and its speed is measured
+with it. vLLM, llama.cpp and Ollama have no place for the magnitudes: `loratune merge`, or `loratune export --merged`.
+
+## PiSSA and OLoRA
+
+A and B begin as a part of W itself, the largest singular values (Meng et al. 2024, arXiv 2404.02948; {iterations} steps of a
+subspace iteration find them) or the first columns of its QR decomposition (Büyükakyüz 2024, arXiv 2406.01775), and that part is
+taken out of W while it trains. What is saved is s·(B·A - B₀·A₀), a plain adapter of twice the rank, for W as it was; base
+against tuned are evaluated with it after the base is loaded again. `r` is at most the smaller side of an adapted
+matrix. Where the base is in bfloat16, W - s·B₀·A₀ is rounded to it, as PEFT does, and the saved adapter differs from the
+trained one by that rounding. A run that is resumed on another machine makes the decomposition again, to float noise.
+
+They need the weights as they are, so they do not go with `model.quantization`.
+"""
+
+
+def page() -> str:
+    """The whole page."""
+    model, lora = skeleton(CONFIG), LoraSection()
+    targets = resolve_targets(model, lora.targets)
+    return TEXT.format(
+        when="\n".join(f"| `{variant}` | {WHERE[variant][0]} | {WHERE[variant][1]} |" for variant in VARIANTS),
+        name=ModelSection().name.rpartition("/")[2],
+        targets=lora.targets,
+        r=lora.r,
+        alpha=lora.alpha,
+        dropout=lora.dropout,
+        counted=table(variant_rows(model, targets, lora)),
+        memory=table([_memory(variant, lora) for variant in VARIANTS]),
+        iterations=PISSA_ITERATIONS,
+    )
+
+
+def _memory(variant: Variant, lora: LoraSection) -> Row:
+    model, other = skeleton(CONFIG), lora.model_copy(update={"variant": variant})
+    count = count_parameters(model, resolve_targets(model, lora.targets), other)
+    matrices = [item.matrix for item in count.per_module]
+    return {
+        "variant": variant,
+        "for the run": size(variant_bytes(matrices, other, 2)),
+        "for each token of a micro-batch": size(kept_bytes(matrices, other, 2)),
+    }
+
+
+def main() -> int:
+    """Write the page, or with `--check` compare it."""
+    text = page()
+    if "--check" in sys.argv:
+        if PAGE.is_file() and PAGE.read_text(encoding="utf-8") == text:
+            return 0
+        print("docs/adapters.md is not what the code says: run `make docs`", file=sys.stderr)
+        return 1
+    PAGE.write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,54 @@
+"""What adapters keep for the way back, and what their variants take beside."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from loratune.model.targets import Matrix, reads_attention
+from loratune.model.variants import changes_base, num_trainable
+from loratune.recipe import LoraSection
+
+
+def kept_bytes(matrices: Sequence[Matrix], lora: LoraSection, dtype_bytes: int, *, inputs: bool = True) -> int:
+    """Bytes that one token leaves in the adapters of these matrices, between forward and backward.
+
+    A fast layer keeps its input (shared by those with the same one), a byte of mask for each element where there is dropout,
+    and the r-wide product. DoRA, in PEFT's own forward and in float32, keeps the layer's output and the update's, and of its
+    input a copy, with dropout the mask and what it left. Counted with `saved_tensors_hooks`
+    (`tests/planning/test_memory.py`). `inputs`: whether a layer's input is kept by the adapter, and not by the layer anyway.
+    """
+    if lora.variant == "dora":
+        return sum(_kept_by_dora(matrix, lora, dtype_bytes) for matrix in matrices) + (
+            0 if lora.dropout or dtype_bytes < 4 else _inputs(matrices, dtype_bytes)
+        )
+    adapters = (_inputs(matrices, dtype_bytes) if inputs else 0) + dtype_bytes * lora.r * len(matrices)
+    if lora.dropout:
+        adapters += sum(matrix.d_in for matrix in matrices)
+    return adapters
+
+
+def variant_bytes(matrices: Sequence[Matrix], lora: LoraSection, dtype_bytes: int) -> int:
+    """Bytes that the variant takes while it trains, beside what every adapter takes.
+
+    PiSSA and OLoRA: A₀ and B₀ in float32. DoRA: to make the whole update of the largest matrix, an identity, the update, W
+    and their sum, and the sum's square, in float32; and where the base is narrower and there is dropout, a float32
+    copy of every adapted matrix, kept for the way back.
+    """
+    if changes_base(lora):
+        return sum(4 * num_trainable(lora, matrix) for matrix in matrices)
+    if lora.variant != "dora":
+        return 0
+    copies = sum(4 * matrix.d_in * matrix.d_out for matrix in matrices) if lora.dropout and dtype_bytes < 4 else 0
+    return copies + max(4 * (matrix.d_in**2 + 4 * matrix.d_in * matrix.d_out) for matrix in matrices)
+
+
+def _inputs(matrices: Sequence[Matrix], dtype_bytes: int) -> int:
+    inputs = {(m.name.rpartition(".")[0], m.d_in, reads_attention(m.name)): m.d_in for m in matrices}
+    return dtype_bytes * sum(inputs.values())
+
+
+def _kept_by_dora(matrix: Matrix, lora: LoraSection, dtype_bytes: int) -> int:
+    if lora.dropout:
+        return 4 * (2 * matrix.d_in + 2 * matrix.d_out + lora.r)
+    cast = 4 * matrix.d_in if dtype_bytes < 4 else 0
+    return cast + (4 + dtype_bytes) * matrix.d_out + 4 * lora.r
