@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import random
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
@@ -19,14 +17,10 @@ from loratune.data.conversation import (
     Conversation,
     Origin,
     Rejected,
-    check_columns,
-    detect_format,
-    rename_columns,
-    to_conversations,
 )
 from loratune.data.labels import backend_of
+from loratune.data.reading import Part, Reader, apply_policy, held_out_sources, hold_out
 from loratune.data.render import Example, Rendered, render
-from loratune.data.sources import Row, hash_files, hash_rows, hub_has_split, is_local, read_rows
 from loratune.errors import DataError
 from loratune.progress import Progress, Silent
 from loratune.recipe import DataSection, Source
@@ -36,7 +30,6 @@ if TYPE_CHECKING:
 
 _NOBODY = Silent()
 
-AUTO_EVAL_FRACTION = 0.05
 _SHOWN = 10
 """Line numbers that a warning names before it says how many more there are."""
 
@@ -83,19 +76,6 @@ class PreparedData:
     def scale(self) -> float:
         """Training examples for each one in `train`."""
         return self.num_examples / len(self.train)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Part:
-    """One side of the data, train or eval, as it was read."""
-
-    sources: list[dict[str, Any]]
-    format: str
-    num_rows: int
-    conversations: list[Conversation]
-    keys: list[int]
-    """Of each conversation; equal for those that say the same."""
-    rejected: list[Rejected]
 
 
 def prepare_data(
@@ -166,9 +146,9 @@ def assemble(
     """Examples and report of what a reader reads; the arguments and errors are those of `prepare_data`."""
     data = read.data
     train = read(data.train)
-    evaluation: _Part | None = None
+    evaluation: Part | None = None
     if isinstance(held_out, float):
-        train, evaluation = _hold_out(train, held_out, read.seed)
+        train, evaluation = hold_out(train, held_out, read.seed)
     elif held_out:
         evaluation = read(held_out)
     rendered = _render("train", train, data, tokenizer, max_length, processes, read.progress)
@@ -202,149 +182,9 @@ def assemble(
     )
 
 
-def held_out_sources(data: DataSection) -> tuple[Source, ...] | float:
-    """Sources of held-out data, or the fraction of the training data to hold out; no sources: nothing is held out."""
-    if data.eval == "none":
-        return ()
-    if data.eval != "auto":
-        return data.eval if isinstance(data.eval, tuple) else float(data.eval)
-    first = data.train[0]
-    from_hub = len(data.train) == 1 and not is_local(first) and (first.config or first.split)
-    if from_hub and first.split != "test" and hub_has_split(first, "test"):
-        return (first.model_copy(update={"split": "test", "weight": 1.0}),)
-    return AUTO_EVAL_FRACTION
-
-
-class Reader:
-    """Reads sources as conversations. Rows of a hub data set are read once, since only they tell what they are."""
-
-    def __init__(self, data: DataSection, seed: int, progress: Progress) -> None:
-        self.data = data
-        self.seed = seed
-        self.progress = progress
-        self._hub_rows: dict[Source, list[Row]] = {}
-
-    def __call__(self, sources: Sequence[Source]) -> _Part:
-        """Rows of all sources, as conversations. Each source has its own format."""
-        described: list[dict[str, Any]] = []
-        conversations: list[Conversation] = []
-        rejected: list[Rejected] = []
-        num_rows = 0
-        for source in sources:
-            rows = self.rows(source)
-            check_columns(rows, self.data.columns)
-            rows = rename_columns(rows, self.data.columns)
-            form = _format(rows, self.data, source)
-            good, bad = to_conversations(rows, form)
-            described.append(
-                {
-                    **source.model_dump(),
-                    "format": form,
-                    "rows": self.count(source, rows),
-                    "sha256": self.contents(source),
-                }
-            )
-            conversations += good
-            rejected += bad
-            num_rows += len(rows)
-        apply_policy(rejected, self.data)
-        formats = dict.fromkeys(source["format"] for source in described)
-        return _Part(
-            sources=described,
-            format=", ".join(formats),
-            num_rows=num_rows,
-            conversations=conversations,
-            keys=[_key(conversation) for conversation in conversations],
-            rejected=rejected,
-        )
-
-    def contents(self, source: Source) -> dict[str, str]:
-        """The SHA-256 of each file; of a hub data set, of its rows."""
-        return hash_files(source) if is_local(source) else hash_rows(self.rows(source))
-
-    def count(self, source: Source, rows: Sequence[Row]) -> int:  # noqa: ARG002 - of a sample, the source knows
-        """How many rows the source has, of which these were read."""
-        return len(rows)
-
-    def rows(self, source: Source) -> list[Row]:
-        """The rows of a source.
-
-        Raises:
-            DataError, MachineError: As `read_rows`.
-        """
-        if source in self._hub_rows:
-            return self._hub_rows[source]
-        with self.progress.task(f"reading {source.name}", None):
-            rows = read_rows(source, seed=self.seed)
-        if not is_local(source):
-            self._hub_rows[source] = rows
-        return rows
-
-
-def _format(rows: Sequence[Row], data: DataSection, source: Source) -> str:
-    form = detect_format(rows, strict=data.on_bad_row == "error") if data.format == "auto" else data.format
-    if form == "text" and data.train_on != "all":
-        raise DataError(
-            f"the rows are plain text, which has no answers, but train_on is {data.train_on}",
-            file=source.name,
-            fix="set data.train_on=all",
-        )
-    return form
-
-
-def apply_policy(rejected: Sequence[Rejected], data: DataSection) -> None:
-    """Refuse rows that cannot be trained on, where the recipe does not leave them out.
-
-    Raises:
-        DataError: There are some, and `data.on_bad_row` is `error`.
-    """
-    if rejected and data.on_bad_row == "error":
-        first = rejected[0]
-        more = f" ({len(rejected)} such rows)" if len(rejected) > 1 else ""
-        raise DataError(
-            f"{first.reason}{more}",
-            file=first.origin.file,
-            line=first.origin.line,
-            fix="correct the row, or leave such rows out with data.on_bad_row=skip; they are listed in data.json",
-        )
-
-
-def _key(conversation: Conversation) -> int:
-    """Equal for conversations that say the same: a hash of 128 bits, since the texts would be held twice."""
-    text = json.dumps([conversation.messages, conversation.tools, conversation.text], sort_keys=True)
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest())
-
-
-def _hold_out(part: _Part, fraction: float, seed: int) -> tuple[_Part, _Part]:
-    """Split off a seeded choice of distinct conversations: all copies of one go to the same side."""
-    groups: dict[int, list[int]] = {}
-    for number, key in enumerate(part.keys):
-        groups.setdefault(key, []).append(number)
-    if len(groups) < 2:
-        raise DataError(
-            f"{len(groups)} distinct conversations: nothing can be held out",
-            fix="give more data, or set data.eval=none or data.eval=FILE",
-        )
-    keys = list(groups)
-    random.Random(seed).shuffle(keys)  # noqa: S311 - no secret
-    number = min(max(1, round(fraction * len(keys))), len(keys) - 1)
-    chosen = set(keys[:number])
-    train = sorted(n for key, group in groups.items() if key not in chosen for n in group)
-    evaluation = [group[0] for key, group in groups.items() if key in chosen]
-    note = [{"held_out": fraction, "seed": seed, "from": "train"}]
-    return (
-        _choose(part, train),
-        replace(_choose(part, evaluation), sources=note, num_rows=len(evaluation), rejected=[]),
-    )
-
-
-def _choose(part: _Part, numbers: Sequence[int]) -> _Part:
-    return replace(part, conversations=[part.conversations[n] for n in numbers], keys=[part.keys[n] for n in numbers])
-
-
 def _render(
     name: Literal["train", "eval"],
-    part: _Part,
+    part: Part,
     data: DataSection,
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
@@ -379,7 +219,7 @@ def _render(
 # ---- the report
 
 
-def _report(part: _Part, rendered: Rendered) -> dict[str, Any]:
+def _report(part: Part, rendered: Rendered) -> dict[str, Any]:
     lengths = np.array([len(example.input_ids) for example in rendered.examples])
     supervised = int(sum(int(example.supervised.sum()) for example in rendered.examples))
     tokens = int(lengths.sum())
@@ -417,7 +257,7 @@ def _report(part: _Part, rendered: Rendered) -> dict[str, Any]:
     }
 
 
-def _origins(part: _Part) -> dict[int, list[Origin]]:
+def _origins(part: Part) -> dict[int, list[Origin]]:
     """Where each distinct conversation stands. A row that a weight repeats stands in one place."""
     places: dict[int, dict[Origin, None]] = {}
     for key, conversation in zip(part.keys, part.conversations, strict=True):
@@ -425,7 +265,7 @@ def _origins(part: _Part) -> dict[int, list[Origin]]:
     return {key: list(origins) for key, origins in places.items()}
 
 
-def _overlap(train: _Part, evaluation: _Part) -> list[dict[str, Any]]:
+def _overlap(train: Part, evaluation: Part) -> list[dict[str, Any]]:
     """The held-out conversations that also stand in the training data."""
     seen = _origins(train)
     return [
@@ -439,7 +279,7 @@ def _place(origin: Origin) -> dict[str, Any]:
     return {"file": origin.file, "line": origin.line}
 
 
-def _warnings(report: dict[str, Any], train: _Part) -> list[str]:
+def _warnings(report: dict[str, Any], train: Part) -> list[str]:
     warnings = []
     if report["overlap"]:
         pairs = [

@@ -18,7 +18,8 @@ import numpy.typing as npt
 
 from loratune.data.conversation import Origin, Rejected, rename_columns, to_conversations
 from loratune.data.labels import Example, backend_of
-from loratune.data.prepare import PreparedData, Reader, apply_policy, assemble, held_out_sources
+from loratune.data.prepare import PreparedData, assemble
+from loratune.data.reading import Reader, apply_policy, held_out_sources
 from loratune.data.render import Policy, Renderer
 from loratune.data.sources import Row
 from loratune.data.tables import Chain, Table, can_open, open_table
