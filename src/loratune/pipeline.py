@@ -49,7 +49,7 @@ from loratune.sitting import Sitting
 from loratune.training.arguments import TrainingData
 from loratune.training.budget import free_memory
 from loratune.training.callbacks import RunCallback
-from loratune.training.checkpoint import latest_checkpoint, load_adapter_weights, remove_checkpoint, sync
+from loratune.training.checkpoint import checkpoint_to_go_on_from, load_adapter_weights, sync
 from loratune.training.held_out import Nll
 from loratune.training.loss import SupervisedLoss
 from loratune.training.sharing import check_same
@@ -192,7 +192,7 @@ def _go_on(run: RunDir, progress: Progress) -> RunResult:
             world.stop()
             progress.line("all steps are done and the adapter is saved; going on with the evaluation")
             return _finish_trained(prepared, run, progress)
-        checkpoint = _checkpoint_to_go_on_from(run, progress)
+        checkpoint = checkpoint_to_go_on_from(run, progress)
         step = resume_state(checkpoint) if checkpoint is not None else 0
         run.rewind_metrics(step)
         world.publish(_NEXT, checkpoint.name if checkpoint is not None else "")
@@ -234,20 +234,6 @@ def _refuse(changed: list[str], file: Path) -> None:
         raise RecipeError(
             f"changed since the run began: {', '.join(changed)}", file=file, fix="restore it, or train anew"
         )
-
-
-def _checkpoint_to_go_on_from(run: RunDir, progress: Progress) -> Path | None:
-    """The newest good one; damaged newer ones are deleted, or they would count among those that are kept."""
-    checkpoint, damaged = latest_checkpoint(run.checkpoints)
-    if checkpoint is None and damaged:
-        problems = "; ".join(f"{path.name}: {problem}" for path, problem in damaged.items())
-        raise RunError(
-            f"every checkpoint is damaged ({problems})", file=run.checkpoints, fix="train anew with --overwrite"
-        )
-    for path, problem in damaged.items():
-        progress.warn(f"checkpoint {path.name} is damaged ({problem}) and deleted; an earlier one is used")
-        remove_checkpoint(path)
-    return checkpoint
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -28,7 +28,8 @@ from safetensors.torch import load_file, save_file
 
 from loratune.errors import MachineError, RunError
 from loratune.model.gguf import file_sha256
-from loratune.run import cannot_write
+from loratune.progress import Progress
+from loratune.run import RunDir, cannot_write
 from loratune.training.budget import random_state, set_random_state
 
 TRAINER_STATE = "trainer_state.json"
@@ -112,6 +113,25 @@ def latest_checkpoint(folder: Path) -> tuple[Path | None, dict[Path, str]]:
             return path, damaged
         damaged[path] = problem
     return None, damaged
+
+
+def checkpoint_to_go_on_from(run: RunDir, progress: Progress) -> Path | None:
+    """The newest good one, None where there is none yet; damaged newer ones are deleted, or they would count among those that are
+    kept.
+
+    Raises:
+        RunError: All are damaged.
+    """
+    checkpoint, damaged = latest_checkpoint(run.checkpoints)
+    if checkpoint is None and damaged:
+        problems = "; ".join(f"{path.name}: {problem}" for path, problem in damaged.items())
+        raise RunError(
+            f"every checkpoint is damaged ({problems})", file=run.checkpoints, fix="train anew with --overwrite"
+        )
+    for path, problem in damaged.items():
+        progress.warn(f"checkpoint {path.name} is damaged ({problem}) and deleted; an earlier one is used")
+        remove_checkpoint(path)
+    return checkpoint
 
 
 def load_adapter_weights(folder: Path, model: PeftModel) -> None:
