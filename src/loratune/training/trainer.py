@@ -174,7 +174,7 @@ class _RunTrainer(Trainer):
         return total
 
     def _skip(self) -> None:
-        """AdamW leaves a parameter without a gradient as it is, and its moments too."""
+        """Each of the optimizers leaves a parameter without a gradient as it is, and its own state too."""
         self.step_metrics.skipped = True
         self.setup.model.zero_grad(set_to_none=True)
 
