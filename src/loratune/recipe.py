@@ -208,6 +208,9 @@ class TrainSection(Section):
     """`adamw`: two moments of each trained parameter. `adafactor`: second moments by rows and columns alone, for a small part of
     that memory; wants rates as AdamW's. `sgd`: plain gradients without momentum and without memory; wants far higher rates."""
 
+    lora_plus_ratio: float = Field(default=1.0, ge=1)
+    """LoRA+: the matrices B learn this many times as fast as A, whose highest rate is `learning_rate`. 1: equally fast."""
+
     schedule: Schedule = "linear"
     """How the learning rate goes on after the warm-up: down to zero (`linear`, `cosine`), `constant`, by a cosine down to a tenth
     (`cosine_with_min_lr`), constant and over the last fifth of the steps down to zero by 1-sqrt (`warmup_stable_decay`), or as 1/√step

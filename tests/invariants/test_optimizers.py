@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from loratune.pipeline import resume, train
@@ -61,6 +62,45 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(
     shutil.rmtree(killed.adapter)
     shutil.rmtree(killed.checkpoints / "6")
     assert_same(whole, resume(killed.root).run, tolerance=0)
+
+
+@pytest.mark.parametrize(("variant", "optimizer"), [("plain", "adamw"), ("dora", "adafactor")])
+def test_lora_plus_is_the_same_in_both_engines_and_after_resuming(
+    variant: str, optimizer: str, tiny_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    settings = {
+        "lora__variant": variant,
+        "train__optimizer": optimizer,
+        "train__learning_rate": 2e-3,
+        "train__lora_plus_ratio": 8.0,
+        "train__weight_decay": 0.1,
+        "train__save_every": 2,
+    }
+    fast = train(tiny_recipe(**settings)).run
+    stock = train(tiny_recipe(**settings, train__engine="trl", train__output_dir=str(tmp_path / "trl"))).run
+    assert_same(fast, stock, tolerance=1e-5)
+    before = {path: path.read_bytes() for path in fast.adapter.glob("*.safetensors")}
+    shutil.rmtree(fast.adapter)
+    shutil.rmtree(fast.checkpoints / "6")
+    resume(fast.root)
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_lora_plus_moves_b_by_the_ratio_and_a_as_before(tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
+    """AdamW's first step is the learning rate, whatever the gradient: without B's, A has none, so only B moves."""
+    settings = {"train__epochs": 0.1, "train__max_grad_norm": 0.0, "train__learning_rate": 1e-3}
+
+    def adapter(name: str, ratio: float) -> dict[str, torch.Tensor]:
+        made = tiny_recipe(**settings, train__lora_plus_ratio=ratio, train__output_dir=str(tmp_path / name))
+        return load_file(train(made).run.adapter / "adapter_model.safetensors")
+
+    plain, faster = adapter("plain", 1.0), adapter("faster", 4.0)
+    for name, weight in plain.items():
+        if "lora_A" in name:
+            torch.testing.assert_close(faster[name], weight, rtol=0, atol=0)
+        else:
+            torch.testing.assert_close(faster[name], 4 * weight)
+            assert float(weight.abs().max()) > 5e-4
 
 
 @pytest.mark.parametrize("variant", ["plain", "dora"])

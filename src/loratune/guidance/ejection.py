@@ -49,16 +49,8 @@ COVERED = {
     },
     "lora": {"r", "alpha", "dropout", "targets", "layers", "variant"},
     "train": {
-        *(
-            "output_dir",
-            "epochs",
-            "learning_rate",
-            "batch_size",
-            "optimizer",
-            "schedule",
-            "warmup_fraction",
-            "weight_decay",
-        ),
+        *("output_dir", "epochs", "learning_rate", "batch_size", "warmup_fraction", "weight_decay"),
+        *("optimizer", "lora_plus_ratio", "schedule"),
         *("max_grad_norm", "seed", "engine", "device", "token_budget", "eval_every", "save_every", "log_every"),
         *("keep_checkpoints", "report_to"),
         *("compile", "recompute"),  # of the fast engine's speed and memory alone

@@ -235,6 +235,11 @@ def _optimizer_table(facts: Facts) -> list[Row]:
     return [{"optimizer": name, "keeps": size(_state(facts, name))} for name in get_args(Optimizer)]
 
 
+def _lora_plus_ratio(facts: Facts) -> str:
+    train = facts.prepared.recipe.train
+    return f"A learns with at most {train.learning_rate:g}, B with {train.lora_plus_ratio * train.learning_rate:g}"
+
+
 def _weight_decay(facts: Facts) -> str:
     decay = facts.prepared.recipe.train.weight_decay
     kept = float(np.prod(1 - decay * facts.learning_rates))
@@ -342,6 +347,7 @@ SUMMARIES: dict[str, Callable[[Facts], str]] = {
     "train.epochs": _epochs,
     "train.learning_rate": _learning_rate,
     "train.optimizer": _optimizer,
+    "train.lora_plus_ratio": _lora_plus_ratio,
     "train.schedule": _schedule,
     "train.warmup_fraction": _warmup,
     "train.batch_size": _batch_size,

@@ -52,6 +52,7 @@ from loratune.training.checkpoint import (
     save_checkpoint,
 )
 from loratune.training.events import Events, History, StepMetrics
+from loratune.training.groups import let_b_learn_faster
 from loratune.training.held_out import EvaluationStoppedError, Nll, evaluate_nll, evaluate_together
 from loratune.training.loss import SupervisedLoss
 from loratune.training.order import ExampleOrder, Held, StepExamples, Steps
@@ -119,6 +120,12 @@ class _RunTrainer(Trainer):
         self.steps = Steps(setup.data.train, setup.train, setup.data.token_budget)
         trackers = setup.train.report_to if world.is_main() else ()
         return [setup.callback, Trackers(trackers, setup.run, self.events)]
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        if self.setup.train.lora_plus_ratio != 1:
+            let_b_learn_faster(optimizer, self.setup.model, self.setup.train.lora_plus_ratio)
+        return optimizer
 
     def restore(self, checkpoint: Path) -> None:
         """Be where a run is after its last step."""
