@@ -20,7 +20,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import IO, Any, cast
 
 import ray
 import ray.train
@@ -57,14 +57,13 @@ class RayOptions:
     max_failures: int = 0
 
 
-class _OwnMeeting(TorchConfig):  # type: ignore[misc]
+class _OwnMeeting(TorchConfig):
     """Ray sets up nothing: it would start a process group of its own, with all GPUs of a machine visible to each worker."""
 
     backend_cls = Backend
     train_func_context = nullcontext
 
 
-@ray.remote(num_cpus=0)  # type: ignore[misc]
 class _Desk:
     """Where workers leave what is for the user: what the first one says, and the first error that ends the run."""
 
@@ -132,7 +131,7 @@ def train_on_ray(
     launch = uuid.uuid4().hex
     _connect(options.address, options.workers)
     try:
-        desk = _Desk.remote()
+        desk = ray.remote(num_cpus=0)(_Desk).remote()
         gpus = _uses_gpus(recipe)
         _warn_of_waiting("GPU" if gpus else "CPU", options.workers, progress)
         trainer = TorchTrainer(
@@ -150,7 +149,7 @@ def train_on_ray(
             scaling_config=ray.train.ScalingConfig(num_workers=options.workers, use_gpu=gpus),
             run_config=ray.train.RunConfig(
                 name=f"{root.name}-{launch[:8]}",
-                storage_path=options.storage or str(root.parent / "ray"),
+                storage_path=_storage(options.storage, root),
                 failure_config=ray.train.FailureConfig(max_failures=options.max_failures),
                 logging_config=ray.train.LoggingConfig(log_level="CRITICAL"),  # errors are told below
             ),
@@ -180,6 +179,13 @@ def _connect(address: str | None, workers: int) -> None:
         raise MachineError(
             f"the Ray cluster at {address} cannot be reached: {error}", fix="`ray status --address` should show it"
         ) from error
+
+
+def _storage(given: str | None, root: Path) -> str:
+    """A folder as Ray wants it, or a URL as it is."""
+    if given is not None and "://" in given:
+        return given
+    return str(Path(given).expanduser().resolve() if given is not None else root.parent / "ray")
 
 
 def _uses_gpus(recipe: Recipe) -> bool:
@@ -228,10 +234,17 @@ def _raise(first: LoratuneError | None, failed: ray.train.TrainingFailedError | 
         raise first
     if failed is None:
         return
-    errors = list(getattr(failed, "worker_failures", {}).values())
-    lost = [error for error in errors if isinstance(error, world.LostError | ray.exceptions.RayError)]
-    if len(lost) < len(errors) or not errors:  # one that nobody expected
-        raise next((error for error in errors if isinstance(error, LoratuneError)), failed)
+    if isinstance(failed, ray.train.ControllerError):
+        raise RunError(
+            f"Ray Train failed: {failed.controller_failure}",
+            fix="--storage is to be a folder or URL that can be written",
+        ) from failed
+    errors = [
+        error for error in getattr(failed, "worker_failures", {}).values() if not isinstance(error, world.LostError)
+    ]
+    unexpected = [error for error in errors if not type(error).__module__.startswith("ray.")]
+    if unexpected:  # ours if there is one: the start failed; else a bug, with Ray's traceback
+        raise next((error for error in unexpected if isinstance(error, LoratuneError)), failed)
     raise RunError(
         "workers were lost: killed, or their machine is gone",
         fix="`loratune resume RUN` goes on from the last checkpoint; `--max-failures` does so by itself",
@@ -244,7 +257,9 @@ def _work(job: Record) -> None:
     if ray.get(desk.failure.remote()) is not None:
         return  # Ray starts workers again after any error; this one would come again
     rank = ray.train.get_context().get_world_rank()
-    console = SafeConsole(file=_DeskFile(desk), quiet=rank > 0, width=job["width"], highlight=False, soft_wrap=True)
+    console = SafeConsole(
+        file=cast("IO[str]", _DeskFile(desk)), quiet=rank > 0, width=job["width"], highlight=False, soft_wrap=True
+    )
     progress = _WorkerProgress(console)
 
     def show(prepared: Preparation) -> None:
