@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from loratune import cli
+from loratune import cli, shell
 from loratune.run import RunDir
 from tests.conftest import conversation, write_jsonl
 
@@ -394,3 +394,27 @@ def test_a_gate_that_fails_is_exit_code_1_and_the_record_is_whole(
     code, out, err = loratune("evaluate", run, "--metric", "own.py:score", "--json")
     assert code == 2
     assert "--allow-code" in json.loads(out)["fix"]
+
+
+@pytest.mark.parametrize(
+    ("options", "exit_code", "words"),
+    [
+        (("--workers", 2), 2, "--workers is an option of Ray"),
+        (("--max-failures", 0), 2, "--engine ray --max-failures"),
+        (("--engine", "ray", "--processes", 2), 2, "--engine ray --workers 2"),
+    ],
+)
+def test_options_of_another_engine_are_refused(
+    loratune: Run, recipe: Path, options: tuple[object, ...], exit_code: int, words: str
+) -> None:
+    code, _, told = loratune("train", recipe, *options)
+    assert (code, words in told) == (exit_code, True), told
+
+
+def test_a_missing_ray_is_told_before_the_recipe_is_read(
+    loratune: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shell, "find_spec", lambda name: None)
+    code, _, told = loratune("train", tmp_path / "no.yaml", "--engine", "ray")
+    assert code == 4
+    assert "pip install 'loratune[ray]'" in told

@@ -15,6 +15,7 @@ for _name in (
     "TRL_EXPERIMENTAL_SILENCE",
 ):
     os.environ.setdefault(_name, "1")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 # Large pages for torch's tensors on a CPU: a step of SmolLM2-135M took a sixth less time.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")

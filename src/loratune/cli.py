@@ -12,12 +12,15 @@ import typer
 
 from loratune import world
 from loratune.cli_options import (
+    Address,
     AsJson,
     DeviceName,
     DevicesSpec,
+    Engine,
     FieldsAndOverrides,
     Html,
     Interconnect,
+    MaxFailures,
     OutFile,
     Overrides,
     Overwrite,
@@ -30,6 +33,8 @@ from loratune.cli_options import (
     RunFolder,
     RunFolders,
     Samples,
+    Storage,
+    Workers,
 )
 from loratune.errors import MachineError, RunError
 from loratune.printing import (
@@ -44,7 +49,7 @@ from loratune.printing import (
 from loratune.printing import print_json as _print_json
 from loratune.recipe import Recipe
 from loratune.recipe import origins as load_origins
-from loratune.shell import in_the_shell, start_processes
+from loratune.shell import check_engine, in_the_shell, start_processes
 from loratune.terminal import SafeConsole
 
 if TYPE_CHECKING:
@@ -107,17 +112,33 @@ def train(
     as_json: AsJson = False,
     overwrite: Overwrite = False,
     processes: Processes = 1,
+    engine: Engine = "torch",
+    workers: Workers = None,
+    address: Address = None,
+    storage: Storage = None,
+    max_failures: MaxFailures = None,
 ) -> None:
     """Plan, train, and evaluate base against tuned on held-out data."""
-    start_processes(processes)
-    with in_the_shell(as_json, together=True) as progress:
+    on_ray = engine == "ray"
+    if not on_ray:
+        start_processes(processes)
+    with in_the_shell(as_json, together=not on_ray) as progress:
+        options = {"--workers": workers, "--address": address, "--storage": storage, "--max-failures": max_failures}
+        check_engine(engine, processes, options)
         loaded = Recipe.load(recipe, overrides or ())
+        written = recipe.read_text(encoding="utf-8") if not overrides else loaded.to_yaml()
+        if on_ray:
+            from loratune.on_ray import RayOptions, train_on_ray
+
+            ray = RayOptions(workers=workers or 1, address=address, storage=storage, max_failures=max_failures or 0)
+            result = train_on_ray(loaded, ray, written=written, overwrite=overwrite, progress=progress)
+            show_result(result, as_json)
+            return
         from loratune import pipeline
 
         def show(prepared: Preparation) -> None:
             show_plan(prepared, prepared.as_plan(), progress.console, samples=1, whole=False)
 
-        written = recipe.read_text(encoding="utf-8") if not overrides else loaded.to_yaml()
         result = pipeline.train(loaded, written=written, overwrite=overwrite, progress=progress, on_plan=show)
         if world.is_main():
             show_result(result, as_json)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -65,4 +65,18 @@ FieldsAndOverrides = Annotated[
         metavar="[FIELD]... [SECTION.FIELD=VALUE]...",
         help="Settings to explain on a page each, such as lora.r; overrides.",
     ),
+]
+Engine = Annotated[
+    Literal["torch", "ray"], typer.Option("--engine", help="Who starts the processes: torch's launchers, or Ray.")
+]
+Workers = Annotated[int | None, typer.Option("--workers", min=1, help="Of Ray; one for each GPU of the cluster.")]
+Address = Annotated[
+    str | None,
+    typer.Option("--address", help="Of the Ray cluster; a new one on this machine without it and RAY_ADDRESS."),
+]
+Storage = Annotated[
+    str | None, typer.Option("--storage", metavar="PATH_OR_URL", help="Where Ray keeps its record of the run.")
+]
+MaxFailures = Annotated[
+    int | None, typer.Option("--max-failures", min=0, help="How often Ray starts the workers again after one was lost.")
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 
 class Task(Protocol):
@@ -26,6 +26,9 @@ class Progress(Protocol):
     def warn(self, text: str) -> None:
         """Say one line that the user should not miss."""
 
+    def metrics(self, record: dict[str, Any]) -> None:
+        """Tell a step's line of `metrics.jsonl`, by every process of a run."""
+
 
 class Silent:
     """Nobody listens."""
@@ -41,4 +44,7 @@ class Silent:
         pass
 
     def warn(self, text: str) -> None:
+        pass
+
+    def metrics(self, record: dict[str, Any]) -> None:
         pass

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
 
 from rich.markup import escape
 
 from loratune import world
-from loratune.errors import Interrupted, LoratuneError, RecipeError, RunError
+from loratune.errors import Interrupted, LoratuneError, MachineError, RecipeError, RunError
 from loratune.printing import print_json
 from loratune.terminal import SafeConsole, TerminalProgress
 
@@ -20,6 +21,29 @@ def start_processes(number: int) -> None:
         from loratune.launching import run_torchrun
 
         raise SystemExit(run_torchrun(number, sys.argv[1:]))
+
+
+def check_engine(engine: str, processes: int, only_ray: Mapping[str, object]) -> None:
+    """Refuse options that the engine would ignore, and an engine that is not installed.
+
+    Args:
+        engine: Who starts the processes: `torch` or `ray`.
+        processes: Of torchrun.
+        only_ray: The options of Ray by name; None where they were not given.
+
+    Raises:
+        RecipeError: An option is not for this engine.
+        MachineError: Ray is not installed.
+    """
+    given = next((name for name, value in only_ray.items() if value is not None), None)
+    if engine != "ray":
+        if given is not None:
+            raise RecipeError(f"{given} is an option of Ray", fix=f"--engine ray {given} …, or leave it out")
+        return
+    if find_spec("ray") is None:
+        raise MachineError("Ray is not installed", fix="pip install 'loratune[ray]'")
+    if processes > 1:
+        raise RecipeError(f"--processes {processes} is for torchrun", fix=f"--engine ray --workers {processes}")
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.markup import escape
@@ -70,6 +71,9 @@ class TerminalProgress:
 
     def warn(self, text: str) -> None:
         self.console.print(f"[yellow]![/yellow] {escape(printable(text))}")
+
+    def metrics(self, record: dict[str, Any]) -> None:
+        """The bar shows them."""
 
 
 def _columns(width: int) -> list[ProgressColumn]:

@@ -249,15 +249,15 @@ def read(name: str) -> str:
 
 
 def launch() -> str:
-    """What names this launch, and is the same when torchrun starts its processes again; empty in a run of one process.
+    """What names this launch, and is the same when the launcher starts its processes again; empty without a launcher.
 
     torchrun invents an identity where all processes are on one machine; with several, the user gives one (`--rdzv-id`), or the
     process that started this one stands for it.
     """
-    if _world is None:
-        return ""
     identity = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-    return identity if identity != "none" else f"{socket.gethostname()}:{os.getppid()}"
+    if identity != "none":
+        return identity
+    return "" if _world is None else f"{socket.gethostname()}:{os.getppid()}"
 
 
 def earlier_failure(exit_code: int) -> int | None:

@@ -241,7 +241,7 @@ def _script(prepared: Preparation, rows: Path | None, why_rows: str) -> str:
     return template.render(
         # in a docstring, where a name must not end it
         title=f"LoRA fine-tuning of {section.name.encode('unicode_escape').decode()}.".replace('"', "'"),
-        versions=_versions(),
+        versions=_versions(recipe),
         from_rows=rows is not None,
         data_comment=_data_comment(why_rows),
         constants={
@@ -270,8 +270,8 @@ def _script(prepared: Preparation, rows: Path | None, why_rows: str) -> str:
     )
 
 
-def _versions() -> str:
-    known = versions()
+def _versions(recipe: Recipe) -> str:
+    known = versions(recipe.model_dump())
     return ", ".join(f"{name} {known[name]}" for name in ("datasets", "transformers", "peft", "trl"))
 
 

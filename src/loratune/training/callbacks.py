@@ -101,20 +101,20 @@ class RunCallback(TrainerCallback):
         seconds = time.perf_counter() - step.started
         self._num_tokens += step.num_tokens
         self._seconds += seconds
-        self._run.append_metrics(
-            {
-                "step": state.global_step,
-                "time": time.time(),
-                "epoch": state.epoch,
-                "loss": step.loss,
-                "learning_rate": step.learning_rate,
-                "grad_norm": step.grad_norm,
-                "num_tokens": step.num_tokens,
-                "num_supervised_tokens": step.num_supervised_tokens,
-                "tokens_per_second": step.num_tokens / seconds,
-                "peak_bytes": (peak := peak_bytes(args.device.type)),
-            }
-        )
+        record = {
+            "step": state.global_step,
+            "time": time.time(),
+            "epoch": state.epoch,
+            "loss": step.loss,
+            "learning_rate": step.learning_rate,
+            "grad_norm": step.grad_norm,
+            "num_tokens": step.num_tokens,
+            "num_supervised_tokens": step.num_supervised_tokens,
+            "tokens_per_second": step.num_tokens / seconds,
+            "peak_bytes": (peak := peak_bytes(args.device.type)),
+        }
+        self._run.append_metrics(record)
+        self._progress.metrics(record)
         rate = self._num_tokens / self._seconds
         self._task.advance(1, f"loss {step.loss:.4f} · {rate:,.0f} tokens/s · {peak / 2**30:.1f} GiB")
 
