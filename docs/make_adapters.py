@@ -52,6 +52,17 @@ Memory while training in bfloat16, beside weights, gradients and moments of the 
 `lora.layers` is `all`, `first N`, `last N` or a list of numbers from 0 on, and goes with every variant. Layers below the first adapted
 one get no gradient and keep nothing for the way back; the plan's memory and time count them as if they did, so both are upper bounds then.
 
+## Going on from a saved adapter
+
+`lora.start_from` names a folder in PEFT's format or a hub id, safetensors only. Rank, alpha, variant and adapted matrices must be the
+recipe's; dropout may differ. Optimizer and schedule begin anew (`loratune resume` goes on with them). Base against tuned still means the
+base without any adapter. PiSSA and OLoRA adapters of `loratune train` are plain ones of rank 2r and go on as such.
+
+## LoRA+
+
+`train.lora_plus_ratio` lets B learn faster than A (Hayou et al. 2024, arXiv 2402.12354, who propose about 16; tune it with
+`train.learning_rate`, which is A's). It goes with every variant and optimizer; the logged rate is A's.
+
 ## rsLoRA
 
 The update is scaled by alpha/√r in place of alpha/r (Kalajdzievski 2023, arXiv 2312.03732). With the default alpha it is

@@ -6,6 +6,7 @@ and before the weights load as well:
     recipe        unknown settings, wrong types, contradictions                        recipe.py
     device        there or not                                                         model/device.py
     model         found, config and tokenizer readable, trusted code, targets match    model/load.py, model/targets.py
+    start         an adapter as the recipe says                                        model/beginning.py
     weights       all files there, whole, and of this model                            model/weights.py
     data          every row; labels verified in two ways                               data/
     references    of the metric: JSON where it is json                                 evaluation/scoring.py
@@ -28,6 +29,8 @@ from loratune.data.prompts import Prompt
 from loratune.data.render import Example
 from loratune.data.steps import num_steps, occasions
 from loratune.errors import DataError, MachineError, RecipeError
+from loratune.model.beginning import check_adapter, locate_adapter
+from loratune.model.targets import Matrix
 from loratune.planning.optimizer_memory import state_bytes
 from loratune.planning.parameters import ParameterCount
 from loratune.recipe import Recipe
@@ -131,6 +134,25 @@ def check_prompts(recipe: Recipe, prompts: Sequence[Prompt], positions: int | No
                 if len(prompt.input_ids) < positions
                 else "shorten the row, or leave it out of data.eval",
             )
+
+
+def check_start(recipe: Recipe, matrices: Sequence[Matrix], output_dir: Path) -> Path | None:
+    """The folder of the adapter to begin with; None where it is a fresh one.
+
+    Raises:
+        RecipeError: It is not as the recipe says, or `--overwrite` would delete it.
+        MachineError: The hub cannot be reached.
+    """
+    if recipe.lora.start_from is None:
+        return None
+    folder = locate_adapter(recipe.lora.start_from)
+    if folder.is_relative_to(output_dir.resolve()):
+        raise RecipeError(
+            f"lora.start_from is {recipe.lora.start_from}, which lies in the run's own directory",
+            fix="another train.output_dir",
+        )
+    check_adapter(folder, recipe.lora, matrices)
+    return folder
 
 
 def check_disk(recipe: Recipe, parameters: ParameterCount, num_examples: int) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 from peft import PeftModel
 
 from loratune.model.adapter import attach_adapter, load_adapter
+from loratune.model.beginning import begin_from
 from loratune.model.device import torch_dtype
 from loratune.model.fp8 import quantise_frozen
 from loratune.model.load import load_model
@@ -25,11 +26,13 @@ def load_base(prepared: Preparation, progress: Progress) -> Any:
 
 
 def adapt(prepared: Preparation, base: Any, progress: Progress) -> tuple[PeftModel, SupervisedLoss]:
-    """A fresh adapter on the base, and the way to its loss, ready for training."""
+    """The adapter on the base, fresh or that of `lora.start_from`, and the way to its loss, ready for training."""
     recipe = prepared.recipe
     model = attach_adapter(
         base, recipe.lora, prepared.targets, base_name=_loadable_name(prepared), seed=recipe.train.seed
     )
+    if prepared.start is not None:
+        begin_from(model, prepared.start)
     if recipe.model.quantization == "fp8":
         quantise_frozen(model)
     if recipe.train.engine == "trl":

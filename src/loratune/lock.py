@@ -20,6 +20,10 @@ from loratune.run import Record
 PACKAGES = ("loratune", "torch", "transformers", "trl", "peft", "datasets", "accelerate", "tokenizers", "safetensors")
 
 
+INPUTS = ("model", "template", "train", "eval", "start")
+"""What a run is made from, each with its fingerprint; `start` only where it goes on from an adapter."""
+
+
 def model_fingerprint(folder: Path) -> dict[str, str]:
     """The SHA-256 of every file of a model folder that decides its answers."""
     files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.json"), *folder.glob("*.jinja")])
@@ -48,11 +52,11 @@ def versions(recipe: Record) -> dict[str, str]:
     return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}
 
 
-def differences(before: Record, now: Record, keys: Sequence[str] = ("model", "template", "train", "eval")) -> list[str]:
+def differences(before: Record, now: Record, keys: Sequence[str] = INPUTS) -> list[str]:
     """What of the inputs changed between two locks, as `inputs.train.mask` or `inputs.model.config.json`."""
     changed: list[str] = []
     for key in keys:
-        old, new = before["inputs"][key], now["inputs"][key]
+        old, new = before["inputs"].get(key), now["inputs"].get(key)
         if isinstance(old, dict) and isinstance(new, dict):
             changed += [f"inputs.{key}.{name}" for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
         elif old != new:

@@ -14,10 +14,11 @@ from loratune.data.prompts import Prompt, render_prompts, stop_token_ids
 from loratune.data.render import Example
 from loratune.data.steps import num_steps
 from loratune.data.stream import MANY_ROWS, can_stream, open_tables, stream_data
-from loratune.early_checks import check_disk, check_output, check_prompts, check_trackers, check_vocabulary
+from loratune.early_checks import check_disk, check_output, check_prompts, check_start, check_trackers, check_vocabulary
 from loratune.errors import MachineError, RecipeError
 from loratune.evaluation.scoring import check_metric, check_references
 from loratune.lock import examples_fingerprint, make_lock, model_fingerprint, text_fingerprint
+from loratune.model.beginning import adapter_fingerprint, base_notes
 from loratune.model.device import Choice, choose_device, choose_dtype
 from loratune.model.gguf import cache_dir
 from loratune.model.load import BaseModel, load_config, load_tokenizer, locate_model, positions_of
@@ -64,6 +65,7 @@ class Preparation:
         presets: The four target presets side by side.
         data: Examples and the data report.
         prompts: The held-out prompts that will be answered; none where the metric is none.
+        start: The folder of the adapter to begin with; None where it is a fresh one.
         forgetting: The examples of another kind; none where `evaluate.forgetting` is none.
         memory: Bytes by component.
         time: Seconds, and the rate they were computed from.
@@ -85,6 +87,7 @@ class Preparation:
     presets: tuple[PresetPlan, ...]
     data: PreparedData
     prompts: tuple[Prompt, ...]
+    start: Path | None
     forgetting: tuple[Example, ...]
     memory: MemoryPlan
     time: TimePlan
@@ -174,6 +177,7 @@ class Preparation:
                 if self.data.stream is None
                 else self.data.stream.contents,
                 "eval": examples_fingerprint(self.data.eval),
+                **({"start": adapter_fingerprint(self.start)} if self.start else {}),
                 **({"forgetting": examples_fingerprint(self.forgetting)} if self.forgetting else {}),
             },
             adapter={"targets": self.targets_in_words, "trainable": self.parameters.trainable},
@@ -217,7 +221,9 @@ def prepare(
     check_weights(base.path, model, quantized=getattr(config, "quantization_config", None) is not None)
     check_stored(base.stored, model, name=base.name)
     parameters = count_parameters(model, targets, recipe.lora)
-    check_variant(recipe.lora, [count.matrix for count in parameters.per_module], model)
+    matrices = [count.matrix for count in parameters.per_module]
+    check_variant(recipe.lora, matrices, model)
+    start = check_start(recipe, matrices, output_dir(recipe))
     tokenizer = load_tokenizer(base, recipe.model)
     streaming, data = _data(recipe, tokenizer, int(max_length.value), progress)
     forgetting = _forgetting(recipe, tokenizer, int(max_length.value), progress)
@@ -282,6 +288,7 @@ def prepare(
         presets=tuple(_preset(p, recipe, text_config, model, data, estimated) for p in presets),
         data=data,
         prompts=prompts,
+        start=start,
         forgetting=forgetting,
         memory=memory,
         time=estimated.time,
@@ -289,6 +296,7 @@ def prepare(
         warnings=(
             *target_notes(model, recipe.lora.targets),
             *variant_notes(effective),
+            *(base_notes(start, (base.name, str(base.path))) if start else ()),
             *data.report["notices"],
             *_device_notes(device, dtype.value),
             *quantization_notes(recipe.model.quantization, dtype.value),

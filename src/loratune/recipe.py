@@ -173,6 +173,10 @@ class LoraSection(Section):
     `pissa`, A and B from the largest singular values of W; `olora`, from its QR decomposition. The last two are saved as a
     plain adapter of rank 2r."""
 
+    start_from: str | None = None
+    """A saved adapter that training goes on from: a folder in PEFT's format, or a hub id. Rank, alpha, variant and matrices must
+    be the recipe's."""
+
     @field_validator("layers")
     @classmethod
     def _check_layers(cls, value: str | tuple[int, ...]) -> str | tuple[int, ...]:
@@ -340,6 +344,11 @@ class Recipe(Section):
             raise ValueError(
                 f"lora.variant is {self.lora.variant}, which needs the weights as they are, but model.quantization is "
                 f"{self.model.quantization}"
+            )
+        if self.lora.start_from is not None and self.lora.variant in ("pissa", "olora"):
+            raise ValueError(
+                f"lora.variant is {self.lora.variant}, which begins with a part of the base, but lora.start_from names an adapter to "
+                "begin with; adapters that it made are saved as plain"
             )
         if self.data.streaming is True and self.train.engine == "trl":
             raise ValueError("data.streaming is true, but train.engine is trl, which takes all examples at once")

@@ -45,7 +45,7 @@ def losses_of_script(folder: Path) -> list[float]:
 @pytest.mark.parametrize(
     "kind",
     [
-        *("rows", "rslora", "dora", "pissa", "olora", "adafactor"),
+        *("rows", "rslora", "dora", "pissa", "olora", "adafactor", "start"),
         *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("all", "marked")),
     ],
 )
@@ -54,6 +54,9 @@ def test_the_script_trains_to_the_same_losses_and_the_same_adapter(
 ) -> None:
     adafactor = ["train.optimizer=adafactor", "train.lora_plus_ratio=4", "train.schedule=warmup_stable_decay"]
     kinds = {"rows": [], "adafactor": adafactor, "all": ["data.train_on=all"], "marked": [f"model.name={marked_model}"]}
+    if kind == "start":
+        first = train(Recipe.load(recipe_file, [f"train.output_dir={tmp_path / 'first'}"])).run
+        kinds["start"] = [f"lora.start_from={first.adapter}"]
     settings = kinds.get(kind, [f"lora.variant={kind}"])
     script, ejected = tmp_path / "script.py", tmp_path / "run-ejected"
     eject(prepare(Recipe.load(recipe_file, settings), Silent()), script, overwrite=False, progress=Silent())

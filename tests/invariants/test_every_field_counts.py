@@ -42,6 +42,7 @@ OTHER: dict[str, Any] = {
     "lora.targets": "attention",
     "lora.layers": "last 1",
     "lora.variant": "rslora",
+    "lora.start_from": "no/such/adapter",
     "train.output_dir": "FOLDER",
     "train.epochs": 2,
     "train.learning_rate": 1e-3,

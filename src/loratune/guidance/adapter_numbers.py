@@ -92,6 +92,15 @@ def _layers(facts: Facts) -> str:
     return f"{facts.prepared.targets_in_words} of a model of {total}"
 
 
+def _start_from(facts: Facts) -> str:
+    start, count = facts.prepared.start, len(facts.prepared.targets)
+    return (
+        f"{count} matrices begin as in {start}"
+        if start
+        else f"{count} matrices begin fresh, and change nothing at first"
+    )
+
+
 def _variant(facts: Facts) -> str:
     lora, now = facts.prepared.recipe.lora, facts.prepared.parameters
     return f"{now.trainable:,} trainable, scaled by {scale_of(lora):.4g}; saved with rank {saved_rank(lora)}"
@@ -126,6 +135,7 @@ SUMMARIES: dict[str, Callable[[Facts], str]] = {
     "lora.targets": _targets,
     "lora.layers": _layers,
     "lora.variant": _variant,
+    "lora.start_from": _start_from,
 }
 
 TABLES: dict[str, Callable[[Facts], list[Row]]] = {

@@ -47,7 +47,7 @@ COVERED = {
         *("train", "eval", "format", "columns", "train_on", "thinking", "special_tokens_in_text"),
         *("max_length", "on_long", "on_bad_row", "streaming"),
     },
-    "lora": {"r", "alpha", "dropout", "targets", "layers", "variant"},
+    "lora": {"r", "alpha", "dropout", "targets", "layers", "variant", "start_from"},
     "train": {
         *("output_dir", "epochs", "learning_rate", "batch_size", "warmup_fraction", "weight_decay"),
         *("optimizer", "lora_plus_ratio", "schedule"),
@@ -258,6 +258,7 @@ def _script(prepared: Preparation, rows: Path | None, why_rows: str) -> str:
         fan_in_fan_out=isinstance(model.get_submodule(prepared.targets[0]), Conv1D),
         peft_arguments=[f"{name}={_literal(value)}," for name, value in peft_arguments(recipe.lora).items()],
         changes_base=changes_base(recipe.lora),
+        start=_literal(str(prepared.start)) if prepared.start else "",
         device=_literal(recipe.train.device),
         load=load,
         revision=f", revision={_literal(base.revision)}" if base.revision else "",

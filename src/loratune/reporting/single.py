@@ -194,7 +194,7 @@ def _trained(files: RunFiles) -> Iterator[Block]:
         yield Items(lines=tuple(files.plan["warnings"]))
     rows = [(f"model: {name}", digest) for name, digest in inputs["model"].items()]
     rows.append(("chat template", inputs["template"]))
-    sides = [side for side in ("train", "eval", "forgetting") if side in inputs]
+    sides = [side for side in ("train", "eval", "forgetting", "start") if side in inputs]
     rows += [(f"{side}: {name}", digest) for side in sides for name, digest in inputs[side].items()]
     yield Fold(
         title="Fingerprints of everything that went in (SHA-256)",

@@ -1,0 +1,117 @@
+"""Training that goes on from a saved adapter."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from loratune.errors import RecipeError
+from loratune.pipeline import resume, train
+from loratune.preparation import prepare
+from loratune.progress import Silent
+from loratune.recipe import Recipe
+from loratune.reproduction import reproduce
+from loratune.run import RunDir, read_json
+from tests.conftest import recipe_maker
+from tests.invariants.test_same_mathematics import assert_same
+
+MakeRecipe = Callable[..., Recipe]
+
+
+@pytest.fixture(scope="module", params=["plain", "dora"])
+def first(
+    request: pytest.FixtureRequest,
+    tiny_model: Path,
+    chat_files: tuple[Path, Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> RunDir:
+    make = recipe_maker(tiny_model, chat_files, tmp_path_factory.mktemp("first"))
+    return train(make(lora__variant=request.param)).run
+
+
+def settings(first: RunDir) -> dict[str, object]:
+    return {"lora__start_from": str(first.adapter), "lora__variant": read_json(first.lock)["recipe"]["lora"]["variant"]}
+
+
+def test_the_first_loss_is_where_the_adapter_ended_and_both_engines_go_on_alike(
+    first: RunDir, tiny_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    short = {"train__epochs": 0.1, "train__learning_rate": 1e-30}
+    still = train(tiny_recipe(**settings(first), **short, train__output_dir=str(tmp_path / "still"))).run
+    before = load_file(first.adapter / "adapter_model.safetensors")
+    after = load_file(still.adapter / "adapter_model.safetensors")
+    assert before.keys() == after.keys()
+    for name, weight in before.items():
+        torch.testing.assert_close(after[name], weight, rtol=0, atol=0)
+    assert read_json(still.evaluation)["tuned"] == read_json(first.evaluation)["tuned"]
+    fast = train(tiny_recipe(**settings(first))).run
+    stock = train(tiny_recipe(**settings(first), train__engine="trl", train__output_dir=str(tmp_path / "trl"))).run
+    assert_same(fast, stock, tolerance=1e-5)
+
+
+def test_a_resumed_and_a_reproduced_run_are_the_same_and_know_their_adapter(
+    first: RunDir, tiny_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    start = shutil.copytree(first.adapter, tmp_path / "start")
+    chosen = {**settings(first), "lora__start_from": str(start), "train__save_every": 2}
+    run = train(tiny_recipe(**chosen)).run
+    weights = (run.adapter / "adapter_model.safetensors").read_bytes()
+    assert read_json(run.lock)["inputs"]["start"].keys() == {"adapter_config.json", "adapter_model.safetensors"}
+    assert reproduce(run.root).equal
+    shutil.rmtree(run.adapter)
+    shutil.rmtree(run.checkpoints / "6")
+    resume(run.root)
+    assert (run.adapter / "adapter_model.safetensors").read_bytes() == weights
+    shutil.rmtree(run.adapter)
+    shutil.copy(run.checkpoints / "2" / "adapter_model.safetensors", start)
+    with pytest.raises(RecipeError, match=r"inputs\.start\.adapter_model\.safetensors"):
+        resume(run.root)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"lora__r": 8}, r"lora\.r is 8, but the adapter of lora\.start_from has 4"),
+        ({"lora__alpha": 7}, r"lora\.alpha is 7.*has "),
+        ({"lora__variant": "rslora"}, r"lora\.variant is rslora, but the adapter of lora\.start_from has"),
+        ({"lora__targets": "complete"}, r"lacks model\.layers\.0\.mlp\.\w+\.lora_A\.weight, which the recipe trains"),
+        ({"lora__layers": "last 1"}, r"has model\.layers\.0\.self_attn\..*, which the recipe does not train"),
+    ],
+)
+def test_an_adapter_that_the_recipe_does_not_describe_is_refused(
+    first: RunDir, changed: dict[str, object], words: str, tiny_recipe: MakeRecipe
+) -> None:
+    with pytest.raises(RecipeError, match=words):
+        prepare(tiny_recipe(**{**settings(first), **changed}), Silent())
+
+
+def test_what_is_no_safe_lora_adapter_or_would_be_overwritten_is_refused(
+    first: RunDir, tiny_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    def refused(folder: Path, words: str, **more: object) -> None:
+        with pytest.raises(RecipeError, match=words):
+            prepare(tiny_recipe(**{**settings(first), "lora__start_from": str(folder), **more}), Silent())
+
+    refused(tmp_path / "none", "no such folder")
+    pickled = shutil.copytree(first.adapter, tmp_path / "pickled")
+    (pickled / "adapter_model.safetensors").rename(pickled / "adapter_model.bin")
+    refused(pickled, "no adapter_model.safetensors in it")
+    pattern = shutil.copytree(first.adapter, tmp_path / "pattern")
+    config = json.loads((pattern / "adapter_config.json").read_text())
+    (pattern / "adapter_config.json").write_text(json.dumps({**config, "modules_to_save": ["lm_head"]}))
+    refused(pattern, "uses modules_to_save")
+    (pattern / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "org/other"}))
+    noted = prepare(tiny_recipe(**{**settings(first), "lora__start_from": str(pattern)}), Silent()).warnings
+    assert sum("trained on org/other" in note for note in noted) == 1
+    (pattern / "adapter_config.json").write_text("{")
+    refused(pattern, "cannot be read")
+    assert not any("trained on" in note for note in prepare(tiny_recipe(**settings(first)), Silent()).warnings)
+    refused(first.adapter, "the run's own directory", train__output_dir=str(first.root))
+    with pytest.raises(RecipeError, match="pissa, which begins with a part of the base"):
+        tiny_recipe(lora__variant="pissa", lora__start_from=str(first.adapter))
