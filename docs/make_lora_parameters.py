@@ -143,7 +143,7 @@ def page() -> str:
         matrices=table(_matrix_rows(model, lora.r)),
         kv_lora=layer["k_proj"].trainable,
         q_lora=layer["q_proj"].trainable,
-        ranks=table([rank_row(count_parameters(model, names[lora.targets], other), other) for other in ranks]),
+        ranks=table([rank_row(count_parameters(model, names[lora.targets], other), other, "adamw") for other in ranks]),
         alphas=table(_alpha_rows()),
         presets=table(preset_rows(model, lora)),
         balanced_of_attention=counts["balanced"].trainable / counts["attention"].trainable,

@@ -84,6 +84,13 @@ def test_a_source_may_be_a_name_or_a_mapping_or_a_list(tmp_path: Path) -> None:
         ("", ("epochs=1",), None, ["'epochs=1' is no setting"]),
         ("", ("train.epochs",), None, ["section.field=value"]),
         ("", ("train.save_every=1.5",), None, ["save_every is 1.5"]),
+        ("", ("train.schedule=inverse_sqrt",), None, ["schedule is inverse_sqrt", "warmup_fraction is 0"]),
+        (
+            "train:\n  schedule: warmup_stable_decay\n  warmup_fraction: 0.9\n",
+            (),
+            None,
+            ["last 20% of the steps", "warmup_fraction is 0.9", "overlap"],
+        ),
     ],
 )
 def test_a_mistake_is_named_with_its_line_and_its_fix(

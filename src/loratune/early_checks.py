@@ -28,6 +28,7 @@ from loratune.data.prompts import Prompt
 from loratune.data.render import Example
 from loratune.data.steps import num_steps, occasions
 from loratune.errors import DataError, MachineError, RecipeError
+from loratune.planning.optimizer_memory import state_bytes
 from loratune.planning.parameters import ParameterCount
 from loratune.recipe import Recipe
 
@@ -133,7 +134,7 @@ def check_prompts(recipe: Recipe, prompts: Sequence[Prompt], positions: int | No
 
 
 def check_disk(recipe: Recipe, parameters: ParameterCount, num_examples: int) -> None:
-    """Whether the checkpoints and the adapter fit the disk: adapter and two moments in each, all in float32.
+    """Whether the checkpoints and the adapter fit the disk: adapter and the optimizer's state in each.
 
     Raises:
         MachineError: They do not.
@@ -142,7 +143,9 @@ def check_disk(recipe: Recipe, parameters: ParameterCount, num_examples: int) ->
     saves = occasions(recipe.train.save_every, steps=steps, epochs=recipe.train.epochs)
     # beside the newest the best is kept, and a new one is written before the oldest goes
     kept = min(saves, (recipe.train.keep_checkpoints or saves) + 1) + 1
-    needed = kept * parameters.trainable * 12 + parameters.adapter_bytes + 50 * 2**20
+    matrices = [count.matrix for count in parameters.per_module]
+    checkpoint = 4 * parameters.trainable + state_bytes(recipe.train.optimizer, matrices, recipe.lora)
+    needed = kept * checkpoint + parameters.adapter_bytes + 50 * 2**20
     folder = _nearest(Path(recipe.train.output_dir))
     free = shutil.disk_usage(folder).free
     if free < needed:

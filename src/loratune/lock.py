@@ -14,6 +14,7 @@ import torch
 from loratune import world
 from loratune.data.render import Example
 from loratune.model.gguf import file_sha256
+from loratune.model.quantised import BY_BITSANDBYTES
 from loratune.run import Record
 
 PACKAGES = ("loratune", "torch", "transformers", "trl", "peft", "datasets", "accelerate", "tokenizers", "safetensors")
@@ -40,9 +41,11 @@ def text_fingerprint(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def versions() -> dict[str, str]:
-    """The versions of Python and of the packages whose code a run goes through."""
-    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}}
+def versions(recipe: Record) -> dict[str, str]:
+    """The versions of Python and of the packages whose code a run with this recipe goes through."""
+    quantised = recipe["model"].get("quantization") in BY_BITSANDBYTES
+    packages = (*PACKAGES, "bitsandbytes") if quantised else PACKAGES
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}
 
 
 def differences(before: Record, now: Record, keys: Sequence[str] = ("model", "template", "train", "eval")) -> list[str]:
@@ -83,7 +86,7 @@ def make_lock(
         "choices": choices,
         "inputs": inputs,
         "adapter": adapter,
-        "versions": versions(),
+        "versions": versions(recipe),
         "machine": {
             "platform": platform.platform(),
             "processor": platform.machine(),

@@ -181,6 +181,14 @@ class LoraSection(Section):
         return value
 
 
+Optimizer = Literal["adamw", "adafactor", "sgd"]
+Schedule = Literal["linear", "cosine", "constant", "cosine_with_min_lr", "warmup_stable_decay", "inverse_sqrt"]
+
+DECAY_FRACTION = 0.2
+"""The part of the steps over which `warmup_stable_decay` goes down: Hägele et al. 2024 (arXiv 2405.18392) find 10 to 20 %
+enough."""
+
+
 class TrainSection(Section):
     """The optimisation."""
 
@@ -196,14 +204,23 @@ class TrainSection(Section):
     batch_size: int = Field(default=8, ge=1)
     """The examples of one optimizer step, over all micro-batches and devices."""
 
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """How the learning rate goes on after the warm-up: down to zero, or constant."""
+    optimizer: Optimizer = "adamw"
+    """`adamw`: two moments of each trained parameter. `adafactor`: second moments by rows and columns alone, for a small part of
+    that memory; wants rates as AdamW's. `sgd`: plain gradients without momentum and without memory; wants far higher rates."""
+
+    lora_plus_ratio: float = Field(default=1.0, ge=1)
+    """LoRA+: the matrices B learn this many times as fast as A, whose highest rate is `learning_rate`. 1: equally fast."""
+
+    schedule: Schedule = "linear"
+    """How the learning rate goes on after the warm-up: down to zero (`linear`, `cosine`), `constant`, by a cosine down to a tenth
+    (`cosine_with_min_lr`), constant and over the last fifth of the steps down to zero by 1-sqrt (`warmup_stable_decay`), or as 1/√step
+    (`inverse_sqrt`, whose unit is the warm-up)."""
 
     warmup_fraction: float = Field(default=0.0, ge=0, lt=1)
     """The fraction of the steps over which the learning rate rises from zero."""
 
     weight_decay: float = Field(default=0.0, ge=0)
-    """AdamW's decoupled weight decay, on the adapter's weights."""
+    """Decoupled weight decay, on the adapter's weights."""
 
     max_grad_norm: float = Field(default=1.0, ge=0)
     """Gradients are scaled down to this norm. 0: never."""
@@ -271,6 +288,13 @@ class TrainSection(Section):
         if self.final_adapter == "best" and "never" in (self.eval_every, self.save_every):
             raise ValueError(
                 "final_adapter is best, but eval_every or save_every is never: there is nothing to choose from"
+            )
+        if self.schedule == "inverse_sqrt" and self.warmup_fraction == 0:
+            raise ValueError("schedule is inverse_sqrt, which is measured in warm-ups, but warmup_fraction is 0")
+        if self.schedule == "warmup_stable_decay" and self.warmup_fraction > 1 - DECAY_FRACTION:
+            raise ValueError(
+                f"schedule is warmup_stable_decay, whose last {DECAY_FRACTION:.0%} of the steps go down, but warmup_fraction is "
+                f"{self.warmup_fraction:g}: they overlap"
             )
         if isinstance(self.recompute, int) and self.recompute < 0:
             raise ValueError(f"recompute is {self.recompute}; give a number of layers, or auto")

@@ -133,7 +133,7 @@ def _largest_difference(one: Mapping[str, torch.Tensor], other: Mapping[str, tor
 
 def _other_circumstances(lock: Record) -> list[str]:
     """What is no input and still can change the last bits."""
-    now = {**versions(), "threads": torch.get_num_threads(), "processes": world.size()}
+    now = {**versions(lock["recipe"]), "threads": torch.get_num_threads(), "processes": world.size()}
     machine = lock["machine"]
     before = {**lock["versions"], "threads": machine.get("threads"), "processes": machine.get("processes", 1)}
     changed = [f"{name} {before[name]} → {now.get(name)}" for name in before if before[name] != now.get(name)]

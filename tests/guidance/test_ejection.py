@@ -45,14 +45,15 @@ def losses_of_script(folder: Path) -> list[float]:
 @pytest.mark.parametrize(
     "kind",
     [
-        *("rows", "rslora", "dora", "pissa", "olora"),
+        *("rows", "rslora", "dora", "pissa", "olora", "adafactor"),
         *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("all", "marked")),
     ],
 )
 def test_the_script_trains_to_the_same_losses_and_the_same_adapter(
     kind: str, recipe_file: Path, marked_model: Path, tmp_path: Path
 ) -> None:
-    kinds = {"rows": [], "all": ["data.train_on=all"], "marked": [f"model.name={marked_model}"]}
+    adafactor = ["train.optimizer=adafactor", "train.lora_plus_ratio=4", "train.schedule=warmup_stable_decay"]
+    kinds = {"rows": [], "adafactor": adafactor, "all": ["data.train_on=all"], "marked": [f"model.name={marked_model}"]}
     settings = kinds.get(kind, [f"lora.variant={kind}"])
     script, ejected = tmp_path / "script.py", tmp_path / "run-ejected"
     eject(prepare(Recipe.load(recipe_file, settings), Silent()), script, overwrite=False, progress=Silent())

@@ -59,6 +59,19 @@ def test_schedules_rise_over_the_warm_up_and_end_as_their_name_says(schedule: st
     assert rates[-1] == pytest.approx(1e-3) if schedule == "constant" else rates[-1] < 3e-5
 
 
+def test_schedules_that_do_not_end_at_zero_end_where_their_words_say() -> None:
+    def rates(schedule: str) -> np.ndarray:
+        return learning_rates(TrainSection(schedule=schedule, warmup_fraction=0.25, learning_rate=1e-3), 1000)
+
+    assert rates("cosine_with_min_lr")[-1] == pytest.approx(1e-4, rel=1e-2)
+    stable = rates("warmup_stable_decay")
+    assert stable[250:800] == pytest.approx(1e-3)
+    assert (np.diff(stable[800:]) < 0).all()
+    assert stable[-1] == pytest.approx(1e-3 * (1 - math.sqrt(199 / 200)))
+    root = rates("inverse_sqrt")
+    assert root[999] == pytest.approx(1e-3 * math.sqrt(250 / 999))
+
+
 def test_the_rank_doubles_the_parameters_and_halves_the_scale(tiny_recipe: MakeRecipe) -> None:
     rows = {row["r"]: row for row in TABLES["lora.r"](facts(tiny_recipe(lora__r=4, lora__alpha=8)))}
     trainable = {r: int(row["trainable"].replace(",", "")) for r, row in rows.items()}

@@ -46,6 +46,8 @@ OTHER: dict[str, Any] = {
     "train.epochs": 2,
     "train.learning_rate": 1e-3,
     "train.batch_size": 5,
+    "train.optimizer": "adafactor",
+    "train.lora_plus_ratio": 4.0,
     "train.schedule": "cosine",
     "train.warmup_fraction": 0.5,
     "train.weight_decay": 0.5,

@@ -110,7 +110,10 @@ def test_both_engines_take_the_same_steps(
         )
         run = train(recipe).run
         losses[engine] = [line["loss"] for line in run.read_metrics() if "loss" in line]
-        assert json.loads(run.lock.read_text())["recipe"]["model"]["quantization"] == quantization
+        lock = json.loads(run.lock.read_text())
+        assert lock["recipe"]["model"]["quantization"] == quantization
+        assert lock["versions"]["bitsandbytes"]
+        assert f"on the base in {quantization}" in (run.adapter / "README.md").read_text()
     assert losses["fast"] == pytest.approx(losses["trl"], rel=closeness)
     assert losses["fast"][-1] < losses["fast"][0]
 

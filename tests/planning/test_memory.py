@@ -93,6 +93,7 @@ def plan(**changes: Any) -> MemoryPlan:
     settings: dict[str, Any] = {
         "total_parameters": 1_100_000,
         "trainable_parameters": 100_000,
+        "optimizer_bytes": 800_000,
         "stored_bytes": 0,
         "layer": LAYER,
         "num_layers": 10,

@@ -18,6 +18,7 @@ def plan(free: int, *, work: Work = WORK, **changed: Any) -> MemoryPlan:
     given: dict[str, Any] = {
         "total_parameters": 5 * MIB,
         "trainable_parameters": 0,
+        "optimizer_bytes": 0,
         "stored_bytes": 0,
         "layer": LayerBytes(kept=10_000, input=1_000, forward=12_000, backward=10_000, cache=50, attention=0),
         "num_layers": 10,

@@ -8,22 +8,24 @@ from typing import TYPE_CHECKING
 from loratune.guidance.facts import Facts, Row, around, size
 from loratune.model.targets import describe_targets, resolve_targets
 from loratune.model.variants import saved_rank, scale_in_words, scale_of
+from loratune.planning.optimizer_memory import state_bytes
 from loratune.planning.parameters import ParameterCount, count_parameters
-from loratune.recipe import TARGET_PRESETS, VARIANTS, LoraSection
+from loratune.recipe import TARGET_PRESETS, VARIANTS, LoraSection, Optimizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def rank_row(count: ParameterCount, lora: LoraSection) -> Row:
-    """One rank: parameters, sizes, and the scale that this alpha gives it. AdamW keeps 16 bytes for each parameter:
-    weight, gradient and two moments in float32."""
+def rank_row(count: ParameterCount, lora: LoraSection, optimizer: Optimizer) -> Row:
+    """One rank: parameters, sizes, and the scale that this alpha gives it. While training there are weight and gradient in
+    float32, and the optimizer's state."""
+    state = state_bytes(optimizer, [item.matrix for item in count.per_module], lora)
     return {
         "r": str(lora.r),
         "trainable": f"{count.trainable:,}",
         "share": f"{count.trainable / count.total:.3%}",
         "adapter file": size(count.adapter_bytes),
-        "while training": size(16 * count.trainable),
+        "while training": size(8 * count.trainable + state),
         f"{scale_in_words(lora)} at alpha {lora.alpha:g}": f"{scale_of(lora):.4g}",
     }
 
@@ -35,8 +37,8 @@ def _rank(facts: Facts) -> str:
 
 
 def _rank_table(facts: Facts) -> list[Row]:
-    lora = facts.prepared.recipe.lora
-    return [rank_row(facts.count(r), lora.model_copy(update={"r": r})) for r in around(lora.r)]
+    lora, optimizer = facts.prepared.recipe.lora, facts.prepared.recipe.train.optimizer
+    return [rank_row(facts.count(r), lora.model_copy(update={"r": r}), optimizer) for r in around(lora.r)]
 
 
 def _alpha(facts: Facts) -> str:

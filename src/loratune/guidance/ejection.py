@@ -49,7 +49,8 @@ COVERED = {
     },
     "lora": {"r", "alpha", "dropout", "targets", "layers", "variant"},
     "train": {
-        *("output_dir", "epochs", "learning_rate", "batch_size", "schedule", "warmup_fraction", "weight_decay"),
+        *("output_dir", "epochs", "learning_rate", "batch_size", "warmup_fraction", "weight_decay"),
+        *("optimizer", "lora_plus_ratio", "schedule"),
         *("max_grad_norm", "seed", "engine", "device", "token_budget", "eval_every", "save_every", "log_every"),
         *("keep_checkpoints", "report_to"),
         *("compile", "recompute"),  # of the fast engine's speed and memory alone
@@ -63,6 +64,7 @@ NOT_WRITTEN = {"output_dir", "disable_tqdm"}
 
 FIELD_OF = {
     "num_train_epochs": "epochs",
+    "optim": "optimizer",
     "lr_scheduler_type": "schedule",
     "warmup_steps": "warmup_fraction",
     "per_device_train_batch_size": "batch_size",
@@ -239,7 +241,7 @@ def _script(prepared: Preparation, rows: Path | None, why_rows: str) -> str:
     return template.render(
         # in a docstring, where a name must not end it
         title=f"LoRA fine-tuning of {section.name.encode('unicode_escape').decode()}.".replace('"', "'"),
-        versions=_versions(),
+        versions=_versions(recipe),
         from_rows=rows is not None,
         data_comment=_data_comment(why_rows),
         constants={
@@ -267,8 +269,8 @@ def _script(prepared: Preparation, rows: Path | None, why_rows: str) -> str:
     )
 
 
-def _versions() -> str:
-    known = versions()
+def _versions(recipe: Recipe) -> str:
+    known = versions(recipe.model_dump())
     return ", ".join(f"{name} {known[name]}" for name in ("datasets", "transformers", "peft", "trl"))
 
 
@@ -356,6 +358,8 @@ def _literal(value: Any) -> str:
     """Python's spelling of a value, with double quotes."""
     if isinstance(value, str):
         return json.dumps(value, ensure_ascii=False)
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{_literal(name)}: {_literal(item)}' for name, item in value.items())}}}"
     if isinstance(value, list | tuple):
         return f"[{', '.join(_literal(item) for item in value)}]"
     return repr(value)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +16,7 @@ from loratune.model.load import load_config
 from loratune.planning.parameters import ParameterCount, count_parameters, skeleton
 from loratune.preparation import NO_LIMIT, Preparation
 from loratune.recipe import DataSection
+from loratune.training.arguments import schedule_arguments
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -79,11 +79,13 @@ def learning_rates(train: Any, steps: int) -> np.ndarray:
         steps: Optimizer steps of the run.
     """
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=train.learning_rate)
+    arguments = schedule_arguments(train, steps)
     scheduler = get_scheduler(
-        "constant_with_warmup" if train.schedule == "constant" else train.schedule,
+        arguments["lr_scheduler_type"],
         optimizer,
-        num_warmup_steps=math.ceil(train.warmup_fraction * steps),
+        num_warmup_steps=arguments["warmup_steps"],
         num_training_steps=steps,
+        scheduler_specific_kwargs=arguments.get("lr_scheduler_kwargs"),
     )
     factor: Callable[[int], float] = scheduler.lr_lambdas[0]
     return train.learning_rate * np.array([factor(step) for step in range(steps)])

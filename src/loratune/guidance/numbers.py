@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import get_args
 
 import numpy as np
 import psutil
@@ -17,7 +18,9 @@ from loratune.guidance.facts import Facts, Row, around, size
 from loratune.model.device import torch_dtype
 from loratune.model.load import positions_of
 from loratune.model.quantised import BY_BITSANDBYTES, base_bytes
+from loratune.planning.optimizer_memory import state_bytes
 from loratune.preparation import NO_LIMIT
+from loratune.recipe import Optimizer
 
 # ---- model
 
@@ -217,6 +220,26 @@ def _batch_size_table(facts: Facts) -> list[Row]:
     return rows
 
 
+def _state(facts: Facts, optimizer: Optimizer | None = None) -> int:
+    matrices = [item.matrix for item in facts.prepared.parameters.per_module]
+    recipe = facts.prepared.recipe
+    return state_bytes(optimizer or recipe.train.optimizer, matrices, recipe.lora)
+
+
+def _optimizer(facts: Facts) -> str:
+    trainable = facts.prepared.parameters.trainable
+    return f"keeps {size(_state(facts))} beside {size(4 * trainable)} of weights and as many of gradients"
+
+
+def _optimizer_table(facts: Facts) -> list[Row]:
+    return [{"optimizer": name, "keeps": size(_state(facts, name))} for name in get_args(Optimizer)]
+
+
+def _lora_plus_ratio(facts: Facts) -> str:
+    train = facts.prepared.recipe.train
+    return f"A learns with at most {train.learning_rate:g}, B with {train.lora_plus_ratio * train.learning_rate:g}"
+
+
 def _weight_decay(facts: Facts) -> str:
     decay = facts.prepared.recipe.train.weight_decay
     kept = float(np.prod(1 - decay * facts.learning_rates))
@@ -271,11 +294,11 @@ def _occasions(field: str, what: str) -> Callable[[Facts], str]:
 
 
 def _keep(facts: Facts) -> str:
-    train, num_bytes = facts.prepared.recipe.train, 12 * facts.prepared.parameters.trainable
+    train, num_bytes = facts.prepared.recipe.train, 4 * facts.prepared.parameters.trainable + _state(facts)
     saves = occasions(train.save_every, steps=facts.prepared.num_steps, epochs=train.epochs)
     kept = min(saves, train.keep_checkpoints or saves)
     best = " and the best" if kept < saves and train.eval_every != "never" else ""
-    return f"{kept:,} stay{best}, about {size(num_bytes)} each (weights and two moments)"
+    return f"{kept:,} stay{best}, about {size(num_bytes)} each (weights and the optimizer's state)"
 
 
 # ---- evaluate
@@ -323,6 +346,8 @@ SUMMARIES: dict[str, Callable[[Facts], str]] = {
     **adapter_numbers.SUMMARIES,
     "train.epochs": _epochs,
     "train.learning_rate": _learning_rate,
+    "train.optimizer": _optimizer,
+    "train.lora_plus_ratio": _lora_plus_ratio,
     "train.schedule": _schedule,
     "train.warmup_fraction": _warmup,
     "train.batch_size": _batch_size,
@@ -349,6 +374,7 @@ TABLES: dict[str, Callable[[Facts], list[Row]]] = {
     **adapter_numbers.TABLES,
     "train.epochs": _epochs_table,
     "train.learning_rate": _schedule_table,
+    "train.optimizer": _optimizer_table,
     "train.schedule": _schedule_table,
     "train.warmup_fraction": _schedule_table,
     "train.batch_size": _batch_size_table,

@@ -138,6 +138,8 @@ def _cut(facts: Facts) -> Iterator[Advice]:
 
 def _learning_rate(facts: Facts) -> Iterator[Advice]:
     rate = facts.recipe.train.learning_rate
+    if facts.recipe.train.optimizer == "sgd":  # the source is about rates of Adam
+        return
     if rate < 1e-4:
         yield Advice(
             about="train.learning_rate",
@@ -193,7 +195,11 @@ def _scale(facts: Facts) -> Iterator[Advice]:
 
 def _warmup(facts: Facts) -> Iterator[Advice]:
     train = facts.recipe.train
-    if train.warmup_fraction == 0 and (train.learning_rate >= 5e-4 or facts.num_steps >= 1000):
+    if (
+        train.optimizer == "adamw"
+        and train.warmup_fraction == 0
+        and (train.learning_rate >= 5e-4 or facts.num_steps >= 1000)
+    ):
         yield Advice(
             about="train.warmup_fraction",
             text="train.warmup_fraction=0.03",

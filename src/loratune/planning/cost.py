@@ -14,6 +14,7 @@ from loratune.kernels.cross_entropy import chunk_rows
 from loratune.model.device import torch_dtype
 from loratune.planning.adapter_memory import variant_bytes
 from loratune.planning.memory import MemoryPlan, Work, layer_bytes, plan_memory
+from loratune.planning.optimizer_memory import state_bytes
 from loratune.planning.parameters import ParameterCount
 from loratune.planning.speed import Amounts, training_flops
 from loratune.recipe import Recipe
@@ -84,6 +85,7 @@ def run_memory(recipe: Recipe, config: Any, parameters: ParameterCount, work: Wo
     return plan_memory(
         total_parameters=parameters.trainable + held_parameters(config, parameters, place.shards),
         trainable_parameters=parameters.trainable,
+        optimizer_bytes=state_bytes(recipe.train.optimizer, matrices, recipe.lora),
         stored_bytes=place.stored_bytes,
         layer=layer_bytes(
             config,

@@ -5,7 +5,7 @@ The terms, for a model with LoRA:
     weights      parameters × bytes of the base type
     variant      what DoRA, PiSSA or OLoRA take beside (`adapter_memory`)
     adapter      trainable × 8 for float32 weight and gradient, and a copy in the base type where that is narrower
-    optimizer    trainable × 8: AdamW's two moments in float32 (Loshchilov & Hutter 2019)
+    optimizer    what it keeps from step to step (`optimizer_memory`): 8 bytes a trainable parameter for AdamW
     activations  tokens of a micro-batch × what each layer keeps for its backward pass
     working      the larger of: chunks of logits (`loss`), one layer's gradients on the way back (`backward`)
     evaluation   takes the place of activations and working: one layer without gradients, chunks of logits, the cache of keys
@@ -110,7 +110,7 @@ class MemoryPlan:
     Attributes:
         weights_bytes: The frozen base.
         adapter_bytes: The adapter's weights, gradients, and copies in the base type.
-        optimizer_bytes: AdamW's moments.
+        optimizer_bytes: What it keeps from step to step.
         activation_bytes: What the layers keep for the way back.
         activation_bytes_without_recomputation: The same if every layer kept everything.
         activation_bytes_with_recomputation: The same if every layer kept its input only.
@@ -250,6 +250,7 @@ def plan_memory(
     *,
     total_parameters: int,
     trainable_parameters: int,
+    optimizer_bytes: int,
     stored_bytes: int,
     layer: LayerBytes,
     num_layers: int,
@@ -272,6 +273,7 @@ def plan_memory(
     Args:
         total_parameters: Of base and adapter.
         trainable_parameters: Of the adapter.
+        optimizer_bytes: From `optimizer_memory`.
         stored_bytes: Of the weights' files where they must be converted to be loaded; 0 where they are mapped as they are.
         layer: What a token costs in one layer.
         num_layers: Decoder layers.
@@ -298,7 +300,7 @@ def plan_memory(
         if weights_bytes is None
         else weights_bytes,
         "adapter_bytes": trainable_parameters * (8 + (dtype_bytes if dtype_bytes < 4 else 0)),
-        "optimizer_bytes": trainable_parameters * 8,
+        "optimizer_bytes": optimizer_bytes,
         "variant_bytes": variant_bytes,
         "loss_bytes": loss_chunk_bytes * 2 + loss_chunk_bytes * dtype_bytes // 4,
     }

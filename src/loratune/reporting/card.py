@@ -135,9 +135,17 @@ def _trained(lock: Record, plan: Record) -> Iterator[str]:
     )
     yield ""
     yield (
-        f"{_VARIANTS.get(lora.get('variant', 'plain'), '')}Rank {lora['r']}, alpha {lora['alpha']:g}, dropout {lora['dropout']:g} on {lock['adapter']['targets']}: "
+        f"{_VARIANTS.get(lora.get('variant', 'plain'), '')}Rank {lora['r']}, alpha {lora['alpha']:g}, "
+        f"dropout {lora['dropout']:g} on {lock['adapter']['targets']}: "
         f"{lock['adapter']['trainable']:,} trained parameters."
     )
+    quantization = recipe["model"].get("quantization", "none")
+    if quantization != "none":
+        yield ""
+        yield (
+            f"It was trained and evaluated on the base in {quantization} (`model.quantization`); on the base in another type it "
+            "answers differently."
+        )
 
 
 def _results(evaluation: Record | None) -> list[str]:

@@ -79,7 +79,7 @@ def memory_table(record: Record) -> Table:
         ("weights", memory["weights_bytes"], "the frozen base"),
         ("adapter", memory["adapter_bytes"], "its weights and gradients"),
         ("variant", memory.get("variant_bytes", 0), "what lora.variant needs beside a plain adapter"),
-        ("optimizer", memory["optimizer_bytes"], "AdamW's two moments"),
+        ("optimizer", memory["optimizer_bytes"], "what it keeps from step to step"),
         (
             "activations",
             memory["activation_bytes"],

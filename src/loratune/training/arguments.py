@@ -10,7 +10,7 @@ from typing import Any
 from loratune.data.prepare import Stream
 from loratune.data.render import Example
 from loratune.data.steps import num_steps
-from loratune.recipe import TrainSection
+from loratune.recipe import DECAY_FRACTION, TrainSection
 from loratune.run import RunDir
 
 
@@ -31,19 +31,37 @@ class TrainingData:
     token_budget: int
 
 
+OPTIMIZERS = {"adamw": "adamw_torch", "adafactor": "adafactor", "sgd": "sgd"}
+"""Our name → transformers'."""
+
+MIN_LR_RATE = 0.1
+"""Where `cosine_with_min_lr` ends, in parts of the highest rate."""
+
+
+def schedule_arguments(train: TrainSection, steps: int) -> dict[str, Any]:
+    """The arguments of transformers' trainer that make the learning rates of this many steps."""
+    name = "constant_with_warmup" if train.schedule == "constant" and train.warmup_fraction else train.schedule
+    warmup = math.ceil(train.warmup_fraction * steps)
+    arguments: dict[str, Any] = {"lr_scheduler_type": name, "warmup_steps": warmup}
+    if name == "cosine_with_min_lr":
+        arguments["lr_scheduler_kwargs"] = {"min_lr_rate": MIN_LR_RATE}
+    if name == "warmup_stable_decay":
+        decay = min(math.ceil(DECAY_FRACTION * steps), steps - warmup)
+        arguments["lr_scheduler_kwargs"] = {"num_decay_steps": decay, "decay_type": "1-sqrt"}
+    return arguments
+
+
 def training_arguments(train: TrainSection, data: TrainingData, run: RunDir) -> dict[str, Any]:
     """The arguments of transformers' trainer that a recipe decides, the same for both engines."""
     steps = num_steps(len(data.train), train.batch_size, train.epochs)
-    schedule = "constant_with_warmup" if train.schedule == "constant" and train.warmup_fraction else train.schedule
     return {
         "output_dir": str(run.checkpoints),
         "num_train_epochs": train.epochs,
         "learning_rate": train.learning_rate,
-        "lr_scheduler_type": schedule,
-        "warmup_steps": math.ceil(train.warmup_fraction * steps),
+        **schedule_arguments(train, steps),
         "weight_decay": train.weight_decay,
         "max_grad_norm": train.max_grad_norm,
-        "optim": "adamw_torch",
+        "optim": OPTIMIZERS[train.optimizer],
         "seed": train.seed,
         "use_cpu": train.device == "cpu",
         **_cadence("eval", train.eval_every if data.eval else "never"),

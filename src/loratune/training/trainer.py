@@ -52,6 +52,7 @@ from loratune.training.checkpoint import (
     save_checkpoint,
 )
 from loratune.training.events import Events, History, StepMetrics
+from loratune.training.groups import let_b_learn_faster
 from loratune.training.held_out import EvaluationStoppedError, Nll, evaluate_nll, evaluate_together
 from loratune.training.loss import SupervisedLoss
 from loratune.training.order import ExampleOrder, Held, StepExamples, Steps
@@ -120,6 +121,12 @@ class _RunTrainer(Trainer):
         trackers = setup.train.report_to if world.is_main() else ()
         return [setup.callback, Trackers(trackers, setup.run, self.events)]
 
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        if self.setup.train.lora_plus_ratio != 1:
+            let_b_learn_faster(optimizer, self.setup.model, self.setup.train.lora_plus_ratio)
+        return optimizer
+
     def restore(self, checkpoint: Path) -> None:
         """Be where a run is after its last step."""
         load_adapter_weights(checkpoint, self.model)
@@ -174,7 +181,7 @@ class _RunTrainer(Trainer):
         return total
 
     def _skip(self) -> None:
-        """AdamW leaves a parameter without a gradient as it is, and its moments too."""
+        """Each of the optimizers leaves a parameter without a gradient as it is, and its own state too."""
         self.step_metrics.skipped = True
         self.setup.model.zero_grad(set_to_none=True)
 

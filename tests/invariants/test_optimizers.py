@@ -1,0 +1,115 @@
+"""Every optimizer and every schedule: both engines, a resumed run, and the bytes that the plan promises."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from loratune.pipeline import resume, train
+from loratune.recipe import Optimizer, Recipe, Schedule
+from loratune.run import read_json
+from tests.invariants.test_same_mathematics import assert_same
+
+MakeRecipe = Callable[..., Recipe]
+RATES = {"adamw": 1e-2, "adafactor": 1e-2, "sgd": 1.0}
+OTHERS = [name for name in get_args(Optimizer) if name != "adamw"]
+
+
+@pytest.mark.parametrize("optimizer", OTHERS)
+def test_both_engines_take_the_same_steps(optimizer: str, tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
+    settings = {
+        "train__optimizer": optimizer,
+        "train__learning_rate": RATES[optimizer],
+        "train__weight_decay": 0.1,
+        "lora__targets": "complete",
+    }
+    fast = train(tiny_recipe(**settings)).run
+    stock = train(tiny_recipe(**settings, train__engine="trl", train__output_dir=str(tmp_path / "trl"))).run
+    assert_same(fast, stock, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("schedule", [name for name in get_args(Schedule) if name not in ("linear", "constant")])
+def test_both_engines_have_the_same_learning_rates(schedule: str, tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
+    settings = {"train__schedule": schedule, "train__warmup_fraction": 0.3}
+    fast = train(tiny_recipe(**settings)).run
+    stock = train(tiny_recipe(**settings, train__engine="trl", train__output_dir=str(tmp_path / "trl"))).run
+    assert_same(fast, stock, tolerance=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "schedule"),
+    [("adafactor", "cosine_with_min_lr"), ("sgd", "inverse_sqrt"), ("adamw", "warmup_stable_decay")],
+)
+def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(
+    optimizer: str, schedule: str, tiny_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    settings = {
+        "train__optimizer": optimizer,
+        "train__schedule": schedule,
+        "train__warmup_fraction": 0.2,
+        "train__learning_rate": RATES[optimizer],
+        "train__save_every": 2,
+        "lora__dropout": 0.1,
+    }
+    whole = train(tiny_recipe(**settings)).run
+    killed = train(tiny_recipe(**settings, train__output_dir=str(tmp_path / "part"))).run
+    shutil.rmtree(killed.adapter)
+    shutil.rmtree(killed.checkpoints / "6")
+    assert_same(whole, resume(killed.root).run, tolerance=0)
+
+
+@pytest.mark.parametrize(("variant", "optimizer"), [("plain", "adamw"), ("dora", "adafactor")])
+def test_lora_plus_is_the_same_in_both_engines_and_after_resuming(
+    variant: str, optimizer: str, tiny_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    settings = {
+        "lora__variant": variant,
+        "train__optimizer": optimizer,
+        "train__learning_rate": 2e-3,
+        "train__lora_plus_ratio": 8.0,
+        "train__weight_decay": 0.1,
+        "train__save_every": 2,
+    }
+    fast = train(tiny_recipe(**settings)).run
+    stock = train(tiny_recipe(**settings, train__engine="trl", train__output_dir=str(tmp_path / "trl"))).run
+    assert_same(fast, stock, tolerance=1e-5)
+    before = {path: path.read_bytes() for path in fast.adapter.glob("*.safetensors")}
+    shutil.rmtree(fast.adapter)
+    shutil.rmtree(fast.checkpoints / "6")
+    resume(fast.root)
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_lora_plus_moves_b_by_the_ratio_and_a_as_before(tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
+    """AdamW's first step is the learning rate, whatever the gradient: without B's, A has none, so only B moves."""
+    settings = {"train__epochs": 0.1, "train__max_grad_norm": 0.0, "train__learning_rate": 1e-3}
+
+    def adapter(name: str, ratio: float) -> dict[str, torch.Tensor]:
+        made = tiny_recipe(**settings, train__lora_plus_ratio=ratio, train__output_dir=str(tmp_path / name))
+        return load_file(train(made).run.adapter / "adapter_model.safetensors")
+
+    plain, faster = adapter("plain", 1.0), adapter("faster", 4.0)
+    for name, weight in plain.items():
+        if "lora_A" in name:
+            torch.testing.assert_close(faster[name], weight, rtol=0, atol=0)
+        else:
+            torch.testing.assert_close(faster[name], 4 * weight)
+            assert float(weight.abs().max()) > 5e-4
+
+
+@pytest.mark.parametrize("variant", ["plain", "dora"])
+@pytest.mark.parametrize("optimizer", get_args(Optimizer))
+def test_the_plan_counts_what_the_optimizer_keeps(optimizer: str, variant: str, tiny_recipe: MakeRecipe) -> None:
+    recipe = tiny_recipe(train__optimizer=optimizer, train__epochs=0.4, lora__targets="complete", lora__variant=variant)
+    run = train(recipe).run
+    (checkpoint,) = run.checkpoints.iterdir()
+    state = load_file(checkpoint / "optimizer.safetensors").values()
+    kept = sum(4 * tensor.numel() for tensor in state if tensor.dim())  # counters have no dimension
+    assert kept == read_json(run.plan)["memory"]["optimizer_bytes"]
+    assert bool(kept) == (optimizer != "sgd")
