@@ -161,8 +161,7 @@ def train_on_ray(
         _raise(ray.get(desk.failure.remote()), None)
     finally:
         ray.shutdown()
-    if result.metrics:
-        progress.line(f"Ray has the metrics up to step {result.metrics['step']}; its record: {result.path}")
+    progress.line(f"Ray's own record of the run: {result.path}")
     run = RunDir.open(root)
     return pipeline.RunResult(run=run, evaluation=read_json(run.evaluation) if run.evaluation.is_file() else None)
 

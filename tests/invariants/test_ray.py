@@ -49,14 +49,21 @@ def is_at_work_on(run: RunDir, process: psutil.Process) -> bool:
     return any(Path(file.path) == run.root / ".in_use" for file in process.open_files())
 
 
-def test_two_workers_of_ray_are_two_processes(tiny_recipe: MakeRecipe, two: RunDir, tmp_path: Path) -> None:
+def test_two_workers_of_ray_are_two_processes(
+    tiny_recipe: MakeRecipe, two: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard = tmp_path / "heard"
+    monkeypatch.setenv("RAY_HEARD", str(heard))
+    monkeypatch.setenv("RAY_TRAIN_CALLBACKS", "tests.invariants.ray_listener.Listener")
     file, run = write_recipe(tiny_recipe(**SETTINGS), tmp_path, "ray-run")
     done = command([sys.executable, "-m", "loratune", "train", file, *RAY, "--json", "--storage", tmp_path / "records"])
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["run"] == str(run.root), "and nothing of Ray's"
     assert "pid=" not in done.stderr, "nor in what is told"
     assert done.stderr.count("loading ") == 1
-    assert "Ray has the metrics up to step 6" in done.stderr
+    reports = [json.loads(line) for line in heard.read_text().splitlines()]
+    steps = [record for record in run.read_metrics() if "loss" in record]
+    assert [[each["loss"] for each in report] for report in reports] == [[step["loss"]] * 2 for step in steps]
     assert_same(two, run, tolerance=1e-5)
     assert sizes(run) == sizes(two)
     assert read_json(run.plan)["num_processes"] == 2
