@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from loratune import pipeline
+from loratune import joint_preparation, pipeline
 from loratune.lock import differences
 from loratune.preparation import Preparation, prepare
 from loratune.recipe import Recipe
@@ -30,7 +30,7 @@ def test_the_lock_of_a_hub_model_knows_the_weights_that_are_fetched_after_the_pl
         return load(prepared, progress)
 
     load = pipeline.load_base
-    monkeypatch.setattr(pipeline, "prepare", from_hub)
+    monkeypatch.setattr(joint_preparation, "prepare", from_hub)
     monkeypatch.setattr(pipeline, "load_base", fetch)
     recipe = tiny_recipe()
     try:

@@ -15,9 +15,9 @@ from loratune.errors import RecipeError
 ALONE = """
 import sys
 from loratune import world
-from loratune.cli import _reporting
+from loratune.shell import in_the_shell
 from loratune.errors import DataError
-with _reporting(False, together=True):
+with in_the_shell(False, together=True):
     assert world.gather(world.rank()) == [0, 1]
     if world.rank() == 1:
         raise DataError("a row that only this process sees", file="train.jsonl", line=7)

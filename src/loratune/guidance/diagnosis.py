@@ -41,6 +41,8 @@ EXTRAS = {
     "llama_cpp": ("certificates of GGUF files from llama.cpp itself", "pip install 'loratune[gguf]'"),
     "fastapi": ("loratune serve, by transformers serve", "pip install 'loratune[serve]'"),
     "vllm": ("loratune serve, by vLLM", "pip install vllm  # in an environment of its own: it pins torch"),
+    "bitsandbytes": ("model.quantization: nf4, int8", "pip install 'loratune[bitsandbytes]'"),
+    "sacrebleu": ("evaluate.metric: bleu", "pip install 'loratune[bleu]'"),
     "ray": ("loratune train --engine ray", "pip install 'loratune[ray]'"),
     "lm_eval": ("loratune evaluate --harness", "pip install 'loratune[harness]'"),
 }
