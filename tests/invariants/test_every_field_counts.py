@@ -105,6 +105,9 @@ class Listener:
     def warn(self, text: str) -> None:
         self.lines.append(text)
 
+    def metrics(self, record: dict[str, Any]) -> None:
+        pass
+
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
