@@ -24,6 +24,7 @@ from typing import IO, Any, cast
 
 import ray
 import ray.train
+from pyarrow.fs import FileSystem
 from ray.train.backend import Backend
 from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchConfig, TorchTrainer
@@ -123,11 +124,13 @@ def train_on_ray(
 
     Raises:
         MachineError: The cluster cannot be reached.
+        RecipeError: The storage is nothing that Ray can write to.
         Interrupted: The user stopped it.
         RunError: Workers were lost more often than that.
         LoratuneError: As `pipeline.train`, of the first worker that failed.
     """
     root = RunDir.at(output_dir(recipe)).root
+    storage = _storage(options.storage, root)
     launch = uuid.uuid4().hex
     _connect(options.address, options.workers)
     try:
@@ -149,7 +152,7 @@ def train_on_ray(
             scaling_config=ray.train.ScalingConfig(num_workers=options.workers, use_gpu=gpus),
             run_config=ray.train.RunConfig(
                 name=f"{root.name}-{launch[:8]}",
-                storage_path=_storage(options.storage, root),
+                storage_path=storage,
                 failure_config=ray.train.FailureConfig(max_failures=options.max_failures),
                 logging_config=ray.train.LoggingConfig(log_level="CRITICAL"),  # errors are told below
             ),
@@ -181,10 +184,17 @@ def _connect(address: str | None, workers: int) -> None:
 
 
 def _storage(given: str | None, root: Path) -> str:
-    """A folder as Ray wants it, or a URL as it is."""
-    if given is not None and "://" in given:
-        return given
-    return str(Path(given).expanduser().resolve() if given is not None else root.parent / "ray")
+    """A folder as Ray wants it, or a URL as it is. Ray finds a wrong one when its cluster is up, and ends in a traceback."""
+    if given is None or "://" not in given:
+        return str(Path(given).expanduser().resolve() if given is not None else root.parent / "ray")
+    try:
+        FileSystem.from_uri(given)
+    except (ValueError, OSError) as error:
+        raise RecipeError(
+            f"--storage {given} is nothing that Ray can write to: {error}",
+            fix="a folder that all machines see, or a URL such as s3://BUCKET/FOLDER",
+        ) from error
+    return given
 
 
 def _uses_gpus(recipe: Recipe) -> bool:

@@ -108,6 +108,14 @@ def test_an_error_of_all_workers_is_told_once_with_its_exit_code(tiny_recipe: Ma
     assert "Traceback" not in done.stderr
 
 
+def test_a_storage_that_is_none_is_told_without_a_traceback(tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
+    file, _ = write_recipe(tiny_recipe(**SETTINGS), tmp_path, "nowhere")
+    done = command([sys.executable, "-m", "loratune", "train", file, *RAY, "--storage", "nosuch://bucket"])
+    assert done.returncode == 2, done.stderr
+    assert "--storage nosuch://bucket" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stop_keeps_its_exit_code_and_leaves_no_worker(
     tiny_recipe: MakeRecipe, two: RunDir, tmp_path: Path, number: int, exit_code: int
