@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from make_lora_parameters import CONFIG, table
+from pages import DEFAULT_MODEL, table, write_or_check
 
 from loratune.guidance.adapter_numbers import variant_rows
 from loratune.guidance.facts import Row, size
@@ -89,7 +89,7 @@ They need the weights as they are, so they do not go with `model.quantization`.
 
 def page() -> str:
     """The whole page."""
-    model, lora = skeleton(CONFIG), LoraSection()
+    model, lora = skeleton(DEFAULT_MODEL), LoraSection()
     targets = resolve_targets(model, lora.targets)
     return TEXT.format(
         when="\n".join(f"| `{variant}` | {WHERE[variant][0]} | {WHERE[variant][1]} |" for variant in VARIANTS),
@@ -105,7 +105,7 @@ def page() -> str:
 
 
 def _memory(variant: Variant, lora: LoraSection) -> Row:
-    model, other = skeleton(CONFIG), lora.model_copy(update={"variant": variant})
+    model, other = skeleton(DEFAULT_MODEL), lora.model_copy(update={"variant": variant})
     count = count_parameters(model, resolve_targets(model, lora.targets), other)
     matrices = [item.matrix for item in count.per_module]
     return {
@@ -115,17 +115,5 @@ def _memory(variant: Variant, lora: LoraSection) -> Row:
     }
 
 
-def main() -> int:
-    """Write the page, or with `--check` compare it."""
-    text = page()
-    if "--check" in sys.argv:
-        if PAGE.is_file() and PAGE.read_text(encoding="utf-8") == text:
-            return 0
-        print("docs/adapters.md is not what the code says: run `make docs`", file=sys.stderr)
-        return 1
-    PAGE.write_text(text, encoding="utf-8")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(write_or_check(PAGE, page()))

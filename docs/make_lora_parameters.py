@@ -7,7 +7,8 @@ import textwrap
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel, Qwen2Config
+from pages import DEFAULT_MODEL, table, write_or_check
+from transformers import PreTrainedModel
 
 from loratune.guidance.adapter_numbers import preset_rows, rank_row
 from loratune.guidance.facts import Row
@@ -16,15 +17,6 @@ from loratune.planning.parameters import count_parameters, skeleton
 from loratune.recipe import LoraSection, ModelSection
 
 PAGE = Path(__file__).parent / "lora-parameters.md"
-CONFIG = Qwen2Config(  # the shapes of the default model
-    hidden_size=1536,
-    num_hidden_layers=28,
-    num_attention_heads=12,
-    num_key_value_heads=2,
-    intermediate_size=8960,
-    vocab_size=151936,
-    tie_word_embeddings=False,
-)
 RANKS = (4, 8, 16, 32, 64)
 
 TEXT = """# LoRA's parameters, in numbers
@@ -112,7 +104,7 @@ trains.
 
 def page() -> str:
     """The whole page."""
-    lora, model = LoraSection(), skeleton(CONFIG)
+    lora, model = LoraSection(), skeleton(DEFAULT_MODEL)
     assert isinstance(lora.targets, str)
     ranks = [lora.model_copy(update={"r": r}) for r in RANKS]
     names = {preset: resolve_targets(model, preset) for preset in ("balanced", "attention", "complete")}
@@ -126,17 +118,17 @@ def page() -> str:
     square_lora = count_parameters(square, ("square",), lora).trainable
     text = TEXT.format(
         name=ModelSection().name.rpartition("/")[2],
-        layers=CONFIG.num_hidden_layers,
-        hidden=CONFIG.hidden_size,
-        heads=CONFIG.num_attention_heads,
-        key_value_heads=CONFIG.num_key_value_heads,
+        layers=DEFAULT_MODEL.num_hidden_layers,
+        hidden=DEFAULT_MODEL.hidden_size,
+        heads=DEFAULT_MODEL.num_attention_heads,
+        key_value_heads=DEFAULT_MODEL.num_key_value_heads,
         total=total,
         r=lora.r,
         alpha=lora.alpha,
         preset=lora.targets,
         dropout=lora.dropout,
         dropout_scale=1 / (1 - lora.dropout),
-        dropped=lora.dropout * CONFIG.hidden_size,
+        dropped=lora.dropout * DEFAULT_MODEL.hidden_size,
         square_lora=square_lora,
         square_full=1024 * 1024,
         square_saved=1 - square_lora / 1024**2,
@@ -191,22 +183,5 @@ def _alpha_rows() -> list[Row]:
     ]
 
 
-def table(rows: list[Row]) -> str:
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def main() -> int:
-    """Write the page, or with `--check` compare it."""
-    text = page()
-    if "--check" in sys.argv:
-        if PAGE.is_file() and PAGE.read_text(encoding="utf-8") == text:
-            return 0
-        print("docs/lora-parameters.md is not what the code says: run `make docs`", file=sys.stderr)
-        return 1
-    PAGE.write_text(text, encoding="utf-8")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(write_or_check(PAGE, page()))

@@ -7,6 +7,7 @@ import types
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
+from pages import write_or_check
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
@@ -71,17 +72,5 @@ def _first_line(section: type[BaseModel]) -> str:
     return (section.__doc__ or "").strip().partition("\n")[0].rstrip(".")
 
 
-def main() -> int:
-    """Write the page, or with `--check` compare it."""
-    text = page()
-    if "--check" in sys.argv:
-        if PAGE.is_file() and PAGE.read_text(encoding="utf-8") == text:
-            return 0
-        print("docs/recipe.md is not what the code says: run `make docs`", file=sys.stderr)
-        return 1
-    PAGE.write_text(text, encoding="utf-8")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(write_or_check(PAGE, page()))

@@ -8,7 +8,8 @@ from pathlib import Path
 from statistics import NormalDist
 
 import numpy as np
-from transformers import LlamaConfig, PreTrainedModel, Qwen2Config
+from pages import DEFAULT_MODEL, table, write_or_check
+from transformers import LlamaConfig, PreTrainedModel
 
 from loratune.data.conversation import Origin
 from loratune.data.prepare import PreparedData
@@ -27,15 +28,7 @@ from loratune.recipe import Recipe
 PAGE = Path(__file__).parent / "scaling.md"
 LLAMA = {"vocab_size": 128256, "num_key_value_heads": 8, "tie_word_embeddings": False}
 MODELS = {
-    "1.5B": Qwen2Config(
-        hidden_size=1536,
-        num_hidden_layers=28,
-        num_attention_heads=12,
-        num_key_value_heads=2,
-        intermediate_size=8960,
-        vocab_size=151936,
-        tie_word_embeddings=False,
-    ),
+    "1.5B": DEFAULT_MODEL,
     "8B": LlamaConfig(hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, intermediate_size=14336, **LLAMA),
     "70B": LlamaConfig(
         hidden_size=8192, num_hidden_layers=80, num_attention_heads=64, intermediate_size=28672, **LLAMA
@@ -158,18 +151,18 @@ def page() -> str:
     h100 = find_cluster("2x8xh100-80gb")
     return TEXT.format(
         gradient_bytes=GRADIENT_BYTES,
-        volumes=_table([_volume(name) for name in MODELS]),
+        volumes=table([_volume(name) for name in MODELS]),
         call=CALL_SECONDS * 1e6,
-        links=_table([_link(name) for name in LINKS]),
+        links=table([_link(name) for name in LINKS]),
         share=SHARE,
         efficiency=EFFICIENCY[False],
         small=16,
         large=256,
-        small_rows=_table(_rows(_scaled("8B", h100, batch_size=16))),
-        large_rows=_table(_rows(_scaled("8B", h100, batch_size=256))),
-        network_rows=_table(_network_rows()),
-        sharded_rows=_table(_rows(_scaled("70B", h100, batch_size=256))),
-        crossover=_table(_crossover_rows()),
+        small_rows=table(_rows(_scaled("8B", h100, batch_size=16))),
+        large_rows=table(_rows(_scaled("8B", h100, batch_size=256))),
+        network_rows=table(_network_rows()),
+        sharded_rows=table(_rows(_scaled("70B", h100, batch_size=256))),
+        crossover=table(_crossover_rows()),
         not_yet=f"\n**{NOT_TRAINED_YET['fsdp']}.**\n" if "fsdp" in NOT_TRAINED_YET else "",
         cap=CAPS["cuda"],
         examples=NUM_EXAMPLES,
@@ -328,22 +321,5 @@ def _seconds(seconds: float) -> str:
     return f"{seconds:,.2f} s" if seconds >= 1 else f"{seconds * 1e3:,.2f} ms"
 
 
-def _table(rows: list[Row]) -> str:
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def main() -> int:
-    """Write the page, or with `--check` compare it."""
-    text = page()
-    if "--check" in sys.argv:
-        if PAGE.is_file() and PAGE.read_text(encoding="utf-8") == text:
-            return 0
-        print("docs/scaling.md is not what the code says: run `make docs`", file=sys.stderr)
-        return 1
-    PAGE.write_text(text, encoding="utf-8")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(write_or_check(PAGE, page()))

@@ -6,7 +6,7 @@ from typing import Any
 
 from peft import PeftModel
 
-from loratune.model.adapter import attach_adapter, load_adapter
+from loratune.model.adapter import attach_adapter, fallback_note, load_adapter
 from loratune.model.beginning import begin_from
 from loratune.model.device import torch_dtype
 from loratune.model.fp8 import quantise_frozen
@@ -40,6 +40,9 @@ def adapt(prepared: Preparation, base: Any, progress: Progress) -> tuple[PeftMod
     loss, reason = make_loss(model, prepared.data.train)
     if reason:
         progress.warn(f"one example at a time: {reason}")
+    note = fallback_note(model)
+    if note and recipe.lora.variant != "dora":  # of which the plan speaks
+        progress.warn(note)
     loss.compiled = recipe.train.compile is True
     prepare_layers(model, compiled=loss.compiled, num_recomputed=int(recipe.train.recompute))
     return model, loss

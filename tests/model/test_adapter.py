@@ -5,7 +5,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from loratune.kernels.lora_linear import keep_mask
-from loratune.model.adapter import attach_adapter, short_names, trainable_parameters, use_fast_layers
+from loratune.model.adapter import attach_adapter, fallback_note, short_names, trainable_parameters, use_fast_layers
 from loratune.model.targets import resolve_targets
 from loratune.recipe import LoraSection
 
@@ -92,3 +92,14 @@ def test_conv1d_layers_keep_pefts_own_forward() -> None:
     model = attach_adapter(base, LoraSection(), resolve_targets(base, "attention"), base_name="tiny", seed=0)
     assert model.peft_config["default"].fan_in_fan_out
     assert use_fast_layers(model) == 0
+
+
+def test_matrices_that_the_fast_layers_cannot_compute_are_told() -> None:
+    llama = tiny()
+    model = attach_adapter(llama, LoraSection(), resolve_targets(llama, "complete"), base_name="tiny", seed=0)
+    use_fast_layers(model)
+    assert fallback_note(model) == ""
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=60, n_embd=16, n_layer=2, n_head=2, n_positions=32))
+    model = attach_adapter(gpt2, LoraSection(), resolve_targets(gpt2, "balanced"), base_name="tiny", seed=0)
+    use_fast_layers(model)
+    assert fallback_note(model).startswith("2 of 2 adapted matrices (Conv1D) run PEFT's own forward")

@@ -223,6 +223,8 @@ def test_a_checkpoint_in_4_bits_trains_and_is_not_merged_into(
     weights += sum(held_bytes(m) for m in held.modules() if type(m).__name__ == "Linear4bit")
     assert prepared.memory.weights_bytes == pytest.approx(weights, rel=0.01), "names of its tables are stored as well"
     assert "uncompiled" in prepared.choices["train.compile"].reason
+    with pytest.raises(RecipeError, match=r"train\.compile is true, but layers that come quantised run uncompiled"):
+        plan(tiny_recipe(model__name=str(quantised_folder), train__compile=True))
     run = train(recipe).run
     losses = [line["loss"] for line in run.read_metrics() if "loss" in line]
     assert losses[-1] < losses[0]

@@ -266,3 +266,7 @@ def test_ddp_is_taken_where_a_device_holds_everything() -> None:
     for cluster in (None, find_cluster("1xl4"), find_cluster("2xl4")):
         with pytest.raises(MachineError):
             strategy_for(cluster, place, estimate_at)
+    calls.clear()
+    with pytest.raises(MachineError):
+        strategy_for(find_cluster("4xl4"), replace(place, weights_bytes=10), estimate_at)
+    assert calls == [1], "nothing is said of the shards of a quantised base"

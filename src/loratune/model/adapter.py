@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.lora.layer import LoraLayer
 from transformers.pytorch_utils import Conv1D
 
 from loratune.errors import RecipeError
@@ -79,6 +80,16 @@ def use_fast_layers(model: PeftModel) -> int:
     return len(layers)
 
 
+def fallback_note(model: PeftModel) -> str:
+    """That some of the adapted matrices run PEFT's own forward after `use_fast_layers`; empty where none does."""
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    left = [layer for layer in layers if not getattr(layer, "is_fast", False)]
+    if not left:
+        return ""
+    kinds = ", ".join(sorted({type(layer.base_layer).__name__ for layer in left}))
+    return f"{len(left)} of {len(layers)} adapted matrices ({kinds}) run PEFT's own forward, not the fast one"
+
+
 def _has_fast_class(kind: type) -> bool:
     # By name: PEFT's layers on bitsandbytes exist only where that is installed.
     return kind is LoraLinear or (kind.__module__, kind.__name__) in _ON_BITSANDBYTES
@@ -111,7 +122,7 @@ def fast_class(kind: Any) -> Any:
             return base(x) + lora_update(x, a, b, scale, dropout)
         return lora_linear(x, base.weight, base.bias, a, b, scale, dropout)
 
-    return type(f"Fast{kind.__name__}", (kind,), {"forward": forward})
+    return type(f"Fast{kind.__name__}", (kind,), {"forward": forward, "is_fast": True})
 
 
 def trainable_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:

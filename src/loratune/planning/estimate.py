@@ -9,6 +9,7 @@ from typing import Any
 
 from loratune.data.prepare import PreparedData
 from loratune.data.prompts import Prompt
+from loratune.errors import RecipeError
 from loratune.model.device import Choice, choose_compile, compile_seconds, torch_dtype
 from loratune.model.quantised import uncompiled
 from loratune.planning.cost import (
@@ -76,9 +77,12 @@ def estimate(
         device: A device that is not here; None for this machine.
 
     Raises:
+        RecipeError: Compilation is asked for, and the base is quantised.
         MachineError: Not even one example fits, or compilation is asked for and impossible.
     """
     reason = uncompiled(recipe.model.quantization, config)
+    if reason and recipe.train.compile is True:
+        raise RecipeError(f"train.compile is true, but {reason}", fix="train.compile=auto")
     wanted = recipe.train.compile if recipe.train.engine == "fast" and not reason else False
     work = run_work(recipe, data, prompts)
     place = replace(place, compiled=wanted is True)

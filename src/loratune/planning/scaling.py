@@ -356,12 +356,13 @@ def strategy_for(cluster: Cluster | None, place: Place, estimate_at: EstimateAt)
         estimate_at: Memory and time at a place.
 
     Raises:
-        MachineError: It does not fit either way.
+        MachineError: It does not fit either way; or not on one device, and the base is quantised, for whose shards there is no
+            formula.
     """
     try:
         return "ddp", estimate_at(place=place)
     except MachineError:
-        if cluster is None or cluster.size == 1:
+        if cluster is None or cluster.size == 1 or place.weights_bytes is not None:
             raise
     return "fsdp", estimate_at(place=replace(place, shards=cluster.size))
 
