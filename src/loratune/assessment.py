@@ -12,11 +12,11 @@ from loratune.errors import MachineError
 from loratune.evaluation.compare import evaluation_record, nll_record
 from loratune.evaluation.generate import Answer, generate_answers
 from loratune.evaluation.own_metric import OwnMetric
-from loratune.model.device import is_out_of_memory
+from loratune.model.device import free_memory, is_out_of_memory
 from loratune.preparation import Preparation
 from loratune.progress import Progress
 from loratune.run import Record, RunDir, write_json
-from loratune.training.budget import TokenBudget, free_memory
+from loratune.training.budget import TokenBudget
 from loratune.training.events import Events, History
 from loratune.training.held_out import Nll, evaluate_nll
 from loratune.training.loss import SupervisedLoss

@@ -33,7 +33,7 @@ from loratune.joint_preparation import prepare_together
 from loratune.loading import adapt, load_base, load_trained
 from loratune.lock import changed_settings, differences
 from loratune.model.adapter import save_adapter
-from loratune.model.device import peak_bytes
+from loratune.model.device import free_memory, peak_bytes
 from loratune.model.load import load_config, positions_of
 from loratune.model.variants import has_changed_base
 from loratune.planning.cluster import find_machine
@@ -47,7 +47,6 @@ from loratune.reporting.page import report_or_warn
 from loratune.run import Record, RunDir, cannot_write, read_json, write_json, write_text
 from loratune.sitting import Sitting
 from loratune.training.arguments import TrainingData
-from loratune.training.budget import free_memory
 from loratune.training.callbacks import RunCallback
 from loratune.training.checkpoint import checkpoint_to_go_on_from, load_adapter_weights, sync
 from loratune.training.held_out import Nll

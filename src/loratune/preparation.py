@@ -19,7 +19,7 @@ from loratune.errors import MachineError, RecipeError
 from loratune.evaluation.scoring import check_metric, check_references
 from loratune.lock import examples_fingerprint, make_lock, model_fingerprint, text_fingerprint
 from loratune.model.beginning import adapter_fingerprint, base_notes
-from loratune.model.device import Choice, choose_device, choose_dtype
+from loratune.model.device import Choice, choose_device, choose_dtype, free_memory
 from loratune.model.gguf import cache_dir
 from loratune.model.load import BaseModel, load_config, load_tokenizer, locate_model, positions_of
 from loratune.model.quantised import BY_BITSANDBYTES, check_checkpoint
@@ -233,6 +233,7 @@ def prepare(
     check_references(recipe.evaluate.metric, prompts)
     check_prompts(recipe, prompts, positions)
     dtype = _dtype(recipe, where.value, device)
+    free_memory()  # a model that was just converted leaves free pages in the heap, which loading takes again
     resident = resident_bytes()  # before the probes
     text_config = config.get_text_config()
     estimate_at = partial(

@@ -15,8 +15,7 @@ import torch
 from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from loratune.model.device import is_out_of_memory
-from loratune.training.budget import free_memory
+from loratune.model.device import free_memory, is_out_of_memory
 
 TOKEN_LIMIT = 16_384
 """The most tokens of one batch, prompts and answers together, where nobody planned how many fit."""

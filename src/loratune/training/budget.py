@@ -7,10 +7,7 @@ others of the same law, since they are drawn for a micro-batch at a time.
 
 from __future__ import annotations
 
-import ctypes
-import gc
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
 from itertools import accumulate
 from typing import TypeVar
 
@@ -19,19 +16,10 @@ import torch
 from loratune.data.render import Example
 from loratune.data.steps import pack
 from loratune.errors import MachineError
-from loratune.model.device import is_out_of_memory
+from loratune.model.device import free_memory, is_out_of_memory
 from loratune.training.events import Events
 
 T = TypeVar("T")
-
-
-def free_memory() -> None:
-    """Give back what nobody holds, on a CPU also the free pages of glibc's heap: half of the process after a training."""
-    gc.collect()
-    with suppress(AttributeError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 class TokenBudget:
