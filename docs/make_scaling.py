@@ -21,7 +21,7 @@ from loratune.planning.estimate import estimate
 from loratune.planning.interconnect import CALL_SECONDS, LINKS, SHARE
 from loratune.planning.memory import CAPS
 from loratune.planning.parameters import ParameterCount, count_parameters, skeleton
-from loratune.planning.scaling import GRADIENT_BYTES, NOT_TRAINED_YET, Scaling, hiding_tokens, scale
+from loratune.planning.scaling import GRADIENT_BYTES, Scaling, hiding_tokens, scale
 from loratune.planning.speed import EFFICIENCY
 from loratune.recipe import Recipe
 
@@ -112,7 +112,7 @@ Below one example for each rank, ranks idle: `plan` says so, and names the small
 ## When ddp beats fsdp
 
 Where a device holds the base, ddp sends less, whatever the link; that is what `auto` takes. fsdp is for bases that no device holds:
-a rank keeps 1/n of the base, embeddings and head, and two whole layers (the one that computes and the one that arrives). The 70B model,
+a rank keeps 1/n of the layers, embeddings and head whole, and two whole layers (the one that computes and the one that arrives). The 70B model,
 {large} examples a step, on two nodes of eight:
 
 {sharded_rows}
@@ -132,7 +132,7 @@ Ethernet of 100 Gb/s they do not. Latency, left out here, is in the tables above
 
 One case is not weighed by `auto`: where the whole base leaves so little memory that layers must be recomputed (half as many operations
 again), a sharded base may be the faster one.
-{not_yet}
+
 ## What the formulas do not see
 
 - A GPU's speed on small micro-batches: each token is taken to cost the same, so many ranks with few tokens each are slower than here.
@@ -163,7 +163,6 @@ def page() -> str:
         network_rows=table(_network_rows()),
         sharded_rows=table(_rows(_scaled("70B", h100, batch_size=256))),
         crossover=table(_crossover_rows()),
-        not_yet=f"\n**{NOT_TRAINED_YET['fsdp']}.**\n" if "fsdp" in NOT_TRAINED_YET else "",
         cap=CAPS["cuda"],
         examples=NUM_EXAMPLES,
         median=MEDIAN,

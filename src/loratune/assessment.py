@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from peft import PeftModel
 
+from loratune import world
 from loratune.data.prompts import stop_token_ids
 from loratune.errors import MachineError
 from loratune.evaluation.compare import evaluation_record, nll_record
@@ -31,7 +32,7 @@ def assess(
     tuned_nll: Nll | None = None,
     own: OwnMetric | None = None,
 ) -> Record:
-    """Base and tuned from the same loaded model, adapter off and on.
+    """Base and tuned from the same loaded model, adapter off and on; where processes share it, by all of them in step.
 
     `tuned_nll`: where it is known already; `own`: in the place of the recipe's metric.
     """
@@ -39,8 +40,16 @@ def assess(
     prompts = prepared.prompts
     events = Events(run, progress)
     events.step = prepared.num_steps
-    budget = TokenBudget(_token_budget(prepared, run), events)
+    budget = TokenBudget(world.gather(_token_budget(prepared, run))[0], events, together=loss.sharded)
     stops = stop_token_ids(prepared.tokenizer) if prompts else ()
+
+    def told(message: str) -> None:
+        if loss.sharded:
+            raise MachineError(
+                f"process {world.rank()}: {message}, which processes that share the base cannot do alone",
+                fix="a smaller evaluate.max_new_tokens, or evaluate.metric=none",
+            )
+        events.happened("smaller_answer_batches", message)
 
     def measure(name: str, known: Nll | None = None) -> tuple[Nll, Nll, list[Answer]]:
         nll = known or evaluate_nll(loss, data.eval, budget, progress)
@@ -56,7 +65,7 @@ def assess(
                 stop_token_ids=stops,
                 token_limit=prepared.memory.generation_tokens,
                 progress=task.advance,
-                told=lambda message: events.happened("smaller_answer_batches", message),
+                told=told,
             )
         return nll, other, answers
 
@@ -79,7 +88,8 @@ def assess(
         rise = record["forgetting"]["difference"]["nll"]
         if rise["low"] > 0:
             progress.warn(f"the loss on evaluate.forgetting rose by {rise['value']:.4g} nats per token: it forgets")
-    write_json(run.evaluation, record)
+    if world.is_main():
+        write_json(run.evaluation, record)
     return record
 
 

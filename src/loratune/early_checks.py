@@ -36,6 +36,25 @@ from loratune.planning.parameters import ParameterCount
 from loratune.recipe import Recipe
 
 
+def check_sharded(recipe: Recipe) -> None:
+    """Whether the base can be shared by processes as the recipe would have it.
+
+    Raises:
+        RecipeError: It cannot.
+    """
+    problem = ""
+    if recipe.model.quantization != "none":
+        problem = f"model.quantization is {recipe.model.quantization}, whose weights are not cut into parts"
+    elif recipe.lora.variant in ("pissa", "olora"):
+        problem = (
+            f"lora.variant is {recipe.lora.variant}, which changes the base before it trains and takes the whole of it"
+        )
+    if problem:
+        raise RecipeError(
+            f"train.strategy is fsdp, but {problem}", fix="train.strategy=ddp, where a device holds the base"
+        )
+
+
 def check_trackers(recipe: Recipe) -> None:
     """Whether the trackers of `train.report_to` are installed, and the one that needs a key has it.
 

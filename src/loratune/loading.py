@@ -6,6 +6,7 @@ from typing import Any
 
 from peft import PeftModel
 
+from loratune.errors import RecipeError
 from loratune.model.adapter import attach_adapter, fallback_note, load_adapter
 from loratune.model.beginning import begin_from
 from loratune.model.device import torch_dtype
@@ -16,13 +17,15 @@ from loratune.progress import Progress
 from loratune.run import RunDir
 from loratune.training.compilation import prepare_layers
 from loratune.training.loss import SupervisedLoss, make_loss
+from loratune.training.shards import is_sharded, shard_layers
 
 
 def load_base(prepared: Preparation, progress: Progress) -> Any:
     """The base model alone."""
     recipe = prepared.recipe
     progress.line(f"loading {recipe.model.name} in {recipe.model.dtype} on {recipe.train.device}")
-    return load_model(prepared.base, recipe.model, dtype=torch_dtype(recipe.model.dtype), device=recipe.train.device)
+    device = "cpu" if is_sharded(recipe) else recipe.train.device  # whose memory need not hold all of it
+    return load_model(prepared.base, recipe.model, dtype=torch_dtype(recipe.model.dtype), device=device)
 
 
 def adapt(prepared: Preparation, base: Any, progress: Progress) -> tuple[PeftModel, SupervisedLoss]:
@@ -37,7 +40,7 @@ def adapt(prepared: Preparation, base: Any, progress: Progress) -> tuple[PeftMod
         quantise_frozen(model)
     if recipe.train.engine == "trl":
         return model, SupervisedLoss(model, packed=False)
-    loss, reason = make_loss(model, prepared.data.train)
+    loss, reason = _loss(model, prepared)
     if reason:
         progress.warn(f"one example at a time: {reason}")
     note = fallback_note(model)
@@ -55,8 +58,24 @@ def load_trained(prepared: Preparation, run: RunDir, progress: Progress) -> tupl
         quantise_frozen(model)
     if prepared.recipe.train.engine == "trl":
         return model, SupervisedLoss(model, packed=False)
-    loss, _ = make_loss(model, prepared.data.train)
+    loss, _ = _loss(model, prepared)
     return model, loss
+
+
+def _loss(model: PeftModel, prepared: Preparation) -> tuple[SupervisedLoss, str]:
+    """The way to the loss, and why it is not the packed one; of a base that processes share, after each has its part of it."""
+    recipe = prepared.recipe
+    if not is_sharded(recipe):
+        return make_loss(model, prepared.data.train)
+    shard_layers(model, recipe.train.device)
+    loss, reason = make_loss(model, prepared.data.train)
+    if reason:
+        raise RecipeError(
+            f"train.strategy is fsdp, for which examples must share a forward, and they cannot: {reason}",
+            fix="train.strategy=ddp",
+        )
+    loss.sharded = True
+    return loss, ""
 
 
 def _loadable_name(prepared: Preparation) -> str:

@@ -28,6 +28,7 @@ from pyarrow.fs import FileSystem
 from ray.train.backend import Backend
 from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from loratune import pipeline, world
 from loratune.errors import Interrupted, LoratuneError, MachineError, RecipeError, RunError, Terminated
@@ -47,8 +48,8 @@ class RayOptions:
     Attributes:
         workers: How many; each has a GPU, where the cluster has some and `train.device` does not rule them out.
         address: Of a cluster; None for that of `RAY_ADDRESS`, or a new one on this machine that ends with the command.
-        storage: Where Ray keeps its own record of the run: a folder that all machines see, or a URL. By default a folder `ray`
-            beside the run directory.
+        storage: Where Ray keeps its own record of the run, with copies of the checkpoints: a folder that all machines see, or a
+            URL. By default a folder `ray` beside the run directory.
         max_failures: How often workers are started again after one was lost.
     """
 
@@ -99,10 +100,14 @@ class _DeskFile(io.TextIOBase):
 
 
 class _WorkerProgress(TerminalProgress):
-    """Ray is told the metrics."""
+    """Ray is told the metrics, and given the checkpoints. All workers report equally often, or Ray waits."""
 
     def metrics(self, record: Record) -> None:
         ray.train.report(record)
+
+    def checkpoint(self, record: Record, folder: Path) -> None:
+        kept = ray.train.Checkpoint.from_directory(folder) if world.is_main() else None
+        ray.train.report(record, checkpoint=kept)
 
 
 def train_on_ray(
@@ -134,7 +139,8 @@ def train_on_ray(
     launch = uuid.uuid4().hex
     _connect(options.address, options.workers)
     try:
-        desk = ray.remote(num_cpus=0)(_Desk).remote()
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        desk = ray.remote(num_cpus=0, scheduling_strategy=here)(_Desk).remote()  # not on a machine that may be lost
         gpus = _uses_gpus(recipe)
         _warn_of_waiting("GPU" if gpus else "CPU", options.workers, progress)
         trainer = TorchTrainer(
@@ -154,6 +160,7 @@ def train_on_ray(
                 name=f"{root.name}-{launch[:8]}",
                 storage_path=storage,
                 failure_config=ray.train.FailureConfig(max_failures=options.max_failures),
+                checkpoint_config=ray.train.CheckpointConfig(num_to_keep=recipe.train.keep_checkpoints),
                 logging_config=ray.train.LoggingConfig(log_level="CRITICAL"),  # errors are told below
             ),
         )

@@ -5,7 +5,8 @@ train       prepare → run directory → weights and adapter → steps → adap
 resume      what of that is left, after checking that nothing it depends on changed
 evaluate    base against tuned, of a finished run
 
-Of several processes (`world`) each goes this way until the last step is taken; then the first one saves and evaluates alone.
+Of several processes (`world`) each goes this way until the last step is taken; then the first one saves and evaluates alone, or
+where they share the base (`shards`), evaluates with the others in step.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ from loratune.training.callbacks import RunCallback
 from loratune.training.checkpoint import checkpoint_to_go_on_from, load_adapter_weights, sync
 from loratune.training.held_out import Nll
 from loratune.training.loss import SupervisedLoss
+from loratune.training.shards import is_sharded, told_if_lost
 from loratune.training.sharing import check_same
 from loratune.training.stopping import StopRequest, stopping_in_order
 from loratune.training.trainer import FastTrainer, ReferenceTrainer, TrainerSetup, resume_state
@@ -188,7 +190,8 @@ def _go_on(run: RunDir, progress: Progress) -> RunResult:
         _refuse(_changed_inputs(lock, prepared, run), run.lock)
         if run.is_finished:
             world.publish(_NEXT, _EVALUATE)
-            world.stop()
+            if not is_sharded(prepared.recipe):
+                world.stop()
             progress.line("all steps are done and the adapter is saved; going on with the evaluation")
             return _finish_trained(prepared, run, progress)
         checkpoint = checkpoint_to_go_on_from(run, progress)
@@ -205,6 +208,8 @@ def _go_on(run: RunDir, progress: Progress) -> RunResult:
 def _follow(prepared: Preparation, run: RunDir, progress: Progress) -> RunResult:
     """What the other processes do when the first one knows where to go on."""
     name = world.read(_NEXT)
+    if name == _EVALUATE and is_sharded(prepared.recipe):
+        return _finish_trained(prepared, run, progress)
     if name == _EVALUATE:
         world.stop()
         return RunResult(run=run, evaluation=None)
@@ -305,14 +310,18 @@ def _run(prepared: Preparation, run: RunDir, checkpoint: Path | None, progress: 
     model, loss = _load(prepared, run, checkpoint, progress)
     stop = StopRequest()
     try:
-        with memory_errors_told(run):
+        with memory_errors_told(run), told_if_lost():
             tuned_nll = _train(prepared, run, model, loss, checkpoint, stop, progress)
-        world.stop()
-        if not world.is_main():
-            return RunResult(run=run, evaluation=None)
+        if loss.sharded:
+            stop.agree(world.gather(stop.asked or 0))
+        else:
+            world.stop()
+            if not world.is_main():
+                return RunResult(run=run, evaluation=None)
         if prepared.recipe.train.final_adapter == "best" and _take_best(run, model, prepared.num_steps, progress):
             tuned_nll = None
-        _save(prepared, run, model)
+        if world.is_main():
+            _save(prepared, run, model)
         if stop:
             raise stop.as_error(_UNEVALUATED, run)
     except Interrupted:
@@ -349,12 +358,14 @@ def _finish(
     """Evaluation, card, what was measured, report. `measured` comes last of what must be there: with it a run is done."""
     evaluation, started = None, time.perf_counter()
     try:
-        with memory_errors_told(run):
+        with memory_errors_told(run), told_if_lost():
             if prepared.data.eval:
                 evaluation = assess(prepared, run, model, loss, progress, tuned_nll)
     except KeyboardInterrupt:
         sitting.note()
         raise StopRequest().as_error(_UNEVALUATED, run) from None
+    if not world.is_main():
+        return RunResult(run=run, evaluation=None)
     seconds = time.perf_counter() - started
     write_card(run)
     sitting.close(evaluate_seconds=seconds)

@@ -14,7 +14,15 @@ from loratune.data.prompts import Prompt, render_prompts, stop_token_ids
 from loratune.data.render import Example
 from loratune.data.steps import num_steps
 from loratune.data.stream import MANY_ROWS, can_stream, open_tables, stream_data
-from loratune.early_checks import check_disk, check_output, check_prompts, check_start, check_trackers, check_vocabulary
+from loratune.early_checks import (
+    check_disk,
+    check_output,
+    check_prompts,
+    check_sharded,
+    check_start,
+    check_trackers,
+    check_vocabulary,
+)
 from loratune.errors import MachineError, RecipeError
 from loratune.evaluation.scoring import check_metric, check_references
 from loratune.lock import examples_fingerprint, make_lock, model_fingerprint, text_fingerprint
@@ -37,7 +45,7 @@ from loratune.planning.memory import MemoryPlan, free_bytes, resident_bytes
 from loratune.planning.parameters import ParameterCount, count_parameters, skeleton
 from loratune.planning.presets import PresetCount, PresetPlan, count_presets
 from loratune.planning.quantised import check_quantised, quantised_place, quantization_notes
-from loratune.planning.scaling import Scaling, scale, strategy_for
+from loratune.planning.scaling import Scaling, scale, strategy_choice, strategy_for
 from loratune.planning.speed import StepProbe, TimePlan, with_probe
 from loratune.progress import Progress
 from loratune.recipe import Recipe
@@ -262,7 +270,10 @@ def prepare(
         resident_bytes=resident,
         free_bytes=_free_bytes(where.value) if device is None else device.memory_bytes,
     )
-    _, estimated = strategy_for(cluster, place, estimate_at)
+    ranks = world.size() if cluster is None else cluster.size
+    strategy, estimated = strategy_for(recipe.train.strategy, ranks, place, estimate_at)
+    if strategy == "fsdp":
+        check_sharded(recipe)
     memory = estimated.memory
     choices = {
         "train.device": where,
@@ -272,6 +283,7 @@ def prepare(
         "train.compile": estimated.compiled,
         "train.recompute": Choice(str(memory.num_recomputed), _recompute_reason(recipe, memory)),
         "train.token_budget": Choice(str(memory.token_budget), _budget_reason(recipe, memory)),
+        "train.strategy": strategy_choice(recipe.train.strategy, strategy, ranks),
         "train.output_dir": Choice(str(output_dir(recipe))),
     }
     effective = _resolved(recipe, choices)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any, Protocol
 
 
@@ -29,6 +30,9 @@ class Progress(Protocol):
     def metrics(self, record: dict[str, Any]) -> None:
         """Tell a step's line of `metrics.jsonl`, by every process of a run."""
 
+    def checkpoint(self, record: dict[str, Any], folder: Path) -> None:
+        """Tell of a checkpoint that was written, by every process of a run."""
+
 
 class Silent:
     """Nobody listens."""
@@ -47,4 +51,7 @@ class Silent:
         pass
 
     def metrics(self, record: dict[str, Any]) -> None:
+        pass
+
+    def checkpoint(self, record: dict[str, Any], folder: Path) -> None:
         pass

@@ -274,6 +274,10 @@ class TrainSection(Section):
     max_skipped_steps: int = Field(default=10, ge=0)
     """How many steps may be skipped in the whole run with `on_bad_step: skip`, before it ends."""
 
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    """What each of several processes holds: `ddp`, the whole base; `fsdp`, a part of each decoder layer, and all of one while it
+    computes. `auto`: `ddp` where a device holds the base. Decides memory and speed, never the result."""
+
     report_to: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()
     """Experiment trackers to report to."""
 

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
@@ -74,6 +75,9 @@ class TerminalProgress:
 
     def metrics(self, record: dict[str, Any]) -> None:
         """The bar shows them."""
+
+    def checkpoint(self, record: dict[str, Any], folder: Path) -> None:
+        """The run directory shows it."""
 
 
 def _columns(width: int) -> list[ProgressColumn]:

@@ -281,10 +281,15 @@ def _together() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise LostError(
-            f"process {rank()} of {_world.size if _world else 1} lost another one: it was killed, or its machine is gone",
-            fix="`loratune resume RUN` goes on from the last checkpoint; `torchrun --max-restarts` does so by itself",
-        ) from error
+        raise lost() from error
+
+
+def lost() -> LostError:
+    """The error of a process that cannot go on alone."""
+    return LostError(
+        f"process {rank()} of {_world.size if _world else 1} lost another one: it was killed, or its machine is gone",
+        fix="`loratune resume RUN` goes on from the last checkpoint; `torchrun --max-restarts` does so by itself",
+    )
 
 
 def _check_launcher(environment: Mapping[str, str]) -> None:
@@ -298,8 +303,8 @@ def _check_launcher(environment: Mapping[str, str]) -> None:
     for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):
         if environment.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
             raise RecipeError(
-                f"accelerate is configured for {name}; every process has the whole model here",
-                fix="`accelerate launch --multi_gpu`, or torchrun",
+                f"accelerate is configured for {name}; the recipe says what each process holds",
+                fix="`accelerate launch --multi_gpu`, or torchrun; train.strategy decides",
             )
 
 

@@ -58,6 +58,7 @@ OTHER: dict[str, Any] = {
     "train.device": "cuda",
     "train.token_budget": 130,
     "train.compile": True,
+    "train.strategy": "fsdp",
     "train.recompute": 1,
     "train.eval_every": 1,
     "train.save_every": 1,

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -187,3 +188,40 @@ def test_an_error_of_all_processes_is_told_once(tiny_recipe: MakeRecipe, tmp_pat
     assert done.stderr.count("trains in one process here") == 1
     done = command([*TORCHRUN, "--nproc-per-node=2", "-m", "loratune", "plan", file])
     assert done.stderr.count("this command runs in one process") == 1
+
+
+@contextmanager
+def agent(port: int, file: Path, options: Sequence[str] = ()) -> Iterator[subprocess.Popen[str]]:
+    """One of the torchruns of a run on one or two machines, with one process."""
+    meeting = [f"--rdzv-endpoint=localhost:{port}", "--rdzv-backend=c10d", f"--rdzv-id={file.stem}"]
+    elastic = ["--nnodes=1:2", "--max-restarts=3", "--rdzv-conf=last_call_timeout=2", *meeting, *options]
+    with started([*TORCHRUN, *elastic, "--nproc-per-node=1", "-m", "loratune", "train", file]) as process:
+        yield process
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("change", ["leaves", "joins"])
+def test_a_run_goes_on_with_fewer_or_more_machines(tiny_recipe: MakeRecipe, tmp_path: Path, change: str) -> None:
+    settings = {**SETTINGS, "train__epochs": 40, "train__save_every": 10, "train__eval_every": "never"}
+    expected = train(tiny_recipe(**settings, train__output_dir=str(tmp_path / "expected"))).run
+    file, run = write_recipe(tiny_recipe(**settings), tmp_path, change)
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = free.getsockname()[1]
+    with agent(port, file, ["--local-addr=localhost"]) as first:
+        if change == "leaves":
+            with agent(port, file) as second:
+                wait_for((run.checkpoints / "10").is_dir)
+                for process in (*psutil.Process(second.pid).children(), psutil.Process(second.pid)):
+                    process.kill()
+                output, _ = first.communicate(timeout=WAIT_SECONDS)
+        else:
+            wait_for((run.checkpoints / "10").is_dir)
+            with agent(port, file) as second:
+                output, _ = first.communicate(timeout=WAIT_SECONDS)
+                second.communicate(timeout=WAIT_SECONDS)
+    assert first.returncode == 0, output
+    assert "going on after step" in output
+    assert read_json(run.plan)["num_processes"] == (2 if change == "leaves" else 1), "it was begun so"
+    assert sizes(run) == sizes(expected)
+    assert_same(expected, run, tolerance=1e-3)  # 120 steps of float noise

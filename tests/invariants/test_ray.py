@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from ray.cluster_utils import Cluster
 
 from loratune.pipeline import resume
 from loratune.recipe import Recipe
@@ -56,19 +57,25 @@ def test_two_workers_of_ray_are_two_processes(
     monkeypatch.setenv("RAY_HEARD", str(heard))
     monkeypatch.setenv("RAY_TRAIN_CALLBACKS", "tests.invariants.ray_listener.Listener")
     file, run = write_recipe(tiny_recipe(**SETTINGS), tmp_path, "ray-run")
-    done = command([sys.executable, "-m", "loratune", "train", file, *RAY, "--json", "--storage", tmp_path / "records"])
+    done = command(
+        [sys.executable, "-m", "loratune", "train", file, *RAY, "--json", "--storage", (tmp_path / "records").as_uri()]
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["run"] == str(run.root), "and nothing of Ray's"
     assert "pid=" not in done.stderr, "nor in what is told"
     assert done.stderr.count("loading ") == 1
-    reports = [json.loads(line) for line in heard.read_text().splitlines()]
+    heard_of = [json.loads(line) for line in heard.read_text().splitlines()]
+    reports = [report for report in heard_of if "loss" in report[0]]
     steps = [record for record in run.read_metrics() if "loss" in record]
     assert [[each["loss"] for each in report] for report in reports] == [[step["loss"]] * 2 for step in steps]
     assert_same(two, run, tolerance=1e-5)
     assert sizes(run) == sizes(two)
     assert read_json(run.plan)["num_processes"] == 2
     assert run.is_complete
-    assert list((tmp_path / "records").glob("ray-run-*"))
+    copies = sorted((tmp_path / "records").glob("ray-run-*/checkpoint_*/adapter_model.safetensors"))
+    assert [file.read_bytes() for file in copies] == [
+        (run.checkpoints / str(step) / "adapter_model.safetensors").read_bytes() for step in (2, 4, 6)
+    ]
 
 
 @pytest.mark.parametrize("first", [False, True])
@@ -130,3 +137,23 @@ def test_a_stop_keeps_its_exit_code_and_leaves_no_worker(
     assert output.count("loratune resume") == 1, output
     wait_for(lambda: not any(worker.is_running() for worker in workers))
     assert_same(two, resume(run.root).run, tolerance=1e-5)
+
+
+def test_a_cluster_that_loses_a_node_goes_on_with_another(tiny_recipe: MakeRecipe, two: RunDir, tmp_path: Path) -> None:
+    """Nodes of one machine, each with one core, so that each has one worker."""
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        lost = cluster.add_node(num_cpus=1)
+        file, run = write_recipe(tiny_recipe(**SETTINGS), tmp_path, "nodes")
+        options = [*RAY, "--max-failures=1", "--address", cluster.address]
+        with started([sys.executable, "-m", "loratune", "train", file, *options]) as process:
+            wait_for((run.checkpoints / "2").is_dir)
+            cluster.add_node(num_cpus=1)
+            cluster.remove_node(lost, allow_graceful=False)
+            output, _ = process.communicate(timeout=WAIT_SECONDS)
+    finally:
+        cluster.shutdown()
+    assert process.returncode == 0, output
+    assert "going on after step" in output
+    assert_same(two, run, tolerance=1e-5)
+    assert sizes(run) == sizes(two)

@@ -53,7 +53,7 @@ COVERED = {
         *("optimizer", "lora_plus_ratio", "schedule"),
         *("max_grad_norm", "seed", "engine", "device", "token_budget", "eval_every", "save_every", "log_every"),
         *("keep_checkpoints", "report_to"),
-        *("compile", "recompute"),  # of the fast engine's speed and memory alone
+        *("compile", "recompute", "strategy"),  # of the fast engine's speed and memory alone
     },
 }
 """The settings that a script follows. Another one that is not at its default is refused. The evaluate section is left out,

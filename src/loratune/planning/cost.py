@@ -82,8 +82,9 @@ def run_memory(recipe: Recipe, config: Any, parameters: ParameterCount, work: Wo
     wanted, recompute = recipe.train.token_budget, recipe.train.recompute
     dtype_bytes = torch_dtype(place.dtype).itemsize
     matrices = [count.matrix for count in parameters.per_module]
+    shards = 1 if place.device == "cpu" else place.shards  # a CPU loads the whole base, before it is sharded
     return plan_memory(
-        total_parameters=parameters.trainable + held_parameters(config, parameters, place.shards),
+        total_parameters=parameters.trainable + held_parameters(config, parameters, shards),
         trainable_parameters=parameters.trainable,
         optimizer_bytes=state_bytes(recipe.train.optimizer, matrices, recipe.lora),
         stored_bytes=place.stored_bytes,
@@ -116,15 +117,15 @@ def run_memory(recipe: Recipe, config: Any, parameters: ParameterCount, work: Wo
 def held_parameters(config: Any, parameters: ParameterCount, shards: int) -> int:
     """Frozen parameters that a rank holds at the peak, of a base that is sharded layer by layer.
 
-    Its shard of all; embeddings and head, which FSDP2's outermost module gathers once and keeps until the backward is done; and
-    two layers, the one that computes and the one that is gathered meanwhile (PyTorch's notes on FSDP,
-    docs.pytorch.org/docs/stable/notes/fsdp.html; `torch.distributed.fsdp.fully_shard`, `reshard_after_forward`).
+    Its shard of the layers; embeddings and head, which stay whole; and two layers, the one that computes and the one that is
+    gathered meanwhile (PyTorch's notes on FSDP, docs.pytorch.org/docs/stable/notes/fsdp.html; `torch.distributed.fsdp.fully_shard`,
+    `reshard_after_forward`).
     """
     frozen = parameters.total - parameters.trainable
     if shards == 1:
         return frozen
     layer, outside = sharded_parameters(config, parameters)
-    return min(frozen, -(-frozen // shards) + outside + 2 * layer)
+    return min(frozen, -(-(frozen - outside) // shards) + outside + 2 * layer)
 
 
 def sharded_parameters(config: Any, parameters: ParameterCount) -> tuple[int, int]:

@@ -77,10 +77,12 @@ def estimate(
         device: A device that is not here; None for this machine.
 
     Raises:
-        RecipeError: Compilation is asked for, and the base is quantised.
+        RecipeError: Compilation is asked for, and the base is quantised or sharded.
         MachineError: Not even one example fits, or compilation is asked for and impossible.
     """
     reason = uncompiled(recipe.model.quantization, config)
+    if place.shards > 1:
+        reason = "the layers of a base that processes share (fsdp) run uncompiled"
     if reason and recipe.train.compile is True:
         raise RecipeError(f"train.compile is true, but {reason}", fix="train.compile=auto")
     wanted = recipe.train.compile if recipe.train.engine == "fast" and not reason else False

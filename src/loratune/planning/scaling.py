@@ -25,7 +25,7 @@ import numpy as np
 from loratune.data.prepare import PreparedData
 from loratune.data.steps import EpochPlan, num_steps
 from loratune.errors import MachineError
-from loratune.model.device import torch_dtype
+from loratune.model.device import Choice, torch_dtype
 from loratune.planning.cluster import Cluster
 from loratune.planning.cost import Place, run_memory, sharded_parameters
 from loratune.planning.estimate import Estimate
@@ -43,9 +43,6 @@ class EstimateAt(Protocol):
 
     def __call__(self, *, place: Place) -> Estimate: ...
 
-
-NOT_TRAINED_YET = {"fsdp": "loratune does not train with fsdp yet: its figures are a prediction only"}
-"""Strategy → what is said about it, where the trainer does not have it."""
 
 SIMULATED_STEPS = 2000
 """The most steps of the first epoch that are dealt out; an epoch is shuffled, so these stand for the others."""
@@ -141,7 +138,6 @@ class Rank:
         num_layers: Of the model.
         num_recomputed: Of them, whose forward runs once more on the way back.
         layer_bytes: Of the frozen weights of a layer.
-        outside_bytes: Of embeddings and head.
         gradient_bytes: Of the adapter's gradients.
     """
 
@@ -149,7 +145,6 @@ class Rank:
     num_layers: int
     num_recomputed: int
     layer_bytes: int
-    outside_bytes: int
     gradient_bytes: int
 
     @property
@@ -167,8 +162,7 @@ def unhidden_gather_seconds(tokens: np.ndarray, rank: Rank, fabric: Fabric) -> n
     """Seconds that micro-batches of so many tokens wait for the frozen base.
 
     While a layer computes, the next is gathered (PyTorch's notes on FSDP; Zhao et al. 2023, arXiv 2304.11277, section 3.3), so
-    a layer waits for what its gather takes longer. Embeddings and head, and the first layer of each way, are waited for in
-    full. The output head's computing is counted as if spread over the layers.
+    a layer waits for what its gather takes longer. The first layer of each way is waited for in full. The output head's computing is counted as if spread over the layers.
 
     Args:
         tokens: [M], of the heaviest rank in each micro-batch.
@@ -184,7 +178,7 @@ def unhidden_gather_seconds(tokens: np.ndarray, rank: Rank, fabric: Fabric) -> n
     compute = tokens * rank.token_seconds / rank.num_layers
     forward = compute * rank.forward_share
     waits = np.maximum(0, gather - forward) + np.maximum(0, gather - (compute - forward))
-    return fabric.all_gather_seconds(rank.outside_bytes) + 2 * gather + (rank.num_layers - 1) * waits
+    return 2 * gather + (rank.num_layers - 1) * waits
 
 
 def hiding_tokens(fabric: Fabric, *, flops_per_second: float, bytes_per_weight: float) -> float:
@@ -320,7 +314,6 @@ class Scaling:
             "simulated_steps": self.simulated_steps,
             "is_epoch": self.is_epoch,
             "assumptions": list(self._assumptions()),
-            "notes": list(self._notes()),
             "is_estimate": True,
         }
 
@@ -336,10 +329,6 @@ class Scaling:
             "loading, compiling and evaluation take as long as on one device",
         )
 
-    def _notes(self) -> tuple[str, ...]:
-        used = dict.fromkeys(row.strategy for row in self.rows)
-        return tuple(NOT_TRAINED_YET[strategy] for strategy in used if strategy in NOT_TRAINED_YET)
-
 
 def _links(fabric: Fabric) -> list[Link]:
     """Those that carry anything."""
@@ -347,24 +336,35 @@ def _links(fabric: Fabric) -> list[Link]:
     return links + ([fabric.between] if fabric.nodes > 1 else [])
 
 
-def strategy_for(cluster: Cluster | None, place: Place, estimate_at: EstimateAt) -> tuple[Strategy, Estimate]:
+def strategy_for(
+    wanted: Strategy | Literal["auto"], shards: int, place: Place, estimate_at: EstimateAt
+) -> tuple[Strategy, Estimate]:
     """What every rank holds: everything where it fits (ddp), for that moves fewer bytes; else a shard of the base (fsdp).
 
     Args:
-        cluster: None for one device.
+        wanted: The recipe's `train.strategy`.
+        shards: The ranks.
         place: A device that holds everything.
         estimate_at: Memory and time at a place.
 
     Raises:
         MachineError: It does not fit either way; or not on one device, and the base is quantised, for whose shards there is no
-            formula.
+            formula, or the device is a CPU, which loads all of it.
     """
-    try:
-        return "ddp", estimate_at(place=place)
-    except MachineError:
-        if cluster is None or cluster.size == 1 or place.weights_bytes is not None:
-            raise
-    return "fsdp", estimate_at(place=replace(place, shards=cluster.size))
+    if wanted != "fsdp" or shards == 1:
+        try:
+            return "ddp", estimate_at(place=place)
+        except MachineError:
+            if wanted == "ddp" or shards == 1 or place.weights_bytes is not None or place.device == "cpu":
+                raise
+    return "fsdp", estimate_at(place=replace(place, shards=shards))
+
+
+def strategy_choice(wanted: Strategy | Literal["auto"], found: Strategy, shards: int) -> Choice:
+    """What `train.strategy` becomes, and why, where that needs a word."""
+    if wanted == "auto":
+        return Choice(found, "no device holds the base alone" if found == "fsdp" else "")
+    return Choice(wanted, "one process has nobody to share the base with" if wanted == "fsdp" and shards == 1 else "")
 
 
 def scale(
@@ -399,11 +399,11 @@ def scale(
         epochs=recipe.train.epochs,
     )
     bytes_per_weight = torch_dtype(place.dtype).itemsize
-    layer, outside = sharded_parameters(config, parameters)
+    layer, _ = sharded_parameters(config, parameters)
     rows, too_few = [], []
     for smaller in cluster.smaller():
         try:
-            strategy, estimated = strategy_for(smaller, place, estimate_at)
+            strategy, estimated = strategy_for(recipe.train.strategy, smaller.size, place, estimate_at)
         except MachineError:
             if smaller.size == cluster.size:
                 raise
@@ -419,7 +419,6 @@ def scale(
             num_layers=config.num_hidden_layers,
             num_recomputed=chosen.num_recomputed,
             layer_bytes=bytes_per_weight * layer,
-            outside_bytes=bytes_per_weight * outside,
             gradient_bytes=GRADIENT_BYTES * parameters.trainable,
         )
         memory = run_memory(same, config, parameters, work, estimated.place)

@@ -196,8 +196,6 @@ def scaling_lines(record: Record) -> Iterator[Text]:
         "of the slowest; idle: devices without an example",
         style="dim",
     )
-    for note in scaling["notes"]:
-        yield Text.assemble(("! ", "yellow"), note)
     for link in scaling["interconnect"]:
         what = "between nodes" if link["scope"] == "nodes" else "in a node"
         each = "node" if link["shared"] else "device"

@@ -13,6 +13,7 @@ from typing import TypeVar
 
 import torch
 
+from loratune import world
 from loratune.data.render import Example
 from loratune.data.steps import pack
 from loratune.errors import MachineError
@@ -28,19 +29,24 @@ class TokenBudget:
     Args:
         tokens: To begin with.
         events: Where halving is told.
+        together: Whether all processes have the same number of micro-batches, because they share the base's weights: then some may
+            be empty, and where memory runs out in one of them all fail.
 
     Attributes:
         tokens: Now.
     """
 
-    def __init__(self, tokens: int, events: Events) -> None:
-        self.tokens = tokens
+    def __init__(self, tokens: int, events: Events, *, together: bool = False) -> None:
+        self.tokens, self._together = tokens, together
         self._events = events
         self._under_way: list[Example] = []
 
     def micro_batches(self, examples: Sequence[Example], numbers: Iterable[int]) -> Iterator[tuple[int, ...]]:
         """The numbers of some of the examples, in micro-batches within the budget."""
-        for chosen in pack([(i, len(examples[i].input_ids)) for i in numbers], self.tokens):
+        made = pack([(i, len(examples[i].input_ids)) for i in numbers], self.tokens)
+        if self._together:
+            made += [()] * (max(world.gather(len(made))) - len(made))
+        for chosen in made:
             self._under_way = [examples[i] for i in chosen]
             yield chosen
         self._under_way = []
@@ -77,6 +83,11 @@ class TokenBudget:
 
     def _halve(self, reason: str) -> None:
         lengths = [len(example.input_ids) for example in self._under_way]
+        if self._together:
+            raise MachineError(
+                f"process {world.rank()}: a micro-batch of {sum(lengths):,} tokens does not fit into memory: {reason}",
+                fix=f"a train.token_budget below {self.tokens:,}; processes that share the base cannot make smaller ones alone",
+            )
         if len(lengths) < 2:
             what = f"one example of {lengths[0]:,} tokens" if lengths else "the work around the micro-batches"
             file, line = (self._under_way[0].origin.file, self._under_way[0].origin.line) if lengths else (None, None)

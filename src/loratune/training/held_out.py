@@ -14,6 +14,7 @@ from loratune.progress import Progress, Silent
 from loratune.training.budget import TokenBudget
 from loratune.training.events import Events
 from loratune.training.loss import SupervisedLoss
+from loratune.training.shards import FILLER
 from loratune.training.stopping import StopRequest
 
 Nll = list[tuple[float, int]]
@@ -76,11 +77,14 @@ def evaluate_together(
     found: dict[int, tuple[float, int]] = {}
     problem = ""
     try:
-        losses = evaluate_nll(loss, [examples[i] for i in mine], budget, progress, lambda: stop.asked)
+        asked = bool if loss.sharded else lambda: stop.asked
+        losses = evaluate_nll(loss, [examples[i] for i in mine], budget, progress, asked)
         found = dict(zip(mine, losses, strict=True))
     except EvaluationStoppedError:
         pass
-    except Exception as error:  # noqa: BLE001 - the others wait for this share; they must hear of it, whatever it was
+    except Exception as error:  # the others wait for this share; they must hear of it, whatever it was
+        if loss.sharded:
+            raise  # they wait for a layer, and hear that this process is gone
         problem = f"process {world.rank()}: {type(error).__name__}: {error}"
     parts = world.gather((found, problem, stop.asked or 0, events.untold()))
     events.tell(record for *_, untold in parts for record in untold)
@@ -106,9 +110,10 @@ def _measure(
         for chosen in budget.micro_batches(examples, range(len(examples))):
             if stop():
                 raise EvaluationStoppedError
-            batch = collate([examples[i] for i in chosen]).to(loss.model.device)
+            batch = collate([examples[i] for i in chosen] or [FILLER]).to(loss.model.device)
             counts = [num_supervised(examples[i]) for i in chosen]
-            sums = [float(part.double().sum()) for part in torch.split(loss.per_token(batch), counts)]
+            losses = loss.per_token(batch)
+            sums = [float(part.double().sum()) for part in torch.split(losses, counts)] if chosen else []
             for i, total, count in zip(chosen, sums, counts, strict=True):
                 results[i] = (total, count)
             task.advance(len(chosen))
@@ -119,12 +124,12 @@ def loss_of_each(loss: SupervisedLoss, examples: Sequence[Example]) -> list[floa
     """The mean loss of each example, computed by itself, without dropout."""
     was_training = loss.model.training
     loss.model.eval()
+    num_calls = max(world.gather(len(examples))) if loss.sharded else len(examples)
     try:
-        return [
+        means = [
             float(loss.per_token(collate([example]).to(loss.model.device)).double().mean())
-            if num_supervised(example)
-            else 0.0
-            for example in examples
+            for example in [*examples, *[FILLER] * (num_calls - len(examples))]
         ]
     finally:
         loss.model.train(was_training)
+    return [mean if num_supervised(example) else 0.0 for example, mean in zip(examples, means, strict=False)]

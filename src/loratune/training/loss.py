@@ -66,9 +66,11 @@ class SupervisedLoss:
 
     Attributes:
         compiled: Whether the chunks of the cross-entropy are computed by compiled code.
+        sharded: Whether the model's layers are shared with other processes (`shards`), so that all call it equally often.
     """
 
     compiled = False
+    sharded = False
 
     def __init__(self, model: PeftModel, *, packed: bool = True) -> None:
         causal_lm = model.get_base_model()

@@ -56,6 +56,7 @@ from loratune.training.groups import let_b_learn_faster
 from loratune.training.held_out import EvaluationStoppedError, Nll, evaluate_nll, evaluate_together
 from loratune.training.loss import SupervisedLoss
 from loratune.training.order import ExampleOrder, Held, StepExamples, Steps
+from loratune.training.shards import FILLER
 from loratune.training.sharing import StepTotals, add_up_gradients, check_same, seed_step
 from loratune.training.stock import labelled
 from loratune.training.stopping import StopRequest
@@ -114,7 +115,9 @@ class _RunTrainer(Trainer):
         history = world.gather(History.of(setup.run.read_metrics()))[0]
         self.setup, self.step_metrics = setup, StepMetrics()
         self.events = Events(setup.run, setup.progress)
-        self.budget = TokenBudget(history.token_budget or setup.data.token_budget, self.events)
+        self.budget = TokenBudget(
+            history.token_budget or setup.data.token_budget, self.events, together=setup.loss.sharded
+        )
         self.watch = NumberWatch(setup.train, setup.loss, setup.tokenizer, self.events, history)
         self.held_out = history.held_out
         self.steps = Steps(setup.data.train, setup.train, setup.data.token_budget)
@@ -146,7 +149,9 @@ class _RunTrainer(Trainer):
         except EvaluationStoppedError:  # `resume` makes up for it
             self.control.should_save = self.control.should_training_stop = True
             return {}
-        except Exception as error:  # noqa: BLE001 - a model's own code; hours of training must not end in a measurement
+        except Exception as error:  # a model's own code; hours of training must not end in a measurement
+            if setup.loss.sharded:
+                raise  # the other processes cannot go on without this one
             problem = f"{type(error).__name__}: {error}".partition("\n  fix:")[0]
             self.held_out[self.state.global_step] = None
             self.events.happened("evaluation_failed", f"the held-out loss could not be measured: {problem}")
@@ -194,13 +199,17 @@ class _RunTrainer(Trainer):
         return norm
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any = None) -> None:
-        run, step = self.setup.run, self.state.global_step
+        setup, run, step = self.setup, self.setup.run, self.state.global_step
         check_same(self.model)
-        if not world.is_main():
-            return
+        if world.is_main():
+            self._write_checkpoint(run.checkpoints / str(step))
+        setup.progress.checkpoint({"step": step}, run.checkpoints / str(step))
+
+    def _write_checkpoint(self, folder: Path) -> None:
+        run = self.setup.run
         run.sync_metrics()  # a checkpoint that survives a power cut must find the lines before it
         save_checkpoint(
-            run.checkpoints / str(step),
+            folder,
             model=self.model,
             optimizer=self.optimizer,
             scheduler=self.lr_scheduler,
@@ -290,8 +299,8 @@ class FastTrainer(_RunTrainer):
     def _gradients(self, examples: Sequence[Example], num_supervised_tokens: int) -> torch.Tensor:
         total = torch.zeros((), device=self.args.device)
         for chosen in self.budget.micro_batches(examples, range(len(examples))):
-            batch = collate([examples[i] for i in chosen]).to(self.args.device)
-            loss = self.setup.loss.sum(batch) / num_supervised_tokens
+            batch = collate([examples[i] for i in chosen] or [FILLER]).to(self.args.device)
+            loss = self.setup.loss.sum(batch) * bool(chosen) / num_supervised_tokens
             self.accelerator.backward(loss)
             total += loss.detach()
         return total
