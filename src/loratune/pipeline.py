@@ -340,7 +340,8 @@ def _finish_trained(prepared: Preparation, run: RunDir, progress: Progress) -> R
     """What is left to do when the adapter stands."""
     sitting = Sitting(run, prepared.recipe.train.device)
     if "measured" in read_json(run.plan):
-        report_or_warn(run, progress)
+        if world.is_main():
+            report_or_warn(run, progress)
         return RunResult(run=run, evaluation=read_json(run.evaluation) if prepared.data.eval else None)
     model, loss = load_trained(prepared, run, progress)
     return _finish(prepared, run, model, loss, sitting, progress)
