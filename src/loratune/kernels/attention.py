@@ -8,6 +8,9 @@ Shapes: T tokens of all examples, H query heads, G key/value heads, D head width
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -22,6 +25,38 @@ PACKED = "loratune_packed"
 
 class PackingUnsupportedError(RuntimeError):
     """The architecture needs something of attention that the packed kernel does not do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Windows:
+    """How far tokens may see: what a model's masks say, which packed attention has none of, and what its layers say.
+
+    Attributes:
+        masked: The windows or chunks, in tokens, for which a model asked for a mask.
+        told: The windows that its layers handed to their attention.
+    """
+
+    masked: set[int] = field(default_factory=set)
+    told: set[int] = field(default_factory=set)
+
+    @property
+    def untold(self) -> int | None:
+        """The narrowest that stands in a mask only, so that packed attention does not keep to it; else None."""
+        return min(self.masked - self.told, default=None)
+
+
+_windows: Windows | None = None
+
+
+@contextmanager
+def record_windows() -> Iterator[Windows]:
+    """What the models that run meanwhile say about windows."""
+    global _windows  # noqa: PLW0603 - attention and masks are called by transformers, which passes nothing of ours
+    _windows = Windows()
+    try:
+        yield _windows
+    finally:
+        _windows = None
 
 
 def packed_attention(  # the signature is transformers'
@@ -45,7 +80,7 @@ def packed_attention(  # the signature is transformers'
         module: The attention module that calls.
         query_1HTD: [1, H, T, D].
         key_1GTD: [1, G, T, D]; H is a multiple of G.
-        value_1GTD: [1, G, T, D].
+        value_1GTD: [1, G, T, V]; V is D but for DeepSeek's latent attention.
         attention_mask: Always None: the mask function registered with it makes none.
         scaling: Factor on query·key; 1/√D when None.
         dropout: Attention dropout, zero in the models that people fine-tune.
@@ -56,7 +91,7 @@ def packed_attention(  # the signature is transformers'
         **kwargs: What else the model passes; `s_aux` (attention sinks) is refused.
 
     Returns:
-        [1, T, H, D], and None for the weights.
+        [1, T, H, V], and None for the weights.
 
     Raises:
         PackingUnsupportedError: No boundaries arrived, or the architecture has attention sinks or attention dropout.
@@ -67,13 +102,16 @@ def packed_attention(  # the signature is transformers'
         raise PackingUnsupportedError("the model's attention has sinks or a position bias")
     if dropout:
         raise PackingUnsupportedError(f"the model's attention has dropout {dropout}")
+    if _windows is not None and sliding_window is not None:
+        _windows.told.add(sliding_window)
     window = sliding_window if sliding_window is not None and sliding_window < max_length_q else None
     if query_1HTD.device.type == "cpu":
         scale = query_1HTD.shape[-1] ** -0.5 if scaling is None else scaling
         return block_attention(
             query_1HTD, key_1GTD, value_1GTD, cu_seq_lens_q, scale=scale, window=window, softcap=softcap
         ), None
-    if query_1HTD.is_cuda and softcap is None and query_1HTD.dtype in (torch.bfloat16, torch.float16):
+    same_width = query_1HTD.shape[-1] == value_1GTD.shape[-1]
+    if query_1HTD.is_cuda and softcap is None and same_width and query_1HTD.dtype in (torch.bfloat16, torch.float16):
         return _varlen(query_1HTD, key_1GTD, value_1GTD, cu_seq_lens_q, max_length_q, scaling, window), None
     return _by_example(query_1HTD, key_1GTD, value_1GTD, cu_seq_lens_q, scaling, window, softcap), None
 
@@ -155,8 +193,10 @@ def _softcapped(
     return scores.softmax(-1, dtype=torch.float32).to(value.dtype) @ value
 
 
-def _no_mask(*args: Any, **kwargs: Any) -> None:
-    """The boundaries say what a mask would."""
+def _no_mask(*args: Any, local_size: int | None = None, **kwargs: Any) -> None:
+    """The boundaries say what a mask would, and the layers themselves what windows they have."""
+    if _windows is not None and local_size is not None:
+        _windows.masked.add(local_size)
 
 
 def register() -> None:
