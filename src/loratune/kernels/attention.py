@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -27,36 +26,22 @@ class PackingUnsupportedError(RuntimeError):
     """The architecture needs something of attention that the packed kernel does not do."""
 
 
-@dataclass(frozen=True, slots=True)
-class Windows:
-    """How far tokens may see: what a model's masks say, which packed attention has none of, and what its layers say.
-
-    Attributes:
-        masked: The windows or chunks, in tokens, for which a model asked for a mask.
-        told: The windows that its layers handed to their attention.
-    """
-
-    masked: set[int] = field(default_factory=set)
-    told: set[int] = field(default_factory=set)
-
-    @property
-    def untold(self) -> int | None:
-        """The narrowest that stands in a mask only, so that packed attention does not keep to it; else None."""
-        return min(self.masked - self.told, default=None)
-
-
-_windows: Windows | None = None
+_untold: set[int] | None = None
+"""Where windows are collected; see `record_untold_windows`."""
 
 
 @contextmanager
-def record_windows() -> Iterator[Windows]:
-    """What the models that run meanwhile say about windows."""
-    global _windows  # noqa: PLW0603 - attention and masks are called by transformers, which passes nothing of ours
-    _windows = Windows()
+def record_untold_windows() -> Iterator[set[int]]:
+    """The windows and chunks, in tokens, that layers of the models that run meanwhile keep to by their mask alone.
+
+    Packed attention has no masks. A window is kept to where the layer says so, as `sliding_window`.
+    """
+    global _untold  # noqa: PLW0603 - transformers calls attention and masks, and passes nothing of ours
+    _untold = set()
     try:
-        yield _windows
+        yield _untold
     finally:
-        _windows = None
+        _untold = None
 
 
 def packed_attention(  # the signature is transformers'
@@ -81,7 +66,7 @@ def packed_attention(  # the signature is transformers'
         query_1HTD: [1, H, T, D].
         key_1GTD: [1, G, T, D]; H is a multiple of G.
         value_1GTD: [1, G, T, V]; V is D but for DeepSeek's latent attention.
-        attention_mask: Always None: the mask function registered with it makes none.
+        attention_mask: None: the mask function registered with it makes none. While windows are recorded, the mask's window.
         scaling: Factor on query·key; 1/√D when None.
         dropout: Attention dropout, zero in the models that people fine-tune.
         cu_seq_lens_q: int32 [E + 1], the boundaries of the examples.
@@ -102,8 +87,8 @@ def packed_attention(  # the signature is transformers'
         raise PackingUnsupportedError("the model's attention has sinks or a position bias")
     if dropout:
         raise PackingUnsupportedError(f"the model's attention has dropout {dropout}")
-    if _windows is not None and sliding_window is not None:
-        _windows.told.add(sliding_window)
+    if _untold is not None and attention_mask is not None and int(attention_mask) != sliding_window:
+        _untold.add(int(attention_mask))
     window = sliding_window if sliding_window is not None and sliding_window < max_length_q else None
     if query_1HTD.device.type == "cpu":
         scale = query_1HTD.shape[-1] ** -0.5 if scaling is None else scaling
@@ -193,10 +178,11 @@ def _softcapped(
     return scores.softmax(-1, dtype=torch.float32).to(value.dtype) @ value
 
 
-def _no_mask(*args: Any, local_size: int | None = None, **kwargs: Any) -> None:
+def _no_mask(*args: Any, local_size: int | None = None, **kwargs: Any) -> torch.Tensor | None:
     """The boundaries say what a mask would, and the layers themselves what windows they have."""
-    if _windows is not None and local_size is not None:
-        _windows.masked.add(local_size)
+    if _untold is None or local_size is None:
+        return None
+    return torch.full((1, 1, 1, 1), local_size)  # with a mask's axes, which some models slice
 
 
 def register() -> None:

@@ -151,13 +151,7 @@ def target_notes(model: nn.Module, targets: str | tuple[str, ...]) -> tuple[str,
     Raises:
         RecipeError: `targets` is text, but no preset.
     """
-    notes = []
-    coefficient = router_loss(model.config) if isinstance(model, PreTrainedModel) else 0.0
-    if coefficient:
-        notes.append(
-            f"TRL would add the routers' load-balancing loss (router_aux_loss_coef {coefficient:g}); it is left out, in both "
-            "engines: it is no sum over tokens, and the routers are frozen"
-        )
+    notes = _router_notes(model.config) if isinstance(model, PreTrainedModel) else []
     if not isinstance(targets, str):
         return tuple(notes)
     wanted = _roles_of_preset(targets)
@@ -179,6 +173,23 @@ def target_notes(model: nn.Module, targets: str | tuple[str, ...]) -> tuple[str,
     if missing:
         notes.append(f"this model has no {_list(missing)} matrix inside its layers")
     return tuple(notes)
+
+
+def _router_notes(config: PretrainedConfig) -> list[str]:
+    notes = []
+    coefficient = router_loss(config)
+    if coefficient:
+        notes.append(
+            f"TRL would add the routers' load-balancing loss (router_aux_loss_coef {coefficient:g}); it is left out, in both "
+            "engines: it is no sum over tokens, and the routers are frozen"
+        )
+    jitter = getattr(config.get_text_config(), "router_jitter_noise", None)
+    if jitter:
+        notes.append(
+            f"its routers draw at random in training (router_jitter_noise {jitter:g}), so engine and token budget change which "
+            "experts a token sees"
+        )
+    return notes
 
 
 def _roles_of_preset(preset: str) -> frozenset[str]:

@@ -119,7 +119,6 @@ class MergedWeights:
             )
         return found
 
-
     def _only_one_like(self, module: str) -> str | None:
         """The one tensor whose name has the module's layer number and what follows it, in the language model where files
         have several towers; None where there is none or more than one."""

@@ -6,7 +6,6 @@ This is the fast path. Its plain counterpart is the model's own forward with lab
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -18,10 +17,10 @@ from peft import PeftModel
 from loratune.data.batch import MicroBatch, collate
 from loratune.data.render import Example
 from loratune.errors import RunError
-from loratune.kernels.attention import PACKED, PackingUnsupportedError, record_windows, register
+from loratune.kernels.attention import PACKED, PackingUnsupportedError, record_untold_windows, register
 from loratune.kernels.cross_entropy import cross_entropy_per_token, head_logits, sum_cross_entropy
 from loratune.model.adapter import use_fast_layers
-from loratune.training.packing import longest_packed, obstacle
+from loratune.training.packing import decoder_of, longest_packed, obstacle
 
 CHECK_TOKENS = 24
 """Tokens of each of the two examples on which the fast path is compared with the plain one."""
@@ -80,8 +79,7 @@ class SupervisedLoss:
         self.model = model
         self.packed = packed
         self.head = Head.of(causal_lm)
-        # Llama 4's text model has the name of its decoder wrong, and is its own base model then.
-        self.decoder: Any = causal_lm.base_model if causal_lm.base_model is not causal_lm else causal_lm.get_decoder()
+        self.decoder: Any = decoder_of(causal_lm)
         self._own_attention = causal_lm.config._attn_implementation
         if packed:
             register()
@@ -174,14 +172,16 @@ def make_loss(model: PeftModel, examples: Sequence[Example]) -> tuple[Supervised
     reason = obstacle(causal_lm)
     if not reason:
         try:
-            with record_windows() as windows:
+            with record_untold_windows() as untold:
                 loss = SupervisedLoss(model, packed=True)
                 difference = _difference(loss, examples, expected)
             if difference <= tolerance:
-                loss.longest_packed, reason = longest_packed(causal_lm.config, windows)
-                longer = max(len(example.input_ids) for example in examples) > (loss.longest_packed or math.inf)
-                return loss, reason if longer else ""
-            reason = f"packed examples differ from separate ones by {difference:.2g} nats"
+                _rehearse(loss, examples)
+                loss.longest_packed, reason = longest_packed(causal_lm.config, untold)
+                longest = max(len(example.input_ids) for example in examples)
+                return loss, reason if loss.longest_packed is not None and longest > loss.longest_packed else ""
+            reason = longest_packed(causal_lm.config, untold)[1]
+            reason = reason or f"packed examples differ from separate ones by {difference:.2g} nats"
         except (PackingUnsupportedError, TypeError, ValueError) as error:
             reason = str(error)
         causal_lm.set_attn_implementation(own_attention)
@@ -226,6 +226,18 @@ def _plain_losses(model: PeftModel, examples: Sequence[Example]) -> torch.Tensor
         losses.append(torch.nn.functional.cross_entropy(logits[:-1], input_ids[0, 1:], reduction="none"))
     model.train(was_training)
     return torch.cat(losses)
+
+
+@torch.no_grad()
+def _rehearse(loss: SupervisedLoss, examples: Sequence[Example]) -> None:
+    """One forward as in training, where some models do more, such as attention dropout."""
+    was_training = loss.model.training
+    loss.model.train()
+    try:
+        with torch.random.fork_rng():
+            loss.per_token(collate(_heads_of(examples)).to(loss.model.device))
+    finally:
+        loss.model.train(was_training)
 
 
 def _difference(loss: SupervisedLoss, examples: Sequence[Example], expected: torch.Tensor) -> float:

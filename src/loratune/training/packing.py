@@ -7,15 +7,25 @@ examples only. Both stand in the model's structure.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from loratune.kernels.attention import Windows
-
 _STATES = ("linear_attention", "conv", "mamba", "hybrid")
 """What configurations call layers that hand a state from token to token; see transformers' `ALLOWED_LAYER_TYPES`."""
+
+
+def decoder_of(causal_lm: Any) -> Any:
+    """What makes the hidden states that the head takes.
+
+    Llama 4's text model does not have its decoder where its own `base_model_prefix` says, and is its own base model then.
+    """
+    decoder = causal_lm.base_model
+    if decoder is causal_lm:
+        decoder = next(child for child in causal_lm.children() if isinstance(child, PreTrainedModel))
+    return decoder
 
 
 def obstacle(causal_lm: PreTrainedModel) -> str:
@@ -24,7 +34,7 @@ def obstacle(causal_lm: PreTrainedModel) -> str:
     Args:
         causal_lm: The base model, with or without adapters in it.
     """
-    decoder: Any = causal_lm.get_decoder()  # type: ignore[no-untyped-call]
+    decoder = decoder_of(causal_lm)
     stateful = _stateful(decoder)
     if stateful:
         return f"the state of {stateful} would run on into the next example"
@@ -40,19 +50,18 @@ def obstacle(causal_lm: PreTrainedModel) -> str:
     return ""
 
 
-def longest_packed(config: Any, windows: Windows) -> tuple[int | None, str]:
+def longest_packed(config: Any, untold: Collection[int]) -> tuple[int | None, str]:
     """The longest example, in tokens, up to which micro-batches may be packed, and why not beyond; None without a limit.
 
     Args:
         config: The model's.
-        windows: What the model said about windows while it ran.
+        untold: Windows that only a mask keeps to, from `record_untold_windows`.
     """
     limits = [
         (length, f"rotary positions of type {kind} depend on the longest example of a forward beyond {length:,} tokens")
         for kind, length in _changing_rotations(config.get_text_config())
     ]
-    if windows.untold is not None:
-        limits.append((windows.untold, f"attention beyond {windows.untold:,} tokens is limited by a mask only"))
+    limits += [(window, f"a mask alone keeps its attention to {window:,} tokens") for window in untold]
     return min(limits, default=(None, ""))  # type: ignore[type-var]
 
 
