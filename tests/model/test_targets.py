@@ -283,7 +283,7 @@ def test_notes_tell_of_fused_matrices_frozen_experts_and_routers_and_nothing_els
     assert "(router_aux_loss_coef 0.001); it is left out" in router
     assert "experts" in experts
     assert target_notes(model_of("MixtralConfig"), ("q_proj",)) == (router,)
-    assert target_notes(model_of("MixtralConfig", router_aux_loss_coef=0), ("q_proj",)) == ()
+    assert target_notes(model_of("MixtralConfig", router_aux_loss_coef=0.0), ("q_proj",)) == ()
     jitter = target_notes(model_of("MixtralConfig", router_jitter_noise=0.1), ("q_proj",))[1]
     assert "draw at random in training (router_jitter_noise 0.1)" in jitter
 
