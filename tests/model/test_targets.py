@@ -132,13 +132,14 @@ FAMILIES: dict[str, tuple[dict[str, int], dict[str, str]]] = {
             "minimal": "q_a_proj q_b_proj",
             "balanced": "q_a_proj q_b_proj kv_a_proj_with_mqa kv_b_proj",
             "attention": "q_a_proj q_b_proj kv_a_proj_with_mqa kv_b_proj o_proj",
-            "complete": "q_a_proj q_b_proj kv_a_proj_with_mqa kv_b_proj o_proj gate_proj up_proj down_proj",
+            # PEFT takes gate_proj, up_proj and down_proj for the stacked experts here
+            "complete": "q_a_proj q_b_proj kv_a_proj_with_mqa kv_b_proj o_proj",
         },
     ),
 }
 
 
-def model_of(config_class: str, **changes: int) -> PreTrainedModel:
+def model_of(config_class: str, **changes: float) -> PreTrainedModel:
     sizes = FAMILIES[config_class][0]
     config = getattr(architectures, config_class)(**{**sizes, **changes})
     with torch.device("meta"):
@@ -273,14 +274,18 @@ def test_targets_are_described_in_words() -> None:
     assert describe_targets(model_of("OPTConfig"), ("project_in",)) == "model.decoder.project_in"
 
 
-def test_notes_tell_of_fused_matrices_and_frozen_experts_and_nothing_else() -> None:
+def test_notes_tell_of_fused_matrices_frozen_experts_and_routers_and_nothing_else() -> None:
     assert target_notes(model_of("LlamaConfig"), "complete") == ()
     (fused,) = target_notes(model_of("Phi3Config"), "minimal")
     assert fused == ("fused qkv_proj: query cannot be adapted without key and value, so the whole matrix is adapted")
     assert target_notes(model_of("Phi3Config"), "attention") == ()
-    (experts,) = target_notes(model_of("MixtralConfig"), "complete")
+    router, experts = target_notes(model_of("MixtralConfig"), "complete")
+    assert "(router_aux_loss_coef 0.001); it is left out" in router
     assert "experts" in experts
-    assert target_notes(model_of("MixtralConfig"), ("q_proj",)) == ()
+    assert target_notes(model_of("MixtralConfig"), ("q_proj",)) == (router,)
+    assert target_notes(model_of("MixtralConfig", router_aux_loss_coef=0.0), ("q_proj",)) == ()
+    jitter = target_notes(model_of("MixtralConfig", router_jitter_noise=0.1), ("q_proj",))[1]
+    assert "draw at random in training (router_jitter_noise 0.1)" in jitter
 
 
 def test_layers_are_chosen_from_either_end_or_by_number() -> None:

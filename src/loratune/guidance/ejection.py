@@ -27,6 +27,7 @@ from loratune.errors import MachineError, RecipeError
 from loratune.lock import versions
 from loratune.model.adapter import short_names
 from loratune.model.load import load_config
+from loratune.model.targets import router_loss
 from loratune.model.variants import changes_base, peft_arguments
 from loratune.planning.parameters import skeleton
 from loratune.preparation import NO_LIMIT, Preparation
@@ -337,6 +338,8 @@ def _arguments(prepared: Preparation, *, direct: bool) -> list[str]:
     lines = ["output_dir=output_dir,"]
     for name, value in arguments.items():
         if name in NOT_WRITTEN or (value is None and name != "max_length"):
+            continue
+        if name == "router_aux_loss_coef" and not router_loss(load_config(prepared.base, recipe.model)):
             continue
         comment = words.get(f"train.{FIELD_OF.get(name, '')}", "")
         if name == "warmup_steps":

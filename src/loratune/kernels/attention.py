@@ -8,6 +8,8 @@ Shapes: T tokens of all examples, H query heads, G key/value heads, D head width
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -22,6 +24,24 @@ PACKED = "loratune_packed"
 
 class PackingUnsupportedError(RuntimeError):
     """The architecture needs something of attention that the packed kernel does not do."""
+
+
+_untold: set[int] | None = None
+"""Where windows are collected; see `record_untold_windows`."""
+
+
+@contextmanager
+def record_untold_windows() -> Iterator[set[int]]:
+    """The windows and chunks, in tokens, that layers of the models that run meanwhile keep to by their mask alone.
+
+    Packed attention has no masks. A window is kept to where the layer says so, as `sliding_window`.
+    """
+    global _untold  # noqa: PLW0603 - transformers calls attention and masks, and passes nothing of ours
+    _untold = set()
+    try:
+        yield _untold
+    finally:
+        _untold = None
 
 
 def packed_attention(  # the signature is transformers'
@@ -45,8 +65,8 @@ def packed_attention(  # the signature is transformers'
         module: The attention module that calls.
         query_1HTD: [1, H, T, D].
         key_1GTD: [1, G, T, D]; H is a multiple of G.
-        value_1GTD: [1, G, T, D].
-        attention_mask: Always None: the mask function registered with it makes none.
+        value_1GTD: [1, G, T, V]; V is D but for DeepSeek's latent attention.
+        attention_mask: None: the mask function registered with it makes none. While windows are recorded, the mask's window.
         scaling: Factor on query·key; 1/√D when None.
         dropout: Attention dropout, zero in the models that people fine-tune.
         cu_seq_lens_q: int32 [E + 1], the boundaries of the examples.
@@ -56,7 +76,7 @@ def packed_attention(  # the signature is transformers'
         **kwargs: What else the model passes; `s_aux` (attention sinks) is refused.
 
     Returns:
-        [1, T, H, D], and None for the weights.
+        [1, T, H, V], and None for the weights.
 
     Raises:
         PackingUnsupportedError: No boundaries arrived, or the architecture has attention sinks or attention dropout.
@@ -67,13 +87,16 @@ def packed_attention(  # the signature is transformers'
         raise PackingUnsupportedError("the model's attention has sinks or a position bias")
     if dropout:
         raise PackingUnsupportedError(f"the model's attention has dropout {dropout}")
+    if _untold is not None and attention_mask is not None and int(attention_mask) != sliding_window:
+        _untold.add(int(attention_mask))
     window = sliding_window if sliding_window is not None and sliding_window < max_length_q else None
     if query_1HTD.device.type == "cpu":
         scale = query_1HTD.shape[-1] ** -0.5 if scaling is None else scaling
         return block_attention(
             query_1HTD, key_1GTD, value_1GTD, cu_seq_lens_q, scale=scale, window=window, softcap=softcap
         ), None
-    if query_1HTD.is_cuda and softcap is None and query_1HTD.dtype in (torch.bfloat16, torch.float16):
+    same_width = query_1HTD.shape[-1] == value_1GTD.shape[-1]
+    if query_1HTD.is_cuda and softcap is None and same_width and query_1HTD.dtype in (torch.bfloat16, torch.float16):
         return _varlen(query_1HTD, key_1GTD, value_1GTD, cu_seq_lens_q, max_length_q, scaling, window), None
     return _by_example(query_1HTD, key_1GTD, value_1GTD, cu_seq_lens_q, scaling, window, softcap), None
 
@@ -155,8 +178,11 @@ def _softcapped(
     return scores.softmax(-1, dtype=torch.float32).to(value.dtype) @ value
 
 
-def _no_mask(*args: Any, **kwargs: Any) -> None:
-    """The boundaries say what a mask would."""
+def _no_mask(*args: Any, local_size: int | None = None, **kwargs: Any) -> torch.Tensor | None:
+    """The boundaries say what a mask would, and the layers themselves what windows they have."""
+    if _untold is None or local_size is None:
+        return None
+    return torch.full((1, 1, 1, 1), local_size)  # with a mask's axes, which some models slice
 
 
 def register() -> None:

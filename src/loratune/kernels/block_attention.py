@@ -4,7 +4,8 @@ torch's own CPU attention is slow backwards in bfloat16, and a loop over example
 products over the key/value heads and a softmax; what is saved is query, key and value alone.
 
 Shapes: T tokens of all examples, H query heads, G key/value heads, D head width, R = T · H/G rows: the query heads that share
-a key/value head lie side by side, so that a block of queries is a slice; K keys that a block sees.
+a key/value head lie side by side, so that a block of queries is a slice; K keys that a block sees; V width of the values,
+which is D but for DeepSeek's latent attention.
 """
 
 from __future__ import annotations
@@ -30,14 +31,14 @@ def block_attention(
     window: int | None = None,
     softcap: float | None = None,
 ) -> torch.Tensor:
-    """Attention of every example over itself, [1, T, H, D], with gradients to query, key and value.
+    """Attention of every example over itself, [1, T, H, V], with gradients to query, key and value.
 
     Scores are rounded to the type of the query, as in transformers' eager attention; the softmax is computed in float32.
 
     Args:
         query_1HTD: [1, H, T, D].
         key_1GTD: [1, G, T, D]; H is a multiple of G.
-        value_1GTD: [1, G, T, D].
+        value_1GTD: [1, G, T, V].
         boundaries: int32 [examples + 1]; example e occupies tokens boundaries[e] to boundaries[e + 1].
         scale: Factor on query·key.
         window: A token sees itself and the `window - 1` before it.
@@ -50,7 +51,7 @@ def block_attention(
     out_GRD: torch.Tensor = _forward(
         query_GRD, key_1GTD[0], value_1GTD[0], boundaries, shared, window or 0, softcap or 0.0
     )
-    return out_GRD.view(groups, tokens, shared, width).transpose(0, 1).reshape(1, tokens, heads, width)
+    return out_GRD.view(groups, tokens, shared, -1).transpose(0, 1).reshape(1, tokens, heads, -1)
 
 
 @torch.library.custom_op("loratune::block_attention", mutates_args=())
@@ -63,9 +64,9 @@ def _forward(
     window: int,
     softcap: float,
 ) -> torch.Tensor:
-    """Query [G, R, D], scaled; key and value [G, T, D]; `shared` = H/G → [G, R, D]."""
+    """Query [G, R, D], scaled; key [G, T, D], value [G, T, V]; `shared` = H/G → [G, R, V]."""
     query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
-    out = torch.empty_like(query)
+    out = query.new_empty(*query.shape[:2], value.shape[2])
     for start, stop in pairwise(boundaries.tolist()):
         for rows, keys in _blocks(start, stop, shared, window):
             probs, _ = _probabilities(query[:, rows], key[:, keys], shared, window, softcap)
@@ -83,7 +84,7 @@ def _(
     window: int,
     softcap: float,
 ) -> torch.Tensor:
-    return query.new_empty(query.shape)
+    return query.new_empty(*query.shape[:2], value.shape[2])
 
 
 @torch.library.custom_op("loratune::block_attention_backward", mutates_args=())
@@ -102,7 +103,7 @@ def _backward(
     longest = int(boundaries.diff().max())
     # Blocks of one example add to the same keys: in float32 where the type is narrower.
     wide = torch.promote_types(query.dtype, torch.float32) if longest > BLOCK_QUERIES else query.dtype
-    grad_key, grad_value = (torch.zeros_like(key, dtype=wide) for _ in range(2))
+    grad_key, grad_value = (torch.zeros_like(x, dtype=wide) for x in (key, value))
     for start, stop in pairwise(boundaries.tolist()):
         for rows, keys in _blocks(start, stop, shared, window):
             probs, slope = _probabilities(query[:, rows], key[:, keys], shared, window, softcap)

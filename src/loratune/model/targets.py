@@ -2,8 +2,9 @@
 
 Roles are found by structure. A candidate is a linear module inside the repeated layers of the decoder. Below a module
 that is called attention, its own name says what it projects (`q_proj`, `query`, `c_attn`, …); everything else in a
-layer, except routers of experts and state-space mixers, is feed-forward. Embeddings and the output head lie outside the
-layers and are never candidates of a preset.
+layer, except routers of experts, state-space mixers and the mixing coefficients of Gemma 3n, is feed-forward. Embeddings and
+the output head lie outside the layers and are never candidates of a preset. A module counts as attention by its name or,
+where a layer has its mixer under one name whatever it is, by its class.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from loratune.errors import RecipeError
@@ -137,11 +138,12 @@ def describe_targets(model: nn.Module, targets: str | tuple[str, ...], layers: s
 
 
 def target_notes(model: nn.Module, targets: str | tuple[str, ...]) -> tuple[str, ...]:
-    """What a user would not expect of a preset on this model: fused matrices, missing roles, frozen experts.
+    """What a user would not expect on this model: the routers' loss, and of a preset fused matrices, missing roles, frozen
+    experts.
 
     Args:
         model: The base model.
-        targets: As for `resolve_targets`; names get no notes.
+        targets: As for `resolve_targets`; names get no notes of their own.
 
     Returns:
         One sentence each, without a full stop.
@@ -149,12 +151,12 @@ def target_notes(model: nn.Module, targets: str | tuple[str, ...]) -> tuple[str,
     Raises:
         RecipeError: `targets` is text, but no preset.
     """
+    notes = _router_notes(model.config) if isinstance(model, PreTrainedModel) else []
     if not isinstance(targets, str):
-        return ()
+        return tuple(notes)
     wanted = _roles_of_preset(targets)
     roles = _roles(model)
     fused_experts = FEED_FORWARD in wanted and _has_fused_experts(model)
-    notes = []
     fused = {name.rsplit(".", 1)[-1]: found for name, found in roles.items() if found & wanted and found - wanted}
     for leaf, found in sorted(fused.items()):
         asked, more = _list(found & wanted), _list(found - wanted)
@@ -163,9 +165,31 @@ def target_notes(model: nn.Module, targets: str | tuple[str, ...]) -> tuple[str,
     if fused_experts:
         notes.append("the experts' weights are stacked in one tensor a layer, not linear modules, and stay frozen")
         missing -= {FEED_FORWARD}
+    taken = _unique(name.rpartition(".")[2] for name in _taken_by_peft(model)) if FEED_FORWARD in wanted else []
+    if taken:
+        notes.append(
+            f"{', '.join(taken)} beside the experts stay frozen too: PEFT takes these names for the stacked experts here"
+        )
     if missing:
         notes.append(f"this model has no {_list(missing)} matrix inside its layers")
     return tuple(notes)
+
+
+def _router_notes(config: PretrainedConfig) -> list[str]:
+    notes = []
+    coefficient = router_loss(config)
+    if coefficient:
+        notes.append(
+            f"TRL would add the routers' load-balancing loss (router_aux_loss_coef {coefficient:g}); it is left out, in both "
+            "engines: it is no sum over tokens, and the routers are frozen"
+        )
+    jitter = getattr(config.get_text_config(), "router_jitter_noise", None)
+    if jitter:
+        notes.append(
+            f"its routers draw at random in training (router_jitter_noise {jitter:g}), so engine and token budget change which "
+            "experts a token sees"
+        )
+    return notes
 
 
 def _roles_of_preset(preset: str) -> frozenset[str]:
@@ -197,6 +221,12 @@ def _resolve_names(model: nn.Module, targets: tuple[str, ...]) -> tuple[str, ...
         raise _no_match(model, linear, missing)
     found = tuple(sorted({name for names in matches.values() for name in names}))
     head = _output_head(model)
+    taken = sorted(set(found) & _taken_by_peft(model))
+    if taken:
+        raise RecipeError(
+            f"lora.targets names {taken[0]}, but PEFT would adapt {type(model).__name__}'s stacked experts in its place",
+            fix=f"leave {', '.join(_unique(name.rpartition('.')[2] for name in taken))} out",
+        )
     for name in found:
         # The loss reads the head's weight directly and takes it as frozen, so an adapter there would do nothing.
         if linear[name] is head:
@@ -256,11 +286,44 @@ def _layers(model: nn.Module) -> dict[str, nn.Module]:
 
 def _roles(model: nn.Module) -> dict[str, frozenset[str]]:
     """The roles of every linear module inside the layers; no role: a preset never adapts it."""
+    taken = _taken_by_peft(model)
     return {
-        f"{layer_name}.{name}": _role(layer, name)
+        f"{layer_name}.{name}": frozenset() if f"{layer_name}.{name}" in taken else _role(layer, name)
         for layer_name, layer in _layers(model).items()
         for name in _linear_modules(layer)
     }
+
+
+def router_loss(config: PretrainedConfig) -> float:
+    """The coefficient with which stock TRL adds the routers' load-balancing loss to this model's; 0 where it adds none."""
+    text_config = config.get_text_config()
+    has_it = hasattr(text_config, "output_router_logits")  # as in TRL 1.16, whatever its value
+    return float(getattr(text_config, "router_aux_loss_coef", None) or 0.0) if has_it else 0.0
+
+
+def _taken_by_peft(model: nn.Module) -> frozenset[str]:
+    """The linear modules whose names PEFT takes for something else.
+
+    Adapters of mixture-of-experts models of transformers 4 name the experts' matrices, which are stacked in transformers 5.
+    PEFT turns such names into the stacked parameters, also where a dense layer or a shared expert has a matrix of that name,
+    and would then adapt the experts and not that matrix. It is asked itself, name by name.
+    """
+    if not isinstance(model, PreTrainedModel) or not _has_fused_experts(model):
+        return frozenset()
+    from peft import LoraConfig
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    def is_taken(leaf: str) -> bool:
+        config = LoraConfig(target_modules=[leaf])
+        try:
+            convert_peft_config_for_transformers(config, model=model, conversions=None)
+        except ValueError:  # it is one half of a stacked parameter
+            return True
+        return leaf not in config.target_modules
+
+    names = list(_linear_modules(model))
+    taken = {leaf for leaf in _unique(name.rpartition(".")[2] for name in names) if is_taken(leaf)}
+    return frozenset(name for name in names if name.rpartition(".")[2] in taken)
 
 
 def _role(layer: nn.Module, name: str) -> frozenset[str]:
@@ -268,9 +331,10 @@ def _role(layer: nn.Module, name: str) -> frozenset[str]:
     *parents, leaf = name.lower().split(".")
     if _is_router(layer, name):
         return frozenset()
-    if any("attn" in part or "attention" in part for part in parents):
+    parent = layer.get_submodule(name.rpartition(".")[0])
+    if any("attn" in part or "attention" in part for part in parents) or "Attention" in type(parent).__name__:
         return _ATTENTION_NAMES.get(leaf, frozenset({OTHER}))
-    if _is_state_space(layer.get_submodule(name.rpartition(".")[0])):
+    if _is_state_space(parent) or "altup" in parents:
         return frozenset()
     return frozenset({FEED_FORWARD})
 

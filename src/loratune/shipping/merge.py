@@ -107,9 +107,10 @@ class MergedWeights:
         return self._shards[self._file_of[name]].get_slice(name)
 
     def _weight_of(self, module: str) -> str:
-        """The tensor of a module. Checkpoints of bare decoders leave the first part of the names out."""
+        """The tensor of a module. Checkpoints of bare decoders leave the first part of the names out; others call it
+        otherwise than transformers' classes do, or have it in another place: what follows is the same."""
         candidates = (f"{module}.weight", f"{module.partition('.')[2]}.weight", f"model.{module}.weight")
-        found = next((name for name in candidates if name in self._file_of), None)
+        found = next((name for name in candidates if name in self._file_of), None) or self._only_one_like(module)
         if found is None:
             raise RunError(
                 f"the base's files hold no tensor for the adapted module {module}",
@@ -117,6 +118,19 @@ class MergedWeights:
                 fix="this architecture stores its weights under other names; load base and adapter with PEFT",
             )
         return found
+
+    def _only_one_like(self, module: str) -> str | None:
+        """The one tensor whose name has the module's layer number and what follows it, in the language model where files
+        have several towers; None where there is none or more than one."""
+        parts = module.split(".")
+        layer = next((place for place, part in enumerate(parts) if part.isdigit()), 0)
+        if not layer:
+            return None
+        ending = "." + ".".join(parts[layer - 1 :]) + ".weight"
+        found = [name for name in self._file_of if name.endswith(ending)]
+        if len(found) > 1:
+            found = [name for name in found if "language_model." in name]
+        return found[0] if len(found) == 1 else None
 
 
 def weight_files(folder: Path) -> list[str]:

@@ -81,6 +81,7 @@ def stock_arguments(train: TrainSection, data: TrainingData, run: RunDir, *, bf1
         **training_arguments(train, data, run),
         "per_device_train_batch_size": train.batch_size,
         "max_length": None,  # the examples are cut already, by the recipe's policy
+        "router_aux_loss_coef": 0.0,  # a product of means over a batch: no sum over tokens, so it would depend on the batching
         "bf16": bf16,
     }
 

@@ -17,9 +17,10 @@ from peft import PeftModel
 from loratune.data.batch import MicroBatch, collate
 from loratune.data.render import Example
 from loratune.errors import RunError
-from loratune.kernels.attention import PACKED, PackingUnsupportedError, register
+from loratune.kernels.attention import PACKED, PackingUnsupportedError, record_untold_windows, register
 from loratune.kernels.cross_entropy import cross_entropy_per_token, head_logits, sum_cross_entropy
 from loratune.model.adapter import use_fast_layers
+from loratune.training.packing import decoder_of, longest_packed, obstacle
 
 CHECK_TOKENS = 24
 """Tokens of each of the two examples on which the fast path is compared with the plain one."""
@@ -53,6 +54,7 @@ class Head:
             )
         config = causal_lm.config.get_text_config()
         scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
+        scale *= getattr(config, "lm_head_multiplier", None) or 1.0  # Falcon H1
         softcap = getattr(config, "final_logit_softcapping", None)
         return cls(layer.weight, layer.bias, float(scale), float(softcap) if softcap else None)
 
@@ -66,10 +68,12 @@ class SupervisedLoss:
 
     Attributes:
         compiled: Whether the chunks of the cross-entropy are computed by compiled code.
+        longest_packed: The longest example, in tokens, whose micro-batch shares one forward; None where all do.
         sharded: Whether the model's layers are shared with other processes (`shards`), so that all call it equally often.
     """
 
     compiled = False
+    longest_packed: int | None = None
     sharded = False
 
     def __init__(self, model: PeftModel, *, packed: bool = True) -> None:
@@ -77,7 +81,8 @@ class SupervisedLoss:
         self.model = model
         self.packed = packed
         self.head = Head.of(causal_lm)
-        self.decoder: Any = causal_lm.base_model
+        self.decoder: Any = decoder_of(causal_lm)
+        self._own_attention = causal_lm.config._attn_implementation
         if packed:
             register()
             causal_lm.set_attn_implementation(PACKED)
@@ -116,13 +121,24 @@ class SupervisedLoss:
 
     def _predictions(self, batch: MicroBatch) -> torch.Tensor:
         """Hidden states at the positions that predict a supervised token, [S, H]."""
-        if self.packed:
+        if self._shares_forward(batch):
             hidden = self._hidden(batch.input_ids, batch)
         else:
             ends = batch.boundaries.tolist()
             examples = [batch.input_ids[:, a:b] for a, b in pairwise(ends)]
             hidden = torch.cat([self._hidden(ids) for ids in examples], dim=1)
         return hidden[0, batch.predictors]
+
+    def _shares_forward(self, batch: MicroBatch) -> bool:
+        """Whether the examples go through the model as one; its attention is set accordingly, where that varies."""
+        if not self.packed or self.longest_packed is None:
+            return self.packed
+        shares = batch.max_length <= self.longest_packed
+        causal_lm: Any = self.model.get_base_model()
+        attention = PACKED if shares else self._own_attention
+        if causal_lm.config._attn_implementation != attention:  # stays until the next forward: layers may be recomputed
+            causal_lm.set_attn_implementation(attention)
+        return shares
 
     def _hidden(self, input_ids: torch.Tensor, batch: MicroBatch | None = None) -> torch.Tensor:
         boundaries = (
@@ -150,24 +166,32 @@ def make_loss(model: PeftModel, examples: Sequence[Example]) -> tuple[Supervised
     Raises:
         RunError: Neither way equals the model's own loss.
     """
-    own_attention = model.get_base_model().config._attn_implementation
+    causal_lm: Any = model.get_base_model()
+    own_attention = causal_lm.config._attn_implementation
     expected = _plain_losses(model, examples)
     use_fast_layers(model)
-    try:
-        loss = SupervisedLoss(model, packed=True)
-        difference = _difference(loss, examples, expected)
-        reason = f"packed examples differ from separate ones by {difference:.2g} nats"
-    except (PackingUnsupportedError, TypeError, ValueError) as error:
-        difference, reason = float("inf"), str(error)
     tolerance = _TOLERANCE[loss_dtype(model)]
-    if difference <= tolerance:
-        return loss, ""
-    model.get_base_model().set_attn_implementation(own_attention)
+    reason = obstacle(causal_lm)
+    if not reason:
+        try:
+            with record_untold_windows() as untold:
+                loss = SupervisedLoss(model, packed=True)
+                difference = _difference(loss, examples, expected)
+            if difference <= tolerance:
+                _rehearse(loss, examples)
+                loss.longest_packed, reason = longest_packed(causal_lm.config, untold)
+                longest = max(len(example.input_ids) for example in examples)
+                return loss, reason if loss.longest_packed is not None and longest > loss.longest_packed else ""
+            reason = longest_packed(causal_lm.config, untold)[1]
+            reason = reason or f"packed examples differ from separate ones by {difference:.2g} nats"
+        except (PackingUnsupportedError, TypeError, ValueError) as error:
+            reason = str(error)
+        causal_lm.set_attn_implementation(own_attention)
     loss = SupervisedLoss(model, packed=False)
     difference = _difference(loss, examples, expected)
     if not difference <= tolerance:  # also when it is NaN
         raise RunError(
-            f"the fast engine's loss differs from {type(model.get_base_model()).__name__}'s own by {difference:.2g} nats",
+            f"the fast engine's loss differs from {type(causal_lm).__name__}'s own by {difference:.2g} nats",
             fix="train.engine=trl",
         )
     return loss, reason
@@ -204,6 +228,18 @@ def _plain_losses(model: PeftModel, examples: Sequence[Example]) -> torch.Tensor
         losses.append(torch.nn.functional.cross_entropy(logits[:-1], input_ids[0, 1:], reduction="none"))
     model.train(was_training)
     return torch.cat(losses)
+
+
+@torch.no_grad()
+def _rehearse(loss: SupervisedLoss, examples: Sequence[Example]) -> None:
+    """One forward as in training, where some models do more, such as attention dropout."""
+    was_training = loss.model.training
+    loss.model.train()
+    try:
+        with torch.random.fork_rng():
+            loss.per_token(collate(_heads_of(examples)).to(loss.model.device))
+    finally:
+        loss.model.train(was_training)
 
 
 def _difference(loss: SupervisedLoss, examples: Sequence[Example], expected: torch.Tensor) -> float:

@@ -1,0 +1,170 @@
+"""Every family of models that people fine-tune: the fast path equals the plain one, the merge the adapter; or it is said."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerBase
+
+from loratune.errors import RecipeError, RunError
+from loratune.model.adapter import attach_adapter
+from loratune.model.targets import resolve_targets, target_notes
+from loratune.pipeline import train
+from loratune.recipe import LoraSection, Recipe
+from loratune.training.loss import make_loss
+from tests.invariants.families import (
+    BY_HAND,
+    COMMON,
+    CONFIGS,
+    RANDOM,
+    adapted,
+    base_of,
+    check_loss,
+    examine,
+    examples,
+    plain_loss_and_gradients,
+)
+from tests.invariants.test_same_mathematics import assert_same
+
+DOCS = Path(__file__).parents[2] / "docs"
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # of transformers, on made-up token ids and configs
+
+
+@pytest.fixture(scope="module")
+def page() -> str:
+    return (DOCS / "architectures.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(DOCS))
+        spec = importlib.util.spec_from_file_location("make_architectures", DOCS / "make_architectures.py")
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        path = list(sys.path)
+        spec.loader.exec_module(module)
+        sys.path[:] = path
+    return module
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_page_says_what_is_found(name: str, page: str, tmp_path: Path) -> None:
+    """The row; that loss, gradients, adapted modules and the merge are right is asserted on the way."""
+    row = f"| {' | '.join(examine(name, tmp_path).values())} |"
+    assert row in page.splitlines(), "run `make docs`, if this is meant"
+
+
+def test_the_page_has_these_rows_and_the_text_of_its_script(page: str, script: ModuleType) -> None:
+    lines = page.splitlines()
+    rows = [line for line in lines if line.startswith("| ")][2:]
+    assert [row.split(" | ")[0].removeprefix("| ") for row in rows] == list(CONFIGS)
+    before, after = script.TEXT.split("{rows}")
+    assert page.startswith(before)
+    assert page.endswith(after)
+
+
+def test_a_window_that_stands_in_a_mask_only_is_kept_to(tmp_path: Path) -> None:
+    """Its micro-batches are packed up to that length and separate beyond, with one and the same loss."""
+    base = base_of("Qwen2 MoE", tmp_path, use_sliding_window=True, sliding_window=26)
+    model = adapted(base, resolve_targets(base, "complete"))
+    loss, reason = make_loss(model, examples())
+    assert (loss.longest_packed, reason) == (26, "a mask alone keeps its attention to 26 tokens")
+    model = adapted(
+        base_of("Qwen2 MoE", tmp_path, use_sliding_window=True, sliding_window=26), resolve_targets(base, "complete")
+    )
+    assert check_loss(model) == (True, reason)
+    no_longer = [example for example in examples() if len(example.input_ids) <= 26]
+    assert make_loss(model, no_longer)[1] == ""
+
+
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_rotations_that_change_with_the_longest_example_are_each_examples_own(kind: str, tmp_path: Path) -> None:
+    settings = {
+        "longrope": {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4},
+        "dynamic": {"factor": 4.0},
+    }
+    rope = {"rope_type": kind, "rope_theta": 1e4, **settings[kind]}
+    name = "Phi 3, 4" if kind == "longrope" else "Llama 2, 3"
+    place = "original_max_position_embeddings" if kind == "longrope" else "max_position_embeddings"
+    base = base_of(name, tmp_path, rope_parameters=rope, **{place: 26})
+    packed, reason = check_loss(adapted(base, resolve_targets(base, "complete")))
+    assert packed
+    assert reason.startswith(f"rotary positions of type {kind} depend on the longest example")
+
+
+def test_a_leak_that_hides_below_rounding_is_known_from_the_structure(tmp_path: Path) -> None:
+    """In bfloat16 a convolution over three tokens may change the next example's losses by less than the check allows."""
+    base = base_of("LFM 2", tmp_path, initializer_range=0.01).to(torch.bfloat16)
+    loss, reason = make_loss(adapted(base, resolve_targets(base, "complete")), examples())
+    assert not loss.packed
+    assert reason == "the state of Lfm2ShortConv would run on into the next example"
+
+
+def test_a_model_whose_losses_are_not_numbers_is_refused() -> None:
+    base = AutoModelForCausalLM.from_config(LlamaConfig(**COMMON))
+    torch.nn.init.constant_(base.model.norm.weight, float("nan"))
+    model = attach_adapter(base, LoraSection(r=3), resolve_targets(base, "balanced"), base_name="tiny", seed=0)
+    with pytest.raises(RunError, match="differs from LlamaForCausalLM's own by nan"):
+        make_loss(model, examples())
+
+
+def test_where_presets_find_nothing_the_refusal_names_what_there_is(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="no query matrix that loratune recognises") as refusal:
+        resolve_targets(base_of("Mamba", tmp_path), "minimal")
+    assert "in_proj, x_proj, dt_proj, out_proj" in str(refusal.value.fix)
+
+
+def test_matrices_that_peft_would_take_for_the_stacked_experts_are_refused_by_name(tmp_path: Path) -> None:
+    base = base_of("DeepSeek V3, R1", tmp_path)
+    with pytest.raises(
+        RecipeError, match=r"names model\.layers\.0\.mlp\.up_proj, but PEFT would adapt .* stacked experts"
+    ) as refusal:
+        resolve_targets(base, ("q_b_proj", "up_proj"))
+    assert str(refusal.value.fix) == "leave up_proj out"
+    assert any("stay frozen too" in note for note in target_notes(base, "complete"))
+
+
+# A mixture of experts in the default run: its router's loss is what stock TRL would add.
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name == "Mixtral" else pytest.mark.slow)
+        for name in CONFIGS
+        if name not in RANDOM and name not in BY_HAND
+    ],
+)
+def test_the_fast_engine_takes_the_steps_of_stock_trl(
+    name: str,
+    tiny_recipe: Callable[..., Recipe],
+    smollm2_tokenizer: PreTrainedTokenizerBase,
+    tmp_path: Path,
+) -> None:
+    sizes = {"vocab_size": len(smollm2_tokenizer), "initializer_range": 0.1, "pad_token_id": 2}
+    if "vocab_size_per_layer_input" in CONFIGS[name][1]:
+        sizes["vocab_size_per_layer_input"] = len(smollm2_tokenizer)
+    base_of(name, tmp_path / "base", **sizes)
+    smollm2_tokenizer.save_pretrained(tmp_path / "base")
+    settings = {"model__name": str(tmp_path / "base"), "lora__targets": "complete", "data__max_length": 60}
+    settings |= {"train__learning_rate": 2e-3, "train__epochs": 1}
+    fast = train(tiny_recipe(**settings)).run
+    stock = train(tiny_recipe(**settings, train__engine="trl", train__output_dir=str(tmp_path / "trl"))).run
+    assert_same(fast, stock, tolerance=2e-5)
+
+
+def test_the_reference_is_not_blind_to_the_window(tmp_path: Path) -> None:
+    """The tiny models' windows are narrow enough to be seen by the comparison."""
+    targets = None
+    losses = []
+    for window in (6, 64):
+        base = base_of("Mistral", tmp_path / str(window), sliding_window=window)
+        targets = targets or resolve_targets(base, "balanced")
+        losses.append(plain_loss_and_gradients(adapted(base, targets))[0])
+    assert abs(losses[0] - losses[1]) > 0.1
