@@ -16,6 +16,7 @@ from loratune.progress import Progress
 from loratune.run import RunDir
 from loratune.training.compilation import prepare_layers
 from loratune.training.loss import SupervisedLoss, make_loss
+from loratune.training.stock import check_stock
 
 
 def load_base(prepared: Preparation, progress: Progress) -> Any:
@@ -36,6 +37,7 @@ def adapt(prepared: Preparation, base: Any, progress: Progress) -> tuple[PeftMod
     if recipe.model.quantization == "fp8":
         quantise_frozen(model)
     if recipe.train.engine == "trl":
+        check_stock(model.get_base_model())
         return model, SupervisedLoss(model, packed=False)
     loss, reason = make_loss(model, prepared.data.train)
     if reason:
