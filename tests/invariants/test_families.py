@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -22,7 +23,7 @@ from loratune.loading import adapt, load_base
 from loratune.model.adapter import attach_adapter, trainable_parameters
 from loratune.model.targets import resolve_targets, target_notes
 from loratune.pipeline import _train, train
-from loratune.preparation import prepare
+from loratune.preparation import Preparation, prepare
 from loratune.progress import Silent
 from loratune.recipe import LoraSection, Recipe
 from loratune.run import RunDir
@@ -82,17 +83,14 @@ def test_the_page_has_these_rows_and_the_text_of_its_script(page: str, script: M
 
 
 def test_a_window_that_stands_in_a_mask_only_is_kept_to(tmp_path: Path) -> None:
-    """Its micro-batches are packed up to that length and separate beyond, with one and the same loss."""
-    base = base_of("Qwen2 MoE", tmp_path, use_sliding_window=True, sliding_window=26)
-    model = adapted(base, resolve_targets(base, "complete"))
-    loss, reason = make_loss(model, examples())
-    assert (loss.longest_packed, reason) == (26, "a mask alone keeps its attention to 26 tokens")
-    model = adapted(
-        base_of("Qwen2 MoE", tmp_path, use_sliding_window=True, sliding_window=26), resolve_targets(base, "complete")
-    )
-    assert check_loss(model) == (True, reason)
-    no_longer = [example for example in examples() if len(example.input_ids) <= 26]
-    assert make_loss(model, no_longer)[1] == ""
+    """Micro-batches are packed up to that length and separate beyond, with one and the same loss."""
+    settings = {"use_sliding_window": True, "sliding_window": 26}
+    targets = resolve_targets(base_of("Qwen2 MoE", tmp_path / "0", **settings), "complete")
+    model = adapted(base_of("Qwen2 MoE", tmp_path / "1", **settings), targets)
+    assert check_loss(model) == (True, "a mask alone keeps its attention to 26 tokens")
+    model = adapted(base_of("Qwen2 MoE", tmp_path / "2", **settings), targets)
+    loss, reason = make_loss(model, [example for example in examples() if len(example.input_ids) <= 26])
+    assert (loss.longest_packed, reason) == (26, "")
 
 
 @pytest.mark.parametrize("kind", ["longrope", "dynamic"])
@@ -178,9 +176,9 @@ def family_recipe(
     return make
 
 
-def trained(recipe: Recipe) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """The losses of all steps and the final adapter, without what comes before and after training."""
-    prepared, run = prepare(recipe, Silent()), RunDir.create(Path(recipe.train.output_dir), overwrite=False)
+def trained(prepared: Preparation) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """The losses of all steps and the final adapter, without what comes after training."""
+    run = RunDir.create(Path(prepared.recipe.train.output_dir), overwrite=False)
     model, loss = adapt(prepared, load_base(prepared, Silent()), Silent())
     _train(prepared, run, model, loss, None, StopRequest(), Silent())
     losses = [record["loss"] for record in run.read_metrics() if "loss" in record]
@@ -199,9 +197,13 @@ def trained(recipe: Recipe) -> tuple[list[float], dict[str, torch.Tensor]]:
 def test_the_fast_engine_takes_the_steps_of_stock_trl(
     name: str, family_recipe: Callable[..., Recipe], tmp_path: Path
 ) -> None:
-    losses, adapter = trained(family_recipe(name))
-    stock = family_recipe(name, train__engine="trl", train__output_dir=str(tmp_path / "trl"))
-    stock_losses, stock_adapter = trained(stock)
+    prepared = prepare(family_recipe(name), Silent())
+    losses, adapter = trained(prepared)
+    other = {"engine": "trl", "output_dir": str(tmp_path / "trl")}
+    section = prepared.recipe.train.model_copy(update=other)
+    stock_losses, stock_adapter = trained(
+        replace(prepared, recipe=prepared.recipe.model_copy(update={"train": section}))
+    )
     assert len(losses) == 3
     assert losses == pytest.approx(stock_losses, abs=1e-5)
     assert adapter.keys() == stock_adapter.keys()
