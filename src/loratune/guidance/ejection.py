@@ -345,6 +345,8 @@ def _arguments(prepared: Preparation, *, direct: bool) -> list[str]:
         comment = words.get(f"train.{FIELD_OF.get(name, '')}", "")
         if name == "warmup_steps":
             comment = f"{recipe.train.warmup_fraction:g} of {prepared.num_steps:,} steps: the rate rises from zero"
+        if name == "router_aux_loss_coef":
+            comment = "no load-balancing loss of the routers, which would depend on what shares a batch"
         line = f"{name}={_literal(value)},"
         lines += _with_comment(line, comment)
     return lines
