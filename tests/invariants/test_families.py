@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerB
 
 from loratune.delivery import merge
 from loratune.errors import RecipeError, RunError
+from loratune.guidance.ejection import eject
 from loratune.loading import adapt, load_base
 from loratune.model.adapter import attach_adapter, trainable_parameters
 from loratune.model.targets import resolve_targets, target_notes
@@ -213,9 +214,27 @@ def test_the_fast_engine_takes_the_steps_of_stock_trl(
     assert max(float(parameter.abs().max()) for name, parameter in adapter.items() if "lora_B" in name) > 1e-3
 
 
+def test_where_stock_trl_cannot_train_a_model_its_engine_and_the_ejected_script_say_so(
+    family_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    prepared = prepare(family_recipe("Llama 4", train__engine="trl"), Silent())
+    with pytest.raises(RecipeError, match="stock TRL cannot train Llama4ForCausalLM"):
+        adapt(prepared, load_base(prepared, Silent()), Silent())
+    with pytest.raises(RecipeError, match="stock TRL cannot train Llama4ForCausalLM"):
+        eject(prepared, tmp_path / "script.py", overwrite=False, progress=Silent())
+
+
+def test_the_ejected_script_of_a_mixture_of_experts_leaves_the_routers_loss_out_too(
+    family_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    script = tmp_path / "script.py"
+    eject(prepare(family_recipe("OLMoE"), Silent()), script, overwrite=False, progress=Silent())
+    assert "router_aux_loss_coef=0.0," in script.read_text(encoding="utf-8")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["Qwen3.5", "Gemma 4", "gpt-oss", "DeepSeek V3, R1", "Falcon", "Jamba", "LFM 2", "Mamba"]
+    "name", ["Llama 4", "Qwen3.5", "Gemma 4", "gpt-oss", "DeepSeek V3, R1", "Falcon", "Jamba", "LFM 2", "Mamba"]
 )
 def test_a_whole_run_answers_and_merges(name: str, family_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     """With evaluation by answers, which takes the model's own attention and caches, and the certificate of the merge."""
