@@ -31,11 +31,11 @@ model's own.
   layers and shared experts are left out too, PEFT takes these names for the stacked experts and would adapt them instead; naming them
   is refused. Mamba's projections are read by its kernels, past any adapter.
 - *examples*: packed into one forward, or one forward each, with the reason that the run prints. That is slower on small examples, and the
-  same mathematics. Packed always means: sliding windows, soft caps, scaled and capped logits, attention over shared keys and
-  temperatures by position give the loss and every gradient of separate examples.
+  same mathematics. Packed always means: sliding windows, soft caps, sinks, scaled and capped logits, attention over shared keys
+  and temperatures by position give the loss and every gradient of separate examples.
 - *fast = plain*: the fast engine's loss and the gradient of each adapter matrix are those of the model's own forward, to float32's rounding.
   `pytest -m slow tests/invariants/test_families.py` trains each family with both engines, and compares all losses and the final
-  adapter with stock TRL's.
+  adapter with stock TRL's; TRL itself cannot train Llama 4, and `engine: trl` says so.
 - *merged = adapter*: the folder that `loratune merge` writes, loaded by transformers, has the logits of the adapter on its base. Of models
   with towers for images (Gemma 3 and 4, Llama 4, Qwen3.5) the language model is trained, and merged into the whole folder.
 - *GGUF*: `loratune export --to gguf`, the adapter alone or the whole model. *adapter in vLLM*: `loratune export --to vllm`. Where it says no,

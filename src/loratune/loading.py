@@ -18,6 +18,7 @@ from loratune.run import RunDir
 from loratune.training.compilation import prepare_layers
 from loratune.training.loss import SupervisedLoss, make_loss
 from loratune.training.shards import is_sharded, shard_layers
+from loratune.training.stock import check_stock
 
 
 def load_base(prepared: Preparation, progress: Progress) -> Any:
@@ -39,6 +40,7 @@ def adapt(prepared: Preparation, base: Any, progress: Progress) -> tuple[PeftMod
     if recipe.model.quantization == "fp8":
         quantise_frozen(model)
     if recipe.train.engine == "trl":
+        check_stock(model.get_base_model())
         return model, SupervisedLoss(model, packed=False)
     loss, reason = _loss(model, prepared)
     if reason:
@@ -69,7 +71,8 @@ def _loss(model: PeftModel, prepared: Preparation) -> tuple[SupervisedLoss, str]
         return make_loss(model, prepared.data.train)
     shard_layers(model, recipe.train.device)
     loss, reason = make_loss(model, prepared.data.train)
-    if reason:
+    if reason or loss.longest_packed is not None:
+        reason = reason or f"those of more than {loss.longest_packed:,} tokens need one of their own"
         raise RecipeError(
             f"train.strategy is fsdp, for which examples must share a forward, and they cannot: {reason}",
             fix="train.strategy=ddp",

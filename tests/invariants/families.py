@@ -273,8 +273,11 @@ RANDOM = {"GPT-2", "Phi 3.5 MoE"}
 def config_of(name: str, **changes: Any) -> PreTrainedConfig:
     """The configuration of a tiny model; a new one each time, because models keep their attention in it."""
     model_type, own = CONFIGS[name]
+    if "vocab_size_per_layer_input" in (own | CONFIGS.get(f"{name} (text)", ("", {}))[1]) and "vocab_size" in changes:
+        changes["vocab_size_per_layer_input"] = changes["vocab_size"]
     if model_type not in COMPOSITE:
-        return CONFIG_MAPPING[model_type](**{**COMMON, **own, **changes})
+        common = {key: value for key, value in COMMON.items() if "mamba" not in model_type or "heads" not in key}
+        return CONFIG_MAPPING[model_type](**{**common, **own, **changes})
     text_type, text = CONFIGS[f"{name} (text)"]
     towers = {"vision_config": None if model_type == "gemma4" else VISION}
     text_config = {**COMMON, **text, **changes, "model_type": text_type}

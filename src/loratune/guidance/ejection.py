@@ -35,7 +35,7 @@ from loratune.progress import Progress
 from loratune.recipe import Recipe, Source
 from loratune.run import Record, RunDir
 from loratune.training.arguments import TrainingData, stock_arguments
-from loratune.training.stock import labelled, stock_difference
+from loratune.training.stock import check_stock, labelled, stock_difference
 
 BUILDERS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
 """Suffix → the builder of `load_dataset` that reads it."""
@@ -234,6 +234,7 @@ def _script(prepared: Preparation, rows: Path | None, why_rows: str) -> str:
     recipe, base = prepared.recipe, prepared.base
     section = recipe.model
     model = skeleton(load_config(base, section), trust_remote_code=section.trust_remote_code)
+    check_stock(model)
     constants, load = _data_lines(prepared, rows)
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True, autoescape=False)  # noqa: S701 - Python, not HTML
     template = environment.from_string(
@@ -344,6 +345,8 @@ def _arguments(prepared: Preparation, *, direct: bool) -> list[str]:
         comment = words.get(f"train.{FIELD_OF.get(name, '')}", "")
         if name == "warmup_steps":
             comment = f"{recipe.train.warmup_fraction:g} of {prepared.num_steps:,} steps: the rate rises from zero"
+        if name == "router_aux_loss_coef":
+            comment = "no load-balancing loss of the routers, which would depend on what shares a batch"
         line = f"{name}={_literal(value)},"
         lines += _with_comment(line, comment)
     return lines

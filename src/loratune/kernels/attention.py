@@ -57,6 +57,7 @@ def packed_attention(  # the signature is transformers'
     max_length_q: int | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """An attention function for transformers' `AttentionInterface`.
@@ -73,18 +74,22 @@ def packed_attention(  # the signature is transformers'
         max_length_q: Tokens of the longest example.
         sliding_window: A token sees itself and the `sliding_window - 1` before it.
         softcap: Scores become softcap · tanh(score / softcap).
-        **kwargs: What else the model passes; `s_aux` (attention sinks) is refused.
+        s_aux: [H], attention sinks: a further score of each head, whose share of the softmax goes nowhere. Frozen.
+        **kwargs: What else the model passes; a position bias is refused.
 
     Returns:
         [1, T, H, V], and None for the weights.
 
     Raises:
-        PackingUnsupportedError: No boundaries arrived, or the architecture has attention sinks or attention dropout.
+        PackingUnsupportedError: No boundaries arrived, or the architecture has a position bias or attention dropout, or its
+            sinks are trained.
     """
     if cu_seq_lens_q is None or max_length_q is None:
         raise PackingUnsupportedError("the model does not hand the examples' boundaries to its attention")
-    if kwargs.get("s_aux") is not None or kwargs.get("position_bias") is not None:
-        raise PackingUnsupportedError("the model's attention has sinks or a position bias")
+    if kwargs.get("position_bias") is not None:
+        raise PackingUnsupportedError("the model's attention has a position bias")
+    if s_aux is not None and s_aux.requires_grad:
+        raise PackingUnsupportedError("the sinks of the model's attention are trained")
     if dropout:
         raise PackingUnsupportedError(f"the model's attention has dropout {dropout}")
     if _untold is not None and attention_mask is not None and int(attention_mask) != sliding_window:
@@ -93,12 +98,12 @@ def packed_attention(  # the signature is transformers'
     if query_1HTD.device.type == "cpu":
         scale = query_1HTD.shape[-1] ** -0.5 if scaling is None else scaling
         return block_attention(
-            query_1HTD, key_1GTD, value_1GTD, cu_seq_lens_q, scale=scale, window=window, softcap=softcap
+            query_1HTD, key_1GTD, value_1GTD, cu_seq_lens_q, scale=scale, window=window, softcap=softcap, sinks_H=s_aux
         ), None
-    same_width = query_1HTD.shape[-1] == value_1GTD.shape[-1]
-    if query_1HTD.is_cuda and softcap is None and same_width and query_1HTD.dtype in (torch.bfloat16, torch.float16):
+    is_plain = softcap is None and s_aux is None and query_1HTD.shape[-1] == value_1GTD.shape[-1]
+    if query_1HTD.is_cuda and is_plain and query_1HTD.dtype in (torch.bfloat16, torch.float16):
         return _varlen(query_1HTD, key_1GTD, value_1GTD, cu_seq_lens_q, max_length_q, scaling, window), None
-    return _by_example(query_1HTD, key_1GTD, value_1GTD, cu_seq_lens_q, scaling, window, softcap), None
+    return _by_example(query_1HTD, key_1GTD, value_1GTD, cu_seq_lens_q, scaling, window, softcap, s_aux), None
 
 
 def _varlen(
@@ -136,6 +141,7 @@ def _by_example(
     scaling: float | None,
     window: int | None,
     softcap: float | None,
+    sinks_H: torch.Tensor | None,
 ) -> torch.Tensor:
     lengths = [end - start for start, end in pairwise(boundaries.tolist())]
     grouped = query_1HTD.shape[1] != key_1GTD.shape[1]
@@ -145,8 +151,8 @@ def _by_example(
         *(torch.split(x, lengths, dim=2) for x in (query_1HTD, key_1GTD, value_1GTD)), strict=True
     ):
         length = query.shape[2]
-        if softcap is not None:
-            out = _softcapped(query, key, value, scaling, window, softcap)
+        if softcap is not None or sinks_H is not None:
+            out = _step_by_step(query, key, value, scaling, window, softcap, sinks_H)
         else:
             mask = None if window is None or window >= length else _window_mask(length, window, query.device)
             out = F.scaled_dot_product_attention(
@@ -162,19 +168,24 @@ def _window_mask(length: int, window: int | None, device: torch.device) -> torch
     return mask if window is None else mask.triu(1 - window)
 
 
-def _softcapped(
+def _step_by_step(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     scaling: float | None,
     window: int | None,
-    softcap: float,
+    softcap: float | None,
+    sinks_H: torch.Tensor | None,
 ) -> torch.Tensor:
     group = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
     scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    scores = softcap * torch.tanh(scores / softcap)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     scores = scores.masked_fill(~_window_mask(query.shape[2], window, query.device), float("-inf"))
+    if sinks_H is not None:
+        scores = torch.cat([scores, sinks_H.to(scores.dtype)[:, None, None].expand(1, -1, query.shape[2], 1)], dim=-1)
+        return scores.softmax(-1, dtype=torch.float32).to(value.dtype)[..., :-1] @ value
     return scores.softmax(-1, dtype=torch.float32).to(value.dtype) @ value
 
 

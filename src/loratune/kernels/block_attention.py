@@ -30,6 +30,7 @@ def block_attention(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    sinks_H: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of every example over itself, [1, T, H, V], with gradients to query, key and value.
 
@@ -43,13 +44,14 @@ def block_attention(
         scale: Factor on query·key.
         window: A token sees itself and the `window - 1` before it.
         softcap: Scores become softcap · tanh(score / softcap).
+        sinks_H: [H], frozen: a further score of each head, whose share of the softmax goes nowhere (gpt-oss).
     """
     _, heads, tokens, width = query_1HTD.shape
     groups = key_1GTD.shape[1]
     shared = heads // groups
     query_GRD = (query_1HTD[0] * scale).view(groups, shared, tokens, width).transpose(1, 2).flatten(1, 2)
     out_GRD: torch.Tensor = _forward(
-        query_GRD, key_1GTD[0], value_1GTD[0], boundaries, shared, window or 0, softcap or 0.0
+        query_GRD, key_1GTD[0], value_1GTD[0], boundaries, shared, window or 0, softcap or 0.0, sinks_H
     )
     return out_GRD.view(groups, tokens, shared, -1).transpose(0, 1).reshape(1, tokens, heads, -1)
 
@@ -63,13 +65,14 @@ def _forward(
     shared: int,
     window: int,
     softcap: float,
+    sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     """Query [G, R, D], scaled; key [G, T, D], value [G, T, V]; `shared` = H/G → [G, R, V]."""
     query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
     out = query.new_empty(*query.shape[:2], value.shape[2])
     for start, stop in pairwise(boundaries.tolist()):
         for rows, keys in _blocks(start, stop, shared, window):
-            probs, _ = _probabilities(query[:, rows], key[:, keys], shared, window, softcap)
+            probs, _ = _probabilities(query[:, rows], key[:, keys], shared, window, softcap, sinks)
             out[:, rows] = torch.bmm(probs, value[:, keys])
     return out
 
@@ -83,6 +86,7 @@ def _(
     shared: int,
     window: int,
     softcap: float,
+    sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     return query.new_empty(*query.shape[:2], value.shape[2])
 
@@ -97,6 +101,7 @@ def _backward(
     shared: int,
     window: int,
     softcap: float,
+    sinks: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     grad, query, key, value = grad.contiguous(), query.contiguous(), key.contiguous(), value.contiguous()
     grad_query = torch.empty_like(query)
@@ -106,7 +111,7 @@ def _backward(
     grad_key, grad_value = (torch.zeros_like(x, dtype=wide) for x in (key, value))
     for start, stop in pairwise(boundaries.tolist()):
         for rows, keys in _blocks(start, stop, shared, window):
-            probs, slope = _probabilities(query[:, rows], key[:, keys], shared, window, softcap)
+            probs, slope = _probabilities(query[:, rows], key[:, keys], shared, window, softcap, sinks)
             grad_value[:, keys] += torch.bmm(probs.mT, grad[:, rows])
             grad_probs = torch.bmm(grad[:, rows], value[:, keys].mT)
             grad_scores = torch._softmax_backward_data(grad_probs, probs, -1, probs.dtype)
@@ -127,17 +132,19 @@ def _(
     shared: int,
     window: int,
     softcap: float,
+    sinks: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    ctx.save_for_backward(*inputs[:4])
-    ctx.settings = inputs[4:]
+    ctx.save_for_backward(*inputs[:4], inputs[7])
+    ctx.settings = inputs[4:7]
 
 
 def _differentiate(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    return (*_backward(grad_out, *ctx.saved_tensors, *ctx.settings), None, None, None, None)
+    *tensors, sinks = ctx.saved_tensors
+    return (*_backward(grad_out, *tensors, *ctx.settings, sinks), None, None, None, None, None)
 
 
 _forward.register_autograd(_differentiate, setup_context=_keep)
@@ -153,7 +160,7 @@ def _blocks(start: int, stop: int, shared: int, window: int) -> Iterator[tuple[s
 
 
 def _probabilities(
-    query: torch.Tensor, key: torch.Tensor, shared: int, window: int, softcap: float
+    query: torch.Tensor, key: torch.Tensor, shared: int, window: int, softcap: float, sinks: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention of a block of the last queries of some keys, [G, R, K], and the slope of the soft cap where there is one."""
     scores = torch.bmm(query, key.mT)
@@ -169,6 +176,9 @@ def _probabilities(
     if window and keys > window:
         too_old = torch.full((queries, keys), float("-inf"), dtype=scores.dtype).tril(keys - queries - window)
         by_query += too_old[:, None]
+    if sinks is not None:
+        sink = sinks.to(scores.dtype).view(groups, 1, shared, 1).expand(-1, queries, -1, -1).reshape(groups, rows, 1)
+        return torch.cat([scores, sink], dim=-1).softmax(-1)[..., :-1], slope
     return scores.softmax(-1), slope
 
 

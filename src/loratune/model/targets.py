@@ -151,7 +151,7 @@ def target_notes(model: nn.Module, targets: str | tuple[str, ...]) -> tuple[str,
     Raises:
         RecipeError: `targets` is text, but no preset.
     """
-    notes = _router_notes(model.config) if isinstance(model, PreTrainedModel) else []
+    notes = _model_notes(model) if isinstance(model, PreTrainedModel) else []
     if not isinstance(targets, str):
         return tuple(notes)
     wanted = _roles_of_preset(targets)
@@ -175,8 +175,8 @@ def target_notes(model: nn.Module, targets: str | tuple[str, ...]) -> tuple[str,
     return tuple(notes)
 
 
-def _router_notes(config: PretrainedConfig) -> list[str]:
-    notes = []
+def _model_notes(model: PreTrainedModel) -> list[str]:
+    notes, config = [], model.config
     coefficient = router_loss(config)
     if coefficient:
         notes.append(
@@ -189,6 +189,9 @@ def _router_notes(config: PretrainedConfig) -> list[str]:
             f"its routers draw at random in training (router_jitter_noise {jitter:g}), so engine and token budget change which "
             "experts a token sees"
         )
+    mixers = sorted({type(module).__name__ for module in model.modules() if _is_state_space(module)})
+    if mixers:
+        notes.append(f"the planned memory and time know nothing of what {', '.join(mixers)} keeps and does: leave room")
     return notes
 
 

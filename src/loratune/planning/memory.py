@@ -221,11 +221,13 @@ def layer_bytes(
         keeps_inputs: Whether frozen matrices keep their inputs too, as int8 layers of bitsandbytes do.
     """
     hidden = config.hidden_size
-    heads = config.num_attention_heads
+    heads = getattr(config, "num_attention_heads", None) or 1  # Mamba has none
     head_dim = getattr(config, "head_dim", None) or hidden // heads
     query = heads * head_dim
     key_value = (getattr(config, "num_key_value_heads", None) or heads) * head_dim
     feed_forward = getattr(config, "intermediate_size", None) or 4 * hidden
+    if isinstance(feed_forward, list | tuple):  # of each layer, as in Gemma 3n
+        feed_forward = max(feed_forward)
     if getattr(config, "num_experts_per_tok", None):
         feed_forward = config.num_experts_per_tok * (getattr(config, "moe_intermediate_size", None) or feed_forward)
     norms = 2 * hidden * (dtype_bytes if compiled else 4)

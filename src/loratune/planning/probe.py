@@ -14,6 +14,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from loratune.errors import RecipeError
 from loratune.kernels.attention import PACKED, PackingUnsupportedError, register
 from loratune.kernels.cross_entropy import chunk_rows, cross_entropy_per_token, sum_cross_entropy
 from loratune.model.adapter import attach_adapter, use_fast_layers
@@ -67,7 +68,17 @@ def probe(
             train, forward = _layer_seconds(adapted, length, device)
             head = _head_seconds(config, num_answers, dtype, device)
     # A config of two layers is one that its authors may not have thought of: the run itself does not depend on it.
-    except (ValueError, TypeError, AttributeError, KeyError, IndexError, AssertionError, PackingUnsupportedError):
+    # RecipeError: of layers of several kinds, some adapted modules are in none of the two.
+    except (
+        ValueError,
+        TypeError,
+        AttributeError,
+        KeyError,
+        IndexError,
+        AssertionError,
+        PackingUnsupportedError,
+        RecipeError,
+    ):
         return None
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):

@@ -62,7 +62,7 @@ def longest_packed(config: Any, untold: Collection[int]) -> tuple[int | None, st
         for kind, length in _changing_rotations(config.get_text_config())
     ]
     limits += [(window, f"a mask alone keeps its attention to {window:,} tokens") for window in untold]
-    return min(limits, default=(None, ""))  # type: ignore[type-var]
+    return min(limits, default=(None, ""))
 
 
 def _stateful(decoder: torch.nn.Module) -> str:

@@ -13,9 +13,23 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from trl import SFTConfig, SFTTrainer
 
 from loratune.data.render import Example
+from loratune.errors import RecipeError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def check_stock(causal_lm: PreTrainedModel) -> None:
+    """Refuse a model that `SFTTrainer` cannot train.
+
+    Raises:
+        RecipeError: TRL 1.16 takes the hidden states from `base_model`, and the model has no decoder of that name.
+    """
+    if causal_lm.base_model is causal_lm:
+        raise RecipeError(
+            f"stock TRL cannot train {type(causal_lm).__name__}, whose base_model is itself and not its decoder",
+            fix="train.engine=fast",
+        )
 
 
 def labelled(examples: Sequence[Example]) -> HubDataset:
