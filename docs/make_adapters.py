@@ -52,6 +52,21 @@ Memory while training in bfloat16, beside weights, gradients and moments of the 
 `lora.layers` is `all`, `first N`, `last N` or a list of numbers from 0 on, and goes with every variant. Layers below the first adapted
 one get no gradient and keep nothing for the way back; the plan's memory and time count them as if they did, so both are upper bounds then.
 
+## Other ranks and scales for single matrices
+
+`lora.rank_pattern` and `lora.alpha_pattern` are PEFT's: a regular expression of a module's last parts or whole name, and its rank or
+alpha; of several that match, the first counts, and one that decides about nothing is refused.
+
+    lora:
+      r: 16
+      alpha: 32
+      rank_pattern: {{o_proj: 4, 'layers.0.mlp.*': 64}}
+      alpha_pattern: {{o_proj: 8, 'layers.0.mlp.*': 128}}
+
+The update of a matrix is scaled by its own alpha over its own rank, so a rank without an alpha changes both. They go with every
+variant. vLLM reads one rank and one alpha for all: `loratune export --to vllm` fills lower ranks up with zeros and multiplies the
+scales into B, which is the same adapter.
+
 ## Going on from a saved adapter
 
 `lora.start_from` names a folder in PEFT's format or a hub id, safetensors only. Rank, alpha, variant and adapted matrices must be the

@@ -22,7 +22,7 @@ from loratune.model.device import torch_dtype
 from loratune.model.quantised import BY_BITSANDBYTES, as_multiplied, quantised_matrices
 from loratune.planning.parameters import skeleton
 from loratune.progress import Progress, Silent
-from loratune.run import RunDir
+from loratune.run import RunDir, read_json
 from loratune.shipping.families import GgufLayout
 from loratune.shipping.gguf_adapter import check_plain, read_gguf_adapter, write_gguf_adapter
 from loratune.shipping.gguf_model import is_quantised, write_gguf_model
@@ -40,7 +40,7 @@ from loratune.shipping.parity import (
 from loratune.shipping.readers import LlamaCppReader, Render, TransformersReader, has_llama_cpp
 from loratune.shipping.served import check_transformers, model_folder, served_name, write_served
 from loratune.shipping.staging import check_target
-from loratune.shipping.vllm import check_vllm, serve_adapter, serve_merged
+from loratune.shipping.vllm import check_vllm, serve_adapter, serve_merged, write_uniform
 
 _NOBODY = Silent()
 NUM_ANSWERS = 20
@@ -353,8 +353,12 @@ def _export_vllm(finished: FinishedRun, target: Path, *, merged: bool) -> Delive
 
 def _copy_adapter(finished: FinishedRun, folder: Path) -> tuple[Load, Tolerance]:
     recipe = finished.prepared.recipe
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        shutil.copyfile(finished.run.adapter / name, folder / name)
+    config = read_json(finished.run.adapter / "adapter_config.json")
+    if config.get("rank_pattern") or config.get("alpha_pattern"):
+        write_uniform(finished.updates, config, folder)
+    else:
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            shutil.copyfile(finished.run.adapter / name, folder / name)
     copy_companions(finished.base, finished.run.adapter, folder, finished.stops)
 
     def load(_: Expected) -> Target:

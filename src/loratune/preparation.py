@@ -22,6 +22,7 @@ from loratune.model.beginning import adapter_fingerprint, base_notes
 from loratune.model.device import Choice, choose_device, choose_dtype, free_memory
 from loratune.model.gguf import cache_dir
 from loratune.model.load import BaseModel, load_config, load_tokenizer, locate_model, positions_of
+from loratune.model.patterns import check_patterns
 from loratune.model.quantised import BY_BITSANDBYTES, check_checkpoint
 from loratune.model.stops import generation_stops
 from loratune.model.targets import describe_targets, resolve_targets, target_notes
@@ -218,6 +219,7 @@ def prepare(
     max_length = _max_length(recipe, positions)
     model = skeleton(config, trust_remote_code=recipe.model.trust_remote_code)
     targets = resolve_targets(model, recipe.lora.targets, recipe.lora.layers)
+    check_patterns(recipe.lora, targets)
     check_weights(base.path, model, quantized=getattr(config, "quantization_config", None) is not None)
     check_stored(base.stored, model, name=base.name)
     parameters = count_parameters(model, targets, recipe.lora)

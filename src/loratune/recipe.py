@@ -177,12 +177,33 @@ class LoraSection(Section):
     """A saved adapter that training goes on from: a folder in PEFT's format, or a hub id. Rank, alpha, variant and matrices must
     be the recipe's."""
 
+    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = {}
+    """Ranks of single matrices in the place of `r`: a regular expression of a module's last parts or whole name, and its rank, as
+    `{o_proj: 4, 'layers.0.mlp.*': 64}`. Of several that match, the first counts."""
+
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = {}
+    """The same in the place of `alpha`. Without it, a matrix of another rank has another alpha/r."""
+
     @field_validator("layers")
     @classmethod
     def _check_layers(cls, value: str | tuple[int, ...]) -> str | tuple[int, ...]:
         if isinstance(value, str) and not re.fullmatch(r"all|(first|last) [1-9][0-9]*", value):
             raise ValueError(f"layers is {value}; give all, first N, last N, or a list of numbers from 0 on")
         return value
+
+    @field_validator("rank_pattern", "alpha_pattern")
+    @classmethod
+    def _check_patterns(cls, value: dict[str, Any]) -> dict[str, Any]:
+        return _regular_expressions(value)
+
+
+def _regular_expressions(value: dict[str, Any]) -> dict[str, Any]:
+    for pattern in value:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"{pattern} is no regular expression: {error}") from None
+    return value
 
 
 Optimizer = Literal["adamw", "adafactor", "sgd"]

@@ -43,6 +43,8 @@ OTHER: dict[str, Any] = {
     "lora.layers": "last 1",
     "lora.variant": "rslora",
     "lora.start_from": "no/such/adapter",
+    "lora.rank_pattern": {"q_proj": 3},
+    "lora.alpha_pattern": {"v_proj": 4},
     "train.output_dir": "FOLDER",
     "train.epochs": 2,
     "train.learning_rate": 1e-3,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from loratune.guidance.facts import Facts, Row, around, size
+from loratune.model.patterns import rank_of
 from loratune.model.targets import describe_targets, resolve_targets
 from loratune.model.variants import saved_rank, scale_in_words, scale_of
 from loratune.planning.optimizer_memory import state_bytes
@@ -32,7 +34,8 @@ def rank_row(count: ParameterCount, lora: LoraSection, optimizer: Optimizer) -> 
 
 def _rank(facts: Facts) -> str:
     r, now = facts.prepared.recipe.lora.r, facts.prepared.parameters
-    verb = "double" if facts.prepared.recipe.lora.variant != "dora" else "raise"
+    lora = facts.prepared.recipe.lora
+    verb = "double" if lora.variant != "dora" and not lora.rank_pattern else "raise"
     return f"{now.trainable:,} trainable ({now.trainable / now.total:.2%}); r {2 * r} would {verb} it to {facts.count(2 * r).trainable:,}"
 
 
@@ -101,6 +104,22 @@ def _start_from(facts: Facts) -> str:
     )
 
 
+def _rank_pattern(facts: Facts) -> str:
+    lora = facts.prepared.recipe.lora
+    return _counted(rank_of(lora, name) for name in facts.prepared.targets) + " by rank"
+
+
+def _alpha_pattern(facts: Facts) -> str:
+    lora = facts.prepared.recipe.lora
+    return _counted(f"{scale_of(lora, name):.4g}" for name in facts.prepared.targets) + f" by {scale_in_words(lora)}"
+
+
+def _counted(values: Iterable[object]) -> str:
+    """`48 of 16, 8 of 4 matrices`, the most first."""
+    found = Counter(values).most_common()
+    return f"matrices: {', '.join(f'{count} of {value}' for value, count in found)}"
+
+
 def _variant(facts: Facts) -> str:
     lora, now = facts.prepared.recipe.lora, facts.prepared.parameters
     return f"{now.trainable:,} trainable, scaled by {scale_of(lora):.4g}; saved with rank {saved_rank(lora)}"
@@ -136,6 +155,8 @@ SUMMARIES: dict[str, Callable[[Facts], str]] = {
     "lora.layers": _layers,
     "lora.variant": _variant,
     "lora.start_from": _start_from,
+    "lora.rank_pattern": _rank_pattern,
+    "lora.alpha_pattern": _alpha_pattern,
 }
 
 TABLES: dict[str, Callable[[Facts], list[Row]]] = {

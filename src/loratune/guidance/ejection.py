@@ -47,7 +47,7 @@ COVERED = {
         *("train", "eval", "format", "columns", "train_on", "thinking", "special_tokens_in_text"),
         *("max_length", "on_long", "on_bad_row", "streaming"),
     },
-    "lora": {"r", "alpha", "dropout", "targets", "layers", "variant", "start_from"},
+    "lora": {"r", "alpha", "dropout", "targets", "layers", "variant", "start_from", "rank_pattern", "alpha_pattern"},
     "train": {
         *("output_dir", "epochs", "learning_rate", "batch_size", "warmup_fraction", "weight_decay"),
         *("optimizer", "lora_plus_ratio", "schedule"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from loratune.errors import RecipeError
 from loratune.kernels.fp8_linear import Fp8Linear
 from loratune.kernels.lora_linear import lora_linear, lora_update
-from loratune.model.variants import changes_base, has_changed_base, keep_beginning, peft_arguments, save_as_plain
+from loratune.model.variants import changes_base, has_changed_base, keep_beginning, peft_arguments, save_as_plain, whole
 from loratune.recipe import LoraSection
 
 if TYPE_CHECKING:
@@ -34,14 +33,14 @@ def attach_adapter(
 
     Args:
         model: The base; its weights are changed by some of the variants.
-        lora: Rank, scale, dropout, variant.
+        lora: Ranks, scales, dropout, variant.
         targets: Full module names, from `resolve_targets`.
         base_name: What `base_model_name_or_path` of the saved adapter says.
         seed: Of the initial weights.
     """
     config = LoraConfig(
         r=lora.r,
-        lora_alpha=int(lora.alpha) if math.isclose(lora.alpha, int(lora.alpha)) else lora.alpha,
+        lora_alpha=whole(lora.alpha),
         lora_dropout=lora.dropout,
         target_modules=list(short_names(model, targets)),
         task_type=TaskType.CAUSAL_LM,

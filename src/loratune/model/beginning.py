@@ -13,13 +13,14 @@ from safetensors.torch import load_file
 
 from loratune.errors import MachineError, RecipeError
 from loratune.model.gguf import file_sha256
+from loratune.model.patterns import rank_of
 from loratune.model.targets import Matrix
 from loratune.recipe import LoraSection
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX = "base_model.model."
 _UNKNOWN = (
-    *("rank_pattern", "alpha_pattern", "modules_to_save", "target_parameters", "trainable_token_indices"),
+    *("modules_to_save", "target_parameters", "trainable_token_indices"),
     *("layer_replication", "lora_bias", "use_qalora", "alora_invocation_tokens", "arrow_config"),
 )
 """Settings of PEFT's `LoraConfig` that the recipe has no word for: an adapter that uses one trains otherwise than it says."""
@@ -74,6 +75,7 @@ def check_adapter(folder: Path, lora: LoraSection, matrices: Sequence[Matrix]) -
     if config.get("bias", "none") != "none":
         raise RecipeError("lora.start_from: the adapter trains biases (bias), which loratune does not", file=folder)
     theirs = {"r": config.get("r"), "alpha": config.get("lora_alpha"), "variant": _variant(config)}
+    theirs |= {name: config.get(name) or {} for name in ("rank_pattern", "alpha_pattern")}
     for field, value in theirs.items():
         if value != getattr(lora, field):
             raise RecipeError(
@@ -122,8 +124,9 @@ def _expected(lora: LoraSection, matrices: Sequence[Matrix]) -> dict[str, tuple[
     shapes: dict[str, tuple[int, ...]] = {}
     for matrix in matrices:
         name = f"{_PREFIX}{matrix.name}"
-        shapes[f"{name}.lora_A.weight"] = (lora.r, matrix.d_in)
-        shapes[f"{name}.lora_B.weight"] = (matrix.d_out, lora.r)
+        r = rank_of(lora, matrix.name)
+        shapes[f"{name}.lora_A.weight"] = (r, matrix.d_in)
+        shapes[f"{name}.lora_B.weight"] = (matrix.d_out, r)
         if lora.variant == "dora":
             shapes[f"{name}.lora_magnitude_vector"] = (matrix.d_out,)
     return shapes

@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from transformers.pytorch_utils import Conv1D
 
 from loratune.errors import RecipeError
+from loratune.model.patterns import alpha_of, highest_rank, rank_of
 from loratune.model.targets import Matrix
 from loratune.recipe import LoraSection, Recipe
 
@@ -41,8 +42,16 @@ _PEFT: Mapping[str, Mapping[str, Any]] = {
 
 
 def peft_arguments(lora: LoraSection) -> dict[str, Any]:
-    """The arguments of PEFT's `LoraConfig` that the variant adds."""
-    return dict(_PEFT[lora.variant])
+    """The arguments of PEFT's `LoraConfig` that the variant adds, and the patterns."""
+    patterns = {"rank_pattern": dict(lora.rank_pattern)} if lora.rank_pattern else {}
+    if lora.alpha_pattern:
+        patterns["alpha_pattern"] = {name: whole(alpha) for name, alpha in lora.alpha_pattern.items()}
+    return {**_PEFT[lora.variant], **patterns}
+
+
+def whole(alpha: float) -> float:
+    """An alpha as others write it: an integer where it is one."""
+    return int(alpha) if math.isclose(alpha, int(alpha)) else alpha
 
 
 def changes_base(lora: LoraSection) -> bool:
@@ -56,15 +65,15 @@ def has_changed_base(model: PeftModel) -> bool:
     return isinstance(beginning, str) and beginning.startswith(("pissa", "olora"))
 
 
-def scale_of(lora: LoraSection, r: int | None = None) -> float:
+def scale_of(lora: LoraSection, name: str = "") -> float:
     """What B·A·x is multiplied by: alpha/r, or alpha/√r with rsLoRA (Kalajdzievski 2023, arXiv 2312.03732).
 
     Args:
         lora: Of the recipe.
-        r: In the place of the recipe's rank.
+        name: Of the matrix; none for one that no pattern matches.
     """
-    r = lora.r if r is None else r
-    return lora.alpha / math.sqrt(r) if lora.variant == "rslora" else lora.alpha / r
+    r, alpha = rank_of(lora, name), alpha_of(lora, name)
+    return alpha / math.sqrt(r) if lora.variant == "rslora" else alpha / r
 
 
 def scale_in_words(lora: LoraSection) -> str:
@@ -72,15 +81,15 @@ def scale_in_words(lora: LoraSection) -> str:
     return "alpha/√r" if lora.variant == "rslora" else "alpha/r"
 
 
-def saved_rank(lora: LoraSection, r: int | None = None) -> int:
-    """The rank of the saved adapter, which servers are told: twice the trained one where the base was changed."""
-    r = lora.r if r is None else r
-    return 2 * r if changes_base(lora) else r
+def saved_rank(lora: LoraSection) -> int:
+    """The highest rank of the saved adapter, which servers are told: twice the trained one where the base was changed."""
+    return (2 if changes_base(lora) else 1) * highest_rank(lora)
 
 
 def num_trainable(lora: LoraSection, matrix: Matrix) -> int:
     """The parameters that a matrix of d_out × d_in gets: r·(d_in + d_out), and with DoRA a magnitude for each output."""
-    return lora.r * (matrix.d_in + matrix.d_out) + (matrix.d_out if lora.variant == "dora" else 0)
+    magnitudes = matrix.d_out if lora.variant == "dora" else 0
+    return rank_of(lora, matrix.name) * (matrix.d_in + matrix.d_out) + magnitudes
 
 
 def check_variant(lora: LoraSection, matrices: Sequence[Matrix], model: torch.nn.Module) -> None:
@@ -91,15 +100,15 @@ def check_variant(lora: LoraSection, matrices: Sequence[Matrix], model: torch.nn
     """
     if not changes_base(lora):
         return
-    smallest = min(matrices, key=lambda matrix: min(matrix.d_in, matrix.d_out))
-    most = min(smallest.d_in, smallest.d_out)
-    if lora.r > most:
-        raise RecipeError(
-            f"lora.variant is {lora.variant}, which takes A and B from the matrix itself, and {smallest.name} has no rank "
-            f"over {most}, but lora.r is {lora.r}",
-            fix=f"lora.r={most} or less, or another variant",
-        )
-    if lora.variant == "olora" and isinstance(model.get_submodule(smallest.name), Conv1D):
+    for matrix in sorted(matrices, key=lambda matrix: min(matrix.d_in, matrix.d_out)):
+        most, r = min(matrix.d_in, matrix.d_out), rank_of(lora, matrix.name)
+        if r > most:
+            raise RecipeError(
+                f"lora.variant is {lora.variant}, which takes A and B from the matrix itself, and {matrix.name} has no rank "
+                f"over {most}, but {'lora.r' if r == lora.r else 'its rank by lora.rank_pattern'} is {r}",
+                fix=f"{most} or less, or another variant",
+            )
+    if lora.variant == "olora" and isinstance(model.get_submodule(matrices[0].name), Conv1D):
         raise RecipeError(
             "lora.variant is olora, which PEFT does not do on the transposed matrices of this architecture",
             fix="lora.variant=pissa",
@@ -156,6 +165,8 @@ def plain_config(config: LoraConfig) -> LoraConfig:
     plain = copy.deepcopy(config)
     plain.init_lora_weights = True
     plain.r, plain.lora_alpha = 2 * config.r, 2 * config.lora_alpha
+    plain.rank_pattern = {name: 2 * r for name, r in (config.rank_pattern or {}).items()}
+    plain.alpha_pattern = {name: 2 * alpha for name, alpha in (config.alpha_pattern or {}).items()}
     plain.inference_mode = True
     return plain
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from loratune.model.patterns import rank_of
 from loratune.model.targets import Matrix, reads_attention
 from loratune.model.variants import changes_base, num_trainable
 from loratune.recipe import LoraSection
@@ -21,7 +22,9 @@ def kept_bytes(matrices: Sequence[Matrix], lora: LoraSection, dtype_bytes: int, 
         return sum(_kept_by_dora(matrix, lora, dtype_bytes) for matrix in matrices) + (
             0 if lora.dropout or dtype_bytes < 4 else _inputs(matrices, dtype_bytes)
         )
-    adapters = (_inputs(matrices, dtype_bytes) if inputs else 0) + dtype_bytes * lora.r * len(matrices)
+    adapters = (_inputs(matrices, dtype_bytes) if inputs else 0) + dtype_bytes * sum(
+        rank_of(lora, matrix.name) for matrix in matrices
+    )
     if lora.dropout:
         adapters += sum(matrix.d_in for matrix in matrices)
     return adapters
@@ -48,7 +51,8 @@ def _inputs(matrices: Sequence[Matrix], dtype_bytes: int) -> int:
 
 
 def _kept_by_dora(matrix: Matrix, lora: LoraSection, dtype_bytes: int) -> int:
+    r = rank_of(lora, matrix.name)
     if lora.dropout:
-        return 4 * (2 * matrix.d_in + 2 * matrix.d_out + lora.r)
+        return 4 * (2 * matrix.d_in + 2 * matrix.d_out + r)
     cast = 4 * matrix.d_in if dtype_bytes < 4 else 0
-    return cast + (4 + dtype_bytes) * matrix.d_out + 4 * lora.r
+    return cast + (4 + dtype_bytes) * matrix.d_out + 4 * r

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from loratune.model.patterns import rank_of
 from loratune.model.targets import Matrix
 from loratune.model.variants import num_trainable
 from loratune.recipe import LoraSection, Optimizer
@@ -23,6 +24,6 @@ def state_bytes(optimizer: Optimizer, matrices: Sequence[Matrix], lora: LoraSect
         return 0
     if optimizer == "adamw":
         return BYTES * 2 * sum(num_trainable(lora, matrix) for matrix in matrices)
-    factored = sum(2 * lora.r + matrix.d_in + matrix.d_out for matrix in matrices)
+    factored = sum(2 * rank_of(lora, matrix.name) + matrix.d_in + matrix.d_out for matrix in matrices)
     magnitudes = sum(matrix.d_out for matrix in matrices) if lora.variant == "dora" else 0
     return BYTES * (factored + magnitudes)

@@ -45,7 +45,7 @@ def count_parameters(model: nn.Module, target_names: Sequence[str], lora: LoraSe
     Args:
         model: The base model, without an adapter. It may be on the meta device.
         target_names: Full module names, as `resolve_targets` returns them.
-        lora: Rank and variant.
+        lora: Ranks and variant.
     """
     shapes = [matrix(name, model.get_submodule(name)) for name in target_names]
     per_module = tuple(MatrixCount(matrix=shape, trainable=num_trainable(lora, shape)) for shape in shapes)

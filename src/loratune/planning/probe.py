@@ -18,6 +18,7 @@ from loratune.kernels.attention import PACKED, PackingUnsupportedError, register
 from loratune.kernels.cross_entropy import chunk_rows, cross_entropy_per_token, sum_cross_entropy
 from loratune.model.adapter import attach_adapter, use_fast_layers
 from loratune.model.device import is_out_of_memory
+from loratune.model.patterns import matching_only
 from loratune.model.targets import resolve_targets
 from loratune.planning.speed import Rates, best_seconds
 from loratune.recipe import LoraSection
@@ -62,7 +63,8 @@ def probe(
     try:
         with torch.random.fork_rng(), torch.enable_grad():
             model = _two_layers(config, dtype).to(device)
-            adapted = attach_adapter(model, lora, resolve_targets(model, leaves), base_name="probe", seed=0)
+            names = resolve_targets(model, leaves)
+            adapted = attach_adapter(model, matching_only(lora, names), names, base_name="probe", seed=0)
             decode = _decode_seconds(adapted, num_answers, device)
             train, forward = _layer_seconds(adapted, length, device)
             head = _head_seconds(config, num_answers, dtype, device)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from loratune.errors import RunError
 from loratune.model.adapter import adapter_file
 
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +56,7 @@ def read_adapter(folder: Path) -> dict[str, LowRank]:
         RunError: The adapter holds something else than low-rank updates of matrices.
     """
     config: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    tensors = {name.removeprefix(_PREFIX): t.float() for name, t in load_file(adapter_file(folder)).items()}
+    tensors = {name.removeprefix(PREFIX): t.float() for name, t in load_file(adapter_file(folder)).items()}
     modules = [name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")]
     updates: dict[str, LowRank] = {}
     for module in sorted(modules):
