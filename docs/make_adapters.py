@@ -67,6 +67,23 @@ The update of a matrix is scaled by its own alpha over its own rank, so a rank w
 variant. vLLM reads one rank and one alpha for all: `loratune export --to vllm` fills lower ranks up with zeros and multiplies the
 scales into B, which is the same adapter.
 
+## Modules that are trained whole
+
+`lora.modules_to_save` names modules that are trained whole beside the adapter and saved with it, by their last dotted parts:
+`[embed_tokens, lm_head]`, `[norm]` (the last norm alone, where PEFT would take every module whose name ends so), `[input_layernorm]`.
+PEFT keeps the module as it was and trains a copy; `plan` counts the copy, its gradient and the optimizer's state, and for a head or an
+embedding the gradients of the whole table while a micro-batch's are made. Three things are done with care:
+
+- A head that is tied to the embedding stays tied: one matrix is trained for both (PEFT's `ensure_weight_tying`), saved under both
+  names as PEFT does, and counted once. PEFT's default would train the head alone and leave two models that no file format expects.
+- In a base of 16 bits the copies are float32, as the adapter is, and computed with in 16 bits. What stock PEFT loads into such a base computes
+  the same.
+- The fast loss takes the trained head, and its gradient is that of the stock forward (`tests/invariants/test_whole.py`).
+
+`merge` and merged exports put them in; GGUF adapters and vLLM have no place for them. Matrices inside of the layers cannot be trained whole
+with `model.quantization`; embedding, head and norms can. `loratune eject` refuses them in 16 bits, where PEFT alone would train
+the copies in 16 bits.
+
 ## Going on from a saved adapter
 
 `lora.start_from` names a folder in PEFT's format or a hub id, safetensors only. Rank, alpha, variant and adapted matrices must be the

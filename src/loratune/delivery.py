@@ -115,6 +115,7 @@ def export(
     layout = GgufLayout(finished.config)
     if not merged:
         check_plain(finished.updates)
+        _check_matrices_alone(finished, "a GGUF adapter")
     turns = (
         translate(finished.prepared.tokenizer, finished.prepared.data.eval_conversations) if to == "ollama" else None
     )
@@ -179,7 +180,7 @@ def _write_folder(finished: FinishedRun, folder: Path, dtype: str) -> tuple[Load
             f"{len(frozen)} matrices of the base are written with the values that {recipe.model.quantization} left them, since "
             "the adapter was trained on these"
         )
-    write_merged(finished.base, finished.updates, folder, dtype=wanted, frozen=frozen)
+    write_merged(finished.base, finished.updates, folder, dtype=wanted, frozen=frozen, replaced=finished.replaced)
     copy_companions(finished.base, finished.run.adapter, folder, finished.stops)
 
     def load(_: Expected) -> Target:
@@ -215,6 +216,16 @@ def _check_full_base(finished: FinishedRun, what: str) -> None:
             f"the adapter was trained on a base in {quantization}; {what}",
             file=finished.run.root,
             fix=f"loratune merge {finished.run.root} OUT, which writes the values that training multiplied with",
+        )
+
+
+def _check_matrices_alone(finished: FinishedRun, taker: str) -> None:
+    """Refuse what takes A and B alone."""
+    if finished.replaced:
+        raise RecipeError(
+            f"{taker} has no place for {next(iter(finished.replaced))}, which the run trained whole",
+            file=finished.run.adapter,
+            fix="--merged writes the whole model",
         )
 
 
@@ -282,6 +293,7 @@ class _Gguf:
             name=finished.name,
             stop_token_ids=finished.stops,
             source=finished.source,
+            replaced=finished.replaced if updates else {},
         )
 
     def _load(self, file: Path, expected: Expected) -> Target:
@@ -326,6 +338,7 @@ def _export_vllm(finished: FinishedRun, target: Path, *, merged: bool) -> Delive
     if merged:
         command = serve_merged(target, name=finished.name)
     else:
+        _check_matrices_alone(finished, "vLLM")
         rank = check_vllm(finished.updates, finished.config)
         base = finished.prepared.base
         command = serve_adapter(

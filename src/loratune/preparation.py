@@ -14,7 +14,15 @@ from loratune.data.prompts import Prompt, render_prompts, stop_token_ids
 from loratune.data.render import Example
 from loratune.data.steps import num_steps
 from loratune.data.stream import MANY_ROWS, can_stream, open_tables, stream_data
-from loratune.early_checks import check_disk, check_output, check_prompts, check_start, check_trackers, check_vocabulary
+from loratune.early_checks import (
+    check_disk,
+    check_output,
+    check_prompts,
+    check_start,
+    check_trackers,
+    check_vocabulary,
+    check_whole,
+)
 from loratune.errors import MachineError, RecipeError
 from loratune.evaluation.scoring import check_metric, check_references
 from loratune.lock import examples_fingerprint, make_lock, model_fingerprint, text_fingerprint
@@ -28,6 +36,7 @@ from loratune.model.stops import generation_stops
 from loratune.model.targets import describe_targets, resolve_targets, target_notes
 from loratune.model.variants import check_variant, variant_notes
 from loratune.model.weights import bytes_to_convert, check_stored, check_weights
+from loratune.model.whole import whole_in_words
 from loratune.planning.advice import Advice, Facts, give_advice
 from loratune.planning.cluster import Cluster
 from loratune.planning.compatibility import unknown_to_gguf
@@ -131,6 +140,7 @@ class Preparation:
                     }
                     for item in self.parameters.per_module
                 ],
+                "whole": [{"name": item.name, "trainable": item.trainable} for item in self.parameters.whole],
             },
             "presets": {preset.count.name: preset.as_record() for preset in self.presets},
             "memory": {"peak_bytes": memory.peak_bytes, **asdict(memory)},
@@ -225,7 +235,8 @@ def prepare(
     parameters = count_parameters(model, targets, recipe.lora)
     matrices = [count.matrix for count in parameters.per_module]
     check_variant(recipe.lora, matrices, model)
-    start = check_start(recipe, matrices, output_dir(recipe))
+    check_whole(recipe, parameters.whole)
+    start = check_start(recipe, parameters, output_dir(recipe))
     tokenizer = load_tokenizer(base, recipe.model)
     streaming, data = _data(recipe, tokenizer, int(max_length.value), progress)
     forgetting = _forgetting(recipe, tokenizer, int(max_length.value), progress)
@@ -286,7 +297,7 @@ def prepare(
         base=base,
         tokenizer=tokenizer,
         targets=targets,
-        targets_in_words=describe_targets(model, recipe.lora.targets, recipe.lora.layers),
+        targets_in_words=_in_words(model, recipe, parameters),
         parameters=parameters,
         presets=tuple(_preset(p, recipe, text_config, model, data, estimated) for p in presets),
         data=data,
@@ -315,6 +326,12 @@ def prepare(
         if cluster is None
         else scale(cluster, recipe, text_config, parameters, data=data, place=place, estimate_at=estimate_at),
     )
+
+
+def _in_words(model: Any, recipe: Recipe, parameters: ParameterCount) -> str:
+    """What is trained."""
+    adapted = describe_targets(model, recipe.lora.targets, recipe.lora.layers)
+    return f"{adapted}; whole: {whole_in_words(parameters.whole)}" if parameters.whole else adapted
 
 
 def _free_bytes(device: str) -> int | None:

@@ -184,6 +184,10 @@ class LoraSection(Section):
     alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = {}
     """The same in the place of `alpha`. Without it, a matrix of another rank has another alpha/r."""
 
+    modules_to_save: tuple[str, ...] = ()
+    """Modules that are trained whole beside the adapter and saved with it, such as `embed_tokens`, `lm_head` or `norm`, by their
+    last dotted parts. Of a head that is tied to the embedding, both are trained as one."""
+
     @field_validator("layers")
     @classmethod
     def _check_layers(cls, value: str | tuple[int, ...]) -> str | tuple[int, ...]:

@@ -45,7 +45,7 @@ def losses_of_script(folder: Path) -> list[float]:
 @pytest.mark.parametrize(
     "kind",
     [
-        *("rows", "rslora", "dora", "pissa", "olora", "adafactor", "start", "patterns"),
+        *("rows", "rslora", "dora", "pissa", "olora", "adafactor", "start", "patterns", "whole"),
         *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("all", "marked")),
     ],
 )
@@ -56,6 +56,7 @@ def test_the_script_trains_to_the_same_losses_and_the_same_adapter(
     patterns = ["lora.rank_pattern={q_proj: 2}", "lora.alpha_pattern={q_proj: 4}"]
     kinds = {
         "patterns": patterns,
+        "whole": ["lora.modules_to_save=[lm_head, norm]"],
         "rows": [],
         "adafactor": adafactor,
         "all": ["data.train_on=all"],

@@ -45,6 +45,7 @@ OTHER: dict[str, Any] = {
     "lora.start_from": "no/such/adapter",
     "lora.rank_pattern": {"q_proj": 3},
     "lora.alpha_pattern": {"v_proj": 4},
+    "lora.modules_to_save": ["norm"],
     "train.output_dir": "FOLDER",
     "train.epochs": 2,
     "train.learning_rate": 1e-3,

@@ -45,6 +45,39 @@ def test_sum_and_gradient_equal_torch(
     torch.testing.assert_close(actual, per_token.detach(), rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize(("scale", "softcap", "with_bias"), [(1.0, None, False), (0.25, None, True), (2.0, 3.0, True)])
+def test_a_trained_head_gets_torch_s_gradient(
+    monkeypatch: pytest.MonkeyPatch, scale: float, softcap: float | None, with_bias: bool
+) -> None:
+    monkeypatch.setitem(cross_entropy.CHUNK_BYTES, "cpu", 4 * 101 * 16)
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(70, 24, requires_grad=True), torch.randn(101, 24, requires_grad=True)
+    bias = torch.randn(101, requires_grad=True) if with_bias else None
+    inputs = [hidden, weight, *([bias] if bias is not None else [])]
+    targets = torch.randint(0, 101, (70,))
+    loss = sum_cross_entropy(hidden, weight, bias, targets, logit_scale=scale, softcap=softcap)
+    actual = torch.autograd.grad(3 * loss, inputs)
+    expected = torch.autograd.grad(3 * reference(hidden, weight, bias, targets, scale, softcap).sum(), inputs)
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=5e-5)
+
+
+def test_a_float32_head_is_computed_with_in_the_type_of_the_hidden_states() -> None:
+    torch.manual_seed(0)
+    hidden = torch.randn(40, 64, dtype=torch.bfloat16, requires_grad=True)
+    weight, targets = (torch.randn(200, 64) / 8).requires_grad_(), torch.randint(0, 200, (40,))
+    loss = sum_cross_entropy(hidden, weight, None, targets)
+    narrow = weight.detach().bfloat16()
+    torch.testing.assert_close(loss, sum_cross_entropy(hidden, narrow, None, targets), rtol=0, atol=0)
+    (gradient,) = torch.autograd.grad(loss, weight)
+    assert gradient.dtype == torch.float32
+    exact = narrow.double().requires_grad_()
+    (expected,) = torch.autograd.grad(
+        F.cross_entropy(hidden.detach().double() @ exact.T, targets, reduction="sum"), exact
+    )
+    assert (gradient.double() - expected).norm() / expected.norm() < 2**-6
+
+
 def test_bfloat16_stays_within_its_rounding() -> None:
     torch.manual_seed(0)
     hidden = torch.randn(40, 64, dtype=torch.bfloat16, requires_grad=True)

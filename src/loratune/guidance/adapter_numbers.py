@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 
 from loratune.guidance.facts import Facts, Row, around, size
 from loratune.model.patterns import rank_of
-from loratune.model.targets import describe_targets, resolve_targets
 from loratune.model.variants import saved_rank, scale_in_words, scale_of
+from loratune.model.whole import whole_in_words
 from loratune.planning.optimizer_memory import state_bytes
 from loratune.planning.parameters import ParameterCount, count_parameters
-from loratune.recipe import TARGET_PRESETS, VARIANTS, LoraSection, Optimizer
+from loratune.planning.presets import count_presets
+from loratune.recipe import VARIANTS, LoraSection, Optimizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 def rank_row(count: ParameterCount, lora: LoraSection, optimizer: Optimizer) -> Row:
     """One rank: parameters, sizes, and the scale that this alpha gives it. While training there are weight and gradient in
     float32, and the optimizer's state."""
-    state = state_bytes(optimizer, [item.matrix for item in count.per_module], lora)
+    state = state_bytes(optimizer, [item.matrix for item in count.per_module], lora, count.whole_shapes)
     return {
         "r": str(lora.r),
         "trainable": f"{count.trainable:,}",
@@ -35,7 +36,7 @@ def rank_row(count: ParameterCount, lora: LoraSection, optimizer: Optimizer) -> 
 def _rank(facts: Facts) -> str:
     r, now = facts.prepared.recipe.lora.r, facts.prepared.parameters
     lora = facts.prepared.recipe.lora
-    verb = "double" if lora.variant != "dora" and not lora.rank_pattern else "raise"
+    verb = "double" if lora.variant != "dora" and not lora.rank_pattern and not now.whole else "raise"
     return f"{now.trainable:,} trainable ({now.trainable / now.total:.2%}); r {2 * r} would {verb} it to {facts.count(2 * r).trainable:,}"
 
 
@@ -76,12 +77,14 @@ def _targets_table(facts: Facts) -> list[Row]:
 def preset_rows(model: PreTrainedModel, lora: LoraSection) -> list[Row]:
     """One row a preset: its matrices, and what they train at this rank, by this variant."""
     rows = []
-    for preset in TARGET_PRESETS:
-        count = count_parameters(model, resolve_targets(model, preset, lora.layers), lora)
+    for preset in count_presets(model, lora):
+        count = preset.parameters
+        if count is None:  # the model has no such matrix, or it is trained whole
+            continue
         rows.append(
             {
-                "targets": preset,
-                "matrices": describe_targets(model, preset, lora.layers),
+                "targets": preset.name,
+                "matrices": preset.targets_in_words,
                 "trainable": f"{count.trainable:,}",
                 "share": f"{count.trainable / count.total:.3%}",
                 "adapter file": size(count.adapter_bytes),
@@ -112,6 +115,14 @@ def _rank_pattern(facts: Facts) -> str:
 def _alpha_pattern(facts: Facts) -> str:
     lora = facts.prepared.recipe.lora
     return _counted(f"{scale_of(lora, name):.4g}" for name in facts.prepared.targets) + f" by {scale_in_words(lora)}"
+
+
+def _modules_to_save(facts: Facts) -> str:
+    whole = facts.prepared.parameters.whole
+    if not whole:
+        return "nothing is trained beside the adapter"
+    trainable = sum(item.trainable for item in whole)
+    return f"{trainable:,} parameters of {whole_in_words(whole)}, beside {facts.prepared.parameters.in_adapter:,} of the adapter"
 
 
 def _counted(values: Iterable[object]) -> str:
@@ -157,6 +168,7 @@ SUMMARIES: dict[str, Callable[[Facts], str]] = {
     "lora.start_from": _start_from,
     "lora.rank_pattern": _rank_pattern,
     "lora.alpha_pattern": _alpha_pattern,
+    "lora.modules_to_save": _modules_to_save,
 }
 
 TABLES: dict[str, Callable[[Facts], list[Row]]] = {

@@ -221,9 +221,9 @@ def _batch_size_table(facts: Facts) -> list[Row]:
 
 
 def _state(facts: Facts, optimizer: Optimizer | None = None) -> int:
-    matrices = [item.matrix for item in facts.prepared.parameters.per_module]
-    recipe = facts.prepared.recipe
-    return state_bytes(optimizer or recipe.train.optimizer, matrices, recipe.lora)
+    recipe, parameters = facts.prepared.recipe, facts.prepared.parameters
+    matrices = [item.matrix for item in parameters.per_module]
+    return state_bytes(optimizer or recipe.train.optimizer, matrices, recipe.lora, parameters.whole_shapes)
 
 
 def _optimizer(facts: Facts) -> str:

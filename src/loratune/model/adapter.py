@@ -16,6 +16,7 @@ from loratune.errors import RecipeError
 from loratune.kernels.fp8_linear import Fp8Linear
 from loratune.kernels.lora_linear import lora_linear, lora_update
 from loratune.model.variants import changes_base, has_changed_base, keep_beginning, peft_arguments, save_as_plain, whole
+from loratune.model.whole import keep_in_float32, whole_arguments, whole_modules
 from loratune.recipe import LoraSection
 
 if TYPE_CHECKING:
@@ -46,12 +47,14 @@ def attach_adapter(
         task_type=TaskType.CAUSAL_LM,
         fan_in_fan_out=isinstance(model.get_submodule(targets[0]), Conv1D),
         **peft_arguments(lora),
+        **whole_arguments(whole_modules(model, lora, targets)),
     )
     model.name_or_path = base_name  # PEFT takes the base's name from here
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         adapted = get_peft_model(model, config)
     assert isinstance(adapted, PeftModel)
+    keep_in_float32(adapted)
     if changes_base(lora):
         keep_beginning(adapted)
     return adapted

@@ -15,12 +15,13 @@ from loratune.errors import MachineError, RecipeError
 from loratune.model.gguf import file_sha256
 from loratune.model.patterns import rank_of
 from loratune.model.targets import Matrix
+from loratune.model.whole import Whole
 from loratune.recipe import LoraSection
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX = "base_model.model."
 _UNKNOWN = (
-    *("modules_to_save", "target_parameters", "trainable_token_indices"),
+    *("target_parameters", "trainable_token_indices"),
     *("layer_replication", "lora_bias", "use_qalora", "alora_invocation_tokens", "arrow_config"),
 )
 """Settings of PEFT's `LoraConfig` that the recipe has no word for: an adapter that uses one trains otherwise than it says."""
@@ -49,13 +50,14 @@ def locate_adapter(name: str) -> Path:
     return folder.resolve()
 
 
-def check_adapter(folder: Path, lora: LoraSection, matrices: Sequence[Matrix]) -> None:
+def check_adapter(folder: Path, lora: LoraSection, matrices: Sequence[Matrix], whole: Sequence[Whole] = ()) -> None:
     """Whether the adapter is one that the recipe describes, by its configuration and the shapes in its header.
 
     Args:
         folder: From `locate_adapter`.
         lora: Rank, scale, variant.
         matrices: That the recipe adapts.
+        whole: That it trains whole.
 
     Raises:
         RecipeError: It is not; what differs is named.
@@ -83,7 +85,8 @@ def check_adapter(folder: Path, lora: LoraSection, matrices: Sequence[Matrix]) -
                 file=folder / CONFIG,
                 fix=f"lora.{field}={value}",
             )
-    _check_shapes(shapes, _expected(lora, matrices), folder)
+    wanted = _expected(lora, matrices) | {f"{_PREFIX}{name}": shape for item in whole for name, shape in item.saved}
+    _check_shapes(shapes, wanted, folder)
 
 
 def base_notes(folder: Path, bases: Sequence[str]) -> tuple[str, ...]:

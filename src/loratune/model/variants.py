@@ -155,8 +155,10 @@ def save_as_plain(model: PeftModel, folder: Path) -> None:
             key = f"{name}.{part}.weight"
             tensors[key] = torch.cat([tensors[key], initial], dim=dim)
     folder.mkdir(parents=True, exist_ok=True)
-    whole = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    save_file(whole, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    apart = {
+        name: tensor.detach().clone() for name, tensor in tensors.items()
+    }  # a tied head is saved twice, as by PEFT
+    save_file(apart, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     plain_config(model.peft_config["default"]).save_pretrained(str(folder))
 
 

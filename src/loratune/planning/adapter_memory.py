@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from loratune.model.patterns import rank_of
 from loratune.model.targets import Matrix, reads_attention
 from loratune.model.variants import changes_base, num_trainable
+from loratune.model.whole import Whole
 from loratune.recipe import LoraSection
 
 
@@ -43,6 +44,22 @@ def variant_bytes(matrices: Sequence[Matrix], lora: LoraSection, dtype_bytes: in
         return 0
     copies = sum(4 * matrix.d_in * matrix.d_out for matrix in matrices) if lora.dropout and dtype_bytes < 4 else 0
     return copies + max(4 * (matrix.d_in**2 + 4 * matrix.d_in * matrix.d_out) for matrix in matrices)
+
+
+def whole_bytes(whole: Sequence[Whole], dtype_bytes: int) -> int:
+    """Bytes that modules which are trained whole take beside weights, gradients and the optimizer's state.
+
+    A head: its gradient in float32 while a micro-batch's is made. An embedding: the gradient of the whole table in the base's type, and
+    in float32 as it is added, since looking up gives no sparse one.
+    """
+    heads = sum(4 * item.trainable for item in whole if item.is_head)
+    return heads + sum((4 + dtype_bytes) * item.trainable for item in whole if item.is_embedding)
+
+
+def whole_kept_bytes(whole: Sequence[Whole], dtype_bytes: int) -> int:
+    """Bytes that one token leaves in them for the way back: the inputs of their matrices. Norms keep theirs anyway."""
+    inside = [shape for item in whole if not (item.is_head or item.is_embedding) for shape in item.shapes]
+    return dtype_bytes * sum(shape[-1] for shape in inside if len(shape) > 1)
 
 
 def _inputs(matrices: Sequence[Matrix], dtype_bytes: int) -> int:

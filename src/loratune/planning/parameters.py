@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from loratune.errors import RecipeError
 from loratune.model.targets import Matrix, matrix
 from loratune.model.variants import changes_base, num_trainable
+from loratune.model.whole import Whole, whole_modules
 from loratune.recipe import LoraSection
 
 BYTES_PER_ADAPTER_PARAMETER = 4  # Adapters are kept and saved in float32, whatever the dtype of the base.
@@ -30,13 +31,25 @@ class ParameterCount:
     """How many parameters a run trains, and how many it keeps."""
 
     trainable: int
-    """The adapter's parameters."""
+    """The adapter's parameters, and those of modules that are trained whole."""
     total: int
     """Base and adapter together, as PEFT counts. A tensor that is used twice (tied embeddings) counts once."""
     adapter_bytes: int
     """The saved adapter's weights, without the file's header of some kB."""
     per_module: tuple[MatrixCount, ...]
     """Every adapted matrix, in the order of the target names."""
+    whole: tuple[Whole, ...] = ()
+    """What is trained whole."""
+
+    @property
+    def in_adapter(self) -> int:
+        """The parameters of the adapted matrices alone."""
+        return sum(item.trainable for item in self.per_module)
+
+    @property
+    def whole_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Of all tensors that are trained whole."""
+        return tuple(shape for item in self.whole for shape in item.shapes)
 
 
 def count_parameters(model: nn.Module, target_names: Sequence[str], lora: LoraSection) -> ParameterCount:
@@ -45,16 +58,23 @@ def count_parameters(model: nn.Module, target_names: Sequence[str], lora: LoraSe
     Args:
         model: The base model, without an adapter. It may be on the meta device.
         target_names: Full module names, as `resolve_targets` returns them.
-        lora: Ranks and variant.
+        lora: Ranks, variant, and what is trained whole.
+
+    Raises:
+        RecipeError: What should be trained whole is not there, or adapted as well.
     """
     shapes = [matrix(name, model.get_submodule(name)) for name in target_names]
     per_module = tuple(MatrixCount(matrix=shape, trainable=num_trainable(lora, shape)) for shape in shapes)
-    trainable = sum(item.trainable for item in per_module)
+    whole = whole_modules(model, lora, target_names)
+    in_adapter = sum(item.trainable for item in per_module)
+    trainable = in_adapter + sum(item.trainable for item in whole)
+    saved = in_adapter * (2 if changes_base(lora) else 1) + sum(item.num_saved for item in whole)
     return ParameterCount(
         trainable=trainable,
         total=trainable + sum(parameter.numel() for parameter in model.parameters()),
-        adapter_bytes=trainable * BYTES_PER_ADAPTER_PARAMETER * (2 if changes_base(lora) else 1),
+        adapter_bytes=saved * BYTES_PER_ADAPTER_PARAMETER,
         per_module=per_module,
+        whole=whole,
     )
 
 

@@ -74,11 +74,12 @@ def count_presets(model: nn.Module, lora: LoraSection) -> tuple[PresetCount, ...
 def _count(model: nn.Module, preset: str, lora: LoraSection) -> PresetCount:
     try:
         targets = resolve_targets(model, preset, lora.layers)
+        parameters = count_parameters(model, targets, lora)
     except RecipeError as error:
         return PresetCount(name=preset, targets=(), targets_in_words=error.problem, parameters=None)
     return PresetCount(
         name=preset,
         targets=targets,
         targets_in_words=describe_targets(model, preset, lora.layers),
-        parameters=count_parameters(model, targets, lora),
+        parameters=parameters,
     )

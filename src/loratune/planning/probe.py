@@ -64,7 +64,8 @@ def probe(
         with torch.random.fork_rng(), torch.enable_grad():
             model = _two_layers(config, dtype).to(device)
             names = resolve_targets(model, leaves)
-            adapted = attach_adapter(model, matching_only(lora, names), names, base_name="probe", seed=0)
+            own = matching_only(lora, names).model_copy(update={"modules_to_save": ()})
+            adapted = attach_adapter(model, own, names, base_name="probe", seed=0)
             decode = _decode_seconds(adapted, num_answers, device)
             train, forward = _layer_seconds(adapted, length, device)
             head = _head_seconds(config, num_answers, dtype, device)

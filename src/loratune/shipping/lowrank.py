@@ -49,6 +49,50 @@ class LowRank:
         return merged.T if self.transposed else merged
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replaced:
+    """What stands in the place of a tensor of the base, or of some of its rows.
+
+    Attributes:
+        values: float32; the whole tensor, or [rows, H].
+        rows: Their numbers; None where it is all of them.
+        num_rows: Of the tensor, where it grows; else 0.
+    """
+
+    values: torch.Tensor
+    rows: tuple[int, ...] | None = None
+    num_rows: int = 0
+
+    def shape(self, own: list[int]) -> list[int]:
+        """Of the tensor that `applied_to` makes of one of this shape."""
+        return [max(own[0], self.num_rows), *own[1:]] if self.num_rows else own
+
+    def applied_to(self, weight: torch.Tensor) -> torch.Tensor:
+        """The tensor with the new values, in float32."""
+        if self.rows is None:
+            return self.values
+        whole = self.values.new_zeros(self.shape(list(weight.shape)))
+        whole[: weight.shape[0]] = weight
+        whole[list(self.rows)] = self.values
+        return whole
+
+
+def read_replaced(folder: Path) -> dict[str, Replaced]:
+    """Tensor of the base → what the adapter has in its place: modules that were trained whole."""
+    config: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    tensors = load_file(adapter_file(folder)).items()
+    return {
+        name.removeprefix(PREFIX): Replaced(values=tensor.float())
+        for name, tensor in tensors
+        if _is_whole(name.removeprefix(PREFIX), config)
+    }
+
+
+def _is_whole(name: str, config: dict[str, Any]) -> bool:
+    """Whether a saved tensor belongs to `modules_to_save`, which of a tied pair names the embedding alone."""
+    return bool(config.get("modules_to_save")) and ".lora_" not in name
+
+
 def read_adapter(folder: Path) -> dict[str, LowRank]:
     """Module name → its update, from a folder in PEFT's format.
 
@@ -57,6 +101,7 @@ def read_adapter(folder: Path) -> dict[str, LowRank]:
     """
     config: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     tensors = {name.removeprefix(PREFIX): t.float() for name, t in load_file(adapter_file(folder)).items()}
+    tensors = {name: tensor for name, tensor in tensors.items() if not _is_whole(name, config)}
     modules = [name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")]
     updates: dict[str, LowRank] = {}
     for module in sorted(modules):

@@ -20,6 +20,7 @@ from loratune.errors import RunError
 from loratune.kernels.attention import PACKED, PackingUnsupportedError, register
 from loratune.kernels.cross_entropy import cross_entropy_per_token, head_logits, sum_cross_entropy
 from loratune.model.adapter import use_fast_layers
+from loratune.model.whole import head_weights
 
 CHECK_TOKENS = 24
 """Tokens of each of the two examples on which the fast path is compared with the plain one."""
@@ -43,18 +44,19 @@ class Head:
         """The output head of a causal language model.
 
         Raises:
-            RunError: The head itself is adapted or trained, which the fast path does not do.
+            RunError: The head is no linear layer, or adapted, which the fast path does not do.
         """
         layer = causal_lm.get_output_embeddings()
-        if not isinstance(layer, torch.nn.Linear) or layer.weight.requires_grad:
+        weights = head_weights(layer)
+        if weights is None:
             raise RunError(
-                f"the output head is a trained or adapted {type(layer).__name__}",
+                f"the output head is an adapted or unknown {type(layer).__name__}",
                 fix="leave it out, or train.engine=trl",
             )
         config = causal_lm.config.get_text_config()
         scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
         softcap = getattr(config, "final_logit_softcapping", None)
-        return cls(layer.weight, layer.bias, float(scale), float(softcap) if softcap else None)
+        return cls(weights.weight, weights.bias, float(scale), float(softcap) if softcap else None)
 
 
 class SupervisedLoss:
@@ -74,11 +76,16 @@ class SupervisedLoss:
         causal_lm = model.get_base_model()
         self.model = model
         self.packed = packed
-        self.head = Head.of(causal_lm)
+        Head.of(causal_lm)  # refused now, not at the first step
         self.decoder: Any = causal_lm.base_model
         if packed:
             register()
             causal_lm.set_attn_implementation(PACKED)
+
+    @property
+    def head(self) -> Head:
+        """The output head as it is now: another one where it is trained, and the adapter is switched off."""
+        return Head.of(self.model.get_base_model())
 
     def sum(self, batch: MicroBatch) -> torch.Tensor:
         """Sum of -log p over the supervised tokens of a micro-batch, a float32 scalar with a gradient."""
