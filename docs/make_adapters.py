@@ -84,6 +84,25 @@ embedding the gradients of the whole table while a micro-batch's are made. Three
 with `model.quantization`; embedding, head and norms can. `loratune eject` refuses them in 16 bits, where PEFT alone would train
 the copies in 16 bits.
 
+## New tokens
+
+`lora.new_tokens: ["<|tool|>", "<|end_tool|>"]` adds tokens to the tokenizer and trains their rows of embedding and output head by their
+number (PEFT's `trainable_token_indices`), some thousand parameters in place of the whole table. Of a tied pair one row a token is
+trained for both, of others two. They are ordinary tokens, not special ones: texts are read with them, and answers show them. The embedding
+grows where it has no rows to spare, and new rows begin as the mean of the others. `plan` warns of a token that no training example has.
+
+The run's adapter folder has the rows and the tokenizer. `AutoPeftModelForCausalLM` loads it as it is; with the base loaded by hand:
+
+    tokenizer = AutoTokenizer.from_pretrained("RUN/adapter")
+    base = AutoModelForCausalLM.from_pretrained(BASE)
+    base.resize_token_embeddings(max(len(tokenizer), base.get_input_embeddings().num_embeddings))
+    model = PeftModel.from_pretrained(base, "RUN/adapter")
+
+`loratune merge` writes the grown embedding, its size in `config.json`, and the tokenizer. GGUF and vLLM adapters and
+`transformers serve` have no place for rows: merge first. They do not go with `lora.start_from`, nor with an embedding or head in
+`lora.modules_to_save`. PEFT's own forward copies the whole table at each step and gets the gradient of the copy; the fast engine looks
+rows up beside the table (`kernels/new_rows.py`), with the same values and gradients.
+
 ## Going on from a saved adapter
 
 `lora.start_from` names a folder in PEFT's format or a hub id, safetensors only. Rank, alpha, variant and adapted matrices must be the

@@ -116,6 +116,12 @@ def export(
     if not merged:
         check_plain(finished.updates)
         _check_matrices_alone(finished, "a GGUF adapter")
+    if finished.prepared.new_tokens and finished.source is not None:
+        raise RecipeError(
+            "the base is a GGUF file, whose tokenizer is kept as it is, and lora.new_tokens added to it",
+            file=finished.run.root,
+            fix=f"loratune merge {finished.run.root} OUT, and llama.cpp's convert_hf_to_gguf.py",
+        )
     turns = (
         translate(finished.prepared.tokenizer, finished.prepared.data.eval_conversations) if to == "ollama" else None
     )
@@ -142,6 +148,8 @@ def lay_out(root: str | Path, target: Path, *, progress: Progress = _NOBODY) -> 
     """
     finished = open_finished(root, progress)
     _check_full_base(finished, "the server would put it on the base before quantisation")
+    if finished.prepared.new_tokens:
+        _check_matrices_alone(finished, "`transformers serve`")
     architecture = check_transformers(finished.config)
     check_target(target)
     recipe = finished.prepared.recipe
@@ -223,9 +231,9 @@ def _check_matrices_alone(finished: FinishedRun, taker: str) -> None:
     """Refuse what takes A and B alone."""
     if finished.replaced:
         raise RecipeError(
-            f"{taker} has no place for {next(iter(finished.replaced))}, which the run trained whole",
+            f"{taker} has no place for {next(iter(finished.replaced))}, which was trained beside the adapter",
             file=finished.run.adapter,
-            fix="--merged writes the whole model",
+            fix=f"loratune merge {finished.run.root} OUT, or --merged, writes the whole model",
         )
 
 

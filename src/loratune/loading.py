@@ -29,7 +29,12 @@ def adapt(prepared: Preparation, base: Any, progress: Progress) -> tuple[PeftMod
     """The adapter on the base, fresh or that of `lora.start_from`, and the way to its loss, ready for training."""
     recipe = prepared.recipe
     model = attach_adapter(
-        base, recipe.lora, prepared.targets, base_name=_loadable_name(prepared), seed=recipe.train.seed
+        base,
+        recipe.lora,
+        prepared.targets,
+        base_name=_loadable_name(prepared),
+        seed=recipe.train.seed,
+        new_tokens=prepared.new_tokens,
     )
     if prepared.start is not None:
         begin_from(model, prepared.start)

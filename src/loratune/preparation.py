@@ -27,9 +27,10 @@ from loratune.errors import MachineError, RecipeError
 from loratune.evaluation.scoring import check_metric, check_references
 from loratune.lock import examples_fingerprint, make_lock, model_fingerprint, text_fingerprint
 from loratune.model.beginning import adapter_fingerprint, base_notes
-from loratune.model.device import Choice, choose_device, choose_dtype, free_memory
+from loratune.model.device import Choice, choose_device, choose_dtype, free_memory, torch_dtype
 from loratune.model.gguf import cache_dir
 from loratune.model.load import BaseModel, load_config, load_tokenizer, locate_model, positions_of
+from loratune.model.new_tokens import add_new_tokens, grow, growing_parameters, unseen_tokens
 from loratune.model.patterns import check_patterns
 from loratune.model.quantised import BY_BITSANDBYTES, check_checkpoint
 from loratune.model.stops import generation_stops
@@ -68,7 +69,8 @@ class Preparation:
         recipe: With every `auto` resolved.
         choices: Setting → what `auto` became, and why.
         base: Where the base model lies.
-        tokenizer: Its tokenizer.
+        tokenizer: Its tokenizer, with the new tokens.
+        new_tokens: The numbers of these.
         targets: Full names of the adapted modules.
         targets_in_words: The same for people.
         parameters: Exact counts.
@@ -91,6 +93,7 @@ class Preparation:
     choices: dict[str, Choice]
     base: BaseModel
     tokenizer: PreTrainedTokenizerBase
+    new_tokens: tuple[int, ...]
     targets: tuple[str, ...]
     targets_in_words: str
     parameters: ParameterCount
@@ -232,12 +235,15 @@ def prepare(
     check_patterns(recipe.lora, targets)
     check_weights(base.path, model, quantized=getattr(config, "quantization_config", None) is not None)
     check_stored(base.stored, model, name=base.name)
+    tokenizer = load_tokenizer(base, recipe.model)
+    new_tokens = add_new_tokens(tokenizer, recipe.lora.new_tokens)
+    growing = growing_parameters(model, new_tokens)
+    grow(model, new_tokens)
     parameters = count_parameters(model, targets, recipe.lora)
     matrices = [count.matrix for count in parameters.per_module]
     check_variant(recipe.lora, matrices, model)
     check_whole(recipe, parameters.whole)
     start = check_start(recipe, parameters, output_dir(recipe))
-    tokenizer = load_tokenizer(base, recipe.model)
     streaming, data = _data(recipe, tokenizer, int(max_length.value), progress)
     forgetting = _forgetting(recipe, tokenizer, int(max_length.value), progress)
     embeddings: Any = model.get_input_embeddings()
@@ -248,7 +254,7 @@ def prepare(
     dtype = _dtype(recipe, where.value, device)
     free_memory()  # a model that was just converted leaves free pages in the heap, which loading takes again
     resident = resident_bytes()  # before the probes
-    text_config = config.get_text_config()
+    text_config = model.config.get_text_config()
     estimate_at = partial(
         estimate,
         recipe,
@@ -271,7 +277,8 @@ def prepare(
             None if recipe.model.quantization in BY_BITSANDBYTES else dtype.value,
             stored=base.stored,
             num_parameters=parameters.total - parameters.trainable,
-        ),
+        )
+        + growing * torch_dtype(dtype.value).itemsize,
         resident_bytes=resident,
         free_bytes=_free_bytes(where.value) if device is None else device.memory_bytes,
     )
@@ -296,6 +303,7 @@ def prepare(
         choices={name: choice for name, choice in choices.items() if choice.reason},
         base=base,
         tokenizer=tokenizer,
+        new_tokens=new_tokens,
         targets=targets,
         targets_in_words=_in_words(model, recipe, parameters),
         parameters=parameters,
@@ -311,6 +319,7 @@ def prepare(
             *target_notes(model, recipe.lora.targets),
             *variant_notes(effective),
             *(base_notes(start, (base.name, str(base.path))) if start else ()),
+            *unseen_tokens(tokenizer, new_tokens, data.train),
             *data.report["notices"],
             *_device_notes(device, dtype.value),
             *quantization_notes(recipe.model.quantization, dtype.value),

@@ -188,11 +188,22 @@ class LoraSection(Section):
     """Modules that are trained whole beside the adapter and saved with it, such as `embed_tokens`, `lm_head` or `norm`, by their
     last dotted parts. Of a head that is tied to the embedding, both are trained as one."""
 
+    new_tokens: tuple[Annotated[str, Field(min_length=1, pattern=r"^\S+$")], ...] = ()
+    """Tokens to add to the tokenizer, such as `<|tool|>`: their rows of embedding and output head are trained and saved with the
+    adapter, the other rows stay as they are."""
+
     @field_validator("layers")
     @classmethod
     def _check_layers(cls, value: str | tuple[int, ...]) -> str | tuple[int, ...]:
         if isinstance(value, str) and not re.fullmatch(r"all|(first|last) [1-9][0-9]*", value):
             raise ValueError(f"layers is {value}; give all, first N, last N, or a list of numbers from 0 on")
+        return value
+
+    @field_validator("new_tokens")
+    @classmethod
+    def _check_new_tokens(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(value)) < len(value):
+            raise ValueError(f"new_tokens: {max(value, key=value.count)} is named twice")
         return value
 
     @field_validator("rank_pattern", "alpha_pattern")
@@ -374,6 +385,10 @@ class Recipe(Section):
             raise ValueError(
                 f"lora.variant is {self.lora.variant}, which begins with a part of the base, but lora.start_from names an adapter to "
                 "begin with; adapters that it made are saved as plain"
+            )
+        if self.lora.start_from is not None and self.lora.new_tokens:
+            raise ValueError(
+                "lora.new_tokens adds tokens, but lora.start_from names an adapter, whose tokenizer is another; leave one of them out"
             )
         if self.data.streaming is True and self.train.engine == "trl":
             raise ValueError("data.streaming is true, but train.engine is trl, which takes all examples at once")

@@ -46,6 +46,7 @@ OTHER: dict[str, Any] = {
     "lora.rank_pattern": {"q_proj": 3},
     "lora.alpha_pattern": {"v_proj": 4},
     "lora.modules_to_save": ["norm"],
+    "lora.new_tokens": ["thing"],
     "train.output_dir": "FOLDER",
     "train.epochs": 2,
     "train.learning_rate": 1e-3,

@@ -62,6 +62,31 @@ def test_a_trained_head_gets_torch_s_gradient(
         torch.testing.assert_close(one, other, rtol=1e-4, atol=5e-5)
 
 
+@pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (2.0, 3.0)])
+def test_trained_rows_of_a_frozen_head_get_torch_s_gradient(
+    monkeypatch: pytest.MonkeyPatch, scale: float, softcap: float | None
+) -> None:
+    monkeypatch.setitem(cross_entropy.CHUNK_BYTES, "cpu", 4 * 101 * 16)
+    torch.manual_seed(0)
+    hidden, rows = torch.randn(70, 24, requires_grad=True), torch.randn(3, 24, requires_grad=True)
+    weight, numbers = torch.randn(101, 24), torch.tensor([5, 99, 100])
+    targets = torch.randint(0, 101, (70,))
+    targets[:9] = numbers.repeat(3)
+    loss = sum_cross_entropy(
+        hidden, weight, None, targets, logit_scale=scale, softcap=softcap, rows_NH=rows, numbers_N=numbers
+    )
+    actual = torch.autograd.grad(3 * loss, [hidden, rows])
+    whole = weight.index_copy(0, numbers, rows)
+    per_token = reference(hidden, whole, None, targets, scale, softcap)
+    expected = torch.autograd.grad(3 * per_token.sum(), [hidden, rows])
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=5e-5)
+    alone = cross_entropy_per_token(
+        hidden, weight, None, targets, logit_scale=scale, softcap=softcap, rows_NH=rows, numbers_N=numbers
+    )
+    torch.testing.assert_close(alone, per_token.detach(), rtol=1e-5, atol=1e-4)
+
+
 def test_a_float32_head_is_computed_with_in_the_type_of_the_hidden_states() -> None:
     torch.manual_seed(0)
     hidden = torch.randn(40, 64, dtype=torch.bfloat16, requires_grad=True)

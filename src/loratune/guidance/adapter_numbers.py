@@ -125,6 +125,14 @@ def _modules_to_save(facts: Facts) -> str:
     return f"{trainable:,} parameters of {whole_in_words(whole)}, beside {facts.prepared.parameters.in_adapter:,} of the adapter"
 
 
+def _new_tokens(facts: Facts) -> str:
+    ids = facts.prepared.new_tokens
+    if not ids:
+        return "the tokenizer stays as it is"
+    seen = sum(int((example.input_ids >= ids[0]).sum()) for example in facts.prepared.data.train)
+    return f"{len(ids)} tokens, numbers {ids[0]} to {ids[-1]}, {seen:,} of them in the training examples"
+
+
 def _counted(values: Iterable[object]) -> str:
     """`48 of 16, 8 of 4 matrices`, the most first."""
     found = Counter(values).most_common()
@@ -169,6 +177,7 @@ SUMMARIES: dict[str, Callable[[Facts], str]] = {
     "lora.rank_pattern": _rank_pattern,
     "lora.alpha_pattern": _alpha_pattern,
     "lora.modules_to_save": _modules_to_save,
+    "lora.new_tokens": _new_tokens,
 }
 
 TABLES: dict[str, Callable[[Facts], list[Row]]] = {

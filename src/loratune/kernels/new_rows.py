@@ -12,9 +12,7 @@ import torch
 import torch.nn.functional as F
 
 
-def look_up(
-    ids: torch.Tensor, weight_VH: torch.Tensor, rows_NH: torch.Tensor, numbers_N: torch.Tensor
-) -> torch.Tensor:
+def look_up(ids: torch.Tensor, weight_VH: torch.Tensor, rows_NH: torch.Tensor, numbers_N: torch.Tensor) -> torch.Tensor:
     """The embeddings of tokens, [..., H] in the type of the table, with a gradient to the rows.
 
     Args:

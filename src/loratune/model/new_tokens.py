@@ -52,11 +52,41 @@ def grow(model: PreTrainedModel, ids: Sequence[int]) -> None:
     if ids[-1] >= embedding.weight.shape[0]:
         with torch.random.fork_rng():
             model.resize_token_embeddings(ids[-1] + 1, mean_resizing=False)
-    ends: tuple[Any, Any] = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[no-untyped-call]
     with torch.no_grad():
-        for layer in ends:
-            if layer is not None and layer.weight.device.type != "meta":
+        for layer in _ends(model):
+            if layer.weight.device.type != "meta":
                 layer.weight[list(ids)] = layer.weight[: ids[0]].float().mean(0).to(layer.weight.dtype)
+
+
+def growing_parameters(model: PreTrainedModel, ids: Sequence[int]) -> int:
+    """Of the tables that are there twice while they grow; 0 where there is room."""
+    tables = {id(layer.weight): layer.weight for layer in _ends(model)}
+    if not ids or all(ids[-1] < table.shape[0] for table in tables.values()):
+        return 0
+    return max(table.numel() for table in tables.values())
+
+
+def unseen_tokens(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], examples: Sequence[Any]) -> tuple[str, ...]:
+    """That new tokens occur in no training example.
+
+    Args:
+        tokenizer: With them.
+        ids: Their numbers.
+        examples: With `input_ids`.
+    """
+    unseen = [number for number in ids if not any((example.input_ids == number).any() for example in examples)]
+    if not unseen:
+        return ()
+    names = ", ".join(str(name) for name in tokenizer.convert_ids_to_tokens(unseen))
+    return (
+        f"lora.new_tokens: {names} occurs in no training example, so nothing is learned of it but that it is unlikely",
+    )
+
+
+def _ends(model: PreTrainedModel) -> list[Any]:
+    """The input embedding and the output head."""
+    ends: tuple[Any, Any] = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    return [layer for layer in ends if layer is not None]
 
 
 def grow_for(model: PreTrainedModel, adapter: Path) -> None:

@@ -19,11 +19,12 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.utils.other import ModulesToSaveWrapper
+from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
 from loratune.errors import RecipeError
+from loratune.model.new_tokens import FastRows, numbers_of
 from loratune.recipe import LoraSection
 
 
@@ -37,6 +38,7 @@ class Whole:
         saved: The names of the saved tensors and their shapes: for a tied embedding, that of the head too.
         is_head: Whether logits are made with it.
         is_embedding: Whether tokens are looked up in it.
+        is_rows: Whether it is the rows of new tokens alone.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Whole:
     saved: tuple[tuple[str, tuple[int, ...]], ...]
     is_head: bool = False
     is_embedding: bool = False
+    is_rows: bool = False
 
     @property
     def trainable(self) -> int:
@@ -65,13 +68,13 @@ def whole_modules(model: nn.Module, lora: LoraSection, targets: Sequence[str]) -
 
     Args:
         model: The base model, without an adapter. It may be on the meta device.
-        lora: Its `modules_to_save`.
+        lora: Its `modules_to_save` and `new_tokens`.
         targets: Full names of the adapted modules.
 
     Raises:
         RecipeError: A name matches nothing, or a module that has no weights or is adapted as well.
     """
-    if not lora.modules_to_save:
+    if not lora.modules_to_save and not lora.new_tokens:
         return ()
     modules = dict(model.named_modules(remove_duplicate=False))
     found = {name for asked in lora.modules_to_save for name in _matching(modules, asked)}
@@ -81,11 +84,40 @@ def whole_modules(model: nn.Module, lora: LoraSection, targets: Sequence[str]) -
         found = (found | {embedding}) - {head}
     for name in sorted(found):
         _check(name, modules, found, targets)
-    return tuple(
+    whole = tuple(
         _whole(
             name, modules[name], name in (head, embedding if tied else head), name == embedding, head if tied else ""
         )
         for name in sorted(found)
+    )
+    if not lora.new_tokens:
+        return whole
+    if clash := found & {embedding, head}:
+        raise RecipeError(
+            f"lora.modules_to_save trains {min(clash)} whole, and lora.new_tokens trains rows of it alone",
+            fix="leave one of them out",
+        )
+    return whole + _rows(modules, embedding, head, len(lora.new_tokens), tied=tied)
+
+
+def _rows(modules: dict[str, nn.Module], embedding: str, head: str, count: int, *, tied: bool) -> tuple[Whole, ...]:
+    """The rows of new tokens: of the embedding, and of a head that is not tied to it."""
+    if not embedding or not head or getattr(modules[head], "bias", None) is not None:
+        raise RecipeError(
+            "lora.new_tokens: this model has no output head without bias, of which PEFT trains single rows",
+            fix="lora.new_tokens=[]",
+        )
+    width = modules[embedding].weight.shape[1]  # type: ignore[union-attr, index]
+    return tuple(
+        Whole(
+            name=name,
+            shapes=((count, width),),
+            saved=((f"{name}.token_adapter.trainable_tokens_delta", (count, width)),),
+            is_head=tied or name == head,
+            is_embedding=name == embedding,
+            is_rows=True,
+        )
+        for name in ([embedding] if tied else [embedding, head])
     )
 
 
@@ -142,17 +174,28 @@ def _overlap(one: str, other: str) -> bool:
     return one == other or one.startswith(f"{other}.") or other.startswith(f"{one}.")
 
 
-def whole_arguments(whole: Sequence[Whole]) -> dict[str, Any]:
-    """The arguments of PEFT's `LoraConfig`."""
-    if not whole:
-        return {}
-    tied = any(item.is_head and item.is_embedding for item in whole)
-    return {"modules_to_save": [item.name for item in whole], **({"ensure_weight_tying": True} if tied else {})}
+def whole_arguments(whole: Sequence[Whole], new_tokens: Sequence[int] = ()) -> dict[str, Any]:
+    """The arguments of PEFT's `LoraConfig`.
+
+    Args:
+        whole: From `whole_modules`.
+        new_tokens: Their numbers.
+    """
+    modules = [item for item in whole if not item.is_rows]
+    arguments: dict[str, Any] = {"modules_to_save": [item.name for item in modules]} if modules else {}
+    if any(item.is_head and item.is_embedding for item in modules):
+        arguments["ensure_weight_tying"] = True
+    if new_tokens:
+        arguments["trainable_token_indices"] = {item.name: list(new_tokens) for item in whole if item.is_rows}
+    return arguments
 
 
 def whole_in_words(whole: Sequence[Whole]) -> str:
-    """What is trained whole: `lm_head, norm`."""
-    return ", ".join(dict.fromkeys(item.name.rpartition(".")[2] for item in whole))
+    """What is trained whole: `lm_head, norm`, `2 rows of embed_tokens`."""
+    leaf = {item: item.name.rpartition(".")[2] for item in whole}
+    return ", ".join(
+        dict.fromkeys(f"{item.shapes[0][0]} rows of {leaf[item]}" if item.is_rows else leaf[item] for item in whole)
+    )
 
 
 # ---- on a model
@@ -197,10 +240,14 @@ class HeadWeights:
     Attributes:
         weight: [V, H]; it has a gradient where the head is trained whole.
         bias: [V] or None.
+        rows: [N, H]: what stands in the place of some rows, with a gradient; or None.
+        numbers: int64 [N]: which these are; or None.
     """
 
     weight: torch.Tensor
     bias: torch.Tensor | None
+    rows: torch.Tensor | None = None
+    numbers: torch.Tensor | None = None
 
 
 def head_weights(layer: nn.Module) -> HeadWeights | None:
@@ -209,6 +256,15 @@ def head_weights(layer: nn.Module) -> HeadWeights | None:
         off = layer.disable_adapters or not layer.active_adapters
         layer = layer.original_module if off else layer.modules_to_save[layer.active_adapters[0]]
         return HeadWeights(layer.weight, layer.bias) if isinstance(layer, nn.Linear) else None
+    if isinstance(layer, TrainableTokensWrapper):
+        adapter: Any = layer.token_adapter
+        base, off = adapter.base_layer, adapter.disable_adapters or not layer.active_adapters
+        if not isinstance(base, nn.Linear) or base.bias is not None:
+            return None
+        if off:
+            return HeadWeights(base.weight, None)
+        numbers = adapter.numbers if isinstance(adapter, FastRows) else numbers_of(adapter)
+        return HeadWeights(base.weight, None, adapter.trainable_tokens_delta["default"], numbers)
     if not isinstance(layer, nn.Linear) or layer.weight.requires_grad:
         return None
     return HeadWeights(layer.weight, layer.bias)

@@ -53,7 +53,7 @@ def whole_bytes(whole: Sequence[Whole], dtype_bytes: int) -> int:
     in float32 as it is added, since looking up gives no sparse one.
     """
     heads = sum(4 * item.trainable for item in whole if item.is_head)
-    return heads + sum((4 + dtype_bytes) * item.trainable for item in whole if item.is_embedding)
+    return heads + sum((4 + dtype_bytes) * item.trainable for item in whole if item.is_embedding and not item.is_rows)
 
 
 def whole_kept_bytes(whole: Sequence[Whole], dtype_bytes: int) -> int:

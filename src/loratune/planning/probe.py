@@ -64,7 +64,7 @@ def probe(
         with torch.random.fork_rng(), torch.enable_grad():
             model = _two_layers(config, dtype).to(device)
             names = resolve_targets(model, leaves)
-            own = matching_only(lora, names).model_copy(update={"modules_to_save": ()})
+            own = matching_only(lora, names).model_copy(update={"modules_to_save": (), "new_tokens": ()})
             adapted = attach_adapter(model, own, names, base_name="probe", seed=0)
             decode = _decode_seconds(adapted, num_answers, device)
             train, forward = _layer_seconds(adapted, length, device)

@@ -14,8 +14,10 @@ from safetensors.torch import load_file
 
 from loratune.errors import RunError
 from loratune.model.adapter import adapter_file
+from loratune.model.new_tokens import trained_numbers
 
 PREFIX = "base_model.model."
+_ROWS = ".token_adapter.trainable_tokens_delta"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,19 +80,23 @@ class Replaced:
 
 
 def read_replaced(folder: Path) -> dict[str, Replaced]:
-    """Tensor of the base → what the adapter has in its place: modules that were trained whole."""
+    """Tensor of the base → what the adapter has in its place: modules that were trained whole, rows of new tokens."""
     config: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    tensors = load_file(adapter_file(folder)).items()
-    return {
-        name.removeprefix(PREFIX): Replaced(values=tensor.float())
-        for name, tensor in tensors
-        if _is_whole(name.removeprefix(PREFIX), config)
-    }
+    replaced = {}
+    for saved, tensor in load_file(adapter_file(folder)).items():
+        name = saved.removeprefix(PREFIX)
+        if name.endswith(_ROWS):
+            numbers = sorted(trained_numbers(config))
+            values = Replaced(values=tensor.float(), rows=tuple(numbers), num_rows=numbers[-1] + 1)
+            replaced[f"{name.removesuffix(_ROWS)}.weight"] = values
+        elif _is_whole(name, config):
+            replaced[name] = Replaced(values=tensor.float())
+    return replaced
 
 
 def _is_whole(name: str, config: dict[str, Any]) -> bool:
-    """Whether a saved tensor belongs to `modules_to_save`, which of a tied pair names the embedding alone."""
-    return bool(config.get("modules_to_save")) and ".lora_" not in name
+    """Whether a saved tensor belongs to `modules_to_save`, which of a tied pair names the embedding alone, or to new tokens."""
+    return name.endswith(_ROWS) or (bool(config.get("modules_to_save")) and ".lora_" not in name)
 
 
 def read_adapter(folder: Path) -> dict[str, LowRank]:

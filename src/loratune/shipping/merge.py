@@ -204,6 +204,10 @@ def write_merged(
     if dtype is not None:
         config.pop("torch_dtype", None)
         config["dtype"] = str(dtype).removeprefix("torch.")
+    grown = max((item.num_rows for item in replaced.values()), default=0)
+    for part in (config, config.get("text_config") or {}):
+        if part.get("vocab_size", grown) < grown:
+            part["vocab_size"] = grown
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     index = base / "model.safetensors.index.json"
     if index.is_file():

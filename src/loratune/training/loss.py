@@ -32,12 +32,14 @@ _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.03}
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """How the model turns hidden states into logits: scale · (hidden·Wᵀ + bias), soft-capped."""
+    """How the model turns hidden states into logits: scale · (hidden·Wᵀ + bias), soft-capped; some rows of W perhaps others."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None
     logit_scale: float
     softcap: float | None
+    rows: torch.Tensor | None
+    numbers: torch.Tensor | None
 
     @classmethod
     def of(cls, causal_lm: Any) -> Head:
@@ -56,7 +58,8 @@ class Head:
         config = causal_lm.config.get_text_config()
         scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
         softcap = getattr(config, "final_logit_softcapping", None)
-        return cls(weights.weight, weights.bias, float(scale), float(softcap) if softcap else None)
+        capped = float(softcap) if softcap else None
+        return cls(weights.weight, weights.bias, float(scale), capped, weights.rows, weights.numbers)
 
 
 class SupervisedLoss:
@@ -97,6 +100,8 @@ class SupervisedLoss:
             batch.targets,
             logit_scale=head.logit_scale,
             softcap=head.softcap,
+            rows_NH=head.rows,
+            numbers_N=head.numbers,
             compiled=self.compiled,
         )
 
@@ -111,13 +116,23 @@ class SupervisedLoss:
             batch.targets,
             logit_scale=head.logit_scale,
             softcap=head.softcap,
+            rows_NH=head.rows,
+            numbers_N=head.numbers,
         )
 
     @torch.no_grad()
     def logits(self, batch: MicroBatch) -> torch.Tensor:
         """The logits that predict each supervised token of a micro-batch, float32 [S, V]."""
         head = self.head
-        return head_logits(self._predictions(batch), head.weight, head.bias, head.logit_scale, head.softcap)
+        return head_logits(
+            self._predictions(batch),
+            head.weight,
+            head.bias,
+            head.logit_scale,
+            head.softcap,
+            head.rows,
+            head.numbers,
+        )
 
     def _predictions(self, batch: MicroBatch) -> torch.Tensor:
         """Hidden states at the positions that predict a supervised token, [S, H]."""
