@@ -25,6 +25,8 @@ WHERE: dict[str, tuple[str, str]] = {
     ),
     "pissa": ("a faster start, at the same cost a step", "as plain, with twice the rank"),
     "olora": ("as PiSSA, with a cheaper beginning", "as plain, with twice the rank"),
+    "eva": ("a faster start on data unlike what the base knows, for some forward passes beforehand", "as plain"),
+    "loftq": ("nf4, whose error the adapter begins with taking back", "as plain, on the base in nf4; merged elsewhere"),
 }
 TEXT = """# The adapter's variants
 

@@ -13,12 +13,15 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 
 from loratune.certified import Delivery, FinishedRun, Load, deliver, open_finished
 from loratune.errors import RecipeError
+from loratune.model.adapter import load_adapter
 from loratune.model.device import torch_dtype
+from loratune.model.load import load_model
 from loratune.model.quantised import BY_BITSANDBYTES, as_multiplied, quantised_matrices
 from loratune.planning.parameters import skeleton
 from loratune.progress import Progress, Silent
@@ -116,6 +119,8 @@ def export(
     if not merged:
         check_plain(finished.updates)
         _check_matrices_alone(finished, "a GGUF adapter")
+    if finished.prepared.parameters.stacks:
+        _check_matrices_alone(finished, "a GGUF file made by loratune")
     if finished.prepared.new_tokens and finished.source is not None:
         raise RecipeError(
             "the base is a GGUF file, whose tokenizer is kept as it is, and lora.new_tokens added to it",
@@ -148,7 +153,7 @@ def lay_out(root: str | Path, target: Path, *, progress: Progress = _NOBODY) -> 
     """
     finished = open_finished(root, progress)
     _check_full_base(finished, "the server would put it on the base before quantisation")
-    if finished.prepared.new_tokens:
+    if finished.prepared.new_tokens or finished.prepared.parameters.stacks:
         _check_matrices_alone(finished, "`transformers serve`")
     architecture = check_transformers(finished.config)
     check_target(target)
@@ -188,7 +193,10 @@ def _write_folder(finished: FinishedRun, folder: Path, dtype: str) -> tuple[Load
             f"{len(frozen)} matrices of the base are written with the values that {recipe.model.quantization} left them, since "
             "the adapter was trained on these"
         )
-    write_merged(finished.base, finished.updates, folder, dtype=wanted, frozen=frozen, replaced=finished.replaced)
+    if finished.prepared.parameters.stacks:
+        _merge_by_peft(finished, folder, wanted)
+    else:
+        write_merged(finished.base, finished.updates, folder, dtype=wanted, frozen=frozen, replaced=finished.replaced)
     copy_companions(finished.base, finished.run.adapter, folder, finished.stops)
 
     def load(_: Expected) -> Target:
@@ -204,6 +212,15 @@ def _write_folder(finished: FinishedRun, folder: Path, dtype: str) -> tuple[Load
     own = {str(parameter) for parameter in (wanted, torch_dtype(recipe.model.dtype)) if parameter}
     exact = own == {"torch.float32"} and (wanted is not None or finished.config.dtype == torch.float32)
     return load, EXACT if exact else ROUNDED
+
+
+def _merge_by_peft(finished: FinishedRun, folder: Path, dtype: torch.dtype | None) -> None:
+    """The whole model in memory, in float32, merged by PEFT and written by transformers, which knows how an architecture's files name
+    the experts that it stacks."""
+    recipe = finished.prepared.recipe
+    base = load_model(finished.prepared.base, recipe.model, dtype=torch.float32, device="cpu")
+    merged: Any = load_adapter(base, finished.run.adapter).merge_and_unload()
+    merged.to(dtype or finished.config.dtype or torch.float32).save_pretrained(folder)
 
 
 def _frozen(finished: FinishedRun) -> dict[str, Values]:
@@ -229,9 +246,10 @@ def _check_full_base(finished: FinishedRun, what: str) -> None:
 
 def _check_matrices_alone(finished: FinishedRun, taker: str) -> None:
     """Refuse what takes A and B alone."""
-    if finished.replaced:
+    others = [*finished.replaced, *(item.name for item in finished.prepared.parameters.stacks)]
+    if others:
         raise RecipeError(
-            f"{taker} has no place for {next(iter(finished.replaced))}, which was trained beside the adapter",
+            f"{taker} has no place for {others[0]}, which was trained beside the adapter",
             file=finished.run.adapter,
             fix=f"loratune merge {finished.run.root} OUT, or --merged, writes the whole model",
         )

@@ -23,7 +23,7 @@ from loratune.early_checks import (
     check_vocabulary,
     check_whole,
 )
-from loratune.errors import MachineError, RecipeError
+from loratune.errors import RecipeError
 from loratune.evaluation.scoring import check_metric, check_references
 from loratune.lock import examples_fingerprint, make_lock, model_fingerprint, text_fingerprint
 from loratune.model.beginning import adapter_fingerprint, base_notes
@@ -31,22 +31,21 @@ from loratune.model.device import Choice, choose_device, choose_dtype, free_memo
 from loratune.model.gguf import cache_dir
 from loratune.model.load import BaseModel, load_config, load_tokenizer, locate_model, positions_of
 from loratune.model.new_tokens import add_new_tokens, grow, growing_parameters, unseen_tokens
-from loratune.model.patterns import check_patterns
+from loratune.model.patterns import check_patterns, check_used
 from loratune.model.quantised import BY_BITSANDBYTES, check_checkpoint
 from loratune.model.stops import generation_stops
-from loratune.model.targets import describe_targets, resolve_targets, target_notes
+from loratune.model.targets import resolve_targets, target_notes
 from loratune.model.variants import check_variant, variant_notes
 from loratune.model.weights import bytes_to_convert, check_stored, check_weights
-from loratune.model.whole import whole_in_words
 from loratune.planning.advice import Advice, Facts, give_advice
 from loratune.planning.cluster import Cluster
 from loratune.planning.compatibility import unknown_to_gguf
-from loratune.planning.cost import Place, run_flops, run_memory
+from loratune.planning.cost import Place
 from loratune.planning.devices import Device
-from loratune.planning.estimate import Estimate, estimate
+from loratune.planning.estimate import estimate
 from loratune.planning.memory import MemoryPlan, free_bytes, resident_bytes
-from loratune.planning.parameters import ParameterCount, count_parameters, skeleton
-from loratune.planning.presets import PresetCount, PresetPlan, count_presets
+from loratune.planning.parameters import ParameterCount, count_parameters, skeleton, trained_in_words
+from loratune.planning.presets import PresetPlan, adapts_feed_forward, count_presets, plan_preset
 from loratune.planning.quantised import check_quantised, quantised_place, quantization_notes
 from loratune.planning.scaling import Scaling, scale, strategy_for
 from loratune.planning.speed import StepProbe, TimePlan, with_probe
@@ -232,7 +231,6 @@ def prepare(
     max_length = _max_length(recipe, positions)
     model = skeleton(config, trust_remote_code=recipe.model.trust_remote_code)
     targets = resolve_targets(model, recipe.lora.targets, recipe.lora.layers)
-    check_patterns(recipe.lora, targets)
     check_weights(base.path, model, quantized=getattr(config, "quantization_config", None) is not None)
     check_stored(base.stored, model, name=base.name)
     tokenizer = load_tokenizer(base, recipe.model)
@@ -240,8 +238,11 @@ def prepare(
     growing = growing_parameters(model, new_tokens)
     grow(model, new_tokens)
     parameters = count_parameters(model, targets, recipe.lora)
-    matrices = [count.matrix for count in parameters.per_module]
+    matrices = parameters.matrices
     check_variant(recipe.lora, matrices, model)
+    check_patterns(recipe.lora, [matrix.name for matrix in matrices])
+    trained = [*(matrix.name for matrix in matrices), *(item.name for item in parameters.whole)]
+    check_used("train.learning_rate_pattern", recipe.train.learning_rate_pattern, trained, "trained")
     check_whole(recipe, parameters.whole)
     start = check_start(recipe, parameters, output_dir(recipe))
     streaming, data = _data(recipe, tokenizer, int(max_length.value), progress)
@@ -305,9 +306,9 @@ def prepare(
         tokenizer=tokenizer,
         new_tokens=new_tokens,
         targets=targets,
-        targets_in_words=_in_words(model, recipe, parameters),
+        targets_in_words=trained_in_words(model, recipe.lora, parameters),
         parameters=parameters,
-        presets=tuple(_preset(p, recipe, text_config, model, data, estimated) for p in presets),
+        presets=tuple(plan_preset(p, recipe, text_config, model, data, estimated) for p in presets),
         data=data,
         prompts=prompts,
         start=start,
@@ -316,7 +317,7 @@ def prepare(
         time=estimated.time,
         num_steps=steps,
         warnings=(
-            *target_notes(model, recipe.lora.targets),
+            *target_notes(model, recipe.lora.targets, recipe.lora.target_parameters),
             *variant_notes(effective),
             *(base_notes(start, (base.name, str(base.path))) if start else ()),
             *unseen_tokens(tokenizer, new_tokens, data.train),
@@ -335,12 +336,6 @@ def prepare(
         if cluster is None
         else scale(cluster, recipe, text_config, parameters, data=data, place=place, estimate_at=estimate_at),
     )
-
-
-def _in_words(model: Any, recipe: Recipe, parameters: ParameterCount) -> str:
-    """What is trained."""
-    adapted = describe_targets(model, recipe.lora.targets, recipe.lora.layers)
-    return f"{adapted}; whole: {whole_in_words(parameters.whole)}" if parameters.whole else adapted
 
 
 def _free_bytes(device: str) -> int | None:
@@ -367,7 +362,7 @@ def _facts(
         num_supervised_tokens=round(data.scale * sum(num_supervised(example) for example in data.train)),
         num_cut=sum(finding["kind"] == "cut" for finding in data.report["train"]["findings"]),
         trainable=trainable,
-        feed_forward=_adapts_feed_forward(targets, count_presets(model, recipe.lora)),
+        feed_forward=adapts_feed_forward(targets, count_presets(model, recipe.lora)),
         architecture=type(model).__name__,
         unknown_to_gguf=unknown_to_gguf(targets),
         stop_token=_stop_token(tokenizer, data),
@@ -474,32 +469,6 @@ def _device_notes(device: Device | None, dtype: str) -> tuple[str, ...]:
     if device is None or dtype != "float32":
         return ()
     return (f"the time on {device.name} is for bfloat16; model.dtype is float32, which is several times slower there",)
-
-
-def _preset(
-    count: PresetCount,
-    recipe: Recipe,
-    config: Any,
-    model: Any,
-    data: PreparedData,
-    estimated: Estimate,
-) -> PresetPlan:
-    """Memory and time of a preset: the formulas of the run itself, at the rate that was probed for it."""
-    if count.parameters is None:
-        return PresetPlan(count=count, peak_bytes=None, train_seconds=None)
-    try:
-        peak = run_memory(recipe, config, count.parameters, estimated.work, estimated.place).peak_bytes
-    except MachineError:
-        peak = None
-    clock = estimated.time
-    seconds = clock.train_seconds * run_flops(recipe, config, model, count.parameters, data) / clock.flops
-    return PresetPlan(count=count, peak_bytes=peak, train_seconds=seconds)
-
-
-def _adapts_feed_forward(targets: tuple[str, ...], presets: tuple[PresetCount, ...]) -> bool | None:
-    by_name = {preset.name: set(preset.targets) for preset in presets}
-    feed_forward = by_name["complete"] - by_name["attention"]
-    return bool(feed_forward & set(targets)) if feed_forward else None
 
 
 def _stop_token(tokenizer: PreTrainedTokenizerBase, data: PreparedData) -> str:

@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from loratune.errors import RecipeError
+from loratune.recipe_checks import check_beside, check_once, check_regular_expressions
 from loratune.recipe_file import apply_override, read_yaml, refuse_secrets, shown
 
 Cadence = Literal["epoch", "never"] | int | float
@@ -145,7 +146,7 @@ class DataSection(Section):
         return self
 
 
-Variant = Literal["plain", "rslora", "dora", "pissa", "olora"]
+Variant = Literal["plain", "rslora", "dora", "pissa", "olora", "eva", "loftq"]
 TargetPreset = Literal["minimal", "balanced", "attention", "complete"]
 
 
@@ -170,8 +171,8 @@ class LoraSection(Section):
 
     variant: Variant = "plain"
     """How the adapter is scaled and begins: `rslora`, by alpha/√r; `dora`, with a trained magnitude for each output;
-    `pissa`, A and B from the largest singular values of W; `olora`, from its QR decomposition. The last two are saved as a
-    plain adapter of rank 2r."""
+    `pissa`, A and B from the largest singular values of W; `olora`, from its QR decomposition, both saved as a plain adapter of rank
+    2r; `eva`, A from the inputs that the training data makes; `loftq`, from what nf4 took away."""
 
     start_from: str | None = None
     """A saved adapter that training goes on from: a folder in PEFT's format, or a hub id. Rank, alpha, variant and matrices must
@@ -192,6 +193,10 @@ class LoraSection(Section):
     """Tokens to add to the tokenizer, such as `<|tool|>`: their rows of embedding and output head are trained and saved with the
     adapter, the other rows stay as they are."""
 
+    target_parameters: tuple[str, ...] = ()
+    """Parameters that belong to no linear module and are adapted too, such as `mlp.experts.gate_up_proj`, the weights of all experts
+    of a layer: each expert gets an A and a B of its own. Without dropout."""
+
     @field_validator("layers")
     @classmethod
     def _check_layers(cls, value: str | tuple[int, ...]) -> str | tuple[int, ...]:
@@ -202,23 +207,12 @@ class LoraSection(Section):
     @field_validator("new_tokens")
     @classmethod
     def _check_new_tokens(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        if len(set(value)) < len(value):
-            raise ValueError(f"new_tokens: {max(value, key=value.count)} is named twice")
-        return value
+        return check_once("new_tokens", value)
 
     @field_validator("rank_pattern", "alpha_pattern")
     @classmethod
     def _check_patterns(cls, value: dict[str, Any]) -> dict[str, Any]:
-        return _regular_expressions(value)
-
-
-def _regular_expressions(value: dict[str, Any]) -> dict[str, Any]:
-    for pattern in value:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ValueError(f"{pattern} is no regular expression: {error}") from None
-    return value
+        return check_regular_expressions(value)
 
 
 Optimizer = Literal["adamw", "adafactor", "sgd"]
@@ -313,6 +307,15 @@ class TrainSection(Section):
     report_to: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()
     """Experiment trackers to report to."""
 
+    learning_rate_pattern: dict[str, Annotated[float, Field(gt=0)]] = {}
+    """Highest rates of single modules in the place of `learning_rate`: a regular expression of a module's last parts or whole name, and
+    its rate, as `{embed_tokens: 1e-5}`. Of several that match, the first counts."""
+
+    @field_validator("learning_rate_pattern")
+    @classmethod
+    def _check_patterns(cls, value: dict[str, Any]) -> dict[str, Any]:
+        return check_regular_expressions(value)
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         for name in ("eval_every", "save_every", "log_every"):
@@ -381,15 +384,7 @@ class Recipe(Section):
                 f"lora.variant is {self.lora.variant}, which needs the weights as they are, but model.quantization is "
                 f"{self.model.quantization}"
             )
-        if self.lora.start_from is not None and self.lora.variant in ("pissa", "olora"):
-            raise ValueError(
-                f"lora.variant is {self.lora.variant}, which begins with a part of the base, but lora.start_from names an adapter to "
-                "begin with; adapters that it made are saved as plain"
-            )
-        if self.lora.start_from is not None and self.lora.new_tokens:
-            raise ValueError(
-                "lora.new_tokens adds tokens, but lora.start_from names an adapter, whose tokenizer is another; leave one of them out"
-            )
+        check_beside(self)
         if self.data.streaming is True and self.train.engine == "trl":
             raise ValueError("data.streaming is true, but train.engine is trl, which takes all examples at once")
         if self.data.eval == "none" and self.evaluate.metric != "none":

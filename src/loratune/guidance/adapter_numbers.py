@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from loratune.guidance.facts import Facts, Row, around, size
 from loratune.model.patterns import rank_of
-from loratune.model.variants import saved_rank, scale_in_words, scale_of
+from loratune.model.stacks import stacks_in_words
+from loratune.model.variants import num_trainable, saved_rank, scale_in_words, scale_of
 from loratune.model.whole import whole_in_words
 from loratune.planning.optimizer_memory import state_bytes
 from loratune.planning.parameters import ParameterCount, count_parameters
@@ -133,6 +134,14 @@ def _new_tokens(facts: Facts) -> str:
     return f"{len(ids)} tokens, numbers {ids[0]} to {ids[-1]}, {seen:,} of them in the training examples"
 
 
+def _target_parameters(facts: Facts) -> str:
+    stacks = facts.prepared.parameters.stacks
+    if not stacks:
+        return "linear modules alone are adapted"
+    trainable = sum(num_trainable(facts.prepared.recipe.lora, stack) for stack in stacks)
+    return f"{trainable:,} parameters for {stacks_in_words(stacks)}"
+
+
 def _counted(values: Iterable[object]) -> str:
     """`48 of 16, 8 of 4 matrices`, the most first."""
     found = Counter(values).most_common()
@@ -178,6 +187,7 @@ SUMMARIES: dict[str, Callable[[Facts], str]] = {
     "lora.alpha_pattern": _alpha_pattern,
     "lora.modules_to_save": _modules_to_save,
     "lora.new_tokens": _new_tokens,
+    "lora.target_parameters": _target_parameters,
 }
 
 TABLES: dict[str, Callable[[Facts], list[Row]]] = {

@@ -27,6 +27,7 @@ from loratune.errors import MachineError, RecipeError
 from loratune.lock import versions
 from loratune.model.adapter import short_names
 from loratune.model.load import load_config
+from loratune.model.stacks import stack_arguments
 from loratune.model.variants import changes_base, peft_arguments
 from loratune.model.whole import whole_arguments
 from loratune.planning.parameters import skeleton
@@ -59,6 +60,7 @@ COVERED = {
         "rank_pattern",
         "alpha_pattern",
         "modules_to_save",
+        "target_parameters",
     },
     "train": {
         *("output_dir", "epochs", "learning_rate", "batch_size", "warmup_fraction", "weight_decay"),
@@ -231,6 +233,11 @@ def _check_covered(recipe: Recipe) -> None:
             "model.quantization is fp8, which a script of TRL and PEFT alone cannot follow",
             fix="leave model.quantization at none, nf4 or int8",
         )
+    if recipe.lora.variant in ("eva", "loftq"):
+        raise RecipeError(
+            f"lora.variant is {recipe.lora.variant}, whose beginning is computed from data or weights that the script does not have",
+            fix="lora.variant=plain",
+        )
     if recipe.lora.modules_to_save and recipe.model.dtype != "float32":
         raise RecipeError(
             f"lora.modules_to_save trains modules whole, and model.dtype is {recipe.model.dtype}: PEFT alone would train them in that "
@@ -253,6 +260,7 @@ def _script(prepared: Preparation, rows: Path | None, why_rows: str) -> str:
     model = skeleton(load_config(base, section), trust_remote_code=section.trust_remote_code)
     constants, load = _data_lines(prepared, rows)
     extra = peft_arguments(recipe.lora) | whole_arguments(prepared.parameters.whole)
+    extra |= stack_arguments(prepared.parameters.stacks, recipe.lora)
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True, autoescape=False)  # noqa: S701 - Python, not HTML
     template = environment.from_string(
         importlib.resources.files("loratune.guidance").joinpath("script.py.jinja").read_text(encoding="utf-8")

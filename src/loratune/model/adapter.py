@@ -17,6 +17,8 @@ from loratune.errors import RecipeError
 from loratune.kernels.fp8_linear import Fp8Linear
 from loratune.kernels.lora_linear import lora_linear, lora_update
 from loratune.model.new_tokens import grow, grow_for, use_fast_rows
+from loratune.model.patterns import checked_patterns
+from loratune.model.stacks import stack_arguments, stacks
 from loratune.model.variants import changes_base, has_changed_base, keep_beginning, peft_arguments, save_as_plain, whole
 from loratune.model.whole import keep_in_float32, whole_arguments, whole_modules
 from loratune.recipe import LoraSection
@@ -57,10 +59,11 @@ def attach_adapter(
         task_type=TaskType.CAUSAL_LM,
         fan_in_fan_out=isinstance(model.get_submodule(targets[0]), Conv1D),
         **peft_arguments(lora),
+        **stack_arguments(stacks(model, lora, targets), lora),
         **whole_arguments(whole_modules(model, lora, targets), new_tokens),
     )
     model.name_or_path = base_name  # PEFT takes the base's name from here
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), checked_patterns():
         torch.manual_seed(seed)
         adapted = get_peft_model(model, config)
     assert isinstance(adapted, PeftModel)
@@ -104,7 +107,7 @@ def fallback_note(model: PeftModel) -> str:
     left = [layer for layer in layers if not getattr(layer, "is_fast", False)]
     if not left:
         return ""
-    kinds = ", ".join(sorted({type(layer.base_layer).__name__ for layer in left}))
+    kinds = ", ".join(sorted({type(layer.get_base_layer()).__name__ for layer in left}))
     return f"{len(left)} of {len(layers)} adapted matrices ({kinds}) run PEFT's own forward, not the fast one"
 
 
@@ -177,7 +180,8 @@ def load_adapter(base: Any, folder: Path, **settings: Any) -> PeftModel:
     """
     adapter_file(folder)
     grow_for(base, folder)
-    adapted = PeftModel.from_pretrained(base, str(folder), **settings)
+    with checked_patterns():
+        adapted = PeftModel.from_pretrained(base, str(folder), **settings)
     assert isinstance(adapted, PeftModel)
     return adapted
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora.layer import LoraLayer
 from safetensors.torch import save_file
 from transformers.pytorch_utils import Conv1D
@@ -38,6 +38,8 @@ _PEFT: Mapping[str, Mapping[str, Any]] = {
     "dora": {"use_dora": True},
     "pissa": {"init_lora_weights": f"pissa_niter_{PISSA_ITERATIONS}"},
     "olora": {"init_lora_weights": "olora"},
+    "eva": {"init_lora_weights": "eva", "eva_config": EvaConfig(rho=1.0, use_label_mask=False)},
+    "loftq": {},
 }
 
 
@@ -87,9 +89,10 @@ def saved_rank(lora: LoraSection) -> int:
 
 
 def num_trainable(lora: LoraSection, matrix: Matrix) -> int:
-    """The parameters that a matrix of d_out × d_in gets: r·(d_in + d_out), and with DoRA a magnitude for each output."""
+    """The parameters that a matrix of d_out × d_in gets: r·(d_in + d_out), and with DoRA a magnitude for each output; a stack as
+    many times."""
     magnitudes = matrix.d_out if lora.variant == "dora" else 0
-    return rank_of(lora, matrix.name) * (matrix.d_in + matrix.d_out) + magnitudes
+    return rank_of(lora, matrix.name) * matrix.count * (matrix.d_in + matrix.d_out) + magnitudes
 
 
 def check_variant(lora: LoraSection, matrices: Sequence[Matrix], model: torch.nn.Module) -> None:
@@ -98,13 +101,13 @@ def check_variant(lora: LoraSection, matrices: Sequence[Matrix], model: torch.nn
     Raises:
         RecipeError: The rank is larger than a matrix that A and B are taken from, or OLoRA meets GPT-2's layers.
     """
-    if not changes_base(lora):
+    if not changes_base(lora) and lora.variant not in ("eva", "loftq"):
         return
     for matrix in sorted(matrices, key=lambda matrix: min(matrix.d_in, matrix.d_out)):
         most, r = min(matrix.d_in, matrix.d_out), rank_of(lora, matrix.name)
         if r > most:
             raise RecipeError(
-                f"lora.variant is {lora.variant}, which takes A and B from the matrix itself, and {matrix.name} has no rank "
+                f"lora.variant is {lora.variant}, which takes A or B from the matrix or its inputs, and {matrix.name} has no rank "
                 f"over {most}, but {'lora.r' if r == lora.r else 'its rank by lora.rank_pattern'} is {r}",
                 fix=f"{most} or less, or another variant",
             )
@@ -121,6 +124,10 @@ def variant_notes(recipe: Recipe) -> tuple[str, ...]:
         return (
             "lora.variant is dora: the adapted matrices run PEFT's own forward, which makes their whole update at every "
             "step, not the fast one",
+        )
+    if recipe.lora.variant == "eva":
+        return (
+            "lora.variant is eva: before the first step the training data is run forward until the directions of A stand still",
         )
     if changes_base(recipe.lora):
         return (

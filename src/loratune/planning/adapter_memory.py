@@ -46,6 +46,18 @@ def variant_bytes(matrices: Sequence[Matrix], lora: LoraSection, dtype_bytes: in
     return copies + max(4 * (matrix.d_in**2 + 4 * matrix.d_in * matrix.d_out) for matrix in matrices)
 
 
+def stack_bytes(stacks: Sequence[Matrix], dtype_bytes: int) -> int:
+    """Bytes that adapted stacks of matrices take while they train: PEFT adds the update to a copy of each, which is kept for the way back,
+    and on that the gradient of the largest is there at once with its own narrower copy."""
+    sizes = [matrix.count * matrix.d_in * matrix.d_out for matrix in stacks]
+    return dtype_bytes * (sum(sizes) + 2 * max(sizes, default=0))
+
+
+def stack_kept_bytes(stacks: Sequence[Matrix], dtype_bytes: int, active: int) -> int:
+    """Bytes that one token leaves for the gradients of these copies: its input to each of the `active` matrices that it sees."""
+    return dtype_bytes * sum(min(active, matrix.count) * matrix.d_in for matrix in stacks)
+
+
 def whole_bytes(whole: Sequence[Whole], dtype_bytes: int) -> int:
     """Bytes that modules which are trained whole take beside weights, gradients and the optimizer's state.
 

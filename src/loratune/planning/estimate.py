@@ -81,6 +81,8 @@ def estimate(
         MachineError: Not even one example fits, or compilation is asked for and impossible.
     """
     reason = uncompiled(recipe.model.quantization, config)
+    if recipe.lora.target_parameters:
+        reason = "PEFT changes the parameters of lora.target_parameters while a layer runs"
     if reason and recipe.train.compile is True:
         raise RecipeError(f"train.compile is true, but {reason}", fix="train.compile=auto")
     wanted = recipe.train.compile if recipe.train.engine == "fast" and not reason else False

@@ -33,7 +33,7 @@ def state_bytes(
         return 0
     if optimizer == "adamw":
         return BYTES * 2 * (sum(num_trainable(lora, matrix) for matrix in matrices) + sum(map(math.prod, whole)))
-    factored = sum(2 * rank_of(lora, matrix.name) + matrix.d_in + matrix.d_out for matrix in matrices)
+    factored = sum(2 * rank_of(lora, matrix.name) * matrix.count + matrix.d_in + matrix.d_out for matrix in matrices)
     magnitudes = sum(matrix.d_out for matrix in matrices) if lora.variant == "dora" else 0
     others = sum(
         math.prod(shape[:-2]) * (shape[-2] + shape[-1]) if len(shape) > 1 else math.prod(shape) for shape in whole

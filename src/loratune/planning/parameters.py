@@ -10,9 +10,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from loratune.errors import RecipeError
-from loratune.model.targets import Matrix, matrix
+from loratune.model.stacks import stacks, stacks_in_words
+from loratune.model.targets import Matrix, describe_targets, matrix
 from loratune.model.variants import changes_base, num_trainable
-from loratune.model.whole import Whole, whole_modules
+from loratune.model.whole import Whole, whole_in_words, whole_modules
 from loratune.recipe import LoraSection
 
 BYTES_PER_ADAPTER_PARAMETER = 4  # Adapters are kept and saved in float32, whatever the dtype of the base.
@@ -37,9 +38,21 @@ class ParameterCount:
     adapter_bytes: int
     """The saved adapter's weights, without the file's header of some kB."""
     per_module: tuple[MatrixCount, ...]
-    """Every adapted matrix, in the order of the target names."""
+    """Every adapted matrix, in the order of the target names, and then every stack of matrices."""
     whole: tuple[Whole, ...] = ()
     """What is trained whole."""
+    num_stacks: int = 0
+    """How many of `per_module` are of `lora.target_parameters`."""
+
+    @property
+    def matrices(self) -> list[Matrix]:
+        """The shapes of all that is adapted."""
+        return [item.matrix for item in self.per_module]
+
+    @property
+    def stacks(self) -> list[Matrix]:
+        """Those of `lora.target_parameters`."""
+        return self.matrices[len(self.per_module) - self.num_stacks :]
 
     @property
     def in_adapter(self) -> int:
@@ -64,6 +77,7 @@ def count_parameters(model: nn.Module, target_names: Sequence[str], lora: LoraSe
         RecipeError: What should be trained whole is not there, or adapted as well.
     """
     shapes = [matrix(name, model.get_submodule(name)) for name in target_names]
+    shapes += stacks(model, lora, target_names)
     per_module = tuple(MatrixCount(matrix=shape, trainable=num_trainable(lora, shape)) for shape in shapes)
     whole = whole_modules(model, lora, target_names)
     in_adapter = sum(item.trainable for item in per_module)
@@ -75,7 +89,16 @@ def count_parameters(model: nn.Module, target_names: Sequence[str], lora: LoraSe
         adapter_bytes=saved * BYTES_PER_ADAPTER_PARAMETER,
         per_module=per_module,
         whole=whole,
+        num_stacks=len(shapes) - len(target_names),
     )
+
+
+def trained_in_words(model: nn.Module, lora: LoraSection, count: ParameterCount) -> str:
+    """What is trained, for people: `q_proj, v_proj in 28 layers; whole: norm`."""
+    words = [describe_targets(model, lora.targets, lora.layers)]
+    words += [stacks_in_words(count.stacks)] if count.stacks else []
+    words += [f"whole: {whole_in_words(count.whole)}"] if count.whole else []
+    return "; ".join(words)
 
 
 def skeleton(config: PretrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:

@@ -99,15 +99,29 @@ def _is_whole(name: str, config: dict[str, Any]) -> bool:
     return name.endswith(_ROWS) or (bool(config.get("modules_to_save")) and ".lora_" not in name)
 
 
+def adapts_stacks(folder: Path) -> bool:
+    """Whether an adapter changes parameters that no linear module has: `lora.target_parameters`."""
+    return bool(json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("target_parameters"))
+
+
+def _is_stack(name: str, config: dict[str, Any]) -> bool:
+    """Whether a saved tensor belongs to `target_parameters`; PEFT nests a module's second one into `base_layer`."""
+    module = name.partition(".lora_")[0].replace(".base_layer", "")
+    owners = {target.rpartition(".")[0] for target in config.get("target_parameters") or ()}
+    return any(module == owner or module.endswith(f".{owner}") for owner in owners)
+
+
 def read_adapter(folder: Path) -> dict[str, LowRank]:
-    """Module name → its update, from a folder in PEFT's format.
+    """Module name → its update, from a folder in PEFT's format; stacks of matrices are left out (`adapts_stacks`).
 
     Raises:
         RunError: The adapter holds something else than low-rank updates of matrices.
     """
     config: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     tensors = {name.removeprefix(PREFIX): t.float() for name, t in load_file(adapter_file(folder)).items()}
-    tensors = {name: tensor for name, tensor in tensors.items() if not _is_whole(name, config)}
+    tensors = {
+        name: tensor for name, tensor in tensors.items() if not _is_whole(name, config) and not _is_stack(name, config)
+    }
     modules = [name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")]
     updates: dict[str, LowRank] = {}
     for module in sorted(modules):
