@@ -105,6 +105,16 @@ The run's adapter folder has the rows and the tokenizer. `AutoPeftModelForCausal
 `lora.modules_to_save`. PEFT's own forward copies the whole table at each step and gets the gradient of the copy; the fast engine looks
 rows up beside the table (`kernels/new_rows.py`), with the same values and gradients.
 
+## Experts that are stacked in one parameter
+
+`lora.target_parameters: [mlp.experts.gate_up_proj, mlp.experts.down_proj]` adapts parameters that no linear module has, as PEFT does: each expert
+gets an A and a B of its own, and each counts. `plan` names those of your model where a name matches nothing. PEFT adds the update to a
+copy of the whole stack while the layer runs, and so do both engines: `plan` counts the copies, which are kept for the way back, and a
+line says at the start that these do not run the fast forward; layers run uncompiled. Dropout must be 0, the variant `plain` or
+`rslora`, and the base not quantised. `merge` loads the model in float32 and lets PEFT and transformers write it, since files name experts one
+by one in many ways; GGUF, vLLM adapters and `transformers serve` refuse: merge first. `train.engine: trl` adds the router's
+auxiliary loss where the model's configuration has one (`router_aux_loss_coef`), the fast engine does not.
+
 ## Going on from a saved adapter
 
 `lora.start_from` names a folder in PEFT's format or a hub id, safetensors only. Rank, alpha, variant and adapted matrices must be the
@@ -115,6 +125,12 @@ base without any adapter. PiSSA and OLoRA adapters of `loratune train` are plain
 
 `train.lora_plus_ratio` lets B learn faster than A (Hayou et al. 2024, arXiv 2402.12354, who propose about 16; tune it with
 `train.learning_rate`, which is A's). It goes with every variant and optimizer; the logged rate is A's.
+
+## Rates of single modules
+
+`train.learning_rate_pattern: {{embed_tokens: 1e-5, 'layers.0.*': 1e-4}}` gives modules highest rates of their own; the schedule goes on
+from each, and LoRA+ multiplies B's. Of several patterns that match, the first counts, and one that decides about nothing is refused.
+The logged rate is `train.learning_rate`.
 
 ## rsLoRA
 
@@ -137,6 +153,20 @@ matrix. Where the base is in bfloat16, W - s·B₀·A₀ is rounded to it, as PE
 trained one by that rounding. A run that is resumed on another machine makes the decomposition again, to float noise.
 
 They need the weights as they are, so they do not go with `model.quantization`.
+
+## EVA
+
+The rows of A begin as the directions along which the inputs of the matrix vary most on the run's own data (Paischer et al. 2024, arXiv
+2410.07170), and B is zero, so the base is not changed and the adapter is a plain one. PEFT runs the training examples forward, a batch
+of `train.batch_size` after another, until the directions stand still; every token counts, and matrices with one input begin alike. Ranks are
+not moved between matrices (PEFT's `rho` is 1), so that the plan's counts hold; `lora.rank_pattern` does not go with it.
+
+## LoftQ
+
+For `model.quantization: nf4`: B·A begins as the nearest matrix of rank r to what quantisation took away from W (Li et al. 2023, arXiv
+2310.08659, with one step). PEFT's `replace_lora_weights_loftq` does that on CUDA alone and forgets alpha/r; here it is computed on any
+device, and B is divided by the scale. The adapter is a plain one, for the base in nf4; `loratune merge` writes a model that needs no
+nf4.
 """
 
 

@@ -46,6 +46,11 @@ def check_beside(recipe: Any) -> None:
             f"lora.variant is {lora.variant}, which decides how A and B begin, but lora.start_from names an adapter to begin with; "
             "adapters that it made are saved as plain"
         )
+    if lora.variant == "eva" and lora.rank_pattern:
+        raise ValueError(
+            "lora.variant is eva, which gives matrices with one input one rank, but lora.rank_pattern gives ranks of their own; leave one "
+            "of them out"
+        )
     if lora.variant == "loftq" and recipe.model.quantization != "nf4":
         raise ValueError(
             "lora.variant is loftq, which begins with what nf4 took away from the weights, but model.quantization is "

@@ -28,7 +28,7 @@ IDS = torch.arange(40, 60)[None]
 
 
 def test_eva_begins_with_the_directions_in_which_the_inputs_of_the_data_vary(tiny_recipe: MakeRecipe) -> None:
-    prepared = prepare(tiny_recipe(lora__variant="eva", lora__rank_pattern={"v_proj": 3}), Silent())
+    prepared = prepare(tiny_recipe(lora__variant="eva"), Silent())
     model, _ = adapt(prepared, load_base(prepared, Silent()), Silent())
     layer = model.get_base_model().model.layers[0].self_attn
     base = AutoModelForCausalLM.from_pretrained(prepared.base.path, dtype=torch.float32)
@@ -41,7 +41,7 @@ def test_eva_begins_with_the_directions_in_which_the_inputs_of_the_data_vary(tin
     directions = torch.linalg.svd(rows - rows.mean(0), full_matrices=False).Vh
     a = layer.q_proj.lora_A["default"].weight.detach()
     assert a.shape[0] == 4
-    assert layer.v_proj.lora_A["default"].weight.shape[0] == 3
+    torch.testing.assert_close(layer.v_proj.lora_A["default"].weight.detach(), a, rtol=0, atol=0)
     # PEFT stops where directions move by less than a cosine of 0.99, and draws its decompositions
     inside = (a @ directions[:6].T).norm(dim=1)
     assert float(inside.min()) > 0.9
@@ -63,7 +63,9 @@ def test_a_beginning_and_an_adapter_to_begin_with_contradict_each_other(variant:
         tiny_recipe(**settings)
 
 
-def test_loftq_without_nf4_is_refused(tiny_recipe: MakeRecipe) -> None:
+def test_what_cannot_begin_so_is_refused(tiny_recipe: MakeRecipe) -> None:
+    with pytest.raises(RecipeError, match=r"lora\.rank_pattern gives ranks of their own"):
+        tiny_recipe(lora__variant="eva", lora__rank_pattern={"q_proj": 2})
     with pytest.raises(RecipeError, match=r"set model\.quantization: nf4"):
         tiny_recipe(lora__variant="loftq")
 

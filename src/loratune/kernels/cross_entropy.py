@@ -200,7 +200,9 @@ class _SumCrossEntropy(torch.autograd.Function):
         head = (weight_VH, bias_V, rows_NH)
         trains = tuple(ctx.needs_input_grad[1:4])
         of_head = [
-            torch.zeros_like(part, dtype=torch.promote_types(part.dtype, torch.float32)) if trained else None
+            torch.zeros_like(part, dtype=torch.promote_types(part.dtype, torch.float32))
+            if trained and part is not None
+            else None
             for part, trained in zip(head, trains, strict=True)
         ]
         more = () if chunk in (_chunk, _compiled(_chunk)) else (rows_NH, numbers_N, trains[:2])

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, initialize_lora_eva_weights
+from peft import EvaConfig, PeftModel, initialize_lora_eva_weights
 from peft.tuners.lora.layer import LoraLayer
 from safetensors import safe_open
 
@@ -42,7 +42,8 @@ def batches_for_eva(examples: Sequence[Sequence[int]], *, r: int, batch_size: in
             groups.append([])
         groups[-1].append(example)
     if sum(map(len, groups[-1])) < 2 * r and len(groups) > 1:
-        groups[-2] += groups.pop()
+        last = groups.pop()
+        groups[-1] += last
     if sum(map(len, groups[-1])) < 2 * r:
         raise RecipeError(
             f"lora.variant is eva, which needs {2 * r} tokens for rank {r}, and the training data has {sum(map(len, groups[-1]))}",
@@ -64,6 +65,7 @@ def begin_by_eva(model: PeftModel, batches: Sequence[Batch]) -> None:
     """Give A the directions of its inputs, by PEFT; the configuration is a plain adapter's afterwards."""
     config: Any = model.peft_config["default"]
     before = copy.copy(config)
+    config.init_lora_weights, config.eva_config = "eva", EvaConfig(rho=1.0, use_label_mask=False)
     initialize_lora_eva_weights(model, list(batches), gather_distributed_inputs=False, show_progress_bar=False)
     config.target_modules = before.target_modules
     config.rank_pattern, config.alpha_pattern = before.rank_pattern, before.alpha_pattern

@@ -33,7 +33,7 @@ def add_new_tokens(tokenizer: PreTrainedTokenizerBase, names: Sequence[str]) -> 
     known = tokenizer.get_vocab()
     if already := [name for name in names if name in known]:
         raise RecipeError(f"lora.new_tokens: {already[0]} is a token of this model already", fix="leave it out")
-    tokenizer.add_tokens([AddedToken(name, normalized=False) for name in names])  # type: ignore[arg-type]
+    tokenizer.add_tokens([AddedToken(name, normalized=False) for name in names])
     ids = tokenizer.convert_tokens_to_ids(list(names))
     assert isinstance(ids, list)
     return tuple(ids)
@@ -48,7 +48,7 @@ def grow(model: PreTrainedModel, ids: Sequence[int]) -> None:
     """
     if not ids:
         return
-    embedding: Any = model.get_input_embeddings()  # type: ignore[no-untyped-call]
+    embedding: Any = model.get_input_embeddings()
     if ids[-1] >= embedding.weight.shape[0]:
         with torch.random.fork_rng():
             model.resize_token_embeddings(ids[-1] + 1, mean_resizing=False)
@@ -120,7 +120,7 @@ def numbers_of(layer: TrainableTokensLayer) -> torch.Tensor:
     return torch.tensor(layer.token_indices["default"], device=layer.base_layer.weight.device)
 
 
-class FastRows(TrainableTokensLayer):  # type: ignore[misc]
+class FastRows(TrainableTokensLayer):
     """PEFT's layer with the same parameters, computed by `kernels.new_rows`."""
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:

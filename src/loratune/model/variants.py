@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora.layer import LoraLayer
 from safetensors.torch import save_file
 from transformers.pytorch_utils import Conv1D
@@ -38,14 +38,14 @@ _PEFT: Mapping[str, Mapping[str, Any]] = {
     "dora": {"use_dora": True},
     "pissa": {"init_lora_weights": f"pissa_niter_{PISSA_ITERATIONS}"},
     "olora": {"init_lora_weights": "olora"},
-    "eva": {"init_lora_weights": "eva", "eva_config": EvaConfig(rho=1.0, use_label_mask=False)},
+    "eva": {},  # these two get their beginning afterwards (`first_values`)
     "loftq": {},
 }
 
 
 def peft_arguments(lora: LoraSection) -> dict[str, Any]:
     """The arguments of PEFT's `LoraConfig` that the variant adds, and the patterns."""
-    patterns = {"rank_pattern": dict(lora.rank_pattern)} if lora.rank_pattern else {}
+    patterns: dict[str, Any] = {"rank_pattern": dict(lora.rank_pattern)} if lora.rank_pattern else {}
     if lora.alpha_pattern:
         patterns["alpha_pattern"] = {name: whole(alpha) for name, alpha in lora.alpha_pattern.items()}
     return {**_PEFT[lora.variant], **patterns}

@@ -107,7 +107,8 @@ def _rows(modules: dict[str, nn.Module], embedding: str, head: str, count: int, 
             "lora.new_tokens: this model has no output head without bias, of which PEFT trains single rows",
             fix="lora.new_tokens=[]",
         )
-    width = modules[embedding].weight.shape[1]  # type: ignore[union-attr, index]
+    table: Any = modules[embedding].weight
+    width = int(table.shape[1])
     return tuple(
         Whole(
             name=name,
@@ -217,7 +218,8 @@ def keep_in_float32(model: PeftModel) -> None:
                     known[id(parameter)] = nn.Parameter(parameter.detach().float()), parameter
                 setattr(owner, name, known[id(parameter)][0])
         module.computes_in = dtype
-        module.__class__ = _computing_class(type(module))
+        kind: Any = type(module)
+        module.__class__ = _computing_class(kind)
 
 
 @cache
