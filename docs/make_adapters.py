@@ -25,6 +25,8 @@ WHERE: dict[str, tuple[str, str]] = {
     ),
     "pissa": ("a faster start, at the same cost a step", "as plain, with twice the rank"),
     "olora": ("as PiSSA, with a cheaper beginning", "as plain, with twice the rank"),
+    "eva": ("a faster start on data unlike what the base knows, for some forward passes beforehand", "as plain"),
+    "loftq": ("nf4, whose error the adapter begins with taking back", "as plain, on the base in nf4; merged elsewhere"),
 }
 TEXT = """# The adapter's variants
 
@@ -52,6 +54,67 @@ Memory while training in bfloat16, beside weights, gradients and moments of the 
 `lora.layers` is `all`, `first N`, `last N` or a list of numbers from 0 on, and goes with every variant. Layers below the first adapted
 one get no gradient and keep nothing for the way back; the plan's memory and time count them as if they did, so both are upper bounds then.
 
+## Other ranks and scales for single matrices
+
+`lora.rank_pattern` and `lora.alpha_pattern` are PEFT's: a regular expression of a module's last parts or whole name, and its rank or
+alpha; of several that match, the first counts, and one that decides about nothing is refused.
+
+    lora:
+      r: 16
+      alpha: 32
+      rank_pattern: {{o_proj: 4, 'layers.0.mlp.*': 64}}
+      alpha_pattern: {{o_proj: 8, 'layers.0.mlp.*': 128}}
+
+The update of a matrix is scaled by its own alpha over its own rank, so a rank without an alpha changes both. They go with every
+variant. vLLM reads one rank and one alpha for all: `loratune export --to vllm` fills lower ranks up with zeros and multiplies the
+scales into B, which is the same adapter.
+
+## Modules that are trained whole
+
+`lora.modules_to_save` names modules that are trained whole beside the adapter and saved with it, by their last dotted parts:
+`[embed_tokens, lm_head]`, `[norm]` (the last norm alone, where PEFT would take every module whose name ends so), `[input_layernorm]`.
+PEFT keeps the module as it was and trains a copy; `plan` counts the copy, its gradient and the optimizer's state, and for a head or an
+embedding the gradients of the whole table while a micro-batch's are made. Three things are done with care:
+
+- A head that is tied to the embedding stays tied: one matrix is trained for both (PEFT's `ensure_weight_tying`), saved under both
+  names as PEFT does, and counted once. PEFT's default would train the head alone and leave two models that no file format expects.
+- In a base of 16 bits the copies are float32, as the adapter is, and computed with in 16 bits. What stock PEFT loads into such a base computes
+  the same.
+- The fast loss takes the trained head, and its gradient is that of the stock forward (`tests/invariants/test_whole.py`).
+
+`merge` and merged exports put them in; GGUF adapters and vLLM have no place for them. Matrices inside of the layers cannot be trained whole
+with `model.quantization`; embedding, head and norms can. `loratune eject` refuses them in 16 bits, where PEFT alone would train
+the copies in 16 bits.
+
+## New tokens
+
+`lora.new_tokens: ["<|tool|>", "<|end_tool|>"]` adds tokens to the tokenizer and trains their rows of embedding and output head by their
+number (PEFT's `trainable_token_indices`), some thousand parameters in place of the whole table. Of a tied pair one row a token is
+trained for both, of others two. They are ordinary tokens, not special ones: texts are read with them, and answers show them. The embedding
+grows where it has no rows to spare, and new rows begin as the mean of the others. `plan` warns of a token that no training example has.
+
+The run's adapter folder has the rows and the tokenizer. `AutoPeftModelForCausalLM` loads it as it is; with the base loaded by hand:
+
+    tokenizer = AutoTokenizer.from_pretrained("RUN/adapter")
+    base = AutoModelForCausalLM.from_pretrained(BASE)
+    base.resize_token_embeddings(max(len(tokenizer), base.get_input_embeddings().num_embeddings))
+    model = PeftModel.from_pretrained(base, "RUN/adapter")
+
+`loratune merge` writes the grown embedding, its size in `config.json`, and the tokenizer. GGUF and vLLM adapters and
+`transformers serve` have no place for rows: merge first. They do not go with `lora.start_from`, nor with an embedding or head in
+`lora.modules_to_save`. PEFT's own forward copies the whole table at each step and gets the gradient of the copy; the fast engine looks
+rows up beside the table (`kernels/new_rows.py`), with the same values and gradients.
+
+## Experts that are stacked in one parameter
+
+`lora.target_parameters: [mlp.experts.gate_up_proj, mlp.experts.down_proj]` adapts parameters that no linear module has, as PEFT does: each expert
+gets an A and a B of its own, and each counts. `plan` names those of your model where a name matches nothing. PEFT adds the update to a
+copy of the whole stack while the layer runs, and so do both engines: `plan` counts the copies, which are kept for the way back, and a
+line says at the start that these do not run the fast forward; layers run uncompiled. Dropout must be 0, the variant `plain` or
+`rslora`, and the base not quantised. `merge` loads the model in float32 and lets PEFT and transformers write it, since files name experts one
+by one in many ways; GGUF, vLLM adapters and `transformers serve` refuse: merge first. `train.engine: trl` adds the router's
+auxiliary loss where the model's configuration has one (`router_aux_loss_coef`), the fast engine does not.
+
 ## Going on from a saved adapter
 
 `lora.start_from` names a folder in PEFT's format or a hub id, safetensors only. Rank, alpha, variant and adapted matrices must be the
@@ -62,6 +125,12 @@ base without any adapter. PiSSA and OLoRA adapters of `loratune train` are plain
 
 `train.lora_plus_ratio` lets B learn faster than A (Hayou et al. 2024, arXiv 2402.12354, who propose about 16; tune it with
 `train.learning_rate`, which is A's). It goes with every variant and optimizer; the logged rate is A's.
+
+## Rates of single modules
+
+`train.learning_rate_pattern: {{embed_tokens: 1e-5, 'layers.0.*': 1e-4}}` gives modules highest rates of their own; the schedule goes on
+from each, and LoRA+ multiplies B's. Of several patterns that match, the first counts, and one that decides about nothing is refused.
+The logged rate is `train.learning_rate`.
 
 ## rsLoRA
 
@@ -84,6 +153,20 @@ matrix. Where the base is in bfloat16, W - s·B₀·A₀ is rounded to it, as PE
 trained one by that rounding. A run that is resumed on another machine makes the decomposition again, to float noise.
 
 They need the weights as they are, so they do not go with `model.quantization`.
+
+## EVA
+
+The rows of A begin as the directions along which the inputs of the matrix vary most on the run's own data (Paischer et al. 2024, arXiv
+2410.07170), and B is zero, so the base is not changed and the adapter is a plain one. PEFT runs the training examples forward, a batch
+of `train.batch_size` after another, until the directions stand still; every token counts, and matrices with one input begin alike. Ranks are
+not moved between matrices (PEFT's `rho` is 1), so that the plan's counts hold; `lora.rank_pattern` does not go with it.
+
+## LoftQ
+
+For `model.quantization: nf4`: B·A begins as the nearest matrix of rank r to what quantisation took away from W (Li et al. 2023, arXiv
+2310.08659, with one step). PEFT's `replace_lora_weights_loftq` does that on CUDA alone and forgets alpha/r; here it is computed on any
+device, and B is divided by the scale. The adapter is a plain one, for the base in nf4; `loratune merge` writes a model that needs no
+nf4.
 """
 
 

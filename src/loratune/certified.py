@@ -25,7 +25,7 @@ from loratune.progress import Progress
 from loratune.recipe import Recipe
 from loratune.reporting.page import report_or_warn
 from loratune.run import Record, RunDir, read_json, write_json
-from loratune.shipping.lowrank import LowRank, read_adapter
+from loratune.shipping.lowrank import LowRank, Replaced, read_adapter, read_replaced
 from loratune.shipping.merge import weight_files
 from loratune.shipping.parity import (
     Expected,
@@ -72,6 +72,7 @@ class FinishedRun:
         base: The folder with the base's weights.
         config: Of the base.
         updates: Module name → what the adapter adds.
+        replaced: Tensor name → what the adapter has in its place.
         stops: The tokens that end an answer.
         source: The GGUF file that the base was imported from, if it was one.
         progress: Who is told how it goes.
@@ -82,6 +83,7 @@ class FinishedRun:
     base: Path
     config: Any
     updates: Mapping[str, LowRank]
+    replaced: Mapping[str, Replaced]
     stops: tuple[int, ...]
     source: Path | None
     progress: Progress
@@ -125,6 +127,7 @@ def open_finished(root: str | Path, progress: Progress) -> FinishedRun:
         base=download_weights(prepared.base),
         config=load_config(prepared.base, recipe.model),
         updates=read_adapter(run.adapter),
+        replaced=read_replaced(run.adapter),
         stops=stop_token_ids(prepared.tokenizer),
         source=gguf_file(recipe.model),
         progress=progress,

@@ -13,16 +13,19 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 
 from loratune.certified import Delivery, FinishedRun, Load, deliver, open_finished
 from loratune.errors import RecipeError
+from loratune.model.adapter import load_adapter
 from loratune.model.device import torch_dtype
+from loratune.model.load import load_model
 from loratune.model.quantised import BY_BITSANDBYTES, as_multiplied, quantised_matrices
 from loratune.planning.parameters import skeleton
 from loratune.progress import Progress, Silent
-from loratune.run import RunDir
+from loratune.run import RunDir, read_json
 from loratune.shipping.families import GgufLayout
 from loratune.shipping.gguf_adapter import check_plain, read_gguf_adapter, write_gguf_adapter
 from loratune.shipping.gguf_model import is_quantised, write_gguf_model
@@ -40,7 +43,7 @@ from loratune.shipping.parity import (
 from loratune.shipping.readers import LlamaCppReader, Render, TransformersReader, has_llama_cpp
 from loratune.shipping.served import check_transformers, model_folder, served_name, write_served
 from loratune.shipping.staging import check_target
-from loratune.shipping.vllm import check_vllm, serve_adapter, serve_merged
+from loratune.shipping.vllm import check_vllm, serve_adapter, serve_merged, write_uniform
 
 _NOBODY = Silent()
 NUM_ANSWERS = 20
@@ -115,6 +118,15 @@ def export(
     layout = GgufLayout(finished.config)
     if not merged:
         check_plain(finished.updates)
+        _check_matrices_alone(finished, "a GGUF adapter")
+    if finished.prepared.parameters.stacks:
+        _check_matrices_alone(finished, "a GGUF file made by loratune")
+    if finished.prepared.new_tokens and finished.source is not None:
+        raise RecipeError(
+            "the base is a GGUF file, whose tokenizer is kept as it is, and lora.new_tokens added to it",
+            file=finished.run.root,
+            fix=f"loratune merge {finished.run.root} OUT, and llama.cpp's convert_hf_to_gguf.py",
+        )
     turns = (
         translate(finished.prepared.tokenizer, finished.prepared.data.eval_conversations) if to == "ollama" else None
     )
@@ -141,6 +153,8 @@ def lay_out(root: str | Path, target: Path, *, progress: Progress = _NOBODY) -> 
     """
     finished = open_finished(root, progress)
     _check_full_base(finished, "the server would put it on the base before quantisation")
+    if finished.prepared.new_tokens or finished.prepared.parameters.stacks:
+        _check_matrices_alone(finished, "`transformers serve`")
     architecture = check_transformers(finished.config)
     check_target(target)
     recipe = finished.prepared.recipe
@@ -179,7 +193,10 @@ def _write_folder(finished: FinishedRun, folder: Path, dtype: str) -> tuple[Load
             f"{len(frozen)} matrices of the base are written with the values that {recipe.model.quantization} left them, since "
             "the adapter was trained on these"
         )
-    write_merged(finished.base, finished.updates, folder, dtype=wanted, frozen=frozen)
+    if finished.prepared.parameters.stacks:
+        _merge_by_peft(finished, folder, wanted)
+    else:
+        write_merged(finished.base, finished.updates, folder, dtype=wanted, frozen=frozen, replaced=finished.replaced)
     copy_companions(finished.base, finished.run.adapter, folder, finished.stops)
 
     def load(_: Expected) -> Target:
@@ -195,6 +212,15 @@ def _write_folder(finished: FinishedRun, folder: Path, dtype: str) -> tuple[Load
     own = {str(parameter) for parameter in (wanted, torch_dtype(recipe.model.dtype)) if parameter}
     exact = own == {"torch.float32"} and (wanted is not None or finished.config.dtype == torch.float32)
     return load, EXACT if exact else ROUNDED
+
+
+def _merge_by_peft(finished: FinishedRun, folder: Path, dtype: torch.dtype | None) -> None:
+    """The whole model in memory, in float32, merged by PEFT and written by transformers, which knows how an architecture's files name
+    the experts that it stacks."""
+    recipe = finished.prepared.recipe
+    base = load_model(finished.prepared.base, recipe.model, dtype=torch.float32, device="cpu")
+    merged: Any = load_adapter(base, finished.run.adapter).merge_and_unload()
+    merged.to(dtype or finished.config.dtype or torch.float32).save_pretrained(folder)
 
 
 def _frozen(finished: FinishedRun) -> dict[str, Values]:
@@ -215,6 +241,17 @@ def _check_full_base(finished: FinishedRun, what: str) -> None:
             f"the adapter was trained on a base in {quantization}; {what}",
             file=finished.run.root,
             fix=f"loratune merge {finished.run.root} OUT, which writes the values that training multiplied with",
+        )
+
+
+def _check_matrices_alone(finished: FinishedRun, taker: str) -> None:
+    """Refuse what takes A and B alone."""
+    others = [*finished.replaced, *(item.name for item in finished.prepared.parameters.stacks)]
+    if others:
+        raise RecipeError(
+            f"{taker} has no place for {others[0]}, which was trained beside the adapter",
+            file=finished.run.adapter,
+            fix=f"loratune merge {finished.run.root} OUT, or --merged, writes the whole model",
         )
 
 
@@ -282,6 +319,7 @@ class _Gguf:
             name=finished.name,
             stop_token_ids=finished.stops,
             source=finished.source,
+            replaced=finished.replaced if updates else {},
         )
 
     def _load(self, file: Path, expected: Expected) -> Target:
@@ -326,6 +364,7 @@ def _export_vllm(finished: FinishedRun, target: Path, *, merged: bool) -> Delive
     if merged:
         command = serve_merged(target, name=finished.name)
     else:
+        _check_matrices_alone(finished, "vLLM")
         rank = check_vllm(finished.updates, finished.config)
         base = finished.prepared.base
         command = serve_adapter(
@@ -353,8 +392,12 @@ def _export_vllm(finished: FinishedRun, target: Path, *, merged: bool) -> Delive
 
 def _copy_adapter(finished: FinishedRun, folder: Path) -> tuple[Load, Tolerance]:
     recipe = finished.prepared.recipe
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        shutil.copyfile(finished.run.adapter / name, folder / name)
+    config = read_json(finished.run.adapter / "adapter_config.json")
+    if config.get("rank_pattern") or config.get("alpha_pattern"):
+        write_uniform(finished.updates, config, folder)
+    else:
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            shutil.copyfile(finished.run.adapter / name, folder / name)
     copy_companions(finished.base, finished.run.adapter, folder, finished.stops)
 
     def load(_: Expected) -> Target:

@@ -30,7 +30,7 @@ from loratune.data.render import Example
 from loratune.data.steps import num_steps, occasions
 from loratune.errors import DataError, MachineError, RecipeError
 from loratune.model.beginning import check_adapter, locate_adapter
-from loratune.model.targets import Matrix
+from loratune.model.whole import Whole
 from loratune.planning.optimizer_memory import state_bytes
 from loratune.planning.parameters import ParameterCount
 from loratune.recipe import Recipe
@@ -155,7 +155,7 @@ def check_prompts(recipe: Recipe, prompts: Sequence[Prompt], positions: int | No
             )
 
 
-def check_start(recipe: Recipe, matrices: Sequence[Matrix], output_dir: Path) -> Path | None:
+def check_start(recipe: Recipe, parameters: ParameterCount, output_dir: Path) -> Path | None:
     """The folder of the adapter to begin with; None where it is a fresh one.
 
     Raises:
@@ -170,8 +170,23 @@ def check_start(recipe: Recipe, matrices: Sequence[Matrix], output_dir: Path) ->
             f"lora.start_from is {recipe.lora.start_from}, which lies in the run's own directory",
             fix="another train.output_dir",
         )
-    check_adapter(folder, recipe.lora, matrices)
+    check_adapter(folder, recipe.lora, [count.matrix for count in parameters.per_module], parameters.whole)
     return folder
+
+
+def check_whole(recipe: Recipe, whole: Sequence[Whole]) -> None:
+    """Whether what is trained whole can be.
+
+    Raises:
+        RecipeError: It is a matrix that `model.quantization` packs.
+    """
+    packed = [item.name for item in whole if not (item.is_head or item.is_embedding) and max(map(len, item.shapes)) > 1]
+    if packed and recipe.model.quantization != "none":
+        raise RecipeError(
+            f"lora.modules_to_save trains {packed[0]} whole, but model.quantization is {recipe.model.quantization}, which packs "
+            "it",
+            fix="name it in lora.targets, or model.quantization=none",
+        )
 
 
 def check_disk(recipe: Recipe, parameters: ParameterCount, num_examples: int) -> None:
@@ -185,7 +200,8 @@ def check_disk(recipe: Recipe, parameters: ParameterCount, num_examples: int) ->
     # beside the newest the best is kept, and a new one is written before the oldest goes
     kept = min(saves, (recipe.train.keep_checkpoints or saves) + 1) + 1
     matrices = [count.matrix for count in parameters.per_module]
-    checkpoint = 4 * parameters.trainable + state_bytes(recipe.train.optimizer, matrices, recipe.lora)
+    state = state_bytes(recipe.train.optimizer, matrices, recipe.lora, parameters.whole_shapes)
+    checkpoint = 4 * parameters.trainable + state
     needed = kept * checkpoint + parameters.adapter_bytes + 50 * 2**20
     folder = _nearest(Path(recipe.train.output_dir))
     free = shutil.disk_usage(folder).free

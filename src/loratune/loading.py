@@ -10,8 +10,10 @@ from loratune.errors import RecipeError
 from loratune.model.adapter import attach_adapter, fallback_note, load_adapter
 from loratune.model.beginning import begin_from
 from loratune.model.device import torch_dtype
+from loratune.model.first_values import batches_for_eva, begin_by_eva, begin_by_loftq
 from loratune.model.fp8 import quantise_frozen
-from loratune.model.load import load_model
+from loratune.model.load import download_weights, load_model
+from loratune.model.patterns import highest_rank
 from loratune.preparation import Preparation
 from loratune.progress import Progress
 from loratune.run import RunDir
@@ -33,8 +35,20 @@ def adapt(prepared: Preparation, base: Any, progress: Progress) -> tuple[PeftMod
     """The adapter on the base, fresh or that of `lora.start_from`, and the way to its loss, ready for training."""
     recipe = prepared.recipe
     model = attach_adapter(
-        base, recipe.lora, prepared.targets, base_name=_loadable_name(prepared), seed=recipe.train.seed
+        base,
+        recipe.lora,
+        prepared.targets,
+        base_name=_loadable_name(prepared),
+        seed=recipe.train.seed,
+        new_tokens=prepared.new_tokens,
     )
+    if recipe.lora.variant == "eva":
+        r = highest_rank(recipe.lora)
+        examples = [example.input_ids.tolist() for example in prepared.data.train]
+        batches = batches_for_eva(examples, r=r, batch_size=recipe.train.batch_size, device=model.device)
+        begin_by_eva(model, batches)
+    if recipe.lora.variant == "loftq":
+        begin_by_loftq(model, download_weights(prepared.base), seed=recipe.train.seed)
     if prepared.start is not None:
         begin_from(model, prepared.start)
     if recipe.model.quantization == "fp8":

@@ -22,28 +22,31 @@ from loratune.early_checks import (
     check_start,
     check_trackers,
     check_vocabulary,
+    check_whole,
 )
-from loratune.errors import MachineError, RecipeError
+from loratune.errors import RecipeError
 from loratune.evaluation.scoring import check_metric, check_references
 from loratune.lock import examples_fingerprint, make_lock, model_fingerprint, text_fingerprint
 from loratune.model.beginning import adapter_fingerprint, base_notes
-from loratune.model.device import Choice, choose_device, choose_dtype, free_memory
+from loratune.model.device import Choice, choose_device, choose_dtype, free_memory, torch_dtype
 from loratune.model.gguf import cache_dir
 from loratune.model.load import BaseModel, load_config, load_tokenizer, locate_model, positions_of
+from loratune.model.new_tokens import add_new_tokens, grow, growing_parameters, unseen_tokens
+from loratune.model.patterns import check_patterns, check_used
 from loratune.model.quantised import BY_BITSANDBYTES, check_checkpoint
 from loratune.model.stops import generation_stops
-from loratune.model.targets import describe_targets, resolve_targets, target_notes
+from loratune.model.targets import resolve_targets, target_notes
 from loratune.model.variants import check_variant, variant_notes
 from loratune.model.weights import bytes_to_convert, check_stored, check_weights
 from loratune.planning.advice import Advice, Facts, give_advice
 from loratune.planning.cluster import Cluster
 from loratune.planning.compatibility import unknown_to_gguf
-from loratune.planning.cost import Place, run_flops, run_memory
+from loratune.planning.cost import Place
 from loratune.planning.devices import Device
-from loratune.planning.estimate import Estimate, estimate
+from loratune.planning.estimate import estimate
 from loratune.planning.memory import MemoryPlan, free_bytes, resident_bytes
-from loratune.planning.parameters import ParameterCount, count_parameters, skeleton
-from loratune.planning.presets import PresetCount, PresetPlan, count_presets
+from loratune.planning.parameters import ParameterCount, count_parameters, skeleton, trained_in_words
+from loratune.planning.presets import PresetPlan, adapts_feed_forward, count_presets, plan_preset
 from loratune.planning.quantised import check_quantised, quantised_place, quantization_notes
 from loratune.planning.scaling import Scaling, scale, strategy_choice, strategy_for
 from loratune.planning.speed import StepProbe, TimePlan, with_probe
@@ -66,7 +69,8 @@ class Preparation:
         recipe: With every `auto` resolved.
         choices: Setting → what `auto` became, and why.
         base: Where the base model lies.
-        tokenizer: Its tokenizer.
+        tokenizer: Its tokenizer, with the new tokens.
+        new_tokens: The numbers of these.
         targets: Full names of the adapted modules.
         targets_in_words: The same for people.
         parameters: Exact counts.
@@ -89,6 +93,7 @@ class Preparation:
     choices: dict[str, Choice]
     base: BaseModel
     tokenizer: PreTrainedTokenizerBase
+    new_tokens: tuple[int, ...]
     targets: tuple[str, ...]
     targets_in_words: str
     parameters: ParameterCount
@@ -138,6 +143,7 @@ class Preparation:
                     }
                     for item in self.parameters.per_module
                 ],
+                "whole": [{"name": item.name, "trainable": item.trainable} for item in self.parameters.whole],
             },
             "presets": {preset.count.name: preset.as_record() for preset in self.presets},
             "memory": {"peak_bytes": memory.peak_bytes, **asdict(memory)},
@@ -228,11 +234,18 @@ def prepare(
     targets = resolve_targets(model, recipe.lora.targets, recipe.lora.layers)
     check_weights(base.path, model, quantized=getattr(config, "quantization_config", None) is not None)
     check_stored(base.stored, model, name=base.name)
-    parameters = count_parameters(model, targets, recipe.lora)
-    matrices = [count.matrix for count in parameters.per_module]
-    check_variant(recipe.lora, matrices, model)
-    start = check_start(recipe, matrices, output_dir(recipe))
     tokenizer = load_tokenizer(base, recipe.model)
+    new_tokens = add_new_tokens(tokenizer, recipe.lora.new_tokens)
+    growing = growing_parameters(model, new_tokens)
+    grow(model, new_tokens)
+    parameters = count_parameters(model, targets, recipe.lora)
+    matrices = parameters.matrices
+    check_variant(recipe.lora, matrices, model)
+    check_patterns(recipe.lora, [matrix.name for matrix in matrices])
+    trained = [*(matrix.name for matrix in matrices), *(item.name for item in parameters.whole)]
+    check_used("train.learning_rate_pattern", recipe.train.learning_rate_pattern, trained, "trained")
+    check_whole(recipe, parameters.whole)
+    start = check_start(recipe, parameters, output_dir(recipe))
     streaming, data = _data(recipe, tokenizer, int(max_length.value), progress)
     forgetting = _forgetting(recipe, tokenizer, int(max_length.value), progress)
     embeddings: Any = model.get_input_embeddings()
@@ -243,7 +256,7 @@ def prepare(
     dtype = _dtype(recipe, where.value, device)
     free_memory()  # a model that was just converted leaves free pages in the heap, which loading takes again
     resident = resident_bytes()  # before the probes
-    text_config = config.get_text_config()
+    text_config = model.config.get_text_config()
     estimate_at = partial(
         estimate,
         recipe,
@@ -266,7 +279,8 @@ def prepare(
             None if recipe.model.quantization in BY_BITSANDBYTES else dtype.value,
             stored=base.stored,
             num_parameters=parameters.total - parameters.trainable,
-        ),
+        )
+        + growing * torch_dtype(dtype.value).itemsize,
         resident_bytes=resident,
         free_bytes=_free_bytes(where.value) if device is None else device.memory_bytes,
     )
@@ -295,10 +309,11 @@ def prepare(
         choices={name: choice for name, choice in choices.items() if choice.reason},
         base=base,
         tokenizer=tokenizer,
+        new_tokens=new_tokens,
         targets=targets,
-        targets_in_words=describe_targets(model, recipe.lora.targets, recipe.lora.layers),
+        targets_in_words=trained_in_words(model, recipe.lora, parameters),
         parameters=parameters,
-        presets=tuple(_preset(p, recipe, text_config, model, data, estimated) for p in presets),
+        presets=tuple(plan_preset(p, recipe, text_config, model, data, estimated) for p in presets),
         data=data,
         prompts=prompts,
         start=start,
@@ -307,9 +322,10 @@ def prepare(
         time=estimated.time,
         num_steps=steps,
         warnings=(
-            *target_notes(model, recipe.lora.targets),
+            *target_notes(model, recipe.lora.targets, recipe.lora.target_parameters),
             *variant_notes(effective),
             *(base_notes(start, (base.name, str(base.path))) if start else ()),
+            *unseen_tokens(tokenizer, new_tokens, data.train),
             *data.report["notices"],
             *_device_notes(device, dtype.value),
             *quantization_notes(recipe.model.quantization, dtype.value),
@@ -351,7 +367,7 @@ def _facts(
         num_supervised_tokens=round(data.scale * sum(num_supervised(example) for example in data.train)),
         num_cut=sum(finding["kind"] == "cut" for finding in data.report["train"]["findings"]),
         trainable=trainable,
-        feed_forward=_adapts_feed_forward(targets, count_presets(model, recipe.lora)),
+        feed_forward=adapts_feed_forward(targets, count_presets(model, recipe.lora)),
         architecture=type(model).__name__,
         unknown_to_gguf=unknown_to_gguf(targets),
         stop_token=_stop_token(tokenizer, data),
@@ -458,32 +474,6 @@ def _device_notes(device: Device | None, dtype: str) -> tuple[str, ...]:
     if device is None or dtype != "float32":
         return ()
     return (f"the time on {device.name} is for bfloat16; model.dtype is float32, which is several times slower there",)
-
-
-def _preset(
-    count: PresetCount,
-    recipe: Recipe,
-    config: Any,
-    model: Any,
-    data: PreparedData,
-    estimated: Estimate,
-) -> PresetPlan:
-    """Memory and time of a preset: the formulas of the run itself, at the rate that was probed for it."""
-    if count.parameters is None:
-        return PresetPlan(count=count, peak_bytes=None, train_seconds=None)
-    try:
-        peak = run_memory(recipe, config, count.parameters, estimated.work, estimated.place).peak_bytes
-    except MachineError:
-        peak = None
-    clock = estimated.time
-    seconds = clock.train_seconds * run_flops(recipe, config, model, count.parameters, data) / clock.flops
-    return PresetPlan(count=count, peak_bytes=peak, train_seconds=seconds)
-
-
-def _adapts_feed_forward(targets: tuple[str, ...], presets: tuple[PresetCount, ...]) -> bool | None:
-    by_name = {preset.name: set(preset.targets) for preset in presets}
-    feed_forward = by_name["complete"] - by_name["attention"]
-    return bool(feed_forward & set(targets)) if feed_forward else None
 
 
 def _stop_token(tokenizer: PreTrainedTokenizerBase, data: PreparedData) -> str:

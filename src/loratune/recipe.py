@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from loratune.errors import RecipeError
+from loratune.recipe_checks import check_beside, check_once, check_regular_expressions
 from loratune.recipe_file import apply_override, read_yaml, refuse_secrets, shown
 
 Cadence = Literal["epoch", "never"] | int | float
@@ -145,7 +146,7 @@ class DataSection(Section):
         return self
 
 
-Variant = Literal["plain", "rslora", "dora", "pissa", "olora"]
+Variant = Literal["plain", "rslora", "dora", "pissa", "olora", "eva", "loftq"]
 TargetPreset = Literal["minimal", "balanced", "attention", "complete"]
 
 
@@ -170,12 +171,31 @@ class LoraSection(Section):
 
     variant: Variant = "plain"
     """How the adapter is scaled and begins: `rslora`, by alpha/√r; `dora`, with a trained magnitude for each output;
-    `pissa`, A and B from the largest singular values of W; `olora`, from its QR decomposition. The last two are saved as a
-    plain adapter of rank 2r."""
+    `pissa`, A and B from the largest singular values of W; `olora`, from its QR decomposition, both saved as a plain adapter of rank
+    2r; `eva`, A from the inputs that the training data makes; `loftq`, from what nf4 took away."""
 
     start_from: str | None = None
     """A saved adapter that training goes on from: a folder in PEFT's format, or a hub id. Rank, alpha, variant and matrices must
     be the recipe's."""
+
+    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = {}
+    """Ranks of single matrices in the place of `r`: a regular expression of a module's last parts or whole name, and its rank, as
+    `{o_proj: 4, 'layers.0.mlp.*': 64}`. Of several that match, the first counts."""
+
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = {}
+    """The same in the place of `alpha`. Without it, a matrix of another rank has another alpha/r."""
+
+    modules_to_save: tuple[str, ...] = ()
+    """Modules that are trained whole beside the adapter and saved with it, such as `embed_tokens`, `lm_head` or `norm`, by their
+    last dotted parts. Of a head that is tied to the embedding, both are trained as one."""
+
+    new_tokens: tuple[Annotated[str, Field(min_length=1, pattern=r"^\S+$")], ...] = ()
+    """Tokens to add to the tokenizer, such as `<|tool|>`: their rows of embedding and output head are trained and saved with the
+    adapter, the other rows stay as they are."""
+
+    target_parameters: tuple[str, ...] = ()
+    """Parameters that belong to no linear module and are adapted too, such as `mlp.experts.gate_up_proj`, the weights of all experts
+    of a layer: each expert gets an A and a B of its own. Without dropout."""
 
     @field_validator("layers")
     @classmethod
@@ -183,6 +203,16 @@ class LoraSection(Section):
         if isinstance(value, str) and not re.fullmatch(r"all|(first|last) [1-9][0-9]*", value):
             raise ValueError(f"layers is {value}; give all, first N, last N, or a list of numbers from 0 on")
         return value
+
+    @field_validator("new_tokens")
+    @classmethod
+    def _check_new_tokens(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return check_once("new_tokens", value)
+
+    @field_validator("rank_pattern", "alpha_pattern")
+    @classmethod
+    def _check_patterns(cls, value: dict[str, Any]) -> dict[str, Any]:
+        return check_regular_expressions(value)
 
 
 Optimizer = Literal["adamw", "adafactor", "sgd"]
@@ -281,6 +311,15 @@ class TrainSection(Section):
     report_to: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()
     """Experiment trackers to report to."""
 
+    learning_rate_pattern: dict[str, Annotated[float, Field(gt=0)]] = {}
+    """Highest rates of single modules in the place of `learning_rate`: a regular expression of a module's last parts or whole name, and
+    its rate, as `{embed_tokens: 1e-5}`. Of several that match, the first counts."""
+
+    @field_validator("learning_rate_pattern")
+    @classmethod
+    def _check_patterns(cls, value: dict[str, Any]) -> dict[str, Any]:
+        return check_regular_expressions(value)
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         for name in ("eval_every", "save_every", "log_every"):
@@ -349,11 +388,7 @@ class Recipe(Section):
                 f"lora.variant is {self.lora.variant}, which needs the weights as they are, but model.quantization is "
                 f"{self.model.quantization}"
             )
-        if self.lora.start_from is not None and self.lora.variant in ("pissa", "olora"):
-            raise ValueError(
-                f"lora.variant is {self.lora.variant}, which begins with a part of the base, but lora.start_from names an adapter to "
-                "begin with; adapters that it made are saved as plain"
-            )
+        check_beside(self)
         if self.data.streaming is True and self.train.engine == "trl":
             raise ValueError("data.streaming is true, but train.engine is trl, which takes all examples at once")
         if self.data.eval == "none" and self.evaluate.metric != "none":

@@ -45,7 +45,7 @@ def losses_of_script(folder: Path) -> list[float]:
 @pytest.mark.parametrize(
     "kind",
     [
-        *("rows", "rslora", "dora", "pissa", "olora", "adafactor", "start"),
+        *("rows", "rslora", "dora", "pissa", "olora", "adafactor", "start", "patterns", "whole"),
         *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("all", "marked")),
     ],
 )
@@ -53,7 +53,15 @@ def test_the_script_trains_to_the_same_losses_and_the_same_adapter(
     kind: str, recipe_file: Path, marked_model: Path, tmp_path: Path
 ) -> None:
     adafactor = ["train.optimizer=adafactor", "train.lora_plus_ratio=4", "train.schedule=warmup_stable_decay"]
-    kinds = {"rows": [], "adafactor": adafactor, "all": ["data.train_on=all"], "marked": [f"model.name={marked_model}"]}
+    patterns = ["lora.rank_pattern={q_proj: 2}", "lora.alpha_pattern={q_proj: 4}"]
+    kinds = {
+        "patterns": patterns,
+        "whole": ["lora.modules_to_save=[lm_head, norm]"],
+        "rows": [],
+        "adafactor": adafactor,
+        "all": ["data.train_on=all"],
+        "marked": [f"model.name={marked_model}"],
+    }
     if kind == "start":
         first = train(Recipe.load(recipe_file, [f"train.output_dir={tmp_path / 'first'}"])).run
         kinds["start"] = [f"lora.start_from={first.adapter}"]

@@ -43,12 +43,18 @@ OTHER: dict[str, Any] = {
     "lora.layers": "last 1",
     "lora.variant": "rslora",
     "lora.start_from": "no/such/adapter",
+    "lora.rank_pattern": {"q_proj": 3},
+    "lora.alpha_pattern": {"v_proj": 4},
+    "lora.modules_to_save": ["norm"],
+    "lora.new_tokens": ["thing"],
+    "lora.target_parameters": ["no.such.tensor"],
     "train.output_dir": "FOLDER",
     "train.epochs": 2,
     "train.learning_rate": 1e-3,
     "train.batch_size": 5,
     "train.optimizer": "adafactor",
     "train.lora_plus_ratio": 4.0,
+    "train.learning_rate_pattern": {"q_proj": 1e-3},
     "train.schedule": "cosine",
     "train.warmup_fraction": 0.5,
     "train.weight_decay": 0.5,
@@ -75,6 +81,7 @@ OTHER: dict[str, Any] = {
 }
 # what has to be on for the field to matter
 ALSO: dict[str, dict[str, Any]] = {
+    "lora.target_parameters": {"lora.dropout": 0},
     "train.keep_checkpoints": {"train.save_every": 1},
     # too high a rate, so that the last step is not the best one
     "train.final_adapter": {"train.save_every": 1, "train.eval_every": 1, "train.learning_rate": 20.0},

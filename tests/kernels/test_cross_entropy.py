@@ -45,6 +45,64 @@ def test_sum_and_gradient_equal_torch(
     torch.testing.assert_close(actual, per_token.detach(), rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize(("scale", "softcap", "with_bias"), [(1.0, None, False), (0.25, None, True), (2.0, 3.0, True)])
+def test_a_trained_head_gets_torch_s_gradient(
+    monkeypatch: pytest.MonkeyPatch, scale: float, softcap: float | None, with_bias: bool
+) -> None:
+    monkeypatch.setitem(cross_entropy.CHUNK_BYTES, "cpu", 4 * 101 * 16)
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(70, 24, requires_grad=True), torch.randn(101, 24, requires_grad=True)
+    bias = torch.randn(101, requires_grad=True) if with_bias else None
+    inputs = [hidden, weight, *([bias] if bias is not None else [])]
+    targets = torch.randint(0, 101, (70,))
+    loss = sum_cross_entropy(hidden, weight, bias, targets, logit_scale=scale, softcap=softcap)
+    actual = torch.autograd.grad(3 * loss, inputs)
+    expected = torch.autograd.grad(3 * reference(hidden, weight, bias, targets, scale, softcap).sum(), inputs)
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=5e-5)
+
+
+@pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (2.0, 3.0)])
+def test_trained_rows_of_a_frozen_head_get_torch_s_gradient(
+    monkeypatch: pytest.MonkeyPatch, scale: float, softcap: float | None
+) -> None:
+    monkeypatch.setitem(cross_entropy.CHUNK_BYTES, "cpu", 4 * 101 * 16)
+    torch.manual_seed(0)
+    hidden, rows = torch.randn(70, 24, requires_grad=True), torch.randn(3, 24, requires_grad=True)
+    weight, numbers = torch.randn(101, 24), torch.tensor([5, 99, 100])
+    targets = torch.randint(0, 101, (70,))
+    targets[:9] = numbers.repeat(3)
+    loss = sum_cross_entropy(
+        hidden, weight, None, targets, logit_scale=scale, softcap=softcap, rows_NH=rows, numbers_N=numbers
+    )
+    actual = torch.autograd.grad(3 * loss, [hidden, rows])
+    whole = weight.index_copy(0, numbers, rows)
+    per_token = reference(hidden, whole, None, targets, scale, softcap)
+    expected = torch.autograd.grad(3 * per_token.sum(), [hidden, rows])
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=5e-5)
+    alone = cross_entropy_per_token(
+        hidden, weight, None, targets, logit_scale=scale, softcap=softcap, rows_NH=rows, numbers_N=numbers
+    )
+    torch.testing.assert_close(alone, per_token.detach(), rtol=1e-5, atol=1e-4)
+
+
+def test_a_float32_head_is_computed_with_in_the_type_of_the_hidden_states() -> None:
+    torch.manual_seed(0)
+    hidden = torch.randn(40, 64, dtype=torch.bfloat16, requires_grad=True)
+    weight, targets = (torch.randn(200, 64) / 8).requires_grad_(), torch.randint(0, 200, (40,))
+    loss = sum_cross_entropy(hidden, weight, None, targets)
+    narrow = weight.detach().bfloat16()
+    torch.testing.assert_close(loss, sum_cross_entropy(hidden, narrow, None, targets), rtol=0, atol=0)
+    (gradient,) = torch.autograd.grad(loss, weight)
+    assert gradient.dtype == torch.float32
+    exact = narrow.double().requires_grad_()
+    (expected,) = torch.autograd.grad(
+        F.cross_entropy(hidden.detach().double() @ exact.T, targets, reduction="sum"), exact
+    )
+    assert (gradient.double() - expected).norm() / expected.norm() < 2**-6
+
+
 def test_bfloat16_stays_within_its_rounding() -> None:
     torch.manual_seed(0)
     hidden = torch.randn(40, 64, dtype=torch.bfloat16, requires_grad=True)

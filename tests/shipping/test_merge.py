@@ -143,7 +143,7 @@ def test_a_quantised_base_and_a_missing_weight_are_refused_by_name(tmp_path: Pat
 def test_an_adapter_that_is_more_than_matrices_is_refused_by_name(tmp_path: Path) -> None:
     torch.manual_seed(0)
     _, _, adapter = saved(
-        tmp_path, AutoModelForCausalLM.from_config(LlamaConfig(**COMMON)), modules_to_save=["embed_tokens"]
+        tmp_path, AutoModelForCausalLM.from_config(LlamaConfig(**COMMON)), target_modules=["embed_tokens"]
     )
     with pytest.raises(RunError, match="embed_tokens"):
         read_adapter(adapter)

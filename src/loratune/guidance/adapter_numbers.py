@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from loratune.guidance.facts import Facts, Row, around, size
-from loratune.model.targets import describe_targets, resolve_targets
-from loratune.model.variants import saved_rank, scale_in_words, scale_of
+from loratune.model.patterns import rank_of
+from loratune.model.stacks import stacks_in_words
+from loratune.model.variants import num_trainable, saved_rank, scale_in_words, scale_of
+from loratune.model.whole import whole_in_words
 from loratune.planning.optimizer_memory import state_bytes
 from loratune.planning.parameters import ParameterCount, count_parameters
-from loratune.recipe import TARGET_PRESETS, VARIANTS, LoraSection, Optimizer
+from loratune.planning.presets import count_presets
+from loratune.recipe import VARIANTS, LoraSection, Optimizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -19,7 +23,7 @@ if TYPE_CHECKING:
 def rank_row(count: ParameterCount, lora: LoraSection, optimizer: Optimizer) -> Row:
     """One rank: parameters, sizes, and the scale that this alpha gives it. While training there are weight and gradient in
     float32, and the optimizer's state."""
-    state = state_bytes(optimizer, [item.matrix for item in count.per_module], lora)
+    state = state_bytes(optimizer, [item.matrix for item in count.per_module], lora, count.whole_shapes)
     return {
         "r": str(lora.r),
         "trainable": f"{count.trainable:,}",
@@ -32,7 +36,8 @@ def rank_row(count: ParameterCount, lora: LoraSection, optimizer: Optimizer) -> 
 
 def _rank(facts: Facts) -> str:
     r, now = facts.prepared.recipe.lora.r, facts.prepared.parameters
-    verb = "double" if facts.prepared.recipe.lora.variant != "dora" else "raise"
+    lora = facts.prepared.recipe.lora
+    verb = "double" if lora.variant != "dora" and not lora.rank_pattern and not now.whole else "raise"
     return f"{now.trainable:,} trainable ({now.trainable / now.total:.2%}); r {2 * r} would {verb} it to {facts.count(2 * r).trainable:,}"
 
 
@@ -73,12 +78,14 @@ def _targets_table(facts: Facts) -> list[Row]:
 def preset_rows(model: PreTrainedModel, lora: LoraSection) -> list[Row]:
     """One row a preset: its matrices, and what they train at this rank, by this variant."""
     rows = []
-    for preset in TARGET_PRESETS:
-        count = count_parameters(model, resolve_targets(model, preset, lora.layers), lora)
+    for preset in count_presets(model, lora):
+        count = preset.parameters
+        if count is None:  # the model has no such matrix, or it is trained whole
+            continue
         rows.append(
             {
-                "targets": preset,
-                "matrices": describe_targets(model, preset, lora.layers),
+                "targets": preset.name,
+                "matrices": preset.targets_in_words,
                 "trainable": f"{count.trainable:,}",
                 "share": f"{count.trainable / count.total:.3%}",
                 "adapter file": size(count.adapter_bytes),
@@ -99,6 +106,46 @@ def _start_from(facts: Facts) -> str:
         if start
         else f"{count} matrices begin fresh, and change nothing at first"
     )
+
+
+def _rank_pattern(facts: Facts) -> str:
+    lora = facts.prepared.recipe.lora
+    return _counted(rank_of(lora, name) for name in facts.prepared.targets) + " by rank"
+
+
+def _alpha_pattern(facts: Facts) -> str:
+    lora = facts.prepared.recipe.lora
+    return _counted(f"{scale_of(lora, name):.4g}" for name in facts.prepared.targets) + f" by {scale_in_words(lora)}"
+
+
+def _modules_to_save(facts: Facts) -> str:
+    whole = facts.prepared.parameters.whole
+    if not whole:
+        return "nothing is trained beside the adapter"
+    trainable = sum(item.trainable for item in whole)
+    return f"{trainable:,} parameters of {whole_in_words(whole)}, beside {facts.prepared.parameters.in_adapter:,} of the adapter"
+
+
+def _new_tokens(facts: Facts) -> str:
+    ids = facts.prepared.new_tokens
+    if not ids:
+        return "the tokenizer stays as it is"
+    seen = sum(int((example.input_ids >= ids[0]).sum()) for example in facts.prepared.data.train)
+    return f"{len(ids)} tokens, numbers {ids[0]} to {ids[-1]}, {seen:,} of them in the training examples"
+
+
+def _target_parameters(facts: Facts) -> str:
+    stacks = facts.prepared.parameters.stacks
+    if not stacks:
+        return "linear modules alone are adapted"
+    trainable = sum(num_trainable(facts.prepared.recipe.lora, stack) for stack in stacks)
+    return f"{trainable:,} parameters for {stacks_in_words(stacks)}"
+
+
+def _counted(values: Iterable[object]) -> str:
+    """`48 of 16, 8 of 4 matrices`, the most first."""
+    found = Counter(values).most_common()
+    return f"matrices: {', '.join(f'{count} of {value}' for value, count in found)}"
 
 
 def _variant(facts: Facts) -> str:
@@ -136,6 +183,11 @@ SUMMARIES: dict[str, Callable[[Facts], str]] = {
     "lora.layers": _layers,
     "lora.variant": _variant,
     "lora.start_from": _start_from,
+    "lora.rank_pattern": _rank_pattern,
+    "lora.alpha_pattern": _alpha_pattern,
+    "lora.modules_to_save": _modules_to_save,
+    "lora.new_tokens": _new_tokens,
+    "lora.target_parameters": _target_parameters,
 }
 
 TABLES: dict[str, Callable[[Facts], list[Row]]] = {

@@ -27,8 +27,10 @@ from loratune.errors import MachineError, RecipeError
 from loratune.lock import versions
 from loratune.model.adapter import short_names
 from loratune.model.load import load_config
+from loratune.model.stacks import stack_arguments
 from loratune.model.targets import router_loss
 from loratune.model.variants import changes_base, peft_arguments
+from loratune.model.whole import whole_arguments
 from loratune.planning.parameters import skeleton
 from loratune.preparation import NO_LIMIT, Preparation
 from loratune.progress import Progress
@@ -48,7 +50,19 @@ COVERED = {
         *("train", "eval", "format", "columns", "train_on", "thinking", "special_tokens_in_text"),
         *("max_length", "on_long", "on_bad_row", "streaming"),
     },
-    "lora": {"r", "alpha", "dropout", "targets", "layers", "variant", "start_from"},
+    "lora": {
+        "r",
+        "alpha",
+        "dropout",
+        "targets",
+        "layers",
+        "variant",
+        "start_from",
+        "rank_pattern",
+        "alpha_pattern",
+        "modules_to_save",
+        "target_parameters",
+    },
     "train": {
         *("output_dir", "epochs", "learning_rate", "batch_size", "warmup_fraction", "weight_decay"),
         *("optimizer", "lora_plus_ratio", "schedule"),
@@ -220,6 +234,17 @@ def _check_covered(recipe: Recipe) -> None:
             "model.quantization is fp8, which a script of TRL and PEFT alone cannot follow",
             fix="leave model.quantization at none, nf4 or int8",
         )
+    if recipe.lora.variant in ("eva", "loftq"):
+        raise RecipeError(
+            f"lora.variant is {recipe.lora.variant}, whose beginning is computed from data or weights that the script does not have",
+            fix="lora.variant=plain",
+        )
+    if recipe.lora.modules_to_save and recipe.model.dtype != "float32":
+        raise RecipeError(
+            f"lora.modules_to_save trains modules whole, and model.dtype is {recipe.model.dtype}: PEFT alone would train them in that "
+            "type, loratune trains them in float32",
+            fix="model.dtype=float32, or lora.modules_to_save=[]",
+        )
     for section, covered in COVERED.items():
         mine, plain = getattr(recipe, section), getattr(default, section)
         for field in type(mine).model_fields:
@@ -236,6 +261,8 @@ def _script(prepared: Preparation, rows: Path | None, why_rows: str) -> str:
     model = skeleton(load_config(base, section), trust_remote_code=section.trust_remote_code)
     check_stock(model)
     constants, load = _data_lines(prepared, rows)
+    extra = peft_arguments(recipe.lora) | whole_arguments(prepared.parameters.whole)
+    extra |= stack_arguments(prepared.parameters.stacks, recipe.lora)
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True, autoescape=False)  # noqa: S701 - Python, not HTML
     template = environment.from_string(
         importlib.resources.files("loratune.guidance").joinpath("script.py.jinja").read_text(encoding="utf-8")
@@ -258,7 +285,7 @@ def _script(prepared: Preparation, rows: Path | None, why_rows: str) -> str:
         targets_in_words=prepared.targets_in_words,
         trainable=f"{prepared.parameters.trainable:,}",
         fan_in_fan_out=isinstance(model.get_submodule(prepared.targets[0]), Conv1D),
-        peft_arguments=[f"{name}={_literal(value)}," for name, value in peft_arguments(recipe.lora).items()],
+        peft_arguments=[f"{name}={_literal(value)}," for name, value in extra.items()],
         changes_base=changes_base(recipe.lora),
         start=_literal(str(prepared.start)) if prepared.start else "",
         device=_literal(recipe.train.device),

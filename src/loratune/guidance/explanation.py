@@ -157,6 +157,8 @@ def shown(value: Any) -> str:
     if isinstance(value, Source):
         place = ":".join(part for part in (value.name, value.config, value.split) if part)
         return place if value.weight == 1 else f"{place} × {value.weight:g}"
+    if isinstance(value, dict):
+        return ", ".join(f"{name}: {shown(item)}" for name, item in value.items()) or "none"
     if isinstance(value, tuple):
         return ", ".join(shown(item) for item in value) or "none"
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -13,6 +13,7 @@ from transformers import get_scheduler
 
 from loratune.data.prepare import prepare_data
 from loratune.model.load import load_config
+from loratune.model.new_tokens import grow
 from loratune.planning.parameters import ParameterCount, count_parameters, skeleton
 from loratune.preparation import NO_LIMIT, Preparation
 from loratune.recipe import DataSection
@@ -41,7 +42,9 @@ class Facts:
     def model(self) -> PreTrainedModel:
         """The base model without weights."""
         section = self.prepared.recipe.model
-        return skeleton(load_config(self.prepared.base, section), trust_remote_code=section.trust_remote_code)
+        model = skeleton(load_config(self.prepared.base, section), trust_remote_code=section.trust_remote_code)
+        grow(model, self.prepared.new_tokens)
+        return model
 
     @cached_property
     def base_parameters(self) -> int:

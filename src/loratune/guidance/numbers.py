@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import get_args
 
@@ -17,6 +18,7 @@ from loratune.guidance import adapter_numbers
 from loratune.guidance.facts import Facts, Row, around, size
 from loratune.model.device import torch_dtype
 from loratune.model.load import positions_of
+from loratune.model.patterns import pattern_of
 from loratune.model.quantised import BY_BITSANDBYTES, base_bytes
 from loratune.planning.optimizer_memory import state_bytes
 from loratune.preparation import NO_LIMIT
@@ -221,9 +223,9 @@ def _batch_size_table(facts: Facts) -> list[Row]:
 
 
 def _state(facts: Facts, optimizer: Optimizer | None = None) -> int:
-    matrices = [item.matrix for item in facts.prepared.parameters.per_module]
-    recipe = facts.prepared.recipe
-    return state_bytes(optimizer or recipe.train.optimizer, matrices, recipe.lora)
+    recipe, parameters = facts.prepared.recipe, facts.prepared.parameters
+    matrices = [item.matrix for item in parameters.per_module]
+    return state_bytes(optimizer or recipe.train.optimizer, matrices, recipe.lora, parameters.whole_shapes)
 
 
 def _optimizer(facts: Facts) -> str:
@@ -233,6 +235,16 @@ def _optimizer(facts: Facts) -> str:
 
 def _optimizer_table(facts: Facts) -> list[Row]:
     return [{"optimizer": name, "keeps": size(_state(facts, name))} for name in get_args(Optimizer)]
+
+
+def _learning_rate_pattern(facts: Facts) -> str:
+    train, parameters = facts.prepared.recipe.train, facts.prepared.parameters
+    names = [*(matrix.name for matrix in parameters.matrices), *(item.name for item in parameters.whole)]
+    rates = Counter(
+        train.learning_rate_pattern.get(pattern_of(train.learning_rate_pattern, name), train.learning_rate)
+        for name in names
+    )
+    return ", ".join(f"{count} modules with at most {rate:g}" for rate, count in rates.most_common())
 
 
 def _lora_plus_ratio(facts: Facts) -> str:
@@ -348,6 +360,7 @@ SUMMARIES: dict[str, Callable[[Facts], str]] = {
     "train.learning_rate": _learning_rate,
     "train.optimizer": _optimizer,
     "train.lora_plus_ratio": _lora_plus_ratio,
+    "train.learning_rate_pattern": _learning_rate_pattern,
     "train.schedule": _schedule,
     "train.warmup_fraction": _warmup,
     "train.batch_size": _batch_size,

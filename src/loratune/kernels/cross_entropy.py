@@ -1,4 +1,4 @@
-"""Cross-entropy of a frozen output head, on supervised positions only, without ever holding all logits.
+"""Cross-entropy of an output head, on supervised positions only, without ever holding all logits.
 
 Shapes: S supervised positions, H hidden width, V vocabulary, C positions of one chunk.
 """
@@ -16,7 +16,7 @@ CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20, "mps": 128 * 2**20}
 and 672 ms compiled with chunks of 8, 16, 32 and 64 MiB. Those of GPUs are estimates."""
 
 
-Chunk = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+Chunk = Callable[..., Any]
 
 
 def chunk_rows(vocab_size: int, device: str) -> int:
@@ -32,25 +32,32 @@ def sum_cross_entropy(
     *,
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    rows_NH: torch.Tensor | None = None,
+    numbers_N: torch.Tensor | None = None,
     compiled: bool = False,
 ) -> torch.Tensor:
     """Sum of -log p(target) over all positions, a float32 scalar.
 
-    The head gets no gradient (it is frozen under LoRA), so the gradient with respect to the hidden states is known as
-    soon as a chunk's logits are: it is computed in the forward pass, and the logits are dropped.
+    The gradient with respect to the hidden states, and to the head where it is trained, is known as soon as a chunk's logits
+    are: it is computed in the forward pass, and the logits are dropped.
 
     Args:
         hidden_SH: [S, H], the last hidden states at the positions that predict.
-        weight_VH: [V, H], the output head.
+        weight_VH: [V, H], the output head. One of another type than `hidden_SH` is computed with in the type of that; its
+            gradient is summed in float32.
         bias_V: [V] or None.
         targets_S: int64 [S].
         logit_scale: Factor on the logits (Cohere, Granite).
         softcap: Logits become softcap · tanh(logit / softcap) (Gemma 2).
+        rows_NH: [N, H]: what stands in the place of some rows of a frozen head without bias, and has a gradient.
+        numbers_N: int64 [N]: which rows these are.
         compiled: Whether a chunk is computed by compiled code.
     """
-    chunk = _compiled_chunk() if compiled else _chunk
+    trained = any(part is not None and part.requires_grad for part in (weight_VH, bias_V, rows_NH))
+    part = _trained_chunk if trained or rows_NH is not None else _chunk
+    chunk = _compiled(part) if compiled else part
     loss: torch.Tensor = _SumCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden_SH, weight_VH, bias_V, targets_S, logit_scale, softcap, chunk
+        hidden_SH, weight_VH, bias_V, rows_NH, targets_S, logit_scale, softcap, numbers_N, chunk
     )
     return loss
 
@@ -63,27 +70,40 @@ def cross_entropy_per_token(
     *,
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    rows_NH: torch.Tensor | None = None,
+    numbers_N: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """-log p(target) of each position, float32 [S], without a gradient. Arguments as in `sum_cross_entropy`."""
     rows = chunk_rows(weight_VH.shape[0], weight_VH.device.type)
     losses = []
     with torch.no_grad():
         for hidden_CH, targets_C in zip(torch.split(hidden_SH, rows), torch.split(targets_S, rows), strict=True):
-            logits_CV = head_logits(hidden_CH, weight_VH, bias_V, logit_scale, softcap)
+            logits_CV = head_logits(hidden_CH, weight_VH, bias_V, logit_scale, softcap, rows_NH, numbers_N)
             losses.append(logits_CV.logsumexp(-1) - logits_CV.gather(1, targets_C[:, None])[:, 0])
     return torch.cat(losses) if losses else hidden_SH.new_zeros(0, dtype=torch.float32)
 
 
 @cache
-def _compiled_chunk() -> Chunk:
-    return torch.compile(_chunk, dynamic=True)
+def _compiled(chunk: Chunk) -> Chunk:
+    return torch.compile(chunk, dynamic=True)
 
 
 def head_logits(
-    hidden_CH: torch.Tensor, weight_VH: torch.Tensor, bias_V: torch.Tensor | None, scale: float, softcap: float | None
+    hidden_CH: torch.Tensor,
+    weight_VH: torch.Tensor,
+    bias_V: torch.Tensor | None,
+    scale: float,
+    softcap: float | None,
+    rows_NH: torch.Tensor | None = None,
+    numbers_N: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Logits of the output head in float32, [C, V]."""
-    logits_CV = torch.nn.functional.linear(hidden_CH, weight_VH, bias_V).float()
+    """Logits of the output head in float32, [C, V]; arguments as in `sum_cross_entropy`."""
+    dtype = hidden_CH.dtype
+    bias_V = None if bias_V is None else bias_V.to(dtype)
+    logits_CV = torch.nn.functional.linear(hidden_CH, weight_VH.to(dtype), bias_V)
+    if rows_NH is not None and numbers_N is not None:
+        logits_CV.index_copy_(1, numbers_N, hidden_CH @ rows_NH.to(dtype).T)
+    logits_CV = logits_CV.float()
     if scale != 1.0:
         logits_CV = logits_CV * scale
     if softcap is not None:
@@ -100,8 +120,52 @@ def _chunk(
     softcap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """-log p of each target, float32 [C], and the gradient of their sum to the hidden states, [C, H]."""
+    losses_C, grad_CV = _logit_gradients(hidden_CH, weight_VH, bias_V, targets_C, scale, softcap)
+    return losses_C, (grad_CV @ weight_VH) * scale
+
+
+def _trained_chunk(
+    hidden_CH: torch.Tensor,
+    weight_VH: torch.Tensor,
+    bias_V: torch.Tensor | None,
+    targets_C: torch.Tensor,
+    scale: float,
+    softcap: float | None,
+    rows_NH: torch.Tensor | None,
+    numbers_N: torch.Tensor | None,
+    trains: tuple[bool, bool],
+) -> tuple[torch.Tensor | None, ...]:
+    """The same, and the gradients to weight, [V, H], bias, [V], and rows, [N, H]; None where there is none.
+
+    `trains`: whether weight and bias do.
+    """
+    weight_VH = weight_VH.to(hidden_CH.dtype)
+    losses_C, grad_CV = _logit_gradients(hidden_CH, weight_VH, bias_V, targets_C, scale, softcap, rows_NH, numbers_N)
+    grad_bias_V = grad_CV.float().sum(0) * scale if trains[1] else None
+    grad_rows_NH = None
+    grad_CH = torch.zeros_like(hidden_CH)
+    if rows_NH is not None and numbers_N is not None:
+        grad_CN = grad_CV[:, numbers_N]
+        grad_CV = grad_CV.index_fill(1, numbers_N, 0)
+        grad_rows_NH = (grad_CN.T @ hidden_CH) * scale
+        grad_CH = grad_CN @ rows_NH.to(hidden_CH.dtype)
+    grad_VH = (grad_CV.T @ hidden_CH) * scale if trains[0] else None
+    return losses_C, (grad_CV @ weight_VH + grad_CH) * scale, grad_VH, grad_bias_V, grad_rows_NH
+
+
+def _logit_gradients(
+    hidden_CH: torch.Tensor,
+    weight_VH: torch.Tensor,
+    bias_V: torch.Tensor | None,
+    targets_C: torch.Tensor,
+    scale: float,
+    softcap: float | None,
+    rows_NH: torch.Tensor | None = None,
+    numbers_N: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """-log p of each target, float32 [C], and the gradient of their sum to the head's products, but for `scale`, [C, V]."""
     targets_C1 = targets_C[:, None]
-    logits_CV = head_logits(hidden_CH, weight_VH, bias_V, scale, softcap)
+    logits_CV = head_logits(hidden_CH, weight_VH, bias_V, scale, softcap, rows_NH, numbers_N)
     slope_CV = 1 - (logits_CV / softcap) ** 2 if softcap is not None else None
     logits_CV = logits_CV - logits_CV.amax(-1, keepdim=True)
     target_C1 = logits_CV.gather(1, targets_C1)
@@ -113,7 +177,7 @@ def _chunk(
     grad_CV.scatter_(1, targets_C1, torch.expm1(-losses_C1).to(grad_CV.dtype))
     if slope_CV is not None:
         grad_CV = grad_CV * slope_CV.to(grad_CV.dtype)
-    return losses_C1[:, 0], (grad_CV @ weight_VH) * scale
+    return losses_C1[:, 0], grad_CV
 
 
 class _SumCrossEntropy(torch.autograd.Function):
@@ -123,22 +187,44 @@ class _SumCrossEntropy(torch.autograd.Function):
         hidden_SH: torch.Tensor,
         weight_VH: torch.Tensor,
         bias_V: torch.Tensor | None,
+        rows_NH: torch.Tensor | None,
         targets_S: torch.Tensor,
         scale: float,
         softcap: float | None,
+        numbers_N: torch.Tensor | None,
         chunk: Chunk,
     ) -> torch.Tensor:
-        rows = chunk_rows(weight_VH.shape[0], weight_VH.device.type)
+        positions = chunk_rows(weight_VH.shape[0], weight_VH.device.type)
         total = torch.zeros((), dtype=torch.float32, device=hidden_SH.device)
         grad_SH = torch.empty_like(hidden_SH)
-        for start in range(0, hidden_SH.shape[0], rows):
-            part = slice(start, start + rows)
-            losses_C, grad_SH[part] = chunk(hidden_SH[part], weight_VH, bias_V, targets_S[part], scale, softcap)
+        head = (weight_VH, bias_V, rows_NH)
+        trains = tuple(ctx.needs_input_grad[1:4])
+        of_head = [
+            torch.zeros_like(part, dtype=torch.promote_types(part.dtype, torch.float32))
+            if trained and part is not None
+            else None
+            for part, trained in zip(head, trains, strict=True)
+        ]
+        more = () if chunk in (_chunk, _compiled(_chunk)) else (rows_NH, numbers_N, trains[:2])
+        for start in range(0, hidden_SH.shape[0], positions):
+            part = slice(start, start + positions)
+            losses_C, grad_SH[part], *grads = chunk(
+                hidden_SH[part], weight_VH, bias_V, targets_S[part], scale, softcap, *more
+            )
             total += losses_C.sum()
+            for whole, grad in zip(of_head, grads, strict=False):
+                if whole is not None:
+                    whole.add_(grad)
         ctx.save_for_backward(grad_SH)
+        ctx.of_head, ctx.types = of_head, [None if part is None else part.dtype for part in head]
         return total
 
     @staticmethod
     def backward(ctx: Any, grad_total: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad_SH,) = ctx.saved_tensors
-        return grad_SH * grad_total.to(grad_SH.dtype), None, None, None, None, None, None
+        of_head, ctx.of_head = ctx.of_head, None  # as large as the head: scaled in place, and given away
+        scaled = [
+            None if grad is None else grad.mul_(grad_total).to(dtype)
+            for grad, dtype in zip(of_head, ctx.types, strict=True)
+        ]
+        return grad_SH * grad_total.to(grad_SH.dtype), *scaled, None, None, None, None, None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,12 +10,17 @@ import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from transformers.pytorch_utils import Conv1D
 
 from loratune.errors import RecipeError
 from loratune.kernels.fp8_linear import Fp8Linear
 from loratune.kernels.lora_linear import lora_linear, lora_update
-from loratune.model.variants import changes_base, has_changed_base, keep_beginning, peft_arguments, save_as_plain
+from loratune.model.new_tokens import grow, grow_for, use_fast_rows
+from loratune.model.patterns import checked_patterns
+from loratune.model.stacks import stack_arguments, stacks
+from loratune.model.variants import changes_base, has_changed_base, keep_beginning, peft_arguments, save_as_plain, whole
+from loratune.model.whole import keep_in_float32, whole_arguments, whole_modules
 from loratune.recipe import LoraSection
 
 if TYPE_CHECKING:
@@ -24,7 +28,13 @@ if TYPE_CHECKING:
 
 
 def attach_adapter(
-    model: PreTrainedModel, lora: LoraSection, targets: tuple[str, ...], *, base_name: str, seed: int
+    model: PreTrainedModel,
+    lora: LoraSection,
+    targets: tuple[str, ...],
+    *,
+    base_name: str,
+    seed: int,
+    new_tokens: tuple[int, ...] = (),
 ) -> PeftModel:
     """Put a fresh adapter on the target modules; everything else is frozen.
 
@@ -34,25 +44,33 @@ def attach_adapter(
 
     Args:
         model: The base; its weights are changed by some of the variants.
-        lora: Rank, scale, dropout, variant.
+        lora: Ranks, scales, dropout, variant.
         targets: Full module names, from `resolve_targets`.
         base_name: What `base_model_name_or_path` of the saved adapter says.
         seed: Of the initial weights.
+        new_tokens: The numbers of `lora.new_tokens`, for which the model grows.
     """
+    grow(model, new_tokens)
     config = LoraConfig(
         r=lora.r,
-        lora_alpha=int(lora.alpha) if math.isclose(lora.alpha, int(lora.alpha)) else lora.alpha,
+        lora_alpha=whole(lora.alpha),
         lora_dropout=lora.dropout,
         target_modules=list(short_names(model, targets)),
         task_type=TaskType.CAUSAL_LM,
         fan_in_fan_out=isinstance(model.get_submodule(targets[0]), Conv1D),
         **peft_arguments(lora),
+        **stack_arguments(stacks(model, lora, targets), lora),
+        **whole_arguments(whole_modules(model, lora, targets), new_tokens),
     )
     model.name_or_path = base_name  # PEFT takes the base's name from here
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), checked_patterns():
         torch.manual_seed(seed)
         adapted = get_peft_model(model, config)
     assert isinstance(adapted, PeftModel)
+    keep_in_float32(adapted)
+    if new_tokens:
+        head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        head.bias = None  # it has none, but PEFT's wrapper does not say so, and TRL's loss asks
     if changes_base(lora):
         keep_beginning(adapted)
     return adapted
@@ -73,6 +91,7 @@ def use_fast_layers(model: PeftModel) -> int:
     replaced by one with another `forward`; with the adapter off or merged, and for every other kind of layer, PEFT's own
     runs.
     """
+    use_fast_rows(model)
     layers = [module for module in model.modules() if _has_fast_class(type(module)) and _is_plain(module)]
     for layer in layers:
         kind: Any = type(layer)
@@ -82,11 +101,13 @@ def use_fast_layers(model: PeftModel) -> int:
 
 def fallback_note(model: PeftModel) -> str:
     """That some of the adapted matrices run PEFT's own forward after `use_fast_layers`; empty where none does."""
+    if any(type(module) is TrainableTokensLayer for module in model.modules()):
+        return "the rows of new tokens run PEFT's own forward, which copies the whole embedding, not the fast one"
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     left = [layer for layer in layers if not getattr(layer, "is_fast", False)]
     if not left:
         return ""
-    kinds = ", ".join(sorted({type(layer.base_layer).__name__ for layer in left}))
+    kinds = ", ".join(sorted({type(layer.get_base_layer()).__name__ for layer in left}))
     return f"{len(left)} of {len(layers)} adapted matrices ({kinds}) run PEFT's own forward, not the fast one"
 
 
@@ -147,7 +168,7 @@ def adapter_file(folder: Path) -> Path:
 
 
 def load_adapter(base: Any, folder: Path, **settings: Any) -> PeftModel:
-    """The model with a saved adapter, from safetensors only.
+    """The model with a saved adapter, from safetensors only; it grows for the adapter's new tokens.
 
     Args:
         base: The base model.
@@ -158,7 +179,9 @@ def load_adapter(base: Any, folder: Path, **settings: Any) -> PeftModel:
         RecipeError: The adapter is not stored as safetensors.
     """
     adapter_file(folder)
-    adapted = PeftModel.from_pretrained(base, str(folder), **settings)
+    grow_for(base, folder)
+    with checked_patterns():
+        adapted = PeftModel.from_pretrained(base, str(folder), **settings)
     assert isinstance(adapted, PeftModel)
     return adapted
 

@@ -13,13 +13,15 @@ from safetensors.torch import load_file
 
 from loratune.errors import MachineError, RecipeError
 from loratune.model.gguf import file_sha256
+from loratune.model.patterns import rank_of
 from loratune.model.targets import Matrix
+from loratune.model.whole import Whole
 from loratune.recipe import LoraSection
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX = "base_model.model."
 _UNKNOWN = (
-    *("rank_pattern", "alpha_pattern", "modules_to_save", "target_parameters", "trainable_token_indices"),
+    *("target_parameters", "trainable_token_indices"),
     *("layer_replication", "lora_bias", "use_qalora", "alora_invocation_tokens", "arrow_config"),
 )
 """Settings of PEFT's `LoraConfig` that the recipe has no word for: an adapter that uses one trains otherwise than it says."""
@@ -48,13 +50,14 @@ def locate_adapter(name: str) -> Path:
     return folder.resolve()
 
 
-def check_adapter(folder: Path, lora: LoraSection, matrices: Sequence[Matrix]) -> None:
+def check_adapter(folder: Path, lora: LoraSection, matrices: Sequence[Matrix], whole: Sequence[Whole] = ()) -> None:
     """Whether the adapter is one that the recipe describes, by its configuration and the shapes in its header.
 
     Args:
         folder: From `locate_adapter`.
         lora: Rank, scale, variant.
         matrices: That the recipe adapts.
+        whole: That it trains whole.
 
     Raises:
         RecipeError: It is not; what differs is named.
@@ -74,6 +77,7 @@ def check_adapter(folder: Path, lora: LoraSection, matrices: Sequence[Matrix]) -
     if config.get("bias", "none") != "none":
         raise RecipeError("lora.start_from: the adapter trains biases (bias), which loratune does not", file=folder)
     theirs = {"r": config.get("r"), "alpha": config.get("lora_alpha"), "variant": _variant(config)}
+    theirs |= {name: config.get(name) or {} for name in ("rank_pattern", "alpha_pattern")}
     for field, value in theirs.items():
         if value != getattr(lora, field):
             raise RecipeError(
@@ -81,7 +85,8 @@ def check_adapter(folder: Path, lora: LoraSection, matrices: Sequence[Matrix]) -
                 file=folder / CONFIG,
                 fix=f"lora.{field}={value}",
             )
-    _check_shapes(shapes, _expected(lora, matrices), folder)
+    wanted = _expected(lora, matrices) | {f"{_PREFIX}{name}": shape for item in whole for name, shape in item.saved}
+    _check_shapes(shapes, wanted, folder)
 
 
 def base_notes(folder: Path, bases: Sequence[str]) -> tuple[str, ...]:
@@ -122,8 +127,9 @@ def _expected(lora: LoraSection, matrices: Sequence[Matrix]) -> dict[str, tuple[
     shapes: dict[str, tuple[int, ...]] = {}
     for matrix in matrices:
         name = f"{_PREFIX}{matrix.name}"
-        shapes[f"{name}.lora_A.weight"] = (lora.r, matrix.d_in)
-        shapes[f"{name}.lora_B.weight"] = (matrix.d_out, lora.r)
+        r = rank_of(lora, matrix.name)
+        shapes[f"{name}.lora_A.weight"] = (r, matrix.d_in)
+        shapes[f"{name}.lora_B.weight"] = (matrix.d_out, r)
         if lora.variant == "dora":
             shapes[f"{name}.lora_magnitude_vector"] = (matrix.d_out,)
     return shapes

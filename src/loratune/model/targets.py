@@ -46,11 +46,12 @@ _ATTENTION_NAMES: Mapping[str, frozenset[str]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Matrix:
-    """One adapted or adaptable weight matrix of d_out × d_in."""
+    """One adapted or adaptable weight matrix of d_out × d_in, or a stack of `count` of them in one parameter."""
 
     name: str
     d_in: int
     d_out: int
+    count: int = 1
 
 
 def reads_attention(name: str) -> bool:
@@ -90,10 +91,10 @@ def resolve_targets(
             exist.
     """
     found = _resolve_preset(model, targets) if isinstance(targets, str) else _resolve_names(model, targets)
-    return found if layers == "all" else _in_chosen_layers(model, found, layers)
+    return found if layers == "all" else in_chosen_layers(model, found, layers)
 
 
-def _in_chosen_layers(model: nn.Module, names: tuple[str, ...], layers: str | tuple[int, ...]) -> tuple[str, ...]:
+def in_chosen_layers(model: nn.Module, names: tuple[str, ...], layers: str | tuple[int, ...]) -> tuple[str, ...]:
     """Those of the modules that lie in the chosen layers."""
     all_layers = _layers(model)
     known = list(all_layers)
@@ -137,13 +138,14 @@ def describe_targets(model: nn.Module, targets: str | tuple[str, ...], layers: s
     )
 
 
-def target_notes(model: nn.Module, targets: str | tuple[str, ...]) -> tuple[str, ...]:
+def target_notes(model: nn.Module, targets: str | tuple[str, ...], stacked: tuple[str, ...] = ()) -> tuple[str, ...]:
     """What a user would not expect on this model: the routers' loss, and of a preset fused matrices, missing roles, frozen
     experts.
 
     Args:
         model: The base model.
         targets: As for `resolve_targets`; names get no notes of their own.
+        stacked: `lora.target_parameters`.
 
     Returns:
         One sentence each, without a full stop.
@@ -163,7 +165,11 @@ def target_notes(model: nn.Module, targets: str | tuple[str, ...]) -> tuple[str,
         notes.append(f"fused {leaf}: {asked} cannot be adapted without {more}, so the whole matrix is adapted")
     missing = wanted - {OTHER} - frozenset().union(*roles.values())
     if fused_experts:
-        notes.append("the experts' weights are stacked in one tensor a layer, not linear modules, and stay frozen")
+        if not stacked:
+            notes.append(
+                "the experts' weights are stacked in one tensor a layer, not linear modules, and stay frozen; "
+                "lora.target_parameters adapts them"
+            )
         missing -= {FEED_FORWARD}
     taken = _unique(name.rpartition(".")[2] for name in _taken_by_peft(model)) if FEED_FORWARD in wanted else []
     if taken:

@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from transformers.pytorch_utils import Conv1D
 
 from loratune.errors import RecipeError
+from loratune.model.patterns import alpha_of, highest_rank, rank_of
 from loratune.model.targets import Matrix
 from loratune.recipe import LoraSection, Recipe
 
@@ -37,12 +38,22 @@ _PEFT: Mapping[str, Mapping[str, Any]] = {
     "dora": {"use_dora": True},
     "pissa": {"init_lora_weights": f"pissa_niter_{PISSA_ITERATIONS}"},
     "olora": {"init_lora_weights": "olora"},
+    "eva": {},  # these two get their beginning afterwards (`first_values`)
+    "loftq": {},
 }
 
 
 def peft_arguments(lora: LoraSection) -> dict[str, Any]:
-    """The arguments of PEFT's `LoraConfig` that the variant adds."""
-    return dict(_PEFT[lora.variant])
+    """The arguments of PEFT's `LoraConfig` that the variant adds, and the patterns."""
+    patterns: dict[str, Any] = {"rank_pattern": dict(lora.rank_pattern)} if lora.rank_pattern else {}
+    if lora.alpha_pattern:
+        patterns["alpha_pattern"] = {name: whole(alpha) for name, alpha in lora.alpha_pattern.items()}
+    return {**_PEFT[lora.variant], **patterns}
+
+
+def whole(alpha: float) -> float:
+    """An alpha as others write it: an integer where it is one."""
+    return int(alpha) if math.isclose(alpha, int(alpha)) else alpha
 
 
 def changes_base(lora: LoraSection) -> bool:
@@ -56,15 +67,15 @@ def has_changed_base(model: PeftModel) -> bool:
     return isinstance(beginning, str) and beginning.startswith(("pissa", "olora"))
 
 
-def scale_of(lora: LoraSection, r: int | None = None) -> float:
+def scale_of(lora: LoraSection, name: str = "") -> float:
     """What B·A·x is multiplied by: alpha/r, or alpha/√r with rsLoRA (Kalajdzievski 2023, arXiv 2312.03732).
 
     Args:
         lora: Of the recipe.
-        r: In the place of the recipe's rank.
+        name: Of the matrix; none for one that no pattern matches.
     """
-    r = lora.r if r is None else r
-    return lora.alpha / math.sqrt(r) if lora.variant == "rslora" else lora.alpha / r
+    r, alpha = rank_of(lora, name), alpha_of(lora, name)
+    return alpha / math.sqrt(r) if lora.variant == "rslora" else alpha / r
 
 
 def scale_in_words(lora: LoraSection) -> str:
@@ -72,15 +83,16 @@ def scale_in_words(lora: LoraSection) -> str:
     return "alpha/√r" if lora.variant == "rslora" else "alpha/r"
 
 
-def saved_rank(lora: LoraSection, r: int | None = None) -> int:
-    """The rank of the saved adapter, which servers are told: twice the trained one where the base was changed."""
-    r = lora.r if r is None else r
-    return 2 * r if changes_base(lora) else r
+def saved_rank(lora: LoraSection) -> int:
+    """The highest rank of the saved adapter, which servers are told: twice the trained one where the base was changed."""
+    return (2 if changes_base(lora) else 1) * highest_rank(lora)
 
 
 def num_trainable(lora: LoraSection, matrix: Matrix) -> int:
-    """The parameters that a matrix of d_out × d_in gets: r·(d_in + d_out), and with DoRA a magnitude for each output."""
-    return lora.r * (matrix.d_in + matrix.d_out) + (matrix.d_out if lora.variant == "dora" else 0)
+    """The parameters that a matrix of d_out × d_in gets: r·(d_in + d_out), and with DoRA a magnitude for each output; a stack as
+    many times."""
+    magnitudes = matrix.d_out if lora.variant == "dora" else 0
+    return rank_of(lora, matrix.name) * matrix.count * (matrix.d_in + matrix.d_out) + magnitudes
 
 
 def check_variant(lora: LoraSection, matrices: Sequence[Matrix], model: torch.nn.Module) -> None:
@@ -89,17 +101,17 @@ def check_variant(lora: LoraSection, matrices: Sequence[Matrix], model: torch.nn
     Raises:
         RecipeError: The rank is larger than a matrix that A and B are taken from, or OLoRA meets GPT-2's layers.
     """
-    if not changes_base(lora):
+    if not changes_base(lora) and lora.variant not in ("eva", "loftq"):
         return
-    smallest = min(matrices, key=lambda matrix: min(matrix.d_in, matrix.d_out))
-    most = min(smallest.d_in, smallest.d_out)
-    if lora.r > most:
-        raise RecipeError(
-            f"lora.variant is {lora.variant}, which takes A and B from the matrix itself, and {smallest.name} has no rank "
-            f"over {most}, but lora.r is {lora.r}",
-            fix=f"lora.r={most} or less, or another variant",
-        )
-    if lora.variant == "olora" and isinstance(model.get_submodule(smallest.name), Conv1D):
+    for matrix in sorted(matrices, key=lambda matrix: min(matrix.d_in, matrix.d_out)):
+        most, r = min(matrix.d_in, matrix.d_out), rank_of(lora, matrix.name)
+        if r > most:
+            raise RecipeError(
+                f"lora.variant is {lora.variant}, which takes A or B from the matrix or its inputs, and {matrix.name} has no rank "
+                f"over {most}, but {'lora.r' if r == lora.r else 'its rank by lora.rank_pattern'} is {r}",
+                fix=f"{most} or less, or another variant",
+            )
+    if lora.variant == "olora" and isinstance(model.get_submodule(matrices[0].name), Conv1D):
         raise RecipeError(
             "lora.variant is olora, which PEFT does not do on the transposed matrices of this architecture",
             fix="lora.variant=pissa",
@@ -112,6 +124,10 @@ def variant_notes(recipe: Recipe) -> tuple[str, ...]:
         return (
             "lora.variant is dora: the adapted matrices run PEFT's own forward, which makes their whole update at every "
             "step, not the fast one",
+        )
+    if recipe.lora.variant == "eva":
+        return (
+            "lora.variant is eva: before the first step the training data is run forward until the directions of A stand still",
         )
     if changes_base(recipe.lora):
         return (
@@ -146,8 +162,10 @@ def save_as_plain(model: PeftModel, folder: Path) -> None:
             key = f"{name}.{part}.weight"
             tensors[key] = torch.cat([tensors[key], initial], dim=dim)
     folder.mkdir(parents=True, exist_ok=True)
-    whole = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    save_file(whole, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    apart = {
+        name: tensor.detach().clone() for name, tensor in tensors.items()
+    }  # a tied head is saved twice, as by PEFT
+    save_file(apart, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     plain_config(model.peft_config["default"]).save_pretrained(str(folder))
 
 
@@ -156,6 +174,8 @@ def plain_config(config: LoraConfig) -> LoraConfig:
     plain = copy.deepcopy(config)
     plain.init_lora_weights = True
     plain.r, plain.lora_alpha = 2 * config.r, 2 * config.lora_alpha
+    plain.rank_pattern = {name: 2 * r for name, r in (config.rank_pattern or {}).items()}
+    plain.alpha_pattern = {name: 2 * alpha for name, alpha in (config.alpha_pattern or {}).items()}
     plain.inference_mode = True
     return plain
 

@@ -12,7 +12,7 @@ from loratune.data.prompts import Prompt
 from loratune.data.steps import num_steps, occasions, step_tokens
 from loratune.kernels.cross_entropy import chunk_rows
 from loratune.model.device import torch_dtype
-from loratune.planning.adapter_memory import variant_bytes
+from loratune.planning.adapter_memory import stack_bytes, stack_kept_bytes, variant_bytes, whole_bytes, whole_kept_bytes
 from loratune.planning.memory import MemoryPlan, Work, layer_bytes, plan_memory
 from loratune.planning.optimizer_memory import state_bytes
 from loratune.planning.parameters import ParameterCount
@@ -81,21 +81,24 @@ def run_memory(recipe: Recipe, config: Any, parameters: ParameterCount, work: Wo
     """
     wanted, recompute = recipe.train.token_budget, recipe.train.recompute
     dtype_bytes = torch_dtype(place.dtype).itemsize
-    matrices = [count.matrix for count in parameters.per_module]
+    matrices, stacks = parameters.matrices, parameters.stacks
+    linear = matrices[: len(matrices) - len(stacks)]
+    active = int(getattr(config, "num_experts_per_tok", None) or 1)
     shards = 1 if place.device == "cpu" else place.shards  # a CPU loads the whole base, before it is sharded
     return plan_memory(
         total_parameters=parameters.trainable + held_parameters(config, parameters, shards),
         trainable_parameters=parameters.trainable,
-        optimizer_bytes=state_bytes(recipe.train.optimizer, matrices, recipe.lora),
+        optimizer_bytes=state_bytes(recipe.train.optimizer, matrices, recipe.lora, parameters.whole_shapes),
         stored_bytes=place.stored_bytes,
         layer=layer_bytes(
             config,
             dtype_bytes,
-            matrices,
+            linear,
             lora=recipe.lora,
             compiled=place.compiled,
             device=place.device,
             keeps_inputs=place.quantization == "int8",
+            whole_kept=whole_kept_bytes(parameters.whole, dtype_bytes) + stack_kept_bytes(stacks, dtype_bytes, active),
         ),
         num_layers=config.num_hidden_layers,
         dtype_bytes=dtype_bytes,
@@ -110,7 +113,9 @@ def run_memory(recipe: Recipe, config: Any, parameters: ParameterCount, work: Wo
         unpacked_bytes=place.unpacked_bytes,
         resident=place.resident_bytes,
         free=place.free_bytes,
-        variant_bytes=variant_bytes(matrices, recipe.lora, dtype_bytes),
+        variant_bytes=variant_bytes(linear, recipe.lora, dtype_bytes)
+        + whole_bytes(parameters.whole, dtype_bytes)
+        + stack_bytes(stacks, dtype_bytes),
     )
 
 
@@ -192,9 +197,11 @@ def run_flops(recipe: Recipe, config: Any, model: Any, parameters: ParameterCoun
     per_epoch = training_flops(
         matmul_parameters=parameters.total - parameters.trainable - _embeddings(config, model),
         head_parameters=head_parameters(model),
-        trainable_parameters=parameters.trainable,
+        trainable_parameters=parameters.in_adapter,
         num_tokens=sum(len(example.input_ids) for example in data.train),
         num_supervised=sum(num_supervised(example) for example in data.train),
+        trained_head=sum(item.trainable for item in parameters.whole if item.is_head),
+        trained_matrices=sum(item.trainable for item in parameters.whole if not (item.is_head or item.is_embedding)),
     )
     return recipe.train.epochs * data.scale * per_epoch
 

@@ -81,6 +81,8 @@ def estimate(
         MachineError: Not even one example fits, or compilation is asked for and impossible.
     """
     reason = uncompiled(recipe.model.quantization, config)
+    if recipe.lora.target_parameters:
+        reason = "PEFT changes the parameters of lora.target_parameters while a layer runs"
     if place.shards > 1:
         reason = "the layers of a base that processes share (fsdp) run uncompiled"
     if reason and recipe.train.compile is True:

@@ -3,7 +3,7 @@
 The terms, for a model with LoRA:
 
     weights      parameters × bytes of the base type
-    variant      what DoRA, PiSSA or OLoRA take beside (`adapter_memory`)
+    variant      what DoRA, PiSSA or OLoRA take beside, and modules that are trained whole (`adapter_memory`)
     adapter      trainable × 8 for float32 weight and gradient, and a copy in the base type where that is narrower
     optimizer    what it keeps from step to step (`optimizer_memory`): 8 bytes a trainable parameter for AdamW
     activations  tokens of a micro-batch × what each layer keeps for its backward pass
@@ -118,7 +118,7 @@ class MemoryPlan:
         loss_bytes: Chunks of logits.
         evaluation_bytes: Of the held-out loss or of the answers, whichever takes more.
         loading_bytes: Beside the weights while they load.
-        variant_bytes: What `lora.variant` takes while it trains.
+        variant_bytes: What `lora.variant` takes while it trains, and modules that are trained whole.
         allocator_bytes: Holes in the allocator's heap.
         process_bytes: Before any weight is loaded.
         token_budget: Tokens of a micro-batch.
@@ -198,6 +198,7 @@ def layer_bytes(
     compiled: bool,
     device: str = "cpu",
     keeps_inputs: bool = False,
+    whole_kept: int = 0,
 ) -> LayerBytes:
     """Bytes that one token costs in one decoder layer, for a Llama-like one with a gated feed-forward.
 
@@ -219,6 +220,7 @@ def layer_bytes(
         compiled: Whether the layers run compiled.
         device: cpu, cuda or mps.
         keeps_inputs: Whether frozen matrices keep their inputs too, as int8 layers of bitsandbytes do.
+        whole_kept: What modules that are trained whole keep, in the whole model.
     """
     hidden = config.hidden_size
     heads = getattr(config, "num_attention_heads", None) or 1  # Mamba has none
@@ -235,7 +237,7 @@ def layer_bytes(
     if device != "cpu":
         body += dtype_bytes * query + 4 * heads
     per_layer = 1 / config.num_hidden_layers
-    adapters = kept_bytes(adapted, lora, dtype_bytes, inputs=not keeps_inputs)
+    adapters = whole_kept + kept_bytes(adapted, lora, dtype_bytes, inputs=not keeps_inputs)
     if keeps_inputs:
         body += dtype_bytes * (2 * hidden + query + feed_forward)
     return LayerBytes(

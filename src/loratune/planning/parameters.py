@@ -10,8 +10,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from loratune.errors import RecipeError
-from loratune.model.targets import Matrix, matrix
+from loratune.model.stacks import stacks, stacks_in_words
+from loratune.model.targets import Matrix, describe_targets, matrix
 from loratune.model.variants import changes_base, num_trainable
+from loratune.model.whole import Whole, whole_in_words, whole_modules
 from loratune.recipe import LoraSection
 
 BYTES_PER_ADAPTER_PARAMETER = 4  # Adapters are kept and saved in float32, whatever the dtype of the base.
@@ -30,13 +32,37 @@ class ParameterCount:
     """How many parameters a run trains, and how many it keeps."""
 
     trainable: int
-    """The adapter's parameters."""
+    """The adapter's parameters, and those of modules that are trained whole."""
     total: int
     """Base and adapter together, as PEFT counts. A tensor that is used twice (tied embeddings) counts once."""
     adapter_bytes: int
     """The saved adapter's weights, without the file's header of some kB."""
     per_module: tuple[MatrixCount, ...]
-    """Every adapted matrix, in the order of the target names."""
+    """Every adapted matrix, in the order of the target names, and then every stack of matrices."""
+    whole: tuple[Whole, ...] = ()
+    """What is trained whole."""
+    num_stacks: int = 0
+    """How many of `per_module` are of `lora.target_parameters`."""
+
+    @property
+    def matrices(self) -> list[Matrix]:
+        """The shapes of all that is adapted."""
+        return [item.matrix for item in self.per_module]
+
+    @property
+    def stacks(self) -> list[Matrix]:
+        """Those of `lora.target_parameters`."""
+        return self.matrices[len(self.per_module) - self.num_stacks :]
+
+    @property
+    def in_adapter(self) -> int:
+        """The parameters of the adapted matrices alone."""
+        return sum(item.trainable for item in self.per_module)
+
+    @property
+    def whole_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Of all tensors that are trained whole."""
+        return tuple(shape for item in self.whole for shape in item.shapes)
 
 
 def count_parameters(model: nn.Module, target_names: Sequence[str], lora: LoraSection) -> ParameterCount:
@@ -45,17 +71,34 @@ def count_parameters(model: nn.Module, target_names: Sequence[str], lora: LoraSe
     Args:
         model: The base model, without an adapter. It may be on the meta device.
         target_names: Full module names, as `resolve_targets` returns them.
-        lora: Rank and variant.
+        lora: Ranks, variant, and what is trained whole.
+
+    Raises:
+        RecipeError: What should be trained whole is not there, or adapted as well.
     """
     shapes = [matrix(name, model.get_submodule(name)) for name in target_names]
+    shapes += stacks(model, lora, target_names)
     per_module = tuple(MatrixCount(matrix=shape, trainable=num_trainable(lora, shape)) for shape in shapes)
-    trainable = sum(item.trainable for item in per_module)
+    whole = whole_modules(model, lora, target_names)
+    in_adapter = sum(item.trainable for item in per_module)
+    trainable = in_adapter + sum(item.trainable for item in whole)
+    saved = in_adapter * (2 if changes_base(lora) else 1) + sum(item.num_saved for item in whole)
     return ParameterCount(
         trainable=trainable,
         total=trainable + sum(parameter.numel() for parameter in model.parameters()),
-        adapter_bytes=trainable * BYTES_PER_ADAPTER_PARAMETER * (2 if changes_base(lora) else 1),
+        adapter_bytes=saved * BYTES_PER_ADAPTER_PARAMETER,
         per_module=per_module,
+        whole=whole,
+        num_stacks=len(shapes) - len(target_names),
     )
+
+
+def trained_in_words(model: nn.Module, lora: LoraSection, count: ParameterCount) -> str:
+    """What is trained, for people: `q_proj, v_proj in 28 layers; whole: norm`."""
+    words = [describe_targets(model, lora.targets, lora.layers)]
+    words += [stacks_in_words(count.stacks)] if count.stacks else []
+    words += [f"whole: {whole_in_words(count.whole)}"] if count.whole else []
+    return "; ".join(words)
 
 
 def skeleton(config: PretrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:

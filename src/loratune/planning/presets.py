@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import nn
 
-from loratune.errors import RecipeError
+from loratune.data.prepare import PreparedData
+from loratune.errors import MachineError, RecipeError
 from loratune.model.targets import describe_targets, resolve_targets
+from loratune.planning.cost import run_flops, run_memory
+from loratune.planning.estimate import Estimate
 from loratune.planning.parameters import ParameterCount, count_parameters
-from loratune.recipe import TARGET_PRESETS, LoraSection
+from loratune.recipe import TARGET_PRESETS, LoraSection, Recipe
 from loratune.run import Record
 
 
@@ -74,11 +78,34 @@ def count_presets(model: nn.Module, lora: LoraSection) -> tuple[PresetCount, ...
 def _count(model: nn.Module, preset: str, lora: LoraSection) -> PresetCount:
     try:
         targets = resolve_targets(model, preset, lora.layers)
+        parameters = count_parameters(model, targets, lora)
     except RecipeError as error:
         return PresetCount(name=preset, targets=(), targets_in_words=error.problem, parameters=None)
     return PresetCount(
         name=preset,
         targets=targets,
         targets_in_words=describe_targets(model, preset, lora.layers),
-        parameters=count_parameters(model, targets, lora),
+        parameters=parameters,
     )
+
+
+def plan_preset(
+    count: PresetCount, recipe: Recipe, config: Any, model: Any, data: PreparedData, estimated: Estimate
+) -> PresetPlan:
+    """Memory and time of a preset: the formulas of the run itself, at the rate that was probed for it."""
+    if count.parameters is None:
+        return PresetPlan(count=count, peak_bytes=None, train_seconds=None)
+    try:
+        peak = run_memory(recipe, config, count.parameters, estimated.work, estimated.place).peak_bytes
+    except MachineError:
+        peak = None
+    clock = estimated.time
+    seconds = clock.train_seconds * run_flops(recipe, config, model, count.parameters, data) / clock.flops
+    return PresetPlan(count=count, peak_bytes=peak, train_seconds=seconds)
+
+
+def adapts_feed_forward(targets: tuple[str, ...], presets: tuple[PresetCount, ...]) -> bool | None:
+    """Whether the feed-forward is adapted; None where the model has none that is known."""
+    by_name = {preset.name: set(preset.targets) for preset in presets}
+    feed_forward = by_name["complete"] - by_name["attention"]
+    return bool(feed_forward & set(targets)) if feed_forward else None

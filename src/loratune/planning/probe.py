@@ -19,13 +19,17 @@ from loratune.kernels.attention import PACKED, PackingUnsupportedError, register
 from loratune.kernels.cross_entropy import chunk_rows, cross_entropy_per_token, sum_cross_entropy
 from loratune.model.adapter import attach_adapter, use_fast_layers
 from loratune.model.device import is_out_of_memory
+from loratune.model.patterns import matching_only
 from loratune.model.targets import resolve_targets
 from loratune.planning.speed import Rates, best_seconds
-from loratune.recipe import LoraSection
+from loratune.recipe import LoraSection, Variant
 
 LAYERS = 2
 TOKENS = 512
 """Of the probe's micro-batch, or one example if that is longer."""
+
+_PROBED: dict[str, Variant] = {"eva": "plain", "loftq": "plain"}
+"""Variants that compute as another one, and begin with data or files that the probe has not."""
 
 MOST_BYTES = 2**30
 """Of the two layers' weights; larger ones are not probed."""
@@ -63,7 +67,16 @@ def probe(
     try:
         with torch.random.fork_rng(), torch.enable_grad():
             model = _two_layers(config, dtype).to(device)
-            adapted = attach_adapter(model, lora, resolve_targets(model, leaves), base_name="probe", seed=0)
+            names = resolve_targets(model, leaves)
+            own = matching_only(lora, names).model_copy(
+                update={
+                    "modules_to_save": (),
+                    "new_tokens": (),
+                    "layers": "all",
+                    "variant": _PROBED.get(lora.variant, lora.variant),
+                }
+            )
+            adapted = attach_adapter(model, own, names, base_name="probe", seed=0)
             decode = _decode_seconds(adapted, num_answers, device)
             train, forward = _layer_seconds(adapted, length, device)
             head = _head_seconds(config, num_answers, dtype, device)

@@ -135,16 +135,25 @@ def rates_by_arithmetic(
 
 
 def training_flops(
-    *, matmul_parameters: int, head_parameters: int, trainable_parameters: int, num_tokens: int, num_supervised: int
+    *,
+    matmul_parameters: int,
+    head_parameters: int,
+    trainable_parameters: int,
+    num_tokens: int,
+    num_supervised: int,
+    trained_head: int = 0,
+    trained_matrices: int = 0,
 ) -> float:
     """Operations of training on these tokens.
 
     Two a weight and token forward, two for the gradient to the input; none for the gradient of frozen weights (Kaplan et
-    al. 2020 count 6 for full training). The adapter takes all 6. The head works on supervised tokens only. Attention's own
-    products are left out: under 3 % at a few hundred tokens.
+    al. 2020 count 6 for full training). The adapter takes all 6, and so do modules that are trained whole: `trained_head` and
+    `trained_matrices` are their parameters. The head works on supervised tokens only. Attention's own products are left out: under
+    3 % at a few hundred tokens.
     """
     body = 4.0 * matmul_parameters * num_tokens
-    return body + 4.0 * head_parameters * num_supervised + 6.0 * trainable_parameters * num_tokens
+    whole = 2.0 * trained_head * num_supervised + 2.0 * trained_matrices * num_tokens
+    return body + 4.0 * head_parameters * num_supervised + 6.0 * trainable_parameters * num_tokens + whole
 
 
 def plan_time(

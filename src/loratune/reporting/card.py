@@ -14,6 +14,8 @@ from loratune.run import Record, RunDir, read_json, write_text
 
 _HERE = "path/of/this/folder"
 
+_GROW = "base.resize_token_embeddings(max(len(tokenizer), base.get_input_embeddings().num_embeddings))  # for the new tokens"
+
 
 def write_card(run: RunDir) -> None:
     """Write `adapter/README.md` from the run's files."""
@@ -215,9 +217,10 @@ def _load(lock: Record, repo: str) -> list[str]:
         "from peft import PeftModel",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
-        'base = AutoModelForCausalLM.from_pretrained("THE_BASE_MODEL")',
-        f'model = PeftModel.from_pretrained(base, "{place}")',
         f'tokenizer = AutoTokenizer.from_pretrained("{place}")',
+        'base = AutoModelForCausalLM.from_pretrained("THE_BASE_MODEL")',
+        *([_GROW] if lock["recipe"]["lora"].get("new_tokens") else []),
+        f'model = PeftModel.from_pretrained(base, "{place}")',
         "```",
         "",
     ]

@@ -78,7 +78,11 @@ def memory_table(record: Record) -> Table:
     rows = (
         ("weights", memory["weights_bytes"], "the frozen base"),
         ("adapter", memory["adapter_bytes"], "its weights and gradients"),
-        ("variant", memory.get("variant_bytes", 0), "what lora.variant needs beside a plain adapter"),
+        (
+            "variant",
+            memory.get("variant_bytes", 0),
+            "what lora.variant and modules trained whole need beside a plain adapter",
+        ),
         ("optimizer", memory["optimizer_bytes"], "what it keeps from step to step"),
         (
             "activations",

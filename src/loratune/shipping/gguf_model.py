@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from gguf import (
 from loratune.errors import RecipeError, RunError
 from loratune.shipping.families import GgufLayout
 from loratune.shipping.gguf_tokenizer import add_tokenizer
-from loratune.shipping.lowrank import LowRank
+from loratune.shipping.lowrank import LowRank, Replaced
 from loratune.shipping.merge import MergedWeights, check_not_quantised
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ def write_gguf_model(
     name: str,
     stop_token_ids: Sequence[int],
     source: Path | None = None,
+    replaced: Mapping[str, Replaced] = MappingProxyType({}),
     on_tensor: Callable[[], None] = lambda: None,
 ) -> None:
     """Write base and adapter as one GGUF file.
@@ -65,6 +67,7 @@ def write_gguf_model(
         name: `general.name`.
         stop_token_ids: What ends an answer.
         source: The GGUF file that the base was imported from; all it says about the model and its tokenizer is kept.
+        replaced: Tensor name → what stands in its place.
         on_tensor: Called after each tensor.
 
     Raises:
@@ -79,7 +82,7 @@ def write_gguf_model(
     if outtype == "q8_0":
         writer.add_quantization_version(2)
     extra: dict[str, np.ndarray[Any, Any]] = {}
-    with MergedWeights(base, updates) as weights:
+    with MergedWeights(base, updates, replaced=replaced) as weights:
         if source is not None:
             extra = _keep(writer, GGUFReader(source), layout)
         else:

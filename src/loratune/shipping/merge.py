@@ -19,7 +19,7 @@ from safetensors import safe_open
 
 from loratune.errors import RunError
 from loratune.model.weights import index_files
-from loratune.shipping.lowrank import LowRank
+from loratune.shipping.lowrank import LowRank, Replaced
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _CODES = {
@@ -40,17 +40,23 @@ class MergedWeights:
         base: A folder with safetensors.
         updates: Module name → update; none for the base as it is.
         frozen: Module name → what its weight was worth in training, where that is not what the file holds.
+        replaced: Tensor name → what stands in its place.
 
     Raises:
         RunError: A weight that the adapter changes is not in the files.
     """
 
     def __init__(
-        self, base: Path, updates: Mapping[str, LowRank], frozen: Mapping[str, Values] = MappingProxyType({})
+        self,
+        base: Path,
+        updates: Mapping[str, LowRank],
+        frozen: Mapping[str, Values] = MappingProxyType({}),
+        replaced: Mapping[str, Replaced] = MappingProxyType({}),
     ) -> None:
         self._base = base
         self._updates = updates
         self._frozen = frozen
+        self._replaced = replaced
         self._open = ExitStack()
         self.files = weight_files(base)
 
@@ -60,6 +66,7 @@ class MergedWeights:
         }
         self._file_of = {name: file for file, shard in self._shards.items() for name in shard.keys()}  # noqa: SIM118
         self._update_of = {self._weight_of(module): update for module, update in self._updates.items()}
+        self._in_place_of = self._places(self._replaced)
         self._values_of = {self._weight_of(module): values for module, values in self._frozen.items()}
         return self
 
@@ -82,7 +89,7 @@ class MergedWeights:
     def shape(self, name: str) -> list[int]:
         """The shape of a tensor, without loading it."""
         shape: list[int] = self._slice(name).get_shape()
-        return shape
+        return self._in_place_of[name].shape(shape) if name in self._in_place_of else shape
 
     def dtype(self, name: str) -> torch.dtype:
         """The type of a tensor in the base's files.
@@ -100,6 +107,8 @@ class MergedWeights:
         weight: torch.Tensor = self._shards[self._file_of[name]].get_tensor(name)
         if name in self._values_of:
             weight = self._values_of[name](weight)
+        if name in self._in_place_of:
+            return self._in_place_of[name].applied_to(weight)
         update = self._update_of.get(name)
         return weight if update is None else update.applied_to(weight)
 
@@ -107,16 +116,9 @@ class MergedWeights:
         return self._shards[self._file_of[name]].get_slice(name)
 
     def _weight_of(self, module: str) -> str:
-        """The tensor of a module. Checkpoints of bare decoders leave the first part of the names out; others call it
-        otherwise than transformers' classes do, or have it in another place: what follows is the same."""
-        candidates = (f"{module}.weight", f"{module.partition('.')[2]}.weight", f"model.{module}.weight")
-        found = next((name for name in candidates if name in self._file_of), None) or self._only_one_like(module)
+        found = self._name_of(f"{module}.weight") or self._only_one_like(module)
         if found is None:
-            raise RunError(
-                f"the base's files hold no tensor for the adapted module {module}",
-                file=self._base,
-                fix="this architecture stores its weights under other names; load base and adapter with PEFT",
-            )
+            raise self._unknown(f"the adapted module {module}")
         return found
 
     def _only_one_like(self, module: str) -> str | None:
@@ -131,6 +133,29 @@ class MergedWeights:
         if len(found) > 1:
             found = [name for name in found if "language_model." in name]
         return found[0] if len(found) == 1 else None
+
+    def _name_of(self, tensor: str) -> str | None:
+        """What the files call a tensor. Checkpoints of bare decoders leave the first part of the names out; others call it
+        otherwise than transformers' classes do."""
+        candidates = (tensor, tensor.partition(".")[2], f"model.{tensor}")
+        return next((name for name in candidates if name in self._file_of), None)
+
+    def _places(self, replaced: Mapping[str, Replaced]) -> dict[str, Replaced]:
+        """The files' tensors that something else stands for. Of a tied pair the adapter has both, and the files perhaps one."""
+        places = {name: self._name_of(name) for name in replaced}
+        for name, place in places.items():
+            values = replaced[name].values
+            twins = (other for other in replaced if places[other] is not None and other != name)
+            if place is None and not any(torch.equal(values, replaced[other].values) for other in twins):
+                raise self._unknown(name)
+        return {place: replaced[name] for name, place in places.items() if place is not None}
+
+    def _unknown(self, what: str) -> RunError:
+        return RunError(
+            f"the base's files hold no tensor for {what}",
+            file=self._base,
+            fix="this architecture stores its weights under other names; load base and adapter with PEFT",
+        )
 
 
 def weight_files(folder: Path) -> list[str]:
@@ -168,6 +193,7 @@ def write_merged(
     *,
     dtype: torch.dtype | None,
     frozen: Mapping[str, Values] = MappingProxyType({}),
+    replaced: Mapping[str, Replaced] = MappingProxyType({}),
     on_tensor: Callable[[], None] = lambda: None,
 ) -> None:
     """Write the merged weights, and `config.json` with their type.
@@ -178,19 +204,24 @@ def write_merged(
         out: A folder that is there.
         dtype: Of the written floating-point tensors; None: each as in the base.
         frozen: As for `MergedWeights`.
+        replaced: Likewise.
         on_tensor: Called after each tensor.
 
     Raises:
         RunError: The base is quantised, or does not hold what the adapter changes.
     """
     check_not_quantised(base)
-    with MergedWeights(base, updates, frozen) as weights:
+    with MergedWeights(base, updates, frozen, replaced) as weights:
         for file in weights.files:
             _write_file(out / file, weights, file, dtype, on_tensor)
     config = json.loads((base / "config.json").read_text(encoding="utf-8"))
     if dtype is not None:
         config.pop("torch_dtype", None)
         config["dtype"] = str(dtype).removeprefix("torch.")
+    grown = max((item.num_rows for item in replaced.values()), default=0)
+    for part in (config, config.get("text_config") or {}):
+        if part.get("vocab_size", grown) < grown:
+            part["vocab_size"] = grown
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     index = base / "model.safetensors.index.json"
     if index.is_file():

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch.nn.functional as F
+from safetensors.torch import save_file
+
 from loratune.errors import RecipeError
-from loratune.shipping.lowrank import LowRank
+from loratune.shipping.lowrank import PREFIX, LowRank
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What `--max-lora-rank` may be (vLLM 0.11, `LoRAConfig`)."""
@@ -53,6 +57,27 @@ def check_vllm(updates: Mapping[str, LowRank], config: Any) -> int:
     if fitting is None:
         raise RecipeError(f"the rank is {rank}, vLLM loads {RANKS[-1]} at most", fix=_MERGE)
     return fitting
+
+
+def write_uniform(updates: Mapping[str, LowRank], config: Mapping[str, Any], folder: Path) -> None:
+    """The same adapter with one rank and one scale, since vLLM reads `r` and `lora_alpha` alone, and no patterns.
+
+    Lower ranks are filled up with zeros, and each matrix's own scale is multiplied into its B.
+
+    Args:
+        updates: Without magnitudes.
+        config: `adapter_config.json` of the run.
+        folder: That is there.
+    """
+    rank = max(update.rank for update in updates.values())
+    tensors = {}
+    for module, update in updates.items():
+        lacking = rank - update.rank
+        tensors[f"{PREFIX}{module}.lora_A.weight"] = F.pad(update.a, (0, 0, 0, lacking)).contiguous()
+        tensors[f"{PREFIX}{module}.lora_B.weight"] = F.pad(update.scale * update.b, (0, lacking)).contiguous()
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    plain = {"r": rank, "lora_alpha": rank, "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False}
+    (folder / "adapter_config.json").write_text(json.dumps({**config, **plain}, indent=2) + "\n", encoding="utf-8")
 
 
 def serve_adapter(

@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 
 from loratune.errors import MachineError, RunError
 from loratune.model.gguf import file_sha256
+from loratune.model.whole import with_copies, without_copies
 from loratune.progress import Progress
 from loratune.run import RunDir, cannot_write
 from loratune.training.budget import random_state, set_random_state
@@ -136,7 +137,9 @@ def checkpoint_to_go_on_from(run: RunDir, progress: Progress) -> Path | None:
 
 def load_adapter_weights(folder: Path, model: PeftModel) -> None:
     """Put the adapter of a checkpoint into the model."""
-    set_peft_model_state_dict(model, load_file(folder / _ADAPTER, device=str(model.device)))
+    own = get_peft_model_state_dict(model, save_embedding_layers=False)
+    tensors = load_file(folder / _ADAPTER, device=str(model.device))
+    set_peft_model_state_dict(model, with_copies(tensors, own))
 
 
 def load_optimizer(folder: Path, optimizer: Any, scheduler: Any) -> None:
@@ -166,7 +169,7 @@ def load_random(folder: Path) -> None:
 
 def _write_files(folder: Path, model: PeftModel, optimizer: Any, scheduler: Any, trainer_state: str) -> None:
     # PEFT's "auto" asks the hub, at every save, whether the vocabulary was resized; we never resize it
-    adapter = get_peft_model_state_dict(model, save_embedding_layers=False)
+    adapter = without_copies(get_peft_model_state_dict(model, save_embedding_layers=False))
     save_file(_contiguous(adapter), folder / _ADAPTER)
     structure, tensors = _split_state(optimizer.state_dict())
     save_file(tensors, folder / _OPTIMIZER)

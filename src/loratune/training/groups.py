@@ -1,10 +1,13 @@
-"""LoRA+: the matrices B learn faster than A."""
+"""Parameters that learn at rates of their own: LoRA+'s matrices B, and modules that a pattern names."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
+
+from loratune.model.patterns import module_of, pattern_of
 
 
 def let_b_learn_faster(optimizer: Any, model: nn.Module, ratio: float) -> None:
@@ -25,3 +28,24 @@ def let_b_learn_faster(optimizer: Any, model: nn.Module, ratio: float) -> None:
         if chosen:
             group["params"] = [weight for weight in group["params"] if id(weight) not in matrices_b]
             optimizer.add_param_group({**group, "params": chosen, "lr": ratio * group["lr"]})
+
+
+def give_own_rates(optimizer: Any, model: nn.Module, rates: Mapping[str, float]) -> None:
+    """Move the parameters of modules that a pattern names into groups of their own, with its learning rate.
+
+    This comes before `let_b_learn_faster`, which multiplies each group's rate, and before the schedule. The groups of the others stay in
+    front, empty where a pattern takes them all: the first one's rate is what is logged.
+
+    Args:
+        optimizer: Fresh, with groups as transformers makes them.
+        model: With the adapter.
+        rates: Pattern → learning rate.
+    """
+    wanted = {id(weight): pattern_of(rates, module_of(name)) for name, weight in model.named_parameters()}
+    for group in list(optimizer.param_groups):
+        everything = list(group["params"])
+        group["params"] = [weight for weight in everything if wanted[id(weight)] not in rates]
+        for pattern, rate in rates.items():
+            chosen = [weight for weight in everything if wanted[id(weight)] == pattern]
+            if chosen:
+                optimizer.add_param_group({**group, "params": chosen, "lr": rate})

@@ -20,6 +20,7 @@ from loratune.errors import RunError
 from loratune.kernels.attention import PACKED, PackingUnsupportedError, record_untold_windows, register
 from loratune.kernels.cross_entropy import cross_entropy_per_token, head_logits, sum_cross_entropy
 from loratune.model.adapter import use_fast_layers
+from loratune.model.whole import head_weights
 from loratune.training.packing import decoder_of, longest_packed, obstacle
 
 CHECK_TOKENS = 24
@@ -32,31 +33,35 @@ _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.03}
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """How the model turns hidden states into logits: scale · (hidden·Wᵀ + bias), soft-capped."""
+    """How the model turns hidden states into logits: scale · (hidden·Wᵀ + bias), soft-capped; some rows of W perhaps others."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None
     logit_scale: float
     softcap: float | None
+    rows: torch.Tensor | None
+    numbers: torch.Tensor | None
 
     @classmethod
     def of(cls, causal_lm: Any) -> Head:
         """The output head of a causal language model.
 
         Raises:
-            RunError: The head itself is adapted or trained, which the fast path does not do.
+            RunError: The head is no linear layer, or adapted, which the fast path does not do.
         """
         layer = causal_lm.get_output_embeddings()
-        if not isinstance(layer, torch.nn.Linear) or layer.weight.requires_grad:
+        weights = head_weights(layer)
+        if weights is None:
             raise RunError(
-                f"the output head is a trained or adapted {type(layer).__name__}",
+                f"the output head is an adapted or unknown {type(layer).__name__}",
                 fix="leave it out, or train.engine=trl",
             )
         config = causal_lm.config.get_text_config()
         scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
         scale *= getattr(config, "lm_head_multiplier", None) or 1.0  # Falcon H1
         softcap = getattr(config, "final_logit_softcapping", None)
-        return cls(layer.weight, layer.bias, float(scale), float(softcap) if softcap else None)
+        capped = float(softcap) if softcap else None
+        return cls(weights.weight, weights.bias, float(scale), capped, weights.rows, weights.numbers)
 
 
 class SupervisedLoss:
@@ -80,12 +85,17 @@ class SupervisedLoss:
         causal_lm = model.get_base_model()
         self.model = model
         self.packed = packed
-        self.head = Head.of(causal_lm)
+        Head.of(causal_lm)  # refused now, not at the first step
         self.decoder: Any = decoder_of(causal_lm)
         self._own_attention = causal_lm.config._attn_implementation
         if packed:
             register()
             causal_lm.set_attn_implementation(PACKED)
+
+    @property
+    def head(self) -> Head:
+        """The output head as it is now: another one where it is trained, and the adapter is switched off."""
+        return Head.of(self.model.get_base_model())
 
     def sum(self, batch: MicroBatch) -> torch.Tensor:
         """Sum of -log p over the supervised tokens of a micro-batch, a float32 scalar with a gradient."""
@@ -97,6 +107,8 @@ class SupervisedLoss:
             batch.targets,
             logit_scale=head.logit_scale,
             softcap=head.softcap,
+            rows_NH=head.rows,
+            numbers_N=head.numbers,
             compiled=self.compiled,
         )
 
@@ -111,13 +123,23 @@ class SupervisedLoss:
             batch.targets,
             logit_scale=head.logit_scale,
             softcap=head.softcap,
+            rows_NH=head.rows,
+            numbers_N=head.numbers,
         )
 
     @torch.no_grad()
     def logits(self, batch: MicroBatch) -> torch.Tensor:
         """The logits that predict each supervised token of a micro-batch, float32 [S, V]."""
         head = self.head
-        return head_logits(self._predictions(batch), head.weight, head.bias, head.logit_scale, head.softcap)
+        return head_logits(
+            self._predictions(batch),
+            head.weight,
+            head.bias,
+            head.logit_scale,
+            head.softcap,
+            head.rows,
+            head.numbers,
+        )
 
     def _predictions(self, batch: MicroBatch) -> torch.Tensor:
         """Hidden states at the positions that predict a supervised token, [S, H]."""

@@ -52,7 +52,7 @@ from loratune.training.checkpoint import (
     save_checkpoint,
 )
 from loratune.training.events import Events, History, StepMetrics
-from loratune.training.groups import let_b_learn_faster
+from loratune.training.groups import give_own_rates, let_b_learn_faster
 from loratune.training.held_out import EvaluationStoppedError, Nll, evaluate_nll, evaluate_together
 from loratune.training.loss import SupervisedLoss
 from loratune.training.order import ExampleOrder, Held, StepExamples, Steps
@@ -126,6 +126,8 @@ class _RunTrainer(Trainer):
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        if self.setup.train.learning_rate_pattern:
+            give_own_rates(optimizer, self.setup.model, self.setup.train.learning_rate_pattern)
         if self.setup.train.lora_plus_ratio != 1:
             let_b_learn_faster(optimizer, self.setup.model, self.setup.train.lora_plus_ratio)
         return optimizer

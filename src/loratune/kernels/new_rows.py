@@ -1,0 +1,35 @@
+"""A frozen table of which a few rows are trained: `lora.new_tokens`, in the embedding and in the output head.
+
+PEFT copies the whole table at each forward and gets the gradient of the whole copy. Here the rows are looked up, or multiplied,
+beside the table, and only they get a gradient.
+
+Shapes: T tokens, V vocabulary, H width, N trained rows, whose numbers are in ascending order.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+def look_up(ids: torch.Tensor, weight_VH: torch.Tensor, rows_NH: torch.Tensor, numbers_N: torch.Tensor) -> torch.Tensor:
+    """The embeddings of tokens, [..., H] in the type of the table, with a gradient to the rows.
+
+    Args:
+        ids: int64 [...].
+        weight_VH: [V, H], the frozen table.
+        rows_NH: [N, H], usually float32: what stands in the place of its rows.
+        numbers_N: int64 [N].
+    """
+    places = torch.searchsorted(numbers_N, ids).clamp_(max=len(numbers_N) - 1)
+    trained = (numbers_N[places] == ids).unsqueeze(-1)
+    return torch.where(trained, F.embedding(places, rows_NH).to(weight_VH.dtype), F.embedding(ids, weight_VH))
+
+
+def multiply(
+    hidden: torch.Tensor, weight_VH: torch.Tensor, rows_NH: torch.Tensor, numbers_N: torch.Tensor
+) -> torch.Tensor:
+    """The logits of a frozen head with trained rows, [..., V], with a gradient to `hidden` and the rows; arguments as in
+    `look_up`."""
+    logits = F.linear(hidden, weight_VH)
+    return logits.index_copy(-1, numbers_N, F.linear(hidden, rows_NH.to(hidden.dtype)))
