@@ -38,7 +38,7 @@ def assess(
     section, data = prepared.recipe.evaluate, prepared.data
     prompts = prepared.prompts
     events = Events(run, progress)
-    events.step = prepared.num_steps
+    events.step = max((line["step"] for line in run.read_metrics()), default=prepared.num_steps)
     budget = TokenBudget(_token_budget(prepared, run), events)
     stops = stop_token_ids(prepared.tokenizer) if prompts else ()
 

@@ -306,11 +306,11 @@ def _run(prepared: Preparation, run: RunDir, checkpoint: Path | None, progress: 
     stop = StopRequest()
     try:
         with memory_errors_told(run):
-            tuned_nll = _train(prepared, run, model, loss, checkpoint, stop, progress)
+            last_step, tuned_nll = _train(prepared, run, model, loss, checkpoint, stop, progress)
         world.stop()
         if not world.is_main():
             return RunResult(run=run, evaluation=None)
-        if prepared.recipe.train.final_adapter == "best" and _take_best(run, model, prepared.num_steps, progress):
+        if prepared.recipe.train.final_adapter == "best" and _take_best(run, model, last_step, progress):
             tuned_nll = None
         _save(prepared, run, model)
         if stop:
@@ -416,8 +416,8 @@ def _train(
     checkpoint: Path | None,
     stop: StopRequest,
     progress: Progress,
-) -> Nll | None:
-    """All optimizer steps; returns the last step's held-out losses if it was evaluated.
+) -> tuple[int, Nll | None]:
+    """All optimizer steps; returns the number of the last one, and its held-out losses if it was evaluated.
 
     Raises:
         Interrupted: The user stopped it.
@@ -449,28 +449,32 @@ def _train(
         trainer = FastTrainer(setup) if recipe.train.engine == "fast" else ReferenceTrainer(setup)
         callback.watch(trainer)
         check_same(model)
-        if checkpoint is not None and done == prepared.num_steps:
+        over = False
+        if checkpoint is not None and (done == prepared.num_steps or recipe.train.early_stopping is not None):
             trainer.restore(checkpoint)
             callback.evaluate_if_owed()
-        else:
+            over = done == prepared.num_steps or trainer.ends_early()
+        if not over:
             if isinstance(trainer, FastTrainer) and wants_rehearsal(prepared.memory, recipe.train.device):
                 trainer.rehearse()
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
         check_same(model)
     if callback.stopped_at is not None:
         raise stop.after(callback.stopped_at, prepared.num_steps, run)
-    step, losses = trainer.last_evaluation
-    return losses if step == prepared.num_steps else None
+    last_step, (step, losses) = trainer.state.global_step, trainer.last_evaluation
+    if last_step < prepared.num_steps:
+        progress.line(f"training ended early, after step {last_step} of {prepared.num_steps}")
+    return last_step, losses if step == last_step else None
 
 
-def _take_best(run: RunDir, model: PeftModel, num_steps: int, progress: Progress) -> bool:
+def _take_best(run: RunDir, model: PeftModel, last_step: int, progress: Progress) -> bool:
     """Give the model the adapter of the best checkpoint; whether it is another one than it has."""
     if not run.best.is_file():
         progress.warn("no checkpoint has a held-out loss to choose by: the adapter is that of the last step")
         return False
     best = read_json(run.best)
     progress.line(f"the adapter is that of step {best['step']}, with held-out loss {best['eval_nll']:.4f}")
-    if best["step"] == num_steps:
+    if best["step"] == last_step:
         return False
     load_adapter_weights(run.checkpoints / str(best["step"]), model)
     return True

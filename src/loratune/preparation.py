@@ -137,6 +137,7 @@ class Preparation:
                 **asdict(clock),
                 "tokens_per_second": self.recipe.train.epochs * num_tokens / clock.train_seconds,
                 "num_steps": self.num_steps,
+                "is_upper_bound": self.recipe.train.early_stopping is not None,
             },
             "probe": self.probe and {**asdict(self.probe), "tokens_per_second": self.probe.tokens_per_second},
             "data": {

@@ -277,6 +277,10 @@ class TrainSection(Section):
     report_to: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()
     """Experiment trackers to report to."""
 
+    early_stopping: int | None = Field(default=None, ge=1)
+    """After how many evaluations without a lower held-out loss the run ends. The learning rates stay those of the whole run.
+    `final_adapter: best` ends it with the adapter of the lowest loss. `null`: all steps are taken."""
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         for name in ("eval_every", "save_every", "log_every"):
@@ -289,6 +293,10 @@ class TrainSection(Section):
                 )
         if isinstance(self.token_budget, int) and self.token_budget < 1:
             raise ValueError(f"token_budget is {self.token_budget}; give a positive number of tokens, or auto")
+        if self.early_stopping is not None and self.eval_every == "never":
+            raise ValueError(
+                f"early_stopping is {self.early_stopping}, but eval_every is never: there is no loss to go by"
+            )
         if self.final_adapter == "best" and "never" in (self.eval_every, self.save_every):
             raise ValueError(
                 "final_adapter is best, but eval_every or save_every is never: there is nothing to choose from"
@@ -356,6 +364,8 @@ class Recipe(Section):
             raise ValueError(f"evaluate.metric is {self.evaluate.metric}, but data.eval is none: nothing to score")
         if self.data.eval == "none" and self.train.final_adapter == "best":
             raise ValueError("train.final_adapter is best, but data.eval is none: there is no held-out loss to go by")
+        if self.data.eval == "none" and self.train.early_stopping is not None:
+            raise ValueError("train.early_stopping is given, but data.eval is none: there is no held-out loss to go by")
         return self
 
     def _check_bitsandbytes(self) -> None:

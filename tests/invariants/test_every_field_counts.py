@@ -67,6 +67,7 @@ OTHER: dict[str, Any] = {
     "train.on_bad_step": "error",
     "train.max_skipped_steps": 1,
     "train.report_to": ["tensorboard"],
+    "train.early_stopping": 1,
     "evaluate.metric": "contains",
     "evaluate.samples": 1,
     "evaluate.max_new_tokens": 2,
@@ -79,6 +80,7 @@ ALSO: dict[str, dict[str, Any]] = {
     "train.final_adapter": {"train.save_every": 1, "train.eval_every": 1, "train.learning_rate": 20.0},
     "train.on_bad_step": {"lora.alpha": 1e38, "train.on_bad_step": "skip"},  # no gradient of such a scale has a norm
     "train.max_skipped_steps": {"lora.alpha": 1e38, "train.on_bad_step": "skip"},
+    "train.early_stopping": {"train.eval_every": 1, "train.learning_rate": 20.0},
     "evaluate.samples": {"evaluate.metric": "exact_match"},
     "evaluate.max_new_tokens": {"evaluate.metric": "exact_match"},
 }

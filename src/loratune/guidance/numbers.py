@@ -12,7 +12,7 @@ import torch
 
 from loratune.data.batch import num_supervised
 from loratune.data.render import Example
-from loratune.data.steps import EpochPlan, num_steps, num_steps_per_epoch, occasions
+from loratune.data.steps import EpochPlan, num_steps, num_steps_per_epoch, occasion_steps, occasions
 from loratune.guidance import adapter_numbers
 from loratune.guidance.facts import Facts, Row, around, size
 from loratune.model.device import torch_dtype
@@ -301,6 +301,17 @@ def _keep(facts: Facts) -> str:
     return f"{kept:,} stay{best}, about {size(num_bytes)} each (weights and the optimizer's state)"
 
 
+def _early_stopping(facts: Facts) -> str:
+    train, steps = facts.prepared.recipe.train, facts.prepared.num_steps
+    if train.early_stopping is None:
+        return f"all {steps:,} steps are taken"
+    per_epoch = num_steps_per_epoch(len(facts.lengths), train.batch_size)
+    times = occasion_steps(train.eval_every, steps=steps, num_per_epoch=per_epoch)
+    if len(times) <= train.early_stopping + 1:
+        return f"ends no run of {len(times):,} evaluations early"
+    return f"ends the run after step {times[train.early_stopping]:,} of {steps:,} at the earliest"
+
+
 # ---- evaluate
 
 
@@ -359,6 +370,7 @@ SUMMARIES: dict[str, Callable[[Facts], str]] = {
     "train.save_every": _occasions("save_every", "checkpoints"),
     "train.log_every": _occasions("log_every", "lines"),
     "train.keep_checkpoints": _keep,
+    "train.early_stopping": _early_stopping,
     "evaluate.metric": _metric,
     "evaluate.samples": _metric,
     "evaluate.max_new_tokens": _max_new_tokens,

@@ -37,7 +37,7 @@ def summary_table(record: Record, *, model: str) -> Table:
         "memory": f"about {memory['peak_bytes'] / GIB:.1f} GiB at the peak",
         "time on one"
         if record["scaling"]
-        else "time": f"about {duration(clock['total_seconds'])}: training {duration(clock['train_seconds'])} at "
+        else "time": f"{'at most ' if clock['is_upper_bound'] else ''}about {duration(clock['total_seconds'])}: training {duration(clock['train_seconds'])} at "
         f"{clock['tokens_per_second']:,.0f} tokens/s, evaluation {duration(clock['evaluate_seconds'])}; "
         f"from {clock['source']}",
         "output": record["recipe"]["output_dir"],

@@ -56,6 +56,7 @@ from loratune.training.groups import let_b_learn_faster
 from loratune.training.held_out import EvaluationStoppedError, Nll, evaluate_nll, evaluate_together
 from loratune.training.loss import SupervisedLoss
 from loratune.training.order import ExampleOrder, Held, StepExamples, Steps
+from loratune.training.patience import Patience
 from loratune.training.sharing import StepTotals, add_up_gradients, check_same, seed_step
 from loratune.training.stock import labelled
 from loratune.training.stopping import StopRequest
@@ -100,6 +101,7 @@ class _RunTrainer(Trainer):
     events: Events
     budget: TokenBudget
     watch: NumberWatch
+    patience: Patience
     held_out: dict[int, float | None]
     steps: Steps
     under_way: StepExamples
@@ -116,7 +118,7 @@ class _RunTrainer(Trainer):
         self.events = Events(setup.run, setup.progress)
         self.budget = TokenBudget(history.token_budget or setup.data.token_budget, self.events)
         self.watch = NumberWatch(setup.train, setup.loss, setup.tokenizer, self.events, history)
-        self.held_out = history.held_out
+        self.held_out, self.patience = history.held_out, Patience(setup.train, self.events, history)
         self.steps = Steps(setup.data.train, setup.train, setup.data.token_budget)
         trackers = setup.train.report_to if world.is_main() else ()
         return [setup.callback, Trackers(trackers, setup.run, self.events)]
@@ -131,6 +133,11 @@ class _RunTrainer(Trainer):
         """Be where a run is after its last step."""
         load_adapter_weights(checkpoint, self.model)
         self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE))
+
+    def ends_early(self) -> bool:
+        """Whether the held-out losses until now end the run before its last step."""
+        self.events.step = self.state.global_step
+        return self.state.global_step < self.state.max_steps and self.patience.is_over(self.held_out)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Token-weighted negative log-likelihood of the held-out examples; nothing where it fails or is stopped."""
@@ -158,6 +165,9 @@ class _RunTrainer(Trainer):
         metrics["eval_loss"] = metrics["eval_nll"]  # the name that transformers' callbacks and trackers look for
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        if self.ends_early():
+            self.control.should_training_stop = True
+            self.control.should_save |= self.args.save_strategy != "no"  # as after the last step
         return metrics
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
