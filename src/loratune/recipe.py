@@ -281,6 +281,14 @@ class TrainSection(Section):
     """After how many evaluations without a lower held-out loss the run ends. The learning rates stay those of the whole run.
     `final_adapter: best` ends it with the adapter of the lowest loss. `null`: all steps are taken."""
 
+    neftune_noise_alpha: float = Field(default=0.0, ge=0)
+    """NEFTune: in training, each number of an example's embeddings gets uniform noise of at most this / √(tokens of the example ×
+    width of the model). 5 is usual; 0: none."""
+
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """The part of each trained token's target that is spread evenly over the vocabulary. The training loss is that of the smoothed
+    targets, the held-out loss is without. 0: none."""
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         for name in ("eval_every", "save_every", "log_every"):

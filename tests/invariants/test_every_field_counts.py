@@ -68,6 +68,8 @@ OTHER: dict[str, Any] = {
     "train.max_skipped_steps": 1,
     "train.report_to": ["tensorboard"],
     "train.early_stopping": 1,
+    "train.neftune_noise_alpha": 5.0,
+    "train.label_smoothing": 0.1,
     "evaluate.metric": "contains",
     "evaluate.samples": 1,
     "evaluate.max_new_tokens": 2,

@@ -52,7 +52,7 @@ COVERED = {
         *("output_dir", "epochs", "learning_rate", "batch_size", "warmup_fraction", "weight_decay"),
         *("optimizer", "lora_plus_ratio", "schedule"),
         *("max_grad_norm", "seed", "engine", "device", "token_budget", "eval_every", "save_every", "log_every"),
-        *("keep_checkpoints", "report_to"),
+        *("keep_checkpoints", "report_to", "neftune_noise_alpha", "label_smoothing"),
         *("compile", "recompute"),  # of the fast engine's speed and memory alone
     },
 }
@@ -76,6 +76,8 @@ FIELD_OF = {
     "weight_decay": "weight_decay",
     "max_grad_norm": "max_grad_norm",
     "seed": "seed",
+    "neftune_noise_alpha": "neftune_noise_alpha",
+    "label_smoothing_factor": "label_smoothing",
 }
 """Argument of `SFTConfig` → the field of the train section whose words explain it."""
 

@@ -312,6 +312,26 @@ def _early_stopping(facts: Facts) -> str:
     return f"ends the run after step {times[train.early_stopping]:,} of {steps:,} at the earliest"
 
 
+def _neftune(facts: Facts) -> str:
+    alpha, width = facts.prepared.recipe.train.neftune_noise_alpha, facts.model.config.get_text_config().hidden_size
+    if not alpha:
+        return "no noise"
+    most = [alpha / math.sqrt(tokens * width) for tokens in (min(facts.lengths), max(facts.lengths))]
+    return f"noise of at most {most[0]:.2g} in the shortest example, {most[1]:.2g} in the longest"
+
+
+def _label_smoothing(facts: Facts) -> str:
+    """The lowest training loss is the entropy of a smoothed target."""
+    part = facts.prepared.recipe.train.label_smoothing
+    if not part:
+        return "the training loss is that of the tokens themselves"
+    vocabulary = facts.model.get_output_embeddings().weight.shape[0]
+    even = part / vocabulary
+    own = 1 - part + even
+    lowest = -own * math.log(own) - (vocabulary - 1) * even * math.log(even)
+    return f"no training loss is below {lowest:.3f}, which a vocabulary of {vocabulary:,} leaves"
+
+
 # ---- evaluate
 
 
@@ -371,6 +391,8 @@ SUMMARIES: dict[str, Callable[[Facts], str]] = {
     "train.log_every": _occasions("log_every", "lines"),
     "train.keep_checkpoints": _keep,
     "train.early_stopping": _early_stopping,
+    "train.neftune_noise_alpha": _neftune,
+    "train.label_smoothing": _label_smoothing,
     "evaluate.metric": _metric,
     "evaluate.samples": _metric,
     "evaluate.max_new_tokens": _max_new_tokens,

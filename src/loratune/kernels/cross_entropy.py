@@ -32,9 +32,11 @@ def sum_cross_entropy(
     *,
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    smoothing: float = 0.0,
     compiled: bool = False,
 ) -> torch.Tensor:
-    """Sum of -log p(target) over all positions, a float32 scalar.
+    """Sum of the cross-entropy over all positions, a float32 scalar: of -log p(target), and with smoothing ε of
+    (1 - ε)·(-log p(target)) + ε·mean over the vocabulary of -log p (Szegedy et al. 2016, arXiv 1512.00567, section 7).
 
     The head gets no gradient (it is frozen under LoRA), so the gradient with respect to the hidden states is known as
     soon as a chunk's logits are: it is computed in the forward pass, and the logits are dropped.
@@ -46,11 +48,12 @@ def sum_cross_entropy(
         targets_S: int64 [S].
         logit_scale: Factor on the logits (Cohere, Granite).
         softcap: Logits become softcap · tanh(logit / softcap) (Gemma 2).
+        smoothing: ε, the part of the target that is spread evenly over the vocabulary.
         compiled: Whether a chunk is computed by compiled code.
     """
     chunk = _compiled_chunk() if compiled else _chunk
     loss: torch.Tensor = _SumCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden_SH, weight_VH, bias_V, targets_S, logit_scale, softcap, chunk
+        hidden_SH, weight_VH, bias_V, targets_S, logit_scale, softcap, smoothing, chunk
     )
     return loss
 
@@ -64,7 +67,8 @@ def cross_entropy_per_token(
     logit_scale: float = 1.0,
     softcap: float | None = None,
 ) -> torch.Tensor:
-    """-log p(target) of each position, float32 [S], without a gradient. Arguments as in `sum_cross_entropy`."""
+    """-log p(target) of each position, float32 [S], without smoothing and without a gradient. Arguments as in
+    `sum_cross_entropy`."""
     rows = chunk_rows(weight_VH.shape[0], weight_VH.device.type)
     losses = []
     with torch.no_grad():
@@ -98,19 +102,27 @@ def _chunk(
     targets_C: torch.Tensor,
     scale: float,
     softcap: float | None,
+    smoothing: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """-log p of each target, float32 [C], and the gradient of their sum to the hidden states, [C, H]."""
+    """The loss of each position, float32 [C], and the gradient of their sum to the hidden states, [C, H]."""
     targets_C1 = targets_C[:, None]
     logits_CV = head_logits(hidden_CH, weight_VH, bias_V, scale, softcap)
     slope_CV = 1 - (logits_CV / softcap) ** 2 if softcap is not None else None
     logits_CV = logits_CV - logits_CV.amax(-1, keepdim=True)
     target_C1 = logits_CV.gather(1, targets_C1)
+    mean_C1 = logits_CV.mean(-1, keepdim=True) if smoothing else None
     exponentials_CV = logits_CV.exp_()
     total_C1 = exponentials_CV.sum(-1, keepdim=True)
     losses_C1 = total_C1.log() - target_C1
-    grad_CV = exponentials_CV.mul_(1 / total_C1).to(weight_VH.dtype)
+    grad_CV = exponentials_CV.mul_(1 / total_C1)
     # p - 1 of the target, exact where p is near 1 and the narrow type has no digits left for the difference
-    grad_CV.scatter_(1, targets_C1, torch.expm1(-losses_C1).to(grad_CV.dtype))
+    grad_C1 = torch.expm1(-losses_C1)
+    if mean_C1 is not None:
+        even = smoothing / weight_VH.shape[0]
+        grad_CV, grad_C1 = grad_CV.sub_(even), grad_C1 + (smoothing - even)
+        losses_C1 = losses_C1 + smoothing * (target_C1 - mean_C1)
+    grad_CV = grad_CV.to(weight_VH.dtype)
+    grad_CV.scatter_(1, targets_C1, grad_C1.to(grad_CV.dtype))
     if slope_CV is not None:
         grad_CV = grad_CV * slope_CV.to(grad_CV.dtype)
     return losses_C1[:, 0], (grad_CV @ weight_VH) * scale
@@ -126,6 +138,7 @@ class _SumCrossEntropy(torch.autograd.Function):
         targets_S: torch.Tensor,
         scale: float,
         softcap: float | None,
+        smoothing: float,
         chunk: Chunk,
     ) -> torch.Tensor:
         rows = chunk_rows(weight_VH.shape[0], weight_VH.device.type)
@@ -133,7 +146,9 @@ class _SumCrossEntropy(torch.autograd.Function):
         grad_SH = torch.empty_like(hidden_SH)
         for start in range(0, hidden_SH.shape[0], rows):
             part = slice(start, start + rows)
-            losses_C, grad_SH[part] = chunk(hidden_SH[part], weight_VH, bias_V, targets_S[part], scale, softcap)
+            losses_C, grad_SH[part] = chunk(
+                hidden_SH[part], weight_VH, bias_V, targets_S[part], scale, softcap, smoothing
+            )
             total += losses_C.sum()
         ctx.save_for_backward(grad_SH)
         return total
@@ -141,4 +156,4 @@ class _SumCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_total: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad_SH,) = ctx.saved_tensors
-        return grad_SH * grad_total.to(grad_SH.dtype), None, None, None, None, None, None
+        return grad_SH * grad_total.to(grad_SH.dtype), None, None, None, None, None, None, None

@@ -76,9 +76,11 @@ def training_arguments(train: TrainSection, data: TrainingData, run: RunDir) -> 
 
 
 def stock_arguments(train: TrainSection, data: TrainingData, run: RunDir, *, bf16: bool) -> dict[str, Any]:
-    """The arguments of TRL's `SFTConfig` on ready-made examples."""
+    """The arguments of TRL's `SFTConfig` on ready-made examples; the fast engine smooths labels and adds noise itself."""
+    only_here = {"neftune_noise_alpha": train.neftune_noise_alpha, "label_smoothing_factor": train.label_smoothing}
     return {
         **training_arguments(train, data, run),
+        **{name: value for name, value in only_here.items() if value},
         "per_device_train_batch_size": train.batch_size,
         "max_length": None,  # the examples are cut already, by the recipe's policy
         "bf16": bf16,

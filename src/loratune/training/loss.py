@@ -1,4 +1,4 @@
-"""The loss of a micro-batch: sum of -log p over its supervised tokens.
+"""The loss of a micro-batch: the sum over its supervised tokens of -log p, where the recipe smooths of its smoothed form.
 
 This is the fast path. Its plain counterpart is the model's own forward with labels, as `SFTTrainer` calls it;
 `check_against_plain` compares the two on the user's own model and data before a run starts.
@@ -20,6 +20,7 @@ from loratune.errors import RunError
 from loratune.kernels.attention import PACKED, PackingUnsupportedError, register
 from loratune.kernels.cross_entropy import cross_entropy_per_token, head_logits, sum_cross_entropy
 from loratune.model.adapter import use_fast_layers
+from loratune.training.noise import EmbeddingNoise
 
 CHECK_TOKENS = 24
 """Tokens of each of the two examples on which the fast path is compared with the plain one."""
@@ -66,9 +67,13 @@ class SupervisedLoss:
 
     Attributes:
         compiled: Whether the chunks of the cross-entropy are computed by compiled code.
+        smoothing: The part of each target that is spread over the vocabulary, in `sum` alone.
+        noise: On the embeddings, while the model is in training; None: none.
     """
 
     compiled = False
+    smoothing = 0.0
+    noise: EmbeddingNoise | None = None
 
     def __init__(self, model: PeftModel, *, packed: bool = True) -> None:
         causal_lm = model.get_base_model()
@@ -81,7 +86,7 @@ class SupervisedLoss:
             causal_lm.set_attn_implementation(PACKED)
 
     def sum(self, batch: MicroBatch) -> torch.Tensor:
-        """Sum of -log p over the supervised tokens of a micro-batch, a float32 scalar with a gradient."""
+        """Sum of the loss over the supervised tokens of a micro-batch, a float32 scalar with a gradient."""
         head = self.head
         return sum_cross_entropy(
             self._predictions(batch),
@@ -90,6 +95,7 @@ class SupervisedLoss:
             batch.targets,
             logit_scale=head.logit_scale,
             softcap=head.softcap,
+            smoothing=self.smoothing,
             compiled=self.compiled,
         )
 
@@ -134,6 +140,8 @@ class SupervisedLoss:
             if batch is not None
             else {}
         )
+        if self.noise is not None:
+            self.noise.lengths = batch.boundaries.diff().long() if batch is not None else None
         hidden: torch.Tensor = self.decoder(input_ids=input_ids, use_cache=False, **boundaries)[0]
         return hidden
 
