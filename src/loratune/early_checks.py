@@ -6,6 +6,7 @@ and before the weights load as well:
     recipe        unknown settings, wrong types, contradictions                        recipe.py
     device        there or not                                                         model/device.py
     model         found, config and tokenizer readable, trusted code, targets match    model/load.py, model/targets.py
+    optimizer     its package is there, and runs on the device                         early_checks.py
     start         an adapter as the recipe says                                        model/beginning.py
     weights       all files there, whole, and of this model                            model/weights.py
     data          every row; labels verified in two ways                               data/
@@ -17,6 +18,7 @@ and before the weights load as well:
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import netrc
 import os
 import shutil
@@ -24,6 +26,8 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import urlparse
+
+from packaging.version import Version
 
 from loratune.data.prompts import Prompt
 from loratune.data.render import Example
@@ -34,6 +38,10 @@ from loratune.model.targets import Matrix
 from loratune.planning.optimizer_memory import state_bytes
 from loratune.planning.parameters import ParameterCount
 from loratune.recipe import Recipe
+
+OF_BITSANDBYTES = ("adamw_8bit", "lion")
+FIRST_ON_CPUS = Version("0.50")
+"""Of bitsandbytes: the first in which these were seen to run on a CPU."""
 
 
 def check_trackers(recipe: Recipe) -> None:
@@ -69,6 +77,39 @@ def _has_wandb_key() -> bool:
         return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
     except (OSError, netrc.NetrcParseError):
         return False
+
+
+def check_optimizer(recipe: Recipe, device: str, *, is_here: bool) -> None:
+    """Whether bitsandbytes, where it makes the optimizer, can run.
+
+    Args:
+        recipe: What to do.
+        device: cpu, cuda or mps.
+        is_here: Whether the device is on this machine.
+
+    Raises:
+        MachineError: It is not installed, or has no such optimizer for the device.
+    """
+    name = recipe.train.optimizer
+    if name not in OF_BITSANDBYTES:
+        return
+    if device == "mps":
+        raise MachineError(
+            f"train.optimizer is {name}, which bitsandbytes runs on CUDA and CPUs only; this is an Apple GPU",
+            fix="train.optimizer=adamw",
+        )
+    if not is_here:
+        return
+    if find_spec("bitsandbytes") is None:
+        raise MachineError(
+            f"train.optimizer is {name}, but bitsandbytes is not installed", fix="pip install 'loratune[bitsandbytes]'"
+        )
+    have = importlib.metadata.version("bitsandbytes")
+    if device == "cpu" and Version(have) < FIRST_ON_CPUS:
+        raise MachineError(
+            f"train.optimizer is {name}, which bitsandbytes {have} is not known to run on a CPU",
+            fix=f"pip install 'bitsandbytes>={FIRST_ON_CPUS}', or train.optimizer=adamw",
+        )
 
 
 def check_output(folder: Path) -> None:

@@ -14,7 +14,15 @@ from loratune.data.prompts import Prompt, render_prompts, stop_token_ids
 from loratune.data.render import Example
 from loratune.data.steps import num_steps
 from loratune.data.stream import MANY_ROWS, can_stream, open_tables, stream_data
-from loratune.early_checks import check_disk, check_output, check_prompts, check_start, check_trackers, check_vocabulary
+from loratune.early_checks import (
+    check_disk,
+    check_optimizer,
+    check_output,
+    check_prompts,
+    check_start,
+    check_trackers,
+    check_vocabulary,
+)
 from loratune.errors import MachineError, RecipeError
 from loratune.evaluation.scoring import check_metric, check_references
 from loratune.lock import examples_fingerprint, make_lock, model_fingerprint, text_fingerprint
@@ -212,6 +220,7 @@ def prepare(
     check_output(output_dir(recipe))
     where = choose_device(recipe.train.device) if device is None else Choice("cuda", f"{device.name}, as published")
     check_quantised(recipe.model.quantization, where.value, device)
+    check_optimizer(recipe, where.value, is_here=device is None)
     base = locate_model(recipe.model, progress, weights=weights)
     config = load_config(base, recipe.model)
     check_checkpoint(config, recipe.model.quantization, name=base.name, device=where.value)

@@ -185,7 +185,7 @@ class LoraSection(Section):
         return value
 
 
-Optimizer = Literal["adamw", "adafactor", "sgd"]
+Optimizer = Literal["adamw", "adamw_8bit", "lion", "muon", "adafactor", "sgd"]
 Schedule = Literal["linear", "cosine", "constant", "cosine_with_min_lr", "warmup_stable_decay", "inverse_sqrt"]
 
 DECAY_FRACTION = 0.2
@@ -209,8 +209,11 @@ class TrainSection(Section):
     """The examples of one optimizer step, over all micro-batches and devices."""
 
     optimizer: Optimizer = "adamw"
-    """`adamw`: two moments of each trained parameter. `adafactor`: second moments by rows and columns alone, for a small part of
-    that memory; wants rates as AdamW's. `sgd`: plain gradients without momentum and without memory; wants far higher rates."""
+    """`adamw`: two moments of each trained parameter. `adamw_8bit`: the same in a byte each, for matrices of 4,096 numbers and more;
+    by bitsandbytes. `lion`: the sign of a momentum, half of AdamW's memory, by bitsandbytes; wants a third to a tenth of its rate. `muon`:
+    the momentum of each matrix made orthogonal, half of the memory, for AdamW's rates. `adafactor`: second moments by rows and
+    columns alone, for a small part of that memory; wants rates as AdamW's. `sgd`: plain gradients without momentum and
+    without memory; wants far higher rates."""
 
     lora_plus_ratio: float = Field(default=1.0, ge=1)
     """LoRA+: the matrices B learn this many times as fast as A, whose highest rate is `learning_rate`. 1: equally fast."""
@@ -360,6 +363,10 @@ class Recipe(Section):
             raise ValueError(
                 f"lora.variant is {self.lora.variant}, which needs the weights as they are, but model.quantization is "
                 f"{self.model.quantization}"
+            )
+        if self.train.optimizer == "muon" and self.lora.variant == "dora":
+            raise ValueError(
+                "train.optimizer is muon, which is for matrices, but lora.variant is dora, whose magnitudes are vectors"
             )
         if self.lora.start_from is not None and self.lora.variant in ("pissa", "olora"):
             raise ValueError(

@@ -47,7 +47,7 @@ def losses_of_script(folder: Path) -> list[float]:
     "kind",
     [
         *("rows", "rslora", "dora", "pissa", "olora", "adafactor", "start"),
-        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("all", "marked", "noise")),
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("all", "marked", "noise", "muon")),
     ],
 )
 def test_the_script_trains_to_the_same_losses_and_the_same_adapter(
@@ -58,6 +58,7 @@ def test_the_script_trains_to_the_same_losses_and_the_same_adapter(
     kinds = {
         "rows": [],
         "noise": noise,
+        "muon": ["train.optimizer=muon"],
         "adafactor": adafactor,
         "all": ["data.train_on=all"],
         "marked": [f"model.name={marked_model}"],

@@ -31,9 +31,9 @@ from loratune.model.variants import changes_base, peft_arguments
 from loratune.planning.parameters import skeleton
 from loratune.preparation import NO_LIMIT, Preparation
 from loratune.progress import Progress
-from loratune.recipe import Recipe, Source
+from loratune.recipe import Recipe, Source, TrainSection
 from loratune.run import Record, RunDir
-from loratune.training.arguments import TrainingData, stock_arguments
+from loratune.training.arguments import TrainingData, own_optimizer, stock_arguments
 from loratune.training.stock import labelled, stock_difference
 
 BUILDERS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
@@ -269,7 +269,14 @@ def _script(prepared: Preparation, rows: Path | None, why_rows: str) -> str:
         quantization=section.quantization,
         arguments=_arguments(prepared, direct=rows is None),
         has_eval=bool(prepared.data.eval),
+        optimizer=_optimizer(recipe.train),
     )
+
+
+def _optimizer(train: TrainSection) -> str:
+    """One that is not named in `SFTConfig`."""
+    own = own_optimizer(train)
+    return f"(torch.optim.{own[0].__name__}, {_literal(own[1])})" if own else ""
 
 
 def _versions(recipe: Recipe) -> str:

@@ -232,7 +232,9 @@ def _optimizer(facts: Facts) -> str:
 
 
 def _optimizer_table(facts: Facts) -> list[Row]:
-    return [{"optimizer": name, "keeps": size(_state(facts, name))} for name in get_args(Optimizer)]
+    plain = facts.prepared.recipe.lora.variant != "dora"
+    names = [name for name in get_args(Optimizer) if plain or name != "muon"]
+    return [{"optimizer": name, "keeps": size(_state(facts, name))} for name in names]
 
 
 def _lora_plus_ratio(facts: Facts) -> str:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from loratune.data.prepare import Stream
 from loratune.data.render import Example
 from loratune.data.steps import num_steps
@@ -31,8 +33,14 @@ class TrainingData:
     token_budget: int
 
 
-OPTIMIZERS = {"adamw": "adamw_torch", "adafactor": "adafactor", "sgd": "sgd"}
-"""Our name → transformers'."""
+OPTIMIZERS = {
+    "adamw": "adamw_torch",
+    "adamw_8bit": "adamw_bnb_8bit",
+    "lion": "lion_32bit",
+    "adafactor": "adafactor",
+    "sgd": "sgd",
+}
+"""Our name → transformers'; the others are `own_optimizer`'s."""
 
 MIN_LR_RATE = 0.1
 """Where `cosine_with_min_lr` ends, in parts of the highest rate."""
@@ -51,6 +59,16 @@ def schedule_arguments(train: TrainSection, steps: int) -> dict[str, Any]:
     return arguments
 
 
+def own_optimizer(train: TrainSection) -> tuple[type[torch.optim.Optimizer], dict[str, Any]] | None:
+    """Class and arguments of an optimizer that transformers has no name for; the trainer takes them as they are.
+
+    Muon scales its updates so that AdamW's rates fit (Liu et al. 2025, arXiv 2502.16982: 0.2·√(the larger side)).
+    """
+    if train.optimizer != "muon":
+        return None
+    return torch.optim.Muon, {"lr": train.learning_rate, "adjust_lr_fn": "match_rms_adamw"}
+
+
 def training_arguments(train: TrainSection, data: TrainingData, run: RunDir) -> dict[str, Any]:
     """The arguments of transformers' trainer that a recipe decides, the same for both engines."""
     steps = num_steps(len(data.train), train.batch_size, train.epochs)
@@ -61,7 +79,7 @@ def training_arguments(train: TrainSection, data: TrainingData, run: RunDir) -> 
         **schedule_arguments(train, steps),
         "weight_decay": train.weight_decay,
         "max_grad_norm": train.max_grad_norm,
-        "optim": OPTIMIZERS[train.optimizer],
+        **({"optim": OPTIMIZERS[train.optimizer]} if train.optimizer in OPTIMIZERS else {}),
         "seed": train.seed,
         "use_cpu": train.device == "cpu",
         **_cadence("eval", train.eval_every if data.eval else "never"),

@@ -17,7 +17,7 @@ import math
 import os
 import random
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -182,20 +182,39 @@ def _contiguous(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _split_state(state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """An optimizer's state as JSON (numbers) and tensors named `parameter.entry`."""
+    """An optimizer's state as JSON (numbers) and tensors named `parameter.entry`, or `parameter.group/entry` where bitsandbytes
+    groups entries. Each has a copy of a table that several share."""
     numbers: dict[str, dict[str, Any]] = {}
     tensors: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
     for parameter, entries in state["state"].items():
-        numbers[str(parameter)] = {k: v for k, v in entries.items() if not isinstance(v, torch.Tensor)}
-        tensors.update({f"{parameter}.{k}": v for k, v in entries.items() if isinstance(v, torch.Tensor)})
+        flat = dict(_flattened(entries))
+        numbers[str(parameter)] = {k: v for k, v in flat.items() if not isinstance(v, torch.Tensor)}
+        for name, value in flat.items():
+            if isinstance(value, torch.Tensor):
+                tensors[f"{parameter}.{name}"] = value.clone() if value.data_ptr() in seen else value
+                seen.add(value.data_ptr())
     return {"numbers": numbers, "param_groups": state["param_groups"]}, _contiguous(tensors)
 
 
+def _flattened(entries: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, value in entries.items():
+        if isinstance(value, dict):
+            yield from ((f"{name}/{inner}", item) for inner, item in value.items())
+        else:
+            yield name, value
+
+
 def _join_state(structure: dict[str, Any], tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
-    state: dict[int, dict[str, Any]] = {int(name): dict(entries) for name, entries in structure["numbers"].items()}
-    for name, tensor in tensors.items():
+    flat = [
+        (f"{name}.{key}", value) for name, entries in structure["numbers"].items() for key, value in entries.items()
+    ]
+    state: dict[int, dict[str, Any]] = {int(name): {} for name in structure["numbers"]}
+    for name, value in (*flat, *tensors.items()):
         parameter, _, entry = name.partition(".")
-        state[int(parameter)][entry] = tensor
+        *group, entry = entry.split("/")
+        place = state[int(parameter)]
+        (place.setdefault(group[0], {}) if group else place)[entry] = value
     return {"state": state, "param_groups": structure["param_groups"]}
 
 

@@ -41,7 +41,7 @@ from loratune.model.device import is_out_of_memory
 from loratune.progress import Progress, Silent
 from loratune.recipe import TrainSection
 from loratune.run import RunDir, write_json
-from loratune.training.arguments import TrainingData, stock_arguments, training_arguments
+from loratune.training.arguments import TrainingData, own_optimizer, stock_arguments, training_arguments
 from loratune.training.budget import TokenBudget, random_state, set_random_state
 from loratune.training.checkpoint import (
     TRAINER_STATE,
@@ -256,6 +256,7 @@ class FastTrainer(_RunTrainer):
             train_dataset=self.steps,
             eval_dataset=Held(setup.data.eval),
             callbacks=callbacks,
+            optimizer_cls_and_kwargs=own_optimizer(setup.train),
         )
         self.remove_callback(PrinterCallback)
 
@@ -341,6 +342,7 @@ class ReferenceTrainer(_RunTrainer, SFTTrainer):
             eval_dataset=labelled(data.eval) if data.eval else None,
             processing_class=setup.tokenizer,
             callbacks=callbacks,
+            optimizer_cls_and_kwargs=own_optimizer(setup.train),
         )
         for name, parameter in trainable_parameters(setup.model).items():
             parameter.data = adapter[name]  # TRL rounds adapters on a quantised base to bfloat16
