@@ -12,6 +12,7 @@ from loratune.errors import MachineError
 from loratune.evaluation.compare import evaluation_record, nll_record
 from loratune.evaluation.generate import Answer, generate_answers
 from loratune.evaluation.own_metric import OwnMetric
+from loratune.final_adapter import which_adapter
 from loratune.model.device import free_memory, is_out_of_memory
 from loratune.preparation import Preparation
 from loratune.progress import Progress
@@ -79,6 +80,7 @@ def assess(
         rise = record["forgetting"]["difference"]["nll"]
         if rise["low"] > 0:
             progress.warn(f"the loss on evaluate.forgetting rose by {rise['value']:.4g} nats per token: it forgets")
+    record["adapter"] = which_adapter(prepared, run)
     write_json(run.evaluation, record)
     return record
 

@@ -35,11 +35,10 @@ from loratune.data.steps import num_steps, occasions
 from loratune.errors import DataError, MachineError, RecipeError
 from loratune.model.beginning import check_adapter, locate_adapter
 from loratune.model.targets import Matrix
-from loratune.planning.optimizer_memory import state_bytes
+from loratune.planning.optimizer_memory import OF_BITSANDBYTES, state_bytes
 from loratune.planning.parameters import ParameterCount
 from loratune.recipe import Recipe
 
-OF_BITSANDBYTES = ("adamw_8bit", "lion")
 FIRST_ON_CPUS = Version("0.50")
 """Of bitsandbytes: the first in which these were seen to run on a CPU."""
 
@@ -205,7 +204,8 @@ def check_disk(recipe: Recipe, parameters: ParameterCount, num_examples: int) ->
     steps = num_steps(num_examples, recipe.train.batch_size, recipe.train.epochs)
     saves = occasions(recipe.train.save_every, steps=steps, epochs=recipe.train.epochs)
     # beside the newest the best is kept, and a new one is written before the oldest goes
-    kept = min(saves, (recipe.train.keep_checkpoints or saves) + 1) + 1
+    newest = (recipe.train.keep_checkpoints or saves) + (recipe.train.average_checkpoints or 0)
+    kept = min(saves, newest + 1) + 1
     matrices = [count.matrix for count in parameters.per_module]
     checkpoint = 4 * parameters.trainable + state_bytes(recipe.train.optimizer, matrices, recipe.lora)
     needed = kept * checkpoint + parameters.adapter_bytes + 50 * 2**20

@@ -13,9 +13,9 @@ import torch
 
 from loratune import world
 from loratune.data.render import Example
-from loratune.early_checks import OF_BITSANDBYTES
 from loratune.model.gguf import file_sha256
 from loratune.model.quantised import BY_BITSANDBYTES
+from loratune.planning.optimizer_memory import OF_BITSANDBYTES
 from loratune.run import Record
 
 PACKAGES = ("loratune", "torch", "transformers", "trl", "peft", "datasets", "accelerate", "tokenizers", "safetensors")

@@ -29,6 +29,7 @@ from loratune.errors import DataError, Interrupted, RecipeError, RunError
 from loratune.evaluation.gates import check_names, parse_gate, pass_gates
 from loratune.evaluation.harness import check_harness, run_harness
 from loratune.evaluation.own_metric import load_metric
+from loratune.final_adapter import take_final
 from loratune.joint_preparation import prepare_together
 from loratune.loading import adapt, load_base, load_trained
 from loratune.lock import changed_settings, differences
@@ -48,7 +49,7 @@ from loratune.run import Record, RunDir, cannot_write, read_json, write_json, wr
 from loratune.sitting import Sitting
 from loratune.training.arguments import TrainingData
 from loratune.training.callbacks import RunCallback
-from loratune.training.checkpoint import checkpoint_to_go_on_from, load_adapter_weights, sync
+from loratune.training.checkpoint import checkpoint_to_go_on_from, sync
 from loratune.training.held_out import Nll
 from loratune.training.loss import SupervisedLoss
 from loratune.training.sharing import check_same
@@ -310,7 +311,7 @@ def _run(prepared: Preparation, run: RunDir, checkpoint: Path | None, progress: 
         world.stop()
         if not world.is_main():
             return RunResult(run=run, evaluation=None)
-        if prepared.recipe.train.final_adapter == "best" and _take_best(run, model, last_step, progress):
+        if take_final(prepared, run, model, last_step, progress):
             tuned_nll = None
         _save(prepared, run, model)
         if stop:
@@ -465,19 +466,6 @@ def _train(
     if last_step < prepared.num_steps:
         progress.line(f"training ended early, after step {last_step} of {prepared.num_steps}")
     return last_step, losses if step == last_step else None
-
-
-def _take_best(run: RunDir, model: PeftModel, last_step: int, progress: Progress) -> bool:
-    """Give the model the adapter of the best checkpoint; whether it is another one than it has."""
-    if not run.best.is_file():
-        progress.warn("no checkpoint has a held-out loss to choose by: the adapter is that of the last step")
-        return False
-    best = read_json(run.best)
-    progress.line(f"the adapter is that of step {best['step']}, with held-out loss {best['eval_nll']:.4f}")
-    if best["step"] == last_step:
-        return False
-    load_adapter_weights(run.checkpoints / str(best["step"]), model)
-    return True
 
 
 def _save(prepared: Preparation, run: RunDir, model: PeftModel) -> None:

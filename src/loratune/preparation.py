@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from loratune import world
 from loratune.data.batch import num_supervised
 from loratune.data.prepare import PreparedData, prepare_data
-from loratune.data.prompts import Prompt, render_prompts, stop_token_ids
+from loratune.data.prompts import Prompt, longest_answer, render_prompts, stop_token_ids
 from loratune.data.render import Example
 from loratune.data.steps import num_steps
 from loratune.data.stream import MANY_ROWS, can_stream, open_tables, stream_data
@@ -39,7 +39,7 @@ from loratune.planning.advice import Advice, Facts, give_advice
 from loratune.planning.cluster import Cluster
 from loratune.planning.compatibility import unknown_to_gguf
 from loratune.planning.cost import Place, run_flops, run_memory
-from loratune.planning.devices import Device
+from loratune.planning.devices import Device, device_notes
 from loratune.planning.estimate import Estimate, estimate
 from loratune.planning.memory import MemoryPlan, free_bytes, resident_bytes
 from loratune.planning.parameters import ParameterCount, count_parameters, skeleton
@@ -255,7 +255,7 @@ def prepare(
         parameters,
         data=data,
         prompts=prompts,
-        longest_answer=_longest_answer(prompts, tokenizer),
+        longest_answer=longest_answer(prompts, tokenizer),
         device=device,
     )
     place = Place(
@@ -309,7 +309,7 @@ def prepare(
             *variant_notes(effective),
             *(base_notes(start, (base.name, str(base.path))) if start else ()),
             *data.report["notices"],
-            *_device_notes(device, dtype.value),
+            *device_notes(device, dtype.value),
             *quantization_notes(recipe.model.quantization, dtype.value),
         ),
         advice=give_advice(
@@ -444,18 +444,6 @@ def _recompute_reason(recipe: Recipe, memory: MemoryPlan) -> str:
     if recipe.train.recompute != "auto" or not memory.num_recomputed:
         return ""
     return "layers that keep their input only, so that the micro-batch fits"
-
-
-def _longest_answer(prompts: tuple[Prompt, ...], tokenizer: PreTrainedTokenizerBase) -> int:
-    """Tokens of the longest reference, with its stop token; 0 without prompts."""
-    references = [reference for prompt in prompts for reference in prompt.references]
-    return 1 + max(map(len, tokenizer(references, add_special_tokens=False)["input_ids"])) if references else 0
-
-
-def _device_notes(device: Device | None, dtype: str) -> tuple[str, ...]:
-    if device is None or dtype != "float32":
-        return ()
-    return (f"the time on {device.name} is for bfloat16; model.dtype is float32, which is several times slower there",)
 
 
 def _preset(

@@ -6,7 +6,6 @@ does. `--help`, the JSON schema, the reference page and the comments of generate
 
 from __future__ import annotations
 
-import difflib
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
@@ -14,8 +13,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from loratune.errors import RecipeError
-from loratune.recipe_file import apply_override, read_yaml, refuse_secrets, shown
+from loratune.recipe_file import apply_override, in_our_words, read_yaml, refuse_secrets, shown
 
 Cadence = Literal["epoch", "never"] | int | float
 
@@ -288,6 +286,10 @@ class TrainSection(Section):
     """NEFTune: in training, each number of an example's embeddings gets uniform noise of at most this / √(tokens of the example ×
     width of the model). 5 is usual; 0: none."""
 
+    average_checkpoints: int | None = Field(default=None, ge=2)
+    """The run ends with the mean of the adapters of this many last checkpoints of `save_every`, instead of the last step's. They are
+    kept beside `keep_checkpoints`. `null`: no mean."""
+
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """The part of each trained token's target that is spread evenly over the vocabulary. The training loss is that of the smoothed
     targets, the held-out loss is without. 0: none."""
@@ -311,6 +313,11 @@ class TrainSection(Section):
         if self.final_adapter == "best" and "never" in (self.eval_every, self.save_every):
             raise ValueError(
                 "final_adapter is best, but eval_every or save_every is never: there is nothing to choose from"
+            )
+        if self.average_checkpoints is not None and (self.final_adapter == "best" or self.save_every == "never"):
+            raise ValueError(
+                f"average_checkpoints is {self.average_checkpoints}, but "
+                + ("final_adapter is best" if self.final_adapter == "best" else "save_every is never: there are none")
             )
         if self.schedule == "inverse_sqrt" and self.warmup_fraction == 0:
             raise ValueError("schedule is inverse_sqrt, which is measured in warm-ups, but warmup_fraction is 0")
@@ -431,7 +438,7 @@ class Recipe(Section):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            raise _explain(error, file, lines or {}) from None
+            raise in_our_words(error, cls, Source, file, lines or {}) from None
 
     def to_yaml(self) -> str:
         """All settings as YAML that `load` reads back."""
@@ -452,47 +459,6 @@ def origins(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> di
         apply_override(values, override, lines)
         found[override.partition("=")[0].strip()] = "command line"
     return found
-
-
-def _explain(error: ValidationError, file: str | Path | None, lines: dict[str, int]) -> RecipeError:
-    """Turn pydantic's first complaint into ours: the setting, the value, the line, the nearest known name."""
-    first = error.errors()[0]
-    location = [str(part) for part in first["loc"]]
-    name = ".".join(location[:2])
-    line = lines.get(".".join(location), lines.get(name))
-    if first["type"] == "extra_forbidden":
-        known = _known_names(location[:-1])
-        near = difflib.get_close_matches(location[-1], known, n=1)
-        fix = f"did you mean {near[0]}?" if near else f"known here: {', '.join(sorted(known))}"
-        return RecipeError(f"unknown setting {'.'.join(location)}", file=file, line=line, fix=fix)
-    if first["type"] == "value_error":
-        section = f"{location[0]}: " if location else ""
-        return RecipeError(f"{section}{first['ctx']['error']}", file=file, line=line)
-    problems = {item["msg"] for item in error.errors() if [str(p) for p in item["loc"]][:2] == location[:2]}
-    field = _field_of(location)
-    fix = " ".join((field.description or "").split()) if field is not None else ""
-    return RecipeError(
-        f"{name} is {shown(first['input'])}: {'; or '.join(sorted(problems))}", file=file, line=line, fix=fix
-    )
-
-
-def _section_of(name: str) -> type[BaseModel] | None:
-    field = Recipe.model_fields.get(name)
-    return field.annotation if field is not None and isinstance(field.annotation, type) else None
-
-
-def _known_names(location: list[str]) -> list[str]:
-    if not location:
-        return list(Recipe.model_fields)
-    if len(location) > 1:
-        return list(Source.model_fields)
-    section = _section_of(location[0])
-    return list(section.model_fields) if section is not None else []
-
-
-def _field_of(location: list[str]) -> Any:
-    section = _section_of(location[0]) if location else None
-    return section.model_fields.get(location[1]) if section is not None and len(location) > 1 else None
 
 
 TARGET_PRESETS: tuple[str, ...] = get_args(TargetPreset)

@@ -132,3 +132,9 @@ def _reference(message: Message) -> str:
     content = message.get("content", "")
     parts = split_thoughts(content)
     return (parts[1] if parts else content).strip()
+
+
+def longest_answer(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens of the longest reference, with its stop token; 0 without prompts."""
+    references = [reference for prompt in prompts for reference in prompt.references]
+    return 1 + max(map(len, tokenizer(references, add_special_tokens=False)["input_ids"])) if references else 0

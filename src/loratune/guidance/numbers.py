@@ -21,6 +21,7 @@ from loratune.model.quantised import BY_BITSANDBYTES, base_bytes
 from loratune.planning.optimizer_memory import state_bytes
 from loratune.preparation import NO_LIMIT
 from loratune.recipe import Optimizer
+from loratune.training.averaging import averaged_steps
 
 # ---- model
 
@@ -314,6 +315,13 @@ def _early_stopping(facts: Facts) -> str:
     return f"ends the run after step {times[train.early_stopping]:,} of {steps:,} at the earliest"
 
 
+def _average(facts: Facts) -> str:
+    train, steps = facts.prepared.recipe.train, facts.prepared.num_steps
+    per_epoch = num_steps_per_epoch(len(facts.lengths), train.batch_size)
+    chosen = averaged_steps(train, last_step=steps, num_steps=steps, num_per_epoch=per_epoch)
+    return f"the mean of the adapters after steps {_some(chosen)}" if chosen else "the adapter is of one step"
+
+
 def _neftune(facts: Facts) -> str:
     alpha, width = facts.prepared.recipe.train.neftune_noise_alpha, facts.model.config.get_text_config().hidden_size
     if not alpha:
@@ -393,6 +401,7 @@ SUMMARIES: dict[str, Callable[[Facts], str]] = {
     "train.log_every": _occasions("log_every", "lines"),
     "train.keep_checkpoints": _keep,
     "train.early_stopping": _early_stopping,
+    "train.average_checkpoints": _average,
     "train.neftune_noise_alpha": _neftune,
     "train.label_smoothing": _label_smoothing,
     "evaluate.metric": _metric,

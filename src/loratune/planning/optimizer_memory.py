@@ -12,6 +12,9 @@ BYTES = 4
 """Of one number of the state: float32, as the adapter."""
 
 
+OF_BITSANDBYTES: tuple[Optimizer, ...] = ("adamw_8bit", "lion")
+"""Optimizers that bitsandbytes makes."""
+
 LEAST_IN_8_BITS = 4096
 """Numbers of a parameter from which bitsandbytes keeps its moments in 8 bits."""
 

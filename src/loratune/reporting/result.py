@@ -24,7 +24,7 @@ def result(files: RunFiles) -> Iterator[Block]:
     yield Paragraph(
         text=f"Measured on {as_count(record['num_examples'], 'held-out conversation')} that training did not see. The "
         f"interval says where the difference lies with {level} confidence ({record['interval']['method']}, "
-        f"{record['interval']['resamples']:,} resamples)."
+        f"{record['interval']['resamples']:,} resamples).{_of_which(record)}"
     )
     yield Table(
         caption="Base against tuned",
@@ -38,6 +38,16 @@ def result(files: RunFiles) -> Iterator[Block]:
     yield from _elsewhere(record)
     if record.get("gates"):
         yield _gates(record["gates"])
+
+
+def _of_which(record: Record) -> str:
+    """Where the adapter is not simply that of the last step."""
+    adapter = record.get("adapter", {"kind": "last"})
+    if adapter["kind"] == "best":
+        return f" The adapter is that of step {adapter['steps'][0]:,}, which had the lowest held-out loss."
+    if adapter["kind"] == "mean":
+        return f" The adapter is the mean of those after steps {', '.join(f'{step:,}' for step in adapter['steps'])}."
+    return ""
 
 
 def _measure_row(record: Record, name: str) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ import math
 import os
 import random
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ def save_checkpoint(
     trainer_state: str,
     keep: int | None,
     held_out: Mapping[int, float | None],
+    keep_too: Collection[int] = (),
 ) -> None:
     """Write a checkpoint, whole or not at all, then drop the oldest beyond `keep`, but never the best.
 
@@ -58,6 +59,7 @@ def save_checkpoint(
         trainer_state: transformers' `TrainerState` as JSON.
         keep: How many checkpoints to keep; None keeps all.
         held_out: Step → held-out loss.
+        keep_too: Steps whose checkpoints are kept in any case.
 
     Raises:
         MachineError: The disk is full or cannot be written. Earlier checkpoints are intact.
@@ -75,7 +77,7 @@ def save_checkpoint(
             if keep is not None:
                 best = best_checkpoint(folder.parent, held_out)
                 for old in checkpoints_in(folder.parent)[:-keep]:
-                    if int(old.name) != best:
+                    if int(old.name) not in (best, *keep_too):
                         remove_checkpoint(old)
     except MachineError:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -108,7 +110,7 @@ def latest_checkpoint(folder: Path) -> tuple[Path | None, dict[Path, str]]:
     """The newest checkpoint whose files are as they were written, and any newer ones with what is wrong with them."""
     damaged: dict[Path, str] = {}
     for path in reversed(checkpoints_in(folder)):
-        problem = _damage(path)
+        problem = damage_of(path)
         if not problem:
             return path, damaged
         damaged[path] = problem
@@ -137,6 +139,15 @@ def checkpoint_to_go_on_from(run: RunDir, progress: Progress) -> Path | None:
 def load_adapter_weights(folder: Path, model: PeftModel) -> None:
     """Put the adapter of a checkpoint into the model."""
     set_peft_model_state_dict(model, load_file(folder / _ADAPTER, device=str(model.device)))
+
+
+def load_mean(folders: Sequence[Path], model: PeftModel) -> None:
+    """Put the mean of the adapters of checkpoints into the model: of each weight, in double precision. A mean of A and of B is not the
+    mean of the updates B·A; of neighbouring checkpoints they are close."""
+    parts = [load_file(folder / _ADAPTER) for folder in folders]
+    mean = {name: torch.stack([part[name].double() for part in parts]).mean(0) for name in parts[0]}
+    dtyped = {name: weight.to(device=model.device, dtype=parts[0][name].dtype) for name, weight in mean.items()}
+    set_peft_model_state_dict(model, dtyped)
 
 
 def load_optimizer(folder: Path, optimizer: Any, scheduler: Any) -> None:
@@ -233,7 +244,8 @@ def _write_manifest(folder: Path) -> None:
     sync(folder)
 
 
-def _damage(folder: Path) -> str:
+def damage_of(folder: Path) -> str:
+    """What is wrong with a checkpoint's files; empty where they are as they were written."""
     try:
         manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
         if not isinstance(manifest, dict) or manifest.keys() != _FILES:

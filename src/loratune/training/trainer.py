@@ -42,6 +42,7 @@ from loratune.progress import Progress, Silent
 from loratune.recipe import TrainSection
 from loratune.run import RunDir, write_json
 from loratune.training.arguments import TrainingData, own_optimizer, stock_arguments, training_arguments
+from loratune.training.averaging import averaged_steps
 from loratune.training.budget import TokenBudget, random_state, set_random_state
 from loratune.training.checkpoint import (
     TRAINER_STATE,
@@ -217,6 +218,12 @@ class _RunTrainer(Trainer):
             trainer_state=json.dumps(asdict(self.state), indent=2),
             keep=self.setup.train.keep_checkpoints,
             held_out=self.held_out,
+            keep_too=averaged_steps(
+                self.setup.train,
+                last_step=step,
+                num_steps=self.state.max_steps,
+                num_per_epoch=self.steps.num_per_epoch,
+            ),
         )
         best = best_checkpoint(run.checkpoints, self.held_out)
         if best is not None:
