@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from peft import PeftModel
 
+from loratune.data.mixture import held_out_groups
 from loratune.data.prompts import stop_token_ids
 from loratune.errors import MachineError
 from loratune.evaluation.compare import evaluation_record, nll_record
@@ -80,6 +81,12 @@ def assess(
         rise = record["forgetting"]["difference"]["nll"]
         if rise["low"] > 0:
             progress.warn(f"the loss on evaluate.forgetting rose by {rise['value']:.4g} nats per token: it forgets")
+    groups = held_out_groups(data.eval, data.report)
+    if groups:
+        record["sources"] = {
+            name: nll_record([base_nll[i] for i in chosen], [tuned_nll[i] for i in chosen])
+            for name, chosen in groups.items()
+        }
     record["adapter"] = which_adapter(prepared, run)
     write_json(run.evaluation, record)
     return record

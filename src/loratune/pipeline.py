@@ -22,6 +22,7 @@ from peft import PeftModel
 
 from loratune import world
 from loratune.assessment import assess, memory_errors_told
+from loratune.data.mixture import held_out_groups
 from loratune.data.preview import preview
 from loratune.data.steps import examples_of_largest_step, num_steps_per_epoch
 from loratune.early_checks import check_prompts
@@ -439,6 +440,7 @@ def _train(
                 train=data.train if data.stream is None else data.stream,
                 known=data.train,
                 eval=data.eval,
+                eval_groups=held_out_groups(data.eval, data.report),
                 token_budget=prepared.memory.token_budget,
             ),
             loss=loss,

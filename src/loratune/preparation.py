@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from loratune import world
 from loratune.data.batch import num_supervised
+from loratune.data.mixture import mixture
 from loratune.data.prepare import PreparedData, prepare_data
 from loratune.data.prompts import Prompt, longest_answer, render_prompts, stop_token_ids
 from loratune.data.render import Example
@@ -154,6 +155,7 @@ class Preparation:
                 "num_supervised_tokens": round(scale * sum(num_supervised(example) for example in train)),
                 "num_eval_examples": len(self.data.eval),
                 "is_estimate": self.data.stream is not None,
+                "sources": mixture(train, self.data.report, scale),
             },
             "choices": {
                 name: {"value": choice.value, "reason": choice.reason} for name, choice in self.choices.items()

@@ -39,7 +39,8 @@ class Source(Section):
     """The split of a hub data set; `train` when not given."""
 
     weight: float = Field(default=1.0, gt=0)
-    """How many times the rows of this source are seen per epoch. A fraction is a seeded sample of the rows."""
+    """How many times the rows of this source are seen per epoch: 2.5 is each of them twice, and a seeded half of them a third time, the
+    same half in every epoch. The mixture is rows × weight of each source."""
 
 
 def _as_source(value: Any) -> Any:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import psutil
 import torch
 
 from loratune.data.batch import num_supervised
+from loratune.data.mixture import mixture
 from loratune.data.render import Example
 from loratune.data.steps import EpochPlan, num_steps, num_steps_per_epoch, occasion_steps, occasions
 from loratune.guidance import adapter_numbers
@@ -68,7 +69,12 @@ def _dtype_table(facts: Facts) -> list[Row]:
 
 def _train(facts: Facts) -> str:
     part = facts.prepared.data.report["train"]
-    return f"{part['rows']:,} rows, {part['conversations']:,} examples, {part['tokens']:,} tokens"
+    words = f"{part['rows']:,} rows, {part['conversations']:,} examples, {part['tokens']:,} tokens"
+    data = facts.prepared.data
+    sources = mixture(data.train, data.report, data.scale)
+    if len(sources) > 1:
+        words += "; an epoch has " + ", ".join(f"{source['num_examples']:,} of {source['name']}" for source in sources)
+    return words
 
 
 def _eval(facts: Facts) -> str:
@@ -335,7 +341,8 @@ def _label_smoothing(facts: Facts) -> str:
     part = facts.prepared.recipe.train.label_smoothing
     if not part:
         return "the training loss is that of the tokens themselves"
-    vocabulary = facts.model.get_output_embeddings().weight.shape[0]
+    model: Any = facts.model
+    vocabulary = model.get_output_embeddings().weight.shape[0]
     even = part / vocabulary
     own = 1 - part + even
     lowest = -own * math.log(own) - (vocabulary - 1) * even * math.log(even)

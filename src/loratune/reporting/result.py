@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from loratune.reporting.amounts import as_count, as_difference, as_measure, as_number, is_graded, measure_in_words
+from loratune.reporting.answers import short
 from loratune.reporting.blocks import Block, Chart, Charts, Paragraph, Table
 from loratune.reporting.charts import Bar, draw_bars
 from loratune.reporting.files import RunFiles
@@ -32,6 +33,8 @@ def result(files: RunFiles) -> Iterator[Block]:
         rows=tuple(_measure_row(record, name) for name in measures),
         numeric=True,
     )
+    if "sources" in record:
+        yield _by_source(record["sources"])
     yield Charts(charts=tuple(_measure_chart(record, name) for name in measures if name != "perplexity"))
     if record["items"] and not is_graded(metric):
         yield _turned(record)
@@ -59,6 +62,21 @@ def _measure_row(record: Record, name: str) -> tuple[str, ...]:
         as_measure(name, record["base"][name]),
         as_measure(name, record["tuned"][name]),
         f"{as_difference(name, difference['value'])}\n{low} to {high}",
+    )
+
+
+def _by_source(sources: dict[str, Record]) -> Table:
+    return Table(
+        caption="The loss by source, nats per token",
+        columns=("source", "base", "tuned", "difference, interval"),
+        rows=tuple(
+            _number_row(
+                f"{short(name)}, {as_count(part['num_examples'], 'conversation')}",
+                {side: part[side]["nll"] for side in ("base", "tuned", "difference")},
+            )
+            for name, part in sources.items()
+        ),
+        numeric=True,
     )
 
 

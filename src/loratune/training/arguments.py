@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ class TrainingData:
         train: Training examples; of streamed data, the stream.
         known: Training examples; of streamed data, a sample.
         eval: Held-out examples; may be empty.
+        eval_groups: Where they come from several sources: source → their numbers.
         token_budget: Tokens per micro-batch, `auto` resolved.
     """
 
@@ -31,6 +32,7 @@ class TrainingData:
     known: Sequence[Example]
     eval: Sequence[Example]
     token_budget: int
+    eval_groups: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
 
 OPTIMIZERS = {

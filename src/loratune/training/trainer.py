@@ -54,7 +54,7 @@ from loratune.training.checkpoint import (
 )
 from loratune.training.events import Events, History, StepMetrics
 from loratune.training.groups import let_b_learn_faster
-from loratune.training.held_out import EvaluationStoppedError, Nll, evaluate_nll, evaluate_together
+from loratune.training.held_out import EvaluationStoppedError, Nll, evaluate_nll, evaluate_together, mean_nll
 from loratune.training.loss import SupervisedLoss
 from loratune.training.order import ExampleOrder, Held, StepExamples, Steps
 from loratune.training.patience import Patience
@@ -161,7 +161,7 @@ class _RunTrainer(Trainer):
             return {}
         self.evaluate_seconds = time.perf_counter() - started
         self.last_evaluation = self.state.global_step, losses
-        metrics = {"eval_nll": sum(s for s, _ in losses) / max(1, sum(n for _, n in losses))}
+        metrics = {"eval_nll": mean_nll(losses)}
         self.held_out[self.state.global_step] = metrics["eval_nll"]
         metrics["eval_loss"] = metrics["eval_nll"]  # the name that transformers' callbacks and trackers look for
         self.log(dict(metrics))
@@ -170,6 +170,11 @@ class _RunTrainer(Trainer):
             self.control.should_training_stop = True
             self.control.should_save |= self.args.save_strategy != "no"  # as after the last step
         return metrics
+
+    def nll_by_source(self) -> dict[str, float]:
+        """The last evaluation's loss of each source; nothing where there is one."""
+        _, losses = self.last_evaluation
+        return {name: mean_nll(losses[i] for i in chosen) for name, chosen in self.setup.data.eval_groups.items()}
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         super().log(logs, *args, **kwargs)
