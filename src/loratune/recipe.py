@@ -108,7 +108,8 @@ class DataSection(Section):
     prompt and `ref` as the completion."""
 
     train_on: Literal["assistant", "last", "all"] = "assistant"
-    """The trained tokens: `assistant`, every answer with its stop token; `last`, the last answer; `all`, every token."""
+    """The trained tokens: `assistant`, every answer with its stop token; `last`, the last answer; `all`, every token. An answer with
+    `train: false` (or `weight: 0`) in its message is only context."""
 
     thinking: Literal["keep", "strip", "error"] = "keep"
     """Answers with `<think>…</think>`: `keep` trains the thoughts even where the chat template would drop them, `strip`
