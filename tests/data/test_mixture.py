@@ -42,6 +42,14 @@ def test_the_plan_counts_what_an_epoch_has_of_each_source(tiny_recipe: MakeRecip
     assert words.endswith(f"an epoch has 18 of {tmp_path}/few.jsonl, 6 of {tmp_path}/many.jsonl")
 
 
+def test_streamed_sources_are_counted_by_their_sample(tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
+    files = [str(source["name"]) for source in sources(tmp_path)]
+    prepared = prepare(tiny_recipe(data__train=files, data__eval=0.2, data__streaming=True), Silent())
+    data = prepared.as_plan()["data"]
+    assert [source["name"] for source in data["sources"]] == files
+    assert sum(source["num_examples"] for source in data["sources"]) == data["num_examples"] == 15
+
+
 @pytest.mark.parametrize("held_out", ["sources", "part"])
 def test_each_source_has_its_held_out_loss(tiny_recipe: MakeRecipe, tmp_path: Path, held_out: str) -> None:
     train_sources = sources(tmp_path)
