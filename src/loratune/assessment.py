@@ -8,11 +8,13 @@ from contextlib import contextmanager
 from peft import PeftModel
 
 from loratune import world
+from loratune.data.mixture import held_out_groups
 from loratune.data.prompts import stop_token_ids
 from loratune.errors import MachineError
 from loratune.evaluation.compare import evaluation_record, nll_record
 from loratune.evaluation.generate import Answer, generate_answers
 from loratune.evaluation.own_metric import OwnMetric
+from loratune.final_adapter import which_adapter
 from loratune.model.device import free_memory, is_out_of_memory
 from loratune.preparation import Preparation
 from loratune.progress import Progress
@@ -39,7 +41,7 @@ def assess(
     section, data = prepared.recipe.evaluate, prepared.data
     prompts = prepared.prompts
     events = Events(run, progress)
-    events.step = prepared.num_steps
+    events.step = max((line["step"] for line in run.read_metrics()), default=prepared.num_steps)
     budget = TokenBudget(world.gather(_token_budget(prepared, run))[0], events, together=loss.sharded)
     stops = stop_token_ids(prepared.tokenizer) if prompts else ()
 
@@ -88,6 +90,13 @@ def assess(
         rise = record["forgetting"]["difference"]["nll"]
         if rise["low"] > 0:
             progress.warn(f"the loss on evaluate.forgetting rose by {rise['value']:.4g} nats per token: it forgets")
+    groups = held_out_groups(data.eval, data.report)
+    if groups:
+        record["sources"] = {
+            name: nll_record([base_nll[i] for i in chosen], [tuned_nll[i] for i in chosen])
+            for name, chosen in groups.items()
+        }
+    record["adapter"] = which_adapter(prepared, run)
     if world.is_main():
         write_json(run.evaluation, record)
     return record

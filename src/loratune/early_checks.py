@@ -6,6 +6,7 @@ and before the weights load as well:
     recipe        unknown settings, wrong types, contradictions                        recipe.py
     device        there or not                                                         model/device.py
     model         found, config and tokenizer readable, trusted code, targets match    model/load.py, model/targets.py
+    optimizer     its package is there, and runs on the device                         early_checks.py
     start         an adapter as the recipe says                                        model/beginning.py
     weights       all files there, whole, and of this model                            model/weights.py
     data          every row; labels verified in two ways                               data/
@@ -17,6 +18,7 @@ and before the weights load as well:
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import netrc
 import os
 import shutil
@@ -25,15 +27,20 @@ from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import urlparse
 
+from packaging.version import Version
+
 from loratune.data.prompts import Prompt
 from loratune.data.render import Example
 from loratune.data.steps import num_steps, occasions
 from loratune.errors import DataError, MachineError, RecipeError
 from loratune.model.beginning import check_adapter, locate_adapter
 from loratune.model.whole import Whole
-from loratune.planning.optimizer_memory import state_bytes
+from loratune.planning.optimizer_memory import OF_BITSANDBYTES, state_bytes
 from loratune.planning.parameters import ParameterCount
 from loratune.recipe import Recipe
+
+FIRST_ON_CPUS = Version("0.50")
+"""Of bitsandbytes: the first in which these were seen to run on a CPU."""
 
 
 def check_sharded(recipe: Recipe) -> None:
@@ -45,10 +52,10 @@ def check_sharded(recipe: Recipe) -> None:
     problem = ""
     if recipe.model.quantization != "none":
         problem = f"model.quantization is {recipe.model.quantization}, whose weights are not cut into parts"
-    elif recipe.lora.variant in ("pissa", "olora"):
-        problem = (
-            f"lora.variant is {recipe.lora.variant}, which changes the base before it trains and takes the whole of it"
-        )
+    elif recipe.lora.variant in ("pissa", "olora", "eva"):
+        problem = f"lora.variant is {recipe.lora.variant}, which begins with the whole base"
+    elif recipe.lora.target_parameters:
+        problem = "lora.target_parameters is given, whose parameters PEFT changes while a layer runs"
     if problem:
         raise RecipeError(
             f"train.strategy is fsdp, but {problem}", fix="train.strategy=ddp, where a device holds the base"
@@ -88,6 +95,39 @@ def _has_wandb_key() -> bool:
         return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
     except (OSError, netrc.NetrcParseError):
         return False
+
+
+def check_optimizer(recipe: Recipe, device: str, *, is_here: bool) -> None:
+    """Whether bitsandbytes, where it makes the optimizer, can run.
+
+    Args:
+        recipe: What to do.
+        device: cpu, cuda or mps.
+        is_here: Whether the device is on this machine.
+
+    Raises:
+        MachineError: It is not installed, or has no such optimizer for the device.
+    """
+    name = recipe.train.optimizer
+    if name not in OF_BITSANDBYTES:
+        return
+    if device == "mps":
+        raise MachineError(
+            f"train.optimizer is {name}, which bitsandbytes runs on CUDA and CPUs only; this is an Apple GPU",
+            fix="train.optimizer=adamw",
+        )
+    if not is_here:
+        return
+    if find_spec("bitsandbytes") is None:
+        raise MachineError(
+            f"train.optimizer is {name}, but bitsandbytes is not installed", fix="pip install 'loratune[bitsandbytes]'"
+        )
+    have = importlib.metadata.version("bitsandbytes")
+    if device == "cpu" and Version(have) < FIRST_ON_CPUS:
+        raise MachineError(
+            f"train.optimizer is {name}, which bitsandbytes {have} is not known to run on a CPU",
+            fix=f"pip install 'bitsandbytes>={FIRST_ON_CPUS}', or train.optimizer=adamw",
+        )
 
 
 def check_output(folder: Path) -> None:
@@ -198,7 +238,8 @@ def check_disk(recipe: Recipe, parameters: ParameterCount, num_examples: int) ->
     steps = num_steps(num_examples, recipe.train.batch_size, recipe.train.epochs)
     saves = occasions(recipe.train.save_every, steps=steps, epochs=recipe.train.epochs)
     # beside the newest the best is kept, and a new one is written before the oldest goes
-    kept = min(saves, (recipe.train.keep_checkpoints or saves) + 1) + 1
+    newest = (recipe.train.keep_checkpoints or saves) + (recipe.train.average_checkpoints or 0)
+    kept = min(saves, newest + 1) + 1
     matrices = [count.matrix for count in parameters.per_module]
     state = state_bytes(recipe.train.optimizer, matrices, recipe.lora, parameters.whole_shapes)
     checkpoint = 4 * parameters.trainable + state

@@ -19,6 +19,7 @@ from loratune.progress import Progress
 from loratune.run import RunDir
 from loratune.training.compilation import prepare_layers
 from loratune.training.loss import SupervisedLoss, make_loss
+from loratune.training.noise import EmbeddingNoise
 from loratune.training.shards import is_sharded, shard_layers
 from loratune.training.stock import check_stock
 
@@ -62,7 +63,9 @@ def adapt(prepared: Preparation, base: Any, progress: Progress) -> tuple[PeftMod
     note = fallback_note(model)
     if note and recipe.lora.variant != "dora":  # of which the plan speaks
         progress.warn(note)
-    loss.compiled = recipe.train.compile is True
+    loss.compiled, loss.smoothing = recipe.train.compile is True, recipe.train.label_smoothing
+    if recipe.train.neftune_noise_alpha:
+        loss.noise = EmbeddingNoise(recipe.train.neftune_noise_alpha, model.get_base_model().get_input_embeddings())
     prepare_layers(model, compiled=loss.compiled, num_recomputed=int(recipe.train.recompute))
     return model, loss
 

@@ -15,6 +15,7 @@ from loratune import world
 from loratune.data.render import Example
 from loratune.model.gguf import file_sha256
 from loratune.model.quantised import BY_BITSANDBYTES
+from loratune.planning.optimizer_memory import OF_BITSANDBYTES
 from loratune.run import Record
 
 PACKAGES = ("loratune", "torch", "transformers", "trl", "peft", "datasets", "accelerate", "tokenizers", "safetensors")
@@ -47,8 +48,10 @@ def text_fingerprint(text: str) -> str:
 
 def versions(recipe: Record) -> dict[str, str]:
     """The versions of Python and of the packages whose code a run with this recipe goes through."""
-    quantised = recipe["model"].get("quantization") in BY_BITSANDBYTES
-    packages = (*PACKAGES, "bitsandbytes") if quantised else PACKAGES
+    by_it = (
+        recipe["model"].get("quantization") in BY_BITSANDBYTES or recipe["train"].get("optimizer") in OF_BITSANDBYTES
+    )
+    packages = (*PACKAGES, "bitsandbytes") if by_it else PACKAGES
     return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}
 
 

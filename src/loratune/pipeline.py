@@ -23,6 +23,7 @@ from peft import PeftModel
 
 from loratune import world
 from loratune.assessment import assess, memory_errors_told
+from loratune.data.mixture import held_out_groups
 from loratune.data.preview import preview
 from loratune.data.steps import examples_of_largest_step, num_steps_per_epoch
 from loratune.early_checks import check_prompts
@@ -30,6 +31,7 @@ from loratune.errors import DataError, Interrupted, RecipeError, RunError
 from loratune.evaluation.gates import check_names, parse_gate, pass_gates
 from loratune.evaluation.harness import check_harness, run_harness
 from loratune.evaluation.own_metric import load_metric
+from loratune.final_adapter import take_final
 from loratune.joint_preparation import prepare_together
 from loratune.loading import adapt, load_base, load_trained
 from loratune.lock import changed_settings, differences
@@ -49,7 +51,7 @@ from loratune.run import Record, RunDir, cannot_write, read_json, write_json, wr
 from loratune.sitting import Sitting
 from loratune.training.arguments import TrainingData
 from loratune.training.callbacks import RunCallback
-from loratune.training.checkpoint import checkpoint_to_go_on_from, load_adapter_weights, sync
+from loratune.training.checkpoint import checkpoint_to_go_on_from, sync
 from loratune.training.held_out import Nll
 from loratune.training.loss import SupervisedLoss
 from loratune.training.shards import is_sharded, told_if_lost
@@ -311,14 +313,14 @@ def _run(prepared: Preparation, run: RunDir, checkpoint: Path | None, progress: 
     stop = StopRequest()
     try:
         with memory_errors_told(run), told_if_lost():
-            tuned_nll = _train(prepared, run, model, loss, checkpoint, stop, progress)
+            last_step, tuned_nll = _train(prepared, run, model, loss, checkpoint, stop, progress)
         if loss.sharded:
             stop.agree(world.gather(stop.asked or 0))
         else:
             world.stop()
             if not world.is_main():
                 return RunResult(run=run, evaluation=None)
-        if prepared.recipe.train.final_adapter == "best" and _take_best(run, model, prepared.num_steps, progress):
+        if take_final(prepared, run, model, last_step, progress):
             tuned_nll = None
         if world.is_main():
             _save(prepared, run, model)
@@ -428,8 +430,8 @@ def _train(
     checkpoint: Path | None,
     stop: StopRequest,
     progress: Progress,
-) -> Nll | None:
-    """All optimizer steps; returns the last step's held-out losses if it was evaluated.
+) -> tuple[int, Nll | None]:
+    """All optimizer steps; returns the number of the last one, and its held-out losses if it was evaluated.
 
     Raises:
         Interrupted: The user stopped it.
@@ -450,6 +452,7 @@ def _train(
                 train=data.train if data.stream is None else data.stream,
                 known=data.train,
                 eval=data.eval,
+                eval_groups=held_out_groups(data.eval, data.report),
                 token_budget=prepared.memory.token_budget,
             ),
             loss=loss,
@@ -461,31 +464,22 @@ def _train(
         trainer = FastTrainer(setup) if recipe.train.engine == "fast" else ReferenceTrainer(setup)
         callback.watch(trainer)
         check_same(model)
-        if checkpoint is not None and done == prepared.num_steps:
+        over = False
+        if checkpoint is not None and (done == prepared.num_steps or recipe.train.early_stopping is not None):
             trainer.restore(checkpoint)
             callback.evaluate_if_owed()
-        else:
+            over = done == prepared.num_steps or trainer.ends_early()
+        if not over:
             if isinstance(trainer, FastTrainer) and wants_rehearsal(prepared.memory, recipe.train.device):
                 trainer.rehearse()
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
         check_same(model)
     if callback.stopped_at is not None:
         raise stop.after(callback.stopped_at, prepared.num_steps, run)
-    step, losses = trainer.last_evaluation
-    return losses if step == prepared.num_steps else None
-
-
-def _take_best(run: RunDir, model: PeftModel, num_steps: int, progress: Progress) -> bool:
-    """Give the model the adapter of the best checkpoint; whether it is another one than it has."""
-    if not run.best.is_file():
-        progress.warn("no checkpoint has a held-out loss to choose by: the adapter is that of the last step")
-        return False
-    best = read_json(run.best)
-    progress.line(f"the adapter is that of step {best['step']}, with held-out loss {best['eval_nll']:.4f}")
-    if best["step"] == num_steps:
-        return False
-    load_adapter_weights(run.checkpoints / str(best["step"]), model)
-    return True
+    last_step, (step, losses) = trainer.state.global_step, trainer.last_evaluation
+    if last_step < prepared.num_steps:
+        progress.line(f"training ended early, after step {last_step} of {prepared.num_steps}")
+    return last_step, losses if step == last_step else None
 
 
 def _save(prepared: Preparation, run: RunDir, model: PeftModel) -> None:

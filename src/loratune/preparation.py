@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from loratune import world
 from loratune.data.batch import num_supervised
+from loratune.data.mixture import mixture
 from loratune.data.prepare import PreparedData, prepare_data
-from loratune.data.prompts import Prompt, render_prompts, stop_token_ids
+from loratune.data.prompts import Prompt, longest_answer, render_prompts, stop_token_ids
 from loratune.data.render import Example
 from loratune.data.steps import num_steps
 from loratune.data.stream import MANY_ROWS, can_stream, open_tables, stream_data
 from loratune.early_checks import (
     check_disk,
+    check_optimizer,
     check_output,
     check_prompts,
     check_sharded,
@@ -42,7 +44,7 @@ from loratune.planning.advice import Advice, Facts, give_advice
 from loratune.planning.cluster import Cluster
 from loratune.planning.compatibility import unknown_to_gguf
 from loratune.planning.cost import Place
-from loratune.planning.devices import Device
+from loratune.planning.devices import Device, device_notes
 from loratune.planning.estimate import estimate
 from loratune.planning.memory import MemoryPlan, free_bytes, resident_bytes
 from loratune.planning.parameters import ParameterCount, count_parameters, skeleton, trained_in_words
@@ -151,6 +153,7 @@ class Preparation:
                 **asdict(clock),
                 "tokens_per_second": self.recipe.train.epochs * num_tokens / clock.train_seconds,
                 "num_steps": self.num_steps,
+                "is_upper_bound": self.recipe.train.early_stopping is not None,
             },
             "probe": self.probe and {**asdict(self.probe), "tokens_per_second": self.probe.tokens_per_second},
             "data": {
@@ -159,6 +162,7 @@ class Preparation:
                 "num_supervised_tokens": round(scale * sum(num_supervised(example) for example in train)),
                 "num_eval_examples": len(self.data.eval),
                 "is_estimate": self.data.stream is not None,
+                "sources": mixture(train, self.data.report, scale),
             },
             "choices": {
                 name: {"value": choice.value, "reason": choice.reason} for name, choice in self.choices.items()
@@ -225,6 +229,7 @@ def prepare(
     check_output(output_dir(recipe))
     where = choose_device(recipe.train.device) if device is None else Choice("cuda", f"{device.name}, as published")
     check_quantised(recipe.model.quantization, where.value, device)
+    check_optimizer(recipe, where.value, is_here=device is None)
     base = locate_model(recipe.model, progress, weights=weights)
     config = load_config(base, recipe.model)
     check_checkpoint(config, recipe.model.quantization, name=base.name, device=where.value)
@@ -239,12 +244,7 @@ def prepare(
     growing = growing_parameters(model, new_tokens)
     grow(model, new_tokens)
     parameters = count_parameters(model, targets, recipe.lora)
-    matrices = parameters.matrices
-    check_variant(recipe.lora, matrices, model)
-    check_patterns(recipe.lora, [matrix.name for matrix in matrices])
-    trained = [*(matrix.name for matrix in matrices), *(item.name for item in parameters.whole)]
-    check_used("train.learning_rate_pattern", recipe.train.learning_rate_pattern, trained, "trained")
-    check_whole(recipe, parameters.whole)
+    _check_trained(recipe, model, parameters)
     start = check_start(recipe, parameters, output_dir(recipe))
     streaming, data = _data(recipe, tokenizer, int(max_length.value), progress)
     forgetting = _forgetting(recipe, tokenizer, int(max_length.value), progress)
@@ -266,7 +266,7 @@ def prepare(
         parameters,
         data=data,
         prompts=prompts,
-        longest_answer=_longest_answer(prompts, tokenizer),
+        longest_answer=longest_answer(prompts, tokenizer),
         device=device,
     )
     place = Place(
@@ -327,7 +327,7 @@ def prepare(
             *(base_notes(start, (base.name, str(base.path))) if start else ()),
             *unseen_tokens(tokenizer, new_tokens, data.train),
             *data.report["notices"],
-            *_device_notes(device, dtype.value),
+            *device_notes(device, dtype.value),
             *quantization_notes(recipe.model.quantization, dtype.value),
         ),
         advice=give_advice(
@@ -341,6 +341,16 @@ def prepare(
         if cluster is None
         else scale(cluster, recipe, text_config, parameters, data=data, place=place, estimate_at=estimate_at),
     )
+
+
+def _check_trained(recipe: Recipe, model: Any, parameters: ParameterCount) -> None:
+    """Whether variant and patterns go with what is trained."""
+    matrices = parameters.matrices
+    check_variant(recipe.lora, matrices, model)
+    check_patterns(recipe.lora, [matrix.name for matrix in matrices])
+    trained = [*(matrix.name for matrix in matrices), *(item.name for item in parameters.whole)]
+    check_used("train.learning_rate_pattern", recipe.train.learning_rate_pattern, trained, "trained")
+    check_whole(recipe, parameters.whole)
 
 
 def _free_bytes(device: str) -> int | None:
@@ -462,18 +472,6 @@ def _recompute_reason(recipe: Recipe, memory: MemoryPlan) -> str:
     if recipe.train.recompute != "auto" or not memory.num_recomputed:
         return ""
     return "layers that keep their input only, so that the micro-batch fits"
-
-
-def _longest_answer(prompts: tuple[Prompt, ...], tokenizer: PreTrainedTokenizerBase) -> int:
-    """Tokens of the longest reference, with its stop token; 0 without prompts."""
-    references = [reference for prompt in prompts for reference in prompt.references]
-    return 1 + max(map(len, tokenizer(references, add_special_tokens=False)["input_ids"])) if references else 0
-
-
-def _device_notes(device: Device | None, dtype: str) -> tuple[str, ...]:
-    if device is None or dtype != "float32":
-        return ()
-    return (f"the time on {device.name} is for bfloat16; model.dtype is float32, which is several times slower there",)
 
 
 def _stop_token(tokenizer: PreTrainedTokenizerBase, data: PreparedData) -> str:

@@ -6,7 +6,6 @@ does. `--help`, the JSON schema, the reference page and the comments of generate
 
 from __future__ import annotations
 
-import difflib
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
@@ -14,9 +13,8 @@ from typing import Annotated, Any, Literal, Self, get_args
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from loratune.errors import RecipeError
 from loratune.recipe_checks import check_beside, check_once, check_regular_expressions
-from loratune.recipe_file import apply_override, read_yaml, refuse_secrets, shown
+from loratune.recipe_file import apply_override, in_our_words, read_yaml, refuse_secrets, shown
 
 Cadence = Literal["epoch", "never"] | int | float
 
@@ -42,7 +40,8 @@ class Source(Section):
     """The split of a hub data set; `train` when not given."""
 
     weight: float = Field(default=1.0, gt=0)
-    """How many times the rows of this source are seen per epoch. A fraction is a seeded sample of the rows."""
+    """How many times the rows of this source are seen per epoch: 2.5 is each of them twice, and a seeded half of them a third time, the
+    same half in every epoch. The mixture is rows × weight of each source."""
 
 
 def _as_source(value: Any) -> Any:
@@ -110,7 +109,8 @@ class DataSection(Section):
     prompt and `ref` as the completion."""
 
     train_on: Literal["assistant", "last", "all"] = "assistant"
-    """The trained tokens: `assistant`, every answer with its stop token; `last`, the last answer; `all`, every token."""
+    """The trained tokens: `assistant`, every answer with its stop token; `last`, the last answer; `all`, every token. An answer with
+    `train: false` (or `weight: 0`) in its message is only context."""
 
     thinking: Literal["keep", "strip", "error"] = "keep"
     """Answers with `<think>…</think>`: `keep` trains the thoughts even where the chat template would drop them, `strip`
@@ -215,7 +215,7 @@ class LoraSection(Section):
         return check_regular_expressions(value)
 
 
-Optimizer = Literal["adamw", "adafactor", "sgd"]
+Optimizer = Literal["adamw", "adamw_8bit", "lion", "muon", "adafactor", "sgd"]
 Schedule = Literal["linear", "cosine", "constant", "cosine_with_min_lr", "warmup_stable_decay", "inverse_sqrt"]
 
 DECAY_FRACTION = 0.2
@@ -239,8 +239,11 @@ class TrainSection(Section):
     """The examples of one optimizer step, over all micro-batches and devices."""
 
     optimizer: Optimizer = "adamw"
-    """`adamw`: two moments of each trained parameter. `adafactor`: second moments by rows and columns alone, for a small part of
-    that memory; wants rates as AdamW's. `sgd`: plain gradients without momentum and without memory; wants far higher rates."""
+    """`adamw`: two moments of each trained parameter. `adamw_8bit`: the same in a byte each, for matrices of 4,096 numbers and more;
+    by bitsandbytes. `lion`: the sign of a momentum, half of AdamW's memory, by bitsandbytes; wants a third to a tenth of its rate. `muon`:
+    the momentum of each matrix made orthogonal, half of the memory, for AdamW's rates. `adafactor`: second moments by rows and
+    columns alone, for a small part of that memory; wants rates as AdamW's. `sgd`: plain gradients without momentum and
+    without memory; wants far higher rates."""
 
     lora_plus_ratio: float = Field(default=1.0, ge=1)
     """LoRA+: the matrices B learn this many times as fast as A, whose highest rate is `learning_rate`. 1: equally fast."""
@@ -315,6 +318,22 @@ class TrainSection(Section):
     """Highest rates of single modules in the place of `learning_rate`: a regular expression of a module's last parts or whole name, and
     its rate, as `{embed_tokens: 1e-5}`. Of several that match, the first counts."""
 
+    early_stopping: int | None = Field(default=None, ge=1)
+    """After how many evaluations without a lower held-out loss the run ends. The learning rates stay those of the whole run.
+    `final_adapter: best` ends it with the adapter of the lowest loss. `null`: all steps are taken."""
+
+    neftune_noise_alpha: float = Field(default=0.0, ge=0)
+    """NEFTune: in training, each number of an example's embeddings gets uniform noise of at most this / √(tokens of the example ×
+    width of the model). 5 is usual; 0: none."""
+
+    average_checkpoints: int | None = Field(default=None, ge=2)
+    """The run ends with the mean of the adapters of this many last checkpoints of `save_every`, instead of the last step's. They are
+    kept beside `keep_checkpoints`. `null`: no mean."""
+
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """The part of each trained token's target that is spread evenly over the vocabulary. The training loss is that of the smoothed
+    targets, the held-out loss is without. 0: none."""
+
     @field_validator("learning_rate_pattern")
     @classmethod
     def _check_patterns(cls, value: dict[str, Any]) -> dict[str, Any]:
@@ -332,9 +351,18 @@ class TrainSection(Section):
                 )
         if isinstance(self.token_budget, int) and self.token_budget < 1:
             raise ValueError(f"token_budget is {self.token_budget}; give a positive number of tokens, or auto")
+        if self.early_stopping is not None and self.eval_every == "never":
+            raise ValueError(
+                f"early_stopping is {self.early_stopping}, but eval_every is never: there is no loss to go by"
+            )
         if self.final_adapter == "best" and "never" in (self.eval_every, self.save_every):
             raise ValueError(
                 "final_adapter is best, but eval_every or save_every is never: there is nothing to choose from"
+            )
+        if self.average_checkpoints is not None and (self.final_adapter == "best" or self.save_every == "never"):
+            raise ValueError(
+                f"average_checkpoints is {self.average_checkpoints}, but "
+                + ("final_adapter is best" if self.final_adapter == "best" else "save_every is never: there are none")
             )
         if self.schedule == "inverse_sqrt" and self.warmup_fraction == 0:
             raise ValueError("schedule is inverse_sqrt, which is measured in warm-ups, but warmup_fraction is 0")
@@ -389,12 +417,24 @@ class Recipe(Section):
                 f"{self.model.quantization}"
             )
         check_beside(self)
+        if self.train.optimizer == "muon":
+            if self.lora.variant == "dora":
+                raise ValueError(
+                    "train.optimizer is muon, which is for matrices, but lora.variant is dora, whose magnitudes are vectors"
+                )
+            for name in ("modules_to_save", "new_tokens", "target_parameters"):
+                if getattr(self.lora, name):
+                    raise ValueError(
+                        f"train.optimizer is muon, which is for the adapter's matrices, but lora.{name} is given"
+                    )
         if self.data.streaming is True and self.train.engine == "trl":
             raise ValueError("data.streaming is true, but train.engine is trl, which takes all examples at once")
         if self.data.eval == "none" and self.evaluate.metric != "none":
             raise ValueError(f"evaluate.metric is {self.evaluate.metric}, but data.eval is none: nothing to score")
         if self.data.eval == "none" and self.train.final_adapter == "best":
             raise ValueError("train.final_adapter is best, but data.eval is none: there is no held-out loss to go by")
+        if self.data.eval == "none" and self.train.early_stopping is not None:
+            raise ValueError("train.early_stopping is given, but data.eval is none: there is no held-out loss to go by")
         return self
 
     def _check_bitsandbytes(self) -> None:
@@ -445,7 +485,7 @@ class Recipe(Section):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            raise _explain(error, file, lines or {}) from None
+            raise in_our_words(error, cls, Source, file, lines or {}) from None
 
     def to_yaml(self) -> str:
         """All settings as YAML that `load` reads back."""
@@ -466,47 +506,6 @@ def origins(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> di
         apply_override(values, override, lines)
         found[override.partition("=")[0].strip()] = "command line"
     return found
-
-
-def _explain(error: ValidationError, file: str | Path | None, lines: dict[str, int]) -> RecipeError:
-    """Turn pydantic's first complaint into ours: the setting, the value, the line, the nearest known name."""
-    first = error.errors()[0]
-    location = [str(part) for part in first["loc"]]
-    name = ".".join(location[:2])
-    line = lines.get(".".join(location), lines.get(name))
-    if first["type"] == "extra_forbidden":
-        known = _known_names(location[:-1])
-        near = difflib.get_close_matches(location[-1], known, n=1)
-        fix = f"did you mean {near[0]}?" if near else f"known here: {', '.join(sorted(known))}"
-        return RecipeError(f"unknown setting {'.'.join(location)}", file=file, line=line, fix=fix)
-    if first["type"] == "value_error":
-        section = f"{location[0]}: " if location else ""
-        return RecipeError(f"{section}{first['ctx']['error']}", file=file, line=line)
-    problems = {item["msg"] for item in error.errors() if [str(p) for p in item["loc"]][:2] == location[:2]}
-    field = _field_of(location)
-    fix = " ".join((field.description or "").split()) if field is not None else ""
-    return RecipeError(
-        f"{name} is {shown(first['input'])}: {'; or '.join(sorted(problems))}", file=file, line=line, fix=fix
-    )
-
-
-def _section_of(name: str) -> type[BaseModel] | None:
-    field = Recipe.model_fields.get(name)
-    return field.annotation if field is not None and isinstance(field.annotation, type) else None
-
-
-def _known_names(location: list[str]) -> list[str]:
-    if not location:
-        return list(Recipe.model_fields)
-    if len(location) > 1:
-        return list(Source.model_fields)
-    section = _section_of(location[0])
-    return list(section.model_fields) if section is not None else []
-
-
-def _field_of(location: list[str]) -> Any:
-    section = _section_of(location[0]) if location else None
-    return section.model_fields.get(location[1]) if section is not None and len(location) > 1 else None
 
 
 TARGET_PRESETS: tuple[str, ...] = get_args(TargetPreset)

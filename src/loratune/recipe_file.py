@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import BaseModel, ValidationError
 
 from loratune.credentials import find_secret
 from loratune.errors import RecipeError
@@ -129,3 +131,58 @@ def shown(value: Any, most: int = 200) -> str:
     except (ValueError, RecursionError):  # an integer of thousands of digits, a thousand levels of lists
         return f"a {type(value).__name__} that is too large to show"
     return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def in_our_words(
+    error: ValidationError,
+    recipe: type[BaseModel],
+    source: type[BaseModel],
+    file: str | Path | None,
+    lines: dict[str, int],
+) -> RecipeError:
+    """The first complaint of pydantic as ours: the setting, the value, the line, the nearest known name.
+
+    Args:
+        error: Of pydantic.
+        recipe: The model of sections that was validated.
+        source: The model of what lies deeper than a section's field.
+        file: Named in the message.
+        lines: The line of each `section.field`.
+    """
+    first = error.errors()[0]
+    location = [str(part) for part in first["loc"]]
+    name = ".".join(location[:2])
+    line = lines.get(".".join(location), lines.get(name))
+    if first["type"] == "extra_forbidden":
+        known = _known_names(recipe, source, location[:-1])
+        near = difflib.get_close_matches(location[-1], known, n=1)
+        fix = f"did you mean {near[0]}?" if near else f"known here: {', '.join(sorted(known))}"
+        return RecipeError(f"unknown setting {'.'.join(location)}", file=file, line=line, fix=fix)
+    if first["type"] == "value_error":
+        section = f"{location[0]}: " if location else ""
+        return RecipeError(f"{section}{first['ctx']['error']}", file=file, line=line)
+    problems = {item["msg"] for item in error.errors() if [str(p) for p in item["loc"]][:2] == location[:2]}
+    field = _field_of(recipe, location)
+    fix = " ".join((field.description or "").split()) if field is not None else ""
+    return RecipeError(
+        f"{name} is {shown(first['input'])}: {'; or '.join(sorted(problems))}", file=file, line=line, fix=fix
+    )
+
+
+def _section_of(recipe: type[BaseModel], name: str) -> type[BaseModel] | None:
+    field = recipe.model_fields.get(name)
+    return field.annotation if field is not None and isinstance(field.annotation, type) else None
+
+
+def _known_names(recipe: type[BaseModel], source: type[BaseModel], location: list[str]) -> list[str]:
+    if not location:
+        return list(recipe.model_fields)
+    if len(location) > 1:
+        return list(source.model_fields)
+    section = _section_of(recipe, location[0])
+    return list(section.model_fields) if section is not None else []
+
+
+def _field_of(recipe: type[BaseModel], location: list[str]) -> Any:
+    section = _section_of(recipe, location[0]) if location else None
+    return section.model_fields.get(location[1]) if section is not None and len(location) > 1 else None

@@ -7,6 +7,7 @@ RUN/checkpoints/STEP/  to resume from      RUN/adapter/          PEFT format, wi
 RUN/preview.json       examples by token   RUN/report.html       all of it for people
 RUN/parity.json        certificates of what was merged and exported
 RUN/best.json          which checkpoint has the lowest held-out loss
+RUN/mean.json          the checkpoints whose mean the adapter is, with train.average_checkpoints
 """
 
 from __future__ import annotations
@@ -77,6 +78,10 @@ class RunDir:
     @property
     def best(self) -> Path:
         return self.root / "best.json"
+
+    @property
+    def mean(self) -> Path:
+        return self.root / "mean.json"
 
     @property
     def adapter(self) -> Path:

@@ -42,11 +42,12 @@ def losses_of_script(folder: Path) -> list[float]:
 
 
 @pytest.mark.filterwarnings("ignore:OLoRA changes the base weights:UserWarning")  # PEFT, while it converts just that
+@pytest.mark.filterwarnings("ignore:`label_smoothing_factor` is deprecated:FutureWarning")  # TRL, of 2.0
 @pytest.mark.parametrize(
     "kind",
     [
         *("rows", "rslora", "dora", "pissa", "olora", "adafactor", "start", "patterns", "whole"),
-        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("all", "marked")),
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("all", "marked", "noise", "muon")),
     ],
 )
 def test_the_script_trains_to_the_same_losses_and_the_same_adapter(
@@ -54,10 +55,13 @@ def test_the_script_trains_to_the_same_losses_and_the_same_adapter(
 ) -> None:
     adafactor = ["train.optimizer=adafactor", "train.lora_plus_ratio=4", "train.schedule=warmup_stable_decay"]
     patterns = ["lora.rank_pattern={q_proj: 2}", "lora.alpha_pattern={q_proj: 4}"]
+    noise = ["train.neftune_noise_alpha=5", "train.label_smoothing=0.1"]
     kinds = {
         "patterns": patterns,
         "whole": ["lora.modules_to_save=[lm_head, norm]"],
         "rows": [],
+        "noise": noise,
+        "muon": ["train.optimizer=muon"],
         "adafactor": adafactor,
         "all": ["data.train_on=all"],
         "marked": [f"model.name={marked_model}"],

@@ -74,6 +74,10 @@ OTHER: dict[str, Any] = {
     "train.on_bad_step": "error",
     "train.max_skipped_steps": 1,
     "train.report_to": ["tensorboard"],
+    "train.early_stopping": 1,
+    "train.neftune_noise_alpha": 5.0,
+    "train.average_checkpoints": 2,
+    "train.label_smoothing": 0.1,
     "evaluate.metric": "contains",
     "evaluate.samples": 1,
     "evaluate.max_new_tokens": 2,
@@ -87,6 +91,8 @@ ALSO: dict[str, dict[str, Any]] = {
     "train.final_adapter": {"train.save_every": 1, "train.eval_every": 1, "train.learning_rate": 20.0},
     "train.on_bad_step": {"lora.alpha": 1e38, "train.on_bad_step": "skip"},  # no gradient of such a scale has a norm
     "train.max_skipped_steps": {"lora.alpha": 1e38, "train.on_bad_step": "skip"},
+    "train.average_checkpoints": {"train.save_every": 1},
+    "train.early_stopping": {"train.eval_every": 1, "train.learning_rate": 20.0},
     "evaluate.samples": {"evaluate.metric": "exact_match"},
     "evaluate.max_new_tokens": {"evaluate.metric": "exact_match"},
 }

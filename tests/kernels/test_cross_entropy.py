@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from loratune.kernels import cross_entropy
 from loratune.kernels.cross_entropy import cross_entropy_per_token, sum_cross_entropy
+from loratune.model.device import cpp_compiler
 
 
 def reference(
@@ -15,11 +16,12 @@ def reference(
     targets: torch.Tensor,
     scale: float,
     softcap: float | None,
+    smoothing: float = 0.0,
 ) -> torch.Tensor:
     logits = F.linear(hidden, weight, bias).float() * scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    return F.cross_entropy(logits, targets, reduction="none")
+    return F.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing)
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
@@ -113,6 +115,53 @@ def test_bfloat16_stays_within_its_rounding() -> None:
     expected = F.cross_entropy(exact @ weight.double().T, targets, reduction="sum")
     (expected_gradient,) = torch.autograd.grad(expected, exact)
     # 8 bits of mantissa: logits of 1 are known to 2^-8, and so is each token's loss
+    torch.testing.assert_close(loss.double(), expected, rtol=2**-8, atol=0)
+    error = (gradient.double() - expected_gradient).norm() / expected_gradient.norm()
+    assert error < 2**-6
+
+
+@pytest.mark.parametrize(
+    "compiled",
+    [False, pytest.param(True, marks=pytest.mark.skipif(cpp_compiler() is None, reason="no C++ compiler"))],
+)
+@pytest.mark.parametrize(
+    ("smoothing", "scale", "softcap", "with_bias"), [(0.1, 1.0, None, False), (0.4, 0.25, 3.0, True)]
+)
+def test_smoothed_sum_and_gradient_equal_torch(
+    monkeypatch: pytest.MonkeyPatch,
+    smoothing: float,
+    scale: float,
+    softcap: float | None,
+    with_bias: bool,
+    compiled: bool,
+) -> None:
+    monkeypatch.setitem(cross_entropy.CHUNK_BYTES, "cpu", 4 * 101 * 16)  # as above
+    torch.manual_seed(0)
+    hidden = torch.randn(70, 24, requires_grad=True)
+    weight, bias = torch.randn(101, 24), torch.randn(101) if with_bias else None
+    targets = torch.randint(0, 101, (70,))
+    settings = {"logit_scale": scale, "softcap": softcap}
+    loss = sum_cross_entropy(hidden, weight, bias, targets, smoothing=smoothing, compiled=compiled, **settings)
+    (gradient,) = torch.autograd.grad(3 * loss, hidden)
+    expected = reference(hidden, weight, bias, targets, scale, softcap, smoothing).sum()
+    (expected_gradient,) = torch.autograd.grad(3 * expected, hidden)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-4, atol=2e-5)
+    unsmoothed = sum_cross_entropy(hidden, weight, bias, targets, **settings)
+    assert loss.item() != pytest.approx(unsmoothed.item(), rel=1e-3)
+
+
+def test_bfloat16_keeps_the_even_part_of_a_smoothed_target() -> None:
+    """ε/V lies below the digits that bfloat16 has beside a p near 1, and makes up the gradient where the model is sure."""
+    torch.manual_seed(0)
+    weight = torch.randn(300, 32, dtype=torch.bfloat16)
+    targets = torch.randint(0, 300, (20,))
+    hidden = (weight[targets] * 2).clone().requires_grad_()
+    loss = sum_cross_entropy(hidden, weight, None, targets, smoothing=0.1)
+    (gradient,) = torch.autograd.grad(loss, hidden)
+    exact = hidden.detach().double().requires_grad_()
+    expected = F.cross_entropy(exact @ weight.double().T, targets, reduction="sum", label_smoothing=0.1)
+    (expected_gradient,) = torch.autograd.grad(expected, exact)
     torch.testing.assert_close(loss.double(), expected, rtol=2**-8, atol=0)
     error = (gradient.double() - expected_gradient).norm() / expected_gradient.norm()
     assert error < 2**-6

@@ -17,7 +17,7 @@ import numpy as np
 
 from loratune.data.conversation import Conversation, Message, Origin
 from loratune.data.prompts import render_prompts, stop_token_ids
-from loratune.data.render import Example, Thinking, TrainOn
+from loratune.data.render import Example, Thinking, TrainOn, trained_turns
 from loratune.data.template import ChatTemplate
 from loratune.recipe import DataSection
 
@@ -368,8 +368,7 @@ def _unknown_tools(message: Message, where: str, known: set[str]) -> Iterator[tu
 
 
 def _num_answers(conversation: Conversation, train_on: TrainOn) -> int:
-    answers = sum(message["role"] == "assistant" for message in conversation.messages)
-    return min(answers, 1) if train_on == "last" else answers
+    return len(trained_turns(conversation.messages, train_on, conversation.untrained))
 
 
 def _cut(example: Example, stops: np.ndarray, num_answers: int, train_on: TrainOn, *, surely: bool) -> str:

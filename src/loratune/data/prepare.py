@@ -248,6 +248,7 @@ def _report(part: Part, rendered: Rendered) -> dict[str, Any]:
         "straddling_tokens": counts.get("straddling", 0),
         "answers_with_thoughts": counts.get("thoughts", 0),
         "answers_with_thoughts_put_back": counts.get("thoughts_restored", 0),
+        "answers_not_trained": counts.get("answers_not_trained", 0),
         "special_tokens_in_text": counts.get("special_tokens_in_text", 0),
         "conversations_without_last_answer": counts.get("unanswered", 0),
         "duplicates": sum(len(origins) - 1 for origins in duplicates),
@@ -315,7 +316,8 @@ def pack(prepared: PreparedData) -> Arrays | None:
     record = {
         "report": prepared.report,
         "eval_conversations": [
-            [c.messages, c.tools, c.text, c.origin.file, c.origin.line] for c in prepared.eval_conversations
+            [c.messages, c.tools, c.text, c.origin.file, c.origin.line, c.untrained]
+            for c in prepared.eval_conversations
         ],
         "files": list(dict.fromkeys(e.origin.file for e in [*prepared.train, *prepared.eval])),
     }
@@ -367,6 +369,7 @@ def _conversations(record: dict[str, Any]) -> list[Conversation]:
             tools=None if tools is None else tuple(tools),
             text=text,
             origin=Origin(file=file, line=line),
+            untrained=tuple(untrained),
         )
-        for messages, tools, text, file, line in record["eval_conversations"]
+        for messages, tools, text, file, line, untrained in record["eval_conversations"]
     ]

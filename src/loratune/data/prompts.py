@@ -75,7 +75,7 @@ def _by_prompt(conversations: Sequence[Conversation]) -> list[tuple[Conversation
     """Of each distinct prompt: the first conversation with it, the place of the answer, and all answers."""
     found: dict[str, tuple[Conversation, int, dict[str, None]]] = {}
     for conversation in conversations:
-        turns = trained_turns(conversation.messages, "last")
+        turns = trained_turns(conversation.messages, "last", conversation.untrained)
         if not turns or turns[-1] == 0:
             continue
         key = json.dumps([conversation.messages[: turns[-1]], conversation.tools], sort_keys=True)
@@ -132,3 +132,9 @@ def _reference(message: Message) -> str:
     content = message.get("content", "")
     parts = split_thoughts(content)
     return (parts[1] if parts else content).strip()
+
+
+def longest_answer(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens of the longest reference, with its stop token; 0 without prompts."""
+    references = [reference for prompt in prompts for reference in prompt.references]
+    return 1 + max(map(len, tokenizer(references, add_special_tokens=False)["input_ids"])) if references else 0

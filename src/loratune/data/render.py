@@ -150,9 +150,9 @@ def render(
     )
 
 
-def trained_turns(messages: Sequence[Message], train_on: TrainOn) -> list[int]:
-    """The messages to be trained."""
-    turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+def trained_turns(messages: Sequence[Message], train_on: TrainOn, untrained: Sequence[int] = ()) -> list[int]:
+    """The messages to be trained: answers, but for the `untrained` ones."""
+    turns = [n for n, message in enumerate(messages) if message["role"] == "assistant" and n not in untrained]
     return turns[-1:] if train_on == "last" else turns
 
 
@@ -253,7 +253,11 @@ class Renderer:
     def _render_chat(self, conversation: Conversation, template: ChatTemplate, substitution: Substitution) -> Text:
         messages = [with_thinking(m, self._thinking, template, n) for n, m in enumerate(conversation.messages, start=1)]
         tools = conversation.tools
-        turns = trained_turns(messages, self._train_on)
+        turns = trained_turns(messages, self._train_on, conversation.untrained)
+        if conversation.untrained:
+            if self._train_on == "all":
+                raise BadRow("an answer has train false, but data.train_on is all, which trains every token")
+            self._counts["answers_not_trained"] += len(conversation.untrained)
         if not turns and self._train_on != "all":
             raise BadRow("no assistant turn: nothing to train")
         check_tool_support(messages, tools, template)
@@ -270,7 +274,12 @@ class Renderer:
         if self._train_on != "all":
             spans = rendering.spans
             if template.has_markers and not rendering.num_restored:
-                second = spans_by_markers(text, marked, template)[-len(turns) :]
+                answers = trained_turns(messages, "assistant")
+                found = spans_by_markers(text, marked, template)
+                places = [
+                    answers.index(turn) - len(answers) for turn in turns
+                ]  # from the end: some mark the last alone
+                second = [found[place] for place in places if -place <= len(found)]
             else:
                 second = spans_by_prompting(rendering.text, messages, tools, turns, template)
             check = None if second == spans else second
@@ -327,6 +336,8 @@ class Renderer:
                 f"The chat template's generation prompt ends with empty thoughts, but {counts['thoughts']} trained answers "
                 "have some: when it is used, the model is prompted to answer without them."
             )
+        if counts["answers_not_trained"]:
+            notices.append(f"{counts['answers_not_trained']} answers have train: false and are not trained.")
         if counts["unanswered"]:
             notices.append(f"{counts['unanswered']} conversations end with a message that has no answer.")
         if template.writes_date:

@@ -95,6 +95,14 @@ def occasions(every: str | float, *, steps: int, epochs: float, at_end: bool = T
     return steps // interval + (at_end and steps % interval != 0)
 
 
+def occasion_steps(every: str | float, *, steps: int, num_per_epoch: int) -> list[int]:
+    """After which steps something with this cadence happens that also happens after the last one. Arguments as in `occasions`."""
+    if every == "never":
+        return []
+    interval = num_per_epoch if isinstance(every, str) else math.ceil(steps * every) if every < 1 else int(every)
+    return [*range(interval, steps, interval), steps]
+
+
 def step_tokens(lengths: Sequence[int], *, batch_size: int, seed: int) -> np.ndarray:
     """Tokens of each step of the first epoch, int64 [steps]."""
     shuffled = np.asarray(lengths)[epoch_order(len(lengths), seed=seed, epoch=0)]

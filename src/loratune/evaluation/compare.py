@@ -144,6 +144,9 @@ def evaluation_table(record: Mapping[str, Any]) -> Table:
         )
     for name, label in (("nll", "NLL per token"), ("perplexity", "perplexity")):
         _add_row(table, label, record["base"][name], record["tuned"][name], record["difference"][name])
+    for name, part in record.get("sources", {}).items():
+        of_it = _plain(f"NLL of {name} ({part['num_examples']} conversations)")
+        _add_row(table, of_it, part["base"]["nll"], part["tuned"]["nll"], part["difference"]["nll"])
     if "forgetting" in record:
         other = record["forgetting"]
         label = f"other data: NLL per token ({other['num_examples']} conversations)"
@@ -154,7 +157,7 @@ def evaluation_table(record: Mapping[str, Any]) -> Table:
     return table
 
 
-def _add_row(table: Table, label: str, base: float, tuned: float, difference: Mapping[str, float]) -> None:
+def _add_row(table: Table, label: str | Text, base: float, tuned: float, difference: Mapping[str, float]) -> None:
     interval = f"{difference['low']:+.4g} to {difference['high']:+.4g}" if "low" in difference else ""
     table.add_row(label, f"{base:.4g}", f"{tuned:.4g}", f"{difference['value']:+.4g}", interval)
 

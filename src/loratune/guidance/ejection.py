@@ -34,9 +34,9 @@ from loratune.model.whole import whole_arguments
 from loratune.planning.parameters import skeleton
 from loratune.preparation import NO_LIMIT, Preparation
 from loratune.progress import Progress
-from loratune.recipe import Recipe, Source
+from loratune.recipe import Recipe, Source, TrainSection
 from loratune.run import Record, RunDir
-from loratune.training.arguments import TrainingData, stock_arguments
+from loratune.training.arguments import TrainingData, own_optimizer, stock_arguments
 from loratune.training.stock import check_stock, labelled, stock_difference
 
 BUILDERS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
@@ -67,7 +67,7 @@ COVERED = {
         *("output_dir", "epochs", "learning_rate", "batch_size", "warmup_fraction", "weight_decay"),
         *("optimizer", "lora_plus_ratio", "schedule"),
         *("max_grad_norm", "seed", "engine", "device", "token_budget", "eval_every", "save_every", "log_every"),
-        *("keep_checkpoints", "report_to"),
+        *("keep_checkpoints", "report_to", "neftune_noise_alpha", "label_smoothing"),
         *("compile", "recompute", "strategy"),  # of the fast engine's speed and memory alone
     },
 }
@@ -91,6 +91,8 @@ FIELD_OF = {
     "weight_decay": "weight_decay",
     "max_grad_norm": "max_grad_norm",
     "seed": "seed",
+    "neftune_noise_alpha": "neftune_noise_alpha",
+    "label_smoothing_factor": "label_smoothing",
 }
 """Argument of `SFTConfig` → the field of the train section whose words explain it."""
 
@@ -296,7 +298,14 @@ def _script(prepared: Preparation, rows: Path | None, why_rows: str) -> str:
         quantization=section.quantization,
         arguments=_arguments(prepared, direct=rows is None),
         has_eval=bool(prepared.data.eval),
+        optimizer=_optimizer(recipe.train),
     )
+
+
+def _optimizer(train: TrainSection) -> str:
+    """One that is not named in `SFTConfig`."""
+    own = own_optimizer(train)
+    return f"(torch.optim.{own[0].__name__}, {_literal(own[1])})" if own else ""
 
 
 def _versions(recipe: Recipe) -> str:

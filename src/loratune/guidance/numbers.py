@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import psutil
 import torch
 
 from loratune.data.batch import num_supervised
+from loratune.data.mixture import mixture
 from loratune.data.render import Example
-from loratune.data.steps import EpochPlan, num_steps, num_steps_per_epoch, occasions
+from loratune.data.steps import EpochPlan, num_steps, num_steps_per_epoch, occasion_steps, occasions
 from loratune.guidance import adapter_numbers
 from loratune.guidance.facts import Facts, Row, around, size
 from loratune.model.device import torch_dtype
@@ -23,6 +24,7 @@ from loratune.model.quantised import BY_BITSANDBYTES, base_bytes
 from loratune.planning.optimizer_memory import state_bytes
 from loratune.preparation import NO_LIMIT
 from loratune.recipe import Optimizer
+from loratune.training.averaging import averaged_steps
 
 # ---- model
 
@@ -69,7 +71,12 @@ def _dtype_table(facts: Facts) -> list[Row]:
 
 def _train(facts: Facts) -> str:
     part = facts.prepared.data.report["train"]
-    return f"{part['rows']:,} rows, {part['conversations']:,} examples, {part['tokens']:,} tokens"
+    words = f"{part['rows']:,} rows, {part['conversations']:,} examples, {part['tokens']:,} tokens"
+    data = facts.prepared.data
+    sources = mixture(data.train, data.report, data.scale)
+    if len(sources) > 1:
+        words += "; an epoch has " + ", ".join(f"{source['num_examples']:,} of {source['name']}" for source in sources)
+    return words
 
 
 def _eval(facts: Facts) -> str:
@@ -234,7 +241,9 @@ def _optimizer(facts: Facts) -> str:
 
 
 def _optimizer_table(facts: Facts) -> list[Row]:
-    return [{"optimizer": name, "keeps": size(_state(facts, name))} for name in get_args(Optimizer)]
+    plain = facts.prepared.recipe.lora.variant != "dora"
+    names = [name for name in get_args(Optimizer) if plain or name != "muon"]
+    return [{"optimizer": name, "keeps": size(_state(facts, name))} for name in names]
 
 
 def _learning_rate_pattern(facts: Facts) -> str:
@@ -313,6 +322,45 @@ def _keep(facts: Facts) -> str:
     return f"{kept:,} stay{best}, about {size(num_bytes)} each (weights and the optimizer's state)"
 
 
+def _early_stopping(facts: Facts) -> str:
+    train, steps = facts.prepared.recipe.train, facts.prepared.num_steps
+    if train.early_stopping is None:
+        return f"all {steps:,} steps are taken"
+    per_epoch = num_steps_per_epoch(len(facts.lengths), train.batch_size)
+    times = occasion_steps(train.eval_every, steps=steps, num_per_epoch=per_epoch)
+    if len(times) <= train.early_stopping + 1:
+        return f"ends no run of {len(times):,} evaluations early"
+    return f"ends the run after step {times[train.early_stopping]:,} of {steps:,} at the earliest"
+
+
+def _average(facts: Facts) -> str:
+    train, steps = facts.prepared.recipe.train, facts.prepared.num_steps
+    per_epoch = num_steps_per_epoch(len(facts.lengths), train.batch_size)
+    chosen = averaged_steps(train, last_step=steps, num_steps=steps, num_per_epoch=per_epoch)
+    return f"the mean of the adapters after steps {_some(chosen)}" if chosen else "the adapter is of one step"
+
+
+def _neftune(facts: Facts) -> str:
+    alpha, width = facts.prepared.recipe.train.neftune_noise_alpha, facts.model.config.get_text_config().hidden_size
+    if not alpha:
+        return "no noise"
+    most = [alpha / math.sqrt(tokens * width) for tokens in (min(facts.lengths), max(facts.lengths))]
+    return f"noise of at most {most[0]:.2g} in the shortest example, {most[1]:.2g} in the longest"
+
+
+def _label_smoothing(facts: Facts) -> str:
+    """The lowest training loss is the entropy of a smoothed target."""
+    part = facts.prepared.recipe.train.label_smoothing
+    if not part:
+        return "the training loss is that of the tokens themselves"
+    model: Any = facts.model
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    even = part / vocabulary
+    own = 1 - part + even
+    lowest = -own * math.log(own) - (vocabulary - 1) * even * math.log(even)
+    return f"no training loss is below {lowest:.3f}, which a vocabulary of {vocabulary:,} leaves"
+
+
 # ---- evaluate
 
 
@@ -372,6 +420,10 @@ SUMMARIES: dict[str, Callable[[Facts], str]] = {
     "train.save_every": _occasions("save_every", "checkpoints"),
     "train.log_every": _occasions("log_every", "lines"),
     "train.keep_checkpoints": _keep,
+    "train.early_stopping": _early_stopping,
+    "train.average_checkpoints": _average,
+    "train.neftune_noise_alpha": _neftune,
+    "train.label_smoothing": _label_smoothing,
     "evaluate.metric": _metric,
     "evaluate.samples": _metric,
     "evaluate.max_new_tokens": _max_new_tokens,

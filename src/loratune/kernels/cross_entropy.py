@@ -34,9 +34,11 @@ def sum_cross_entropy(
     softcap: float | None = None,
     rows_NH: torch.Tensor | None = None,
     numbers_N: torch.Tensor | None = None,
+    smoothing: float = 0.0,
     compiled: bool = False,
 ) -> torch.Tensor:
-    """Sum of -log p(target) over all positions, a float32 scalar.
+    """Sum of the cross-entropy over all positions, a float32 scalar: of -log p(target), and with smoothing ε of
+    (1 - ε)·(-log p(target)) + ε·mean over the vocabulary of -log p (Szegedy et al. 2016, arXiv 1512.00567, section 7).
 
     The gradient with respect to the hidden states, and to the head where it is trained, is known as soon as a chunk's logits
     are: it is computed in the forward pass, and the logits are dropped.
@@ -51,13 +53,14 @@ def sum_cross_entropy(
         softcap: Logits become softcap · tanh(logit / softcap) (Gemma 2).
         rows_NH: [N, H]: what stands in the place of some rows of a frozen head without bias, and has a gradient.
         numbers_N: int64 [N]: which rows these are.
+        smoothing: ε, the part of the target that is spread evenly over the vocabulary.
         compiled: Whether a chunk is computed by compiled code.
     """
     trained = any(part is not None and part.requires_grad for part in (weight_VH, bias_V, rows_NH))
     part = _trained_chunk if trained or rows_NH is not None else _chunk
     chunk = _compiled(part) if compiled else part
     loss: torch.Tensor = _SumCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden_SH, weight_VH, bias_V, rows_NH, targets_S, logit_scale, softcap, numbers_N, chunk
+        hidden_SH, weight_VH, bias_V, rows_NH, targets_S, logit_scale, softcap, numbers_N, smoothing, chunk
     )
     return loss
 
@@ -73,7 +76,8 @@ def cross_entropy_per_token(
     rows_NH: torch.Tensor | None = None,
     numbers_N: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """-log p(target) of each position, float32 [S], without a gradient. Arguments as in `sum_cross_entropy`."""
+    """-log p(target) of each position, float32 [S], without smoothing and without a gradient. Arguments as in
+    `sum_cross_entropy`."""
     rows = chunk_rows(weight_VH.shape[0], weight_VH.device.type)
     losses = []
     with torch.no_grad():
@@ -118,9 +122,10 @@ def _chunk(
     targets_C: torch.Tensor,
     scale: float,
     softcap: float | None,
+    smoothing: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """-log p of each target, float32 [C], and the gradient of their sum to the hidden states, [C, H]."""
-    losses_C, grad_CV = _logit_gradients(hidden_CH, weight_VH, bias_V, targets_C, scale, softcap)
+    """The loss of each position, float32 [C], and the gradient of their sum to the hidden states, [C, H]."""
+    losses_C, grad_CV = _logit_gradients(hidden_CH, weight_VH, bias_V, targets_C, scale, softcap, smoothing)
     return losses_C, (grad_CV @ weight_VH) * scale
 
 
@@ -131,6 +136,7 @@ def _trained_chunk(
     targets_C: torch.Tensor,
     scale: float,
     softcap: float | None,
+    smoothing: float,
     rows_NH: torch.Tensor | None,
     numbers_N: torch.Tensor | None,
     trains: tuple[bool, bool],
@@ -140,7 +146,9 @@ def _trained_chunk(
     `trains`: whether weight and bias do.
     """
     weight_VH = weight_VH.to(hidden_CH.dtype)
-    losses_C, grad_CV = _logit_gradients(hidden_CH, weight_VH, bias_V, targets_C, scale, softcap, rows_NH, numbers_N)
+    losses_C, grad_CV = _logit_gradients(
+        hidden_CH, weight_VH, bias_V, targets_C, scale, softcap, smoothing, rows_NH, numbers_N
+    )
     grad_bias_V = grad_CV.float().sum(0) * scale if trains[1] else None
     grad_rows_NH = None
     grad_CH = torch.zeros_like(hidden_CH)
@@ -160,21 +168,29 @@ def _logit_gradients(
     targets_C: torch.Tensor,
     scale: float,
     softcap: float | None,
+    smoothing: float,
     rows_NH: torch.Tensor | None = None,
     numbers_N: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """-log p of each target, float32 [C], and the gradient of their sum to the head's products, but for `scale`, [C, V]."""
+    """The loss of each position, float32 [C], and the gradient of their sum to the head's products, but for `scale`, [C, V]."""
     targets_C1 = targets_C[:, None]
     logits_CV = head_logits(hidden_CH, weight_VH, bias_V, scale, softcap, rows_NH, numbers_N)
     slope_CV = 1 - (logits_CV / softcap) ** 2 if softcap is not None else None
     logits_CV = logits_CV - logits_CV.amax(-1, keepdim=True)
     target_C1 = logits_CV.gather(1, targets_C1)
+    mean_C1 = logits_CV.mean(-1, keepdim=True) if smoothing else None
     exponentials_CV = logits_CV.exp_()
     total_C1 = exponentials_CV.sum(-1, keepdim=True)
     losses_C1 = total_C1.log() - target_C1
-    grad_CV = exponentials_CV.mul_(1 / total_C1).to(weight_VH.dtype)
+    grad_CV = exponentials_CV.mul_(1 / total_C1)
     # p - 1 of the target, exact where p is near 1 and the narrow type has no digits left for the difference
-    grad_CV.scatter_(1, targets_C1, torch.expm1(-losses_C1).to(grad_CV.dtype))
+    grad_C1 = torch.expm1(-losses_C1)
+    if mean_C1 is not None:
+        even = smoothing / weight_VH.shape[0]
+        grad_CV, grad_C1 = grad_CV.sub_(even), grad_C1 + (smoothing - even)
+        losses_C1 = losses_C1 + smoothing * (target_C1 - mean_C1)
+    grad_CV = grad_CV.to(weight_VH.dtype)
+    grad_CV.scatter_(1, targets_C1, grad_C1.to(grad_CV.dtype))
     if slope_CV is not None:
         grad_CV = grad_CV * slope_CV.to(grad_CV.dtype)
     return losses_C1[:, 0], grad_CV
@@ -192,6 +208,7 @@ class _SumCrossEntropy(torch.autograd.Function):
         scale: float,
         softcap: float | None,
         numbers_N: torch.Tensor | None,
+        smoothing: float,
         chunk: Chunk,
     ) -> torch.Tensor:
         positions = chunk_rows(weight_VH.shape[0], weight_VH.device.type)
@@ -209,7 +226,7 @@ class _SumCrossEntropy(torch.autograd.Function):
         for start in range(0, hidden_SH.shape[0], positions):
             part = slice(start, start + positions)
             losses_C, grad_SH[part], *grads = chunk(
-                hidden_SH[part], weight_VH, bias_V, targets_S[part], scale, softcap, *more
+                hidden_SH[part], weight_VH, bias_V, targets_S[part], scale, softcap, smoothing, *more
             )
             total += losses_C.sum()
             for whole, grad in zip(of_head, grads, strict=False):
@@ -227,4 +244,4 @@ class _SumCrossEntropy(torch.autograd.Function):
             None if grad is None else grad.mul_(grad_total).to(dtype)
             for grad, dtype in zip(of_head, ctx.types, strict=True)
         ]
-        return grad_SH * grad_total.to(grad_SH.dtype), *scaled, None, None, None, None, None
+        return grad_SH * grad_total.to(grad_SH.dtype), *scaled, None, None, None, None, None, None

@@ -85,3 +85,10 @@ def find_device(name: str, *, option: str = "--device") -> Device:
     near = difflib.get_close_matches(known, DEVICES, n=2, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
     raise RecipeError(f"{option} {name} is not known", fix=f"{hint}known are {', '.join(DEVICES)}")
+
+
+def device_notes(device: Device | None, dtype: str) -> tuple[str, ...]:
+    """What a plan for a device that is not here should be read with."""
+    if device is None or dtype != "float32":
+        return ()
+    return (f"the time on {device.name} is for bfloat16; model.dtype is float32, which is several times slower there",)

@@ -167,6 +167,13 @@ def _results(evaluation: Record | None) -> list[str]:
             f"| {measure_in_words(name)} | {as_measure(name, evaluation['base'][name])} | {as_measure(name, tuned)} | "
             f"{as_difference(name, difference['value'])} | {low} to {high} |"
         )
+    for name, part in evaluation.get("sources", {}).items():
+        difference = part["difference"]["nll"]
+        rows.append(
+            f"| loss on {part['num_examples']:,} conversations of `{short(name)}` | {part['base']['nll']:.4g} | "
+            f"{part['tuned']['nll']:.4g} | {difference['value']:+.4g} | {difference['low']:+.4g} to "
+            f"{difference['high']:+.4g} |"
+        )
     if "forgetting" in evaluation:
         other = evaluation["forgetting"]
         difference = other["difference"]["nll"]

@@ -32,12 +32,13 @@ def summary_table(record: Record, *, model: str) -> Table:
         "adapter file": f"{parameters['adapter_bytes'] / MIB:,.1f} MiB",
         "data": f"{data['num_examples']:,} examples, {data['num_tokens']:,} tokens, of which "
         f"{data['num_supervised_tokens']:,} carry loss; {data['num_eval_examples']:,} held out",
+        **({"mixture": _mixture(data["sources"])} if len(data["sources"]) > 1 else {}),
         "steps": f"{clock['num_steps']:,} of {record['recipe']['batch_size']} examples, "
         f"{record['recipe']['epochs']:g} epochs",
         "memory": f"about {memory['peak_bytes'] / GIB:.1f} GiB at the peak",
         "time on one"
         if record["scaling"]
-        else "time": f"about {duration(clock['total_seconds'])}: training {duration(clock['train_seconds'])} at "
+        else "time": f"{'at most ' if clock['is_upper_bound'] else ''}about {duration(clock['total_seconds'])}: training {duration(clock['train_seconds'])} at "
         f"{clock['tokens_per_second']:,.0f} tokens/s, evaluation {duration(clock['evaluate_seconds'])}; "
         f"from {clock['source']}",
         "output": record["recipe"]["output_dir"],
@@ -247,6 +248,16 @@ def histogram_text(bins: dict[str, list[int]]) -> Text:
         for start, end, count in zip(edges, edges[1:], counts, strict=False)
     ]
     return Text("\n".join(lines))
+
+
+def _mixture(sources: list[Record]) -> str:
+    total = sum(source["num_supervised_tokens"] for source in sources)
+    return "; ".join(
+        f"{source['num_examples']:,} examples an epoch of {source['name']}"
+        + (f" × {source['weight']:g}" if source["weight"] != 1 else "")
+        + f" ({source['num_supervised_tokens'] / total:.0%} of what carries loss)"
+        for source in sources
+    )
 
 
 def notes(record: Record) -> Iterator[Text]:

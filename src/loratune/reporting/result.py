@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from loratune.reporting.amounts import as_count, as_difference, as_measure, as_number, is_graded, measure_in_words
+from loratune.reporting.answers import short
 from loratune.reporting.blocks import Block, Chart, Charts, Paragraph, Table
 from loratune.reporting.charts import Bar, draw_bars
 from loratune.reporting.files import RunFiles
@@ -24,7 +25,7 @@ def result(files: RunFiles) -> Iterator[Block]:
     yield Paragraph(
         text=f"Measured on {as_count(record['num_examples'], 'held-out conversation')} that training did not see. The "
         f"interval says where the difference lies with {level} confidence ({record['interval']['method']}, "
-        f"{record['interval']['resamples']:,} resamples)."
+        f"{record['interval']['resamples']:,} resamples).{_of_which(record)}"
     )
     yield Table(
         caption="Base against tuned",
@@ -32,12 +33,24 @@ def result(files: RunFiles) -> Iterator[Block]:
         rows=tuple(_measure_row(record, name) for name in measures),
         numeric=True,
     )
+    if "sources" in record:
+        yield _by_source(record["sources"])
     yield Charts(charts=tuple(_measure_chart(record, name) for name in measures if name != "perplexity"))
     if record["items"] and not is_graded(metric):
         yield _turned(record)
     yield from _elsewhere(record)
     if record.get("gates"):
         yield _gates(record["gates"])
+
+
+def _of_which(record: Record) -> str:
+    """Where the adapter is not simply that of the last step."""
+    adapter = record.get("adapter", {"kind": "last"})
+    if adapter["kind"] == "best":
+        return f" The adapter is that of step {adapter['steps'][0]:,}, which had the lowest held-out loss."
+    if adapter["kind"] == "mean":
+        return f" The adapter is the mean of those after steps {', '.join(f'{step:,}' for step in adapter['steps'])}."
+    return ""
 
 
 def _measure_row(record: Record, name: str) -> tuple[str, ...]:
@@ -49,6 +62,21 @@ def _measure_row(record: Record, name: str) -> tuple[str, ...]:
         as_measure(name, record["base"][name]),
         as_measure(name, record["tuned"][name]),
         f"{as_difference(name, difference['value'])}\n{low} to {high}",
+    )
+
+
+def _by_source(sources: dict[str, Record]) -> Table:
+    return Table(
+        caption="The loss by source, nats per token",
+        columns=("source", "base", "tuned", "difference, interval"),
+        rows=tuple(
+            _number_row(
+                f"{short(name)}, {as_count(part['num_examples'], 'conversation')}",
+                {side: part[side]["nll"] for side in ("base", "tuned", "difference")},
+            )
+            for name, part in sources.items()
+        ),
+        numeric=True,
     )
 
 

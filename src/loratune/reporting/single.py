@@ -243,7 +243,7 @@ def _promise(files: RunFiles) -> Iterator[Block]:
     done, num_steps, seconds = files.num_done, clock["num_steps"], files.train_seconds
     share = done / num_steps
     promised_seconds = _promised_seconds(files)
-    so_far = "" if done == num_steps else " so far"
+    so_far = "" if done == num_steps or files.is_trained else " so far"
     rows = [("optimizer steps", f"{num_steps:,}", f"{done:,}{so_far}", f"{share:.0%}")]
     if done:
         rows.append(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
+
+import torch
 
 from loratune.data.prepare import Stream
 from loratune.data.render import Example
@@ -22,6 +24,7 @@ class TrainingData:
         train: Training examples; of streamed data, the stream.
         known: Training examples; of streamed data, a sample.
         eval: Held-out examples; may be empty.
+        eval_groups: Where they come from several sources: source → their numbers.
         token_budget: Tokens per micro-batch, `auto` resolved.
     """
 
@@ -29,10 +32,17 @@ class TrainingData:
     known: Sequence[Example]
     eval: Sequence[Example]
     token_budget: int
+    eval_groups: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
 
-OPTIMIZERS = {"adamw": "adamw_torch", "adafactor": "adafactor", "sgd": "sgd"}
-"""Our name → transformers'."""
+OPTIMIZERS = {
+    "adamw": "adamw_torch",
+    "adamw_8bit": "adamw_bnb_8bit",
+    "lion": "lion_32bit",
+    "adafactor": "adafactor",
+    "sgd": "sgd",
+}
+"""Our name → transformers'; the others are `own_optimizer`'s."""
 
 MIN_LR_RATE = 0.1
 """Where `cosine_with_min_lr` ends, in parts of the highest rate."""
@@ -51,6 +61,16 @@ def schedule_arguments(train: TrainSection, steps: int) -> dict[str, Any]:
     return arguments
 
 
+def own_optimizer(train: TrainSection) -> tuple[type[torch.optim.Optimizer], dict[str, Any]] | None:
+    """Class and arguments of an optimizer that transformers has no name for; the trainer takes them as they are.
+
+    Muon scales its updates so that AdamW's rates fit (Liu et al. 2025, arXiv 2502.16982: 0.2·√(the larger side)).
+    """
+    if train.optimizer != "muon":
+        return None
+    return torch.optim.Muon, {"lr": train.learning_rate, "adjust_lr_fn": "match_rms_adamw"}
+
+
 def training_arguments(train: TrainSection, data: TrainingData, run: RunDir) -> dict[str, Any]:
     """The arguments of transformers' trainer that a recipe decides, the same for both engines."""
     steps = num_steps(len(data.train), train.batch_size, train.epochs)
@@ -61,7 +81,7 @@ def training_arguments(train: TrainSection, data: TrainingData, run: RunDir) -> 
         **schedule_arguments(train, steps),
         "weight_decay": train.weight_decay,
         "max_grad_norm": train.max_grad_norm,
-        "optim": OPTIMIZERS[train.optimizer],
+        **({"optim": OPTIMIZERS[train.optimizer]} if train.optimizer in OPTIMIZERS else {}),
         "seed": train.seed,
         "use_cpu": train.device == "cpu",
         **_cadence("eval", train.eval_every if data.eval else "never"),
@@ -76,9 +96,11 @@ def training_arguments(train: TrainSection, data: TrainingData, run: RunDir) -> 
 
 
 def stock_arguments(train: TrainSection, data: TrainingData, run: RunDir, *, bf16: bool) -> dict[str, Any]:
-    """The arguments of TRL's `SFTConfig` on ready-made examples."""
+    """The arguments of TRL's `SFTConfig` on ready-made examples; the fast engine smooths labels and adds noise itself."""
+    only_here = {"neftune_noise_alpha": train.neftune_noise_alpha, "label_smoothing_factor": train.label_smoothing}
     return {
         **training_arguments(train, data, run),
+        **{name: value for name, value in only_here.items() if value},
         "per_device_train_batch_size": train.batch_size,
         "max_length": None,  # the examples are cut already, by the recipe's policy
         "router_aux_loss_coef": 0.0,  # a product of means over a batch: no sum over tokens, so it would depend on the batching

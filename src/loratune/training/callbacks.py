@@ -144,5 +144,10 @@ class RunCallback(TrainerCallback):
     ) -> None:
         nll = (metrics or {})["eval_nll"]
         seconds = self._trainer.evaluate_seconds
-        self._run.append_metrics({"step": state.global_step, "epoch": state.epoch, "eval_nll": nll, "seconds": seconds})
-        self._progress.line(f"step {state.global_step}/{state.max_steps} · held-out loss {nll:.4f}")
+        record = {"step": state.global_step, "epoch": state.epoch, "eval_nll": nll, "seconds": seconds}
+        by_source: dict[str, float] = self._trainer.nll_by_source()
+        parts = ", ".join(f"{name} {value:.4f}" for name, value in by_source.items())
+        self._run.append_metrics({**record, "eval_nll_by_source": by_source} if by_source else record)
+        self._progress.line(
+            f"step {state.global_step}/{state.max_steps} · held-out loss {nll:.4f}" + (f" ({parts})" if parts else "")
+        )

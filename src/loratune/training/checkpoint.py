@@ -17,7 +17,7 @@ import math
 import os
 import random
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,7 @@ def save_checkpoint(
     trainer_state: str,
     keep: int | None,
     held_out: Mapping[int, float | None],
+    keep_too: Collection[int] = (),
 ) -> None:
     """Write a checkpoint, whole or not at all, then drop the oldest beyond `keep`, but never the best.
 
@@ -59,6 +60,7 @@ def save_checkpoint(
         trainer_state: transformers' `TrainerState` as JSON.
         keep: How many checkpoints to keep; None keeps all.
         held_out: Step → held-out loss.
+        keep_too: Steps whose checkpoints are kept in any case.
 
     Raises:
         MachineError: The disk is full or cannot be written. Earlier checkpoints are intact.
@@ -76,7 +78,7 @@ def save_checkpoint(
             if keep is not None:
                 best = best_checkpoint(folder.parent, held_out)
                 for old in checkpoints_in(folder.parent)[:-keep]:
-                    if int(old.name) != best:
+                    if int(old.name) not in (best, *keep_too):
                         remove_checkpoint(old)
     except MachineError:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -109,7 +111,7 @@ def latest_checkpoint(folder: Path) -> tuple[Path | None, dict[Path, str]]:
     """The newest checkpoint whose files are as they were written, and any newer ones with what is wrong with them."""
     damaged: dict[Path, str] = {}
     for path in reversed(checkpoints_in(folder)):
-        problem = _damage(path)
+        problem = damage_of(path)
         if not problem:
             return path, damaged
         damaged[path] = problem
@@ -140,6 +142,15 @@ def load_adapter_weights(folder: Path, model: PeftModel) -> None:
     own = get_peft_model_state_dict(model, save_embedding_layers=False)
     tensors = load_file(folder / _ADAPTER, device=str(model.device))
     set_peft_model_state_dict(model, with_copies(tensors, own))
+
+
+def load_mean(folders: Sequence[Path], model: PeftModel) -> None:
+    """Put the mean of the adapters of checkpoints into the model: of each weight, in double precision. A mean of A and of B is not the
+    mean of the updates B·A; of neighbouring checkpoints they are close."""
+    parts = [load_file(folder / _ADAPTER) for folder in folders]
+    mean = {name: torch.stack([part[name].double() for part in parts]).mean(0) for name in parts[0]}
+    dtyped = {name: weight.to(device=model.device, dtype=parts[0][name].dtype) for name, weight in mean.items()}
+    set_peft_model_state_dict(model, dtyped)
 
 
 def load_optimizer(folder: Path, optimizer: Any, scheduler: Any) -> None:
@@ -185,20 +196,39 @@ def _contiguous(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _split_state(state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """An optimizer's state as JSON (numbers) and tensors named `parameter.entry`."""
+    """An optimizer's state as JSON (numbers) and tensors named `parameter.entry`, or `parameter.group/entry` where bitsandbytes
+    groups entries. Each has a copy of a table that several share."""
     numbers: dict[str, dict[str, Any]] = {}
     tensors: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
     for parameter, entries in state["state"].items():
-        numbers[str(parameter)] = {k: v for k, v in entries.items() if not isinstance(v, torch.Tensor)}
-        tensors.update({f"{parameter}.{k}": v for k, v in entries.items() if isinstance(v, torch.Tensor)})
+        flat = dict(_flattened(entries))
+        numbers[str(parameter)] = {k: v for k, v in flat.items() if not isinstance(v, torch.Tensor)}
+        for name, value in flat.items():
+            if isinstance(value, torch.Tensor):
+                tensors[f"{parameter}.{name}"] = value.clone() if value.data_ptr() in seen else value
+                seen.add(value.data_ptr())
     return {"numbers": numbers, "param_groups": state["param_groups"]}, _contiguous(tensors)
 
 
+def _flattened(entries: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, value in entries.items():
+        if isinstance(value, dict):
+            yield from ((f"{name}/{inner}", item) for inner, item in value.items())
+        else:
+            yield name, value
+
+
 def _join_state(structure: dict[str, Any], tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
-    state: dict[int, dict[str, Any]] = {int(name): dict(entries) for name, entries in structure["numbers"].items()}
-    for name, tensor in tensors.items():
+    flat = [
+        (f"{name}.{key}", value) for name, entries in structure["numbers"].items() for key, value in entries.items()
+    ]
+    state: dict[int, dict[str, Any]] = {int(name): {} for name in structure["numbers"]}
+    for name, value in (*flat, *tensors.items()):
         parameter, _, entry = name.partition(".")
-        state[int(parameter)][entry] = tensor
+        *group, entry = entry.split("/")
+        place = state[int(parameter)]
+        (place.setdefault(group[0], {}) if group else place)[entry] = value
     return {"state": state, "param_groups": structure["param_groups"]}
 
 
@@ -217,7 +247,8 @@ def _write_manifest(folder: Path) -> None:
     sync(folder)
 
 
-def _damage(folder: Path) -> str:
+def damage_of(folder: Path) -> str:
+    """What is wrong with a checkpoint's files; empty where they are as they were written."""
     try:
         manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
         if not isinstance(manifest, dict) or manifest.keys() != _FILES:

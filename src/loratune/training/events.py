@@ -9,6 +9,7 @@ left_out            rows: of streamed data, that turned out to be no examples
 spike               loss, median; examples
 evaluation_failed
 tracker_failed
+early_stopping      lowest_at: the step with the lowest held-out loss
 """
 
 from __future__ import annotations
@@ -87,19 +88,21 @@ class History:
         held_out: Step → held-out loss, None where the evaluation failed.
         num_skipped: Steps that were not applied.
         token_budget: The one that the last out-of-memory error left; None where there was none.
+        stopped_early: Whether it was told that training ends before the last step.
     """
 
     losses: list[float]
     held_out: dict[int, float | None]
     num_skipped: int
     token_budget: int | None
+    stopped_early: bool = False
 
     @classmethod
     def of(cls, metrics: Iterable[Record]) -> History:
         """Read it from the lines."""
         losses: list[float] = []
         held_out: dict[int, float | None] = {}
-        num_skipped, token_budget = 0, None
+        num_skipped, token_budget, stopped_early = 0, None, False
         for line in metrics:
             if "eval_nll" in line:
                 held_out[line["step"]] = line["eval_nll"]
@@ -112,4 +115,6 @@ class History:
                     num_skipped += 1
                 case "out_of_memory":
                     token_budget = line["token_budget"]
-        return cls(losses, held_out, num_skipped, token_budget)
+                case "early_stopping":
+                    stopped_early = True
+        return cls(losses, held_out, num_skipped, token_budget, stopped_early)

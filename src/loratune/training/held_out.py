@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
@@ -21,6 +21,12 @@ Nll = list[tuple[float, int]]
 """Per held-out example: the sum of -log p over its supervised tokens, in nats, and their number."""
 
 _NOBODY = Silent()
+
+
+def mean_nll(losses: Iterable[tuple[float, int]]) -> float:
+    """-log p of a supervised token, on average over all tokens of these examples."""
+    pairs = list(losses)
+    return sum(total for total, _ in pairs) / max(1, sum(count for _, count in pairs))
 
 
 class EvaluationStoppedError(Exception):

@@ -1,4 +1,4 @@
-"""The loss of a micro-batch: sum of -log p over its supervised tokens.
+"""The loss of a micro-batch: the sum over its supervised tokens of -log p, where the recipe smooths of its smoothed form.
 
 This is the fast path. Its plain counterpart is the model's own forward with labels, as `SFTTrainer` calls it;
 `check_against_plain` compares the two on the user's own model and data before a run starts.
@@ -21,6 +21,7 @@ from loratune.kernels.attention import PACKED, PackingUnsupportedError, record_u
 from loratune.kernels.cross_entropy import cross_entropy_per_token, head_logits, sum_cross_entropy
 from loratune.model.adapter import use_fast_layers
 from loratune.model.whole import head_weights
+from loratune.training.noise import EmbeddingNoise
 from loratune.training.packing import decoder_of, longest_packed, obstacle
 
 CHECK_TOKENS = 24
@@ -73,11 +74,15 @@ class SupervisedLoss:
 
     Attributes:
         compiled: Whether the chunks of the cross-entropy are computed by compiled code.
+        smoothing: The part of each target that is spread over the vocabulary, in `sum` alone.
+        noise: On the embeddings, while the model is in training; None: none.
         longest_packed: The longest example, in tokens, whose micro-batch shares one forward; None where all do.
         sharded: Whether the model's layers are shared with other processes (`shards`), so that all call it equally often.
     """
 
     compiled = False
+    smoothing = 0.0
+    noise: EmbeddingNoise | None = None
     longest_packed: int | None = None
     sharded = False
 
@@ -98,7 +103,7 @@ class SupervisedLoss:
         return Head.of(self.model.get_base_model())
 
     def sum(self, batch: MicroBatch) -> torch.Tensor:
-        """Sum of -log p over the supervised tokens of a micro-batch, a float32 scalar with a gradient."""
+        """Sum of the loss over the supervised tokens of a micro-batch, a float32 scalar with a gradient."""
         head = self.head
         return sum_cross_entropy(
             self._predictions(batch),
@@ -109,6 +114,7 @@ class SupervisedLoss:
             softcap=head.softcap,
             rows_NH=head.rows,
             numbers_N=head.numbers,
+            smoothing=self.smoothing,
             compiled=self.compiled,
         )
 
@@ -174,6 +180,8 @@ class SupervisedLoss:
             if batch is not None
             else {}
         )
+        if self.noise is not None:
+            self.noise.lengths = batch.boundaries.diff().long() if batch is not None else None
         hidden: torch.Tensor = self.decoder(input_ids=input_ids, use_cache=False, **boundaries)[0]
         return hidden
 

@@ -41,7 +41,8 @@ from loratune.model.device import is_out_of_memory
 from loratune.progress import Progress, Silent
 from loratune.recipe import TrainSection
 from loratune.run import RunDir, write_json
-from loratune.training.arguments import TrainingData, stock_arguments, training_arguments
+from loratune.training.arguments import TrainingData, own_optimizer, stock_arguments, training_arguments
+from loratune.training.averaging import averaged_steps
 from loratune.training.budget import TokenBudget, random_state, set_random_state
 from loratune.training.checkpoint import (
     TRAINER_STATE,
@@ -53,9 +54,10 @@ from loratune.training.checkpoint import (
 )
 from loratune.training.events import Events, History, StepMetrics
 from loratune.training.groups import give_own_rates, let_b_learn_faster
-from loratune.training.held_out import EvaluationStoppedError, Nll, evaluate_nll, evaluate_together
+from loratune.training.held_out import EvaluationStoppedError, Nll, evaluate_nll, evaluate_together, mean_nll
 from loratune.training.loss import SupervisedLoss
 from loratune.training.order import ExampleOrder, Held, StepExamples, Steps
+from loratune.training.patience import Patience
 from loratune.training.shards import FILLER
 from loratune.training.sharing import StepTotals, add_up_gradients, check_same, seed_step
 from loratune.training.stock import labelled
@@ -101,6 +103,7 @@ class _RunTrainer(Trainer):
     events: Events
     budget: TokenBudget
     watch: NumberWatch
+    patience: Patience
     held_out: dict[int, float | None]
     steps: Steps
     under_way: StepExamples
@@ -119,7 +122,7 @@ class _RunTrainer(Trainer):
             history.token_budget or setup.data.token_budget, self.events, together=setup.loss.sharded
         )
         self.watch = NumberWatch(setup.train, setup.loss, setup.tokenizer, self.events, history)
-        self.held_out = history.held_out
+        self.held_out, self.patience = history.held_out, Patience(setup.train, self.events, history)
         self.steps = Steps(setup.data.train, setup.train, setup.data.token_budget)
         trackers = setup.train.report_to if world.is_main() else ()
         return [setup.callback, Trackers(trackers, setup.run, self.events)]
@@ -136,6 +139,11 @@ class _RunTrainer(Trainer):
         """Be where a run is after its last step."""
         load_adapter_weights(checkpoint, self.model)
         self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE))
+
+    def ends_early(self) -> bool:
+        """Whether the held-out losses until now end the run before its last step."""
+        self.events.step = self.state.global_step
+        return self.state.global_step < self.state.max_steps and self.patience.is_over(self.held_out)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Token-weighted negative log-likelihood of the held-out examples; nothing where it fails or is stopped."""
@@ -160,12 +168,20 @@ class _RunTrainer(Trainer):
             return {}
         self.evaluate_seconds = time.perf_counter() - started
         self.last_evaluation = self.state.global_step, losses
-        metrics = {"eval_nll": sum(s for s, _ in losses) / max(1, sum(n for _, n in losses))}
+        metrics = {"eval_nll": mean_nll(losses)}
         self.held_out[self.state.global_step] = metrics["eval_nll"]
         metrics["eval_loss"] = metrics["eval_nll"]  # the name that transformers' callbacks and trackers look for
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        if self.ends_early():
+            self.control.should_training_stop = True
+            self.control.should_save |= self.args.save_strategy != "no"  # as after the last step
         return metrics
+
+    def nll_by_source(self) -> dict[str, float]:
+        """The last evaluation's loss of each source; nothing where there is one."""
+        _, losses = self.last_evaluation
+        return {name: mean_nll(losses[i] for i in chosen) for name, chosen in self.setup.data.eval_groups.items()}
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         super().log(logs, *args, **kwargs)
@@ -218,6 +234,12 @@ class _RunTrainer(Trainer):
             trainer_state=json.dumps(asdict(self.state), indent=2),
             keep=self.setup.train.keep_checkpoints,
             held_out=self.held_out,
+            keep_too=averaged_steps(
+                self.setup.train,
+                last_step=int(folder.name),
+                num_steps=self.state.max_steps,
+                num_per_epoch=self.steps.num_per_epoch,
+            ),
         )
         best = best_checkpoint(run.checkpoints, self.held_out)
         if best is not None:
@@ -257,6 +279,7 @@ class FastTrainer(_RunTrainer):
             train_dataset=self.steps,
             eval_dataset=Held(setup.data.eval),
             callbacks=callbacks,
+            optimizer_cls_and_kwargs=own_optimizer(setup.train),
         )
         self.remove_callback(PrinterCallback)
 
@@ -342,6 +365,7 @@ class ReferenceTrainer(_RunTrainer, SFTTrainer):
             eval_dataset=labelled(data.eval) if data.eval else None,
             processing_class=setup.tokenizer,
             callbacks=callbacks,
+            optimizer_cls_and_kwargs=own_optimizer(setup.train),
         )
         for name, parameter in trainable_parameters(setup.model).items():
             parameter.data = adapter[name]  # TRL rounds adapters on a quantised base to bfloat16

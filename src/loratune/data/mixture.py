@@ -1,0 +1,65 @@
+"""Which of several sources the examples come from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from loratune.data.batch import num_supervised
+from loratune.data.render import Example
+
+
+def held_out_groups(examples: Sequence[Example], report: dict[str, Any]) -> dict[str, list[int]]:
+    """Source → the numbers of its held-out examples. Those that are a part of the training data have its sources.
+
+    Args:
+        examples: Held-out examples.
+        report: The data report.
+
+    Returns:
+        Nothing where there is one source, or none.
+    """
+    if not examples:
+        return {}
+    sources = report["eval"]["sources"]
+    found = _groups(examples, report["train"]["sources"] if "held_out" in sources[0] else sources)
+    return found if len(found) > 1 else {}
+
+
+def mixture(examples: Sequence[Example], report: dict[str, Any], scale: float) -> list[dict[str, Any]]:
+    """What an epoch has of each training source: examples, tokens, and tokens that carry loss.
+
+    Args:
+        examples: Training examples, each as often as its source's weight repeats it; of streamed data, a sample.
+        report: The data report.
+        scale: Training examples for each one given.
+    """
+    weights: dict[str, float] = {}
+    for source in report["train"]["sources"]:
+        weights.setdefault(_name(source), source["weight"])
+    return [
+        {
+            "name": name,
+            "weight": weights[name],
+            "num_examples": round(scale * len(numbers)),
+            "num_tokens": round(scale * sum(len(examples[i].input_ids) for i in numbers)),
+            "num_supervised_tokens": round(scale * sum(num_supervised(examples[i]) for i in numbers)),
+        }
+        for name, numbers in _groups(examples, report["train"]["sources"]).items()
+    ]
+
+
+def _groups(examples: Sequence[Example], sources: Sequence[dict[str, Any]]) -> dict[str, list[int]]:
+    """In the order of the sources; a file that several name is the first one's."""
+    of_file: dict[str, str] = {}
+    for source in sources:
+        for file in source["sha256"]:
+            of_file.setdefault(file, _name(source))
+    found: dict[str, list[int]] = {_name(source): [] for source in sources}
+    for number, example in enumerate(examples):
+        found[of_file[example.origin.file]].append(number)
+    return {name: numbers for name, numbers in found.items() if numbers}
+
+
+def _name(source: dict[str, Any]) -> str:
+    return ":".join(part for part in (source["name"], source["config"], source["split"]) if part)
