@@ -7,8 +7,10 @@ from contextlib import contextmanager
 
 from peft import PeftModel
 
+from loratune.data.labelled import LabelledExample
 from loratune.data.prompts import stop_token_ids
 from loratune.errors import MachineError
+from loratune.evaluation.classify import class_logits, classification_record
 from loratune.evaluation.compare import evaluation_record, nll_record
 from loratune.evaluation.generate import Answer, generate_answers
 from loratune.evaluation.own_metric import OwnMetric
@@ -17,6 +19,7 @@ from loratune.preparation import Preparation
 from loratune.progress import Progress
 from loratune.run import Record, RunDir, write_json
 from loratune.training.budget import TokenBudget
+from loratune.training.classifier_loss import ClassificationLoss
 from loratune.training.events import Events, History
 from loratune.training.held_out import Nll, evaluate_nll
 from loratune.training.loss import SupervisedLoss
@@ -35,6 +38,8 @@ def assess(
 
     `tuned_nll`: where it is known already; `own`: in the place of the recipe's metric.
     """
+    if isinstance(loss, ClassificationLoss):
+        return _assess_classes(prepared, run, loss, progress)
     section, data = prepared.recipe.evaluate, prepared.data
     prompts = prepared.prompts
     events = Events(run, progress)
@@ -79,6 +84,29 @@ def assess(
         rise = record["forgetting"]["difference"]["nll"]
         if rise["low"] > 0:
             progress.warn(f"the loss on evaluate.forgetting rose by {rise['value']:.4g} nats per token: it forgets")
+    write_json(run.evaluation, record)
+    return record
+
+
+def _assess_classes(prepared: Preparation, run: RunDir, loss: ClassificationLoss, progress: Progress) -> Record:
+    """The same of a classifier: the base has the head that training began with."""
+    events = Events(run, progress)
+    events.step = prepared.num_steps
+    budget = TokenBudget(_token_budget(prepared, run), events)
+    held_out = [example for example in prepared.data.eval if isinstance(example, LabelledExample)]
+    loss.model.eval()
+    free_memory()
+    with loss.model.disable_adapter():
+        base = class_logits(loss, held_out, budget, progress)
+    tuned = class_logits(loss, held_out, budget, progress)
+    counts = prepared.data.report["train"]["labels"]
+    record = classification_record(
+        names=prepared.data.report["labels"],
+        examples=held_out,
+        base=base,
+        tuned=tuned,
+        majority=max(counts, key=lambda name: counts[name]),
+    )
     write_json(run.evaluation, record)
     return record
 

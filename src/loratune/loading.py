@@ -14,6 +14,7 @@ from loratune.model.load import load_model
 from loratune.preparation import Preparation
 from loratune.progress import Progress
 from loratune.run import RunDir
+from loratune.training.classifier_loss import ClassificationLoss, make_classification_loss
 from loratune.training.compilation import prepare_layers
 from loratune.training.loss import SupervisedLoss, make_loss
 
@@ -22,24 +23,35 @@ def load_base(prepared: Preparation, progress: Progress) -> Any:
     """The base model alone."""
     recipe = prepared.recipe
     progress.line(f"loading {recipe.model.name} in {recipe.model.dtype} on {recipe.train.device}")
-    return load_model(prepared.base, recipe.model, dtype=torch_dtype(recipe.model.dtype), device=recipe.train.device)
+    return load_model(
+        prepared.base,
+        recipe.model,
+        dtype=torch_dtype(recipe.model.dtype),
+        device=recipe.train.device,
+        classes=prepared.classes,
+    )
 
 
 def adapt(prepared: Preparation, base: Any, progress: Progress) -> tuple[PeftModel, SupervisedLoss]:
     """The adapter on the base, fresh or that of `lora.start_from`, and the way to its loss, ready for training."""
     recipe = prepared.recipe
     model = attach_adapter(
-        base, recipe.lora, prepared.targets, base_name=_loadable_name(prepared), seed=recipe.train.seed
+        base,
+        recipe.lora,
+        prepared.targets,
+        base_name=_loadable_name(prepared),
+        seed=recipe.train.seed,
+        classes=prepared.classes,
     )
     if prepared.start is not None:
         begin_from(model, prepared.start)
     if recipe.model.quantization == "fp8":
         quantise_frozen(model)
+    loss, reason = _loss(prepared, model)
     if recipe.train.engine == "trl":
-        return model, SupervisedLoss(model, packed=False)
-    loss, reason = make_loss(model, prepared.data.train)
+        return model, loss
     if reason:
-        progress.warn(f"one example at a time: {reason}")
+        progress.warn(reason)
     note = fallback_note(model)
     if note and recipe.lora.variant != "dora":  # of which the plan speaks
         progress.warn(note)
@@ -53,10 +65,19 @@ def load_trained(prepared: Preparation, run: RunDir, progress: Progress) -> tupl
     model = load_adapter(load_base(prepared, progress), run.adapter)
     if prepared.recipe.model.quantization == "fp8":
         quantise_frozen(model)
+    return model, _loss(prepared, model)[0]
+
+
+def _loss(prepared: Preparation, model: PeftModel) -> tuple[SupervisedLoss, str]:
+    """The way to the loss, and what to say where it is not the fastest of the engine."""
+    kind = SupervisedLoss if prepared.classes is None else ClassificationLoss
     if prepared.recipe.train.engine == "trl":
-        return model, SupervisedLoss(model, packed=False)
-    loss, _ = make_loss(model, prepared.data.train)
-    return model, loss
+        return kind(model, packed=False), ""
+    if prepared.classes is not None:
+        found, reason = make_classification_loss(model, prepared.data.train)
+        return found, f"examples are padded: {reason}" if reason else ""
+    loss, reason = make_loss(model, prepared.data.train)
+    return loss, f"one example at a time: {reason}" if reason else ""
 
 
 def _loadable_name(prepared: Preparation) -> str:

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratune import world
+from loratune.advising import advice_facts
+from loratune.class_preparation import class_positions, prepare_classes
 from loratune.data.batch import num_supervised
 from loratune.data.prepare import PreparedData, prepare_data
-from loratune.data.prompts import Prompt, render_prompts, stop_token_ids
+from loratune.data.prompts import Prompt, render_prompts
 from loratune.data.render import Example
 from loratune.data.steps import num_steps
 from loratune.data.stream import MANY_ROWS, can_stream, open_tables, stream_data
@@ -19,17 +21,16 @@ from loratune.errors import MachineError, RecipeError
 from loratune.evaluation.scoring import check_metric, check_references
 from loratune.lock import examples_fingerprint, make_lock, model_fingerprint, text_fingerprint
 from loratune.model.beginning import adapter_fingerprint, base_notes
+from loratune.model.classifier import Classes
 from loratune.model.device import Choice, choose_device, choose_dtype, free_memory
 from loratune.model.gguf import cache_dir
 from loratune.model.load import BaseModel, load_config, load_tokenizer, locate_model, positions_of
 from loratune.model.quantised import BY_BITSANDBYTES, check_checkpoint
-from loratune.model.stops import generation_stops
 from loratune.model.targets import describe_targets, resolve_targets, target_notes
 from loratune.model.variants import check_variant, variant_notes
 from loratune.model.weights import bytes_to_convert, check_stored, check_weights
-from loratune.planning.advice import Advice, Facts, give_advice
+from loratune.planning.advice import Advice, give_advice
 from loratune.planning.cluster import Cluster
-from loratune.planning.compatibility import unknown_to_gguf
 from loratune.planning.cost import Place, run_flops, run_memory
 from loratune.planning.devices import Device
 from loratune.planning.estimate import Estimate, estimate
@@ -41,6 +42,7 @@ from loratune.planning.scaling import Scaling, scale, strategy_for
 from loratune.planning.speed import StepProbe, TimePlan, with_probe
 from loratune.progress import Progress
 from loratune.recipe import Recipe
+from loratune.recipe_tasks import is_classification, refuse_classifier
 from loratune.run import Record
 
 if TYPE_CHECKING:
@@ -75,6 +77,7 @@ class Preparation:
         device: The named device that the plan is for; None for this machine.
         scaling: The run on more and more devices; None where the plan is for one.
         probe: What real steps took; None where none were run.
+        classes: Of a classifier; None where the model writes text.
     """
 
     recipe: Recipe
@@ -97,6 +100,7 @@ class Preparation:
     device: Device | None
     scaling: Scaling | None = None
     probe: StepProbe | None = None
+    classes: Classes | None = None
 
     def with_probe(self, probe: StepProbe) -> Preparation:
         """The same with the times that the probe's speed makes."""
@@ -130,6 +134,7 @@ class Preparation:
                     }
                     for item in self.parameters.per_module
                 ],
+                "whole": {name: list(shape) for name, shape in self.parameters.whole.items()},
             },
             "presets": {preset.count.name: preset.as_record() for preset in self.presets},
             "memory": {"peak_bytes": memory.peak_bytes, **asdict(memory)},
@@ -177,6 +182,7 @@ class Preparation:
                 if self.data.stream is None
                 else self.data.stream.contents,
                 "eval": examples_fingerprint(self.data.eval),
+                **({"labels": list(self.classes.names)} if self.classes else {}),
                 **({"start": adapter_fingerprint(self.start)} if self.start else {}),
                 **({"forgetting": examples_fingerprint(self.forgetting)} if self.forgetting else {}),
             },
@@ -214,18 +220,25 @@ def prepare(
     base = locate_model(recipe.model, progress, weights=weights)
     config = load_config(base, recipe.model)
     check_checkpoint(config, recipe.model.quantization, name=base.name, device=where.value)
-    positions = positions_of(config)
+    classifies = is_classification(recipe)
+    if classifies and cluster is not None:
+        refuse_classifier(recipe, "--devices")
+    positions = class_positions(recipe, config) if classifies else positions_of(config)
     max_length = _max_length(recipe, positions)
-    model = skeleton(config, trust_remote_code=recipe.model.trust_remote_code)
+    labelled = prepare_classes(recipe, base, config, int(max_length.value), progress) if classifies else None
+    config, whole = (labelled.config, labelled.classes.whole) if labelled else (config, ())
+    model = skeleton(config, trust_remote_code=recipe.model.trust_remote_code, classifier=classifies)
     targets = resolve_targets(model, recipe.lora.targets, recipe.lora.layers)
-    check_weights(base.path, model, quantized=getattr(config, "quantization_config", None) is not None)
-    check_stored(base.stored, model, name=base.name)
-    parameters = count_parameters(model, targets, recipe.lora)
+    check_weights(base.path, model, quantized=getattr(config, "quantization_config", None) is not None, without=whole)
+    check_stored(base.stored, model, name=base.name, without=whole)
+    parameters = count_parameters(model, targets, recipe.lora, whole)
     matrices = [count.matrix for count in parameters.per_module]
     check_variant(recipe.lora, matrices, model)
     start = check_start(recipe, matrices, output_dir(recipe))
-    tokenizer = load_tokenizer(base, recipe.model)
-    streaming, data = _data(recipe, tokenizer, int(max_length.value), progress)
+    tokenizer = labelled.tokenizer if labelled else load_tokenizer(base, recipe.model)
+    streaming, data = (
+        (Choice("false"), labelled.data) if labelled else _data(recipe, tokenizer, int(max_length.value), progress)
+    )
     forgetting = _forgetting(recipe, tokenizer, int(max_length.value), progress)
     embeddings: Any = model.get_input_embeddings()
     check_vocabulary([*data.train, *data.eval, *forgetting], embeddings.weight.shape[0])
@@ -276,7 +289,7 @@ def prepare(
     }
     effective = _resolved(recipe, choices)
     check_disk(effective, parameters, data.num_examples)
-    presets = count_presets(model, recipe.lora)
+    presets = count_presets(model, recipe.lora, whole)
     steps = num_steps(data.num_examples, recipe.train.batch_size, recipe.train.epochs)
     return Preparation(
         recipe=effective,
@@ -295,6 +308,7 @@ def prepare(
         time=estimated.time,
         num_steps=steps,
         warnings=(
+            *(labelled.notes if labelled else ()),
             *target_notes(model, recipe.lora.targets),
             *variant_notes(effective),
             *(base_notes(start, (base.name, str(base.path))) if start else ()),
@@ -304,11 +318,17 @@ def prepare(
         ),
         advice=give_advice(
             replace(
-                _facts(effective, base, tokenizer, model, targets, data, trainable=parameters.trainable, steps=steps),
+                advice_facts(
+                    *(effective, base, tokenizer, model, targets, data),
+                    presets=presets,
+                    trainable=parameters.trainable,
+                    steps=steps,
+                ),
                 num_devices=1 if cluster is None else cluster.size,
             )
         ),
         device=device,
+        classes=labelled.classes if labelled else None,
         scaling=None
         if cluster is None
         else scale(cluster, recipe, text_config, parameters, data=data, place=place, estimate_at=estimate_at),
@@ -318,34 +338,6 @@ def prepare(
 def _free_bytes(device: str) -> int | None:
     """Of the processes that share a machine's memory, the share of one; each has a GPU of its own."""
     return None if world.local_size() == 1 or device != "cpu" else free_bytes(device) // world.local_size()
-
-
-def _facts(
-    recipe: Recipe,
-    base: BaseModel,
-    tokenizer: PreTrainedTokenizerBase,
-    model: Any,
-    targets: tuple[str, ...],
-    data: PreparedData,
-    *,
-    trainable: int,
-    steps: int,
-) -> Facts:
-    """What advice is given on."""
-    return Facts(
-        recipe=recipe,
-        num_examples=data.num_examples,
-        num_steps=steps,
-        num_supervised_tokens=round(data.scale * sum(num_supervised(example) for example in data.train)),
-        num_cut=sum(finding["kind"] == "cut" for finding in data.report["train"]["findings"]),
-        trainable=trainable,
-        feed_forward=_adapts_feed_forward(targets, count_presets(model, recipe.lora)),
-        architecture=type(model).__name__,
-        unknown_to_gguf=unknown_to_gguf(targets),
-        stop_token=_stop_token(tokenizer, data),
-        generation_stops=generation_stops(base, model.config.get_text_config(), tokenizer),
-        prompt_check=data.report["prompts"],
-    )
 
 
 def output_dir(recipe: Recipe) -> Path:
@@ -466,18 +458,6 @@ def _preset(
     clock = estimated.time
     seconds = clock.train_seconds * run_flops(recipe, config, model, count.parameters, data) / clock.flops
     return PresetPlan(count=count, peak_bytes=peak, train_seconds=seconds)
-
-
-def _adapts_feed_forward(targets: tuple[str, ...], presets: tuple[PresetCount, ...]) -> bool | None:
-    by_name = {preset.name: set(preset.targets) for preset in presets}
-    feed_forward = by_name["complete"] - by_name["attention"]
-    return bool(feed_forward & set(targets)) if feed_forward else None
-
-
-def _stop_token(tokenizer: PreTrainedTokenizerBase, data: PreparedData) -> str:
-    if data.report["train"]["format"] == "text":
-        return ""
-    return str(tokenizer.convert_ids_to_tokens(stop_token_ids(tokenizer)[0]))
 
 
 def _dtype(recipe: Recipe, where: str, device: Device | None) -> Choice:

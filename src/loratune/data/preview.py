@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from rich.console import Group
 from rich.text import Text
 
+from loratune.data.labelled import LabelledExample
 from loratune.data.prompts import stop_token_ids
 from loratune.data.render import Example
 
@@ -129,7 +130,8 @@ def preview(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, cou
         tokenizer: Turns the ids back into text.
         count: How many to show.
     """
-    stops = set(stop_token_ids(tokenizer))
+    labelled = any(isinstance(example, LabelledExample) for example in examples[:count])
+    stops = set() if labelled else set(stop_token_ids(tokenizer))
     specials = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | set(
         tokenizer.all_special_ids
     )
@@ -142,6 +144,8 @@ def preview(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, cou
 
 def _title(example: Example) -> str:
     length, trained = len(example.input_ids), int(example.supervised.sum())
+    if isinstance(example, LabelledExample):
+        return f"{example.origin}: {length} tokens, of the class {example.name}"
     return f"{example.origin}: {length} tokens, {trained} trained ({trained / length:.0%})"
 
 

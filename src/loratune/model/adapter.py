@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from loratune.errors import RecipeError
 from loratune.kernels.fp8_linear import Fp8Linear
 from loratune.kernels.lora_linear import lora_linear, lora_update
+from loratune.model.classifier import BY_PEFT, Classes
 from loratune.model.variants import changes_base, has_changed_base, keep_beginning, peft_arguments, save_as_plain
 from loratune.recipe import LoraSection
 
@@ -24,7 +25,13 @@ if TYPE_CHECKING:
 
 
 def attach_adapter(
-    model: PreTrainedModel, lora: LoraSection, targets: tuple[str, ...], *, base_name: str, seed: int
+    model: PreTrainedModel,
+    lora: LoraSection,
+    targets: tuple[str, ...],
+    *,
+    base_name: str,
+    seed: int,
+    classes: Classes | None = None,
 ) -> PeftModel:
     """Put a fresh adapter on the target modules; everything else is frozen.
 
@@ -38,13 +45,15 @@ def attach_adapter(
         targets: Full module names, from `resolve_targets`.
         base_name: What `base_model_name_or_path` of the saved adapter says.
         seed: Of the initial weights.
+        classes: Of a classifier, whose head is trained whole; None: the model writes text.
     """
     config = LoraConfig(
         r=lora.r,
         lora_alpha=int(lora.alpha) if math.isclose(lora.alpha, int(lora.alpha)) else lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=list(short_names(model, targets)),
-        task_type=TaskType.CAUSAL_LM,
+        task_type=TaskType.CAUSAL_LM if classes is None else TaskType.SEQ_CLS,
+        modules_to_save=None if classes is None else [n for n in classes.whole if n not in BY_PEFT] or None,
         fan_in_fan_out=isinstance(model.get_submodule(targets[0]), Conv1D),
         **peft_arguments(lora),
     )

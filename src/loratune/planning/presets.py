@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -61,17 +62,18 @@ class PresetPlan:
         }
 
 
-def count_presets(model: nn.Module, lora: LoraSection) -> tuple[PresetCount, ...]:
+def count_presets(model: nn.Module, lora: LoraSection, whole: Sequence[str] = ()) -> tuple[PresetCount, ...]:
     """Every preset on this model.
 
     Args:
         model: The base model, without an adapter. It may be on the meta device.
         lora: Rank, variant and layers; its targets do not count.
+        whole: Modules that are trained whole.
     """
-    return tuple(_count(model, preset, lora) for preset in TARGET_PRESETS)
+    return tuple(_count(model, preset, lora, whole) for preset in TARGET_PRESETS)
 
 
-def _count(model: nn.Module, preset: str, lora: LoraSection) -> PresetCount:
+def _count(model: nn.Module, preset: str, lora: LoraSection, whole: Sequence[str]) -> PresetCount:
     try:
         targets = resolve_targets(model, preset, lora.layers)
     except RecipeError as error:
@@ -80,5 +82,5 @@ def _count(model: nn.Module, preset: str, lora: LoraSection) -> PresetCount:
         name=preset,
         targets=targets,
         targets_in_words=describe_targets(model, preset, lora.layers),
-        parameters=count_parameters(model, targets, lora),
+        parameters=count_parameters(model, targets, lora, whole),
     )
