@@ -64,14 +64,27 @@ KINDS: dict[str, tuple[type, dict[str, Any], type]] = {
     "distilbert": (
         DistilBertConfig,
         {
-            **{"dim": 16, "hidden_dim": 32, "n_layers": 2, "n_heads": 2, "max_position_embeddings": 64},
-            **{"dropout": 0.0, "attention_dropout": 0.0, "seq_classif_dropout": 0.0},
+            "dim": 16,
+            "hidden_dim": 32,
+            "n_layers": 2,
+            "n_heads": 2,
+            "max_position_embeddings": 64,
+            "dropout": 0.0,
+            "attention_dropout": 0.0,
+            "seq_classif_dropout": 0.0,
         },
         DistilBertForMaskedLM,
     ),
     "modernbert": (
         ModernBertConfig,
-        {**_SIZES, "max_position_embeddings": 64, "local_attention": 8, "cls_token_id": 2, "sep_token_id": 3, "bos_token_id": 2},
+        {
+            **_SIZES,
+            "max_position_embeddings": 64,
+            "local_attention": 8,
+            "cls_token_id": 2,
+            "sep_token_id": 3,
+            "bos_token_id": 2,
+        },
         ModernBertForMaskedLM,
     ),
     "llama": (LlamaConfig, {**_SIZES, "num_key_value_heads": 1, "max_position_embeddings": 64}, LlamaForCausalLM),
@@ -94,7 +107,7 @@ def make_base(folder: Path, kind: str) -> Path:
 
 def intent(number: int) -> dict[str, Any]:
     """A short request, and what it is about."""
-    draw = random.Random(number)  # noqa: S311 - no secret
+    draw = random.Random(number)
     label = sorted(INTENTS)[number % len(INTENTS)]
     words = draw.sample(FILLER, draw.randint(2, 8))
     words.insert(draw.randrange(len(words)), draw.choice(INTENTS[label]))

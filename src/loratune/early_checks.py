@@ -166,7 +166,8 @@ def check_disk(recipe: Recipe, parameters: ParameterCount, num_examples: int) ->
     # beside the newest the best is kept, and a new one is written before the oldest goes
     kept = min(saves, (recipe.train.keep_checkpoints or saves) + 1) + 1
     matrices = [count.matrix for count in parameters.per_module]
-    checkpoint = 4 * parameters.trainable + state_bytes(recipe.train.optimizer, matrices, recipe.lora)
+    state = state_bytes(recipe.train.optimizer, matrices, recipe.lora, parameters.whole.values())
+    checkpoint = 4 * parameters.trainable + state
     needed = kept * checkpoint + parameters.adapter_bytes + 50 * 2**20
     folder = _nearest(Path(recipe.train.output_dir))
     free = shutil.disk_usage(folder).free

@@ -25,6 +25,7 @@ OTHER: dict[str, Any] = {
     "model.dtype": "bfloat16",
     "model.quantization": "int8",
     "model.trust_remote_code": True,
+    "model.task": "sequence_classification",
     "data.train": "FILE",
     "data.eval": 0.3,
     "data.format": "alpaca",

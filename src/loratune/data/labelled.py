@@ -90,6 +90,7 @@ class _Encoded:
     examples: list[LabelledExample]
     truncated: list[Origin]
     dropped: list[Origin]
+    rejected: list[Rejected]
 
 
 def prepare_labelled(
@@ -128,13 +129,13 @@ def prepare_labelled(
     elif held_out:
         evaluation = _read(read, held_out, refuse)
     names = _class_names(train.texts, evaluation.texts if evaluation else [])
-    encode = _Encoder(tokenizer, names, max_length, data.on_long, progress)
+    encode = _Encoder(tokenizer, names, max_length, data, progress)
     encoded = encode("train", train)
     encoded_eval = encode("eval", evaluation) if evaluation else None
     left = {example.name for example in encoded.examples}
     if lost := [name for name in names if name not in left]:
         raise DataError(
-            f"no text of the class {lost[0]} is left: all are longer than max_length {max_length}",
+            f"no text of the class {lost[0]} is left to train on: all were too long, or made no token",
             fix="raise data.max_length, or data.on_long=truncate",
         )
     report: dict[str, Any] = {
@@ -311,24 +312,28 @@ class _Encoder:
     tokenizer: PreTrainedTokenizerBase
     names: Sequence[str]
     max_length: int
-    on_long: str
+    data: DataSection
     progress: Progress
 
     def __call__(self, side: str, part: _Part) -> _Encoded:
         number_of = {name: number for number, name in enumerate(self.names)}
         examples: list[LabelledExample] = []
         long: list[Origin] = []
+        rejected: list[Rejected] = []
         too_long = TooLong()
         with self.progress.task(f"preparing {side} data", len(part.texts), "texts") as task:
             for start in range(0, len(part.texts), _CHUNK):
                 chunk = part.texts[start : start + _CHUNK]
                 for text, whole in zip(chunk, self._tokens(chunk), strict=True):
                     ids, types = whole
+                    if not ids:
+                        rejected.append(Rejected(origin=text.origin, reason="the tokenizer makes no token of the text"))
+                        continue
                     if len(ids) > self.max_length:
                         long.append(text.origin)
-                        if self.on_long == "error":
+                        if self.data.on_long == "error":
                             too_long.add(TooLong(count=1, first=text.origin, longest=len(ids)))
-                        if self.on_long != "truncate":
+                        if self.data.on_long != "truncate":
                             continue
                         ids, types = next(self._tokens([text], max_length=self.max_length))
                     examples.append(
@@ -344,13 +349,19 @@ class _Encoder:
                     )
                 task.advance(len(chunk))
         too_long.complain(self.max_length)
+        apply_policy(rejected, self.data)
         if not examples:
             raise DataError(
                 f"no {side} text is left of {part.num_rows} rows: {len(long)} dropped for their length",
                 fix="raise data.max_length if the length is the reason; data.json has the others",
             )
-        truncates = self.on_long == "truncate"
-        return _Encoded(examples=examples, truncated=long if truncates else [], dropped=[] if truncates else long)
+        truncates = self.data.on_long == "truncate"
+        return _Encoded(
+            examples=examples,
+            truncated=long if truncates else [],
+            dropped=[] if truncates else long,
+            rejected=rejected,
+        )
 
     def _tokens(
         self, texts: Sequence[LabelledText], max_length: int | None = None
@@ -380,6 +391,7 @@ def _report(part: _Part, encoded: _Encoded, names: Sequence[str]) -> dict[str, A
     lengths = np.array([len(example.input_ids) for example in encoded.examples])
     tokens = int(lengths.sum())
     counts = Counter(example.name for example in encoded.examples)
+    rejected = [*part.rejected, *encoded.rejected]
     copies = [origins for origins in _origins(part).values() if len(origins) > 1]
     return {
         "sources": part.sources,
@@ -405,8 +417,8 @@ def _report(part: _Part, encoded: _Encoded, names: Sequence[str]) -> dict[str, A
         "special_tokens_in_text": 0,
         "duplicates": sum(len(origins) - 1 for origins in copies),
         "duplicate_rows": [[_place(origin) for origin in origins] for origins in copies],
-        "num_rejected": len(part.rejected),
-        "rejected": [{"file": r.origin.file, "line": r.origin.line, "reason": r.reason} for r in part.rejected],
+        "num_rejected": len(rejected),
+        "rejected": [{"file": r.origin.file, "line": r.origin.line, "reason": r.reason} for r in rejected],
         "scripts": scripts([_as_conversation(text) for text in part.texts]),
         "findings": [],
     }

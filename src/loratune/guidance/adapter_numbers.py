@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def rank_row(count: ParameterCount, lora: LoraSection, optimizer: Optimizer) -> Row:
     """One rank: parameters, sizes, and the scale that this alpha gives it. While training there are weight and gradient in
     float32, and the optimizer's state."""
-    state = state_bytes(optimizer, [item.matrix for item in count.per_module], lora)
+    state = state_bytes(optimizer, [item.matrix for item in count.per_module], lora, count.whole.values())
     return {
         "r": str(lora.r),
         "trainable": f"{count.trainable:,}",
@@ -32,7 +32,8 @@ def rank_row(count: ParameterCount, lora: LoraSection, optimizer: Optimizer) -> 
 
 def _rank(facts: Facts) -> str:
     r, now = facts.prepared.recipe.lora.r, facts.prepared.parameters
-    verb = "double" if facts.prepared.recipe.lora.variant != "dora" else "raise"
+    exact = facts.prepared.recipe.lora.variant != "dora" and not now.whole
+    verb = "double" if exact else "raise"
     return f"{now.trainable:,} trainable ({now.trainable / now.total:.2%}); r {2 * r} would {verb} it to {facts.count(2 * r).trainable:,}"
 
 
@@ -67,14 +68,14 @@ def _targets(facts: Facts) -> str:
 
 
 def _targets_table(facts: Facts) -> list[Row]:
-    return preset_rows(facts.model, facts.prepared.recipe.lora)
+    return preset_rows(facts.model, facts.prepared.recipe.lora, facts.whole)
 
 
-def preset_rows(model: PreTrainedModel, lora: LoraSection) -> list[Row]:
+def preset_rows(model: PreTrainedModel, lora: LoraSection, whole: Sequence[str] = ()) -> list[Row]:
     """One row a preset: its matrices, and what they train at this rank, by this variant."""
     rows = []
     for preset in TARGET_PRESETS:
-        count = count_parameters(model, resolve_targets(model, preset, lora.layers), lora)
+        count = count_parameters(model, resolve_targets(model, preset, lora.layers), lora, whole)
         rows.append(
             {
                 "targets": preset,
@@ -107,15 +108,17 @@ def _variant(facts: Facts) -> str:
 
 
 def _variant_table(facts: Facts) -> list[Row]:
-    return variant_rows(facts.model, facts.prepared.targets, facts.prepared.recipe.lora)
+    return variant_rows(facts.model, facts.prepared.targets, facts.prepared.recipe.lora, facts.whole)
 
 
-def variant_rows(model: PreTrainedModel, targets: Sequence[str], lora: LoraSection) -> list[Row]:
+def variant_rows(
+    model: PreTrainedModel, targets: Sequence[str], lora: LoraSection, whole: Sequence[str] = ()
+) -> list[Row]:
     """One row a variant: what it trains and saves of these matrices."""
     rows = []
     for variant in VARIANTS:
         other = lora.model_copy(update={"variant": variant})
-        count = count_parameters(model, targets, other)
+        count = count_parameters(model, targets, other, whole)
         rows.append(
             {
                 "variant": variant,

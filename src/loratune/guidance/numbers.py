@@ -48,6 +48,14 @@ def _quantization(facts: Facts) -> str:
     )
 
 
+def _task(facts: Facts) -> str:
+    classes, parameters = facts.prepared.classes, facts.prepared.parameters
+    if classes is None:
+        return "writes text"
+    whole = f"{', '.join(classes.whole)} with {parameters.num_whole:,} parameters trained whole"
+    return f"names one of {len(classes.names)} classes: {_some(classes.names)}; {whole}"
+
+
 def _quantization_table(facts: Facts) -> list[Row]:
     dtype_bytes = torch_dtype(facts.prepared.recipe.model.dtype).itemsize
     sizes = {"none": facts.base_parameters * dtype_bytes}
@@ -88,6 +96,8 @@ def _columns(facts: Facts) -> str:
 
 
 def _train_on(facts: Facts) -> str:
+    if facts.prepared.classes is not None:
+        return "no token carries loss: the class of each text does"
     return _share_supervised(facts.prepared.data.train)
 
 
@@ -223,7 +233,8 @@ def _batch_size_table(facts: Facts) -> list[Row]:
 def _state(facts: Facts, optimizer: Optimizer | None = None) -> int:
     matrices = [item.matrix for item in facts.prepared.parameters.per_module]
     recipe = facts.prepared.recipe
-    return state_bytes(optimizer or recipe.train.optimizer, matrices, recipe.lora)
+    whole = facts.prepared.parameters.whole.values()
+    return state_bytes(optimizer or recipe.train.optimizer, matrices, recipe.lora, whole)
 
 
 def _optimizer(facts: Facts) -> str:
@@ -332,6 +343,7 @@ SUMMARIES: dict[str, Callable[[Facts], str]] = {
     "model.revision": _revision,
     "model.dtype": _dtype,
     "model.quantization": _quantization,
+    "model.task": _task,
     "data.train": _train,
     "data.eval": _eval,
     "data.format": _format,
@@ -389,7 +401,7 @@ def _share_supervised(examples: Sequence[Example]) -> str:
     return f"{supervised:,} of {tokens:,} tokens ({supervised / tokens:.1%})"
 
 
-def _some(items: Sequence[int], shown: int = 8) -> str:
+def _some(items: Sequence[object], shown: int = 8) -> str:
     more = f" and {len(items) - shown} more" if len(items) > shown else ""
     return ", ".join(str(item) for item in items[:shown]) + more
 

@@ -1,0 +1,367 @@
+"""`task: sequence_classification`, from labelled rows to a merged classifier, each part against transformers and PEFT alone."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import AutoPeftModelForSequenceClassification, LoraConfig, PeftModel, TaskType, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from loratune.bench import bench
+from loratune.chat import Sampling, open_chat
+from loratune.data.batch import collate
+from loratune.data.labelled import LabelledExample
+from loratune.delivery import export, merge
+from loratune.errors import DataError, LoratuneError, RecipeError
+from loratune.guidance.ejection import eject
+from loratune.guidance.explanation import explain
+from loratune.loading import load_trained
+from loratune.pipeline import Extras, evaluate, resume, train
+from loratune.preparation import prepare
+from loratune.progress import Silent
+from loratune.recipe import Recipe
+from loratune.reproduction import reproduce
+from loratune.run import RunDir, read_json
+from loratune.serving import serve
+from tests.classifiers import KINDS, class_recipe, intent, make_base, write_rows
+
+Make = Callable[..., Recipe]
+
+SAME = 1e-5
+"""Of losses and weights in float32, which two orders of summation leave apart."""
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Kind → a random base of it, made once."""
+    folder = tmp_path_factory.mktemp("bases")
+
+    def base(kind: str) -> Path:
+        return folder / kind if (folder / kind).is_dir() else make_base(folder / kind, kind)
+
+    return base
+
+
+@pytest.fixture(scope="module")
+def finished(bases: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    """A BERT that was trained on intents, with a checkpoint an epoch. Not to be changed."""
+    recipe = class_recipe(bases("bert"), tmp_path_factory.mktemp("finished"), train__epochs=4, lora__dropout=0.1)
+    return train(recipe).run
+
+
+def outcome(run: RunDir) -> dict[str, torch.Tensor]:
+    """The loss of every step, and the adapter."""
+    losses = [record["loss"] for record in run.read_metrics() if "loss" in record]
+    return {"losses": torch.tensor(losses), **load_file(run.adapter_weights)}
+
+
+def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    assert one.keys() == other.keys()
+    return max(float((one[name] - other[name]).abs().max()) for name in one)
+
+
+def plain_logits(model: Any, texts: list[str], tokenizer: Any) -> torch.Tensor:
+    """By transformers alone, a batch padded by its tokenizer."""
+    with torch.no_grad():
+        return model.eval()(**tokenizer(texts, padding=True, return_tensors="pt")).logits
+
+
+# ---- training
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_the_fast_engine_takes_the_steps_of_the_stock_trainer(
+    kind: str, bases: Callable[[str], Path], tmp_path: Path
+) -> None:
+    fast = train(class_recipe(bases(kind), tmp_path / "fast")).run
+    stock = train(class_recipe(bases(kind), tmp_path / "stock", train__engine="trl")).run
+    small = train(class_recipe(bases(kind), tmp_path / "small", train__token_budget=20)).run
+    assert len(outcome(fast)["losses"]) == 18
+    assert distance(outcome(fast), outcome(stock)) < SAME
+    assert distance(outcome(fast), outcome(small)) < SAME
+    nll = [read_json(run.evaluation)["tuned"]["nll"] for run in (fast, stock)]
+    assert nll[0] == pytest.approx(nll[1], abs=SAME)
+
+
+def test_recomputed_layers_change_nothing(bases: Callable[[str], Path], tmp_path: Path) -> None:
+    once = train(class_recipe(bases("bert"), tmp_path / "once", train__recompute=0, train__epochs=1)).run
+    again = train(class_recipe(bases("bert"), tmp_path / "again", train__recompute=2, train__epochs=1)).run
+    assert distance(outcome(once), outcome(again)) < SAME
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_every_architecture_trains_and_loads_in_peft(kind: str, bases: Callable[[str], Path], tmp_path: Path) -> None:
+    """What is saved answers in stock transformers and PEFT as in the run, and the plan counts as PEFT does."""
+    run = train(class_recipe(bases(kind), tmp_path, train__epochs=1, lora__targets="attention")).run
+    plan, record = read_json(run.plan), read_json(run.evaluation)
+    base = AutoModelForSequenceClassification.from_pretrained(bases(kind), num_labels=3)
+    tokenizer = AutoTokenizer.from_pretrained(run.adapter)
+    base.config.pad_token_id = tokenizer.pad_token_id
+    stock = PeftModel.from_pretrained(base, run.adapter)
+    counted = stock.get_nb_trainable_parameters()[1]
+    assert counted == plan["parameters"]["total"]
+    assert sum(t.numel() for t in load_file(run.adapter_weights).values()) == plan["parameters"]["trainable"]
+    assert run.adapter_weights.stat().st_size - plan["parameters"]["adapter_bytes"] < 16_000
+    logits = plain_logits(stock, [item["prompt"] for item in record["items"]], tokenizer)
+    names = record["confusion"]["labels"]
+    assert [names[i] for i in logits.argmax(-1).tolist()] == [item["tuned"]["text"] for item in record["items"]]
+    labels = torch.tensor([names.index(item["reference"]) for item in record["items"]])
+    assert float(torch.nn.functional.cross_entropy(logits, labels)) == pytest.approx(record["tuned"]["nll"], abs=SAME)
+    assert record["base"] != record["tuned"]
+
+
+def test_it_learns(finished: RunDir) -> None:
+    record = read_json(finished.evaluation)
+    assert record["tuned"]["accuracy"] > max(record["majority"]["accuracy"], record["base"]["accuracy"]) + 0.2
+    assert record["majority"]["accuracy"] == pytest.approx(1 / 3)
+    assert "chance" in record["note"]
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(finished: RunDir, tmp_path: Path) -> None:
+    stopped = RunDir(shutil.copytree(finished.root, tmp_path / "stopped"))
+    shutil.rmtree(stopped.adapter)
+    for checkpoint in stopped.checkpoints.iterdir():
+        if checkpoint.name != "12":
+            shutil.rmtree(checkpoint)
+    assert distance(outcome(resume(stopped.root).run), outcome(finished)) == 0
+
+
+def test_a_run_can_be_reproduced(finished: RunDir, tmp_path: Path) -> None:
+    assert reproduce(finished.root, tmp_path / "again").equal
+
+
+def test_bfloat16_keeps_the_head_in_float32(bases: Callable[[str], Path], tmp_path: Path) -> None:
+    run = train(class_recipe(bases("bert-mlm"), tmp_path, model__dtype="bfloat16", train__epochs=1)).run
+    assert {tensor.dtype for tensor in load_file(run.adapter_weights).values()} == {torch.float32}
+    first = read_json(run.evaluation)
+    assert evaluate(run.root).evaluation == first
+
+
+def test_a_head_of_other_classes_is_made_anew(finished: RunDir, tmp_path: Path) -> None:
+    merged = merge(finished.root, tmp_path / "merged").folder
+    rows = [{**intent(n), "label": n % 2} for n in range(24)]
+    data = str(write_rows(tmp_path / "two.jsonl", rows))
+    prepared = prepare(class_recipe(merged, tmp_path, data__train=data, data__eval="none"), Silent())
+    assert prepared.parameters.whole["classifier.weight"] == (2, 16)
+    assert any("head of its own" in warning for warning in prepared.warnings)
+    assert train(prepared.recipe).run.is_finished
+
+
+# ---- evaluation
+
+
+def test_gates_hold_the_accuracy(finished: RunDir, tmp_path: Path) -> None:
+    run = RunDir(shutil.copytree(finished.root, tmp_path / "run"))
+    record = evaluate(
+        run.root, extras=Extras(gates=("accuracy>=0.1", "f1>=0.999", "difference.accuracy.low>-1"))
+    ).evaluation
+    assert record is not None
+    assert [gate["passed"] for gate in record["gates"]] == [True, record["tuned"]["f1"] >= 0.999, True]
+    with pytest.raises(RecipeError, match="no number accuracies"):
+        evaluate(run.root, extras=Extras(gates=("accuracies>=0.1",)))
+    with pytest.raises(RecipeError, match="--harness is for models that write text"):
+        evaluate(run.root, extras=Extras(harness=("arc",)))
+
+
+def test_the_page_and_the_card_speak_of_classes(finished: RunDir) -> None:
+    page = finished.report.read_text()
+    for words in ("Confusion, tuned", "majority class", "labelled texts of", "class weather", "F1 (macro)"):
+        assert words in page
+    card = (finished.adapter / "README.md").read_text()
+    assert "AutoPeftModelForSequenceClassification" in card
+    assert "text-classification" in card
+    program = card.partition("```python\n")[2].partition("```")[0].replace("path/of/this/folder", str(finished.adapter))
+    made: dict[str, Any] = {}
+    exec(program, made)  # noqa: S102 - our own card
+    assert isinstance(made["model"], PeftModel)
+
+
+def test_every_setting_is_explained(finished: RunDir) -> None:
+    recipe = Recipe.load(finished.recipe)
+    found = {item.name: item for item in explain(recipe, prepare(recipe, Silent()), {})}
+    assert "classifier" in found["model.task"].effect
+    assert "3 classes" in found["model.task"].effect
+    pages = explain(recipe, prepare(recipe, Silent()), {}, ["lora.r", "lora.targets", "max_length", "optimizer"])
+    assert all(page.alternatives for page in pages)
+
+
+# ---- ways out
+
+
+@pytest.mark.parametrize("kind", ["distilbert", "qwen2"])
+def test_merged_is_the_same_classifier(kind: str, bases: Callable[[str], Path], tmp_path: Path) -> None:
+    run = train(class_recipe(bases(kind), tmp_path, train__epochs=1)).run
+    delivered = merge(run.root, tmp_path / "merged")
+    assert delivered.certificate["passed"]
+    assert delivered.certificate["distributions"]["mean_kl"] < SAME
+    assert "same classifier" in delivered.summary
+    model = AutoModelForSequenceClassification.from_pretrained(delivered.folder)
+    record = read_json(run.evaluation)
+    logits = plain_logits(
+        model, [item["prompt"] for item in record["items"]], AutoTokenizer.from_pretrained(delivered.folder)
+    )
+    assert [model.config.id2label[i] for i in logits.argmax(-1).tolist()] == [
+        i["tuned"]["text"] for i in record["items"]
+    ]
+    assert "merge" in run.report.read_text()
+
+
+def test_a_merge_that_differs_is_not_kept(finished: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = RunDir(shutil.copytree(finished.root, tmp_path / "run"))
+    from loratune import classifier_delivery
+
+    real = classifier_delivery.load_adapter
+
+    def damaged(*args: Any) -> Any:
+        model = real(*args)
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name and name.endswith("weight"):
+                parameter.data.add_(0.5 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+        return model
+
+    monkeypatch.setattr(classifier_delivery, "load_adapter", damaged)
+    with pytest.raises(LoratuneError, match="not the model that was trained"):
+        merge(run.root, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_what_writes_text_is_refused(finished: RunDir, tmp_path: Path) -> None:
+    recipe = Recipe.load(finished.recipe)
+    sampling = Sampling(temperature=0, top_p=1, top_k=0, max_new_tokens=1, seed=0)
+    for verb, call in {
+        "loratune chat": lambda: open_chat(finished.root, sampling),
+        "loratune serve": lambda: serve(finished.root),
+        "loratune export --to gguf": lambda: export(finished.root, to="gguf"),
+        "loratune export --to ollama": lambda: export(finished.root, to="ollama", merged=True),
+        "loratune export --to vllm": lambda: export(finished.root, to="vllm"),
+        "loratune bench": lambda: bench(recipe, rounds=1, steps=4, progress=Silent()),
+        "loratune eject": lambda: eject(
+            prepare(recipe, Silent()), tmp_path / "x.py", overwrite=False, progress=Silent()
+        ),
+    }.items():
+        with pytest.raises(RecipeError, match=f"{verb} is for models that write text"):
+            call()
+
+
+# ---- the recipe
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "words"),
+    [
+        ("model.quantization", "nf4", "model.quantization is nf4"),
+        ("data.train_on", "last", "data.train_on is last"),
+        ("data.streaming", True, "data.streaming is true"),
+        ("train.compile", True, "train.compile is true"),
+        ("lora.variant", "pissa", "lora.variant is pissa"),
+        ("lora.start_from", "some/adapter", "lora.start_from is some/adapter"),
+        ("evaluate.metric", "json", "evaluate.metric is json"),
+        ("data.columns", {"prompt": "q"}, "data.columns names prompt"),
+    ],
+)
+def test_what_classification_cannot_do_is_refused_by_name(setting: str, value: Any, words: str) -> None:
+    section, _, field = setting.partition(".")
+    with pytest.raises(RecipeError, match=words):
+        Recipe.parse({"task": "sequence_classification", section: {field: value}})
+
+
+def test_the_task_may_stand_alone(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text("task: sequence_classification\nmodel: {name: some/bert}\n")
+    assert Recipe.load(file).model.task == "sequence_classification"
+    assert Recipe.load(file, ["task=causal_lm"]).model.task == "causal_lm"
+    file.write_text("model: {name: some/bert}\n\ntask: regression\n")
+    with pytest.raises(RecipeError, match=r"model.task is 'regression'") as wrong:
+        Recipe.load(file)
+    assert f"{file}:3" in str(wrong.value)
+    file.write_text("task: causal_lm\nmodel: {task: causal_lm}\n")
+    with pytest.raises(RecipeError, match="one setting"):
+        Recipe.load(file)
+    with pytest.raises(RecipeError, match=r"data.columns names label, which is for model.task"):
+        Recipe.parse({"data": {"columns": {"label": "y"}}})
+
+
+def test_a_model_that_is_no_classifier_is_refused(bases: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(bases("bert"), tmp_path / "t5"))
+    (folder / "config.json").write_text(json.dumps({"model_type": "t5", "is_encoder_decoder": True}))
+    with pytest.raises(RecipeError, match="an encoder with a decoder"):
+        prepare(class_recipe(folder, tmp_path), Silent())
+
+
+def test_roberta_has_two_positions_less(bases: Callable[[str], Path], tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="the model has 63 positions"):
+        prepare(class_recipe(bases("roberta"), tmp_path, data__max_length=64), Silent())
+
+
+# ---- the loss
+
+
+@pytest.mark.parametrize("kind", ["bert", "modernbert", "qwen2"])
+def test_losses_and_gradients_are_those_of_the_model_itself(
+    kind: str, bases: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """A micro-batch of many lengths, against the model's own forward with labels, one example at a time."""
+    run = train(class_recipe(bases(kind), tmp_path, train__epochs=0.2)).run
+    prepared = prepare(Recipe.load(run.recipe), Silent())
+    model, loss = load_trained(prepared, run, Silent())
+    model.eval()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name or "modules_to_save" in name)
+    examples = [example for example in prepared.data.train[:9] if isinstance(example, LabelledExample)]
+    loss.sum(collate(examples)).backward()
+    fast = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    total = float(loss.sum(collate(examples)).detach())
+    model.zero_grad()
+    plain = torch.zeros(())
+    for example in examples:
+        types = (
+            {}
+            if example.token_types is None
+            else {"token_type_ids": torch.from_numpy(example.token_types)[None].long()}
+        )
+        ids = torch.from_numpy(example.input_ids)[None].long()
+        plain = plain + model(input_ids=ids, labels=torch.tensor([example.label]), **types).loss
+    plain.backward()  # type: ignore[no-untyped-call]
+    assert total == pytest.approx(float(plain), rel=1e-6)
+    own = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert own.keys() == fast.keys()
+    assert any("modules_to_save" in name for name in own)
+    assert all(torch.allclose(fast[name], own[name], rtol=1e-4, atol=1e-6) for name in own)
+
+
+def test_the_adapter_is_peft_s_for_sequence_classification(finished: RunDir, bases: Callable[[str], Path]) -> None:
+    """The same names and shapes as PEFT makes with TaskType.SEQ_CLS."""
+    base = AutoModelForSequenceClassification.from_pretrained(bases("bert"), num_labels=3)
+    stock = get_peft_model(base, LoraConfig(r=4, target_modules=["attention.self.query"], task_type=TaskType.SEQ_CLS))
+    saved = load_file(finished.adapter_weights)
+    wanted = {
+        name.replace(".default", "").replace("modules_to_save.", ""): parameter.shape
+        for name, parameter in stock.named_parameters()
+        if parameter.requires_grad
+    }
+    assert wanted.items() <= {name: tensor.shape for name, tensor in saved.items()}.items()
+    loaded = AutoPeftModelForSequenceClassification.from_pretrained(finished.adapter, num_labels=3)
+    assert json.loads((finished.adapter / "adapter_config.json").read_text())["task_type"] == "SEQ_CLS"
+    assert isinstance(loaded, PeftModel)
+
+
+def test_targets_are_named_as_bert_names_them(bases: Callable[[str], Path], tmp_path: Path) -> None:
+    prepared = prepare(class_recipe(bases("bert"), tmp_path, lora__targets=["attention.self.query"]), Silent())
+    assert len(prepared.targets) == 2
+    sizes = {preset.count.name: len(preset.count.targets) for preset in prepared.presets}
+    assert sizes == {"minimal": 2, "balanced": 4, "attention": 8, "complete": 12}
+
+
+def test_a_data_error_names_its_row(bases: Callable[[str], Path], tmp_path: Path) -> None:
+    rows = [intent(n) for n in range(12)] + [{"text": "play", "label": "sports"}]
+    held_out = str(write_rows(tmp_path / "odd.jsonl", rows))
+    with pytest.raises(DataError, match="sports occurs in the held-out data only") as wrong:
+        train(class_recipe(bases("bert"), tmp_path / "x", data__eval=held_out))
+    assert f"{held_out}:13" in str(wrong.value)
