@@ -34,6 +34,9 @@ from tests.classifiers import KINDS, class_recipe, intent, make_base, write_rows
 
 Make = Callable[..., Recipe]
 
+OFTEN = ("bert", "distilbert", "llama")
+"""Architectures that other tests train too."""
+
 SAME = 1e-5
 """Of losses and weights in float32, which two orders of summation leave apart."""
 
@@ -52,8 +55,8 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 @pytest.fixture(scope="module")
 def finished(bases: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     """A BERT that was trained on intents, with a checkpoint an epoch. Not to be changed."""
-    recipe = class_recipe(bases("bert"), tmp_path_factory.mktemp("finished"), train__epochs=4, lora__dropout=0.1)
-    return train(recipe).run
+    settings = {"train__epochs": 8, "train__learning_rate": 3e-3, "train__save_every": 100, "lora__dropout": 0.1}
+    return train(class_recipe(bases("bert"), tmp_path_factory.mktemp("finished"), num_rows=200, **settings)).run
 
 
 def outcome(run: RunDir) -> dict[str, torch.Tensor]:
@@ -80,10 +83,11 @@ def plain_logits(model: Any, texts: list[str], tokenizer: Any) -> torch.Tensor:
 def test_the_fast_engine_takes_the_steps_of_the_stock_trainer(
     kind: str, bases: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    fast = train(class_recipe(bases(kind), tmp_path / "fast")).run
-    stock = train(class_recipe(bases(kind), tmp_path / "stock", train__engine="trl")).run
-    small = train(class_recipe(bases(kind), tmp_path / "small", train__token_budget=20)).run
-    assert len(outcome(fast)["losses"]) == 18
+    never = {"train__save_every": "never", "train__eval_every": "never"}
+    fast = train(class_recipe(bases(kind), tmp_path / "fast", **never)).run
+    stock = train(class_recipe(bases(kind), tmp_path / "stock", train__engine="trl", **never)).run
+    small = train(class_recipe(bases(kind), tmp_path / "small", train__token_budget=20, **never)).run
+    assert len(outcome(fast)["losses"]) == 12
     assert distance(outcome(fast), outcome(stock)) < SAME
     assert distance(outcome(fast), outcome(small)) < SAME
     nll = [read_json(run.evaluation)["tuned"]["nll"] for run in (fast, stock)]
@@ -96,7 +100,9 @@ def test_recomputed_layers_change_nothing(bases: Callable[[str], Path], tmp_path
     assert distance(outcome(once), outcome(again)) < SAME
 
 
-@pytest.mark.parametrize("kind", sorted(KINDS))
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=pytest.mark.slow if kind in OFTEN else ()) for kind in sorted(KINDS)]
+)
 def test_every_architecture_trains_and_loads_in_peft(kind: str, bases: Callable[[str], Path], tmp_path: Path) -> None:
     """What is saved answers in stock transformers and PEFT as in the run, and the plan counts as PEFT does."""
     run = train(class_recipe(bases(kind), tmp_path, train__epochs=1, lora__targets="attention")).run
@@ -128,7 +134,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(finished: RunDir, tmp_path: Path
     stopped = RunDir(shutil.copytree(finished.root, tmp_path / "stopped"))
     shutil.rmtree(stopped.adapter)
     for checkpoint in stopped.checkpoints.iterdir():
-        if checkpoint.name != "12":
+        if checkpoint.name != "100":
             shutil.rmtree(checkpoint)
     assert distance(outcome(resume(stopped.root).run), outcome(finished)) == 0
 
@@ -141,7 +147,7 @@ def test_bfloat16_keeps_the_head_in_float32(bases: Callable[[str], Path], tmp_pa
     run = train(class_recipe(bases("bert-mlm"), tmp_path, model__dtype="bfloat16", train__epochs=1)).run
     assert {tensor.dtype for tensor in load_file(run.adapter_weights).values()} == {torch.float32}
     first = read_json(run.evaluation)
-    assert evaluate(run.root).evaluation == first
+    assert evaluate(run.root).evaluation == {**first, "gates": []}
 
 
 def test_a_head_of_other_classes_is_made_anew(finished: RunDir, tmp_path: Path) -> None:
@@ -296,8 +302,8 @@ def test_a_model_that_is_no_classifier_is_refused(bases: Callable[[str], Path], 
 
 
 def test_roberta_has_two_positions_less(bases: Callable[[str], Path], tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="the model has 63 positions"):
-        prepare(class_recipe(bases("roberta"), tmp_path, data__max_length=64), Silent())
+    with pytest.raises(RecipeError, match="the model has 127 positions"):
+        prepare(class_recipe(bases("roberta"), tmp_path, data__max_length=128), Silent())
 
 
 # ---- the loss
@@ -307,8 +313,15 @@ def test_roberta_has_two_positions_less(bases: Callable[[str], Path], tmp_path: 
 def test_losses_and_gradients_are_those_of_the_model_itself(
     kind: str, bases: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """A micro-batch of many lengths, against the model's own forward with labels, one example at a time."""
-    run = train(class_recipe(bases(kind), tmp_path, train__epochs=0.2)).run
+    """A micro-batch of many lengths, of pairs where the model tells them apart, against the model's own forward with labels, one
+    example at a time."""
+    rows = [intent(number) for number in range(24)]
+    if kind == "bert":
+        rows = [
+            {"sentence1": row["text"], "sentence2": intent(i)["text"], "label": i % 2} for i, row in enumerate(rows)
+        ]
+    data = str(write_rows(tmp_path / "rows.jsonl", rows))
+    run = train(class_recipe(bases(kind), tmp_path, data__train=data, data__eval="none", train__epochs=0.2)).run
     prepared = prepare(Recipe.load(run.recipe), Silent())
     model, loss = load_trained(prepared, run, Silent())
     model.eval()
@@ -319,6 +332,7 @@ def test_losses_and_gradients_are_those_of_the_model_itself(
     fast = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     total = float(loss.sum(collate(examples)).detach())
     model.zero_grad()
+    model.get_base_model().set_attn_implementation("eager")
     plain = torch.zeros(())
     for example in examples:
         types = (
@@ -329,11 +343,12 @@ def test_losses_and_gradients_are_those_of_the_model_itself(
         ids = torch.from_numpy(example.input_ids)[None].long()
         plain = plain + model(input_ids=ids, labels=torch.tensor([example.label]), **types).loss
     plain.backward()  # type: ignore[no-untyped-call]
-    assert total == pytest.approx(float(plain), rel=1e-6)
+    assert total == pytest.approx(plain.item(), rel=1e-6)
     own = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert own.keys() == fast.keys()
     assert any("modules_to_save" in name for name in own)
-    assert all(torch.allclose(fast[name], own[name], rtol=1e-4, atol=1e-6) for name in own)
+    largest = max(float((fast[name] - own[name]).abs().max() / own[name].abs().max().clamp(min=1e-3)) for name in own)
+    assert largest < 1e-4
 
 
 def test_the_adapter_is_peft_s_for_sequence_classification(finished: RunDir, bases: Callable[[str], Path]) -> None:

@@ -87,7 +87,10 @@ def test_labels_of_two_kinds_or_one_class_are_refused(tmp_path: Path) -> None:
 
 
 def test_held_out_texts_are_drawn_class_by_class(tmp_path: Path) -> None:
-    rows = [{"text": f"play {word}", "label": "often"} for word in ["a", "b", "c", "d", "e", "f", "g", "h", "i", "j", "k", "l", "m", "n", "o", "p", "q", "r", "s", "t"]]
+    rows = [
+        {"text": f"play {word}", "label": "often"}
+        for word in ["a", "b", "c", "d", "e", "f", "g", "h", "i", "j", "k", "l", "m", "n", "o", "p", "q", "r", "s", "t"]
+    ]
     rows += [{"text": "rain", "label": "rare"}, {"text": "rain", "label": "rare"}]
     data = prepared(tmp_path, rows, eval=0.2)
     assert data.report["train"]["labels"] == {"often": 16, "rare": 2}
