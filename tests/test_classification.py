@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import runpy
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,7 @@ from loratune.run import RunDir, read_json
 from loratune.serving import serve
 from tests.classifiers import KINDS, class_recipe, intent, make_base, write_rows
 
-Make = Callable[..., Recipe]
+ROOT = Path(__file__).parents[1]
 
 OFTEN = ("bert", "distilbert", "llama")
 """Architectures that other tests train too."""
@@ -380,3 +382,29 @@ def test_a_data_error_names_its_row(bases: Callable[[str], Path], tmp_path: Path
     with pytest.raises(DataError, match="sports occurs in the held-out data only") as wrong:
         train(class_recipe(bases("bert"), tmp_path / "x", data__eval=held_out))
     assert f"{held_out}:13" in str(wrong.value)
+
+
+# ---- the recipe that comes with it
+
+
+def test_the_example_is_written_again_and_held_out_requests_are_other_ones(tmp_path: Path) -> None:
+    folder = ROOT / "examples" / "intents"
+    script = tmp_path / "make_data.py"
+    script.write_text((folder / "make_data.py").read_text(encoding="utf-8"), encoding="utf-8")
+    runpy.run_path(str(script), run_name="__main__")
+    sides = []
+    for name in ("train.jsonl", "eval.jsonl"):
+        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
+        sides.append([json.loads(line) for line in (folder / name).read_text(encoding="utf-8").splitlines()])
+    assert [set(Counter(row["label"] for row in side).values()) for side in sides] == [{60}, {20}]
+    assert not {row["text"] for row in sides[0]} & {row["text"] for row in sides[1]}
+
+
+def test_the_shipped_recipe_runs(bases: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    settings = {"model.name": bases("bert"), "train.output_dir": tmp_path / "run", "train.epochs": 0.1}
+    overrides = [f"{name}={value}" for name, value in settings.items()]
+    record = train(Recipe.load("recipes/classify.yaml", [*overrides, "train.device=cpu"])).evaluation
+    assert record is not None
+    assert record["confusion"]["labels"] == ["alarm", "lights", "message", "music", "travel", "weather"]
+    assert record["majority"]["accuracy"] == pytest.approx(1 / 6)

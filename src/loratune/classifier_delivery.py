@@ -15,11 +15,12 @@ from loratune.data.labelled import LabelledExample
 from loratune.data.labels import Example
 from loratune.loading import load_trained
 from loratune.model.adapter import load_adapter
-from loratune.model.load import download_weights, load_config, load_model
+from loratune.model.load import download_weights, gguf_file, load_config, load_model
 from loratune.preparation import Preparation
 from loratune.progress import Progress
 from loratune.run import Record, RunDir, cannot_write
 from loratune.shipping.classifier_reader import ClassifierReader
+from loratune.shipping.gguf_model import is_quantised
 from loratune.shipping.merge import DTYPES
 from loratune.shipping.parity import EXACT, ROUNDED, Expected, Question, Tolerance, certify
 from loratune.shipping.staging import check_target, staged
@@ -34,7 +35,8 @@ def merge_classifier(root: str | Path, target: Path, *, dtype: str, progress: Pr
     Args:
         root: The run directory.
         target: The folder to make.
-        dtype: `float32`, `bfloat16`, `float16`, or `auto`: as in the base's files.
+        dtype: `float32`, `bfloat16`, `float16`, or `auto`: as in the base's files, and bfloat16 where the base was a
+            quantised GGUF file.
         progress: Who is told how it goes.
 
     Raises:
@@ -70,6 +72,9 @@ def merge_classifier(root: str | Path, target: Path, *, dtype: str, progress: Pr
 def _merged_dtype(prepared: Preparation, dtype: str) -> torch.dtype:
     if dtype != "auto":
         return DTYPES[dtype]
+    source = gguf_file(prepared.recipe.model)
+    if source is not None and is_quantised(source):
+        return torch.bfloat16
     own: Any = load_config(prepared.base, prepared.recipe.model).dtype
     return own if isinstance(own, torch.dtype) else torch.float32
 

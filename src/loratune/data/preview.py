@@ -86,6 +86,11 @@ class Preview:
         else:
             yield self.coloured()
 
+    @property
+    def _trains_tokens(self) -> bool:
+        """Whether any token is trained, which of labelled texts none is."""
+        return any(piece.trained for pieces in self.pieces for piece in pieces)
+
     def as_record(self) -> dict[str, Any]:
         """`preview.json`: each example's title, and its pieces in order."""
         return {
@@ -101,7 +106,7 @@ class Preview:
             Text.assemble(
                 (_TRAINED, _TRAINED), ": trained  ", ("grey", _CONTEXT), ": not trained  ", ("stop token", _STOP)
             )
-        ]
+        ][: self._trains_tokens]
         for title, pieces in zip(self.titles, self.pieces, strict=True):
             parts += [Text(f"\n{title}", style="bold"), Text.assemble(*((p.text, _style(p)) for p in pieces))]
         return Group(*parts)
@@ -116,7 +121,7 @@ class Preview:
 
     def plain(self) -> str:
         """The same without colour."""
-        lines = [f"{_OPEN}trained{_CLOSE}; the rest is not; • after a trained stop token"]
+        lines = [f"{_OPEN}trained{_CLOSE}; the rest is not; • after a trained stop token"][: self._trains_tokens]
         for title, pieces in zip(self.titles, self.pieces, strict=True):
             lines += [f"\n{title}", "".join(_bracketed(pieces))]
         return "\n".join(lines)

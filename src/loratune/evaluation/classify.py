@@ -234,7 +234,7 @@ def classification_table(record: Mapping[str, Any]) -> Table:
         title=f"Held-out: {record['num_examples']} texts", caption=f"{record['note']}.", caption_justify="left"
     )
     table.add_column("measure")
-    for column in ("base", "majority class", "tuned", "difference", f"{record['interval']['level']:.0%} interval"):
+    for column in ("base", "majority", "tuned", "difference", f"{record['interval']['level']:.0%} interval"):
         table.add_column(column, justify="right")
     shown: dict[str, Callable[[float], str]] = {name: (lambda value: f"{value:.1%}") for name in ("accuracy", "f1")}
     for name, words in (("accuracy", "accuracy"), ("f1", "F1 (macro)"), ("nll", "NLL per text")):
