@@ -96,6 +96,7 @@ def test_the_fast_engine_takes_the_steps_of_the_stock_trainer(
     assert nll[0] == pytest.approx(nll[1], abs=SAME)
 
 
+@pytest.mark.slow
 def test_recomputed_layers_change_nothing(bases: Callable[[str], Path], tmp_path: Path) -> None:
     once = train(class_recipe(bases("bert"), tmp_path / "once", train__recompute=0, train__epochs=1)).run
     again = train(class_recipe(bases("bert"), tmp_path / "again", train__recompute=2, train__epochs=1)).run
@@ -141,6 +142,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(finished: RunDir, tmp_path: Path
     assert distance(outcome(resume(stopped.root).run), outcome(finished)) == 0
 
 
+@pytest.mark.slow
 def test_a_run_can_be_reproduced(finished: RunDir, tmp_path: Path) -> None:
     assert reproduce(finished.root, tmp_path / "again").equal
 
@@ -203,7 +205,7 @@ def test_every_setting_is_explained(finished: RunDir) -> None:
 # ---- ways out
 
 
-@pytest.mark.parametrize("kind", ["distilbert", "qwen2"])
+@pytest.mark.parametrize("kind", [pytest.param("distilbert", marks=pytest.mark.slow), "qwen2"])
 def test_merged_is_the_same_classifier(kind: str, bases: Callable[[str], Path], tmp_path: Path) -> None:
     run = train(class_recipe(bases(kind), tmp_path, train__epochs=1)).run
     delivered = merge(run.root, tmp_path / "merged")

@@ -249,7 +249,7 @@ def _class_names(train: Sequence[LabelledText], evaluation: Sequence[LabelledTex
                 line=text.origin.line,
                 fix="write all labels as text, or all as integers",
             )
-    names = [str(label) for label in sorted({text.label for text in train})]  # type: ignore[type-var] # of one kind, as checked
+    names = [str(label) for label in sorted({text.label for text in train})]  # of one kind, as checked
     if len(names) < 2:
         raise DataError(
             f"all training texts have the label {names[0]}", file=train[0].origin.file, fix="there must be at least two"

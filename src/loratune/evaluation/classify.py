@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -236,17 +236,16 @@ def classification_table(record: Mapping[str, Any]) -> Table:
     table.add_column("measure")
     for column in ("base", "majority", "tuned", "difference", f"{record['interval']['level']:.0%} interval"):
         table.add_column(column, justify="right")
-    shown: dict[str, Callable[[float], str]] = {name: (lambda value: f"{value:.1%}") for name in ("accuracy", "f1")}
     for name, words in (("accuracy", "accuracy"), ("f1", "F1 (macro)"), ("nll", "NLL per text")):
-        write = shown.get(name, lambda value: f"{value:.4g}")
-        difference, scale = record["difference"][name], 100 if name in shown else 1
-        form, unit = ("+.1f", " points") if name in shown else ("+.4g", "")
+        is_share = name != "nll"
+        difference, scale = record["difference"][name], 100 if is_share else 1
+        plain, form, unit = (".1%", "+.1f", " points") if is_share else (".4g", "+.4g", "")
         low, high = (format(scale * difference[end], form) for end in ("low", "high"))
         table.add_row(
             words,
-            write(record["base"][name]),
-            write(record["majority"][name]) if name in record["majority"] else "",
-            write(record["tuned"][name]),
+            format(record["base"][name], plain),
+            format(record["majority"][name], plain) if is_share else "",
+            format(record["tuned"][name], plain),
             f"{format(scale * difference['value'], form)}{unit}",
             f"{low} to {high}",
         )

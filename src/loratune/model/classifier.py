@@ -155,7 +155,7 @@ def load_classifier(
     from transformers import AutoModelForSequenceClassification
     from transformers.utils import logging
 
-    verbosity = logging.get_verbosity()  # type: ignore[no-untyped-call]
+    verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # type: ignore[no-untyped-call] # it advises to train the head
     with torch.random.fork_rng():
         torch.manual_seed(classes.seed)
@@ -169,7 +169,7 @@ def load_classifier(
             ignore_mismatched_sizes=True,  # a head of other classes is made anew
             output_loading_info=True,
         )
-    logging.set_verbosity(verbosity)  # type: ignore[no-untyped-call]
+    logging.set_verbosity(verbosity)
     model: PreTrainedModel = loaded[0]
     fresh = [*loaded[1]["missing_keys"], *(name for name, *_ in loaded[1]["mismatched_keys"])]
     odd = sorted(name for name in fresh if not name.startswith(tuple(f"{module}." for module in classes.whole)))
