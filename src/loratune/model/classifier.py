@@ -8,7 +8,8 @@ whole beside the adapter (TaskType.SEQ_CLS). Some architectures have more that n
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -153,11 +154,8 @@ def load_classifier(
         RecipeError: The files lack more than the head, which would be random and stay so.
     """
     from transformers import AutoModelForSequenceClassification
-    from transformers.utils import logging
 
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call] # it advises to train the head
-    with torch.random.fork_rng():
+    with _without_advice(), torch.random.fork_rng():
         torch.manual_seed(classes.seed)
         loaded: Any = AutoModelForSequenceClassification.from_pretrained(
             source,
@@ -169,7 +167,6 @@ def load_classifier(
             ignore_mismatched_sizes=True,  # a head of other classes is made anew
             output_loading_info=True,
         )
-    logging.set_verbosity(verbosity)
     model: PreTrainedModel = loaded[0]
     fresh = [*loaded[1]["missing_keys"], *(name for name, *_ in loaded[1]["mismatched_keys"])]
     odd = sorted(name for name in fresh if not name.startswith(tuple(f"{module}." for module in classes.whole)))
@@ -182,6 +179,19 @@ def load_classifier(
     if dtype != torch.float32:
         _keep_in_float32(model, classes.whole)
     return model
+
+
+@contextmanager
+def _without_advice() -> Iterator[None]:
+    """Transformers advises to train the head, which is what will be done."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()  # type: ignore[no-untyped-call]
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def _keep_in_float32(model: nn.Module, whole: Collection[str]) -> None:
