@@ -14,7 +14,7 @@ import pytest
 import torch
 from peft import AutoPeftModelForSequenceClassification, LoraConfig, PeftModel, TaskType, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from loratune.bench import bench
 from loratune.chat import Sampling, open_chat
@@ -24,13 +24,20 @@ from loratune.delivery import export, merge
 from loratune.errors import DataError, LoratuneError, RecipeError
 from loratune.guidance.ejection import eject
 from loratune.guidance.explanation import explain
+from loratune.joint_preparation import prepare_together
 from loratune.loading import load_trained
-from loratune.pipeline import Extras, evaluate, resume, train
+from loratune.model.classifier import with_classes
+from loratune.model.targets import resolve_targets
+from loratune.pipeline import Extras, evaluate, plan, resume, train
+from loratune.planning.parameters import skeleton
 from loratune.preparation import prepare
 from loratune.progress import Silent
+from loratune.publication import push
 from loratune.recipe import Recipe
+from loratune.reporting.difference import diff
+from loratune.reporting.page import compare
 from loratune.reproduction import reproduce
-from loratune.run import RunDir, read_json
+from loratune.run import RunDir, read_json, write_json
 from loratune.serving import serve
 from tests.classifiers import KINDS, class_recipe, intent, make_base, write_rows
 
@@ -373,9 +380,56 @@ def test_the_adapter_is_peft_s_for_sequence_classification(finished: RunDir, bas
 
 def test_targets_are_named_as_bert_names_them(bases: Callable[[str], Path], tmp_path: Path) -> None:
     prepared = prepare(class_recipe(bases("bert"), tmp_path, lora__targets=["attention.self.query"]), Silent())
-    assert len(prepared.targets) == 2
-    sizes = {preset.count.name: len(preset.count.targets) for preset in prepared.presets}
-    assert sizes == {"minimal": 2, "balanced": 4, "attention": 8, "complete": 12}
+    assert prepared.targets == tuple(f"bert.encoder.layer.{n}.attention.self.query" for n in range(2))
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [
+        ("bert", (2, 4, 8, 12)),
+        ("roberta", (2, 4, 8, 12)),
+        ("distilbert", (2, 4, 8, 12)),
+        ("modernbert", (2, 2, 4, 8)),  # query, key and value are one matrix
+        ("qwen2", (2, 4, 8, 14)),
+    ],
+)
+def test_presets_find_the_matrices_of_both_layers(
+    kind: str, sizes: tuple[int, ...], bases: Callable[[str], Path]
+) -> None:
+    config = with_classes(AutoConfig.from_pretrained(bases(kind)), ["a", "b"], 0)
+    model = skeleton(config, classifier=True)
+    found = [resolve_targets(model, preset) for preset in ("minimal", "balanced", "attention", "complete")]
+    assert tuple(map(len, found)) == sizes
+    assert not any(name.startswith(("classifier", "score", "pre_classifier", "head")) for name in found[-1])
+
+
+def test_plans_are_for_one_device_and_can_be_probed(bases: Callable[[str], Path], tmp_path: Path) -> None:
+    recipe = class_recipe(bases("bert"), tmp_path)
+    probed = plan(recipe, probe=True)
+    assert probed.probe is not None
+    assert probed.probe.num_tokens > 0
+    assert plan(recipe, device="h100-80gb").device is not None
+    with pytest.raises(RecipeError, match="--devices is for models that write text"):
+        plan(recipe, devices="8xh100-80gb")
+
+
+def test_several_processes_are_refused(
+    bases: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loratune.world.size", lambda: 2)
+    with pytest.raises(RecipeError, match="several processes is for models that write text"):
+        prepare_together(class_recipe(bases("bert"), tmp_path), Silent())
+
+
+def test_runs_are_compared_and_pushed(finished: RunDir, tmp_path: Path) -> None:
+    other = RunDir(shutil.copytree(finished.root, tmp_path / "other"))
+    lock = read_json(other.lock)
+    lock["inputs"]["train"]["classes"] = "0" * 64
+    write_json(other.lock, lock)
+    assert [(item.group, item.name) for item in diff(finished, other)] == [("mask", "train classes")]
+    assert "F1 (macro)" in compare([finished.root, other.root], tmp_path / "compare.html").read_text()
+    files = {file.path for file in push(finished.root, "someone/intents", dry_run=True).files}
+    assert {"adapter_model.safetensors", "README.md", "report.html"} <= files
 
 
 def test_a_data_error_names_its_row(bases: Callable[[str], Path], tmp_path: Path) -> None:
