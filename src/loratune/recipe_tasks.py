@@ -12,11 +12,18 @@ CAUSAL_LM, CLASSIFICATION = "causal_lm", "sequence_classification"
 LABELLED_COLUMNS = ("text", "sentence1", "sentence2", "label")
 """The columns of labelled texts, of those that `data.columns` knows."""
 
-_OF_CONVERSATIONS = (
-    "model.quantization", "data.format", "data.train_on", "data.thinking", "data.special_tokens_in_text",
-    "lora.start_from", "evaluate.metric", "evaluate.samples", "evaluate.max_new_tokens", "evaluate.forgetting",
-)  # fmt: skip
-"""Settings that classification has no use for, or does not do yet: they stay at their defaults."""
+_WORKS = {
+    "model": {"name", "revision", "dtype", "trust_remote_code", "task"},
+    "data": {"train", "eval", "columns", "max_length", "on_long", "on_bad_row", "streaming"},
+    "lora": {"r", "alpha", "dropout", "targets", "layers", "variant"},
+    "train": {
+        *("output_dir", "epochs", "learning_rate", "batch_size", "optimizer", "lora_plus_ratio", "schedule", "warmup_fraction"),
+        *("weight_decay", "max_grad_norm", "seed", "engine", "device", "token_budget", "compile", "recompute"),
+        *("eval_every", "save_every", "log_every", "keep_checkpoints", "final_adapter", "on_bad_step", "max_skipped_steps"),
+        "report_to",
+    },
+}  # fmt: skip
+"""Settings that classification follows. Any other stays at its default, also one that is new."""
 
 _REFUSED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("data.streaming", (True,), "the names of the labels are found by reading all rows"),
@@ -49,10 +56,12 @@ def _problems(recipe: Any) -> Iterator[str]:
             if column in LABELLED_COLUMNS and column != "text":
                 yield f"data.columns names {column}, which is for model.task {CLASSIFICATION}"
         return
-    for name in _OF_CONVERSATIONS:
-        value, plain = _value(recipe, name), _default(recipe, name)
-        if value != plain:
-            yield f"{name} is {value}, which model.task {CLASSIFICATION} does not have; leave it at {plain}"
+    for section in type(recipe).model_fields:
+        part = getattr(recipe, section)
+        for field, declared in type(part).model_fields.items():
+            value, plain = getattr(part, field), declared.get_default(call_default_factory=True)
+            if field not in _WORKS.get(section, ()) and value != plain:
+                yield f"{section}.{field} is {value}, which model.task {CLASSIFICATION} does not have; leave it at {plain}"
     for name, values, why in _REFUSED:
         value = _value(recipe, name)
         if value in values:
@@ -66,11 +75,6 @@ def _problems(recipe: Any) -> Iterator[str]:
 def _value(recipe: Any, name: str) -> Any:
     section, _, field = name.partition(".")
     return getattr(getattr(recipe, section), field)
-
-
-def _default(recipe: Any, name: str) -> Any:
-    section, _, field = name.partition(".")
-    return type(getattr(recipe, section)).model_fields[field].get_default(call_default_factory=True)
 
 
 def refuse_classifier(recipe: Any, what: str, fix: str = "") -> None:

@@ -4,6 +4,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 
 from loratune.data.batch import collate, num_supervised
@@ -131,3 +132,19 @@ def test_the_fingerprint_has_the_classes(tmp_path: Path) -> None:
     other = prepared(tmp_path, rows)
     assert Counter(e.label for e in other.train if isinstance(e, LabelledExample)) == {0: 2, 1: 2, 2: 2}
     assert one != labels_fingerprint(other.train)
+
+
+def test_integers_of_a_hub_data_set_have_its_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "topic": datasets.ClassLabel(names=["sun", "tune"])}
+    )
+    rows = {"text": ["rain", "song", "play"], "topic": [0, 1, -1]}
+    table = datasets.Dataset.from_dict(rows, features=features)
+    monkeypatch.setattr("loratune.data.sources._require_hub", lambda source: None)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: table)
+    settings = {"train": "someone/topics", "eval": "none", "columns": {"label": "topic"}, "on_bad_row": "skip"}
+    data = prepare_labelled(
+        DataSection.model_validate(settings), tokenizer(encoder=True, types=True), max_length=32, seed=1
+    )
+    assert data.report["labels"] == ["sun", "tune"]
+    assert "label is -1" in data.report["train"]["rejected"][0]["reason"]

@@ -7,7 +7,6 @@ the classes; a label that stands in the held-out data alone could not be learned
 from __future__ import annotations
 
 import hashlib
-import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,14 +16,15 @@ import numpy as np
 import numpy.typing as npt
 
 from loratune.data.checks import histogram, places, scripts
-from loratune.data.conversation import BadRow, Conversation, Origin, Rejected, check_columns, rename_columns
+from loratune.data.conversation import Conversation, Origin, Rejected
+from loratune.data.labelled_rows import Key, LabelledText, Part, class_names, hold_out_texts, read_labelled
 from loratune.data.labels import Example, TooLong
 from loratune.data.prepare import PreparedData
 from loratune.data.reading import Reader, apply_policy, held_out_sources
 from loratune.data.specials import any_of, special_names
 from loratune.errors import DataError
 from loratune.progress import Progress, Silent
-from loratune.recipe import DataSection, Source
+from loratune.recipe import DataSection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,10 +32,6 @@ if TYPE_CHECKING:
 _NOBODY = Silent()
 _CHUNK = 1024
 """Texts that are tokenised at a time."""
-_SHOWN = 40
-"""Characters of a value in a message."""
-
-Key = tuple[str, str | None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -50,37 +46,6 @@ class LabelledExample(Example):
     """[T] 0 and 1 for the two texts of a pair, where the tokenizer tells them apart."""
     texts: tuple[str, ...]
     """What was tokenised: one text, or the two of a pair."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LabelledText:
-    """One validated row."""
-
-    text: str
-    second: str | None
-    """The other text of a pair."""
-    label: int | str
-    origin: Origin
-
-    @property
-    def key(self) -> Key:
-        """Equal for rows that say the same."""
-        return self.text, self.second
-
-    @property
-    def name(self) -> str:
-        """Of the class."""
-        return str(self.label)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Part:
-    """One side of the data, as it was read."""
-
-    sources: list[dict[str, Any]]
-    num_rows: int
-    texts: list[LabelledText]
-    rejected: list[Rejected]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,13 +87,13 @@ def prepare_labelled(
     read = Reader(data, seed, progress)
     special = any_of(special_names(tokenizer))
     refuse: Callable[[str], str] = lambda text: found[0] if (found := special.search(text)) else ""  # noqa: E731
-    train = _read(read, data.train, refuse)
-    evaluation: _Part | None = None
+    train = read_labelled(read, data.train, refuse)
+    evaluation: Part | None = None
     if isinstance(held_out, float):
-        train, evaluation = _hold_out(train, held_out, seed)
+        train, evaluation = hold_out_texts(train, held_out, seed)
     elif held_out:
-        evaluation = _read(read, held_out, refuse)
-    names = _class_names(train.texts, evaluation.texts if evaluation else [])
+        evaluation = read_labelled(read, held_out, refuse)
+    names = class_names(train.texts, evaluation.texts if evaluation else [])
     encode = _Encoder(tokenizer, names, max_length, data, progress)
     encoded = encode("train", train)
     encoded_eval = encode("eval", evaluation) if evaluation else None
@@ -160,148 +125,6 @@ def prepare_labelled(
     )
 
 
-# ---- rows
-
-
-def _read(read: Reader, sources: Sequence[Source], refuse: Callable[[str], str]) -> _Part:
-    described: list[dict[str, Any]] = []
-    texts: list[LabelledText] = []
-    rejected: list[Rejected] = []
-    num_rows = 0
-    for source in sources:
-        rows = read.rows(source)
-        check_columns(rows, read.data.columns)
-        form = ""
-        for row in rename_columns(rows, read.data.columns):
-            origin = Origin(file=row.file, line=row.line)
-            try:
-                text = _labelled(row.value, origin, refuse)
-            except BadRow as bad:
-                rejected.append(Rejected(origin=origin, reason=str(bad)))
-                continue
-            texts.append(text)
-            form = form or ("text and label" if text.second is None else "sentence1, sentence2 and label")
-        described.append({**source.model_dump(), "format": form, "rows": len(rows), "sha256": read.contents(source)})
-        num_rows += len(rows)
-    apply_policy(rejected, read.data)
-    return _Part(sources=described, num_rows=num_rows, texts=texts, rejected=rejected)
-
-
-def _labelled(value: Any, origin: Origin, refuse: Callable[[str], str]) -> LabelledText:
-    if not isinstance(value, dict):
-        raise BadRow(f"a row is an object with text and label, this is {_shown(value)}")
-    fields = ("text",) if "text" in value else ("sentence1", "sentence2")
-    if missing := [name for name in (*fields, "label") if name not in value]:
-        has = ", ".join(map(str, value)) or "(none)"
-        raise BadRow(
-            f"no {missing[0]} among its fields {has}; a row has text, or sentence1 and sentence2, and label; "
-            "data.columns says where they have other names"
-        )
-    texts = [_checked(value[name], name, refuse) for name in fields]
-    label = value["label"]
-    if isinstance(label, bool) or not isinstance(label, int | str):
-        raise BadRow(f"label is {_shown(label)}, neither text nor an integer")
-    if isinstance(label, str):
-        label = label.strip()
-        if not label:
-            raise BadRow("label is empty")
-        _unicode(label, "label")
-    return LabelledText(text=texts[0], second=texts[1] if len(texts) > 1 else None, label=label, origin=origin)
-
-
-def _checked(text: Any, name: str, refuse: Callable[[str], str]) -> str:
-    if not isinstance(text, str):
-        raise BadRow(f"{name} is {_shown(text)}, not text")
-    if not text.strip():
-        raise BadRow(f"{name} is empty")
-    _unicode(text, name)
-    if found := refuse(text):
-        raise BadRow(f"{name} contains the special token {found}, which the tokenizer would read as one")
-    return text
-
-
-def _unicode(text: str, name: str) -> None:
-    """JSON can spell half a surrogate pair, which no tokenizer can read."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise BadRow(f"{name} is not valid Unicode: {text[error.start]!r} at character {error.start}") from None
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return f"{type(value).__name__} {text if len(text) <= _SHOWN else text[: _SHOWN - 1] + '…'}"
-
-
-# ---- classes
-
-
-def _class_names(train: Sequence[LabelledText], evaluation: Sequence[LabelledText]) -> list[str]:
-    """The labels of the training data in order: integers by size, texts by the alphabet."""
-    if not train:
-        raise DataError("no labelled text is left to train on", fix="see data.on_bad_row")
-    kind = type(train[0].label)
-    for text in (*train, *evaluation):
-        if type(text.label) is not kind:
-            raise DataError(
-                f"label is {text.label!r}, but that of {train[0].origin} is {train[0].label!r}: one is text, the other a number",
-                file=text.origin.file,
-                line=text.origin.line,
-                fix="write all labels as text, or all as integers",
-            )
-    names = [str(label) for label in sorted({text.label for text in train})]  # of one kind, as checked
-    if len(names) < 2:
-        raise DataError(
-            f"all training texts have the label {names[0]}", file=train[0].origin.file, fix="there must be at least two"
-        )
-    known = set(names)
-    for text in evaluation:
-        if text.name not in known:
-            few = ", ".join(names[:10]) + (", …" if len(names) > 10 else "")
-            raise DataError(
-                f"the label {text.name} occurs in the held-out data only, so nothing could be learned of it",
-                file=text.origin.file,
-                line=text.origin.line,
-                fix=f"correct the row, or add training texts with it; the training data has {few}",
-            )
-    return names
-
-
-def _hold_out(part: _Part, fraction: float, seed: int) -> tuple[_Part, _Part]:
-    """Split off a seeded choice of distinct texts, of each class its share; every class keeps one, and all copies of a text go to
-    the same side.
-
-    Raises:
-        DataError: No class has two distinct texts.
-    """
-    groups: dict[Key, list[int]] = {}
-    for number, text in enumerate(part.texts):
-        groups.setdefault(text.key, []).append(number)
-    by_class: dict[int | str, list[Key]] = {}
-    for key, numbers in groups.items():
-        by_class.setdefault(part.texts[numbers[0]].label, []).append(key)
-    draw = random.Random(seed)  # noqa: S311 - no secret
-    chosen: set[Key] = set()
-    for keys in by_class.values():
-        draw.shuffle(keys)
-        chosen.update(keys[: min(round(fraction * len(keys)), len(keys) - 1)])
-    if not chosen:  # so few that no class has a whole text to give
-        largest = max(by_class.values(), key=len, default=[])
-        if len(largest) < 2:
-            raise DataError(
-                f"{len(groups)} distinct texts: nothing can be held out",
-                fix="give more data, or set data.eval=none or data.eval=FILE",
-            )
-        chosen = {largest[0]}
-    train = [text for text in part.texts if text.key not in chosen]
-    evaluation = [part.texts[numbers[0]] for key, numbers in groups.items() if key in chosen]
-    note = [{"held_out": fraction, "seed": seed, "from": "train"}]
-    return (
-        _Part(sources=part.sources, num_rows=part.num_rows, texts=train, rejected=part.rejected),
-        _Part(sources=note, num_rows=len(evaluation), texts=evaluation, rejected=[]),
-    )
-
-
 # ---- tokens
 
 
@@ -315,7 +138,7 @@ class _Encoder:
     data: DataSection
     progress: Progress
 
-    def __call__(self, side: str, part: _Part) -> _Encoded:
+    def __call__(self, side: str, part: Part) -> _Encoded:
         number_of = {name: number for number, name in enumerate(self.names)}
         examples: list[LabelledExample] = []
         long: list[Origin] = []
@@ -387,7 +210,7 @@ class _Encoder:
 # ---- the report
 
 
-def _report(part: _Part, encoded: _Encoded, names: Sequence[str]) -> dict[str, Any]:
+def _report(part: Part, encoded: _Encoded, names: Sequence[str]) -> dict[str, Any]:
     lengths = np.array([len(example.input_ids) for example in encoded.examples])
     tokens = int(lengths.sum())
     counts = Counter(example.name for example in encoded.examples)
@@ -428,7 +251,7 @@ def _as_conversation(text: LabelledText) -> Conversation:
     return Conversation(messages=(), tools=None, text=f"{text.text} {text.second or ''}", origin=text.origin)
 
 
-def _origins(part: _Part) -> dict[tuple[Key, int | str], list[Origin]]:
+def _origins(part: Part) -> dict[tuple[Key, int | str], list[Origin]]:
     """Where each distinct text with its label stands. A row that a weight repeats stands in one place."""
     found: dict[tuple[Key, int | str], dict[Origin, None]] = {}
     for text in part.texts:
@@ -436,7 +259,7 @@ def _origins(part: _Part) -> dict[tuple[Key, int | str], list[Origin]]:
     return {key: list(origins) for key, origins in found.items()}
 
 
-def _overlap(train: _Part, evaluation: _Part) -> list[dict[str, Any]]:
+def _overlap(train: Part, evaluation: Part) -> list[dict[str, Any]]:
     """The held-out texts that also stand in the training data, with whichever label."""
     seen: dict[Key, dict[Origin, None]] = {}
     for text in train.texts:
@@ -452,7 +275,7 @@ def _place(origin: Origin) -> dict[str, Any]:
     return {"file": origin.file, "line": origin.line}
 
 
-def _notices(report: dict[str, Any], train: _Part, encoded: _Encoded) -> Iterator[str]:
+def _notices(report: dict[str, Any], train: Part, encoded: _Encoded) -> Iterator[str]:
     if report["overlap"]:
         first = report["overlap"][0]
         yield (
