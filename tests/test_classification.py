@@ -43,7 +43,7 @@ from tests.classifiers import KINDS, class_recipe, intent, make_base, write_rows
 
 ROOT = Path(__file__).parents[1]
 
-OFTEN = ("bert", "distilbert", "llama")
+OFTEN = ("bert", "distilbert", "llama", "qwen2")
 """Architectures that other tests train too."""
 
 SAME = 1e-5
@@ -161,6 +161,7 @@ def test_bfloat16_keeps_the_head_in_float32(bases: Callable[[str], Path], tmp_pa
     assert evaluate(run.root).evaluation == {**first, "gates": []}
 
 
+@pytest.mark.slow
 def test_a_head_of_other_classes_is_made_anew(finished: RunDir, tmp_path: Path) -> None:
     merged = merge(finished.root, tmp_path / "merged").folder
     rows = [{**intent(n), "label": n % 2} for n in range(24)]
