@@ -186,8 +186,8 @@ def _without_advice() -> Iterator[None]:
     """Transformers advises to train the head, which is what will be done."""
     from transformers.utils import logging
 
-    before = logging.get_verbosity()  # type: ignore[no-untyped-call]
-    logging.set_verbosity_error()
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
