@@ -8,9 +8,11 @@ from contextlib import contextmanager
 from peft import PeftModel
 
 from loratune import world
+from loratune.data.labelled import LabelledExample
 from loratune.data.mixture import held_out_groups
 from loratune.data.prompts import stop_token_ids
 from loratune.errors import MachineError
+from loratune.evaluation.classify import class_logits, classification_record, nll_of_labels
 from loratune.evaluation.compare import evaluation_record, nll_record
 from loratune.evaluation.generate import Answer, generate_answers
 from loratune.evaluation.own_metric import OwnMetric
@@ -20,6 +22,7 @@ from loratune.preparation import Preparation
 from loratune.progress import Progress
 from loratune.run import Record, RunDir, write_json
 from loratune.training.budget import TokenBudget
+from loratune.training.classifier_loss import ClassificationLoss
 from loratune.training.events import Events, History
 from loratune.training.held_out import Nll, evaluate_nll
 from loratune.training.loss import SupervisedLoss
@@ -38,6 +41,8 @@ def assess(
 
     `tuned_nll`: where it is known already; `own`: in the place of the recipe's metric.
     """
+    if isinstance(loss, ClassificationLoss):
+        return _assess_classes(prepared, run, loss, progress)
     section, data = prepared.recipe.evaluate, prepared.data
     prompts = prepared.prompts
     events = Events(run, progress)
@@ -99,6 +104,36 @@ def assess(
     record["adapter"] = which_adapter(prepared, run)
     if world.is_main():
         write_json(run.evaluation, record)
+    return record
+
+
+def _assess_classes(prepared: Preparation, run: RunDir, loss: ClassificationLoss, progress: Progress) -> Record:
+    """The same of a classifier: the base has the head that training began with."""
+    events = Events(run, progress)
+    events.step = prepared.num_steps
+    budget = TokenBudget(_token_budget(prepared, run), events)
+    held_out = [example for example in prepared.data.eval if isinstance(example, LabelledExample)]
+    loss.model.eval()
+    free_memory()
+    with loss.model.disable_adapter():
+        base = class_logits(loss, held_out, budget, progress)
+    tuned = class_logits(loss, held_out, budget, progress)
+    counts = prepared.data.report["train"]["labels"]
+    record = classification_record(
+        names=prepared.data.report["labels"],
+        examples=held_out,
+        base=base,
+        tuned=tuned,
+        majority=max(counts, key=lambda name: counts[name]),
+    )
+    groups = held_out_groups(held_out, prepared.data.report)
+    if groups:
+        sides = [nll_of_labels(logits, held_out) for logits in (base, tuned)]
+        record["sources"] = {
+            name: nll_record(*([side[i] for i in chosen] for side in sides)) for name, chosen in groups.items()
+        }
+    record["adapter"] = which_adapter(prepared, run)
+    write_json(run.evaluation, record)
     return record
 
 

@@ -29,6 +29,7 @@ from loratune.planning.speed import matmul_rate_of
 from loratune.preparation import Preparation, prepare
 from loratune.progress import Progress
 from loratune.recipe import Recipe
+from loratune.recipe_tasks import refuse_classifier
 from loratune.run import Record, RunDir, read_json
 
 WARM_UP = 2
@@ -55,6 +56,7 @@ def bench(recipe: Recipe, *, rounds: int, steps: int, progress: Progress) -> Rec
     """
     if steps <= WARM_UP:
         raise RecipeError(f"{steps} steps, of which {WARM_UP} are warm-up", fix=f"--steps {WARM_UP + 4}")
+    refuse_classifier(recipe, "loratune bench")
     prepared = prepare(_few_steps(recipe, "fast", 1.0, "auto"), progress)
     epochs = steps / num_steps_per_epoch(len(prepared.data.train), recipe.train.batch_size)
     turns: list[Record] = []

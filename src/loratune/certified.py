@@ -23,6 +23,7 @@ from loratune.model.load import download_weights, gguf_file, load_config, load_m
 from loratune.preparation import Preparation, prepare
 from loratune.progress import Progress
 from loratune.recipe import Recipe
+from loratune.recipe_tasks import refuse_classifier
 from loratune.reporting.page import report_or_warn
 from loratune.run import Record, RunDir, read_json, write_json
 from loratune.shipping.lowrank import LowRank, Replaced, read_adapter, read_replaced
@@ -100,7 +101,39 @@ class FinishedRun:
 
 
 def open_finished(root: str | Path, progress: Progress) -> FinishedRun:
-    """Open a finished run whose base and template are still those of training.
+    """Open a finished run of a model that writes text, whose base and template are still those of training.
+
+    Raises:
+        RecipeError: As `open_run`, or it is a classifier.
+    """
+    refuse_classifier(recipe_of(root), "this", f"loratune merge {root} OUT, which transformers loads")
+    run, prepared = open_run(root, progress)
+    recipe = prepared.recipe
+    return FinishedRun(
+        run=run,
+        prepared=prepared,
+        base=download_weights(prepared.base),
+        config=load_config(prepared.base, recipe.model),
+        updates=read_adapter(run.adapter),
+        replaced=read_replaced(run.adapter),
+        stops=stop_token_ids(prepared.tokenizer),
+        source=gguf_file(recipe.model),
+        progress=progress,
+    )
+
+
+def recipe_of(root: str | Path) -> Recipe:
+    """The effective recipe of a run.
+
+    Raises:
+        RecipeError: There is no run.
+    """
+    run = RunDir.open(root)
+    return Recipe.parse(read_json(run.lock)["recipe"], file=run.lock)
+
+
+def open_run(root: str | Path, progress: Progress) -> tuple[RunDir, Preparation]:
+    """A finished run whose base and template are still those of training, and what it was trained on.
 
     Raises:
         RecipeError: The run is not finished, or its base or template changed.
@@ -121,17 +154,7 @@ def open_finished(root: str | Path, progress: Progress) -> FinishedRun:
         raise RecipeError(
             f"changed since the run: {', '.join(changed)}", file=run.lock, fix="restore the base model, or train anew"
         )
-    return FinishedRun(
-        run=run,
-        prepared=prepared,
-        base=download_weights(prepared.base),
-        config=load_config(prepared.base, recipe.model),
-        updates=read_adapter(run.adapter),
-        replaced=read_replaced(run.adapter),
-        stops=stop_token_ids(prepared.tokenizer),
-        source=gguf_file(recipe.model),
-        progress=progress,
-    )
+    return run, prepared
 
 
 def _expect(finished: FinishedRun) -> Expected:
@@ -164,29 +187,45 @@ def deliver(
     with staged(target) as folder:
         load, tolerance = write(folder)
         certificate = _certificate(finished, load, tolerance, whole="adapter" not in kind, num_answers=num_answers)
-        certificate = {
-            "kind": kind,
-            "run": str(finished.run.root),
-            "path": str(target.absolute()),
-            "adapter_sha256": file_sha256(finished.run.adapter_weights),
-            **certificate,
-        }
-        write_json(folder / "parity.json", certificate)
-        if not certificate["passed"]:
-            raise RunError(
-                f"what was written is not the model that was trained: {'; '.join(certificate['complaints'])}",
-                file=target,
-                fix="nothing was kept; serve base and adapter with PEFT, and report this as a bug of loratune",
-            )
+        certificate = seal(finished.run, kind, target, folder, certificate)
     missing = certificate["stop_tokens"]["missing"]
     if missing:
         texts = ", ".join(finished.prepared.tokenizer.convert_ids_to_tokens(missing))
         finished.progress.warn(
             f"the base does not end answers at {texts}, as training does: tell your server to stop there"
         )
-    _record(finished.run, certificate)
-    report_or_warn(finished.run, finished.progress)
+    record(finished.run, certificate, finished.progress)
     return Delivery(folder=target.absolute(), certificate=certificate, usage=usage)
+
+
+def seal(run: RunDir, kind: str, target: Path, folder: Path, certificate: Record) -> Record:
+    """Write the certificate into the folder.
+
+    Args:
+        run: Whose model it is.
+        kind: Of what was written.
+        target: The folder by the name that it will have.
+        folder: By the name that it has.
+        certificate: From `certify`.
+
+    Raises:
+        RunError: It was not passed.
+    """
+    certificate = {
+        "kind": kind,
+        "run": str(run.root),
+        "path": str(target.absolute()),
+        "adapter_sha256": file_sha256(run.adapter_weights),
+        **certificate,
+    }
+    write_json(folder / "parity.json", certificate)
+    if not certificate["passed"]:
+        raise RunError(
+            f"what was written is not the model that was trained: {'; '.join(certificate['complaints'])}",
+            file=target,
+            fix="nothing was kept; serve base and adapter with PEFT, and report this as a bug of loratune",
+        )
+    return certificate
 
 
 def _certificate(finished: FinishedRun, load: Load, tolerance: Tolerance, *, whole: bool, num_answers: int) -> Record:
@@ -235,11 +274,12 @@ def _same_json(text: str, wanted: str) -> bool:
         return False
 
 
-def _record(run: RunDir, certificate: Record) -> None:
-    """The run's own list of certificates, the newest of each place."""
+def record(run: RunDir, certificate: Record, progress: Progress) -> None:
+    """Add to the run's own list of certificates, the newest of each place, and to its report."""
     others = [
         other
         for other in (read_json(run.parity) if run.parity.is_file() else [])
         if other["path"] != certificate["path"]
     ]
     write_json(run.parity, [*others, certificate])
+    report_or_warn(run, progress)

@@ -30,6 +30,7 @@ from loratune.model.device import choose_device, device_here, torch_dtype
 from loratune.model.load import load_model, load_tokenizer, locate_model, positions_of
 from loratune.progress import Progress, Silent
 from loratune.recipe import ModelSection, Recipe
+from loratune.recipe_tasks import refuse_classifier
 from loratune.run import RunDir, read_json
 
 BASE, TUNED = "base", "tuned"
@@ -224,6 +225,9 @@ def open_chat(root: Path, sampling: Sampling, *, progress: Progress | None = Non
         if not run.is_finished:
             raise RecipeError("the run has no adapter yet", file=run.root, fix=f"`loratune resume {root}`")
         recipe = Recipe.parse(read_json(run.lock)["recipe"], file=run.lock)
+        refuse_classifier(
+            recipe, "loratune chat", f"loratune evaluate {root} has its classes, loratune merge {root} OUT a model"
+        )
         section, device, dtype, adapter = (
             recipe.model,
             device_here(recipe.train.device),

@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from loratune.certified import Delivery, FinishedRun, Load, deliver, open_finished
+from loratune.certified import Delivery, FinishedRun, Load, deliver, open_finished, recipe_of
+from loratune.classifier_delivery import merge_classifier
 from loratune.errors import RecipeError
 from loratune.model.adapter import load_adapter
 from loratune.model.device import torch_dtype
@@ -25,6 +26,7 @@ from loratune.model.load import load_model
 from loratune.model.quantised import BY_BITSANDBYTES, as_multiplied, quantised_matrices
 from loratune.planning.parameters import skeleton
 from loratune.progress import Progress, Silent
+from loratune.recipe_tasks import is_classification, refuse_classifier
 from loratune.run import RunDir, read_json
 from loratune.shipping.families import GgufLayout
 from loratune.shipping.gguf_adapter import check_plain, read_gguf_adapter, write_gguf_adapter
@@ -67,6 +69,8 @@ def merge(root: str | Path, out: str | Path, *, dtype: str = "auto", progress: P
         RunError: The certificate fails; nothing is kept.
     """
     target = Path(out).expanduser()
+    if is_classification(recipe_of(root)):
+        return merge_classifier(root, target, dtype=dtype, progress=progress)
     finished = open_finished(root, progress)
     check_target(target, needed_bytes=finished.base_bytes)
     usage = (
@@ -105,6 +109,9 @@ def export(
             f"--outtype {outtype} is for merged GGUF models; an adapter is written in float32",
             fix="leave it out, or add --merged",
         )
+    refuse_classifier(
+        recipe_of(root), f"loratune export --to {to}", f"loratune merge {root} OUT, which transformers loads"
+    )
     run = RunDir.open(root)
     target = Path(out).expanduser() if out is not None else run.exports / f"{to}{'-merged' if merged else ''}"
     if target.suffix == ".gguf":

@@ -10,6 +10,7 @@ from loratune.lock import examples_fingerprint
 from loratune.preparation import Preparation, prepare
 from loratune.progress import Progress
 from loratune.recipe import Recipe
+from loratune.recipe_tasks import refuse_classifier
 
 
 def prepare_together(recipe: Recipe, progress: Progress) -> Preparation:
@@ -24,6 +25,7 @@ def prepare_together(recipe: Recipe, progress: Progress) -> Preparation:
         return prepare(recipe, progress)
     if recipe.train.engine == "trl":
         raise RecipeError("train.engine is trl, which trains in one process here", fix="train.engine=fast")
+    refuse_classifier(recipe, "training in several processes", "train in one process")
     if world.is_main():
         prepared = prepare(recipe, progress)
         world.publish("recipe", prepared.recipe.model_dump_json())

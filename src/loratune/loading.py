@@ -17,6 +17,7 @@ from loratune.model.patterns import highest_rank
 from loratune.preparation import Preparation
 from loratune.progress import Progress
 from loratune.run import RunDir
+from loratune.training.classifier_loss import ClassificationLoss, make_classification_loss
 from loratune.training.compilation import prepare_layers
 from loratune.training.loss import SupervisedLoss, make_loss
 from loratune.training.noise import EmbeddingNoise
@@ -29,7 +30,13 @@ def load_base(prepared: Preparation, progress: Progress) -> Any:
     recipe = prepared.recipe
     progress.line(f"loading {recipe.model.name} in {recipe.model.dtype} on {recipe.train.device}")
     device = "cpu" if is_sharded(recipe) else recipe.train.device  # whose memory need not hold all of it
-    return load_model(prepared.base, recipe.model, dtype=torch_dtype(recipe.model.dtype), device=device)
+    return load_model(
+        prepared.base,
+        recipe.model,
+        dtype=torch_dtype(recipe.model.dtype),
+        device=device,
+        classes=prepared.classes,
+    )
 
 
 def adapt(prepared: Preparation, base: Any, progress: Progress) -> tuple[PeftModel, SupervisedLoss]:
@@ -42,6 +49,7 @@ def adapt(prepared: Preparation, base: Any, progress: Progress) -> tuple[PeftMod
         base_name=_loadable_name(prepared),
         seed=recipe.train.seed,
         new_tokens=prepared.new_tokens,
+        classes=prepared.classes,
     )
     if recipe.lora.variant == "eva":
         r = highest_rank(recipe.lora)
@@ -54,12 +62,13 @@ def adapt(prepared: Preparation, base: Any, progress: Progress) -> tuple[PeftMod
         begin_from(model, prepared.start)
     if recipe.model.quantization == "fp8":
         quantise_frozen(model)
-    if recipe.train.engine == "trl":
+    if recipe.train.engine == "trl" and prepared.classes is None:
         check_stock(model.get_base_model())
-        return model, SupervisedLoss(model, packed=False)
-    loss, reason = _loss(model, prepared)
+    loss, reason = _loss(prepared, model)
+    if recipe.train.engine == "trl":
+        return model, loss
     if reason:
-        progress.warn(f"one example at a time: {reason}")
+        progress.warn(reason)
     note = fallback_note(model)
     if note and recipe.lora.variant != "dora":  # of which the plan speaks
         progress.warn(note)
@@ -75,19 +84,24 @@ def load_trained(prepared: Preparation, run: RunDir, progress: Progress) -> tupl
     model = load_adapter(load_base(prepared, progress), run.adapter)
     if prepared.recipe.model.quantization == "fp8":
         quantise_frozen(model)
-    if prepared.recipe.train.engine == "trl":
-        return model, SupervisedLoss(model, packed=False)
-    loss, _ = _loss(model, prepared)
-    return model, loss
+    return model, _loss(prepared, model)[0]
 
 
-def _loss(model: PeftModel, prepared: Preparation) -> tuple[SupervisedLoss, str]:
-    """The way to the loss, and why it is not the packed one; of a base that processes share, after each has its part of it."""
+def _loss(prepared: Preparation, model: PeftModel) -> tuple[SupervisedLoss, str]:
+    """The way to the loss, and what to say where it is not the fastest of the engine; of a base that processes share, after each has
+    its part of it."""
     recipe = prepared.recipe
-    if not is_sharded(recipe):
-        return make_loss(model, prepared.data.train)
-    shard_layers(model, recipe.train.device)
+    if recipe.train.engine == "trl":
+        kind = SupervisedLoss if prepared.classes is None else ClassificationLoss
+        return kind(model, packed=False), ""
+    if prepared.classes is not None:
+        found, reason = make_classification_loss(model, prepared.data.train)
+        return found, f"examples are padded: {reason}" if reason else ""
+    if is_sharded(recipe):
+        shard_layers(model, recipe.train.device)
     loss, reason = make_loss(model, prepared.data.train)
+    if not is_sharded(recipe):
+        return loss, f"one example at a time: {reason}" if reason else ""
     if reason or loss.longest_packed is not None:
         reason = reason or f"those of more than {loss.longest_packed:,} tokens need one of their own"
         raise RecipeError(

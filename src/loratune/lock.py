@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from loratune import world
+from loratune.data.labelled import labels_fingerprint
 from loratune.data.render import Example
 from loratune.model.gguf import file_sha256
 from loratune.model.quantised import BY_BITSANDBYTES
@@ -21,8 +22,9 @@ from loratune.run import Record
 PACKAGES = ("loratune", "torch", "transformers", "trl", "peft", "datasets", "accelerate", "tokenizers", "safetensors")
 
 
-INPUTS = ("model", "template", "train", "eval", "start")
-"""What a run is made from, each with its fingerprint; `start` only where it goes on from an adapter."""
+INPUTS = ("model", "template", "train", "eval", "start", "labels")
+"""What a run is made from, each with its fingerprint; `start` only where it goes on from an adapter, `labels` only
+where it learns classes."""
 
 
 def model_fingerprint(folder: Path) -> dict[str, str]:
@@ -32,13 +34,14 @@ def model_fingerprint(folder: Path) -> dict[str, str]:
 
 
 def examples_fingerprint(examples: Sequence[Example]) -> dict[str, str]:
-    """The SHA-256 of all token ids, and of which of them are trained."""
+    """The SHA-256 of all token ids, and of which of them are trained; of labelled examples, of their classes too."""
     tokens, mask = hashlib.sha256(), hashlib.sha256()
     for example in examples:
         length = len(example.input_ids).to_bytes(8, "little")
         tokens.update(length + example.input_ids.astype("<i4").tobytes())
         mask.update(length + example.supervised.astype("u1").tobytes())
-    return {"tokens": tokens.hexdigest(), "mask": mask.hexdigest()}
+    classes = labels_fingerprint(examples)
+    return {"tokens": tokens.hexdigest(), "mask": mask.hexdigest(), **({"classes": classes} if classes else {})}
 
 
 def text_fingerprint(text: str) -> str:

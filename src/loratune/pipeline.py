@@ -28,6 +28,7 @@ from loratune.data.preview import preview
 from loratune.data.steps import examples_of_largest_step, num_steps_per_epoch
 from loratune.early_checks import check_prompts
 from loratune.errors import DataError, Interrupted, RecipeError, RunError
+from loratune.evaluation.classify import MEASURES
 from loratune.evaluation.gates import check_names, parse_gate, pass_gates
 from loratune.evaluation.harness import check_harness, run_harness
 from loratune.evaluation.own_metric import load_metric
@@ -45,6 +46,7 @@ from loratune.planning.speed import StepProbe
 from loratune.preparation import Preparation, held_out_prompts, output_dir, prepare
 from loratune.progress import Progress, Silent
 from loratune.recipe import Recipe
+from loratune.recipe_tasks import is_classification, refuse_classifier
 from loratune.reporting.card import write_card
 from loratune.reporting.page import report_or_warn
 from loratune.run import Record, RunDir, cannot_write, read_json, write_json, write_text
@@ -52,6 +54,7 @@ from loratune.sitting import Sitting
 from loratune.training.arguments import TrainingData
 from loratune.training.callbacks import RunCallback
 from loratune.training.checkpoint import checkpoint_to_go_on_from, sync
+from loratune.training.classifier_trainer import ReferenceClassifier
 from loratune.training.held_out import Nll
 from loratune.training.loss import SupervisedLoss
 from loratune.training.shards import is_sharded, told_if_lost
@@ -283,6 +286,10 @@ def evaluate(root: str | Path, *, extras: Extras = _NOTHING_MORE, progress: Prog
     gates = [parse_gate(text) for text in extras.gates]
     metric = own.name if own else recipe.evaluate.metric
     measures = [*([metric] if metric != "none" else []), "nll", "perplexity"]
+    if is_classification(recipe):
+        measures = [*MEASURES]
+        if extras.metric or extras.harness:
+            refuse_classifier(recipe, "--metric" if extras.metric else "--harness", "--gate accuracy>=0.9, or f1")
     forgets = recipe.evaluate.forgetting != "none"
     check_names(gates, measures, forgetting=forgets, harness=bool(extras.harness))
     if extras.harness:
@@ -461,7 +468,8 @@ def _train(
             progress=progress,
             callback=callback,
         )
-        trainer = FastTrainer(setup) if recipe.train.engine == "fast" else ReferenceTrainer(setup)
+        reference = ReferenceTrainer if prepared.classes is None else ReferenceClassifier
+        trainer = FastTrainer(setup) if recipe.train.engine == "fast" else reference(setup)
         callback.watch(trainer)
         check_same(model)
         over = False

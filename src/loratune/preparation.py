@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratune import world
+from loratune.advising import advice_facts
+from loratune.class_preparation import class_positions, prepare_classes
 from loratune.data.batch import num_supervised
 from loratune.data.mixture import mixture
 from loratune.data.prepare import PreparedData, prepare_data
-from loratune.data.prompts import Prompt, longest_answer, render_prompts, stop_token_ids
+from loratune.data.prompts import Prompt, longest_answer, render_prompts
 from loratune.data.render import Example
 from loratune.data.steps import num_steps
 from loratune.data.stream import MANY_ROWS, can_stream, open_tables, stream_data
@@ -30,30 +32,30 @@ from loratune.errors import RecipeError
 from loratune.evaluation.scoring import check_metric, check_references
 from loratune.lock import examples_fingerprint, make_lock, model_fingerprint, text_fingerprint
 from loratune.model.beginning import adapter_fingerprint, base_notes
+from loratune.model.classifier import Classes
 from loratune.model.device import Choice, choose_device, choose_dtype, free_memory, torch_dtype
 from loratune.model.gguf import cache_dir
 from loratune.model.load import BaseModel, load_config, load_tokenizer, locate_model, positions_of
 from loratune.model.new_tokens import add_new_tokens, grow, growing_parameters, unseen_tokens
 from loratune.model.patterns import check_patterns, check_used
 from loratune.model.quantised import BY_BITSANDBYTES, check_checkpoint
-from loratune.model.stops import generation_stops
 from loratune.model.targets import resolve_targets, target_notes
 from loratune.model.variants import check_variant, variant_notes
 from loratune.model.weights import bytes_to_convert, check_stored, check_weights
-from loratune.planning.advice import Advice, Facts, give_advice
+from loratune.planning.advice import Advice, give_advice
 from loratune.planning.cluster import Cluster
-from loratune.planning.compatibility import unknown_to_gguf
 from loratune.planning.cost import Place
 from loratune.planning.devices import Device, device_notes
 from loratune.planning.estimate import estimate
 from loratune.planning.memory import MemoryPlan, free_bytes, resident_bytes
 from loratune.planning.parameters import ParameterCount, count_parameters, skeleton, trained_in_words
-from loratune.planning.presets import PresetPlan, adapts_feed_forward, count_presets, plan_preset
+from loratune.planning.presets import PresetPlan, count_presets, plan_preset
 from loratune.planning.quantised import check_quantised, quantised_place, quantization_notes
 from loratune.planning.scaling import Scaling, scale, strategy_choice, strategy_for
 from loratune.planning.speed import StepProbe, TimePlan, with_probe
 from loratune.progress import Progress
 from loratune.recipe import Recipe
+from loratune.recipe_tasks import is_classification, refuse_classifier
 from loratune.run import Record
 
 if TYPE_CHECKING:
@@ -89,6 +91,7 @@ class Preparation:
         device: The named device that the plan is for; None for this machine.
         scaling: The run on more and more devices; None where the plan is for one.
         probe: What real steps took; None where none were run.
+        classes: Of a classifier; None where the model writes text.
     """
 
     recipe: Recipe
@@ -112,6 +115,7 @@ class Preparation:
     device: Device | None
     scaling: Scaling | None = None
     probe: StepProbe | None = None
+    classes: Classes | None = None
 
     def with_probe(self, probe: StepProbe) -> Preparation:
         """The same with the times that the probe's speed makes."""
@@ -145,7 +149,10 @@ class Preparation:
                     }
                     for item in self.parameters.per_module
                 ],
-                "whole": [{"name": item.name, "trainable": item.trainable} for item in self.parameters.whole],
+                "whole": [
+                    {"name": item.name, "shapes": [list(shape) for shape in item.shapes], "trainable": item.trainable}
+                    for item in self.parameters.whole
+                ],
             },
             "presets": {preset.count.name: preset.as_record() for preset in self.presets},
             "memory": {"peak_bytes": memory.peak_bytes, **asdict(memory)},
@@ -163,6 +170,7 @@ class Preparation:
                 "num_eval_examples": len(self.data.eval),
                 "is_estimate": self.data.stream is not None,
                 "sources": mixture(train, self.data.report, scale),
+                **({"num_classes": len(self.classes.names)} if self.classes else {}),
             },
             "choices": {
                 name: {"value": choice.value, "reason": choice.reason} for name, choice in self.choices.items()
@@ -195,6 +203,7 @@ class Preparation:
                 if self.data.stream is None
                 else self.data.stream.contents,
                 "eval": examples_fingerprint(self.data.eval),
+                **({"labels": list(self.classes.names)} if self.classes else {}),
                 **({"start": adapter_fingerprint(self.start)} if self.start else {}),
                 **({"forgetting": examples_fingerprint(self.forgetting)} if self.forgetting else {}),
             },
@@ -233,20 +242,26 @@ def prepare(
     base = locate_model(recipe.model, progress, weights=weights)
     config = load_config(base, recipe.model)
     check_checkpoint(config, recipe.model.quantization, name=base.name, device=where.value)
-    positions = positions_of(config)
+    classifies = is_classification(recipe)
+    if classifies and cluster is not None:
+        refuse_classifier(recipe, "--devices")
+    positions = class_positions(recipe, config) if classifies else positions_of(config)
     max_length = _max_length(recipe, positions)
-    model = skeleton(config, trust_remote_code=recipe.model.trust_remote_code)
+    labelled = prepare_classes(recipe, base, config, int(max_length.value), progress) if classifies else None
+    config, head = (labelled.config, labelled.classes.head) if labelled else (config, ())
+    model = skeleton(config, trust_remote_code=recipe.model.trust_remote_code, classifier=classifies)
     targets = resolve_targets(model, recipe.lora.targets, recipe.lora.layers)
-    check_weights(base.path, model, quantized=getattr(config, "quantization_config", None) is not None)
-    check_stored(base.stored, model, name=base.name)
-    tokenizer = load_tokenizer(base, recipe.model)
+    _check_files(base, model, head)
+    tokenizer = labelled.tokenizer if labelled else load_tokenizer(base, recipe.model)
     new_tokens = add_new_tokens(tokenizer, recipe.lora.new_tokens)
     growing = growing_parameters(model, new_tokens)
     grow(model, new_tokens)
-    parameters = count_parameters(model, targets, recipe.lora)
+    parameters = count_parameters(model, targets, recipe.lora, head)
     _check_trained(recipe, model, parameters)
     start = check_start(recipe, parameters, output_dir(recipe))
-    streaming, data = _data(recipe, tokenizer, int(max_length.value), progress)
+    streaming, data = (
+        (Choice("false"), labelled.data) if labelled else _data(recipe, tokenizer, int(max_length.value), progress)
+    )
     forgetting = _forgetting(recipe, tokenizer, int(max_length.value), progress)
     embeddings: Any = model.get_input_embeddings()
     check_vocabulary([*data.train, *data.eval, *forgetting], embeddings.weight.shape[0])
@@ -302,7 +317,7 @@ def prepare(
     }
     effective = _resolved(recipe, choices)
     check_disk(effective, parameters, data.num_examples)
-    presets = count_presets(model, recipe.lora)
+    presets = count_presets(model, recipe.lora, head)
     steps = num_steps(data.num_examples, recipe.train.batch_size, recipe.train.epochs)
     return Preparation(
         recipe=effective,
@@ -322,6 +337,7 @@ def prepare(
         time=estimated.time,
         num_steps=steps,
         warnings=(
+            *(labelled.notes if labelled else ()),
             *target_notes(model, recipe.lora.targets, recipe.lora.target_parameters),
             *variant_notes(effective),
             *(base_notes(start, (base.name, str(base.path))) if start else ()),
@@ -332,15 +348,28 @@ def prepare(
         ),
         advice=give_advice(
             replace(
-                _facts(effective, base, tokenizer, model, targets, data, trainable=parameters.trainable, steps=steps),
+                advice_facts(
+                    *(effective, base, tokenizer, model, targets, data),
+                    presets=presets,
+                    trainable=parameters.trainable,
+                    steps=steps,
+                ),
                 num_devices=1 if cluster is None else cluster.size,
             )
         ),
         device=device,
+        classes=labelled.classes if labelled else None,
         scaling=None
         if cluster is None
         else scale(cluster, recipe, text_config, parameters, data=data, place=place, estimate_at=estimate_at),
     )
+
+
+def _check_files(base: BaseModel, model: Any, head: tuple[str, ...]) -> None:
+    """Whether all weights are there but those of a classifier's head, which may be made anew."""
+    quantized = getattr(model.config, "quantization_config", None) is not None
+    check_weights(base.path, model, quantized=quantized, without=head)
+    check_stored(base.stored, model, name=base.name, without=head)
 
 
 def _check_trained(recipe: Recipe, model: Any, parameters: ParameterCount) -> None:
@@ -356,34 +385,6 @@ def _check_trained(recipe: Recipe, model: Any, parameters: ParameterCount) -> No
 def _free_bytes(device: str) -> int | None:
     """Of the processes that share a machine's memory, the share of one; each has a GPU of its own."""
     return None if world.local_size() == 1 or device != "cpu" else free_bytes(device) // world.local_size()
-
-
-def _facts(
-    recipe: Recipe,
-    base: BaseModel,
-    tokenizer: PreTrainedTokenizerBase,
-    model: Any,
-    targets: tuple[str, ...],
-    data: PreparedData,
-    *,
-    trainable: int,
-    steps: int,
-) -> Facts:
-    """What advice is given on."""
-    return Facts(
-        recipe=recipe,
-        num_examples=data.num_examples,
-        num_steps=steps,
-        num_supervised_tokens=round(data.scale * sum(num_supervised(example) for example in data.train)),
-        num_cut=sum(finding["kind"] == "cut" for finding in data.report["train"]["findings"]),
-        trainable=trainable,
-        feed_forward=adapts_feed_forward(targets, count_presets(model, recipe.lora)),
-        architecture=type(model).__name__,
-        unknown_to_gguf=unknown_to_gguf(targets),
-        stop_token=_stop_token(tokenizer, data),
-        generation_stops=generation_stops(base, model.config.get_text_config(), tokenizer),
-        prompt_check=data.report["prompts"],
-    )
 
 
 def output_dir(recipe: Recipe) -> Path:
@@ -472,12 +473,6 @@ def _recompute_reason(recipe: Recipe, memory: MemoryPlan) -> str:
     if recipe.train.recompute != "auto" or not memory.num_recomputed:
         return ""
     return "layers that keep their input only, so that the micro-batch fits"
-
-
-def _stop_token(tokenizer: PreTrainedTokenizerBase, data: PreparedData) -> str:
-    if data.report["train"]["format"] == "text":
-        return ""
-    return str(tokenizer.convert_ids_to_tokens(stop_token_ids(tokenizer)[0]))
 
 
 def _dtype(recipe: Recipe, where: str, device: Device | None) -> Choice:

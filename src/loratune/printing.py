@@ -77,6 +77,7 @@ def write_page(path: Path, prepared: Preparation, samples: int) -> None:
 
 def show_result(result: RunResult, as_json: bool) -> None:
     """Print the evaluation, and what training took."""
+    from loratune.evaluation.classify import classification_table, confusion_table
     from loratune.evaluation.compare import evaluation_table, samples_table
     from loratune.reporting.plan_view import measured_line
     from loratune.run import read_json
@@ -86,7 +87,9 @@ def show_result(result: RunResult, as_json: bool) -> None:
         print_json({"run": str(result.run.root), "plan": plan_record, "evaluation": result.evaluation})
         return
     console = SafeConsole(highlight=False)
-    if result.evaluation is not None:
+    if result.evaluation is not None and "confusion" in result.evaluation:
+        console.print(classification_table(result.evaluation), confusion_table(result.evaluation), sep="\n")
+    elif result.evaluation is not None:
         console.print(evaluation_table(result.evaluation))
         if result.evaluation["items"]:
             console.print(samples_table(result.evaluation, count=3))

@@ -14,7 +14,8 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from loratune.recipe_checks import check_beside, check_once, check_regular_expressions
-from loratune.recipe_file import apply_override, in_our_words, read_yaml, refuse_secrets, shown
+from loratune.recipe_file import apply_override, hoist_task, in_our_words, read_yaml, refuse_secrets, shown
+from loratune.recipe_tasks import check_task
 
 Cadence = Literal["epoch", "never"] | int | float
 
@@ -85,10 +86,15 @@ class ModelSection(Section):
     trust_remote_code: bool = False
     """Whether Python files that come with the model may run on this machine."""
 
+    task: Literal["causal_lm", "sequence_classification"] = "causal_lm"
+    """What the model learns: `causal_lm`, to write text; `sequence_classification`, to name the class of a text. `task:` by itself,
+    outside of the sections, says the same."""
+
 
 Column = Literal[
-    "messages", "conversations", "prompt", "completion", "instruction", "input", "output", "text", "system", "tools"
-]
+    "messages", "conversations", "prompt", "completion", "instruction", "input", "output", "text", "system", "tools",
+    "sentence1", "sentence2", "label",
+]  # fmt: skip
 
 
 class DataSection(Section):
@@ -406,6 +412,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        check_task(self)
         if self.model.quantization == "fp8" and self.model.dtype not in ("auto", "bfloat16"):
             raise ValueError(
                 f"model.quantization is fp8, which is made from bfloat16, but model.dtype is {self.model.dtype}"
@@ -483,7 +490,7 @@ class Recipe(Section):
         """
         refuse_secrets(shown(values, most=1_000_000), None)
         try:
-            return cls.model_validate(values)
+            return cls.model_validate(hoist_task(values, lines or {}))
         except ValidationError as error:
             raise in_our_words(error, cls, Source, file, lines or {}) from None
 

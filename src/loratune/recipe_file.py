@@ -76,7 +76,7 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     lines: dict[str, int] = {}
     if isinstance(node, yaml.MappingNode):
         _collect_lines(node, "", lines)
-    return values, lines
+    return hoist_task(values, lines), lines
 
 
 def _collect_lines(node: yaml.MappingNode, prefix: str, lines: dict[str, int]) -> None:
@@ -89,6 +89,29 @@ def _collect_lines(node: yaml.MappingNode, prefix: str, lines: dict[str, int]) -
             _collect_lines(value, f"{name}.", lines)
 
 
+def hoist_task(values: dict[str, Any], lines: dict[str, int]) -> dict[str, Any]:
+    """`task: NAME`, which stands outside of the sections, as the `model.task` that it is.
+
+    Args:
+        values: Of a recipe; left as they are.
+        lines: The line of each setting; gets that of `model.task`.
+
+    Raises:
+        RecipeError: Both are there.
+    """
+    if "task" not in values:
+        return values
+    model = values.get("model")
+    if isinstance(model, dict) and "task" in model:
+        raise RecipeError("task and model.task are one setting", line=lines.get("task"), fix="leave one of them out")
+    if model is not None and not isinstance(model, dict):
+        return values
+    if "task" in lines:
+        lines["model.task"] = lines.pop("task")
+    rest = {name: value for name, value in values.items() if name not in ("task", "model")}
+    return {"model": {**(model or {}), "task": values["task"]}, **rest}
+
+
 def apply_override(values: dict[str, Any], override: str, lines: dict[str, int]) -> None:
     """Put `section.field=value`, the value in YAML, into what `read_yaml` returned.
 
@@ -97,6 +120,7 @@ def apply_override(values: dict[str, Any], override: str, lines: dict[str, int])
     """
     refuse_secrets(override, None)
     name, equals, text = override.partition("=")
+    name = "model.task" if name.strip() == "task" else name
     section, dot, field = name.strip().partition(".")
     if not equals or not dot:
         raise RecipeError(f"{override!r} is no setting", fix="write section.field=value, such as train.epochs=1")

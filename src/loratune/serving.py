@@ -29,6 +29,7 @@ from loratune.model.device import device_here
 from loratune.model.gguf import file_sha256
 from loratune.progress import Progress, Silent
 from loratune.recipe import Recipe
+from loratune.recipe_tasks import refuse_classifier
 from loratune.run import RunDir, read_json
 from loratune.shipping.served import BASE_NAME, ServerCommand, served_name, transformers_command
 from loratune.shipping.vllm import serve_words
@@ -110,6 +111,11 @@ def serve(
     run = RunDir.open(root)
     if not run.is_finished:
         raise RecipeError("the run has no adapter yet", file=run.root, fix=f"`loratune resume {root}`")
+    refuse_classifier(
+        Recipe.parse(read_json(run.lock)["recipe"], file=run.lock),
+        "loratune serve",
+        f"loratune merge {root} OUT, which transformers' text-classification pipeline loads",
+    )
     chosen = choose_server(server)
     check_access(chosen, host, api_key)
     port = choose_port(host, port)

@@ -25,6 +25,7 @@ OTHER: dict[str, Any] = {
     "model.dtype": "bfloat16",
     "model.quantization": "int8",
     "model.trust_remote_code": True,
+    "model.task": "sequence_classification",
     "data.train": "FILE",
     "data.eval": 0.3,
     "data.format": "alpaca",
@@ -86,6 +87,7 @@ OTHER: dict[str, Any] = {
 # what has to be on for the field to matter
 ALSO: dict[str, dict[str, Any]] = {
     "lora.target_parameters": {"lora.dropout": 0},
+    "model.task": {"evaluate.max_new_tokens": 256},  # the default, for a task that has no answers
     "train.keep_checkpoints": {"train.save_every": 1},
     # too high a rate, so that the last step is not the best one
     "train.final_adapter": {"train.save_every": 1, "train.eval_every": 1, "train.learning_rate": 20.0},

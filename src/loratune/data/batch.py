@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from loratune.data.labelled import LabelledExample
 from loratune.data.render import Example
 
 
@@ -22,6 +23,8 @@ class MicroBatch:
         max_length: Tokens of the longest example.
         predictors: int64 [S]; the positions whose output predicts a supervised token.
         targets: int64 [S]; those supervised tokens.
+        labels: int64 [E]; the classes of labelled examples, else None.
+        token_types: int64 [1, T]; which text of a pair a token is of, where the tokenizer says so, else None.
     """
 
     input_ids: torch.Tensor
@@ -30,6 +33,8 @@ class MicroBatch:
     max_length: int
     predictors: torch.Tensor
     targets: torch.Tensor
+    labels: torch.Tensor | None = None
+    token_types: torch.Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -48,11 +53,16 @@ class MicroBatch:
             max_length=self.max_length,
             predictors=self.predictors.to(device, non_blocking=True),
             targets=self.targets.to(device, non_blocking=True),
+            labels=None if self.labels is None else self.labels.to(device, non_blocking=True),
+            token_types=None if self.token_types is None else self.token_types.to(device, non_blocking=True),
         )
 
 
 def num_supervised(example: Example) -> int:
-    """Tokens of an example that carry loss. The first token is predicted from nothing, so it never does."""
+    """Tokens of an example that carry loss. The first token is predicted from nothing, so it never does. Of a labelled example it
+    is the label alone: 1."""
+    if isinstance(example, LabelledExample):
+        return 1
     return int(example.supervised[1:].sum())
 
 
@@ -76,4 +86,17 @@ def collate(examples: Sequence[Example]) -> MicroBatch:
         max_length=max(lengths),
         predictors=torch.from_numpy(targets_at - 1),
         targets=torch.from_numpy(input_ids[targets_at]),
+        **_classes(examples),
     )
+
+
+def _classes(examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+    """What labelled examples have beside."""
+    labelled = [example for example in examples if isinstance(example, LabelledExample)]
+    if not labelled:
+        return {}
+    found = {"labels": torch.tensor([example.label for example in labelled])}
+    types = [example.token_types for example in labelled if example.token_types is not None]
+    if len(types) == len(labelled):
+        found["token_types"] = torch.from_numpy(np.concatenate(types).astype(np.int64))[None]
+    return found

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from rich.console import Group
 from rich.text import Text
 
+from loratune.data.labelled import LabelledExample
 from loratune.data.prompts import stop_token_ids
 from loratune.data.render import Example
 
@@ -85,6 +86,11 @@ class Preview:
         else:
             yield self.coloured()
 
+    @property
+    def _trains_tokens(self) -> bool:
+        """Whether any token is trained, which of labelled texts none is."""
+        return any(piece.trained for pieces in self.pieces for piece in pieces)
+
     def as_record(self) -> dict[str, Any]:
         """`preview.json`: each example's title, and its pieces in order."""
         return {
@@ -100,7 +106,7 @@ class Preview:
             Text.assemble(
                 (_TRAINED, _TRAINED), ": trained  ", ("grey", _CONTEXT), ": not trained  ", ("stop token", _STOP)
             )
-        ]
+        ][: self._trains_tokens]
         for title, pieces in zip(self.titles, self.pieces, strict=True):
             parts += [Text(f"\n{title}", style="bold"), Text.assemble(*((p.text, _style(p)) for p in pieces))]
         return Group(*parts)
@@ -115,7 +121,7 @@ class Preview:
 
     def plain(self) -> str:
         """The same without colour."""
-        lines = [f"{_OPEN}trained{_CLOSE}; the rest is not; • after a trained stop token"]
+        lines = [f"{_OPEN}trained{_CLOSE}; the rest is not; • after a trained stop token"][: self._trains_tokens]
         for title, pieces in zip(self.titles, self.pieces, strict=True):
             lines += [f"\n{title}", "".join(_bracketed(pieces))]
         return "\n".join(lines)
@@ -129,7 +135,8 @@ def preview(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, cou
         tokenizer: Turns the ids back into text.
         count: How many to show.
     """
-    stops = set(stop_token_ids(tokenizer))
+    labelled = any(isinstance(example, LabelledExample) for example in examples[:count])
+    stops = set() if labelled else set(stop_token_ids(tokenizer))
     specials = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | set(
         tokenizer.all_special_ids
     )
@@ -142,6 +149,8 @@ def preview(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, cou
 
 def _title(example: Example) -> str:
     length, trained = len(example.input_ids), int(example.supervised.sum())
+    if isinstance(example, LabelledExample):
+        return f"{example.origin}: {length} tokens, of the class {example.name}"
     return f"{example.origin}: {length} tokens, {trained} trained ({trained / length:.0%})"
 
 

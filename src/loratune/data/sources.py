@@ -332,6 +332,13 @@ def hub_table(source: Source) -> tuple[str, Any]:
     return ":".join(part for part in ("hub", source.name, source.config, split) if part), table
 
 
+def hub_class_names(source: Source, column: str) -> list[str]:
+    """The names of the integers in a column of a hub data set, in their order; none where they have none."""
+    features = hub_table(source)[1].features
+    names: list[str] = list(getattr(features.get(column), "names", None) or ())
+    return names
+
+
 def hub_has_split(source: Source, split: str) -> bool:
     """Whether a hub data set has a split of this name.
 

@@ -110,6 +110,14 @@ def step_tokens(lengths: Sequence[int], *, batch_size: int, seed: int) -> np.nda
     return tokens
 
 
+def padded_step_tokens(lengths: Sequence[int], *, batch_size: int, seed: int) -> np.ndarray:
+    """The same where the examples of a step are padded to the longest."""
+    shuffled = np.asarray(lengths)[epoch_order(len(lengths), seed=seed, epoch=0)]
+    starts = np.arange(0, len(lengths), batch_size)
+    tokens: np.ndarray = np.maximum.reduceat(shuffled, starts) * np.diff([*starts, len(lengths)])
+    return tokens
+
+
 def examples_of_largest_step(lengths: Sequence[int], *, batch_size: int, seed: int) -> list[int]:
     """The numbers of the examples of that step."""
     largest = int(step_tokens(lengths, batch_size=batch_size, seed=seed).argmax())

@@ -72,13 +72,13 @@ def _targets(facts: Facts) -> str:
 
 
 def _targets_table(facts: Facts) -> list[Row]:
-    return preset_rows(facts.model, facts.prepared.recipe.lora)
+    return preset_rows(facts.model, facts.prepared.recipe.lora, facts.head)
 
 
-def preset_rows(model: PreTrainedModel, lora: LoraSection) -> list[Row]:
+def preset_rows(model: PreTrainedModel, lora: LoraSection, head: Sequence[str] = ()) -> list[Row]:
     """One row a preset: its matrices, and what they train at this rank, by this variant."""
     rows = []
-    for preset in count_presets(model, lora):
+    for preset in count_presets(model, lora, head):
         count = preset.parameters
         if count is None:  # the model has no such matrix, or it is trained whole
             continue
@@ -154,15 +154,17 @@ def _variant(facts: Facts) -> str:
 
 
 def _variant_table(facts: Facts) -> list[Row]:
-    return variant_rows(facts.model, facts.prepared.targets, facts.prepared.recipe.lora)
+    return variant_rows(facts.model, facts.prepared.targets, facts.prepared.recipe.lora, facts.head)
 
 
-def variant_rows(model: PreTrainedModel, targets: Sequence[str], lora: LoraSection) -> list[Row]:
+def variant_rows(
+    model: PreTrainedModel, targets: Sequence[str], lora: LoraSection, head: Sequence[str] = ()
+) -> list[Row]:
     """One row a variant: what it trains and saves of these matrices."""
     rows = []
     for variant in VARIANTS:
         other = lora.model_copy(update={"variant": variant})
-        count = count_parameters(model, targets, other)
+        count = count_parameters(model, targets, other, head)
         rows.append(
             {
                 "variant": variant,

@@ -35,6 +35,7 @@ from loratune.planning.parameters import skeleton
 from loratune.preparation import NO_LIMIT, Preparation
 from loratune.progress import Progress
 from loratune.recipe import Recipe, Source, TrainSection
+from loratune.recipe_tasks import refuse_classifier
 from loratune.run import Record, RunDir
 from loratune.training.arguments import TrainingData, own_optimizer, stock_arguments
 from loratune.training.stock import check_stock, labelled, stock_difference
@@ -133,6 +134,9 @@ def eject(prepared: Preparation, script: Path, *, overwrite: bool, progress: Pro
         RecipeError: There is such a file already, or the script has no counterpart for a setting.
         MachineError: It cannot be written.
     """
+    refuse_classifier(
+        prepared.recipe, "loratune eject", "train.engine=trl runs transformers' own Trainer on the same batches"
+    )
     _check_covered(prepared.recipe)
     if prepared.data.stream is not None:
         raise RecipeError("the script takes all examples at once", fix="data.streaming=false")

@@ -11,7 +11,9 @@ import numpy as np
 import torch
 from transformers import get_scheduler
 
+from loratune.data.labelled import prepare_labelled
 from loratune.data.prepare import prepare_data
+from loratune.model.classifier import with_classes
 from loratune.model.load import load_config
 from loratune.model.new_tokens import grow
 from loratune.planning.parameters import ParameterCount, count_parameters, skeleton
@@ -42,7 +44,11 @@ class Facts:
     def model(self) -> PreTrainedModel:
         """The base model without weights."""
         section = self.prepared.recipe.model
-        model = skeleton(load_config(self.prepared.base, section), trust_remote_code=section.trust_remote_code)
+        config: Any = load_config(self.prepared.base, section)
+        classes = self.prepared.classes
+        if classes is not None:
+            config = with_classes(config, classes.names, classes.pad_token_id)
+        model = skeleton(config, trust_remote_code=section.trust_remote_code, classifier=classes is not None)
         grow(model, self.prepared.new_tokens)
         return model
 
@@ -64,13 +70,20 @@ class Facts:
     def count(self, r: int) -> ParameterCount:
         """The parameters at another rank."""
         lora = self.prepared.recipe.lora.model_copy(update={"r": r})
-        return count_parameters(self.model, self.prepared.targets, lora)
+        return count_parameters(self.model, self.prepared.targets, lora, self.head)
+
+    @property
+    def head(self) -> tuple[str, ...]:
+        """Modules of a classifier's head."""
+        return self.prepared.classes.head if self.prepared.classes else ()
 
     def render_again(self, **settings: Any) -> list[Example]:
         """The training examples under other settings of the data section."""
         recipe = self.prepared.recipe
         data = DataSection.model_validate({**recipe.data.model_dump(), **settings})
         limit = NO_LIMIT if data.max_length == "auto" else int(data.max_length)
+        if self.prepared.classes is not None:
+            return prepare_labelled(data, self.prepared.tokenizer, max_length=limit, seed=recipe.train.seed).train
         return prepare_data(data, self.prepared.tokenizer, max_length=limit, seed=recipe.train.seed).train
 
 

@@ -52,6 +52,14 @@ def _quantization(facts: Facts) -> str:
     )
 
 
+def _task(facts: Facts) -> str:
+    classes, parameters = facts.prepared.classes, facts.prepared.parameters
+    if classes is None:
+        return "writes text"
+    whole = f"{', '.join(classes.head)} with {parameters.trainable - parameters.in_adapter:,} parameters trained whole"
+    return f"names one of {len(classes.names)} classes: {_some(classes.names)}; {whole}"
+
+
 def _quantization_table(facts: Facts) -> list[Row]:
     dtype_bytes = torch_dtype(facts.prepared.recipe.model.dtype).itemsize
     sizes = {"none": facts.base_parameters * dtype_bytes}
@@ -97,6 +105,8 @@ def _columns(facts: Facts) -> str:
 
 
 def _train_on(facts: Facts) -> str:
+    if facts.prepared.classes is not None:
+        return "no token carries loss: the class of each text does"
     return _share_supervised(facts.prepared.data.train)
 
 
@@ -392,6 +402,7 @@ SUMMARIES: dict[str, Callable[[Facts], str]] = {
     "model.revision": _revision,
     "model.dtype": _dtype,
     "model.quantization": _quantization,
+    "model.task": _task,
     "data.train": _train,
     "data.eval": _eval,
     "data.format": _format,
@@ -454,7 +465,7 @@ def _share_supervised(examples: Sequence[Example]) -> str:
     return f"{supervised:,} of {tokens:,} tokens ({supervised / tokens:.1%})"
 
 
-def _some(items: Sequence[int], shown: int = 8) -> str:
+def _some(items: Sequence[object], shown: int = 8) -> str:
     more = f" and {len(items) - shown} more" if len(items) > shown else ""
     return ", ".join(str(item) for item in items[:shown]) + more
 

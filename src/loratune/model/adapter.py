@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from loratune.errors import RecipeError
 from loratune.kernels.fp8_linear import Fp8Linear
 from loratune.kernels.lora_linear import lora_linear, lora_update
+from loratune.model.classifier import BY_PEFT, Classes
 from loratune.model.new_tokens import grow, grow_for, use_fast_rows
 from loratune.model.patterns import checked_patterns
 from loratune.model.stacks import stack_arguments, stacks
@@ -35,6 +36,7 @@ def attach_adapter(
     base_name: str,
     seed: int,
     new_tokens: tuple[int, ...] = (),
+    classes: Classes | None = None,
 ) -> PeftModel:
     """Put a fresh adapter on the target modules; everything else is frozen.
 
@@ -49,18 +51,23 @@ def attach_adapter(
         base_name: What `base_model_name_or_path` of the saved adapter says.
         seed: Of the initial weights.
         new_tokens: The numbers of `lora.new_tokens`, for which the model grows.
+        classes: Of a classifier, whose head is trained whole; None: the model writes text.
     """
     grow(model, new_tokens)
+    if classes is None:
+        beside = whole_arguments(whole_modules(model, lora, targets), new_tokens)
+    else:
+        beside = {"modules_to_save": [name for name in classes.head if name not in BY_PEFT] or None}
     config = LoraConfig(
         r=lora.r,
         lora_alpha=whole(lora.alpha),
         lora_dropout=lora.dropout,
         target_modules=list(short_names(model, targets)),
-        task_type=TaskType.CAUSAL_LM,
+        task_type=TaskType.CAUSAL_LM if classes is None else TaskType.SEQ_CLS,
         fan_in_fan_out=isinstance(model.get_submodule(targets[0]), Conv1D),
         **peft_arguments(lora),
         **stack_arguments(stacks(model, lora, targets), lora),
-        **whole_arguments(whole_modules(model, lora, targets), new_tokens),
+        **beside,
     )
     model.name_or_path = base_name  # PEFT takes the base's name from here
     with torch.random.fork_rng(), checked_patterns():

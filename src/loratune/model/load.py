@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratune.errors import MachineError, RecipeError
+from loratune.model.classifier import Classes, load_classifier
 from loratune.model.gguf import check_gguf, describe_gguf, import_gguf, imported_folder
 from loratune.model.quantised import BY_BITSANDBYTES, keep_layout, load_settings
 from loratune.progress import Progress
@@ -32,12 +33,14 @@ class BaseModel:
         path: A folder that `from_pretrained` loads.
         revision: The commit of a hub model, else None.
         stored: Type → parameters of it, of weights that are not in the folder; as safetensors names types.
+        tensors: Their names.
     """
 
     name: str
     path: Path
     revision: str | None = None
     stored: Mapping[str, int] = field(default_factory=dict)
+    tensors: frozenset[str] = frozenset()
 
 
 def locate_model(section: ModelSection, progress: Progress, *, weights: bool = True) -> BaseModel:
@@ -154,6 +157,7 @@ def _from_hub(section: ModelSection) -> BaseModel:
         path = snapshot_download(section.name, revision=revision, allow_patterns=patterns)
         metadata = HfApi().get_safetensors_metadata(section.name, revision=revision)
         stored = {str(dtype): number for dtype, number in metadata.parameter_count.items()}
+        tensors = frozenset(metadata.weight_map)
     except NotASafetensorsRepoError as error:
         raise RecipeError(
             f"model.name is {section.name}: the hub has no safetensors weights of it",
@@ -173,8 +177,8 @@ def _from_hub(section: ModelSection) -> BaseModel:
                 fix="connect, or use a model on this machine: model.name=/path/to/folder (with config.json, "
                 "safetensors and tokenizer) or model.name=/path/to/file.gguf",
             ) from error
-        revision, stored = Path(path).name, {}
-    return BaseModel(name=section.name, path=Path(path), revision=revision, stored=stored)
+        revision, stored, tensors = Path(path).name, {}, frozenset()
+    return BaseModel(name=section.name, path=Path(path), revision=revision, stored=stored, tensors=tensors)
 
 
 def load_config(base: BaseModel, section: ModelSection) -> PreTrainedConfig:
@@ -205,8 +209,11 @@ def load_tokenizer(base: BaseModel, section: ModelSection) -> PreTrainedTokenize
     return tokenizer
 
 
-def load_model(base: BaseModel, section: ModelSection, *, dtype: torch.dtype, device: str) -> PreTrainedModel:
-    """The base model with its weights, from safetensors only, quantised where the recipe says so.
+def load_model(
+    base: BaseModel, section: ModelSection, *, dtype: torch.dtype, device: str, classes: Classes | None = None
+) -> PreTrainedModel:
+    """The base model with its weights, from safetensors only, quantised where the recipe says so; with a head where there are
+    classes.
 
     Raises:
         RecipeError: There are no safetensors weights, or its code is not trusted.
@@ -217,8 +224,21 @@ def load_model(base: BaseModel, section: ModelSection, *, dtype: torch.dtype, de
 
     source: str | Path = base.path if base.revision is None else base.name
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    if classes is not None:
+        config = load_config(base, section)
+        with _explained(base):
+            model = load_classifier(
+                source,
+                config,
+                classes,
+                revision=base.revision or "main",
+                dtype=dtype,
+                trust_remote_code=section.trust_remote_code,
+            )
+        model.config.use_cache = False
+        return model.to(device)  # type: ignore[arg-type]
     with _explained(base):
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        model = AutoModelForCausalLM.from_pretrained(
             source,
             revision=base.revision or "main",
             dtype=dtype,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +17,25 @@ _TYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _COPY_AGAIN = "copy or download the model again"
 
 
-def check_weights(folder: Path, model: nn.Module, *, quantized: bool) -> None:
+def check_weights(folder: Path, model: nn.Module, *, quantized: bool, without: Sequence[str] = ()) -> None:
     """Whether the files in a folder hold the weights of a model: some milliseconds, whatever its size.
 
     Args:
         folder: With safetensors files; one without (a model on the hub, whose weights are fetched later) is passed over.
         model: The model as its config describes it, on the meta device.
         quantized: Whether the files hold packed weights, whose shapes are not those of the model.
+        without: Modules that the files need not hold.
 
     Raises:
         RecipeError: A file is missing, cut short, or not of this model.
     """
-    files = _files(folder)
+    files = weight_files_of(folder)
     if not files:
         return
     tensors = {name: shape for file in files for name, shape in read_header(file).items()}
     if quantized:
         return
-    wanted = dict(model.named_parameters())
+    wanted = _parameters(model, without)
     for name in tensors.keys() & wanted.keys():
         if tensors[name] != tuple(wanted[name].shape):
             raise RecipeError(
@@ -43,7 +44,7 @@ def check_weights(folder: Path, model: nn.Module, *, quantized: bool) -> None:
                 fix=f"the two are of different models; {_COPY_AGAIN}",
             )
     # By number, not by name: transformers renames and stacks tensors of many architectures when it loads them.
-    held, described = sum(map(math.prod, tensors.values())), sum(p.numel() for p in model.parameters())
+    held, described = sum(map(math.prod, tensors.values())), sum(p.numel() for p in wanted.values())
     if held < 0.999 * described:
         raise RecipeError(
             f"the weights hold {held:,} of the {described:,} parameters that config.json describes; the rest would be "
@@ -53,18 +54,23 @@ def check_weights(folder: Path, model: nn.Module, *, quantized: bool) -> None:
         )
 
 
-def check_stored(stored: Mapping[str, int], model: nn.Module, *, name: str) -> None:
+def check_stored(stored: Mapping[str, int], model: nn.Module, *, name: str, without: Sequence[str] = ()) -> None:
     """The same by the number of parameters, for weights that are on the hub.
 
     Raises:
         RecipeError: Some are missing there.
     """
-    held, described = sum(stored.values()), sum(p.numel() for p in model.parameters())
+    held, described = sum(stored.values()), sum(p.numel() for p in _parameters(model, without).values())
     if held and set(stored) <= set(_TYPES.values()) and held < 0.999 * described:
         raise RecipeError(
             f"model.name is {name}: the hub holds {held:,} of the {described:,} parameters that config.json describes",
             fix="another model.revision, or another model",
         )
+
+
+def _parameters(model: nn.Module, without: Sequence[str]) -> dict[str, nn.Parameter]:
+    outside = tuple(f"{module}." for module in without)
+    return {name: parameter for name, parameter in model.named_parameters() if not name.startswith(outside)}
 
 
 def bytes_to_convert(folder: Path, dtype: str | None, *, stored: Mapping[str, int], num_parameters: int) -> int:
@@ -77,7 +83,7 @@ def bytes_to_convert(folder: Path, dtype: str | None, *, stored: Mapping[str, in
         stored: The types of weights that are not in the folder.
         num_parameters: Of the base.
     """
-    files = _files(folder)
+    files = weight_files_of(folder)
     types = set(stored) or {entry["dtype"] for file in files for entry in _header(file).values()}
     if dtype is not None and types <= {_TYPES[dtype]}:
         return 0
@@ -86,7 +92,7 @@ def bytes_to_convert(folder: Path, dtype: str | None, *, stored: Mapping[str, in
 
 def stored_bytes(folder: Path) -> int | None:
     """Bytes of all tensors in the files of a folder; None where there are none."""
-    files = _files(folder)
+    files = weight_files_of(folder)
     ends = [entry["data_offsets"] for file in files for entry in _header(file).values()]
     return sum(end - start for start, end in ends) if files else None
 
@@ -115,7 +121,12 @@ def _header(file: Path) -> dict[str, Any]:
     return header
 
 
-def _files(folder: Path) -> list[Path]:
+def weight_files_of(folder: Path) -> list[Path]:
+    """The files with the weights, those of the index where there is one; none where they are on the hub.
+
+    Raises:
+        RecipeError: One of the index is missing.
+    """
     index = folder / INDEX
     found = sorted(folder.glob("*.safetensors"))
     if not found or not index.is_file():

@@ -100,6 +100,18 @@ def whole_modules(model: nn.Module, lora: LoraSection, targets: Sequence[str]) -
     return whole + _rows(modules, embedding, head, len(lora.new_tokens), tied=tied)
 
 
+def head_modules(model: nn.Module, names: Sequence[str]) -> tuple[Whole, ...]:
+    """A classifier's head, which is trained whole whatever the recipe says.
+
+    Args:
+        model: As above.
+        names: Of its modules.
+    """
+    return tuple(
+        _whole(name, model.get_submodule(name), is_head=True, is_embedding=False, tied_head="") for name in names
+    )
+
+
 def _rows(modules: dict[str, nn.Module], embedding: str, head: str, count: int, *, tied: bool) -> tuple[Whole, ...]:
     """The rows of new tokens: of the embedding, and of a head that is not tied to it."""
     if not embedding or not head or getattr(modules[head], "bias", None) is not None:

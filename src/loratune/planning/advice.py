@@ -12,6 +12,7 @@ from typing import Any
 
 from loratune.model.variants import saved_rank, scale_of
 from loratune.recipe import Recipe
+from loratune.recipe_tasks import is_classification
 
 SCHULMAN = "Schulman et al. 2025, LoRA Without Regret, thinkingmachines.ai/blog/lora"
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -273,6 +274,8 @@ def _cadence(facts: Facts) -> Iterator[Advice]:
 
 
 def _serving(facts: Facts) -> Iterator[Advice]:
+    if is_classification(facts.recipe):
+        return
     r = saved_rank(facts.recipe.lora)
     if facts.recipe.lora.variant == "dora":
         yield Advice(

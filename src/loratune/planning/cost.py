@@ -9,7 +9,7 @@ from typing import Any
 from loratune.data.batch import num_supervised
 from loratune.data.prepare import PreparedData
 from loratune.data.prompts import Prompt
-from loratune.data.steps import num_steps, occasions, step_tokens
+from loratune.data.steps import num_steps, occasions, padded_step_tokens, step_tokens
 from loratune.kernels.cross_entropy import chunk_rows
 from loratune.model.device import torch_dtype
 from loratune.planning.adapter_memory import stack_bytes, stack_kept_bytes, variant_bytes, whole_bytes, whole_kept_bytes
@@ -18,6 +18,7 @@ from loratune.planning.optimizer_memory import state_bytes
 from loratune.planning.parameters import ParameterCount
 from loratune.planning.speed import Amounts, training_flops
 from loratune.recipe import Recipe
+from loratune.recipe_tasks import is_classification
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,12 +50,14 @@ class Place:
     shards: int = 1
 
 
-def run_work(recipe: Recipe, data: PreparedData, prompts: Sequence[Prompt]) -> Work:
-    """The sizes of what a run puts through the model. Any example of streamed data may be as long as `data.max_length`."""
+def run_work(recipe: Recipe, data: PreparedData, prompts: Sequence[Prompt], *, padded: bool = False) -> Work:
+    """The sizes of what a run puts through the model. Any example of streamed data may be as long as `data.max_length`.
+    `padded`: whether a step's examples are padded to its longest, as those of encoders are."""
     lengths = [len(example.input_ids) for example in data.train]
     if data.stream is not None:
         lengths = [int(data.report["max_length"])] * recipe.train.batch_size
-    steps = step_tokens(lengths, batch_size=recipe.train.batch_size, seed=recipe.train.seed)
+    tokens_of = padded_step_tokens if padded else step_tokens
+    steps = tokens_of(lengths, batch_size=recipe.train.batch_size, seed=recipe.train.seed)
     return Work(
         longest=max(lengths),
         largest_step=int(steps.max()),
@@ -104,8 +107,8 @@ def run_memory(recipe: Recipe, config: Any, parameters: ParameterCount, work: Wo
         dtype_bytes=dtype_bytes,
         device=place.device,
         compiled=place.compiled,
-        loss_chunk_bytes=chunk_rows(config.vocab_size, place.device) * config.vocab_size * 4,
-        row_logits_bytes=config.vocab_size * 4,
+        loss_chunk_bytes=_logits_rows(recipe, config, place) * _num_outputs(recipe, config) * 4,
+        row_logits_bytes=_num_outputs(recipe, config) * 4,
         work=work,
         wanted_budget=None if wanted == "auto" else int(wanted),
         wanted_recomputed=0 if place.quantization == "int8" else None if recompute == "auto" else int(recompute),
@@ -117,6 +120,16 @@ def run_memory(recipe: Recipe, config: Any, parameters: ParameterCount, work: Wo
         + whole_bytes(parameters.whole, dtype_bytes)
         + stack_bytes(stacks, dtype_bytes),
     )
+
+
+def _num_outputs(recipe: Recipe, config: Any) -> int:
+    """Of the head: the vocabulary, or the classes."""
+    return int(config.num_labels if is_classification(recipe) else config.vocab_size)
+
+
+def _logits_rows(recipe: Recipe, config: Any, place: Place) -> int:
+    """That the loss computes at once."""
+    return recipe.train.batch_size if is_classification(recipe) else chunk_rows(config.vocab_size, place.device)
 
 
 def held_parameters(config: Any, parameters: ParameterCount, shards: int) -> int:
@@ -213,5 +226,7 @@ def head_parameters(model: Any) -> int:
 
 
 def _embeddings(config: Any, model: Any) -> int:
-    """Parameters of input and output embeddings."""
+    """Parameters of input and output embeddings; of a classifier, whose head is small, of the input's."""
+    if model.get_output_embeddings() is None:
+        return int(model.get_input_embeddings().weight.numel())
     return head_parameters(model) * (1 if getattr(config, "tie_word_embeddings", False) else 2)

@@ -10,6 +10,7 @@ from typing import Any
 from loratune.data.prepare import PreparedData
 from loratune.data.prompts import Prompt
 from loratune.errors import RecipeError
+from loratune.model.classifier import is_decoder
 from loratune.model.device import Choice, choose_compile, compile_seconds, torch_dtype
 from loratune.model.quantised import uncompiled
 from loratune.planning.cost import (
@@ -28,6 +29,7 @@ from loratune.planning.parameters import ParameterCount
 from loratune.planning.probe import probe
 from loratune.planning.speed import Amounts, Rates, TimePlan, matmul_rate, plan_time, rates_by_arithmetic
 from loratune.recipe import Recipe
+from loratune.recipe_tasks import is_classification
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,10 +87,13 @@ def estimate(
         reason = "PEFT changes the parameters of lora.target_parameters while a layer runs"
     if place.shards > 1:
         reason = "the layers of a base that processes share (fsdp) run uncompiled"
+    if is_classification(recipe):
+        reason = "the layers of a classifier run uncompiled"
     if reason and recipe.train.compile is True:
         raise RecipeError(f"train.compile is true, but {reason}", fix="train.compile=auto")
     wanted = recipe.train.compile if recipe.train.engine == "fast" and not reason else False
-    work = run_work(recipe, data, prompts)
+    classifies = is_classification(recipe)
+    work = run_work(recipe, data, prompts, padded=classifies and not is_decoder(model))
     place = replace(place, compiled=wanted is True)
     memory = run_memory(recipe, config, parameters, work, place)
     in_a_layer, answers = layer_parameters(config, model, parameters), num_answers(prompts, memory, work.max_new_tokens)
@@ -96,6 +101,7 @@ def estimate(
         recipe,
         config,
         targets,
+        can_probe=not classifies or is_decoder(model),
         in_a_layer=in_a_layer,
         in_the_head=head_parameters(model),
         length=round(fmean(len(example.input_ids) for example in data.train)),
@@ -103,6 +109,8 @@ def estimate(
         place=place,
         device=device,
     )
+    if classifies:  # a head of some classes takes nothing beside the layers
+        rates = replace(rates, head_train=0.0, head_forward=0.0, head_decode=0.0)
     flops = run_flops(recipe, config, model, parameters, data)
 
     def clock(memory: MemoryPlan, *, compiled: bool) -> TimePlan:
@@ -139,6 +147,7 @@ def _rates(
     config: Any,
     targets: tuple[str, ...],
     *,
+    can_probe: bool,
     in_a_layer: int,
     in_the_head: int,
     length: int,
@@ -152,16 +161,18 @@ def _rates(
         return rate, rates_by_arithmetic(in_a_layer, in_the_head, answers, rate), f"the published peak of {device.name}"
     dtype = torch_dtype(place.dtype)
     rate = matmul_rate(device=place.device, dtype=dtype, width=int(config.hidden_size))
-    measured = probe(
-        config,
-        recipe.lora,
-        targets,
-        layer_parameters=in_a_layer,
-        dtype=dtype,
-        device=place.device,
-        length=length,
-        num_answers=answers,
-    )
+    measured = None
+    if can_probe:
+        measured = probe(
+            config,
+            recipe.lora,
+            targets,
+            layer_parameters=in_a_layer,
+            dtype=dtype,
+            device=place.device,
+            length=length,
+            num_answers=answers,
+        )
     if measured is not None:
         return rate, measured, "two layers of this shape, run here"
     return rate, rates_by_arithmetic(in_a_layer, in_the_head, answers, rate), "a matrix product, run here"

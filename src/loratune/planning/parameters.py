@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
 
 from loratune.errors import RecipeError
 from loratune.model.stacks import stacks, stacks_in_words
 from loratune.model.targets import Matrix, describe_targets, matrix
 from loratune.model.variants import changes_base, num_trainable
-from loratune.model.whole import Whole, whole_in_words, whole_modules
+from loratune.model.whole import Whole, head_modules, whole_in_words, whole_modules
 from loratune.recipe import LoraSection
 
 BYTES_PER_ADAPTER_PARAMETER = 4  # Adapters are kept and saved in float32, whatever the dtype of the base.
@@ -65,13 +66,16 @@ class ParameterCount:
         return tuple(shape for item in self.whole for shape in item.shapes)
 
 
-def count_parameters(model: nn.Module, target_names: Sequence[str], lora: LoraSection) -> ParameterCount:
+def count_parameters(
+    model: nn.Module, target_names: Sequence[str], lora: LoraSection, head: Sequence[str] = ()
+) -> ParameterCount:
     """Count what LoRA would train: r·(d_in + d_out) for every adapted matrix, and what the variant adds.
 
     Args:
         model: The base model, without an adapter. It may be on the meta device.
         target_names: Full module names, as `resolve_targets` returns them.
         lora: Ranks, variant, and what is trained whole.
+        head: Modules of a classifier's head, which are trained whole too.
 
     Raises:
         RecipeError: What should be trained whole is not there, or adapted as well.
@@ -79,7 +83,7 @@ def count_parameters(model: nn.Module, target_names: Sequence[str], lora: LoraSe
     shapes = [matrix(name, model.get_submodule(name)) for name in target_names]
     shapes += stacks(model, lora, target_names)
     per_module = tuple(MatrixCount(matrix=shape, trainable=num_trainable(lora, shape)) for shape in shapes)
-    whole = whole_modules(model, lora, target_names)
+    whole = (*whole_modules(model, lora, target_names), *head_modules(model, head))
     in_adapter = sum(item.trainable for item in per_module)
     trainable = in_adapter + sum(item.trainable for item in whole)
     saved = in_adapter * (2 if changes_base(lora) else 1) + sum(item.num_saved for item in whole)
@@ -101,22 +105,27 @@ def trained_in_words(model: nn.Module, lora: LoraSection, count: ParameterCount)
     return "; ".join(words)
 
 
-def skeleton(config: PretrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
+def skeleton(config: PretrainedConfig, *, trust_remote_code: bool = False, classifier: bool = False) -> PreTrainedModel:
     """Build the model from its configuration without weights, on the meta device (tens of milliseconds).
 
     Args:
         config: The configuration of a causal language model.
         trust_remote_code: Whether a model class that comes with the configuration may run.
+        classifier: Whether a sequence classifier is built, with as many classes as the configuration says.
 
     Raises:
-        RecipeError: There is no causal language model for this configuration.
+        RecipeError: There is no such model for this configuration.
     """
+    loader: Any = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
     try:
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                config, trust_remote_code=trust_remote_code
-            )
+            model: PreTrainedModel = loader.from_config(config, trust_remote_code=trust_remote_code)
     except ValueError as error:
+        if classifier:
+            raise RecipeError(
+                f"model type {config.model_type!r} cannot be built as a sequence classifier: {_first_line(error)}",
+                fix="choose an encoder such as BERT or RoBERTa, or a decoder such as Llama or Qwen2",
+            ) from None
         raise RecipeError(
             f"model type {config.model_type!r} cannot be built as a causal language model: {_first_line(error)}",
             fix="choose a decoder such as Llama or Qwen; a model with its own code needs trust_remote_code: true",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -65,20 +66,21 @@ class PresetPlan:
         }
 
 
-def count_presets(model: nn.Module, lora: LoraSection) -> tuple[PresetCount, ...]:
+def count_presets(model: nn.Module, lora: LoraSection, head: Sequence[str] = ()) -> tuple[PresetCount, ...]:
     """Every preset on this model.
 
     Args:
         model: The base model, without an adapter. It may be on the meta device.
         lora: Rank, variant and layers; its targets do not count.
+        head: Modules of a classifier's head.
     """
-    return tuple(_count(model, preset, lora) for preset in TARGET_PRESETS)
+    return tuple(_count(model, preset, lora, head) for preset in TARGET_PRESETS)
 
 
-def _count(model: nn.Module, preset: str, lora: LoraSection) -> PresetCount:
+def _count(model: nn.Module, preset: str, lora: LoraSection, head: Sequence[str]) -> PresetCount:
     try:
         targets = resolve_targets(model, preset, lora.layers)
-        parameters = count_parameters(model, targets, lora)
+        parameters = count_parameters(model, targets, lora, head)
     except RecipeError as error:
         return PresetCount(name=preset, targets=(), targets_in_words=error.problem, parameters=None)
     return PresetCount(
@@ -104,7 +106,7 @@ def plan_preset(
     return PresetPlan(count=count, peak_bytes=peak, train_seconds=seconds)
 
 
-def adapts_feed_forward(targets: tuple[str, ...], presets: tuple[PresetCount, ...]) -> bool | None:
+def adapts_feed_forward(targets: tuple[str, ...], presets: Sequence[PresetCount]) -> bool | None:
     """Whether the feed-forward is adapted; None where the model has none that is known."""
     by_name = {preset.name: set(preset.targets) for preset in presets}
     feed_forward = by_name["complete"] - by_name["attention"]

@@ -58,4 +58,6 @@ def measure_in_words(name: str) -> str:
         "json": "right JSON",
         "contains": "contains the reference",
         "bleu": "BLEU",
+        "accuracy": "accuracy",
+        "f1": "F1 (macro)",
     }.get(name, name)

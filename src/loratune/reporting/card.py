@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from loratune.recipe_tasks import CLASSIFICATION
 from loratune.reporting.amounts import as_difference, as_measure, measure_in_words
 from loratune.reporting.answers import short
 from loratune.run import Record, RunDir, read_json, write_text
@@ -46,7 +47,7 @@ def model_card(lock: Record, plan: Record, evaluation: Record | None, *, name: s
         "",
         *_trained(lock, plan),
         "",
-        *_results(evaluation),
+        *_results(evaluation, _unit(recipe)),
         *_intended_use(recipe, evaluation),
         *_load(lock, repo),
         "## Recipe",
@@ -90,11 +91,20 @@ def _metadata(lock: Record, evaluation: Record | None, name: str) -> ModelCardDa
         base_model=recipe["model"]["name"] if on_hub else None,
         datasets=sets or None,
         library_name="peft",
-        pipeline_tag="text-generation",
+        pipeline_tag="text-classification" if _classifies(recipe) else "text-generation",
         tags=["lora", "loratune"],
         model_name=name if evaluation else None,
         eval_results=list(_eval_results(recipe, evaluation)) if evaluation else None,
     )
+
+
+def _classifies(recipe: Record) -> bool:
+    return bool(recipe["model"].get("task") == CLASSIFICATION)
+
+
+def _unit(recipe: Record) -> str:
+    """What an example is."""
+    return "text" if _classifies(recipe) else "conversation"
 
 
 def _is_hub_id(source: Record) -> bool:
@@ -108,10 +118,10 @@ def _eval_results(recipe: Record, evaluation: Record) -> Iterator[EvalResult]:
     source = held_out[0] if isinstance(held_out, list) and len(held_out) == 1 else None
     for measure, value in evaluation["tuned"].items():
         yield EvalResult(
-            task_type="text-generation",
-            task_name="Text Generation",
+            task_type="text-classification" if _classifies(recipe) else "text-generation",
+            task_name="Text Classification" if _classifies(recipe) else "Text Generation",
             dataset_type=source["name"] if source and _is_hub_id(source) else "held-out",
-            dataset_name=short(source["name"]) if source else "held-out conversations",
+            dataset_name=short(source["name"]) if source else f"held-out {_unit(recipe)}s",
             metric_type=measure,
             metric_name=measure_in_words(measure),
             metric_value=value,
@@ -130,9 +140,14 @@ def _trained(lock: Record, plan: Record) -> Iterator[str]:
     recipe, data = lock["recipe"], plan["data"]
     train, lora = recipe["train"], recipe["lora"]
     sources = ", ".join(f"`{s['name'] if _is_hub_id(s) else short(s['name'])}`" for s in recipe["data"]["train"])
+    loss_on = (
+        f"to name the class of each: {', '.join(lock['inputs']['labels'])}"
+        if _classifies(recipe)
+        else f"{data['num_supervised_tokens']:,} of {data['num_tokens']:,} tokens carry loss, `train_on: "
+        f"{recipe['data']['train_on']}`"
+    )
     yield (
-        f"Trained on {data['num_examples']:,} examples of {sources} ({data['num_supervised_tokens']:,} of "
-        f"{data['num_tokens']:,} tokens carry loss, `train_on: {recipe['data']['train_on']}`), "
+        f"Trained on {data['num_examples']:,} examples of {sources} ({loss_on}), "
         f"{train['epochs']:g} epochs of {train['batch_size']} examples a step, learning rate {train['learning_rate']:g}."
     )
     yield ""
@@ -150,12 +165,12 @@ def _trained(lock: Record, plan: Record) -> Iterator[str]:
         )
 
 
-def _results(evaluation: Record | None) -> list[str]:
+def _results(evaluation: Record | None, unit: str) -> list[str]:
     if evaluation is None:
         return []
     level = f"{evaluation['interval']['level']:.0%}"
     rows = [
-        f"## Results on {evaluation['num_examples']:,} held-out conversations",
+        f"## Results on {evaluation['num_examples']:,} held-out {unit}s",
         "",
         f"| | base | tuned | difference | {level} interval |",
         "|---|---|---|---|---|",
@@ -182,16 +197,21 @@ def _results(evaluation: Record | None) -> list[str]:
             f"{other['tuned']['nll']:.4g} | {difference['value']:+.4g} | {difference['low']:+.4g} to "
             f"{difference['high']:+.4g} |"
         )
+    if "majority" in evaluation:
+        majority = evaluation["majority"]
+        rows += ["", f"Of the base: {evaluation['note']} ({majority['label']}: accuracy {majority['accuracy']:.1%})."]
     return [*rows, ""]
 
 
 def _intended_use(recipe: Record, evaluation: Record | None) -> list[str]:
     sources = ", ".join(short(source["name"]) for source in recipe["data"]["train"])
-    measured = "was measured on held-out conversations of that kind" if evaluation else "was not measured"
+    measured = f"was measured on held-out {_unit(recipe)}s of that kind" if evaluation else "was not measured"
     return [
         "## Intended use",
         "",
-        f"For conversations such as those of {sources}, in the chat template beside the adapter. It {measured}; other uses, "
+        f"For {_unit(recipe)}s such as those of {sources}"
+        + ("" if _classifies(recipe) else ", in the chat template beside the adapter")
+        + f". It {measured}; other uses, "
         "safety and bias were not examined. What the base model may and may not be used for holds for the adapter too.",
         "",
     ]
@@ -199,16 +219,19 @@ def _intended_use(recipe: Record, evaluation: Record | None) -> list[str]:
 
 def _load(lock: Record, repo: str) -> list[str]:
     place = repo or _HERE
+    kind, options = "CausalLM", ""
+    if _classifies(lock["recipe"]):
+        kind, options = "SequenceClassification", f", num_labels={len(lock['inputs']['labels'])}"
     loadable = base_name(lock) if repo or lock["inputs"]["model_revision"] is not None else lock["inputs"]["model_path"]
     if not repo or lock["inputs"]["model_revision"] is not None:
         return [
             "## Load it",
             "",
             "```python",
-            "from peft import AutoPeftModelForCausalLM",
+            f"from peft import AutoPeftModelFor{kind}",
             "from transformers import AutoTokenizer",
             "",
-            f'model = AutoPeftModelForCausalLM.from_pretrained("{place}")',
+            f'model = AutoPeftModelFor{kind}.from_pretrained("{place}"{options})',
             f'tokenizer = AutoTokenizer.from_pretrained("{place}")',
             "```",
             "",
@@ -222,10 +245,10 @@ def _load(lock: Record, repo: str) -> list[str]:
         "",
         "```python",
         "from peft import PeftModel",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        f"from transformers import AutoModelFor{kind}, AutoTokenizer",
         "",
         f'tokenizer = AutoTokenizer.from_pretrained("{place}")',
-        'base = AutoModelForCausalLM.from_pretrained("THE_BASE_MODEL")',
+        f'base = AutoModelFor{kind}.from_pretrained("THE_BASE_MODEL"{options})',
         *([_GROW] if lock["recipe"]["lora"].get("new_tokens") else []),
         f'model = PeftModel.from_pretrained(base, "{place}")',
         "```",

@@ -16,7 +16,7 @@ def certificates(files: RunFiles) -> Iterator[Block]:
         return
     yield Paragraph(
         text="What was written was loaded back and compared with the adapter on its base, in training's own code. The "
-        "divergence is that of next-token distributions, in nats; parity.json has all of it."
+        "divergence is that of next-token distributions, of a classifier that of classes, in nats; parity.json has all of it."
     )
     yield Table(
         caption="Certificates",

@@ -59,12 +59,19 @@ def facts(run: RunDir) -> dict[str, dict[str, Any]]:
     inputs = lock["inputs"]
     tokens = {side: inputs[side]["tokens"] for side in ("train", "eval")}
     mask = {side: inputs[side]["mask"] for side in ("train", "eval")}
+    classes = {f"{side} classes": inputs[side]["classes"] for side in ("train", "eval") if "classes" in inputs[side]}
+    if "labels" in inputs:
+        classes["classes"] = ", ".join(inputs["labels"])
     return {
         "settings": settings,
         "model": inputs["model"],
         "template": {"chat template": inputs["template"]},
         "data": {**_data_facts(data), **{f"{side} tokens": value for side, value in tokens.items()}},
-        "mask": {"method": data["mask"]["method"], **{f"{side} mask": value for side, value in mask.items()}},
+        "mask": {
+            "method": data["mask"]["method"],
+            **{f"{side} mask": value for side, value in mask.items()},
+            **classes,
+        },
         "adapter": lock["adapter"],
         "versions": lock["versions"],
         "machine": lock["machine"],

@@ -13,6 +13,8 @@ from rich.text import Text
 from loratune.run import Record
 
 GIB, MIB = 2**30, 2**20
+_MOST_CLASSES = 20
+"""That the table of the data lists."""
 _BAR = 40
 """Characters of the longest bar of the histogram."""
 
@@ -30,8 +32,13 @@ def summary_table(record: Record, *, model: str) -> Table:
         "trained": f"{parameters['trainable']:,} of {parameters['total']:,} parameters "
         f"({parameters['share']:.2%}): {parameters['targets']}",
         "adapter file": f"{parameters['adapter_bytes'] / MIB:,.1f} MiB",
-        "data": f"{data['num_examples']:,} examples, {data['num_tokens']:,} tokens, of which "
-        f"{data['num_supervised_tokens']:,} carry loss; {data['num_eval_examples']:,} held out",
+        "data": f"{data['num_examples']:,} examples, {data['num_tokens']:,} tokens, "
+        + (
+            f"one of {data['num_classes']:,} labels each"
+            if "num_classes" in data
+            else f"of which {data['num_supervised_tokens']:,} carry loss"
+        )
+        + f"; {data['num_eval_examples']:,} held out",
         **({"mixture": _mixture(data["sources"])} if len(data["sources"]) > 1 else {}),
         "steps": f"{clock['num_steps']:,} of {record['recipe']['batch_size']} examples, "
         f"{record['recipe']['epochs']:g} epochs",
@@ -131,6 +138,9 @@ def modules_table(record: Record) -> Table:
     for (name, d_in, d_out, each), items in groupby(kinds):
         number = len(list(items))
         table.add_row(name, f"{d_in:,} × {d_out:,}", str(number), f"{each:,}", f"{each * number:,}")
+    for item in record["parameters"].get("whole", ()):
+        shapes = ", ".join(" × ".join(f"{size:,}" for size in shape) for shape in item.get("shapes", ()))
+        table.add_row(f"{item['name']}, whole", shapes, "1", *[f"{item['trainable']:,}"] * 2)
     return table
 
 
@@ -220,6 +230,7 @@ def data_table(report: Record) -> RenderableType:
     table.add_column("")
     for side in sides:
         table.add_column(side, justify="right")
+    labelled = "labels" in report
     rows = {
         "rows": [f"{report[side]['rows']:,}" for side in sides],
         "conversations": [f"{report[side]['conversations']:,}" for side in sides],
@@ -235,7 +246,13 @@ def data_table(report: Record) -> RenderableType:
         "scripts": [", ".join(_scripts(report[side]["scripts"])) for side in sides],
     }
     for name, values in rows.items():
-        table.add_row(name, *map(escape, values))
+        if labelled and name in ("turns", "supervised"):
+            continue
+        table.add_row("texts" if labelled and name == "conversations" else name, *map(escape, values))
+    for label in report.get("labels", [])[:_MOST_CLASSES]:
+        table.add_row(escape(f"class {label}"), *(f"{report[side]['labels'][label]:,}" for side in sides))
+    if len(report.get("labels", [])) > _MOST_CLASSES:
+        table.add_row(f"{len(report['labels']) - _MOST_CLASSES} more classes", *("data.json" for _ in sides))
     return Group(table, Text("Tokens of the training examples"), histogram_text(report["train"]["length"]["histogram"]))
 
 

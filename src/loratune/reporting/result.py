@@ -8,6 +8,7 @@ from loratune.reporting.amounts import as_count, as_difference, as_measure, as_n
 from loratune.reporting.answers import short
 from loratune.reporting.blocks import Block, Chart, Charts, Paragraph, Table
 from loratune.reporting.charts import Bar, draw_bars
+from loratune.reporting.class_blocks import class_blocks
 from loratune.reporting.files import RunFiles
 from loratune.run import Record
 
@@ -21,9 +22,10 @@ def result(files: RunFiles) -> Iterator[Block]:
     if not record:
         return
     metric, level = record["metric"], f"{record['interval']['level']:.0%}"
-    measures = [name for name in dict.fromkeys((metric, "nll", "perplexity")) if name in record["tuned"]]
+    measures = [name for name in dict.fromkeys((metric, "f1", "nll", "perplexity")) if name in record["tuned"]]
+    what = "held-out text" if "confusion" in record else "held-out conversation"
     yield Paragraph(
-        text=f"Measured on {as_count(record['num_examples'], 'held-out conversation')} that training did not see. The "
+        text=f"Measured on {as_count(record['num_examples'], what)} that training did not see. The "
         f"interval says where the difference lies with {level} confidence ({record['interval']['method']}, "
         f"{record['interval']['resamples']:,} resamples).{_of_which(record)}"
     )
@@ -38,6 +40,8 @@ def result(files: RunFiles) -> Iterator[Block]:
     yield Charts(charts=tuple(_measure_chart(record, name) for name in measures if name != "perplexity"))
     if record["items"] and not is_graded(metric):
         yield _turned(record)
+    if "confusion" in record:
+        yield from class_blocks(record)
     yield from _elsewhere(record)
     if record.get("gates"):
         yield _gates(record["gates"])
@@ -55,7 +59,9 @@ def _of_which(record: Record) -> str:
 
 def _measure_row(record: Record, name: str) -> tuple[str, ...]:
     difference = record["difference"][name]
-    of_what = {"nll": ", nats per token", record["metric"]: f", {len(record['items'])} answers"}.get(name, "")
+    classifies = "confusion" in record
+    unit, answers = (", nats per text", "") if classifies else (", nats per token", f", {len(record['items'])} answers")
+    of_what = {"nll": unit, record["metric"]: answers}.get(name, "")
     low, high = (as_difference(name, difference[end]).removesuffix(" points") for end in ("low", "high"))
     return (
         f"{measure_in_words(name)}{of_what}",
@@ -88,7 +94,7 @@ def _measure_chart(record: Record, name: str) -> Chart:
     return Chart(
         title=words[0].upper() + words[1:],
         svg=draw_bars(
-            f"measure-{'nll' if name == 'nll' else 'score'}",
+            f"measure-{name if name in ('nll', 'f1') else 'score'}",
             f"{words}: base {as_measure(name, base)}, tuned {as_measure(name, tuned)}.",
             (
                 Bar(name="base", parts=((scale * base, 3),), label=as_measure(name, base)),

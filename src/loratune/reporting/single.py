@@ -68,8 +68,13 @@ def _lead(files: RunFiles) -> str:
     sources = ", ".join(short(source["name"]) for source in recipe["data"]["train"])
     return (
         f"{short(recipe['model']['name'])}, fine-tuned with LoRA of rank {recipe['lora']['r']} on "
-        f"{as_count(data['num_examples'], 'conversation')} of {sources}."
+        f"{as_count(data['num_examples'], _unit(files))} of {sources}."
     )
+
+
+def _unit(files: RunFiles) -> str:
+    """What an example of the run is."""
+    return "labelled text" if "labels" in files.lock["inputs"] else "conversation"
 
 
 def _badge(files: RunFiles) -> str:
@@ -220,10 +225,8 @@ def _facts(files: RunFiles) -> Iterator[tuple[str, str]]:
     yield "training data", ", ".join(source["name"] for source in data["train"])
     held_out = data["eval"]
     yield "held-out data", ", ".join(s["name"] for s in held_out) if isinstance(held_out, list) else str(held_out)
-    yield (
-        "loss on",
-        {"assistant": "answers of the assistant", "all": "all tokens"}.get(data["train_on"], data["train_on"]),
-    )
+    loss_on = {"assistant": "answers of the assistant", "all": "all tokens"}.get(data["train_on"], data["train_on"])
+    yield "loss on", f"the class of each text: {', '.join(inputs['labels'])}" if "labels" in inputs else loss_on
     yield "length", f"{train['epochs']:g} epochs of {train['batch_size']} examples a step"
     yield (
         "learning rate",
@@ -341,12 +344,17 @@ def _data(files: RunFiles) -> Iterator[Block]:
     if not files.data:
         return
     sides = [(name, files.data[key]) for key, name in (("train", "training"), ("eval", "held out")) if files.data[key]]
+    labels = files.data.get("labels", ())
+    left_out = ("turns", "tokens that carry loss") if labels else ()
     if files.data["notices"]:
         yield Items(lines=tuple(files.data["notices"]))
     yield Table(
         caption="What was read, and what it became",
         columns=("", *(name for name, _ in sides)),
-        rows=tuple((label, *(value(side) for _, side in sides)) for label, value in _DATA_ROWS),
+        rows=(
+            *((label, *(value(side) for _, side in sides)) for label, value in _DATA_ROWS if label not in left_out),
+            *((f"class {name}", *(f"{side['labels'][name]:,}" for _, side in sides)) for name in labels),
+        ),
         numeric=True,
     )
     yield Paragraph(
@@ -419,7 +427,9 @@ def _tokens(files: RunFiles) -> Iterator[Block]:
     if not examples:
         return
     yield Paragraph(
-        text="The first training examples, token by token as training sees them. What is marked carries loss: it is what "
+        text="The first training examples, token by token as training sees them, each with its class."
+        if "labels" in files.data
+        else "The first training examples, token by token as training sees them. What is marked carries loss: it is what "
         "the model learns to say. Everything else is only read. The frame is the stop token."
     )
     for example in examples:

@@ -205,6 +205,12 @@ def certify(
 def summary(certificate: Record) -> str:
     """One line for people."""
     template, distributions = certificate["template"], certificate["distributions"]
+    if certificate.get("compares") == "classes":
+        return (
+            f"{'same' if certificate['passed'] else 'NOT the same'} classifier, by {certificate['checked_with']}: token ids of "
+            f"{template['same_token_ids']} of {template['num_prompts']} texts, the class of {distributions['top1_agreement']:.1%}, "
+            f"mean KL {distributions['mean_kl']:.2g} nats"
+        )
     return (
         f"{'same' if certificate['passed'] else 'NOT the same'} model, by {certificate['checked_with']}: "
         f"token ids of {template['same_token_ids']} of {template['num_prompts']} prompts, likeliest token at "

@@ -1,7 +1,7 @@
 """transformers' trainer, told what a step is. Only this module and `stock` import trl.
 
 `FastTrainer` and `ReferenceTrainer` share everything but the step itself: optimizer, schedule, callbacks, trackers from
-transformers; order of the examples, checkpoints and evaluation from `_RunTrainer`.
+transformers; order of the examples, checkpoints and evaluation from `RunTrainer`.
 
 One optimizer step of `FastTrainer`, the whole of it:
 
@@ -96,7 +96,7 @@ class TrainerSetup:
     callback: TrainerCallback
 
 
-class _RunTrainer(Trainer):
+class RunTrainer(Trainer):
     """What both engines share: the order of the examples, checkpoints, token-weighted evaluation, faults."""
 
     setup: TrainerSetup
@@ -260,7 +260,7 @@ class _RunTrainer(Trainer):
         return 0  # transformers' estimate would cost time, and planning knows better
 
 
-class FastTrainer(_RunTrainer):
+class FastTrainer(RunTrainer):
     """One `training_step` is one optimizer step: it loops over the step's micro-batches."""
 
     def __init__(self, setup: TrainerSetup) -> None:
@@ -348,7 +348,7 @@ class FastTrainer(_RunTrainer):
         set_random_state(before)
 
 
-class ReferenceTrainer(_RunTrainer, SFTTrainer):
+class ReferenceTrainer(RunTrainer, SFTTrainer):
     """The stock `SFTTrainer` on the same examples in the same order: the plain path that the fast one must equal."""
 
     def __init__(self, setup: TrainerSetup) -> None:

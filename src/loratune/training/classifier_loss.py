@@ -1,0 +1,183 @@
+"""The loss of labelled examples: sum of -log p of their classes.
+
+Examples of decoders are laid end to end, as in `loss`, and the head reads the last token of each. Those of encoders are padded
+to the longest and go through the model's own forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
+
+from loratune.data.batch import MicroBatch, collate
+from loratune.data.labelled import LabelledExample
+from loratune.data.render import Example
+from loratune.errors import RunError
+from loratune.kernels.attention import PACKED, PackingUnsupportedError, record_untold_windows, register
+from loratune.model.adapter import use_fast_layers
+from loratune.model.classifier import is_decoder
+from loratune.training.loss import CHECK_TOKENS, TOLERANCE, SupervisedLoss, loss_dtype
+from loratune.training.packing import longest_packed, obstacle
+
+
+class ClassificationLoss(SupervisedLoss):
+    """Losses of a classifier with an adapter. What `SupervisedLoss` says of supervised tokens is here of examples.
+
+    Args:
+        model: The adapted classifier.
+        packed: Whether examples share one forward without padding, which decoders can do. False: they are padded.
+
+    Raises:
+        PackingUnsupportedError: They cannot be packed in this architecture.
+    """
+
+    def __init__(self, model: PeftModel, *, packed: bool = True) -> None:
+        self._classifier: Any = model.get_base_model()
+        self.model = model
+        self.packed = packed
+        self._own_attention = self._classifier.config._attn_implementation
+        if packed:
+            if not is_decoder(self._classifier):
+                raise PackingUnsupportedError(
+                    f"{type(self._classifier).__name__} is no decoder with a head on its last token"
+                )
+            register()
+            self._classifier.set_attn_implementation(PACKED)
+        self.decoder: Any = self._classifier.base_model
+        self._pad_token_id: int = self._classifier.config.get_text_config().pad_token_id
+
+    def sum(self, batch: MicroBatch) -> torch.Tensor:
+        """Sum of -log p of the classes of a micro-batch, a float32 scalar with a gradient."""
+        return cross_entropy(self._logits(batch), _labels(batch), reduction="sum")
+
+    @torch.no_grad()
+    def per_token(self, batch: MicroBatch) -> torch.Tensor:
+        """-log p of each example's class, float32 [E]."""
+        return cross_entropy(self._logits(batch), _labels(batch), reduction="none")
+
+    @torch.no_grad()
+    def logits(self, batch: MicroBatch) -> torch.Tensor:
+        """The logits of the classes of each example, float32 [E, C]."""
+        return self._logits(batch)
+
+    def _logits(self, batch: MicroBatch) -> torch.Tensor:
+        return (self._packed(batch) if self._shares_forward(batch) else self._padded(batch)).float()
+
+    def _packed(self, batch: MicroBatch) -> torch.Tensor:
+        hidden = self._hidden(batch.input_ids, batch)[0]
+        logits: torch.Tensor = self._classifier.score(hidden[self._last_tokens(batch)])
+        return logits
+
+    def _last_tokens(self, batch: MicroBatch) -> torch.Tensor:
+        """int64 [E]: where transformers' own classifiers look: at the last token that is not the padding token."""
+        ids, ends = batch.input_ids[0], batch.boundaries.long()
+        places = torch.arange(len(ids), device=ids.device)
+        starts = ends[:-1].repeat_interleave(ends.diff())
+        seen = torch.where(ids != self._pad_token_id, places, starts)
+        numbers = torch.arange(len(ends) - 1, device=ids.device).repeat_interleave(ends.diff())
+        return ends[:-1].clone().scatter_reduce(0, numbers, seen, reduce="amax")
+
+    def _padded(self, batch: MicroBatch) -> torch.Tensor:
+        places = list(pairwise(batch.boundaries.tolist()))
+
+        def rows(values: torch.Tensor, padding: int) -> torch.Tensor:
+            return pad_sequence([values[0, a:b] for a, b in places], batch_first=True, padding_value=padding)
+
+        inputs = {
+            "input_ids": rows(batch.input_ids, self._pad_token_id),
+            "attention_mask": rows(torch.ones_like(batch.input_ids), 0),
+        }
+        if batch.token_types is not None:
+            inputs["token_type_ids"] = rows(batch.token_types, 0)
+        logits: torch.Tensor = self._classifier(**inputs).logits
+        return logits
+
+
+def make_classification_loss(model: PeftModel, examples: Sequence[Example]) -> tuple[ClassificationLoss, str]:
+    """The fastest loss that equals the plain one on this model, and a reason where a decoder's is not the packed one.
+
+    Args:
+        model: The adapted classifier.
+        examples: The training examples; the beginnings of the first and the last are used for the comparison.
+
+    Raises:
+        RunError: Neither way equals the model's own logits.
+    """
+    own = model.get_base_model()
+    own_attention = own.config._attn_implementation
+    heads = _heads_of(examples)
+    expected = torch.cat([_evaluated(ClassificationLoss(model, packed=False), [example]) for example in heads])
+    use_fast_layers(model)
+    tolerance, reason = TOLERANCE[loss_dtype(model)], ""
+    if is_decoder(own):
+        reason = obstacle(own)
+    if is_decoder(own) and not reason:
+        try:
+            with record_untold_windows() as untold:
+                loss = ClassificationLoss(model, packed=True)
+                difference = _distance(_evaluated(loss, heads), expected)
+            if difference <= tolerance:
+                _rehearse(loss, heads)
+                loss.longest_packed, reason = longest_packed(own.config, untold)
+                longest = max(len(example.input_ids) for example in examples)
+                return loss, reason if loss.longest_packed is not None and longest > loss.longest_packed else ""
+            reason = longest_packed(own.config, untold)[1]
+            reason = reason or f"packed examples differ from separate ones by {difference:.2g}"
+        except (PackingUnsupportedError, TypeError, ValueError) as error:
+            reason = str(error)
+        own.set_attn_implementation(own_attention)
+    loss = ClassificationLoss(model, packed=False)
+    difference = _distance(_evaluated(loss, heads), expected)
+    if not difference <= tolerance:  # also when it is NaN
+        raise RunError(
+            f"the fast engine's logits differ from {type(own).__name__}'s own by {difference:.2g}",
+            fix="train.engine=trl",
+        )
+    return loss, reason
+
+
+def _labels(batch: MicroBatch) -> torch.Tensor:
+    assert batch.labels is not None, "the examples have no labels"
+    return batch.labels
+
+
+def _heads_of(examples: Sequence[Example]) -> list[LabelledExample]:
+    heads = []
+    for number, example in enumerate((*examples[:1], *examples[-1:])):
+        assert isinstance(example, LabelledExample)
+        cut = slice(CHECK_TOKENS - 5 * number)
+        types = None if example.token_types is None else example.token_types[cut]
+        heads.append(
+            replace(example, input_ids=example.input_ids[cut], supervised=example.supervised[cut], token_types=types)
+        )
+    return heads
+
+
+def _evaluated(loss: ClassificationLoss, examples: Sequence[Example]) -> torch.Tensor:
+    was_training = loss.model.training
+    loss.model.eval()
+    logits = loss.logits(collate(examples).to(loss.model.device))
+    loss.model.train(was_training)
+    return logits
+
+
+def _rehearse(loss: ClassificationLoss, examples: Sequence[Example]) -> None:
+    """One forward as in training, where some models do more, such as attention dropout."""
+    was_training = loss.model.training
+    loss.model.train()
+    try:
+        with torch.random.fork_rng():
+            loss.logits(collate(examples).to(loss.model.device))
+    finally:
+        loss.model.train(was_training)
+
+
+def _distance(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((actual - expected).square().mean().sqrt())

@@ -1,0 +1,77 @@
+"""The plain path of classification: transformers' own `Trainer` on padded batches, in the recipe's order."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from datasets import Dataset as HubDataset
+from torch.utils.data import Sampler
+from transformers import DataCollatorWithPadding, PrinterCallback, Trainer, TrainingArguments
+
+from loratune.data.labelled import LabelledExample
+from loratune.data.prepare import Stream
+from loratune.errors import MachineError
+from loratune.model.device import is_out_of_memory
+from loratune.training.arguments import training_arguments
+from loratune.training.order import ExampleOrder, StepExamples
+from loratune.training.trainer import RunTrainer, TrainerSetup
+
+
+class ReferenceClassifier(RunTrainer):
+    """What the fast engine must equal: the stock forward, loss and batches of transformers."""
+
+    def __init__(self, setup: TrainerSetup) -> None:
+        callbacks, data = self._set_up(setup), setup.data
+        assert not isinstance(data.train, Stream), "the recipe refuses it"
+        self._order = ExampleOrder(len(data.train), setup.train, lambda: self.state.global_step)
+        bf16 = setup.model.get_base_model().dtype == torch.bfloat16
+        Trainer.__init__(
+            self,
+            model=setup.model,
+            args=TrainingArguments(
+                **training_arguments(setup.train, data, setup.run),
+                per_device_train_batch_size=setup.train.batch_size,
+                remove_unused_columns=False,
+                bf16=bf16,
+            ),
+            data_collator=DataCollatorWithPadding(setup.tokenizer),
+            train_dataset=_rows(data.train),
+            eval_dataset=_rows(data.eval) if data.eval else None,
+            callbacks=callbacks,
+        )
+        self.remove_callback(PrinterCallback)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        return self._order
+
+    def training_step(
+        self, model: Any, inputs: dict[str, torch.Tensor], num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        started = time.perf_counter()
+        self.events.step = self.state.global_step + 1
+        under_way = self.steps[self.state.global_step]
+        assert isinstance(under_way, StepExamples)
+        self.under_way = under_way
+        tokens = int(inputs["attention_mask"].sum()), len(inputs["labels"])
+        try:
+            loss: torch.Tensor = Trainer.training_step(self, model, inputs, num_items_in_batch)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise MachineError(
+                f"a batch of {inputs['input_ids'].numel():,} tokens with its padding does not fit into memory: {error}",
+                fix="train.engine: fast, which cuts a step into micro-batches, or a smaller train.batch_size",
+            ) from error
+        return self._judged(loss, started=started, tokens=tokens)
+
+
+def _rows(examples: Any) -> HubDataset:
+    """As transformers takes them: `input_ids`, `labels`, and `token_type_ids` where there are some."""
+    rows = []
+    for example in examples:
+        assert isinstance(example, LabelledExample)
+        types = {} if example.token_types is None else {"token_type_ids": example.token_types.tolist()}
+        rows.append({"input_ids": example.input_ids.tolist(), "labels": example.label, **types})
+    return HubDataset.from_list(rows)
