@@ -132,7 +132,8 @@ def test_each_source_has_its_loss(bases: Callable[[str], Path], tmp_path: Path) 
     assert mean == pytest.approx(record["tuned"]["nll"], abs=SAME)
     last = [line for line in run.read_metrics() if "eval_nll" in line][-1]
     assert mean == pytest.approx(last["eval_nll"], abs=SAME)
-    assert record["adapter"]["step"] == last["step"]
+    assert last["eval_nll_by_source"].keys() == parts.keys()
+    assert record["adapter"] == {"kind": "last", "steps": [last["step"]]}
 
 
 @pytest.mark.slow
