@@ -124,6 +124,9 @@ class Listener:
     def metrics(self, record: dict[str, Any]) -> None:
         pass
 
+    def checkpoint(self, record: dict[str, Any], folder: Path) -> None:
+        pass
+
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -164,6 +167,7 @@ def footprint(recipe: Recipe) -> dict[str, Any]:
     except LoratuneError as error:
         return {"error": str(error)}
     plan = json.loads(run.plan.read_text())
+    strategy = plan["choices"].get("train.strategy")  # of one process, which has nobody to share with
     for name in ("time", "measured", "choices", "presets"):
         plan.pop(name)
     for name in ("peak_bytes", "process_bytes"):  # of this process, with all that the tests before have left
@@ -187,6 +191,7 @@ def footprint(recipe: Recipe) -> dict[str, Any]:
         "evaluation": json.loads(run.evaluation.read_text()),
         "checkpoints": sorted(path.name for path in run.checkpoints.iterdir()),
         "lines": listener.lines,
+        "strategy": strategy,
     }
     shutil.rmtree(run.root)
     return seen
