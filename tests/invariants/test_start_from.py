@@ -104,8 +104,8 @@ def test_what_is_no_safe_lora_adapter_or_would_be_overwritten_is_refused(
     refused(pickled, "no adapter_model.safetensors in it")
     pattern = shutil.copytree(first.adapter, tmp_path / "pattern")
     config = json.loads((pattern / "adapter_config.json").read_text())
-    (pattern / "adapter_config.json").write_text(json.dumps({**config, "modules_to_save": ["lm_head"]}))
-    refused(pattern, "uses modules_to_save")
+    (pattern / "adapter_config.json").write_text(json.dumps({**config, "lora_bias": True}))
+    refused(pattern, "uses lora_bias")
     (pattern / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "org/other"}))
     noted = prepare(tiny_recipe(**{**settings(first), "lora__start_from": str(pattern)}), Silent()).warnings
     assert sum("trained on org/other" in note for note in noted) == 1
