@@ -122,6 +122,9 @@ class Listener:
     def metrics(self, record: dict[str, Any]) -> None:
         pass
 
+    def checkpoint(self, record: dict[str, Any], folder: Path) -> None:
+        pass
+
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
