@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
+
 from peft import PeftModel
 
+from loratune import world
 from loratune.data.steps import num_steps_per_epoch
+from loratune.model.adapter import save_adapter
 from loratune.preparation import Preparation
 from loratune.progress import Progress
-from loratune.run import Record, RunDir, read_json, write_json
+from loratune.run import Record, RunDir, cannot_write, read_json, write_json
 from loratune.training.averaging import averaged_steps
-from loratune.training.checkpoint import damage_of, load_adapter_weights, load_mean
+from loratune.training.checkpoint import damage_of, load_adapter_weights, load_mean, sync
 
 
 def take_final(prepared: Preparation, run: RunDir, model: PeftModel, last_step: int, progress: Progress) -> bool:
@@ -27,6 +31,19 @@ def which_adapter(prepared: Preparation, run: RunDir) -> Record:
     if prepared.recipe.train.final_adapter == "best" and run.best.is_file():
         return {"kind": "best", "steps": [read_json(run.best)["step"]]}
     return {"kind": "last", "steps": [max((line["step"] for line in run.read_metrics()), default=prepared.num_steps)]}
+
+
+def save_final(prepared: Preparation, run: RunDir, model: PeftModel) -> None:
+    """The adapter with tokenizer and template, whole or not at all."""
+    temporary = run.root / ".adapter.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    with cannot_write(run.adapter):
+        save_adapter(model, temporary)
+        prepared.tokenizer.save_pretrained(temporary)
+        for path in (*temporary.iterdir(), temporary):
+            sync(path)
+        temporary.rename(run.adapter)
+        sync(run.root)
 
 
 def _take_best(run: RunDir, model: PeftModel, last_step: int, progress: Progress) -> bool:
@@ -61,5 +78,6 @@ def _take_mean(prepared: Preparation, run: RunDir, model: PeftModel, last_step: 
         return False
     progress.line(f"the adapter is the mean of those of steps {', '.join(map(str, steps))}")
     load_mean([run.checkpoints / str(step) for step in steps], model)
-    write_json(run.mean, {"steps": steps})
+    if world.is_main():
+        write_json(run.mean, {"steps": steps})
     return True

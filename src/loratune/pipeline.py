@@ -11,7 +11,6 @@ where they share the base (`shards`), evaluates with the others in step.
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -32,11 +31,10 @@ from loratune.evaluation.classify import MEASURES
 from loratune.evaluation.gates import check_names, parse_gate, pass_gates
 from loratune.evaluation.harness import check_harness, run_harness
 from loratune.evaluation.own_metric import load_metric
-from loratune.final_adapter import take_final
+from loratune.final_adapter import save_final, take_final
 from loratune.joint_preparation import prepare_together
 from loratune.loading import adapt, load_base, load_trained
 from loratune.lock import changed_settings, differences
-from loratune.model.adapter import save_adapter
 from loratune.model.device import free_memory, peak_bytes
 from loratune.model.load import load_config, positions_of
 from loratune.model.variants import has_changed_base
@@ -49,11 +47,11 @@ from loratune.recipe import Recipe
 from loratune.recipe_tasks import is_classification, refuse_classifier
 from loratune.reporting.card import write_card
 from loratune.reporting.page import report_or_warn
-from loratune.run import Record, RunDir, cannot_write, read_json, write_json, write_text
+from loratune.run import Record, RunDir, read_json, write_json, write_text
 from loratune.sitting import Sitting
 from loratune.training.arguments import TrainingData
 from loratune.training.callbacks import RunCallback
-from loratune.training.checkpoint import checkpoint_to_go_on_from, sync
+from loratune.training.checkpoint import checkpoint_to_go_on_from
 from loratune.training.classifier_trainer import ReferenceClassifier
 from loratune.training.held_out import Nll
 from loratune.training.loss import SupervisedLoss
@@ -330,7 +328,7 @@ def _run(prepared: Preparation, run: RunDir, checkpoint: Path | None, progress: 
         if take_final(prepared, run, model, last_step, progress):
             tuned_nll = None
         if world.is_main():
-            _save(prepared, run, model)
+            save_final(prepared, run, model)
         if stop:
             raise stop.as_error(_UNEVALUATED, run)
     except Interrupted:
@@ -488,16 +486,3 @@ def _train(
     if last_step < prepared.num_steps:
         progress.line(f"training ended early, after step {last_step} of {prepared.num_steps}")
     return last_step, losses if step == last_step else None
-
-
-def _save(prepared: Preparation, run: RunDir, model: PeftModel) -> None:
-    """The adapter with tokenizer and template, whole or not at all."""
-    temporary = run.root / ".adapter.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    with cannot_write(run.adapter):
-        save_adapter(model, temporary)
-        prepared.tokenizer.save_pretrained(temporary)
-        for path in (*temporary.iterdir(), temporary):
-            sync(path)
-        temporary.rename(run.adapter)
-        sync(run.root)

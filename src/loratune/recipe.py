@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from loratune.recipe_checks import check_beside, check_once, check_regular_expressions
+from loratune.recipe_checks import check_beside, check_muon, check_once, check_quantization, check_regular_expressions
 from loratune.recipe_file import apply_override, hoist_task, in_our_words, read_yaml, refuse_secrets, shown
 from loratune.recipe_tasks import check_task
 
@@ -413,27 +413,9 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         check_task(self)
-        if self.model.quantization == "fp8" and self.model.dtype not in ("auto", "bfloat16"):
-            raise ValueError(
-                f"model.quantization is fp8, which is made from bfloat16, but model.dtype is {self.model.dtype}"
-            )
-        self._check_bitsandbytes()
-        if self.model.quantization != "none" and self.lora.variant in ("dora", "pissa", "olora"):
-            raise ValueError(
-                f"lora.variant is {self.lora.variant}, which needs the weights as they are, but model.quantization is "
-                f"{self.model.quantization}"
-            )
+        check_quantization(self)
         check_beside(self)
-        if self.train.optimizer == "muon":
-            if self.lora.variant == "dora":
-                raise ValueError(
-                    "train.optimizer is muon, which is for matrices, but lora.variant is dora, whose magnitudes are vectors"
-                )
-            for name in ("modules_to_save", "new_tokens", "target_parameters"):
-                if getattr(self.lora, name):
-                    raise ValueError(
-                        f"train.optimizer is muon, which is for the adapter's matrices, but lora.{name} is given"
-                    )
+        check_muon(self)
         if self.data.streaming is True and self.train.engine == "trl":
             raise ValueError("data.streaming is true, but train.engine is trl, which takes all examples at once")
         if self.data.eval == "none" and self.evaluate.metric != "none":
@@ -443,19 +425,6 @@ class Recipe(Section):
         if self.data.eval == "none" and self.train.early_stopping is not None:
             raise ValueError("train.early_stopping is given, but data.eval is none: there is no held-out loss to go by")
         return self
-
-    def _check_bitsandbytes(self) -> None:
-        chosen = self.model.quantization
-        if chosen not in ("nf4", "int8"):
-            return
-        if self.model.dtype == "float16":
-            raise ValueError(f"model.quantization is {chosen}, whose products are in bfloat16 or float32, not float16")
-        if self.train.compile is True:
-            raise ValueError(f"train.compile is true, but the layers of bitsandbytes ({chosen}) run uncompiled")
-        if chosen == "int8" and self.train.recompute not in ("auto", 0):
-            raise ValueError(
-                "train.recompute is not 0, but int8 layers of bitsandbytes keep their inputs where recomputing cannot free them"
-            )
 
     @classmethod
     def load(cls, path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Self:

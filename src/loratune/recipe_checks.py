@@ -31,6 +31,53 @@ def check_once(field: str, value: tuple[str, ...]) -> tuple[str, ...]:
     return value
 
 
+def check_quantization(recipe: Any) -> None:
+    """What goes with the kind of `model.quantization`.
+
+    Args:
+        recipe: A `Recipe`, whose module needs this one.
+
+    Raises:
+        ValueError: Two settings that do not go together.
+    """
+    chosen, dtype, train = recipe.model.quantization, recipe.model.dtype, recipe.train
+    if chosen == "fp8" and dtype not in ("auto", "bfloat16"):
+        raise ValueError(f"model.quantization is fp8, which is made from bfloat16, but model.dtype is {dtype}")
+    if chosen in ("nf4", "int8"):
+        if dtype == "float16":
+            raise ValueError(f"model.quantization is {chosen}, whose products are in bfloat16 or float32, not float16")
+        if train.compile is True:
+            raise ValueError(f"train.compile is true, but the layers of bitsandbytes ({chosen}) run uncompiled")
+        if chosen == "int8" and train.recompute not in ("auto", 0):
+            raise ValueError(
+                "train.recompute is not 0, but int8 layers of bitsandbytes keep their inputs where recomputing cannot free them"
+            )
+    if chosen != "none" and recipe.lora.variant in ("dora", "pissa", "olora"):
+        raise ValueError(
+            f"lora.variant is {recipe.lora.variant}, which needs the weights as they are, but model.quantization is {chosen}"
+        )
+
+
+def check_muon(recipe: Any) -> None:
+    """Muon makes steps of matrices orthogonal, and is for nothing else.
+
+    Args:
+        recipe: A `Recipe`.
+
+    Raises:
+        ValueError: Something else would be trained.
+    """
+    if recipe.train.optimizer != "muon":
+        return
+    if recipe.lora.variant == "dora":
+        raise ValueError(
+            "train.optimizer is muon, which is for matrices, but lora.variant is dora, whose magnitudes are vectors"
+        )
+    for name in ("modules_to_save", "new_tokens", "target_parameters"):
+        if getattr(recipe.lora, name):
+            raise ValueError(f"train.optimizer is muon, which is for the adapter's matrices, but lora.{name} is given")
+
+
 def check_beside(recipe: Any) -> None:
     """What is trained beside the adapter's matrices, against other settings.
 

@@ -180,3 +180,12 @@ def test_eight_bits_stay_near_thirty_two(tiny_recipe: MakeRecipe, tmp_path: Path
     checkpoint = max(eight.checkpoints.iterdir(), key=lambda path: int(path.name))
     kinds = {tensor.dtype for tensor in load_file(checkpoint / "optimizer.safetensors").values()}
     assert kinds == {torch.uint8, torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("modules_to_save", ["norm"]), ("new_tokens", ["<|tool|>"]), ("target_parameters", ["mlp.experts.down_proj"])],
+)
+def test_muon_is_for_the_matrices_of_an_adapter_alone(tiny_recipe: MakeRecipe, name: str, value: list[str]) -> None:
+    with pytest.raises(RecipeError, match=f"muon, which is for the adapter's matrices, but lora.{name} is given"):
+        tiny_recipe(train__optimizer="muon", **{f"lora__{name}": value})
