@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -103,6 +104,13 @@ def r1_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Qwen2ForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def some(values: Iterable[Any], *now: Any) -> list[Any]:
+    """Values of a parametrised test: those of `now` run by default, the others with `-m slow`."""
+    values = list(values)
+    assert set(now) <= set(values), "a value that there is not"
+    return [value if value in now else pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
 def conversation(number: int) -> dict[str, object]:

@@ -46,8 +46,9 @@ def losses_of_script(folder: Path) -> list[float]:
 @pytest.mark.parametrize(
     "kind",
     [
-        *("rows", "rslora", "dora", "pissa", "olora", "adafactor", "start", "patterns", "whole"),
+        *("rows", "dora", "olora", "adafactor", "start", "patterns"),
         *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("all", "marked", "noise", "muon")),
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("rslora", "pissa", "whole")),
     ],
 )
 def test_the_script_trains_to_the_same_losses_and_the_same_adapter(

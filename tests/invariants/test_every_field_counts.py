@@ -18,6 +18,28 @@ from loratune.pipeline import train
 from loratune.recipe import Recipe
 from tests.conftest import conversation, write_jsonl
 
+LATER = (
+    *(
+        "lora.rank_pattern",
+        "lora.alpha_pattern",
+        "lora.modules_to_save",
+        "lora.new_tokens",
+        "lora.layers",
+        "lora.alpha",
+    ),
+    *(
+        "train.optimizer",
+        "train.schedule",
+        "train.lora_plus_ratio",
+        "train.learning_rate_pattern",
+        "train.weight_decay",
+    ),
+    *("train.neftune_noise_alpha", "train.label_smoothing", "train.average_checkpoints", "train.early_stopping"),
+    *("train.keep_checkpoints", "train.final_adapter", "train.seed", "train.report_to", "train.save_every"),
+    *("data.on_long", "data.on_bad_row", "data.thinking", "data.special_tokens_in_text"),
+)
+"""Fields whose effect other tests of the default suite see too: here they take their turn with `-m slow`."""
+
 # field → a value other than the baseline's
 OTHER: dict[str, Any] = {
     "model.name": "FOLDER",
@@ -224,7 +246,9 @@ def test_the_list_has_every_field() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("field", OTHER)
+@pytest.mark.parametrize(
+    "field", [f for f in OTHER if f not in LATER] + [pytest.param(f, marks=pytest.mark.slow) for f in LATER]
+)
 def test_changing_a_field_changes_what_happens(
     field: str,
     baseline_values: dict[str, Any],
