@@ -110,7 +110,11 @@ def some(values: Iterable[Any], *now: Any) -> list[Any]:
     """Values of a parametrised test: those of `now` run by default, the others with `-m slow`."""
     values = list(values)
     assert set(now) <= set(values), "a value that there is not"
-    return [value if value in now else pytest.param(value, marks=pytest.mark.slow) for value in values]
+    later = pytest.mark.slow
+    return [
+        value if value in now else pytest.param(*(value if isinstance(value, tuple) else [value]), marks=later)
+        for value in values
+    ]
 
 
 def conversation(number: int) -> dict[str, object]:
