@@ -90,6 +90,7 @@ def test_stock_peft_the_merged_model_and_what_vllm_gets_are_the_same_model(
         torch.testing.assert_close(uniform.b @ uniform.a, update.scale * update.b @ update.a, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_pissa_takes_as_many_singular_values_as_each_rank_and_saves_twice_as_many(
     tiny_recipe: MakeRecipe, tmp_path: Path
 ) -> None:

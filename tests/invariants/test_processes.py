@@ -101,6 +101,7 @@ def test_several_processes_take_the_steps_of_one(
     assert sizes(run) == sizes(one)
 
 
+@pytest.mark.slow
 def test_with_dropout_a_resumed_run_of_two_is_the_uninterrupted_one_to_the_bit(
     tiny_recipe: MakeRecipe, tmp_path: Path
 ) -> None:

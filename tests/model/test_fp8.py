@@ -53,7 +53,7 @@ def test_it_is_made_from_bfloat16(tiny_recipe: Callable[..., Recipe]) -> None:
         tiny_recipe(model__quantization="fp8", model__dtype="float32")
 
 
-@pytest.mark.parametrize("engine", ["fast", "trl"])
+@pytest.mark.parametrize("engine", ["fast", pytest.param("trl", marks=pytest.mark.slow)])
 def test_losses_are_near_those_of_bfloat16(
     tiny_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str
 ) -> None:

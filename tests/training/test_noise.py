@@ -78,6 +78,7 @@ def test_a_resumed_run_has_the_same_noise_to_the_bit(tiny_recipe: MakeRecipe, tm
 
 
 @pytest.mark.filterwarnings("ignore:`label_smoothing_factor` is deprecated:FutureWarning")
+@pytest.mark.slow
 def test_both_engines_smooth_alike_and_evaluate_unsmoothed(tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
     settings = {"train__label_smoothing": 0.2, "lora__targets": "complete", "train__epochs": 1}
     fast = train(tiny_recipe(**settings, train__token_budget=150)).run

@@ -124,6 +124,7 @@ def test_a_run_ends_where_its_losses_say_with_the_best_adapter(worse: MakeRecipe
     assert not events(longer)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_at_the_same_step(worse: MakeRecipe) -> None:
     whole = train(worse("whole")).run
     last = max(held_out(whole))
@@ -152,6 +153,7 @@ def test_a_resumed_run_ends_at_the_same_step(worse: MakeRecipe) -> None:
 WITHOUT_DROPOUT = {"lora__dropout": 0.0, "train__learning_rate": 1e-2, "train__early_stopping": 1}
 
 
+@pytest.mark.slow
 def test_both_engines_end_at_the_same_step(worse: MakeRecipe) -> None:
     fast = train(worse("fast", **WITHOUT_DROPOUT)).run
     stock = train(worse("trl", **WITHOUT_DROPOUT, train__engine="trl")).run
