@@ -76,7 +76,7 @@ def test_recomputed_layers_give_the_same_gradients_with_the_same_dropout(
 
 # One compilation serves all: the compiled layer is kept for the process.
 @pytest.mark.skipif(cpp_compiler() is None, reason="no C++ compiler: torch.compile needs one on a CPU")
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 def test_compiled_layers_take_the_same_steps(tiny_recipe: MakeRecipe, tmp_path: Path, dtype: str) -> None:
     """Against the eager fast engine and stock TRL, with any token budget."""
 

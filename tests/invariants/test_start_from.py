@@ -24,7 +24,7 @@ from tests.invariants.test_same_mathematics import assert_same
 MakeRecipe = Callable[..., Recipe]
 
 
-@pytest.fixture(scope="module", params=["plain", "dora"])
+@pytest.fixture(scope="module", params=["plain", pytest.param("dora", marks=pytest.mark.slow)])
 def first(
     request: pytest.FixtureRequest,
     tiny_model: Path,

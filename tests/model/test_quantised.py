@@ -25,6 +25,7 @@ from loratune.planning.parameters import skeleton
 from loratune.preparation import prepare
 from loratune.progress import Silent
 from loratune.recipe import LoraSection, ModelSection, Recipe
+from tests.conftest import some
 from tests.guidance.test_ejection import losses_of_script
 
 MakeRecipe = Callable[..., Recipe]
@@ -171,7 +172,7 @@ def test_matrices_that_are_stored_transposed_are_refused() -> None:
 # ---- out of a run
 
 
-@pytest.mark.parametrize("quantization", KINDS)
+@pytest.mark.parametrize("quantization", some(KINDS, "nf4"))
 def test_merging_writes_what_was_trained_and_other_ways_out_are_refused(
     tiny_recipe: MakeRecipe, tmp_path: Path, quantization: str
 ) -> None:
@@ -183,7 +184,7 @@ def test_merging_writes_what_was_trained_and_other_ways_out_are_refused(
             export(run.root, to=to)
 
 
-@pytest.mark.parametrize("quantization", KINDS)
+@pytest.mark.parametrize("quantization", some(KINDS, "nf4"))
 def test_the_ejected_script_trains_the_same(
     tiny_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quantization: str
 ) -> None:
