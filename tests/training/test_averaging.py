@@ -68,6 +68,17 @@ def test_a_run_ends_with_the_mean_of_its_last_checkpoints(tiny_recipe: MakeRecip
     assert words == "the mean of the adapters after steps 4, 6"
 
 
+def test_a_tied_head_that_is_trained_whole_has_the_mean_too(tiny_recipe: MakeRecipe) -> None:
+    run = train(tiny_recipe(**SETTINGS, lora__modules_to_save=["lm_head"])).run
+    expected = averaged_by_torch([run.checkpoints / "4", run.checkpoints / "6"])
+    adapter = load_file(run.adapter / NAME)
+    tied = [name for name in adapter if "lm_head" in name or "embed_tokens" in name]
+    assert len(tied) == 2, "saved under both names"
+    (mean,) = [expected[name] for name in tied if name in expected]
+    for name in tied:
+        torch.testing.assert_close(adapter[name], mean, rtol=1e-6, atol=1e-8)
+
+
 def test_a_stop_between_checkpoints_changes_nothing(tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
     whole = train(tiny_recipe(**SETTINGS)).run
     recipe = tiny_recipe(**SETTINGS, train__output_dir=str(tmp_path / "stopped"))

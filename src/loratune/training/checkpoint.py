@@ -139,9 +139,7 @@ def checkpoint_to_go_on_from(run: RunDir, progress: Progress) -> Path | None:
 
 def load_adapter_weights(folder: Path, model: PeftModel) -> None:
     """Put the adapter of a checkpoint into the model."""
-    own = get_peft_model_state_dict(model, save_embedding_layers=False)
-    tensors = load_file(folder / _ADAPTER, device=str(model.device))
-    set_peft_model_state_dict(model, with_copies(tensors, own))
+    _put(load_file(folder / _ADAPTER, device=str(model.device)), model)
 
 
 def load_mean(folders: Sequence[Path], model: PeftModel) -> None:
@@ -149,8 +147,13 @@ def load_mean(folders: Sequence[Path], model: PeftModel) -> None:
     mean of the updates B·A; of neighbouring checkpoints they are close."""
     parts = [load_file(folder / _ADAPTER) for folder in folders]
     mean = {name: torch.stack([part[name].double() for part in parts]).mean(0) for name in parts[0]}
-    dtyped = {name: weight.to(device=model.device, dtype=parts[0][name].dtype) for name, weight in mean.items()}
-    set_peft_model_state_dict(model, dtyped)
+    _put({name: weight.to(device=model.device, dtype=parts[0][name].dtype) for name, weight in mean.items()}, model)
+
+
+def _put(tensors: Mapping[str, torch.Tensor], model: PeftModel) -> None:
+    """`tensors`: as a checkpoint has them, each once."""
+    own = get_peft_model_state_dict(model, save_embedding_layers=False)
+    set_peft_model_state_dict(model, with_copies(tensors, own))
 
 
 def load_optimizer(folder: Path, optimizer: Any, scheduler: Any) -> None:
