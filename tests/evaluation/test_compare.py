@@ -110,7 +110,7 @@ def test_the_bootstrap_is_seeded_and_does_not_depend_on_the_size_of_its_blocks(m
     first = paired_bootstrap(base, tuned, seed=5)
     assert paired_bootstrap(base, tuned, seed=5) == first
     assert paired_bootstrap(base, tuned, seed=6) != first
-    monkeypatch.setattr("loratune.evaluation.compare.INDICES_PER_BLOCK", 5000)
+    monkeypatch.setattr("loratune.evaluation.compare.COUNTS_PER_BLOCK", 5000)
     assert paired_bootstrap(base, tuned, seed=5) == first
 
 

@@ -13,7 +13,7 @@ from rich.text import Text
 from loratune.data.batch import collate
 from loratune.data.labelled import LabelledExample
 from loratune.data.render import Example
-from loratune.evaluation.compare import LEVEL, RESAMPLES, Interval
+from loratune.evaluation.compare import LEVEL, RESAMPLES, add_statistics
 from loratune.progress import Progress
 from loratune.training.budget import TokenBudget
 from loratune.training.classifier_loss import ClassificationLoss
@@ -22,7 +22,6 @@ MEASURES = ("accuracy", "f1", "nll")
 """What is reported, in order."""
 
 UNTRAINED = "the base's head was never trained on these classes, so its answers are chance; the majority class is the line to beat"
-_COUNTS_PER_BLOCK = 4_000_000
 _MOST_CLASSES = 20
 """Of a confusion matrix on a terminal."""
 
@@ -92,7 +91,7 @@ def classification_record(
         classes with how often each was named; `items`.
     """
     labels = torch.tensor([example.label for example in examples])
-    sides = [_Side.of(logits, labels, len(names)) for logits in (base, tuned)]
+    sides = [_Side(logits, labels, len(names)) for logits in (base, tuned)]
     record: dict[str, Any] = {
         "metric": "accuracy",
         "task": "sequence_classification",
@@ -101,7 +100,18 @@ def classification_record(
         "tuned": {},
         "difference": {},
     }
-    _compare(record, *sides, num_classes=len(names))
+    width = 3 * len(names)
+    one, other = (np.column_stack([side.counts, side.nll, np.ones(len(labels))]) for side in sides)
+    add_statistics(
+        record,
+        one,
+        other,
+        {
+            "accuracy": lambda sums: sums[:, : len(names)].sum(-1) / sums[:, width + 1],
+            "f1": lambda sums: _f1(sums[:, :width]),
+            "nll": lambda sums: sums[:, width] / sums[:, width + 1],
+        },
+    )
     common = torch.full_like(labels, list(names).index(majority))
     counts = _counts(common.numpy(), labels.numpy(), len(names)).sum(0, keepdims=True)
     record["majority"] = {
@@ -133,10 +143,6 @@ class _Side:
         np.add.at(matrix, (labels.numpy(), self.predicted.numpy()), 1)
         self.confusion: list[list[int]] = matrix.tolist()
 
-    @classmethod
-    def of(cls, logits: torch.Tensor, labels: torch.Tensor, num_classes: int) -> _Side:
-        return cls(logits, labels, num_classes)
-
 
 def _counts(predicted: Any, labels: Any, num_classes: int) -> Numbers:
     """[n, 3·C]: for each class whether an example is a hit, wrongly named so, or missed."""
@@ -157,44 +163,6 @@ def _f1(sums: Numbers) -> Numbers:
     each = np.divide(2 * hits, weight, out=np.zeros_like(weight), where=weight > 0)
     values: Numbers = each.sum(-1) / (weight > 0).sum(-1)
     return values
-
-
-def _compare(record: dict[str, Any], base: _Side, tuned: _Side, *, num_classes: int) -> None:
-    """Measures of both and their differences: functions of sums over examples, which are drawn with replacement, each with all that
-    was answered to it (Efron & Tibshirani 1993, chapter 13)."""
-    width = 3 * num_classes
-
-    def measures(sums: Numbers) -> dict[str, Numbers]:
-        number = sums[:, width + 1]
-        return {
-            "accuracy": sums[:, :num_classes].sum(-1) / number,
-            "f1": _f1(sums[:, :width]),
-            "nll": sums[:, width] / number,
-        }
-
-    columns = [
-        np.column_stack([side.counts, side.nll, np.ones(len(side.nll))]).astype(np.float64) for side in (base, tuned)
-    ]
-    values = [measures(part.sum(0, keepdims=True)) for part in columns]
-    resampled = [measures(sums) for sums in _resampled(columns)]
-    for name in MEASURES:
-        one, other = (float(part[name][0]) for part in values)
-        record["base"][name], record["tuned"][name] = one, other
-        low, high = np.quantile(resampled[1][name] - resampled[0][name], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-        record["difference"][name] = Interval(difference=other - one, low=float(low), high=float(high)).as_dict()
-
-
-def _resampled(columns: Sequence[Numbers]) -> list[Numbers]:
-    """Sums of the rows of each matrix, drawn with replacement: how often each row is drawn is multinomial."""
-    generator = np.random.default_rng(0)
-    number = len(columns[0])
-    sums: list[list[Numbers]] = [[] for _ in columns]
-    block = max(1, _COUNTS_PER_BLOCK // number)
-    for start in range(0, RESAMPLES, block):
-        drawn = generator.multinomial(number, np.full(number, 1 / number), size=min(block, RESAMPLES - start))
-        for part, matrix in zip(sums, columns, strict=True):
-            part.append(drawn.astype(np.float64) @ matrix)
-    return [np.concatenate(part) for part in sums]
 
 
 def _per_class(names: Sequence[str], side: _Side) -> Iterator[dict[str, Any]]:

@@ -17,7 +17,7 @@ from loratune.evaluation.scoring import score
 
 LEVEL = 0.95
 RESAMPLES = 10_000
-INDICES_PER_BLOCK = 2_000_000  # 16 MB of indices at a time, whatever the number of examples.
+COUNTS_PER_BLOCK = 2_000_000  # 16 MB of counts at a time, whatever the number of examples.
 LARGEST_EXPONENT = 700.0  # exp(710) is infinite, which JSON cannot hold.
 
 Columns = np.ndarray[tuple[int, int], np.dtype[np.float64]]
@@ -184,10 +184,10 @@ def _add_nll(record: dict[str, Any], base: Sequence[NllPair], tuned: Sequence[Nl
     assert len(base) == len(tuned) > 0
     sides = np.asarray(base, dtype=np.float64), np.asarray(tuned, dtype=np.float64)
     assert all((side[:, 1] > 0).all() for side in sides), "an example without supervised tokens"
-    _add_statistics(record, *sides, {"nll": _nll, "perplexity": _perplexity})
+    add_statistics(record, *sides, {"nll": _nll, "perplexity": _perplexity})
 
 
-def _add_statistics(
+def add_statistics(
     record: dict[str, Any], base: Columns, tuned: Columns, statistics: Mapping[str, Callable[[Columns], Values]]
 ) -> None:
     """Measures of all items together: functions of sums over items, paired as in `paired_bootstrap`.
@@ -231,7 +231,7 @@ def _add_bleu(
         np.array([bleu.counts(a.text, p.references) for p, a in zip(prompts, answers, strict=True)], dtype=np.float64)
         for answers in (base, tuned)
     )
-    _add_statistics(record, base_counts, tuned_counts, {"bleu": corpus_bleu})
+    add_statistics(record, base_counts, tuned_counts, {"bleu": corpus_bleu})
     record["signature"] = signature([prompt.references for prompt in prompts])
     return _items(bleu.one, prompts, base, tuned)
 
@@ -283,11 +283,11 @@ def _resampled_sums(columns: Columns, *, seed: int, samples: int) -> Columns:
     """Sums of the columns [n, c] over n rows drawn with replacement, `samples` times: [samples, c]."""
     generator = np.random.default_rng(seed)
     num_rows = len(columns)
-    block = max(1, INDICES_PER_BLOCK // num_rows)
+    block = max(1, COUNTS_PER_BLOCK // num_rows)
     sums = []
-    for start in range(0, samples, block):
-        chosen = generator.integers(num_rows, size=(min(block, samples - start), num_rows))
-        sums.append(np.stack([column[chosen].sum(axis=1) for column in columns.T], axis=1))
+    for start in range(0, samples, block):  # how often each row is drawn is multinomial
+        drawn = generator.multinomial(num_rows, np.full(num_rows, 1 / num_rows), size=min(block, samples - start))
+        sums.append(drawn.astype(np.float64) @ columns)
     return np.concatenate(sums)
 
 
