@@ -56,11 +56,17 @@ def sum_cross_entropy(
         smoothing: ε, the part of the target that is spread evenly over the vocabulary.
         compiled: Whether a chunk is computed by compiled code.
     """
-    trained = any(part is not None and part.requires_grad for part in (weight_VH, bias_V, rows_NH))
-    part = _trained_chunk if trained or rows_NH is not None else _chunk
-    chunk = _compiled(part) if compiled else part
     loss: torch.Tensor = _SumCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden_SH, weight_VH, bias_V, rows_NH, targets_S, logit_scale, softcap, numbers_N, smoothing, chunk
+        hidden_SH,
+        weight_VH,
+        bias_V,
+        rows_NH,
+        numbers_N,
+        targets_S,
+        logit_scale,
+        softcap,
+        smoothing,
+        _compiled_chunk() if compiled else _chunk,
     )
     return loss
 
@@ -88,8 +94,8 @@ def cross_entropy_per_token(
 
 
 @cache
-def _compiled(chunk: Chunk) -> Chunk:
-    return torch.compile(chunk, dynamic=True)
+def _compiled_chunk() -> Chunk:
+    return torch.compile(_chunk, dynamic=True)
 
 
 def head_logits(
@@ -119,60 +125,16 @@ def _chunk(
     hidden_CH: torch.Tensor,
     weight_VH: torch.Tensor,
     bias_V: torch.Tensor | None,
-    targets_C: torch.Tensor,
-    scale: float,
-    softcap: float | None,
-    smoothing: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The loss of each position, float32 [C], and the gradient of their sum to the hidden states, [C, H]."""
-    losses_C, grad_CV = _logit_gradients(hidden_CH, weight_VH, bias_V, targets_C, scale, softcap, smoothing)
-    return losses_C, (grad_CV @ weight_VH) * scale
-
-
-def _trained_chunk(
-    hidden_CH: torch.Tensor,
-    weight_VH: torch.Tensor,
-    bias_V: torch.Tensor | None,
-    targets_C: torch.Tensor,
-    scale: float,
-    softcap: float | None,
-    smoothing: float,
     rows_NH: torch.Tensor | None,
     numbers_N: torch.Tensor | None,
-    trains: tuple[bool, bool],
-) -> tuple[torch.Tensor | None, ...]:
-    """The same, and the gradients to weight, [V, H], bias, [V], and rows, [N, H]; None where there is none.
-
-    `trains`: whether weight and bias do.
-    """
-    weight_VH = weight_VH.to(hidden_CH.dtype)
-    losses_C, grad_CV = _logit_gradients(
-        hidden_CH, weight_VH, bias_V, targets_C, scale, softcap, smoothing, rows_NH, numbers_N
-    )
-    grad_bias_V = grad_CV.float().sum(0) * scale if trains[1] else None
-    grad_rows_NH = None
-    grad_CH = torch.zeros_like(hidden_CH)
-    if rows_NH is not None and numbers_N is not None:
-        grad_CN = grad_CV[:, numbers_N]
-        grad_CV = grad_CV.index_fill(1, numbers_N, 0)
-        grad_rows_NH = (grad_CN.T @ hidden_CH) * scale
-        grad_CH = grad_CN @ rows_NH.to(hidden_CH.dtype)
-    grad_VH = (grad_CV.T @ hidden_CH) * scale if trains[0] else None
-    return losses_C, (grad_CV @ weight_VH + grad_CH) * scale, grad_VH, grad_bias_V, grad_rows_NH
-
-
-def _logit_gradients(
-    hidden_CH: torch.Tensor,
-    weight_VH: torch.Tensor,
-    bias_V: torch.Tensor | None,
     targets_C: torch.Tensor,
     scale: float,
     softcap: float | None,
     smoothing: float,
-    rows_NH: torch.Tensor | None = None,
-    numbers_N: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The loss of each position, float32 [C], and the gradient of their sum to the head's products, but for `scale`, [C, V]."""
+    trains: tuple[bool, bool, bool],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """The loss of each position, float32 [C]; the gradients of their sum to the hidden states, [C, H], and of weight, bias and rows to
+    those that have one, as `trains` says."""
     targets_C1 = targets_C[:, None]
     logits_CV = head_logits(hidden_CH, weight_VH, bias_V, scale, softcap, rows_NH, numbers_N)
     slope_CV = 1 - (logits_CV / softcap) ** 2 if softcap is not None else None
@@ -189,11 +151,22 @@ def _logit_gradients(
         even = smoothing / weight_VH.shape[0]
         grad_CV, grad_C1 = grad_CV.sub_(even), grad_C1 + (smoothing - even)
         losses_C1 = losses_C1 + smoothing * (target_C1 - mean_C1)
-    grad_CV = grad_CV.to(weight_VH.dtype)
+    grad_CV = grad_CV.to(hidden_CH.dtype)
     grad_CV.scatter_(1, targets_C1, grad_C1.to(grad_CV.dtype))
     if slope_CV is not None:
         grad_CV = grad_CV * slope_CV.to(grad_CV.dtype)
-    return losses_C1[:, 0], grad_CV
+    grad_bias_V = grad_CV.float().sum(0) * scale if trains[1] else None
+    grad_rows_NH, of_rows_CH = None, None
+    if rows_NH is not None and numbers_N is not None:
+        grad_CN = grad_CV[:, numbers_N]
+        grad_CV = grad_CV.index_fill(1, numbers_N, 0)
+        grad_rows_NH = (grad_CN.T @ hidden_CH) * scale if trains[2] else None
+        of_rows_CH = grad_CN @ rows_NH.to(hidden_CH.dtype)
+    grad_VH = (grad_CV.T @ hidden_CH) * scale if trains[0] else None
+    grad_CH = grad_CV @ weight_VH.to(hidden_CH.dtype)
+    if of_rows_CH is not None:
+        grad_CH = grad_CH + of_rows_CH
+    return losses_C1[:, 0], grad_CH * scale, grad_VH, grad_bias_V, grad_rows_NH
 
 
 class _SumCrossEntropy(torch.autograd.Function):
@@ -204,10 +177,10 @@ class _SumCrossEntropy(torch.autograd.Function):
         weight_VH: torch.Tensor,
         bias_V: torch.Tensor | None,
         rows_NH: torch.Tensor | None,
+        numbers_N: torch.Tensor | None,
         targets_S: torch.Tensor,
         scale: float,
         softcap: float | None,
-        numbers_N: torch.Tensor | None,
         smoothing: float,
         chunk: Chunk,
     ) -> torch.Tensor:
@@ -222,14 +195,13 @@ class _SumCrossEntropy(torch.autograd.Function):
             else None
             for part, trained in zip(head, trains, strict=True)
         ]
-        more = () if chunk in (_chunk, _compiled(_chunk)) else (rows_NH, numbers_N, trains[:2])
         for start in range(0, hidden_SH.shape[0], positions):
             part = slice(start, start + positions)
             losses_C, grad_SH[part], *grads = chunk(
-                hidden_SH[part], weight_VH, bias_V, targets_S[part], scale, softcap, smoothing, *more
+                hidden_SH[part], *head, numbers_N, targets_S[part], scale, softcap, smoothing, trains
             )
             total += losses_C.sum()
-            for whole, grad in zip(of_head, grads, strict=False):
+            for whole, grad in zip(of_head, grads, strict=True):
                 if whole is not None:
                     whole.add_(grad)
         ctx.save_for_backward(grad_SH)
