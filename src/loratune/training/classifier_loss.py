@@ -19,12 +19,9 @@ from torch.nn.utils.rnn import pad_sequence
 from loratune.data.batch import MicroBatch, collate
 from loratune.data.labelled import LabelledExample
 from loratune.data.render import Example
-from loratune.errors import RunError
-from loratune.kernels.attention import PACKED, PackingUnsupportedError, record_untold_windows, register
-from loratune.model.adapter import use_fast_layers
+from loratune.kernels.attention import PACKED, PackingUnsupportedError, register
 from loratune.model.classifier import is_decoder
-from loratune.training.loss import CHECK_TOKENS, TOLERANCE, SupervisedLoss, loss_dtype
-from loratune.training.packing import longest_packed, obstacle
+from loratune.training.loss import CHECK_TOKENS, SupervisedLoss, fastest_loss
 
 
 class ClassificationLoss(SupervisedLoss):
@@ -110,37 +107,21 @@ def make_classification_loss(model: PeftModel, examples: Sequence[Example]) -> t
     Raises:
         RunError: Neither way equals the model's own logits.
     """
-    own = model.get_base_model()
-    own_attention = own.config._attn_implementation
     heads = _heads_of(examples)
-    expected = torch.cat([_evaluated(ClassificationLoss(model, packed=False), [example]) for example in heads])
-    use_fast_layers(model)
-    tolerance, reason = TOLERANCE[loss_dtype(model)], ""
-    if is_decoder(own):
-        reason = obstacle(own)
-    if is_decoder(own) and not reason:
-        try:
-            with record_untold_windows() as untold:
-                loss = ClassificationLoss(model, packed=True)
-                difference = _distance(_evaluated(loss, heads), expected)
-            if difference <= tolerance:
-                _rehearse(loss, heads)
-                loss.longest_packed, reason = longest_packed(own.config, untold)
-                longest = max(len(example.input_ids) for example in examples)
-                return loss, reason if loss.longest_packed is not None and longest > loss.longest_packed else ""
-            reason = longest_packed(own.config, untold)[1]
-            reason = reason or f"packed examples differ from separate ones by {difference:.2g}"
-        except (PackingUnsupportedError, TypeError, ValueError) as error:
-            reason = str(error)
-        own.set_attn_implementation(own_attention)
-    loss = ClassificationLoss(model, packed=False)
-    difference = _distance(_evaluated(loss, heads), expected)
-    if not difference <= tolerance:  # also when it is NaN
-        raise RunError(
-            f"the fast engine's logits differ from {type(own).__name__}'s own by {difference:.2g}",
-            fix="train.engine=trl",
-        )
-    return loss, reason
+    plain = ClassificationLoss(model, packed=False)
+    was_training = model.training
+    model.eval()
+    expected = torch.cat([plain.logits(collate([example]).to(model.device)) for example in heads])
+    model.train(was_training)
+    return fastest_loss(
+        ClassificationLoss,
+        ClassificationLoss.logits,
+        model,
+        heads,
+        expected,
+        longest=max(len(example.input_ids) for example in examples),
+        may_pack=is_decoder(model.get_base_model()),
+    )
 
 
 def _labels(batch: MicroBatch) -> torch.Tensor:
@@ -158,26 +139,3 @@ def _heads_of(examples: Sequence[Example]) -> list[LabelledExample]:
             replace(example, input_ids=example.input_ids[cut], supervised=example.supervised[cut], token_types=types)
         )
     return heads
-
-
-def _evaluated(loss: ClassificationLoss, examples: Sequence[Example]) -> torch.Tensor:
-    was_training = loss.model.training
-    loss.model.eval()
-    logits = loss.logits(collate(examples).to(loss.model.device))
-    loss.model.train(was_training)
-    return logits
-
-
-def _rehearse(loss: ClassificationLoss, examples: Sequence[Example]) -> None:
-    """One forward as in training, where some models do more, such as attention dropout."""
-    was_training = loss.model.training
-    loss.model.train()
-    try:
-        with torch.random.fork_rng():
-            loss.logits(collate(examples).to(loss.model.device))
-    finally:
-        loss.model.train(was_training)
-
-
-def _distance(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((actual - expected).square().mean().sqrt())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import torch
@@ -12,10 +11,8 @@ from transformers import DataCollatorWithPadding, PrinterCallback, Trainer, Trai
 
 from loratune.data.labelled import LabelledExample
 from loratune.data.prepare import Stream
-from loratune.errors import MachineError
-from loratune.model.device import is_out_of_memory
 from loratune.training.arguments import training_arguments
-from loratune.training.order import ExampleOrder, StepExamples
+from loratune.training.order import ExampleOrder
 from loratune.training.trainer import RunTrainer, TrainerSetup
 
 
@@ -49,22 +46,8 @@ class ReferenceClassifier(RunTrainer):
     def training_step(
         self, model: Any, inputs: dict[str, torch.Tensor], num_items_in_batch: Any = None
     ) -> torch.Tensor:
-        started = time.perf_counter()
-        self.events.step = self.state.global_step + 1
-        under_way = self.steps[self.state.global_step]
-        assert isinstance(under_way, StepExamples)
-        self.under_way = under_way
         tokens = int(inputs["attention_mask"].sum()), len(inputs["labels"])
-        try:
-            loss: torch.Tensor = Trainer.training_step(self, model, inputs, num_items_in_batch)
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise MachineError(
-                f"a batch of {inputs['input_ids'].numel():,} tokens with its padding does not fit into memory: {error}",
-                fix="train.engine: fast, which cuts a step into micro-batches, or a smaller train.batch_size",
-            ) from error
-        return self._judged(loss, started=started, tokens=tokens)
+        return self._stock_step(lambda: Trainer.training_step(self, model, inputs, num_items_in_batch), inputs, tokens)
 
 
 def _rows(examples: Any) -> HubDataset:

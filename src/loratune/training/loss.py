@@ -1,15 +1,16 @@
 """The loss of a micro-batch: the sum over its supervised tokens of -log p, where the recipe smooths of its smoothed form.
 
 This is the fast path. Its plain counterpart is the model's own forward with labels, as `SFTTrainer` calls it;
-`check_against_plain` compares the two on the user's own model and data before a run starts.
+`make_loss` compares the two on the user's own model and data before a run starts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from peft import PeftModel
@@ -186,42 +187,78 @@ class SupervisedLoss:
         return hidden
 
 
+L = TypeVar("L", bound=SupervisedLoss)
+
+
 def make_loss(model: PeftModel, examples: Sequence[Example]) -> tuple[SupervisedLoss, str]:
     """The fastest loss that equals the plain one on this model, and a reason where that is not the packed one.
 
     Args:
         model: The adapted model.
-        examples: The training examples; the first and the last are used for the comparison.
+        examples: The training examples; the beginnings of the first and the last are used for the comparison.
 
     Raises:
         RunError: Neither way equals the model's own loss.
     """
-    causal_lm: Any = model.get_base_model()
-    own_attention = causal_lm.config._attn_implementation
-    expected = _plain_losses(model, examples)
+    heads = _heads_of(examples)
+    return fastest_loss(
+        SupervisedLoss,
+        SupervisedLoss.per_token,
+        model,
+        heads,
+        _plain_losses(model, heads),
+        longest=max(len(example.input_ids) for example in examples),
+    )
+
+
+def fastest_loss(
+    kind: type[L],
+    ask: Callable[[L, MicroBatch], torch.Tensor],
+    model: PeftModel,
+    heads: Sequence[Example],
+    expected: torch.Tensor,
+    *,
+    longest: int,
+    may_pack: bool = True,
+) -> tuple[L, str]:
+    """The packed loss where it says on some examples what is expected, else the one that does not pack, and the reason.
+
+    Args:
+        kind: Of the loss.
+        ask: What of it is compared.
+        model: The adapted model; PEFT's layers are replaced by fast ones.
+        heads: The examples to ask about, short ones.
+        expected: What the model's own forward says of them.
+        longest: Tokens of the longest training example.
+        may_pack: Whether to try.
+
+    Raises:
+        RunError: Neither way says what is expected.
+    """
+    base: Any = model.get_base_model()
+    own_attention = base.config._attn_implementation
     use_fast_layers(model)
-    tolerance = TOLERANCE[loss_dtype(model)]
-    reason = obstacle(causal_lm)
-    if not reason:
+    batch = collate(heads).to(model.device)
+    tolerance, reason = TOLERANCE[loss_dtype(model)], obstacle(base) if may_pack else ""
+    if may_pack and not reason:
         try:
             with record_untold_windows() as untold:
-                loss = SupervisedLoss(model, packed=True)
-                difference = _difference(loss, examples, expected)
+                loss = kind(model, packed=True)
+                difference = _difference(loss, ask, batch, expected)
             if difference <= tolerance:
-                _rehearse(loss, examples)
-                loss.longest_packed, reason = longest_packed(causal_lm.config, untold)
-                longest = max(len(example.input_ids) for example in examples)
+                _rehearse(loss, batch)
+                loss.longest_packed, reason = longest_packed(base.config, untold)
                 return loss, reason if loss.longest_packed is not None and longest > loss.longest_packed else ""
-            reason = longest_packed(causal_lm.config, untold)[1]
-            reason = reason or f"packed examples differ from separate ones by {difference:.2g} nats"
+            reason = longest_packed(base.config, untold)[1]
+            reason = reason or f"packed examples differ from separate ones by {difference:.2g}"
         except (PackingUnsupportedError, TypeError, ValueError) as error:
             reason = str(error)
-        causal_lm.set_attn_implementation(own_attention)
-    loss = SupervisedLoss(model, packed=False)
-    difference = _difference(loss, examples, expected)
+        base.set_attn_implementation(own_attention)
+    loss = kind(model, packed=False)
+    difference = _difference(loss, ask, batch, expected)
     if not difference <= tolerance:  # also when it is NaN
         raise RunError(
-            f"the fast engine's loss differs from {type(causal_lm).__name__}'s own by {difference:.2g} nats",
+            f"the fast engine differs from {type(base).__name__}'s own by {difference:.2g} (root mean square)",
             fix="train.engine=trl",
         )
     return loss, reason
@@ -247,34 +284,36 @@ def _heads_of(examples: Sequence[Example]) -> list[Example]:
 
 
 @torch.no_grad()
-def _plain_losses(model: PeftModel, examples: Sequence[Example]) -> torch.Tensor:
+def _plain_losses(model: PeftModel, heads: Sequence[Example]) -> torch.Tensor:
     """Losses by the model's own forward, one example at a time, full logits: what `SFTTrainer` would see."""
     losses = []
-    was_training = model.training
-    model.eval()
-    for example in _heads_of(examples):
-        input_ids = torch.from_numpy(example.input_ids).long()[None].to(model.device)
-        logits = model(input_ids=input_ids, use_cache=False).logits[0].float()
-        losses.append(torch.nn.functional.cross_entropy(logits[:-1], input_ids[0, 1:], reduction="none"))
-    model.train(was_training)
+    with _in_mode(model, training=False):
+        for example in heads:
+            input_ids = torch.from_numpy(example.input_ids).long()[None].to(model.device)
+            logits = model(input_ids=input_ids, use_cache=False).logits[0].float()
+            losses.append(torch.nn.functional.cross_entropy(logits[:-1], input_ids[0, 1:], reduction="none"))
     return torch.cat(losses)
 
 
 @torch.no_grad()
-def _rehearse(loss: SupervisedLoss, examples: Sequence[Example]) -> None:
+def _rehearse(loss: SupervisedLoss, batch: MicroBatch) -> None:
     """One forward as in training, where some models do more, such as attention dropout."""
-    was_training = loss.model.training
-    loss.model.train()
+    with _in_mode(loss.model, training=True), torch.random.fork_rng():
+        loss.per_token(batch)
+
+
+def _difference(
+    loss: L, ask: Callable[[L, MicroBatch], torch.Tensor], batch: MicroBatch, expected: torch.Tensor
+) -> float:
+    with _in_mode(loss.model, training=False):
+        return float((ask(loss, batch) - expected).square().mean().sqrt())
+
+
+@contextmanager
+def _in_mode(model: torch.nn.Module, *, training: bool) -> Iterator[None]:
+    before = model.training
+    model.train(training)
     try:
-        with torch.random.fork_rng():
-            loss.per_token(collate(_heads_of(examples)).to(loss.model.device))
+        yield
     finally:
-        loss.model.train(was_training)
-
-
-def _difference(loss: SupervisedLoss, examples: Sequence[Example], expected: torch.Tensor) -> float:
-    was_training = loss.model.training
-    loss.model.eval()
-    actual = loss.per_token(collate(_heads_of(examples)).to(loss.model.device))
-    loss.model.train(was_training)
-    return float((actual - expected).square().mean().sqrt())
+        model.train(before)

@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -186,6 +186,32 @@ class RunTrainer(Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         super().log(logs, *args, **kwargs)
         self.state.log_history.clear()  # `metrics.jsonl` has it; here it would grow with the run, and each checkpoint too
+
+    def _stock_step(
+        self, step: Callable[[], torch.Tensor], inputs: dict[str, torch.Tensor], tokens: tuple[int, int]
+    ) -> torch.Tensor:
+        """A step of the plain path, whose batch cannot be made smaller.
+
+        Args:
+            step: Of the stock trainer; its loss.
+            inputs: Of that.
+            tokens: Of the step, and supervised ones of them.
+        """
+        started = time.perf_counter()
+        self.events.step = self.state.global_step + 1
+        under_way = self.steps[self.state.global_step]
+        assert isinstance(under_way, StepExamples)
+        self.under_way = under_way
+        try:
+            loss = step()
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise MachineError(
+                f"a batch of {inputs['input_ids'].numel():,} tokens with its padding does not fit into memory: {error}",
+                fix="train.engine: fast, which cuts a step into micro-batches, or a smaller train.batch_size",
+            ) from error
+        return self._judged(loss, started=started, tokens=tokens)
 
     def _judged(self, total: torch.Tensor, *, started: float, tokens: tuple[int, int]) -> torch.Tensor:
         """The loss of the step under way, after a look at it; without gradients where it must not be applied."""
@@ -377,23 +403,10 @@ class ReferenceTrainer(RunTrainer, SFTTrainer):
     def training_step(
         self, model: Any, inputs: dict[str, torch.Tensor], num_items_in_batch: Any = None
     ) -> torch.Tensor:
-        started = time.perf_counter()
-        self.events.step = self.state.global_step + 1
-        under_way = self.steps[self.state.global_step]
-        assert isinstance(under_way, StepExamples)
-        self.under_way = under_way
-        num_tokens = int(inputs["attention_mask"].sum())
-        num_supervised_tokens = int((inputs["labels"][:, 1:] != -100).sum())
-        try:
-            loss: torch.Tensor = SFTTrainer.training_step(self, model, inputs, num_items_in_batch)
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise MachineError(
-                f"a batch of {inputs['input_ids'].numel():,} tokens with its padding does not fit into memory: {error}",
-                fix="train.engine: fast, which cuts a step into micro-batches, or a smaller train.batch_size",
-            ) from error
-        return self._judged(loss, started=started, tokens=(num_tokens, num_supervised_tokens))
+        tokens = int(inputs["attention_mask"].sum()), int((inputs["labels"][:, 1:] != -100).sum())
+        return self._stock_step(
+            lambda: SFTTrainer.training_step(self, model, inputs, num_items_in_batch), inputs, tokens
+        )
 
 
 def _is_no_advice_on_launching(record: logging.LogRecord) -> bool:
