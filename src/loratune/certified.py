@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from loratune.data.prompts import stop_token_ids
 from loratune.errors import DataError, RecipeError, RunError
 from loratune.evaluation.scoring import score
@@ -26,8 +28,9 @@ from loratune.recipe import Recipe
 from loratune.recipe_tasks import refuse_classifier
 from loratune.reporting.page import report_or_warn
 from loratune.run import Record, RunDir, read_json, write_json
+from loratune.shipping.gguf_model import is_quantised
 from loratune.shipping.lowrank import LowRank, Replaced, read_adapter, read_replaced
-from loratune.shipping.merge import weight_files
+from loratune.shipping.merge import DTYPES, weight_files
 from loratune.shipping.parity import (
     Expected,
     Target,
@@ -272,6 +275,19 @@ def _same_json(text: str, wanted: str) -> bool:
         return bool(score("json", text, wanted))
     except DataError:  # the answer to compare with is no JSON
         return False
+
+
+def merged_dtype(prepared: Preparation, dtype: str) -> torch.dtype | None:
+    """The type to write a merged model in; None: each tensor's own.
+
+    Args:
+        prepared: Of the run.
+        dtype: `float32`, `bfloat16`, `float16`; or `auto`: as in the base's files, and bfloat16 where these are a quantised GGUF.
+    """
+    if dtype != "auto":
+        return DTYPES[dtype]
+    source = gguf_file(prepared.recipe.model)
+    return torch.bfloat16 if source is not None and is_quantised(source) else None
 
 
 def record(run: RunDir, certificate: Record, progress: Progress) -> None:

@@ -9,19 +9,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from loratune.certified import Delivery, open_run, record, seal
+from loratune.certified import Delivery, merged_dtype, open_run, record, seal
 from loratune.data.batch import collate
 from loratune.data.labelled import LabelledExample
 from loratune.data.labels import Example
 from loratune.loading import load_trained
 from loratune.model.adapter import load_adapter
-from loratune.model.load import download_weights, gguf_file, load_config, load_model
+from loratune.model.load import download_weights, load_config, load_model
 from loratune.preparation import Preparation
 from loratune.progress import Progress
 from loratune.run import Record, RunDir, cannot_write
 from loratune.shipping.classifier_reader import ClassifierReader
-from loratune.shipping.gguf_model import is_quantised
-from loratune.shipping.merge import DTYPES
 from loratune.shipping.parity import EXACT, ROUNDED, Expected, Question, Tolerance, certify
 from loratune.shipping.staging import check_target, staged
 
@@ -45,7 +43,8 @@ def merge_classifier(root: str | Path, target: Path, *, dtype: str, progress: Pr
         RunError: The certificate fails; nothing is kept.
     """
     run, prepared = open_run(root, progress)
-    wanted = _merged_dtype(prepared, dtype)
+    own: Any = load_config(prepared.base, prepared.recipe.model).dtype
+    wanted = merged_dtype(prepared, dtype) or own or torch.float32
     check_target(target, needed_bytes=prepared.parameters.total * wanted.itemsize)
     expected, examples = _expect(prepared, run, progress)
     with staged(target) as folder:
@@ -67,16 +66,6 @@ def merge_classifier(root: str | Path, target: Path, *, dtype: str, progress: Pr
         f"python -c \"from transformers import pipeline; print(pipeline('text-classification', '{target.absolute()}')('TEXT'))\"",
     )
     return Delivery(folder=target.absolute(), certificate=certificate, usage=usage)
-
-
-def _merged_dtype(prepared: Preparation, dtype: str) -> torch.dtype:
-    if dtype != "auto":
-        return DTYPES[dtype]
-    source = gguf_file(prepared.recipe.model)
-    if source is not None and is_quantised(source):
-        return torch.bfloat16
-    own: Any = load_config(prepared.base, prepared.recipe.model).dtype
-    return own if isinstance(own, torch.dtype) else torch.float32
 
 
 def _expect(prepared: Preparation, run: RunDir, progress: Progress) -> tuple[Expected, list[LabelledExample]]:

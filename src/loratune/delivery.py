@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from loratune.certified import Delivery, FinishedRun, Load, deliver, open_finished, recipe_of
+from loratune.certified import Delivery, FinishedRun, Load, deliver, merged_dtype, open_finished, recipe_of
 from loratune.classifier_delivery import merge_classifier
 from loratune.errors import RecipeError
 from loratune.model.adapter import load_adapter
@@ -32,7 +32,7 @@ from loratune.shipping.families import GgufLayout
 from loratune.shipping.gguf_adapter import check_plain, read_gguf_adapter, write_gguf_adapter
 from loratune.shipping.gguf_model import is_quantised, write_gguf_model
 from loratune.shipping.lowrank import LowRank
-from loratune.shipping.merge import DTYPES, Values, check_not_quantised, copy_companions, write_merged
+from loratune.shipping.merge import Values, check_not_quantised, copy_companions, write_merged
 from loratune.shipping.ollama import Turns, modelfile, translate
 from loratune.shipping.parity import (
     EXACT,
@@ -189,7 +189,7 @@ def lay_out(root: str | Path, target: Path, *, progress: Progress = _NOBODY) -> 
 def _write_folder(finished: FinishedRun, folder: Path, dtype: str) -> tuple[Load, Tolerance]:
     """A merged folder."""
     recipe = finished.prepared.recipe
-    wanted = _merged_dtype(finished, dtype)
+    wanted = merged_dtype(finished.prepared, dtype)
     check_not_quantised(finished.base)
     finished.progress.line(
         f"merging {len(finished.updates)} matrices in float32, written in {wanted or 'the type of the base'}"
@@ -260,15 +260,6 @@ def _check_matrices_alone(finished: FinishedRun, taker: str) -> None:
             file=finished.run.adapter,
             fix=f"loratune merge {finished.run.root} OUT, or --merged, writes the whole model",
         )
-
-
-def _merged_dtype(finished: FinishedRun, dtype: str) -> torch.dtype | None:
-    """The type to write; None keeps each tensor's own."""
-    if dtype != "auto":
-        return DTYPES[dtype]
-    if finished.source is not None and is_quantised(finished.source):
-        return torch.bfloat16
-    return None
 
 
 @dataclass(frozen=True, slots=True)

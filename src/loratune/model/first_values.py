@@ -23,6 +23,7 @@ from safetensors import safe_open
 
 from loratune.errors import RecipeError, RunError
 from loratune.model.quantised import as_multiplied
+from loratune.model.weights import stored_name
 
 ITERATIONS = 16
 """Of the subspace iteration that finds the largest singular values, as for PiSSA."""
@@ -104,8 +105,7 @@ def _weights(folder: Path, modules: Sequence[str]) -> Iterator[tuple[str, torch.
         files = [stack.enter_context(safe_open(file, framework="pt")) for file in sorted(folder.glob("*.safetensors"))]
         places = {name: file for file in files for name in file.keys()}  # noqa: SIM118 - no mapping
         for module in modules:
-            candidates = (f"{module}.weight", f"{module.partition('.')[2]}.weight")
-            found = next((name for name in candidates if name in places), None)
+            found = stored_name(f"{module}.weight", places)
             if found is None:
                 raise RunError(f"the base's files hold no tensor for {module}", file=folder, fix="lora.variant=plain")
             yield module, places[found].get_tensor(found)

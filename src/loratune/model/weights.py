@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +95,18 @@ def stored_bytes(folder: Path) -> int | None:
     files = weight_files_of(folder)
     ends = [entry["data_offsets"] for file in files for entry in _header(file).values()]
     return sum(end - start for start, end in ends) if files else None
+
+
+def stored_name(tensor: str, stored: Container[str]) -> str | None:
+    """What files call a tensor, None where they do not have it. Checkpoints of bare decoders leave the first part of the names out;
+    others call it otherwise than transformers' classes do.
+
+    Args:
+        tensor: Its name in the model.
+        stored: Names of the tensors in the files.
+    """
+    candidates = (tensor, tensor.partition(".")[2], f"model.{tensor}")
+    return next((name for name in candidates if name in stored), None)
 
 
 def read_header(file: Path) -> dict[str, tuple[int, ...]]:

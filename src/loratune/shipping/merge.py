@@ -18,7 +18,7 @@ import torch
 from safetensors import safe_open
 
 from loratune.errors import RunError
-from loratune.model.weights import index_files
+from loratune.model.weights import index_files, stored_name
 from loratune.shipping.lowrank import LowRank, Replaced
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -116,7 +116,7 @@ class MergedWeights:
         return self._shards[self._file_of[name]].get_slice(name)
 
     def _weight_of(self, module: str) -> str:
-        found = self._name_of(f"{module}.weight") or self._only_one_like(module)
+        found = stored_name(f"{module}.weight", self._file_of) or self._only_one_like(module)
         if found is None:
             raise self._unknown(f"the adapted module {module}")
         return found
@@ -134,15 +134,9 @@ class MergedWeights:
             found = [name for name in found if "language_model." in name]
         return found[0] if len(found) == 1 else None
 
-    def _name_of(self, tensor: str) -> str | None:
-        """What the files call a tensor. Checkpoints of bare decoders leave the first part of the names out; others call it
-        otherwise than transformers' classes do."""
-        candidates = (tensor, tensor.partition(".")[2], f"model.{tensor}")
-        return next((name for name in candidates if name in self._file_of), None)
-
     def _places(self, replaced: Mapping[str, Replaced]) -> dict[str, Replaced]:
         """The files' tensors that something else stands for. Of a tied pair the adapter has both, and the files perhaps one."""
-        places = {name: self._name_of(name) for name in replaced}
+        places = {name: stored_name(name, self._file_of) for name in replaced}
         for name, place in places.items():
             values = replaced[name].values
             twins = (other for other in replaced if places[other] is not None and other != name)
