@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import (
@@ -125,6 +127,17 @@ def intent(number: int) -> dict[str, Any]:
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Kind → a random base of it, made once."""
+    folder = tmp_path_factory.mktemp("bases")
+
+    def base(kind: str) -> Path:
+        return folder / kind if (folder / kind).is_dir() else make_base(folder / kind, kind)
+
+    return base
 
 
 def class_recipe(base: Path, folder: Path, *, num_rows: int = 48, **settings: Any) -> Recipe:
