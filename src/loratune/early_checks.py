@@ -56,6 +56,11 @@ def check_sharded(recipe: Recipe) -> None:
         problem = f"lora.variant is {recipe.lora.variant}, which begins with the whole base"
     elif recipe.lora.target_parameters:
         problem = "lora.target_parameters is given, whose parameters PEFT changes while a layer runs"
+    if problem and recipe.train.strategy == "auto":
+        raise RecipeError(
+            f"no device holds the base alone, and processes cannot share it (train.strategy fsdp): {problem}",
+            fix="leave that setting out, or a device with more memory",
+        )
     if problem:
         raise RecipeError(
             f"train.strategy is fsdp, but {problem}", fix="train.strategy=ddp, where a device holds the base"

@@ -36,6 +36,7 @@ LATER = (
     ),
     *("train.neftune_noise_alpha", "train.label_smoothing", "train.average_checkpoints", "train.early_stopping"),
     *("train.keep_checkpoints", "train.final_adapter", "train.seed", "train.report_to", "train.save_every"),
+    *("train.warmup_fraction", "train.max_grad_norm", "train.log_every", "train.recompute", "data.streaming"),
     *("train.compile", "data.on_long", "data.on_bad_row", "data.thinking", "data.special_tokens_in_text"),
 )
 """Fields whose effect other tests of the default suite see too: here they take their turn with `-m slow`."""

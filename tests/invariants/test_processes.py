@@ -230,3 +230,22 @@ def test_a_run_goes_on_with_fewer_or_more_machines(
     assert read_json(run.plan)["num_processes"] == (2 if change == "leaves" else 1), "it was begun so"
     assert sizes(run) == sizes(expected)
     assert_same(expected, run, tolerance=1e-3)  # 120 steps of float noise
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"lora__variant": "pissa"},
+        {"lora__variant": "eva"},
+        {"lora__modules_to_save": ["lm_head", "norm"], "train__learning_rate": 1e-3},
+        {"train__early_stopping": 1, "train__learning_rate": 0.5},
+    ],
+    ids=["pissa", "eva", "whole", "early"],
+)
+def test_so_they_do_with(tiny_recipe: MakeRecipe, tmp_path: Path, settings: dict[str, object]) -> None:
+    settings = {**SETTINGS, **settings}
+    alone = train(tiny_recipe(**settings, train__output_dir=str(tmp_path / "alone"))).run
+    run = trained(2, tiny_recipe(**settings), tmp_path)
+    assert_same(alone, run, tolerance=1e-5)
+    assert sizes(run) == sizes(alone)

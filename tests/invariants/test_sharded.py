@@ -63,9 +63,11 @@ def test_processes_that_share_the_base_take_the_steps_of_one(
         {"train__batch_size": 1, "train__epochs": 0.5, "train__save_every": "epoch", "train__eval_every": 4},
         {"data__streaming": True},
         {"lora__variant": "dora"},
+        {"lora__modules_to_save": ["lm_head", "norm", "layers.1.input_layernorm"], "train__learning_rate": 1e-3},
+        {"lora__new_tokens": ["thing"]},
         {"train__final_adapter": "best", "evaluate__forgetting": "same"},
     ],
-    ids=["recomputed", "a-process-without-examples", "streamed", "dora", "best"],
+    ids=["recomputed", "a-process-without-examples", "streamed", "dora", "whole", "new-tokens", "best"],
 )
 def test_so_they_do_with(
     tiny_recipe: MakeRecipe, chat_files: tuple[Path, Path], tmp_path: Path, settings: dict[str, object]
@@ -167,3 +169,5 @@ def test_what_cannot_be_shared_is_refused(tiny_recipe: MakeRecipe) -> None:
         check_sharded(tiny_recipe(train__strategy="fsdp", lora__variant="pissa"))
     with pytest.raises(RecipeError, match=r"train\.strategy is fsdp, but model\.quantization is nf4"):
         check_sharded(tiny_recipe(train__strategy="fsdp", model__quantization="nf4"))
+    with pytest.raises(RecipeError, match=r"no device holds the base alone, .* lora\.variant is eva"):
+        check_sharded(tiny_recipe(lora__variant="eva"))

@@ -68,6 +68,7 @@ def test_both_engines_train_with_the_same_noise_and_evaluate_without(tiny_recipe
     assert trajectory(fast)[1][-1] == pytest.approx(read_json(fast.evaluation)["tuned"]["nll"], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_the_same_noise_to_the_bit(tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
     settings = {"train__neftune_noise_alpha": 5.0, "train__label_smoothing": 0.1, "train__save_every": 2}
     whole = train(tiny_recipe(**settings)).run

@@ -120,6 +120,7 @@ def test_a_kill_before_the_first_checkpoint_begins_again(tiny_recipe: MakeRecipe
     assert not list(run.root.glob(".*.tmp"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

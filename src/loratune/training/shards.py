@@ -21,6 +21,7 @@ from loratune.data.conversation import Origin
 from loratune.data.render import Example
 from loratune.recipe import Recipe
 from loratune.training.compilation import decoder_layers
+from loratune.training.packing import decoder_of
 
 FILLER = Example(
     input_ids=np.zeros(2, dtype=np.int32), supervised=np.array([False, True]), origin=Origin(file="filler", line=0)
@@ -49,7 +50,7 @@ def shard_layers(model: PeftModel, device: str) -> None:
     for layer in layers:
         fully_shard(layer, mesh=mesh, ignored_params=trained & set(layer.parameters()))
     within = {weight for layer in layers for weight in layer.parameters()}
-    decoder: torch.nn.Module = model.get_base_model().base_model
+    decoder: torch.nn.Module = decoder_of(model.get_base_model())
     # It has nothing to shard itself; as the root it lets a layer arrive while the one before computes.
     fully_shard(decoder, mesh=mesh, ignored_params=(set(decoder.parameters()) - within) | trained)
     model.to(device)
