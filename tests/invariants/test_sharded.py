@@ -64,7 +64,7 @@ def test_processes_that_share_the_base_take_the_steps_of_one(
         {"data__streaming": True},
         {"lora__variant": "dora"},
         {"lora__modules_to_save": ["lm_head", "norm", "layers.1.input_layernorm"], "train__learning_rate": 1e-3},
-        {"lora__new_tokens": ["thing"]},
+        {"lora__new_tokens": ["Describ"]},
         {"train__final_adapter": "best", "evaluate__forgetting": "same"},
     ],
     ids=["recomputed", "a-process-without-examples", "streamed", "dora", "whole", "new-tokens", "best"],
