@@ -8,10 +8,11 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 demo: $(VENV)/.installed
 	$(BIN)/loratune train recipes/quickstart.yaml --overwrite
 
-# Stock TRL and the fast engine in turns, all tokens trained and assistant tokens only; half an hour on two cores.
+# Stock TRL and the fast engine in turns, all tokens trained and assistant tokens only, and both preparations of data.
 bench: $(VENV)/.installed
 	$(BIN)/loratune bench benchmarks/step.yaml
 	$(BIN)/loratune bench benchmarks/step.yaml data.train_on=assistant
+	$(BIN)/python benchmarks/preparation.py --rows 60000
 
 # A process for each core, up to four, with one thread each.
 test: $(VENV)/.installed-dev

@@ -18,8 +18,11 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from datasets import Dataset as HubDataset
 from rich.table import Table
 
+from loratune.data.prepare import prepare_data
+from loratune.data.reading import Reader
 from loratune.data.steps import num_steps_per_epoch
 from loratune.errors import RecipeError, RunError
 from loratune.model.device import torch_dtype
@@ -27,10 +30,11 @@ from loratune.model.load import load_config
 from loratune.planning.parameters import skeleton
 from loratune.planning.speed import matmul_rate_of
 from loratune.preparation import Preparation, prepare
-from loratune.progress import Progress
+from loratune.progress import Progress, Silent
 from loratune.recipe import Recipe
 from loratune.recipe_tasks import refuse_classifier
 from loratune.run import Record, RunDir, read_json
+from loratune.training.stock import stock_preparation_seconds
 
 WARM_UP = 2
 """Steps that are not counted: the first ones compile and fill caches."""
@@ -48,7 +52,8 @@ def bench(recipe: Recipe, *, rounds: int, steps: int, progress: Progress) -> Rec
         progress: Who is told how it goes.
 
     Returns:
-        Per engine the median rate in tokens/s, peak bytes, seconds to the first step, losses; their ratios; the raw turns.
+        Per engine the median rate in tokens/s, peak bytes, seconds to the first step, rows/s prepared, losses;
+        their ratios; the raw turns.
 
     Raises:
         RecipeError: The recipe has too few steps, or does not fit.
@@ -58,27 +63,32 @@ def bench(recipe: Recipe, *, rounds: int, steps: int, progress: Progress) -> Rec
         raise RecipeError(f"{steps} steps, of which {WARM_UP} are warm-up", fix=f"--steps {WARM_UP + 4}")
     refuse_classifier(recipe, "loratune bench")
     prepared = prepare(_few_steps(recipe, "fast", 1.0, "auto"), progress)
+    # the written recipe says all its settings, and a default that is written counts as wanted
+    data = recipe.data.model_copy(update={"max_length": prepared.recipe.data.max_length})
+    measured = recipe.model_copy(update={"data": data})
     epochs = steps / num_steps_per_epoch(len(prepared.data.train), recipe.train.batch_size)
     turns: list[Record] = []
     with tempfile.TemporaryDirectory() as folder:
         for number in range(rounds):
             for engine in ENGINES if number % 2 == 0 else reversed(ENGINES):
-                turn = _turn(_few_steps(recipe, engine, epochs, f"{folder}/{number}-{engine}"))
+                turn = _turn(_few_steps(measured, engine, epochs, f"{folder}/{number}-{engine}"))
                 progress.line(
                     f"round {number + 1}, {engine}: {statistics.median(turn['tokens_per_second']):,.0f} tokens/s, "
                     f"{turn['peak_bytes'] / 2**30:.2f} GiB, first step after {turn['seconds_to_first_step']:.0f} s"
                 )
                 turns.append(turn)
-    return _record(prepared, turns, steps)
+    return _record(prepared, turns, steps, [_preparation(prepared) for _ in range(rounds)])
 
 
 def _few_steps(recipe: Recipe, engine: str, epochs: float, output_dir: str) -> Recipe:
-    values = recipe.model_dump(mode="json")
+    values = recipe.model_dump(mode="json", exclude_unset=True)  # a default becomes what the model allows
+    for section in ("data", "evaluate", "train"):
+        values.setdefault(section, {})
     values["data"]["eval"] = "none"
     values["evaluate"]["metric"] = "none"
     never = dict.fromkeys(("eval_every", "save_every", "log_every"), "never")
     # An epoch's worth is too short to repay compilation; what is measured here is the steady state of a long run.
-    compiled = values["train"]["compile"] if engine == "fast" else False
+    compiled = recipe.train.compile if engine == "fast" else False
     values["train"] |= {"engine": engine, "epochs": epochs, "output_dir": output_dir, "compile": compiled, **never}
     return Recipe.parse(values)
 
@@ -106,7 +116,28 @@ def _turn(recipe: Recipe) -> Record:
     }
 
 
-def _record(prepared: Preparation, turns: list[Record], steps: int) -> Record:
+def _preparation(prepared: Preparation) -> dict[str, float | None]:
+    """Engine → rows/s from the conversations to labelled tokens, without a cache: of loratune, with the reading of the file and all
+    verification; of `SFTTrainer`, alone, and None where it refuses the rows."""
+    data, tokenizer = prepared.recipe.data, prepared.tokenizer
+    max_length = int(data.max_length)
+    reader = Reader(data, prepared.recipe.train.seed, Silent())
+    rows = [
+        {"text": c.text}
+        if c.text is not None
+        else {"messages": list(c.messages), **({"tools": c.tools} if c.tools else {})}
+        for c in reader(data.train).conversations
+    ]
+    started = time.perf_counter()
+    prepare_data(data, tokenizer, max_length=max_length, seed=prepared.recipe.train.seed)
+    fast = len(rows) / (time.perf_counter() - started)
+    trl = stock_preparation_seconds(
+        HubDataset.from_list(rows), tokenizer, max_length=max_length, assistant_only=data.train_on != "all"
+    )
+    return {"fast": fast, "trl": trl and len(rows) / trl}
+
+
+def _record(prepared: Preparation, turns: list[Record], steps: int, rates: list[dict[str, float | None]]) -> Record:
     engines = {}
     for engine in ENGINES:
         mine = [turn for turn in turns if turn["engine"] == engine]
@@ -115,6 +146,9 @@ def _record(prepared: Preparation, turns: list[Record], steps: int) -> Record:
             "peak_bytes": statistics.median(turn["peak_bytes"] for turn in mine),
             "seconds_to_first_step": statistics.median(turn["seconds_to_first_step"] for turn in mine),
             "first_step_seconds": statistics.median(turn["first_step_seconds"] for turn in mine),
+            "rows_per_second": statistics.median(known)
+            if (known := [r for turn in rates if (r := turn[engine])])
+            else None,
             "losses": mine[0]["loss"],
         }
     fast, trl = (engines[name] for name in ENGINES)
@@ -134,7 +168,12 @@ def _record(prepared: Preparation, turns: list[Record], steps: int) -> Record:
             "flops_per_token": flops_per_token,
             "share": {name: engines[name]["tokens_per_second"] * flops_per_token / peak_rate for name in ENGINES},
         },
-        "settings": {"steps": steps, "rounds": len(turns) // 2, "recipe": prepared.recipe.model_dump(mode="json")},
+        "settings": {
+            "steps": steps,
+            "rounds": len(turns) // 2,
+            "rows": data["num_examples"],
+            "recipe": prepared.recipe.model_dump(mode="json"),
+        },
         "versions": {
             **{name: version(name) for name in ("loratune", "torch", "transformers", "trl", "peft")},
             "python": platform.python_version(),
@@ -174,6 +213,12 @@ def _lines(record: Record) -> list[list[str]]:
         row("peak memory, GiB", "peak_bytes", 2**30, ".2f"),
         row("seconds before the first step", "seconds_to_first_step", 1, ".1f"),
         row("seconds of the first step", "first_step_seconds", 1, ".1f"),
+        [f"rows/s prepared, of {record['settings']['rows']:,}", f"{fast['rows_per_second']:,.0f}", *_beside(fast, trl)],
         ["mean loss", f"{statistics.mean(fast['losses']):.4f}", f"{statistics.mean(trl['losses']):.4f}",
          f"differ by at most {record['loss']['largest_difference']:.4f}"],
     ]  # fmt: skip
+
+
+def _beside(fast: Record, trl: Record) -> tuple[str, str]:
+    rate = trl["rows_per_second"]
+    return (f"{rate:,.0f}", f"{fast['rows_per_second'] / rate:.2f}") if rate else ("refuses the rows", "")
