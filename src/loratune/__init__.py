@@ -25,8 +25,13 @@ os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 os.environ.setdefault("LRU_CACHE_CAPACITY", "256")
 
 # bitsandbytes says at every 8-bit product that its input is rounded, and at its import, which PEFT does wherever it is installed,
-# which kernel it does without.
-for _name in ("bitsandbytes.autograd._functions", "bitsandbytes.backends.cpu.ops"):
+# which kernel it does without; torchao, likewise imported, which of its files are for GPUs, and by torch that one of its calls is old.
+for _name in (
+    "bitsandbytes.autograd._functions",
+    "bitsandbytes.backends.cpu.ops",
+    "torchao",
+    "torch.utils._pytree",
+):
     logging.getLogger(_name).setLevel(logging.ERROR)
 
 _ROOMS = {

@@ -23,7 +23,8 @@ from loratune.errors import RecipeError
 from loratune.model.adapter import load_adapter
 from loratune.model.device import torch_dtype
 from loratune.model.load import load_model
-from loratune.model.quantised import BY_BITSANDBYTES, as_multiplied, quantised_matrices
+from loratune.model.prequantised import method_of, rounds_inputs
+from loratune.model.quantised import PACKED, as_multiplied, quantised_matrices, unpack_layers
 from loratune.planning.parameters import skeleton
 from loratune.progress import Progress, Silent
 from loratune.recipe_tasks import is_classification, refuse_classifier
@@ -32,7 +33,7 @@ from loratune.shipping.families import GgufLayout
 from loratune.shipping.gguf_adapter import check_plain, read_gguf_adapter, write_gguf_adapter
 from loratune.shipping.gguf_model import is_quantised, write_gguf_model
 from loratune.shipping.lowrank import LowRank
-from loratune.shipping.merge import Values, check_not_quantised, copy_companions, write_merged
+from loratune.shipping.merge import Values, copy_companions, write_merged
 from loratune.shipping.ollama import Turns, modelfile, translate
 from loratune.shipping.parity import (
     EXACT,
@@ -72,7 +73,7 @@ def merge(root: str | Path, out: str | Path, *, dtype: str = "auto", progress: P
     if is_classification(recipe_of(root)):
         return merge_classifier(root, target, dtype=dtype, progress=progress)
     finished = open_finished(root, progress)
-    check_target(target, needed_bytes=finished.base_bytes)
+    check_target(target, needed_bytes=_whole_bytes(finished, dtype))
     usage = (
         f"loratune chat {target}",
         serve_merged(target.absolute(), name=finished.name),
@@ -190,7 +191,7 @@ def _write_folder(finished: FinishedRun, folder: Path, dtype: str) -> tuple[Load
     """A merged folder."""
     recipe = finished.prepared.recipe
     wanted = merged_dtype(finished.prepared, dtype)
-    check_not_quantised(finished.base)
+    method = method_of(finished.config)
     finished.progress.line(
         f"merging {len(finished.updates)} matrices in float32, written in {wanted or 'the type of the base'}"
     )
@@ -200,7 +201,12 @@ def _write_folder(finished: FinishedRun, folder: Path, dtype: str) -> tuple[Load
             f"{len(frozen)} matrices of the base are written with the values that {recipe.model.quantization} left them, since "
             "the adapter was trained on these"
         )
-    if finished.prepared.parameters.stacks:
+    if method is not None:
+        wanted = wanted or torch_dtype(recipe.model.dtype)
+        finished.progress.line(
+            f"the base comes quantised ({method}); it is written whole, with the values that training used"
+        )
+    if method is not None or finished.prepared.parameters.stacks:
         _merge_by_peft(finished, folder, wanted)
     else:
         write_merged(finished.base, finished.updates, folder, dtype=wanted, frozen=frozen, replaced=finished.replaced)
@@ -214,18 +220,31 @@ def _write_folder(finished: FinishedRun, folder: Path, dtype: str) -> tuple[Load
             trust_remote_code=recipe.model.trust_remote_code,
         )
 
-    if recipe.model.quantization == "int8":  # inputs were rounded to 8 bits too, and no longer are
+    if recipe.model.quantization == "int8" or rounds_inputs(finished.config):  # to 8 bits, and no longer
         return load, QUANTISED
     own = {str(parameter) for parameter in (wanted, torch_dtype(recipe.model.dtype)) if parameter}
     exact = own == {"torch.float32"} and (wanted is not None or finished.config.dtype == torch.float32)
     return load, EXACT if exact else ROUNDED
 
 
+def _whole_bytes(finished: FinishedRun, dtype: str) -> int:
+    """About what a merged folder takes."""
+    if method_of(finished.config) is None:
+        return finished.base_bytes
+    wanted = merged_dtype(finished.prepared, dtype) or torch_dtype(finished.prepared.recipe.model.dtype)
+    return finished.prepared.parameters.total * wanted.itemsize
+
+
 def _merge_by_peft(finished: FinishedRun, folder: Path, dtype: torch.dtype | None) -> None:
     """The whole model in memory, in float32, merged by PEFT and written by transformers, which knows how an architecture's files name
     the experts that it stacks."""
     recipe = finished.prepared.recipe
-    base = load_model(finished.prepared.base, recipe.model, dtype=torch.float32, device="cpu")
+    held = (
+        torch.float32 if method_of(finished.config) is None else torch_dtype(recipe.model.dtype)
+    )  # in which it unpacks
+    base: Any = load_model(finished.prepared.base, recipe.model, dtype=held, device="cpu")
+    unpack_layers(base)
+    base.float()
     merged: Any = load_adapter(base, finished.run.adapter).merge_and_unload()
     merged.to(dtype or finished.config.dtype or torch.float32).save_pretrained(folder)
 
@@ -233,7 +252,7 @@ def _merge_by_peft(finished: FinishedRun, folder: Path, dtype: torch.dtype | Non
 def _frozen(finished: FinishedRun) -> dict[str, Values]:
     """What training multiplied with in the place of the base's weights: none where these were not quantised."""
     section = finished.prepared.recipe.model
-    if section.quantization not in BY_BITSANDBYTES:
+    if section.quantization not in PACKED:
         return {}
     model = skeleton(finished.config, trust_remote_code=section.trust_remote_code)
     values = partial(as_multiplied, quantization=section.quantization, dtype=torch_dtype(section.dtype))
@@ -243,7 +262,7 @@ def _frozen(finished: FinishedRun) -> dict[str, Values]:
 def _check_full_base(finished: FinishedRun, what: str) -> None:
     """Refuse what puts the adapter on the base as it was before quantisation: that is another model."""
     quantization = finished.prepared.recipe.model.quantization
-    if quantization in BY_BITSANDBYTES:
+    if quantization in PACKED:
         raise RecipeError(
             f"the adapter was trained on a base in {quantization}; {what}",
             file=finished.run.root,

@@ -15,7 +15,7 @@ from loratune import world
 from loratune.data.labelled import labels_fingerprint
 from loratune.data.render import Example
 from loratune.model.gguf import file_sha256
-from loratune.model.quantised import BY_BITSANDBYTES
+from loratune.model.quantised import package_of
 from loratune.planning.optimizer_memory import OF_BITSANDBYTES
 from loratune.run import Record
 
@@ -51,10 +51,11 @@ def text_fingerprint(text: str) -> str:
 
 def versions(recipe: Record) -> dict[str, str]:
     """The versions of Python and of the packages whose code a run with this recipe goes through."""
-    by_it = (
-        recipe["model"].get("quantization") in BY_BITSANDBYTES or recipe["train"].get("optimizer") in OF_BITSANDBYTES
-    )
-    packages = (*PACKAGES, "bitsandbytes") if by_it else PACKAGES
+    package = package_of(recipe["model"].get("quantization", "none"))
+    others = {package} if package else set()
+    if recipe["train"].get("optimizer") in OF_BITSANDBYTES:
+        others.add("bitsandbytes")
+    packages = (*PACKAGES, *sorted(others))
     return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}
 
 

@@ -38,7 +38,8 @@ from loratune.model.gguf import cache_dir
 from loratune.model.load import BaseModel, load_config, load_tokenizer, locate_model, positions_of
 from loratune.model.new_tokens import add_new_tokens, grow, growing_parameters, unseen_tokens
 from loratune.model.patterns import check_patterns, check_used
-from loratune.model.quantised import BY_BITSANDBYTES, check_checkpoint
+from loratune.model.prequantised import check_checkpoint, method_of
+from loratune.model.quantised import PACKED
 from loratune.model.targets import resolve_targets, target_notes
 from loratune.model.variants import check_variant, variant_notes
 from loratune.model.weights import bytes_to_convert, check_stored, check_weights
@@ -291,7 +292,7 @@ def prepare(
         **quantised_place(recipe.model.quantization, base.path, model, dtype.value),
         stored_bytes=bytes_to_convert(
             base.path,
-            None if recipe.model.quantization in BY_BITSANDBYTES else dtype.value,
+            None if recipe.model.quantization in PACKED else dtype.value,
             stored=base.stored,
             num_parameters=parameters.total - parameters.trainable,
         )
@@ -367,8 +368,7 @@ def prepare(
 
 def _check_files(base: BaseModel, model: Any, head: tuple[str, ...]) -> None:
     """Whether all weights are there but those of a classifier's head, which may be made anew."""
-    quantized = getattr(model.config, "quantization_config", None) is not None
-    check_weights(base.path, model, quantized=quantized, without=head)
+    check_weights(base.path, model, quantized=method_of(model.config) is not None, without=head)
     check_stored(base.stored, model, name=base.name, without=head)
 
 

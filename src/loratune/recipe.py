@@ -78,10 +78,13 @@ class ModelSection(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """The type of the frozen base weights. `auto`: bfloat16 where this machine multiplies it faster, else float32."""
 
-    quantization: Literal["none", "fp8", "nf4", "int8"] = "none"
-    """The frozen linear layers in fewer bits; the adapter stays in float32. `nf4`: 4 bits a weight (QLoRA), `int8`: 8 bits, by
-    bitsandbytes. `fp8`: 8-bit floats, on NVIDIA GPUs of Hopper's generation and later; they take as many bytes as in bfloat16,
-    since each is kept in two layouts."""
+    quantization: Literal[
+        "none", "fp8", "nf4", "int8", "int8_weight_only", "int4_weight_only", "float8_weight_only"
+    ] = "none"
+    """The frozen linear layers in fewer bits; the adapter stays in float32. `nf4`: 4 bits a weight (QLoRA), `int8`: 8 bits, inputs
+    too, by bitsandbytes. `int8_weight_only`, `int4_weight_only` and `float8_weight_only`: only the weights, by torchao. `fp8`: products in
+    8-bit floats, on NVIDIA GPUs of Hopper's generation and later; its weights take as many bytes as in bfloat16, since each is kept in two
+    layouts."""
 
     trust_remote_code: bool = False
     """Whether Python files that come with the model may run on this machine."""

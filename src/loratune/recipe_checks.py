@@ -43,11 +43,11 @@ def check_quantization(recipe: Any) -> None:
     chosen, dtype, train = recipe.model.quantization, recipe.model.dtype, recipe.train
     if chosen == "fp8" and dtype not in ("auto", "bfloat16"):
         raise ValueError(f"model.quantization is fp8, which is made from bfloat16, but model.dtype is {dtype}")
-    if chosen in ("nf4", "int8"):
+    if chosen not in ("none", "fp8"):
         if dtype == "float16":
             raise ValueError(f"model.quantization is {chosen}, whose products are in bfloat16 or float32, not float16")
         if train.compile is True:
-            raise ValueError(f"train.compile is true, but the layers of bitsandbytes ({chosen}) run uncompiled")
+            raise ValueError(f"train.compile is true, but the layers of {chosen} run uncompiled")
         if chosen == "int8" and train.recompute not in ("auto", 0):
             raise ValueError(
                 "train.recompute is not 0, but int8 layers of bitsandbytes keep their inputs where recomputing cannot free them"

@@ -27,6 +27,7 @@ from loratune.errors import MachineError, RecipeError
 from loratune.lock import versions
 from loratune.model.adapter import short_names
 from loratune.model.load import load_config
+from loratune.model.prequantised import method_of
 from loratune.model.stacks import stack_arguments
 from loratune.model.targets import router_loss
 from loratune.model.variants import changes_base, peft_arguments
@@ -45,6 +46,8 @@ BUILDERS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "p
 
 
 WIDTH = 118
+TORCHAO_CONFIGS = {"int8_weight_only": "Int8WeightOnlyConfig", "float8_weight_only": "Float8WeightOnlyConfig"}
+"""Kinds of `model.quantization` → what torchao calls them."""
 COVERED = {
     "model": {"name", "revision", "dtype", "quantization", "trust_remote_code"},
     "data": {
@@ -240,6 +243,11 @@ def _check_covered(recipe: Recipe) -> None:
             "model.quantization is fp8, which a script of TRL and PEFT alone cannot follow",
             fix="leave model.quantization at none, nf4 or int8",
         )
+    if recipe.model.quantization == "int4_weight_only":
+        raise RecipeError(
+            "model.quantization is int4_weight_only, which the trainer of transformers refuses; loratune packs these weights itself",
+            fix="model.quantization=nf4",
+        )
     if recipe.lora.variant in ("eva", "loftq"):
         raise RecipeError(
             f"lora.variant is {recipe.lora.variant}, whose beginning is computed from data or weights that the script does not have",
@@ -264,7 +272,14 @@ def _check_covered(recipe: Recipe) -> None:
 def _script(prepared: Preparation, rows: Path | None, why_rows: str) -> str:
     recipe, base = prepared.recipe, prepared.base
     section = recipe.model
-    model = skeleton(load_config(base, section), trust_remote_code=section.trust_remote_code)
+    config = load_config(base, section)
+    method = method_of(config)
+    if method is not None:
+        raise RecipeError(
+            f"model.name is {section.name}: its weights come quantised ({method}), which the script would not load as loratune does",
+            fix="name the model as it was before quantisation",
+        )
+    model = skeleton(config, trust_remote_code=section.trust_remote_code)
     check_stock(model)
     constants, load = _data_lines(prepared, rows)
     extra = peft_arguments(recipe.lora) | whole_arguments(prepared.parameters.whole)
@@ -300,6 +315,7 @@ def _script(prepared: Preparation, rows: Path | None, why_rows: str) -> str:
         trust=", trust_remote_code=True" if section.trust_remote_code else "",
         dtype=section.dtype,
         quantization=section.quantization,
+        torchao_config=TORCHAO_CONFIGS.get(section.quantization, ""),
         arguments=_arguments(prepared, direct=rows is None),
         has_eval=bool(prepared.data.eval),
         optimizer=_optimizer(recipe.train),

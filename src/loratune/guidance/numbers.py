@@ -20,7 +20,7 @@ from loratune.guidance.facts import Facts, Row, around, size
 from loratune.model.device import torch_dtype
 from loratune.model.load import positions_of
 from loratune.model.patterns import pattern_of
-from loratune.model.quantised import BY_BITSANDBYTES, base_bytes
+from loratune.model.quantised import GROUP, PACKED, base_bytes, quantised_matrices
 from loratune.planning.optimizer_memory import state_bytes
 from loratune.preparation import NO_LIMIT
 from loratune.recipe import Optimizer
@@ -63,7 +63,9 @@ def _task(facts: Facts) -> str:
 def _quantization_table(facts: Facts) -> list[Row]:
     dtype_bytes = torch_dtype(facts.prepared.recipe.model.dtype).itemsize
     sizes = {"none": facts.base_parameters * dtype_bytes}
-    sizes |= {name: base_bytes(facts.model, name, dtype_bytes) for name in BY_BITSANDBYTES}
+    whole_groups = all(matrix.in_features % GROUP == 0 for _, matrix in quantised_matrices(facts.model))
+    kinds = [name for name in PACKED if name != "int4_weight_only" or whole_groups]
+    sizes |= {name: base_bytes(facts.model, name, dtype_bytes) for name in kinds}
     return [{"quantization": name, "frozen weights": size(num_bytes)} for name, num_bytes in sizes.items()]
 
 

@@ -119,17 +119,21 @@ def fallback_note(model: PeftModel) -> str:
 
 
 def _has_fast_class(kind: type) -> bool:
-    # By name: PEFT's layers on bitsandbytes exist only where that is installed.
-    return kind is LoraLinear or (kind.__module__, kind.__name__) in _ON_BITSANDBYTES
+    # By name: PEFT's layers on packed weights exist only where the package is installed.
+    return kind is LoraLinear or (kind.__module__, kind.__name__) in _ON_PACKED
 
 
-_ON_BITSANDBYTES = {("peft.tuners.lora.bnb", name) for name in ("Linear4bit", "Linear8bitLt")}
+_ON_PACKED = {
+    ("peft.tuners.lora.bnb", "Linear4bit"),
+    ("peft.tuners.lora.bnb", "Linear8bitLt"),
+    ("peft.tuners.lora.torchao", "TorchaoLoraLinear"),
+}
 
 
 def _is_plain(layer: Any) -> bool:
-    on_bitsandbytes = type(layer) is not LoraLinear
+    on_packed = type(layer) is not LoraLinear
     return (
-        (on_bitsandbytes or type(layer.base_layer) in (torch.nn.Linear, Fp8Linear))
+        (on_packed or type(layer.base_layer) in (torch.nn.Linear, Fp8Linear))
         and not layer.lora_variant
         and not layer.lora_bias.get("default", False)
     )

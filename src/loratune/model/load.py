@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from loratune.errors import MachineError, RecipeError
 from loratune.model.classifier import Classes, load_classifier
 from loratune.model.gguf import check_gguf, describe_gguf, import_gguf, imported_folder
-from loratune.model.quantised import BY_BITSANDBYTES, keep_layout, load_settings
+from loratune.model.prequantised import comes_packed, expand
+from loratune.model.quantised import PACKED, keep_trainable, load_settings
 from loratune.progress import Progress
 from loratune.recipe import ModelSection
 
@@ -182,7 +183,7 @@ def _from_hub(section: ModelSection) -> BaseModel:
 
 
 def load_config(base: BaseModel, section: ModelSection) -> PreTrainedConfig:
-    """The model's configuration.
+    """The model's configuration, which says of weights that come quantised whether they are expanded as they load.
 
     Raises:
         RecipeError: The architecture is unknown, or its code is not trusted.
@@ -191,6 +192,7 @@ def load_config(base: BaseModel, section: ModelSection) -> PreTrainedConfig:
 
     with _explained(base):
         config: PreTrainedConfig = AutoConfig.from_pretrained(base.path, trust_remote_code=section.trust_remote_code)
+    expand(config)
     return config
 
 
@@ -224,8 +226,8 @@ def load_model(
 
     source: str | Path = base.path if base.revision is None else base.name
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    config = load_config(base, section)
     if classes is not None:
-        config = load_config(base, section)
         with _explained(base):
             model = load_classifier(
                 source,
@@ -240,23 +242,24 @@ def load_model(
     with _explained(base):
         model = AutoModelForCausalLM.from_pretrained(
             source,
+            config=config,
             revision=base.revision or "main",
             dtype=dtype,
             use_safetensors=True,
             trust_remote_code=section.trust_remote_code,
-            **_placed(section.quantization, dtype, device),
+            **_placed(section.quantization, config, dtype, device),
         )
     model.config.use_cache = False
     if getattr(model, "is_quantized", False):
-        keep_layout(model)
+        keep_trainable(model)
         return model
     return model.to(device)  # type: ignore[arg-type]
 
 
-def _placed(quantization: str, dtype: torch.dtype, device: str) -> dict[str, Any]:
-    """How weights get to the device: quantised ones as they load, since they cannot be moved."""
-    if quantization not in BY_BITSANDBYTES:
-        return {}
+def _placed(quantization: str, config: PreTrainedConfig, dtype: torch.dtype, device: str) -> dict[str, Any]:
+    """How weights get to the device: packed ones as they load, since they cannot be moved."""
+    if quantization not in PACKED:
+        return {"device_map": {"": device}} if comes_packed(config) else {}
     return {"quantization_config": load_settings(quantization, dtype), "device_map": {"": device}}
 
 

@@ -4,7 +4,8 @@
 byte of scale for every 64 weights, and a float for every 256 of these bytes; products are made with unpacked weights. `int8`
 (Dettmers et al. 2022, "LLM.int8()") keeps a byte a weight and a float for each output; inputs are rounded to 8 bits as well, with a scale for
 each token. Its separate treatment of outlying columns is off, since it would make a token's result depend on its micro-batch.
-Checkpoints that come quantised are loaded as transformers loads them.
+
+Kinds that end in `_weight_only` are made by torchao (`packed.py`), likewise while the weights load; nothing but weights is rounded.
 """
 
 from __future__ import annotations
@@ -19,94 +20,73 @@ from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from loratune.errors import MachineError, RecipeError
+from loratune.kernels.packed_linear import PackedLinear, unpacked
+from loratune.model.prequantised import comes_packed
 
 if TYPE_CHECKING:
-    from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 BY_BITSANDBYTES = ("nf4", "int8")
+BY_TORCHAO = ("int8_weight_only", "int4_weight_only", "float8_weight_only")
+PACKED = (*BY_BITSANDBYTES, *BY_TORCHAO)
+"""The kinds whose weights are packed while they load."""
 BLOCK = 64
 """Weights that share a scale in nf4."""
 NESTED_BLOCK = 256
 """Scales that share a scale of their own."""
+GROUP = 32
+"""Weights that share a scale in int4_weight_only."""
 _TABLES = 4 * (16 + 256 + 1)
 """Bytes that each nf4 matrix has beside its own: the 16 values of nf4, the 256 of its scales, and their mean."""
 
 
+def package_of(quantization: str) -> str | None:
+    """The package that quantises; None where none is needed."""
+    return "bitsandbytes" if quantization in BY_BITSANDBYTES else "torchao" if quantization in BY_TORCHAO else None
+
+
 def check_quantization(quantization: str, device: str, *, is_here: bool) -> None:
-    """Whether bitsandbytes can run.
+    """Whether the package that quantises can run.
 
     Args:
-        quantization: `nf4` or `int8`; others need no bitsandbytes.
+        quantization: The recipe's.
         device: cpu, cuda or mps.
         is_here: Whether the device is on this machine.
 
     Raises:
         MachineError: It is not installed, or its layers are not known to train on the device.
     """
-    if quantization not in BY_BITSANDBYTES:
+    package = package_of(quantization)
+    if package is None:
         return
     if device == "mps":
         raise MachineError(
-            f"model.quantization is {quantization}, which bitsandbytes trains on CUDA and CPUs only; this is an Apple GPU",
+            f"model.quantization is {quantization}, which {package} trains on CUDA and CPUs only; this is an Apple GPU",
             fix="model.quantization=none, or train.device=cpu",
         )
-    if is_here and find_spec("bitsandbytes") is None:
+    if is_here and find_spec(package) is None:
         raise MachineError(
-            f"model.quantization is {quantization}, but bitsandbytes is not installed",
-            fix="pip install 'loratune[bitsandbytes]'",
-        )
-
-
-def check_checkpoint(config: PreTrainedConfig, quantization: str, *, name: str, device: str) -> None:
-    """Whether a checkpoint that comes quantised can be loaded and trained on here.
-
-    Args:
-        config: Of the model.
-        quantization: The recipe's.
-        name: The model's, for messages.
-        device: cpu, cuda or mps.
-
-    Raises:
-        RecipeError: It would be quantised twice, or transformers cannot train an adapter on it.
-        MachineError: What it needs is not on this machine.
-    """
-    from transformers.quantizers.auto import AutoHfQuantizer
-
-    settings: Any = getattr(config, "quantization_config", None)
-    if settings is None:
-        return
-    method = settings.get("quant_method") if isinstance(settings, dict) else settings.quant_method
-    if quantization != "none":
-        raise RecipeError(
-            f"model.quantization is {quantization}, but the weights of {name} come quantised ({method})",
-            fix="model.quantization=none",
-        )
-    try:
-        quantizer = AutoHfQuantizer.from_config(settings, pre_quantized=True)
-        quantizer.validate_environment(device_map={"": device})
-    except (ImportError, RuntimeError, ValueError) as error:
-        raise MachineError(
-            f"model.name is {name}: its weights are quantised ({method}), and cannot be loaded here: {error}",
-            fix="install what is missing, or name the model as it was before quantisation",
-        ) from error
-    if not quantizer.is_trainable:
-        raise RecipeError(
-            f"model.name is {name}: transformers trains no adapter on weights quantised by {method}",
-            fix="name the model as it was before quantisation",
+            f"model.quantization is {quantization}, but {package} is not installed",
+            fix=f"pip install 'loratune[{package}]'",
         )
 
 
 def uncompiled(quantization: str, config: PreTrainedConfig) -> str:
     """Why the layers of a quantised base run uncompiled; empty where it is none of these."""
-    if quantization in BY_BITSANDBYTES:
-        return "the layers of bitsandbytes run uncompiled"
-    return "layers that come quantised run uncompiled" if getattr(config, "quantization_config", None) else ""
+    package = package_of(quantization)
+    if package is not None:
+        return f"the layers of {package} run uncompiled"
+    return "layers that come quantised run uncompiled" if comes_packed(config) else ""
 
 
-def load_settings(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig:
+def load_settings(quantization: str, dtype: torch.dtype) -> Any:
     """What `from_pretrained` quantises by. Not the output head and not embeddings."""
     from transformers import BitsAndBytesConfig
 
+    if quantization in BY_TORCHAO:
+        from loratune.model import packed
+
+        return packed.settings(quantization)
     if quantization == "int8":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)  # type: ignore[no-untyped-call]
     return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
@@ -114,21 +94,25 @@ def load_settings(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig:
     )
 
 
-def keep_layout(model: PreTrainedModel) -> None:
-    """Let evaluation leave 4-bit weights as training needs them.
+def keep_trainable(model: PreTrainedModel) -> None:
+    """Let packed layers pass a gradient whatever ran before, and keep nothing unpacked for it.
 
     On CPUs with AVX512-BF16, bitsandbytes packs a layer's weights anew when it first runs in evaluation mode, for good, and what
     is packed so gives no gradient to its input. So a run that is evaluated before its first step would train nothing but its last
-    layers, without a word.
+    layers, without a word. Layers of torchao get another class: see `kernels.packed_linear`.
     """
     module: Any
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+    if getattr(model, "quantization_method", None) == "torchao":
+        from loratune.model.packed import use_packed_layers
+
+        use_packed_layers(model)
 
 
 def quantised_matrices(model: PreTrainedModel) -> Iterator[tuple[str, torch.nn.Linear]]:
-    """The matrices that bitsandbytes takes: all linear layers but the output head and what is tied to it.
+    """The matrices that are packed: all linear layers but the output head and what is tied to it.
 
     Args:
         model: As it was before quantisation; may be on the meta device.
@@ -142,17 +126,30 @@ def quantised_matrices(model: PreTrainedModel) -> Iterator[tuple[str, torch.nn.L
             continue
         if isinstance(module, Conv1D):
             raise RecipeError(
-                f"{name} is stored transposed, as in GPT-2, which is not trained with nf4 or int8",
+                f"{name} is stored transposed, as in GPT-2, which is not quantised",
                 fix="model.quantization=none",
             )
         if type(module) is torch.nn.Linear:
             yield name, module
 
 
-def matrix_bytes(quantization: str, d_out: int, d_in: int) -> int:
-    """Bytes of one quantised matrix with all that belongs to it, exactly."""
+def matrix_bytes(quantization: str, d_out: int, d_in: int, dtype_bytes: int) -> int:
+    """Bytes of one quantised matrix with all that belongs to it, exactly.
+
+    Args:
+        quantization: One of `PACKED`.
+        d_out: Outputs.
+        d_in: Inputs.
+        dtype_bytes: Of the run's type, in which int4_weight_only has its scales.
+    """
     if quantization == "int8":
         return d_out * d_in + 4 * d_out
+    if quantization == "int8_weight_only":
+        return d_out * d_in + 5 * d_out  # a float32 scale and the byte of a zero point, which is 0
+    if quantization == "float8_weight_only":
+        return d_out * d_in + 4 * d_out
+    if quantization == "int4_weight_only":
+        return d_out * d_in // 2 + d_out * (d_in // GROUP) * dtype_bytes
     scales = -(-d_out * d_in // BLOCK)
     return -(-d_out * d_in // 2) + scales + 4 * -(-scales // NESTED_BLOCK) + _TABLES
 
@@ -162,17 +159,40 @@ def base_bytes(model: PreTrainedModel, quantization: str, dtype_bytes: int) -> i
 
     Args:
         model: Before quantisation, on the meta device.
-        quantization: `nf4` or `int8`.
+        quantization: One of `PACKED`.
         dtype_bytes: Of a weight that is not quantised.
+
+    Raises:
+        RecipeError: A matrix cannot be quantised so.
     """
     matrices = dict(quantised_matrices(model))
+    odd = next((name for name, m in matrices.items() if m.in_features % GROUP), None)
+    if quantization == "int4_weight_only" and odd is not None:
+        raise RecipeError(
+            f"model.quantization is int4_weight_only, which takes groups of {GROUP} inputs, but {odd} has "
+            f"{matrices[odd].in_features}",
+            fix="model.quantization=nf4",
+        )
     others = sum(p.numel() for p in model.parameters()) - sum(m.weight.numel() for m in matrices.values())
-    return others * dtype_bytes + sum(matrix_bytes(quantization, *m.weight.shape) for m in matrices.values())
+    packed = sum(matrix_bytes(quantization, *m.weight.shape, dtype_bytes) for m in matrices.values())
+    return others * dtype_bytes + packed
 
 
-def unpacked_bytes(model: PreTrainedModel, dtype_bytes: int) -> int:
-    """Bytes of the largest matrix as it is unpacked for a product, twice: its values, and their scaled copy."""
-    return 2 * dtype_bytes * max(module.weight.numel() for _, module in quantised_matrices(model))
+def unpacked_bytes(model: PreTrainedModel, quantization: str, dtype_bytes: int) -> int:
+    """Bytes of the largest matrix as it is unpacked for a product, with what is made on the way.
+
+    Args:
+        model: Before quantisation.
+        quantization: One of `PACKED`.
+        dtype_bytes: Of the run's type.
+    """
+    a_weight = {
+        "int8_weight_only": dtype_bytes,  # converted, and scaled in place or after the product
+        "int4_weight_only": 1 + dtype_bytes,  # a byte each, and converted
+        "float8_weight_only": 8
+        + (dtype_bytes if dtype_bytes < 4 else 0),  # float32, scaled, and rounded where the type is another
+    }.get(quantization, 2 * dtype_bytes)  # values, and their scaled copy
+    return a_weight * max(module.weight.numel() for _, module in quantised_matrices(model))
 
 
 def as_multiplied(weight_OI: torch.Tensor, quantization: str, dtype: torch.dtype) -> torch.Tensor:
@@ -180,9 +200,13 @@ def as_multiplied(weight_OI: torch.Tensor, quantization: str, dtype: torch.dtype
 
     Args:
         weight_OI: As in the base's files.
-        quantization: `nf4` or `int8`.
+        quantization: One of `PACKED`.
         dtype: In which it was quantised: that of the run.
     """
+    if quantization in BY_TORCHAO:
+        from loratune.model.packed import quantised_and_back
+
+        return quantised_and_back(weight_OI.to(dtype), quantization)
     from bitsandbytes import functional
 
     if quantization == "int8":
@@ -192,5 +216,34 @@ def as_multiplied(weight_OI: torch.Tensor, quantization: str, dtype: torch.dtype
     packed, state = functional.quantize_4bit(
         weight_OI.to(dtype), blocksize=BLOCK, compress_statistics=True, quant_type="nf4"
     )
-    unpacked: torch.Tensor = functional.dequantize_4bit(packed, state).float()
-    return unpacked
+    values = functional.dequantize_4bit(packed, state).float()
+    return values
+
+
+def unpack_layers(model: PreTrainedModel) -> None:
+    """Put plain layers, in float32, in the place of packed ones, with the weights that training multiplied with; in place.
+
+    Args:
+        model: As `load_model` gives it, on a CPU.
+
+    Raises:
+        RecipeError: Its layers are of a kind that is not known here.
+    """
+    from peft.utils.integrations import dequantize_module_weight
+
+    for name, module in list(model.named_modules()):
+        layer: Any = module
+        if isinstance(layer, PackedLinear):
+            values = unpacked(layer.weight, torch.float32)
+        elif type(layer.__dict__.get("_parameters", {}).get("weight")).__name__ in ("Params4bit", "Int8Params"):
+            values = dequantize_module_weight(layer).float()
+        else:
+            continue
+        plain = torch.nn.Linear(*values.shape[::-1], bias=layer.bias is not None, device="meta")
+        plain.weight = torch.nn.Parameter(values, requires_grad=False)
+        if layer.bias is not None:
+            plain.bias = torch.nn.Parameter(layer.bias.detach().float(), requires_grad=False)
+        model.set_submodule(name, plain)
+    quantizer: Any = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        quantizer.remove_quantization_config(model)

@@ -90,11 +90,23 @@ def bytes_to_convert(folder: Path, dtype: str | None, *, stored: Mapping[str, in
     return sum(file.stat().st_size for file in files) or num_parameters * (4 if "F32" in types else 2)
 
 
-def stored_bytes(folder: Path) -> int | None:
-    """Bytes of all tensors in the files of a folder; None where there are none."""
+def packed_bytes(folder: Path, model: nn.Module, dtype_bytes: int) -> int | None:
+    """Bytes of weights that are held as they are stored, but for those that are not packed; None where there are no files.
+
+    Args:
+        folder: As in `check_weights`.
+        model: The model before quantisation, on the meta device.
+        dtype_bytes: Of a weight that is not packed.
+    """
     files = weight_files_of(folder)
-    ends = [entry["data_offsets"] for file in files for entry in _header(file).values()]
-    return sum(end - start for start, end in ends) if files else None
+    plain = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    total = 0
+    for file in files:
+        for name, entry in _header(file).items():
+            start, end = entry["data_offsets"]
+            is_plain = plain.get(name) == tuple(entry["shape"]) and entry["dtype"] in _TYPES.values()
+            total += math.prod(entry["shape"]) * dtype_bytes if is_plain else end - start
+    return total if files else None
 
 
 def stored_name(tensor: str, stored: Container[str]) -> str | None:

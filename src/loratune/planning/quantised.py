@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratune.model.device import check_fp8, no_fp8, torch_dtype
-from loratune.model.quantised import BY_BITSANDBYTES, base_bytes, check_quantization, unpacked_bytes
-from loratune.model.weights import stored_bytes
+from loratune.model.prequantised import comes_packed
+from loratune.model.quantised import PACKED, base_bytes, check_quantization, unpacked_bytes
+from loratune.model.weights import packed_bytes
 from loratune.planning.devices import Device
 
 if TYPE_CHECKING:
@@ -39,23 +40,26 @@ def quantised_place(quantization: str, folder: Path, model: PreTrainedModel, dty
 
     Args:
         quantization: The recipe's.
-        folder: Of the base. Weights that come quantised are held as they are stored.
+        folder: Of the base. Weights that come packed are held as they are stored.
         model: On the meta device, before quantisation.
         dtype: Name of the type of what is not quantised.
     """
-    if quantization not in BY_BITSANDBYTES:
-        comes_quantised = getattr(model.config, "quantization_config", None) is not None
-        return {"quantization": quantization, "weights_bytes": stored_bytes(folder) if comes_quantised else None}
     dtype_bytes = torch_dtype(dtype).itemsize
+    if quantization in PACKED:
+        weights_bytes: int | None = base_bytes(model, quantization, dtype_bytes)
+    elif comes_packed(model.config):
+        weights_bytes = packed_bytes(folder, model, dtype_bytes)
+    else:
+        return {"quantization": quantization}
     return {
         "quantization": quantization,
-        "weights_bytes": base_bytes(model, quantization, dtype_bytes),
-        "unpacked_bytes": unpacked_bytes(model, dtype_bytes),
+        "weights_bytes": weights_bytes,
+        "unpacked_bytes": unpacked_bytes(model, quantization, dtype_bytes),
     }
 
 
 def quantization_notes(quantization: str, dtype: str) -> tuple[str, ...]:
     """What the plan leaves out."""
-    if quantization not in BY_BITSANDBYTES:
+    if quantization not in PACKED:
         return ()
     return (f"the planned time is that of products in {dtype}; unpacking the {quantization} weights comes on top",)

@@ -176,7 +176,7 @@ def check_not_quantised(base: Path) -> None:
             f"the base's weights are quantised ({settings.get('quant_method', 'unknown')}): "
             "an adapter cannot be added to them in place",
             file=base / "config.json",
-            fix="serve base and adapter side by side (loratune export --to vllm), or train on the model in 16 bits",
+            fix="loratune merge RUN OUT, which writes a whole model; or serve base and adapter side by side (loratune export --to vllm)",
         )
 
 
