@@ -36,7 +36,7 @@ class Int4Packed(TorchAOBaseTensor):
     tensor_data_names = ["qdata", "scale"]  # noqa: RUF012 - as torchao declares them
     tensor_attribute_names: list[str] = []  # noqa: RUF012
 
-    def __new__(cls, qdata: torch.Tensor, scale: torch.Tensor) -> Any:  # noqa: D102
+    def __new__(cls, qdata: torch.Tensor, scale: torch.Tensor) -> Any:
         shape = (qdata.shape[0], 2 * qdata.shape[1])
         return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=scale.dtype, device=qdata.device)  # type: ignore[attr-defined]
 
@@ -58,7 +58,7 @@ class Int4Packed(TorchAOBaseTensor):
 
 
 @Int4Packed.implements_torch_function(torch.nn.functional.linear)
-def _int4_linear(func: Any, types: Any, args: Any, kwargs: Any) -> torch.Tensor:
+def _int4_linear(func: Any, _types: Any, args: Any, kwargs: Any) -> torch.Tensor:
     x, weight, *bias = args
     out: torch.Tensor = func(x, weight.dequantize(), *bias, **(kwargs or {}))
     return out
@@ -70,7 +70,7 @@ class Int4PackedConfig(AOBaseConfig):
 
 
 @register_quantize_module_handler(Int4PackedConfig)
-def _pack(module: torch.nn.Module, config: Int4PackedConfig) -> torch.nn.Module:
+def _pack(module: torch.nn.Module, _config: Int4PackedConfig) -> torch.nn.Module:
     layer: Any = module
     layer.weight = torch.nn.Parameter(Int4Packed.of(layer.weight.detach()), requires_grad=False)
     return module

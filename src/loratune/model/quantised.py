@@ -216,18 +216,15 @@ def as_multiplied(weight_OI: torch.Tensor, quantization: str, dtype: torch.dtype
     packed, state = functional.quantize_4bit(
         weight_OI.to(dtype), blocksize=BLOCK, compress_statistics=True, quant_type="nf4"
     )
-    values = functional.dequantize_4bit(packed, state).float()
-    return values
+    return functional.dequantize_4bit(packed, state).float()
 
 
 def unpack_layers(model: PreTrainedModel) -> None:
-    """Put plain layers, in float32, in the place of packed ones, with the weights that training multiplied with; in place.
+    """Make a checkpoint that came quantised a plain model: packed layers become plain ones, in float32, with the weights that training
+    multiplied with.
 
     Args:
-        model: As `load_model` gives it, on a CPU.
-
-    Raises:
-        RecipeError: Its layers are of a kind that is not known here.
+        model: As `load_model` gives it, on a CPU; changed in place.
     """
     from peft.utils.integrations import dequantize_module_weight
 
@@ -244,6 +241,7 @@ def unpack_layers(model: PreTrainedModel) -> None:
         if layer.bias is not None:
             plain.bias = torch.nn.Parameter(layer.bias.detach().float(), requires_grad=False)
         model.set_submodule(name, plain)
-    quantizer: Any = getattr(model, "hf_quantizer", None)
-    if quantizer is not None:
-        quantizer.remove_quantization_config(model)
+    whole: Any = model
+    if hasattr(whole, "hf_quantizer"):
+        whole.hf_quantizer.remove_quantization_config(whole)
+    whole._weight_conversions = None  # those of loading, which transformers would reverse to save it: packed again
