@@ -18,6 +18,7 @@ from loratune.model.classifier import (
     with_classes,
 )
 from loratune.model.load import BaseModel, load_tokenizer, positions_of
+from loratune.model.prequantised import method_of
 from loratune.model.targets import resolve_targets
 from loratune.planning.parameters import skeleton
 from loratune.progress import Progress
@@ -56,6 +57,12 @@ def class_positions(recipe: Recipe, config: Any) -> int | None:
         raise RecipeError(
             f"model.task is {recipe.model.task}, but {config.model_type} is an encoder with a decoder",
             fix="choose an encoder such as BERT or RoBERTa, or a decoder such as Llama or Qwen2",
+        )
+    method = method_of(config)
+    if method is not None:
+        raise RecipeError(
+            f"model.task is {recipe.model.task}, but the weights of {recipe.model.name} come quantised ({method})",
+            fix="name the model as it was before quantisation",
         )
     model = skeleton(config, trust_remote_code=recipe.model.trust_remote_code, classifier=True)
     resolve_targets(model, recipe.lora.targets, recipe.lora.layers)

@@ -239,12 +239,12 @@ def _merge_by_peft(finished: FinishedRun, folder: Path, dtype: torch.dtype | Non
     """The whole model in memory, in float32, merged by PEFT and written by transformers, which knows how an architecture's files name
     the experts that it stacks."""
     recipe = finished.prepared.recipe
-    held = (
-        torch.float32 if method_of(finished.config) is None else torch_dtype(recipe.model.dtype)
-    )  # in which it unpacks
+    comes_quantised = method_of(finished.config) is not None
+    held = torch_dtype(recipe.model.dtype) if comes_quantised else torch.float32  # what weights are expanded to
     base: Any = load_model(finished.prepared.base, recipe.model, dtype=held, device="cpu")
-    unpack_layers(base)
-    base.float()
+    if comes_quantised:
+        unpack_layers(base)
+        base.float()
     merged: Any = load_adapter(base, finished.run.adapter).merge_and_unload()
     merged.to(dtype or finished.config.dtype or torch.float32).save_pretrained(folder)
 

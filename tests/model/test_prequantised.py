@@ -197,7 +197,7 @@ def held_bytes(model: torch.nn.Module) -> int:
         elif getattr(parameter, "SCB", None) is not None:
             parts.append(parameter.SCB)
         elif hasattr(parameter, "tensor_data_names"):
-            names = [*parameter.tensor_data_names, *parameter.optional_tensor_data_names]
+            names = [*parameter.tensor_data_names, *getattr(parameter, "optional_tensor_data_names", ())]
             parts = [part for name in names if (part := getattr(parameter, name)) is not None]
         total += sum(part.nbytes for part in parts)
     return total
@@ -259,6 +259,22 @@ def test_a_quantised_checkpoint_is_not_written_as_gguf_and_no_script_is_made(
     with pytest.raises(RunError, match=r"quantised \(fp8\)") as error:
         export(run.root, to="gguf", merged=True)
     assert "loratune merge" in str(error.value)
+
+
+def test_eight_bits_of_bitsandbytes_are_planned_and_recomputed_as_those_of_the_recipe(
+    tiny_recipe: MakeRecipe, quantised: Callable[[str], Path]
+) -> None:
+    ours, theirs = plan(tiny_recipe(model__quantization="int8")), plan(tiny_recipe(model__name=str(quantised("int8"))))
+    assert theirs.memory.activation_bytes == ours.memory.activation_bytes
+    with pytest.raises(RecipeError, match=r"train\.recompute is 1, but the weights of .* keep their inputs"):
+        plan(tiny_recipe(model__name=str(quantised("int8")), train__recompute=1))
+
+
+def test_a_classifier_is_not_made_of_a_quantised_checkpoint(
+    tiny_recipe: MakeRecipe, quantised: Callable[[str], Path]
+) -> None:
+    with pytest.raises(RecipeError, match=r"come quantised \(fp8\)"):
+        plan(tiny_recipe(model__name=str(quantised("block_fp8")), model__task="sequence_classification"))
 
 
 def test_a_checkpoint_that_comes_quantised_is_not_quantised_again(

@@ -58,7 +58,15 @@ def rounds_inputs(config: PreTrainedConfig) -> bool:
     if settings is None or not comes_packed(config):
         return False
     words = str(settings if isinstance(settings, dict) else settings.to_dict())
-    return "Dynamic" in words or "'load_in_8bit': True" in words
+    return "DynamicActivation" in words or in_8_bits_by_bitsandbytes(config)
+
+
+def in_8_bits_by_bitsandbytes(config: PreTrainedConfig) -> bool:
+    """Whether a checkpoint is of the kind that `model.quantization: int8` makes."""
+    settings = settings_of(config)
+    return bool(
+        settings.get("load_in_8bit") if isinstance(settings, dict) else getattr(settings, "load_in_8bit", False)
+    )
 
 
 def expand(config: PreTrainedConfig) -> None:

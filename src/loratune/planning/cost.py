@@ -34,7 +34,7 @@ class Place:
         free_bytes: Of a device that is not here; None for what is free on this machine.
         weights_bytes: Of a quantised base; None where it is a number of `dtype` a parameter.
         unpacked_bytes: Of quantised weights while they are multiplied.
-        quantization: The recipe's.
+        quantization: The recipe's, or that of weights which come in 8 bits of bitsandbytes.
         shards: Ranks that the frozen base is sharded over; 1 where each holds all of it.
     """
 

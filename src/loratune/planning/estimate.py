@@ -91,6 +91,12 @@ def estimate(
         reason = "the layers of a classifier run uncompiled"
     if reason and recipe.train.compile is True:
         raise RecipeError(f"train.compile is true, but {reason}", fix="train.compile=auto")
+    if place.quantization == "int8" and recipe.train.recompute not in ("auto", 0):
+        raise RecipeError(
+            f"train.recompute is {recipe.train.recompute}, but the weights of {recipe.model.name} come in 8 bits of bitsandbytes, whose "
+            "layers keep their inputs where recomputing cannot free them",
+            fix="train.recompute=auto",
+        )
     wanted = recipe.train.compile if recipe.train.engine == "fast" and not reason else False
     classifies = is_classification(recipe)
     work = run_work(recipe, data, prompts, padded=classifies and not is_decoder(model))
