@@ -19,10 +19,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from loratune.model.quantised import PACKED
 from loratune.recipe import Recipe
 
-KINDS = ("none", "int8", "nf4")
-PACKAGES = ("loratune", "torch", "transformers", "peft", "bitsandbytes")
+KINDS = ("none", *PACKED)
+PACKAGES = ("loratune", "torch", "transformers", "peft", "bitsandbytes", "torchao")
 MIB = 2**20
 
 

@@ -162,6 +162,20 @@ FORMATS = {
     "compressed_float8": compressed_float8,
     "mxfp4": mxfp4,
 }
+ROWS = {
+    "nf4": "bitsandbytes, 4 bits",
+    "int8": "bitsandbytes, 8 bits",
+    "torchao_int8": "torchao, int8 weights",
+    "torchao_float8": "torchao, float8 weights",
+    "torchao_dynamic": "torchao, int8 weights and inputs",
+    "block_fp8": "fp8 in blocks (DeepSeek-V3, Qwen3-FP8)",
+    "compressed_int4": "compressed-tensors, int4 in groups",
+    "compressed_float8": "compressed-tensors, float8",
+    "mxfp4": "mxfp4 (gpt-oss)",
+}
+"""What docs/quantization.md calls them."""
+REFUSED = {"GPTQ", "AWQ", "torchao, int4 weights"}
+PAGE = Path(__file__).parents[2] / "docs" / "quantization.md"
 PACKED = ("nf4", "int8", "torchao_int8", "torchao_float8", "torchao_dynamic")
 ROUNDS_INPUTS = ("int8", "torchao_dynamic")
 
@@ -204,6 +218,16 @@ def held_bytes(model: torch.nn.Module) -> int:
 
 
 # ---- what becomes of them
+
+
+def test_the_page_has_a_row_for_each_and_no_other() -> None:
+    table = PAGE.read_text(encoding="utf-8").partition("## Checkpoints that come quantised")[2]
+    rows = dict(
+        line.split(" | ")[:2] for line in table.splitlines() if line.startswith("| ") and "| format" not in line
+    )
+    wanted = {f"| {row}": "packed" if name in PACKED else "expanded" for name, row in ROWS.items()}
+    wanted |= {f"| {row}": "refused" for row in REFUSED}
+    assert rows == wanted | {"| GGUF, Q4 to Q8": "expanded"}, "that of GGUF files: tests/model/test_load.py"
 
 
 @pytest.mark.parametrize("name", FORMATS)

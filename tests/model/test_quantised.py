@@ -198,6 +198,12 @@ def test_the_plan_knows_bytes_and_explains_them(tiny_recipe: MakeRecipe, quantiz
     assert [row["quantization"] for row in TABLES["model.quantization"](facts)] == ["none", *PACKED]
 
 
+def test_the_page_has_the_bytes_of_each() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "quantization.md").read_text(encoding="utf-8")
+    for name in PACKED:
+        assert f"| `{name}` | {matrix_bytes(name, 4096, 4096, 2) / 4096**2:.2f} |" in page
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [

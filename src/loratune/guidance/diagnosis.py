@@ -42,6 +42,7 @@ EXTRAS = {
     "fastapi": ("loratune serve, by transformers serve", "pip install 'loratune[serve]'"),
     "vllm": ("loratune serve, by vLLM", "pip install vllm  # in an environment of its own: it pins torch"),
     "bitsandbytes": ("model.quantization: nf4, int8", "pip install 'loratune[bitsandbytes]'"),
+    "compressed_tensors": ("checkpoints of compressed-tensors", "pip install 'loratune[compressed-tensors]'"),
     "torchao": ("model.quantization: those that end in _weight_only", "pip install 'loratune[torchao]'"),
     "sacrebleu": ("evaluate.metric: bleu", "pip install 'loratune[bleu]'"),
     "ray": ("loratune train --engine ray", "pip install 'loratune[ray]'"),

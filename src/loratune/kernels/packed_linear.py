@@ -37,7 +37,7 @@ def unpacked(weight_OI: Any, dtype: torch.dtype) -> torch.Tensor:
     if not by_row:
         values: torch.Tensor = weight_OI.dequantize().to(dtype)
         return values
-    return weight_OI.qdata.to(dtype).mul_(weight_OI.scale.to(weight_OI.dtype).to(dtype))  # type: ignore[no-any-return]
+    return weight_OI.qdata.to(dtype).mul_(weight_OI.scale.to(weight_OI.dtype).to(dtype))
 
 
 class _PackedLinear(torch.autograd.Function):

@@ -38,7 +38,7 @@ class Int4Packed(TorchAOBaseTensor):
 
     def __new__(cls, qdata: torch.Tensor, scale: torch.Tensor) -> Any:
         shape = (qdata.shape[0], 2 * qdata.shape[1])
-        return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=scale.dtype, device=qdata.device)  # type: ignore[attr-defined]
+        return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=scale.dtype, device=qdata.device)
 
     def __init__(self, qdata: torch.Tensor, scale: torch.Tensor) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class Int4Packed(TorchAOBaseTensor):
     @classmethod
     def of(cls, weight_OI: torch.Tensor) -> Int4Packed:
         """The packed form of a matrix, whose rows are whole groups."""
-        made = IntxUnpackedToInt8Tensor.from_hp(weight_OI, (1, GROUP), torch.int4)
+        made = IntxUnpackedToInt8Tensor.from_hp(weight_OI, (1, GROUP), torch.int4)  # type: ignore[attr-defined]
         return cls((made.qdata[:, ::2] & 15) | (made.qdata[:, 1::2] << 4), made.scale)
 
     def dequantize(self) -> torch.Tensor:
@@ -57,7 +57,7 @@ class Int4Packed(TorchAOBaseTensor):
         return values.view(self.shape)
 
 
-@Int4Packed.implements_torch_function(torch.nn.functional.linear)
+@Int4Packed.implements_torch_function(torch.nn.functional.linear)  # type: ignore[untyped-decorator]
 def _int4_linear(func: Any, _types: Any, args: Any, kwargs: Any) -> torch.Tensor:
     x, weight, *bias = args
     out: torch.Tensor = func(x, weight.dequantize(), *bias, **(kwargs or {}))
@@ -69,7 +69,7 @@ class Int4PackedConfig(AOBaseConfig):
     """What torchao's `quantize_` makes `Int4Packed` by."""
 
 
-@register_quantize_module_handler(Int4PackedConfig)
+@register_quantize_module_handler(Int4PackedConfig)  # type: ignore[untyped-decorator]
 def _pack(module: torch.nn.Module, _config: Int4PackedConfig) -> torch.nn.Module:
     layer: Any = module
     layer.weight = torch.nn.Parameter(Int4Packed.of(layer.weight.detach()), requires_grad=False)
@@ -116,7 +116,7 @@ def quantised_and_back(weight_OI: torch.Tensor, quantization: str) -> torch.Tens
         weight_OI: In the type in which it is quantised.
         quantization: One of the three kinds.
     """
-    layer = torch.nn.Linear(*weight_OI.shape[::-1], bias=False, device="meta")
+    layer = torch.nn.Linear(weight_OI.shape[1], weight_OI.shape[0], bias=False, device="meta")
     layer.weight = torch.nn.Parameter(weight_OI, requires_grad=False)
     quantize_(layer, _config(quantization))
     return unpacked(layer.weight, torch.float32)

@@ -174,7 +174,7 @@ def base_bytes(model: PreTrainedModel, quantization: str, dtype_bytes: int) -> i
             fix="model.quantization=nf4",
         )
     others = sum(p.numel() for p in model.parameters()) - sum(m.weight.numel() for m in matrices.values())
-    packed = sum(matrix_bytes(quantization, *m.weight.shape, dtype_bytes) for m in matrices.values())
+    packed = sum(matrix_bytes(quantization, m.out_features, m.in_features, dtype_bytes) for m in matrices.values())
     return others * dtype_bytes + packed
 
 
@@ -236,7 +236,7 @@ def unpack_layers(model: PreTrainedModel) -> None:
             values = dequantize_module_weight(layer).float()
         else:
             continue
-        plain = torch.nn.Linear(*values.shape[::-1], bias=layer.bias is not None, device="meta")
+        plain = torch.nn.Linear(values.shape[1], values.shape[0], bias=layer.bias is not None, device="meta")
         plain.weight = torch.nn.Parameter(values, requires_grad=False)
         if layer.bias is not None:
             plain.bias = torch.nn.Parameter(layer.bias.detach().float(), requires_grad=False)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratune.model.device import check_fp8, no_fp8, torch_dtype
-from loratune.model.prequantised import comes_packed, in_8_bits_by_bitsandbytes
+from loratune.model.prequantised import comes_packed, in_8_bits_by_bitsandbytes, method_of
 from loratune.model.quantised import PACKED, base_bytes, check_quantization, unpacked_bytes
 from loratune.model.weights import packed_bytes
 from loratune.planning.devices import Device
@@ -45,17 +45,20 @@ def quantised_place(quantization: str, folder: Path, model: PreTrainedModel, dty
         dtype: Name of the type of what is not quantised.
     """
     dtype_bytes = torch_dtype(dtype).itemsize
+    unpacked_as = quantization
     if quantization in PACKED:
         weights_bytes: int | None = base_bytes(model, quantization, dtype_bytes)
     elif comes_packed(model.config):
         quantization = "int8" if in_8_bits_by_bitsandbytes(model.config) else quantization
+        # of torchao's ways to unpack the one that takes most
+        unpacked_as = "float8_weight_only" if method_of(model.config) == "torchao" else quantization
         weights_bytes = packed_bytes(folder, model, dtype_bytes)
     else:
         return {"quantization": quantization}
     return {
         "quantization": quantization,
         "weights_bytes": weights_bytes,
-        "unpacked_bytes": unpacked_bytes(model, quantization, dtype_bytes),
+        "unpacked_bytes": unpacked_bytes(model, unpacked_as, dtype_bytes),
     }
 
 
