@@ -18,6 +18,7 @@ from loratune.errors import MachineError, RecipeError, RunError
 from loratune.guidance.ejection import eject
 from loratune.model import prequantised
 from loratune.model.load import BaseModel, load_model
+from loratune.model.quantised import unpack_layers
 from loratune.pipeline import plan, train
 from loratune.preparation import prepare
 from loratune.progress import Silent
@@ -230,7 +231,7 @@ def test_the_page_has_a_row_for_each_and_no_other() -> None:
     assert rows == wanted | {"| GGUF, Q4 to Q8": "expanded"}, "that of GGUF files: tests/model/test_load.py"
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", some(FORMATS, "int8", "torchao_float8", "compressed_int4", "mxfp4"))
 def test_the_plan_has_the_bytes_that_the_loaded_weights_take(
     tiny_recipe: MakeRecipe, quantised: Callable[[str], Path], name: str
 ) -> None:
@@ -238,7 +239,7 @@ def test_the_plan_has_the_bytes_that_the_loaded_weights_take(
     # names of types and shapes are stored beside the tables of bitsandbytes
     assert prepared.memory.weights_bytes == pytest.approx(held_bytes(loaded(quantised(name))), rel=0.01)
     assert ("come quantised run uncompiled" in prepared.choices["train.compile"].reason) == (name in PACKED)
-    if name in PACKED:
+    if name == "torchao_float8":
         with pytest.raises(RecipeError, match=r"train\.compile is true, but layers that come quantised run uncompiled"):
             plan(tiny_recipe(model__name=str(quantised(name)), train__compile=True))
 
@@ -254,7 +255,19 @@ def test_the_loaded_weights_are_near_to_those_before_quantisation(
     assert 1e-4 < (read - weight).norm() / weight.norm() < (0.12 if name in ("nf4", "compressed_int4") else 0.04)
 
 
-@pytest.mark.parametrize("name", some(FORMATS, "compressed_int4", "torchao_float8"))
+@pytest.mark.parametrize("name", PACKED)
+def test_unpacked_layers_are_plain_and_have_the_values_of_training(quantised: Callable[[str], Path], name: str) -> None:
+    model, ids = loaded(quantised(name)), torch.arange(3, 40)[None]
+    with torch.no_grad():
+        packed = model(input_ids=ids).logits
+        unpack_layers(model)
+        plain = model(input_ids=ids).logits
+    assert {type(layer) for layer in model.modules() if isinstance(layer, torch.nn.Linear)} == {torch.nn.Linear}
+    far = 0.1 if name in ROUNDS_INPUTS else 1e-5
+    assert 0 < (packed - plain).abs().max() < far * packed.abs().max()
+
+
+@pytest.mark.parametrize("name", some(FORMATS, "compressed_int4"))
 def test_both_engines_train_alike_and_the_merge_is_certified(
     tiny_recipe: MakeRecipe, quantised: Callable[[str], Path], tmp_path: Path, name: str
 ) -> None:
@@ -271,25 +284,31 @@ def test_both_engines_train_alike_and_the_merge_is_certified(
     assert done.certificate["passed"]
     assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
     assert (done.certificate["tolerance"]["mean_kl"] > 1e-4) == (name in ROUNDS_INPUTS)
+    if name == "compressed_int4":
+        with pytest.raises(RunError, match=r"quantised \(compressed-tensors\)") as error:
+            export(tmp_path / "fast", to="gguf", merged=True)
+        assert "loratune merge" in str(error.value)
 
 
-def test_a_quantised_checkpoint_is_not_written_as_gguf_and_no_script_is_made(
+def test_no_script_is_made_for_a_quantised_checkpoint(
     tiny_recipe: MakeRecipe, quantised: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    recipe = tiny_recipe(model__name=str(quantised("block_fp8")), train__epochs=1)
+    prepared = prepare(tiny_recipe(model__name=str(quantised("block_fp8")), train__epochs=1), Silent())
     with pytest.raises(RecipeError, match=r"come quantised \(fp8\)"):
-        eject(prepare(recipe, Silent()), tmp_path / "script.py", overwrite=False, progress=Silent())
-    run = train(recipe).run
-    with pytest.raises(RunError, match=r"quantised \(fp8\)") as error:
-        export(run.root, to="gguf", merged=True)
-    assert "loratune merge" in str(error.value)
+        eject(prepared, tmp_path / "script.py", overwrite=False, progress=Silent())
 
 
-def test_eight_bits_of_bitsandbytes_are_planned_and_recomputed_as_those_of_the_recipe(
+@pytest.mark.slow
+def test_eight_bits_of_bitsandbytes_are_planned_as_those_of_the_recipe(
     tiny_recipe: MakeRecipe, quantised: Callable[[str], Path]
 ) -> None:
     ours, theirs = plan(tiny_recipe(model__quantization="int8")), plan(tiny_recipe(model__name=str(quantised("int8"))))
     assert theirs.memory.activation_bytes == ours.memory.activation_bytes
+
+
+def test_eight_bits_of_bitsandbytes_are_not_recomputed(
+    tiny_recipe: MakeRecipe, quantised: Callable[[str], Path]
+) -> None:
     with pytest.raises(RecipeError, match=r"train\.recompute is 1, but the weights of .* keep their inputs"):
         plan(tiny_recipe(model__name=str(quantised("int8")), train__recompute=1))
 
