@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from loratune.kernels.lora_linear import keep_mask, lora_linear
+from loratune.kernels.lora_linear import _hash_mask, _mask_in_pieces, keep_mask, lora_linear
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
@@ -68,3 +68,34 @@ def test_the_mask_keeps_the_asked_fraction_and_repeats_with_the_seed() -> None:
     assert abs(float((first == second).double().mean()) - 0.905) < 0.003
     columns = first.double().mean(0)
     assert float(columns.min()) > 0.9
+
+
+@pytest.mark.parametrize("shape", [(1001, 333), (1, 64), (3, 200_000)])
+def test_the_mask_of_compiled_code_is_the_same(shape: tuple[int, int]) -> None:
+    by_row, by_column = (torch.randint(-(2**31), 2**31, (n,), dtype=torch.int32) for n in shape)
+    masks = [make(by_row[:, None], by_column, round(0.3 * 2**32) - 2**31) for make in (_hash_mask, _mask_in_pieces)]
+    assert torch.equal(*masks)
+    assert masks[0].shape == shape
+
+
+@pytest.mark.parametrize("dropout", [0.05, 0.5])
+def test_elements_of_the_mask_are_independent(dropout: float) -> None:
+    """Its rows share the numbers of the columns, and its columns those of the rows; this must not be seen. Each statistic has mean 0
+    and standard deviation 1 for independent draws."""
+    torch.manual_seed(0)
+    variance = dropout * (1 - dropout)
+    m = keep_mask(torch.empty(1000, 1536), dropout).double() - (1 - dropout)
+    rectangles = m[1:, 1:] * m[:-1, :-1] * m[1:, :-1] * m[:-1, 1:]
+    standardised = {
+        "mean": m.mean() / variance**0.5,
+        "neighbours in a row": (m[:, 1:] * m[:, :-1]).mean() / variance,
+        "neighbours in a column": (m[1:] * m[:-1]).mean() / variance,
+        "corners of a rectangle": rectangles.mean() / variance**2,
+    }
+    for name, value in standardised.items():
+        assert abs(float(value)) * m.numel() ** 0.5 < 4, name
+    by_row, by_column = m.mean(1).var() / (variance / 1536), m.mean(0).var() / (variance / 1000)
+    assert float(by_row) == pytest.approx(1, abs=4 * (2 / 1000) ** 0.5)
+    assert float(by_column) == pytest.approx(1, abs=4 * (2 / 1536) ** 0.5)
+    correlations = (m.T @ m / 1000 / variance).fill_diagonal_(0)
+    assert float(correlations.square().sum() / (1536 * 1535) * 1000) == pytest.approx(1, abs=0.02)
