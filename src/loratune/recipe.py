@@ -16,6 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from loratune.recipe_checks import check_beside, check_muon, check_once, check_quantization, check_regular_expressions
 from loratune.recipe_file import apply_override, hoist_task, in_our_words, read_yaml, refuse_secrets, shown
 from loratune.recipe_tasks import check_task
+from loratune.roles import TrainOn, as_written, check_roles
 
 Cadence = Literal["epoch", "never"] | int | float
 
@@ -117,9 +118,9 @@ class DataSection(Section):
     """Columns of the rows whose names are not those of the format: `{prompt: mr, completion: ref}` reads column `mr` as the
     prompt and `ref` as the completion."""
 
-    train_on: Literal["assistant", "last", "all"] = "assistant"
-    """The trained tokens: `assistant`, every answer with its stop token; `last`, the last answer; `all`, every token. An answer with
-    `train: false` (or `weight: 0`) in its message is only context."""
+    train_on: TrainOn = Field(default="assistant", union_mode="left_to_right")
+    """The trained tokens: `assistant`, every answer with its stop token; `last`, the last answer; `all`, every token; or of a list of
+    roles, as `[user, assistant]`, every message. One with `train: false` (or `weight: 0`) is only context."""
 
     thinking: Literal["keep", "strip", "error"] = "keep"
     """Answers with `<think>…</think>`: `keep` trains the thoughts even where the chat template would drop them, `strip`
@@ -150,8 +151,9 @@ class DataSection(Section):
             raise ValueError(f"eval is {self.eval}; as a held-out fraction it must lie between 0 and 1")
         if self.format == "text" and self.train_on != "all":
             raise ValueError(
-                f"format is text, which has no answers, but train_on is {self.train_on}; set train_on: all"
+                f"format is text, which has no answers, but train_on is {as_written(self.train_on)}; set train_on: all"
             )
+        check_roles(self.train_on)
         return self
 
 

@@ -115,9 +115,10 @@ def outcome(
     tokenizer: PreTrainedTokenizerBase,
     rendered: Callable[..., Rendered],
     trained_texts: Callable[[Example, PreTrainedTokenizerBase], list[str]],
+    **settings: Any,
 ) -> list[str] | str:
     try:
-        result = rendered([conversation], tokenizer)
+        result = rendered([conversation], tokenizer, **settings)
     except DataError as error:
         return "refused: " + error.problem.splitlines()[0]
     if result.rejected:

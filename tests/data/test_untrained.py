@@ -75,7 +75,6 @@ def test_a_system_message_of_the_row_does_not_shift_which_answer_it_is(
 @pytest.mark.parametrize(
     ("messages", "why"),
     [
-        (without(0, train=True), r"message 1 \(user\) has train true; only answers"),
         (without(ANSWERS[0], train="no"), 'has train str "no"; it is true or false'),
         (without(ANSWERS[0], weight=0.5), r"has weight float 0\.5; it is true or false"),
     ],
@@ -90,7 +89,9 @@ def test_all_tokens_and_none_are_refused_with_a_reason(
 ) -> None:
     tokenizer = with_template(SMOLLM2)
     (everything,) = rendered([converse(*without(ANSWERS[0]))], tokenizer, train_on="all").rejected
-    assert everything.reason == "an answer has train false, but data.train_on is all, which trains every token"
+    assert everything.reason == (
+        "message 2 (assistant) has train false, but data.train_on is all, which trains every token"
+    )
     (nothing,) = rendered([converse(*without(*ANSWERS))], tokenizer).rejected
     assert nothing.reason == "no assistant turn: nothing to train"
 

@@ -53,7 +53,7 @@ OTHER: dict[str, Any] = {
     "data.eval": 0.3,
     "data.format": "alpaca",
     "data.columns": {"tools": "no_such_column"},
-    "data.train_on": "last",
+    "data.train_on": ["assistant", "user"],
     "data.thinking": "strip",
     "data.special_tokens_in_text": "as_text",
     "data.max_length": 90,

@@ -17,9 +17,10 @@ import numpy as np
 
 from loratune.data.conversation import Conversation, Message, Origin
 from loratune.data.prompts import render_prompts, stop_token_ids
-from loratune.data.render import Example, Thinking, TrainOn, trained_turns
+from loratune.data.render import Example, Thinking, trained_turns
 from loratune.data.template import ChatTemplate
 from loratune.recipe import DataSection
+from loratune.roles import TrainOn, trained_roles
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -133,7 +134,9 @@ def add_checks(
             f"{len(shared)} held-out conversations have the same prompt as a training conversation, with another answer: "
             f"{places([one for one, _ in shared])}."
         )
-    report["prompts"] = check_prompts(*train, tokenizer, thinking=section.thinking).as_record()
+    asks = section.train_on == "all" or "assistant" in trained_roles(section.train_on)
+    check = check_prompts(*train, tokenizer, thinking=section.thinking) if asks else PromptCheck()
+    report["prompts"] = check.as_record()
 
 
 def check_conversations(conversations: Iterable[Conversation], tokenizer: PreTrainedTokenizerBase) -> list[Finding]:
@@ -375,7 +378,7 @@ def _cut(example: Example, stops: np.ndarray, num_answers: int, train_on: TrainO
     """What is missing of an example of exactly `max_length` tokens; empty where it is whole."""
     ends = example.supervised & np.isin(example.input_ids, stops)
     length = f"cut at {len(example.input_ids):,} tokens"
-    if train_on == "all":
+    if train_on == "all" or trained_roles(train_on) != ("assistant",):  # others may end without a stop token
         return length if surely else f"{length}, or exactly that long"
     inside = bool(example.supervised[-1] and not ends[-1])
     missing = num_answers - int(ends.sum())

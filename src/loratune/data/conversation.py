@@ -1,7 +1,7 @@
 """Rows → validated conversations: which format the rows have, and what each of them says.
 
 A conversation is a list of messages as chat templates expect them: `role`, `content`, and where there are any
-`reasoning_content`, `tool_calls` (with arguments as a dictionary), `tool_call_id` and `name`. An answer with `train: false` is only
+`reasoning_content`, `tool_calls` (with arguments as a dictionary), `tool_call_id` and `name`. A message with `train: false` is only
 context.
 """
 
@@ -87,7 +87,9 @@ class Conversation:
     """The row's text if it is plain text, else None."""
     origin: Origin
     untrained: tuple[int, ...] = ()
-    """The answers, by their place among the messages, that the row says not to train."""
+    """The messages, by their place, that the row says not to train."""
+    insisted: tuple[int, ...] = ()
+    """The messages that are no answers, by their place, that the row says to train."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -305,10 +307,17 @@ def _conversation(messages: list[Message], value: dict[str, Any], origin: Origin
         raise BadRow("no messages")
     if all(message["role"] == "system" for message in messages):
         raise BadRow("only a system message")
-    untrained = tuple(n for n, m in enumerate(messages) if m["role"] == "assistant" and "train" in m)
+    untrained, insisted = (
+        tuple(n for n, m in enumerate(messages) if m.get("train") is said) for said in (False, True)
+    )
     messages = [{name: part for name, part in message.items() if name != "train"} for message in messages]
     return Conversation(
-        messages=tuple(messages), tools=_tools(value.get("tools")), text=None, origin=origin, untrained=untrained
+        messages=tuple(messages),
+        tools=_tools(value.get("tools")),
+        text=None,
+        origin=origin,
+        untrained=untrained,
+        insisted=insisted,
     )
 
 
@@ -379,19 +388,18 @@ def _checked(role: str, turn: dict[str, Any], content: Any, number: int) -> Mess
     for name in ("name", "tool_call_id"):
         if isinstance(turn.get(name), str):
             message[name] = _unicode(turn[name], where)
-    if not _is_trained(turn, role, where):
-        message["train"] = False  # until `_conversation` takes it out: templates do not know it
+    trained = _is_trained(turn, where)
+    if not trained or (turn.get("train") and role != "assistant"):
+        message["train"] = trained  # until `_conversation` takes it out: templates do not know it
     return message
 
 
-def _is_trained(turn: dict[str, Any], role: str, where: str) -> bool:
+def _is_trained(turn: dict[str, Any], where: str) -> bool:
     """What the message says of itself: `train`, or OpenAI's `weight`, which is 0 or 1."""
     said = {name: turn[name] for name in ("train", "weight") if turn.get(name) is not None}
     for name, value in said.items():
         if value not in (True, False):
             raise BadRow(f"{where} has {name} {_describe(value)}; it is true or false")
-        if name == "train" and value and role != "assistant":
-            raise BadRow(f"{where} has train true; only answers of the assistant can be trained")
     return all(said.values())
 
 

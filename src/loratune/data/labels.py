@@ -51,6 +51,10 @@ class Text:
     """None: every token is trained."""
     check: list[Span] | None
     """The spans as found the second way, where they differ by character."""
+    names: tuple[str, ...]
+    """Of the messages of the spans, for people."""
+    endless: frozenset[int]
+    """The numbers of the spans that end without a stop token."""
     plain: bool
     origin: Origin
     num_controls: int | None
@@ -161,11 +165,13 @@ class Labels:
 
     def _mask(self, text: Text, spans: Sequence[Span], tokens: Tokens) -> npt.NDArray[np.bool_]:
         mask = np.zeros(len(tokens.ids), dtype=np.bool_)
-        for start, end in spans:
-            first, last, straddles = _tokens_of(tokens, text.text, start, end)
+        for number, (start, end) in enumerate(spans):
+            name = text.names[number] if spans is text.spans else "a trained message"
+            first, last, straddles = _tokens_of(tokens, text.text, start, end, name)
             self.counts["straddling"] += straddles
-            if spans is text.spans and int(tokens.ids[last]) not in self._stops:
-                raise BadRow("the tokenizer does not write the stop token of an answer as one token")
+            ended = spans is text.spans and number not in text.endless
+            if ended and int(tokens.ids[last]) not in self._stops:
+                raise BadRow(f"the tokenizer does not write the stop token of {name} as one token")
             mask[first : last + 1] = True
         return mask
 
@@ -256,19 +262,19 @@ def exact_offsets(backend: Tokenizer) -> Iterator[None]:
             backend.enable_padding(**padding)
 
 
-def _tokens_of(tokens: Tokens, text: str, start: int, end: int) -> tuple[int, int, bool]:
+def _tokens_of(tokens: Tokens, text: str, start: int, end: int, name: str) -> tuple[int, int, bool]:
     """The tokens of a span: first, last, and whether one reaches into it from before (that one is left out)."""
     starts, ends = tokens.starts, tokens.ends
     first = int(ends.searchsorted(start, side="right"))
     if first == len(ends) or starts[first] >= end:
-        raise BadRow("an answer has no tokens")
+        raise BadRow(f"{name} has no tokens")
     last = int(ends.searchsorted(end - 1, side="right"))
     if last == len(ends) or starts[last] >= end:  # a tokenizer may give no token to a blank: the one before it
         last = int(ends.searchsorted(ends[last - 1] - 1, side="right"))
     straddles = bool(starts[first] < start)
     beyond = text[end : ends[last]]
     if beyond.strip():
-        raise BadRow(f"the last token of an answer holds text after it: {beyond!r}")
+        raise BadRow(f"the tokenizer's last token of {name} holds text of the chat template after it: {beyond!r}")
     return first + straddles, last, straddles
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from loratune.data.cache import Arrays, Cache, cache_key
 from loratune.data.checks import add_checks
 from loratune.data.conversation import (
+    ROLES,
     Conversation,
     Origin,
     Rejected,
@@ -24,6 +25,7 @@ from loratune.data.render import Example, Rendered, render
 from loratune.errors import DataError
 from loratune.progress import Progress, Silent
 from loratune.recipe import DataSection, Source
+from loratune.roles import as_written
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -146,6 +148,7 @@ def assemble(
     """Examples and report of what a reader reads; the arguments and errors are those of `prepare_data`."""
     data = read.data
     train = read(data.train)
+    absent = _absent_roles(train, data, complete=read.complete)
     evaluation: Part | None = None
     if isinstance(held_out, float):
         train, evaluation = hold_out(train, held_out, read.seed)
@@ -165,7 +168,7 @@ def assemble(
         "eval": _report(evaluation, rendered_eval) if evaluation and rendered_eval else None,
         "overlap": _overlap(train, evaluation) if evaluation else [],
     }
-    report["notices"] = [*rendered.notices, *_warnings(report, train)]
+    report["notices"] = [*rendered.notices, *absent, *_warnings(report, train)]
     add_checks(
         report,
         data,
@@ -216,6 +219,29 @@ def _render(
     return rendered
 
 
+def _absent_roles(part: Part, data: DataSection, *, complete: bool) -> list[str]:
+    """What is wrong with a list of roles, as a warning where only a sample was read.
+
+    Raises:
+        DataError: No message has one of the roles.
+    """
+    found = dict.fromkeys(message["role"] for conversation in part.conversations for message in conversation.messages)
+    named = data.train_on if isinstance(data.train_on, tuple) else ()
+    absent = [role for role in named if role not in found]
+    if not absent or not part.conversations:
+        return []
+    problem = f"data.train_on names the role {absent[0]}, which no message of the training data has"
+    if not complete:
+        return [f"{problem} that was looked at."]
+    first = part.conversations[0].origin
+    raise DataError(
+        problem,
+        file=first.file,
+        line=first.line,
+        fix=f"the roles there are {', '.join(found)}: data.train_on={as_written([r for r in named if r in found] or [*found])}",
+    )
+
+
 # ---- the report
 
 
@@ -249,6 +275,8 @@ def _report(part: Part, rendered: Rendered) -> dict[str, Any]:
         "answers_with_thoughts": counts.get("thoughts", 0),
         "answers_with_thoughts_put_back": counts.get("thoughts_restored", 0),
         "answers_not_trained": counts.get("answers_not_trained", 0),
+        "trained_messages": _by_role(counts, "trained"),
+        "trained_messages_without_stop_token": _by_role(counts, "endless"),
         "special_tokens_in_text": counts.get("special_tokens_in_text", 0),
         "conversations_without_last_answer": counts.get("unanswered", 0),
         "duplicates": sum(len(origins) - 1 for origins in duplicates),
@@ -256,6 +284,10 @@ def _report(part: Part, rendered: Rendered) -> dict[str, Any]:
         "num_rejected": len(rejected),
         "rejected": [{"file": r.origin.file, "line": r.origin.line, "reason": r.reason} for r in rejected],
     }
+
+
+def _by_role(counts: dict[str, int], what: str) -> dict[str, int]:
+    return {role: counts[f"{what} {role}"] for role in ROLES if f"{what} {role}" in counts}
 
 
 def _origins(part: Part) -> dict[int, list[Origin]]:
@@ -316,7 +348,7 @@ def pack(prepared: PreparedData) -> Arrays | None:
     record = {
         "report": prepared.report,
         "eval_conversations": [
-            [c.messages, c.tools, c.text, c.origin.file, c.origin.line, c.untrained]
+            [c.messages, c.tools, c.text, c.origin.file, c.origin.line, c.untrained, c.insisted]
             for c in prepared.eval_conversations
         ],
         "files": list(dict.fromkeys(e.origin.file for e in [*prepared.train, *prepared.eval])),
@@ -370,6 +402,7 @@ def _conversations(record: dict[str, Any]) -> list[Conversation]:
             text=text,
             origin=Origin(file=file, line=line),
             untrained=tuple(untrained),
+            insisted=tuple(insisted),
         )
-        for messages, tools, text, file, line, untrained in record["eval_conversations"]
+        for messages, tools, text, file, line, untrained, insisted in record["eval_conversations"]
     ]

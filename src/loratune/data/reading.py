@@ -21,6 +21,7 @@ from loratune.data.sources import Row, hash_files, hash_rows, hub_has_split, is_
 from loratune.errors import DataError
 from loratune.progress import Progress
 from loratune.recipe import DataSection, Source
+from loratune.roles import as_written
 
 AUTO_EVAL_FRACTION = 0.05
 
@@ -52,7 +53,13 @@ def held_out_sources(data: DataSection) -> tuple[Source, ...] | float:
 
 
 class Reader:
-    """Reads sources as conversations. Rows of a hub data set are read once, since only they tell what they are."""
+    """Reads sources as conversations. Rows of a hub data set are read once, since only they tell what they are.
+
+    Attributes:
+        complete: Whether all rows are read.
+    """
+
+    complete = True
 
     def __init__(self, data: DataSection, seed: int, progress: Progress) -> None:
         self.data = data
@@ -121,7 +128,7 @@ def _format(rows: Sequence[Row], data: DataSection, source: Source) -> str:
     form = detect_format(rows, strict=data.on_bad_row == "error") if data.format == "auto" else data.format
     if form == "text" and data.train_on != "all":
         raise DataError(
-            f"the rows are plain text, which has no answers, but train_on is {data.train_on}",
+            f"the rows are plain text, which has no answers, but train_on is {as_written(data.train_on)}",
             file=source.name,
             fix="set data.train_on=all",
         )

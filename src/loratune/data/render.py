@@ -17,15 +17,16 @@ import numpy.typing as npt
 from loratune.data.conversation import BadRow, Conversation, Message, Rejected, split_thoughts
 from loratune.data.labels import Encoder, Example, Labelled, Labels, OnLong, Text, TooLong, backend_of
 from loratune.data.processes import Crew, num_helpers
-from loratune.data.spans import Span, Substitution, spans_by_markers, spans_by_prompting
+from loratune.data.second_spans import spans_by_difference, spans_by_markers, spans_by_prompting
+from loratune.data.spans import Rendering, Span, Substitution, has_text
 from loratune.data.specials import SpecialText, special_names, special_notices, special_token_in
 from loratune.data.template import ChatTemplate, Tools
 from loratune.data.words import Tokens
+from loratune.roles import TrainOn, as_written, trained_roles
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-TrainOn = Literal["assistant", "last", "all"]
 Thinking = Literal["keep", "strip", "error"]
 SpecialTokensInText = Literal["error", "as_text"]
 
@@ -103,7 +104,8 @@ def render(
     Args:
         conversations: Validated conversations.
         tokenizer: A fast tokenizer with a chat template (for plain text, it needs none).
-        train_on: `assistant`, every answer; `last`, the last one; `all`, every token.
+        train_on: `assistant`, every answer; `last`, the last one; `all`, every token; a list of
+            roles, every message of these.
         thinking: What happens to the thoughts in answers.
         max_length: The longest example, in tokens.
         on_long: What happens to a longer one.
@@ -151,8 +153,13 @@ def render(
 
 
 def trained_turns(messages: Sequence[Message], train_on: TrainOn, untrained: Sequence[int] = ()) -> list[int]:
-    """The messages to be trained: answers, but for the `untrained` ones."""
-    turns = [n for n, message in enumerate(messages) if message["role"] == "assistant" and n not in untrained]
+    """The messages to be trained: those of the trained roles that have a text or calls, but for the `untrained` ones."""
+    roles = trained_roles(train_on)
+    turns = [
+        n
+        for n, message in enumerate(messages)
+        if message["role"] in roles and n not in untrained and (message["role"] == "assistant" or has_text(message))
+    ]
     return turns[-1:] if train_on == "last" else turns
 
 
@@ -242,7 +249,7 @@ class Renderer:
         if self._train_on != "all":
             raise BadRow("plain text has no answers; train_on must be all")
         made = Text(
-            text=text, spans=None, check=None, plain=True, origin=conversation.origin, num_controls=None, hidden=None
+            text=text, spans=None, check=None, names=(), endless=frozenset(), plain=True, origin=conversation.origin, num_controls=None, hidden=None
         )
         specials = self._specials(made)
         if not specials.names.search(text):
@@ -254,12 +261,14 @@ class Renderer:
         messages = [with_thinking(m, self._thinking, template, n) for n, m in enumerate(conversation.messages, start=1)]
         tools = conversation.tools
         turns = trained_turns(messages, self._train_on, conversation.untrained)
-        if conversation.untrained:
-            if self._train_on == "all":
-                raise BadRow("an answer has train false, but data.train_on is all, which trains every token")
-            self._counts["answers_not_trained"] += len(conversation.untrained)
+        self._check_said(conversation)
         if not turns and self._train_on != "all":
-            raise BadRow("no assistant turn: nothing to train")
+            roles = trained_roles(self._train_on)
+            raise BadRow(
+                "no assistant turn: nothing to train"
+                if roles == ("assistant",)
+                else f"no message of {' or '.join(roles)}: nothing to train"
+            )
         check_tool_support(messages, tools, template)
         marked: list[Span] = []
         if template.has_markers and self._train_on != "all":
@@ -268,25 +277,19 @@ class Renderer:
             text = template.render(messages, tools)
         _check_tools_written(text, conversation)
         rendering = substitution(text, messages, tools, turns)
-        self._count(rendering.num_restored, messages, turns)
+        self._count(rendering, messages, turns)
         spans: list[Span] | None = None
         check: list[Span] | None = None
         if self._train_on != "all":
             spans = rendering.spans
-            if template.has_markers and not rendering.num_restored:
-                answers = trained_turns(messages, "assistant")
-                found = spans_by_markers(text, marked, template)
-                places = [
-                    answers.index(turn) - len(answers) for turn in turns
-                ]  # from the end: some mark the last alone
-                second = [found[place] for place in places if -place <= len(found)]
-            else:
-                second = spans_by_prompting(rendering.text, messages, tools, turns, template)
-            check = None if second == spans else second
+            second = _second_spans(text, marked, rendering, messages, tools, turns, template)
+            check = None if sorted(second) == sorted(spans) else second
         return Text(
             text=rendering.text,
             spans=spans,
             check=check,
+            names=tuple(f"message {turn + 1} ({messages[turn]['role']})" for turn in turns),
+            endless=rendering.endless,
             plain=False,
             origin=conversation.origin,
             num_controls=rendering.num_controls,
@@ -300,12 +303,32 @@ class Renderer:
             self._trade = template, Substitution(template)
         return self._trade
 
-    def _count(self, num_restored: int, messages: Sequence[Message], turns: Sequence[int]) -> None:
-        with_thoughts = sum(1 for turn in turns if _has_thoughts(messages[turn]))
-        self._counts["answers"] += len(turns)
-        self._counts["thoughts"] += with_thoughts
-        self._counts["thoughts_restored"] += num_restored
-        self._counts["unanswered"] += messages[-1]["role"] != "assistant"
+    def _check_said(self, conversation: Conversation) -> None:
+        """What messages say of themselves must go with the recipe."""
+        roles, messages = trained_roles(self._train_on), conversation.messages
+        for n in conversation.insisted:
+            if messages[n]["role"] not in roles and self._train_on != "all":
+                raise BadRow(
+                    f"message {n + 1} ({messages[n]['role']}) has train true, but data.train_on is "
+                    f"{as_written(self._train_on)}, which does not train it"
+                )
+        if conversation.untrained and self._train_on == "all":
+            n = conversation.untrained[0]
+            raise BadRow(
+                f"message {n + 1} ({messages[n]['role']}) has train false, but data.train_on is all, which trains every token"
+            )
+        self._counts["answers_not_trained"] += sum(messages[n]["role"] in roles for n in conversation.untrained)
+
+    def _count(self, rendering: Rendering, messages: Sequence[Message], turns: Sequence[int]) -> None:
+        answers = [messages[turn] for turn in turns if messages[turn]["role"] == "assistant"]
+        self._counts["answers"] += len(answers)
+        self._counts["thoughts"] += sum(map(_has_thoughts, answers))
+        self._counts["thoughts_restored"] += rendering.num_restored
+        self._counts["unanswered"] += messages[-1]["role"] != "assistant" and len(messages) - 1 not in turns
+        for turn in turns if self._train_on != "all" else ():
+            self._counts[f"trained {messages[turn]['role']}"] += 1
+        for number in rendering.endless:
+            self._counts[f"endless {messages[turns[number]]['role']}"] += 1
 
     @property
     def method(self) -> str:
@@ -313,8 +336,13 @@ class Renderer:
         if self._train_on == "all":
             return "every token is trained"
         template, _ = self._tools_of_the_trade
-        second = "the template's generation markers" if template.has_markers else "rendered prompts"
-        return f"sentinel substitution, checked against {second}"
+        roles = trained_roles(self._train_on)
+        ways = []
+        if "assistant" in roles:
+            ways.append("the template's generation markers" if template.has_markers else "rendered prompts")
+        if set(roles) - {"assistant"}:
+            ways.append("renderings with another text in a message's place")
+        return f"sentinel substitution, checked against {' and '.join(ways)}"
 
     def notices(self, counts: Counter[str]) -> list[str]:
         """What the user should know about the chat template and this data."""
@@ -336,19 +364,49 @@ class Renderer:
                 f"The chat template's generation prompt ends with empty thoughts, but {counts['thoughts']} trained answers "
                 "have some: when it is used, the model is prompted to answer without them."
             )
-        if counts["answers_not_trained"]:
-            notices.append(f"{counts['answers_not_trained']} answers have train: false and are not trained.")
-        if counts["unanswered"]:
-            notices.append(f"{counts['unanswered']} conversations end with a message that has no answer.")
+        if number := counts["answers_not_trained"]:
+            what = "answers" if trained_roles(self._train_on) == ("assistant",) else "messages"
+            notices.append(f"{number} {what} have train: false and are not trained.")
+        if number := counts["unanswered"]:
+            notices.append(f"{number} conversations end with a message that has no answer.")
+        if endless := {role: n for role in trained_roles(self._train_on) if (n := counts[f"endless {role}"])}:
+            which = " and ".join(f"{n} of {role}" for role, n in endless.items())
+            notices.append(
+                f"The chat template ends {which} with no stop token of their own: their texts are trained, but not where they end."
+            )
         if template.writes_date:
             notices.append(
                 "The chat template writes today's date into every conversation: tomorrow's tokens will differ."
             )
         if counts["straddling"]:
             notices.append(
-                f"{counts['straddling']} tokens hold both the end of a header and the start of an answer; they are not trained."
+                f"{counts['straddling']} tokens hold both what the template writes and the start of a trained text; they are not trained."
             )
         return notices
+
+
+def _second_spans(
+    text: str,
+    marked: Sequence[Span],
+    rendering: Rendering,
+    messages: Sequence[Message],
+    tools: Tools,
+    turns: Sequence[int],
+    template: ChatTemplate,
+) -> list[Span]:
+    """The spans of the trained messages, found the second way; `text` and `marked` are of the template's own rendering."""
+    trained = [turn for turn in turns if messages[turn]["role"] == "assistant"]
+    others = [turn for turn in turns if turn not in trained]
+    if not trained:
+        second = []
+    elif template.has_markers and not rendering.num_restored:
+        answers = trained_turns(messages, "assistant")
+        found = spans_by_markers(text, marked, template)
+        places = [answers.index(turn) - len(answers) for turn in trained]  # from the end: some mark the last alone
+        second = [found[place] for place in places if -place <= len(found)]
+    else:
+        second = spans_by_prompting(rendering.text, messages, tools, trained, template)
+    return second + spans_by_difference(rendering.text, text, messages, tools, others, template)
 
 
 def _result_or_reason(work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R | str:

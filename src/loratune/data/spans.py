@@ -1,4 +1,4 @@
-"""Which characters of a rendered conversation are the assistant's own, found in two independent ways.
+"""Which characters of a rendered conversation are trained, found in two independent ways.
 
 An answer's span starts where the prompt for it ends (what a server would send to the model at that point) and ends
 with its stop token: what a model must produce, and nothing else. The whitespace that a template writes after the stop
@@ -7,16 +7,20 @@ token is not part of it.
     <|im_start|>user⏎Hello<|im_end|>⏎<|im_start|>assistant⏎Hi!<|im_end|>⏎
                                                            └─────────┘
 
+The span of another role's message is its text, and what follows it up to the token that ends it, where the template
+writes one. It is part of the span only if it stands before everything that belongs to the next message.
+
+    <|im_start|>user⏎Hello<|im_end|>⏎      [INST] <<SYS>>⏎Be brief.⏎<</SYS>>⏎⏎Hello [/INST] Hi!</s>
+                     └───────────┘                        └───────┘
+
 1. `Substitution` renders the conversation with sentinels in place of all texts, which shows what the template itself
    writes, and finds the true text to be exactly that with the true texts in the holes.
-2. `spans_by_markers` takes what the template marks with `{% generation %}`; without markers, `spans_by_prompting`
-   renders the prompt of each answer from the true messages, and reads on to the first stop token, as generation would.
+2. `second_spans`: the template's own marks, prompts, and renderings with another text.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -29,7 +33,6 @@ Span = tuple[int, int]
 
 _SENTINEL = re.compile(r"Qk(\d+)([ct])Z")
 _CACHED_SHAPES = 512
-_ENDING, _COMPARED = 8, 4096  # characters of a prompt: those it is looked for by, and those it is compared by
 
 
 class Hole(NamedTuple):
@@ -54,7 +57,9 @@ class Layout:
     gaps: tuple[str, ...]
     holes: tuple[Hole, ...]
     prompts: dict[int, Prompt]
-    """Of each answer to be trained, by its message."""
+    """Of each answer to be trained, or to a message that is, by its message."""
+    tails: dict[int, str | None]
+    """What the template writes after each trained text that is no answer, where it is the last; None where it is never that."""
     num_controls: int
     """Special tokens that the template writes."""
 
@@ -65,7 +70,9 @@ class Rendering:
 
     text: str
     spans: list[Span]
-    """Of each trained answer."""
+    """Of each trained message."""
+    endless: frozenset[int]
+    """The numbers of the spans that end without a stop token."""
     num_restored: int
     """Answers whose thoughts the template dropped, and which were put back."""
     num_controls: int
@@ -105,7 +112,7 @@ class Substitution:
         self._layouts: dict[object, Layout] = {}
 
     def __call__(self, text: str, messages: Sequence[Message], tools: Tools, turns: Sequence[int]) -> Rendering:
-        """Find the answers in a rendered conversation, after putting back thoughts that the template dropped.
+        """Find the trained messages in a rendered conversation, after putting back thoughts that the template dropped.
 
         Args:
             text: The conversation as the template renders it.
@@ -117,24 +124,43 @@ class Substitution:
             BadRow: The template drops or changes a text, or writes an answer in a form that cannot be trained.
         """
         draft = self._match(text, messages, tools, turns)
-        num_restored = sum(_restore(draft, turn, messages[turn], self._template) for turn in turns)
+        answers = [turn for turn in turns if messages[turn]["role"] == "assistant"]
+        num_restored = sum(_restore(draft, turn, messages[turn], self._template) for turn in answers)
         text = draft.join()
-        spans = [_span(draft, text, turn, messages[turn], self._template.stops) for turn in turns]
-        for turn, (start, end) in zip(turns, spans, strict=True):
-            _refuse_header(text[start:end], self._header, turn)
+        spans: list[Span] = []
+        endless: set[int] = set()
+        for number, turn in enumerate(turns):
+            if messages[turn]["role"] == "assistant":
+                start, end = _span(draft, text, turn, messages[turn], self._template.stops)
+                _refuse_header(text[start:end], self._header, turn)
+            else:
+                start, end, has_stop = self._text_span(draft, text, turn, messages, tools)
+                endless |= set() if has_stop else {number}
+            spans.append((start, end))
         num_controls = self._template.special_text.count(text) if num_restored else draft.layout.num_controls
-        return Rendering(text=text, spans=spans, num_restored=num_restored, num_controls=num_controls)
+        return Rendering(
+            text=text, spans=spans, endless=frozenset(endless), num_restored=num_restored, num_controls=num_controls
+        )
+
+    def _text_span(
+        self, draft: _Draft, text: str, turn: int, messages: Sequence[Message], tools: Tools
+    ) -> tuple[int, int, bool]:
+        """The span of a message that is no answer, and whether a stop token ends it."""
+        index = draft.layout.holes.index(Hole(turn, thoughts=False))
+        end, limit = draft.end(index), _limit(draft, text, turn, messages)
+        stop = message_end(text, end, limit, draft.layout.tails[turn], tools, self._template)
+        return blanks_before(text, draft.starts[index]), end if stop is None else stop, stop is not None
 
     def _match(self, text: str, messages: Sequence[Message], tools: Tools, turns: Sequence[int]) -> _Draft:
         layout = self._cached_layout(messages, tools, turns)
         texts = _fill(layout, text, messages)
         if texts is None:
-            # Some templates look into the messages (Qwen3: does it start with <tool_response>?): keep all but answers.
-            layout = self._layout(messages, tools, turns, answers_only=True)
+            # Some templates look into the messages (Qwen3: does it start with <tool_response>?): keep what may be kept.
+            layout = self._layout(messages, tools, turns, trained_only=True)
             texts = _fill(layout, text, messages)
             _check_nothing_dropped(text, messages)
         if texts is None:
-            raise BadRow("the chat template changes the answers in a way that cannot be followed")
+            raise BadRow("the chat template changes trained texts in a way that cannot be followed")
         return _Draft(layout=layout, gaps=list(layout.gaps), texts=texts)
 
     def _cached_layout(self, messages: Sequence[Message], tools: Tools, turns: Sequence[int]) -> Layout:
@@ -143,23 +169,32 @@ class Substitution:
         if layout is None:
             if len(self._layouts) >= _CACHED_SHAPES:
                 self._layouts.clear()
-            layout = self._layouts[key] = self._layout(messages, tools, turns, answers_only=False)
+            layout = self._layouts[key] = self._layout(messages, tools, turns, trained_only=False)
         return layout
 
-    def _layout(self, messages: Sequence[Message], tools: Tools, turns: Sequence[int], *, answers_only: bool) -> Layout:
+    def _layout(self, messages: Sequence[Message], tools: Tools, turns: Sequence[int], *, trained_only: bool) -> Layout:
         hidden = [
-            message if answers_only and message["role"] != "assistant" else _hide(message, number)
+            _hide(message, number)
+            if message["role"] == "assistant" or number in turns or not trained_only
+            else message
             for number, message in enumerate(messages)
         ]
         gaps, holes = _split(self._template.render(hidden, tools))
         for number, message in enumerate(hidden):
-            if message is not messages[number] and _has_text(message):
+            if message is not messages[number] and has_text(message):
                 _check_written_once(holes, number, message["role"])
-        prompts = {turn: self._prompt(hidden[:turn], tools) for turn in turns}
+        answers = [turn for turn in turns if messages[turn]["role"] == "assistant"]
+        answers += [turn + 1 for turn in turns if turn not in answers and _is_answered(messages, turn)]
+        prompts = {turn: self._prompt(hidden[:turn], tools) for turn in answers}
         if any(prompt.anchor is not None and prompt.anchor not in holes for prompt in prompts.values()):
             raise BadRow("the chat template writes a prompt that does not occur in the conversation")
         num_controls = sum(map(self._template.special_text.count, gaps))
-        return Layout(gaps=gaps, holes=holes, prompts=prompts, num_controls=num_controls)
+        tails = {turn: self._tail(hidden[: turn + 1], tools) for turn in turns if turn not in prompts}
+        return Layout(gaps=gaps, holes=holes, prompts=prompts, tails=tails, num_controls=num_controls)
+
+    def _tail(self, hidden: Sequence[Message], tools: Tools) -> str | None:
+        gaps, holes = _split(self._template.probe(hidden, tools))
+        return gaps[-1] if holes[-1:] == (Hole(len(hidden) - 1, thoughts=False),) else None
 
     def _prompt(self, hidden: Sequence[Message], tools: Tools) -> Prompt:
         if not hidden:
@@ -168,106 +203,23 @@ class Substitution:
         return Prompt(anchor=holes[-1] if holes else None, tail=gaps[-1])
 
 
-def spans_by_prompting(
-    text: str, messages: Sequence[Message], tools: Tools, turns: Sequence[int], template: ChatTemplate
-) -> list[Span]:
-    """Find answers by rendering the prompt of each, and reading on to the first stop token.
-
-    Raises:
-        BadRow: A prompt does not occur in the conversation.
-    """
-    prompts = _Prompts(text, messages, tools, template)
-    starts = [prompts.end(turn) for turn in turns]
-    return [(start, _first_stop(text, start, len(text), template.stops) or len(text)) for start in starts]
-
-
-class _Prompts:
-    """Where the prompts of answers end in a rendered conversation."""
-
-    def __init__(self, text: str, messages: Sequence[Message], tools: Tools, template: ChatTemplate) -> None:
-        self._text = text
-        self._messages = messages
-        self._tools = tools
-        self._template = template
-        self._ends: dict[int, int] = {}
-
-    def end(self, turn: int) -> int:
-        if turn not in self._ends:
-            prompt = self._template.render(self._messages[:turn], self._tools, prompt=True)
-            variants = header_variants(prompt) if not self._text.startswith(prompt) else [prompt]
-            fitting = next((variant for variant in variants if self._text.startswith(variant)), None)
-            self._ends[turn] = self._search(turn, prompt, variants) if fitting is None else len(fitting)
-        return self._ends[turn]
-
-    def _search(self, turn: int, prompt: str, variants: Sequence[str]) -> int:
-        """For templates that write earlier messages differently: look for the last message, and all after it.
-
-        It stands after the start of the previous answer. Some templates (Mistral's) even move texts between messages:
-        then it is the place before which the most reads like the prompt.
-        """
-        answers = [n for n in range(1, turn) if self._messages[n]["role"] == "assistant"]
-        floor = self.end(answers[-1]) if answers else 0
-        before = self._template.probe(self._messages[: turn - 1], self._tools)
-        last = len(os.path.commonprefix([prompt, before]))  # noqa: RUF071 - of characters
-        endings = [variant[last:] for variant in variants if before]
-        found = [(place, -len(ending)) for ending in endings if (place := self._text.find(ending, floor)) >= 0]
-        if found:
-            place, length = min(found)  # the first, and there the longest
-            return place - length
-        places = [place for variant in variants for place in _places_like(self._text, variant, floor)]
-        if not places:
-            raise BadRow("the chat template writes a prompt that does not occur in the conversation")
-        return -max(places)[1]
-
-
-def _places_like(text: str, prompt: str, floor: int) -> Iterator[tuple[int, int]]:
-    """Of each place that reads like the end of the prompt: how much of it does, and where it ends (negated)."""
-    for match in re.finditer(re.escape(prompt[-_ENDING:]), text[floor:]):
-        end = floor + match.end()
-        yield _common_suffix(text[max(0, end - _COMPARED) : end], prompt), -end
-
-
-def spans_by_markers(text: str, marked: Sequence[Span], template: ChatTemplate) -> list[Span]:
-    """Bring what a template marks to our definition of an answer.
-
-    Markers differ in taste: some include the header (`<|start|>assistant`), some the blanks after the stop token, some
-    the end-of-sequence token after it. What they say about content is kept, right or wrong.
-
-    Raises:
-        BadRow: The markers leave out the stop token.
-    """
-    spans: list[Span] = []
-    for start, end in _merged(marked):
-        begin = _after_header(text, start, template.header)
-        while begin < end and text[begin:end].strip() not in ("", *template.stops):
-            stop = _first_stop(text, begin, end, template.stops)
-            if stop is None:
-                rest = text[end:].lstrip()
-                if rest.startswith(template.stops):
-                    raise BadRow("the chat template marks an answer without its stop token as generated")
-                stop = end
-            spans.append((begin, stop))
-            begin = stop
-    return spans
-
-
 # ---- layouts
 
 
-def _has_text(message: Message) -> bool:
+def has_text(message: Message) -> bool:
     return bool(message.get("content", "").strip())
 
 
 def _shape(message: Message) -> object:
     """All of a message that may change what a template writes around its texts."""
     others = {name: value for name, value in message.items() if name not in ("role", "content", "reasoning_content")}
-    return message["role"], _has_text(message), "reasoning_content" in message, json.dumps(others) if others else ""
+    return message["role"], has_text(message), "reasoning_content" in message, json.dumps(others) if others else ""
 
 
 def _hide(message: Message, number: int) -> Message:
     """The message with sentinels in place of its texts."""
     hidden = dict(message)
-    if _has_text(message):
+    if has_text(message):
         hidden["content"] = f"Qk{number}cZ"
     if "reasoning_content" in message:
         hidden["reasoning_content"] = f"Qk{number}tZ"
@@ -397,11 +349,11 @@ def _span(draft: _Draft, text: str, turn: int, message: Message, stops: tuple[st
     after = first
     while after < len(holes) and holes[after].message == turn:
         after += 1
-    if _has_text(message) and Hole(turn, thoughts=False) not in holes[first:after]:
+    if has_text(message) and Hole(turn, thoughts=False) not in holes[first:after]:
         raise BadRow(f"the chat template writes the text of message {turn + 1} (assistant) outside of its turn")
     body_end = draft.end(after - 1) if after > first else start
     limit = draft.starts[after] if after < len(holes) else len(text)
-    end = _first_stop(text, max(start, body_end), limit, stops)
+    end = first_stop(text, max(start, body_end), limit, stops)
     if end is None:
         raise BadRow(
             f"the chat template ends message {turn + 1} (assistant) without a stop token ({' or '.join(stops)}); "
@@ -409,6 +361,55 @@ def _span(draft: _Draft, text: str, turn: int, message: Message, stops: tuple[st
         )
     _check_calls_written(message, text[start:end], turn)
     return start, end
+
+
+def _limit(draft: _Draft, text: str, turn: int, messages: Sequence[Message]) -> int:
+    """Before which a message that is no answer ends: the answer's own part, or the next text."""
+    holes, hole = draft.layout.holes, Hole(turn, thoughts=False)
+    index = holes.index(hole)
+    limit = draft.starts[index + 1] if index + 1 < len(holes) else len(text)
+    prompt = draft.layout.prompts.get(turn + 1)
+    if prompt is not None and prompt.anchor == hole:
+        end = draft.end(index)
+        variant = next((v for v in header_variants(prompt.tail) if text.startswith(v, end)), None)
+        if variant is None:
+            raise BadRow(f"the chat template starts message {turn + 2} (assistant) with something else than its prompt")
+        return min(limit, end + len(variant))
+    following = holes[index + 1].message if index + 1 < len(holes) else len(messages)
+    if following != turn + 1 and not all(map(has_text, messages)):
+        raise BadRow(f"where message {turn + 1} ({messages[turn]['role']}) ends cannot be told: a message without text follows")
+    return limit
+
+
+def _is_answered(messages: Sequence[Message], turn: int) -> bool:
+    return turn + 1 < len(messages) and messages[turn + 1]["role"] == "assistant"
+
+
+def message_end(
+    text: str, start: int, limit: int, tail: str | None, tools: Tools, template: ChatTemplate
+) -> int | None:
+    """Where a message that is no answer ends with a stop token of its own; None where the template writes none, or tools before it.
+
+    Args:
+        text: The conversation.
+        start: Where the message's text ends.
+        limit: Before which the message ends.
+        tail: What the template writes after this text where it is the last; None where that is not known.
+        tools: Of the conversation.
+        template: Of the tokenizer.
+    """
+    end = first_stop(text, start, limit, template.ends)
+    if end is None:
+        return None
+    between = text[start:end]
+    # what starts the next message may be what ends an answer: GLM's <|user|>
+    own = template.control_tokens.search(text, end, limit) is not None if tail is None else tail.startswith(between)
+    return end if own and not any(tool["function"]["name"] in between for tool in tools or ()) else None
+
+
+def blanks_before(text: str, start: int) -> int:
+    """Where a text starts with the blanks before it, which most tokenizers make one token with its first word."""
+    return len(text[:start].rstrip(" "))
 
 
 def _refuse_header(answer: str, header: str, turn: int) -> None:
@@ -423,35 +424,10 @@ def _check_calls_written(message: Message, answer: str, turn: int) -> None:
             raise BadRow(f"the chat template drops the tool call of message {turn + 1} ({call['function']['name']})")
 
 
-def _first_stop(text: str, start: int, limit: int, stops: Sequence[str]) -> int | None:
+def first_stop(text: str, start: int, limit: int, stops: Sequence[str]) -> int | None:
     """Where the first stop token in text[start:limit] ends."""
     found = [(position, len(stop)) for stop in stops if (position := text.find(stop, start, limit)) >= 0]
     if not found:
         return None
     position, length = min(found)
     return position + length
-
-
-def _common_suffix(one: str, other: str) -> int:
-    ends = [text[-_COMPARED:][::-1] for text in (one, other)]
-    return len(os.path.commonprefix(ends))  # noqa: RUF071 - of characters
-
-
-def _merged(spans: Sequence[Span]) -> list[Span]:
-    merged: list[Span] = []
-    for start, end in sorted(spans):
-        if merged and start <= merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
-        else:
-            merged.append((start, end))
-    return merged
-
-
-def _after_header(text: str, start: int, header: str) -> int:
-    """The end of the header that a marked span starts in or right after; else its own start."""
-    for variant in header_variants(header):
-        if variant:
-            found = text.rfind(variant, max(0, start - len(variant)), start + len(variant))
-            if found >= 0:
-                return max(start, found + len(variant))
-    return start

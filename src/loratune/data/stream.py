@@ -220,6 +220,8 @@ class _Sample:
 class _SampleReader(Reader):
     """Reads the sample in place of the training sources; others as they are."""
 
+    complete = False
+
     def __init__(self, data: DataSection, seed: int, progress: Progress, sample: _Sample) -> None:
         super().__init__(data, seed, progress)
         self._sample = sample

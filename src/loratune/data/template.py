@@ -186,6 +186,12 @@ class ChatTemplate:
         stops = [stop, self._tool_stop(), self._tokenizer.eos_token]
         return tuple(dict.fromkeys(token for token in stops if isinstance(token, str) and token))
 
+    @cached_property
+    def ends(self) -> tuple[str, ...]:
+        """The tokens that may end a message of another role: those of answers, and the one right after a user's last text."""
+        after_user = self._last_token(self.probe([_message("user", _PROBE_USER)]).rpartition(_PROBE_USER)[2])
+        return tuple(dict.fromkeys([*self.stops, *([after_user] if after_user else [])]))
+
     def _last_token(self, tail: str) -> str | None:
         """The added token at the end of the first run of non-blank text: in `<|end|>⏎<|endoftext|>`, the first."""
         run = tail.split(maxsplit=1)[:1]

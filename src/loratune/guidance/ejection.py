@@ -37,6 +37,7 @@ from loratune.preparation import NO_LIMIT, Preparation
 from loratune.progress import Progress
 from loratune.recipe import Recipe, Source, TrainSection
 from loratune.recipe_tasks import refuse_classifier
+from loratune.roles import as_written, trained_roles
 from loratune.run import Record, RunDir
 from loratune.training.arguments import TrainingData, own_optimizer, stock_arguments
 from loratune.training.stock import check_stock, labelled, stock_difference
@@ -187,6 +188,8 @@ def _why_not_directly(prepared: Preparation) -> str:
         if reason:
             return f"the {side} data {reason}"
         sides.append((sources[0], examples))
+    if trained_roles(data.train_on) not in ((), ("assistant",)):
+        return f"data.train_on is {as_written(data.train_on)}, and TRL trains the assistant's answers or all tokens"
     max_length = min(int(data.max_length), NO_LIMIT)
     for source, examples in sides:
         try:

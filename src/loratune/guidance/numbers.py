@@ -15,6 +15,7 @@ from loratune.data.batch import num_supervised
 from loratune.data.mixture import mixture
 from loratune.data.render import Example
 from loratune.data.steps import EpochPlan, num_steps, num_steps_per_epoch, occasion_steps, occasions
+from loratune.errors import DataError
 from loratune.guidance import adapter_numbers
 from loratune.guidance.facts import Facts, Row, around, size
 from loratune.model.device import torch_dtype
@@ -24,6 +25,7 @@ from loratune.model.quantised import GROUP, PACKED, base_bytes, quantised_matric
 from loratune.planning.optimizer_memory import state_bytes
 from loratune.preparation import NO_LIMIT
 from loratune.recipe import Optimizer
+from loratune.roles import TrainOn, as_written
 from loratune.training.averaging import averaged_steps
 
 # ---- model
@@ -109,15 +111,23 @@ def _columns(facts: Facts) -> str:
 def _train_on(facts: Facts) -> str:
     if facts.prepared.classes is not None:
         return "no token carries loss: the class of each text does"
-    return _share_supervised(facts.prepared.data.train)
+    counts = facts.prepared.data.report["train"]["trained_messages"]
+    messages = " and ".join(f"{number:,} of {role}" for role, number in counts.items())
+    return _share_supervised(facts.prepared.data.train) + (f", in messages: {messages}" if messages else "")
 
 
 def _train_on_table(facts: Facts) -> list[Row]:
     plain = facts.prepared.data.report["train"]["format"] == "text"
-    return [
-        {"train_on": choice, "tokens that carry loss": _share_supervised(facts.render_again(train_on=choice))}
-        for choice in (("all",) if plain else ("assistant", "last", "all"))
-    ]
+    chosen = facts.prepared.recipe.data.train_on
+    choices: list[TrainOn] = ["all"] if plain else ["assistant", "last", "all"]
+    rows: list[Row] = []
+    for choice in choices if chosen in choices else [*choices, chosen]:
+        try:
+            share = _share_supervised(facts.render_again(train_on=choice))
+        except DataError as error:
+            share = f"refused: {error.problem}"
+        rows.append({"train_on": as_written(choice), "tokens that carry loss": share})
+    return rows
 
 
 def _thinking(facts: Facts) -> str:

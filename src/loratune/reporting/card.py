@@ -11,6 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from loratune.recipe_tasks import CLASSIFICATION
 from loratune.reporting.amounts import as_difference, as_measure, measure_in_words
 from loratune.reporting.answers import short
+from loratune.roles import as_written
 from loratune.run import Record, RunDir, read_json, write_text
 
 _HERE = "path/of/this/folder"
@@ -144,7 +145,7 @@ def _trained(lock: Record, plan: Record) -> Iterator[str]:
         f"to name the class of each: {', '.join(lock['inputs']['labels'])}"
         if _classifies(recipe)
         else f"{data['num_supervised_tokens']:,} of {data['num_tokens']:,} tokens carry loss, `train_on: "
-        f"{recipe['data']['train_on']}`"
+        f"{as_written(recipe['data']['train_on'])}`"
     )
     yield (
         f"Trained on {data['num_examples']:,} examples of {sources} ({loss_on}), "

@@ -36,6 +36,7 @@ from loratune.reporting.events import events
 from loratune.reporting.files import RunFiles
 from loratune.reporting.result import result
 from loratune.reporting.sections import UNEXPECTED, build_sections
+from loratune.roles import trained_in_words
 from loratune.run import Record
 
 _MOST_LINES = 20
@@ -225,7 +226,7 @@ def _facts(files: RunFiles) -> Iterator[tuple[str, str]]:
     yield "training data", ", ".join(source["name"] for source in data["train"])
     held_out = data["eval"]
     yield "held-out data", ", ".join(s["name"] for s in held_out) if isinstance(held_out, list) else str(held_out)
-    loss_on = {"assistant": "answers of the assistant", "all": "all tokens"}.get(data["train_on"], data["train_on"])
+    loss_on = trained_in_words(data["train_on"])
     yield "loss on", f"the class of each text: {', '.join(inputs['labels'])}" if "labels" in inputs else loss_on
     yield "length", f"{train['epochs']:g} epochs of {train['batch_size']} examples a step"
     yield (
