@@ -120,7 +120,7 @@ def test_r1_distill_tells_of_thoughts_put_back_and_of_answers_that_have_none(
     rows = [chat("2+2?", "<think>\nEasy.\n</think>\n\n4."), chat("3+3?", "6."), chat("4+4?", "<think>Eight. 8.")]
     prepared = r1_plan(tiny_recipe, r1_model, tmp_path, rows)
     warnings = "\n".join(prepared.warnings)
-    assert "The chat template drops the thoughts of 1 answers. They were put back" in warnings
+    assert "The chat template drops the thoughts of 1 answer. They were put back" in warnings
     assert "generation prompt opens <think>, but 2 of 3 trained answers have no thoughts" in warnings
     assert "rows.jsonl:3 (message 2 (assistant) has 1 <think> and 0 </think>)" in warnings
     (advice,) = [advice for advice in prepared.advice if advice.about == "chat template"]

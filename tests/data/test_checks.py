@@ -128,7 +128,7 @@ def test_an_overlap_duplicates_and_a_cut_answer_are_found_with_their_lines(
         "2 of 6 training conversations are exact duplicates: line 2 = line 4 = line 5.",
         "line 2 = training line 6",
         "train.jsonl:3 (cut at 80 tokens",
-        "1 held-out conversations have the same prompt as a training conversation, with another answer",
+        "1 held-out conversation has the same prompt as a training conversation, with another answer",
     ):
         assert words in notices
 

@@ -78,7 +78,7 @@ ROWS = st.sampled_from(sorted(SHAPES)).flatmap(
 )  # fmt: skip
 POLICY = st.fixed_dictionaries(
     {
-        "train_on": st.sampled_from(("assistant", "last", "all")),
+        "train_on": st.sampled_from(("assistant", "last", "all", ["user"], ["user", "assistant"], ["system", "tool"])),
         "thinking": st.sampled_from(("keep", "strip", "error")),
         "special_tokens_in_text": st.sampled_from(("error", "as_text")),
         "on_long": st.sampled_from(("truncate", "drop", "error")),
@@ -133,18 +133,24 @@ def check_rows(
     for made in prepared.train:
         assert not made.supervised[0]
         assert made.supervised.any()
-        if part["format"] == "messages" and policy["train_on"] == "assistant" and not part["truncated"]:
-            check_answers(rows[made.origin.line - 1], made, tokenizer, trained_texts)
+        if part["format"] == "messages" and not part["truncated"]:
+            roles = {"assistant": ["assistant"]}.get(str(policy["train_on"]), policy["train_on"])
+            if isinstance(roles, list):
+                check_answers(rows[made.origin.line - 1], made, tokenizer, trained_texts, roles)
 
 
-def check_answers(row: Any, made: Example, tokenizer: PreTrainedTokenizerBase, trained_texts: TrainedTexts) -> None:
-    """What is trained is the answers, each with the stop token, and nothing else."""
+def check_answers(
+    row: Any, made: Example, tokenizer: PreTrainedTokenizerBase, trained_texts: TrainedTexts, roles: list[str]
+) -> None:
+    """What is trained is the messages of these roles, each with the stop token, and nothing else."""
     turns = row.get("messages") or row.get("conversations")
     if not isinstance(turns, list) or any(turn.keys() - {"role", "content"} for turn in turns):
         return  # tool calls and thoughts in fields of their own: the templates' own forms are in test_templates.py
-    answers = [turn["content"] for turn in turns if turn["role"] == "assistant"]
+    turns = [{**turn, "role": {"developer": "system"}.get(turn["role"], turn["role"])} for turn in turns]
+    answers = [turn["content"] for turn in turns if turn["role"] in roles]
     if not all(isinstance(answer, str) for answer in answers) or any(split_thoughts(answer) for answer in answers):
         return
+    answers = [answer for answer in answers if answer.strip()]  # a message of nothing but blanks has nothing to train
     trained = trained_texts(made, tokenizer)
     expected = [f"{answer}<|im_end|>" for answer in answers]
     assert trained == expected or [text.strip() for text in trained] == [text.strip() for text in expected]
@@ -221,8 +227,11 @@ def mutate(name: str, edits: list[tuple[float, int, str]]) -> str:
     return source
 
 
-def check_template(source: str, control_tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Every answer is trained with a stop token after it, or the template or the row is refused. Within seconds."""
+def check_template(source: str, control_tokenizer: PreTrainedTokenizerBase, folder: Path, *roles: str) -> None:
+    """Every answer is trained with a stop token after it, or the template or the row is refused. Within seconds.
+
+    The same of messages of other roles, but for the stop token.
+    """
     tokenizer = copy.copy(control_tokenizer)
     tokenizer.chat_template = source
     answers = ("Sure thing", "So long then")
@@ -230,7 +239,7 @@ def check_template(source: str, control_tokenizer: PreTrainedTokenizerBase, fold
     rows = [{"messages": [{"role": role, "content": text} for role, text in chat]}]
     file = folder / "rows.jsonl"
     file.write_text(json.dumps(rows[0]) + "\n", encoding="utf-8")
-    policy = {"train_on": "assistant", "detect": True, "max_length": 4096}
+    policy = {"train_on": [*roles] or "assistant", "detect": True, "max_length": 4096}
     started = time.monotonic()
     prepared = prepare(file, "messages", policy, tokenizer)
     assert time.monotonic() - started < 20
@@ -239,10 +248,9 @@ def check_template(source: str, control_tokenizer: PreTrainedTokenizerBase, fold
     (example,) = prepared.train
     trained = tokenizer.decode(example.input_ids[example.supervised], skip_special_tokens=False)
     context = tokenizer.decode(example.input_ids[~example.supervised], skip_special_tokens=False)
-    assert all(answer in trained for answer in answers)
-    assert "Hello there" not in trained
-    assert "Bye now" not in trained
-    assert "Hello there" in context
+    for role, text in chat:
+        assert text in (trained if role in (roles or ("assistant",)) else context)
+        assert text not in (context if role in (roles or ("assistant",)) else trained)
 
 
 @SMALL
@@ -252,7 +260,9 @@ def test_mutated_templates(
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sandbox, "TIME_LIMIT_SECONDS", 0.5)
-        check_template(mutate(*template), control_tokenizer, tmp_path_factory.mktemp("fuzz"))
+        folder = tmp_path_factory.mktemp("fuzz")
+        check_template(mutate(*template), control_tokenizer, folder)
+        check_template(mutate(*template), control_tokenizer, folder, "user")
 
 
 @SMALL
@@ -263,7 +273,9 @@ def test_invented_templates(
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sandbox, "TIME_LIMIT_SECONDS", 0.5)
-        check_template(source, control_tokenizer, tmp_path_factory.mktemp("fuzz"))
+        folder = tmp_path_factory.mktemp("fuzz")
+        check_template(source, control_tokenizer, folder)
+        check_template(source, control_tokenizer, folder, "user")
 
 
 @pytest.mark.slow
@@ -275,7 +287,9 @@ def test_many_templates(
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sandbox, "TIME_LIMIT_SECONDS", 0.5)
-        check_template(source, control_tokenizer, tmp_path_factory.mktemp("fuzz"))
+        folder = tmp_path_factory.mktemp("fuzz")
+        check_template(source, control_tokenizer, folder)
+        check_template(source, control_tokenizer, folder, "user")
 
 
 # ---- recipes

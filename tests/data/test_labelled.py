@@ -119,9 +119,9 @@ def test_what_looks_wrong_is_said(tmp_path: Path) -> None:
     rows = [intent(n) for n in range(36)] + [{"text": "rain", "label": "odd"}, {"text": "rain", "label": "weather"}]
     rows += [rows[0]]
     notices = "\n".join(prepared(tmp_path, rows).report["notices"])
-    assert "1 training texts stand there with several labels" in notices
-    assert "odd has 1 training texts" in notices
-    assert "exact duplicates" in notices
+    assert "1 training text stands there with several labels" in notices
+    assert "odd has 1 training text," in notices
+    assert "exact duplicate" in notices
 
 
 def test_the_fingerprint_has_the_classes(tmp_path: Path) -> None:

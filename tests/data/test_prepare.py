@@ -95,7 +95,7 @@ def test_auto_holds_out_five_percent_of_a_file_and_at_least_one_conversation(tmp
 
     assert len(prepared(train=many).eval) == 3
     assert (len(prepared(train=two).train), len(prepared(train=two).eval)) == (1, 1)
-    with pytest.raises(DataError, match="1 distinct conversations: nothing can be held out"):
+    with pytest.raises(DataError, match="1 distinct conversation: nothing can be held out"):
         prepared(train=one)
     assert prepared(train=one, eval="none").eval == []
 
@@ -125,7 +125,7 @@ def test_held_out_rows_that_also_stand_in_train_are_named_with_both_lines(tmp_pa
     assert data.report["train"]["duplicates"] == 1
     assert data.report["train"]["duplicate_rows"] == [[{"file": train, "line": 3}, {"file": train, "line": 4}]]
     assert any(
-        "1 of 4 training conversations are exact duplicates: line 3 = line 4." in n for n in data.report["notices"]
+        "1 of 4 training conversations is an exact duplicate: line 3 = line 4." in n for n in data.report["notices"]
     )
 
 

@@ -131,7 +131,7 @@ def test_r1_drops_thoughts_and_keep_puts_them_back_after_the_opening_of_its_prom
     whole = "<BOS><｜User｜>5 doubled?<｜Assistant｜><think>\nFive times two.\n</think>\n\n10.<｜end▁of▁sentence｜>"
     assert tokenizer.decode(example.input_ids) == whole
     assert trained_texts(example, tokenizer) == ["Five times two.\n</think>\n\n10.<｜end▁of▁sentence｜>"]
-    assert any("drops the thoughts of 1 answers" in notice for notice in result.notices)
+    assert any("drops the thoughts of 1 answer." in notice for notice in result.notices)
 
 
 @pytest.mark.parametrize("answer", ["Five times two.\n</think>\n\n10.", "<think>Five times two.</think>10.", R1_ANSWER])
@@ -195,7 +195,7 @@ def test_long_examples_are_cut_dropped_or_refused(
     assert cut.counts["truncated"] == 1
     assert [example.origin.line for example in dropped.examples] == [1]
     assert dropped.counts["dropped_long"] == 1
-    with pytest.raises(DataError, match="1 examples are longer than max_length 100") as caught:
+    with pytest.raises(DataError, match="1 example is longer than max_length 100") as caught:
         rendered(conversations, tokenizer, max_length=100, on_long="error")
     assert caught.value.place == "chats.jsonl:7"
 
@@ -301,7 +301,7 @@ def test_a_token_that_holds_header_and_answer_is_not_trained_and_counted(
 
     assert trained_texts(result.examples[0], tokenizer) == [" you<|end|>"]  # " Hello" begins with the header's blank
     assert result.counts["straddling"] == 1
-    assert any("1 tokens hold both" in notice for notice in result.notices)
+    assert any("1 token holds both" in notice for notice in result.notices)
 
 
 def test_the_tokenizer_is_left_as_it_was(with_template: WithTemplate, converse: Make, rendered: Render) -> None:

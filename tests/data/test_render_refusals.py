@@ -79,7 +79,7 @@ def test_a_last_message_without_an_answer_is_context_and_counted(
     result = rendered([converse(*CHAT[:3])], tokenizer)
 
     assert trained_texts(result.examples[0], tokenizer) == ["It is 5.<|im_end|>"]
-    assert any("1 conversations end with a message that has no answer" in notice for notice in result.notices)
+    assert any("1 conversation ends with a message that has no answer" in notice for notice in result.notices)
 
 
 def test_a_model_without_a_chat_template_is_refused_with_what_to_do(

@@ -17,10 +17,14 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from loratune.data.conversation import Conversation
+from loratune.data.prepare import prepare_data
 from loratune.data.render import Example, Rendered
+from loratune.data.stream import open_tables, stream_data
 from loratune.errors import DataError, RecipeError
-from loratune.recipe import Recipe
+from loratune.progress import Silent
+from loratune.recipe import DataSection, Recipe
 from loratune.roles import trained_in_words
+from tests.conftest import write_jsonl
 from tests.data.golden import CHAT, GOLDEN, MISTRAL_SYSTEM_LAST, SMOLLM2, assistant, rejection, user
 from tests.data.test_templates import CALL, CASES, NAMES, TOOLS, outcome
 
@@ -31,7 +35,16 @@ Trained = Callable[[Example, PreTrainedTokenizerBase], list[str]]
 
 OUTCOMES: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("role_outcomes.json").read_text("utf-8"))
 ROLES = ("system", "user", "tool")
-FEW = ("deepseekv3", "gemma4_v2", "glm4moe_training", "gptoss", "llama3_1", "llava_next", "qwen2_5", "qwen3_5_think_training")
+FEW = (
+    "deepseekv3",
+    "gemma4_v2",
+    "glm4moe_training",
+    "gptoss",
+    "llama3_1",
+    "llava_next",
+    "qwen2_5",
+    "qwen3_5_think_training",
+)
 """Those of the default suite, one for each way of writing roles; the others take their turn with `-m slow`."""
 SYSTEM = {"role": "system", "content": "Be brief."}
 TOOL = {"role": "tool", "name": "weather", "tool_call_id": "call00001", "content": "18 C"}
@@ -147,7 +160,7 @@ def test_what_a_user_would_write_is_trained_and_no_token_changes(
     assert "".join(trained_texts(both, tokenizer)) == "".join(expected)
     assert result.counts["verified"] == 1
     assert result.counts["trained user"] == 2
-    told = any("ends 2 of user with no stop token" in notice for notice in result.notices)
+    told = any("writes 2 messages of user without a stop token" in notice for notice in result.notices)
     assert told == (name == "r1-distill")
 
 
@@ -168,7 +181,9 @@ def test_of_two_results_in_one_turn_the_second_ends_it(
 ) -> None:
     tokenizer = with_template("qwen2_5")
     other = {**TOOL, "content": "19 C"}
-    conversation = converse(user("Weather?"), assistant(None, tool_calls=[CALL, CALL]), TOOL, other, assistant("Warm."), tools=TOOLS)
+    conversation = converse(
+        user("Weather?"), assistant(None, tool_calls=[CALL, CALL]), TOOL, other, assistant("Warm."), tools=TOOLS
+    )
     result = rendered([conversation], tokenizer, train_on=("tool",))
     assert trained_texts(result.examples[0], tokenizer) == ["18 C", "19 C\n</tool_response><|im_end|>"]
     assert result.counts["endless tool"] == 1
@@ -179,7 +194,13 @@ def test_thoughts_that_are_put_back_shift_no_other_span(
     template: str, with_template: WithTemplate, converse: Make, rendered: Render, trained_texts: Trained
 ) -> None:
     tokenizer = with_template(template, eos="<|im_end|>")
-    chat = [user("one?"), assistant("<think>\nHm.\n</think>\n\n1."), user("two?"), assistant("<think>\nHm hm.\n</think>\n\n2."), user("three?")]
+    chat = [
+        user("one?"),
+        assistant("<think>\nHm.\n</think>\n\n1."),
+        user("two?"),
+        assistant("<think>\nHm hm.\n</think>\n\n2."),
+        user("three?"),
+    ]
     result = rendered([converse(*chat)], tokenizer, train_on=("user", "assistant"))
     assert not result.rejected, result.rejected
     assert result.counts["thoughts_restored"] >= 1
@@ -214,7 +235,10 @@ def test_a_message_of_any_trained_role_can_be_left_out(
     (users,) = rendered([converse(*chat)], tokenizer, train_on=("user",)).examples
     assert trained_texts(users, tokenizer) == ["And doubled?<|im_end|>"]
     nothing = [{**message, "train": False} for message in CHAT]
-    assert rejection(rendered([converse(*nothing)], tokenizer, train_on=("user",))) == "no message of user: nothing to train"
+    assert (
+        rejection(rendered([converse(*nothing)], tokenizer, train_on=("user",)))
+        == "no message of user: nothing to train"
+    )
 
 
 def test_a_message_that_wants_to_be_trained_and_is_not_is_refused(
@@ -246,7 +270,9 @@ def test_a_template_that_looks_into_a_text_makes_the_two_ways_disagree(
     with_template: WithTemplate, converse: Make, rendered: Render
 ) -> None:
     """Which message it shows depends on the text of another: with another text in its place, everything after it moves."""
-    nosy = SMOLLM2.replace("{{'<|im_start|>' +", "{% if messages[0]['content'][:2] == 'Hi' %}{{ '!' }}{% endif %}{{'<|im_start|>' +")
+    nosy = SMOLLM2.replace(
+        "{{'<|im_start|>' +", "{% if messages[0]['content'][:2] == 'Hi' %}{{ '!' }}{% endif %}{{'<|im_start|>' +"
+    )
     result = rendered([converse(user("Hi"), assistant("Hello."))], with_template(nosy), train_on=("user",))
     assert "cannot be followed" in rejection(result)
 
@@ -266,6 +292,60 @@ def test_a_template_that_looks_into_a_text_makes_the_two_ways_disagree(
 def test_what_is_no_list_of_roles_is_refused(value: Any, problem: str) -> None:
     with pytest.raises(RecipeError, match=problem):
         Recipe.parse({"data": {"train_on": value}})
+
+
+def _rows(folder: Path, *rows: list[dict[str, Any]]) -> Path:
+    return write_jsonl(folder / "rows.jsonl", [{"messages": row} for row in rows])
+
+
+def test_a_role_that_nobody_has_is_an_error_and_of_a_sample_a_warning(
+    smollm2_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    rows = _rows(tmp_path, *[[user(f"Hi {n}"), assistant("Hello.")] for n in range(12)])
+    section = DataSection.model_validate({"train": str(rows), "eval": "none", "train_on": ["assistant", "tool"]})
+    with pytest.raises(DataError, match="names the role tool, which no message") as caught:
+        prepare_data(section, smollm2_tokenizer, max_length=512, seed=0)
+    assert caught.value.place == f"{rows}:1"
+    assert caught.value.fix == "the roles there are user, assistant: data.train_on=[assistant]"
+    streamed = stream_data(
+        section, open_tables(section, Silent()), smollm2_tokenizer, max_length=512, seed=0, progress=Silent()
+    )
+    assert any(
+        "names the role tool, which no message of the training data has that" in n for n in streamed.report["notices"]
+    )
+
+
+def test_streamed_rows_are_trained_alike(smollm2_tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    rows = _rows(tmp_path, *[[user(f"Hi {n}"), assistant("Hello.")] for n in range(12)])
+    section = DataSection.model_validate({"train": str(rows), "eval": "none", "train_on": ["user"]})
+    expected = prepare_data(section, smollm2_tokenizer, max_length=512, seed=0).train
+    tables = open_tables(section, Silent())
+    streamed = stream_data(section, tables, smollm2_tokenizer, max_length=512, seed=0, progress=Silent()).stream
+    assert streamed is not None
+    for number, example in enumerate(expected):
+        made = streamed[number]
+        assert isinstance(made, Example)
+        assert made.supervised.tolist() == example.supervised.tolist()
+
+
+def test_the_report_counts_trained_messages_and_rows_without_one_are_bad_rows(
+    smollm2_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    rows = _rows(tmp_path, [user("Hi"), assistant("Hello."), user("Bye")], [assistant("I begin.")], [user("Hm")])
+    section = DataSection.model_validate(
+        {"train": str(rows), "eval": "none", "train_on": ["user"], "on_bad_row": "skip"}
+    )
+    prepared = prepare_data(section, smollm2_tokenizer, max_length=512, seed=0)
+    part = prepared.report["train"]
+    assert part["trained_messages"] == {"user": 3}
+    assert part["trained_messages_without_stop_token"] == {}
+    assert [row["reason"] for row in part["rejected"]] == ["no message of user: nothing to train"]
+    assert "another text in a message's place" in prepared.report["mask"]["method"]
+    assert part["conversations_without_last_answer"] == 0, "a message that is trained needs no answer"
+    section = section.model_copy(update={"on_bad_row": "error"})
+    with pytest.raises(DataError, match="no message of user") as caught:
+        prepare_data(section, smollm2_tokenizer, max_length=512, seed=0)
+    assert caught.value.place == f"{rows}:2"
 
 
 def test_it_is_said_in_words() -> None:

@@ -46,7 +46,7 @@ def test_the_other_answers_are_trained_and_no_token_changes(
         assert tokenizer.decode(example.input_ids) == whole
         assert result.counts["verified"] == 1
         assert result.counts["answers_not_trained"] == 1
-        assert "1 answers have train: false and are not trained." in result.notices
+        assert "1 answer has train: false and is not trained." in result.notices
     (last,) = rendered([converse(*without(ANSWERS[-1]))], tokenizer, train_on="last").examples
     assert trained_texts(last, tokenizer) == trained[-2:-1], "the last one that is trained"
 

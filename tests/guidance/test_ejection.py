@@ -107,7 +107,7 @@ def test_rows_that_trl_prepares_alike_are_left_where_they_are(
 ) -> None:
     for settings, words in (
         (["data.train_on=all"], "assistant_only_loss=False"),
-        ([f"model.name={marked_model}"], "assistant_only_loss=True"),
+        ([f"model.name={marked_model}", "data.train_on=[assistant]"], "assistant_only_loss=True"),
     ):
         prepared = prepare(Recipe.load(recipe_file, settings), Silent())
         ejected = eject(prepared, tmp_path / "script.py", overwrite=True, progress=Silent())
@@ -133,6 +133,7 @@ def test_the_script_imports_the_libraries_of_the_seed_and_nothing_of_ours(recipe
         (["data.train={name: TRAIN, weight: 2}"], "weight 2"),
         (["data.train=[TRAIN, TRAIN]"], "several sources"),
         (["data.max_length=40", "data.on_long=drop"], "TRL makes"),
+        (["data.train_on=[user]"], "data.train_on is [user], and TRL trains the assistant's answers or all tokens"),
         (["data.train_on=last"], "TRL's trained tokens differ, first in TRAIN:1"),
     ],
 )

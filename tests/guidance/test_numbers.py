@@ -97,6 +97,14 @@ def test_what_else_could_be_trained_on_is_counted_by_rendering_it(tiny_recipe: M
     assert len(set(rows.values())) == 3
 
 
+def test_trained_roles_are_counted_and_stand_beside_the_other_choices(tiny_recipe: MakeRecipe) -> None:
+    made = facts(tiny_recipe(data__train_on=["user"]))
+    rows = {row["train_on"]: row["tokens that carry loss"] for row in TABLES["data.train_on"](made)}
+    assert list(rows) == ["assistant", "last", "all", "[user]"]
+    words = SUMMARIES["data.train_on"](made)
+    assert words == f"{rows['[user]']}, in messages: 27 of user"
+
+
 def test_batch_size_and_epochs_give_the_steps_that_are_planned(tiny_recipe: MakeRecipe) -> None:
     rows = {row["batch_size"]: row["steps"] for row in TABLES["train.batch_size"](facts(tiny_recipe(train__epochs=3)))}
     assert list(rows) == ["2", "4", "8", "16", "32"]

@@ -63,8 +63,8 @@ def test_rows_that_cannot_be_trained_on_are_skipped_and_counted(tmp_path: Path) 
     starter = starter_for_data(str(write_jsonl(tmp_path / "mine.jsonl", rows)))
     value, reason = starter.settings["data.on_bad_row"]
     assert value == "skip"
-    assert reason.startswith("1 rows cannot")
-    with pytest.raises(DataError, match="none of the 1 rows"):
+    assert reason.startswith("1 row cannot")
+    with pytest.raises(DataError, match="none of 1 row "):
         starter_for_data(str(write_jsonl(tmp_path / "bad.jsonl", rows[-1:])))
 
 
@@ -72,6 +72,31 @@ def test_large_data_gets_larger_steps(tmp_path: Path) -> None:
     rows = [{"prompt": f"q{i}", "completion": "a"} for i in range(2000)]
     starter = starter_for_data(str(write_jsonl(tmp_path / "large.jsonl", rows)))
     assert starter.settings["train.batch_size"] == (32, "63 steps an epoch")
+
+
+LABELLED = {
+    "text and label": lambda i: {"text": f"words {i}", "label": ("no", "yes")[i % 2]},
+    "sentence1, sentence2 and label": lambda i: {"sentence1": f"a {i}", "sentence2": "b", "label": i % 3},
+}
+
+
+@pytest.mark.parametrize("form", LABELLED)
+def test_labelled_rows_make_a_recipe_of_a_classifier(form: str, tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path / "mine.jsonl", [*map(LABELLED[form], range(30)), {"text": "words", "label": None}])
+    path, starter = init(str(data), None)
+    recipe = Recipe.load(path)
+    assert recipe.model.task == "sequence_classification"
+    assert (recipe.data.train_on, recipe.data.on_bad_row, recipe.data.eval) == ("assistant", "skip", 0.05)
+    number = 3 if "sentence1" in form else 2
+    assert starter.settings["model.task"][1] == f"the rows have {form}, of {number} classes"
+    assert "1 row cannot be trained on" in path.read_text()
+
+
+def test_texts_whose_labels_never_come_again_are_texts(tmp_path: Path) -> None:
+    rows = [{"text": f"words {i}", "label": f"title {i}"} for i in range(30)]
+    starter = starter_for_data(str(write_jsonl(tmp_path / "mine.jsonl", rows)))
+    assert starter.settings["data.format"][0] == "text"
+    assert "model.task" not in starter.settings
 
 
 @pytest.mark.parametrize("name", sorted(shipped_recipes()))

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from loratune.counting import as_count
 from loratune.data.conversation import Conversation, Message, Origin
 from loratune.data.prompts import render_prompts, stop_token_ids
 from loratune.data.render import Example, Thinking, trained_turns
@@ -131,7 +132,7 @@ def add_checks(
     report["shared_prompts"] = [{"eval": _place(one), "train": _place(other)} for one, other in shared]
     if shared:
         report["notices"].append(
-            f"{len(shared)} held-out conversations have the same prompt as a training conversation, with another answer: "
+            f"{as_count(len(shared), 'held-out conversation has', 'held-out conversations have')} the same prompt as a training conversation, with another answer: "
             f"{places([one for one, _ in shared])}."
         )
     asks = section.train_on == "all" or "assistant" in trained_roles(section.train_on)

@@ -307,9 +307,7 @@ def _conversation(messages: list[Message], value: dict[str, Any], origin: Origin
         raise BadRow("no messages")
     if all(message["role"] == "system" for message in messages):
         raise BadRow("only a system message")
-    untrained, insisted = (
-        tuple(n for n, m in enumerate(messages) if m.get("train") is said) for said in (False, True)
-    )
+    untrained, insisted = (tuple(n for n, m in enumerate(messages) if m.get("train") is said) for said in (False, True))
     messages = [{name: part for name, part in message.items() if name != "train"} for message in messages]
     return Conversation(
         messages=tuple(messages),

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from loratune.counting import as_count
 from loratune.data.checks import histogram, places, scripts
 from loratune.data.conversation import Conversation, Origin, Rejected
 from loratune.data.labelled_rows import Key, LabelledText, Part, class_names, hold_out_texts, read_labelled
@@ -175,7 +176,7 @@ class _Encoder:
         apply_policy(rejected, self.data)
         if not examples:
             raise DataError(
-                f"no {side} text is left of {part.num_rows} rows: {len(long)} dropped for their length",
+                f"no {side} text is left of {as_count(part.num_rows, 'row')}: {len(long)} dropped for their length",
                 fix="raise data.max_length if the length is the reason; data.json has the others",
             )
         truncates = self.data.on_long == "truncate"
@@ -279,7 +280,7 @@ def _notices(report: dict[str, Any], train: Part, encoded: _Encoded) -> Iterator
     if report["overlap"]:
         first = report["overlap"][0]
         yield (
-            f"{len(report['overlap'])} held-out texts also stand in the training data, so the accuracy flatters: first line "
+            f"{as_count(len(report['overlap']), 'held-out text also stands', 'held-out texts also stand')} in the training data, so the accuracy flatters: first line "
             f"{first['eval']['line']} = training line {first['train'][0]['line']}."
         )
     labels: dict[Key, dict[str, Origin]] = {}
@@ -288,21 +289,27 @@ def _notices(report: dict[str, Any], train: Part, encoded: _Encoded) -> Iterator
     torn = [found for found in labels.values() if len(found) > 1]
     if torn:
         both = " and ".join(f"{name} ({origin})" for name, origin in list(torn[0].items())[:2])
-        yield f"{len(torn)} training texts stand there with several labels, which cannot all be learned: first {both}."
+        stand = as_count(len(torn), "training text stands", "training texts stand")
+        yield f"{stand} there with several labels, which cannot all be learned: first {both}."
     if report["train"]["duplicates"]:
-        yield f"{report['train']['duplicates']} of {len(train.texts)} training texts are exact duplicates; data.json lists them."
+        number = report["train"]["duplicates"]
+        are = "is an exact duplicate" if number == 1 else "are exact duplicates"
+        yield f"{number} of {as_count(len(train.texts), 'training text')} {are}; data.json lists them."
     counts = report["train"]["labels"]
     rare = min(counts, key=lambda name: counts[name])
     most = max(counts.values())
     if counts[rare] * 10 < most:
-        yield f"the classes are uneven: {rare} has {counts[rare]:,} training texts, the largest {most:,}; mind F1 beside accuracy."
+        yield f"the classes are uneven: {rare} has {as_count(counts[rare], 'training text')}, the largest {most:,}; mind F1 beside accuracy."
     for side in ("train", "eval"):
         part = report[side]
         if part and part["truncated"]:
             where = f": {places(encoded.truncated)}" if side == "train" else ""
-            yield f"{side}: {part['truncated']} texts are cut at {report['max_length']:,} tokens{where}."
+            yield f"{side}: {as_count(part['truncated'], 'text is', 'texts are')} cut at {report['max_length']:,} tokens{where}."
         if part and part["num_rejected"]:
-            yield f"{part['num_rejected']} {side} rows were left out; data.json lists them with their reasons."
+            yield (
+                f"{as_count(part['num_rejected'], f'{side} row was', f'{side} rows were')} left out; data.json lists them with "
+                "their reasons."
+            )
 
 
 def labels_fingerprint(examples: Sequence[Example]) -> str:

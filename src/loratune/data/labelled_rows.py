@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from loratune.counting import as_count
 from loratune.data.conversation import BadRow, Origin, Rejected, check_columns, rename_columns
 from loratune.data.reading import Reader, apply_policy
-from loratune.data.sources import hub_class_names, is_local
+from loratune.data.sources import Row, hub_class_names, is_local
 from loratune.errors import DataError
 from loratune.recipe import Source
 
@@ -71,25 +72,39 @@ def read_labelled(read: Reader, sources: Sequence[Source], refuse: Callable[[str
     for source in sources:
         rows = read.rows(source)
         check_columns(rows, read.data.columns)
-        form = ""
         classes = [] if is_local(source) else hub_class_names(source, read.data.columns.get("label", "label"))
-        for row in rename_columns(rows, read.data.columns):
-            origin = Origin(file=row.file, line=row.line)
-            try:
-                text = _labelled(row.value, origin, refuse, classes)
-            except BadRow as bad:
-                rejected.append(Rejected(origin=origin, reason=str(bad)))
-                continue
-            texts.append(text)
-            form = form or ("text and label" if text.second is None else "sentence1, sentence2 and label")
+        good, bad = labelled_texts(rename_columns(rows, read.data.columns), refuse, classes)
+        form = "" if not good else "text and label" if good[0].second is None else "sentence1, sentence2 and label"
+        texts += good
+        rejected += bad
         described.append({**source.model_dump(), "format": form, "rows": len(rows), "sha256": read.contents(source)})
         num_rows += len(rows)
     apply_policy(rejected, read.data)
     return Part(sources=described, num_rows=num_rows, texts=texts, rejected=rejected)
 
 
+def labelled_texts(
+    rows: Iterable[Row], refuse: Callable[[str], str] = lambda _: "", classes: Sequence[str] = ()
+) -> tuple[list[LabelledText], list[Rejected]]:
+    """What rows say, and why others say nothing.
+
+    Args:
+        rows: With the field names of labelled rows.
+        refuse: Says which special token a text names; empty: none.
+        classes: The names that a hub data set gives to its integers.
+    """
+    texts: list[LabelledText] = []
+    rejected: list[Rejected] = []
+    for row in rows:
+        origin = Origin(file=row.file, line=row.line)
+        try:
+            texts.append(_labelled(row.value, origin, refuse, classes))
+        except BadRow as bad:
+            rejected.append(Rejected(origin=origin, reason=str(bad)))
+    return texts, rejected
+
+
 def _labelled(value: Any, origin: Origin, refuse: Callable[[str], str], classes: Sequence[str]) -> LabelledText:
-    """`classes`: the names that a hub data set gives to its integers."""
     if not isinstance(value, dict):
         raise BadRow(f"a row is an object with text and label, this is {_shown(value)}")
     fields = ("text",) if "text" in value else ("sentence1", "sentence2")
@@ -201,7 +216,7 @@ def hold_out_texts(part: Part, fraction: float, seed: int) -> tuple[Part, Part]:
         largest = max(by_class.values(), key=len, default=[])
         if len(largest) < 2:
             raise DataError(
-                f"{len(groups)} distinct texts: nothing can be held out",
+                f"{as_count(len(groups), 'distinct text')}: nothing can be held out",
                 fix="give more data, or set data.eval=none or data.eval=FILE",
             )
         chosen = {largest[0]}

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import numpy.typing as npt
 
+from loratune.counting import as_count
 from loratune.data.conversation import BadRow, Origin
 from loratune.data.spans import Span
 from loratune.data.words import Tokens, Words
@@ -110,7 +111,7 @@ class TooLong:
         """Raise `DataError` if there were any."""
         if self.first is not None:
             raise DataError(
-                f"{self.count} examples are longer than max_length {max_length}; the longest has {self.longest} tokens",
+                f"{as_count(self.count, 'example is', 'examples are')} longer than max_length {max_length}; the longest has {self.longest} tokens",
                 file=self.first.file,
                 line=self.first.line,
                 fix="raise data.max_length, or set data.on_long to truncate or drop",

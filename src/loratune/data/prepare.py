@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
+from loratune.counting import as_count
 from loratune.data.cache import Arrays, Cache, cache_key
 from loratune.data.checks import add_checks
 from loratune.data.conversation import (
@@ -212,7 +213,7 @@ def _render(
         reasons = "; ".join(f"{number} × {reason}" for reason, number in left_out.most_common(3))
         dropped = sum(rendered.counts.get(name, 0) for name in ("dropped_long", "dropped_empty"))
         raise DataError(
-            f"no {name} conversation is left of {part.num_rows} rows: {dropped} dropped for their length"
+            f"no {name} conversation is left of {as_count(part.num_rows, 'row')}: {dropped} dropped for their length"
             + (f"; {reasons}" if reasons else ""),
             fix="see the reasons; raise data.max_length if the length is one",
         )
@@ -320,7 +321,7 @@ def _warnings(report: dict[str, Any], train: Part) -> list[str]:
         ]
         more = f" and {len(pairs) - _SHOWN} more" if len(pairs) > _SHOWN else ""
         warnings.append(
-            f"{len(pairs)} held-out conversations also stand in the training data, so the held-out loss flatters: "
+            f"{as_count(len(pairs), 'held-out conversation also stands', 'held-out conversations also stand')} in the training data, so the held-out loss flatters: "
             f"{', '.join(pairs[:_SHOWN])}{more}."
         )
     if report["train"]["duplicates"]:
@@ -328,14 +329,16 @@ def _warnings(report: dict[str, Any], train: Part) -> list[str]:
         lines = "; ".join(" = ".join(f"line {place['line']}" for place in group[:_SHOWN]) for group in groups[:_SHOWN])
         more = f" and {len(groups) - _SHOWN} more groups" if len(groups) > _SHOWN else ""
         warnings.append(
-            f"{report['train']['duplicates']} of {len(train.conversations)} training conversations are exact duplicates: "
+            f"{report['train']['duplicates']} of {as_count(len(train.conversations), 'training conversation')} "
+            f"{'is an exact duplicate' if report['train']['duplicates'] == 1 else 'are exact duplicates'}: "
             f"{lines}{more}."
         )
     for name in ("train", "eval"):
         part = report[name]
         if part and part["num_rejected"]:
             warnings.append(
-                f"{part['num_rejected']} {name} rows were left out; data.json lists them with their reasons."
+                f"{as_count(part['num_rejected'], f'{name} row was', f'{name} rows were')} left out; data.json lists them with "
+                "their reasons."
             )
     return warnings
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from loratune.counting import as_count
 from loratune.data.conversation import (
     Conversation,
     Rejected,
@@ -169,7 +170,7 @@ def hold_out(part: Part, fraction: float, seed: int) -> tuple[Part, Part]:
         groups.setdefault(key, []).append(number)
     if len(groups) < 2:
         raise DataError(
-            f"{len(groups)} distinct conversations: nothing can be held out",
+            f"{as_count(len(groups), 'distinct conversation')}: nothing can be held out",
             fix="give more data, or set data.eval=none or data.eval=FILE",
         )
     keys = list(groups)

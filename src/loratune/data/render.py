@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal, ParamSpec, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from loratune.counting import as_count
 from loratune.data.conversation import BadRow, Conversation, Message, Rejected, split_thoughts
 from loratune.data.labels import Encoder, Example, Labelled, Labels, OnLong, Text, TooLong, backend_of
 from loratune.data.processes import Crew, num_helpers
@@ -249,7 +250,15 @@ class Renderer:
         if self._train_on != "all":
             raise BadRow("plain text has no answers; train_on must be all")
         made = Text(
-            text=text, spans=None, check=None, names=(), endless=frozenset(), plain=True, origin=conversation.origin, num_controls=None, hidden=None
+            text=text,
+            spans=None,
+            check=None,
+            names=(),
+            endless=frozenset(),
+            plain=True,
+            origin=conversation.origin,
+            num_controls=None,
+            hidden=None,
         )
         specials = self._specials(made)
         if not specials.names.search(text):
@@ -350,7 +359,7 @@ class Renderer:
         template, _ = self._tools_of_the_trade
         if counts["thoughts_restored"]:
             notices.append(
-                f"The chat template drops the thoughts of {counts['thoughts_restored']} answers. They were put back and "
+                f"The chat template drops the thoughts of {as_count(counts['thoughts_restored'], 'answer')}. They were put back and "
                 "are trained (data.thinking=keep); data.thinking=strip trains without them."
             )
         thoughtless = counts["answers"] - counts["thoughts"]
@@ -361,27 +370,31 @@ class Renderer:
             )
         if template.forbids_thoughts and counts["thoughts"]:
             notices.append(
-                f"The chat template's generation prompt ends with empty thoughts, but {counts['thoughts']} trained answers "
-                "have some: when it is used, the model is prompted to answer without them."
+                "The chat template's generation prompt ends with empty thoughts, but "
+                f"{as_count(counts['thoughts'], 'trained answer has', 'trained answers have')} some: when it is used, the model is prompted to answer without them."
             )
         if number := counts["answers_not_trained"]:
-            what = "answers" if trained_roles(self._train_on) == ("assistant",) else "messages"
-            notices.append(f"{number} {what} have train: false and are not trained.")
+            what = "answer" if trained_roles(self._train_on) == ("assistant",) else "message"
+            said = f"{what} has train: false and is not trained.", f"{what}s have train: false and are not trained."
+            notices.append(as_count(number, *said))
         if number := counts["unanswered"]:
-            notices.append(f"{number} conversations end with a message that has no answer.")
+            ends = as_count(number, "conversation ends", "conversations end")
+            notices.append(f"{ends} with a message that has no answer.")
         if endless := {role: n for role in trained_roles(self._train_on) if (n := counts[f"endless {role}"])}:
-            which = " and ".join(f"{n} of {role}" for role, n in endless.items())
+            which = " and ".join(
+                as_count(n, f"message of {role}", f"messages of {role}") for role, n in endless.items()
+            )
             notices.append(
-                f"The chat template ends {which} with no stop token of their own: their texts are trained, but not where they end."
+                f"The chat template writes {which} without a stop token of their own: the texts are trained, but not where they end."
             )
         if template.writes_date:
             notices.append(
                 "The chat template writes today's date into every conversation: tomorrow's tokens will differ."
             )
         if counts["straddling"]:
-            notices.append(
-                f"{counts['straddling']} tokens hold both what the template writes and the start of a trained text; they are not trained."
-            )
+            both = "both what the template writes and the start of a trained text;"
+            said = f"token holds {both} it is not trained.", f"tokens hold {both} they are not trained."
+            notices.append(as_count(counts["straddling"], *said))
         return notices
 
 

@@ -140,9 +140,7 @@ def spans_by_difference(
         answer = next((n for n in range(turn + 1, len(messages)) if messages[n]["role"] == "assistant"), None)
         moved = 0
         if text != rendered:  # as far as the next answer's prompt, or the end of the text
-            moved = (
-                len(text) - len(rendered) if answer is None else trained.bare_end(answer) - prompts.bare_end(answer)
-            )
+            moved = len(text) - len(rendered) if answer is None else trained.bare_end(answer) - prompts.bare_end(answer)
         spans.append((blanks_before(rendered, start) + moved, (end if stop is None else stop) + moved))
     return spans
 

@@ -174,9 +174,7 @@ class Substitution:
 
     def _layout(self, messages: Sequence[Message], tools: Tools, turns: Sequence[int], *, trained_only: bool) -> Layout:
         hidden = [
-            _hide(message, number)
-            if message["role"] == "assistant" or number in turns or not trained_only
-            else message
+            _hide(message, number) if message["role"] == "assistant" or number in turns or not trained_only else message
             for number, message in enumerate(messages)
         ]
         gaps, holes = _split(self._template.render(hidden, tools))
@@ -377,7 +375,9 @@ def _limit(draft: _Draft, text: str, turn: int, messages: Sequence[Message]) -> 
         return min(limit, end + len(variant))
     following = holes[index + 1].message if index + 1 < len(holes) else len(messages)
     if following != turn + 1 and not all(map(has_text, messages)):
-        raise BadRow(f"where message {turn + 1} ({messages[turn]['role']}) ends cannot be told: a message without text follows")
+        raise BadRow(
+            f"where message {turn + 1} ({messages[turn]['role']}) ends cannot be told: a message without text follows"
+        )
     return limit
 
 

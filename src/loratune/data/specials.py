@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from tokenizers import AddedToken, Tokenizer
 
+from loratune.counting import as_count
 from loratune.data.conversation import BadRow, Conversation
 from loratune.data.words import Tokens
 
@@ -191,10 +192,10 @@ def special_notices(number: int, *, as_text: bool) -> list[str]:
         return []
     if as_text:
         return [
-            f"{number} conversations have the names of special tokens in their texts. They are trained as the ordinary "
+            f"{as_count(number, 'conversation has', 'conversations have')} the names of special tokens in their texts. They are trained as the ordinary "
             "text that they are (data.special_tokens_in_text=as_text). Most servers read them as special tokens."
         ]
     return [
-        f"{number} texts have the names of special tokens in them. In chats such rows are refused, in plain text they are "
+        f"{as_count(number, 'text has', 'texts have')} the names of special tokens in them. In chats such rows are refused, in plain text they are "
         "read as these tokens; data.special_tokens_in_text=as_text reads them as text."
     ]

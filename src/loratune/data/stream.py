@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 import numpy.typing as npt
 
+from loratune.counting import as_count
 from loratune.data.conversation import Origin, Rejected, rename_columns, to_conversations
 from loratune.data.labels import Example, backend_of
 from loratune.data.prepare import PreparedData, assemble
@@ -189,7 +190,7 @@ def stream_data(
     report["notices"] = [
         f"{len(numbers):,} rows are read and verified while training runs; lengths and findings are those of a sample of "
         f"{len(prepared.train):,}.",
-        *([f"{duplicates:,} rows are written exactly like an earlier one."] if duplicates else []),
+        *([f"{as_count(duplicates, 'row is', 'rows are')} written exactly like an earlier one."] if duplicates else []),
         *report["notices"],
     ]
     return replace(prepared, stream=stream)

@@ -10,6 +10,7 @@ import torch
 from rich.table import Table
 from rich.text import Text
 
+from loratune.counting import as_count
 from loratune.data.batch import collate
 from loratune.data.labelled import LabelledExample
 from loratune.data.render import Example
@@ -205,7 +206,9 @@ def _item(example: LabelledExample, names: Sequence[str], sides: Sequence[_Side]
 def classification_table(record: Mapping[str, Any]) -> Table:
     """Base, tuned, the majority class, and the difference with its interval, one row a measure."""
     table = Table(
-        title=f"Held-out: {record['num_examples']} texts", caption=f"{record['note']}.", caption_justify="left"
+        title=f"Held-out: {as_count(record['num_examples'], 'text')}",
+        caption=f"{record['note']}.",
+        caption_justify="left",
     )
     table.add_column("measure")
     for column in ("base", "majority", "tuned", "difference", f"{record['interval']['level']:.0%} interval"):

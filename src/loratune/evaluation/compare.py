@@ -12,6 +12,7 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
+from loratune.counting import as_count
 from loratune.evaluation.generate import Answer, Prompt
 from loratune.evaluation.scoring import score
 
@@ -125,18 +126,18 @@ def nll_record(base: Sequence[NllPair], tuned: Sequence[NllPair]) -> dict[str, A
 
 def evaluation_table(record: Mapping[str, Any]) -> Table:
     """Base, tuned, and their difference with its interval, one row a measure."""
-    table = Table(title=f"Held-out: {record['num_examples']} conversations")
+    table = Table(title=f"Held-out: {as_count(record['num_examples'], 'conversation')}")
     table.add_column("measure")
     for column in ("base", "tuned", "difference", f"{record['interval']['level']:.0%} interval"):
         table.add_column(column, justify="right")
     metric = record["metric"]
     if metric == "bleu" and metric in record["base"]:
-        label = f"bleu ({len(record['items'])} answers)"
+        label = f"bleu ({as_count(len(record['items']), 'answer')})"
         _add_row(table, label, record["base"][metric], record["tuned"][metric], record["difference"][metric])
     elif metric in record["base"]:
         points = {name: 100 * value for name, value in record["difference"][metric].items()}
         table.add_row(
-            f"{metric} ({len(record['items'])} answers)",
+            f"{metric} ({as_count(len(record['items']), 'answer')})",
             f"{record['base'][metric]:.1%}",
             f"{record['tuned'][metric]:.1%}",
             f"{points['value']:+.1f} points",
@@ -145,11 +146,11 @@ def evaluation_table(record: Mapping[str, Any]) -> Table:
     for name, label in (("nll", "NLL per token"), ("perplexity", "perplexity")):
         _add_row(table, label, record["base"][name], record["tuned"][name], record["difference"][name])
     for name, part in record.get("sources", {}).items():
-        of_it = _plain(f"NLL of {name} ({part['num_examples']} conversations)")
+        of_it = _plain(f"NLL of {name} ({as_count(part['num_examples'], 'conversation')})")
         _add_row(table, of_it, part["base"]["nll"], part["tuned"]["nll"], part["difference"]["nll"])
     if "forgetting" in record:
         other = record["forgetting"]
-        label = f"other data: NLL per token ({other['num_examples']} conversations)"
+        label = f"other data: NLL per token ({as_count(other['num_examples'], 'conversation')})"
         _add_row(table, label, other["base"]["nll"], other["tuned"]["nll"], other["difference"]["nll"])
     for task, measures in record.get("harness", {}).get("tasks", {}).items():
         for name, values in measures.items():

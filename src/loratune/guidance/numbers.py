@@ -11,6 +11,7 @@ import numpy as np
 import psutil
 import torch
 
+from loratune.counting import as_count
 from loratune.data.batch import num_supervised
 from loratune.data.mixture import mixture
 from loratune.data.render import Example
@@ -83,7 +84,7 @@ def _dtype_table(facts: Facts) -> list[Row]:
 
 def _train(facts: Facts) -> str:
     part = facts.prepared.data.report["train"]
-    words = f"{part['rows']:,} rows, {part['conversations']:,} examples, {part['tokens']:,} tokens"
+    words = f"{as_count(part['rows'], 'row')}, {as_count(part['conversations'], 'example')}, {part['tokens']:,} tokens"
     data = facts.prepared.data
     sources = mixture(data.train, data.report, data.scale)
     if len(sources) > 1:
@@ -94,12 +95,12 @@ def _train(facts: Facts) -> str:
 def _eval(facts: Facts) -> str:
     report = facts.prepared.data.report
     overlap = f", {len(report['overlap'])} of them also in the training data" if report["overlap"] else ""
-    return f"{len(facts.prepared.data.eval):,} held-out examples{overlap}"
+    return f"{as_count(len(facts.prepared.data.eval), 'held-out example')}{overlap}"
 
 
 def _format(facts: Facts) -> str:
     part = facts.prepared.data.report["train"]
-    return f"{part['rows']:,} rows read as {part['format']}"
+    return f"{as_count(part['rows'], 'row')} read as {part['format']}"
 
 
 def _columns(facts: Facts) -> str:
@@ -132,12 +133,12 @@ def _train_on_table(facts: Facts) -> list[Row]:
 
 def _thinking(facts: Facts) -> str:
     part = facts.prepared.data.report["train"]
-    return f"{part['answers_with_thoughts']:,} answers have thoughts"
+    return f"{as_count(part['answers_with_thoughts'], 'answer has', 'answers have')} thoughts"
 
 
 def _special_tokens_in_text(facts: Facts) -> str:
     part = facts.prepared.data.report["train"]
-    return f"{part['special_tokens_in_text']:,} conversations name special tokens in their texts"
+    return f"{as_count(part['special_tokens_in_text'], 'conversation names', 'conversations name')} special tokens in their texts"
 
 
 def _max_length(facts: Facts) -> str:
@@ -179,7 +180,7 @@ def _streaming(facts: Facts) -> str:
 
 
 def _on_bad_row(facts: Facts) -> str:
-    return f"{facts.prepared.data.report['train']['num_rejected']:,} training rows left out"
+    return f"{as_count(facts.prepared.data.report['train']['num_rejected'], 'training row')} left out"
 
 
 # ---- train

@@ -13,10 +13,13 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import yaml
 
+from loratune.counting import as_count
 from loratune.data.conversation import Conversation, detect_format, to_conversations
+from loratune.data.labelled_rows import LabelledText, labelled_texts
 from loratune.data.sources import read_rows
 from loratune.errors import DataError, MachineError, RecipeError
 from loratune.recipe import Recipe, Source
+from loratune.recipe_tasks import CLASSIFICATION
 
 if TYPE_CHECKING:
     from loratune.data.sources import Row
@@ -87,11 +90,13 @@ def starter_for_data(name: str) -> Starter:
         MachineError: The hub does not answer.
     """
     rows = read_rows(Source(name=name))
+    if texts := _labelled_texts(rows):
+        return _starter_for_classes(name, rows, texts)
     form = detect_format(rows, strict=False)
     conversations, rejected = to_conversations(rows, form)
     if not conversations:
         raise DataError(
-            f"none of the {len(rows)} rows can be trained on: {rejected[0].reason}",
+            f"none of {as_count(len(rows), 'row')} can be trained on: {rejected[0].reason}",
             file=rejected[0].origin.file,
             line=rejected[0].origin.line,
             fix="see docs/data.md for the formats",
@@ -103,8 +108,32 @@ def starter_for_data(name: str) -> Starter:
         **_evaluation_settings(conversations),
     }
     return Starter(
-        title=f"LoRA on {name}: {len(conversations):,} conversations in the format {form}.", settings=settings
+        title=f"LoRA on {name}: {as_count(len(conversations), 'conversation')} in the format {form}.", settings=settings
     )
+
+
+def _labelled_texts(rows: Sequence[Row]) -> list[LabelledText]:
+    """What the rows are to a classifier; nothing where they are none: labels are few, and every one comes again on average."""
+    texts, _ = labelled_texts(rows)
+    labels = {text.label for text in texts}
+    classifies = 2 * len(texts) > len(rows) and 2 <= len(labels) <= len(texts) / 2
+    return texts if classifies else []
+
+
+def _starter_for_classes(name: str, rows: Sequence[Row], texts: Sequence[LabelledText]) -> Starter:
+    labels, pairs = {text.label for text in texts}, any(text.second is not None for text in texts)
+    form = "sentence1, sentence2 and label" if pairs else "text and label"
+    what = "pair" if pairs else "text"
+    settings: Settings = {
+        "model.name": choose_model(),
+        "model.task": (CLASSIFICATION, f"the rows have {form}, of {as_count(len(labels), 'class', 'classes')}"),
+        **_sources(name, len(texts), what),
+        "data.max_length": ("auto", ""),
+        **({"data.on_bad_row": _skipped(len(rows) - len(texts))} if len(texts) < len(rows) else {}),
+        **_training_settings(len(texts)),
+    }
+    title = f"LoRA on {name}: {as_count(len(texts), what)} of {as_count(len(labels), 'class', 'classes')}."
+    return Starter(title=title, settings=settings)
 
 
 def starter_from_recipe(path: Path) -> Starter:
@@ -183,11 +212,7 @@ def _data_settings(
     fits = (
         f"what {len(conversations):,} of {len(rows):,} rows are" if num_rejected else f"what all {len(rows):,} rows are"
     )
-    settings: Settings = {"data.train": (name, "")}
-    if len(conversations) < FEW:
-        settings["data.eval"] = ("none", f"{len(conversations)} conversations are too few to hold some out")
-    else:
-        settings["data.eval"] = (0.05, "every twentieth conversation is held out")
+    settings = _sources(name, len(conversations), "conversation")
     settings["data.format"] = (form, fits)
     settings["data.train_on"] = ("all", "plain text has no answers") if form == "text" else ("assistant", "")
     settings["data.max_length"] = ("auto", "")
@@ -195,9 +220,18 @@ def _data_settings(
         ("truncate", "") if form == "text" else ("drop", "a cut answer would teach to stop midway")
     )
     if num_rejected:
-        reason = f"{num_rejected:,} rows cannot be trained on; `error` stops at the first of them"
-        settings["data.on_bad_row"] = ("skip", reason)
+        settings["data.on_bad_row"] = _skipped(num_rejected)
     return settings
+
+
+def _sources(name: str, number: int, what: str) -> Settings:
+    if number < FEW:
+        return {"data.train": (name, ""), "data.eval": ("none", f"{as_count(number, what)}: too few to hold some out")}
+    return {"data.train": (name, ""), "data.eval": (0.05, f"every twentieth {what} is held out")}
+
+
+def _skipped(num_rejected: int) -> Value:
+    return "skip", f"{as_count(num_rejected, 'row')} cannot be trained on; `error` stops at the first of them"
 
 
 def _training_settings(num_conversations: int) -> Settings:
@@ -209,7 +243,7 @@ def _training_settings(num_conversations: int) -> Settings:
         "lora.targets": ("complete", ""),
         "train.epochs": (epochs, ""),
         "train.learning_rate": (2e-4, ""),
-        "train.batch_size": (batch_size, f"{-(-num_conversations // batch_size):,} steps an epoch"),
+        "train.batch_size": (batch_size, f"{as_count(-(-num_conversations // batch_size), 'step')} an epoch"),
         "train.schedule": ("cosine", ""),
         "train.warmup_fraction": (0.03, ""),
         "train.eval_every": (0.1, ""),

@@ -13,6 +13,7 @@ from typing import Any
 from loratune.model.variants import saved_rank, scale_of
 from loratune.recipe import Recipe
 from loratune.recipe_tasks import is_classification
+from loratune.roles import as_written, trained_roles
 
 SCHULMAN = "Schulman et al. 2025, LoRA Without Regret, thinkingmachines.ai/blog/lora"
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -134,6 +135,17 @@ def _cut(facts: Facts) -> Iterator[Advice]:
             text="data.max_length=auto, or data.on_long=drop",
             reason=f"{facts.num_cut:,} of {facts.num_examples:,} examples are cut at {data.max_length:,} tokens; an answer "
             "that is cut is trained without its end",
+        )
+
+
+def _untrained_answers(facts: Facts) -> Iterator[Advice]:
+    recipe = facts.recipe
+    if recipe.evaluate.metric != "none" and "assistant" not in (trained_roles(recipe.data.train_on) or ("assistant",)):
+        yield Advice(
+            about="evaluate.metric",
+            text="evaluate.metric=none, or assistant among data.train_on",
+            reason=f"answers of the assistant are generated and scored by {recipe.evaluate.metric}, but data.train_on is "
+            f"{as_written(recipe.data.train_on)}: the held-out loss is of what is trained, the score is not",
         )
 
 
@@ -320,6 +332,7 @@ _RULES: tuple[Callable[[Facts], Iterator[Advice]], ...] = (
     _prompt,
     _stop_token,
     _cut,
+    _untrained_answers,
     _learning_rate,
     _targets,
     _capacity,

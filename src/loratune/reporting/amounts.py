@@ -20,11 +20,6 @@ def as_duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
-def as_count(number: int, one: str, many: str = "") -> str:
-    """1 → 1 step; 2000 → 2,000 steps."""
-    return f"{number:,} {one if number == 1 else many or one + 's'}"
-
-
 def as_number(value: float, sign: str = "") -> str:
     """Four digits, and never an exponent for a large number."""
     return f"{value:{sign},.0f}" if abs(value) >= 1000 else f"{value:{sign}.4g}"

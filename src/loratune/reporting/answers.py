@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from loratune.reporting.amounts import as_count, is_graded
+from loratune.counting import as_count
+from loratune.reporting.amounts import is_graded
 from loratune.reporting.blocks import Answer, Block, Paragraph, Sample
 from loratune.reporting.files import RunFiles
 from loratune.reporting.words import Piece, marked, whole

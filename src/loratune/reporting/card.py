@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from loratune.counting import as_count
 from loratune.recipe_tasks import CLASSIFICATION
 from loratune.reporting.amounts import as_difference, as_measure, measure_in_words
 from loratune.reporting.answers import short
@@ -148,7 +149,7 @@ def _trained(lock: Record, plan: Record) -> Iterator[str]:
         f"{as_written(recipe['data']['train_on'])}`"
     )
     yield (
-        f"Trained on {data['num_examples']:,} examples of {sources} ({loss_on}), "
+        f"Trained on {as_count(data['num_examples'], 'example')} of {sources} ({loss_on}), "
         f"{train['epochs']:g} epochs of {train['batch_size']} examples a step, learning rate {train['learning_rate']:g}."
     )
     yield ""
@@ -186,7 +187,7 @@ def _results(evaluation: Record | None, unit: str) -> list[str]:
     for name, part in evaluation.get("sources", {}).items():
         difference = part["difference"]["nll"]
         rows.append(
-            f"| loss on {part['num_examples']:,} conversations of `{short(name)}` | {part['base']['nll']:.4g} | "
+            f"| loss on {as_count(part['num_examples'], 'conversation')} of `{short(name)}` | {part['base']['nll']:.4g} | "
             f"{part['tuned']['nll']:.4g} | {difference['value']:+.4g} | {difference['low']:+.4g} to "
             f"{difference['high']:+.4g} |"
         )
@@ -194,7 +195,7 @@ def _results(evaluation: Record | None, unit: str) -> list[str]:
         other = evaluation["forgetting"]
         difference = other["difference"]["nll"]
         rows.append(
-            f"| loss on {other['num_examples']:,} conversations of another kind | {other['base']['nll']:.4g} | "
+            f"| loss on {as_count(other['num_examples'], 'conversation')} of another kind | {other['base']['nll']:.4g} | "
             f"{other['tuned']['nll']:.4g} | {difference['value']:+.4g} | {difference['low']:+.4g} to "
             f"{difference['high']:+.4g} |"
         )

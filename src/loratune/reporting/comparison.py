@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from itertools import accumulate
 
+from loratune.counting import as_count
 from loratune.reporting.amounts import (
     as_bytes,
-    as_count,
     as_difference,
     as_duration,
     as_measure,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from loratune.reporting.amounts import as_count, as_difference, as_measure, as_number, is_graded, measure_in_words
+from loratune.counting import as_count
+from loratune.reporting.amounts import as_difference, as_measure, as_number, is_graded, measure_in_words
 from loratune.reporting.answers import short
 from loratune.reporting.blocks import Block, Chart, Charts, Paragraph, Table
 from loratune.reporting.charts import Bar, draw_bars
@@ -60,7 +61,9 @@ def _of_which(record: Record) -> str:
 def _measure_row(record: Record, name: str) -> tuple[str, ...]:
     difference = record["difference"][name]
     classifies = "confusion" in record
-    unit, answers = (", nats per text", "") if classifies else (", nats per token", f", {len(record['items'])} answers")
+    unit, answers = (
+        (", nats per text", "") if classifies else (", nats per token", f", {as_count(len(record['items']), 'answer')}")
+    )
     of_what = {"nll": unit, record["metric"]: answers}.get(name, "")
     low, high = (as_difference(name, difference[end]).removesuffix(" points") for end in ("low", "high"))
     return (

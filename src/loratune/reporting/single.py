@@ -8,9 +8,9 @@ from typing import TypeVar
 
 import yaml
 
+from loratune.counting import as_count
 from loratune.reporting.amounts import (
     as_bytes,
-    as_count,
     as_duration,
     as_measure,
     measure_in_words,
