@@ -22,7 +22,7 @@ from peft import PeftModel
 
 from loratune import world
 from loratune.assessment import assess, memory_errors_told
-from loratune.data.mixture import held_out_groups
+from loratune.data.mixture import held_out_groups, source_of_file
 from loratune.data.preview import preview
 from loratune.data.steps import examples_of_largest_step, num_steps_per_epoch
 from loratune.early_checks import check_prompts
@@ -459,6 +459,7 @@ def _train(
                 eval=data.eval,
                 eval_groups=held_out_groups(data.eval, data.report),
                 token_budget=prepared.memory.token_budget,
+                source_of_file=source_of_file(data.report),
             ),
             loss=loss,
             run=run,

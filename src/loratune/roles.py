@@ -38,4 +38,5 @@ def trained_in_words(train_on: Any) -> str:
     """
     if isinstance(train_on, list | tuple):
         return f"all messages of {' and '.join(train_on)}"
-    return {"assistant": "answers of the assistant", "last": "the last answer", "all": "all tokens"}[train_on]
+    words = {"assistant": "answers of the assistant", "last": "the last answer", "all": "all tokens"}
+    return words.get(train_on, str(train_on))

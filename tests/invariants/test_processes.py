@@ -22,6 +22,7 @@ from loratune.pipeline import resume, train
 from loratune.recipe import Recipe
 from loratune.run import RunDir, read_json
 from tests.conftest import recipe_maker
+from tests.data.test_mixture import sources
 from tests.invariants.test_same_mathematics import assert_same
 
 MakeRecipe = Callable[..., Recipe]
@@ -121,6 +122,19 @@ def test_streamed_rows_are_shared_too(tiny_recipe: MakeRecipe, one: RunDir, tmp_
     run = trained(2, tiny_recipe(**SETTINGS, data__streaming=True), tmp_path)
     assert_same(one, run, tolerance=1e-5)
     assert sizes(run) == sizes(one)
+
+
+@pytest.mark.slow
+def test_losses_of_sources_are_added_up_too(tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
+    settings = {**SETTINGS, "data__train": sources(tmp_path), "evaluate__metric": "none"}
+    alone = train(tiny_recipe(**settings)).run
+    run = trained(2, tiny_recipe(**settings), tmp_path)
+    assert_same(alone, run, tolerance=1e-5)
+    expected = [record["loss_by_source"] for record in alone.read_metrics() if "loss" in record]
+    found = [record["loss_by_source"] for record in run.read_metrics() if "loss" in record]
+    assert len(found) == len(expected) == 6
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine == pytest.approx(theirs, abs=1e-5)
 
 
 @contextmanager

@@ -174,3 +174,26 @@ def test_no_supervised_position_is_a_loss_of_zero_with_a_gradient() -> None:
     assert loss == 0
     assert hidden.grad is not None
     assert hidden.grad.shape == (0, 8)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_what_is_summed_is_given_position_by_position_and_changes_no_bit(
+    monkeypatch: pytest.MonkeyPatch, smoothing: float
+) -> None:
+    monkeypatch.setitem(cross_entropy.CHUNK_BYTES, "cpu", 4 * 101 * 16)
+    torch.manual_seed(0)
+    hidden, weight, targets = (
+        torch.randn(70, 24, requires_grad=True),
+        torch.randn(101, 24),
+        torch.randint(0, 101, (70,)),
+    )
+    each = torch.full((70,), float("nan"))
+    loss = sum_cross_entropy(hidden, weight, None, targets, smoothing=smoothing, each_S=each)
+    (gradient,) = torch.autograd.grad(loss, hidden)
+    plain = sum_cross_entropy(hidden, weight, None, targets, smoothing=smoothing)
+    (expected,) = torch.autograd.grad(plain, hidden)
+    assert torch.equal(loss, plain)
+    assert torch.equal(gradient, expected)
+    torch.testing.assert_close(
+        each, reference(hidden, weight, None, targets, 1.0, None, smoothing).detach(), rtol=1e-5, atol=1e-4
+    )

@@ -26,6 +26,12 @@ def held_out_groups(examples: Sequence[Example], report: dict[str, Any]) -> dict
     return found if len(found) > 1 else {}
 
 
+def source_of_file(report: dict[str, Any]) -> dict[str, str]:
+    """File → the source that training examples of it count for; nothing where there is one source."""
+    found = _of_file(report["train"]["sources"])
+    return found if len(set(found.values())) > 1 else {}
+
+
 def mixture(examples: Sequence[Example], report: dict[str, Any], scale: float) -> list[dict[str, Any]]:
     """What an epoch has of each training source: examples, tokens, and tokens that carry loss.
 
@@ -50,15 +56,21 @@ def mixture(examples: Sequence[Example], report: dict[str, Any], scale: float) -
 
 
 def _groups(examples: Sequence[Example], sources: Sequence[dict[str, Any]]) -> dict[str, list[int]]:
-    """In the order of the sources; a file that several name is the first one's."""
-    of_file: dict[str, str] = {}
-    for source in sources:
-        for file in source["sha256"]:
-            of_file.setdefault(file, _name(source))
+    """In the order of the sources."""
+    of_file = _of_file(sources)
     found: dict[str, list[int]] = {_name(source): [] for source in sources}
     for number, example in enumerate(examples):
         found[of_file[example.origin.file]].append(number)
     return {name: numbers for name, numbers in found.items() if numbers}
+
+
+def _of_file(sources: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """File → source; one that several name is the first one's."""
+    of_file: dict[str, str] = {}
+    for source in sources:
+        for file in source["sha256"]:
+            of_file.setdefault(file, _name(source))
+    return of_file
 
 
 def _name(source: dict[str, Any]) -> str:

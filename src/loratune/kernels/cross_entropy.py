@@ -36,6 +36,7 @@ def sum_cross_entropy(
     numbers_N: torch.Tensor | None = None,
     smoothing: float = 0.0,
     compiled: bool = False,
+    each_S: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Sum of the cross-entropy over all positions, a float32 scalar: of -log p(target), and with smoothing ε of
     (1 - ε)·(-log p(target)) + ε·mean over the vocabulary of -log p (Szegedy et al. 2016, arXiv 1512.00567, section 7).
@@ -55,6 +56,7 @@ def sum_cross_entropy(
         numbers_N: int64 [N]: which rows these are.
         smoothing: ε, the part of the target that is spread evenly over the vocabulary.
         compiled: Whether a chunk is computed by compiled code.
+        each_S: float32 [S], filled with what is summed; None where nobody asks.
     """
     loss: torch.Tensor = _SumCrossEntropy.apply(  # type: ignore[no-untyped-call]
         hidden_SH,
@@ -67,6 +69,7 @@ def sum_cross_entropy(
         softcap,
         smoothing,
         _compiled_chunk() if compiled else _chunk,
+        each_S,
     )
     return loss
 
@@ -183,6 +186,7 @@ class _SumCrossEntropy(torch.autograd.Function):
         softcap: float | None,
         smoothing: float,
         chunk: Chunk,
+        each_S: torch.Tensor | None,
     ) -> torch.Tensor:
         positions = chunk_rows(weight_VH.shape[0], weight_VH.device.type)
         total = torch.zeros((), dtype=torch.float32, device=hidden_SH.device)
@@ -201,6 +205,8 @@ class _SumCrossEntropy(torch.autograd.Function):
                 hidden_SH[part], *head, numbers_N, targets_S[part], scale, softcap, smoothing, trains
             )
             total += losses_C.sum()
+            if each_S is not None:
+                each_S[part] = losses_C
             for whole, grad in zip(of_head, grads, strict=True):
                 if whole is not None:
                     whole.add_(grad)
@@ -216,4 +222,4 @@ class _SumCrossEntropy(torch.autograd.Function):
             None if grad is None else grad.mul_(grad_total).to(dtype)
             for grad, dtype in zip(of_head, ctx.types, strict=True)
         ]
-        return grad_SH * grad_total.to(grad_SH.dtype), *scaled, None, None, None, None, None, None
+        return grad_SH * grad_total.to(grad_SH.dtype), *scaled, None, None, None, None, None, None, None

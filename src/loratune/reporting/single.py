@@ -31,7 +31,8 @@ from loratune.reporting.blocks import (
     Tokens,
 )
 from loratune.reporting.certificates import certificates
-from loratune.reporting.charts import Bar, Series, describe, draw_bars, draw_histogram, draw_lines
+from loratune.reporting.charts import Bar, draw_bars, draw_histogram
+from loratune.reporting.curves import curves
 from loratune.reporting.events import events
 from loratune.reporting.files import RunFiles
 from loratune.reporting.result import result
@@ -115,68 +116,6 @@ def _figures(files: RunFiles) -> Iterator[Figure]:
             name="peak memory",
             value=as_bytes(files.plan["measured"]["peak_bytes"]),
             note=f"promised {as_bytes(files.plan['memory']['peak_bytes'])}",
-        )
-
-
-# ---- curves
-
-
-def _curves(files: RunFiles) -> Iterator[Block]:
-    if not files.steps:
-        return
-    steps = [step["step"] for step in files.steps]
-    yield Charts(charts=(_loss_chart(files, steps), *_step_charts(files, steps)))
-
-
-def _loss_chart(files: RunFiles, steps: list[int]) -> Chart:
-    losses = [step["loss"] for step in files.steps]
-    held_out = [(line["step"], line["eval_nll"]) for line in files.held_out]
-    if files.evaluation:
-        held_out.insert(0, (0, files.evaluation["base"]["nll"]))
-    curves = [Series(x=steps, y=losses)]
-    legend = [(0, "training, each step")]
-    alt = describe("Training loss", losses)
-    if held_out:
-        curves.append(Series(x=[x for x, _ in held_out], y=[y for _, y in held_out], colour=1, form="points"))
-        legend.append((1, "held out"))
-        alt += " " + describe("Held-out loss", [y for _, y in held_out])
-    values = [value for curve in curves for value in curve.y]
-    log = min(values) > 0 and max(values) > 10 * min(values)
-    return Chart(
-        title="Loss",
-        svg=draw_lines("loss", alt, curves, x_label="step", y_label="nats per supervised token", log=log),
-        legend=tuple(legend),
-        caption="The held-out loss at step 0 is that of the base model." if files.evaluation else "",
-    )
-
-
-def _step_charts(files: RunFiles, steps: list[int]) -> Iterator[Chart]:
-    train = files.lock.get("recipe", {}).get("train", {})
-    for key, title, unit in (
-        ("learning_rate", "Learning rate", ""),
-        ("grad_norm", "Gradient norm", "before clipping"),
-        ("tokens_per_second", "Speed", "tokens per second"),
-        ("peak_bytes", "Memory", "GiB at the peak so far"),
-    ):
-        scale = 2**30 if key == "peak_bytes" else 1
-        points = [(x, step[key] / scale) for x, step in zip(steps, files.steps, strict=True) if key in step]
-        if not points:
-            continue
-        values = [y for _, y in points]
-        curves = [Series(x=[x for x, _ in points], y=values)]
-        caption = ""
-        limit = train.get("max_grad_norm")
-        if key == "grad_norm" and limit:
-            clipped = sum(value > limit for value in values)
-            caption = f"Longer gradients are scaled down to {limit:g}: {as_count(clipped, 'step')} of {len(values):,}."
-            if clipped:
-                curves.append(Series(x=(steps[0], steps[-1]), y=(limit, limit), form="rule"))
-        yield Chart(
-            title=title,
-            svg=draw_lines(
-                key.replace("_", "-"), describe(title, values), curves, x_label="step", y_label=unit, from_zero=True
-            ),
-            caption=caption,
         )
 
 
@@ -477,7 +416,7 @@ def _again(files: RunFiles) -> Iterator[Block]:
 
 _PARTS: tuple[tuple[str, str, Callable[[RunFiles], Iterator[Block]]], ...] = (
     ("result", "Base against tuned", result),
-    ("curves", "Curves", _curves),
+    ("curves", "Curves", curves),
     ("events", "What happened", events),
     ("trained", "What was trained on what", _trained),
     ("promise", "Promised and measured", _promise),

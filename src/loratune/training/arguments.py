@@ -26,6 +26,7 @@ class TrainingData:
         eval: Held-out examples; may be empty.
         eval_groups: Where they come from several sources: source → their numbers.
         token_budget: Tokens per micro-batch, `auto` resolved.
+        source_of_file: Where training examples come from several sources: file → source.
     """
 
     train: Sequence[Example] | Stream
@@ -33,6 +34,7 @@ class TrainingData:
     eval: Sequence[Example]
     token_budget: int
     eval_groups: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    source_of_file: Mapping[str, str] = field(default_factory=dict)
 
 
 OPTIMIZERS = {

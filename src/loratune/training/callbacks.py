@@ -106,6 +106,7 @@ class RunCallback(TrainerCallback):
             "time": time.time(),
             "epoch": state.epoch,
             "loss": step.loss,
+            **({"loss_by_source": step.by_source} if step.by_source else {}),
             "learning_rate": step.learning_rate,
             "grad_norm": step.grad_norm,
             "num_tokens": step.num_tokens,

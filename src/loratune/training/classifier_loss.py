@@ -50,9 +50,13 @@ class ClassificationLoss(SupervisedLoss):
         self.decoder: Any = self._classifier.base_model
         self._pad_token_id: int = self._classifier.config.get_text_config().pad_token_id
 
-    def sum(self, batch: MicroBatch) -> torch.Tensor:
-        """Sum of -log p of the classes of a micro-batch, a float32 scalar with a gradient."""
-        return cross_entropy(self._logits(batch), _labels(batch), reduction="sum")
+    def sum(self, batch: MicroBatch, each: torch.Tensor | None = None) -> torch.Tensor:
+        """Sum of -log p of the classes of a micro-batch, a float32 scalar with a gradient; `each`, float32 [E], is filled with what
+        is summed."""
+        losses = cross_entropy(self._logits(batch), _labels(batch), reduction="none")
+        if each is not None:
+            each.copy_(losses.detach())
+        return losses.sum()
 
     @torch.no_grad()
     def per_token(self, batch: MicroBatch) -> torch.Tensor:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset as HubDataset
+from torch.nn.functional import cross_entropy
 from torch.utils.data import Sampler
 from transformers import DataCollatorWithPadding, PrinterCallback, Trainer, TrainingArguments
 
@@ -42,6 +43,15 @@ class ReferenceClassifier(RunTrainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return self._order
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, torch.Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        labels = inputs["labels"]
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        if len(self.sources):
+            self.row_losses = cross_entropy(outputs.logits.detach().float(), labels, reduction="none")
+        return (loss, outputs) if return_outputs else loss
 
     def training_step(
         self, model: Any, inputs: dict[str, torch.Tensor], num_items_in_batch: Any = None

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from loratune import world
@@ -36,6 +36,8 @@ class StepMetrics:
     num_supervised_tokens: int = 0
     started: float = 0.0
     skipped: bool = False
+    by_source: dict[str, float] = field(default_factory=dict)
+    """Source → its loss, where there are several."""
 
 
 class Events:

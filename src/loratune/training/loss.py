@@ -103,8 +103,13 @@ class SupervisedLoss:
         """The output head as it is now: another one where it is trained, and the adapter is switched off."""
         return Head.of(self.model.get_base_model())
 
-    def sum(self, batch: MicroBatch) -> torch.Tensor:
-        """Sum of the loss over the supervised tokens of a micro-batch, a float32 scalar with a gradient."""
+    def sum(self, batch: MicroBatch, each: torch.Tensor | None = None) -> torch.Tensor:
+        """Sum of the loss over the supervised tokens of a micro-batch, a float32 scalar with a gradient.
+
+        Args:
+            batch: The micro-batch.
+            each: float32 [S], filled with what is summed.
+        """
         head = self.head
         return sum_cross_entropy(
             self._predictions(batch),
@@ -117,6 +122,7 @@ class SupervisedLoss:
             numbers_N=head.numbers,
             smoothing=self.smoothing,
             compiled=self.compiled,
+            each_S=each,
         )
 
     @torch.no_grad()

@@ -19,6 +19,7 @@ from loratune import world
 from loratune.data.batch import num_supervised
 from loratune.data.conversation import Rejected
 from loratune.errors import RunError
+from loratune.training.by_source import Sources
 from loratune.training.events import Events
 from loratune.training.order import StepExamples
 from loratune.training.stopping import StopRequest
@@ -31,57 +32,61 @@ class StepTotals:
     Attributes:
         num_tokens: Of its examples.
         num_supervised_tokens: Of them.
+        by_source: Supervised tokens of each source.
         left_out: Rows of streamed data that turned out to be no examples.
     """
 
     num_tokens: int
     num_supervised_tokens: int
+    by_source: Sequence[int]
     left_out: Sequence[Rejected]
 
     @classmethod
-    def over_all(cls, share: StepExamples, events: Events) -> StepTotals:
+    def over_all(cls, share: StepExamples, sources: Sources, events: Events) -> StepTotals:
         """What the shares come to; the events that other processes had are told on the way."""
         num_tokens = sum(len(example.input_ids) for example in share.examples)
         num_supervised_tokens = sum(map(num_supervised, share.examples))
-        shares = world.gather((num_tokens, num_supervised_tokens, share.left_out, events.untold()))
+        by_source = sources.count(share.examples)
+        shares = world.gather((num_tokens, num_supervised_tokens, by_source, share.left_out, events.untold()))
         events.tell(record for *_, untold in shares for record in untold)
         return cls(
             num_tokens=sum(tokens for tokens, *_ in shares),
             num_supervised_tokens=sum(tokens for _, tokens, *_ in shares),
-            left_out=[row for _, _, rows, _ in shares for row in rows],
+            by_source=[sum(counts) for counts in zip(*(counts for _, _, counts, *_ in shares), strict=True)],
+            left_out=[row for *_, rows, _ in shares for row in rows],
         )
 
 
-def add_up_gradients(model: PeftModel, loss: torch.Tensor, stop: StopRequest) -> torch.Tensor:
+def add_up_gradients(model: PeftModel, losses: torch.Tensor, stop: StopRequest) -> torch.Tensor:
     """Replace the gradients by their sum over all processes, in one message; a process without examples adds nothing.
 
     Args:
         model: The adapted model.
-        loss: Of this process's share of the step.
+        losses: Of this process's share of the step, one or more of them, [L].
         stop: Whether this process was asked to stop; afterwards, whether any was.
 
     Returns:
-        The loss of the whole step.
+        The losses of the whole step, [L].
     """
     if world.size() == 1:
-        return loss
+        return losses
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     flags = [stop.asked == signal.SIGINT, stop.asked == signal.SIGTERM, any(w.grad is not None for w in weights)]
     bucket = torch.cat(
         [
             *((torch.zeros_like(w) if w.grad is None else w.grad).detach().flatten().float() for w in weights),
-            loss.detach().float().reshape(1),
-            torch.tensor(flags, dtype=torch.float32, device=loss.device),
+            losses.detach().float(),
+            torch.tensor(flags, dtype=torch.float32, device=losses.device),
         ]
     )
     world.add_up(bucket)
-    *gradients, total, sums = torch.split(bucket, [*(weight.numel() for weight in weights), 1, len(flags)])
+    *gradients, total, sums = torch.split(bucket, [*(w.numel() for w in weights), len(losses), len(flags)])
     num_int, num_term, num_trained = sums.tolist()
     if num_trained:  # a step without any example changes nothing; with gradients of zero AdamW would
         for weight, gradient in zip(weights, gradients, strict=True):
             weight.grad = gradient.view_as(weight).to(weight.dtype)
     stop.agree([signal.SIGINT if num_int else 0, signal.SIGTERM if num_term else 0])
-    return total.reshape(())
+    return total
 
 
 def seed_step(seed: int, step: int) -> None:

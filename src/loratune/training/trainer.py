@@ -44,6 +44,7 @@ from loratune.run import RunDir, write_json
 from loratune.training.arguments import TrainingData, own_optimizer, stock_arguments, training_arguments
 from loratune.training.averaging import averaged_steps
 from loratune.training.budget import TokenBudget, random_state, set_random_state
+from loratune.training.by_source import Sources
 from loratune.training.checkpoint import (
     TRAINER_STATE,
     best_checkpoint,
@@ -106,8 +107,11 @@ class RunTrainer(Trainer):
     patience: Patience
     held_out: dict[int, float | None]
     steps: Steps
+    sources: Sources
     under_way: StepExamples
     step_metrics: StepMetrics
+    row_losses: torch.Tensor | None = None
+    """Of the plain path: the loss of each example of a step, summed over its supervised tokens; None where nobody asks, or knows."""
     last_evaluation: tuple[int, Nll] = (-1, [])
     """The step of the last evaluation, and what `evaluate_nll` returned there."""
     evaluate_seconds = 0.0
@@ -123,8 +127,11 @@ class RunTrainer(Trainer):
         )
         self.watch = NumberWatch(setup.train, setup.loss, setup.tokenizer, self.events, history)
         self.held_out, self.patience = history.held_out, Patience(setup.train, self.events, history)
+        self.sources = Sources(setup.data.source_of_file)
         self.steps = Steps(setup.data.train, setup.train, setup.data.token_budget)
         trackers = setup.train.report_to if world.is_main() else ()
+        if len(self.sources) and setup.train.engine == "trl" and setup.train.label_smoothing:
+            setup.progress.line("TRL smooths labels in one loss for all sources; train.engine=fast has one of each")
         return [setup.callback, Trackers(trackers, setup.run, self.events)]
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -211,9 +218,16 @@ class RunTrainer(Trainer):
                 f"a batch of {inputs['input_ids'].numel():,} tokens with its padding does not fit into memory: {error}",
                 fix="train.engine: fast, which cuts a step into micro-batches, or a smaller train.batch_size",
             ) from error
-        return self._judged(loss, started=started, tokens=tokens)
+        by_source: dict[str, float] = {}
+        if self.row_losses is not None:
+            examples = under_way.examples
+            sums = self.sources.sums(examples, self.row_losses.double().tolist())
+            by_source = self.sources.means(sums, self.sources.count(examples))
+        return self._judged(loss, started=started, tokens=tokens, by_source=by_source)
 
-    def _judged(self, total: torch.Tensor, *, started: float, tokens: tuple[int, int]) -> torch.Tensor:
+    def _judged(
+        self, total: torch.Tensor, *, started: float, tokens: tuple[int, int], by_source: dict[str, float] | None = None
+    ) -> torch.Tensor:
         """The loss of the step under way, after a look at it; without gradients where it must not be applied."""
         loss, examples = float(total), self.under_way.examples
         self.step_metrics = StepMetrics(
@@ -221,6 +235,7 @@ class RunTrainer(Trainer):
             num_tokens=tokens[0],
             num_supervised_tokens=tokens[1],
             started=started,
+            by_source=by_source or {},
         )
         if not self.watch.check("loss", loss, examples):
             self._skip()
@@ -334,12 +349,19 @@ class FastTrainer(RunTrainer):
         model.train()
         self.events.step = self.state.global_step + 1
         self.under_way, examples = inputs, inputs.examples
-        totals = StepTotals.over_all(inputs, self.events)
+        totals = StepTotals.over_all(inputs, self.sources, self.events)
         self._tell_left_out(totals.left_out)
         seed_step(self.setup.train.seed, self.state.global_step)
-        total = self.budget.retry(lambda: self._gradients(examples, totals.num_supervised_tokens), undo=model.zero_grad)
-        total = add_up_gradients(self.model, total, self.setup.stop)
-        return self._judged(total, started=started, tokens=(totals.num_tokens, totals.num_supervised_tokens))
+        losses = self.budget.retry(
+            lambda: self._gradients(examples, totals.num_supervised_tokens), undo=model.zero_grad
+        )
+        losses = add_up_gradients(self.model, losses, self.setup.stop)
+        return self._judged(
+            losses[0],
+            started=started,
+            tokens=(totals.num_tokens, totals.num_supervised_tokens),
+            by_source=self.sources.means(losses[1:].tolist(), totals.by_source),
+        )
 
     def _tell_left_out(self, rows: Sequence[Rejected]) -> None:
         if rows:
@@ -348,13 +370,18 @@ class FastTrainer(RunTrainer):
             self.events.happened("left_out", f"left out of step {self.events.step}: {places}", rows=listed)
 
     def _gradients(self, examples: Sequence[Example], num_supervised_tokens: int) -> torch.Tensor:
-        total = torch.zeros((), device=self.args.device)
+        """Accumulates them; returns the loss of these examples, and the sum of the losses of each source's tokens."""
+        losses = torch.zeros(1 + len(self.sources), device=self.args.device)
         for chosen in self.budget.micro_batches(examples, range(len(examples))):
             batch = collate([examples[i] for i in chosen] or [FILLER]).to(self.args.device)
-            loss = self.setup.loss.sum(batch) * bool(chosen) / num_supervised_tokens
+            tally = self.sources.tally([examples[i] for i in chosen], self.args.device)
+            each = None if tally is None else tally.each_S
+            loss = self.setup.loss.sum(batch, each) * bool(chosen) / num_supervised_tokens
             self.accelerator.backward(loss)
-            total += loss.detach()
-        return total
+            losses[0] += loss.detach()
+            if tally is not None:
+                losses[1:] += tally.sums()
+        return losses
 
     def rehearse(self) -> None:
         """Run the largest micro-batches of training and evaluation once, so that memory runs out now or not at all.
@@ -399,6 +426,14 @@ class ReferenceTrainer(RunTrainer, SFTTrainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return self._order
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, torch.Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        if len(self.sources) and not self.setup.train.label_smoothing:  # zero where nothing is supervised
+            self.row_losses = -outputs.log_probs.detach().sum(1)
+        return (loss, outputs) if return_outputs else loss
 
     def training_step(
         self, model: Any, inputs: dict[str, torch.Tensor], num_items_in_batch: Any = None
