@@ -111,6 +111,19 @@ def test_each_source_has_its_loss(bases: Callable[[str], Path], tmp_path: Path) 
         train__epochs=1,
     )
     run = train(recipe).run
+    stock = class_recipe(
+        bases("bert"),
+        tmp_path / "stock",
+        data__train=[files[0], {"name": files[1], "weight": 2}],
+        data__eval=files,
+        train__epochs=1,
+        train__engine="trl",
+    )
+    steps, same = (
+        [line["loss_by_source"] for line in r.read_metrics() if "loss" in line] for r in (run, train(stock).run)
+    )
+    assert len(steps) == len(same)
+    assert all(mine == pytest.approx(theirs, abs=SAME) for mine, theirs in zip(steps, same, strict=True))
     mixture = read_json(run.plan)["data"]["sources"]
     assert [(part["name"], part["num_examples"]) for part in mixture] == [(files[0], 24), (files[1], 80)]
     record = read_json(run.evaluation)

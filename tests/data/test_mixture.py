@@ -84,5 +84,7 @@ def test_each_source_has_its_held_out_loss(tiny_recipe: MakeRecipe, tmp_path: Pa
     with console.capture() as printed:
         console.print(evaluation_table(record))
     assert f"NLL of {names[1]} (5 conversations)" in printed.get()
-    assert "eval-1.jsonl" in run.report.read_text()
+    page = run.report.read_text()
+    assert "eval-1.jsonl" in page
+    assert "What is missing" not in page, "lines with losses of sources are read"
     assert "conversations of `eval-1.jsonl`" in (run.adapter / "README.md").read_text()

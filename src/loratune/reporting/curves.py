@@ -54,7 +54,7 @@ def _source_chart(files: RunFiles) -> Iterator[Chart]:
         Series(x=[x for x, _ in points[name]], y=[y for _, y in points[name]], colour=colour)
         for colour, name in enumerate(shown)
     ]
-    words = (describe(f"Of {short(name)}", curve.y) for name, curve in zip(shown, curves, strict=True))
+    words = (describe(f"Source {number}", curve.y) for number, curve in enumerate(curves, 1))
     more = as_count(len(points) - len(shown), "more source is", "more sources are")
     yield Chart(
         title="Training loss of each source",

@@ -162,7 +162,9 @@ def _metrics(line: str) -> Record | None:
         record = json.loads(line)
         if not isinstance(record, dict):
             return None
-        numbers = (record["step"], record["time"]) if "event" in record else record.values()
+        values = [record["step"], record["time"]] if "event" in record else list(record.values())
+        by_source = [number for value in values if isinstance(value, dict) for number in value.values()]
+        numbers = [*(value for value in values if not isinstance(value, dict)), *by_source]
         return record if all(map(_is_number, numbers)) else None
     except (LookupError, ValueError, OverflowError, RecursionError):
         return None

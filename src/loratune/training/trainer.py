@@ -427,13 +427,18 @@ class ReferenceTrainer(RunTrainer, SFTTrainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return self._order
 
-    def compute_loss(
-        self, model: Any, inputs: dict[str, torch.Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
-        if len(self.sources) and not self.setup.train.label_smoothing:  # zero where nothing is supervised
-            self.row_losses = -outputs.log_probs.detach().sum(1)
-        return (loss, outputs) if return_outputs else loss
+    def compute_loss(self, model: Any, inputs: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:
+        if not len(self.sources) or self.setup.train.label_smoothing:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+        def look(_: Any, __: Any, outputs: Any) -> None:
+            self.row_losses = -outputs.log_probs.detach().sum(1)  # zero where nothing is supervised
+
+        hook = model.register_forward_hook(look)  # with `return_outputs` TRL would go forward once more
+        try:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        finally:
+            hook.remove()
 
     def training_step(
         self, model: Any, inputs: dict[str, torch.Tensor], num_items_in_batch: Any = None
