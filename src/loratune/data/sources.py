@@ -58,7 +58,7 @@ def read_rows(source: Source, *, seed: int = 42) -> list[Row]:
         raise DataError(
             "there are no rows in it",
             file=source.name,
-            fix="the file is empty; give a file with one conversation per row",
+            fix="the file is empty; give a file with rows",
         )
     return _weigh(rows, source.weight, seed)
 
@@ -159,7 +159,7 @@ def _read_text(path: Path) -> str:
         fix = f"convert it: iconv -f latin1 -t utf-8 {path.name}"
         raise DataError(f"not UTF-8: byte 0x{bad:02x}", file=path, line=line, fix=fix) from None
     if not text.strip():
-        raise DataError("the file is empty", file=path, fix="give a file with one conversation per row")
+        raise DataError("the file is empty", file=path, fix="give a file with rows")
     return text
 
 
