@@ -20,6 +20,13 @@ def as_duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
+def as_ratio(measured: float, promised: float) -> str:
+    """95 of 100 → 95%; 2000 of 100 → 20 ×; empty where nothing was promised."""
+    if not promised:
+        return ""
+    return f"{measured / promised:,.0f} ×" if measured >= 10 * promised else f"{measured / promised:.0%}"
+
+
 def as_count(number: int, one: str, many: str = "") -> str:
     """1 → 1 step; 2000 → 2,000 steps."""
     return f"{number:,} {one if number == 1 else many or one + 's'}"
