@@ -135,3 +135,39 @@ def test_a_data_error_names_its_row(bases: Callable[[str], Path], tmp_path: Path
     with pytest.raises(DataError, match="sports occurs in the held-out data only") as wrong:
         train(class_recipe(bases("bert"), tmp_path / "x", data__eval=held_out))
     assert f"{held_out}:13" in str(wrong.value)
+
+
+@pytest.mark.parametrize(("kind", "target"), [("bert", "classifier"), ("bert-mlm", "pooler.dense"), ("llama", "score")])
+def test_the_head_is_not_adapted_as_well(kind: str, target: str, bases: Callable[[str], Path], tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=rf"lora\.targets adapts .*{target}, but .* is a part of the head"):
+        prepare(class_recipe(bases(kind), tmp_path, lora__targets=[target]), Silent())
+
+
+def test_classes_that_are_probably_none_of_their_own_are_told(bases: Callable[[str], Path], tmp_path: Path) -> None:
+    texts = [intent(n)["text"] for n in range(40)]
+    rows = [{"text": text, "label": ("Music", "music", "timer")[n % 3]} for n, text in enumerate(texts)]
+    held_out = write_rows(tmp_path / "eval.jsonl", [{"text": "play it", "label": "music"}])
+    train_file = write_rows(tmp_path / "rows.jsonl", rows)
+    recipe = class_recipe(bases("bert"), tmp_path / "a", data__train=str(train_file), data__eval=str(held_out))
+    told = prepare(recipe, Silent()).warnings
+    assert any("Music and music differ in upper and lower case" in words for words in told)
+    assert any("no text of the class Music, timer" in words for words in told)
+    stars = tmp_path / "stars.csv"
+    stars.write_text("text,label\n" + "".join(f"{text},{n % 3}.5\n" for n, text in enumerate(texts)))
+    told = prepare(
+        class_recipe(bases("bert"), tmp_path / "b", data__train=str(stars), data__eval="none"), Silent()
+    ).warnings
+    assert any("there is no regression" in words for words in told)
+
+
+def test_a_label_with_a_fraction_and_a_row_of_another_kind_are_told(
+    bases: Callable[[str], Path], tmp_path: Path
+) -> None:
+    for row, words in (
+        ({"text": "play", "label": 0.5}, "label is float 0.5, neither text nor an integer; there is no regression"),
+        ({"messages": []}, "no text among its fields messages"),
+        ({"sentence2": "play", "label": "music"}, "no sentence1 among its fields sentence2"),
+    ):
+        train_file = write_rows(tmp_path / "rows.jsonl", [row])
+        with pytest.raises(DataError, match=words):
+            prepare(class_recipe(bases("bert"), tmp_path / "x", data__train=str(train_file)), Silent())

@@ -90,3 +90,58 @@ def test_resume_checks_what_plan_and_train_check(tiny_recipe: MakeRecipe, tiny_m
         with pytest.raises(RecipeError, match="cut short"):
             start()
     assert run.lock.is_file()
+
+
+@pytest.mark.parametrize(
+    ("settings", "words", "fix"),
+    [
+        ({"train__average_checkpoints": 3}, "is 3, but a run of 6 steps .* has 2 of them", "train.save_every=2"),
+        (
+            {"train__average_checkpoints": 7},
+            "is 7, but a run of 6 steps",
+            "more epochs, or train.average_checkpoints=2",
+        ),
+        (
+            {"lora__r": 1000},
+            r"lora\.r is 1,000, far more than both sides of model.*q_proj, which has 32 × 32",
+            "32 or less",
+        ),
+        ({"lora__rank_pattern": {"v_proj": 999}}, r"lora\.rank_pattern is 999, .*16 × 32", "16 or less"),
+        ({"lora__rank_pattern": {"k_proj": 2}}, "k_proj decides about none", "adapted are q_proj, v_proj"),
+        (
+            {"lora__rank_pattern": {"q_proj": 2, "0.self_attn.q_proj": 3}},
+            "0.self_attn.q_proj decides about none.*q_proj, which stands before it",
+            "write 0.self_attn.q_proj before q_proj",
+        ),
+        ({"lora__modules_to_save": ["rotary_emb"]}, "rotary_emb is a LlamaRotaryEmbedding", "leave rotary_emb out"),
+    ],
+)
+def test_what_this_model_and_this_data_cannot_follow_is_told(
+    tiny_recipe: MakeRecipe, settings: dict[str, object], words: str, fix: str
+) -> None:
+    with pytest.raises(RecipeError, match=words) as error:
+        plan(tiny_recipe(**settings))
+    assert error.value.fix.startswith(fix)
+
+
+def test_settings_that_come_to_nothing_in_this_run_are_told(tiny_recipe: MakeRecipe) -> None:
+    told = plan(tiny_recipe(train__early_stopping=1, lora__r=20)).warnings
+    assert any(words.startswith("train.early_stopping is 1, but the held-out loss is measured 2×") for words in told)
+    assert any("such as model.layers.0.self_attn.v_proj (16 × 32) with 20" in words for words in told)
+    settings = {"train__final_adapter": "best", "train__eval_every": 4, "train__save_every": 5}
+    assert any(
+        "only the last step is both saved and evaluated" in words for words in plan(tiny_recipe(**settings)).warnings
+    )
+    told = plan(
+        tiny_recipe(train__early_stopping=1, train__eval_every=2, train__final_adapter="best", train__save_every=2)
+    )
+    assert not [words for words in told.warnings if words.startswith("train.")]
+
+
+def test_labelled_texts_without_the_task_are_told(tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
+    rows = write_jsonl(
+        tmp_path / "rows.jsonl", [{"text": "play", "label": "music"}, {"text": "rain", "label": "weather"}]
+    )
+    with pytest.raises(DataError, match="no answers") as error:
+        plan(tiny_recipe(data__train=str(rows)))
+    assert error.value.fix.startswith("task=sequence_classification")

@@ -105,6 +105,49 @@ def test_a_mistake_is_named_with_its_line_and_its_fix(
     assert error.value.exit_code == 2
 
 
+WRONG = {
+    "lora.rank_pattern={'*q_proj': 3}": [
+        "lora.rank_pattern: *q_proj is no regular expression: nothing to repeat",
+        "q_proj",
+    ],
+    "lora.rank_pattern={q_proj: 0}": ["lora.rank_pattern.q_proj is 0", "greater than or equal to 1"],
+    "lora.rank_pattern={q_proj: yes}": ["lora.rank_pattern is {'q_proj': True}, which is no number"],
+    "train.learning_rate_pattern={'[': 1}": ["train.learning_rate_pattern: [ is no regular expression"],
+    "train.optimizer=adamW": ["train.optimizer is 'adamW'", "Did you mean adamw?"],
+    "lora.variant=dorra": ["lora.variant is 'dorra'", "Did you mean dora?"],
+    "task=classification": ["model.task is 'classification'", "Did you mean sequence_classification?"],
+    "train.early_stopping=yes": ["train.early_stopping is true, which is no number"],
+    "train.early_stopping=2": ["train.early_stopping is 2, but data.eval is none", "data.eval=0.1"],
+    "train.average_checkpoints=1": ["train.average_checkpoints is 1", "greater than or equal to 2"],
+    "lora.new_tokens=[<|a|>, <|a|>]": ["lora.new_tokens: <|a|> is named twice", "leave one of them out"],
+    "lora.modules_to_save=[norm, norm]": ["lora.modules_to_save: norm is named twice"],
+    "lora.target_parameters=[a.b, a.b]": ["lora.target_parameters: a.b is named twice"],
+    "lora.targets=[q_proj, q_proj]": ["lora.targets: q_proj is named twice"],
+    "lora.layers=[0, 0]": ["lora.layers: 0 is named twice"],
+    "lora.modules_to_save=['']": ["lora.modules_to_save is ''", "at least 1 character"],
+    "lora.modules_to_save=lm_head": ["lora.modules_to_save is 'lm_head': Input should be a list", "[lm_head]"],
+    "train.report_to=[wandb, wandb]": ["train.report_to: wandb is named twice"],
+    "data.train=[{name: a.jsonl, weight: 0}]": ["data.train.0.weight is 0", "How many times the rows"],
+    "evaluate.metric=json": ["evaluate.metric is json, but data.eval is none", "data.eval=0.1"],
+}
+
+
+@pytest.mark.parametrize("setting", WRONG)
+def test_every_wrong_setting_is_told_with_its_name_its_value_its_line_and_a_fix(tmp_path: Path, setting: str) -> None:
+    name, _, value = setting.partition("=")
+    section, _, field = name.rpartition(".")
+    lines = {"data": ["eval: none"], section: [f"{field}: {value}"]} if section else {}
+    lines["data"] = [*dict.fromkeys([*lines.get("data", []), "eval: none"])]
+    text = "".join(f"{part}:\n" + "".join(f"  {line}\n" for line in own) for part, own in lines.items())
+    text = text if section else f"{field}: {value}\n{text}"
+    with pytest.raises(RecipeError) as error:
+        load(tmp_path, text)
+    for words in WRONG[setting]:
+        assert words in str(error.value)
+    assert error.value.line == 1 + text.splitlines().index(f"{'  ' * bool(section)}{field}: {value}")
+    assert error.value.fix
+
+
 def test_a_missing_recipe_and_a_binary_one_are_recipe_errors(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="no such recipe"):
         Recipe.load(tmp_path / "none.yaml")
@@ -122,5 +165,5 @@ def test_the_schema_names_every_setting() -> None:
 
 @pytest.mark.parametrize("layers", ["last", "first 0", "last -1", "0", "middle 2"])
 def test_layers_are_all_or_counted_from_an_end(layers: str) -> None:
-    with pytest.raises(RecipeError, match=f"layers is {layers}; give all"):
+    with pytest.raises(RecipeError, match=rf"lora\.layers is {layers}\n  fix: give all"):
         Recipe.parse({"lora": {"layers": layers}})

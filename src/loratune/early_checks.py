@@ -25,19 +25,25 @@ import shutil
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlparse
 
 from packaging.version import Version
 
 from loratune.data.prompts import Prompt
 from loratune.data.render import Example
-from loratune.data.steps import num_steps, occasions
+from loratune.data.steps import num_steps, num_steps_per_epoch, occasion_steps, occasions
 from loratune.errors import DataError, MachineError, RecipeError
 from loratune.model.beginning import check_adapter, locate_adapter
+from loratune.model.load import BaseModel
+from loratune.model.patterns import check_patterns, check_used
+from loratune.model.prequantised import method_of
+from loratune.model.variants import check_ranks, check_variant
+from loratune.model.weights import check_stored, check_weights
 from loratune.model.whole import Whole
 from loratune.planning.optimizer_memory import OF_BITSANDBYTES, state_bytes
 from loratune.planning.parameters import ParameterCount
-from loratune.recipe import Recipe
+from loratune.recipe import Recipe, TrainSection
 
 FIRST_ON_CPUS = Version("0.50")
 """Of bitsandbytes: the first in which these were seen to run on a CPU."""
@@ -149,16 +155,42 @@ def check_output(folder: Path) -> None:
         )
 
 
-def check_vocabulary(examples: Sequence[Example], num_embeddings: int) -> None:
+def check_files(base: BaseModel, model: Any, head: tuple[str, ...]) -> None:
+    """Whether all weights are there but those of a classifier's head, which may be made anew.
+
+    Raises:
+        RecipeError: They are not, or are of another model.
+    """
+    check_weights(base.path, model, quantized=method_of(model.config) is not None, without=head)
+    check_stored(base.stored, model, name=base.name, without=head)
+
+
+def check_trained(recipe: Recipe, model: Any, parameters: ParameterCount) -> None:
+    """Whether ranks, variant and patterns go with what is trained.
+
+    Raises:
+        RecipeError: They do not.
+    """
+    matrices = parameters.matrices
+    check_ranks(recipe.lora, matrices)
+    check_variant(recipe.lora, matrices, model)
+    check_patterns(recipe.lora, [matrix.name for matrix in matrices])
+    trained = [*(matrix.name for matrix in matrices), *(item.name for item in parameters.whole)]
+    check_used("train.learning_rate_pattern", recipe.train.learning_rate_pattern, trained, "trained")
+    _check_whole(recipe, parameters.whole)
+
+
+def check_vocabulary(examples: Sequence[Example], model: Any) -> None:
     """Whether the model has an embedding for every token of the data.
 
     Args:
         examples: Training and held-out examples.
-        num_embeddings: Rows of the model's embedding matrix.
+        model: May be on the meta device.
 
     Raises:
         RecipeError: The tokenizer is of another model.
     """
+    num_embeddings: int = model.get_input_embeddings().weight.shape[0]
     for example in examples:
         highest = int(example.input_ids.max())
         if highest >= num_embeddings:
@@ -219,12 +251,8 @@ def check_start(recipe: Recipe, parameters: ParameterCount, output_dir: Path) ->
     return folder
 
 
-def check_whole(recipe: Recipe, whole: Sequence[Whole]) -> None:
-    """Whether what is trained whole can be.
-
-    Raises:
-        RecipeError: It is a matrix that `model.quantization` packs.
-    """
+def _check_whole(recipe: Recipe, whole: Sequence[Whole]) -> None:
+    """Whether what is trained whole is no matrix that `model.quantization` packs."""
     packed = [item.name for item in whole if not (item.is_head or item.is_embedding) and max(map(len, item.shapes)) > 1]
     if packed and recipe.model.quantization != "none":
         raise RecipeError(
@@ -232,6 +260,49 @@ def check_whole(recipe: Recipe, whole: Sequence[Whole]) -> None:
             "it",
             fix="name it in lora.targets, or model.quantization=none",
         )
+
+
+def check_occasions(train: TrainSection, num_examples: int) -> None:
+    """Whether there are as many checkpoints as are averaged.
+
+    Raises:
+        RecipeError: There are fewer.
+    """
+    wanted, saves = train.average_checkpoints, len(_steps_of(train, train.save_every, num_examples))
+    if wanted is None or wanted <= saves:
+        return
+    steps = num_steps(num_examples, train.batch_size, train.epochs)
+    closer = max(1, steps // wanted)
+    possible = f"train.save_every={closer}" if steps >= wanted else "more epochs"
+    raise RecipeError(
+        f"train.average_checkpoints is {wanted}, but a run of {steps:,} steps with train.save_every {train.save_every} has "
+        f"{saves} of them",
+        fix=f"{possible}, or {f'train.average_checkpoints={saves}' if saves > 1 else 'leave train.average_checkpoints out'}",
+    )
+
+
+def occasion_notes(train: TrainSection, num_examples: int) -> tuple[str, ...]:
+    """Settings that come to nothing in so short a run, a sentence each, without a full stop."""
+    evaluated = _steps_of(train, train.eval_every, num_examples)
+    notes = []
+    if train.early_stopping is not None and len(evaluated) < train.early_stopping + 2:
+        notes.append(
+            f"train.early_stopping is {train.early_stopping}, but the held-out loss is measured {len(evaluated)}× in this run, so it "
+            "cannot end early; a smaller train.eval_every lets it"
+        )
+    if train.final_adapter == "best" and len({*evaluated} & {*_steps_of(train, train.save_every, num_examples)}) == 1:
+        notes.append(
+            "train.final_adapter is best, but only the last step is both saved and evaluated: there is nothing to choose from"
+        )
+    return tuple(notes)
+
+
+def _steps_of(train: TrainSection, every: str | float, num_examples: int) -> list[int]:
+    return occasion_steps(
+        every,
+        steps=num_steps(num_examples, train.batch_size, train.epochs),
+        num_per_epoch=num_steps_per_epoch(num_examples, train.batch_size),
+    )
 
 
 def check_disk(recipe: Recipe, parameters: ParameterCount, num_examples: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from loratune import world
 from loratune.advising import advice_facts
@@ -19,14 +19,17 @@ from loratune.data.steps import num_steps
 from loratune.data.stream import MANY_ROWS, can_stream, open_tables, stream_data
 from loratune.early_checks import (
     check_disk,
+    check_files,
+    check_occasions,
     check_optimizer,
     check_output,
     check_prompts,
     check_sharded,
     check_start,
     check_trackers,
+    check_trained,
     check_vocabulary,
-    check_whole,
+    occasion_notes,
 )
 from loratune.errors import RecipeError
 from loratune.evaluation.scoring import check_metric, check_references
@@ -37,12 +40,11 @@ from loratune.model.device import Choice, choose_device, choose_dtype, free_memo
 from loratune.model.gguf import cache_dir
 from loratune.model.load import BaseModel, load_config, load_tokenizer, locate_model, positions_of
 from loratune.model.new_tokens import add_new_tokens, grow, growing_parameters, unseen_tokens
-from loratune.model.patterns import check_patterns, check_used
-from loratune.model.prequantised import check_checkpoint, method_of
+from loratune.model.prequantised import check_checkpoint
 from loratune.model.quantised import PACKED
 from loratune.model.targets import resolve_targets, target_notes
-from loratune.model.variants import check_variant, variant_notes
-from loratune.model.weights import bytes_to_convert, check_stored, check_weights
+from loratune.model.variants import rank_notes, variant_notes
+from loratune.model.weights import bytes_to_convert
 from loratune.planning.advice import Advice, give_advice
 from loratune.planning.cluster import Cluster
 from loratune.planning.cost import Place
@@ -252,20 +254,20 @@ def prepare(
     config, head = (labelled.config, labelled.classes.head) if labelled else (config, ())
     model = skeleton(config, trust_remote_code=recipe.model.trust_remote_code, classifier=classifies)
     targets = resolve_targets(model, recipe.lora.targets, recipe.lora.layers)
-    _check_files(base, model, head)
+    check_files(base, model, head)
     tokenizer = labelled.tokenizer if labelled else load_tokenizer(base, recipe.model)
     new_tokens = add_new_tokens(tokenizer, recipe.lora.new_tokens)
     growing = growing_parameters(model, new_tokens)
     grow(model, new_tokens)
     parameters = count_parameters(model, targets, recipe.lora, head)
-    _check_trained(recipe, model, parameters)
+    check_trained(recipe, model, parameters)
     start = check_start(recipe, parameters, output_dir(recipe))
     streaming, data = (
         (Choice("false"), labelled.data) if labelled else _data(recipe, tokenizer, int(max_length.value), progress)
     )
     forgetting = _forgetting(recipe, tokenizer, int(max_length.value), progress)
-    embeddings: Any = model.get_input_embeddings()
-    check_vocabulary([*data.train, *data.eval, *forgetting], embeddings.weight.shape[0])
+    check_vocabulary([*data.train, *data.eval, *forgetting], model)
+    check_occasions(recipe.train, data.num_examples)
     prompts = () if recipe.evaluate.metric == "none" else held_out_prompts(recipe, data, tokenizer)
     check_references(recipe.evaluate.metric, prompts)
     check_prompts(recipe, prompts, positions)
@@ -341,6 +343,8 @@ def prepare(
             *(labelled.notes if labelled else ()),
             *target_notes(model, recipe.lora.targets, recipe.lora.target_parameters),
             *variant_notes(effective),
+            *rank_notes(effective.lora, parameters.matrices),
+            *occasion_notes(recipe.train, data.num_examples),
             *(base_notes(start, (base.name, str(base.path))) if start else ()),
             *unseen_tokens(tokenizer, new_tokens, data.train),
             *data.report["notices"],
@@ -364,22 +368,6 @@ def prepare(
         if cluster is None
         else scale(cluster, recipe, text_config, parameters, data=data, place=place, estimate_at=estimate_at),
     )
-
-
-def _check_files(base: BaseModel, model: Any, head: tuple[str, ...]) -> None:
-    """Whether all weights are there but those of a classifier's head, which may be made anew."""
-    check_weights(base.path, model, quantized=method_of(model.config) is not None, without=head)
-    check_stored(base.stored, model, name=base.name, without=head)
-
-
-def _check_trained(recipe: Recipe, model: Any, parameters: ParameterCount) -> None:
-    """Whether variant and patterns go with what is trained."""
-    matrices = parameters.matrices
-    check_variant(recipe.lora, matrices, model)
-    check_patterns(recipe.lora, [matrix.name for matrix in matrices])
-    trained = [*(matrix.name for matrix in matrices), *(item.name for item in parameters.whole)]
-    check_used("train.learning_rate_pattern", recipe.train.learning_rate_pattern, trained, "trained")
-    check_whole(recipe, parameters.whole)
 
 
 def _free_bytes(device: str) -> int | None:

@@ -48,7 +48,7 @@ def show_plan(prepared: Preparation, record: Record, console: Console, samples: 
                 console.print(line, soft_wrap=True)
         console.print(plan_view.data_table(prepared.data.report))
     for note in plan_view.notes(shown):
-        console.print(note, soft_wrap=True)
+        console.print(note, soft_wrap=not console.is_terminal)  # people read it there; elsewhere a line is a note
     if samples:
         console.print(preview(prepared.data.train, prepared.tokenizer, samples))
 

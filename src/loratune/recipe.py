@@ -8,15 +8,35 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, cast, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
-from loratune.recipe_checks import check_beside, check_muon, check_once, check_quantization, check_regular_expressions
+from loratune.recipe_checks import (
+    Contradiction,
+    check_beside,
+    check_data,
+    check_held_out,
+    check_muon,
+    check_no_truth,
+    check_once,
+    check_quantization,
+    check_regular_expressions,
+    check_train,
+)
 from loratune.recipe_file import apply_override, hoist_task, in_our_words, read_yaml, refuse_secrets, shown
 from loratune.recipe_tasks import check_task
-from loratune.roles import TrainOn, as_written, check_roles
+from loratune.roles import TrainOn
 
 Cadence = Literal["epoch", "never"] | int | float
 
@@ -145,15 +165,7 @@ class DataSection(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if isinstance(self.max_length, int) and self.max_length < 2:
-            raise ValueError(f"max_length is {self.max_length}; an example needs at least 2 tokens")
-        if isinstance(self.eval, float | int) and not 0 < self.eval < 1:
-            raise ValueError(f"eval is {self.eval}; as a held-out fraction it must lie between 0 and 1")
-        if self.format == "text" and self.train_on != "all":
-            raise ValueError(
-                f"format is text, which has no answers, but train_on is {as_written(self.train_on)}; set train_on: all"
-            )
-        check_roles(self.train_on)
+        check_data(self)
         return self
 
 
@@ -196,7 +208,7 @@ class LoraSection(Section):
     alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = {}
     """The same in the place of `alpha`. Without it, a matrix of another rank has another alpha/r."""
 
-    modules_to_save: tuple[str, ...] = ()
+    modules_to_save: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Modules that are trained whole beside the adapter and saved with it, such as `embed_tokens`, `lm_head` or `norm`, by their
     last dotted parts. Of a head that is tied to the embedding, both are trained as one."""
 
@@ -204,7 +216,7 @@ class LoraSection(Section):
     """Tokens to add to the tokenizer, such as `<|tool|>`: their rows of embedding and output head are trained and saved with the
     adapter, the other rows stay as they are."""
 
-    target_parameters: tuple[str, ...] = ()
+    target_parameters: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Parameters that belong to no linear module and are adapted too, such as `mlp.experts.gate_up_proj`, the weights of all experts
     of a layer: each expert gets an A and a B of its own. Without dropout."""
 
@@ -212,18 +224,20 @@ class LoraSection(Section):
     @classmethod
     def _check_layers(cls, value: str | tuple[int, ...]) -> str | tuple[int, ...]:
         if isinstance(value, str) and not re.fullmatch(r"all|(first|last) [1-9][0-9]*", value):
-            raise ValueError(f"layers is {value}; give all, first N, last N, or a list of numbers from 0 on")
+            raise Contradiction(
+                f"lora.layers is {value}", fix="give all, first N, last N, or a list of numbers from 0 on"
+            )
         return value
 
-    @field_validator("new_tokens")
+    @field_validator("targets", "layers", "modules_to_save", "new_tokens", "target_parameters")
     @classmethod
-    def _check_new_tokens(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        return check_once("new_tokens", value)
+    def _check_once(cls, value: Any, info: ValidationInfo) -> Any:
+        return check_once(f"lora.{info.field_name}", value)
 
     @field_validator("rank_pattern", "alpha_pattern")
     @classmethod
-    def _check_patterns(cls, value: dict[str, Any]) -> dict[str, Any]:
-        return check_regular_expressions(value)
+    def _check_patterns(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        return check_regular_expressions(f"lora.{info.field_name}", value)
 
 
 Optimizer = Literal["adamw", "adamw_8bit", "lion", "muon", "adafactor", "sgd"]
@@ -348,42 +362,16 @@ class TrainSection(Section):
     @field_validator("learning_rate_pattern")
     @classmethod
     def _check_patterns(cls, value: dict[str, Any]) -> dict[str, Any]:
-        return check_regular_expressions(value)
+        return check_regular_expressions("train.learning_rate_pattern", value)
+
+    @field_validator("report_to")
+    @classmethod
+    def _check_once(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return cast("tuple[str, ...]", check_once("train.report_to", value))
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        for name in ("eval_every", "save_every", "log_every"):
-            value = getattr(self, name)
-            if isinstance(value, str):
-                continue
-            if value <= 0 or (isinstance(value, float) and value >= 1 and value != int(value)):
-                raise ValueError(
-                    f"{name} is {value}; give a number of steps, a fraction of the run below 1, epoch or never"
-                )
-        if isinstance(self.token_budget, int) and self.token_budget < 1:
-            raise ValueError(f"token_budget is {self.token_budget}; give a positive number of tokens, or auto")
-        if self.early_stopping is not None and self.eval_every == "never":
-            raise ValueError(
-                f"early_stopping is {self.early_stopping}, but eval_every is never: there is no loss to go by"
-            )
-        if self.final_adapter == "best" and "never" in (self.eval_every, self.save_every):
-            raise ValueError(
-                "final_adapter is best, but eval_every or save_every is never: there is nothing to choose from"
-            )
-        if self.average_checkpoints is not None and (self.final_adapter == "best" or self.save_every == "never"):
-            raise ValueError(
-                f"average_checkpoints is {self.average_checkpoints}, but "
-                + ("final_adapter is best" if self.final_adapter == "best" else "save_every is never: there are none")
-            )
-        if self.schedule == "inverse_sqrt" and self.warmup_fraction == 0:
-            raise ValueError("schedule is inverse_sqrt, which is measured in warm-ups, but warmup_fraction is 0")
-        if self.schedule == "warmup_stable_decay" and self.warmup_fraction > 1 - DECAY_FRACTION:
-            raise ValueError(
-                f"schedule is warmup_stable_decay, whose last {DECAY_FRACTION:.0%} of the steps go down, but warmup_fraction is "
-                f"{self.warmup_fraction:g}: they overlap"
-            )
-        if isinstance(self.recompute, int) and self.recompute < 0:
-            raise ValueError(f"recompute is {self.recompute}; give a number of layers, or auto")
+        check_train(self, DECAY_FRACTION)
         return self
 
 
@@ -415,20 +403,18 @@ class Recipe(Section):
     train: TrainSection = TrainSection()
     evaluate: EvaluateSection = EvaluateSection()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _check_truth(cls, values: Any) -> Any:
+        return check_no_truth(values, cls)
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         check_task(self)
         check_quantization(self)
         check_beside(self)
         check_muon(self)
-        if self.data.streaming is True and self.train.engine == "trl":
-            raise ValueError("data.streaming is true, but train.engine is trl, which takes all examples at once")
-        if self.data.eval == "none" and self.evaluate.metric != "none":
-            raise ValueError(f"evaluate.metric is {self.evaluate.metric}, but data.eval is none: nothing to score")
-        if self.data.eval == "none" and self.train.final_adapter == "best":
-            raise ValueError("train.final_adapter is best, but data.eval is none: there is no held-out loss to go by")
-        if self.data.eval == "none" and self.train.early_stopping is not None:
-            raise ValueError("train.early_stopping is given, but data.eval is none: there is no held-out loss to go by")
+        check_held_out(self)
         return self
 
     @classmethod

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -24,6 +24,9 @@ _Loader.add_implicit_resolver(
     list("-+0123456789."),
 )
 
+
+_SETTING = re.compile(r"\b[a-z]+\.[a-z_]+")
+"""The full name of a setting in a message."""
 
 _MOST_NODES = 100_000
 """Values of a recipe, aliases written out: a kilobyte of them can stand for billions."""
@@ -183,14 +186,43 @@ def in_our_words(
         fix = f"did you mean {near[0]}?" if near else f"known here: {', '.join(sorted(known))}"
         return RecipeError(f"unknown setting {'.'.join(location)}", file=file, line=line, fix=fix)
     if first["type"] == "value_error":
-        section = f"{location[0]}: " if location else ""
-        return RecipeError(f"{section}{first['ctx']['error']}", file=file, line=line)
+        raised = first["ctx"]["error"]
+        mentioned = [lines[setting] for setting in _SETTING.findall(str(raised)) if setting in lines]
+        return RecipeError(
+            str(raised), file=file, line=next(iter(mentioned), line), fix=getattr(raised, "fix", "see docs/recipe.md")
+        )
     problems = {item["msg"] for item in error.errors() if [str(p) for p in item["loc"]][:2] == location[:2]}
-    field = _field_of(recipe, location)
-    fix = " ".join((field.description or "").split()) if field is not None else ""
+    field, name = _innermost(recipe, source, location)
+    words = " ".join((field.description or "").split()) if field is not None else ""
+    said = "; or ".join(sorted(problems)).replace("a valid tuple", "a list").replace("a valid dictionary", "a mapping")
     return RecipeError(
-        f"{name} is {shown(first['input'])}: {'; or '.join(sorted(problems))}", file=file, line=line, fix=fix
+        f"{name} is {shown(first['input'])}: {said}",
+        file=file,
+        line=line,
+        fix=" ".join(filter(None, (_meant(name, first["input"], said), words))),
     )
+
+
+def _meant(name: str, value: Any, said: str) -> str:
+    """What was probably meant by a wrong value, as a sentence."""
+    if not isinstance(value, str):
+        return ""
+    near = difflib.get_close_matches(value.lower(), re.findall(r"'([^']+)'", said), n=1)
+    if near:
+        return f"Did you mean {near[0]}?"
+    return f"{name}: [{value}] is a list of one." if said == "Input should be a list" else ""
+
+
+def _innermost(recipe: type[BaseModel], source: type[BaseModel], location: list[str]) -> tuple[Any, str]:
+    """The field that is wrong, and its full name: that of a source in a list of them, or of a key of a mapping, where it lies deeper
+    than a section's field."""
+    field, name = _field_of(recipe, location), ".".join(location[:2])
+    if field is not None and get_origin(field.annotation) is dict and len(location) == 3:
+        return field, f"{name}.{location[2]}"
+    if len(location) > 2 and location[-1] in source.model_fields:
+        numbers = [part for part in location[2:-1] if part.isdigit()]
+        return source.model_fields[location[-1]], ".".join([name, *numbers, location[-1]])
+    return field, name
 
 
 def _section_of(recipe: type[BaseModel], name: str) -> type[BaseModel] | None:

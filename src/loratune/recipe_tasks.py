@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from loratune.errors import RecipeError
+from loratune.recipe_checks import Contradiction
 
 CAUSAL_LM, CLASSIFICATION = "causal_lm", "sequence_classification"
 
@@ -45,34 +46,41 @@ def check_task(recipe: Any) -> None:
     """Refuse settings that do not belong to the recipe's task.
 
     Raises:
-        ValueError: Naming the setting, its value, and what to do.
+        Contradiction: Naming the setting, its value, and what to do.
     """
-    problem = next(_problems(recipe), "")
-    if problem:
-        raise ValueError(problem)
+    for problem, fix in _problems(recipe):
+        raise Contradiction(problem, fix=fix)
 
 
-def _problems(recipe: Any) -> Iterator[str]:
+def _problems(recipe: Any) -> Iterator[tuple[str, str]]:
+    """What is wrong, and what to do."""
     columns = recipe.data.columns
     if not is_classification(recipe):
         for column in columns:
             if column in LABELLED_COLUMNS and column != "text":
-                yield f"data.columns names {column}, which is for model.task {CLASSIFICATION}"
+                yield f"data.columns names {column}, which is for model.task {CLASSIFICATION}", f"task={CLASSIFICATION}"
         return
     for section in type(recipe).model_fields:
         part = getattr(recipe, section)
         for field, declared in type(part).model_fields.items():
             value, plain = getattr(part, field), declared.get_default(call_default_factory=True)
             if field not in _WORKS.get(section, ()) and value != plain:
-                yield f"{section}.{field} is {value}, which model.task {CLASSIFICATION} does not have; leave it at {plain}"
+                shown = list(value) if isinstance(value, tuple) else value
+                yield (
+                    f"{section}.{field} is {shown}, which model.task {CLASSIFICATION} does not have",
+                    f"leave {section}.{field} out" if plain in (None, (), {}) else f"{section}.{field}={plain}",
+                )
     for name, values, why in _REFUSED:
         value = _value(recipe, name)
         if value in values:
             shown = str(value).lower() if isinstance(value, bool) else value
-            yield f"{name} is {shown}, which model.task {CLASSIFICATION} does not have: {why}"
+            yield f"{name} is {shown}, which model.task {CLASSIFICATION} does not have: {why}", f"leave {name} out"
     for column in columns:
         if column not in LABELLED_COLUMNS:
-            yield f"data.columns names {column}, but labelled rows have {', '.join(LABELLED_COLUMNS)}"
+            yield (
+                f"data.columns names {column}, but labelled rows have {', '.join(LABELLED_COLUMNS)}",
+                "data.columns={text: …, label: …}",
+            )
 
 
 def _value(recipe: Any, name: str) -> Any:

@@ -13,18 +13,6 @@ def trained_roles(train_on: TrainOn) -> tuple[str, ...]:
     return train_on if isinstance(train_on, tuple) else () if train_on == "all" else ("assistant",)
 
 
-def check_roles(train_on: TrainOn) -> None:
-    """Refuse a list of roles that says nothing, or one of them twice.
-
-    Raises:
-        ValueError: Which.
-    """
-    if not train_on:
-        raise ValueError("train_on is an empty list; name the roles whose messages are trained, as [user, assistant]")
-    if isinstance(train_on, tuple) and len(set(train_on)) < len(train_on):
-        raise ValueError(f"train_on: {max(train_on, key=train_on.count)} is named twice")
-
-
 def as_written(value: Any) -> str:
     """A word, or a list of words as YAML has it."""
     return f"[{', '.join(value)}]" if isinstance(value, list | tuple) else str(value)

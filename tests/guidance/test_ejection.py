@@ -6,9 +6,11 @@ import ast
 import json
 import runpy
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from transformers import PreTrainedTokenizerBase
 
 from loratune.errors import RecipeError
 from loratune.guidance import ejection
@@ -17,6 +19,8 @@ from loratune.pipeline import train
 from loratune.preparation import prepare
 from loratune.progress import Silent
 from loratune.recipe import Recipe
+from loratune.run import read_json
+from tests.conftest import make_moe
 
 MARKED = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
@@ -41,24 +45,42 @@ def losses_of_script(folder: Path) -> list[float]:
     return [record["loss"] for record in history if "loss" in record]
 
 
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")  # of the trainer's own checkpoints
 @pytest.mark.filterwarnings("ignore:OLoRA changes the base weights:UserWarning")  # PEFT, while it converts just that
 @pytest.mark.filterwarnings("ignore:`label_smoothing_factor` is deprecated:FutureWarning")  # TRL, of 2.0
 @pytest.mark.parametrize(
     "kind",
     [
-        *("rows", "dora", "olora", "adafactor", "start", "patterns"),
-        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("all", "marked", "noise", "muon")),
-        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("rslora", "pissa", "whole")),
+        *("rows", "olora", "start", "patterns", "tokens", "eva", "best", "early", "mean"),
+        *(
+            pytest.param(kind, marks=pytest.mark.slow)
+            for kind in ("all", "marked", "noise", "muon", "dora", "adafactor")
+        ),
+        *(
+            pytest.param(kind, marks=pytest.mark.slow)
+            for kind in ("rslora", "pissa", "whole", "lion", "adamw_8bit", "sgd")
+        ),
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("layers", "inverse_sqrt", "stacks", "olora-mean")),
     ],
 )
 def test_the_script_trains_to_the_same_losses_and_the_same_adapter(
-    kind: str, recipe_file: Path, marked_model: Path, tmp_path: Path
+    kind: str, recipe_file: Path, marked_model: Path, smollm2_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     adafactor = ["train.optimizer=adafactor", "train.lora_plus_ratio=4", "train.schedule=warmup_stable_decay"]
     patterns = ["lora.rank_pattern={q_proj: 2}", "lora.alpha_pattern={q_proj: 4}"]
+    patterns += ["train.learning_rate_pattern={'0.*v_proj': 1e-3, v_proj: 2e-2}", "train.lora_plus_ratio=2"]
+    mean = ["train.average_checkpoints=2", "train.save_every=1"]
     noise = ["train.neftune_noise_alpha=5", "train.label_smoothing=0.1"]
     kinds = {
         "patterns": patterns,
+        "mean": [*mean, "train.keep_checkpoints=1"],
+        "olora-mean": [*mean, "lora.variant=olora"],
+        "tokens": ["lora.new_tokens=[<|one|>, <|two|>]", "train.learning_rate_pattern={embed_tokens: 1e-3}"],
+        "best": ["train.final_adapter=best", "train.learning_rate=3", "train.eval_every=1", "train.save_every=1"],
+        "early": ["train.early_stopping=1", "train.learning_rate=3", "train.eval_every=1", "train.epochs=3"],
+        "layers": ["lora.layers=[1]", "lora.targets=complete"],
+        "inverse_sqrt": ["train.schedule=inverse_sqrt"],
+        "stacks": [],
         "whole": ["lora.modules_to_save=[lm_head, norm]"],
         "rows": [],
         "noise": noise,
@@ -70,6 +92,10 @@ def test_the_script_trains_to_the_same_losses_and_the_same_adapter(
     if kind == "start":
         first = train(Recipe.load(recipe_file, [f"train.output_dir={tmp_path / 'first'}"])).run
         kinds["start"] = [f"lora.start_from={first.adapter}"]
+    if kind == "stacks":
+        names = "lora.target_parameters=[mlp.experts.gate_up_proj, mlp.experts.down_proj]"
+        kinds["stacks"] = [f"model.name={make_moe(tmp_path / 'moe', smollm2_tokenizer)}", "lora.dropout=0", names]
+    kinds |= {name: [f"train.optimizer={name}"] for name in ("lion", "adamw_8bit", "sgd")}
     settings = kinds.get(kind, [f"lora.variant={kind}"])
     script, ejected = tmp_path / "script.py", tmp_path / "run-ejected"
     eject(prepare(Recipe.load(recipe_file, settings), Silent()), script, overwrite=False, progress=Silent())
@@ -80,6 +106,8 @@ def test_the_script_trains_to_the_same_losses_and_the_same_adapter(
     assert len(losses) == 3
     one, other = (folder / "adapter_model.safetensors" for folder in (ejected, run.adapter))
     assert one.read_bytes() == other.read_bytes(), "the adapters differ"
+    if kind == "best":
+        assert read_json(run.best)["step"] < 3, "the best is the last, so that nothing was chosen"
 
 
 @pytest.mark.slow
@@ -157,6 +185,27 @@ def test_nothing_is_overwritten_unasked(recipe_file: Path, tmp_path: Path) -> No
     assert script.read_text() == "mine"
     eject(prepared, script, overwrite=True, progress=Silent())
     assert "SFTTrainer" in script.read_text()
+
+
+@pytest.mark.parametrize(
+    ("setting", "why", "fix"),
+    [
+        ("train.on_bad_step=skip", "transformers' Trainer applies every step", "train.on_bad_step=error"),
+        ("lora.variant=loftq", "PEFT's own beginning is for CUDA", "lora.variant=plain"),
+        ("model.quantization=fp8", "PEFT alone has no layers for it", "leave model.quantization"),
+    ],
+)
+def test_what_stock_libraries_do_not_have_is_refused_with_its_reason(
+    setting: str, why: str, fix: str, recipe_file: Path, tmp_path: Path
+) -> None:
+    prepared = prepare(Recipe.load(recipe_file), Silent())
+    section, _, rest = setting.partition(".")
+    field, _, value = rest.partition("=")
+    part = getattr(prepared.recipe, section).model_copy(update={field: value})
+    prepared = replace(prepared, recipe=prepared.recipe.model_copy(update={section: part}))
+    with pytest.raises(RecipeError, match=f"{section}.{field} is {value}, which a script .*: {why}") as refused:
+        eject(prepared, tmp_path / "script.py", overwrite=False, progress=Silent())
+    assert refused.value.fix.startswith(fix)
 
 
 def test_a_setting_that_the_script_cannot_follow_is_refused(

@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from loratune.delivery import export, merge
 from loratune.errors import RecipeError
@@ -20,7 +20,7 @@ from loratune.preparation import prepare
 from loratune.progress import Silent
 from loratune.recipe import Recipe
 from loratune.run import RunDir, read_json
-from tests.conftest import recipe_maker
+from tests.conftest import make_moe, recipe_maker
 from tests.invariants.test_same_mathematics import assert_same
 
 MakeRecipe = Callable[..., Recipe]
@@ -33,27 +33,7 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def moe_model(smollm2_tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("moe")
-    torch.manual_seed(0)
-    config = Qwen3MoeConfig(
-        vocab_size=len(smollm2_tokenizer),
-        hidden_size=16,
-        intermediate_size=32,
-        moe_intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        num_experts=4,
-        num_experts_per_tok=2,
-        router_aux_loss_coef=0.0,  # which TRL adds to the loss of experts, and the fast engine does not
-        max_position_embeddings=512,
-        initializer_range=0.1,
-        tie_word_embeddings=True,
-    )
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    smollm2_tokenizer.save_pretrained(folder)
-    return folder
+    return make_moe(tmp_path_factory.mktemp("moe"), smollm2_tokenizer)
 
 
 @pytest.fixture(scope="module")

@@ -80,5 +80,5 @@ def test_promise_and_measurement_stand_side_by_side() -> None:
 
     assert line == (
         "training took 1 min 5 s (planned 2 min 10 s, 50% of it), evaluation 8 s (planned 0 s), "
-        "1,234 tokens/s (planned 22 tokens/s, 5511% of it), peak memory 2.0 GiB (planned 1.0 GiB, 200% of it)"
+        "1,234 tokens/s (planned 22 tokens/s, 55 × that), peak memory 2.0 GiB (planned 1.0 GiB, 200% of it)"
     )

@@ -218,3 +218,18 @@ def test_runs_of_one_name_are_told_apart_and_other_held_out_data_is_warned_of(a_
 def test_a_report_needs_no_torch() -> None:
     code = "import sys, loratune.reporting.page; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_losses_of_several_sources_are_drawn_and_no_line_is_called_damaged(a_copy: Copy) -> None:
+    run = a_copy()
+    names = ("/data/a/eval.jsonl", "/data/b/eval.jsonl")
+    lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    for line in lines:
+        if "eval_nll" in line:
+            line["eval_nll_by_source"] = dict.fromkeys(names, line["eval_nll"])
+    run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    shown = text_of(report(run.root))
+    assert "cannot be read" not in shown
+    assert "Held-out loss of each source" in shown
+    assert "a/eval.jsonl" in shown
+    assert "Held-out loss of b/eval.jsonl" in run.report.read_text()

@@ -126,5 +126,5 @@ def test_only_what_the_cadence_wants_is_averaged() -> None:
 def test_what_leaves_nothing_to_average_is_refused(
     tiny_recipe: MakeRecipe, settings: dict[str, object], why: str
 ) -> None:
-    with pytest.raises(RecipeError, match=f"average_checkpoints is 2, but {why}"):
+    with pytest.raises(RecipeError, match=rf"average_checkpoints is 2, but train\.{why}"):
         tiny_recipe(train__average_checkpoints=2, **settings)

@@ -7,6 +7,7 @@ the classes; a label that stands in the held-out data alone could not be learned
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -295,11 +296,15 @@ def _notices(report: dict[str, Any], train: Part, encoded: _Encoded) -> Iterator
         number = report["train"]["duplicates"]
         are = "is an exact duplicate" if number == 1 else "are exact duplicates"
         yield f"{number} of {as_count(len(train.texts), 'training text')} {are}; data.json lists them."
+    yield from _odd_names(report["labels"])
     counts = report["train"]["labels"]
     rare = min(counts, key=lambda name: counts[name])
     most = max(counts.values())
     if counts[rare] * 10 < most:
         yield f"the classes are uneven: {rare} has {as_count(counts[rare], 'training text')}, the largest {most:,}; mind F1 beside accuracy."
+    if report["eval"] and (unseen := [name for name, count in report["eval"]["labels"].items() if not count]):
+        few = ", ".join(unseen[:5]) + (", …" if len(unseen) > 5 else "")
+        yield f"the held-out data has no text of the class {few}, so nothing is measured of it."
     for side in ("train", "eval"):
         part = report[side]
         if part and part["truncated"]:
@@ -310,6 +315,17 @@ def _notices(report: dict[str, Any], train: Part, encoded: _Encoded) -> Iterator
                 f"{as_count(part['num_rejected'], f'{side} row was', f'{side} rows were')} left out; data.json lists them with "
                 "their reasons."
             )
+
+
+def _odd_names(names: Sequence[str]) -> Iterator[str]:
+    """Classes that are probably none of their own."""
+    alike: dict[str, list[str]] = {}
+    for name in names:
+        alike.setdefault(" ".join(name.casefold().split()), []).append(name)
+    if torn := next((same for same in alike.values() if len(same) > 1), None):
+        yield f"the classes {' and '.join(torn)} differ in upper and lower case or spaces alone; write them alike if they are one."
+    if all(re.fullmatch(r"[-+]?\d*\.\d+", name) for name in names):
+        yield f"the labels are numbers with a fraction: each of the {len(names)} is a class of its own, since there is no regression."
 
 
 def labels_fingerprint(examples: Sequence[Example]) -> str:

@@ -107,7 +107,8 @@ def labelled_texts(
 def _labelled(value: Any, origin: Origin, refuse: Callable[[str], str], classes: Sequence[str]) -> LabelledText:
     if not isinstance(value, dict):
         raise BadRow(f"a row is an object with text and label, this is {_shown(value)}")
-    fields = ("text",) if "text" in value else ("sentence1", "sentence2")
+    paired = "text" not in value and ("sentence1" in value or "sentence2" in value)
+    fields = ("sentence1", "sentence2") if paired else ("text",)
     if missing := [name for name in (*fields, "label") if name not in value]:
         has = ", ".join(map(str, value)) or "(none)"
         raise BadRow(
@@ -117,7 +118,7 @@ def _labelled(value: Any, origin: Origin, refuse: Callable[[str], str], classes:
     texts = [_checked(value[name], name, refuse) for name in fields]
     label = value["label"]
     if isinstance(label, bool) or not isinstance(label, int | str):
-        raise BadRow(f"label is {_shown(label)}, neither text nor an integer")
+        raise BadRow(f"label is {_shown(label)}, neither text nor an integer; there is no regression")
     if isinstance(label, str):
         label = label.strip()
         if not label:

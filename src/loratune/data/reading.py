@@ -131,7 +131,9 @@ def _format(rows: Sequence[Row], data: DataSection, source: Source) -> str:
         raise DataError(
             f"the rows are plain text, which has no answers, but train_on is {as_written(data.train_on)}",
             file=source.name,
-            fix="set data.train_on=all",
+            fix="task=sequence_classification, to learn the labels, or data.train_on=all, to learn the texts"
+            if any(isinstance(row.value, dict) and "label" in row.value for row in rows[:1])
+            else "set data.train_on=all",
         )
     return form
 

@@ -12,7 +12,7 @@ import sys
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,9 +58,21 @@ def read_rows(source: Source, *, seed: int = 42) -> list[Row]:
         raise DataError(
             "there are no rows in it",
             file=source.name,
-            fix="the file is empty; give a file with one conversation per row",
+            fix="the file is empty; give a file with rows",
         )
     return _weigh(rows, source.weight, seed)
+
+
+def short_names(names: Iterable[str]) -> dict[str, str]:
+    """Name → its last part, or as many of the last parts as tell it from the others."""
+    parts = {name: name.rstrip("/").split("/") for name in names}
+    count = dict.fromkeys(parts, 1)
+    for name, own in parts.items():
+        while count[name] < len(own) and any(
+            other[-count[name] :] == own[-count[name] :] for key, other in parts.items() if key != name
+        ):
+            count[name] += 1
+    return {name: "/".join(own[-count[name] :]) for name, own in parts.items()}
 
 
 def is_local(source: Source) -> bool:
@@ -159,7 +171,7 @@ def _read_text(path: Path) -> str:
         fix = f"convert it: iconv -f latin1 -t utf-8 {path.name}"
         raise DataError(f"not UTF-8: byte 0x{bad:02x}", file=path, line=line, fix=fix) from None
     if not text.strip():
-        raise DataError("the file is empty", file=path, fix="give a file with one conversation per row")
+        raise DataError("the file is empty", file=path, fix="give a file with rows")
     return text
 
 

@@ -91,7 +91,7 @@ class LineTable:
         except OSError as error:
             raise DataError(f"cannot read: {error.strerror}", file=path, fix="check the permissions") from None
         if not starts:
-            raise DataError("the file is empty", file=path, fix="give a file with one conversation per row")
+            raise DataError("the file is empty", file=path, fix="give a file with rows")
         self._starts, self._lengths, self._lines = starts, lengths, lines
         self.keys = np.frombuffer(keys, dtype=np.uint64)
         self.contents = {str(path): digest.hexdigest()}

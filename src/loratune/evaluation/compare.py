@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from loratune.counting import as_count
+from loratune.data.sources import short_names
 from loratune.evaluation.generate import Answer, Prompt
 from loratune.evaluation.scoring import score
 
@@ -127,7 +128,7 @@ def nll_record(base: Sequence[NllPair], tuned: Sequence[NllPair]) -> dict[str, A
 def evaluation_table(record: Mapping[str, Any]) -> Table:
     """Base, tuned, and their difference with its interval, one row a measure."""
     table = Table(title=f"Held-out: {as_count(record['num_examples'], 'conversation')}")
-    table.add_column("measure")
+    table.add_column("measure", overflow="fold")
     for column in ("base", "tuned", "difference", f"{record['interval']['level']:.0%} interval"):
         table.add_column(column, justify="right")
     metric = record["metric"]
@@ -145,8 +146,9 @@ def evaluation_table(record: Mapping[str, Any]) -> Table:
         )
     for name, label in (("nll", "NLL per token"), ("perplexity", "perplexity")):
         _add_row(table, label, record["base"][name], record["tuned"][name], record["difference"][name])
+    labels = short_names(record.get("sources", {}))
     for name, part in record.get("sources", {}).items():
-        of_it = _plain(f"NLL of {name} ({as_count(part['num_examples'], 'conversation')})")
+        of_it = _plain(f"NLL of {labels[name]} ({as_count(part['num_examples'], 'conversation')})")
         _add_row(table, of_it, part["base"]["nll"], part["tuned"]["nll"], part["difference"]["nll"])
     if "forgetting" in record:
         other = record["forgetting"]

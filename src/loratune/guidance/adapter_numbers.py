@@ -96,7 +96,7 @@ def preset_rows(model: PreTrainedModel, lora: LoraSection, head: Sequence[str] =
 
 def _layers(facts: Facts) -> str:
     total = facts.model.config.get_text_config().num_hidden_layers
-    return f"{facts.prepared.targets_in_words} of a model of {total}"
+    return f"{facts.prepared.targets_in_words} (the model has {total})"
 
 
 def _start_from(facts: Facts) -> str:

@@ -27,7 +27,9 @@ from loratune.errors import MachineError, RecipeError
 from loratune.lock import versions
 from loratune.model.adapter import short_names
 from loratune.model.load import load_config
+from loratune.model.patterns import highest_rank
 from loratune.model.prequantised import method_of
+from loratune.model.quantised import BY_BITSANDBYTES
 from loratune.model.stacks import stack_arguments
 from loratune.model.targets import router_loss
 from loratune.model.variants import changes_base, peft_arguments
@@ -67,17 +69,37 @@ COVERED = {
         "alpha_pattern",
         "modules_to_save",
         "target_parameters",
+        "new_tokens",
     },
     "train": {
         *("output_dir", "epochs", "learning_rate", "batch_size", "warmup_fraction", "weight_decay"),
         *("optimizer", "lora_plus_ratio", "schedule"),
         *("max_grad_norm", "seed", "engine", "device", "token_budget", "eval_every", "save_every", "log_every"),
         *("keep_checkpoints", "report_to", "neftune_noise_alpha", "label_smoothing"),
+        *("learning_rate_pattern", "early_stopping", "final_adapter", "average_checkpoints"),
+        "max_skipped_steps",  # of train.on_bad_step alone
         *("compile", "recompute", "strategy"),  # of the fast engine's speed and memory alone
     },
 }
 """The settings that a script follows. Another one that is not at its default is refused. The evaluate section is left out,
 and the script says so."""
+
+REFUSED: dict[str, dict[Any, tuple[str, str]]] = {
+    "model.quantization": {
+        "fp8": ("PEFT alone has no layers for it", "leave model.quantization at none, nf4 or int8"),
+        "int4_weight_only": (
+            "the trainer of transformers refuses it; loratune packs these weights itself",
+            "model.quantization=nf4",
+        ),
+    },
+    "lora.variant": {
+        "loftq": ("PEFT's own beginning is for CUDA and a scale of 1 alone", "lora.variant=plain or eva"),
+    },
+    "train.on_bad_step": {
+        "skip": ("transformers' Trainer applies every step, also one that is not finite", "train.on_bad_step=error"),
+    },
+}
+"""Setting → values that the script cannot follow, why, and what to do."""
 
 NOT_WRITTEN = {"output_dir", "disable_tqdm"}
 """Arguments of the engine that the script has elsewhere, or does better without."""
@@ -98,6 +120,7 @@ FIELD_OF = {
     "seed": "seed",
     "neftune_noise_alpha": "neftune_noise_alpha",
     "label_smoothing_factor": "label_smoothing",
+    "metric_for_best_model": "early_stopping",
 }
 """Argument of `SFTConfig` → the field of the train section whose words explain it."""
 
@@ -175,6 +198,8 @@ def _write_rows(prepared: Preparation, folder: Path) -> None:
 def _why_not_directly(prepared: Preparation) -> str:
     """Empty when it can: then `load_dataset` and TRL alone give the same tokens and labels."""
     data = prepared.recipe.data
+    if prepared.recipe.lora.variant == "eva":
+        return "lora.variant is eva, which begins with the tokens that are trained"
     sides: list[tuple[Source, list[Example]]] = []
     for side, sources, examples in (
         ("train", data.train, prepared.data.train),
@@ -241,21 +266,12 @@ def _builder(source: Source) -> str:
 
 def _check_covered(recipe: Recipe) -> None:
     default = Recipe()
-    if recipe.model.quantization == "fp8":
-        raise RecipeError(
-            "model.quantization is fp8, which a script of TRL and PEFT alone cannot follow",
-            fix="leave model.quantization at none, nf4 or int8",
-        )
-    if recipe.model.quantization == "int4_weight_only":
-        raise RecipeError(
-            "model.quantization is int4_weight_only, which the trainer of transformers refuses; loratune packs these weights itself",
-            fix="model.quantization=nf4",
-        )
-    if recipe.lora.variant in ("eva", "loftq"):
-        raise RecipeError(
-            f"lora.variant is {recipe.lora.variant}, whose beginning is computed from data or weights that the script does not have",
-            fix="lora.variant=plain",
-        )
+    for name, values in REFUSED.items():
+        section, _, field = name.partition(".")
+        value = getattr(getattr(recipe, section), field)
+        if value in values:
+            why, fix = values[value]
+            raise RecipeError(f"{name} is {value}, which a script of TRL and PEFT alone cannot follow: {why}", fix=fix)
     if recipe.lora.modules_to_save and recipe.model.dtype != "float32":
         raise RecipeError(
             f"lora.modules_to_save trains modules whole, and model.dtype is {recipe.model.dtype}: PEFT alone would train them in that "
@@ -285,7 +301,7 @@ def _script(prepared: Preparation, rows: Path | None, why_rows: str) -> str:
     model = skeleton(config, trust_remote_code=section.trust_remote_code)
     check_stock(model)
     constants, load = _data_lines(prepared, rows)
-    extra = peft_arguments(recipe.lora) | whole_arguments(prepared.parameters.whole)
+    extra = peft_arguments(recipe.lora) | whole_arguments(prepared.parameters.whole, prepared.new_tokens)
     extra |= stack_arguments(prepared.parameters.stacks, recipe.lora)
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True, autoescape=False)  # noqa: S701 - Python, not HTML
     template = environment.from_string(
@@ -312,6 +328,13 @@ def _script(prepared: Preparation, rows: Path | None, why_rows: str) -> str:
         peft_arguments=[f"{name}={_literal(value)}," for name, value in extra.items()],
         changes_base=changes_base(recipe.lora),
         start=_literal(str(prepared.start)) if prepared.start else "",
+        new_tokens=_literal(recipe.lora.new_tokens) if recipe.lora.new_tokens else "",
+        eva=highest_rank(recipe.lora) if recipe.lora.variant == "eva" else 0,
+        rates=_literal(recipe.train.learning_rate_pattern),
+        by_tokens=_needs_held_out_loss(recipe.train),
+        chosen=_chosen(recipe.train),
+        peft_names=_peft_names(prepared),
+        transformers_names=_transformers_names(recipe),
         device=_literal(recipe.train.device),
         load=load,
         revision=f", revision={_literal(base.revision)}" if base.revision else "",
@@ -329,6 +352,33 @@ def _optimizer(train: TrainSection) -> str:
     """One that is not named in `SFTConfig`."""
     own = own_optimizer(train)
     return f"(torch.optim.{own[0].__name__}, {_literal(own[1])})" if own else ""
+
+
+def _chosen(train: TrainSection) -> str:
+    """What the run ends with that is not the last step's adapter."""
+    return "mean" if train.average_checkpoints else "best" if train.final_adapter == "best" else ""
+
+
+def _needs_held_out_loss(train: TrainSection) -> bool:
+    """Whether something is decided by the held-out loss, which then must be that of loratune."""
+    return train.early_stopping is not None or train.final_adapter == "best"
+
+
+def _peft_names(prepared: Preparation) -> str:
+    recipe, chosen = prepared.recipe, _chosen(prepared.recipe.train)
+    names = ["LoraConfig", "TaskType", "get_peft_model"]
+    names += ["EvaConfig", "initialize_lora_eva_weights"] if recipe.lora.variant == "eva" else []
+    names += ["load_peft_weights", "set_peft_model_state_dict"] if prepared.start or chosen else []
+    names += ["get_peft_model_state_dict"] if chosen == "mean" else []
+    return ", ".join(sorted(names, key=lambda name: (name[0].islower(), name)))
+
+
+def _transformers_names(recipe: Recipe) -> str:
+    names = ["AutoModelForCausalLM", "AutoTokenizer"]
+    names += ["BitsAndBytesConfig"] if recipe.model.quantization in BY_BITSANDBYTES else []
+    names += ["EarlyStoppingCallback"] if recipe.train.early_stopping else []
+    names += ["TorchAoConfig"] if recipe.model.quantization not in ("none", *BY_BITSANDBYTES) else []
+    return ", ".join([*names, "set_seed"])
 
 
 def _versions(recipe: Recipe) -> str:
@@ -391,7 +441,9 @@ def _arguments(prepared: Preparation, *, direct: bool) -> list[str]:
     run = RunDir(Path(recipe.train.output_dir))
     arguments = stock_arguments(recipe.train, data, run, bf16=recipe.model.dtype == "bfloat16")
     arguments["report_to"] = list(recipe.train.report_to)
-    arguments["save_total_limit"] = recipe.train.keep_checkpoints
+    arguments["save_total_limit"] = None if _chosen(recipe.train) else recipe.train.keep_checkpoints
+    if recipe.train.early_stopping:
+        arguments |= {"metric_for_best_model": "eval_loss", "greater_is_better": False}
     if direct:
         arguments["max_length"] = int(recipe.data.max_length)
         arguments["assistant_only_loss"] = recipe.data.train_on != "all"

@@ -165,18 +165,18 @@ def shown(value: Any) -> str:
 
 
 def explanation_table(explanations: Sequence[Explanation]) -> Table:
-    """All settings, a row each."""
+    """All settings, a row each; where one comes from stands below it, unless it is a default as it is."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("setting", no_wrap=True)
-    for column in ("value", "from", "what it does here"):
-        table.add_column(column, overflow="fold")
+    table.add_column("setting and value, with its place where it is no default", overflow="fold", ratio=2)
+    table.add_column("what it does here", overflow="fold", ratio=3)
     section = ""
     for item in explanations:
         before, section = section, item.name.partition(".")[0]
         if before and before != section:
             table.add_section()
         origin = re.sub(r"^.*:(\d+)", r"line \1", item.origin_in_words)  # the file is the one that was asked about
-        table.add_row(*(escape(text) for text in (item.name, item.value, origin, item.effect)))
+        below = "" if origin == "default" else f"\n  [dim]{escape(origin)}[/dim]"
+        table.add_row(f"{item.name}: [bold]{escape(item.value)}[/bold]{below}", escape(item.effect))
     return table
 
 

@@ -53,13 +53,22 @@ def check_used(field: str, patterns: Mapping[str, float], names: Sequence[str], 
         RecipeError: As `check_patterns`.
     """
     used = {pattern_of(patterns, name) for name in names}
-    unused = [pattern for pattern in patterns if pattern not in used]
-    if unused:
+    unused = next((pattern for pattern in patterns if pattern not in used), None)
+    if unused is None:
+        return
+    problem = f"{field}: {unused} decides about none of the {what} modules"
+    matching = [name for name in names if pattern_of({unused: 1}, name) == unused]
+    if matching:
+        before = pattern_of(patterns, matching[0])
         raise RecipeError(
-            f"{field}: {unused[0]} decides about none of the {what} modules",
-            fix=f"a regular expression of a module's last parts or whole name, such as {_example(names)}; of several that match, the "
-            "first counts",
+            f"{problem}: {before}, which stands before it, matches them all", fix=f"write {unused} before {before}"
         )
+    known = sorted({name.rpartition(".")[2] for name in names})
+    raise RecipeError(
+        problem,
+        fix=f"{what} are {', '.join(known)}; a pattern is a regular expression of a module's last parts or whole name, such as "
+        f"{_example(names)}",
+    )
 
 
 def module_of(parameter: str) -> str:

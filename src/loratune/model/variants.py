@@ -118,6 +118,34 @@ def check_variant(lora: LoraSection, matrices: Sequence[Matrix], model: torch.nn
         )
 
 
+def check_ranks(lora: LoraSection, matrices: Sequence[Matrix]) -> None:
+    """Refuse ranks that no adapter can use: B·A has no higher rank than the matrix, and from ten times that on it is a slip.
+
+    Raises:
+        RecipeError: A rank is over ten times as high as both sides of its matrix.
+    """
+    for matrix in matrices:
+        r = rank_of(lora, matrix.name)
+        if r > 10 * max(matrix.d_in, matrix.d_out):
+            raise RecipeError(
+                f"{'lora.r' if r == lora.r else 'lora.rank_pattern'} is {r:,}, far more than both sides of {matrix.name}, which has "
+                f"{matrix.d_out:,} × {matrix.d_in:,}",
+                fix=f"{min(matrix.d_in, matrix.d_out):,} or less: B·A has no rank above the shorter side; 8 to 64 are usual",
+            )
+
+
+def rank_notes(lora: LoraSection, matrices: Sequence[Matrix]) -> tuple[str, ...]:
+    """That ranks are higher than their matrices can have, a sentence without a full stop."""
+    above = [matrix for matrix in matrices if rank_of(lora, matrix.name) > min(matrix.d_in, matrix.d_out)]
+    if not above:
+        return ()
+    first = min(above, key=lambda matrix: min(matrix.d_in, matrix.d_out))
+    return (
+        f"{len(above)} adapted matrices have a higher rank by the recipe than they can have, such as {first.name} "
+        f"({first.d_out:,} × {first.d_in:,}) with {rank_of(lora, first.name):,}: parameters that add nothing",
+    )
+
+
 def variant_notes(recipe: Recipe) -> tuple[str, ...]:
     """What a user would not expect of the variant, a sentence each, without a full stop."""
     if recipe.lora.variant == "dora" and recipe.train.engine == "fast":

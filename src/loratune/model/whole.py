@@ -100,13 +100,23 @@ def whole_modules(model: nn.Module, lora: LoraSection, targets: Sequence[str]) -
     return whole + _rows(modules, embedding, head, len(lora.new_tokens), tied=tied)
 
 
-def head_modules(model: nn.Module, names: Sequence[str]) -> tuple[Whole, ...]:
+def head_modules(model: nn.Module, names: Sequence[str], targets: Sequence[str]) -> tuple[Whole, ...]:
     """A classifier's head, which is trained whole whatever the recipe says.
 
     Args:
         model: As above.
         names: Of its modules.
+        targets: Full names of the adapted modules.
+
+    Raises:
+        RecipeError: One of them is adapted as well.
     """
+    inside = [(target, name) for target in targets for name in names if _overlap(target, name)]
+    if inside:
+        raise RecipeError(
+            f"lora.targets adapts {inside[0][0]}, but {inside[0][1]} is a part of the head, which is trained whole",
+            fix="leave it out of lora.targets",
+        )
     return tuple(
         _whole(name, model.get_submodule(name), is_head=True, is_embedding=False, tied_head="") for name in names
     )
@@ -168,7 +178,10 @@ def _matching(modules: dict[str, nn.Module], asked: str) -> list[str]:
 def _check(name: str, modules: dict[str, nn.Module], found: set[str], targets: Sequence[str]) -> None:
     module = modules[name]
     if isinstance(module, nn.ModuleList | nn.ModuleDict) or next(module.parameters(), None) is None:
-        raise RecipeError(f"lora.modules_to_save: {name} is a {type(module).__name__}, which has no weights of its own")
+        raise RecipeError(
+            f"lora.modules_to_save: {name} is a {type(module).__name__}, which has no weights of its own",
+            fix=f"leave {name.rpartition('.')[2]} out, or name modules inside it",
+        )
     inside = [target for target in targets if _overlap(target, name)]
     if inside:
         raise RecipeError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from loratune.data.batch import num_supervised
@@ -13,6 +14,7 @@ from loratune.data.steps import num_steps, occasions, padded_step_tokens, step_t
 from loratune.kernels.cross_entropy import chunk_rows
 from loratune.model.device import torch_dtype
 from loratune.planning.adapter_memory import stack_bytes, stack_kept_bytes, variant_bytes, whole_bytes, whole_kept_bytes
+from loratune.planning.encoder_memory import encoder_layer_bytes
 from loratune.planning.memory import MemoryPlan, Work, layer_bytes, plan_memory
 from loratune.planning.optimizer_memory import state_bytes
 from loratune.planning.parameters import ParameterCount
@@ -66,6 +68,7 @@ def run_work(recipe: Recipe, data: PreparedData, prompts: Sequence[Prompt], *, p
         prompt=max((len(prompt.input_ids) for prompt in prompts), default=0),
         num_prompts=len(prompts),
         max_new_tokens=recipe.evaluate.max_new_tokens if prompts else 0,
+        padded=padded,
     )
 
 
@@ -88,21 +91,18 @@ def run_memory(recipe: Recipe, config: Any, parameters: ParameterCount, work: Wo
     linear = matrices[: len(matrices) - len(stacks)]
     active = int(getattr(config, "num_experts_per_tok", None) or 1)
     shards = 1 if place.device == "cpu" else place.shards  # a CPU loads the whole base, before it is sharded
+    whole_kept = whole_kept_bytes(parameters.whole, dtype_bytes) + stack_kept_bytes(stacks, dtype_bytes, active)
+    of_layer = (
+        partial(encoder_layer_bytes, longest=max(work.longest, work.held_out))
+        if work.padded
+        else partial(layer_bytes, compiled=place.compiled, keeps_inputs=place.quantization == "int8")
+    )
     return plan_memory(
         total_parameters=parameters.trainable + held_parameters(config, parameters, shards),
         trainable_parameters=parameters.trainable,
         optimizer_bytes=state_bytes(recipe.train.optimizer, matrices, recipe.lora, parameters.whole_shapes),
         stored_bytes=place.stored_bytes,
-        layer=layer_bytes(
-            config,
-            dtype_bytes,
-            linear,
-            lora=recipe.lora,
-            compiled=place.compiled,
-            device=place.device,
-            keeps_inputs=place.quantization == "int8",
-            whole_kept=whole_kept_bytes(parameters.whole, dtype_bytes) + stack_kept_bytes(stacks, dtype_bytes, active),
-        ),
+        layer=of_layer(config, dtype_bytes, linear, lora=recipe.lora, device=place.device, whole_kept=whole_kept),
         num_layers=config.num_hidden_layers,
         dtype_bytes=dtype_bytes,
         device=place.device,

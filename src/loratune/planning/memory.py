@@ -178,6 +178,7 @@ class Work:
         prompt: The longest prompt that is answered; 0 where none is.
         num_prompts: How many are answered.
         max_new_tokens: The longest answer.
+        padded: Whether a micro-batch's examples are padded to its longest and run through the model's own forward, as those of encoders.
     """
 
     longest: int
@@ -187,6 +188,7 @@ class Work:
     prompt: int = 0
     num_prompts: int = 0
     max_new_tokens: int = 0
+    padded: bool = False
 
 
 def layer_bytes(

@@ -83,7 +83,7 @@ def count_parameters(
     shapes = [matrix(name, model.get_submodule(name)) for name in target_names]
     shapes += stacks(model, lora, target_names)
     per_module = tuple(MatrixCount(matrix=shape, trainable=num_trainable(lora, shape)) for shape in shapes)
-    whole = (*whole_modules(model, lora, target_names), *head_modules(model, head))
+    whole = (*whole_modules(model, lora, target_names), *head_modules(model, head, target_names))
     in_adapter = sum(item.trainable for item in per_module)
     trainable = in_adapter + sum(item.trainable for item in whole)
     saved = in_adapter * (2 if changes_base(lora) else 1) + sum(item.num_saved for item in whole)

@@ -20,6 +20,13 @@ def as_duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
+def as_ratio(measured: float, promised: float) -> str:
+    """95 of 100 → 95%; 2000 of 100 → 20 ×; empty where nothing was promised."""
+    if not promised:
+        return ""
+    return f"{measured / promised:,.0f} ×" if measured >= 10 * promised else f"{measured / promised:.0%}"
+
+
 def as_number(value: float, sign: str = "") -> str:
     """Four digits, and never an exponent for a large number."""
     return f"{value:{sign},.0f}" if abs(value) >= 1000 else f"{value:{sign}.4g}"

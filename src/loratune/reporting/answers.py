@@ -22,14 +22,18 @@ def samples(files: RunFiles) -> Iterator[Block]:
     if not items:
         return
     shown = items[:NUM_SAMPLES]
-    yield Paragraph(
-        text=f"The first {len(shown)} of {as_count(len(items), 'held-out prompt')}, in the order of the data, so nobody "
-        "chose them. Words that differ from the reference are marked: underlined what the answer has instead, struck "
+    what = "held-out text" if files.classifies else "held-out prompt"
+    marks = (
+        " Words that differ from the reference are marked: underlined what the answer has instead, struck "
         "through what it lacks. An answer with little in common with the reference is left unmarked."
+    )
+    yield Paragraph(
+        text=f"The first {len(shown)} of {as_count(len(items), what)}, in the order of the data, so nobody chose them."
+        + ("" if files.classifies else marks)
     )
     graded = is_graded(files.evaluation["metric"])
     for number, item in enumerate(shown, 1):
-        yield _sample(number, item, sides=("base", "tuned"), graded=graded)
+        yield _sample(number, item, sides=("base", "tuned"), graded=graded, classifies=files.classifies)
 
 
 def failures(files: RunFiles) -> Iterator[Block]:
@@ -42,13 +46,17 @@ def failures(files: RunFiles) -> Iterator[Block]:
         return
     broken = [pair for pair in wrong if pair[1]["base"]["score"]]
     endless = sum(not item["tuned"]["stopped"] for _, item in wrong)
-    yield Paragraph(
-        text=f"The tuned model answers {len(wrong):,} of {len(items):,} wrong; {len(broken):,} of these the base model "
-        f"answers right. {endless:,} did not stop by themselves within {_max_new_tokens(files)}."
-    )
+    if files.classifies:
+        text = f"The tuned model names {len(wrong):,} of {len(items):,} wrong; {len(broken):,} of these the base model names right."
+    else:
+        text = (
+            f"The tuned model answers {len(wrong):,} of {len(items):,} wrong; {len(broken):,} of these the base model "
+            f"answers right. {endless:,} did not stop by themselves within {_max_new_tokens(files)}."
+        )
+    yield Paragraph(text=text)
     ordered = [*broken, *(pair for pair in wrong if pair not in broken)]
     for number, item in ordered[:MOST_FAILURES]:
-        yield _sample(number, item, sides=("tuned",))
+        yield _sample(number, item, sides=("tuned",), classifies=files.classifies)
     if len(ordered) > MOST_FAILURES:
         yield Paragraph(text=f"{len(ordered) - MOST_FAILURES:,} more stand in evaluation.json.", tone="note")
 
@@ -58,14 +66,17 @@ def _max_new_tokens(files: RunFiles) -> str:
     return f"{number:,} tokens" if number else "the tokens allowed"
 
 
-def _sample(number: int, item: Record, sides: tuple[str, ...], *, graded: bool = False) -> Sample:
+def _sample(
+    number: int, item: Record, sides: tuple[str, ...], *, graded: bool = False, classifies: bool = False
+) -> Sample:
     reference = cut(item["reference"])
     others = (cut(text) for text in item.get("references", [])[1:])
     return Sample(
         title=f"{number} · {place(item)}",
         prompt=cut(item["question"]),
+        asked="text" if classifies else "prompt",
         answers=(
-            Answer(title="reference", pieces=whole(reference)),
+            Answer(title="class" if classifies else "reference", pieces=whole(reference)),
             *(Answer(title="another reference", pieces=whole(text)) for text in others),
             *(answer(side, item[side], reference, graded=graded) for side in sides),
         ),

@@ -75,6 +75,8 @@ class Sample:
     kind: ClassVar[str] = "sample"
     title: str
     prompt: str
+    asked: str = "prompt"
+    """What that is called."""
     answers: tuple[Answer, ...]
 
 

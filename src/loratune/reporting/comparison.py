@@ -168,8 +168,8 @@ def _curves(runs: Runs) -> Iterator[Block]:
     legend = tuple(enumerate(names(runs)))
     charts = []
     for key, title, unit in (
-        ("loss", "Training loss", "nats per supervised token"),
-        ("eval_nll", "Held-out loss", "nats per supervised token"),
+        ("loss", "Training loss", " or ".join(dict.fromkeys(run.nats for run in runs))),
+        ("eval_nll", "Held-out loss", " or ".join(dict.fromkeys(run.nats for run in runs))),
         ("learning_rate", "Learning rate", ""),
         ("tokens_per_second", "Speed", "tokens per second"),
     ):
@@ -219,8 +219,9 @@ def _answers(runs: Runs) -> Iterator[Block]:
     if not common:
         return
     split = [key for key in common if len({bool(column[key]["tuned"]["score"]) for column in items}) > 1]
+    classifies = runs[0].classifies
     yield Paragraph(
-        text=f"Of {as_count(len(common), 'prompt')} that all runs answered, {len(split):,} were answered right by some and wrong "
+        text=f"Of {as_count(len(common), 'text' if classifies else 'prompt')} that all runs answered, {len(split):,} were answered right by some and wrong "
         f"by others{f'; the first {MOST_SAMPLES} of them' if len(split) > MOST_SAMPLES else ''}."
     )
     for key in split[:MOST_SAMPLES]:
@@ -232,7 +233,8 @@ def _answers(runs: Runs) -> Iterator[Block]:
         yield Sample(
             title=place(first),
             prompt=cut(first["question"]),
-            answers=(Answer(title="reference", pieces=whole(reference)), *answers),
+            asked="text" if classifies else "prompt",
+            answers=(Answer(title="class" if classifies else "reference", pieces=whole(reference)), *answers),
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from loratune.counting import as_count
-from loratune.reporting.answers import short
+from loratune.data.sources import short_names
 from loratune.reporting.blocks import Block, Chart, Charts
 from loratune.reporting.charts import NUM_COLOURS, Series, describe, draw_lines
 from loratune.reporting.files import RunFiles
@@ -16,7 +16,7 @@ def curves(files: RunFiles) -> Iterator[Block]:
     if not files.steps:
         return
     steps = [step["step"] for step in files.steps]
-    yield Charts(charts=(_loss_chart(files, steps), *_source_chart(files), *_step_charts(files, steps)))
+    yield Charts(charts=(_loss_chart(files, steps), *_source_charts(files), *_step_charts(files, steps)))
 
 
 def _loss_chart(files: RunFiles, steps: list[int]) -> Chart:
@@ -35,13 +35,18 @@ def _loss_chart(files: RunFiles, steps: list[int]) -> Chart:
     log = min(values) > 0 and max(values) > 10 * min(values)
     return Chart(
         title="Loss",
-        svg=draw_lines("loss", alt, curves, x_label="step", y_label="nats per supervised token", log=log),
+        svg=draw_lines("loss", alt, curves, x_label="step", y_label=files.nats, log=log),
         legend=tuple(legend),
         caption="The held-out loss at step 0 is that of the base model." if files.evaluation else "",
     )
 
 
-def _source_chart(files: RunFiles) -> Iterator[Chart]:
+def _source_charts(files: RunFiles) -> Iterator[Chart]:
+    yield from _trained_by_source(files)
+    yield from _held_out_by_source(files)
+
+
+def _trained_by_source(files: RunFiles) -> Iterator[Chart]:
     """The training loss of each source, of as many as there are colours, where there are several."""
     points: dict[str, list[tuple[int, float]]] = {}
     for step in files.steps:
@@ -54,14 +59,35 @@ def _source_chart(files: RunFiles) -> Iterator[Chart]:
         Series(x=[x for x, _ in points[name]], y=[y for _, y in points[name]], colour=colour)
         for colour, name in enumerate(shown)
     ]
-    words = (describe(f"Source {number}", curve.y) for number, curve in enumerate(curves, 1))
+    labels = short_names(points)
+    words = (describe(f"Training loss of {labels[name]}", curve.y) for name, curve in zip(shown, curves, strict=True))
     more = as_count(len(points) - len(shown), "more source is", "more sources are")
     yield Chart(
         title="Training loss of each source",
-        svg=draw_lines("loss-by-source", " ".join(words), curves, x_label="step", y_label="nats per supervised token"),
-        legend=tuple((colour, short(name)) for colour, name in enumerate(shown)),
+        svg=draw_lines("loss-by-source", " ".join(words), curves, x_label="step", y_label=files.nats),
+        legend=tuple((colour, labels[name]) for colour, name in enumerate(shown)),
         caption="Each in the steps that have examples of it."
         + (f" {more} in metrics.jsonl." if len(points) > len(shown) else ""),
+    )
+
+
+def _held_out_by_source(files: RunFiles) -> Iterator[Chart]:
+    """The held-out loss of each source, where there are several and not more than colours."""
+    parts = files.evaluation.get("sources", {})
+    lines = [line for line in files.held_out if "eval_nll_by_source" in line]
+    names = list(lines[-1]["eval_nll_by_source"]) if lines else []
+    if not 1 < len(names) <= NUM_COLOURS:
+        return
+    curves, alts, labels = [], [], short_names(names)
+    for colour, name in enumerate(names):
+        points = [(line["step"], line["eval_nll_by_source"][name]) for line in lines]
+        points = [(0, parts[name]["base"]["nll"]), *points] if name in parts else points
+        curves.append(Series(x=[x for x, _ in points], y=[y for _, y in points], colour=colour, form="points"))
+        alts.append(describe(f"Held-out loss of {labels[name]}", [y for _, y in points]))
+    yield Chart(
+        title="Held-out loss of each source",
+        svg=draw_lines("source-loss", " ".join(alts), curves, x_label="step", y_label=files.nats),
+        legend=tuple((colour, labels[name]) for colour, name in enumerate(names)),
     )
 
 

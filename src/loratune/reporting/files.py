@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -53,6 +54,21 @@ class RunFiles:
     def name(self) -> str:
         """What people call the run: the name of its folder."""
         return self.run.root.name
+
+    @property
+    def classifies(self) -> bool:
+        """Whether texts are named, not answered."""
+        return "labels" in self.lock.get("inputs", {}) or "labels" in self.data
+
+    @property
+    def example(self) -> str:
+        """What one of its examples is called."""
+        return "text" if self.classifies else "conversation"
+
+    @property
+    def nats(self) -> str:
+        """The unit of its losses."""
+        return "nats per text" if self.classifies else "nats per supervised token"
 
     @property
     def train_seconds(self) -> float:
@@ -162,12 +178,19 @@ def _metrics(line: str) -> Record | None:
         record = json.loads(line)
         if not isinstance(record, dict):
             return None
-        values = [record["step"], record["time"]] if "event" in record else list(record.values())
-        by_source = [number for value in values if isinstance(value, dict) for number in value.values()]
-        numbers = [*(value for value in values if not isinstance(value, dict)), *by_source]
+        numbers = (record["step"], record["time"]) if "event" in record else _flat(record)
         return record if all(map(_is_number, numbers)) else None
     except (LookupError, ValueError, OverflowError, RecursionError):
         return None
+
+
+def _flat(record: Record) -> Iterator[Any]:
+    """The values, with those of the sources of a held-out loss."""
+    for value in record.values():
+        if isinstance(value, dict):
+            yield from value.values()
+        else:
+            yield value
 
 
 def _is_number(value: Any) -> bool:

@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from loratune.reporting.amounts import as_ratio
 from loratune.run import Record
 
 GIB, MIB = 2**30, 2**20
@@ -261,10 +262,14 @@ def histogram_text(bins: dict[str, list[int]]) -> Text:
     edges, counts = bins["edges"], bins["counts"]
     most, width = max(counts), len(f"{edges[-1]:,}")
     lines = [
-        f"{start:>{width},} to {end - 1:>{width},} {'█' * _blocks(count, most)} {count:,}"
+        f"{_range(start, end - 1, width)} {'█' * _blocks(count, most)} {count:,}"
         for start, end, count in zip(edges, edges[1:], counts, strict=False)
     ]
     return Text("\n".join(lines))
+
+
+def _range(first: int, last: int, width: int) -> str:
+    return f"{first:>{width},} to {last:>{width},}" if last > first else f"{first:>{2 * width + 4},}"
 
 
 def _mixture(sources: list[Record]) -> str:
@@ -299,7 +304,8 @@ def measured_line(record: Record) -> str:
 
 
 def _against(what: str, shown: Callable[[float], str], measured: float, promised: float) -> str:
-    ratio = f", {measured / promised:.0%} of it" if promised else ""
+    ratio = as_ratio(measured, promised)
+    ratio = f", {ratio} of it" if ratio.endswith("%") else f", {ratio} that" if ratio else ""
     return f"{what} {shown(measured)} (planned {shown(promised)}{ratio})".lstrip()
 
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from loratune.counting import as_count
+from loratune.data.sources import short_names
 from loratune.reporting.amounts import as_difference, as_measure, as_number, is_graded, measure_in_words
-from loratune.reporting.answers import short
 from loratune.reporting.blocks import Block, Chart, Charts, Paragraph, Table
 from loratune.reporting.charts import Bar, draw_bars
 from loratune.reporting.class_blocks import class_blocks
 from loratune.reporting.files import RunFiles
 from loratune.run import Record
 
-_AXES = {"nll": "nats per supervised token, less is better", "bleu": "BLEU, more is better"}
+_AXES = {"bleu": "BLEU, more is better", "accuracy": "% of texts, more is better", "f1": "%, more is better"}
 _WORDS = {"nll": "loss, nats per token", "perplexity": "perplexity"}
 
 
@@ -24,9 +24,8 @@ def result(files: RunFiles) -> Iterator[Block]:
         return
     metric, level = record["metric"], f"{record['interval']['level']:.0%}"
     measures = [name for name in dict.fromkeys((metric, "f1", "nll", "perplexity")) if name in record["tuned"]]
-    what = "held-out text" if "confusion" in record else "held-out conversation"
     yield Paragraph(
-        text=f"Measured on {as_count(record['num_examples'], what)} that training did not see. The "
+        text=f"Measured on {as_count(record['num_examples'], f'held-out {files.example}')} that training did not see. The "
         f"interval says where the difference lies with {level} confidence ({record['interval']['method']}, "
         f"{record['interval']['resamples']:,} resamples).{_of_which(record)}"
     )
@@ -38,7 +37,7 @@ def result(files: RunFiles) -> Iterator[Block]:
     )
     if "sources" in record:
         yield _by_source(record["sources"])
-    yield Charts(charts=tuple(_measure_chart(record, name) for name in measures if name != "perplexity"))
+    yield Charts(charts=tuple(_measure_chart(record, name, files.nats) for name in measures if name != "perplexity"))
     if record["items"] and not is_graded(metric):
         yield _turned(record)
     if "confusion" in record:
@@ -75,12 +74,13 @@ def _measure_row(record: Record, name: str) -> tuple[str, ...]:
 
 
 def _by_source(sources: dict[str, Record]) -> Table:
+    labels = short_names(sources)
     return Table(
         caption="The loss by source, nats per token",
         columns=("source", "base", "tuned", "difference, interval"),
         rows=tuple(
             _number_row(
-                f"{short(name)}, {as_count(part['num_examples'], 'conversation')}",
+                f"{labels[name]}, {as_count(part['num_examples'], 'conversation')}",
                 {side: part[side]["nll"] for side in ("base", "tuned", "difference")},
             )
             for name, part in sources.items()
@@ -89,7 +89,7 @@ def _by_source(sources: dict[str, Record]) -> Table:
     )
 
 
-def _measure_chart(record: Record, name: str) -> Chart:
+def _measure_chart(record: Record, name: str, nats: str) -> Chart:
     base, tuned, difference = record["base"][name], record["tuned"][name], record["difference"][name]
     scale = 1 if name in ("nll", "bleu") else 100
     interval = (scale * max(0.0, base + difference["low"]), scale * (base + difference["high"]))
@@ -103,7 +103,7 @@ def _measure_chart(record: Record, name: str) -> Chart:
                 Bar(name="base", parts=((scale * base, 3),), label=as_measure(name, base)),
                 Bar(name="tuned", parts=((scale * tuned, 0),), label=as_measure(name, tuned), interval=interval),
             ),
-            x_label=_AXES.get(name, "% of answers, more is better"),
+            x_label=f"{nats}, less is better" if name == "nll" else _AXES.get(name, "% of answers, more is better"),
             ticks=None if name == "nll" else (0, 25, 50, 75, 100),
         ),
         caption="The line on the tuned bar is the interval of the difference, added to the base.",

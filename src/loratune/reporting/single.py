@@ -13,9 +13,10 @@ from loratune.reporting.amounts import (
     as_bytes,
     as_duration,
     as_measure,
+    as_ratio,
     measure_in_words,
 )
-from loratune.reporting.answers import failures, place, samples, short
+from loratune.reporting.answers import failures, samples, short
 from loratune.reporting.blocks import (
     Block,
     Chart,
@@ -31,16 +32,15 @@ from loratune.reporting.blocks import (
     Tokens,
 )
 from loratune.reporting.certificates import certificates
-from loratune.reporting.charts import Bar, draw_bars, draw_histogram
+from loratune.reporting.charts import Bar, draw_bars
 from loratune.reporting.curves import curves
+from loratune.reporting.data_blocks import data
 from loratune.reporting.events import events
 from loratune.reporting.files import RunFiles
 from loratune.reporting.result import result
 from loratune.reporting.sections import UNEXPECTED, build_sections
 from loratune.roles import trained_in_words
 from loratune.run import Record
-
-_MOST_LINES = 20
 
 Built = TypeVar("Built")
 
@@ -70,13 +70,8 @@ def _lead(files: RunFiles) -> str:
     sources = ", ".join(short(source["name"]) for source in recipe["data"]["train"])
     return (
         f"{short(recipe['model']['name'])}, fine-tuned with LoRA of rank {recipe['lora']['r']} on "
-        f"{as_count(data['num_examples'], _unit(files))} of {sources}."
+        f"{as_count(data['num_examples'], 'labelled text' if files.classifies else 'conversation')} of {sources}."
     )
-
-
-def _unit(files: RunFiles) -> str:
-    """What an example of the run is."""
-    return "labelled text" if "labels" in files.lock["inputs"] else "conversation"
 
 
 def _badge(files: RunFiles) -> str:
@@ -194,7 +189,7 @@ def _promise(files: RunFiles) -> Iterator[Block]:
                 f"time in steps{so_far}",
                 as_duration(promised_seconds),
                 as_duration(seconds),
-                f"{seconds / promised_seconds:.0%}",
+                as_ratio(seconds, promised_seconds),
             )
         )
     peak = files.plan["memory"]["peak_bytes"]
@@ -221,7 +216,7 @@ def _promise(files: RunFiles) -> Iterator[Block]:
 
 def _promised_row(words: str, promised: float | None, measured: float | None) -> tuple[str, str, str, str]:
     """A line of seconds; what an older run has not is left open."""
-    ratio = f"{measured / promised:.0%}" if promised and measured is not None else ""
+    ratio = as_ratio(measured, promised) if promised and measured is not None else ""
     return (
         words,
         as_duration(promised) if promised is not None else "",
@@ -275,88 +270,6 @@ def _memory_parts(memory: Record) -> list[tuple[str, int]]:
     beyond = rest > max(memory["loss_bytes"], memory.get("backward_bytes", 0))
     name = "loading or evaluation beyond training" if beyond else "loss, or a layer's gradients"
     return [*list(parts.items())[:3], (name, rest), *list(parts.items())[3:]]
-
-
-# ---- data
-
-
-def _data(files: RunFiles) -> Iterator[Block]:
-    if not files.data:
-        return
-    sides = [(name, files.data[key]) for key, name in (("train", "training"), ("eval", "held out")) if files.data[key]]
-    labels = files.data.get("labels", ())
-    left_out = ("turns", "tokens that carry loss") if labels else ()
-    if files.data["notices"]:
-        yield Items(lines=tuple(files.data["notices"]))
-    yield Table(
-        caption="What was read, and what it became",
-        columns=("", *(name for name, _ in sides)),
-        rows=(
-            *((label, *(value(side) for _, side in sides)) for label, value in _DATA_ROWS if label not in left_out),
-            *((f"class {name}", *(f"{side['labels'][name]:,}" for _, side in sides)) for name in labels),
-        ),
-        numeric=True,
-    )
-    yield Paragraph(
-        text=f"Which tokens carry loss was worked out in two independent ways, which agree ({files.data['mask']['method']})."
-        if files.data["mask"]["verified"]
-        else f"Which tokens carry loss: {files.data['mask']['method']}."
-    )
-    charts = [_length_chart(name, side) for name, side in sides if "histogram" in side["length"]]
-    if charts:
-        yield Charts(charts=tuple(charts))
-    sources = [(name, source) for name, side in sides for source in side["sources"]]
-    yield Fold(title="Sources", blocks=(Items(lines=tuple(_source(name, source) for name, source in sources)),))
-    rejected = [(name, row) for name, side in sides for row in side["rejected"]]
-    if rejected:
-        lines = [f"{place(row)} ({name}): {row['reason']}" for name, row in rejected]
-        yield Fold(title=f"{as_count(len(lines), 'row')} left out", blocks=(Items(lines=_first(lines, "data.json")),))
-    if files.data["overlap"]:
-        lines = [f"{place(pair['eval'])} = {', '.join(map(place, pair['train']))}" for pair in files.data["overlap"]]
-        yield Fold(
-            title=f"{as_count(len(lines), 'held-out conversation')} also in the training data",
-            blocks=(Items(lines=_first(lines, "data.json")),),
-        )
-
-
-_DATA_ROWS: tuple[tuple[str, Callable[[Record], str]], ...] = (
-    ("rows read", lambda side: f"{side['rows']:,}"),
-    ("conversations", lambda side: f"{side['conversations']:,}"),
-    ("turns", lambda side: f"{side['turns']:,}"),
-    ("tokens", lambda side: f"{side['tokens']:,}"),
-    ("tokens that carry loss", lambda side: f"{side['supervised_tokens']:,} ({side['supervised_share']:.0%})"),
-    ("tokens of one, median", lambda side: f"{side['length']['p50']:,}"),
-    ("95 % are no longer than", lambda side: f"{side['length']['p95']:,}"),
-    ("longest", lambda side: f"{side['length']['max']:,}"),
-    ("cut for length", lambda side: f"{side['truncated']:,}"),
-    ("left out for length", lambda side: f"{side['dropped']:,}"),
-    ("left out as wrong", lambda side: f"{side['num_rejected']:,}"),
-    ("exact duplicates", lambda side: f"{side['duplicates']:,}"),
-)
-
-
-def _length_chart(name: str, side: Record) -> Chart:
-    histogram, length = side["length"]["histogram"], side["length"]
-    return Chart(
-        title=f"Length, {name}",
-        svg=draw_histogram(
-            f"length-{name.replace(' ', '-')}",
-            f"Histogram of the lengths of {as_count(side['conversations'], 'conversation')}: median {length['p50']} "
-            f"tokens, 95 % up to {length['p95']}, longest {length['max']}.",
-            histogram["edges"],
-            histogram["counts"],
-            x_label="tokens of a conversation",
-            y_label="conversations",
-        ),
-    )
-
-
-def _source(name: str, source: Record) -> str:
-    if "held_out" in source:
-        return f"{name}: {source['held_out']:.0%} of the training conversations, drawn with seed {source['seed']}"
-    digests = source["sha256"]
-    hashes = ", ".join(f"{short(file)} {digest}" for file, digest in digests.items()) if digests else "no fingerprint"
-    return f"{name}: {source['name']}, {as_count(source['rows'], 'row')}, format {source['format']}; SHA-256 {hashes}"
 
 
 # ---- what the tokens are
@@ -420,18 +333,10 @@ _PARTS: tuple[tuple[str, str, Callable[[RunFiles], Iterator[Block]]], ...] = (
     ("events", "What happened", events),
     ("trained", "What was trained on what", _trained),
     ("promise", "Promised and measured", _promise),
-    ("data", "Data", _data),
+    ("data", "Data", data),
     ("tokens", "Which tokens were trained", _tokens),
     ("samples", "Samples", samples),
     ("failures", "Failures", failures),
     ("certificates", "Taken elsewhere", certificates),
     ("again", "Do it again", _again),
 )
-
-
-# ---- small things
-
-
-def _first(lines: list[str], file: str) -> tuple[str, ...]:
-    more = len(lines) - _MOST_LINES
-    return (*lines[:_MOST_LINES], *((f"{more:,} more in {file}",) if more > 0 else ()))
