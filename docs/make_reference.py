@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import types
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pages import write_or_check
 from pydantic import BaseModel
@@ -58,6 +58,8 @@ def _type_in_words(annotation: Any) -> str:
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Literal:
         return ", ".join(f"`{value}`" for value in arguments)
+    if origin is Annotated:
+        return _type_in_words(arguments[0])
     if origin in (Union, types.UnionType):
         return " or ".join(_type_in_words(part) for part in arguments if part is not type(None))
     if origin is tuple:
