@@ -33,7 +33,7 @@ def held_out_losses(run: RunDir) -> list[float]:
     return [line["eval_nll"] for line in run.read_metrics() if "eval_nll" in line]
 
 
-@pytest.mark.parametrize("variant", some(OTHERS, "rslora", "dora", "pissa"))
+@pytest.mark.parametrize("variant", some(OTHERS, "dora", "pissa"))
 def test_both_engines_take_the_same_steps_and_the_adapter_is_for_the_untouched_base(
     variant: str, tiny_recipe: MakeRecipe, tiny_model: Path, tmp_path: Path
 ) -> None:

@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import AttentionMaskInterface
 
 from loratune.kernels.attention import (
+    PACKED,
     PackingUnsupportedError,
     _by_example,
-    _no_mask,
+    _window_as_mask,
     packed_attention,
     record_untold_windows,
 )
@@ -104,12 +106,13 @@ def test_values_may_have_another_width_and_heads_a_sink(has_sinks: bool, window:
 def test_a_window_of_the_mask_that_a_layer_does_not_name_is_recorded() -> None:
     x = torch.randn(1, 2, 3, 4)
     whole = {"cu_seq_lens_q": torch.tensor([0, 3], dtype=torch.int32), "max_length_q": 3}
-    assert _no_mask(local_size=2) is None
+    assert PACKED not in AttentionMaskInterface().valid_keys()  # so transformers makes no mask, and asks for no value
     with record_untold_windows() as untold:
-        packed_attention(torch.nn.Module(), x, x, x, _no_mask(local_size=7), sliding_window=7, **whole)
-        packed_attention(torch.nn.Module(), x, x, x, _no_mask(), **whole)
+        packed_attention(torch.nn.Module(), x, x, x, _window_as_mask(local_size=7), sliding_window=7, **whole)
+        packed_attention(torch.nn.Module(), x, x, x, _window_as_mask(), **whole)
+        assert PACKED in AttentionMaskInterface().valid_keys()
         assert untold == set()
-        packed_attention(torch.nn.Module(), x, x, x, _no_mask(local_size=7), **whole)
+        packed_attention(torch.nn.Module(), x, x, x, _window_as_mask(local_size=7), **whole)
     assert untold == {7}
 
 

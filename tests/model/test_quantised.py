@@ -208,7 +208,7 @@ def test_the_page_has_the_bytes_of_each() -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"model__dtype": "float16"}, "not float16"),
+        ({"model__dtype": "float16"}, "model.dtype is float16"),
         ({"train__compile": True}, "run uncompiled"),
         ({"train__recompute": 1}, "recomputing cannot free"),
     ],

@@ -34,14 +34,18 @@ _untold: set[int] | None = None
 def record_untold_windows() -> Iterator[set[int]]:
     """The windows and chunks, in tokens, that layers of the models that run meanwhile keep to by their mask alone.
 
-    Packed attention has no masks. A window is kept to where the layer says so, as `sliding_window`.
+    Packed attention has no masks: transformers makes none for an attention without a mask function. It has one here alone, because
+    before transformers calls it, it asks the device whether examples are packed, which a step must not wait for. A window is
+    kept to where the layer says so, as `sliding_window`.
     """
     global _untold  # noqa: PLW0603 - transformers calls attention and masks, and passes nothing of ours
     _untold = set()
+    AttentionMaskInterface.register(PACKED, _window_as_mask)
     try:
         yield _untold
     finally:
         _untold = None
+        AttentionMaskInterface._global_mapping.pop(PACKED)  # there is no public way back
 
 
 def packed_attention(  # the signature is transformers'
@@ -67,7 +71,7 @@ def packed_attention(  # the signature is transformers'
         query_1HTD: [1, H, T, D].
         key_1GTD: [1, G, T, D]; H is a multiple of G.
         value_1GTD: [1, G, T, V]; V is D but for DeepSeek's latent attention.
-        attention_mask: None: the mask function registered with it makes none. While windows are recorded, the mask's window.
+        attention_mask: None: no mask function is registered with it. While windows are recorded, the mask's window.
         scaling: Factor on query·key; 1/√D when None.
         dropout: Attention dropout, zero in the models that people fine-tune.
         cu_seq_lens_q: int32 [E + 1], the boundaries of the examples.
@@ -189,9 +193,9 @@ def _step_by_step(
     return scores.softmax(-1, dtype=torch.float32).to(value.dtype) @ value
 
 
-def _no_mask(*args: Any, local_size: int | None = None, **kwargs: Any) -> torch.Tensor | None:
-    """The boundaries say what a mask would, and the layers themselves what windows they have."""
-    if _untold is None or local_size is None:
+def _window_as_mask(*args: Any, local_size: int | None = None, **kwargs: Any) -> torch.Tensor | None:
+    """The boundaries say what a mask would; which window it has is told in its place."""
+    if local_size is None:
         return None
     return torch.full((1, 1, 1, 1), local_size)  # with a mask's axes, which some models slice
 
@@ -199,4 +203,3 @@ def _no_mask(*args: Any, local_size: int | None = None, **kwargs: Any) -> torch.
 def register() -> None:
     """Make `PACKED` known to transformers."""
     AttentionInterface.register(PACKED, packed_attention)
-    AttentionMaskInterface.register(PACKED, _no_mask)

@@ -1,0 +1,108 @@
+"""Inside a step the host asks the device for no value: it would wait for all that is under way there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from loratune.kernels import attention
+from loratune.pipeline import train
+from loratune.recipe import Recipe
+from loratune.training.trainer import FastTrainer
+from tests.conftest import conversation, write_jsonl
+
+MakeRecipe = Callable[..., Recipe]
+
+ASKS = {
+    torch.ops.aten._local_scalar_dense.default,  # item, float, int, bool, and tolist of a scalar
+    torch.ops.aten.nonzero.default,
+    torch.ops.aten.masked_select.default,
+    torch.ops.aten.equal.default,
+    torch.ops.aten._unique2.default,
+}
+
+
+class NoAsking(TorchDispatchMode):
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        assert func not in ASKS, f"a step asks for a value: {func}"
+        if func is torch.ops.aten.index.Tensor:
+            masks = [index for index in args[1] if index is not None and index.dtype == torch.bool]
+            assert not masks, "a step indexes by a mask, whose length nobody knows"
+        return func(*args, **kwargs or {})
+
+
+@contextmanager
+def no_synchronisation() -> Iterator[None]:
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def watch_steps(monkeypatch: pytest.MonkeyPatch, watched: Callable[[], AbstractContextManager[Any]]) -> list[int]:
+    """Each step's gradients are computed under the watch; returns a list that gets an entry a step."""
+    real, steps = FastTrainer._gradients, []
+
+    def gradients(self: FastTrainer, *args: Any) -> torch.Tensor:
+        with watched():
+            losses = real(self, *args)
+        steps.append(self.state.global_step)
+        return losses
+
+    monkeypatch.setattr(FastTrainer, "_gradients", gradients)
+    return steps
+
+
+@pytest.fixture
+def recipe(tiny_recipe: MakeRecipe, tmp_path: Path) -> Recipe:
+    """Of several sources, with dropout on all matrices: all that a step can do."""
+    files = [write_jsonl(tmp_path / f"{i}.jsonl", [conversation(n) for n in range(i, 40, 2)]) for i in range(2)]
+    return tiny_recipe(
+        data__train=[str(file) for file in files], lora__dropout=0.1, lora__targets="complete", train__token_budget=200
+    )
+
+
+def masked(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, boundaries: torch.Tensor, *, asks: bool, **_: object
+) -> torch.Tensor:
+    """Attention of each example over itself, which does not look at the numbers in `boundaries` on the host."""
+    tokens = torch.arange(query.shape[2])
+    of_token = torch.bucketize(tokens, boundaries[1:], right=True)
+    mask = (tokens[:, None] >= tokens) & (of_token[:, None] == of_token)
+    if asks:
+        assert float(mask.sum()) > 0
+    out = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
+    return out.transpose(1, 2)
+
+
+def test_a_step_asks_for_no_value(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU, whose attention alone looks at the examples' boundaries: it is replaced."""
+    monkeypatch.setattr(attention, "block_attention", partial(masked, asks=False))
+    steps = watch_steps(monkeypatch, NoAsking)
+    train(recipe)
+    assert len(steps) == 10
+
+
+def test_the_watch_sees_a_value_that_is_asked_for(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "block_attention", partial(masked, asks=True))
+    watch_steps(monkeypatch, NoAsking)
+    with pytest.raises(AssertionError, match="a step asks for a value"):
+        train(recipe)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_step_on_a_gpu_waits_for_nothing(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = watch_steps(monkeypatch, no_synchronisation)
+    on_gpu = recipe.model_copy(update={"train": recipe.train.model_copy(update={"device": "cuda"})})
+    train(on_gpu)
+    assert len(steps) == 10
