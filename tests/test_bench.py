@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from loratune.bench import _preparation, bench, bench_table
+from loratune.bench import _preparation, _rows_prepared, bench, bench_table
 from loratune.preparation import prepare
 from loratune.progress import Silent
 from loratune.recipe import Recipe
@@ -44,6 +44,12 @@ def test_what_trl_refuses_has_no_rate(tiny_recipe: MakeRecipe) -> None:
         Dataset.from_list([{"nothing": "of use"}]), prepared.tokenizer, max_length=64, assistant_only=False
     )
     assert seconds is None
+
+
+def test_what_has_no_rate_is_told() -> None:
+    assert _rows_prepared(600.0, 300.0) == ("600", "300", "2.00")
+    assert _rows_prepared(600.0, None) == ("600", "refuses the rows", "")
+    assert _rows_prepared(None, None) == ("in the steps: streamed", "", "")
 
 
 @pytest.mark.slow

@@ -77,7 +77,10 @@ def bench(recipe: Recipe, *, rounds: int, steps: int, progress: Progress) -> Rec
                     f"{turn['peak_bytes'] / 2**30:.2f} GiB, first step after {turn['seconds_to_first_step']:.0f} s"
                 )
                 turns.append(turn)
-    return _record(prepared, turns, steps, [_preparation(prepared) for _ in range(rounds)])
+    rates = (
+        [] if prepared.data.stream else [_preparation(prepared) for _ in range(rounds)]
+    )  # a stream is prepared in the steps
+    return _record(prepared, turns, steps, rates)
 
 
 def _few_steps(recipe: Recipe, engine: str, epochs: float, output_dir: str) -> Recipe:
@@ -213,12 +216,13 @@ def _lines(record: Record) -> list[list[str]]:
         row("peak memory, GiB", "peak_bytes", 2**30, ".2f"),
         row("seconds before the first step", "seconds_to_first_step", 1, ".1f"),
         row("seconds of the first step", "first_step_seconds", 1, ".1f"),
-        [f"rows/s prepared, of {record['settings']['rows']:,}", f"{fast['rows_per_second']:,.0f}", *_beside(fast, trl)],
+        [f"rows/s prepared, of {record['settings']['rows']:,}", *_rows_prepared(fast["rows_per_second"], trl["rows_per_second"])],
         ["mean loss", f"{statistics.mean(fast['losses']):.4f}", f"{statistics.mean(trl['losses']):.4f}",
          f"differ by at most {record['loss']['largest_difference']:.4f}"],
     ]  # fmt: skip
 
 
-def _beside(fast: Record, trl: Record) -> tuple[str, str]:
-    rate = trl["rows_per_second"]
-    return (f"{rate:,.0f}", f"{fast['rows_per_second'] / rate:.2f}") if rate else ("refuses the rows", "")
+def _rows_prepared(fast: float | None, trl: float | None) -> tuple[str, str, str]:
+    if fast is None:
+        return "in the steps: streamed", "", ""
+    return (f"{fast:,.0f}", f"{trl:,.0f}", f"{fast / trl:.2f}") if trl else (f"{fast:,.0f}", "refuses the rows", "")
