@@ -127,7 +127,7 @@ def quantised_matrices(model: PreTrainedModel) -> Iterator[tuple[str, torch.nn.L
         if isinstance(module, Conv1D):
             raise RecipeError(
                 f"{name} is stored transposed, as in GPT-2, which is not quantised",
-                fix="model.quantization=none",
+                fix="model.quantization=none; of a checkpoint that comes quantised, the model as it was before",
             )
         if type(module) is torch.nn.Linear:
             yield name, module
