@@ -18,12 +18,13 @@ from typing import Any
 import torch
 
 from loratune.data.batch import collate
-from loratune.model.adapter import attach_adapter, trainable_parameters
-from loratune.model.fp8 import quantise_frozen
+from loratune.model.adapter.attach import attach_adapter, trainable_parameters
 from loratune.model.load import load_model
-from loratune.preparation import Preparation, prepare
-from loratune.progress import Silent
-from loratune.recipe import Recipe
+from loratune.model.quantization.fp8 import quantise_frozen
+from loratune.planning.preparation import Preparation
+from loratune.planning.prepare import prepare
+from loratune.recipe.recipe import Recipe
+from loratune.run.progress import Silent
 from loratune.training.loss import SupervisedLoss, make_loss
 
 ROWS = Path(__file__).parent / "gsm8k-64.jsonl"

@@ -15,9 +15,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from loratune.bench import bench, bench_table
-from loratune.recipe import TARGET_PRESETS, Recipe
-from loratune.terminal import TerminalProgress
+from loratune.cli.terminal import TerminalProgress
+from loratune.recipe.recipe import TARGET_PRESETS, Recipe
+from loratune.workflows.bench import bench, bench_table
 
 LENGTHS = (1024, 4096, 16_384)
 STEPS, ROUNDS, BATCH_SIZE = 8, 2, 8

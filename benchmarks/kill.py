@@ -30,8 +30,8 @@ from pathlib import Path
 
 import yaml
 
-from loratune.recipe import Recipe
-from loratune.run import RunDir
+from loratune.recipe.recipe import Recipe
+from loratune.run.directory import RunDir
 
 COMPARED = ("step", "loss", "grad_norm", "learning_rate", "eval_nll")
 POLL_SECONDS = 0.002
@@ -77,13 +77,14 @@ def _work(verb: str, what: Path, log: Path) -> None:
         with log.open("w", encoding="utf-8") as out:
             os.dup2(out.fileno(), 1)
             os.dup2(out.fileno(), 2)
-        from loratune import pipeline
-        from loratune.terminal import TerminalProgress
+        from loratune.cli.terminal import TerminalProgress
+        from loratune.workflows.resume import resume
+        from loratune.workflows.train import train
 
         if verb == "train":
-            pipeline.train(Recipe.load(what), progress=TerminalProgress())
+            train(Recipe.load(what), progress=TerminalProgress())
         else:
-            pipeline.resume(what, progress=TerminalProgress())
+            resume(what, progress=TerminalProgress())
         code = 0
     except BaseException:  # noqa: BLE001 - also SystemExit must not go on in the parent's code
         traceback.print_exc()
@@ -181,7 +182,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.forked:
         import torch
 
-        from loratune import pipeline  # noqa: F401 - for the children
+        from loratune.workflows.train import train  # noqa: F401 - for the children
 
         torch.set_num_threads(1)  # threads do not survive a fork
     with tempfile.TemporaryDirectory() as temporary:

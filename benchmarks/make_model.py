@@ -15,8 +15,8 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from loratune.model.load import load_tokenizer, locate_model
-from loratune.progress import Silent
-from loratune.recipe import ModelSection
+from loratune.recipe.recipe import ModelSection
+from loratune.run.progress import Silent
 
 CONFIG = Qwen2Config(
     vocab_size=151_936,

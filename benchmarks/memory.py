@@ -22,8 +22,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen2Config
 
 from loratune.model.load import load_tokenizer, locate_model
-from loratune.progress import Silent
-from loratune.recipe import ModelSection
+from loratune.recipe.recipe import ModelSection
+from loratune.run.progress import Silent
 
 SHAPES: dict[str, PretrainedConfig] = {
     "135M": LlamaConfig(  # SmolLM2-135M

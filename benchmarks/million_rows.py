@@ -52,8 +52,8 @@ def write_model(folder: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from loratune.model.load import load_tokenizer, locate_model
-    from loratune.progress import Silent
-    from loratune.recipe import ModelSection
+    from loratune.recipe.recipe import ModelSection
+    from loratune.run.progress import Silent
 
     section = ModelSection(name=MODEL)
     tokenizer = load_tokenizer(locate_model(section, Silent()), section)

@@ -111,7 +111,7 @@ def check_same(ours: list[Any], theirs: Any, num: int) -> None:
 
 def measure(num_rows: int, num_trl_rows: int, rounds: int, folder: Path) -> dict[str, Any]:
     from loratune.data.prepare import prepare_data
-    from loratune.recipe import DataSection
+    from loratune.recipe.recipe import DataSection
 
     tokenizer = load_tokenizer()
     file = folder / "chats.jsonl"

@@ -19,8 +19,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from loratune.model.quantised import PACKED
-from loratune.recipe import Recipe
+from loratune.model.quantization.kinds import PACKED
+from loratune.recipe.recipe import Recipe
 
 KINDS = ("none", *PACKED)
 PACKAGES = ("loratune", "torch", "transformers", "peft", "bitsandbytes", "torchao")

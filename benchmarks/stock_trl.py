@@ -25,8 +25,8 @@ from trl import SFTConfig, SFTTrainer
 from trl.chat_template_utils import get_training_chat_template
 
 from loratune.model.load import load_tokenizer, locate_model
-from loratune.progress import Silent
-from loratune.recipe import ModelSection
+from loratune.recipe.recipe import ModelSection
+from loratune.run.progress import Silent
 
 
 class Clock(TrainerCallback):

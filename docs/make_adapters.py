@@ -7,13 +7,13 @@ from pathlib import Path
 
 from pages import DEFAULT_MODEL, table, write_or_check
 
-from loratune.guidance.adapter_numbers import variant_rows
-from loratune.guidance.facts import Row, size
-from loratune.model.targets import resolve_targets
-from loratune.model.variants import PISSA_ITERATIONS
-from loratune.planning.adapter_memory import kept_bytes, variant_bytes
+from loratune.model.adapter.targets import resolve_targets
+from loratune.model.adapter.variants import PISSA_ITERATIONS
+from loratune.planning.memory.adapter import kept_bytes, variant_bytes
 from loratune.planning.parameters import count_parameters, skeleton
-from loratune.recipe import VARIANTS, LoraSection, ModelSection, Variant
+from loratune.recipe.recipe import VARIANTS, LoraSection, ModelSection, Variant
+from loratune.workflows.guidance.adapter_effects import variant_rows
+from loratune.workflows.guidance.facts import Row, size
 
 PAGE = Path(__file__).parent / "adapters.md"
 WHERE: dict[str, tuple[str, str]] = {

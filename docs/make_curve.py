@@ -7,7 +7,7 @@ from pathlib import Path
 
 import matplotlib as mpl
 
-from loratune.run import RunDir
+from loratune.run.directory import RunDir
 
 mpl.use("svg")
 import matplotlib.pyplot as plt

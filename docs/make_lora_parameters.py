@@ -10,11 +10,11 @@ import torch
 from pages import DEFAULT_MODEL, table, write_or_check
 from transformers import PreTrainedModel
 
-from loratune.guidance.adapter_numbers import preset_rows, rank_row
-from loratune.guidance.facts import Row
-from loratune.model.targets import matrix, resolve_targets
+from loratune.model.adapter.targets import matrix, resolve_targets
 from loratune.planning.parameters import count_parameters, skeleton
-from loratune.recipe import LoraSection, ModelSection
+from loratune.recipe.recipe import LoraSection, ModelSection
+from loratune.workflows.guidance.adapter_effects import preset_rows, rank_row
+from loratune.workflows.guidance.facts import Row
 
 PAGE = Path(__file__).parent / "lora-parameters.md"
 RANKS = (4, 8, 16, 32, 64)

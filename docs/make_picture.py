@@ -12,7 +12,7 @@ from typing import Any
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
-from loratune.reporting.page import report
+from loratune.reporting.html import report
 
 HEIGHT = 1080
 DESK, PHONE = 1120, 400

@@ -11,7 +11,7 @@ from pages import write_or_check
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from loratune.recipe import Recipe, Source
+from loratune.recipe.recipe import Recipe, Source
 
 PAGE = Path(__file__).parent / "recipe.md"
 HEAD = """# The recipe

@@ -11,19 +11,19 @@ import numpy as np
 from pages import DEFAULT_MODEL, table, write_or_check
 from transformers import LlamaConfig, PreTrainedModel
 
-from loratune.data.conversation import Origin
+from loratune.data.examples import Example
 from loratune.data.prepare import PreparedData
-from loratune.data.render import Example
-from loratune.model.targets import resolve_targets
-from loratune.planning.cluster import Cluster, find_cluster
+from loratune.data.rows.conversation import Origin
+from loratune.model.adapter.targets import resolve_targets
 from loratune.planning.cost import Place, sharded_parameters
 from loratune.planning.estimate import estimate
-from loratune.planning.interconnect import CALL_SECONDS, LINKS, SHARE
-from loratune.planning.memory import CAPS
+from loratune.planning.hardware.cluster import Cluster, find_cluster
+from loratune.planning.hardware.interconnect import CALL_SECONDS, LINKS, SHARE
+from loratune.planning.memory.memory import CAPS
 from loratune.planning.parameters import ParameterCount, count_parameters, skeleton
 from loratune.planning.scaling import GRADIENT_BYTES, Scaling, hiding_tokens, scale
 from loratune.planning.speed import EFFICIENCY
-from loratune.recipe import Recipe
+from loratune.recipe.recipe import Recipe
 
 PAGE = Path(__file__).parent / "scaling.md"
 LLAMA = {"vocab_size": 128256, "num_key_value_heads": 8, "tie_word_embeddings": False}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import Qwen2Config
 
-from loratune.guidance.facts import Row
+from loratune.workflows.guidance.facts import Row
 
 DEFAULT_MODEL = Qwen2Config(
     hidden_size=1536,

@@ -28,7 +28,7 @@ from transformers import (
     RobertaForMaskedLM,
 )
 
-from loratune.recipe import Recipe
+from loratune.recipe.recipe import Recipe
 
 INTENTS = {
     "weather": ("rain", "sunny", "forecast", "storm"),

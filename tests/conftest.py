@@ -25,8 +25,8 @@ from transformers import (
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
 import loratune  # noqa: F401 - sets what the libraries read from the environment
-from loratune.recipe import Recipe
-from loratune.run import RunDir
+from loratune.recipe.recipe import Recipe
+from loratune.run.directory import RunDir
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 WORDS = ["red", "green", "blue", "small", "large", "round", "flat", "warm", "cold", "loud"]
@@ -203,7 +203,7 @@ def tiny_recipe(tiny_model: Path, chat_files: tuple[Path, Path], tmp_path: Path)
 @pytest.fixture(scope="session")
 def finished_run(tiny_model: Path, chat_files: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     """A run on the tiny model whose adapter changes every answer."""
-    from loratune.pipeline import train
+    from loratune.workflows.train import train
 
     recipe = Recipe.parse(
         {

@@ -15,26 +15,26 @@ from pathlib import Path
 
 import pytest
 
-from loratune import cli
-from loratune.run import RunDir
+from loratune.cli import main as cli
+from loratune.run.directory import RunDir
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = ("use-your-model.md", "report.md")
 NOT_RUN = {
     "pip install": "installing is the reader's",
     "hf auth login": "asks for a token",
-    "llama-cli": "a program of llama.cpp; tests/shipping asks llama.cpp by its Python package",
-    "ollama": "a program that is not installed here; tests/shipping reads the Modelfile",
+    "llama-cli": "a program of llama.cpp; tests/exporting asks llama.cpp by its Python package",
+    "ollama": "a program that is not installed here; tests/exporting reads the Modelfile",
     "sh RUN/exports/vllm/serve.sh": "starts vLLM, which is not installed here",
-    "loratune serve": "runs until Ctrl-C: tests/test_serving.py",
-    "LORATUNE_API_KEY=… loratune serve": "needs vLLM: tests/test_serving.py has its command line",
-    "loratune push RUN OWNER/NAME": "needs a hub: tests/test_publication.py",
-    "loratune export RUN --to ollama": "needs a base that is a GGUF file: tests/shipping/test_gguf.py",
+    "loratune serve": "runs until Ctrl-C: tests/workflows/test_serve.py",
+    "LORATUNE_API_KEY=… loratune serve": "needs vLLM: tests/workflows/test_serve.py has its command line",
+    "loratune push RUN OWNER/NAME": "needs a hub: tests/workflows/test_push.py",
+    "loratune export RUN --to ollama": "needs a base that is a GGUF file: tests/exporting/test_gguf.py",
 }
 """Whole commands, or what they begin with."""
 SLOW = "loratune export"
-"""Each takes seconds; tests/shipping runs the same exports."""
-PYTHON_NOT_RUN = {"openai": "needs a server: tests/test_serving.py"}
+"""Each takes seconds; tests/exporting runs the same exports."""
+PYTHON_NOT_RUN = {"openai": "needs a server: tests/workflows/test_serve.py"}
 RUN_WITH = {"--dry-run", "--merged", "--harness"}
 """Words that make of a command above one that can be run."""
 

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from loratune.errors import DataError
-from loratune.pipeline import evaluate, plan, train
-from loratune.recipe import Recipe
+from loratune.recipe.recipe import Recipe
+from loratune.run.errors import DataError
+from loratune.workflows.evaluate import evaluate
+from loratune.workflows.plan import plan
+from loratune.workflows.train import train
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "examples" / "e2e"

@@ -18,8 +18,8 @@ import typer.main
 import yaml
 from torch.distributed.run import parse_args
 
-from loratune.cli import app
-from loratune.recipe import Recipe
+from loratune.cli.main import app
+from loratune.recipe.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
 JOBS = ROOT / "examples" / "jobs"

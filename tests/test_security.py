@@ -16,14 +16,18 @@ import yaml
 from rich.text import Text
 from typer.testing import CliRunner
 
-from loratune import delivery, pipeline
-from loratune.cli import app
-from loratune.credentials import find_secret, without_secrets
-from loratune.errors import LoratuneError, RecipeError
-from loratune.model.weights import index_files
-from loratune.recipe import Recipe
-from loratune.run import RunDir
-from loratune.terminal import SafeConsole
+from loratune.cli.main import app
+from loratune.cli.terminal import SafeConsole
+from loratune.model.safetensors_headers import index_files
+from loratune.recipe.recipe import Recipe
+from loratune.run.directory import RunDir
+from loratune.run.errors import LoratuneError, RecipeError
+from loratune.run.secrets import find_secret, without_secrets
+from loratune.workflows import export
+from loratune.workflows.evaluate import evaluate
+from loratune.workflows.plan import plan
+from loratune.workflows.resume import resume
+from loratune.workflows.train import train
 from tests.conftest import conversation, write_jsonl
 
 MakeRecipe = Callable[..., Recipe]
@@ -53,11 +57,11 @@ def test_nothing_is_pickled_or_unpickled_from_training_to_resuming_and_evaluatin
     recipe = tiny_recipe(
         lora__dropout=0.1, train__save_every=2, evaluate__metric="contains", evaluate__max_new_tokens=2
     )
-    run = pipeline.train(recipe).run
+    run = train(recipe).run
     shutil.rmtree(run.adapter)
     shutil.rmtree(run.checkpoints / "6")
-    pipeline.resume(run.root)
-    pipeline.evaluate(run.root)
+    resume(run.root)
+    evaluate(run.root)
 
 
 def test_a_run_holds_no_file_that_only_pickle_reads(finished_run: RunDir) -> None:
@@ -72,10 +76,10 @@ def test_a_model_of_pickles_alone_is_refused(tiny_model: Path, tiny_recipe: Make
     with (folder / "pytorch_model.bin").open("wb") as stream:
         pickle.dump(Evil(marker), stream)
     with pytest.raises(RecipeError, match="no safetensors weights"):
-        pipeline.train(tiny_recipe(model__name=str(folder)))
+        train(tiny_recipe(model__name=str(folder)))
     shutil.copy(tiny_model / "model.safetensors", folder / "other.safetensors")  # a name that no loader looks for
     with pytest.raises(LoratuneError):
-        pipeline.train(tiny_recipe(model__name=str(folder), train__output_dir=str(tmp_path / "second")))
+        train(tiny_recipe(model__name=str(folder), train__output_dir=str(tmp_path / "second")))
     assert not marker.exists()
 
 
@@ -150,11 +154,11 @@ def test_overwriting_a_run_removes_its_links_and_not_what_they_lead_to(tiny_reci
     outside = tmp_path / "outside"
     (outside / "deep").mkdir(parents=True)
     (outside / "deep" / "file.txt").write_text("mine")
-    run = pipeline.train(tiny_recipe(train__epochs=1)).run
+    run = train(tiny_recipe(train__epochs=1)).run
     (run.root / "folder").symlink_to(outside, target_is_directory=True)
     (run.root / "file").symlink_to(outside / "deep" / "file.txt")
     (run.adapter / "inner").symlink_to(outside, target_is_directory=True)
-    pipeline.train(tiny_recipe(train__epochs=1), overwrite=True)
+    train(tiny_recipe(train__epochs=1), overwrite=True)
     assert not (run.root / "folder").exists()
     assert (outside / "deep" / "file.txt").read_text() == "mine"
 
@@ -179,7 +183,7 @@ def test_a_new_run_does_not_follow_the_link_of_an_old_lock(tiny_recipe: MakeReci
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ".in_use").symlink_to(outside)
     with pytest.raises(RecipeError, match="a link in a run directory"):
-        pipeline.train(tiny_recipe(), overwrite=True)
+        train(tiny_recipe(), overwrite=True)
     assert outside.read_text() == "mine"
 
 
@@ -194,7 +198,7 @@ def test_weights_outside_of_the_model_are_refused(
     with pytest.raises(RecipeError, match="outside of its folder"):
         index_files(index)
     with pytest.raises(RecipeError, match="outside of its folder"):
-        pipeline.plan(tiny_recipe(model__name=str(folder)))
+        plan(tiny_recipe(model__name=str(folder)))
 
 
 def test_merging_writes_into_its_folder_only(finished_run: RunDir, tmp_path: Path) -> None:
@@ -204,11 +208,11 @@ def test_merging_writes_into_its_folder_only(finished_run: RunDir, tmp_path: Pat
     target = tmp_path / "out"
     (tmp_path / ".out.unfinished").symlink_to(outside, target_is_directory=True)
     with pytest.raises(LoratuneError):
-        delivery.merge(finished_run.root, target)
+        export.merge(finished_run.root, target)
     (tmp_path / ".out.unfinished").unlink()
     target.symlink_to(outside, target_is_directory=True)
     with pytest.raises(LoratuneError):
-        delivery.merge(finished_run.root, target)
+        export.merge(finished_run.root, target)
     assert [path.name for path in outside.iterdir()] == ["file.txt"]
     assert (outside / "file.txt").read_text() == "mine"
 

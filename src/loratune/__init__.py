@@ -35,39 +35,42 @@ for _name in (
     logging.getLogger(_name).setLevel(logging.ERROR)
 
 _ROOMS = {
-    "compare": "reporting.page",
-    "export": "delivery",
-    "merge": "delivery",
-    "diff": "reporting.difference",
-    "doctor": "guidance.diagnosis",
-    "eject": "guidance.ejection",
-    "explain": "guidance.explanation",
-    "init": "guidance.starter",
-    "evaluate": "pipeline",
-    "plan": "pipeline",
-    "push": "publication",
-    "report": "reporting.page",
-    "reproduce": "reproduction",
-    "resume": "pipeline",
-    "serve": "serving",
-    "train": "pipeline",
-    "Recipe": "recipe",
+    "compare": "reporting.html",
+    "export": "workflows.export",
+    "merge": "workflows.export",
+    "diff": "reporting.run_diff",
+    "doctor": "workflows.guidance.doctor",
+    "eject": "workflows.guidance.eject",
+    "explain": "workflows.guidance.explain",
+    "init": "workflows.guidance.init",
+    "evaluate": "workflows.evaluate",
+    "plan": "workflows.plan",
+    "push": "workflows.push",
+    "report": "reporting.html",
+    "reproduce": "workflows.reproduce",
+    "resume": "workflows.resume",
+    "serve": "workflows.serve",
+    "train": "workflows.train",
+    "Recipe": "recipe.recipe",
 }
 """Name → the module that has it."""
 
 if TYPE_CHECKING:
-    from loratune.delivery import export, merge
-    from loratune.guidance.diagnosis import doctor
-    from loratune.guidance.ejection import eject
-    from loratune.guidance.explanation import explain
-    from loratune.guidance.starter import init
-    from loratune.pipeline import evaluate, plan, resume, train
-    from loratune.publication import push
-    from loratune.recipe import Recipe
-    from loratune.reporting.difference import diff
-    from loratune.reporting.page import compare, report
-    from loratune.reproduction import reproduce
-    from loratune.serving import serve
+    from loratune.recipe.recipe import Recipe
+    from loratune.reporting.html import compare, report
+    from loratune.reporting.run_diff import diff
+    from loratune.workflows.evaluate import evaluate
+    from loratune.workflows.export import export, merge
+    from loratune.workflows.guidance.doctor import doctor
+    from loratune.workflows.guidance.eject import eject
+    from loratune.workflows.guidance.explain import explain
+    from loratune.workflows.guidance.init import init
+    from loratune.workflows.plan import plan
+    from loratune.workflows.push import push
+    from loratune.workflows.reproduce import reproduce
+    from loratune.workflows.resume import resume
+    from loratune.workflows.serve import serve
+    from loratune.workflows.train import train
 
 __all__ = [
     "Recipe",

@@ -1,5 +1,5 @@
 """`python -m loratune`, as torchrun calls it."""
 
-from loratune.cli import main
+from loratune.cli.main import main
 
 main()

@@ -13,9 +13,10 @@ import pytest
 import trl
 from transformers import PreTrainedTokenizerBase
 
-from loratune.data.conversation import Conversation, to_conversations
-from loratune.data.render import Example, Rendered, render
-from loratune.data.sources import Row
+from loratune.data.examples import Example
+from loratune.data.masking.render import Rendered, render
+from loratune.data.rows.conversation import Conversation, to_conversations
+from loratune.data.rows.sources import Row
 
 TRL_TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from loratune.data.conversation import Origin
-from loratune.data.render import Rendered
+from loratune.data.masking.render import Rendered
+from loratune.data.rows.conversation import Origin
 
 SMOLLM2 = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\n"

@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerBase
 from loratune.data import cache as cache_module
 from loratune.data.cache import Cache, cache_key
 from loratune.data.prepare import PreparedData, prepare_data
-from loratune.progress import Silent
-from loratune.recipe import DataSection
+from loratune.recipe.recipe import DataSection
+from loratune.run.progress import Silent
 
 Prepare = Callable[..., PreparedData]
 

@@ -10,19 +10,12 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from loratune.data.checks import (
-    Finding,
-    PromptCheck,
-    check_conversations,
-    check_prompts,
-    histogram,
-    scripts,
-)
-from loratune.data.conversation import Conversation, Origin, to_conversations
+from loratune.data.checks import Finding, PromptCheck, check_conversations, check_prompts, histogram, scripts
+from loratune.data.masking.render import Rendered
 from loratune.data.prepare import PreparedData, prepare_data
-from loratune.data.render import Rendered
-from loratune.data.sources import Row
-from loratune.recipe import DataSection
+from loratune.data.rows.conversation import Conversation, Origin, to_conversations
+from loratune.data.rows.sources import Row
+from loratune.recipe.recipe import DataSection
 
 WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {}}}

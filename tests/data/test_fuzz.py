@@ -22,12 +22,12 @@ from hypothesis import example as with_example
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
-from loratune.data import sandbox
-from loratune.data.conversation import split_thoughts
+from loratune.data.examples import Example
+from loratune.data.masking import template_sandbox
 from loratune.data.prepare import PreparedData, prepare_data
-from loratune.data.render import Example
-from loratune.errors import LoratuneError, RecipeError
-from loratune.recipe import DataSection, Recipe
+from loratune.data.rows.conversation import split_thoughts
+from loratune.recipe.recipe import DataSection, Recipe
+from loratune.run.errors import LoratuneError, RecipeError
 from tests.data.conftest import TRL_TEMPLATES
 
 SMALL = settings(
@@ -259,7 +259,7 @@ def test_mutated_templates(
     template: Any, control_tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sandbox, "TIME_LIMIT_SECONDS", 0.5)
+        patch.setattr(template_sandbox, "TIME_LIMIT_SECONDS", 0.5)
         folder = tmp_path_factory.mktemp("fuzz")
         check_template(mutate(*template), control_tokenizer, folder)
         check_template(mutate(*template), control_tokenizer, folder, "user")
@@ -272,7 +272,7 @@ def test_invented_templates(
     source: str, control_tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sandbox, "TIME_LIMIT_SECONDS", 0.5)
+        patch.setattr(template_sandbox, "TIME_LIMIT_SECONDS", 0.5)
         folder = tmp_path_factory.mktemp("fuzz")
         check_template(source, control_tokenizer, folder)
         check_template(source, control_tokenizer, folder, "user")
@@ -286,7 +286,7 @@ def test_many_templates(
     source: str, control_tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sandbox, "TIME_LIMIT_SECONDS", 0.5)
+        patch.setattr(template_sandbox, "TIME_LIMIT_SECONDS", 0.5)
         folder = tmp_path_factory.mktemp("fuzz")
         check_template(source, control_tokenizer, folder)
         check_template(source, control_tokenizer, folder, "user")

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from loratune.evaluation.compare import evaluation_table
-from loratune.guidance.facts import Facts
-from loratune.guidance.numbers import SUMMARIES
-from loratune.pipeline import train
-from loratune.preparation import prepare
-from loratune.progress import Silent
-from loratune.recipe import Recipe
-from loratune.run import read_json
+from loratune.evaluation.record import evaluation_table
+from loratune.planning.prepare import prepare
+from loratune.recipe.recipe import Recipe
+from loratune.run.directory import read_json
+from loratune.run.progress import Silent
+from loratune.workflows.guidance.effects import SUMMARIES
+from loratune.workflows.guidance.facts import Facts
+from loratune.workflows.train import train
 from tests.conftest import conversation, write_jsonl
 from tests.training.test_disk import Moment
 

@@ -14,9 +14,9 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from loratune.data.prepare import PreparedData, prepare_data
-from loratune.errors import DataError
-from loratune.progress import Progress, Silent, Task
-from loratune.recipe import DataSection
+from loratune.recipe.recipe import DataSection
+from loratune.run.errors import DataError
+from loratune.run.progress import Progress, Silent, Task
 
 Prepare = Callable[..., PreparedData]
 

@@ -9,9 +9,9 @@ import pytest
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from loratune.data.conversation import Origin
+from loratune.data.examples import Example
 from loratune.data.preview import MAX_TOKENS, preview
-from loratune.data.render import Example
+from loratune.data.rows.conversation import Origin
 
 
 def example(tokenizer: PreTrainedTokenizerBase, *parts: tuple[str, bool]) -> Example:

@@ -7,9 +7,10 @@ from collections.abc import Callable
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from loratune.data.conversation import Conversation
+from loratune.data.examples import Example
+from loratune.data.masking.render import Rendered
 from loratune.data.prompts import render_prompts, stop_token_ids
-from loratune.data.render import Example, Rendered
+from loratune.data.rows.conversation import Conversation
 from tests.data.golden import CHAT, GOLDEN, R1_ANSWER, SMOLLM2, assistant, user
 
 Make = Callable[..., Conversation]

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from loratune.data.conversation import Rejected
+from loratune.data.examples import Example
 from loratune.data.prepare import PreparedData, prepare_data
-from loratune.data.render import Example
+from loratune.data.rows.conversation import Rejected
 from loratune.data.stream import can_stream, open_tables, stream_data
-from loratune.errors import DataError
-from loratune.progress import Silent
-from loratune.recipe import DataSection
+from loratune.recipe.recipe import DataSection
+from loratune.run.errors import DataError
+from loratune.run.progress import Silent
 from tests.conftest import conversation, write_jsonl
 
 

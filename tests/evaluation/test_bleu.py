@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from sacrebleu.metrics import BLEU
 
-from loratune.errors import DataError, MachineError
 from loratune.evaluation import scoring
 from loratune.evaluation.bleu import Bleu, corpus_bleu, signature
-from loratune.evaluation.compare import evaluation_record, evaluation_table, samples_table
+from loratune.evaluation.record import evaluation_record, evaluation_table, samples_table
 from loratune.evaluation.scoring import check_metric, check_references
-from tests.evaluation.test_compare import Place, TinyPrompt, answer, printed
+from loratune.run.errors import DataError, MachineError
+from tests.evaluation.test_record import Place, TinyPrompt, answer, printed
 
 WORDS = [
     "the",

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from loratune.errors import RecipeError, RunError
 from loratune.evaluation.gates import check_gates, check_names, parse_gate, pass_gates, reported_numbers
+from loratune.run.errors import RecipeError, RunError
 
 RECORD: dict[str, Any] = {
     "metric": "json",

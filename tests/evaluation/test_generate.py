@@ -17,7 +17,7 @@ from transformers import models as architectures
 from transformers.utils.logging import disable_propagation, enable_propagation
 
 from loratune.evaluation.generate import Answer, generate_answers
-from loratune.kernels.attention import PACKED, register
+from loratune.model.kernels.attention import PACKED, register
 
 VOCABULARY = 64
 SIZES = {

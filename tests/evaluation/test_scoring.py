@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from loratune.errors import DataError
 from loratune.evaluation.scoring import check_references, score
+from loratune.run.errors import DataError
 
 
 @dataclass(frozen=True)

@@ -18,16 +18,16 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImage
 from transformers.configuration_utils import PreTrainedConfig
 
 from loratune.data.batch import collate
-from loratune.data.conversation import Origin
-from loratune.data.render import Example
-from loratune.errors import RecipeError
-from loratune.model.adapter import attach_adapter, save_adapter, trainable_parameters
-from loratune.model.targets import PRESET_ROLES, resolve_targets
-from loratune.recipe import LoraSection
-from loratune.shipping.families import family_of
-from loratune.shipping.lowrank import read_adapter
-from loratune.shipping.merge import write_merged
-from loratune.shipping.vllm import check_vllm
+from loratune.data.examples import Example
+from loratune.data.rows.conversation import Origin
+from loratune.exporting.adapter_matrices import read_adapter
+from loratune.exporting.gguf.architectures import family_of
+from loratune.exporting.merge_weights import write_merged
+from loratune.exporting.vllm import check_vllm
+from loratune.model.adapter.attach import attach_adapter, save_adapter, trainable_parameters
+from loratune.model.adapter.targets import PRESET_ROLES, resolve_targets
+from loratune.recipe.recipe import LoraSection
+from loratune.run.errors import RecipeError
 from loratune.training.loss import make_loss
 
 COMMON: Mapping[str, Any] = {

@@ -11,16 +11,16 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from loratune.delivery import merge
-from loratune.errors import RecipeError
-from loratune.loading import adapt, load_base
-from loratune.model.first_values import batches_for_eva
-from loratune.model.quantised import as_multiplied
-from loratune.pipeline import train
-from loratune.preparation import prepare
-from loratune.progress import Silent
-from loratune.recipe import Recipe
-from loratune.run import read_json
+from loratune.model.adapter.eva_loftq import batches_for_eva
+from loratune.model.quantization.quantize import as_multiplied
+from loratune.planning.prepare import prepare
+from loratune.recipe.recipe import Recipe
+from loratune.run.directory import read_json
+from loratune.run.errors import RecipeError
+from loratune.run.progress import Silent
+from loratune.workflows.export import merge
+from loratune.workflows.load import adapt, load_base
+from loratune.workflows.train import train
 from tests.invariants.test_same_mathematics import assert_same
 
 MakeRecipe = Callable[..., Recipe]

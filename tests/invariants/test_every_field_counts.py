@@ -13,9 +13,9 @@ import pytest
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
-from loratune.errors import LoratuneError
-from loratune.pipeline import train
-from loratune.recipe import Recipe
+from loratune.recipe.recipe import Recipe
+from loratune.run.errors import LoratuneError
+from loratune.workflows.train import train
 from tests.conftest import conversation, write_jsonl
 
 LATER = (

@@ -17,19 +17,21 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from loratune.delivery import merge
-from loratune.errors import RecipeError, RunError
-from loratune.guidance.ejection import eject
-from loratune.loading import adapt, load_base
-from loratune.model.adapter import attach_adapter, trainable_parameters
-from loratune.model.targets import resolve_targets, target_notes
-from loratune.pipeline import _train, train
-from loratune.preparation import Preparation, prepare
-from loratune.progress import Silent
-from loratune.recipe import LoraSection, Recipe
-from loratune.run import RunDir
+from loratune.model.adapter.attach import attach_adapter, trainable_parameters
+from loratune.model.adapter.targets import resolve_targets, target_notes
+from loratune.planning.preparation import Preparation
+from loratune.planning.prepare import prepare
+from loratune.recipe.recipe import LoraSection, Recipe
+from loratune.run.directory import RunDir
+from loratune.run.errors import RecipeError, RunError
+from loratune.run.progress import Silent
 from loratune.training.loss import make_loss
-from loratune.training.stopping import StopRequest
+from loratune.training.signals import StopRequest
+from loratune.workflows.export import merge
+from loratune.workflows.guidance.eject import eject
+from loratune.workflows.load import adapt, load_base
+from loratune.workflows.steps import _train
+from loratune.workflows.train import train
 from tests.invariants.families import (
     BY_HAND,
     COMMON,

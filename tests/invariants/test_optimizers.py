@@ -11,12 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from loratune import early_checks
-from loratune.early_checks import check_optimizer
-from loratune.errors import MachineError, RecipeError
-from loratune.pipeline import resume, train
-from loratune.recipe import Optimizer, Recipe, Schedule
-from loratune.run import read_json
+from loratune.planning import checks
+from loratune.planning.checks import check_optimizer
+from loratune.recipe.recipe import Optimizer, Recipe, Schedule
+from loratune.run.directory import read_json
+from loratune.run.errors import MachineError, RecipeError
+from loratune.workflows.resume import resume
+from loratune.workflows.train import train
 from tests.conftest import some
 from tests.invariants.test_same_mathematics import assert_same
 
@@ -179,7 +180,7 @@ def test_what_an_optimizer_cannot_do_is_refused(tiny_recipe: MakeRecipe, monkeyp
     recipe = tiny_recipe(train__optimizer="lion")
     with pytest.raises(MachineError, match=r"lion, which bitsandbytes runs on CUDA and CPUs only"):
         check_optimizer(recipe, "mps", is_here=True)
-    monkeypatch.setattr(early_checks, "find_spec", lambda name: None)
+    monkeypatch.setattr(checks, "find_spec", lambda name: None)
     with pytest.raises(MachineError, match=r"lion, but bitsandbytes is not installed"):
         check_optimizer(recipe, "cpu", is_here=True)
     check_optimizer(recipe, "cuda", is_here=False)

@@ -18,9 +18,10 @@ import psutil
 import pytest
 import yaml
 
-from loratune.pipeline import resume, train
-from loratune.recipe import Recipe
-from loratune.run import RunDir, read_json
+from loratune.recipe.recipe import Recipe
+from loratune.run.directory import RunDir, read_json
+from loratune.workflows.resume import resume
+from loratune.workflows.train import train
 from tests.conftest import recipe_maker
 from tests.data.test_mixture import sources
 from tests.invariants.test_same_mathematics import assert_same

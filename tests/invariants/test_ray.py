@@ -12,9 +12,9 @@ import psutil
 import pytest
 from ray.cluster_utils import Cluster
 
-from loratune.pipeline import resume
-from loratune.recipe import Recipe
-from loratune.run import RunDir, read_json
+from loratune.recipe.recipe import Recipe
+from loratune.run.directory import RunDir, read_json
+from loratune.workflows.resume import resume
 from tests.conftest import recipe_maker
 from tests.invariants.test_processes import (
     SETTINGS,

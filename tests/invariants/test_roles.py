@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from loratune.pipeline import train
-from loratune.recipe import Recipe
-from loratune.run import read_json
+from loratune.recipe.recipe import Recipe
+from loratune.run.directory import read_json
+from loratune.workflows.train import train
 from tests.invariants.test_same_mathematics import assert_same
 
 MakeRecipe = Callable[..., Recipe]

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from loratune.model.device import cpp_compiler
-from loratune.pipeline import train
-from loratune.recipe import Recipe
-from loratune.run import RunDir
+from loratune.recipe.recipe import Recipe
+from loratune.run.directory import RunDir
+from loratune.workflows.train import train
 
 MakeRecipe = Callable[..., Recipe]
 
@@ -113,8 +113,8 @@ def test_the_same_recipe_twice_is_the_same_to_the_bit(tiny_recipe: MakeRecipe, t
 def test_a_stopped_and_resumed_run_is_the_uninterrupted_one_to_the_bit(
     tiny_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from loratune.pipeline import resume
-    from loratune.training.order import Steps
+    from loratune.training.step_dataset import Steps
+    from loratune.workflows.resume import resume
 
     whole = train(tiny_recipe(lora__dropout=0.1, train__save_every=2))
     part = tiny_recipe(lora__dropout=0.1, train__save_every=2, train__output_dir=str(tmp_path / "part"))

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from loratune.early_checks import check_sharded
-from loratune.errors import RecipeError
-from loratune.pipeline import resume
-from loratune.recipe import Recipe
-from loratune.run import RunDir, read_json, write_json
+from loratune.planning.checks import check_sharded
+from loratune.recipe.recipe import Recipe
+from loratune.run.directory import RunDir, read_json, write_json
+from loratune.run.errors import RecipeError
+from loratune.workflows.resume import resume
 from tests.invariants.test_processes import (
     SETTINGS,
     TORCHRUN,

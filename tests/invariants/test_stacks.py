@@ -12,14 +12,15 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from loratune.delivery import export, merge
-from loratune.errors import RecipeError
-from loratune.model.patterns import checked_patterns
-from loratune.pipeline import resume, train
-from loratune.preparation import prepare
-from loratune.progress import Silent
-from loratune.recipe import Recipe
-from loratune.run import RunDir, read_json
+from loratune.model.adapter.patterns import checked_patterns
+from loratune.planning.prepare import prepare
+from loratune.recipe.recipe import Recipe
+from loratune.run.directory import RunDir, read_json
+from loratune.run.errors import RecipeError
+from loratune.run.progress import Silent
+from loratune.workflows.export import export, merge
+from loratune.workflows.resume import resume
+from loratune.workflows.train import train
 from tests.conftest import make_moe, recipe_maker
 from tests.invariants.test_same_mathematics import assert_same
 

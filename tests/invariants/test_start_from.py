@@ -11,13 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from loratune.errors import RecipeError
-from loratune.pipeline import resume, train
-from loratune.preparation import prepare
-from loratune.progress import Silent
-from loratune.recipe import Recipe
-from loratune.reproduction import reproduce
-from loratune.run import RunDir, read_json
+from loratune.planning.prepare import prepare
+from loratune.recipe.recipe import Recipe
+from loratune.run.directory import RunDir, read_json
+from loratune.run.errors import RecipeError
+from loratune.run.progress import Silent
+from loratune.workflows.reproduce import reproduce
+from loratune.workflows.resume import resume
+from loratune.workflows.train import train
 from tests.conftest import recipe_maker
 from tests.invariants.test_same_mathematics import assert_same
 

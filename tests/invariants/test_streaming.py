@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from loratune.errors import DataError, RecipeError
-from loratune.pipeline import evaluate, resume, train
-from loratune.recipe import Recipe
+from loratune.recipe.recipe import Recipe
+from loratune.run.errors import DataError, RecipeError
+from loratune.workflows.evaluate import evaluate
+from loratune.workflows.resume import resume
+from loratune.workflows.train import train
 from tests.conftest import conversation, write_jsonl
 from tests.invariants.test_same_mathematics import assert_same
 

@@ -14,17 +14,18 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from loratune.data.batch import collate
-from loratune.data.conversation import Origin
-from loratune.data.render import Example
-from loratune.delivery import export, merge
-from loratune.errors import RecipeError
-from loratune.model.adapter import attach_adapter, trainable_parameters, use_fast_layers
-from loratune.pipeline import resume, train
-from loratune.preparation import prepare
-from loratune.progress import Silent
-from loratune.recipe import LoraSection, Recipe
-from loratune.run import RunDir, read_json
+from loratune.data.examples import Example
+from loratune.data.rows.conversation import Origin
+from loratune.model.adapter.attach import attach_adapter, trainable_parameters, use_fast_layers
+from loratune.planning.prepare import prepare
+from loratune.recipe.recipe import LoraSection, Recipe
+from loratune.run.directory import RunDir, read_json
+from loratune.run.errors import RecipeError
+from loratune.run.progress import Silent
 from loratune.training.loss import SupervisedLoss
+from loratune.workflows.export import export, merge
+from loratune.workflows.resume import resume
+from loratune.workflows.train import train
 from tests.conftest import recipe_maker
 from tests.invariants.test_same_mathematics import assert_same
 

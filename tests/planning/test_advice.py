@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from loratune.planning.advice import Facts, give_advice
-from loratune.recipe import Recipe
+from loratune.planning.advice import give_advice
+from loratune.planning.advice_facts import Facts
+from loratune.recipe.recipe import Recipe
 
 GOOD_RECIPE: dict[str, dict[str, Any]] = {
     "lora": {"r": 16, "alpha": 32, "targets": "complete"},

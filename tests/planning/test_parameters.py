@@ -10,10 +10,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen2Config, T5Config
 from transformers import models as architectures
 
-from loratune.errors import RecipeError
-from loratune.model.targets import Matrix, resolve_targets
+from loratune.model.adapter.targets import Matrix, resolve_targets
 from loratune.planning.parameters import count_parameters, skeleton
-from loratune.recipe import LoraSection
+from loratune.recipe.recipe import LoraSection
+from loratune.run.errors import RecipeError
 
 SIZES = {
     "vocab_size": 64,

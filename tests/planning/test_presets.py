@@ -4,7 +4,7 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from loratune.planning.presets import count_presets
-from loratune.recipe import LoraSection
+from loratune.recipe.recipe import LoraSection
 
 
 def test_the_four_presets_are_counted_exactly() -> None:

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from loratune.errors import MachineError
-from loratune.planning.memory import LayerBytes, MemoryPlan, Work, plan_memory, wants_rehearsal
+from loratune.planning.memory.memory import LayerBytes, MemoryPlan, Work, plan_memory, wants_rehearsal
+from loratune.run.errors import MachineError
 
 MIB = 2**20
 WORK = Work(longest=100, largest_step=1_000, held_out=0, prompt=0, num_prompts=0, max_new_tokens=0)
@@ -75,7 +75,7 @@ def test_a_held_out_example_that_cannot_be_evaluated_is_refused_too() -> None:
 def test_a_plan_close_to_the_memory_is_tried_first(monkeypatch: pytest.MonkeyPatch) -> None:
     memory = plan(free=80_000 * MIB)
     free = 100 * memory.peak_bytes
-    monkeypatch.setattr("loratune.planning.memory.free_bytes", lambda _: free)
+    monkeypatch.setattr("loratune.planning.memory.memory.free_bytes", lambda _: free)
     assert not wants_rehearsal(memory, "cpu")
     assert wants_rehearsal(memory, "cuda")
     free = 0

@@ -12,17 +12,17 @@ import numpy as np
 import pytest
 from transformers import LlamaConfig
 
-from loratune.data.conversation import Origin
+from loratune.data.examples import Example
 from loratune.data.prepare import PreparedData
-from loratune.data.render import Example
+from loratune.data.rows.conversation import Origin
 from loratune.data.steps import deal, epoch_order
-from loratune.errors import MachineError
-from loratune.model.targets import resolve_targets
-from loratune.planning import interconnect, scaling
-from loratune.planning.cluster import Cluster, find_cluster
+from loratune.model.adapter.targets import resolve_targets
+from loratune.planning import scaling
 from loratune.planning.cost import Place, held_parameters, sharded_parameters
 from loratune.planning.estimate import Estimate, estimate
-from loratune.planning.interconnect import LINKS, SHARE, Fabric
+from loratune.planning.hardware import interconnect
+from loratune.planning.hardware.cluster import Cluster, find_cluster
+from loratune.planning.hardware.interconnect import LINKS, SHARE, Fabric
 from loratune.planning.parameters import count_parameters, skeleton
 from loratune.planning.scaling import (
     Rank,
@@ -36,7 +36,8 @@ from loratune.planning.scaling import (
     strategy_for,
     unhidden_gather_seconds,
 )
-from loratune.recipe import LoraSection, Recipe
+from loratune.recipe.recipe import LoraSection, Recipe
+from loratune.run.errors import MachineError
 
 CONFIG = LlamaConfig(
     vocab_size=32000,

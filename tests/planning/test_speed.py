@@ -6,7 +6,7 @@ from transformers import LlamaConfig
 
 from loratune.planning.probe import probe
 from loratune.planning.speed import COMPILED_TAKES, Amounts, Rates, StepProbe, TimePlan, plan_time, with_probe
-from loratune.recipe import LoraSection
+from loratune.recipe.recipe import LoraSection
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from loratune import pipeline
-from loratune.recipe import Recipe
-from loratune.run import RunDir
+from loratune.recipe.recipe import Recipe
+from loratune.run.directory import RunDir
+from loratune.workflows.train import train
 from tests.conftest import conversation, write_jsonl
 
 PLANTED = (
@@ -53,7 +53,7 @@ def finished_run(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> 
             "evaluate": {"metric": "exact_match", "samples": 25, "max_new_tokens": 4},
         }
     )
-    return pipeline.train(recipe).run
+    return train(recipe).run
 
 
 def _planted(text: str) -> dict[str, object]:

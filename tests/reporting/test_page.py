@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from loratune.cli import app
-from loratune.reporting.page import compare, report
-from loratune.run import RunDir
+from loratune.cli.main import app
+from loratune.reporting.html import compare, report
+from loratune.run.directory import RunDir
 from tests.reporting.conftest import PLANTED, Opened, rewrite
 
 Open = Callable[..., Opened]

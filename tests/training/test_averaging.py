@@ -14,18 +14,20 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from loratune.errors import Interrupted, RecipeError
-from loratune.guidance.facts import Facts
-from loratune.guidance.numbers import SUMMARIES
-from loratune.pipeline import evaluate, resume, train
-from loratune.preparation import prepare
-from loratune.progress import Silent
-from loratune.recipe import Recipe, TrainSection
-from loratune.run import RunDir, read_json
-from loratune.training.averaging import averaged_steps
+from loratune.planning.prepare import prepare
+from loratune.recipe.recipe import Recipe, TrainSection
+from loratune.run.directory import RunDir, read_json
+from loratune.run.errors import Interrupted, RecipeError
+from loratune.run.progress import Silent
+from loratune.training.checkpoint import averaged_steps
+from loratune.workflows.evaluate import evaluate
+from loratune.workflows.guidance.effects import SUMMARIES
+from loratune.workflows.guidance.facts import Facts
+from loratune.workflows.resume import resume
+from loratune.workflows.train import train
 from tests.invariants.test_same_mathematics import assert_same
 from tests.training.test_disk import Moment
-from tests.training.test_stopping import send
+from tests.training.test_signals import send
 
 MakeRecipe = Callable[..., Recipe]
 SETTINGS = {"train__average_checkpoints": 2, "train__save_every": 2, "train__keep_checkpoints": 1, "lora__dropout": 0.1}

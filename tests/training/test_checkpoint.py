@@ -12,11 +12,12 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from loratune.errors import MachineError, RecipeError, RunError
-from loratune.pipeline import resume, train
-from loratune.recipe import Recipe
-from loratune.run import read_json
+from loratune.recipe.recipe import Recipe
+from loratune.run.directory import read_json
+from loratune.run.errors import MachineError, RecipeError, RunError
 from loratune.training.checkpoint import checkpoints_in, latest_checkpoint, load_random, save_checkpoint
+from loratune.workflows.resume import resume
+from loratune.workflows.train import train
 from tests.conftest import write_jsonl
 
 MakeRecipe = Callable[..., Recipe]
@@ -27,8 +28,8 @@ def saved(tmp_path: Path) -> tuple[Path, PeftModel]:
     """Three checkpoints of a small adapted model with an optimizer that has taken a step."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from loratune.model.adapter import attach_adapter, trainable_parameters
-    from loratune.recipe import LoraSection
+    from loratune.model.adapter.attach import attach_adapter, trainable_parameters
+    from loratune.recipe.recipe import LoraSection
 
     config = LlamaConfig(
         vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, pad_token_id=0

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from loratune.errors import MachineError
-from loratune.pipeline import resume, train
-from loratune.progress import Silent
-from loratune.recipe import Recipe
-from loratune.run import RunDir
+from loratune.recipe.recipe import Recipe
+from loratune.run.directory import RunDir
+from loratune.run.errors import MachineError
+from loratune.run.progress import Silent
 from loratune.training.checkpoint import latest_checkpoint
+from loratune.workflows.resume import resume
+from loratune.workflows.train import train
 from tests.conftest import recipe_maker
 from tests.invariants.test_same_mathematics import assert_same
 

@@ -16,19 +16,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from loratune.data.conversation import Origin
-from loratune.data.render import Example
-from loratune.errors import MachineError, RunError
+from loratune.data.examples import Example
+from loratune.data.rows.conversation import Origin
 from loratune.model.device import is_out_of_memory
-from loratune.pipeline import resume, train
-from loratune.planning import memory
-from loratune.progress import Silent
-from loratune.recipe import Recipe
-from loratune.run import Record, RunDir
+from loratune.planning.memory import memory
+from loratune.recipe.recipe import Recipe
+from loratune.run.directory import Record, RunDir
+from loratune.run.errors import MachineError, RunError
+from loratune.run.progress import Silent
 from loratune.training import loss as loss_module
-from loratune.training.budget import TokenBudget
-from loratune.training.events import Events
-from loratune.training.watch import is_spike
+from loratune.training.anomalies import is_spike
+from loratune.training.event_log import Events
+from loratune.training.token_budget import TokenBudget
+from loratune.workflows.resume import resume
+from loratune.workflows.train import train
 from tests.invariants.test_same_mathematics import assert_same
 
 MakeRecipe = Callable[..., Recipe]

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from loratune.kernels import attention
-from loratune.pipeline import train
-from loratune.recipe import Recipe
-from loratune.training.trainer import FastTrainer
+from loratune.model.kernels import attention
+from loratune.recipe.recipe import Recipe
+from loratune.training.fast_trainer import FastTrainer
+from loratune.workflows.train import train
 from tests.conftest import conversation, write_jsonl
 
 MakeRecipe = Callable[..., Recipe]

@@ -1,4 +1,4 @@
-"""Experiment trackers get the losses of a run; TensorBoard is in tests/test_preparation.py."""
+"""Experiment trackers get the losses of a run; TensorBoard is in tests/planning/test_prepare.py."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from loratune.pipeline import train
-from loratune.recipe import Recipe
+from loratune.recipe.recipe import Recipe
+from loratune.workflows.train import train
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the trackers
 

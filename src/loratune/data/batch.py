@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from loratune.data.labelled import LabelledExample
-from loratune.data.render import Example
+from loratune.data.examples import Example, LabelledExample
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,7 +24,8 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from loratune.progress import Progress
+from loratune.recipe import roles
+from loratune.run.progress import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -62,9 +63,9 @@ def _writes_date(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def _code() -> str:
-    """The SHA-256 of this room's source files."""
+    """Return the SHA-256 of all source files that decide what an example's tokens and mask are."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    for path in [*sorted(Path(__file__).parent.rglob("*.py")), Path(roles.__file__)]:
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from loratune.counting import as_count
-from loratune.data.conversation import Conversation, Message, Origin
+from loratune.data.examples import Example
+from loratune.data.masking.render import Thinking, trained_turns
+from loratune.data.masking.template import ChatTemplate
 from loratune.data.prompts import render_prompts, stop_token_ids
-from loratune.data.render import Example, Thinking, trained_turns
-from loratune.data.template import ChatTemplate
-from loratune.recipe import DataSection
-from loratune.roles import TrainOn, trained_roles
+from loratune.data.rows.conversation import Conversation, Message, Origin
+from loratune.recipe.recipe import DataSection
+from loratune.recipe.roles import TrainOn, trained_roles
+from loratune.run.errors import as_count
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from loratune.data.batch import num_supervised
-from loratune.data.render import Example
+from loratune.data.examples import Example
 
 
 def held_out_groups(examples: Sequence[Example], report: dict[str, Any]) -> dict[str, list[int]]:

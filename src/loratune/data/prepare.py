@@ -11,22 +11,17 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
-from loratune.counting import as_count
 from loratune.data.cache import Arrays, Cache, cache_key
 from loratune.data.checks import add_checks
-from loratune.data.conversation import (
-    ROLES,
-    Conversation,
-    Origin,
-    Rejected,
-)
-from loratune.data.labels import backend_of
-from loratune.data.reading import Part, Reader, apply_policy, held_out_sources, hold_out
-from loratune.data.render import Example, Rendered, render
-from loratune.errors import DataError
-from loratune.progress import Progress, Silent
-from loratune.recipe import DataSection, Source
-from loratune.roles import as_written
+from loratune.data.examples import Example
+from loratune.data.masking.render import Rendered, render
+from loratune.data.masking.token_labels import backend_of
+from loratune.data.rows.conversation import ROLES, Conversation, Origin, Rejected
+from loratune.data.rows.reading import Part, Reader, apply_policy, held_out_sources, hold_out
+from loratune.recipe.recipe import DataSection, Source
+from loratune.recipe.roles import as_written
+from loratune.run.errors import DataError, as_count
+from loratune.run.progress import Progress, Silent
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from rich.console import Group
 from rich.text import Text
 
-from loratune.data.labelled import LabelledExample
+from loratune.data.examples import Example, LabelledExample
 from loratune.data.prompts import stop_token_ids
-from loratune.data.render import Example
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult

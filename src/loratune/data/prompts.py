@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from loratune.data.conversation import BadRow, Conversation, Message, Origin, split_thoughts
-from loratune.data.render import Thinking, check_tool_support, trained_turns, with_thinking
-from loratune.data.specials import special_token_in
-from loratune.data.template import ChatTemplate
-from loratune.errors import DataError
+from loratune.data.masking.render import Thinking, check_tool_support, trained_turns, with_thinking
+from loratune.data.masking.special_tokens import special_token_in
+from loratune.data.masking.template import ChatTemplate
+from loratune.data.rows.conversation import BadRow, Conversation, Message, Origin, split_thoughts
+from loratune.run.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

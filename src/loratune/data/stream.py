@@ -16,17 +16,17 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 import numpy.typing as npt
 
-from loratune.counting import as_count
-from loratune.data.conversation import Origin, Rejected, rename_columns, to_conversations
-from loratune.data.labels import Example, backend_of
+from loratune.data.examples import Example
+from loratune.data.masking.render import Policy, Renderer
+from loratune.data.masking.token_labels import backend_of
 from loratune.data.prepare import PreparedData, assemble
-from loratune.data.reading import Reader, apply_policy, held_out_sources
-from loratune.data.render import Policy, Renderer
-from loratune.data.sources import Row
-from loratune.data.tables import Chain, Table, can_open, open_table
-from loratune.errors import DataError
-from loratune.progress import Progress
-from loratune.recipe import DataSection, Source
+from loratune.data.rows.conversation import Origin, Rejected, rename_columns, to_conversations
+from loratune.data.rows.reading import Reader, apply_policy, held_out_sources
+from loratune.data.rows.sources import Row
+from loratune.data.rows.tables import Chain, Table, can_open, open_table
+from loratune.recipe.recipe import DataSection, Source
+from loratune.run.errors import DataError, as_count
+from loratune.run.progress import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -8,7 +8,7 @@ from decimal import Decimal
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from loratune.errors import DataError, MachineError
+from loratune.run.errors import DataError, MachineError
 
 if TYPE_CHECKING:
     from loratune.evaluation.generate import Prompt

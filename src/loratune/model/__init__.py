@@ -1,0 +1,1 @@
+"""The base model: where it is found, how it loads, and what is attached to it."""

@@ -18,8 +18,8 @@ import torch
 from torch import nn
 from transformers.modeling_layers import GenericForSequenceClassification
 
-from loratune.errors import RecipeError
-from loratune.model.weights import read_header, weight_files_of
+from loratune.model.safetensors_headers import read_header, weight_files_of
+from loratune.run.errors import RecipeError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase

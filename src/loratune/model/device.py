@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from loratune.errors import MachineError
+from loratune.run.errors import MachineError
 
 _ALLOCATORS = ("can't allocate memory", "not enough memory", "out of memory")
 """What the CPU's allocator and MPS say in a plain RuntimeError."""

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loratune.errors import MachineError, RecipeError
 from loratune.model.classifier import Classes, load_classifier
-from loratune.model.gguf import check_gguf, describe_gguf, import_gguf, imported_folder
-from loratune.model.prequantised import comes_packed, expand
-from loratune.model.quantised import PACKED, keep_trainable, load_settings
-from loratune.progress import Progress
-from loratune.recipe import ModelSection
+from loratune.model.gguf_import import check_gguf, describe_gguf, import_gguf, imported_folder
+from loratune.model.quantization.checkpoint import comes_packed, expand
+from loratune.model.quantization.kinds import PACKED
+from loratune.model.quantization.quantize import keep_trainable, load_settings
+from loratune.recipe.recipe import ModelSection
+from loratune.run.errors import MachineError, RecipeError
+from loratune.run.progress import Progress
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
 
 HUB_TIMEOUT_SECONDS = 5
 """How long the hub may take to answer before it counts as unreachable."""
@@ -283,3 +286,13 @@ def _explained(base: BaseModel) -> Iterator[None]:
         raise RecipeError(f"model.name is {base.name}: {error}", fix="give a causal language model") from error
     except OSError as error:
         raise MachineError(f"model.name is {base.name}: {error}", fix="use a complete local folder") from error
+
+
+def generation_stops(base: BaseModel, config: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """The tokens at which servers stop for this model."""
+    ids = config.eos_token_id
+    file = base.path / "generation_config.json"
+    if file.is_file():
+        ids = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id", ids)
+    ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
+    return tuple(map(str, tokenizer.convert_ids_to_tokens(ids)))

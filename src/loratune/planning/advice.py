@@ -5,19 +5,22 @@ Nothing is changed. Each rule says something only where it applies; a run that n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import chain
-from typing import Any
 
-from loratune.model.variants import saved_rank, scale_of
-from loratune.recipe import Recipe
-from loratune.recipe_tasks import is_classification
-from loratune.roles import as_written, trained_roles
+from loratune.model.adapter.variants import saved_rank, scale_of
+from loratune.planning.advice_facts import Facts
+from loratune.recipe.roles import as_written, trained_roles
+from loratune.recipe.tasks import is_classification
 
 SCHULMAN = "Schulman et al. 2025, LoRA Without Regret, thinkingmachines.ai/blog/lora"
+
+
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM's `max_lora_rank` can be (`MaxLoRARanks` in vllm/config/lora.py, 0.14); its default is 16."""
+
+
 WITHOUT_LORA_IN_VLLM = ("GPT2LMHeadModel", "GPTNeoXForCausalLM", "GPTJForCausalLM")
 """Architectures of common models without a mark under LoRA in docs.vllm.ai/en/latest/models/supported_models."""
 
@@ -45,41 +48,6 @@ class Advice:
     def as_record(self) -> dict[str, str]:
         """For `plan.json`."""
         return {"about": self.about, "text": self.text, "reason": self.reason, "source": self.source}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Facts:
-    """What advice is given on.
-
-    Attributes:
-        recipe: With every `auto` resolved.
-        num_examples: Of the training data.
-        num_steps: Optimizer steps of the run.
-        num_devices: That the plan is for.
-        num_supervised_tokens: Of one epoch.
-        num_cut: Examples whose answers `max_length` cut.
-        trainable: Parameters of the adapter.
-        feed_forward: Whether a feed-forward matrix is adapted; None where the model has none that could be.
-        architecture: Class of the base model.
-        unknown_to_gguf: Adapted modules that no architecture of llama.cpp has.
-        stop_token: What the chat template ends an answer with; empty for plain text.
-        generation_stops: The tokens at which the model's generation settings stop.
-        prompt_check: `PromptCheck.as_record()`; empty for plain text.
-    """
-
-    recipe: Recipe
-    num_examples: int
-    num_steps: int
-    num_supervised_tokens: int
-    num_cut: int
-    trainable: int
-    feed_forward: bool | None
-    architecture: str
-    num_devices: int = 1
-    unknown_to_gguf: Sequence[str] = ()
-    stop_token: str = ""
-    generation_stops: Sequence[str] = ()
-    prompt_check: dict[str, Any] = field(default_factory=dict)
 
 
 def give_advice(facts: Facts) -> tuple[Advice, ...]:

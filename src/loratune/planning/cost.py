@@ -11,16 +11,22 @@ from loratune.data.batch import num_supervised
 from loratune.data.prepare import PreparedData
 from loratune.data.prompts import Prompt
 from loratune.data.steps import num_steps, occasions, padded_step_tokens, step_tokens
-from loratune.kernels.cross_entropy import chunk_rows
 from loratune.model.device import torch_dtype
-from loratune.planning.adapter_memory import stack_bytes, stack_kept_bytes, variant_bytes, whole_bytes, whole_kept_bytes
-from loratune.planning.encoder_memory import encoder_layer_bytes
-from loratune.planning.memory import MemoryPlan, Work, layer_bytes, plan_memory
-from loratune.planning.optimizer_memory import state_bytes
+from loratune.model.kernels.cross_entropy import chunk_rows
+from loratune.planning.memory.adapter import (
+    stack_bytes,
+    stack_kept_bytes,
+    variant_bytes,
+    whole_bytes,
+    whole_kept_bytes,
+)
+from loratune.planning.memory.encoder import encoder_layer_bytes
+from loratune.planning.memory.memory import MemoryPlan, Work, layer_bytes, plan_memory
+from loratune.planning.memory.optimizer import state_bytes
 from loratune.planning.parameters import ParameterCount
 from loratune.planning.speed import Amounts, training_flops
-from loratune.recipe import Recipe
-from loratune.recipe_tasks import is_classification
+from loratune.recipe.recipe import Recipe
+from loratune.recipe.tasks import is_classification
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

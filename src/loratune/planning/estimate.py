@@ -9,10 +9,9 @@ from typing import Any
 
 from loratune.data.prepare import PreparedData
 from loratune.data.prompts import Prompt
-from loratune.errors import RecipeError
 from loratune.model.classifier import is_decoder
 from loratune.model.device import Choice, choose_compile, compile_seconds, torch_dtype
-from loratune.model.quantised import uncompiled
+from loratune.model.quantization.quantize import uncompiled
 from loratune.planning.cost import (
     Place,
     head_parameters,
@@ -23,13 +22,14 @@ from loratune.planning.cost import (
     run_memory,
     run_work,
 )
-from loratune.planning.devices import Device
-from loratune.planning.memory import MemoryPlan, Work
+from loratune.planning.hardware.devices import Device
+from loratune.planning.memory.memory import MemoryPlan, Work
 from loratune.planning.parameters import ParameterCount
 from loratune.planning.probe import probe
 from loratune.planning.speed import Amounts, Rates, TimePlan, matmul_rate, plan_time, rates_by_arithmetic
-from loratune.recipe import Recipe
-from loratune.recipe_tasks import is_classification
+from loratune.recipe.recipe import Recipe
+from loratune.recipe.tasks import is_classification
+from loratune.run.errors import RecipeError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,12 +10,12 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
 
-from loratune.errors import RecipeError
-from loratune.model.stacks import stacks, stacks_in_words
-from loratune.model.targets import Matrix, describe_targets, matrix
-from loratune.model.variants import changes_base, num_trainable
-from loratune.model.whole import Whole, head_modules, whole_in_words, whole_modules
-from loratune.recipe import LoraSection
+from loratune.model.adapter.modules_to_save import Whole, head_modules, whole_in_words, whole_modules
+from loratune.model.adapter.target_parameters import stacks, stacks_in_words
+from loratune.model.adapter.targets import Matrix, describe_targets, matrix
+from loratune.model.adapter.variants import changes_base, num_trainable
+from loratune.recipe.recipe import LoraSection
+from loratune.run.errors import RecipeError
 
 BYTES_PER_ADAPTER_PARAMETER = 4  # Adapters are kept and saved in float32, whatever the dtype of the base.
 

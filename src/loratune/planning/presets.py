@@ -9,13 +9,13 @@ from typing import Any
 from torch import nn
 
 from loratune.data.prepare import PreparedData
-from loratune.errors import MachineError, RecipeError
-from loratune.model.targets import describe_targets, resolve_targets
+from loratune.model.adapter.targets import describe_targets, resolve_targets
 from loratune.planning.cost import run_flops, run_memory
 from loratune.planning.estimate import Estimate
 from loratune.planning.parameters import ParameterCount, count_parameters
-from loratune.recipe import TARGET_PRESETS, LoraSection, Recipe
-from loratune.run import Record
+from loratune.recipe.recipe import TARGET_PRESETS, LoraSection, Recipe
+from loratune.run.directory import Record
+from loratune.run.errors import MachineError, RecipeError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,15 +14,15 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from loratune.errors import RecipeError
-from loratune.kernels.attention import PACKED, PackingUnsupportedError, register
-from loratune.kernels.cross_entropy import chunk_rows, cross_entropy_per_token, sum_cross_entropy
-from loratune.model.adapter import attach_adapter, use_fast_layers
+from loratune.model.adapter.attach import attach_adapter, use_fast_layers
+from loratune.model.adapter.patterns import matching_only
+from loratune.model.adapter.targets import resolve_targets
 from loratune.model.device import is_out_of_memory
-from loratune.model.patterns import matching_only
-from loratune.model.targets import resolve_targets
+from loratune.model.kernels.attention import PACKED, PackingUnsupportedError, register
+from loratune.model.kernels.cross_entropy import chunk_rows, cross_entropy_per_token, sum_cross_entropy
 from loratune.planning.speed import Rates, best_seconds
-from loratune.recipe import LoraSection, Variant
+from loratune.recipe.recipe import LoraSection, Variant
+from loratune.run.errors import RecipeError
 
 LAYERS = 2
 TOKENS = 512

@@ -24,16 +24,16 @@ import numpy as np
 
 from loratune.data.prepare import PreparedData
 from loratune.data.steps import EpochPlan, num_steps
-from loratune.errors import MachineError
 from loratune.model.device import Choice, torch_dtype
-from loratune.planning.cluster import Cluster
 from loratune.planning.cost import Place, run_memory, sharded_parameters
 from loratune.planning.estimate import Estimate
-from loratune.planning.interconnect import SHARE, Fabric, Link
-from loratune.planning.memory import MemoryPlan
+from loratune.planning.hardware.cluster import Cluster
+from loratune.planning.hardware.interconnect import SHARE, Fabric, Link
+from loratune.planning.memory.memory import MemoryPlan
 from loratune.planning.parameters import ParameterCount
 from loratune.planning.speed import EFFICIENCY
-from loratune.recipe import Recipe
+from loratune.recipe.recipe import Recipe
+from loratune.run.errors import MachineError
 
 Strategy = Literal["ddp", "fsdp"]
 

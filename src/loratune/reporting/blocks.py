@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 if TYPE_CHECKING:
     from markupsafe import Markup
 
-    from loratune.reporting.words import Piece
+    from loratune.reporting.word_diff import Piece
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,3 +148,37 @@ class Page:
     figures: tuple[Figure, ...] = ()
     sections: tuple[Section, ...] = field(default=())
     footer: str
+
+
+UNEXPECTED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
+"""What becomes of reading a file that holds something else than this version writes."""
+
+
+Subject = TypeVar("Subject")
+
+
+def build_sections(
+    parts: Sequence[tuple[str, str, Callable[[Subject], Iterator[Block]]]], subject: Subject, complaints: Iterable[str]
+) -> tuple[Section, ...]:
+    """Sections in order; one in front says what is missing.
+
+    Args:
+        parts: Anchor, title, and what makes the blocks; without blocks there is no section.
+        subject: What the page is about.
+        complaints: What is known to be missing.
+    """
+    missing, sections = list(complaints), []
+    for name, title, build in parts:
+        try:
+            blocks = tuple(build(subject))
+        except UNEXPECTED as error:
+            missing.append(
+                f"“{title}” is left out: a file holds something else than expected ({type(error).__name__}: {error})."
+            )
+            continue
+        if blocks:
+            sections.append(Section(name=name, title=title, blocks=blocks))
+    if missing:
+        note = Paragraph(text="This page shows what could be read. Missing:", tone="warning")
+        sections.insert(0, Section(name="missing", title="What is missing", blocks=(note, Items(lines=tuple(missing)))))
+    return tuple(sections)

@@ -9,10 +9,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import IntervalStrategy
 
 from loratune.model.device import peak_bytes
-from loratune.progress import Progress, Task
-from loratune.run import RunDir
-from loratune.training.events import StepMetrics
-from loratune.training.stopping import StopRequest
+from loratune.run.directory import RunDir
+from loratune.run.progress import Progress, Task
+from loratune.training.event_log import StepMetrics
+from loratune.training.signals import StopRequest
 
 
 class RunCallback(TrainerCallback):

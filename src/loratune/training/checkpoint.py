@@ -19,23 +19,35 @@ import random
 import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
-from loratune.errors import MachineError, RunError
-from loratune.model.gguf import file_sha256
-from loratune.model.whole import with_copies, without_copies
-from loratune.progress import Progress
-from loratune.run import RunDir, cannot_write
-from loratune.training.budget import random_state, set_random_state
+from loratune.data.steps import occasion_steps
+from loratune.model.adapter.modules_to_save import with_copies, without_copies
+from loratune.model.gguf_import import file_sha256
+from loratune.recipe.recipe import TrainSection
+from loratune.run.directory import RunDir, cannot_write
+from loratune.run.errors import MachineError, RunError
+from loratune.run.progress import Progress
+from loratune.training.token_budget import random_state, set_random_state
+
+if TYPE_CHECKING:
+    pass
+
 
 TRAINER_STATE = "trainer_state.json"
+
+
 _ADAPTER, _OPTIMIZER, _RANDOM = "adapter_model.safetensors", "optimizer.safetensors", "random.safetensors"
+
+
 _STATE, _MANIFEST = "state.json", "manifest.json"
+
+
 _FILES = frozenset((_ADAPTER, _OPTIMIZER, _RANDOM, _STATE, TRAINER_STATE))
 
 
@@ -269,3 +281,24 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def averaged_steps(train: TrainSection, *, last_step: int, num_steps: int, num_per_epoch: int) -> list[int]:
+    """The steps whose adapters are averaged in a run that ends after `last_step`: the last ones that `save_every` wants, and the
+    last step itself. What a stop saves beside does not count, so a run that goes on has the same mean.
+
+    Args:
+        train: The recipe's section.
+        last_step: Before the end of the run, the step so far: what a run that ended here would average.
+        num_steps: Optimizer steps of the whole run.
+        num_per_epoch: Of an epoch.
+    """
+    if train.average_checkpoints is None:
+        return []
+    wanted = occasion_steps(train.save_every, steps=num_steps, num_per_epoch=num_per_epoch)
+    return [*(step for step in wanted if step < last_step), last_step][-train.average_checkpoints :]
+
+
+def resume_state(checkpoint: Path) -> int:
+    """The optimizer steps that a checkpoint has behind it."""
+    return int(json.loads((checkpoint / TRAINER_STATE).read_text(encoding="utf-8"))["global_step"])

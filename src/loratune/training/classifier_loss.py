@@ -17,10 +17,9 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
 from loratune.data.batch import MicroBatch, collate
-from loratune.data.labelled import LabelledExample
-from loratune.data.render import Example
-from loratune.kernels.attention import PACKED, PackingUnsupportedError, register
+from loratune.data.examples import Example, LabelledExample
 from loratune.model.classifier import is_decoder
+from loratune.model.kernels.attention import PACKED, PackingUnsupportedError, register
 from loratune.training.loss import CHECK_TOKENS, SupervisedLoss, fastest_loss
 
 

@@ -10,10 +10,10 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import Sampler
 from transformers import DataCollatorWithPadding, PrinterCallback, Trainer, TrainingArguments
 
-from loratune.data.labelled import LabelledExample
+from loratune.data.examples import LabelledExample
 from loratune.data.prepare import Stream
-from loratune.training.arguments import training_arguments
-from loratune.training.order import ExampleOrder
+from loratune.training.hf_arguments import training_arguments
+from loratune.training.step_dataset import ExampleOrder
 from loratune.training.trainer import RunTrainer, TrainerSetup
 
 

@@ -16,14 +16,14 @@ import torch
 from peft import PeftModel
 
 from loratune.data.batch import MicroBatch, collate
-from loratune.data.render import Example
-from loratune.errors import RunError
-from loratune.kernels.attention import PACKED, PackingUnsupportedError, record_untold_windows, register
-from loratune.kernels.cross_entropy import cross_entropy_per_token, head_logits, sum_cross_entropy
-from loratune.model.adapter import use_fast_layers
-from loratune.model.whole import head_weights
-from loratune.training.noise import EmbeddingNoise
-from loratune.training.packing import decoder_of, longest_packed, obstacle
+from loratune.data.examples import Example
+from loratune.model.adapter.attach import use_fast_layers
+from loratune.model.adapter.modules_to_save import head_weights
+from loratune.model.kernels.attention import PACKED, PackingUnsupportedError, record_untold_windows, register
+from loratune.model.kernels.cross_entropy import cross_entropy_per_token, head_logits, sum_cross_entropy
+from loratune.run.errors import RunError
+from loratune.training.neftune import EmbeddingNoise
+from loratune.training.packing_support import decoder_of, longest_packed, obstacle
 
 CHECK_TOKENS = 24
 """Tokens of each of the two examples on which the fast path is compared with the plain one."""

@@ -8,8 +8,8 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import TensorBoardCallback, get_reporting_integration_callbacks
 
-from loratune.run import RunDir
-from loratune.training.events import Events
+from loratune.run.directory import RunDir
+from loratune.training.event_log import Events
 
 
 class Trackers(TrainerCallback):

@@ -17,54 +17,44 @@ from being applied.
 from __future__ import annotations
 
 import json
-import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel
-from torch.utils.data import DataLoader, Sampler
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
-from trl import SFTConfig, SFTTrainer
+from transformers import Trainer, TrainerCallback, TrainerState
 
-from loratune import world
-from loratune.data.batch import collate
-from loratune.data.conversation import Rejected
-from loratune.data.prepare import Stream
-from loratune.data.render import Example
-from loratune.errors import LoratuneError, MachineError
-from loratune.model.adapter import trainable_parameters
 from loratune.model.device import is_out_of_memory
-from loratune.progress import Progress, Silent
-from loratune.recipe import TrainSection
-from loratune.run import RunDir, write_json
-from loratune.training.arguments import TrainingData, own_optimizer, stock_arguments, training_arguments
-from loratune.training.averaging import averaged_steps
-from loratune.training.budget import TokenBudget, random_state, set_random_state
-from loratune.training.by_source import Sources
+from loratune.recipe.recipe import TrainSection
+from loratune.run import processes
+from loratune.run.directory import RunDir, write_json
+from loratune.run.errors import MachineError
+from loratune.run.progress import Progress
+from loratune.training.anomalies import NumberWatch
 from loratune.training.checkpoint import (
     TRAINER_STATE,
+    averaged_steps,
     best_checkpoint,
     load_adapter_weights,
     load_optimizer,
     load_random,
     save_checkpoint,
 )
-from loratune.training.events import Events, History, StepMetrics
-from loratune.training.groups import give_own_rates, let_b_learn_faster
-from loratune.training.held_out import EvaluationStoppedError, Nll, evaluate_nll, evaluate_together, mean_nll
+from loratune.training.early_stopping import Patience
+from loratune.training.event_log import Events, History, StepMetrics
+from loratune.training.gradient_sync import check_same
+from loratune.training.held_out_loss import EvaluationStoppedError, Nll, evaluate_together, mean_nll
+from loratune.training.hf_arguments import TrainingData
 from loratune.training.loss import SupervisedLoss
-from loratune.training.order import ExampleOrder, Held, StepExamples, Steps
-from loratune.training.patience import Patience
-from loratune.training.shards import FILLER
-from loratune.training.sharing import StepTotals, add_up_gradients, check_same, seed_step
-from loratune.training.stock import labelled
-from loratune.training.stopping import StopRequest
+from loratune.training.loss_by_source import Sources
+from loratune.training.param_groups import give_own_rates, let_b_learn_faster
+from loratune.training.signals import StopRequest
+from loratune.training.step_dataset import StepExamples, Steps
+from loratune.training.token_budget import TokenBudget
 from loratune.training.trackers import Trackers
-from loratune.training.watch import NumberWatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -119,7 +109,7 @@ class RunTrainer(Trainer):
 
     def _set_up(self, setup: TrainerSetup) -> list[TrainerCallback]:
         """Everything beside the step; returns the callbacks."""
-        history = world.gather(History.of(setup.run.read_metrics()))[0]
+        history = processes.gather(History.of(setup.run.read_metrics()))[0]
         self.setup, self.step_metrics = setup, StepMetrics()
         self.events = Events(setup.run, setup.progress)
         self.budget = TokenBudget(
@@ -129,7 +119,7 @@ class RunTrainer(Trainer):
         self.held_out, self.patience = history.held_out, Patience(setup.train, self.events, history)
         self.sources = Sources(setup.data.source_of_file)
         self.steps = Steps(setup.data.train, setup.train, setup.data.token_budget)
-        trackers = setup.train.report_to if world.is_main() else ()
+        trackers = setup.train.report_to if processes.is_main() else ()
         if len(self.sources) and setup.train.engine == "trl" and setup.train.label_smoothing:
             setup.progress.line("TRL smooths labels in one loss for all sources; train.engine=fast has one of each")
         return [setup.callback, Trackers(trackers, setup.run, self.events)]
@@ -161,7 +151,7 @@ class RunTrainer(Trainer):
             losses = evaluate_together(
                 setup.loss, setup.data.eval, self.budget, setup.progress, setup.stop, self.events
             )
-        except world.LostError:
+        except processes.LostError:
             raise
         except EvaluationStoppedError:  # `resume` makes up for it
             self.control.should_save = self.control.should_training_stop = True
@@ -260,7 +250,7 @@ class RunTrainer(Trainer):
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any = None) -> None:
         setup, run, step = self.setup, self.setup.run, self.state.global_step
         check_same(self.model)
-        if world.is_main():
+        if processes.is_main():
             self._write_checkpoint(run.checkpoints / str(step))
         setup.progress.checkpoint({"step": step}, run.checkpoints / str(step))
 
@@ -294,166 +284,8 @@ class RunTrainer(Trainer):
             load_optimizer(Path(checkpoint), self.optimizer, self.lr_scheduler)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        if checkpoint is not None and world.size() == 1:  # several draw from the step's number
+        if checkpoint is not None and processes.size() == 1:  # several draw from the step's number
             load_random(Path(checkpoint))
 
     def floating_point_ops(self, inputs: Any) -> int:
         return 0  # transformers' estimate would cost time, and planning knows better
-
-
-class FastTrainer(RunTrainer):
-    """One `training_step` is one optimizer step: it loops over the step's micro-batches."""
-
-    def __init__(self, setup: TrainerSetup) -> None:
-        callbacks = self._set_up(setup)
-        if world.size() > 1:
-            logging.getLogger("transformers.training_args").addFilter(_is_no_advice_on_launching)
-        # The batch size of transformers' own arithmetic is in items of the data set, and an item is a whole step.
-        args = TrainingArguments(
-            **training_arguments(setup.train, setup.data, setup.run),
-            per_device_train_batch_size=1,
-            remove_unused_columns=False,
-        )
-        super().__init__(
-            model=setup.model,
-            args=args,
-            train_dataset=self.steps,
-            eval_dataset=Held(setup.data.eval),
-            callbacks=callbacks,
-            optimizer_cls_and_kwargs=own_optimizer(setup.train),
-        )
-        self.remove_callback(PrinterCallback)
-
-    def get_train_dataloader(self) -> DataLoader[StepExamples | LoratuneError]:
-        return self.steps.loader(lambda: self.state.global_step)
-
-    def get_batch_samples(
-        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
-    ) -> tuple[list[Any], None]:
-        """The next step's examples.
-
-        Raises:
-            LoratuneError: A row of streamed data cannot be trained on, and may not be left out.
-        """
-        batches = [next(epoch_iterator) for _ in range(num_batches)]
-        for batch in batches:
-            if isinstance(batch, LoratuneError):
-                raise batch
-        return batches, None
-
-    def training_step(  # type: ignore[override] # a step's examples, not one batch
-        self, model: Any, inputs: StepExamples, num_items_in_batch: Any = None
-    ) -> torch.Tensor:
-        """Gradients of one optimizer step; returns its loss: the mean over the step's supervised tokens."""
-        started = time.perf_counter()
-        model.train()
-        self.events.step = self.state.global_step + 1
-        self.under_way, examples = inputs, inputs.examples
-        totals = StepTotals.over_all(inputs, self.sources, self.events)
-        self._tell_left_out(totals.left_out)
-        seed_step(self.setup.train.seed, self.state.global_step)
-        losses = self.budget.retry(
-            lambda: self._gradients(examples, totals.num_supervised_tokens), undo=model.zero_grad
-        )
-        losses = add_up_gradients(self.model, losses, self.setup.stop)
-        return self._judged(
-            losses[0],
-            started=started,
-            tokens=(totals.num_tokens, totals.num_supervised_tokens),
-            by_source=self.sources.means(losses[1:].tolist(), totals.by_source),
-        )
-
-    def _tell_left_out(self, rows: Sequence[Rejected]) -> None:
-        if rows:
-            places = "; ".join(f"{row.origin}: {row.reason}" for row in rows)
-            listed = [{"file": row.origin.file, "line": row.origin.line, "reason": row.reason} for row in rows]
-            self.events.happened("left_out", f"left out of step {self.events.step}: {places}", rows=listed)
-
-    def _gradients(self, examples: Sequence[Example], num_supervised_tokens: int) -> torch.Tensor:
-        """Accumulates them; returns the loss of these examples, and the sum of the losses of each source's tokens."""
-        losses = torch.zeros(1 + len(self.sources), device=self.args.device)
-        for chosen in self.budget.micro_batches(examples, range(len(examples))):
-            batch = collate([examples[i] for i in chosen] or [FILLER]).to(self.args.device)
-            tally = self.sources.tally([examples[i] for i in chosen], self.args.device)
-            each = None if tally is None else tally.each_S
-            loss = self.setup.loss.sum(batch, each) * bool(chosen) / num_supervised_tokens
-            self.accelerator.backward(loss)
-            losses[0] += loss.detach()
-            if tally is not None:
-                losses[1:] += tally.sums()
-        return losses
-
-    def rehearse(self) -> None:
-        """Run the largest micro-batches of training and evaluation once, so that memory runs out now or not at all.
-
-        Gradients and random numbers are afterwards as they were, so the run is the same to the bit.
-        """
-        setup, before = self.setup, random_state()
-        self.events.step = self.state.global_step
-        known = setup.data.known
-        largest = [known[i] for i in self.budget.largest_micro_batch(known, setup.train.batch_size)]
-        setup.model.train()
-        self.budget.retry(lambda: self._gradients(largest, 1), undo=setup.model.zero_grad)
-        setup.model.zero_grad()
-        if setup.data.eval:
-            chosen = self.budget.largest_micro_batch(setup.data.eval, len(setup.data.eval))
-            evaluate_nll(setup.loss, [setup.data.eval[i] for i in chosen], self.budget, Silent())
-        set_random_state(before)
-
-
-class ReferenceTrainer(RunTrainer, SFTTrainer):
-    """The stock `SFTTrainer` on the same examples in the same order: the plain path that the fast one must equal."""
-
-    def __init__(self, setup: TrainerSetup) -> None:
-        callbacks, data = self._set_up(setup), setup.data
-        assert not isinstance(data.train, Stream), "the recipe refuses it"
-        self._order = ExampleOrder(len(data.train), setup.train, lambda: self.state.global_step)
-        adapter = {name: parameter.data for name, parameter in trainable_parameters(setup.model).items()}
-        bf16 = setup.model.get_base_model().dtype == torch.bfloat16
-        SFTTrainer.__init__(
-            self,
-            model=setup.model,
-            args=SFTConfig(**stock_arguments(setup.train, data, setup.run, bf16=bf16)),
-            train_dataset=labelled(data.train),
-            eval_dataset=labelled(data.eval) if data.eval else None,
-            processing_class=setup.tokenizer,
-            callbacks=callbacks,
-            optimizer_cls_and_kwargs=own_optimizer(setup.train),
-        )
-        for name, parameter in trainable_parameters(setup.model).items():
-            parameter.data = adapter[name]  # TRL rounds adapters on a quantised base to bfloat16
-        self.remove_callback(PrinterCallback)
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        return self._order
-
-    def compute_loss(self, model: Any, inputs: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:
-        if not len(self.sources) or self.setup.train.label_smoothing:
-            return super().compute_loss(model, inputs, *args, **kwargs)
-
-        def look(_: Any, __: Any, outputs: Any) -> None:
-            self.row_losses = -outputs.log_probs.detach().sum(1)  # zero where nothing is supervised
-
-        hook = model.register_forward_hook(look)  # with `return_outputs` TRL would go forward once more
-        try:
-            return super().compute_loss(model, inputs, *args, **kwargs)
-        finally:
-            hook.remove()
-
-    def training_step(
-        self, model: Any, inputs: dict[str, torch.Tensor], num_items_in_batch: Any = None
-    ) -> torch.Tensor:
-        tokens = int(inputs["attention_mask"].sum()), int((inputs["labels"][:, 1:] != -100).sum())
-        return self._stock_step(
-            lambda: SFTTrainer.training_step(self, model, inputs, num_items_in_batch), inputs, tokens
-        )
-
-
-def _is_no_advice_on_launching(record: logging.LogRecord) -> bool:
-    """That the process group is there while the trainer sees one process, which is how it is meant: see `world`."""
-    return "parallel_mode" not in record.getMessage()
-
-
-def resume_state(checkpoint: Path) -> int:
-    """The optimizer steps that a checkpoint has behind it."""
-    return int(json.loads((checkpoint / TRAINER_STATE).read_text(encoding="utf-8"))["global_step"])

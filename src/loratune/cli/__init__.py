@@ -1,0 +1,1 @@
+"""The command line: arguments in, tables and JSON out. No decisions are made here."""

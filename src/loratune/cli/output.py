@@ -1,0 +1,143 @@
+"""What a verb leaves behind, on stdout: tables for people, JSON for programs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+
+from loratune.cli.terminal import SafeConsole
+from loratune.run.errors import MachineError
+
+if TYPE_CHECKING:
+    from loratune.planning.preparation import Preparation
+    from loratune.run.directory import Record
+    from loratune.workflows.certify import Delivery
+    from loratune.workflows.push import Publication
+    from loratune.workflows.result import RunResult
+    from loratune.workflows.serve import Service
+
+
+def show_plan(prepared: Preparation, record: Record, console: Console, samples: int, *, whole: bool) -> None:
+    """Print what would be trained; `whole` with the tables of modules, presets and data."""
+    from loratune.cli import plan_tables
+    from loratune.data.preview import preview
+
+    recipe = prepared.recipe
+    shown = {
+        **record,
+        "recipe": {
+            "batch_size": recipe.train.batch_size,
+            "epochs": recipe.train.epochs,
+            "output_dir": recipe.train.output_dir,
+            "r": recipe.lora.r,
+        },
+    }
+    console.print(plan_tables.summary_table(shown, model=f"{recipe.model.name} → {prepared.base.path}"))
+    if whole:
+        console.print(
+            plan_tables.memory_table(shown),
+            plan_tables.modules_table(shown),
+            plan_tables.presets_table(shown),
+            sep="\n",
+        )
+        if record["scaling"]:
+            console.print(*plan_tables.scaling_tables(shown), sep="\n")
+            for line in plan_tables.scaling_lines(shown):
+                console.print(line, soft_wrap=True)
+        console.print(plan_tables.data_table(prepared.data.report))
+    for note in plan_tables.notes(shown):
+        console.print(note, soft_wrap=not console.is_terminal)  # people read it there; elsewhere a line is a note
+    if samples:
+        console.print(preview(prepared.data.train, prepared.tokenizer, samples))
+
+
+def add_cost(record: Record, price_per_hour: float) -> None:
+    """What the run costs; on several devices, each number of them, at so much an hour and device."""
+    if record["scaling"]:
+        for row in record["scaling"]["rows"]:
+            row["cost"] = row["total_seconds"] / 3600 * row["devices"] * price_per_hour
+        cost = record["scaling"]["rows"][-1]["cost"]
+    else:
+        cost = record["time"]["total_seconds"] / 3600 * price_per_hour
+    record["cost"] = {"price_per_hour": price_per_hour, "cost": cost}
+
+
+def write_page(path: Path, prepared: Preparation, samples: int) -> None:
+    """Write the examples, token by token, as one HTML page."""
+    from loratune.data.preview import preview
+
+    page = preview(prepared.data.train, prepared.tokenizer, samples).html(title=prepared.recipe.model.name)
+    try:
+        path.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise MachineError(f"cannot write: {error.strerror}", file=path, fix="another --html FILE") from None
+
+
+def show_result(result: RunResult, as_json: bool) -> None:
+    """Print the evaluation, and what training took."""
+    from loratune.cli.plan_tables import measured_line
+    from loratune.evaluation.classification import classification_table, confusion_table
+    from loratune.evaluation.record import evaluation_table, samples_table
+    from loratune.run.directory import read_json
+
+    if as_json:
+        plan_record = read_json(result.run.plan)
+        print_json({"run": str(result.run.root), "plan": plan_record, "evaluation": result.evaluation})
+        return
+    console = SafeConsole(highlight=False)
+    if result.evaluation is not None and "confusion" in result.evaluation:
+        console.print(classification_table(result.evaluation), confusion_table(result.evaluation), sep="\n")
+    elif result.evaluation is not None:
+        console.print(evaluation_table(result.evaluation))
+        if result.evaluation["items"]:
+            console.print(samples_table(result.evaluation, count=3))
+    console.print(measured_line(read_json(result.run.plan)), soft_wrap=True)
+    console.print(f"adapter: {escape(str(result.run.adapter))}", soft_wrap=True)
+
+
+def show_delivery(delivered: Delivery, as_json: bool) -> None:
+    """Print the certificate, the files, and the commands that use them."""
+    if as_json:
+        print_json(
+            {"folder": str(delivered.folder), "certificate": delivered.certificate, "usage": list(delivered.usage)}
+        )
+        return
+    console = SafeConsole(highlight=False, soft_wrap=True)
+    console.print(escape(delivered.summary))
+    for path in sorted(delivered.folder.iterdir()):
+        console.print(f"  {escape(str(path))}  {path.stat().st_size / 2**20:,.1f} MiB")
+    for command in delivered.usage:
+        console.print(f"[bold]$[/bold] {escape(command)}")
+
+
+def show_service(service: Service, as_json: bool) -> None:
+    """Print where a server listens, and how it is asked."""
+    if as_json:
+        print_json({"url": service.url, "server": service.server, "models": list(service.models)})
+    else:
+        base, tuned = service.models
+        sys.stdout.write(f"{service.url} serves {tuned} and {base}, by {service.server}; Ctrl-C ends it\n")
+        sys.stdout.write(f"$ {service.curl}\n>>> {service.python}\n")
+    sys.stdout.flush()
+
+
+def show_publication(done: Publication, as_json: bool) -> None:
+    """Print what goes, or went, to the hub: path, size, hash."""
+    if as_json:
+        files = [file.as_dict() for file in done.files]
+        print_json({"repo": done.repo, "url": done.url, "private": done.private, "files": files})
+        return
+    for file in done.files:
+        sys.stdout.write(f"{file.sha256}  {file.num_bytes:>12,}  {file.path}\n")
+    kind = "private" if done.private else "public"
+    sys.stdout.write(f"{done.url or f'nothing was sent; it would go to {done.repo}'} ({kind})\n")
+
+
+def print_json(record: Any) -> None:
+    """Print a record."""
+    sys.stdout.write(json.dumps(record, indent=2, ensure_ascii=False) + "\n")

@@ -1,0 +1,87 @@
+"""Between a verb and the shell: progress on stderr, errors as a message and an exit code, and one voice for several processes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.util import find_spec
+
+from rich.markup import escape
+
+from loratune.cli.output import print_json
+from loratune.cli.terminal import SafeConsole, TerminalProgress
+from loratune.run import processes
+from loratune.run.errors import Interrupted, LoratuneError, MachineError, RecipeError, RunError
+
+
+def start_processes(number: int) -> None:
+    """Let torchrun start this command so many times in place of this process."""
+    if number > 1 and not processes.is_launched():
+        from loratune.cli.torchrun import run_torchrun
+
+        raise SystemExit(run_torchrun(number, sys.argv[1:]))
+
+
+def check_engine(engine: str, processes: int, only_ray: Mapping[str, object]) -> None:
+    """Refuse options that the engine would ignore, and an engine that is not installed.
+
+    Args:
+        engine: Who starts the processes: `torch` or `ray`.
+        processes: Of torchrun.
+        only_ray: The options of Ray by name; None where they were not given.
+
+    Raises:
+        RecipeError: An option is not for this engine.
+        MachineError: Ray is not installed.
+    """
+    given = next((name for name, value in only_ray.items() if value is not None), None)
+    if engine != "ray":
+        if given is not None:
+            raise RecipeError(f"{given} is an option of Ray", fix=f"--engine ray {given} …, or leave it out")
+        return
+    if find_spec("ray") is None:
+        raise MachineError("Ray is not installed", fix="pip install 'loratune[ray]'")
+    if processes > 1:
+        raise RecipeError(f"--processes {processes} is for torchrun", fix=f"--engine ray --workers {processes}")
+
+
+@contextmanager
+def in_the_shell(as_json: bool, *, together: bool = False) -> Iterator[TerminalProgress]:
+    """Turn our errors into a message and an exit code. Of several processes the first one talks, and of their errors the first
+    is told; `together`: whether the verb knows of several."""
+    progress = TerminalProgress() if processes.is_main() else TerminalProgress(SafeConsole(quiet=True))
+    try:
+        if processes.is_launched() and not together:
+            raise RecipeError("this command runs in one process", fix="call it without a launcher, as `loratune …`")
+        processes.start()
+        yield progress
+    except LoratuneError as error:
+        raise SystemExit(_tell(error, as_json)) from None
+    except KeyboardInterrupt:
+        progress.console.print("[yellow]Interrupted[/yellow] stopped at once")
+        raise SystemExit(Interrupted.exit_code) from None
+    except Exception:
+        earlier = processes.earlier_failure(RunError.exit_code)
+        if earlier is not None:
+            raise SystemExit(earlier) from None
+        raise
+
+
+def _tell(error: LoratuneError, as_json: bool) -> int:
+    """Print an error, unless another process does; returns the exit code."""
+    everywhere = (
+        isinstance(error, Interrupted) or not processes.is_connected()
+    )  # a stop, or the same recipe, in all processes
+    if everywhere and not processes.is_main():
+        return error.exit_code
+    earlier = processes.earlier_failure(error.exit_code)
+    if earlier is not None:
+        return earlier
+    if as_json:
+        print_json({**error.as_dict(), **({"process": processes.rank()} if processes.is_connected() else {})})
+    colour = "yellow" if isinstance(error, Interrupted) else "red"
+    where = "" if processes.is_main() else f"process {processes.rank()}: "
+    console = TerminalProgress().console
+    console.print(f"[{colour}]{type(error).__name__}[/{colour}] {where}{escape(str(error))}")
+    return error.exit_code

@@ -1,0 +1,223 @@
+"""The second way of finding what is trained, which must agree with the first (`spans`).
+
+Of answers, `spans_by_markers` takes what the template marks with `{% generation %}`; without markers, `spans_by_prompting`
+renders the prompt of each answer from the true messages, and reads on to the first stop token, as generation would.
+
+Of other messages, `spans_by_difference` renders the conversation with another text in the place of one message's. What
+both renderings begin and end with is not that text:
+
+    <|im_start|>user⏎Hello<|im_end|>⏎<|im_start|>assistant⏎Hi!<|im_end|>⏎
+    <|im_start|>user⏎Qz<|im_end|>⏎<|im_start|>assistant⏎Hi!<|im_end|>⏎
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+
+from loratune.data.masking.spans_by_substitution import Span, blanks_before, first_stop, has_text, message_end
+from loratune.data.masking.template import ChatTemplate, Tools, header_variants, without_thoughts
+from loratune.data.rows.conversation import BadRow, Message
+
+_ENDING, _COMPARED = 8, 4096  # characters of a prompt: those it is looked for by, and those it is compared by
+_OTHER_TEXTS = ("Qz", "Xw", "Kv", "Zg")
+"""One of these stands in the place of a text: it begins and ends with another letter than that one, also inside JSON."""
+
+
+def spans_by_prompting(
+    text: str, messages: Sequence[Message], tools: Tools, turns: Sequence[int], template: ChatTemplate
+) -> list[Span]:
+    """Find answers by rendering the prompt of each, and reading on to the first stop token.
+
+    Raises:
+        BadRow: A prompt does not occur in the conversation.
+    """
+    prompts = _Prompts(text, messages, tools, template)
+    starts = [prompts.end(turn) for turn in turns]
+    return [(start, first_stop(text, start, len(text), template.stops) or len(text)) for start in starts]
+
+
+class _Prompts:
+    """Where the prompts of answers end in a rendered conversation."""
+
+    def __init__(self, text: str, messages: Sequence[Message], tools: Tools, template: ChatTemplate) -> None:
+        self._text = text
+        self._messages = messages
+        self._tools = tools
+        self._template = template
+        self._ends: dict[int, int] = {}
+
+    def end(self, turn: int) -> int:
+        if turn not in self._ends:
+            prompt = self._template.render(self._messages[:turn], self._tools, prompt=True)
+            variants = header_variants(prompt) if not self._text.startswith(prompt) else [prompt]
+            fitting = next((variant for variant in variants if self._text.startswith(variant)), None)
+            self._ends[turn] = self._search(turn, prompt, variants) if fitting is None else len(fitting)
+        return self._ends[turn]
+
+    def bare_end(self, turn: int) -> int:
+        """The end without the `<think>` that a prompt may open."""
+        return len(without_thoughts(self._text[: self.end(turn)]))
+
+    def _search(self, turn: int, prompt: str, variants: Sequence[str]) -> int:
+        """For templates that write earlier messages differently: look for the last message, and all after it.
+
+        It stands after the start of the previous answer. Some templates (Mistral's) even move texts between messages:
+        then it is the place before which the most reads like the prompt.
+        """
+        answers = [n for n in range(1, turn) if self._messages[n]["role"] == "assistant"]
+        floor = self.end(answers[-1]) if answers else 0
+        before = self._template.probe(self._messages[: turn - 1], self._tools)
+        last = len(os.path.commonprefix([prompt, before]))  # noqa: RUF071 - of characters
+        endings = [variant[last:] for variant in variants if before]
+        found = [(place, -len(ending)) for ending in endings if (place := self._text.find(ending, floor)) >= 0]
+        if found:
+            place, length = min(found)  # the first, and there the longest
+            return place - length
+        places = [place for variant in variants for place in _places_like(self._text, variant, floor)]
+        if not places:
+            raise BadRow("the chat template writes a prompt that does not occur in the conversation")
+        return -max(places)[1]
+
+
+def _places_like(text: str, prompt: str, floor: int) -> Iterator[tuple[int, int]]:
+    """Of each place that reads like the end of the prompt: how much of it does, and where it ends (negated)."""
+    for match in re.finditer(re.escape(prompt[-_ENDING:]), text[floor:]):
+        end = floor + match.end()
+        yield _common_suffix(text[max(0, end - _COMPARED) : end], prompt), -end
+
+
+def spans_by_markers(text: str, marked: Sequence[Span], template: ChatTemplate) -> list[Span]:
+    """Bring what a template marks to our definition of an answer.
+
+    Markers differ in taste: some include the header (`<|start|>assistant`), some the blanks after the stop token, some
+    the end-of-sequence token after it. What they say about content is kept, right or wrong.
+
+    Raises:
+        BadRow: The markers leave out the stop token.
+    """
+    spans: list[Span] = []
+    for start, end in _merged(marked):
+        begin = _after_header(text, start, template.header)
+        while begin < end and text[begin:end].strip() not in ("", *template.stops):
+            stop = first_stop(text, begin, end, template.stops)
+            if stop is None:
+                rest = text[end:].lstrip()
+                if rest.startswith(template.stops):
+                    raise BadRow("the chat template marks an answer without its stop token as generated")
+                stop = end
+            spans.append((begin, stop))
+            begin = stop
+    return spans
+
+
+def spans_by_difference(
+    text: str, rendered: str, messages: Sequence[Message], tools: Tools, turns: Sequence[int], template: ChatTemplate
+) -> list[Span]:
+    """Find messages that are no answers by rendering the conversation with another text in the place of each.
+
+    Args:
+        text: The conversation as it is trained.
+        rendered: As the template renders it: without thoughts that were put back, which stand in answers only.
+        messages: Its messages.
+        tools: Its tools.
+        turns: The messages to find.
+        template: Of the tokenizer.
+
+    Raises:
+        BadRow: A prompt does not occur in the conversation.
+    """
+    places = _Places(rendered, messages, tools, template)
+    prompts = _Prompts(rendered, messages, tools, template)
+    trained = prompts if text == rendered else _Prompts(text, messages, tools, template)
+    spans: list[Span] = []
+    for turn in turns:
+        start, end = places[turn]
+        limit = _limit(turn, messages, places, prompts)
+        stop = message_end(rendered, end, limit, _tail(messages[: turn + 1], tools, template), tools, template)
+        answer = next((n for n in range(turn + 1, len(messages)) if messages[n]["role"] == "assistant"), None)
+        moved = 0
+        if text != rendered:  # as far as the next answer's prompt, or the end of the text
+            moved = len(text) - len(rendered) if answer is None else trained.bare_end(answer) - prompts.bare_end(answer)
+        spans.append((blanks_before(rendered, start) + moved, (end if stop is None else stop) + moved))
+    return spans
+
+
+def _limit(turn: int, messages: Sequence[Message], places: _Places, prompts: _Prompts) -> int:
+    """Before which a message ends: the prompt of the answer to it, or the next text."""
+    _, end = places[turn]
+    following = turn + 1
+    if following == len(messages):
+        limit = len(places.text)
+    elif messages[following]["role"] == "assistant":
+        limit = prompts.end(following)
+    else:
+        limit = places[following][0] if has_text(messages[following]) else -1
+    if limit >= end:
+        return limit
+    others = [places[n][0] for n, message in enumerate(messages) if has_text(message)]  # in another order
+    return min((start for start in others if start >= end), default=len(places.text))
+
+
+def _tail(messages: Sequence[Message], tools: Tools, template: ChatTemplate) -> str | None:
+    """What the template writes after the last of these texts; None where it refuses that, or leaves the text out."""
+    text = template.probe(messages, tools)
+    if not text:
+        return None
+    start, end = _Places(text, messages, tools, template)[len(messages) - 1]
+    return text[end:] if end > start else None
+
+
+class _Places:
+    """Where the texts of messages stand in a rendered conversation."""
+
+    def __init__(self, text: str, messages: Sequence[Message], tools: Tools, template: ChatTemplate) -> None:
+        self.text = text
+        self._messages = messages
+        self._tools = tools
+        self._template = template
+        self._found: dict[int, Span] = {}
+
+    def __getitem__(self, number: int) -> Span:
+        if number not in self._found:
+            content = self._messages[number]["content"]
+            bare = content.strip()
+            other = next(t for t in _OTHER_TEXTS if t[0] != bare[0] and t[1] != bare[-1])
+            changed = [{**m, "content": other} if n == number else m for n, m in enumerate(self._messages)]
+            text, with_other = self.text, self._template.render(changed, self._tools)
+            start = _num_common(text, with_other)
+            self._found[number] = start, max(start, len(text) - _num_common(text[::-1], with_other[::-1]))
+        return self._found[number]
+
+
+def _num_common(one: str, other: str) -> int:
+    """Characters that both begin with."""
+    most = min(len(one), len(other))
+    return bisect_left(range(most), True, key=lambda n: one[: n + 1] != other[: n + 1])
+
+
+def _common_suffix(one: str, other: str) -> int:
+    ends = [text[-_COMPARED:][::-1] for text in (one, other)]
+    return len(os.path.commonprefix(ends))  # noqa: RUF071 - of characters
+
+
+def _merged(spans: Sequence[Span]) -> list[Span]:
+    merged: list[Span] = []
+    for start, end in sorted(spans):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
+        else:
+            merged.append((start, end))
+    return merged
+
+
+def _after_header(text: str, start: int, header: str) -> int:
+    """The end of the header that a marked span starts in or right after; else its own start."""
+    for variant in header_variants(header):
+        if variant:
+            found = text.rfind(variant, max(0, start - len(variant)), start + len(variant))
+            if found >= 0:
+                return max(start, found + len(variant))
+    return start

@@ -1,0 +1,138 @@
+"""Tasks of lm-evaluation-harness, base against tuned, on the model that is loaded already."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from loratune.evaluation.generate import as_generator
+from loratune.evaluation.record import paired_bootstrap
+from loratune.run.directory import Record
+from loratune.run.errors import MachineError, RecipeError, RunError
+
+_CODE_IN_YAML = ("!function", "unsafe_code")
+
+
+def check_harness(tasks: Sequence[str], *, allow_code: bool) -> None:
+    """What can be known before a model loads.
+
+    Args:
+        tasks: Names of tasks, or YAML files with tasks.
+        allow_code: Whether tasks may bring Python code.
+
+    Raises:
+        MachineError: lm-evaluation-harness is not installed.
+        RecipeError: A file is missing, or would run code.
+    """
+    if find_spec("lm_eval") is None:
+        raise MachineError("lm-evaluation-harness is not installed", fix="pip install 'loratune[harness]'")
+    for task in tasks:
+        file = Path(task).expanduser()
+        if not is_file(task):
+            continue
+        if not file.is_file():
+            raise RecipeError("--harness names no such file", file=file, fix="check the path")
+        text = file.read_text(encoding="utf-8")
+        found = next((mark for mark in _CODE_IN_YAML if mark in text), None)
+        if found is not None and not allow_code:
+            raise RecipeError(
+                f"the task runs Python code ({found}) with all that you may do",
+                file=file,
+                fix="read it; if you trust it, add --allow-code",
+            )
+
+
+def is_file(task: str) -> bool:
+    """Whether a task is given as a file, not by its name."""
+    return task.endswith((".yaml", ".yml"))
+
+
+def run_harness(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[str], *, allow_code: bool
+) -> Record:
+    """Run tasks without the adapter and with it.
+
+    Args:
+        model: The base with its adapter.
+        tokenizer: Of training; where it has a chat template, tasks are asked in it.
+        tasks: As for `check_harness`.
+        allow_code: As for `check_harness`.
+
+    Returns:
+        `version`, `chat_template`, and for each task and measure `base`, `tuned`, and their `difference`: with its
+        interval where the harness tells the score of each document.
+
+    Raises:
+        RunError: The harness fails.
+    """
+    base = _evaluate(model, tokenizer, tasks, adapted=False, allow_code=allow_code)
+    tuned = _evaluate(model, tokenizer, tasks, adapted=True, allow_code=allow_code)
+    return {
+        "version": importlib.metadata.version("lm_eval"),
+        "chat_template": bool(tokenizer.chat_template),
+        "tasks": {name: _compare(name, base, tuned) for name in tuned["results"]},
+    }
+
+
+def _evaluate(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[str], *, adapted: bool, allow_code: bool
+) -> Mapping[str, Any]:
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    inner = model.get_base_model()
+    assert isinstance(inner, PreTrainedModel)
+    settings = GenerationConfig(pad_token_id=tokenizer.pad_token_id)  # type: ignore[no-untyped-call]
+    with as_generator(inner, settings), nullcontext() if adapted else model.disable_adapter():
+        try:
+            found: Mapping[str, Any] = simple_evaluate(
+                model=HFLM(pretrained=inner, tokenizer=tokenizer, batch_size=8),
+                tasks=[str(Path(task).expanduser()) if is_file(task) else task for task in tasks],
+                task_manager=TaskManager(include_defaults=not all(map(is_file, tasks))),
+                apply_chat_template=bool(tokenizer.chat_template),
+                confirm_run_unsafe_code=allow_code,
+                bootstrap_iters=0,  # the interval of the difference is ours, over pairs
+            )
+        except Exception as error:  # tasks are strangers' code and data, and the harness raises what they raise
+            raise RunError(
+                f"lm-evaluation-harness failed: {type(error).__name__}: {error}",
+                fix="try the task with lm_eval itself; tasks of its own need the hub",
+            ) from error
+    return found
+
+
+def _compare(task: str, base: Mapping[str, Any], tuned: Mapping[str, Any]) -> Record:
+    """Measure → base, tuned, difference. The harness names measures `acc,none`: the measure and its filter."""
+    measures: Record = {}
+    for key, value in tuned["results"][task].items():
+        measure, comma, chosen = key.partition(",")
+        before = base["results"][task].get(key)
+        if not comma or measure.endswith("_stderr") or not all(isinstance(v, int | float) for v in (value, before)):
+            continue
+        name = measure if chosen == "none" else f"{measure}.{chosen}"
+        pairs = _scores(task, measure, chosen, base), _scores(task, measure, chosen, tuned)
+        interval = paired_bootstrap(*pairs).as_dict() if _are_means(pairs, (before, value)) else {}
+        measures[name] = {"base": before, "tuned": value, "difference": {"value": value - before, **interval}}
+    return measures
+
+
+def _scores(task: str, measure: str, chosen: str, results: Mapping[str, Any]) -> list[float]:
+    """Of each document, where the harness tells them as numbers."""
+    samples = [s for s in results.get("samples", {}).get(task, ()) if s.get("filter", "none") == chosen]
+    values = [sample.get(measure) for sample in samples]
+    return [float(value) for value in values] if all(isinstance(value, int | float) for value in values) else []
+
+
+def _are_means(pairs: tuple[list[float], list[float]], totals: tuple[float, float]) -> bool:
+    """Whether the task's figures are the means of these scores, so that the interval is of the same thing."""
+    return len(pairs[0]) == len(pairs[1]) > 0 and all(
+        abs(sum(scores) / len(scores) - total) < 1e-9 for scores, total in zip(pairs, totals, strict=True)
+    )

@@ -1,0 +1,313 @@
+"""Base against tuned: the record `evaluation.json`, and its tables for people."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+from rich.text import Text
+
+from loratune.data.rows.sources import short_names
+from loratune.evaluation.generate import Answer, Prompt
+from loratune.evaluation.scoring import score
+from loratune.run.errors import as_count
+
+LEVEL = 0.95
+RESAMPLES = 10_000
+COUNTS_PER_BLOCK = 2_000_000  # 16 MB of counts at a time, whatever the number of examples.
+LARGEST_EXPONENT = 700.0  # exp(710) is infinite, which JSON cannot hold.
+
+Columns = np.ndarray[tuple[int, int], np.dtype[np.float64]]
+Values = np.ndarray[tuple[int], np.dtype[np.float64]]
+NllPair = tuple[float, int]
+"""The summed negative log-likelihood of one example, in nats, and its number of supervised tokens."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Interval:
+    """A difference, tuned minus base, and where it lies with the given confidence."""
+
+    difference: float
+    low: float
+    high: float
+
+    def as_dict(self) -> dict[str, float]:
+        """As it stands in `evaluation.json`."""
+        return {"value": self.difference, "low": self.low, "high": self.high}
+
+
+def paired_bootstrap(
+    base: Sequence[float],
+    tuned: Sequence[float],
+    *,
+    seed: int = 0,
+    samples: int = RESAMPLES,
+    level: float = LEVEL,
+) -> Interval:
+    """The mean difference of two scores of the same items, and its percentile interval.
+
+    Items are drawn with replacement, each with both of its scores, so what makes an item hard for both cancels out
+    (Efron and Tibshirani 1993, chapter 13). With n items the interval is about 1 + 1/(2n) times too narrow.
+
+    Args:
+        base: One score an item.
+        tuned: The scores of the same items, in the same order.
+        seed: Of the resamples.
+        samples: How many resamples.
+        level: The confidence.
+
+    Raises:
+        ValueError: The scores are not paired, or there are none.
+    """
+    if len(base) != len(tuned) or not len(base):
+        raise ValueError(f"{len(base)} base scores and {len(tuned)} tuned ones; give as many of both, at least one")
+    columns = np.column_stack([np.asarray(tuned, dtype=np.float64) - np.asarray(base, dtype=np.float64)])
+    resampled = _resampled_sums(columns, seed=seed, samples=samples)[:, 0] / len(base)
+    return _interval(float(columns.mean()), resampled, level)
+
+
+def evaluation_record(
+    *,
+    metric: str,
+    prompts: Sequence[Prompt],
+    base_answers: Sequence[Answer],
+    tuned_answers: Sequence[Answer],
+    base_nll: Sequence[NllPair],
+    tuned_nll: Sequence[NllPair],
+    scorer: Callable[[str, str], float] | None = None,
+) -> dict[str, Any]:
+    """Put together what `evaluation.json` holds.
+
+    Args:
+        metric: The name of how answers are scored; `none`: there are no answers, and no items. `bleu` is of all answers
+            together, from 0 to 100; any other is a mean over answers, from 0 to 1.
+        prompts: The prompts that were answered.
+        base_answers: One answer a prompt, without the adapter.
+        tuned_answers: The same with it.
+        base_nll: Of every held-out example: the summed NLL of its supervised tokens, and their number, all above zero.
+        tuned_nll: The same with the adapter.
+        scorer: What scores an answer against a reference, of several the one that gives most; None: the metric of that name.
+
+    Returns:
+        `base` and `tuned`, each with `nll` (nats per supervised token), `perplexity`, and the mean score under the
+        metric's name; `difference` (tuned minus base) of each as `value`, `low`, `high`; `interval`; `items`; for `bleu` its
+        `signature`.
+    """
+    record: dict[str, Any] = {
+        "metric": metric,
+        "num_examples": len(base_nll),
+        "base": {},
+        "tuned": {},
+        "difference": {},
+    }
+    _add_nll(record, base_nll, tuned_nll)
+    items = []
+    if metric == "bleu" and scorer is None:
+        items = _add_bleu(record, prompts, base_answers, tuned_answers)
+    elif metric != "none":
+        rate = _best(scorer or partial(score, metric))
+        items = _items(rate, prompts, base_answers, tuned_answers)
+        _add_scores(record, metric, items)
+    record["interval"] = {"level": LEVEL, "method": "paired bootstrap", "resamples": RESAMPLES}
+    record["items"] = items
+    return record
+
+
+def nll_record(base: Sequence[NllPair], tuned: Sequence[NllPair]) -> dict[str, Any]:
+    """`base`, `tuned` and `difference` of losses alone, on data of another kind."""
+    record: dict[str, Any] = {"num_examples": len(base), "base": {}, "tuned": {}, "difference": {}}
+    _add_nll(record, base, tuned)
+    return record
+
+
+def evaluation_table(record: Mapping[str, Any]) -> Table:
+    """Base, tuned, and their difference with its interval, one row a measure."""
+    table = Table(title=f"Held-out: {as_count(record['num_examples'], 'conversation')}")
+    table.add_column("measure", overflow="fold")
+    for column in ("base", "tuned", "difference", f"{record['interval']['level']:.0%} interval"):
+        table.add_column(column, justify="right")
+    metric = record["metric"]
+    if metric == "bleu" and metric in record["base"]:
+        label = f"bleu ({as_count(len(record['items']), 'answer')})"
+        _add_row(table, label, record["base"][metric], record["tuned"][metric], record["difference"][metric])
+    elif metric in record["base"]:
+        points = {name: 100 * value for name, value in record["difference"][metric].items()}
+        table.add_row(
+            f"{metric} ({as_count(len(record['items']), 'answer')})",
+            f"{record['base'][metric]:.1%}",
+            f"{record['tuned'][metric]:.1%}",
+            f"{points['value']:+.1f} points",
+            f"{points['low']:+.1f} to {points['high']:+.1f}",
+        )
+    for name, label in (("nll", "NLL per token"), ("perplexity", "perplexity")):
+        _add_row(table, label, record["base"][name], record["tuned"][name], record["difference"][name])
+    labels = short_names(record.get("sources", {}))
+    for name, part in record.get("sources", {}).items():
+        of_it = _plain(f"NLL of {labels[name]} ({as_count(part['num_examples'], 'conversation')})")
+        _add_row(table, of_it, part["base"]["nll"], part["tuned"]["nll"], part["difference"]["nll"])
+    if "forgetting" in record:
+        other = record["forgetting"]
+        label = f"other data: NLL per token ({as_count(other['num_examples'], 'conversation')})"
+        _add_row(table, label, other["base"]["nll"], other["tuned"]["nll"], other["difference"]["nll"])
+    for task, measures in record.get("harness", {}).get("tasks", {}).items():
+        for name, values in measures.items():
+            _add_row(table, f"{task}: {name}", values["base"], values["tuned"], values["difference"])
+    return table
+
+
+def _add_row(table: Table, label: str | Text, base: float, tuned: float, difference: Mapping[str, float]) -> None:
+    interval = f"{difference['low']:+.4g} to {difference['high']:+.4g}" if "low" in difference else ""
+    table.add_row(label, f"{base:.4g}", f"{tuned:.4g}", f"{difference['value']:+.4g}", interval)
+
+
+def samples_table(record: Mapping[str, Any], count: int = 3) -> Table:
+    """The first items that base and tuned answer differently, side by side; then others, up to `count`."""
+    items = record["items"]
+    different = [item for item in items if item["base"]["text"] != item["tuned"]["text"]]
+    alike = [item for item in items if item["base"]["text"] == item["tuned"]["text"]]
+    table = Table(title="Samples", show_header=False)
+    table.add_column("what", style="bold")
+    table.add_column("text", overflow="fold")
+    for item in [*different, *alike][:count]:
+        table.add_row("prompt", _plain(item["question"]))
+        for reference in item.get("references", [item["reference"]]):
+            table.add_row("reference", _plain(reference))
+        graded = record["metric"] == "bleu"
+        table.add_row("base", _scored(item["base"], graded=graded))
+        table.add_row("tuned", _scored(item["tuned"], graded=graded), end_section=True)
+    return table
+
+
+def _add_nll(record: dict[str, Any], base: Sequence[NllPair], tuned: Sequence[NllPair]) -> None:
+    assert len(base) == len(tuned) > 0
+    sides = np.asarray(base, dtype=np.float64), np.asarray(tuned, dtype=np.float64)
+    assert all((side[:, 1] > 0).all() for side in sides), "an example without supervised tokens"
+    add_statistics(record, *sides, {"nll": _nll, "perplexity": _perplexity})
+
+
+def add_statistics(
+    record: dict[str, Any], base: Columns, tuned: Columns, statistics: Mapping[str, Callable[[Columns], Values]]
+) -> None:
+    """Measures of all items together: functions of sums over items, paired as in `paired_bootstrap`.
+
+    Args:
+        record: Gets them.
+        base: What adds up, [items, c].
+        tuned: The same with the adapter.
+        statistics: Name → from sums [rows, c] the measure of each row.
+    """
+    columns = np.hstack([base, tuned])
+    width = base.shape[1]
+    totals = columns.sum(axis=0, keepdims=True)
+    resampled = _resampled_sums(columns, seed=0, samples=RESAMPLES)
+    for name, statistic in statistics.items():
+        base_value, tuned_value = (float(statistic(side)[0]) for side in (totals[:, :width], totals[:, width:]))
+        record["base"][name], record["tuned"][name] = base_value, tuned_value
+        differences = statistic(resampled[:, width:]) - statistic(resampled[:, :width])
+        record["difference"][name] = _interval(tuned_value - base_value, differences, LEVEL).as_dict()
+
+
+def _nll(sums: Columns) -> Values:
+    """Token-weighted: summed NLL over the number of tokens."""
+    values: Values = sums[:, 0] / sums[:, 1]
+    return values
+
+
+def _perplexity(sums: Columns) -> Values:
+    values: Values = np.exp(np.minimum(_nll(sums), LARGEST_EXPONENT))
+    return values
+
+
+def _add_bleu(
+    record: dict[str, Any], prompts: Sequence[Prompt], base: Sequence[Answer], tuned: Sequence[Answer]
+) -> list[dict[str, Any]]:
+    """BLEU of all answers together; returns the items, each with the BLEU of its own answers."""
+    from loratune.evaluation.bleu import Bleu, corpus_bleu, signature  # an extra
+
+    bleu = Bleu()
+    base_counts, tuned_counts = (
+        np.array([bleu.counts(a.text, p.references) for p, a in zip(prompts, answers, strict=True)], dtype=np.float64)
+        for answers in (base, tuned)
+    )
+    add_statistics(record, base_counts, tuned_counts, {"bleu": corpus_bleu})
+    record["signature"] = signature([prompt.references for prompt in prompts])
+    return _items(bleu.one, prompts, base, tuned)
+
+
+def _add_scores(record: dict[str, Any], metric: str, items: Sequence[Mapping[str, Any]]) -> None:
+    base, tuned = ([item[side]["score"] for item in items] for side in ("base", "tuned"))
+    record["base"][metric], record["tuned"][metric] = math.fsum(base) / len(base), math.fsum(tuned) / len(tuned)
+    record["difference"][metric] = paired_bootstrap(base, tuned).as_dict()
+
+
+Rate = Callable[[str, Sequence[str]], float]
+"""The score of an answer, by all its references."""
+
+
+def _best(rate: Callable[[str, str], float]) -> Rate:
+    return lambda answer, references: max(rate(answer, reference) for reference in references)
+
+
+def _items(
+    rate: Rate, prompts: Sequence[Prompt], base: Sequence[Answer], tuned: Sequence[Answer]
+) -> list[dict[str, Any]]:
+    return [_item(rate, *triple) for triple in zip(prompts, base, tuned, strict=True)]
+
+
+def _item(rate: Rate, prompt: Prompt, base: Answer, tuned: Answer) -> dict[str, Any]:
+    several = {"references": list(prompt.references)} if len(prompt.references) > 1 else {}
+    return {
+        "file": prompt.origin.file,
+        "line": prompt.origin.line,
+        "prompt": prompt.text,
+        "question": prompt.question,
+        "reference": prompt.references[0],
+        **several,
+        "base": _scored_answer(rate, base, prompt.references),
+        "tuned": _scored_answer(rate, tuned, prompt.references),
+    }
+
+
+def _scored_answer(rate: Rate, answer: Answer, references: Sequence[str]) -> dict[str, Any]:
+    return {
+        "text": answer.text,
+        "score": rate(answer.text, references),
+        "num_tokens": answer.num_tokens,
+        "stopped": answer.stopped,
+    }
+
+
+def _resampled_sums(columns: Columns, *, seed: int, samples: int) -> Columns:
+    """Sums of the columns [n, c] over n rows drawn with replacement, `samples` times: [samples, c]."""
+    generator = np.random.default_rng(seed)
+    num_rows = len(columns)
+    block = max(1, COUNTS_PER_BLOCK // num_rows)
+    sums = []
+    for start in range(0, samples, block):  # how often each row is drawn is multinomial
+        drawn = generator.multinomial(num_rows, np.full(num_rows, 1 / num_rows), size=min(block, samples - start))
+        sums.append(drawn.astype(np.float64) @ columns)
+    return np.concatenate(sums)
+
+
+def _interval(difference: float, resampled: Values, level: float) -> Interval:
+    low, high = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(difference=difference, low=float(low), high=float(high))
+
+
+def _scored(answer: Mapping[str, Any], *, graded: bool) -> Text:
+    mark = Text("✓ ", style="green") if answer["score"] else Text("✗ ", style="red")
+    if graded:
+        mark = Text(f"{answer['score']:.1f} ", style="bold")
+    return mark + _plain(answer["text"] if answer["stopped"] else f"{answer['text']} … (did not stop)")
+
+
+def _plain(text: str, limit: int = 400) -> Text:
+    """Text of the data: no rich markup, no control sequences for the terminal, the middle of long text cut."""
+    if len(text) > limit:
+        text = f"{text[: limit // 2]} … {text[-limit // 2 :]}"
+    return Text("".join(letter if letter.isprintable() or letter == "\n" else repr(letter)[1:-1] for letter in text))

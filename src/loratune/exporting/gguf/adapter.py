@@ -1,0 +1,81 @@
+"""The adapter as a GGUF LoRA file, as `llama-cli --lora` takes it.
+
+llama.cpp computes W·x + (adapter.lora.alpha / r) · B·(A·x), with r read from B. The file's tensors are named after the
+weights of the base; their architecture must be that of the base's file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from gguf import GGUFReader, GGUFType, GGUFWriter
+
+from loratune.exporting.adapter_matrices import LowRank
+from loratune.exporting.gguf.architectures import GgufLayout
+from loratune.run.errors import RecipeError
+
+
+def write_gguf_adapter(updates: Mapping[str, LowRank], config: Any, file: Path, *, name: str) -> None:
+    """Write the adapter, in float32.
+
+    Args:
+        updates: Module name → update.
+        config: transformers' configuration of the base.
+        file: Where to.
+        name: `general.name` in the file.
+
+    Raises:
+        RecipeError: The architecture is not known, or the adapter cannot be written as A and B alone.
+    """
+    layout = GgufLayout(config)
+    names = {module: _weight_name(layout, module) for module in updates}
+    check_plain(updates)
+    alpha = next(update.scale * update.rank for update in updates.values())
+    writer = GGUFWriter(str(file), layout.family.name)
+    writer.add_type(GGUFType.ADAPTER)
+    writer.add_string("adapter.type", "lora")
+    writer.add_name(name)
+    writer.add_float32("adapter.lora.alpha", alpha)
+    for module, update in updates.items():
+        factor = update.scale * update.rank / alpha  # 1 unless ranks or scales differ between modules
+        b = layout.rows(names[module], update.b * factor)
+        writer.add_tensor(f"{names[module]}.lora_a", update.a.contiguous().numpy())
+        writer.add_tensor(f"{names[module]}.lora_b", b.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def read_gguf_adapter(file: Path, config: Any, modules: Mapping[str, LowRank]) -> dict[str, LowRank]:
+    """The updates of some modules, read back from a GGUF LoRA file as llama.cpp would apply them."""
+    layout = GgufLayout(config)
+    reader = GGUFReader(file)
+    field = reader.get_field("adapter.lora.alpha")
+    assert field is not None
+    alpha = float(field.contents())
+    tensors = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in reader.tensors}
+    updates = {}
+    for module in modules:
+        name = _weight_name(layout, module)
+        a, b = tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"]
+        updates[module] = LowRank(a=a, b=layout.rows_back(name, b), scale=alpha / b.shape[1])
+    return updates
+
+
+def check_plain(updates: Mapping[str, LowRank]) -> None:
+    """Refuse an adapter that is more than A and B."""
+    if any(update.magnitude is not None for update in updates.values()):
+        raise RecipeError("a GGUF adapter has no place for DoRA's magnitudes", fix="--merged writes the whole model")
+
+
+def _weight_name(layout: GgufLayout, module: str) -> str:
+    name = layout.name(f"{module}.weight")
+    if name is None:
+        raise RecipeError(
+            f"llama.cpp's {layout.family.name} has no weight for the adapted module {module}", fix="try --merged"
+        )
+    return name

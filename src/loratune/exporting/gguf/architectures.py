@@ -1,0 +1,112 @@
+"""What llama.cpp calls each architecture, and how it wants its weights: names, order of rows, offsets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, TensorNameMap, get_tensor_name_map
+
+from loratune.run.errors import RecipeError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """One architecture of llama.cpp.
+
+    Attributes:
+        arch: Its key in the `gguf` package.
+        interleaved: llama.cpp rotates neighbouring pairs of a head where transformers rotates its two halves, so the rows
+            of query and key are reordered.
+        norm_offset: Gemma's norms multiply by 1 + weight; llama.cpp by the weight, so the 1 is added when it is written.
+    """
+
+    arch: MODEL_ARCH
+    interleaved: bool = False
+    norm_offset: bool = False
+
+    @property
+    def name(self) -> str:
+        """As in `general.architecture`."""
+        return MODEL_ARCH_NAMES[self.arch]
+
+
+FAMILIES: Mapping[str, Family] = {
+    "llama": Family(arch=MODEL_ARCH.LLAMA, interleaved=True),
+    "mistral": Family(arch=MODEL_ARCH.LLAMA, interleaved=True),
+    "smollm3": Family(arch=MODEL_ARCH.SMOLLM3, interleaved=True),
+    "qwen2": Family(arch=MODEL_ARCH.QWEN2),
+    "qwen3": Family(arch=MODEL_ARCH.QWEN3),
+    "gemma": Family(arch=MODEL_ARCH.GEMMA, norm_offset=True),
+    "gemma2": Family(arch=MODEL_ARCH.GEMMA2, norm_offset=True),
+    "gemma3_text": Family(arch=MODEL_ARCH.GEMMA3, norm_offset=True),
+}
+"""transformers' `model_type` → the family."""
+
+
+def family_of(config: Any) -> Family:
+    """The family of a model.
+
+    Args:
+        config: transformers' configuration.
+
+    Raises:
+        RecipeError: loratune does not write GGUF files of this architecture.
+    """
+    family = FAMILIES.get(config.model_type)
+    if family is None:
+        raise RecipeError(
+            f"GGUF files of architecture {config.model_type} are not written",
+            fix=f"known are {', '.join(FAMILIES)}; `loratune merge` writes a folder for llama.cpp's own converter",
+        )
+    return family
+
+
+class GgufLayout:
+    """Names and row orders of a model's tensors in a GGUF file.
+
+    Args:
+        config: transformers' configuration.
+
+    Raises:
+        RecipeError: The architecture is not written.
+    """
+
+    def __init__(self, config: Any) -> None:
+        self.family = family_of(config)
+        self._heads = int(config.num_attention_heads)
+        self._kv_heads = int(getattr(config, "num_key_value_heads", None) or self._heads)
+        self._names: TensorNameMap = get_tensor_name_map(self.family.arch, int(config.num_hidden_layers))
+
+    def name(self, tensor: str) -> str | None:
+        """`model.layers.0.self_attn.q_proj.weight` → `blk.0.attn_q.weight`; None for a tensor llama.cpp does not have."""
+        name: str | None = self._names.get_name(tensor, try_suffixes=(".weight", ".bias"))
+        return name
+
+    def rows(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """The rows of a matrix, of a bias, or of an adapter's B, in llama.cpp's order. `name` is the GGUF name."""
+        heads = self._heads_in(name)
+        return tensor if heads is None else _swapped(tensor, heads, 2)
+
+    def rows_back(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """The inverse of `rows`."""
+        heads = self._heads_in(name)
+        return tensor if heads is None else _swapped(tensor, heads, tensor.shape[0] // heads // 2)
+
+    def values(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor of the model as llama.cpp wants it."""
+        if self.family.norm_offset and name.endswith("norm.weight"):
+            tensor = tensor.float() + 1
+        return self.rows(name, tensor)
+
+    def _heads_in(self, name: str) -> int | None:
+        if not self.family.interleaved:
+            return None
+        return self._heads if ".attn_q." in name else self._kv_heads if ".attn_k." in name else None
+
+
+def _swapped(tensor: torch.Tensor, heads: int, outer: int) -> torch.Tensor:
+    """Each head's rows, read as a table of `outer` lines, turned."""
+    return tensor.reshape(heads, outer, -1, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)

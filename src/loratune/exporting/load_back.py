@@ -1,0 +1,183 @@
+"""What was written, loaded back the way its users will load it: by transformers, by llama.cpp."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from loratune.data.prompts import render_prompts
+from loratune.data.rows.conversation import Conversation, Origin
+from loratune.exporting.adapter_matrices import LowRank
+
+Render = Callable[[Sequence[dict[str, Any]]], str]
+"""Writes a conversation as text, up to where the answer begins."""
+
+
+class TransformersReader:
+    """A folder, or a GGUF file, by transformers; with an adapter by PEFT.
+
+    Args:
+        folder: With the model and its tokenizer.
+        dtype: To compute in.
+        device: Where.
+        gguf_file: The file in the folder, if it is one.
+        adapter: A folder in PEFT's format, with tokenizer and template of its own.
+        trust_remote_code: Whether Python files that come with the model may run.
+        architecture: The class of transformers that loads the folder; None: transformers' own choice.
+        render: In the place of the target's own template; the tokenizer then adds what it adds by itself.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        dtype: torch.dtype | str,
+        device: str = "cpu",
+        gguf_file: str | None = None,
+        adapter: Path | None = None,
+        trust_remote_code: bool = False,
+        architecture: str | None = None,
+        render: Render | None = None,
+    ) -> None:
+        import transformers
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        from loratune.model.adapter.attach import load_adapter
+
+        options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+        if gguf_file is not None:
+            options["gguf_file"] = gguf_file
+        loader: Any = AutoModelForCausalLM if architecture is None else getattr(transformers, architecture)
+        model: Any = loader.from_pretrained(folder, dtype=dtype, **options)
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(adapter or folder, **({} if adapter else options))
+        eos = model.generation_config.eos_token_id
+        self._stops = eos if isinstance(eos, list) else [eos]
+        if adapter is not None:
+            model = load_adapter(model, Path(adapter))
+        self._model = model.to(device).eval()
+        self._render = render
+        names = ["transformers", *(["peft"] if adapter else []), *(["gguf"] if gguf_file else [])]
+        self.checked_with = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
+
+    def prompt_ids(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None) -> list[int]:
+        if self._render is not None:
+            ids: list[int] = self._tokenizer(self._render(messages))["input_ids"]
+            return ids
+        asked = [*messages, {"role": "assistant", "content": "-"}]
+        conversation = Conversation(
+            messages=tuple(asked),
+            tools=tuple(tools) if tools else None,
+            text=None,
+            origin=Origin(file="held-out", line=1),
+        )
+        return render_prompts([conversation], self._tokenizer)[0].input_ids
+
+    def replace_adapter(self, updates: Mapping[str, LowRank]) -> None:
+        """Put other values into the adapter: those read back from another file."""
+        for module, update in updates.items():
+            layer = self._model.get_base_model().get_submodule(module)
+            layer.lora_A["default"].weight.data.copy_(update.a)
+            layer.lora_B["default"].weight.data.copy_(update.b)
+            layer.scaling["default"] = update.scale
+        self.checked_with += f", gguf {importlib.metadata.version('gguf')} (llama-cpp-python is not installed)"
+
+    @torch.no_grad()
+    def logits(self, input_ids: Sequence[int], places: Sequence[int]) -> torch.Tensor:
+        ids = torch.tensor([list(input_ids)], device=self._model.device)
+        output: torch.Tensor = self._model(input_ids=ids, use_cache=False).logits[0]
+        return output[torch.tensor(places, device=output.device)].float()
+
+    def ends_with(self, token_id: int) -> bool:
+        return token_id in self._stops
+
+
+class LlamaCppReader:
+    """A GGUF file by llama.cpp, through llama-cpp-python.
+
+    Args:
+        model: The GGUF file of the model.
+        adapter: A GGUF LoRA file.
+        num_tokens: The longest text that will be asked for.
+        render: In the place of the file's own template; llama.cpp then adds what it adds by itself.
+    """
+
+    def __init__(
+        self, model: Path, *, adapter: Path | None = None, num_tokens: int, render: Render | None = None
+    ) -> None:
+        import llama_cpp
+        from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+
+        self._library = llama_cpp
+        self._render = render
+        self._llama = llama_cpp.Llama(
+            model_path=str(model),
+            lora_path=str(adapter) if adapter is not None else None,
+            n_ctx=num_tokens + 8,
+            n_batch=num_tokens + 8,
+            logits_all=True,
+            n_threads=torch.get_num_threads(),
+            n_threads_batch=torch.get_num_threads(),
+            verbose=False,
+        )
+        template = self._llama.metadata.get("tokenizer.chat_template")
+        self._format = (
+            Jinja2ChatFormatter(
+                template=template,
+                eos_token=self._piece(self._llama.token_eos()),
+                bos_token=self._piece(self._llama.token_bos()),
+            )
+            if template
+            else None
+        )
+        self.checked_with = f"llama.cpp in llama-cpp-python {importlib.metadata.version('llama_cpp_python')}"
+
+    def prompt_ids(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None) -> list[int]:
+        ids: list[int]
+        if self._render is not None:
+            ids = self._llama.tokenize(self._render(messages).encode(), add_bos=True, special=True)
+            return ids
+        if self._format is None:
+            return []
+        text = self._format(messages=list(messages), tools=list(tools) if tools else None).prompt
+        ids = self._llama.tokenize(text.encode(), add_bos=False, special=True)
+        return ids
+
+    def logits(self, input_ids: Sequence[int], places: Sequence[int]) -> torch.Tensor:
+        self._llama.reset()
+        self._llama.eval(list(input_ids))
+        return torch.from_numpy(np.array(self._llama.scores[list(places)], dtype=np.float32))
+
+    def ends_with(self, token_id: int) -> bool:
+        vocabulary = self._library.llama_model_get_vocab(self._llama.model)
+        return bool(self._library.llama_vocab_is_eog(vocabulary, token_id))
+
+    def answer(self, prompt_ids: Sequence[int], max_new_tokens: int) -> list[int]:
+        """The likeliest tokens one after another, up to one that ends the answer, which is left out."""
+        self._llama.reset()
+        answer: list[int] = []
+        for token in self._llama.generate(list(prompt_ids), temp=0.0, repeat_penalty=1.0):
+            if self.ends_with(token) or len(answer) == max_new_tokens:
+                break
+            answer.append(token)
+        return answer
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self._llama.close()
+
+    def _piece(self, token: int) -> str:
+        if token < 0:
+            return ""
+        text: str = self._llama._model.token_get_text(token)
+        return text
+
+
+def has_llama_cpp() -> bool:
+    """Whether llama-cpp-python is installed."""
+    return find_spec("llama_cpp") is not None

@@ -1,0 +1,111 @@
+"""How A and B begin where data or a quantised base decides it: `lora.variant` eva and loftq. Both end as a plain adapter.
+
+EVA (Paischer et al. 2024, arXiv 2410.07170): the rows of A are the directions along which the inputs of the matrix vary most on the
+run's own data, found by PEFT's incremental decomposition; B is zero. Ranks are not redistributed (rho 1), so that counts are exact.
+
+LoftQ (Li et al. 2023, arXiv 2310.08659), with one step, since the base is quantised already: B·A begins as the nearest matrix of rank r
+to what quantisation took away, W - Q(W). PEFT's `replace_lora_weights_loftq` does so on CUDA alone, and for a scale of 1 alone: with
+another alpha/r the beginning is wrong by that factor.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import EvaConfig, PeftModel, initialize_lora_eva_weights
+from peft.tuners.lora.layer import LoraLayer
+from safetensors import safe_open
+
+from loratune.model.quantization.quantize import as_multiplied
+from loratune.model.safetensors_headers import stored_name
+from loratune.run.errors import RecipeError, RunError
+
+ITERATIONS = 16
+"""Of the subspace iteration that finds the largest singular values, as for PiSSA."""
+
+Batch = dict[str, torch.Tensor]
+
+
+def batches_for_eva(examples: Sequence[Sequence[int]], *, r: int, batch_size: int, device: Any) -> list[Batch]:
+    """Token ids, padded, with their mask; at least `2 * r` tokens in each, since fewer rows have fewer directions.
+
+    Raises:
+        RecipeError: All examples together are shorter.
+    """
+    groups: list[list[Sequence[int]]] = [[]]
+    for example in examples:
+        if len(groups[-1]) >= batch_size and sum(map(len, groups[-1])) >= 2 * r:
+            groups.append([])
+        groups[-1].append(example)
+    if sum(map(len, groups[-1])) < 2 * r and len(groups) > 1:
+        last = groups.pop()
+        groups[-1] += last
+    if sum(map(len, groups[-1])) < 2 * r:
+        raise RecipeError(
+            f"lora.variant is eva, which needs {2 * r} tokens for rank {r}, and the training data has {sum(map(len, groups[-1]))}",
+            fix="lora.variant=plain, a smaller lora.r, or more data",
+        )
+    return [_padded(group, device) for group in groups]
+
+
+def _padded(group: Sequence[Sequence[int]], device: Any) -> Batch:
+    width = max(map(len, group))
+    ids, mask = torch.zeros(len(group), width, dtype=torch.long), torch.zeros(len(group), width, dtype=torch.long)
+    for row, example in enumerate(group):
+        ids[row, : len(example)] = torch.as_tensor(example, dtype=torch.long)
+        mask[row, : len(example)] = 1
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+
+
+def begin_by_eva(model: PeftModel, batches: Sequence[Batch]) -> None:
+    """Give A the directions of its inputs, by PEFT; the configuration is a plain adapter's afterwards."""
+    config: Any = model.peft_config["default"]
+    before = copy.copy(config)
+    config.init_lora_weights, config.eva_config = "eva", EvaConfig(rho=1.0, use_label_mask=False)
+    initialize_lora_eva_weights(model, list(batches), gather_distributed_inputs=False, show_progress_bar=False)
+    config.target_modules = before.target_modules
+    config.rank_pattern, config.alpha_pattern = before.rank_pattern, before.alpha_pattern
+    config.init_lora_weights, config.eva_config = True, None
+
+
+def begin_by_loftq(model: PeftModel, base: Path, *, seed: int) -> None:
+    """Give B·A what nf4 took away.
+
+    Args:
+        model: With a fresh adapter on a base in nf4.
+        base: The folder with the weights before quantisation.
+        seed: Of the iteration.
+
+    Raises:
+        RunError: The base's files have no such weight.
+    """
+    layers = {
+        name.removeprefix("base_model.model."): m for name, m in model.named_modules() if isinstance(m, LoraLayer)
+    }
+    dtype = model.get_base_model().dtype
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(seed)
+        for name, weight in _weights(base, list(layers)):
+            layer: Any = layers[name]
+            left = weight.float() - as_multiplied(weight, "nf4", dtype)
+            a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+            u, s, v = torch.svd_lowrank(left.to(a.device), q=a.shape[0], niter=ITERATIONS)
+            a.copy_((v * s.sqrt()).T)
+            b.copy_(u * s.sqrt() / layer.scaling["default"])
+
+
+def _weights(folder: Path, modules: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Module and weight, one at a time."""
+    with ExitStack() as stack:
+        files = [stack.enter_context(safe_open(file, framework="pt")) for file in sorted(folder.glob("*.safetensors"))]
+        places = {name: file for file in files for name in file.keys()}  # noqa: SIM118 - no mapping
+        for module in modules:
+            found = stored_name(f"{module}.weight", places)
+            if found is None:
+                raise RunError(f"the base's files hold no tensor for {module}", file=folder, fix="lora.variant=plain")
+            yield module, places[found].get_tensor(found)

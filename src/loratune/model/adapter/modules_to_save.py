@@ -1,0 +1,318 @@
+"""What is trained beside the adapter's matrices: `lora.modules_to_save`, copies of modules that are trained whole.
+
+PEFT keeps the module as it was, trains a copy, and saves that. Three things are done otherwise here:
+
+    names    PEFT takes a module whose name ends in the letters asked for (`norm` is also `input_layernorm`); here the last dotted
+             parts must be equal, and PEFT is told full names
+    tied     the output head that is tied to the embedding stays so: one matrix is trained for both (PEFT's `ensure_weight_tying`)
+    types    PEFT's copies have the base's type, in which small steps vanish; here they are float32, and computed with in the
+             base's type, so that what is saved and loaded into a base of that type computes the same
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
+from torch import nn
+from transformers import PreTrainedModel
+
+from loratune.model.adapter.new_tokens import FastRows, numbers_of
+from loratune.recipe.recipe import LoraSection
+from loratune.run.errors import RecipeError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Whole:
+    """One thing that is trained whole.
+
+    Attributes:
+        name: The module's full name.
+        shapes: Of its trained tensors.
+        saved: The names of the saved tensors and their shapes: for a tied embedding, that of the head too.
+        is_head: Whether logits are made with it.
+        is_embedding: Whether tokens are looked up in it.
+        is_rows: Whether it is the rows of new tokens alone.
+    """
+
+    name: str
+    shapes: tuple[tuple[int, ...], ...]
+    saved: tuple[tuple[str, tuple[int, ...]], ...]
+    is_head: bool = False
+    is_embedding: bool = False
+    is_rows: bool = False
+
+    @property
+    def trainable(self) -> int:
+        """Its parameters."""
+        return sum(map(_numel, self.shapes))
+
+    @property
+    def num_saved(self) -> int:
+        """Numbers in the adapter's file."""
+        return sum(_numel(shape) for _, shape in self.saved)
+
+
+def _numel(shape: Sequence[int]) -> int:
+    return torch.Size(shape).numel()
+
+
+def whole_modules(model: nn.Module, lora: LoraSection, targets: Sequence[str]) -> tuple[Whole, ...]:
+    """The modules that are trained whole, in the order of their names.
+
+    Args:
+        model: The base model, without an adapter. It may be on the meta device.
+        lora: Its `modules_to_save` and `new_tokens`.
+        targets: Full names of the adapted modules.
+
+    Raises:
+        RecipeError: A name matches nothing, or a module that has no weights or is adapted as well.
+    """
+    if not lora.modules_to_save and not lora.new_tokens:
+        return ()
+    modules = dict(model.named_modules(remove_duplicate=False))
+    found = {name for asked in lora.modules_to_save for name in _matching(modules, asked)}
+    embedding, head = _ends(model, modules)
+    tied = bool(embedding and head and modules[embedding].weight is modules[head].weight)
+    if tied and found & {embedding, head}:
+        found = (found | {embedding}) - {head}
+    for name in sorted(found):
+        _check(name, modules, found, targets)
+    whole = tuple(
+        _whole(
+            name, modules[name], name in (head, embedding if tied else head), name == embedding, head if tied else ""
+        )
+        for name in sorted(found)
+    )
+    if not lora.new_tokens:
+        return whole
+    if clash := found & {embedding, head}:
+        raise RecipeError(
+            f"lora.modules_to_save trains {min(clash)} whole, and lora.new_tokens trains rows of it alone",
+            fix="leave one of them out",
+        )
+    return whole + _rows(modules, embedding, head, len(lora.new_tokens), tied=tied)
+
+
+def head_modules(model: nn.Module, names: Sequence[str], targets: Sequence[str]) -> tuple[Whole, ...]:
+    """A classifier's head, which is trained whole whatever the recipe says.
+
+    Args:
+        model: As above.
+        names: Of its modules.
+        targets: Full names of the adapted modules.
+
+    Raises:
+        RecipeError: One of them is adapted as well.
+    """
+    inside = [(target, name) for target in targets for name in names if _overlap(target, name)]
+    if inside:
+        raise RecipeError(
+            f"lora.targets adapts {inside[0][0]}, but {inside[0][1]} is a part of the head, which is trained whole",
+            fix="leave it out of lora.targets",
+        )
+    return tuple(
+        _whole(name, model.get_submodule(name), is_head=True, is_embedding=False, tied_head="") for name in names
+    )
+
+
+def _rows(modules: dict[str, nn.Module], embedding: str, head: str, count: int, *, tied: bool) -> tuple[Whole, ...]:
+    """The rows of new tokens: of the embedding, and of a head that is not tied to it."""
+    if not embedding or not head or getattr(modules[head], "bias", None) is not None:
+        raise RecipeError(
+            "lora.new_tokens: this model has no output head without bias, of which PEFT trains single rows",
+            fix="lora.new_tokens=[]",
+        )
+    table: Any = modules[embedding].weight
+    width = int(table.shape[1])
+    return tuple(
+        Whole(
+            name=name,
+            shapes=((count, width),),
+            saved=((f"{name}.token_adapter.trainable_tokens_delta", (count, width)),),
+            is_head=tied or name == head,
+            is_embedding=name == embedding,
+            is_rows=True,
+        )
+        for name in ([embedding] if tied else [embedding, head])
+    )
+
+
+def _whole(name: str, module: nn.Module, is_head: bool, is_embedding: bool, tied_head: str) -> Whole:
+    shapes = {part: tuple(tensor.shape) for part, tensor in module.named_parameters()}
+    saved = [(f"{name}.{part}", tuple(tensor.shape)) for part, tensor in module.state_dict().items()]
+    if is_embedding and tied_head:
+        saved += [(f"{tied_head}.{part}", shape) for part, shape in shapes.items()]
+    return Whole(
+        name=name, shapes=tuple(shapes.values()), saved=tuple(saved), is_head=is_head, is_embedding=is_embedding
+    )
+
+
+def _ends(model: nn.Module, modules: dict[str, nn.Module]) -> tuple[str, str]:
+    """The names of the input embedding and the output head."""
+    if not isinstance(model, PreTrainedModel):
+        return "", ""
+    ends: tuple[Any, Any] = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    embedding, head = (next((name for name, module in modules.items() if module is end), "") for end in ends)
+    return embedding, head
+
+
+def _matching(modules: dict[str, nn.Module], asked: str) -> list[str]:
+    names = [name for name in modules if name == asked or name.endswith(f".{asked}")]
+    if names:
+        return names
+    leaves = sorted({name.rpartition(".")[2] for name in modules if name and not name.rpartition(".")[2].isdigit()})
+    near = difflib.get_close_matches(asked, leaves, n=3)
+    raise RecipeError(
+        f"lora.modules_to_save: {asked} matches no module",
+        fix=f"did you mean {', '.join(near)}?" if near else f"known here: {', '.join(leaves)}",
+    )
+
+
+def _check(name: str, modules: dict[str, nn.Module], found: set[str], targets: Sequence[str]) -> None:
+    module = modules[name]
+    if isinstance(module, nn.ModuleList | nn.ModuleDict) or next(module.parameters(), None) is None:
+        raise RecipeError(
+            f"lora.modules_to_save: {name} is a {type(module).__name__}, which has no weights of its own",
+            fix=f"leave {name.rpartition('.')[2]} out, or name modules inside it",
+        )
+    inside = [target for target in targets if _overlap(target, name)]
+    if inside:
+        raise RecipeError(
+            f"lora.modules_to_save trains {name} whole, and lora.targets adapts {inside[0]}",
+            fix="leave one of them out",
+        )
+    nested = [other for other in found if other != name and _overlap(other, name)]
+    if nested:
+        raise RecipeError(f"lora.modules_to_save names {name} and {nested[0]}, one inside the other", fix="name one")
+    alike = [other for other in modules if other.endswith(name) and other != name]
+    if alike:
+        raise RecipeError(f"lora.modules_to_save: PEFT cannot tell {name} from {alike[0]}", fix="leave it out")
+
+
+def _overlap(one: str, other: str) -> bool:
+    return one == other or one.startswith(f"{other}.") or other.startswith(f"{one}.")
+
+
+def whole_arguments(whole: Sequence[Whole], new_tokens: Sequence[int] = ()) -> dict[str, Any]:
+    """The arguments of PEFT's `LoraConfig`.
+
+    Args:
+        whole: From `whole_modules`.
+        new_tokens: Their numbers.
+    """
+    modules = [item for item in whole if not item.is_rows]
+    arguments: dict[str, Any] = {"modules_to_save": [item.name for item in modules]} if modules else {}
+    if any(item.is_head and item.is_embedding for item in modules):
+        arguments["ensure_weight_tying"] = True
+    if new_tokens:
+        arguments["trainable_token_indices"] = {item.name: list(new_tokens) for item in whole if item.is_rows}
+    return arguments
+
+
+def whole_in_words(whole: Sequence[Whole]) -> str:
+    """What is trained whole: `lm_head, norm`, `2 rows of embed_tokens`."""
+    leaf = {item: item.name.rpartition(".")[2] for item in whole}
+    return ", ".join(
+        dict.fromkeys(f"{item.shapes[0][0]} rows of {leaf[item]}" if item.is_rows else leaf[item] for item in whole)
+    )
+
+
+# ---- on a model
+
+
+def keep_in_float32(model: PeftModel) -> None:
+    """Let the copies that are trained whole be float32, and compute in the type that they had."""
+    known: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}  # with what had the number, so that no other gets it
+    for wrapper in model.modules():
+        if not isinstance(wrapper, ModulesToSaveWrapper):
+            continue
+        module: Any = wrapper.modules_to_save["default"]
+        dtype = next(module.parameters()).dtype
+        if dtype not in (torch.bfloat16, torch.float16):
+            continue
+        for owner in module.modules():
+            for name, parameter in list(owner.named_parameters(recurse=False)):
+                if id(parameter) not in known:
+                    known[id(parameter)] = nn.Parameter(parameter.detach().float()), parameter
+                setattr(owner, name, known[id(parameter)][0])
+        module.computes_in = dtype
+        kind: Any = type(module)
+        module.__class__ = _computing_class(kind)
+
+
+@cache
+def _computing_class(kind: Any) -> Any:
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        dtype = self.computes_in
+        parameters = dict(self.named_parameters())
+        if next(iter(parameters.values())).dtype == dtype:
+            return kind.forward(self, *args, **kwargs)
+        narrow = {name: parameter.to(dtype) for name, parameter in parameters.items()}
+        return torch.func.functional_call(self, narrow, args, kwargs)
+
+    return type(f"Float32{kind.__name__}", (kind,), {"forward": forward})
+
+
+@dataclass(frozen=True, slots=True)
+class HeadWeights:
+    """The output head as it is now: with the adapter on, what is trained of it.
+
+    Attributes:
+        weight: [V, H]; it has a gradient where the head is trained whole.
+        bias: [V] or None.
+        rows: [N, H]: what stands in the place of some rows, with a gradient; or None.
+        numbers: int64 [N]: which these are; or None.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    rows: torch.Tensor | None = None
+    numbers: torch.Tensor | None = None
+
+
+def head_weights(layer: nn.Module) -> HeadWeights | None:
+    """The weights of an output head; None where it is no linear layer, or is adapted in another way."""
+    if isinstance(layer, ModulesToSaveWrapper):
+        off = layer.disable_adapters or not layer.active_adapters
+        layer = layer.original_module if off else layer.modules_to_save[layer.active_adapters[0]]
+        return HeadWeights(layer.weight, layer.bias) if isinstance(layer, nn.Linear) else None
+    if isinstance(layer, TrainableTokensWrapper):
+        adapter: Any = layer.token_adapter
+        base, off = adapter.base_layer, adapter.disable_adapters or not layer.active_adapters
+        if not isinstance(base, nn.Linear) or base.bias is not None:
+            return None
+        if off:
+            return HeadWeights(base.weight, None)
+        numbers = adapter.numbers if isinstance(adapter, FastRows) else numbers_of(adapter)
+        return HeadWeights(base.weight, None, adapter.trainable_tokens_delta["default"], numbers)
+    if not isinstance(layer, nn.Linear) or layer.weight.requires_grad:
+        return None
+    return HeadWeights(layer.weight, layer.bias)
+
+
+def without_copies(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Each tensor once, by its first name: a tied head and its embedding are one."""
+    return {name: tensors[name] for name, first in _first_names(tensors).items() if first == name}
+
+
+def with_copies(tensors: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Under all their names again, which PEFT asks for when it loads them.
+
+    Args:
+        tensors: As `without_copies` left them.
+        own: The model's, by all their names.
+    """
+    return {name: tensors[first] for name, first in _first_names(own).items() if first in tensors}
+
+
+def _first_names(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """Name → the first name of the same tensor."""
+    seen: dict[tuple[int, torch.Size], str] = {}
+    return {name: seen.setdefault((tensor.data_ptr(), tensor.shape), name) for name, tensor in tensors.items()}

@@ -1,0 +1,131 @@
+"""New tokens: `lora.new_tokens`, each a row of the embedding and of the output head that is trained by its number.
+
+They are added to the tokenizer as ordinary tokens, not as special ones: texts are read with them, and they are seen in answers. The
+embedding grows where it has no rows left; many models keep some. All new rows begin as the mean of the others (Hewitt 2021,
+nlp.stanford.edu/~johnhew/vocab-expansion.html), which changes the other tokens' probabilities least.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft.tuners.trainable_tokens import TrainableTokensLayer
+from tokenizers import AddedToken
+from torch import nn
+
+from loratune.model.kernels.trained_rows import look_up, multiply
+from loratune.run.errors import RecipeError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def add_new_tokens(tokenizer: PreTrainedTokenizerBase, names: Sequence[str]) -> tuple[int, ...]:
+    """Add tokens to a tokenizer; their numbers, which follow those that are there.
+
+    Raises:
+        RecipeError: One is a token already.
+    """
+    known = tokenizer.get_vocab()
+    if already := [name for name in names if name in known]:
+        raise RecipeError(f"lora.new_tokens: {already[0]} is a token of this model already", fix="leave it out")
+    tokenizer.add_tokens([AddedToken(name, normalized=False) for name in names])
+    ids = tokenizer.convert_tokens_to_ids(list(names))
+    assert isinstance(ids, list)
+    return tuple(ids)
+
+
+def grow(model: PreTrainedModel, ids: Sequence[int]) -> None:
+    """Make room for the tokens of these numbers, and let them begin as the mean of the tokens before them.
+
+    Args:
+        model: The base model, without an adapter; on the meta device it only grows.
+        ids: In ascending order; none: nothing is done.
+    """
+    if not ids:
+        return
+    embedding: Any = model.get_input_embeddings()
+    if ids[-1] >= embedding.weight.shape[0]:
+        with torch.random.fork_rng():
+            model.resize_token_embeddings(ids[-1] + 1, mean_resizing=False)
+    with torch.no_grad():
+        for layer in _ends(model):
+            if layer.weight.device.type != "meta":
+                layer.weight[list(ids)] = layer.weight[: ids[0]].float().mean(0).to(layer.weight.dtype)
+
+
+def growing_parameters(model: PreTrainedModel, ids: Sequence[int]) -> int:
+    """Of the tables that are there twice while they grow; 0 where there is room."""
+    tables = {id(layer.weight): layer.weight for layer in _ends(model)}
+    if not ids or all(ids[-1] < table.shape[0] for table in tables.values()):
+        return 0
+    return max(table.numel() for table in tables.values())
+
+
+def unseen_tokens(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], examples: Sequence[Any]) -> tuple[str, ...]:
+    """That new tokens occur in no training example.
+
+    Args:
+        tokenizer: With them.
+        ids: Their numbers.
+        examples: With `input_ids`.
+    """
+    unseen = [number for number in ids if not any((example.input_ids == number).any() for example in examples)]
+    if not unseen:
+        return ()
+    names = ", ".join(str(name) for name in tokenizer.convert_ids_to_tokens(unseen))
+    return (
+        f"lora.new_tokens: {names} occurs in no training example, so nothing is learned of it but that it is unlikely",
+    )
+
+
+def _ends(model: PreTrainedModel) -> list[Any]:
+    """The input embedding and the output head."""
+    ends: tuple[Any, Any] = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    return [layer for layer in ends if layer is not None]
+
+
+def grow_for(model: PreTrainedModel, adapter: Path) -> None:
+    """The same for the tokens of a saved adapter."""
+    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    grow(model, sorted(trained_numbers(config)))
+
+
+def trained_numbers(config: dict[str, Any]) -> set[int]:
+    """The numbers of the tokens that a saved adapter trains, by its configuration."""
+    numbers: Any = config.get("trainable_token_indices") or []
+    return {number for part in numbers.values() for number in part} if isinstance(numbers, dict) else set(numbers)
+
+
+def use_fast_rows(model: nn.Module) -> int:
+    """Let PEFT's layers of trained rows compute with `kernels.new_rows`; the number of those that cannot."""
+    left = 0
+    for layer in model.modules():
+        if type(layer) is not TrainableTokensLayer:
+            continue
+        if type(layer.base_layer) in (nn.Embedding, nn.Linear):
+            layer.register_buffer("numbers", numbers_of(layer), persistent=False)
+            layer.__class__ = FastRows
+        else:
+            left += 1
+    return left
+
+
+def numbers_of(layer: TrainableTokensLayer) -> torch.Tensor:
+    """The numbers of its rows, int64 [N], where its weight is."""
+    return torch.tensor(layer.token_indices["default"], device=layer.base_layer.weight.device)
+
+
+class FastRows(TrainableTokensLayer):
+    """PEFT's layer with the same parameters, computed by `kernels.new_rows`."""
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.disable_adapters or self.merged or self.active_adapters != ["default"]:
+            out: torch.Tensor = super().forward(x, *args, **kwargs)
+            return out
+        compute = look_up if isinstance(self.base_layer, nn.Embedding) else multiply
+        return compute(x, self.base_layer.weight, self.trainable_tokens_delta["default"], self.numbers)

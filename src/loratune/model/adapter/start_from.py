@@ -1,0 +1,171 @@
+"""A saved adapter that training begins with, in place of a fresh one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel, set_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+
+from loratune.model.adapter.modules_to_save import Whole
+from loratune.model.adapter.patterns import rank_of
+from loratune.model.adapter.targets import Matrix
+from loratune.model.gguf_import import file_sha256
+from loratune.recipe.recipe import LoraSection
+from loratune.run.errors import MachineError, RecipeError
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_PREFIX = "base_model.model."
+_UNKNOWN = (
+    *("target_parameters", "trainable_token_indices"),
+    *("layer_replication", "lora_bias", "use_qalora", "alora_invocation_tokens", "arrow_config"),
+)
+"""Settings of PEFT's `LoraConfig` that the recipe has no word for: an adapter that uses one trains otherwise than it says."""
+
+
+def locate_adapter(name: str) -> Path:
+    """The folder of a saved adapter: it itself, or the hub's files in the cache.
+
+    Raises:
+        RecipeError: There is no such folder or hub adapter, or its weights are not safetensors.
+        MachineError: The hub cannot be reached, and the adapter is not in the cache.
+    """
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+            raise RecipeError(
+                f"lora.start_from is {name}: no such folder", fix="give the folder of an adapter, or a hub id"
+            )
+        folder = _from_hub(name)
+    missing = [file for file in (CONFIG, WEIGHTS) if not (folder / file).is_file()]
+    if missing:
+        raise RecipeError(
+            f"lora.start_from is {name}: no {missing[0]} in it",
+            fix="give an adapter in PEFT's format with safetensors: other formats can run code and are not loaded",
+        )
+    return folder.resolve()
+
+
+def check_adapter(folder: Path, lora: LoraSection, matrices: Sequence[Matrix], whole: Sequence[Whole] = ()) -> None:
+    """Whether the adapter is one that the recipe describes, by its configuration and the shapes in its header.
+
+    Args:
+        folder: From `locate_adapter`.
+        lora: Rank, scale, variant.
+        matrices: That the recipe adapts.
+        whole: That it trains whole.
+
+    Raises:
+        RecipeError: It is not; what differs is named.
+    """
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no mapping
+    except (OSError, ValueError, SafetensorError) as error:
+        raise RecipeError(f"lora.start_from: the adapter cannot be read: {error}", file=folder) from error
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        raise RecipeError("lora.start_from: not a LoRA adapter", file=folder / CONFIG)
+    if used := [name for name in _UNKNOWN if config.get(name)]:
+        raise RecipeError(
+            f"lora.start_from: the adapter uses {used[0]}, which the recipe has no setting for", file=folder / CONFIG
+        )
+    if config.get("bias", "none") != "none":
+        raise RecipeError("lora.start_from: the adapter trains biases (bias), which loratune does not", file=folder)
+    theirs = {"r": config.get("r"), "alpha": config.get("lora_alpha"), "variant": _variant(config)}
+    theirs |= {name: config.get(name) or {} for name in ("rank_pattern", "alpha_pattern")}
+    for field, value in theirs.items():
+        if value != getattr(lora, field):
+            raise RecipeError(
+                f"lora.{field} is {getattr(lora, field)}, but the adapter of lora.start_from has {value}",
+                file=folder / CONFIG,
+                fix=f"lora.{field}={value}",
+            )
+    wanted = _expected(lora, matrices) | {f"{_PREFIX}{name}": shape for item in whole for name, shape in item.saved}
+    _check_shapes(shapes, wanted, folder)
+
+
+def base_notes(folder: Path, bases: Sequence[str]) -> tuple[str, ...]:
+    """That the adapter names another base, whose shapes happen to be the same.
+
+    Args:
+        folder: Of an adapter that `check_adapter` has passed.
+        bases: What the base of this run is called.
+    """
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    theirs = str(config.get("base_model_name_or_path") or "")
+    if not theirs or Path(theirs).name in {Path(base).name for base in bases}:
+        return ()
+    return (f"lora.start_from: the adapter says that it was trained on {theirs}, not on {bases[0]}",)
+
+
+def adapter_fingerprint(folder: Path) -> dict[str, str]:
+    """The SHA-256 of the files that decide where training begins."""
+    return {name: file_sha256(folder / name) for name in (CONFIG, WEIGHTS)}
+
+
+def begin_from(model: PeftModel, folder: Path) -> None:
+    """Give a fresh adapter the weights of a saved one that `check_adapter` has passed; they become float32."""
+    set_peft_model_state_dict(model, load_file(folder / WEIGHTS, device=str(model.device)))
+
+
+def _variant(config: dict[str, Any]) -> str:
+    """What it goes on as: PiSSA and OLoRA are saved as plain by us, and by PEFT with the base that they changed."""
+    beginning = config.get("init_lora_weights", True)
+    if isinstance(beginning, str) and beginning.startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
+        return beginning
+    if config.get("use_dora"):
+        return "dora+rslora" if config.get("use_rslora") else "dora"
+    return "rslora" if config.get("use_rslora") else "plain"
+
+
+def _expected(lora: LoraSection, matrices: Sequence[Matrix]) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    for matrix in matrices:
+        name = f"{_PREFIX}{matrix.name}"
+        r = rank_of(lora, matrix.name)
+        shapes[f"{name}.lora_A.weight"] = (r, matrix.d_in)
+        shapes[f"{name}.lora_B.weight"] = (matrix.d_out, r)
+        if lora.variant == "dora":
+            shapes[f"{name}.lora_magnitude_vector"] = (matrix.d_out,)
+    return shapes
+
+
+def _check_shapes(found: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]], folder: Path) -> None:
+    def fail(problem: str) -> RecipeError:
+        return RecipeError(
+            f"lora.start_from: the adapter {problem}",
+            file=folder / WEIGHTS,
+            fix="lora.targets and lora.layers as it was trained with, and its own base model",
+        )
+
+    if missing := [name for name in wanted if name not in found]:
+        raise fail(f"lacks {missing[0].removeprefix(_PREFIX)}, which the recipe trains")
+    if more := [name for name in found if name not in wanted]:
+        raise fail(f"has {more[0].removeprefix(_PREFIX)}, which the recipe does not train")
+    for name, shape in wanted.items():
+        if found[name] != shape:
+            raise fail(f"has {name.removeprefix(_PREFIX)} of {found[name]}, the model's is {shape}")
+
+
+def _from_hub(name: str) -> Path:
+    import httpx2
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS]))
+    except HfHubHTTPError as error:
+        raise RecipeError(
+            f"lora.start_from is {name}: the hub answers {error.response.status_code}",
+            fix="check the id; for a gated adapter run `hf auth login`; or give a local folder",
+        ) from error
+    except (httpx2.HTTPError, OSError, OfflineModeIsEnabled, LocalEntryNotFoundError) as error:
+        raise MachineError(
+            f"lora.start_from is {name}: the hub cannot be reached, and the adapter is not in the local cache",
+            fix="connect, or give the folder of an adapter",
+        ) from error

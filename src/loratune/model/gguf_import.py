@@ -1,0 +1,123 @@
+"""A GGUF file as base model: imported once into an ordinary folder of safetensors.
+
+The adapter then names a folder that PEFT and transformers load as it stands, and the second start takes seconds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from contextlib import redirect_stderr
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from loratune.run.errors import RecipeError, RunError
+from loratune.run.progress import Progress
+
+CACHE_VARIABLE = "LORATUNE_CACHE"
+_MAGIC = b"GGUF"
+_HEADER_BYTES = 64 * 2**20  # more than a header with its vocabulary has
+
+
+def cache_dir() -> Path:
+    """The folder for what can be made again: `$LORATUNE_CACHE`, else `~/.cache/loratune`."""
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.environ.get(CACHE_VARIABLE) or f"{home}/loratune").expanduser()
+
+
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file, as hexadecimal digits."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def imported_folder(file: Path) -> Path:
+    """Where the import of a GGUF file lies, whether it is there or not. Keyed by the file's content."""
+    return cache_dir() / "models" / f"{file.stem}-{file_sha256(file)[:16]}"
+
+
+def check_gguf(file: Path) -> None:
+    """Raise `RecipeError` unless the file is GGUF."""
+    with file.open("rb") as stream:
+        magic = stream.read(4)
+    if magic != _MAGIC:
+        raise RecipeError(f"not a GGUF file: it begins with {magic!r}", file=file, fix="give the path of a GGUF model")
+
+
+def describe_gguf(file: Path, progress: Progress) -> Path:
+    """A folder with config, tokenizer and chat template of a GGUF file, from its header alone; made if missing.
+
+    The folder of the import, where there is one already.
+
+    Raises:
+        RunError: transformers cannot read this GGUF file.
+    """
+    with file.open("rb") as stream:
+        start = hashlib.sha256(stream.read(_HEADER_BYTES))
+    folder = cache_dir() / "descriptions" / f"{file.stem}-{start.hexdigest()[:16]}"
+    if (folder / "config.json").is_file():
+        return folder
+    progress.line(f"reading the header of {file.name}; done once, takes some seconds")
+    _make(folder, file, _describe)
+    return folder
+
+
+def import_gguf(file: Path, progress: Progress) -> Path:
+    """The folder with the model of a GGUF file in float32, its tokenizer and its chat template; made if missing.
+
+    The quantised weights are expanded to float32, which holds each of their values exactly.
+
+    Raises:
+        RunError: transformers cannot read this GGUF file.
+    """
+    folder = imported_folder(file)
+    if (folder / "config.json").is_file():
+        return folder
+    progress.line(f"importing {file.name} into {folder}; done once, takes about half a minute for 135 M parameters")
+    _make(folder, file, _expand)
+    return folder
+
+
+def _make(folder: Path, file: Path, fill: Callable[[Path, Path], None]) -> None:
+    """The folder, filled by a function of file and folder, whole or not at all."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
+        try:
+            with redirect_stderr(StringIO()):  # the libraries' progress bars
+                fill(file, Path(temporary))
+        except (ValueError, KeyError, NotImplementedError) as error:
+            raise RunError(
+                f"transformers cannot read it: {error}", file=file, fix="use the model's safetensors folder instead"
+            ) from error
+        try:
+            Path(temporary).rename(folder)
+        except OSError:  # another process was first, with the same bytes
+            if not (folder / "config.json").is_file():
+                raise
+        else:
+            Path(temporary).mkdir()  # for TemporaryDirectory to remove
+
+
+def _describe(file: Path, folder: Path) -> None:
+    from transformers import AutoConfig, AutoTokenizer
+
+    AutoConfig.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
+
+
+def _expand(file: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    # The weights are expanded: the saved config must not claim that they are quantised.
+    del model.config.quantization_config
+    model.hf_quantizer = None
+    model.is_quantized = False
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
+    (folder / "source.json").write_text(json.dumps({"gguf": str(file), "sha256": file_sha256(file)}))

@@ -1,0 +1,186 @@
+"""What the headers of safetensors files say, without reading a weight: whether all of the model is there, and whole."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Container, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from loratune.run.errors import RecipeError
+
+INDEX = "model.safetensors.index.json"
+_TYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+_COPY_AGAIN = "copy or download the model again"
+
+
+def check_weights(folder: Path, model: nn.Module, *, quantized: bool, without: Sequence[str] = ()) -> None:
+    """Whether the files in a folder hold the weights of a model: some milliseconds, whatever its size.
+
+    Args:
+        folder: With safetensors files; one without (a model on the hub, whose weights are fetched later) is passed over.
+        model: The model as its config describes it, on the meta device.
+        quantized: Whether the files hold packed weights, whose shapes are not those of the model.
+        without: Modules that the files need not hold.
+
+    Raises:
+        RecipeError: A file is missing, cut short, or not of this model.
+    """
+    files = weight_files_of(folder)
+    if not files:
+        return
+    tensors = {name: shape for file in files for name, shape in read_header(file).items()}
+    if quantized:
+        return
+    wanted = _parameters(model, without)
+    for name in tensors.keys() & wanted.keys():
+        if tensors[name] != tuple(wanted[name].shape):
+            raise RecipeError(
+                f"{name} is {_by(tensors[name])} in the weights and {_by(wanted[name].shape)} in config.json",
+                file=folder,
+                fix=f"the two are of different models; {_COPY_AGAIN}",
+            )
+    # By number, not by name: transformers renames and stacks tensors of many architectures when it loads them.
+    held, described = sum(map(math.prod, tensors.values())), sum(p.numel() for p in wanted.values())
+    if held < 0.999 * described:
+        raise RecipeError(
+            f"the weights hold {held:,} of the {described:,} parameters that config.json describes; the rest would be "
+            "random",
+            file=folder,
+            fix=f"files are missing; {_COPY_AGAIN}",
+        )
+
+
+def check_stored(stored: Mapping[str, int], model: nn.Module, *, name: str, without: Sequence[str] = ()) -> None:
+    """The same by the number of parameters, for weights that are on the hub.
+
+    Raises:
+        RecipeError: Some are missing there.
+    """
+    held, described = sum(stored.values()), sum(p.numel() for p in _parameters(model, without).values())
+    if held and set(stored) <= set(_TYPES.values()) and held < 0.999 * described:
+        raise RecipeError(
+            f"model.name is {name}: the hub holds {held:,} of the {described:,} parameters that config.json describes",
+            fix="another model.revision, or another model",
+        )
+
+
+def _parameters(model: nn.Module, without: Sequence[str]) -> dict[str, nn.Parameter]:
+    outside = tuple(f"{module}." for module in without)
+    return {name: parameter for name, parameter in model.named_parameters() if not name.startswith(outside)}
+
+
+def bytes_to_convert(folder: Path, dtype: str | None, *, stored: Mapping[str, int], num_parameters: int) -> int:
+    """Bytes of the weights' files that are held beside the weights while these load; 0 where the files have their type, and
+    are mapped as they are.
+
+    Args:
+        folder: As in `check_weights`.
+        dtype: Name of the type of the loaded weights; None: they are quantised while they load.
+        stored: The types of weights that are not in the folder.
+        num_parameters: Of the base.
+    """
+    files = weight_files_of(folder)
+    types = set(stored) or {entry["dtype"] for file in files for entry in _header(file).values()}
+    if dtype is not None and types <= {_TYPES[dtype]}:
+        return 0
+    return sum(file.stat().st_size for file in files) or num_parameters * (4 if "F32" in types else 2)
+
+
+def packed_bytes(folder: Path, model: nn.Module, dtype_bytes: int) -> int | None:
+    """Bytes of weights that are held as they are stored, but for those that are not packed; None where there are no files.
+
+    Args:
+        folder: As in `check_weights`.
+        model: The model before quantisation, on the meta device.
+        dtype_bytes: Of a weight that is not packed.
+    """
+    files = weight_files_of(folder)
+    plain = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    total = 0
+    for file in files:
+        for name, entry in _header(file).items():
+            start, end = entry["data_offsets"]
+            is_plain = plain.get(name) == tuple(entry["shape"]) and entry["dtype"] in _TYPES.values()
+            total += math.prod(entry["shape"]) * dtype_bytes if is_plain else end - start
+    return total if files else None
+
+
+def stored_name(tensor: str, stored: Container[str]) -> str | None:
+    """What files call a tensor, None where they do not have it. Checkpoints of bare decoders leave the first part of the names out;
+    others call it otherwise than transformers' classes do.
+
+    Args:
+        tensor: Its name in the model.
+        stored: Names of the tensors in the files.
+    """
+    candidates = (tensor, tensor.partition(".")[2], f"model.{tensor}")
+    return next((name for name in candidates if name in stored), None)
+
+
+def read_header(file: Path) -> dict[str, tuple[int, ...]]:
+    """The name and shape of every tensor of a safetensors file.
+
+    Raises:
+        RecipeError: It is not one, or shorter than its header says.
+    """
+    return {name: tuple(entry["shape"]) for name, entry in _header(file).items()}
+
+
+def _header(file: Path) -> dict[str, Any]:
+    size = file.stat().st_size
+    try:
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header: dict[str, Any] = json.loads(stream.read(length)) if 0 < length <= size - 8 else {}
+        header.pop("__metadata__", None)
+        end = 8 + length + max(entry["data_offsets"][1] for entry in header.values())
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise RecipeError("not a safetensors file, or damaged", file=file, fix=_COPY_AGAIN) from None
+    if size < end:
+        raise RecipeError(f"cut short: {size:,} of {end:,} bytes", file=file, fix=_COPY_AGAIN)
+    return header
+
+
+def weight_files_of(folder: Path) -> list[Path]:
+    """The files with the weights, those of the index where there is one; none where they are on the hub.
+
+    Raises:
+        RecipeError: One of the index is missing.
+    """
+    index = folder / INDEX
+    found = sorted(folder.glob("*.safetensors"))
+    if not found or not index.is_file():
+        return [path for path in found if path.name == "model.safetensors"] or found
+    names = index_files(index)
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise RecipeError(
+            f"{len(missing)} of {len(names)} weight files are missing: {', '.join(missing[:3])}",
+            file=folder,
+            fix=_COPY_AGAIN,
+        )
+    return [folder / name for name in names]
+
+
+def index_files(index: Path) -> list[str]:
+    """The names of the weight files in an index. They are names, not paths: merging writes files of the same names.
+
+    Raises:
+        RecipeError: It is damaged, or names a file outside of its folder.
+    """
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        outside = [name for name in names if Path(name).name != name]
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise RecipeError("damaged: no weight_map in it", file=index, fix=_COPY_AGAIN) from None
+    if outside:
+        raise RecipeError(f"it names a file outside of its folder: {outside[0]}", file=index, fix=_COPY_AGAIN)
+    return names
+
+
+def _by(shape: Any) -> str:
+    return " × ".join(map(str, shape))

@@ -1,0 +1,123 @@
+"""What advice on a run is based on: a few facts of its recipe, model, data and plan."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from loratune.data.batch import num_supervised
+from loratune.data.prepare import PreparedData
+from loratune.data.prompts import stop_token_ids
+from loratune.model.load import BaseModel, generation_stops
+from loratune.planning.presets import PresetCount, adapts_feed_forward
+from loratune.recipe.recipe import Recipe
+from loratune.recipe.tasks import is_classification
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """What advice is given on.
+
+    Attributes:
+        recipe: With every `auto` resolved.
+        num_examples: Of the training data.
+        num_steps: Optimizer steps of the run.
+        num_devices: That the plan is for.
+        num_supervised_tokens: Of one epoch.
+        num_cut: Examples whose answers `max_length` cut.
+        trainable: Parameters of the adapter.
+        feed_forward: Whether a feed-forward matrix is adapted; None where the model has none that could be.
+        architecture: Class of the base model.
+        unknown_to_gguf: Adapted modules that no architecture of llama.cpp has.
+        stop_token: What the chat template ends an answer with; empty for plain text.
+        generation_stops: The tokens at which the model's generation settings stop.
+        prompt_check: `PromptCheck.as_record()`; empty for plain text.
+    """
+
+    recipe: Recipe
+    num_examples: int
+    num_steps: int
+    num_supervised_tokens: int
+    num_cut: int
+    trainable: int
+    feed_forward: bool | None
+    architecture: str
+    num_devices: int = 1
+    unknown_to_gguf: Sequence[str] = ()
+    stop_token: str = ""
+    generation_stops: Sequence[str] = ()
+    prompt_check: dict[str, Any] = field(default_factory=dict)
+
+
+def advice_facts(
+    recipe: Recipe,
+    base: BaseModel,
+    tokenizer: PreTrainedTokenizerBase,
+    model: Any,
+    targets: tuple[str, ...],
+    data: PreparedData,
+    *,
+    presets: Sequence[PresetCount],
+    trainable: int,
+    steps: int,
+) -> Facts:
+    """What advice is given on; the arguments are parts of the `Preparation`."""
+    writes = not is_classification(recipe)
+    return Facts(
+        recipe=recipe,
+        num_examples=data.num_examples,
+        num_steps=steps,
+        num_supervised_tokens=round(data.scale * sum(num_supervised(example) for example in data.train)),
+        num_cut=sum(finding["kind"] == "cut" for finding in data.report["train"]["findings"]),
+        trainable=trainable,
+        feed_forward=adapts_feed_forward(targets, presets),
+        architecture=type(model).__name__,
+        unknown_to_gguf=unknown_to_gguf(targets) if writes else (),
+        stop_token=_stop_token(tokenizer, data) if writes else "",
+        generation_stops=generation_stops(base, model.config.get_text_config(), tokenizer) if writes else (),
+        prompt_check=data.report["prompts"],
+    )
+
+
+def _stop_token(tokenizer: PreTrainedTokenizerBase, data: PreparedData) -> str:
+    if data.report["train"]["format"] == "text":
+        return ""
+    return str(tokenizer.convert_ids_to_tokens(stop_token_ids(tokenizer)[0]))
+
+
+_EXPERT = re.compile(r"\.experts\.\d+\.")
+
+
+_LAYER = re.compile(r"\.\d+\.")
+
+
+def unknown_to_gguf(targets: Sequence[str]) -> tuple[str, ...]:
+    """The adapted modules that no architecture of llama.cpp has, as `model.layers.{bid}.odd`.
+
+    llama.cpp's converter of adapters looks each module up by name in the tables of the `gguf` package.
+
+    Args:
+        targets: Full module names.
+    """
+    known = set(_names_in_gguf())
+    return tuple(name for name in dict.fromkeys(map(_template, targets)) if name not in known)
+
+
+def _names_in_gguf() -> Iterator[str]:
+    from gguf.tensor_mapping import TensorNameMap
+
+    # The tables are read, not asked: making a TensorNameMap of an architecture changes those of all others for good.
+    for table in (TensorNameMap.block_mappings_cfg, *TensorNameMap.arch_block_mappings_cfg.values()):
+        for names in table.values():
+            yield from names
+
+
+def _template(name: str) -> str:
+    """The name as the tables have it: layers by number, experts as one, towers of other modalities split off."""
+    name = _EXPERT.sub(".experts.", name.replace("language_model.", ""))
+    return _LAYER.sub(".{bid}.", name, count=1)

@@ -1,0 +1,1 @@
+"""GPUs to plan for, clusters of them, and the links between them."""

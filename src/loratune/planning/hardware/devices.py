@@ -1,0 +1,94 @@
+"""What other machines can do, as their makers publish it: to plan for a GPU that is not here."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+
+from loratune.run.errors import RecipeError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Device:
+    """One accelerator.
+
+    Attributes:
+        name: As `--device` takes it.
+        memory_bytes: Of the device, before anything is loaded.
+        bf16_flops_per_second: Dense peak of bfloat16 products that add up in float32, without sparsity.
+        source: The maker's document.
+        has_fp8: Whether it multiplies fp8 with a scale for each row: Hopper and later.
+        link: What usually joins several of them in a node, of `loratune.planning.hardware.interconnect`.
+    """
+
+    name: str
+    memory_bytes: int
+    bf16_flops_per_second: float
+    source: str
+    has_fp8: bool
+    link: str
+
+
+def _device(name: str, gigabytes: int, teraflops: float, source: str, *, link: str, has_fp8: bool = False) -> Device:
+    return Device(
+        name=name,
+        memory_bytes=gigabytes * 10**9,
+        bf16_flops_per_second=teraflops * 1e12,
+        source=f"NVIDIA, {source}",
+        has_fp8=has_fp8,
+        link=link,
+    )
+
+
+_HOPPER = "H100 datasheet (half of the figure with sparsity)"
+_AMPERE = "A100 datasheet"
+_GA102 = "GA102 GPU Architecture whitepaper, appendix A"
+_ADA = "Ada GPU Architecture whitepaper, appendix A"
+
+DEVICES = {
+    device.name: device
+    for device in (
+        _device(
+            "b200",
+            180,
+            2250,
+            "DGX B200 datasheet (an eighth of it, half of the figure with sparsity)",
+            link="nvlink5",
+            has_fp8=True,
+        ),
+        _device("h200", 141, 989, "H200 datasheet (half of the figure with sparsity)", link="nvlink4", has_fp8=True),
+        _device("h100-80gb", 80, 989, _HOPPER, link="nvlink4", has_fp8=True),
+        _device("h100-pcie", 80, 756, _HOPPER, link="pcie5", has_fp8=True),
+        _device("a100-80gb", 80, 312, _AMPERE, link="nvlink3"),
+        _device("a100-40gb", 40, 312, _AMPERE, link="nvlink3"),
+        _device("l40s", 48, 362, "L40S datasheet", link="pcie4"),
+        _device("l4", 24, 121, "L4 datasheet (half of the figure with sparsity)", link="pcie4"),
+        _device("a10", 24, 125, "A10 datasheet", link="pcie4"),
+        _device(
+            "rtx5090", 32, 209.5, "RTX Blackwell GPU Architecture whitepaper, appendix A", link="pcie5", has_fp8=True
+        ),
+        _device("rtx4090", 24, 165.2, _ADA, link="pcie4"),
+        _device("rtx3090", 24, 71, _GA102, link="pcie4"),
+    )
+}
+
+
+def find_device(name: str, *, option: str = "--device") -> Device:
+    """The device of this name, which `option` gave.
+
+    Raises:
+        RecipeError: It is not in the table.
+    """
+    known = name.lower().replace("_", "-").replace(" ", "-")
+    if known in DEVICES:
+        return DEVICES[known]
+    near = difflib.get_close_matches(known, DEVICES, n=2, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    raise RecipeError(f"{option} {name} is not known", fix=f"{hint}known are {', '.join(DEVICES)}")
+
+
+def device_notes(device: Device | None, dtype: str) -> tuple[str, ...]:
+    """What a plan for a device that is not here should be read with."""
+    if device is None or dtype != "float32":
+        return ()
+    return (f"the time on {device.name} is for bfloat16; model.dtype is float32, which is several times slower there",)

@@ -1,0 +1,107 @@
+"""`lock.json`: everything that decides a run, so that resuming on something else is noticed."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loratune.data.classification import labels_fingerprint
+from loratune.data.examples import Example
+from loratune.model.gguf_import import file_sha256
+from loratune.model.quantization.kinds import package_of
+from loratune.planning.memory.optimizer import OF_BITSANDBYTES
+from loratune.run import processes
+from loratune.run.directory import Record
+
+PACKAGES = ("loratune", "torch", "transformers", "trl", "peft", "datasets", "accelerate", "tokenizers", "safetensors")
+
+
+INPUTS = ("model", "template", "train", "eval", "start", "labels")
+"""What a run is made from, each with its fingerprint; `start` only where it goes on from an adapter, `labels` only
+where it learns classes."""
+
+
+def model_fingerprint(folder: Path) -> dict[str, str]:
+    """The SHA-256 of every file of a model folder that decides its answers."""
+    files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.json"), *folder.glob("*.jinja")])
+    return {path.name: file_sha256(path) for path in files}
+
+
+def examples_fingerprint(examples: Sequence[Example]) -> dict[str, str]:
+    """The SHA-256 of all token ids, and of which of them are trained; of labelled examples, of their classes too."""
+    tokens, mask = hashlib.sha256(), hashlib.sha256()
+    for example in examples:
+        length = len(example.input_ids).to_bytes(8, "little")
+        tokens.update(length + example.input_ids.astype("<i4").tobytes())
+        mask.update(length + example.supervised.astype("u1").tobytes())
+    classes = labels_fingerprint(examples)
+    return {"tokens": tokens.hexdigest(), "mask": mask.hexdigest(), **({"classes": classes} if classes else {})}
+
+
+def text_fingerprint(text: str) -> str:
+    """The SHA-256 of a text."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def versions(recipe: Record) -> dict[str, str]:
+    """The versions of Python and of the packages whose code a run with this recipe goes through."""
+    package = package_of(recipe["model"].get("quantization", "none"))
+    others = {package} if package else set()
+    if recipe["train"].get("optimizer") in OF_BITSANDBYTES:
+        others.add("bitsandbytes")
+    packages = (*PACKAGES, *sorted(others))
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}
+
+
+def differences(before: Record, now: Record, keys: Sequence[str] = INPUTS) -> list[str]:
+    """What of the inputs changed between two locks, as `inputs.train.mask` or `inputs.model.config.json`."""
+    changed: list[str] = []
+    for key in keys:
+        old, new = before["inputs"].get(key), now["inputs"].get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            changed += [f"inputs.{key}.{name}" for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
+        elif old != new:
+            changed.append(f"inputs.{key}")
+    return changed
+
+
+def changed_settings(before: Record, now: Record) -> list[str]:
+    """What of a recipe as written changed, as `train.learning_rate (0.01 → 0.02)`."""
+    return [
+        f"{section}.{field} ({before.get(section, {}).get(field)} → {now.get(section, {}).get(field)})"
+        for section in sorted({*before, *now})
+        for field in sorted({*before.get(section, {}), *now.get(section, {})})
+        if before.get(section, {}).get(field) != now.get(section, {}).get(field)
+    ]
+
+
+def make_lock(
+    *, recipe: dict[str, Any], choices: dict[str, Any], inputs: dict[str, Any], adapter: dict[str, Any]
+) -> Record:
+    """The record.
+
+    Args:
+        recipe: Every effective setting, `auto` resolved.
+        choices: setting → what `auto` became and why.
+        inputs: Fingerprints of model, template and examples.
+        adapter: Target modules and parameter counts.
+    """
+    return {
+        "recipe": recipe,
+        "choices": choices,
+        "inputs": inputs,
+        "adapter": adapter,
+        "versions": versions(recipe),
+        "machine": {
+            "platform": platform.platform(),
+            "processor": platform.machine(),
+            "threads": torch.get_num_threads(),
+            "processes": processes.size(),
+        },
+    }

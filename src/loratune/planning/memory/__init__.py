@@ -1,0 +1,1 @@
+"""Bytes at the peak of a run, component by component."""

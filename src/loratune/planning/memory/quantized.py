@@ -1,0 +1,70 @@
+"""What a quantised base changes in a plan: where it can run, its bytes, and what is said about it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loratune.model.device import check_fp8, no_fp8, torch_dtype
+from loratune.model.quantization.checkpoint import comes_packed, in_8_bits_by_bitsandbytes, method_of
+from loratune.model.quantization.kinds import PACKED
+from loratune.model.quantization.quantize import base_bytes, check_quantization, unpacked_bytes
+from loratune.model.safetensors_headers import packed_bytes
+from loratune.planning.hardware.devices import Device
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def check_quantised(quantization: str, where: str, device: Device | None) -> None:
+    """Whether the device can train so.
+
+    Args:
+        quantization: The recipe's.
+        where: cpu, cuda or mps.
+        device: A device that is not here; None for this machine.
+
+    Raises:
+        MachineError: It cannot, or a package is missing.
+    """
+    check_quantization(quantization, where, is_here=device is None)
+    if quantization != "fp8":
+        return
+    if device is None:
+        check_fp8(where)
+    elif not device.has_fp8:
+        raise no_fp8(device.name)
+
+
+def quantised_place(quantization: str, folder: Path, model: PreTrainedModel, dtype: str) -> dict[str, Any]:
+    """What `Place` has to know of a quantised base.
+
+    Args:
+        quantization: The recipe's.
+        folder: Of the base. Weights that come packed are held as they are stored.
+        model: On the meta device, before quantisation.
+        dtype: Name of the type of what is not quantised.
+    """
+    dtype_bytes = torch_dtype(dtype).itemsize
+    unpacked_as = quantization
+    if quantization in PACKED:
+        weights_bytes: int | None = base_bytes(model, quantization, dtype_bytes)
+    elif comes_packed(model.config):
+        quantization = "int8" if in_8_bits_by_bitsandbytes(model.config) else quantization
+        # of torchao's ways to unpack the one that takes most
+        unpacked_as = "float8_weight_only" if method_of(model.config) == "torchao" else quantization
+        weights_bytes = packed_bytes(folder, model, dtype_bytes)
+    else:
+        return {"quantization": quantization}
+    return {
+        "quantization": quantization,
+        "weights_bytes": weights_bytes,
+        "unpacked_bytes": unpacked_bytes(model, unpacked_as, dtype_bytes),
+    }
+
+
+def quantization_notes(quantization: str, dtype: str) -> tuple[str, ...]:
+    """What the plan leaves out."""
+    if quantization not in PACKED:
+        return ()
+    return (f"the planned time is that of products in {dtype}; unpacking the {quantization} weights comes on top",)

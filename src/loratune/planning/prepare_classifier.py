@@ -1,0 +1,101 @@
+"""What a classifier needs before anything else is known of it: its data, since that has the classes, and its head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from loratune.data.classification import prepare_labelled
+from loratune.data.prepare import PreparedData
+from loratune.model.adapter.targets import resolve_targets
+from loratune.model.classifier import (
+    Classes,
+    classifier_notes,
+    head_names,
+    set_padding,
+    stored_names,
+    usable_positions,
+    with_classes,
+)
+from loratune.model.load import BaseModel, load_tokenizer, positions_of
+from loratune.model.quantization.checkpoint import method_of
+from loratune.planning.parameters import skeleton
+from loratune.recipe.recipe import Recipe
+from loratune.run.errors import RecipeError
+from loratune.run.progress import Progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Labelled:
+    """What `prepare` finds out of a classifier before the rest.
+
+    Attributes:
+        config: Of the base, with the classes of the data.
+        tokenizer: Of the base, which pads at the right.
+        classes: Of the head.
+        data: Examples and the data report.
+        notes: What a user would not expect of the head.
+    """
+
+    config: Any
+    tokenizer: PreTrainedTokenizerBase
+    classes: Classes
+    data: PreparedData
+    notes: tuple[str, ...]
+
+
+def class_positions(recipe: Recipe, config: Any) -> int | None:
+    """The most tokens of a text that a classifier can read; its targets are resolved on the way, since the data comes later.
+
+    Raises:
+        RecipeError: There is no classifier of this architecture, or the targets do not fit it.
+    """
+    if getattr(config, "is_encoder_decoder", False):
+        raise RecipeError(
+            f"model.task is {recipe.model.task}, but {config.model_type} is an encoder with a decoder",
+            fix="choose an encoder such as BERT or RoBERTa, or a decoder such as Llama or Qwen2",
+        )
+    method = method_of(config)
+    if method is not None:
+        raise RecipeError(
+            f"model.task is {recipe.model.task}, but the weights of {recipe.model.name} come quantised ({method})",
+            fix="name the model as it was before quantisation",
+        )
+    model = skeleton(config, trust_remote_code=recipe.model.trust_remote_code, classifier=True)
+    resolve_targets(model, recipe.lora.targets, recipe.lora.layers)
+    return usable_positions(model, positions_of(config))
+
+
+def prepare_classes(recipe: Recipe, base: BaseModel, config: Any, max_length: int, progress: Progress) -> Labelled:
+    """Read the labelled data, and see what head the base gets.
+
+    Args:
+        recipe: Whose task is classification.
+        base: Where the base model lies.
+        config: Of the base.
+        max_length: The longest example, in tokens.
+        progress: Who is told how it goes.
+
+    Raises:
+        RecipeError: The tokenizer cannot pad.
+        DataError, MachineError: As `prepare_labelled`.
+    """
+    section, seed = recipe.model, recipe.train.seed
+    tokenizer = load_tokenizer(base, section)
+    pad_token_id = set_padding(tokenizer, name=base.name)
+    data = prepare_labelled(recipe.data, tokenizer, max_length=max_length, seed=seed, progress=progress)
+    names = tuple(data.report["labels"])
+    config = with_classes(config, names, pad_token_id)
+    model = skeleton(config, trust_remote_code=section.trust_remote_code, classifier=True)
+    stored = base.tensors or stored_names(base.path)
+    classes = Classes(names=names, pad_token_id=pad_token_id, head=head_names(model, stored), seed=seed)
+    return Labelled(
+        config=config,
+        tokenizer=tokenizer,
+        classes=classes,
+        data=data,
+        notes=classifier_notes(model, classes, stored),
+    )

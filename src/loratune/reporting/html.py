@@ -1,0 +1,100 @@
+"""Sections → one self-contained HTML file: no scripts, no requests, everything from data or model escaped."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Sequence
+from functools import cache
+from importlib.resources import files as resources
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from loratune.reporting.blocks import Page
+from loratune.reporting.comparison_page import comparison_page
+from loratune.reporting.run_files import read_run
+from loratune.reporting.run_page import run_page
+from loratune.run.directory import RunDir, write_text
+from loratune.run.errors import RecipeError
+from loratune.run.progress import Progress
+
+
+def report(root: str | Path, out: str | Path | None = None) -> Path:
+    """Write the page of a run, also of one that is still going or that died. Only reads the run's other files.
+
+    Args:
+        root: The run directory.
+        out: The file to write, `RUN/report.html` where it is not given.
+
+    Returns:
+        The file.
+
+    Raises:
+        RecipeError: The folder is no run directory, or `out` is no name of an HTML file.
+        MachineError: The file cannot be written.
+    """
+    run = RunDir.open(root)
+    return _write(run_page(read_run(run)), run.report if out is None else Path(out))
+
+
+def compare(roots: Sequence[str | Path], out: str | Path = "compare.html") -> Path:
+    """Write one page about several runs.
+
+    Args:
+        roots: The run directories, two or more, each another.
+        out: The file to write.
+
+    Returns:
+        The file.
+
+    Raises:
+        RecipeError: A folder is no run directory, there are fewer than two, or `out` is no name of an HTML file.
+        MachineError: The file cannot be written.
+    """
+    runs = [RunDir.open(root) for root in roots]
+    if len({run.root for run in runs}) < max(2, len(runs)):
+        raise RecipeError(
+            f"nothing to compare: {', '.join(map(str, roots))}", fix="give two or more run directories, each once"
+        )
+    return _write(comparison_page([read_run(run) for run in runs]), Path(out))
+
+
+def report_or_warn(run: RunDir, progress: Progress) -> None:
+    """The page at the end of a run. Whatever goes wrong with it, the run is done and stays done."""
+    try:
+        progress.line(f"report: {report(run.root)}")
+    except Exception as error:  # noqa: BLE001 - hours of training must not end in an error about a page
+        progress.warn(f"no report was written: {type(error).__name__}: {error}")
+
+
+def render(page: Page) -> str:
+    """The page as HTML."""
+    style = _style()
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    return _environment().get_template("page.html").render(page=page, style=Markup(style), style_hash=digest)  # noqa: S704 - our own file
+
+
+def _write(page: Page, out: Path) -> Path:
+    if out.suffix not in (".html", ".htm"):
+        raise RecipeError(f"{out} is no name of an HTML file", fix=f"--out {out.with_suffix('.html')}")
+    # JSON can name half a character (\ud800), which no encoding can hold.
+    text = render(page).encode("utf-8", "backslashreplace").decode()
+    write_text(out.expanduser(), text)
+    return out
+
+
+@cache
+def _environment() -> Environment:
+    return Environment(
+        loader=PackageLoader("loratune.reporting"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def _style() -> str:
+    return (resources("loratune.reporting") / "templates" / "page.css").read_text(encoding="utf-8")

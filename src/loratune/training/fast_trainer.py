@@ -1,0 +1,134 @@
+"""training.fast_trainer."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.data import DataLoader
+from transformers import PrinterCallback, TrainingArguments
+
+from loratune.data.batch import collate
+from loratune.data.examples import Example
+from loratune.data.rows.conversation import Rejected
+from loratune.run import processes
+from loratune.run.errors import LoratuneError
+from loratune.run.progress import Silent
+from loratune.training.fsdp import FILLER
+from loratune.training.gradient_sync import StepTotals, add_up_gradients, seed_step
+from loratune.training.held_out_loss import evaluate_nll
+from loratune.training.hf_arguments import own_optimizer, training_arguments
+from loratune.training.step_dataset import Held, StepExamples
+from loratune.training.token_budget import random_state, set_random_state
+from loratune.training.trainer import RunTrainer, TrainerSetup
+
+if TYPE_CHECKING:
+    pass
+
+
+class FastTrainer(RunTrainer):
+    """One `training_step` is one optimizer step: it loops over the step's micro-batches."""
+
+    def __init__(self, setup: TrainerSetup) -> None:
+        callbacks = self._set_up(setup)
+        if processes.size() > 1:
+            logging.getLogger("transformers.training_args").addFilter(_is_no_advice_on_launching)
+        # The batch size of transformers' own arithmetic is in items of the data set, and an item is a whole step.
+        args = TrainingArguments(
+            **training_arguments(setup.train, setup.data, setup.run),
+            per_device_train_batch_size=1,
+            remove_unused_columns=False,
+        )
+        super().__init__(
+            model=setup.model,
+            args=args,
+            train_dataset=self.steps,
+            eval_dataset=Held(setup.data.eval),
+            callbacks=callbacks,
+            optimizer_cls_and_kwargs=own_optimizer(setup.train),
+        )
+        self.remove_callback(PrinterCallback)
+
+    def get_train_dataloader(self) -> DataLoader[StepExamples | LoratuneError]:
+        return self.steps.loader(lambda: self.state.global_step)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], None]:
+        """The next step's examples.
+
+        Raises:
+            LoratuneError: A row of streamed data cannot be trained on, and may not be left out.
+        """
+        batches = [next(epoch_iterator) for _ in range(num_batches)]
+        for batch in batches:
+            if isinstance(batch, LoratuneError):
+                raise batch
+        return batches, None
+
+    def training_step(  # type: ignore[override] # a step's examples, not one batch
+        self, model: Any, inputs: StepExamples, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        """Gradients of one optimizer step; returns its loss: the mean over the step's supervised tokens."""
+        started = time.perf_counter()
+        model.train()
+        self.events.step = self.state.global_step + 1
+        self.under_way, examples = inputs, inputs.examples
+        totals = StepTotals.over_all(inputs, self.sources, self.events)
+        self._tell_left_out(totals.left_out)
+        seed_step(self.setup.train.seed, self.state.global_step)
+        losses = self.budget.retry(
+            lambda: self._gradients(examples, totals.num_supervised_tokens), undo=model.zero_grad
+        )
+        losses = add_up_gradients(self.model, losses, self.setup.stop)
+        return self._judged(
+            losses[0],
+            started=started,
+            tokens=(totals.num_tokens, totals.num_supervised_tokens),
+            by_source=self.sources.means(losses[1:].tolist(), totals.by_source),
+        )
+
+    def _tell_left_out(self, rows: Sequence[Rejected]) -> None:
+        if rows:
+            places = "; ".join(f"{row.origin}: {row.reason}" for row in rows)
+            listed = [{"file": row.origin.file, "line": row.origin.line, "reason": row.reason} for row in rows]
+            self.events.happened("left_out", f"left out of step {self.events.step}: {places}", rows=listed)
+
+    def _gradients(self, examples: Sequence[Example], num_supervised_tokens: int) -> torch.Tensor:
+        """Accumulates them; returns the loss of these examples, and the sum of the losses of each source's tokens."""
+        losses = torch.zeros(1 + len(self.sources), device=self.args.device)
+        for chosen in self.budget.micro_batches(examples, range(len(examples))):
+            batch = collate([examples[i] for i in chosen] or [FILLER]).to(self.args.device)
+            tally = self.sources.tally([examples[i] for i in chosen], self.args.device)
+            each = None if tally is None else tally.each_S
+            loss = self.setup.loss.sum(batch, each) * bool(chosen) / num_supervised_tokens
+            self.accelerator.backward(loss)
+            losses[0] += loss.detach()
+            if tally is not None:
+                losses[1:] += tally.sums()
+        return losses
+
+    def rehearse(self) -> None:
+        """Run the largest micro-batches of training and evaluation once, so that memory runs out now or not at all.
+
+        Gradients and random numbers are afterwards as they were, so the run is the same to the bit.
+        """
+        setup, before = self.setup, random_state()
+        self.events.step = self.state.global_step
+        known = setup.data.known
+        largest = [known[i] for i in self.budget.largest_micro_batch(known, setup.train.batch_size)]
+        setup.model.train()
+        self.budget.retry(lambda: self._gradients(largest, 1), undo=setup.model.zero_grad)
+        setup.model.zero_grad()
+        if setup.data.eval:
+            chosen = self.budget.largest_micro_batch(setup.data.eval, len(setup.data.eval))
+            evaluate_nll(setup.loss, [setup.data.eval[i] for i in chosen], self.budget, Silent())
+        set_random_state(before)
+
+
+def _is_no_advice_on_launching(record: logging.LogRecord) -> bool:
+    """That the process group is there while the trainer sees one process, which is how it is meant: see `world`."""
+    return "parallel_mode" not in record.getMessage()

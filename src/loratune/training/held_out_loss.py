@@ -1,0 +1,141 @@
+"""The held-out loss: token-weighted, exact whatever the micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+
+from loratune.data.batch import collate, num_supervised
+from loratune.data.examples import Example
+from loratune.run import processes
+from loratune.run.errors import RunError
+from loratune.run.progress import Progress, Silent
+from loratune.training.event_log import Events
+from loratune.training.fsdp import FILLER
+from loratune.training.loss import SupervisedLoss
+from loratune.training.signals import StopRequest
+from loratune.training.token_budget import TokenBudget
+
+Nll = list[tuple[float, int]]
+"""Per held-out example: the sum of -log p over its supervised tokens, in nats, and their number."""
+
+_NOBODY = Silent()
+
+
+def mean_nll(losses: Iterable[tuple[float, int]]) -> float:
+    """-log p of a supervised token, on average over all tokens of these examples."""
+    pairs = list(losses)
+    return sum(total for total, _ in pairs) / max(1, sum(count for _, count in pairs))
+
+
+class EvaluationStoppedError(Exception):
+    """The user wants to stop, and did not want to wait for the end of an evaluation."""
+
+
+def evaluate_nll(
+    loss: SupervisedLoss,
+    examples: Sequence[Example],
+    budget: TokenBudget,
+    progress: Progress,
+    stop: Callable[[], object] = bool,
+) -> Nll:
+    """For each example the sum of -log p over its supervised tokens, in nats, and their number.
+
+    Args:
+        loss: Of the model.
+        examples: To measure.
+        budget: Of a micro-batch; halved where memory runs out.
+        progress: Who is told how it goes.
+        stop: Asked between micro-batches whether to give up.
+
+    Raises:
+        EvaluationStoppedError: `stop` said so.
+        MachineError: One example does not fit into memory.
+    """
+    was_training = loss.model.training
+    loss.model.eval()
+    try:
+        return budget.retry(lambda: _measure(loss, examples, budget, progress, stop), undo=lambda: None)
+    finally:
+        loss.model.train(was_training)
+
+
+def evaluate_together(
+    loss: SupervisedLoss,
+    examples: Sequence[Example],
+    budget: TokenBudget,
+    progress: Progress,
+    stop: StopRequest,
+    events: Events,
+) -> Nll:
+    """`evaluate_nll` by all processes, each a share of the examples: all have all losses afterwards, or all fail or stop.
+
+    Raises:
+        EvaluationStoppedError: A process was asked to stop.
+        RunError: It failed in another process.
+        LostError: Another process is gone.
+    """
+    if processes.size() == 1:
+        return evaluate_nll(loss, examples, budget, progress, lambda: stop)
+    by_length = sorted(range(len(examples)), key=lambda i: -len(examples[i].input_ids))
+    mine = by_length[processes.rank() :: processes.size()]
+    found: dict[int, tuple[float, int]] = {}
+    problem = ""
+    try:
+        asked = bool if loss.sharded else lambda: stop.asked
+        losses = evaluate_nll(loss, [examples[i] for i in mine], budget, progress, asked)
+        found = dict(zip(mine, losses, strict=True))
+    except EvaluationStoppedError:
+        pass
+    except Exception as error:  # the others wait for this share; they must hear of it, whatever it was
+        if loss.sharded:
+            raise  # they wait for a layer, and hear that this process is gone
+        problem = f"process {processes.rank()}: {type(error).__name__}: {error}"
+    parts = processes.gather((found, problem, stop.asked or 0, events.untold()))
+    events.tell(record for *_, untold in parts for record in untold)
+    stop.agree(asked for _, _, asked, _ in parts)
+    if stop:
+        raise EvaluationStoppedError
+    for _, problem, _, _ in parts:
+        if problem:
+            raise RunError(problem)
+    everything = {i: pair for part, *_ in parts for i, pair in part.items()}
+    return [everything[i] for i in range(len(examples))]
+
+
+def _measure(
+    loss: SupervisedLoss,
+    examples: Sequence[Example],
+    budget: TokenBudget,
+    progress: Progress,
+    stop: Callable[[], object],
+) -> Nll:
+    results: Nll = [(0.0, 0)] * len(examples)
+    with progress.task("held-out loss", len(examples), "examples") as task:
+        for chosen in budget.micro_batches(examples, range(len(examples))):
+            if stop():
+                raise EvaluationStoppedError
+            batch = collate([examples[i] for i in chosen] or [FILLER]).to(loss.model.device)
+            counts = [num_supervised(examples[i]) for i in chosen]
+            losses = loss.per_token(batch)
+            sums = [float(part.double().sum()) for part in torch.split(losses, counts)] if chosen else []
+            for i, total, count in zip(chosen, sums, counts, strict=True):
+                results[i] = (total, count)
+            task.advance(len(chosen))
+    return results
+
+
+def loss_of_each(loss: SupervisedLoss, examples: Sequence[Example]) -> list[float]:
+    """The mean loss of each example, computed by itself, without dropout."""
+    was_training = loss.model.training
+    loss.model.eval()
+    num_calls = max(processes.gather(len(examples))) if loss.sharded else len(examples)
+    try:
+        means = [
+            float(loss.per_token(collate([example]).to(loss.model.device)).double().mean())
+            for example in [*examples, *[FILLER] * (num_calls - len(examples))]
+        ]
+    finally:
+        loss.model.train(was_training)
+    return [mean if num_supervised(example) else 0.0 for example, mean in zip(examples, means, strict=False)]

@@ -1,0 +1,116 @@
+"""What a trainer works on, and a recipe in the words of transformers' trainer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from loratune.data.examples import Example
+from loratune.data.prepare import Stream
+from loratune.data.steps import num_steps
+from loratune.recipe.recipe import DECAY_FRACTION, TrainSection
+from loratune.run.directory import RunDir
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingData:
+    """What a trainer trains and evaluates on.
+
+    Attributes:
+        train: Training examples; of streamed data, the stream.
+        known: Training examples; of streamed data, a sample.
+        eval: Held-out examples; may be empty.
+        eval_groups: Where they come from several sources: source → their numbers.
+        token_budget: Tokens per micro-batch, `auto` resolved.
+        source_of_file: Where training examples come from several sources: file → source.
+    """
+
+    train: Sequence[Example] | Stream
+    known: Sequence[Example]
+    eval: Sequence[Example]
+    token_budget: int
+    eval_groups: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    source_of_file: Mapping[str, str] = field(default_factory=dict)
+
+
+OPTIMIZERS = {
+    "adamw": "adamw_torch",
+    "adamw_8bit": "adamw_bnb_8bit",
+    "lion": "lion_32bit",
+    "adafactor": "adafactor",
+    "sgd": "sgd",
+}
+"""Our name → transformers'; the others are `own_optimizer`'s."""
+
+MIN_LR_RATE = 0.1
+"""Where `cosine_with_min_lr` ends, in parts of the highest rate."""
+
+
+def schedule_arguments(train: TrainSection, steps: int) -> dict[str, Any]:
+    """The arguments of transformers' trainer that make the learning rates of this many steps."""
+    name = "constant_with_warmup" if train.schedule == "constant" and train.warmup_fraction else train.schedule
+    warmup = math.ceil(train.warmup_fraction * steps)
+    arguments: dict[str, Any] = {"lr_scheduler_type": name, "warmup_steps": warmup}
+    if name == "cosine_with_min_lr":
+        arguments["lr_scheduler_kwargs"] = {"min_lr_rate": MIN_LR_RATE}
+    if name == "warmup_stable_decay":
+        decay = min(math.ceil(DECAY_FRACTION * steps), steps - warmup)
+        arguments["lr_scheduler_kwargs"] = {"num_decay_steps": decay, "decay_type": "1-sqrt"}
+    return arguments
+
+
+def own_optimizer(train: TrainSection) -> tuple[type[torch.optim.Optimizer], dict[str, Any]] | None:
+    """Class and arguments of an optimizer that transformers has no name for; the trainer takes them as they are.
+
+    Muon scales its updates so that AdamW's rates fit (Liu et al. 2025, arXiv 2502.16982: 0.2·√(the larger side)).
+    """
+    if train.optimizer != "muon":
+        return None
+    return torch.optim.Muon, {"lr": train.learning_rate, "adjust_lr_fn": "match_rms_adamw"}
+
+
+def training_arguments(train: TrainSection, data: TrainingData, run: RunDir) -> dict[str, Any]:
+    """The arguments of transformers' trainer that a recipe decides, the same for both engines."""
+    steps = num_steps(len(data.train), train.batch_size, train.epochs)
+    return {
+        "output_dir": str(run.checkpoints),
+        "num_train_epochs": train.epochs,
+        "learning_rate": train.learning_rate,
+        **schedule_arguments(train, steps),
+        "weight_decay": train.weight_decay,
+        "max_grad_norm": train.max_grad_norm,
+        **({"optim": OPTIMIZERS[train.optimizer]} if train.optimizer in OPTIMIZERS else {}),
+        "seed": train.seed,
+        "use_cpu": train.device == "cpu",
+        **_cadence("eval", train.eval_every if data.eval else "never"),
+        **_cadence("save", train.save_every),
+        **_cadence("logging", train.log_every),
+        "report_to": [],  # `trackers` runs them, so that one that fails stops nothing
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        "logging_nan_inf_filter": False,  # true would report the average of earlier losses in place of a NaN
+        "label_names": ["labels"],
+    }
+
+
+def stock_arguments(train: TrainSection, data: TrainingData, run: RunDir, *, bf16: bool) -> dict[str, Any]:
+    """The arguments of TRL's `SFTConfig` on ready-made examples; the fast engine smooths labels and adds noise itself."""
+    only_here = {"neftune_noise_alpha": train.neftune_noise_alpha, "label_smoothing_factor": train.label_smoothing}
+    return {
+        **training_arguments(train, data, run),
+        **{name: value for name, value in only_here.items() if value},
+        "per_device_train_batch_size": train.batch_size,
+        "max_length": None,  # the examples are cut already, by the recipe's policy
+        "router_aux_loss_coef": 0.0,  # a product of means over a batch: no sum over tokens, so it would depend on the batching
+        "bf16": bf16,
+    }
+
+
+def _cadence(name: str, every: str | float) -> dict[str, Any]:
+    if isinstance(every, str):
+        return {f"{name}_strategy": {"epoch": "epoch", "never": "no"}[every]}
+    return {f"{name}_strategy": "steps", f"{name}_steps": every}

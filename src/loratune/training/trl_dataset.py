@@ -1,0 +1,134 @@
+"""What stock TRL makes of a data set, found out by letting it: the check behind `eject`."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from datasets import Dataset as HubDataset
+from datasets.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
+from transformers import LlamaConfig, LlamaForCausalLM
+from trl import SFTConfig, SFTTrainer
+
+from loratune.data.examples import Example
+from loratune.run.errors import RecipeError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def check_stock(causal_lm: PreTrainedModel) -> None:
+    """Refuse a model that `SFTTrainer` cannot train.
+
+    Raises:
+        RecipeError: TRL 1.16 takes the hidden states from `base_model`, and the model has no decoder of that name.
+    """
+    if causal_lm.base_model is causal_lm:
+        raise RecipeError(
+            f"stock TRL cannot train {type(causal_lm).__name__}, whose base_model is itself and not its decoder",
+            fix="train.engine=fast",
+        )
+
+
+def labelled(examples: Sequence[Example]) -> HubDataset:
+    """Examples as TRL takes them ready-made: `input_ids`, and `labels` with -100 where nothing is trained."""
+    rows = [
+        {
+            "input_ids": example.input_ids.tolist(),
+            "labels": [
+                token if trained else -100
+                for token, trained in zip(example.input_ids.tolist(), example.supervised.tolist(), strict=True)
+            ],
+        }
+        for example in examples
+    ]
+    return HubDataset.from_list(rows)
+
+
+def stock_difference(
+    rows: HubDataset,
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    assistant_only: bool,
+) -> str:
+    """How the tokens or labels that `SFTTrainer` makes of the rows differ from the examples; empty when they are equal.
+
+    Whether the first token is labelled makes no difference: nothing predicts it. The trainer is a real one, on a model of two thousand weights a token, so what is compared is what it would train.
+
+    Args:
+        rows: As `load_dataset` gives them.
+        examples: What loratune trains.
+        tokenizer: Of the base model.
+        max_length: The longest example, in tokens.
+        assistant_only: TRL's `assistant_only_loss`.
+    """
+    try:
+        made, _ = _prepare(rows, tokenizer, max_length=max_length, assistant_only=assistant_only)
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:  # what it raises on data it was not written for
+        return f"TRL refuses the rows: {str(error).partition('. ')[0]}"
+    if len(made) != len(examples):
+        return f"TRL makes {len(made):,} examples of the rows, loratune {len(examples):,}"
+    for number, (theirs, ours) in enumerate(zip(made, labelled(examples), strict=True)):
+        if theirs["input_ids"] != ours["input_ids"]:
+            return f"TRL's tokens differ, first in {examples[number].origin}"
+        if theirs["labels"][1:] != ours["labels"][1:]:
+            trained = [sum(label != -100 for label in row["labels"][1:]) for row in (theirs, ours)]
+            return (
+                f"TRL's trained tokens differ, first in {examples[number].origin}: TRL trains {trained[0]} tokens of it, "
+                f"loratune {trained[1]}"
+            )
+    return ""
+
+
+def stock_preparation_seconds(
+    rows: HubDataset, tokenizer: PreTrainedTokenizerBase, *, max_length: int, assistant_only: bool
+) -> float | None:
+    """How long `SFTTrainer` takes to render, tokenise and label rows, in one process, as is its default; None where it refuses
+    them. Arguments as in `stock_difference`."""
+    try:
+        return _prepare(rows, tokenizer, max_length=max_length, assistant_only=assistant_only)[1]
+    except (ValueError, KeyError, TypeError, RuntimeError):
+        return None
+
+
+def _prepare(
+    rows: HubDataset, tokenizer: PreTrainedTokenizerBase, *, max_length: int, assistant_only: bool
+) -> tuple[Any, float]:
+    """What `SFTTrainer` makes of the rows, and the seconds that it takes."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
+    )
+    shown = is_progress_bar_enabled()
+    disable_progress_bar()
+    try:
+        with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng():
+            arguments = SFTConfig(
+                output_dir=folder,
+                use_cpu=True,
+                bf16=False,
+                report_to=[],
+                max_length=max_length,
+                assistant_only_loss=assistant_only,
+            )
+            trainer = _TimedTrainer(
+                model=LlamaForCausalLM(config), args=arguments, train_dataset=rows, processing_class=tokenizer
+            )
+            return trainer.train_dataset, trainer.prepare_seconds
+    finally:
+        if shown:
+            enable_progress_bar()
+
+
+class _TimedTrainer(SFTTrainer):
+    prepare_seconds = 0.0
+
+    def _prepare_dataset(self, *args: Any, **kwargs: Any) -> Any:
+        started = time.perf_counter()
+        prepared = super()._prepare_dataset(*args, **kwargs)
+        self.prepare_seconds += time.perf_counter() - started
+        return prepared

@@ -1,0 +1,68 @@
+"""training.trl_trainer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.data import Sampler
+from transformers import PrinterCallback
+from trl import SFTConfig, SFTTrainer
+
+from loratune.data.prepare import Stream
+from loratune.model.adapter.attach import trainable_parameters
+from loratune.training.hf_arguments import own_optimizer, stock_arguments
+from loratune.training.step_dataset import ExampleOrder
+from loratune.training.trainer import RunTrainer, TrainerSetup
+from loratune.training.trl_dataset import labelled
+
+if TYPE_CHECKING:
+    pass
+
+
+class ReferenceTrainer(RunTrainer, SFTTrainer):
+    """The stock `SFTTrainer` on the same examples in the same order: the plain path that the fast one must equal."""
+
+    def __init__(self, setup: TrainerSetup) -> None:
+        callbacks, data = self._set_up(setup), setup.data
+        assert not isinstance(data.train, Stream), "the recipe refuses it"
+        self._order = ExampleOrder(len(data.train), setup.train, lambda: self.state.global_step)
+        adapter = {name: parameter.data for name, parameter in trainable_parameters(setup.model).items()}
+        bf16 = setup.model.get_base_model().dtype == torch.bfloat16
+        SFTTrainer.__init__(
+            self,
+            model=setup.model,
+            args=SFTConfig(**stock_arguments(setup.train, data, setup.run, bf16=bf16)),
+            train_dataset=labelled(data.train),
+            eval_dataset=labelled(data.eval) if data.eval else None,
+            processing_class=setup.tokenizer,
+            callbacks=callbacks,
+            optimizer_cls_and_kwargs=own_optimizer(setup.train),
+        )
+        for name, parameter in trainable_parameters(setup.model).items():
+            parameter.data = adapter[name]  # TRL rounds adapters on a quantised base to bfloat16
+        self.remove_callback(PrinterCallback)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        return self._order
+
+    def compute_loss(self, model: Any, inputs: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:
+        if not len(self.sources) or self.setup.train.label_smoothing:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+        def look(_: Any, __: Any, outputs: Any) -> None:
+            self.row_losses = -outputs.log_probs.detach().sum(1)  # zero where nothing is supervised
+
+        hook = model.register_forward_hook(look)  # with `return_outputs` TRL would go forward once more
+        try:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        finally:
+            hook.remove()
+
+    def training_step(
+        self, model: Any, inputs: dict[str, torch.Tensor], num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        tokens = int(inputs["attention_mask"].sum()), int((inputs["labels"][:, 1:] != -100).sum())
+        return self._stock_step(
+            lambda: SFTTrainer.training_step(self, model, inputs, num_items_in_batch), inputs, tokens
+        )

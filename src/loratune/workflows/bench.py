@@ -1,0 +1,229 @@
+"""`loratune bench`: the fast engine against stock TRL on one recipe, in turns, each time in a process of its own.
+
+A turn is an ordinary run of a few steps without evaluation and checkpoints; what it says is what its run directory says.
+The two engines see the same examples in the same order, so their losses must agree.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from datasets import Dataset as HubDataset
+from rich.table import Table
+
+from loratune.data.prepare import prepare_data
+from loratune.data.rows.reading import Reader
+from loratune.data.steps import num_steps_per_epoch
+from loratune.model.device import torch_dtype
+from loratune.model.load import load_config
+from loratune.planning.parameters import skeleton
+from loratune.planning.preparation import Preparation
+from loratune.planning.prepare import prepare
+from loratune.planning.speed import matmul_rate_of
+from loratune.recipe.recipe import Recipe
+from loratune.recipe.tasks import refuse_classifier
+from loratune.run.directory import Record, RunDir, read_json
+from loratune.run.errors import RecipeError, RunError
+from loratune.run.progress import Progress, Silent
+from loratune.training.trl_dataset import stock_preparation_seconds
+
+WARM_UP = 2
+"""Steps that are not counted: the first ones compile and fill caches."""
+
+ENGINES = ("fast", "trl")
+
+
+def bench(recipe: Recipe, *, rounds: int, steps: int, progress: Progress) -> Record:
+    """Run both engines in turns and compare them.
+
+    Args:
+        recipe: What to train; evaluation, checkpoints and length are set by the benchmark.
+        rounds: How often each engine runs; the first one changes from round to round.
+        steps: Optimizer steps of a run, of which the first two are not counted.
+        progress: Who is told how it goes.
+
+    Returns:
+        Per engine the median rate in tokens/s, peak bytes, seconds to the first step, rows/s prepared, losses;
+        their ratios; the raw turns.
+
+    Raises:
+        RecipeError: The recipe has too few steps, or does not fit.
+        RunError: A run failed.
+    """
+    if steps <= WARM_UP:
+        raise RecipeError(f"{steps} steps, of which {WARM_UP} are warm-up", fix=f"--steps {WARM_UP + 4}")
+    refuse_classifier(recipe, "loratune bench")
+    prepared = prepare(_few_steps(recipe, "fast", 1.0, "auto"), progress)
+    # the written recipe says all its settings, and a default that is written counts as wanted
+    data = recipe.data.model_copy(update={"max_length": prepared.recipe.data.max_length})
+    measured = recipe.model_copy(update={"data": data})
+    epochs = steps / num_steps_per_epoch(len(prepared.data.train), recipe.train.batch_size)
+    turns: list[Record] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(rounds):
+            for engine in ENGINES if number % 2 == 0 else reversed(ENGINES):
+                turn = _turn(_few_steps(measured, engine, epochs, f"{folder}/{number}-{engine}"))
+                progress.line(
+                    f"round {number + 1}, {engine}: {statistics.median(turn['tokens_per_second']):,.0f} tokens/s, "
+                    f"{turn['peak_bytes'] / 2**30:.2f} GiB, first step after {turn['seconds_to_first_step']:.0f} s"
+                )
+                turns.append(turn)
+    rates = (
+        [] if prepared.data.stream else [_preparation(prepared) for _ in range(rounds)]
+    )  # a stream is prepared in the steps
+    return _record(prepared, turns, steps, rates)
+
+
+def _few_steps(recipe: Recipe, engine: str, epochs: float, output_dir: str) -> Recipe:
+    values = recipe.model_dump(mode="json", exclude_unset=True)  # a default becomes what the model allows
+    for section in ("data", "evaluate", "train"):
+        values.setdefault(section, {})
+    values["data"]["eval"] = "none"
+    values["evaluate"]["metric"] = "none"
+    never = dict.fromkeys(("eval_every", "save_every", "log_every"), "never")
+    # An epoch's worth is too short to repay compilation; what is measured here is the steady state of a long run.
+    compiled = recipe.train.compile if engine == "fast" else False
+    values["train"] |= {"engine": engine, "epochs": epochs, "output_dir": output_dir, "compile": compiled, **never}
+    return Recipe.parse(values)
+
+
+def _turn(recipe: Recipe) -> Record:
+    """One run in a process of its own."""
+    file = Path(recipe.train.output_dir).with_suffix(".yaml")
+    file.write_text(recipe.to_yaml(), encoding="utf-8")
+    started = time.time()
+    done = subprocess.run(  # noqa: S603 - our own command
+        [sys.executable, "-m", "loratune", "train", str(file), "--json"], capture_output=True, text=True, check=False
+    )
+    if done.returncode != 0:
+        raise RunError(f"engine {recipe.train.engine} failed: {done.stderr.strip()[-2000:]}")
+    run = RunDir.open(recipe.train.output_dir)
+    metrics = [record for record in run.read_metrics() if "loss" in record]
+    first = metrics[0]
+    return {
+        "engine": recipe.train.engine,
+        "loss": [step["loss"] for step in metrics],
+        "tokens_per_second": [step["tokens_per_second"] for step in metrics[WARM_UP:]],
+        "peak_bytes": read_json(run.plan)["measured"]["peak_bytes"],
+        "seconds_to_first_step": first["time"] - first["num_tokens"] / first["tokens_per_second"] - started,
+        "first_step_seconds": first["num_tokens"] / first["tokens_per_second"],
+    }
+
+
+def _preparation(prepared: Preparation) -> dict[str, float | None]:
+    """Engine → rows/s from the conversations to labelled tokens, without a cache: of loratune, with the reading of the file and all
+    verification; of `SFTTrainer`, alone, and None where it refuses the rows."""
+    data, tokenizer = prepared.recipe.data, prepared.tokenizer
+    max_length = int(data.max_length)
+    reader = Reader(data, prepared.recipe.train.seed, Silent())
+    rows = [
+        {"text": c.text}
+        if c.text is not None
+        else {"messages": list(c.messages), **({"tools": c.tools} if c.tools else {})}
+        for c in reader(data.train).conversations
+    ]
+    started = time.perf_counter()
+    prepare_data(data, tokenizer, max_length=max_length, seed=prepared.recipe.train.seed)
+    fast = len(rows) / (time.perf_counter() - started)
+    trl = stock_preparation_seconds(
+        HubDataset.from_list(rows), tokenizer, max_length=max_length, assistant_only=data.train_on != "all"
+    )
+    return {"fast": fast, "trl": trl and len(rows) / trl}
+
+
+def _record(prepared: Preparation, turns: list[Record], steps: int, rates: list[dict[str, float | None]]) -> Record:
+    engines = {}
+    for engine in ENGINES:
+        mine = [turn for turn in turns if turn["engine"] == engine]
+        engines[engine] = {
+            "tokens_per_second": statistics.median(rate for turn in mine for rate in turn["tokens_per_second"]),
+            "peak_bytes": statistics.median(turn["peak_bytes"] for turn in mine),
+            "seconds_to_first_step": statistics.median(turn["seconds_to_first_step"] for turn in mine),
+            "first_step_seconds": statistics.median(turn["first_step_seconds"] for turn in mine),
+            "rows_per_second": statistics.median(known)
+            if (known := [r for turn in rates if (r := turn[engine])])
+            else None,
+            "losses": mine[0]["loss"],
+        }
+    fast, trl = (engines[name] for name in ENGINES)
+    differences = [abs(a - b) for a, b in zip(fast["losses"], trl["losses"], strict=True)]
+    data = prepared.as_plan()["data"]
+    flops_per_token = prepared.time.flops / prepared.recipe.train.epochs / data["num_tokens"]
+    peak_rate = _peak_rate(prepared)
+    return {
+        "engines": engines,
+        "ratio": {
+            "tokens_per_second": fast["tokens_per_second"] / trl["tokens_per_second"],
+            "peak_bytes": fast["peak_bytes"] / trl["peak_bytes"],
+        },
+        "loss": {"largest_difference": max(differences), "mean_difference": statistics.mean(differences)},
+        "matmul": {
+            "flops_per_second": peak_rate,
+            "flops_per_token": flops_per_token,
+            "share": {name: engines[name]["tokens_per_second"] * flops_per_token / peak_rate for name in ENGINES},
+        },
+        "settings": {
+            "steps": steps,
+            "rounds": len(turns) // 2,
+            "rows": data["num_examples"],
+            "recipe": prepared.recipe.model_dump(mode="json"),
+        },
+        "versions": {
+            **{name: version(name) for name in ("loratune", "torch", "transformers", "trl", "peft")},
+            "python": platform.python_version(),
+            "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, {prepared.recipe.train.device}",
+        },
+        "turns": turns,
+    }
+
+
+def _peak_rate(prepared: Preparation) -> float:
+    """What this machine reaches in the model's own matrix products, forward and to the input, weighed by their work."""
+    recipe = prepared.recipe
+    model = skeleton(load_config(prepared.base, recipe.model), trust_remote_code=recipe.model.trust_remote_code)
+    shapes = Counter((m.in_features, m.out_features) for m in model.modules() if isinstance(m, torch.nn.Linear))
+    return matmul_rate_of(shapes, device=recipe.train.device, dtype=torch_dtype(recipe.model.dtype))
+
+
+def bench_table(record: Record) -> Table:
+    """The fast engine beside stock TRL, for a terminal."""
+    table = Table("", "fast", "stock TRL", "ratio", box=None)
+    for line in _lines(record):
+        table.add_row(*line)
+    return table
+
+
+def _lines(record: Record) -> list[list[str]]:
+    fast, trl = (record["engines"][name] for name in ENGINES)
+    share = record["matmul"]["share"]
+
+    def row(name: str, key: str, scale: float, form: str) -> list[str]:
+        a, b = fast[key] / scale, trl[key] / scale
+        return [name, format(a, form), format(b, form), f"{a / b:.2f}"]
+
+    return [
+        row("tokens/s, no padding counted", "tokens_per_second", 1, ",.0f"),
+        ["share of the matmul rate", f"{share['fast']:.0%}", f"{share['trl']:.0%}", ""],
+        row("peak memory, GiB", "peak_bytes", 2**30, ".2f"),
+        row("seconds before the first step", "seconds_to_first_step", 1, ".1f"),
+        row("seconds of the first step", "first_step_seconds", 1, ".1f"),
+        [f"rows/s prepared, of {record['settings']['rows']:,}", *_rows_prepared(fast["rows_per_second"], trl["rows_per_second"])],
+        ["mean loss", f"{statistics.mean(fast['losses']):.4f}", f"{statistics.mean(trl['losses']):.4f}",
+         f"differ by at most {record['loss']['largest_difference']:.4f}"],
+    ]  # fmt: skip
+
+
+def _rows_prepared(fast: float | None, trl: float | None) -> tuple[str, str, str]:
+    if fast is None:
+        return "in the steps: streamed", "", ""
+    return (f"{fast:,.0f}", f"{trl:,.0f}", f"{fast / trl:.2f}") if trl else (f"{fast:,.0f}", "refuses the rows", "")

@@ -1,0 +1,393 @@
+"""A conversation with base and tuned at the terminal, with exactly the template and the stop tokens of training."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
+
+from loratune.data.masking.template import ChatTemplate
+from loratune.data.prompts import stop_token_ids
+from loratune.data.rows.conversation import BadRow
+from loratune.evaluation.generate import as_generator
+from loratune.model.adapter.attach import load_adapter
+from loratune.model.device import choose_device, device_here, torch_dtype
+from loratune.model.load import load_model, load_tokenizer, locate_model, positions_of
+from loratune.recipe.recipe import ModelSection, Recipe
+from loratune.recipe.tasks import refuse_classifier
+from loratune.run.directory import RunDir, read_json
+from loratune.run.errors import DataError, LoratuneError, MachineError, RecipeError
+from loratune.run.progress import Progress, Silent
+
+BASE, TUNED = "base", "tuned"
+
+HELP = """/tuned         the tuned model answers (the start)
+/base          the base model answers
+/both          both answer, side by side
+/system TEXT   set the system message, and start anew; without a text: none
+/set N=VALUE   temperature, top_p, top_k, max_new_tokens or seed
+/reset         forget the conversation
+/save FILE     add the conversation to a JSONL file, as a row that loratune can train on
+/help          this list
+/exit          the end; Ctrl-D does too. Ctrl-C ends an answer."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Attributes:
+        temperature: 0: always the likeliest.
+        top_p: From the likeliest tokens of this mass.
+        top_k: From this many tokens; 0: from all.
+        max_new_tokens: The longest answer.
+        seed: Of the sampling.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    max_new_tokens: int = 512
+    seed: int = 0
+
+    def changed(self, setting: str) -> Sampling:
+        """With one `name=value` set.
+
+        Raises:
+            RecipeError: There is no such setting, or the value does not fit.
+        """
+        name, _, text = setting.partition("=")
+        kinds: dict[str, type] = {
+            "temperature": float, "top_p": float, "top_k": int, "max_new_tokens": int, "seed": int,
+        }  # fmt: skip
+        try:
+            value = kinds[name.strip()](text)
+        except (KeyError, ValueError):
+            raise RecipeError(f"/set {setting}", fix=f"/set NAME=VALUE with one of {', '.join(kinds)}") from None
+        low = 1 if name == "max_new_tokens" else 0
+        if value < low or (name == "top_p" and value > 1):
+            raise RecipeError(f"/set {setting}", fix=f"at least {low}{', at most 1' if name == 'top_p' else ''}")
+        return replace(self, **{name.strip(): value})
+
+
+@dataclass(slots=True)
+class Turn:
+    """What a user said, and what each model answered."""
+
+    user: str
+    answers: dict[str, str] = field(default_factory=dict)
+
+    def seen_by(self, side: str) -> str:
+        """The answer in this model's history: its own, or the other's where it was not asked."""
+        return self.answers.get(side) or next(iter(self.answers.values()))
+
+
+class Chat:
+    """A model, or a base with its adapter, and the conversation so far.
+
+    Args:
+        model: With an adapter there are two sides to talk to.
+        tokenizer: Of training, with its template.
+        sampling: How the next token is chosen.
+        system: A system message, or none.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        tokenizer: PreTrainedTokenizerBase,
+        sampling: Sampling,
+        *,
+        system: str = "",
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.sampling = sampling
+        self.system = system
+        self.turns: list[Turn] = []
+        self.sides: tuple[str, ...] = (BASE, TUNED) if isinstance(model, PeftModel) else (TUNED,)
+        self.template = ChatTemplate(tokenizer)
+        self.stops = stop_token_ids(tokenizer)
+
+    def prompt_ids(self, side: str, text: str) -> list[int]:
+        """The conversation as this model sees it, up to where its answer begins.
+
+        Raises:
+            DataError: The text holds a token of the template, or the template refuses the conversation.
+        """
+        found = self.template.special_text.names.search(f"{self.system}\n{text}")
+        if found:
+            raise DataError(f"the text holds the special token {found[0]}", fix="write it in another way")
+        try:
+            rendered = self.template.render(self.messages(side, text), prompt=True)
+        except BadRow as bad:
+            raise DataError(
+                str(bad), fix="/system without a text, where the template takes no system message"
+            ) from None
+        ids: list[int] = self.tokenizer(rendered, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def messages(self, side: str, text: str | None = None) -> list[dict[str, Any]]:
+        """The conversation with this model, with a new message of the user."""
+        messages = [{"role": "system", "content": self.system}] if self.system else []
+        for turn in self.turns:
+            messages += [{"role": "user", "content": turn.user}, {"role": "assistant", "content": turn.seen_by(side)}]
+        return messages if text is None else [*messages, {"role": "user", "content": text}]
+
+    def answer(self, side: str, text: str, on_text: Callable[[str], None]) -> str:
+        """Answer, piece by piece.
+
+        Args:
+            side: `base` or `tuned`.
+            text: What the user says.
+            on_text: Called with each further piece.
+
+        Raises:
+            DataError: As `prompt_ids`, or the conversation is longer than the model's positions.
+        """
+        ids = self.prompt_ids(side, text)
+        base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        assert isinstance(base, PreTrainedModel)
+        positions = positions_of(base.config)
+        room = self.sampling.max_new_tokens if positions is None else positions - len(ids)
+        if room < 1:
+            raise DataError(f"the conversation has {len(ids)} tokens, the model {positions} positions", fix="/reset")
+        settings = self._settings(min(room, self.sampling.max_new_tokens))
+        streamer = _Pieces(self.tokenizer, self.stops, on_text)
+        without = self.model.disable_adapter() if side == BASE and isinstance(self.model, PeftModel) else nullcontext()
+        torch.manual_seed(self.sampling.seed + len(self.turns))
+        with without, as_generator(base, settings), _until_ctrl_c():
+            tensor = torch.tensor([ids], device=base.device)
+            base.generate(  # type: ignore[operator]
+                tensor, attention_mask=torch.ones_like(tensor), generation_config=settings, streamer=streamer
+            )
+        return streamer.text
+
+    def save(self, file: Path) -> None:
+        """Add the conversation to a JSONL file; with two models, the tuned one's answers.
+
+        Raises:
+            RecipeError: There is nothing to save.
+            MachineError: The file cannot be written.
+        """
+        if not self.turns:
+            raise RecipeError("there is no conversation yet", fix="say something first")
+        try:
+            with file.expanduser().open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps({"messages": self.messages(TUNED)}, ensure_ascii=False) + "\n")
+        except OSError as error:
+            raise MachineError(f"cannot write: {error}", file=file, fix="give another place") from error
+
+    def _settings(self, max_new_tokens: int) -> GenerationConfig:
+        chosen = self.sampling
+        sampled: dict[str, Any] = {}
+        if chosen.temperature > 0:
+            sampled = {"temperature": chosen.temperature, "top_p": chosen.top_p, "top_k": chosen.top_k}
+        return GenerationConfig(  # type: ignore[no-untyped-call]
+            max_new_tokens=max_new_tokens,
+            do_sample=chosen.temperature > 0,
+            num_beams=1,
+            use_cache=True,
+            eos_token_id=list(self.stops),
+            pad_token_id=self.stops[0],
+            **sampled,
+        )
+
+
+def open_chat(root: Path, sampling: Sampling, *, progress: Progress | None = None, system: str = "") -> Chat:
+    """Load a run's base with its adapter, or a merged folder.
+
+    Raises:
+        RecipeError: It is neither.
+        MachineError: The base model is not on this machine.
+    """
+    listener = progress or Silent()
+    folder = root.expanduser()
+    if (folder / "config.json").is_file() and not (folder / "lock.json").is_file():
+        section, device, dtype = ModelSection(name=str(folder)), choose_device("auto").value, "auto"
+        adapter = None
+    else:
+        run = RunDir.open(folder)
+        if not run.is_finished:
+            raise RecipeError("the run has no adapter yet", file=run.root, fix=f"`loratune resume {root}`")
+        recipe = Recipe.parse(read_json(run.lock)["recipe"], file=run.lock)
+        refuse_classifier(
+            recipe, "loratune chat", f"loratune evaluate {root} has its classes, loratune merge {root} OUT a model"
+        )
+        section, device, dtype, adapter = (
+            recipe.model,
+            device_here(recipe.train.device),
+            recipe.model.dtype,
+            run.adapter,
+        )
+    base = locate_model(section, listener)
+    listener.line(f"loading {section.name} on {device}")
+    tokenizer_section = section if adapter is None else ModelSection(name=str(adapter))
+    tokenizer = load_tokenizer(replace(base, path=adapter) if adapter is not None else base, tokenizer_section)
+    model: Any = load_model(base, section, dtype=_dtype(dtype, base.path), device=device)
+    if adapter is not None:
+        model = load_adapter(model, adapter)
+    return Chat(model.eval(), tokenizer, sampling, system=system)
+
+
+def converse(chat: Chat, console: Console, lines: Iterator[str] | None = None) -> None:
+    """Read what the user types, until there is no more, and answer.
+
+    Args:
+        chat: With whom.
+        console: Where the answers go.
+        lines: What is typed; None: from the terminal, or from a pipe.
+    """
+    asked: tuple[str, ...] = (TUNED,)
+    console.print(f"[dim]talking to {' and '.join(chat.sides)}; /help lists the commands[/dim]")
+    for line in lines if lines is not None else _typed(console):
+        try:
+            if not line.startswith("/"):
+                _exchange(chat, console, asked, line)
+            elif line.split()[0] in ("/exit", "/quit"):
+                return
+            else:
+                asked = _command(chat, console, asked, line)
+        except LoratuneError as error:
+            console.print(Text(str(error), style="red"))
+
+
+def _exchange(chat: Chat, console: Console, asked: Sequence[str], text: str) -> None:
+    turn = Turn(user=text)
+    if len(asked) == 1:
+        turn.answers[asked[0]] = chat.answer(asked[0], text, lambda piece: console.print(Text(piece), end=""))
+        console.print()
+    else:
+        with Live(console=console, auto_refresh=False, vertical_overflow="visible") as live:
+            for side in asked:
+                shown = dict(turn.answers)
+
+                def show(piece: str, side: str = side, shown: dict[str, str] = shown) -> None:
+                    shown[side] = shown.get(side, "") + piece
+                    live.update(_columns(asked, shown), refresh=console.is_terminal)
+
+                turn.answers[side] = chat.answer(side, text, show)
+            live.update(_columns(asked, turn.answers), refresh=True)
+        if not console.is_terminal:
+            console.print()  # `Live` ends the line on a terminal only
+    if all(turn.answers.values()):
+        chat.turns.append(turn)
+    else:
+        console.print("[yellow]an empty answer; this exchange is forgotten[/yellow]")
+
+
+def _columns(sides: Sequence[str], texts: dict[str, str]) -> Table:
+    table = Table(expand=True)
+    for side in sides:
+        table.add_column(side, ratio=1, overflow="fold")
+    table.add_row(*(Text(texts.get(side, "")) for side in sides))
+    return table
+
+
+def _command(chat: Chat, console: Console, asked: tuple[str, ...], line: str) -> tuple[str, ...]:
+    """Do what a line with a slash says; returns who answers from now on."""
+    name, _, rest = line[1:].partition(" ")
+    rest = rest.strip()
+    if name in (BASE, TUNED, "both"):
+        wanted = (BASE, TUNED) if name == "both" else (name,)
+        if not set(wanted) <= set(chat.sides):
+            raise RecipeError("a merged model has no base beside it", fix="`loratune chat RUN` on the run itself")
+        console.print(f"[dim]{' and '.join(wanted)} will answer[/dim]")
+        return wanted
+    if name == "system":
+        chat.system, chat.turns = rest, []
+        console.print(f"[dim]{'a system message' if rest else 'no system message'}; a new conversation[/dim]")
+    elif name == "set":
+        chat.sampling = chat.sampling.changed(rest)
+        console.print(f"[dim]{chat.sampling}[/dim]")
+    elif name == "reset":
+        chat.turns = []
+        console.print("[dim]a new conversation[/dim]")
+    elif name == "save":
+        words = shlex.split(rest)
+        if len(words) != 1:
+            raise RecipeError("/save without a file", fix="/save chats.jsonl")
+        chat.save(Path(words[0]))
+        console.print(Text(f"added to {words[0]}", style="dim"))
+    elif name == "help":
+        console.print(Text(HELP))
+    else:
+        raise RecipeError(f"unknown command /{name}", fix="/help lists them")
+    return asked
+
+
+def _typed(console: Console) -> Iterator[str]:
+    """Lines from the terminal, with a prompt and its history; or from a pipe."""
+    interactive = sys.stdin.isatty()
+    if interactive:
+        import readline  # noqa: F401 - gives `input` its history and its keys
+    while True:
+        try:
+            line = input("> " if interactive else "").strip()
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            console.print()
+            return
+        if line:
+            yield line
+
+
+@contextmanager
+def _until_ctrl_c() -> Iterator[None]:
+    """Ctrl-C ends the answer, not the conversation."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        return
+
+
+class _Pieces(BaseStreamer):
+    """Turns the tokens that come one by one into text, without the stop token and without half characters."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[int], on_text: Callable[[str], None]
+    ) -> None:
+        self._tokenizer, self._stops, self._on_text = tokenizer, stops, on_text
+        self._ids: list[int] | None = None
+        self.text = ""
+
+    def put(self, value: torch.Tensor) -> None:
+        if self._ids is None:  # the first call brings the prompt
+            self._ids = []
+            return
+        self._ids += [token for token in value.flatten().tolist() if token not in self._stops]
+        whole = str(self._tokenizer.decode(self._ids, clean_up_tokenization_spaces=False))
+        if not whole.endswith("�"):
+            self._say(whole)
+
+    def end(self) -> None:
+        if self._ids:
+            self._say(str(self._tokenizer.decode(self._ids, clean_up_tokenization_spaces=False)))
+
+    def _say(self, whole: str) -> None:
+        piece, self.text = whole[len(self.text) :], whole
+        if piece:
+            self._on_text(piece)
+
+
+def _dtype(name: str, folder: Path) -> torch.dtype:
+    """The type by name; `auto`: what the folder's configuration says."""
+    if name != "auto":
+        return torch_dtype(name)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return torch_dtype(config.get("dtype") or config.get("torch_dtype") or "float32")

@@ -1,0 +1,92 @@
+"""workflows.evaluate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from loratune.evaluation.classification import MEASURES
+from loratune.evaluation.gates import check_names, parse_gate, pass_gates
+from loratune.evaluation.lm_eval import check_harness, run_harness
+from loratune.evaluation.user_metric import load_metric
+from loratune.model.load import load_config, positions_of
+from loratune.planning.checks import check_prompts
+from loratune.planning.prepare import held_out_prompts, prepare
+from loratune.recipe.recipe import Recipe
+from loratune.recipe.tasks import is_classification, refuse_classifier
+from loratune.reporting.html import report_or_warn
+from loratune.reporting.model_card import write_card
+from loratune.run.directory import RunDir, read_json, write_json
+from loratune.run.errors import DataError, RecipeError
+from loratune.run.progress import Progress
+from loratune.workflows.assess import assess, memory_errors_told
+from loratune.workflows.load import load_trained
+from loratune.workflows.result import _NOBODY, RunResult
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Extras:
+    """What an evaluation measures beside what the recipe says.
+
+    Attributes:
+        metric: `path/to/file.py:function`, in the place of the recipe's metric; empty: none.
+        harness: Tasks of lm-evaluation-harness, by name or as YAML files.
+        gates: Thresholds such as `json>=0.8`.
+        allow_code: Whether Python code that metric and tasks name may run.
+    """
+
+    metric: str = ""
+    harness: tuple[str, ...] = ()
+    gates: tuple[str, ...] = ()
+    allow_code: bool = False
+
+
+_NOTHING_MORE = Extras()
+
+
+def evaluate(root: str | Path, *, extras: Extras = _NOTHING_MORE, progress: Progress = _NOBODY) -> RunResult:
+    """Measure base against tuned of a finished run again, and write `evaluation.json`, the card and the report.
+
+    Whether the gates were passed stands in the record; `evaluation.gates.check_gates` raises where they were not.
+
+    Raises:
+        RecipeError: The run is not finished, has no held-out data, or the extras do not fit.
+        DataError: No held-out conversation has an answer for the metric, or its prompt leaves no room for one.
+        MachineError: lm-evaluation-harness is asked for and not installed.
+        RunError: The metric or a task fails.
+    """
+    run = RunDir.open(root)
+    if not run.is_finished:
+        raise RecipeError("the run has no adapter yet", file=run.root, fix=f"`loratune resume {root}`")
+    recipe = Recipe.parse(read_json(run.lock)["recipe"], file=run.lock)
+    if recipe.data.eval == "none":
+        raise RecipeError("data.eval of this run is none: there is nothing to evaluate on", file=run.lock)
+    own = load_metric(extras.metric, allow_code=extras.allow_code) if extras.metric else None
+    gates = [parse_gate(text) for text in extras.gates]
+    metric = own.name if own else recipe.evaluate.metric
+    measures = [*([metric] if metric != "none" else []), "nll", "perplexity"]
+    if is_classification(recipe):
+        measures = [*MEASURES]
+        if extras.metric or extras.harness:
+            refuse_classifier(recipe, "--metric" if extras.metric else "--harness", "--gate accuracy>=0.9, or f1")
+    forgets = recipe.evaluate.forgetting != "none"
+    check_names(gates, measures, forgetting=forgets, harness=bool(extras.harness))
+    if extras.harness:
+        check_harness(extras.harness, allow_code=extras.allow_code)
+    prepared = prepare(recipe, progress)
+    if own is not None:
+        prepared = replace(prepared, prompts=held_out_prompts(recipe, prepared.data, prepared.tokenizer))
+        if not prepared.prompts:
+            raise DataError("no held-out conversation has an answer for --metric to score", fix="other data.eval")
+        check_prompts(recipe, prepared.prompts, positions_of(load_config(prepared.base, recipe.model)))
+    model, loss = load_trained(prepared, run, progress)
+    with memory_errors_told(run):
+        evaluation = assess(prepared, run, model, loss, progress, own=own)
+    if extras.harness:
+        progress.line(f"lm-evaluation-harness: {', '.join(extras.harness)}")
+        evaluation["harness"] = run_harness(model, prepared.tokenizer, extras.harness, allow_code=extras.allow_code)
+    pass_gates(gates, evaluation)
+    write_json(run.evaluation, evaluation)
+    write_card(run)
+    report_or_warn(run, progress)
+    return RunResult(run=run, evaluation=evaluation)

@@ -1,0 +1,82 @@
+"""The adapter that a run ends with: of the last step, of the best checkpoint, or the mean of several."""
+
+from __future__ import annotations
+
+import shutil
+
+from peft import PeftModel
+
+from loratune.data.steps import num_steps_per_epoch
+from loratune.model.adapter.attach import save_adapter
+from loratune.planning.preparation import Preparation
+from loratune.run import processes
+from loratune.run.directory import Record, RunDir, cannot_write, read_json, write_json
+from loratune.run.progress import Progress
+from loratune.training.checkpoint import averaged_steps, damage_of, load_adapter_weights, load_mean, sync
+
+
+def take_final(prepared: Preparation, run: RunDir, model: PeftModel, last_step: int, progress: Progress) -> bool:
+    """Give the model the adapter that the recipe ends with; whether it is another one than that of the last step, which it has."""
+    train = prepared.recipe.train
+    if train.average_checkpoints is not None:
+        return _take_mean(prepared, run, model, last_step, progress)
+    return train.final_adapter == "best" and _take_best(run, model, last_step, progress)
+
+
+def which_adapter(prepared: Preparation, run: RunDir) -> Record:
+    """What a finished run's adapter is: `kind` (last, best or mean) and the `steps` it is of."""
+    if run.mean.is_file():
+        return {"kind": "mean", "steps": read_json(run.mean)["steps"]}
+    if prepared.recipe.train.final_adapter == "best" and run.best.is_file():
+        return {"kind": "best", "steps": [read_json(run.best)["step"]]}
+    return {"kind": "last", "steps": [max((line["step"] for line in run.read_metrics()), default=prepared.num_steps)]}
+
+
+def save_final(prepared: Preparation, run: RunDir, model: PeftModel) -> None:
+    """The adapter with tokenizer and template, whole or not at all."""
+    temporary = run.root / ".adapter.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    with cannot_write(run.adapter):
+        save_adapter(model, temporary)
+        prepared.tokenizer.save_pretrained(temporary)
+        for path in (*temporary.iterdir(), temporary):
+            sync(path)
+        temporary.rename(run.adapter)
+        sync(run.root)
+
+
+def _take_best(run: RunDir, model: PeftModel, last_step: int, progress: Progress) -> bool:
+    if not run.best.is_file():
+        progress.warn("no checkpoint has a held-out loss to choose by: the adapter is that of the last step")
+        return False
+    best = read_json(run.best)
+    progress.line(f"the adapter is that of step {best['step']}, with held-out loss {best['eval_nll']:.4f}")
+    if best["step"] == last_step:
+        return False
+    load_adapter_weights(run.checkpoints / str(best["step"]), model)
+    return True
+
+
+def _take_mean(prepared: Preparation, run: RunDir, model: PeftModel, last_step: int, progress: Progress) -> bool:
+    train = prepared.recipe.train
+    wanted = averaged_steps(
+        train,
+        last_step=last_step,
+        num_steps=prepared.num_steps,
+        num_per_epoch=num_steps_per_epoch(prepared.data.num_examples, train.batch_size),
+    )
+    steps = []
+    for step in wanted:
+        problem = damage_of(run.checkpoints / str(step))
+        if problem:
+            progress.warn(f"checkpoint {step} is damaged ({problem}) and left out of the mean")
+        else:
+            steps.append(step)
+    if not steps:
+        progress.warn("there is no checkpoint to average: the adapter is that of the last step")
+        return False
+    progress.line(f"the adapter is the mean of those of steps {', '.join(map(str, steps))}")
+    load_mean([run.checkpoints / str(step) for step in steps], model)
+    if processes.is_main():
+        write_json(run.mean, {"steps": steps})
+    return True

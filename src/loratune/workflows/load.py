@@ -1,0 +1,117 @@
+"""Base, adapter, and the way to the loss: what everything that needs the weights begins with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft import PeftModel
+
+from loratune.model.adapter.attach import attach_adapter, fallback_note, load_adapter
+from loratune.model.adapter.eva_loftq import batches_for_eva, begin_by_eva, begin_by_loftq
+from loratune.model.adapter.patterns import highest_rank
+from loratune.model.adapter.start_from import begin_from
+from loratune.model.device import torch_dtype
+from loratune.model.load import download_weights, load_model
+from loratune.model.quantization.fp8 import quantise_frozen
+from loratune.planning.preparation import Preparation
+from loratune.run.directory import RunDir
+from loratune.run.errors import RecipeError
+from loratune.run.progress import Progress
+from loratune.training.classifier_loss import ClassificationLoss, make_classification_loss
+from loratune.training.fsdp import is_sharded, shard_layers
+from loratune.training.layers import prepare_layers
+from loratune.training.loss import SupervisedLoss, make_loss
+from loratune.training.neftune import EmbeddingNoise
+from loratune.training.trl_dataset import check_stock
+
+
+def load_base(prepared: Preparation, progress: Progress) -> Any:
+    """The base model alone."""
+    recipe = prepared.recipe
+    progress.line(f"loading {recipe.model.name} in {recipe.model.dtype} on {recipe.train.device}")
+    device = "cpu" if is_sharded(recipe) else recipe.train.device  # whose memory need not hold all of it
+    return load_model(
+        prepared.base,
+        recipe.model,
+        dtype=torch_dtype(recipe.model.dtype),
+        device=device,
+        classes=prepared.classes,
+    )
+
+
+def adapt(prepared: Preparation, base: Any, progress: Progress) -> tuple[PeftModel, SupervisedLoss]:
+    """The adapter on the base, fresh or that of `lora.start_from`, and the way to its loss, ready for training."""
+    recipe = prepared.recipe
+    model = attach_adapter(
+        base,
+        recipe.lora,
+        prepared.targets,
+        base_name=_loadable_name(prepared),
+        seed=recipe.train.seed,
+        new_tokens=prepared.new_tokens,
+        classes=prepared.classes,
+    )
+    if recipe.lora.variant == "eva":
+        r = highest_rank(recipe.lora)
+        examples = [example.input_ids.tolist() for example in prepared.data.train]
+        batches = batches_for_eva(examples, r=r, batch_size=recipe.train.batch_size, device=model.device)
+        begin_by_eva(model, batches)
+    if recipe.lora.variant == "loftq":
+        begin_by_loftq(model, download_weights(prepared.base), seed=recipe.train.seed)
+    if prepared.start is not None:
+        begin_from(model, prepared.start)
+    if recipe.model.quantization == "fp8":
+        quantise_frozen(model)
+    if recipe.train.engine == "trl" and prepared.classes is None:
+        check_stock(model.get_base_model())
+    loss, reason = _loss(prepared, model)
+    if recipe.train.engine == "trl":
+        return model, loss
+    if reason:
+        progress.warn(reason)
+    note = fallback_note(model)
+    if note and recipe.lora.variant != "dora":  # of which the plan speaks
+        progress.warn(note)
+    loss.compiled, loss.smoothing = recipe.train.compile is True, recipe.train.label_smoothing
+    if recipe.train.neftune_noise_alpha:
+        loss.noise = EmbeddingNoise(recipe.train.neftune_noise_alpha, model.get_base_model().get_input_embeddings())
+    prepare_layers(model, compiled=loss.compiled, num_recomputed=int(recipe.train.recompute))
+    return model, loss
+
+
+def load_trained(prepared: Preparation, run: RunDir, progress: Progress) -> tuple[PeftModel, SupervisedLoss]:
+    """Base and the run's adapter."""
+    model = load_adapter(load_base(prepared, progress), run.adapter)
+    if prepared.recipe.model.quantization == "fp8":
+        quantise_frozen(model)
+    return model, _loss(prepared, model)[0]
+
+
+def _loss(prepared: Preparation, model: PeftModel) -> tuple[SupervisedLoss, str]:
+    """The way to the loss, and what to say where it is not the fastest of the engine; of a base that processes share, after each has
+    its part of it."""
+    recipe = prepared.recipe
+    if recipe.train.engine == "trl":
+        kind = SupervisedLoss if prepared.classes is None else ClassificationLoss
+        return kind(model, packed=False), ""
+    if prepared.classes is not None:
+        found, reason = make_classification_loss(model, prepared.data.train)
+        return found, f"examples are padded: {reason}" if reason else ""
+    if is_sharded(recipe):
+        shard_layers(model, recipe.train.device)
+    loss, reason = make_loss(model, prepared.data.train)
+    if not is_sharded(recipe):
+        return loss, f"one example at a time: {reason}" if reason else ""
+    if reason or loss.longest_packed is not None:
+        reason = reason or f"those of more than {loss.longest_packed:,} tokens need one of their own"
+        raise RecipeError(
+            f"train.strategy is fsdp, for which examples must share a forward, and they cannot: {reason}",
+            fix="train.strategy=ddp",
+        )
+    loss.sharded = True
+    return loss, ""
+
+
+def _loadable_name(prepared: Preparation) -> str:
+    """What PEFT can load the base by: its hub id, or its folder."""
+    return prepared.base.name if prepared.base.revision else str(prepared.base.path)

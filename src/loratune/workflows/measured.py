@@ -1,0 +1,55 @@
+"""What a run took, over all processes that worked on it: seconds, rate, memory."""
+
+from __future__ import annotations
+
+import time
+
+from loratune.model.device import peak_bytes
+from loratune.run import processes
+from loratune.run.directory import Record, RunDir, read_json, write_json
+
+
+class Sitting:
+    """The time from one start of the process to its end, and its memory; a run has several when it was stopped.
+
+    What earlier ones came to stands in `plan.json` under `so_far`, until `measured` replaces it. A sitting that was killed
+    could not write its own; its steps count all the same, their times are in `metrics.jsonl`. Of several processes it is the
+    first one's.
+    """
+
+    def __init__(self, run: RunDir, device: str) -> None:
+        self._run, self._device = run, device
+        self._started = time.perf_counter()
+        self._before = read_json(run.plan).get("so_far", {}) if processes.is_main() else {}
+
+    def note(self) -> None:
+        """Write down what there is until now."""
+        if not processes.is_main():
+            return
+        record = read_json(self._run.plan)
+        record["so_far"] = self._so_far()
+        write_json(self._run.plan, record)
+
+    def close(self, *, evaluate_seconds: float) -> None:
+        """Write down what the whole run came to; `evaluate_seconds` were spent on it since training ended."""
+        record, metrics = read_json(self._run.plan), self._run.read_metrics()
+        record.pop("so_far", None)
+        record["measured"] = {**self._so_far(), **step_totals(metrics)}
+        record["measured"]["evaluate_seconds"] = evaluate_seconds + sum(
+            line["seconds"] for line in metrics if "eval_nll" in line
+        )
+        write_json(self._run.plan, record)
+
+    def _so_far(self) -> Record:
+        return {
+            "peak_bytes": max(self._before.get("peak_bytes", 0), peak_bytes(self._device)),
+            "total_seconds": self._before.get("total_seconds", 0.0) + time.perf_counter() - self._started,
+        }
+
+
+def step_totals(metrics: list[Record]) -> Record:
+    """Seconds and rate of all optimizer steps of a run, also those before it was resumed, without evaluation and saving."""
+    steps = [record for record in metrics if record.get("tokens_per_second")]
+    seconds = sum(record["num_tokens"] / record["tokens_per_second"] for record in steps)
+    num_tokens = sum(record["num_tokens"] for record in steps)
+    return {"train_seconds": seconds, "tokens_per_second": num_tokens / seconds if seconds else 0.0}

@@ -1,0 +1,89 @@
+"""workflows.plan."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from loratune.data.steps import examples_of_largest_step
+from loratune.model.device import peak_bytes
+from loratune.planning.hardware.cluster import find_machine
+from loratune.planning.preparation import Preparation
+from loratune.planning.prepare import prepare
+from loratune.planning.speed import StepProbe
+from loratune.recipe.recipe import Recipe
+from loratune.run.directory import RunDir
+from loratune.run.errors import RecipeError
+from loratune.run.progress import Progress
+from loratune.training.signals import StopRequest
+from loratune.workflows.load import adapt, load_base
+from loratune.workflows.result import _NOBODY
+from loratune.workflows.steps import _train
+
+PROBE_STEPS = 3
+"""Of `plan --probe`; the first compiles and warms up."""
+
+
+def plan(
+    recipe: Recipe,
+    *,
+    device: str | None = None,
+    devices: str | None = None,
+    interconnect: Sequence[str] = (),
+    probe: bool = False,
+    progress: Progress = _NOBODY,
+) -> Preparation:
+    """What would be trained, and whether it fits. `.as_plan()` is the record.
+
+    Args:
+        recipe: What to do.
+        device: A GPU of `loratune.planning.hardware.devices` to plan for; None for this machine.
+        devices: Several of them: `8xh100-80gb`, or `2x8xh100-80gb` for two nodes.
+        interconnect: What joins them, of `loratune.planning.hardware.interconnect`; empty for the usual.
+        probe: Whether to run the longest step three times on the real weights, the one case in which they are loaded, and
+            to promise what these took. Nothing is written.
+        progress: Who is told how it goes.
+
+    Raises:
+        RecipeError, DataError, MachineError: As `prepare`; or a device that is not here is to be probed.
+        RunError: A step of the probe failed.
+    """
+    named, cluster = find_machine(device, devices, interconnect)
+    if probe and named is not None:
+        raise RecipeError(f"--probe runs steps here, and {named.name} is not here", fix="leave one of them out")
+    prepared = prepare(recipe, progress, named, cluster=cluster, weights=probe)
+    return prepared.with_probe(_probe(prepared, progress)) if probe else prepared
+
+
+def _probe(prepared: Preparation, progress: Progress) -> StepProbe:
+    """Run the longest step three times, and throw the result away."""
+    train = prepared.recipe.train
+    lengths = [len(example.input_ids) for example in prepared.data.train]
+    longest = examples_of_largest_step(lengths, batch_size=train.batch_size, seed=train.seed)
+    # One step is all the data, so an epoch is a step.
+    changes = {
+        "epochs": PROBE_STEPS,
+        "eval_every": "never",
+        "save_every": "never",
+        "log_every": "never",
+        "report_to": (),
+    }
+    short = replace(
+        prepared,
+        recipe=prepared.recipe.model_copy(update={"train": train.model_copy(update=changes)}),
+        data=replace(prepared.data, train=[prepared.data.train[i] for i in longest], eval=[], stream=None),
+        num_steps=PROBE_STEPS,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        run = RunDir.create(Path(folder) / "probe", overwrite=False)
+        model, loss = adapt(short, load_base(short, progress), progress)
+        _train(short, run, model, loss, None, StopRequest(), progress)
+        seconds = [step["num_tokens"] / step["tokens_per_second"] for step in run.read_metrics()]
+    return StepProbe(
+        num_tokens=sum(lengths[i] for i in longest),
+        first_step_seconds=seconds[0],
+        step_seconds=min(seconds[1:]),
+        peak_bytes=peak_bytes(train.device),
+    )

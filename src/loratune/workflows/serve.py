@@ -1,0 +1,319 @@
+"""A run behind the chat completions of OpenAI's API, on a server that exists: vLLM, or else `transformers serve`.
+
+What is here arranges it: lays out what the server must load, with a certificate; starts it; waits until the tuned model
+answers; passes signals on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from types import FrameType
+
+from loratune.exporting.transformers_serve import BASE_NAME, ServerCommand, served_name, transformers_command
+from loratune.exporting.vllm import serve_words
+from loratune.model.device import device_here
+from loratune.model.gguf_import import file_sha256
+from loratune.planning.lock import model_fingerprint
+from loratune.recipe.recipe import Recipe
+from loratune.recipe.tasks import refuse_classifier
+from loratune.run.directory import RunDir, read_json
+from loratune.run.errors import MachineError, RecipeError, RunError
+from loratune.run.progress import Progress, Silent
+from loratune.workflows.export import export, lay_out
+
+LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
+DEFAULT_PORT = 8000
+KEY_VARIABLE = "LORATUNE_API_KEY"
+START_SECONDS = 1800.0
+"""For the server to load the weights and, with vLLM on a GPU, to compile."""
+STOP_SECONDS = 20.0
+"""After a signal, before the server is ended."""
+SERVE_PACKAGES = ("fastapi", "uvicorn", "openai")
+"""What `transformers serve` needs: the extra `serve`."""
+
+_NOBODY = Silent()
+_STDERR = 2
+_direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Service:
+    """A server that answers.
+
+    Attributes:
+        url: What an OpenAI client takes as `base_url`.
+        server: `vllm` or `transformers`.
+        models: The names of base and tuned.
+        needs_key: Whether requests need the key.
+    """
+
+    url: str
+    server: str
+    models: tuple[str, str]
+    needs_key: bool
+
+    @property
+    def curl(self) -> str:
+        """A request to type."""
+        key = f"-H 'Authorization: Bearer $'{KEY_VARIABLE} " if self.needs_key else ""
+        body = {"model": self.models[1], "messages": [{"role": "user", "content": "Hello"}]}
+        return f"curl {self.url}/chat/completions {key}-H 'Content-Type: application/json' -d '{json.dumps(body)}'"
+
+    @property
+    def python(self) -> str:
+        """The same with the client."""
+        key = f'os.environ["{KEY_VARIABLE}"]' if self.needs_key else '"none"'
+        return (
+            f'OpenAI(base_url="{self.url}", api_key={key}).chat.completions.create(model="{self.models[1]}", '
+            'messages=[{"role": "user", "content": "Hello"}])'
+        )
+
+
+def serve(
+    root: str | Path,
+    *,
+    server: str = "auto",
+    host: str = "127.0.0.1",
+    port: int | None = None,
+    api_key: str | None = None,
+    progress: Progress = _NOBODY,
+    on_ready: Callable[[Service], None] = lambda _: None,
+) -> None:
+    """Serve base and tuned until a signal comes.
+
+    Args:
+        root: The run directory.
+        server: `vllm`, `transformers`, or `auto`: vLLM where it is installed.
+        host: The address to listen at.
+        port: None: 8000, or another where that is taken.
+        api_key: What requests must bring.
+        progress: Who is told how it goes.
+        on_ready: Called when the tuned model answers.
+
+    Raises:
+        RecipeError: The run is not finished, or a server without keys would listen for others.
+        MachineError: There is no server, or the port is taken.
+        RunError: The certificate fails, or the server ends by itself.
+    """
+    run = RunDir.open(root)
+    if not run.is_finished:
+        raise RecipeError("the run has no adapter yet", file=run.root, fix=f"`loratune resume {root}`")
+    refuse_classifier(
+        Recipe.parse(read_json(run.lock)["recipe"], file=run.lock),
+        "loratune serve",
+        f"loratune merge {root} OUT, which transformers' text-classification pipeline loads",
+    )
+    chosen = choose_server(server)
+    check_access(chosen, host, api_key)
+    port = choose_port(host, port)
+    name = served_name(run.root.name)
+    command = _command(run, chosen, host=host, port=port, api_key=api_key, progress=progress)
+    address = f"[{host}]" if ":" in host else host
+    service = Service(
+        url=f"http://{address}:{port}/v1", server=chosen, models=(BASE_NAME, name), needs_key=api_key is not None
+    )
+    with _started(command) as process, _passing_signals_on(process) as stopped:
+        with progress.task(f"starting {chosen}", None, "s") as task:
+            _wait_for(service, process, stopped, task.advance)
+        if not stopped.is_set():
+            on_ready(service)
+        code = process.wait()
+    if code and not stopped.is_set():
+        raise RunError(f"{chosen} ended with exit code {code}", fix="its own messages are above")
+
+
+def choose_server(wanted: str) -> str:
+    """The server to use.
+
+    Raises:
+        MachineError: It is not installed.
+    """
+    has_vllm = shutil.which("vllm") is not None
+    missing = [name for name in SERVE_PACKAGES if find_spec(name) is None]
+    if wanted == "vllm" and not has_vllm:
+        raise MachineError("vLLM is not installed", fix="pip install vllm, or --server transformers")
+    if wanted != "transformers" and has_vllm:
+        return "vllm"
+    if missing:
+        raise MachineError(
+            f"there is no server here: transformers serve needs {', '.join(missing)}",
+            fix="pip install 'loratune[serve]'",
+        )
+    return "transformers"
+
+
+def check_access(server: str, host: str, api_key: str | None) -> None:
+    """Nobody else can ask the model without a key.
+
+    Raises:
+        RecipeError: It would listen for others without one, or the server knows no keys.
+    """
+    if server == "transformers" and (api_key is not None or host not in LOCAL_HOSTS):
+        what = f"--host {host}" if host not in LOCAL_HOSTS else "--api-key"
+        raise RecipeError(
+            f"{what}: transformers serve knows no keys, and loads whatever model it is asked for",
+            fix="leave it at 127.0.0.1 behind a proxy that asks for a key (or `ssh -L`), or install vLLM",
+        )
+    if host not in LOCAL_HOSTS and not api_key:
+        raise RecipeError(
+            f"--host {host} lets others ask the model, and there is no key",
+            fix=f"export {KEY_VARIABLE}=…, or --api-key",
+        )
+
+
+def choose_port(host: str, wanted: int | None) -> int:
+    """The port that was asked for; else 8000, or one that is free.
+
+    Raises:
+        MachineError: It is taken, or the address is not this machine's.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    candidates = (wanted,) if wanted is not None else (DEFAULT_PORT, 0)
+    problem: OSError | None = None
+    for candidate in candidates:
+        try:
+            with socket.socket(family, socket.SOCK_STREAM) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind((host, candidate))
+                return int(probe.getsockname()[1])
+        except OSError as error:
+            problem = error
+    raise MachineError(f"cannot listen at {host}:{candidates[0]}: {problem}", fix="another --port or --host")
+
+
+def _command(
+    run: RunDir, server: str, *, host: str, port: int, api_key: str | None, progress: Progress
+) -> ServerCommand:
+    """What to start, after what it loads is laid out."""
+    if server == "vllm":
+        folder = run.exports / "vllm"
+        if not _is_current(run, folder, progress):
+            progress.line(export(run.root, to="vllm", out=folder, progress=progress).summary)
+        script = (folder / "serve.sh").read_text(encoding="utf-8")
+        words = serve_words(script.partition("exec ")[2], base_name=BASE_NAME, host=host, port=port)
+        return ServerCommand(words=words, environment={"VLLM_API_KEY": api_key} if api_key else {})
+    folder = run.exports / "served"
+    if not _is_current(run, folder, progress):
+        progress.line(lay_out(run.root, folder, progress=progress).summary)
+    recipe = Recipe.parse(read_json(run.lock)["recipe"], file=run.lock)
+    device = device_here(recipe.train.device)
+    return transformers_command(folder, host=host, port=port, device=device, dtype=recipe.model.dtype)
+
+
+def _is_current(run: RunDir, folder: Path, progress: Progress) -> bool:
+    """Whether the folder has a certificate for this very adapter on this very base. One of another adapter is removed."""
+    file = folder / "parity.json"
+    if not file.is_file():
+        return False
+    inputs = read_json(run.lock)["inputs"]
+    adapter = read_json(file).get("adapter_sha256")
+    if adapter == file_sha256(run.adapter_weights) and model_fingerprint(Path(inputs["model_path"])) == inputs["model"]:
+        return True
+    progress.line(f"{folder} is of another adapter or base; it is written anew")
+    shutil.rmtree(folder)
+    return False
+
+
+@contextmanager
+def _started(command: ServerCommand) -> Iterator[subprocess.Popen[bytes]]:
+    """The server, in a session of its own so that signals reach it through us; gone afterwards."""
+    process = subprocess.Popen(  # noqa: S603 - our own words
+        command.words,
+        cwd=command.folder,
+        env={**os.environ, **command.environment},
+        stdout=_STDERR,
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            try:
+                process.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+@contextmanager
+def _passing_signals_on(process: subprocess.Popen[bytes]) -> Iterator[threading.Event]:
+    """SIGINT and SIGTERM go to the server; the event is set when one came. A second one ends it at once."""
+    stopped = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stopped
+        return
+
+    def on_signal(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+        process.send_signal(signal.SIGKILL if stopped.is_set() else number)
+        stopped.set()
+
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stopped
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _wait_for(
+    service: Service, process: subprocess.Popen[bytes], stopped: threading.Event, on_second: Callable[[int], None]
+) -> None:
+    """Until the server is healthy and has the tuned model in memory."""
+    deadline = time.monotonic() + START_SECONDS
+    root = service.url.removesuffix("/v1")
+    while not stopped.is_set():
+        code = process.poll()
+        if code is not None:
+            raise RunError(
+                f"{service.server} ended with exit code {code} at its start", fix="its own messages are above"
+            )
+        if _answers(f"{root}/health"):
+            break
+        if time.monotonic() > deadline:
+            raise RunError(
+                f"{service.server} did not answer within {START_SECONDS:,.0f} s", fix="see its messages above"
+            )
+        time.sleep(1)
+        on_second(1)
+    if service.server == "transformers" and not stopped.is_set():
+        _load(root, service.models[1])
+
+
+def _answers(url: str) -> bool:
+    try:
+        with _direct.open(url, timeout=5) as response:
+            return bool(response.status == 200)
+    except OSError:
+        return False
+
+
+def _load(root: str, model: str) -> None:
+    """Have `transformers serve` load a model now, so that the first request need not wait and errors show at the start."""
+    request = urllib.request.Request(  # noqa: S310 - our own server
+        f"{root}/load_model", json.dumps({"model": model}).encode(), {"Content-Type": "application/json"}
+    )
+    last = ""
+    try:
+        with _direct.open(request, timeout=START_SECONDS) as response:
+            for line in response:  # events: how far it is, and at the end `ready` or `error`
+                last = line.decode().removeprefix("data: ").strip() or last
+        loaded = json.loads(last)["status"] == "ready"
+    except (OSError, ValueError) as error:
+        loaded, last = False, f"{error} {last}"
+    if not loaded:
+        raise RunError(f"transformers serve cannot load {model}: {last}", fix="its own messages are above")

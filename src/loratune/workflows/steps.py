@@ -1,0 +1,193 @@
+"""workflows.steps."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+
+from loratune.data.mixture import held_out_groups, source_of_file
+from loratune.data.steps import num_steps_per_epoch
+from loratune.model.adapter.variants import has_changed_base
+from loratune.model.device import free_memory
+from loratune.planning.memory.memory import wants_rehearsal
+from loratune.planning.preparation import Preparation
+from loratune.recipe.recipe import Recipe
+from loratune.reporting.html import report_or_warn
+from loratune.reporting.model_card import write_card
+from loratune.run import processes
+from loratune.run.directory import Record, RunDir, read_json, write_json
+from loratune.run.errors import Interrupted
+from loratune.run.progress import Progress
+from loratune.training.callbacks import RunCallback
+from loratune.training.checkpoint import resume_state
+from loratune.training.classifier_trainer import ReferenceClassifier
+from loratune.training.fast_trainer import FastTrainer
+from loratune.training.fsdp import told_if_lost
+from loratune.training.gradient_sync import check_same
+from loratune.training.held_out_loss import Nll
+from loratune.training.hf_arguments import TrainingData
+from loratune.training.loss import SupervisedLoss
+from loratune.training.signals import StopRequest, stopping_in_order
+from loratune.training.trainer import TrainerSetup
+from loratune.training.trl_trainer import ReferenceTrainer
+from loratune.workflows.assess import assess, memory_errors_told
+from loratune.workflows.final_adapter import save_final, take_final
+from loratune.workflows.load import adapt, load_base, load_trained
+from loratune.workflows.measured import Sitting
+from loratune.workflows.result import RunResult
+
+_UNEVALUATED = "stopped before the evaluation was done; all steps are, and the adapter is saved"
+
+
+def _as_written(run: RunDir) -> Record:
+    """The settings of RUN/recipe.yaml, `auto` as it stands there."""
+    return Recipe.load(run.recipe).model_dump(mode="json")
+
+
+def _run(prepared: Preparation, run: RunDir, checkpoint: Path | None, progress: Progress) -> RunResult:
+    """From the weights to the report."""
+    sitting = Sitting(run, prepared.recipe.train.device)
+    model, loss = _load(prepared, run, checkpoint, progress)
+    stop = StopRequest()
+    try:
+        with memory_errors_told(run), told_if_lost():
+            last_step, tuned_nll = _train(prepared, run, model, loss, checkpoint, stop, progress)
+        if loss.sharded:
+            stop.agree(processes.gather(stop.asked or 0))
+        else:
+            processes.stop()
+            if not processes.is_main():
+                return RunResult(run=run, evaluation=None)
+        if take_final(prepared, run, model, last_step, progress):
+            tuned_nll = None
+        if processes.is_main():
+            save_final(prepared, run, model)
+        if stop:
+            raise stop.as_error(_UNEVALUATED, run)
+    except Interrupted:
+        sitting.note()
+        raise
+    sitting.note()
+    if has_changed_base(model):  # base against tuned means the base as everybody has it
+        del model, loss
+        free_memory()
+        model, loss = load_trained(prepared, run, progress)
+        tuned_nll = None
+    return _finish(prepared, run, model, loss, sitting, progress, tuned_nll)
+
+
+def _finish_trained(prepared: Preparation, run: RunDir, progress: Progress) -> RunResult:
+    """What is left to do when the adapter stands."""
+    sitting = Sitting(run, prepared.recipe.train.device)
+    if "measured" in read_json(run.plan):
+        if processes.is_main():
+            report_or_warn(run, progress)
+        return RunResult(run=run, evaluation=read_json(run.evaluation) if prepared.data.eval else None)
+    model, loss = load_trained(prepared, run, progress)
+    return _finish(prepared, run, model, loss, sitting, progress)
+
+
+def _finish(
+    prepared: Preparation,
+    run: RunDir,
+    model: PeftModel,
+    loss: SupervisedLoss,
+    sitting: Sitting,
+    progress: Progress,
+    tuned_nll: Nll | None = None,
+) -> RunResult:
+    """Evaluation, card, what was measured, report. `measured` comes last of what must be there: with it a run is done."""
+    evaluation, started = None, time.perf_counter()
+    try:
+        with memory_errors_told(run), told_if_lost():
+            if prepared.data.eval:
+                evaluation = assess(prepared, run, model, loss, progress, tuned_nll)
+    except KeyboardInterrupt:
+        sitting.note()
+        raise StopRequest().as_error(_UNEVALUATED, run) from None
+    if not processes.is_main():
+        return RunResult(run=run, evaluation=None)
+    seconds = time.perf_counter() - started
+    write_card(run)
+    sitting.close(evaluate_seconds=seconds)
+    report_or_warn(run, progress)
+    return RunResult(run=run, evaluation=evaluation)
+
+
+def _load(
+    prepared: Preparation, run: RunDir, checkpoint: Path | None, progress: Progress
+) -> tuple[PeftModel, SupervisedLoss]:
+    """Base, fresh adapter, and the way to the loss."""
+    base = load_base(prepared, progress)
+    if checkpoint is None and prepared.base.revision and processes.is_main():
+        _write_lock(prepared, run)  # the weights of a hub model were not there before
+    return adapt(prepared, base, progress)
+
+
+def _write_lock(prepared: Preparation, run: RunDir) -> None:
+    write_json(run.lock, {**prepared.as_lock(), "written": _as_written(run), "launch": processes.launch()})
+
+
+def _train(
+    prepared: Preparation,
+    run: RunDir,
+    model: PeftModel,
+    loss: SupervisedLoss,
+    checkpoint: Path | None,
+    stop: StopRequest,
+    progress: Progress,
+) -> tuple[int, Nll | None]:
+    """All optimizer steps; returns the number of the last one, and its held-out losses if it was evaluated.
+
+    Raises:
+        Interrupted: The user stopped it.
+    """
+    recipe, data = prepared.recipe, prepared.data
+    done = resume_state(checkpoint) if checkpoint is not None else 0
+    torch.manual_seed(recipe.train.seed)
+    with progress.task("training", prepared.num_steps, "steps") as task, stopping_in_order(stop, progress):
+        task.advance(done)
+        callback = RunCallback(
+            run, progress, task, stop, num_steps_per_epoch(data.num_examples, recipe.train.batch_size)
+        )
+        setup = TrainerSetup(
+            model=model,
+            tokenizer=prepared.tokenizer,
+            train=recipe.train,
+            data=TrainingData(
+                train=data.train if data.stream is None else data.stream,
+                known=data.train,
+                eval=data.eval,
+                eval_groups=held_out_groups(data.eval, data.report),
+                token_budget=prepared.memory.token_budget,
+                source_of_file=source_of_file(data.report),
+            ),
+            loss=loss,
+            run=run,
+            stop=stop,
+            progress=progress,
+            callback=callback,
+        )
+        reference = ReferenceTrainer if prepared.classes is None else ReferenceClassifier
+        trainer = FastTrainer(setup) if recipe.train.engine == "fast" else reference(setup)
+        callback.watch(trainer)
+        check_same(model)
+        over = False
+        if checkpoint is not None and (done == prepared.num_steps or recipe.train.early_stopping is not None):
+            trainer.restore(checkpoint)
+            callback.evaluate_if_owed()
+            over = done == prepared.num_steps or trainer.ends_early()
+        if not over:
+            if isinstance(trainer, FastTrainer) and wants_rehearsal(prepared.memory, recipe.train.device):
+                trainer.rehearse()
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+        check_same(model)
+    if callback.stopped_at is not None:
+        raise stop.after(callback.stopped_at, prepared.num_steps, run)
+    last_step, (step, losses) = trainer.state.global_step, trainer.last_evaluation
+    if last_step < prepared.num_steps:
+        progress.line(f"training ended early, after step {last_step} of {prepared.num_steps}")
+    return last_step, losses if step == last_step else None

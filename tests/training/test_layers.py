@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from loratune.data.batch import collate
+from loratune.data.examples import Example
+from loratune.model.adapter.attach import attach_adapter, use_fast_layers
+from loratune.model.adapter.targets import resolve_targets
+from loratune.model.device import cpp_compiler
+from loratune.recipe.recipe import LoraSection
+from loratune.training.layers import decoder_layers, prepare_layers
+from loratune.training.loss import SupervisedLoss
+from tests.model.adapter.test_attach import tiny
+
+
+def example(length: int) -> Example:
+    ids = (torch.arange(length) * 7 % 50).numpy()
+    return Example(input_ids=ids, supervised=ids >= 0, origin=None)  # type: ignore[arg-type]
+
+
+def loss_of(layers: int, *, compiled: bool, recomputed: int, dropout: float = 0.1) -> SupervisedLoss:
+    base = tiny(layers)
+    model = attach_adapter(
+        base, LoraSection(dropout=dropout), resolve_targets(base, "complete"), base_name="tiny", seed=0
+    )
+    use_fast_layers(model)
+    loss = SupervisedLoss(model)
+    prepare_layers(model, compiled=compiled, num_recomputed=recomputed)
+    loss.compiled = compiled
+    model.train()
+    return loss
+
+
+@pytest.mark.skipif(cpp_compiler() is None, reason="no C++ compiler: torch.compile needs one on a CPU")
+def test_one_graph_serves_all_layers_and_any_number_of_tokens() -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    loss = loss_of(5, compiled=True, recomputed=0)
+    for lengths in ((9, 4), (12, 30, 2), (7,)):
+        loss.sum(collate([example(n) for n in lengths])).backward()
+    counted = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert counted == 2  # the layer, and the chunk of the loss
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+@pytest.mark.parametrize("recomputed", [0, 1, 3])
+def test_a_recomputed_layer_keeps_less_and_gives_the_same(recomputed: int) -> None:
+    batch = collate([example(40), example(17)])
+    results = []
+    for count in (0, recomputed):
+        loss = loss_of(3, compiled=False, recomputed=count)
+        kept = 0
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            nonlocal kept
+            kept += tensor.numel() * tensor.element_size()
+            return tensor
+
+        torch.manual_seed(1)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            value = loss.sum(batch)
+        value.backward()
+        results.append((kept, value.detach(), [p.grad for p in loss.model.parameters() if p.requires_grad]))
+    (kept_all, value, gradients), (kept_less, again, same) = results
+    assert torch.equal(value, again)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, same, strict=True))
+    assert kept_less < kept_all * (1 - 0.8 * recomputed / 3) if recomputed else kept_less == kept_all
+
+
+def test_the_layers_are_found_and_run_as_they_are_outside_training() -> None:
+    loss = loss_of(3, compiled=True, recomputed=1)
+    assert len(decoder_layers(loss.model)) == 3
+    loss.model.eval()
+    torch._dynamo.utils.counters.clear()
+    loss.per_token(collate([example(9)]))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 0

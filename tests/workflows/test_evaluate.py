@@ -1,0 +1,63 @@
+"""`loratune evaluate` with all it can measure: data of another kind, a metric of one's own, gates."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from loratune.evaluation.gates import check_gates
+from loratune.recipe.recipe import Recipe
+from loratune.run.directory import RunDir, read_json
+from loratune.run.errors import RecipeError, RunError
+from loratune.workflows.evaluate import Extras, evaluate
+from loratune.workflows.train import train
+from tests.conftest import write_jsonl
+
+
+@pytest.fixture
+def other_data(tmp_path: Path) -> Path:
+    rows = [{"prompt": f"Count to {i}.", "completion": " ".join(map(str, range(i)))} for i in range(3, 9)]
+    return write_jsonl(tmp_path / "counting.jsonl", rows)
+
+
+def test_forgetting_a_metric_of_ones_own_and_gates_in_one_evaluation(
+    tiny_recipe: Callable[..., Recipe], other_data: Path, tmp_path: Path
+) -> None:
+    recipe = tiny_recipe(evaluate__forgetting=str(other_data), evaluate__max_new_tokens=4, train__epochs=1)
+    trained = train(recipe)
+    assert trained.evaluation is not None
+    first = trained.evaluation["forgetting"]
+    assert first["num_examples"] == 6
+    assert first["difference"]["nll"]["value"] == pytest.approx(first["tuned"]["nll"] - first["base"]["nll"])
+    assert abs(first["base"]["nll"] - trained.evaluation["base"]["nll"]) > 1e-3, "other data has another loss"
+    assert "forgetting" in read_json(trained.run.lock)["inputs"]
+
+    (tmp_path / "own.py").write_text("def longer(answer, reference):\n    return len(answer) > len(reference)\n")
+    extras = Extras(
+        metric=f"{tmp_path / 'own.py'}:longer",
+        gates=("longer>=0", "forgetting.difference.nll.high<-50", "nll<99"),
+        allow_code=True,
+    )
+    record = evaluate(trained.run.root, extras=extras).evaluation
+    assert record is not None
+    assert record["forgetting"]["base"]["nll"] == pytest.approx(first["base"]["nll"], rel=1e-6)
+    assert record["metric"] == "longer"
+    for item in record["items"]:
+        assert item["tuned"]["score"] == float(len(item["tuned"]["text"]) > len(item["reference"]))
+    assert [gate["passed"] for gate in record["gates"]] == [True, False, True]
+    assert read_json(trained.run.evaluation) == json.loads(json.dumps(record))
+    with pytest.raises(RunError, match="1 of 3 gates failed: forgetting"):
+        check_gates(record)
+    page = trained.run.report.read_text()
+    for words in ("On other data", "6 conversations of another kind", "forgetting.difference.nll.high", "failed"):
+        assert words in page, words
+
+
+def test_a_gate_with_a_wrong_name_costs_no_evaluation(finished_run: RunDir) -> None:
+    before = finished_run.evaluation.stat().st_mtime_ns
+    with pytest.raises(RecipeError, match="no number exact_mach"):
+        evaluate(finished_run.root, extras=Extras(gates=("exact_mach>=0.5",)))
+    assert finished_run.evaluation.stat().st_mtime_ns == before

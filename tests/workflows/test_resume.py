@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loratune.planning import prepare_ranks
+from loratune.planning.lock import differences
+from loratune.planning.preparation import Preparation
+from loratune.planning.prepare import prepare
+from loratune.recipe.recipe import Recipe
+from loratune.run.directory import read_json
+from loratune.run.progress import Silent
+from loratune.workflows import steps
+from loratune.workflows.train import train
+
+
+def test_the_lock_of_a_hub_model_knows_the_weights_that_are_fetched_after_the_plan(
+    tiny_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else `resume` would call them changed."""
+    late: list[Path] = []
+
+    def from_hub(recipe: Recipe, *args: Any) -> Preparation:
+        prepared = prepare(recipe, *args)
+        return dataclasses.replace(prepared, base=dataclasses.replace(prepared.base, revision="0" * 40))
+
+    def fetch(prepared: Preparation, progress: Any) -> Any:
+        late.append(prepared.base.path / "fetched_with_the_weights.json")
+        late[0].write_text("{}")
+        return load(prepared, progress)
+
+    load = steps.load_base
+    monkeypatch.setattr(prepare_ranks, "prepare", from_hub)
+    monkeypatch.setattr(steps, "load_base", fetch)
+    recipe = tiny_recipe()
+    try:
+        run = train(recipe).run
+        lock = read_json(run.lock)
+        assert late[0].name in lock["inputs"]["model"]
+        assert not differences(lock, from_hub(recipe, Silent()).as_lock())
+    finally:
+        late[0].unlink()

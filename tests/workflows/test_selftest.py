@@ -1,0 +1,90 @@
+"""The self-test passes here, and notices what it is there to notice."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import loratune.cli.main
+from loratune.model.adapter import attach
+from loratune.model.kernels import lora_linear as lora_kernel
+from loratune.training import trainer
+from loratune.workflows import selftest
+
+
+def failed(checks: list[selftest.SelfCheck]) -> set[str]:
+    return {check.name.partition(" ")[0] for check in checks if not check.ok}
+
+
+def test_every_check_holds_here_and_the_exit_code_says_so() -> None:
+    result = CliRunner().invoke(loratune.cli.main.app, ["selftest", "--json"])
+    record = json.loads(result.stdout)
+    assert result.exit_code == 0, record
+    assert record["ok"]
+    assert len(record["checks"]) == 8
+    assert all(0 <= check["difference"] <= check["tolerance"] for check in record["checks"])
+    assert sum(check["seconds"] for check in record["checks"]) < 60
+
+
+def wrong_scale(*args: Any, **kwargs: Any) -> torch.Tensor:
+    x, weight, bias, a, b, scale, *rest = args
+    return lora_kernel.lora_linear(x, weight, bias, a, b, scale * 1.001, *rest, **kwargs)
+
+
+def wrong_gradient(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """The right loss with a gradient that is one part in a thousand too small."""
+    return true_cross_entropy(hidden.detach() * 0.001 + hidden * 0.999, *args, **kwargs)
+
+
+def looks_into_other_examples(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+    ends = kwargs["cu_seq_lens_q"]
+    whole = torch.stack([ends[0], ends[-1]])
+    return true_attention(*args, **{**kwargs, "cu_seq_lens_q": whole, "max_length_q": int(whole[-1])})
+
+
+true_cross_entropy, true_attention = selftest.sum_cross_entropy, selftest.packed_attention
+
+# fault: what is replaced by what, and the checks that must fail
+FAULTS: dict[str, tuple[list[tuple[Any, str, Callable[..., Any]]], set[str]]] = {
+    "a wrong scale": ([(selftest, "lora_linear", wrong_scale), (attach, "lora_linear", wrong_scale)], {"LoRA", "fast"}),
+    "a wrong gradient": ([(selftest, "sum_cross_entropy", wrong_gradient)], {"cross-entropy"}),
+    "attention across examples": ([(selftest, "packed_attention", looks_into_other_examples)], {"attention"}),
+    "random states not put back": ([(trainer, "load_random", lambda folder: None)], {"stopped"}),
+    "an optimizer that starts anew": ([(trainer, "load_optimizer", lambda *args: None)], {"stopped"}),
+    "a kernel that fails": ([(selftest, "lora_linear", lambda *args: 1 / 0)], {"LoRA"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_noticed(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    replaced, expected = FAULTS[fault]
+    for module, name, function in replaced:
+        monkeypatch.setattr(module, name, function)
+    # the two that train are left out where they have nothing to say
+    needed = {"stopped"} if "stopped" in expected else {"attention", "cross-entropy", "LoRA", "fast", "packed"}
+    real = selftest._measure
+
+    def measure(name: str, work: Callable[[], float], tolerance: float) -> selftest.SelfCheck:
+        wanted = name.partition(" ")[0] in needed
+        return real(name, work if wanted else lambda: 0.0, tolerance)
+
+    monkeypatch.setattr(selftest, "_measure", measure)
+    checks = selftest.selftest()
+    assert failed(checks) == expected
+    assert all(check.note for check in checks if fault == "a kernel that fails" and not check.ok)
+
+
+def test_a_failure_is_told_and_ends_with_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    bad = selftest.SelfCheck(name="a [b] = c", difference=0.5, tolerance=1e-4, seconds=0.1, note="RunError: [red]no")
+    monkeypatch.setattr(selftest, "selftest", lambda progress: [bad])
+    result = CliRunner().invoke(loratune.cli.main.app, ["selftest"])
+    assert result.exit_code == 1
+    for text in ("a [b] = c", "5.0e-01", "[red]no", "✗", "1 checks failed on this machine"):
+        assert text in result.output
+    result = CliRunner().invoke(loratune.cli.main.app, ["selftest", "--json"])
+    assert (result.exit_code, json.loads(result.stdout)["ok"]) == (1, False)
