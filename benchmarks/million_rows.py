@@ -53,10 +53,10 @@ def write_model(folder: Path) -> None:
 
     from loratune.model.load import load_tokenizer, locate_model
     from loratune.recipe.recipe import ModelSection
-    from loratune.run.progress import Silent
+    from loratune.run.progress import NoProgress
 
     section = ModelSection(name=MODEL)
-    tokenizer = load_tokenizer(locate_model(section, Silent()), section)
+    tokenizer = load_tokenizer(locate_model(section, NoProgress()), section)
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),

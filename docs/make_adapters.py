@@ -13,7 +13,7 @@ from loratune.planning.memory.adapter import kept_bytes, variant_bytes
 from loratune.planning.parameters import count_parameters, skeleton
 from loratune.recipe.recipe import VARIANTS, LoraSection, ModelSection, Variant
 from loratune.workflows.guidance.adapter_effects import variant_rows
-from loratune.workflows.guidance.facts import Row, size
+from loratune.workflows.guidance.facts import AlternativeRow, size
 
 PAGE = Path(__file__).parent / "adapters.md"
 WHERE: dict[str, tuple[str, str]] = {
@@ -187,7 +187,7 @@ def page() -> str:
     )
 
 
-def _memory(variant: Variant, lora: LoraSection) -> Row:
+def _memory(variant: Variant, lora: LoraSection) -> AlternativeRow:
     model, other = skeleton(DEFAULT_MODEL), lora.model_copy(update={"variant": variant})
     count = count_parameters(model, resolve_targets(model, lora.targets), other)
     matrices = [item.matrix for item in count.per_module]

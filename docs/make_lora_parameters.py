@@ -14,7 +14,7 @@ from loratune.model.adapter.targets import matrix, resolve_targets
 from loratune.planning.parameters import count_parameters, skeleton
 from loratune.recipe.recipe import LoraSection, ModelSection
 from loratune.workflows.guidance.adapter_effects import preset_rows, rank_row
-from loratune.workflows.guidance.facts import Row
+from loratune.workflows.guidance.facts import AlternativeRow
 
 PAGE = Path(__file__).parent / "lora-parameters.md"
 RANKS = (4, 8, 16, 32, 64)
@@ -157,7 +157,7 @@ def _filled(block: str) -> str:
     return block if block.startswith(("#", "|", "<", " ")) else textwrap.fill(block, 118, break_on_hyphens=False)
 
 
-def _matrix_rows(model: PreTrainedModel, r: int) -> list[Row]:
+def _matrix_rows(model: PreTrainedModel, r: int) -> list[AlternativeRow]:
     rows = []
     for name in resolve_targets(model, "complete"):
         if ".layers.0." not in name:
@@ -176,7 +176,7 @@ def _matrix_rows(model: PreTrainedModel, r: int) -> list[Row]:
     return rows
 
 
-def _alpha_rows() -> list[Row]:
+def _alpha_rows() -> list[AlternativeRow]:
     return [
         {"alpha": str(alpha), **{f"alpha/r at r {r}": f"{alpha / r:g}" for r in RANKS}}
         for alpha in (8, 16, 32, 64, 128)

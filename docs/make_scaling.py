@@ -15,11 +15,11 @@ from loratune.data.examples import Example
 from loratune.data.prepare import PreparedData
 from loratune.data.rows.conversation import Origin
 from loratune.model.adapter.targets import resolve_targets
-from loratune.planning.cost import Place, sharded_parameters
+from loratune.planning.cost import ExecutionSetup, sharded_parameters
 from loratune.planning.estimate import estimate
 from loratune.planning.hardware.cluster import Cluster, find_cluster
 from loratune.planning.hardware.interconnect import CALL_SECONDS, LINKS, SHARE
-from loratune.planning.memory.memory import CAPS
+from loratune.planning.memory.memory import MAX_USEFUL_TOKENS
 from loratune.planning.parameters import ParameterCount, count_parameters, skeleton
 from loratune.planning.scaling import GRADIENT_BYTES, Scaling, hiding_tokens, scale
 from loratune.planning.speed import EFFICIENCY
@@ -163,7 +163,7 @@ def page() -> str:
         network_rows=table(_network_rows()),
         sharded_rows=table(_rows(_scaled("70B", h100, batch_size=256))),
         crossover=table(_crossover_rows()),
-        cap=CAPS["cuda"],
+        cap=MAX_USEFUL_TOKENS["cuda"],
         examples=NUM_EXAMPLES,
         median=MEDIAN,
         sigma=SIGMA,
@@ -203,7 +203,7 @@ def _data() -> PreparedData:
 def _scaled(name: str, cluster: Cluster, *, batch_size: int) -> Scaling:
     model, targets, parameters = _model(name)
     config, recipe, data = MODELS[name], _recipe(batch_size), _data()
-    place = Place(device="cuda", dtype="bfloat16", compiled=False, free_bytes=cluster.device.memory_bytes)
+    place = ExecutionSetup(device="cuda", dtype="bfloat16", compiled=False, free_bytes=cluster.device.memory_bytes)
     estimate_at = partial(
         estimate,
         recipe,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import Qwen2Config
 
-from loratune.workflows.guidance.facts import Row
+from loratune.workflows.guidance.facts import AlternativeRow
 
 DEFAULT_MODEL = Qwen2Config(
     hidden_size=1536,
@@ -21,7 +21,7 @@ DEFAULT_MODEL = Qwen2Config(
 """The shapes of the default model."""
 
 
-def table(rows: list[Row]) -> str:
+def table(rows: list[AlternativeRow]) -> str:
     """Rows with the same keys, in Markdown."""
     lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -16,12 +16,12 @@ from loratune.data import cache as cache_module
 from loratune.data.cache import Cache, cache_key
 from loratune.data.prepare import PreparedData, prepare_data
 from loratune.recipe.recipe import DataSection
-from loratune.run.progress import Silent
+from loratune.run.progress import NoProgress
 
 Prepare = Callable[..., PreparedData]
 
 
-class Heard(Silent):
+class Heard(NoProgress):
     def __init__(self) -> None:
         self.lines: list[str] = []
         self.warnings: list[str] = []

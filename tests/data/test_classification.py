@@ -8,7 +8,7 @@ import datasets
 import pytest
 
 from loratune.data.batch import collate, num_supervised
-from loratune.data.classification import labels_fingerprint, prepare_labelled
+from loratune.data.classification import labels_fingerprint, prepare_classified
 from loratune.data.examples import LabelledExample
 from loratune.data.prepare import PreparedData
 from loratune.recipe.recipe import DataSection
@@ -19,7 +19,7 @@ from tests.classifiers import intent, tokenizer, write_rows
 def prepared(folder: Path, rows: list[dict[str, Any]], max_length: int = 32, **settings: Any) -> PreparedData:
     file = write_rows(folder / "rows.jsonl", rows)
     section = DataSection.model_validate({"train": str(file), "eval": "none", **settings})
-    return prepare_labelled(section, tokenizer(encoder=True, types=True), max_length=max_length, seed=1)
+    return prepare_classified(section, tokenizer(encoder=True, types=True), max_length=max_length, seed=1)
 
 
 def test_labels_are_sorted_and_counted(tmp_path: Path) -> None:
@@ -144,7 +144,7 @@ def test_integers_of_a_hub_data_set_have_its_names(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("loratune.data.rows.sources._require_hub", lambda source: None)
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: table)
     settings = {"train": "someone/topics", "eval": "none", "columns": {"label": "topic"}, "on_bad_row": "skip"}
-    data = prepare_labelled(
+    data = prepare_classified(
         DataSection.model_validate(settings), tokenizer(encoder=True, types=True), max_length=32, seed=1
     )
     assert data.report["labels"] == ["sun", "tune"]

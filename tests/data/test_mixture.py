@@ -12,7 +12,7 @@ from loratune.evaluation.record import evaluation_table
 from loratune.planning.prepare import prepare
 from loratune.recipe.recipe import Recipe
 from loratune.run.directory import read_json
-from loratune.run.progress import Silent
+from loratune.run.progress import NoProgress
 from loratune.workflows.guidance.effects import SUMMARIES
 from loratune.workflows.guidance.facts import Facts
 from loratune.workflows.train import train
@@ -29,7 +29,7 @@ def sources(folder: Path) -> list[dict[str, object]]:
 
 
 def test_the_plan_counts_what_an_epoch_has_of_each_source(tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
-    prepared = prepare(tiny_recipe(data__train=sources(tmp_path)), Silent())
+    prepared = prepare(tiny_recipe(data__train=sources(tmp_path)), NoProgress())
     data = prepared.as_plan()["data"]
     few, many = data["sources"]
     assert (few["num_examples"], many["num_examples"]) == (7 + 7 + 4, 6)
@@ -44,7 +44,7 @@ def test_the_plan_counts_what_an_epoch_has_of_each_source(tiny_recipe: MakeRecip
 
 def test_streamed_sources_are_counted_by_their_sample(tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
     files = [str(source["name"]) for source in sources(tmp_path)]
-    prepared = prepare(tiny_recipe(data__train=files, data__eval=0.2, data__streaming=True), Silent())
+    prepared = prepare(tiny_recipe(data__train=files, data__eval=0.2, data__streaming=True), NoProgress())
     data = prepared.as_plan()["data"]
     assert [source["name"] for source in data["sources"]] == files
     assert sum(source["num_examples"] for source in data["sources"]) == data["num_examples"] == 15

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from loratune.data.prepare import PreparedData, prepare_data
 from loratune.recipe.recipe import DataSection
 from loratune.run.errors import DataError
-from loratune.run.progress import Progress, Silent, Task
+from loratune.run.progress import NoProgress, Progress, Task
 
 Prepare = Callable[..., PreparedData]
 
@@ -37,7 +37,7 @@ def write(path: Path, rows: list[Any]) -> str:
 
 @pytest.fixture
 def prepared(smollm2_tokenizer: PreTrainedTokenizerBase) -> Prepare:
-    def make(*, max_length: int = 512, seed: int = 42, progress: Progress = Silent(), **data: Any) -> PreparedData:  # noqa: B008
+    def make(*, max_length: int = 512, seed: int = 42, progress: Progress = NoProgress(), **data: Any) -> PreparedData:  # noqa: B008
         section = DataSection.model_validate(data)
         return prepare_data(section, smollm2_tokenizer, max_length=max_length, seed=seed, progress=progress)
 
@@ -187,7 +187,7 @@ def test_held_out_conversations_are_those_of_the_held_out_examples(tmp_path: Pat
     assert [c.origin.line for c in data.eval_conversations] == [e.origin.line for e in data.eval] == [1, 3]
 
 
-class Heard(Silent):
+class Heard(NoProgress):
     """Remembers what it was told."""
 
     def __init__(self) -> None:

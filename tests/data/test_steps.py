@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loratune.data.steps import EpochPlan, deal, epoch_order, num_steps_per_epoch, pack, step_tokens
+from loratune.data.steps import EpochPlan, assign_to_ranks, epoch_order, num_steps_per_epoch, pack, step_tokens
 
 lengths_of_examples = st.lists(st.integers(1, 400), min_size=1, max_size=60)
 
@@ -78,7 +78,7 @@ def test_the_tokens_of_the_steps_are_those_of_the_plan() -> None:
 
 @given(lengths_of_examples, st.integers(1, 1000), st.integers(2, 5))
 def test_ranks_differ_by_no_more_than_one_example(lengths: list[int], budget: int, world_size: int) -> None:
-    ranks = deal(dict(enumerate(lengths)), budget, world_size)
+    ranks = assign_to_ranks(dict(enumerate(lengths)), budget, world_size)
     batches = [chosen for rank in ranks for chosen in rank]
     assert sorted(i for chosen in batches for i in chosen) == list(range(len(lengths)))
     assert all(sum(lengths[i] for i in chosen) <= budget or len(chosen) == 1 for chosen in batches if chosen)
@@ -93,5 +93,5 @@ def test_tokens_are_balanced_over_ranks() -> None:
 
 
 def test_a_step_that_is_a_little_more_than_the_budget_is_shared_evenly() -> None:
-    first, second = deal(dict.fromkeys(range(24), 100), 2000, 2)
+    first, second = assign_to_ranks(dict.fromkeys(range(24), 100), 2000, 2)
     assert [len(chosen) for chosen in first] == [len(chosen) for chosen in second] == [12]

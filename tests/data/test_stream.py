@@ -13,7 +13,7 @@ from loratune.data.rows.conversation import Rejected
 from loratune.data.stream import can_stream, open_tables, stream_data
 from loratune.recipe.recipe import DataSection
 from loratune.run.errors import DataError
-from loratune.run.progress import Silent
+from loratune.run.progress import NoProgress
 from tests.conftest import conversation, write_jsonl
 
 
@@ -24,8 +24,8 @@ def section(**settings: Any) -> DataSection:
 def streamed(
     data: DataSection, tokenizer: PreTrainedTokenizerBase, *, max_length: int = 512, seed: int = 0
 ) -> PreparedData:
-    tables = open_tables(data, Silent())
-    return stream_data(data, tables, tokenizer, max_length=max_length, seed=seed, progress=Silent())
+    tables = open_tables(data, NoProgress())
+    return stream_data(data, tables, tokenizer, max_length=max_length, seed=seed, progress=NoProgress())
 
 
 def made(prepared: PreparedData) -> list[Example | Rejected]:

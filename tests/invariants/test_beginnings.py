@@ -17,9 +17,9 @@ from loratune.planning.prepare import prepare
 from loratune.recipe.recipe import Recipe
 from loratune.run.directory import read_json
 from loratune.run.errors import RecipeError
-from loratune.run.progress import Silent
+from loratune.run.progress import NoProgress
 from loratune.workflows.export import merge
-from loratune.workflows.load import adapt, load_base
+from loratune.workflows.load import attach_adapter_and_loss, load_base
 from loratune.workflows.train import train
 from tests.invariants.test_same_mathematics import assert_same
 
@@ -28,8 +28,8 @@ IDS = torch.arange(40, 60)[None]
 
 
 def test_eva_begins_with_the_directions_in_which_the_inputs_of_the_data_vary(tiny_recipe: MakeRecipe) -> None:
-    prepared = prepare(tiny_recipe(lora__variant="eva"), Silent())
-    model, _ = adapt(prepared, load_base(prepared, Silent()), Silent())
+    prepared = prepare(tiny_recipe(lora__variant="eva"), NoProgress())
+    model, _ = attach_adapter_and_loss(prepared, load_base(prepared, NoProgress()), NoProgress())
     layer = model.get_base_model().model.layers[0].self_attn
     base = AutoModelForCausalLM.from_pretrained(prepared.base.path, dtype=torch.float32)
     rows = torch.cat(
@@ -76,8 +76,8 @@ def test_loftq_begins_nearer_to_the_weights_than_nf4_and_merges(
     pytest.importorskip("bitsandbytes")
     settings = {"lora__variant": "loftq", "model__quantization": "nf4", "lora__alpha": 24, "lora__r": 8}
     recipe = tiny_recipe(**settings)
-    prepared = prepare(recipe, Silent())
-    model, _ = adapt(prepared, load_base(prepared, Silent()), Silent())
+    prepared = prepare(recipe, NoProgress())
+    model, _ = attach_adapter_and_loss(prepared, load_base(prepared, NoProgress()), NoProgress())
     weights = load_file(tiny_model / "model.safetensors")
     for number in range(2):
         weight = weights[f"model.layers.{number}.self_attn.q_proj.weight"]
@@ -121,4 +121,4 @@ def test_modules_learn_at_rates_of_their_own_in_both_engines(tiny_recipe: MakeRe
 
 def test_a_rate_for_nothing_is_refused(tiny_recipe: MakeRecipe) -> None:
     with pytest.raises(RecipeError, match=r"train\.learning_rate_pattern: o_proj decides about none of the trained"):
-        prepare(tiny_recipe(train__learning_rate_pattern={"o_proj": 1e-3}), Silent())
+        prepare(tiny_recipe(train__learning_rate_pattern={"o_proj": 1e-3}), NoProgress())

@@ -24,13 +24,13 @@ from loratune.planning.prepare import prepare
 from loratune.recipe.recipe import LoraSection, Recipe
 from loratune.run.directory import RunDir
 from loratune.run.errors import RecipeError, RunError
-from loratune.run.progress import Silent
+from loratune.run.progress import NoProgress
 from loratune.training.loss import make_loss
 from loratune.training.signals import StopRequest
 from loratune.workflows.export import merge
 from loratune.workflows.guidance.eject import eject
-from loratune.workflows.load import adapt, load_base
-from loratune.workflows.steps import _train
+from loratune.workflows.load import attach_adapter_and_loss, load_base
+from loratune.workflows.steps import train_steps
 from loratune.workflows.train import train
 from tests.invariants.families import (
     BY_HAND,
@@ -182,8 +182,8 @@ def family_recipe(
 def trained(prepared: Preparation) -> tuple[list[float], dict[str, torch.Tensor]]:
     """The losses of all steps and the final adapter, without what comes after training."""
     run = RunDir.create(Path(prepared.recipe.train.output_dir), overwrite=False)
-    model, loss = adapt(prepared, load_base(prepared, Silent()), Silent())
-    _train(prepared, run, model, loss, None, StopRequest(), Silent())
+    model, loss = attach_adapter_and_loss(prepared, load_base(prepared, NoProgress()), NoProgress())
+    train_steps(prepared, run, model, loss, None, StopRequest(), NoProgress())
     losses = [record["loss"] for record in run.read_metrics() if "loss" in record]
     return losses, {name: parameter.detach() for name, parameter in trainable_parameters(model).items()}
 
@@ -200,7 +200,7 @@ def trained(prepared: Preparation) -> tuple[list[float], dict[str, torch.Tensor]
 def test_the_fast_engine_takes_the_steps_of_stock_trl(
     name: str, family_recipe: Callable[..., Recipe], tmp_path: Path
 ) -> None:
-    prepared = prepare(family_recipe(name), Silent())
+    prepared = prepare(family_recipe(name), NoProgress())
     losses, adapter = trained(prepared)
     other = {"engine": "trl", "output_dir": str(tmp_path / "trl")}
     section = prepared.recipe.train.model_copy(update=other)
@@ -219,18 +219,18 @@ def test_the_fast_engine_takes_the_steps_of_stock_trl(
 def test_where_stock_trl_cannot_train_a_model_its_engine_and_the_ejected_script_say_so(
     family_recipe: Callable[..., Recipe], tmp_path: Path
 ) -> None:
-    prepared = prepare(family_recipe("Llama 4", train__engine="trl"), Silent())
+    prepared = prepare(family_recipe("Llama 4", train__engine="trl"), NoProgress())
     with pytest.raises(RecipeError, match="stock TRL cannot train Llama4ForCausalLM"):
-        adapt(prepared, load_base(prepared, Silent()), Silent())
+        attach_adapter_and_loss(prepared, load_base(prepared, NoProgress()), NoProgress())
     with pytest.raises(RecipeError, match="stock TRL cannot train Llama4ForCausalLM"):
-        eject(prepared, tmp_path / "script.py", overwrite=False, progress=Silent())
+        eject(prepared, tmp_path / "script.py", overwrite=False, progress=NoProgress())
 
 
 def test_the_ejected_script_of_a_mixture_of_experts_leaves_the_routers_loss_out_too(
     family_recipe: Callable[..., Recipe], tmp_path: Path
 ) -> None:
     script = tmp_path / "script.py"
-    eject(prepare(family_recipe("OLMoE"), Silent()), script, overwrite=False, progress=Silent())
+    eject(prepare(family_recipe("OLMoE"), NoProgress()), script, overwrite=False, progress=NoProgress())
     assert "router_aux_loss_coef=0.0," in script.read_text(encoding="utf-8")
 
 

@@ -21,10 +21,10 @@ from loratune.planning.prepare import prepare
 from loratune.recipe.recipe import LoraSection, Recipe
 from loratune.run.directory import RunDir, read_json
 from loratune.run.errors import RecipeError
-from loratune.run.progress import Silent
+from loratune.run.progress import NoProgress
 from loratune.training.loss import SupervisedLoss
 from loratune.workflows.chat import Sampling, open_chat
-from loratune.workflows.export import export, lay_out, merge
+from loratune.workflows.export import export, merge, write_served_layout
 from loratune.workflows.resume import resume
 from loratune.workflows.train import train
 from tests.conftest import conversation, recipe_maker, write_jsonl
@@ -143,7 +143,7 @@ def test_what_cannot_carry_them_says_so(run: RunDir, tmp_path: Path) -> None:
             export(run.root, to=to, out=tmp_path / to)
         assert "merge" in error.value.fix
     with pytest.raises(RecipeError, match="trained beside the adapter"):
-        lay_out(run.root, tmp_path / "served")
+        write_served_layout(run.root, tmp_path / "served")
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -202,5 +202,5 @@ def test_loss_and_gradients_are_those_of_the_stock_forward(tied: bool) -> None:
 )
 def test_what_cannot_be_added_is_refused(settings: dict[str, object], problem: str, tiny_recipe: MakeRecipe) -> None:
     with pytest.raises(RecipeError) as error:
-        prepare(tiny_recipe(**settings), Silent())
+        prepare(tiny_recipe(**settings), NoProgress())
     assert problem in str(error.value)

@@ -18,7 +18,7 @@ from loratune.planning.prepare import prepare
 from loratune.recipe.recipe import Recipe
 from loratune.run.directory import RunDir, read_json
 from loratune.run.errors import RecipeError
-from loratune.run.progress import Silent
+from loratune.run.progress import NoProgress
 from loratune.workflows.export import export, merge
 from loratune.workflows.resume import resume
 from loratune.workflows.train import train
@@ -119,13 +119,13 @@ def test_a_pattern_that_decides_nothing_or_cannot_be_is_refused(
     settings: dict[str, object], problem: str, tiny_recipe: MakeRecipe
 ) -> None:
     with pytest.raises(RecipeError, match=problem):
-        prepare(tiny_recipe(**settings), Silent())
+        prepare(tiny_recipe(**settings), NoProgress())
 
 
 def test_training_goes_on_from_a_patterned_adapter_with_its_patterns_alone(
     patterned: RunDir, tiny_recipe: MakeRecipe
 ) -> None:
     start = {"lora__start_from": str(patterned.adapter)}
-    assert prepare(tiny_recipe(**PATTERNS, **start), Silent()).start == patterned.adapter.resolve()
+    assert prepare(tiny_recipe(**PATTERNS, **start), NoProgress()).start == patterned.adapter.resolve()
     with pytest.raises(RecipeError, match=r"lora\.rank_pattern is"):
-        prepare(tiny_recipe(**{**PATTERNS, "lora__rank_pattern": {"o_proj": 6}}, **start), Silent())
+        prepare(tiny_recipe(**{**PATTERNS, "lora__rank_pattern": {"o_proj": 6}}, **start), NoProgress())

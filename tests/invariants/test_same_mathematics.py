@@ -113,7 +113,7 @@ def test_the_same_recipe_twice_is_the_same_to_the_bit(tiny_recipe: MakeRecipe, t
 def test_a_stopped_and_resumed_run_is_the_uninterrupted_one_to_the_bit(
     tiny_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from loratune.training.step_dataset import Steps
+    from loratune.training.step_dataset import StepDataset
     from loratune.workflows.resume import resume
 
     whole = train(tiny_recipe(lora__dropout=0.1, train__save_every=2))
@@ -125,8 +125,8 @@ def test_a_stopped_and_resumed_run_is_the_uninterrupted_one_to_the_bit(
     shutil.rmtree(killed.run.adapter)
     shutil.rmtree(killed.run.checkpoints / "6")
     asked: list[int] = []
-    get = Steps.__getitem__
-    monkeypatch.setattr(Steps, "__getitem__", lambda self, number: (asked.append(number), get(self, number))[1])
+    get = StepDataset.__getitem__
+    monkeypatch.setattr(StepDataset, "__getitem__", lambda self, number: (asked.append(number), get(self, number))[1])
     resumed = resume(killed.run.root)
     assert set(asked) == {4, 5}, "no step before is read or skipped over"
     assert_same(whole.run, resumed.run, tolerance=0)

@@ -17,7 +17,7 @@ from loratune.planning.prepare import prepare
 from loratune.recipe.recipe import Recipe
 from loratune.run.directory import RunDir, read_json
 from loratune.run.errors import RecipeError
-from loratune.run.progress import Silent
+from loratune.run.progress import NoProgress
 from loratune.workflows.export import export, merge
 from loratune.workflows.resume import resume
 from loratune.workflows.train import train
@@ -97,5 +97,6 @@ def test_what_cannot_be_adapted_is_refused(
 ) -> None:
     with pytest.raises(RecipeError, match=problem):
         prepare(
-            tiny_recipe(**{**SETTINGS, "lora__rank_pattern": {}, "model__name": str(moe_model), **settings}), Silent()
+            tiny_recipe(**{**SETTINGS, "lora__rank_pattern": {}, "model__name": str(moe_model), **settings}),
+            NoProgress(),
         )

@@ -15,7 +15,7 @@ from loratune.planning.prepare import prepare
 from loratune.recipe.recipe import Recipe
 from loratune.run.directory import RunDir, read_json
 from loratune.run.errors import RecipeError
-from loratune.run.progress import Silent
+from loratune.run.progress import NoProgress
 from loratune.workflows.reproduce import reproduce
 from loratune.workflows.resume import resume
 from loratune.workflows.train import train
@@ -89,7 +89,7 @@ def test_an_adapter_that_the_recipe_does_not_describe_is_refused(
     first: RunDir, changed: dict[str, object], words: str, tiny_recipe: MakeRecipe
 ) -> None:
     with pytest.raises(RecipeError, match=words):
-        prepare(tiny_recipe(**{**settings(first), **changed}), Silent())
+        prepare(tiny_recipe(**{**settings(first), **changed}), NoProgress())
 
 
 def test_what_is_no_safe_lora_adapter_or_would_be_overwritten_is_refused(
@@ -97,7 +97,7 @@ def test_what_is_no_safe_lora_adapter_or_would_be_overwritten_is_refused(
 ) -> None:
     def refused(folder: Path, words: str, **more: object) -> None:
         with pytest.raises(RecipeError, match=words):
-            prepare(tiny_recipe(**{**settings(first), "lora__start_from": str(folder), **more}), Silent())
+            prepare(tiny_recipe(**{**settings(first), "lora__start_from": str(folder), **more}), NoProgress())
 
     refused(tmp_path / "none", "no such folder")
     pickled = shutil.copytree(first.adapter, tmp_path / "pickled")
@@ -108,11 +108,11 @@ def test_what_is_no_safe_lora_adapter_or_would_be_overwritten_is_refused(
     (pattern / "adapter_config.json").write_text(json.dumps({**config, "lora_bias": True}))
     refused(pattern, "uses lora_bias")
     (pattern / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "org/other"}))
-    noted = prepare(tiny_recipe(**{**settings(first), "lora__start_from": str(pattern)}), Silent()).warnings
+    noted = prepare(tiny_recipe(**{**settings(first), "lora__start_from": str(pattern)}), NoProgress()).warnings
     assert sum("trained on org/other" in note for note in noted) == 1
     (pattern / "adapter_config.json").write_text("{")
     refused(pattern, "cannot be read")
-    assert not any("trained on" in note for note in prepare(tiny_recipe(**settings(first)), Silent()).warnings)
+    assert not any("trained on" in note for note in prepare(tiny_recipe(**settings(first)), NoProgress()).warnings)
     refused(first.adapter, "the run's own directory", train__output_dir=str(first.root))
     with pytest.raises(RecipeError, match="pissa, which decides how A and B begin"):
         tiny_recipe(lora__variant="pissa", lora__start_from=str(first.adapter))

@@ -18,7 +18,7 @@ from loratune.planning.prepare import prepare
 from loratune.recipe.recipe import VARIANTS, Recipe
 from loratune.run.directory import RunDir, read_json
 from loratune.run.errors import RecipeError
-from loratune.run.progress import Silent
+from loratune.run.progress import NoProgress
 from loratune.workflows.export import merge
 from loratune.workflows.resume import resume
 from loratune.workflows.train import train
@@ -70,7 +70,7 @@ def test_both_engines_take_the_same_steps_and_the_adapter_is_for_the_untouched_b
 @pytest.mark.parametrize("variant", some(OTHERS, "dora", "olora", "eva"))
 def test_the_plan_counts_what_is_trained_and_what_is_saved(variant: str, tiny_recipe: MakeRecipe) -> None:
     recipe = tiny_recipe(lora__variant=variant, lora__targets="complete", train__epochs=0.4)
-    prepared = prepare(recipe, Silent())
+    prepared = prepare(recipe, NoProgress())
     run = train(recipe).run
     saved = sum(tensor.numel() for tensor in load_file(run.adapter / "adapter_model.safetensors").values())
     assert 4 * saved == prepared.parameters.adapter_bytes
@@ -94,7 +94,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(
 
 def test_a_rank_that_a_matrix_does_not_have_is_refused(tiny_recipe: MakeRecipe) -> None:
     with pytest.raises(RecipeError, match=r"has no rank over 16, but lora\.r is 17"):
-        prepare(tiny_recipe(lora__variant="pissa", lora__r=17), Silent())
+        prepare(tiny_recipe(lora__variant="pissa", lora__r=17), NoProgress())
 
 
 def test_a_saved_adapter_of_a_changed_base_says_that_it_is_plain(tiny_recipe: MakeRecipe) -> None:

@@ -21,7 +21,7 @@ from loratune.planning.prepare import prepare
 from loratune.recipe.recipe import LoraSection, Recipe
 from loratune.run.directory import RunDir, read_json
 from loratune.run.errors import RecipeError
-from loratune.run.progress import Silent
+from loratune.run.progress import NoProgress
 from loratune.training.loss import SupervisedLoss
 from loratune.workflows.export import export, merge
 from loratune.workflows.resume import resume
@@ -164,7 +164,7 @@ def test_in_bfloat16_small_steps_are_kept_and_what_is_saved_computes_the_same(
     adapted = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16), str(run.adapter)
     )
-    examples = prepare(Recipe.parse(read_json(run.lock)["recipe"]), Silent()).data.eval
+    examples = prepare(Recipe.parse(read_json(run.lock)["recipe"]), NoProgress()).data.eval
     use_fast_layers(adapted)
     adapted.eval()
     losses = SupervisedLoss(adapted).per_token(collate(examples))
@@ -189,7 +189,7 @@ def test_what_cannot_be_trained_whole_is_refused(
     settings: dict[str, object], problem: str, tiny_recipe: MakeRecipe
 ) -> None:
     with pytest.raises(RecipeError, match=problem):
-        prepare(tiny_recipe(**settings), Silent())
+        prepare(tiny_recipe(**settings), NoProgress())
 
 
 def test_training_goes_on_from_an_adapter_with_whole_modules(
@@ -201,4 +201,4 @@ def test_training_goes_on_from_an_adapter_with_whole_modules(
     assert read_json(still.evaluation)["tuned"] == read_json(run.evaluation)["tuned"]
     settings["lora__modules_to_save"] = ["lm_head"]
     with pytest.raises(RecipeError, match=r"has .*norm.weight, which the recipe does not train"):
-        prepare(tiny_recipe(**settings), Silent())
+        prepare(tiny_recipe(**settings), NoProgress())

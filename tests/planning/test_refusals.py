@@ -6,21 +6,23 @@ from typing import Any
 
 import pytest
 
-from loratune.planning.memory.memory import LayerBytes, MemoryPlan, Work, plan_memory, wants_rehearsal
+from loratune.planning.memory.memory import LayerBytes, MemoryPlan, TokenSizes, plan_memory, wants_rehearsal
 from loratune.run.errors import MachineError
 
 MIB = 2**20
-WORK = Work(longest=100, largest_step=1_000, held_out=0, prompt=0, num_prompts=0, max_new_tokens=0)
+WORK = TokenSizes(longest=100, largest_step=1_000, held_out=0, prompt=0, num_prompts=0, max_new_tokens=0)
 
 
-def plan(free: int, *, work: Work = WORK, **changed: Any) -> MemoryPlan:
+def plan(free: int, *, work: TokenSizes = WORK, **changed: Any) -> MemoryPlan:
     """Of a model with 10 MiB of weights, whose layers keep 10 kB of each token."""
     given: dict[str, Any] = {
         "total_parameters": 5 * MIB,
         "trainable_parameters": 0,
         "optimizer_bytes": 0,
         "stored_bytes": 0,
-        "layer": LayerBytes(kept=10_000, input=1_000, forward=12_000, backward=10_000, cache=50, attention=0),
+        "layer": LayerBytes(
+            saved_for_backward=10_000, input=1_000, forward=12_000, backward=10_000, cache=50, attention=0
+        ),
         "num_layers": 10,
         "dtype_bytes": 2,
         "device": "cuda",  # whose allocator leaves no share of the activations unused
@@ -35,8 +37,8 @@ def plan(free: int, *, work: Work = WORK, **changed: Any) -> MemoryPlan:
     return plan_memory(**{**given, "free": free, **changed})
 
 
-def work(**changed: int) -> Work:
-    return Work(
+def work(**changed: int) -> TokenSizes:
+    return TokenSizes(
         **{
             name: changed.get(name, getattr(WORK, name))
             for name in ("longest", "largest_step", "held_out", "prompt", "num_prompts", "max_new_tokens")

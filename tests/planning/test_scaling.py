@@ -15,10 +15,10 @@ from transformers import LlamaConfig
 from loratune.data.examples import Example
 from loratune.data.prepare import PreparedData
 from loratune.data.rows.conversation import Origin
-from loratune.data.steps import deal, epoch_order
+from loratune.data.steps import assign_to_ranks, epoch_order
 from loratune.model.adapter.targets import resolve_targets
 from loratune.planning import scaling
-from loratune.planning.cost import Place, held_parameters, sharded_parameters
+from loratune.planning.cost import ExecutionSetup, resident_parameters, sharded_parameters
 from loratune.planning.estimate import Estimate, estimate
 from loratune.planning.hardware import interconnect
 from loratune.planning.hardware.cluster import Cluster, find_cluster
@@ -26,9 +26,9 @@ from loratune.planning.hardware.interconnect import LINKS, SHARE, Fabric
 from loratune.planning.parameters import count_parameters, skeleton
 from loratune.planning.scaling import (
     Rank,
-    Row,
     Scaling,
-    Steps,
+    ScalingRow,
+    SimulatedSteps,
     deal_out,
     hiding_tokens,
     predict,
@@ -75,7 +75,7 @@ def run(
         for n in lengths
     ]
     data = PreparedData(train=train, eval=[], eval_conversations=[], report={})
-    place = Place(device="cuda", dtype="bfloat16", compiled=False, free_bytes=free_bytes)
+    place = ExecutionSetup(device="cuda", dtype="bfloat16", compiled=False, free_bytes=free_bytes)
     device = cluster.device
     estimate_at = partial(
         estimate, recipe, CONFIG, model, targets, parameters, data=data, prompts=(), longest_answer=0, device=device
@@ -84,7 +84,7 @@ def run(
     return made, partial(estimate_at, place=place)
 
 
-def rows(spec: str, *links: str, **changes: Any) -> tuple[Row, ...]:
+def rows(spec: str, *links: str, **changes: Any) -> tuple[ScalingRow, ...]:
     return run(find_cluster(spec, links), **changes)[0].rows
 
 
@@ -145,15 +145,15 @@ def test_what_a_rank_holds_of_a_sharded_base() -> None:
     layer, outside = sharded_parameters(CONFIG, parameters)
     assert outside == 2 * 32000 * 2048
     assert layer == pytest.approx(2048 * (2 * 2048 + 2 * 512) + 3 * 2048 * 8192, rel=1e-3)
-    assert held_parameters(CONFIG, parameters, 1) == parameters.total
-    assert held_parameters(CONFIG, parameters, 8) == -(-(parameters.total - outside) // 8) + outside + 2 * layer
+    assert resident_parameters(CONFIG, parameters, 1) == parameters.total
+    assert resident_parameters(CONFIG, parameters, 8) == -(-(parameters.total - outside) // 8) + outside + 2 * layer
 
 
 def test_the_slowest_rank_is_found_by_dealing_out_the_steps() -> None:
-    steps = Steps(lengths=LENGTHS, num_examples=len(LENGTHS), batch_size=16, seed=3, epochs=1)
+    steps = SimulatedSteps(lengths=LENGTHS, num_examples=len(LENGTHS), batch_size=16, seed=3, epochs=1)
     loads = deal_out(steps, token_budget=1000, world_size=4)
     order = epoch_order(len(LENGTHS), seed=3, epoch=0)
-    first = deal({int(i): LENGTHS[i] for i in order[:16]}, 1000, 4)
+    first = assign_to_ranks({int(i): LENGTHS[i] for i in order[:16]}, 1000, 4)
     tokens = [[sum(LENGTHS[i] for i in batch) for batch in rank] for rank in first]
     assert loads.is_epoch
     assert loads.num_steps == len(loads.slowest) == 13
@@ -177,12 +177,12 @@ def test_fewer_examples_than_devices_leave_devices_idle() -> None:
     assert made[-1].tokens_per_second < made[-2].tokens_per_second, "more to wait for, and nothing more to do"
 
 
-def by_hand(strategy: str, fabric: Fabric) -> tuple[Row, Estimate]:
+def by_hand(strategy: str, fabric: Fabric) -> tuple[ScalingRow, Estimate]:
     """Eight examples of 100 tokens in two steps of four, 10 ms a token, on two devices: a micro-batch of 200 each."""
     _, estimate_one = run(find_cluster("2xh100-80gb"))
     made = estimate_one()
     made = replace(made, time=replace(made.time, train_seconds=8.0, compile_seconds=0.0, total_seconds=20.0))
-    steps = Steps(lengths=[100] * 8, num_examples=8, batch_size=4, seed=0, epochs=1)
+    steps = SimulatedSteps(lengths=[100] * 8, num_examples=8, batch_size=4, seed=0, epochs=1)
     loads = deal_out(steps, token_budget=1000, world_size=2)
     rank = Rank(
         token_seconds=0.01,
@@ -250,13 +250,13 @@ def test_gathers_hide_from_the_crossing_on_whatever_the_model(monkeypatch: pytes
 def test_ddp_is_taken_where_a_device_holds_everything() -> None:
     calls = []
 
-    def estimate_at(*, place: Place) -> Estimate:
+    def estimate_at(*, place: ExecutionSetup) -> Estimate:
         calls.append(place.shards)
         if place.shards < 4:
             raise MachineError("too large")
         return "fits"  # type: ignore[return-value]
 
-    place = Place(device="cuda", dtype="bfloat16", compiled=False)
+    place = ExecutionSetup(device="cuda", dtype="bfloat16", compiled=False)
     assert strategy_for("auto", 4, place, estimate_at) == ("fsdp", "fits")
     assert calls == [1, 4]
     calls.clear()

@@ -5,12 +5,20 @@ import torch
 from transformers import LlamaConfig
 
 from loratune.planning.probe import probe
-from loratune.planning.speed import COMPILED_TAKES, Amounts, Rates, StepProbe, TimePlan, plan_time, with_probe
+from loratune.planning.speed import (
+    COMPILED_TAKES,
+    LayerTimings,
+    StepProbe,
+    TimePlan,
+    WorkAmounts,
+    plan_time,
+    with_probe,
+)
 from loratune.recipe.recipe import LoraSection
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 
-RATES = Rates(train=1.0, forward=0.25, decode=2.0, head_train=10.0, head_forward=4.0, head_decode=3.0)
+RATES = LayerTimings(train=1.0, forward=0.25, decode=2.0, head_train=10.0, head_forward=4.0, head_decode=3.0)
 
 
 def timed(*, compile_seconds: float | None = None, **changes: int) -> TimePlan:
@@ -27,7 +35,7 @@ def timed(*, compile_seconds: float | None = None, **changes: int) -> TimePlan:
         "load_bytes": 0,
     }
     return plan_time(
-        Amounts(**amounts | changes),
+        WorkAmounts(**amounts | changes),
         RATES,
         compile_seconds=compile_seconds,
         flops=1.0,

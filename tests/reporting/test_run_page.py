@@ -21,7 +21,7 @@ from loratune.reporting.run_files import read_run
 from loratune.reporting.units import as_bytes
 from loratune.run.directory import RunDir, read_json
 from loratune.run.errors import MachineError, RecipeError
-from loratune.run.progress import Silent
+from loratune.run.progress import NoProgress
 from tests.reporting.conftest import rewrite
 
 Copy = Callable[..., RunDir]
@@ -165,7 +165,7 @@ def test_long_text_is_cut_and_says_so(a_copy: Copy) -> None:
 
 
 def test_a_page_that_cannot_be_written_does_not_end_the_run(a_copy: Copy) -> None:
-    class Listener(Silent):
+    class Listener(NoProgress):
         warnings: list[str] = []  # noqa: RUF012
 
         def warn(self, text: str) -> None:

@@ -48,8 +48,8 @@ def test_one_process_asks_the_same_questions(monkeypatch: pytest.MonkeyPatch) ->
     assert (processes.rank(), processes.size(), processes.local_size(), processes.is_main()) == (0, 1, 1, True)
     assert processes.gather("value") == ["value"]
     assert not processes.is_launched()
-    assert processes.earlier_failure(1) is None
-    assert processes.launch() == ""
+    assert processes.first_failure(1) is None
+    assert processes.launch_id() == ""
 
 
 def test_srun_says_who_a_process_is_and_a_batch_script_does_not(monkeypatch: pytest.MonkeyPatch) -> None:

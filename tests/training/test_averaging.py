@@ -18,7 +18,7 @@ from loratune.planning.prepare import prepare
 from loratune.recipe.recipe import Recipe, TrainSection
 from loratune.run.directory import RunDir, read_json
 from loratune.run.errors import Interrupted, RecipeError
-from loratune.run.progress import Silent
+from loratune.run.progress import NoProgress
 from loratune.training.checkpoint import averaged_steps
 from loratune.workflows.evaluate import evaluate
 from loratune.workflows.guidance.effects import SUMMARIES
@@ -66,7 +66,7 @@ def test_a_run_ends_with_the_mean_of_its_last_checkpoints(tiny_recipe: MakeRecip
     assert again is not None
     assert again["adapter"] == record["adapter"]
     assert again["tuned"]["nll"] == pytest.approx(record["tuned"]["nll"], abs=1e-6)
-    words = SUMMARIES["train.average_checkpoints"](Facts(prepare(recipe, Silent())))
+    words = SUMMARIES["train.average_checkpoints"](Facts(prepare(recipe, NoProgress())))
     assert words == "the mean of the adapters after steps 4, 6"
 
 

@@ -15,7 +15,7 @@ import pytest
 from loratune.recipe.recipe import Recipe
 from loratune.run.directory import RunDir
 from loratune.run.errors import MachineError
-from loratune.run.progress import Silent
+from loratune.run.progress import NoProgress
 from loratune.training.checkpoint import latest_checkpoint
 from loratune.workflows.resume import resume
 from loratune.workflows.train import train
@@ -32,7 +32,7 @@ SETTINGS = {
 }
 
 
-class Moment(Silent):
+class Moment(NoProgress):
     """Does something when a piece of work begins, or the n-th time it goes on; training goes on first by the steps that are
     done already."""
 
@@ -42,10 +42,10 @@ class Moment(Silent):
         self.lines: list[str] = []
 
     @contextmanager
-    def task(self, name: str, total: int | None, unit: str = "") -> Iterator[Silent]:
+    def task(self, name: str, total: int | None, unit: str = "") -> Iterator[NoProgress]:
         outer = self
 
-        class Task(Silent):
+        class Task(NoProgress):
             done = 0
 
             def advance(self, amount: int = 1, note: str = "") -> None:

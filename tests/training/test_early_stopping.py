@@ -18,8 +18,8 @@ from loratune.planning.prepare import prepare
 from loratune.recipe.recipe import Recipe
 from loratune.run.directory import RunDir, read_json
 from loratune.run.errors import Interrupted, RecipeError
-from loratune.run.progress import Silent
-from loratune.training.early_stopping import num_without_lower
+from loratune.run.progress import NoProgress
+from loratune.training.early_stopping import evaluations_without_improvement
 from loratune.workflows.guidance.effects import SUMMARIES
 from loratune.workflows.guidance.facts import Facts
 from loratune.workflows.resume import resume
@@ -66,7 +66,7 @@ def test_evaluations_are_counted_as_transformers_counts_them() -> None:
             ours = None
             for number, loss in enumerate(losses, start=1):
                 held_out |= {10 * number: loss, 10 * number + 1: None}  # failed ones do not count
-                if num_without_lower(held_out) >= patience:
+                if evaluations_without_improvement(held_out) >= patience:
                     ours = number
                     break
             assert ours == stops_at_by_transformers(losses, patience)
@@ -109,7 +109,7 @@ def test_a_run_ends_where_its_losses_say_with_the_best_adapter(worse: MakeRecipe
     assert (event["step"], event["lowest_at"]) == (last, lowest)
     assert (run.checkpoints / str(last)).is_dir(), "its last step is saved, as every run's is"
     assert read_json(run.plan)["time"]["is_upper_bound"]
-    assert SUMMARIES["train.early_stopping"](Facts(prepare(recipe, Silent()))) == (
+    assert SUMMARIES["train.early_stopping"](Facts(prepare(recipe, NoProgress()))) == (
         "ends the run after step 3 of 12 at the earliest"
     )
     # a checkpoint a step: the best of them is what the run ends with

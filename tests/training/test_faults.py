@@ -23,10 +23,10 @@ from loratune.planning.memory import memory
 from loratune.recipe.recipe import Recipe
 from loratune.run.directory import Record, RunDir
 from loratune.run.errors import MachineError, RunError
-from loratune.run.progress import Silent
+from loratune.run.progress import NoProgress
 from loratune.training import loss as loss_module
 from loratune.training.anomalies import is_spike
-from loratune.training.event_log import Events
+from loratune.training.event_log import EventLog
 from loratune.training.token_budget import TokenBudget
 from loratune.workflows.resume import resume
 from loratune.workflows.train import train
@@ -44,7 +44,7 @@ NO_MEMORY = (
 )
 
 
-class Listener(Silent):
+class Listener(NoProgress):
     """Keeps what the user would see."""
 
     def __init__(self) -> None:
@@ -130,7 +130,7 @@ def test_an_example_that_does_not_fit_is_named(
 
 def test_a_repeated_step_draws_the_same_random_numbers(tmp_path: Path) -> None:
     run = RunDir.create(tmp_path / "run", overwrite=False)
-    budget = TokenBudget(100, Events(run, Listener()))
+    budget = TokenBudget(100, EventLog(run, Listener()))
     examples = [
         Example(input_ids=np.zeros(30, np.int32), supervised=np.ones(30, bool), origin=Origin(file="a.jsonl", line=i))
         for i in range(3)
@@ -155,7 +155,7 @@ def test_the_rehearsal_changes_nothing(
 ) -> None:
     settings = {"lora__dropout": 0.1, "train__epochs": 1}
     one = train(tiny_recipe(**settings)).run
-    monkeypatch.setattr(memory, "TIGHT", 0.0)
+    monkeypatch.setattr(memory, "REHEARSAL_FRACTION", 0.0)
     calls = inject("sum_cross_entropy", lambda _, result: result)
     other = train(tiny_recipe(**settings, train__output_dir=str(tmp_path / "other"))).run
     assert len(calls) == 4

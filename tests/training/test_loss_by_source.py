@@ -15,8 +15,8 @@ from loratune.data.steps import step_examples
 from loratune.planning.prepare import prepare
 from loratune.recipe.recipe import Recipe
 from loratune.run.directory import Record, RunDir
-from loratune.run.progress import Silent
-from loratune.training.loss_by_source import Sources
+from loratune.run.progress import NoProgress
+from loratune.training.loss_by_source import PerSourceLoss
 from loratune.workflows.load import load_trained
 from loratune.workflows.resume import resume
 from loratune.workflows.train import train
@@ -51,9 +51,9 @@ def mixed(tiny_recipe: MakeRecipe, tmp_path: Path) -> MakeRecipe:
 def test_each_line_has_the_mean_over_the_tokens_of_each_source(mixed: MakeRecipe, tmp_path: Path) -> None:
     """Of a model that learns nothing, each step's losses are those of its examples, one by one."""
     recipe = mixed(train__learning_rate=1e-30, train__epochs=1)
-    prepared = prepare(recipe, Silent())
+    prepared = prepare(recipe, NoProgress())
     run = train(recipe).run
-    loss = load_trained(prepared, run, Silent())[1]
+    loss = load_trained(prepared, run, NoProgress())[1]
     loss.model.eval()
     found = lines(run)
     of_file = source_of_file(prepared.data.report)
@@ -120,8 +120,8 @@ def test_stock_trl_has_the_same_losses_of_sources(mixed: MakeRecipe, tmp_path: P
 def test_one_source_has_no_line_of_its_own_and_what_trl_does_not_say_is_told(
     mixed: MakeRecipe, tiny_recipe: MakeRecipe
 ) -> None:
-    assert not Sources({})
-    assert Sources({}).tally([], torch.device("cpu")) is None
+    assert not PerSourceLoss({})
+    assert PerSourceLoss({}).tally([], torch.device("cpu")) is None
     assert not any("loss_by_source" in line for line in lines(train(tiny_recipe(train__epochs=0.4)).run))
     listener = Moment("", lambda: None)
     smoothed = mixed(train__engine="trl", train__epochs=0.4, train__label_smoothing=0.1)

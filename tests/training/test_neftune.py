@@ -15,7 +15,7 @@ from transformers.integrations.neftune import neftune_post_forward_hook
 from loratune.planning.prepare import prepare
 from loratune.recipe.recipe import Recipe
 from loratune.run.directory import read_json
-from loratune.run.progress import Silent
+from loratune.run.progress import NoProgress
 from loratune.training.neftune import EmbeddingNoise
 from loratune.workflows.guidance.effects import SUMMARIES
 from loratune.workflows.guidance.facts import Facts
@@ -93,7 +93,7 @@ def test_both_engines_smooth_alike_and_evaluate_unsmoothed(tiny_recipe: MakeReci
 
 
 def test_explain_has_the_lowest_smoothed_loss_and_the_largest_noise(tiny_recipe: MakeRecipe) -> None:
-    facts = Facts(prepare(tiny_recipe(train__label_smoothing=0.1, train__neftune_noise_alpha=5.0), Silent()))
+    facts = Facts(prepare(tiny_recipe(train__label_smoothing=0.1, train__neftune_noise_alpha=5.0), NoProgress()))
     vocabulary = facts.model.config.vocab_size
     target = torch.full((vocabulary,), 0.1 / vocabulary, dtype=torch.float64)
     target[7] += 0.9

@@ -63,7 +63,7 @@ def test_a_stop_is_in_order_whatever_was_under_way(tiny_recipe: MakeRecipe, whol
         resume(run.root, progress=Moment("training", send(signal.SIGINT), at=3))
     with pytest.raises(Interrupted, match="stopped after step 6 of 6"):
         resume(run.root, progress=Moment("training", send(signal.SIGINT), at=3))
-    assert not run.is_finished
+    assert not run.has_adapter
     resume(run.root)
     assert_same(whole, run, tolerance=0)
     measured = read_json(run.plan)["measured"]

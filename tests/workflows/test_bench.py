@@ -9,8 +9,8 @@ import pytest
 
 from loratune.planning.prepare import prepare
 from loratune.recipe.recipe import Recipe
-from loratune.run.progress import Silent
-from loratune.training.trl_dataset import stock_preparation_seconds
+from loratune.run.progress import NoProgress
+from loratune.training.trl_dataset import trl_preparation_seconds
 from loratune.workflows.bench import _preparation, _rows_prepared, bench, bench_table
 
 MakeRecipe = Callable[..., Recipe]
@@ -18,7 +18,7 @@ MakeRecipe = Callable[..., Recipe]
 
 def test_rows_are_prepared_by_both(tiny_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
     """The rates are rows over seconds: with a second more, 20 rows cannot be more than 20 a second."""
-    prepared = prepare(tiny_recipe(data__train_on="all"), Silent())
+    prepared = prepare(tiny_recipe(data__train_on="all"), NoProgress())
     rates = _preparation(prepared)
     assert rates["trl"] is not None
     assert rates["fast"] is not None
@@ -39,8 +39,8 @@ def test_rows_are_prepared_by_both(tiny_recipe: MakeRecipe, monkeypatch: pytest.
 def test_what_trl_refuses_has_no_rate(tiny_recipe: MakeRecipe) -> None:
     from datasets import Dataset
 
-    prepared = prepare(tiny_recipe(), Silent())
-    seconds = stock_preparation_seconds(
+    prepared = prepare(tiny_recipe(), NoProgress())
+    seconds = trl_preparation_seconds(
         Dataset.from_list([{"nothing": "of use"}]), prepared.tokenizer, max_length=64, assistant_only=False
     )
     assert seconds is None
@@ -54,7 +54,7 @@ def test_what_has_no_rate_is_told() -> None:
 
 @pytest.mark.slow
 def test_engines_beside_each_other(tiny_recipe: MakeRecipe) -> None:
-    record = bench(tiny_recipe(), rounds=1, steps=4, progress=Silent())
+    record = bench(tiny_recipe(), rounds=1, steps=4, progress=NoProgress())
     assert record["loss"]["largest_difference"] < 1e-4
     for engine in record["engines"].values():
         assert len(engine["losses"]) == 4

@@ -24,7 +24,7 @@ from loratune.reporting.html import compare
 from loratune.reporting.run_diff import diff
 from loratune.run.directory import RunDir, read_json, write_json
 from loratune.run.errors import LoratuneError, RecipeError
-from loratune.run.progress import Silent
+from loratune.run.progress import NoProgress
 from loratune.workflows.bench import bench
 from loratune.workflows.chat import Sampling, open_chat
 from loratune.workflows.evaluate import Extras, evaluate
@@ -201,10 +201,10 @@ def test_a_head_of_other_classes_is_made_anew(finished: RunDir, tmp_path: Path) 
     merged = merge(finished.root, tmp_path / "merged").folder
     rows = [{**intent(n), "label": n % 2} for n in range(24)]
     data = str(write_rows(tmp_path / "two.jsonl", rows))
-    prepared = prepare(class_recipe(merged, tmp_path, data__train=data, data__eval="none"), Silent())
+    prepared = prepare(class_recipe(merged, tmp_path, data__train=data, data__eval="none"), NoProgress())
     assert (2, 16) in prepared.parameters.whole_shapes
     assert any("head of its own" in warning for warning in prepared.warnings)
-    assert train(prepared.recipe).run.is_finished
+    assert train(prepared.recipe).run.has_adapter
 
 
 # ---- evaluation
@@ -238,10 +238,10 @@ def test_the_page_and_the_card_speak_of_classes(finished: RunDir) -> None:
 
 def test_every_setting_is_explained(finished: RunDir) -> None:
     recipe = Recipe.load(finished.recipe)
-    found = {item.name: item for item in explain(recipe, prepare(recipe, Silent()), {})}
+    found = {item.name: item for item in explain(recipe, prepare(recipe, NoProgress()), {})}
     assert "classifier" in found["model.task"].effect
     assert "3 classes" in found["model.task"].effect
-    pages = explain(recipe, prepare(recipe, Silent()), {}, ["lora.r", "lora.targets", "max_length", "optimizer"])
+    pages = explain(recipe, prepare(recipe, NoProgress()), {}, ["lora.r", "lora.targets", "max_length", "optimizer"])
     assert all(page.alternatives for page in pages)
 
 
@@ -294,9 +294,9 @@ def test_what_writes_text_is_refused(finished: RunDir, tmp_path: Path) -> None:
         "loratune export --to gguf": lambda: export(finished.root, to="gguf"),
         "loratune export --to ollama": lambda: export(finished.root, to="ollama", merged=True),
         "loratune export --to vllm": lambda: export(finished.root, to="vllm"),
-        "loratune bench": lambda: bench(recipe, rounds=1, steps=4, progress=Silent()),
+        "loratune bench": lambda: bench(recipe, rounds=1, steps=4, progress=NoProgress()),
         "loratune eject": lambda: eject(
-            prepare(recipe, Silent()), tmp_path / "x.py", overwrite=False, progress=Silent()
+            prepare(recipe, NoProgress()), tmp_path / "x.py", overwrite=False, progress=NoProgress()
         ),
     }.items():
         with pytest.raises(RecipeError, match=f"{verb} is for models that write text"):
@@ -319,8 +319,8 @@ def test_losses_and_gradients_are_those_of_the_model_itself(
         ]
     data = str(write_rows(tmp_path / "rows.jsonl", rows))
     run = train(class_recipe(bases(kind), tmp_path, data__train=data, data__eval="none", train__epochs=0.2)).run
-    prepared = prepare(Recipe.load(run.recipe), Silent())
-    model, loss = load_trained(prepared, run, Silent())
+    prepared = prepare(Recipe.load(run.recipe), NoProgress())
+    model, loss = load_trained(prepared, run, NoProgress())
     model.eval()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name or "modules_to_save" in name)

@@ -15,10 +15,10 @@ from loratune.model.adapter.targets import resolve_targets
 from loratune.model.classifier import with_classes
 from loratune.planning.parameters import skeleton
 from loratune.planning.prepare import prepare
-from loratune.planning.prepare_ranks import prepare_together
+from loratune.planning.prepare_ranks import prepare_on_all_ranks
 from loratune.recipe.recipe import Recipe
 from loratune.run.errors import DataError, RecipeError
-from loratune.run.progress import Silent
+from loratune.run.progress import NoProgress
 from loratune.workflows.plan import plan
 from loratune.workflows.train import train
 from tests.classifiers import bases, class_recipe, intent, write_rows
@@ -79,16 +79,16 @@ def test_a_model_that_is_no_classifier_is_refused(bases: Callable[[str], Path], 
     folder = Path(shutil.copytree(bases("bert"), tmp_path / "t5"))
     (folder / "config.json").write_text(json.dumps({"model_type": "t5", "is_encoder_decoder": True}))
     with pytest.raises(RecipeError, match="an encoder with a decoder"):
-        prepare(class_recipe(folder, tmp_path), Silent())
+        prepare(class_recipe(folder, tmp_path), NoProgress())
 
 
 def test_roberta_has_two_positions_less(bases: Callable[[str], Path], tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="the model has 127 positions"):
-        prepare(class_recipe(bases("roberta"), tmp_path, data__max_length=128), Silent())
+        prepare(class_recipe(bases("roberta"), tmp_path, data__max_length=128), NoProgress())
 
 
 def test_targets_are_named_as_bert_names_them(bases: Callable[[str], Path], tmp_path: Path) -> None:
-    prepared = prepare(class_recipe(bases("bert"), tmp_path, lora__targets=["attention.self.query"]), Silent())
+    prepared = prepare(class_recipe(bases("bert"), tmp_path, lora__targets=["attention.self.query"]), NoProgress())
     assert prepared.targets == tuple(f"bert.encoder.layer.{n}.attention.self.query" for n in range(2))
 
 
@@ -127,7 +127,7 @@ def test_several_processes_are_refused(
 ) -> None:
     monkeypatch.setattr("loratune.run.processes.size", lambda: 2)
     with pytest.raises(RecipeError, match="several processes is for models that write text"):
-        prepare_together(class_recipe(bases("bert"), tmp_path), Silent())
+        prepare_on_all_ranks(class_recipe(bases("bert"), tmp_path), NoProgress())
 
 
 def test_a_data_error_names_its_row(bases: Callable[[str], Path], tmp_path: Path) -> None:
@@ -141,7 +141,7 @@ def test_a_data_error_names_its_row(bases: Callable[[str], Path], tmp_path: Path
 @pytest.mark.parametrize(("kind", "target"), [("bert", "classifier"), ("bert-mlm", "pooler.dense"), ("llama", "score")])
 def test_the_head_is_not_adapted_as_well(kind: str, target: str, bases: Callable[[str], Path], tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=rf"lora\.targets adapts .*{target}, but .* is a part of the head"):
-        prepare(class_recipe(bases(kind), tmp_path, lora__targets=[target]), Silent())
+        prepare(class_recipe(bases(kind), tmp_path, lora__targets=[target]), NoProgress())
 
 
 def test_classes_that_are_probably_none_of_their_own_are_told(bases: Callable[[str], Path], tmp_path: Path) -> None:
@@ -150,13 +150,13 @@ def test_classes_that_are_probably_none_of_their_own_are_told(bases: Callable[[s
     held_out = write_rows(tmp_path / "eval.jsonl", [{"text": "play it", "label": "music"}])
     train_file = write_rows(tmp_path / "rows.jsonl", rows)
     recipe = class_recipe(bases("bert"), tmp_path / "a", data__train=str(train_file), data__eval=str(held_out))
-    told = prepare(recipe, Silent()).warnings
+    told = prepare(recipe, NoProgress()).warnings
     assert any("Music and music differ in upper and lower case" in words for words in told)
     assert any("no text of the class Music, timer" in words for words in told)
     stars = tmp_path / "stars.csv"
     stars.write_text("text,label\n" + "".join(f"{text},{n % 3}.5\n" for n, text in enumerate(texts)))
     told = prepare(
-        class_recipe(bases("bert"), tmp_path / "b", data__train=str(stars), data__eval="none"), Silent()
+        class_recipe(bases("bert"), tmp_path / "b", data__train=str(stars), data__eval="none"), NoProgress()
     ).warnings
     assert any("there is no regression" in words for words in told)
 
@@ -171,4 +171,4 @@ def test_a_label_with_a_fraction_and_a_row_of_another_kind_are_told(
     ):
         train_file = write_rows(tmp_path / "rows.jsonl", [row])
         with pytest.raises(DataError, match=words):
-            prepare(class_recipe(bases("bert"), tmp_path / "x", data__train=str(train_file)), Silent())
+            prepare(class_recipe(bases("bert"), tmp_path / "x", data__train=str(train_file)), NoProgress())

@@ -13,7 +13,7 @@ from loratune.planning.preparation import Preparation
 from loratune.planning.prepare import prepare
 from loratune.recipe.recipe import Recipe
 from loratune.run.directory import read_json
-from loratune.run.progress import Silent
+from loratune.run.progress import NoProgress
 from loratune.workflows import steps
 from loratune.workflows.train import train
 
@@ -41,6 +41,6 @@ def test_the_lock_of_a_hub_model_knows_the_weights_that_are_fetched_after_the_pl
         run = train(recipe).run
         lock = read_json(run.lock)
         assert late[0].name in lock["inputs"]["model"]
-        assert not differences(lock, from_hub(recipe, Silent()).as_lock())
+        assert not differences(lock, from_hub(recipe, NoProgress()).as_lock())
     finally:
         late[0].unlink()

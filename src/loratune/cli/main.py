@@ -37,7 +37,7 @@ from loratune.cli.options import (
 )
 from loratune.cli.output import (
     add_cost,
-    show_delivery,
+    show_exported,
     show_plan,
     show_publication,
     show_result,
@@ -45,7 +45,7 @@ from loratune.cli.output import (
     write_page,
 )
 from loratune.cli.output import print_json as _print_json
-from loratune.cli.shell import check_engine, in_the_shell, start_processes
+from loratune.cli.shell import check_engine, command_context, start_processes
 from loratune.cli.terminal import SafeConsole
 from loratune.recipe.recipe import Recipe
 from loratune.recipe.recipe import origins as load_origins
@@ -80,7 +80,7 @@ def plan(
     probe: RealSteps = False,
 ) -> None:
     """Show what would be trained: parameters, memory, time, data, trained tokens, advice. Loads no weights without --probe."""
-    with in_the_shell(as_json) as progress:
+    with command_context(as_json) as progress:
         loaded = Recipe.load(recipe, overrides or ())
         if probe:
             from loratune.workflows import plan as workflow
@@ -122,7 +122,7 @@ def train(
     on_ray = engine == "ray"
     if not on_ray:
         start_processes(processes)
-    with in_the_shell(as_json, together=not on_ray) as progress:
+    with command_context(as_json, together=not on_ray) as progress:
         options = {"--workers": workers, "--address": address, "--storage": storage, "--max-failures": max_failures}
         check_engine(engine, processes, options)
         loaded = Recipe.load(recipe, overrides or ())
@@ -148,7 +148,7 @@ def train(
 def resume(run: RunFolder, as_json: AsJson = False, processes: Processes = 1) -> None:
     """Go on where a run stopped."""
     start_processes(processes)
-    with in_the_shell(as_json, together=True) as progress:
+    with command_context(as_json, together=True) as progress:
         from loratune.workflows import resume as workflow
 
         result = workflow.resume(run, progress=progress)
@@ -174,7 +174,7 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Measure base against tuned on held-out data, again."""
-    with in_the_shell(as_json) as progress:
+    with command_context(as_json) as progress:
         from loratune.evaluation.gates import check_gates
         from loratune.workflows import evaluate as workflow
 
@@ -200,7 +200,7 @@ def bench(
     as_json: AsJson = False,
 ) -> None:
     """Time the fast engine against stock TRL on a recipe, in turns: tokens/s, memory, losses."""
-    with in_the_shell(as_json) as progress:
+    with command_context(as_json) as progress:
         loaded = Recipe.load(recipe, overrides or ())
         from loratune.workflows.bench import bench as run_bench
         from loratune.workflows.bench import bench_table
@@ -223,7 +223,7 @@ def init(
     as_json: AsJson = False,
 ) -> None:
     """Write a commented recipe to begin with, chosen by the data's format and by this machine."""
-    with in_the_shell(as_json) as progress:
+    with command_context(as_json) as progress:
         from loratune.workflows.guidance.init import init as write
 
         path, starter = write(what, out, overwrite=overwrite)
@@ -237,7 +237,7 @@ def init(
 @app.command()
 def explain(recipe: RecipeFile, words: FieldsAndOverrides = None, as_json: AsJson = False) -> None:
     """Show every effective setting, where it came from, and what it does to this model; or one setting on a page."""
-    with in_the_shell(as_json) as progress:
+    with command_context(as_json) as progress:
         fields = [word for word in words or () if "=" not in word]
         overrides = [word for word in words or () if "=" in word]
         loaded, origins = Recipe.load(recipe, overrides), load_origins(recipe, overrides)
@@ -257,7 +257,7 @@ def explain(recipe: RecipeFile, words: FieldsAndOverrides = None, as_json: AsJso
 @app.command()
 def doctor(as_json: AsJson = False) -> None:
     """Show what this machine can do, and the command that mends what is missing. Exit code 0: the quickstart can run."""
-    with in_the_shell(as_json):
+    with command_context(as_json):
         from loratune.workflows.guidance import doctor as workflow
 
         checks = workflow.doctor()
@@ -275,7 +275,7 @@ def doctor(as_json: AsJson = False) -> None:
 @app.command()
 def selftest(as_json: AsJson = False) -> None:
     """Prove on this machine, with a tiny model, that the shortcuts change nothing. Exit code 0: every check holds; 1: not."""
-    with in_the_shell(as_json) as progress:
+    with command_context(as_json) as progress:
         from loratune.workflows import selftest as tests
 
         checks = tests.selftest(progress)
@@ -297,7 +297,7 @@ def eject(
     as_json: AsJson = False,
 ) -> None:
     """Write the same run as one plain script on datasets, transformers, peft and trl alone."""
-    with in_the_shell(as_json) as progress:
+    with command_context(as_json) as progress:
         loaded = Recipe.load(recipe, overrides or ())
         from loratune.planning.prepare import prepare
         from loratune.workflows.guidance.eject import eject as write
@@ -317,7 +317,7 @@ def eject(
 @app.command()
 def diff(first: RunFolder, second: RunFolder, as_json: AsJson = False) -> None:
     """Show in what two runs differ: settings, model, template, data, mask, versions, results."""
-    with in_the_shell(as_json):
+    with command_context(as_json):
         from loratune.reporting import run_diff
         from loratune.run.directory import RunDir
 
@@ -341,7 +341,7 @@ def reproduce(
     as_json: AsJson = False,
 ) -> None:
     """Train a finished run again from the same inputs. Exit code 0: the same adapter, bit for bit; 1: another one."""
-    with in_the_shell(as_json) as progress:
+    with command_context(as_json) as progress:
         from loratune.workflows import reproduce as workflow
 
         result = workflow.reproduce(run, out, overwrite=overwrite, progress=progress)
@@ -355,7 +355,7 @@ def reproduce(
 @app.command()
 def report(run: RunFolder, out: ReportFile = None, as_json: AsJson = False) -> None:
     """Write one HTML page about a run, also one that is still going or that died: RUN/report.html."""
-    with in_the_shell(as_json):
+    with command_context(as_json):
         from loratune.reporting.html import report
 
         _show_file("report", report(run, out), as_json)
@@ -364,7 +364,7 @@ def report(run: RunFolder, out: ReportFile = None, as_json: AsJson = False) -> N
 @app.command()
 def compare(runs: RunFolders, out: ReportFile = None, as_json: AsJson = False) -> None:
     """Write one HTML page about several runs: compare.html."""
-    with in_the_shell(as_json):
+    with command_context(as_json):
         from loratune.reporting.html import compare
 
         _show_file("comparison", compare(runs, out or "compare.html"), as_json)
@@ -381,10 +381,10 @@ def merge(
     as_json: AsJson = False,
 ) -> None:
     """Write base and adapter as one model, and prove that it is the same."""
-    with in_the_shell(as_json) as progress:
+    with command_context(as_json) as progress:
         from loratune.workflows import export as workflow
 
-        show_delivery(workflow.merge(run, out, dtype=dtype, progress=progress), as_json)
+        show_exported(workflow.merge(run, out, dtype=dtype, progress=progress), as_json)
 
 
 @app.command()
@@ -402,13 +402,13 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Write a run for llama.cpp (gguf), Ollama or vLLM, and prove that it is the same model."""
-    with in_the_shell(as_json) as progress:
+    with command_context(as_json) as progress:
         from loratune.workflows import export as workflow
 
         delivered = workflow.export(
             run, to=to, merged=merged, outtype=outtype, out=out, num_answers=answers, progress=progress
         )
-        show_delivery(delivered, as_json)
+        show_exported(delivered, as_json)
 
 
 @app.command()
@@ -422,7 +422,7 @@ def chat(
     system: Annotated[str, typer.Option(help="A system message.")] = "",
 ) -> None:
     """Talk to base and tuned, with the template and stop tokens of training. /help lists what can be typed."""
-    with in_the_shell(as_json=False) as progress:
+    with command_context(as_json=False) as progress:
         from loratune.workflows.chat import Sampling, converse, open_chat
 
         sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, max_new_tokens=max_new_tokens, seed=seed)
@@ -447,7 +447,7 @@ def serve(
     as_json: AsJson = False,
 ) -> None:
     """Serve base and tuned by OpenAI's API (chat completions), until Ctrl-C."""
-    with in_the_shell(as_json) as progress:
+    with command_context(as_json) as progress:
         from loratune.workflows.serve import serve as start
 
         def ready(service: Service) -> None:
@@ -468,7 +468,7 @@ def push(
     as_json: AsJson = False,
 ) -> None:
     """Put adapter, card and report on the Hugging Face hub; private unless told otherwise."""
-    with in_the_shell(as_json) as progress:
+    with command_context(as_json) as progress:
         from loratune.workflows.push import push as send
 
         done = send(run, repo, public=public, dry_run=dry_run, with_report=with_report, progress=progress)

@@ -16,7 +16,7 @@ from loratune.run.errors import MachineError
 if TYPE_CHECKING:
     from loratune.planning.preparation import Preparation
     from loratune.run.directory import Record
-    from loratune.workflows.certify import Delivery
+    from loratune.workflows.certify import Exported
     from loratune.workflows.push import Publication
     from loratune.workflows.result import RunResult
     from loratune.workflows.serve import Service
@@ -100,7 +100,7 @@ def show_result(result: RunResult, as_json: bool) -> None:
     console.print(f"adapter: {escape(str(result.run.adapter))}", soft_wrap=True)
 
 
-def show_delivery(delivered: Delivery, as_json: bool) -> None:
+def show_exported(delivered: Exported, as_json: bool) -> None:
     """Print the certificate, the files, and the commands that use them."""
     if as_json:
         print_json(

@@ -69,7 +69,7 @@ class _OwnMeeting(TorchConfig):
     train_func_context = nullcontext
 
 
-class _Desk:
+class _Mailbox:
     """Where workers leave what is for the user: what the first one says, and the first error that ends the run."""
 
     def __init__(self) -> None:
@@ -91,7 +91,7 @@ class _Desk:
         return self._failure
 
 
-class _DeskFile(io.TextIOBase):
+class _MailboxFile(io.TextIOBase):
     """The terminal of the first worker."""
 
     def __init__(self, desk: Any) -> None:
@@ -143,7 +143,7 @@ def train_on_ray(
     _connect(options.address, options.workers)
     try:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        desk = ray.remote(num_cpus=0, scheduling_strategy=here)(_Desk).remote()  # not on a machine that may be lost
+        desk = ray.remote(num_cpus=0, scheduling_strategy=here)(_Mailbox).remote()  # not on a machine that may be lost
         gpus = _uses_gpus(recipe)
         _warn_of_waiting("GPU" if gpus else "CPU", options.workers, progress)
         trainer = TorchTrainer(
@@ -259,7 +259,9 @@ def _raise(first: LoratuneError | None, failed: ray.train.TrainingFailedError | 
             fix="--storage is to be a folder or URL that can be written",
         ) from failed
     errors = [
-        error for error in getattr(failed, "worker_failures", {}).values() if not isinstance(error, processes.LostError)
+        error
+        for error in getattr(failed, "worker_failures", {}).values()
+        if not isinstance(error, processes.LostPeerError)
     ]
     unexpected = [error for error in errors if not type(error).__module__.startswith("ray.")]
     if unexpected:  # ours if there is one: the start failed; else a bug, with Ray's traceback
@@ -277,7 +279,7 @@ def _work(job: Record) -> None:
         return  # Ray starts workers again after any error; this one would come again
     rank = ray.train.get_context().get_world_rank()
     console = SafeConsole(
-        file=cast("IO[str]", _DeskFile(desk)), quiet=rank > 0, width=job["width"], highlight=False, soft_wrap=True
+        file=cast("IO[str]", _MailboxFile(desk)), quiet=rank > 0, width=job["width"], highlight=False, soft_wrap=True
     )
     progress = _WorkerProgress(console)
 
@@ -295,7 +297,7 @@ def _work(job: Record) -> None:
             progress=progress,
             on_plan=show,
         )
-    except processes.LostError:
+    except processes.LostPeerError:
         raise
     except LoratuneError as error:
         if rank > 0:

@@ -47,7 +47,7 @@ def check_engine(engine: str, processes: int, only_ray: Mapping[str, object]) ->
 
 
 @contextmanager
-def in_the_shell(as_json: bool, *, together: bool = False) -> Iterator[TerminalProgress]:
+def command_context(as_json: bool, *, together: bool = False) -> Iterator[TerminalProgress]:
     """Turn our errors into a message and an exit code. Of several processes the first one talks, and of their errors the first
     is told; `together`: whether the verb knows of several."""
     progress = TerminalProgress() if processes.is_main() else TerminalProgress(SafeConsole(quiet=True))
@@ -57,25 +57,25 @@ def in_the_shell(as_json: bool, *, together: bool = False) -> Iterator[TerminalP
         processes.start()
         yield progress
     except LoratuneError as error:
-        raise SystemExit(_tell(error, as_json)) from None
+        raise SystemExit(_print_error(error, as_json)) from None
     except KeyboardInterrupt:
         progress.console.print("[yellow]Interrupted[/yellow] stopped at once")
         raise SystemExit(Interrupted.exit_code) from None
     except Exception:
-        earlier = processes.earlier_failure(RunError.exit_code)
+        earlier = processes.first_failure(RunError.exit_code)
         if earlier is not None:
             raise SystemExit(earlier) from None
         raise
 
 
-def _tell(error: LoratuneError, as_json: bool) -> int:
+def _print_error(error: LoratuneError, as_json: bool) -> int:
     """Print an error, unless another process does; returns the exit code."""
     everywhere = (
         isinstance(error, Interrupted) or not processes.is_connected()
     )  # a stop, or the same recipe, in all processes
     if everywhere and not processes.is_main():
         return error.exit_code
-    earlier = processes.earlier_failure(error.exit_code)
+    earlier = processes.first_failure(error.exit_code)
     if earlier is not None:
         return earlier
     if as_json:

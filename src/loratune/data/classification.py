@@ -15,23 +15,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from loratune.data.checks import histogram, places, scripts
+from loratune.data.findings import histogram, places, scripts
 from loratune.data.examples import Example, LabelledExample
 from loratune.data.masking.special_tokens import any_of, special_names
-from loratune.data.masking.token_labels import TooLong
+from loratune.data.masking.token_labels import LengthViolations
 from loratune.data.prepare import PreparedData
-from loratune.data.rows.classes import Key, LabelledText, Part, class_names, hold_out_texts, read_labelled
+from loratune.data.rows.classes import LabelledText, ReadSide, TextKey, class_names, hold_out_texts, read_labelled
 from loratune.data.rows.conversation import Conversation, Origin, Rejected
 from loratune.data.rows.reading import Reader, apply_policy, held_out_sources
 from loratune.recipe.recipe import DataSection
-from loratune.run.errors import DataError, as_count
-from loratune.run.progress import Progress, Silent
+from loratune.run.errors import DataError, plural
+from loratune.run.progress import NO_PROGRESS, Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-_NOBODY = Silent()
 
 
 _CHUNK = 1024
@@ -48,13 +45,13 @@ class _Encoded:
     rejected: list[Rejected]
 
 
-def prepare_labelled(
+def prepare_classified(
     data: DataSection,
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int,
     seed: int,
-    progress: Progress = _NOBODY,
+    progress: Progress = NO_PROGRESS,
 ) -> PreparedData:
     """Read, validate and tokenise the labelled texts of a run.
 
@@ -78,7 +75,7 @@ def prepare_labelled(
     special = any_of(special_names(tokenizer))
     refuse: Callable[[str], str] = lambda text: found[0] if (found := special.search(text)) else ""  # noqa: E731
     train = read_labelled(read, data.train, refuse)
-    evaluation: Part | None = None
+    evaluation: ReadSide | None = None
     if isinstance(held_out, float):
         train, evaluation = hold_out_texts(train, held_out, seed)
     elif held_out:
@@ -125,12 +122,12 @@ class _Encoder:
     data: DataSection
     progress: Progress
 
-    def __call__(self, side: str, part: Part) -> _Encoded:
+    def __call__(self, side: str, part: ReadSide) -> _Encoded:
         number_of = {name: number for number, name in enumerate(self.names)}
         examples: list[LabelledExample] = []
         long: list[Origin] = []
         rejected: list[Rejected] = []
-        too_long = TooLong()
+        too_long = LengthViolations()
         with self.progress.task(f"preparing {side} data", len(part.texts), "texts") as task:
             for start in range(0, len(part.texts), _CHUNK):
                 chunk = part.texts[start : start + _CHUNK]
@@ -142,7 +139,7 @@ class _Encoder:
                     if len(ids) > self.max_length:
                         long.append(text.origin)
                         if self.data.on_long == "error":
-                            too_long.add(TooLong(count=1, first=text.origin, longest=len(ids)))
+                            too_long.add(LengthViolations(count=1, first=text.origin, longest=len(ids)))
                         if self.data.on_long != "truncate":
                             continue
                         ids, types = next(self._tokens([text], max_length=self.max_length))
@@ -162,7 +159,7 @@ class _Encoder:
         apply_policy(rejected, self.data)
         if not examples:
             raise DataError(
-                f"no {side} text is left of {as_count(part.num_rows, 'row')}: {len(long)} dropped for their length",
+                f"no {side} text is left of {plural(part.num_rows, 'row')}: {len(long)} dropped for their length",
                 fix="raise data.max_length if the length is the reason; data.json has the others",
             )
         truncates = self.data.on_long == "truncate"
@@ -194,7 +191,7 @@ class _Encoder:
         yield from zip(encoded["input_ids"], types, strict=True)
 
 
-def _report(part: Part, encoded: _Encoded, names: Sequence[str]) -> dict[str, Any]:
+def _report(part: ReadSide, encoded: _Encoded, names: Sequence[str]) -> dict[str, Any]:
     lengths = np.array([len(example.input_ids) for example in encoded.examples])
     tokens = int(lengths.sum())
     counts = Counter(example.name for example in encoded.examples)
@@ -235,17 +232,17 @@ def _as_conversation(text: LabelledText) -> Conversation:
     return Conversation(messages=(), tools=None, text=f"{text.text} {text.second or ''}", origin=text.origin)
 
 
-def _origins(part: Part) -> dict[tuple[Key, int | str], list[Origin]]:
+def _origins(part: ReadSide) -> dict[tuple[TextKey, int | str], list[Origin]]:
     """Where each distinct text with its label stands. A row that a weight repeats stands in one place."""
-    found: dict[tuple[Key, int | str], dict[Origin, None]] = {}
+    found: dict[tuple[TextKey, int | str], dict[Origin, None]] = {}
     for text in part.texts:
         found.setdefault((text.key, text.label), {})[text.origin] = None
     return {key: list(origins) for key, origins in found.items()}
 
 
-def _overlap(train: Part, evaluation: Part) -> list[dict[str, Any]]:
+def _overlap(train: ReadSide, evaluation: ReadSide) -> list[dict[str, Any]]:
     """The held-out texts that also stand in the training data, with whichever label."""
-    seen: dict[Key, dict[Origin, None]] = {}
+    seen: dict[TextKey, dict[Origin, None]] = {}
     for text in train.texts:
         seen.setdefault(text.key, {})[text.origin] = None
     return [
@@ -259,31 +256,31 @@ def _place(origin: Origin) -> dict[str, Any]:
     return {"file": origin.file, "line": origin.line}
 
 
-def _notices(report: dict[str, Any], train: Part, encoded: _Encoded) -> Iterator[str]:
+def _notices(report: dict[str, Any], train: ReadSide, encoded: _Encoded) -> Iterator[str]:
     if report["overlap"]:
         first = report["overlap"][0]
         yield (
-            f"{as_count(len(report['overlap']), 'held-out text also stands', 'held-out texts also stand')} in the training data, so the accuracy flatters: first line "
+            f"{plural(len(report['overlap']), 'held-out text also stands', 'held-out texts also stand')} in the training data, so the accuracy flatters: first line "
             f"{first['eval']['line']} = training line {first['train'][0]['line']}."
         )
-    labels: dict[Key, dict[str, Origin]] = {}
+    labels: dict[TextKey, dict[str, Origin]] = {}
     for text in train.texts:
         labels.setdefault(text.key, {}).setdefault(text.name, text.origin)
     torn = [found for found in labels.values() if len(found) > 1]
     if torn:
         both = " and ".join(f"{name} ({origin})" for name, origin in list(torn[0].items())[:2])
-        stand = as_count(len(torn), "training text stands", "training texts stand")
+        stand = plural(len(torn), "training text stands", "training texts stand")
         yield f"{stand} there with several labels, which cannot all be learned: first {both}."
     if report["train"]["duplicates"]:
         number = report["train"]["duplicates"]
         are = "is an exact duplicate" if number == 1 else "are exact duplicates"
-        yield f"{number} of {as_count(len(train.texts), 'training text')} {are}; data.json lists them."
+        yield f"{number} of {plural(len(train.texts), 'training text')} {are}; data.json lists them."
     yield from _odd_names(report["labels"])
     counts = report["train"]["labels"]
     rare = min(counts, key=lambda name: counts[name])
     most = max(counts.values())
     if counts[rare] * 10 < most:
-        yield f"the classes are uneven: {rare} has {as_count(counts[rare], 'training text')}, the largest {most:,}; mind F1 beside accuracy."
+        yield f"the classes are uneven: {rare} has {plural(counts[rare], 'training text')}, the largest {most:,}; mind F1 beside accuracy."
     if report["eval"] and (unseen := [name for name, count in report["eval"]["labels"].items() if not count]):
         few = ", ".join(unseen[:5]) + (", …" if len(unseen) > 5 else "")
         yield f"the held-out data has no text of the class {few}, so nothing is measured of it."
@@ -291,10 +288,10 @@ def _notices(report: dict[str, Any], train: Part, encoded: _Encoded) -> Iterator
         part = report[side]
         if part and part["truncated"]:
             where = f": {places(encoded.truncated)}" if side == "train" else ""
-            yield f"{side}: {as_count(part['truncated'], 'text is', 'texts are')} cut at {report['max_length']:,} tokens{where}."
+            yield f"{side}: {plural(part['truncated'], 'text is', 'texts are')} cut at {report['max_length']:,} tokens{where}."
         if part and part["num_rejected"]:
             yield (
-                f"{as_count(part['num_rejected'], f'{side} row was', f'{side} rows were')} left out; data.json lists them with "
+                f"{plural(part['num_rejected'], f'{side} row was', f'{side} rows were')} left out; data.json lists them with "
                 "their reasons."
             )
 

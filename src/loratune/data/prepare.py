@@ -12,21 +12,19 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 import numpy as np
 
 from loratune.data.cache import Arrays, Cache, cache_key
-from loratune.data.checks import add_checks
+from loratune.data.findings import add_checks
 from loratune.data.examples import Example
 from loratune.data.masking.render import Rendered, render
 from loratune.data.masking.token_labels import backend_of
 from loratune.data.rows.conversation import ROLES, Conversation, Origin, Rejected
-from loratune.data.rows.reading import Part, Reader, apply_policy, held_out_sources, hold_out
+from loratune.data.rows.reading import Reader, ReadSide, apply_policy, held_out_sources, hold_out
 from loratune.recipe.recipe import DataSection, Source
 from loratune.recipe.roles import as_written
-from loratune.run.errors import DataError, as_count
-from loratune.run.progress import Progress, Silent
+from loratune.run.errors import DataError, plural
+from loratune.run.progress import NO_PROGRESS, Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-_NOBODY = Silent()
 
 _SHOWN = 10
 """Line numbers that a warning names before it says how many more there are."""
@@ -84,7 +82,7 @@ def prepare_data(
     seed: int,
     cache: Path | None = None,
     processes: int | None = None,
-    progress: Progress = _NOBODY,
+    progress: Progress = NO_PROGRESS,
 ) -> PreparedData:
     """Read, validate, render and verify the data of a run, or find all that in the cache.
 
@@ -109,7 +107,7 @@ def prepare_data(
     held_out = held_out_sources(data)
     read = Reader(data, seed, progress)
     if cache is None:
-        return assemble(read, held_out, tokenizer, max_length, processes)
+        return assemble_data(read, held_out, tokenizer, max_length, processes)
     store = Cache(cache, progress)
     sources = [*data.train, *(held_out if isinstance(held_out, tuple) else ())]
 
@@ -127,14 +125,14 @@ def prepare_data(
     if arrays is not None:
         progress.line(f"the prepared examples are in the cache: {store.path(before)}")
         return unpack(arrays)
-    prepared = assemble(read, held_out, tokenizer, max_length, processes)
+    prepared = assemble_data(read, held_out, tokenizer, max_length, processes)
     arrays = pack(prepared)
     if arrays is not None and key() == before:  # not changed while it was read
         store.store(before, arrays)
     return prepared
 
 
-def assemble(
+def assemble_data(
     read: Reader,
     held_out: tuple[Source, ...] | float,
     tokenizer: PreTrainedTokenizerBase,
@@ -145,7 +143,7 @@ def assemble(
     data = read.data
     train = read(data.train)
     absent = _absent_roles(train, data, complete=read.complete)
-    evaluation: Part | None = None
+    evaluation: ReadSide | None = None
     if isinstance(held_out, float):
         train, evaluation = hold_out(train, held_out, read.seed)
     elif held_out:
@@ -183,7 +181,7 @@ def assemble(
 
 def _render(
     name: Literal["train", "eval"],
-    part: Part,
+    part: ReadSide,
     data: DataSection,
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
@@ -208,14 +206,14 @@ def _render(
         reasons = "; ".join(f"{number} × {reason}" for reason, number in left_out.most_common(3))
         dropped = sum(rendered.counts.get(name, 0) for name in ("dropped_long", "dropped_empty"))
         raise DataError(
-            f"no {name} conversation is left of {as_count(part.num_rows, 'row')}: {dropped} dropped for their length"
+            f"no {name} conversation is left of {plural(part.num_rows, 'row')}: {dropped} dropped for their length"
             + (f"; {reasons}" if reasons else ""),
             fix="see the reasons; raise data.max_length if the length is one",
         )
     return rendered
 
 
-def _absent_roles(part: Part, data: DataSection, *, complete: bool) -> list[str]:
+def _absent_roles(part: ReadSide, data: DataSection, *, complete: bool) -> list[str]:
     """What is wrong with a list of roles, as a warning where only a sample was read.
 
     Raises:
@@ -241,7 +239,7 @@ def _absent_roles(part: Part, data: DataSection, *, complete: bool) -> list[str]
 # ---- the report
 
 
-def _report(part: Part, rendered: Rendered) -> dict[str, Any]:
+def _report(part: ReadSide, rendered: Rendered) -> dict[str, Any]:
     lengths = np.array([len(example.input_ids) for example in rendered.examples])
     supervised = int(sum(int(example.supervised.sum()) for example in rendered.examples))
     tokens = int(lengths.sum())
@@ -272,7 +270,7 @@ def _report(part: Part, rendered: Rendered) -> dict[str, Any]:
         "answers_with_thoughts_put_back": counts.get("thoughts_restored", 0),
         "answers_not_trained": counts.get("answers_not_trained", 0),
         "trained_messages": _by_role(counts, "trained"),
-        "trained_messages_without_stop_token": _by_role(counts, "endless"),
+        "trained_messages_without_stop_token": _by_role(counts, "without_stop_token"),
         "special_tokens_in_text": counts.get("special_tokens_in_text", 0),
         "conversations_without_last_answer": counts.get("unanswered", 0),
         "duplicates": sum(len(origins) - 1 for origins in duplicates),
@@ -286,7 +284,7 @@ def _by_role(counts: dict[str, int], what: str) -> dict[str, int]:
     return {role: counts[f"{what} {role}"] for role in ROLES if f"{what} {role}" in counts}
 
 
-def _origins(part: Part) -> dict[int, list[Origin]]:
+def _origins(part: ReadSide) -> dict[int, list[Origin]]:
     """Where each distinct conversation stands. A row that a weight repeats stands in one place."""
     places: dict[int, dict[Origin, None]] = {}
     for key, conversation in zip(part.keys, part.conversations, strict=True):
@@ -294,7 +292,7 @@ def _origins(part: Part) -> dict[int, list[Origin]]:
     return {key: list(origins) for key, origins in places.items()}
 
 
-def _overlap(train: Part, evaluation: Part) -> list[dict[str, Any]]:
+def _overlap(train: ReadSide, evaluation: ReadSide) -> list[dict[str, Any]]:
     """The held-out conversations that also stand in the training data."""
     seen = _origins(train)
     return [
@@ -308,7 +306,7 @@ def _place(origin: Origin) -> dict[str, Any]:
     return {"file": origin.file, "line": origin.line}
 
 
-def _warnings(report: dict[str, Any], train: Part) -> list[str]:
+def _warnings(report: dict[str, Any], train: ReadSide) -> list[str]:
     warnings = []
     if report["overlap"]:
         pairs = [
@@ -316,7 +314,7 @@ def _warnings(report: dict[str, Any], train: Part) -> list[str]:
         ]
         more = f" and {len(pairs) - _SHOWN} more" if len(pairs) > _SHOWN else ""
         warnings.append(
-            f"{as_count(len(pairs), 'held-out conversation also stands', 'held-out conversations also stand')} in the training data, so the held-out loss flatters: "
+            f"{plural(len(pairs), 'held-out conversation also stands', 'held-out conversations also stand')} in the training data, so the held-out loss flatters: "
             f"{', '.join(pairs[:_SHOWN])}{more}."
         )
     if report["train"]["duplicates"]:
@@ -324,7 +322,7 @@ def _warnings(report: dict[str, Any], train: Part) -> list[str]:
         lines = "; ".join(" = ".join(f"line {place['line']}" for place in group[:_SHOWN]) for group in groups[:_SHOWN])
         more = f" and {len(groups) - _SHOWN} more groups" if len(groups) > _SHOWN else ""
         warnings.append(
-            f"{report['train']['duplicates']} of {as_count(len(train.conversations), 'training conversation')} "
+            f"{report['train']['duplicates']} of {plural(len(train.conversations), 'training conversation')} "
             f"{'is an exact duplicate' if report['train']['duplicates'] == 1 else 'are exact duplicates'}: "
             f"{lines}{more}."
         )
@@ -332,7 +330,7 @@ def _warnings(report: dict[str, Any], train: Part) -> list[str]:
         part = report[name]
         if part and part["num_rejected"]:
             warnings.append(
-                f"{as_count(part['num_rejected'], f'{name} row was', f'{name} rows were')} left out; data.json lists them with "
+                f"{plural(part['num_rejected'], f'{name} row was', f'{name} rows were')} left out; data.json lists them with "
                 "their reasons."
             )
     return warnings
@@ -346,7 +344,7 @@ def pack(prepared: PreparedData) -> Arrays | None:
     record = {
         "report": prepared.report,
         "eval_conversations": [
-            [c.messages, c.tools, c.text, c.origin.file, c.origin.line, c.untrained, c.insisted]
+            [c.messages, c.tools, c.text, c.origin.file, c.origin.line, c.excluded, c.forced_trained]
             for c in prepared.eval_conversations
         ],
         "files": list(dict.fromkeys(e.origin.file for e in [*prepared.train, *prepared.eval])),
@@ -399,8 +397,8 @@ def _conversations(record: dict[str, Any]) -> list[Conversation]:
             tools=None if tools is None else tuple(tools),
             text=text,
             origin=Origin(file=file, line=line),
-            untrained=tuple(untrained),
-            insisted=tuple(insisted),
+            excluded=tuple(excluded),
+            forced_trained=tuple(forced_trained),
         )
-        for messages, tools, text, file, line, untrained, insisted in record["eval_conversations"]
+        for messages, tools, text, file, line, excluded, forced_trained in record["eval_conversations"]
     ]

@@ -75,7 +75,7 @@ def _by_prompt(conversations: Sequence[Conversation]) -> list[tuple[Conversation
     """Of each distinct prompt: the first conversation with it, the place of the answer, and all answers."""
     found: dict[str, tuple[Conversation, int, dict[str, None]]] = {}
     for conversation in conversations:
-        turns = trained_turns(conversation.messages, "last", conversation.untrained)
+        turns = trained_turns(conversation.messages, "last", conversation.excluded)
         if not turns or turns[-1] == 0:
             continue
         key = json.dumps([conversation.messages[: turns[-1]], conversation.tools], sort_keys=True)

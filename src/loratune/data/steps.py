@@ -61,7 +61,7 @@ class EpochPlan:
             len(self.lengths), batch_size=self.batch_size, seed=self.seed, epoch=self.epoch, index=index
         )
         lengths = {i: self.lengths[i] for i in examples}
-        return Step(examples=examples, ranks=deal(lengths, self.token_budget, self.world_size))
+        return Step(examples=examples, ranks=assign_to_ranks(lengths, self.token_budget, self.world_size))
 
 
 def step_examples(num_examples: int, *, batch_size: int, seed: int, epoch: int, index: int) -> tuple[int, ...]:
@@ -80,7 +80,7 @@ def num_steps(num_examples: int, batch_size: int, epochs: float) -> int:
     return math.ceil(epochs * num_steps_per_epoch(num_examples, batch_size))
 
 
-def occasions(every: str | float, *, steps: int, epochs: float, at_end: bool = True) -> int:
+def count_occurrences(every: str | float, *, steps: int, epochs: float, at_end: bool = True) -> int:
     """How often something with this cadence happens in a run.
 
     Args:
@@ -95,7 +95,7 @@ def occasions(every: str | float, *, steps: int, epochs: float, at_end: bool = T
     return steps // interval + (at_end and steps % interval != 0)
 
 
-def occasion_steps(every: str | float, *, steps: int, num_per_epoch: int) -> list[int]:
+def trigger_steps(every: str | float, *, steps: int, num_per_epoch: int) -> list[int]:
     """After which steps something with this cadence happens that also happens after the last one. Arguments as in `occasions`."""
     if every == "never":
         return []
@@ -151,7 +151,9 @@ def pack(items: Sequence[tuple[int, int]], token_budget: int) -> list[tuple[int,
     return [tuple(chosen) for chosen in bins]
 
 
-def deal(lengths: Mapping[int, int], token_budget: int, world_size: int = 1) -> tuple[tuple[tuple[int, ...], ...], ...]:
+def assign_to_ranks(
+    lengths: Mapping[int, int], token_budget: int, world_size: int = 1
+) -> tuple[tuple[tuple[int, ...], ...], ...]:
     """Pack a step's examples into micro-batches, and give every rank the same number of them.
 
     Args:
@@ -165,7 +167,7 @@ def deal(lengths: Mapping[int, int], token_budget: int, world_size: int = 1) -> 
     bins = pack(list(lengths.items()), token_budget)
     if world_size == 1:
         return (tuple(bins),)
-    bins = _spread(lengths, token_budget, multiple=world_size, at_least=len(bins))
+    bins = _balance(lengths, token_budget, multiple=world_size, at_least=len(bins))
     ranks: list[list[tuple[int, ...]]] = [[] for _ in range(world_size)]
     tokens = [0] * world_size
     for start in range(0, len(bins), world_size):  # the heaviest of each row goes to the rank that has the least
@@ -176,7 +178,7 @@ def deal(lengths: Mapping[int, int], token_budget: int, world_size: int = 1) -> 
     return tuple(tuple(rank) for rank in ranks)
 
 
-def _spread(lengths: Mapping[int, int], token_budget: int, *, multiple: int, at_least: int) -> list[tuple[int, ...]]:
+def _balance(lengths: Mapping[int, int], token_budget: int, *, multiple: int, at_least: int) -> list[tuple[int, ...]]:
     """The same examples in micro-batches that are as alike as the longest-first rule makes them, the heaviest first: each example
     goes to the lightest one (Graham 1969, SIAM J. Appl. Math. 17(2)). The fewest that keep the budget, in multiples of the ranks."""
     longest_first = sorted(lengths, key=lambda i: (-lengths[i], i))

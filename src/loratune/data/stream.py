@@ -19,13 +19,13 @@ import numpy.typing as npt
 from loratune.data.examples import Example
 from loratune.data.masking.render import Policy, Renderer
 from loratune.data.masking.token_labels import backend_of
-from loratune.data.prepare import PreparedData, assemble
+from loratune.data.prepare import PreparedData, assemble_data
 from loratune.data.rows.conversation import Origin, Rejected, rename_columns, to_conversations
 from loratune.data.rows.reading import Reader, apply_policy, held_out_sources
 from loratune.data.rows.sources import Row
 from loratune.data.rows.tables import Chain, Table, can_open, open_table
 from loratune.recipe.recipe import DataSection, Source
-from loratune.run.errors import DataError, as_count
+from loratune.run.errors import DataError, plural
 from loratune.run.progress import Progress
 
 if TYPE_CHECKING:
@@ -166,7 +166,7 @@ def stream_data(
     sample = _Sample(tables, SAMPLE_ROWS + num_held_out, seed)
     read = _SampleReader(data, seed, progress, sample)
     share = num_held_out / sample.size if isinstance(held_out, float) else held_out
-    prepared = assemble(read, share, tokenizer, max_length, None)
+    prepared = assemble_data(read, share, tokenizer, max_length, None)
     numbers, copies = _without(rows, sample, prepared) if isinstance(held_out, float) else (np.arange(len(rows)), 0)
     forms = [str(source["format"]) for source in prepared.report["train"]["sources"]]
     policy = Policy(
@@ -190,7 +190,7 @@ def stream_data(
     report["notices"] = [
         f"{len(numbers):,} rows are read and verified while training runs; lengths and findings are those of a sample of "
         f"{len(prepared.train):,}.",
-        *([f"{as_count(duplicates, 'row is', 'rows are')} written exactly like an earlier one."] if duplicates else []),
+        *([f"{plural(duplicates, 'row is', 'rows are')} written exactly like an earlier one."] if duplicates else []),
         *report["notices"],
     ]
     return replace(prepared, stream=stream)

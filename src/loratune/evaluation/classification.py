@@ -13,7 +13,7 @@ from rich.text import Text
 from loratune.data.batch import collate
 from loratune.data.examples import Example, LabelledExample
 from loratune.evaluation.record import LEVEL, RESAMPLES, add_statistics
-from loratune.run.errors import as_count
+from loratune.run.errors import plural
 from loratune.run.progress import Progress
 from loratune.training.classifier_loss import ClassificationLoss
 from loratune.training.token_budget import TokenBudget
@@ -205,7 +205,7 @@ def _item(example: LabelledExample, names: Sequence[str], sides: Sequence[_Side]
 def classification_table(record: Mapping[str, Any]) -> Table:
     """Base, tuned, the majority class, and the difference with its interval, one row a measure."""
     table = Table(
-        title=f"Held-out: {as_count(record['num_examples'], 'text')}",
+        title=f"Held-out: {plural(record['num_examples'], 'text')}",
         caption=f"{record['note']}.",
         caption_justify="left",
     )

@@ -15,7 +15,7 @@ from rich.text import Text
 from loratune.data.rows.sources import short_names
 from loratune.evaluation.generate import Answer, Prompt
 from loratune.evaluation.scoring import score
-from loratune.run.errors import as_count
+from loratune.run.errors import plural
 
 LEVEL = 0.95
 RESAMPLES = 10_000
@@ -127,18 +127,18 @@ def nll_record(base: Sequence[NllPair], tuned: Sequence[NllPair]) -> dict[str, A
 
 def evaluation_table(record: Mapping[str, Any]) -> Table:
     """Base, tuned, and their difference with its interval, one row a measure."""
-    table = Table(title=f"Held-out: {as_count(record['num_examples'], 'conversation')}")
+    table = Table(title=f"Held-out: {plural(record['num_examples'], 'conversation')}")
     table.add_column("measure", overflow="fold")
     for column in ("base", "tuned", "difference", f"{record['interval']['level']:.0%} interval"):
         table.add_column(column, justify="right")
     metric = record["metric"]
     if metric == "bleu" and metric in record["base"]:
-        label = f"bleu ({as_count(len(record['items']), 'answer')})"
+        label = f"bleu ({plural(len(record['items']), 'answer')})"
         _add_row(table, label, record["base"][metric], record["tuned"][metric], record["difference"][metric])
     elif metric in record["base"]:
         points = {name: 100 * value for name, value in record["difference"][metric].items()}
         table.add_row(
-            f"{metric} ({as_count(len(record['items']), 'answer')})",
+            f"{metric} ({plural(len(record['items']), 'answer')})",
             f"{record['base'][metric]:.1%}",
             f"{record['tuned'][metric]:.1%}",
             f"{points['value']:+.1f} points",
@@ -148,11 +148,11 @@ def evaluation_table(record: Mapping[str, Any]) -> Table:
         _add_row(table, label, record["base"][name], record["tuned"][name], record["difference"][name])
     labels = short_names(record.get("sources", {}))
     for name, part in record.get("sources", {}).items():
-        of_it = _plain(f"NLL of {labels[name]} ({as_count(part['num_examples'], 'conversation')})")
+        of_it = _plain(f"NLL of {labels[name]} ({plural(part['num_examples'], 'conversation')})")
         _add_row(table, of_it, part["base"]["nll"], part["tuned"]["nll"], part["difference"]["nll"])
     if "forgetting" in record:
         other = record["forgetting"]
-        label = f"other data: NLL per token ({as_count(other['num_examples'], 'conversation')})"
+        label = f"other data: NLL per token ({plural(other['num_examples'], 'conversation')})"
         _add_row(table, label, other["base"]["nll"], other["tuned"]["nll"], other["difference"]["nll"])
     for task, measures in record.get("harness", {}).get("tasks", {}).items():
         for name, values in measures.items():

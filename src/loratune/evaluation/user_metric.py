@@ -14,7 +14,7 @@ TAKEN = ("nll", "perplexity", "none", "bleu")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class OwnMetric:
+class UserMetric:
     """A function of answer and reference.
 
     Attributes:
@@ -50,7 +50,7 @@ class OwnMetric:
         return float(value)
 
 
-def load_metric(text: str, *, allow_code: bool) -> OwnMetric:
+def load_metric(text: str, *, allow_code: bool) -> UserMetric:
     """Load `path/to/file.py:function`.
 
     Raises:
@@ -80,4 +80,4 @@ def load_metric(text: str, *, allow_code: bool) -> OwnMetric:
     function = getattr(module, name, None)
     if not callable(function):
         raise RecipeError(f"there is no function {name}", file=file, fix=f"def {name}(answer, reference): …")
-    return OwnMetric(name=name, file=file, function=function)
+    return UserMetric(name=name, file=file, function=function)

@@ -64,7 +64,7 @@ class Question:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Expected:
+class ReferenceOutputs:
     """What training's own code says.
 
     Attributes:
@@ -133,13 +133,13 @@ def choose_questions(
     return questions
 
 
-def expect(
+def reference_outputs(
     loss: SupervisedLoss,
     held_out: Sequence[Example],
     questions: Sequence[Question],
     tokenizer: PreTrainedTokenizerBase,
     progress: Callable[[], None] = lambda: None,
-) -> Expected:
+) -> ReferenceOutputs:
     """Ask the adapter on its base, in training's own code.
 
     Args:
@@ -159,7 +159,7 @@ def expect(
         logits = loss.logits(collate([example]).to(loss.model.device))
         logprobs.append(logits.log_softmax(-1).cpu())
         progress()
-    return Expected(
+    return ReferenceOutputs(
         examples=list(held_out),
         logprobs=logprobs,
         questions=list(questions),
@@ -168,7 +168,7 @@ def expect(
 
 
 def certify(
-    expected: Expected,
+    expected: ReferenceOutputs,
     target: Target,
     tolerance: Tolerance,
     *,
@@ -219,7 +219,7 @@ def summary(certificate: Record) -> str:
     )
 
 
-def _compare_prompts(expected: Expected, target: Target) -> Record:
+def _compare_prompts(expected: ReferenceOutputs, target: Target) -> Record:
     first = ""
     same = 0
     for question in expected.questions:
@@ -236,7 +236,7 @@ def _compare_prompts(expected: Expected, target: Target) -> Record:
 
 
 def _compare_distributions(
-    expected: Expected, target: Target, tolerance: Tolerance, progress: Callable[[], None]
+    expected: ReferenceOutputs, target: Target, tolerance: Tolerance, progress: Callable[[], None]
 ) -> Record:
     divergences, agreements, leads = [], [], []
     for example, wanted in zip(expected.examples, expected.logprobs, strict=True):

@@ -15,7 +15,7 @@ from loratune.data.prompts import render_prompts
 from loratune.data.rows.conversation import Conversation, Origin
 from loratune.exporting.adapter_matrices import LowRank
 
-Render = Callable[[Sequence[dict[str, Any]]], str]
+RenderPrompt = Callable[[Sequence[dict[str, Any]]], str]
 """Writes a conversation as text, up to where the answer begins."""
 
 
@@ -43,7 +43,7 @@ class TransformersReader:
         adapter: Path | None = None,
         trust_remote_code: bool = False,
         architecture: str | None = None,
-        render: Render | None = None,
+        render: RenderPrompt | None = None,
     ) -> None:
         import transformers
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -108,7 +108,7 @@ class LlamaCppReader:
     """
 
     def __init__(
-        self, model: Path, *, adapter: Path | None = None, num_tokens: int, render: Render | None = None
+        self, model: Path, *, adapter: Path | None = None, num_tokens: int, render: RenderPrompt | None = None
     ) -> None:
         import llama_cpp
         from llama_cpp.llama_chat_format import Jinja2ChatFormatter

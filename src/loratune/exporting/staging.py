@@ -35,7 +35,7 @@ def check_target(target: Path, *, needed_bytes: int = 0) -> None:
 
 
 @contextmanager
-def staged(target: Path) -> Iterator[Path]:
+def atomic_folder(target: Path) -> Iterator[Path]:
     """A folder beside `target` to write into. It becomes `target` when the block ends well, and is deleted when it does not.
 
     Raises:

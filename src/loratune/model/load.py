@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from loratune.model.classifier import Classes, load_classifier
 from loratune.model.gguf_import import check_gguf, describe_gguf, import_gguf, imported_folder
-from loratune.model.quantization.checkpoint import comes_packed, expand
+from loratune.model.quantization.checkpoint import comes_packed, dequantize_on_load
 from loratune.model.quantization.kinds import PACKED
 from loratune.model.quantization.quantize import keep_trainable, load_settings
 from loratune.recipe.recipe import ModelSection
@@ -195,7 +195,7 @@ def load_config(base: BaseModel, section: ModelSection) -> PreTrainedConfig:
 
     with _explained(base):
         config: PreTrainedConfig = AutoConfig.from_pretrained(base.path, trust_remote_code=section.trust_remote_code)
-    expand(config)
+    dequantize_on_load(config)
     return config
 
 

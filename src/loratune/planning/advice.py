@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import chain
 
 from loratune.model.adapter.variants import saved_rank, scale_of
-from loratune.planning.advice_facts import Facts
+from loratune.planning.advice_facts import AdviceFacts
 from loratune.recipe.roles import as_written, trained_roles
 from loratune.recipe.tasks import is_classification
 
@@ -50,12 +50,12 @@ class Advice:
         return {"about": self.about, "text": self.text, "reason": self.reason, "source": self.source}
 
 
-def give_advice(facts: Facts) -> tuple[Advice, ...]:
+def give_advice(facts: AdviceFacts) -> tuple[Advice, ...]:
     """All advice that applies, the most important first."""
     return tuple(chain.from_iterable(rule(facts) for rule in _RULES))
 
 
-def _prompt(facts: Facts) -> Iterator[Advice]:
+def _prompt(facts: AdviceFacts) -> Iterator[Advice]:
     check = facts.prompt_check
     if not check or not check["header_differs"] + check["history_differs"]:
         return
@@ -84,7 +84,7 @@ def _prompt(facts: Facts) -> Iterator[Advice]:
         )
 
 
-def _stop_token(facts: Facts) -> Iterator[Advice]:
+def _stop_token(facts: AdviceFacts) -> Iterator[Advice]:
     if facts.stop_token and facts.generation_stops and facts.stop_token not in facts.generation_stops:
         yield Advice(
             about="stop token",
@@ -95,7 +95,7 @@ def _stop_token(facts: Facts) -> Iterator[Advice]:
         )
 
 
-def _cut(facts: Facts) -> Iterator[Advice]:
+def _cut(facts: AdviceFacts) -> Iterator[Advice]:
     data = facts.recipe.data
     if facts.num_cut and facts.num_cut >= 0.01 * facts.num_examples and data.train_on != "all":
         yield Advice(
@@ -106,7 +106,7 @@ def _cut(facts: Facts) -> Iterator[Advice]:
         )
 
 
-def _untrained_answers(facts: Facts) -> Iterator[Advice]:
+def _untrained_answers(facts: AdviceFacts) -> Iterator[Advice]:
     recipe = facts.recipe
     if recipe.evaluate.metric != "none" and "assistant" not in (trained_roles(recipe.data.train_on) or ("assistant",)):
         yield Advice(
@@ -117,7 +117,7 @@ def _untrained_answers(facts: Facts) -> Iterator[Advice]:
         )
 
 
-def _learning_rate(facts: Facts) -> Iterator[Advice]:
+def _learning_rate(facts: AdviceFacts) -> Iterator[Advice]:
     rate = facts.recipe.train.learning_rate
     if facts.recipe.train.optimizer == "sgd":  # the source is about rates of Adam
         return
@@ -137,7 +137,7 @@ def _learning_rate(facts: Facts) -> Iterator[Advice]:
         )
 
 
-def _targets(facts: Facts) -> Iterator[Advice]:
+def _targets(facts: AdviceFacts) -> Iterator[Advice]:
     if facts.feed_forward is False:
         yield Advice(
             about="lora.targets",
@@ -148,7 +148,7 @@ def _targets(facts: Facts) -> Iterator[Advice]:
         )
 
 
-def _capacity(facts: Facts) -> Iterator[Advice]:
+def _capacity(facts: AdviceFacts) -> Iterator[Advice]:
     # One epoch counts: what is seen again is not new. 2 bits a parameter is the most that was measured.
     data_bits, adapter_bits = facts.num_supervised_tokens, 2 * facts.trainable
     if data_bits > adapter_bits:
@@ -161,7 +161,7 @@ def _capacity(facts: Facts) -> Iterator[Advice]:
         )
 
 
-def _scale(facts: Facts) -> Iterator[Advice]:
+def _scale(facts: AdviceFacts) -> Iterator[Advice]:
     lora = facts.recipe.lora
     scale = scale_of(lora)
     if lora.variant != "rslora" and not 0.5 <= scale <= 8:
@@ -174,7 +174,7 @@ def _scale(facts: Facts) -> Iterator[Advice]:
         )
 
 
-def _warmup(facts: Facts) -> Iterator[Advice]:
+def _warmup(facts: AdviceFacts) -> Iterator[Advice]:
     train = facts.recipe.train
     if (
         train.optimizer == "adamw"
@@ -190,7 +190,7 @@ def _warmup(facts: Facts) -> Iterator[Advice]:
         )
 
 
-def _idle_devices(facts: Facts) -> Iterator[Advice]:
+def _idle_devices(facts: AdviceFacts) -> Iterator[Advice]:
     size, devices = facts.recipe.train.batch_size, facts.num_devices
     if size < devices:
         yield Advice(
@@ -201,7 +201,7 @@ def _idle_devices(facts: Facts) -> Iterator[Advice]:
         )
 
 
-def _num_steps(facts: Facts) -> Iterator[Advice]:
+def _num_steps(facts: AdviceFacts) -> Iterator[Advice]:
     train = facts.recipe.train
     if facts.num_examples < 50:
         yield Advice(
@@ -226,7 +226,7 @@ def _num_steps(facts: Facts) -> Iterator[Advice]:
         )
 
 
-def _cadence(facts: Facts) -> Iterator[Advice]:
+def _cadence(facts: AdviceFacts) -> Iterator[Advice]:
     train, steps = facts.recipe.train, facts.num_steps
     never = {
         "log_every": ("prints no loss and tells trackers nothing", "10"),
@@ -253,7 +253,7 @@ def _cadence(facts: Facts) -> Iterator[Advice]:
             )
 
 
-def _serving(facts: Facts) -> Iterator[Advice]:
+def _serving(facts: AdviceFacts) -> Iterator[Advice]:
     if is_classification(facts.recipe):
         return
     r = saved_rank(facts.recipe.lora)
@@ -296,7 +296,7 @@ def _serving(facts: Facts) -> Iterator[Advice]:
         )
 
 
-_RULES: tuple[Callable[[Facts], Iterator[Advice]], ...] = (
+_RULES: tuple[Callable[[AdviceFacts], Iterator[Advice]], ...] = (
     _prompt,
     _stop_token,
     _cut,

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Facts:
+class AdviceFacts:
     """What advice is given on.
 
     Attributes:
@@ -65,10 +65,10 @@ def advice_facts(
     presets: Sequence[PresetCount],
     trainable: int,
     steps: int,
-) -> Facts:
+) -> AdviceFacts:
     """What advice is given on; the arguments are parts of the `Preparation`."""
     writes = not is_classification(recipe)
-    return Facts(
+    return AdviceFacts(
         recipe=recipe,
         num_examples=data.num_examples,
         num_steps=steps,

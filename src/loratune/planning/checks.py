@@ -32,8 +32,8 @@ from packaging.version import Version
 
 from loratune.data.examples import Example
 from loratune.data.prompts import Prompt
-from loratune.data.steps import num_steps, num_steps_per_epoch, occasion_steps, occasions
-from loratune.model.adapter.modules_to_save import Whole
+from loratune.data.steps import count_occurrences, num_steps, num_steps_per_epoch, trigger_steps
+from loratune.model.adapter.modules_to_save import FullyTrained
 from loratune.model.adapter.patterns import check_patterns, check_used
 from loratune.model.adapter.start_from import check_adapter, locate_adapter
 from loratune.model.adapter.variants import check_ranks, check_variant
@@ -251,7 +251,7 @@ def check_start(recipe: Recipe, parameters: ParameterCount, output_dir: Path) ->
     return folder
 
 
-def _check_whole(recipe: Recipe, whole: Sequence[Whole]) -> None:
+def _check_whole(recipe: Recipe, whole: Sequence[FullyTrained]) -> None:
     """Whether what is trained whole is no matrix that `model.quantization` packs."""
     packed = [item.name for item in whole if not (item.is_head or item.is_embedding) and max(map(len, item.shapes)) > 1]
     if packed and recipe.model.quantization != "none":
@@ -262,7 +262,7 @@ def _check_whole(recipe: Recipe, whole: Sequence[Whole]) -> None:
         )
 
 
-def check_occasions(train: TrainSection, num_examples: int) -> None:
+def check_cadence(train: TrainSection, num_examples: int) -> None:
     """Whether there are as many checkpoints as are averaged.
 
     Raises:
@@ -281,7 +281,7 @@ def check_occasions(train: TrainSection, num_examples: int) -> None:
     )
 
 
-def occasion_notes(train: TrainSection, num_examples: int) -> tuple[str, ...]:
+def cadence_notes(train: TrainSection, num_examples: int) -> tuple[str, ...]:
     """Settings that come to nothing in so short a run, a sentence each, without a full stop."""
     evaluated = _steps_of(train, train.eval_every, num_examples)
     notes = []
@@ -298,7 +298,7 @@ def occasion_notes(train: TrainSection, num_examples: int) -> tuple[str, ...]:
 
 
 def _steps_of(train: TrainSection, every: str | float, num_examples: int) -> list[int]:
-    return occasion_steps(
+    return trigger_steps(
         every,
         steps=num_steps(num_examples, train.batch_size, train.epochs),
         num_per_epoch=num_steps_per_epoch(num_examples, train.batch_size),
@@ -312,7 +312,7 @@ def check_disk(recipe: Recipe, parameters: ParameterCount, num_examples: int) ->
         MachineError: They do not.
     """
     steps = num_steps(num_examples, recipe.train.batch_size, recipe.train.epochs)
-    saves = occasions(recipe.train.save_every, steps=steps, epochs=recipe.train.epochs)
+    saves = count_occurrences(recipe.train.save_every, steps=steps, epochs=recipe.train.epochs)
     # beside the newest the best is kept, and a new one is written before the oldest goes
     newest = (recipe.train.keep_checkpoints or saves) + (recipe.train.average_checkpoints or 0)
     kept = min(saves, newest + 1) + 1

@@ -10,7 +10,7 @@ from typing import Any
 from loratune.data.batch import num_supervised
 from loratune.data.prepare import PreparedData
 from loratune.data.prompts import Prompt
-from loratune.data.steps import num_steps, occasions, padded_step_tokens, step_tokens
+from loratune.data.steps import count_occurrences, num_steps, padded_step_tokens, step_tokens
 from loratune.model.device import torch_dtype
 from loratune.model.kernels.cross_entropy import chunk_rows
 from loratune.planning.memory.adapter import (
@@ -21,16 +21,16 @@ from loratune.planning.memory.adapter import (
     whole_kept_bytes,
 )
 from loratune.planning.memory.encoder import encoder_layer_bytes
-from loratune.planning.memory.memory import MemoryPlan, Work, layer_bytes, plan_memory
+from loratune.planning.memory.memory import MemoryPlan, TokenSizes, layer_bytes, plan_memory
 from loratune.planning.memory.optimizer import state_bytes
 from loratune.planning.parameters import ParameterCount
-from loratune.planning.speed import Amounts, training_flops
+from loratune.planning.speed import WorkAmounts, training_flops
 from loratune.recipe.recipe import Recipe
 from loratune.recipe.tasks import is_classification
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
+class ExecutionSetup:
     """Where the work is done.
 
     Attributes:
@@ -58,7 +58,7 @@ class Place:
     shards: int = 1
 
 
-def run_work(recipe: Recipe, data: PreparedData, prompts: Sequence[Prompt], *, padded: bool = False) -> Work:
+def token_sizes(recipe: Recipe, data: PreparedData, prompts: Sequence[Prompt], *, padded: bool = False) -> TokenSizes:
     """The sizes of what a run puts through the model. Any example of streamed data may be as long as `data.max_length`.
     `padded`: whether a step's examples are padded to its longest, as those of encoders are."""
     lengths = [len(example.input_ids) for example in data.train]
@@ -66,7 +66,7 @@ def run_work(recipe: Recipe, data: PreparedData, prompts: Sequence[Prompt], *, p
         lengths = [int(data.report["max_length"])] * recipe.train.batch_size
     tokens_of = padded_step_tokens if padded else step_tokens
     steps = tokens_of(lengths, batch_size=recipe.train.batch_size, seed=recipe.train.seed)
-    return Work(
+    return TokenSizes(
         longest=max(lengths),
         largest_step=int(steps.max()),
         num_sizes=len(set(steps.tolist())) if data.stream is None else data.num_examples,
@@ -78,7 +78,9 @@ def run_work(recipe: Recipe, data: PreparedData, prompts: Sequence[Prompt], *, p
     )
 
 
-def run_memory(recipe: Recipe, config: Any, parameters: ParameterCount, work: Work, place: Place) -> MemoryPlan:
+def run_memory(
+    recipe: Recipe, config: Any, parameters: ParameterCount, work: TokenSizes, place: ExecutionSetup
+) -> MemoryPlan:
     """Bytes at the peak, the token budget, and the layers to recompute.
 
     Args:
@@ -104,7 +106,7 @@ def run_memory(recipe: Recipe, config: Any, parameters: ParameterCount, work: Wo
         else partial(layer_bytes, compiled=place.compiled, keeps_inputs=place.quantization == "int8")
     )
     return plan_memory(
-        total_parameters=parameters.trainable + held_parameters(config, parameters, shards),
+        total_parameters=parameters.trainable + resident_parameters(config, parameters, shards),
         trainable_parameters=parameters.trainable,
         optimizer_bytes=state_bytes(recipe.train.optimizer, matrices, recipe.lora, parameters.whole_shapes),
         stored_bytes=place.stored_bytes,
@@ -133,12 +135,12 @@ def _num_outputs(recipe: Recipe, config: Any) -> int:
     return int(config.num_labels if is_classification(recipe) else config.vocab_size)
 
 
-def _logits_rows(recipe: Recipe, config: Any, place: Place) -> int:
+def _logits_rows(recipe: Recipe, config: Any, place: ExecutionSetup) -> int:
     """That the loss computes at once."""
     return recipe.train.batch_size if is_classification(recipe) else chunk_rows(config.vocab_size, place.device)
 
 
-def held_parameters(config: Any, parameters: ParameterCount, shards: int) -> int:
+def resident_parameters(config: Any, parameters: ParameterCount, shards: int) -> int:
     """Frozen parameters that a rank holds at the peak, of a base that is sharded layer by layer.
 
     Its shard of the layers; embeddings and head, which stay whole; and two layers, the one that computes and the one that is
@@ -158,7 +160,7 @@ def sharded_parameters(config: Any, parameters: ParameterCount) -> tuple[int, in
     return (parameters.total - parameters.trainable - outside) // int(config.num_hidden_layers), outside
 
 
-def run_amounts(
+def work_amounts(
     recipe: Recipe,
     config: Any,
     memory: MemoryPlan,
@@ -167,7 +169,7 @@ def run_amounts(
     prompts: Sequence[Prompt],
     longest_answer: int,
     load_bytes: int,
-) -> Amounts:
+) -> WorkAmounts:
     """What a run computes, in tokens.
 
     Args:
@@ -182,9 +184,9 @@ def run_amounts(
     """
     section, epochs = recipe.evaluate, recipe.train.epochs
     steps = num_steps(data.num_examples, recipe.train.batch_size, epochs)
-    evaluations = occasions(recipe.train.eval_every, steps=steps, epochs=epochs) + 1  # and the base's
+    evaluations = count_occurrences(recipe.train.eval_every, steps=steps, epochs=epochs) + 1  # and the base's
     batches = -(-len(prompts) // num_answers(prompts, memory, section.max_new_tokens))
-    return Amounts(
+    return WorkAmounts(
         num_layers=config.num_hidden_layers,
         num_recomputed=memory.num_recomputed,
         tokens=epochs * data.scale * sum(len(example.input_ids) for example in data.train),

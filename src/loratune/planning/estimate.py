@@ -13,20 +13,20 @@ from loratune.model.classifier import is_decoder
 from loratune.model.device import Choice, choose_compile, compile_seconds, torch_dtype
 from loratune.model.quantization.quantize import uncompiled
 from loratune.planning.cost import (
-    Place,
+    ExecutionSetup,
     head_parameters,
     layer_parameters,
     num_answers,
-    run_amounts,
     run_flops,
     run_memory,
-    run_work,
+    token_sizes,
+    work_amounts,
 )
 from loratune.planning.hardware.devices import Device
-from loratune.planning.memory.memory import MemoryPlan, Work
+from loratune.planning.memory.memory import MemoryPlan, TokenSizes
 from loratune.planning.parameters import ParameterCount
 from loratune.planning.probe import probe
-from loratune.planning.speed import Amounts, Rates, TimePlan, matmul_rate, plan_time, rates_by_arithmetic
+from loratune.planning.speed import LayerTimings, TimePlan, WorkAmounts, matmul_rate, plan_time, rates_by_arithmetic
 from loratune.recipe.recipe import Recipe
 from loratune.recipe.tasks import is_classification
 from loratune.run.errors import RecipeError
@@ -47,8 +47,8 @@ class Estimate:
     memory: MemoryPlan
     time: TimePlan
     compiled: Choice
-    work: Work
-    place: Place
+    work: TokenSizes
+    place: ExecutionSetup
 
 
 def estimate(
@@ -61,7 +61,7 @@ def estimate(
     data: PreparedData,
     prompts: Sequence[Prompt],
     longest_answer: int,
-    place: Place,
+    place: ExecutionSetup,
     device: Device | None,
 ) -> Estimate:
     """Memory, time, and whether to compile.
@@ -99,7 +99,7 @@ def estimate(
         )
     wanted = recipe.train.compile if recipe.train.engine == "fast" and not reason else False
     classifies = is_classification(recipe)
-    work = run_work(recipe, data, prompts, padded=classifies and not is_decoder(model))
+    work = token_sizes(recipe, data, prompts, padded=classifies and not is_decoder(model))
     place = replace(place, compiled=wanted is True)
     memory = run_memory(recipe, config, parameters, work, place)
     in_a_layer, answers = layer_parameters(config, model, parameters), num_answers(prompts, memory, work.max_new_tokens)
@@ -120,7 +120,7 @@ def estimate(
     flops = run_flops(recipe, config, model, parameters, data)
 
     def clock(memory: MemoryPlan, *, compiled: bool) -> TimePlan:
-        amounts: Amounts = run_amounts(
+        amounts: WorkAmounts = work_amounts(
             recipe,
             config,
             memory,
@@ -158,9 +158,9 @@ def _rates(
     in_the_head: int,
     length: int,
     answers: int,
-    place: Place,
+    place: ExecutionSetup,
     device: Device | None,
-) -> tuple[float, Rates, str]:
+) -> tuple[float, LayerTimings, str]:
     """Operations per second of a matrix product, seconds of a layer and the head, and where these come from."""
     if device is not None:
         rate = device.bf16_flops_per_second

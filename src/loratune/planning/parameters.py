@@ -10,8 +10,13 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
 
-from loratune.model.adapter.modules_to_save import Whole, head_modules, whole_in_words, whole_modules
-from loratune.model.adapter.target_parameters import stacks, stacks_in_words
+from loratune.model.adapter.modules_to_save import (
+    FullyTrained,
+    fully_trained_in_words,
+    fully_trained_modules,
+    head_modules,
+)
+from loratune.model.adapter.target_parameters import resolve_target_parameters, target_parameters_in_words
 from loratune.model.adapter.targets import Matrix, describe_targets, matrix
 from loratune.model.adapter.variants import changes_base, num_trainable
 from loratune.recipe.recipe import LoraSection
@@ -40,7 +45,7 @@ class ParameterCount:
     """The saved adapter's weights, without the file's header of some kB."""
     per_module: tuple[MatrixCount, ...]
     """Every adapted matrix, in the order of the target names, and then every stack of matrices."""
-    whole: tuple[Whole, ...] = ()
+    whole: tuple[FullyTrained, ...] = ()
     """What is trained whole."""
     num_stacks: int = 0
     """How many of `per_module` are of `lora.target_parameters`."""
@@ -51,7 +56,7 @@ class ParameterCount:
         return [item.matrix for item in self.per_module]
 
     @property
-    def stacks(self) -> list[Matrix]:
+    def resolve_target_parameters(self) -> list[Matrix]:
         """Those of `lora.target_parameters`."""
         return self.matrices[len(self.per_module) - self.num_stacks :]
 
@@ -81,9 +86,9 @@ def count_parameters(
         RecipeError: What should be trained whole is not there, or adapted as well.
     """
     shapes = [matrix(name, model.get_submodule(name)) for name in target_names]
-    shapes += stacks(model, lora, target_names)
+    shapes += resolve_target_parameters(model, lora, target_names)
     per_module = tuple(MatrixCount(matrix=shape, trainable=num_trainable(lora, shape)) for shape in shapes)
-    whole = (*whole_modules(model, lora, target_names), *head_modules(model, head, target_names))
+    whole = (*fully_trained_modules(model, lora, target_names), *head_modules(model, head, target_names))
     in_adapter = sum(item.trainable for item in per_module)
     trainable = in_adapter + sum(item.trainable for item in whole)
     saved = in_adapter * (2 if changes_base(lora) else 1) + sum(item.num_saved for item in whole)
@@ -100,8 +105,8 @@ def count_parameters(
 def trained_in_words(model: nn.Module, lora: LoraSection, count: ParameterCount) -> str:
     """What is trained, for people: `q_proj, v_proj in 28 layers; whole: norm`."""
     words = [describe_targets(model, lora.targets, lora.layers)]
-    words += [stacks_in_words(count.stacks)] if count.stacks else []
-    words += [f"whole: {whole_in_words(count.whole)}"] if count.whole else []
+    words += [target_parameters_in_words(count.stacks)] if count.stacks else []
+    words += [f"whole: {fully_trained_in_words(count.whole)}"] if count.whole else []
     return "; ".join(words)
 
 

@@ -12,7 +12,7 @@ from loratune.data.prompts import Prompt, longest_answer, render_prompts
 from loratune.data.steps import num_steps
 from loratune.data.stream import MANY_ROWS, can_stream, open_tables, stream_data
 from loratune.evaluation.scoring import check_metric, check_references
-from loratune.model.adapter.new_tokens import add_new_tokens, grow, growing_parameters, unseen_tokens
+from loratune.model.adapter.new_tokens import add_new_tokens, num_added_parameters, resize_embeddings, unseen_tokens
 from loratune.model.adapter.start_from import base_notes
 from loratune.model.adapter.targets import resolve_targets, target_notes
 from loratune.model.adapter.variants import rank_notes, variant_notes
@@ -34,9 +34,10 @@ from loratune.planning.auto import (
     output_dir,
 )
 from loratune.planning.checks import (
+    cadence_notes,
+    check_cadence,
     check_disk,
     check_files,
-    check_occasions,
     check_optimizer,
     check_output,
     check_prompts,
@@ -45,17 +46,16 @@ from loratune.planning.checks import (
     check_trackers,
     check_trained,
     check_vocabulary,
-    occasion_notes,
 )
-from loratune.planning.cost import Place
+from loratune.planning.cost import ExecutionSetup
 from loratune.planning.estimate import estimate
 from loratune.planning.hardware.cluster import Cluster
 from loratune.planning.hardware.devices import Device, device_notes
 from loratune.planning.memory.memory import resident_bytes
-from loratune.planning.memory.quantized import check_quantised, quantised_place, quantization_notes
+from loratune.planning.memory.quantized import check_device_can_quantize, quantization_notes, quantized_setup
 from loratune.planning.parameters import count_parameters, skeleton, trained_in_words
 from loratune.planning.preparation import Preparation
-from loratune.planning.prepare_classifier import class_positions, prepare_classes
+from loratune.planning.prepare_classifier import classifier_positions, prepare_classifier
 from loratune.planning.presets import count_presets, plan_preset
 from loratune.planning.scaling import scale, strategy_choice, strategy_for
 from loratune.recipe.recipe import Recipe
@@ -94,7 +94,7 @@ def prepare(
     check_metric(recipe.evaluate.metric)
     check_output(output_dir(recipe))
     where = choose_device(recipe.train.device) if device is None else Choice("cuda", f"{device.name}, as published")
-    check_quantised(recipe.model.quantization, where.value, device)
+    check_device_can_quantize(recipe.model.quantization, where.value, device)
     check_optimizer(recipe, where.value, is_here=device is None)
     base = locate_model(recipe.model, progress, weights=weights)
     config = load_config(base, recipe.model)
@@ -102,17 +102,17 @@ def prepare(
     classifies = is_classification(recipe)
     if classifies and cluster is not None:
         refuse_classifier(recipe, "--devices")
-    positions = class_positions(recipe, config) if classifies else positions_of(config)
+    positions = classifier_positions(recipe, config) if classifies else positions_of(config)
     max_length = _max_length(recipe, positions)
-    labelled = prepare_classes(recipe, base, config, int(max_length.value), progress) if classifies else None
+    labelled = prepare_classifier(recipe, base, config, int(max_length.value), progress) if classifies else None
     config, head = (labelled.config, labelled.classes.head) if labelled else (config, ())
     model = skeleton(config, trust_remote_code=recipe.model.trust_remote_code, classifier=classifies)
     targets = resolve_targets(model, recipe.lora.targets, recipe.lora.layers)
     check_files(base, model, head)
     tokenizer = labelled.tokenizer if labelled else load_tokenizer(base, recipe.model)
     new_tokens = add_new_tokens(tokenizer, recipe.lora.new_tokens)
-    growing = growing_parameters(model, new_tokens)
-    grow(model, new_tokens)
+    growing = num_added_parameters(model, new_tokens)
+    resize_embeddings(model, new_tokens)
     parameters = count_parameters(model, targets, recipe.lora, head)
     check_trained(recipe, model, parameters)
     start = check_start(recipe, parameters, output_dir(recipe))
@@ -121,7 +121,7 @@ def prepare(
     )
     forgetting = _forgetting(recipe, tokenizer, int(max_length.value), progress)
     check_vocabulary([*data.train, *data.eval, *forgetting], model)
-    check_occasions(recipe.train, data.num_examples)
+    check_cadence(recipe.train, data.num_examples)
     prompts = () if recipe.evaluate.metric == "none" else held_out_prompts(recipe, data, tokenizer)
     check_references(recipe.evaluate.metric, prompts)
     check_prompts(recipe, prompts, positions)
@@ -141,11 +141,11 @@ def prepare(
         longest_answer=longest_answer(prompts, tokenizer),
         device=device,
     )
-    place = Place(
+    place = ExecutionSetup(
         device=where.value,
         dtype=dtype.value,
         compiled=False,
-        **quantised_place(recipe.model.quantization, base.path, model, dtype.value),
+        **quantized_setup(recipe.model.quantization, base.path, model, dtype.value),
         stored_bytes=bytes_to_convert(
             base.path,
             None if recipe.model.quantization in PACKED else dtype.value,
@@ -198,7 +198,7 @@ def prepare(
             *target_notes(model, recipe.lora.targets, recipe.lora.target_parameters),
             *variant_notes(effective),
             *rank_notes(effective.lora, parameters.matrices),
-            *occasion_notes(recipe.train, data.num_examples),
+            *cadence_notes(recipe.train, data.num_examples),
             *(base_notes(start, (base.name, str(base.path))) if start else ()),
             *unseen_tokens(tokenizer, new_tokens, data.train),
             *data.report["notices"],

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from loratune.data.classification import prepare_labelled
+from loratune.data.classification import prepare_classified
 from loratune.data.prepare import PreparedData
 from loratune.model.adapter.targets import resolve_targets
 from loratune.model.classifier import (
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Labelled:
+class ClassifierInputs:
     """What `prepare` finds out of a classifier before the rest.
 
     Attributes:
@@ -47,7 +47,7 @@ class Labelled:
     notes: tuple[str, ...]
 
 
-def class_positions(recipe: Recipe, config: Any) -> int | None:
+def classifier_positions(recipe: Recipe, config: Any) -> int | None:
     """The most tokens of a text that a classifier can read; its targets are resolved on the way, since the data comes later.
 
     Raises:
@@ -69,7 +69,9 @@ def class_positions(recipe: Recipe, config: Any) -> int | None:
     return usable_positions(model, positions_of(config))
 
 
-def prepare_classes(recipe: Recipe, base: BaseModel, config: Any, max_length: int, progress: Progress) -> Labelled:
+def prepare_classifier(
+    recipe: Recipe, base: BaseModel, config: Any, max_length: int, progress: Progress
+) -> ClassifierInputs:
     """Read the labelled data, and see what head the base gets.
 
     Args:
@@ -81,18 +83,18 @@ def prepare_classes(recipe: Recipe, base: BaseModel, config: Any, max_length: in
 
     Raises:
         RecipeError: The tokenizer cannot pad.
-        DataError, MachineError: As `prepare_labelled`.
+        DataError, MachineError: As `prepare_classified`.
     """
     section, seed = recipe.model, recipe.train.seed
     tokenizer = load_tokenizer(base, section)
     pad_token_id = set_padding(tokenizer, name=base.name)
-    data = prepare_labelled(recipe.data, tokenizer, max_length=max_length, seed=seed, progress=progress)
+    data = prepare_classified(recipe.data, tokenizer, max_length=max_length, seed=seed, progress=progress)
     names = tuple(data.report["labels"])
     config = with_classes(config, names, pad_token_id)
     model = skeleton(config, trust_remote_code=section.trust_remote_code, classifier=True)
     stored = base.tensors or stored_names(base.path)
     classes = Classes(names=names, pad_token_id=pad_token_id, head=head_names(model, stored), seed=seed)
-    return Labelled(
+    return ClassifierInputs(
         config=config,
         tokenizer=tokenizer,
         classes=classes,

@@ -14,7 +14,7 @@ from loratune.run.errors import RecipeError, RunError
 from loratune.run.progress import Progress
 
 
-def prepare_together(recipe: Recipe, progress: Progress) -> Preparation:
+def prepare_on_all_ranks(recipe: Recipe, progress: Progress) -> Preparation:
     """`prepare` by all processes of a run: what `auto` becomes is what the first one finds, and its prepared examples are in the
     cache when the others ask for them.
 
@@ -29,9 +29,9 @@ def prepare_together(recipe: Recipe, progress: Progress) -> Preparation:
     refuse_classifier(recipe, "training in several processes", "train in one process")
     if processes.is_main():
         prepared = prepare(recipe, progress)
-        processes.publish("recipe", prepared.recipe.model_dump_json())
+        processes.store_set("recipe", prepared.recipe.model_dump_json())
     else:
-        prepared = prepare(Recipe.parse(json.loads(processes.read("recipe"))), progress)
+        prepared = prepare(Recipe.parse(json.loads(processes.store_wait("recipe"))), progress)
     seen = processes.gather([examples_fingerprint(examples) for examples in (prepared.data.train, prepared.data.eval)])
     if seen[processes.rank()] != seen[0]:
         raise RunError(

@@ -20,7 +20,7 @@ from loratune.model.adapter.targets import resolve_targets
 from loratune.model.device import is_out_of_memory
 from loratune.model.kernels.attention import PACKED, PackingUnsupportedError, register
 from loratune.model.kernels.cross_entropy import chunk_rows, cross_entropy_per_token, sum_cross_entropy
-from loratune.planning.speed import Rates, best_seconds
+from loratune.planning.speed import LayerTimings, best_seconds
 from loratune.recipe.recipe import LoraSection, Variant
 from loratune.run.errors import RecipeError
 
@@ -48,7 +48,7 @@ def probe(
     device: str,
     length: int,
     num_answers: int,
-) -> Rates | None:
+) -> LayerTimings | None:
     """Measure; None where two layers of this architecture cannot stand for it, or are too large.
 
     Args:
@@ -97,7 +97,7 @@ def probe(
         if not is_out_of_memory(error):
             raise
         return None
-    return Rates(train=train, forward=forward, decode=decode, **head)
+    return LayerTimings(train=train, forward=forward, decode=decode, **head)
 
 
 def _two_layers(config: Any, dtype: torch.dtype) -> Any:

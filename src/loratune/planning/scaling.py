@@ -25,7 +25,7 @@ import numpy as np
 from loratune.data.prepare import PreparedData
 from loratune.data.steps import EpochPlan, num_steps
 from loratune.model.device import Choice, torch_dtype
-from loratune.planning.cost import Place, run_memory, sharded_parameters
+from loratune.planning.cost import ExecutionSetup, run_memory, sharded_parameters
 from loratune.planning.estimate import Estimate
 from loratune.planning.hardware.cluster import Cluster
 from loratune.planning.hardware.interconnect import SHARE, Fabric, Link
@@ -41,7 +41,7 @@ Strategy = Literal["ddp", "fsdp"]
 class EstimateAt(Protocol):
     """Memory and time of a run at a place; raises `MachineError` where it does not fit."""
 
-    def __call__(self, *, place: Place) -> Estimate: ...
+    def __call__(self, *, place: ExecutionSetup) -> Estimate: ...
 
 
 SIMULATED_STEPS = 2000
@@ -52,7 +52,7 @@ GRADIENT_BYTES = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Steps:
+class SimulatedSteps:
     """The steps of a run, as far as their lengths are known.
 
     Attributes:
@@ -79,7 +79,7 @@ class Steps:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Loads:
+class RankLoads:
     """What the ranks of a cluster have to do in the steps of an epoch, in tokens.
 
     Attributes:
@@ -99,7 +99,7 @@ class Loads:
     idle: float
 
 
-def deal_out(steps: Steps, *, token_budget: int, world_size: int) -> Loads:
+def deal_out(steps: SimulatedSteps, *, token_budget: int, world_size: int) -> RankLoads:
     """Deal out the steps of the first epoch, `SIMULATED_STEPS` at most."""
     plan = EpochPlan(
         lengths=steps.lengths,
@@ -119,7 +119,7 @@ def deal_out(steps: Steps, *, token_budget: int, world_size: int) -> Loads:
         heaviest += ranks.max(axis=0).tolist()
         idle += int((ranks.sum(axis=1) == 0).sum())
         tokens += int(ranks.sum())
-    return Loads(
+    return RankLoads(
         num_steps=count,
         is_epoch=count == len(plan),
         tokens=tokens,
@@ -200,7 +200,7 @@ def hiding_tokens(fabric: Fabric, *, flops_per_second: float, bytes_per_weight: 
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
+class ScalingRow:
     """A run on a number of devices.
 
     Attributes:
@@ -235,8 +235,14 @@ class Row:
 
 
 def predict(
-    steps: Steps, loads: Loads, rank: Rank, estimated: Estimate, memory: MemoryPlan, fabric: Fabric, strategy: Strategy
-) -> Row:
+    steps: SimulatedSteps,
+    loads: RankLoads,
+    rank: Rank,
+    estimated: Estimate,
+    memory: MemoryPlan,
+    fabric: Fabric,
+    strategy: Strategy,
+) -> ScalingRow:
     """A run on a number of devices.
 
     Args:
@@ -259,7 +265,7 @@ def predict(
     communication = waits / loads.num_steps
     more = alone * (busiest / loads.tokens - 1) + communication * steps.count
     together = alone + more
-    return Row(
+    return ScalingRow(
         devices=fabric.size,
         nodes=fabric.nodes,
         strategy=strategy,
@@ -292,7 +298,7 @@ class Scaling:
     """
 
     cluster: Cluster
-    rows: tuple[Row, ...]
+    rows: tuple[ScalingRow, ...]
     too_few: tuple[int, ...]
     hiding_tokens: float
     batch_size: int
@@ -337,7 +343,7 @@ def _links(fabric: Fabric) -> list[Link]:
 
 
 def strategy_for(
-    wanted: Strategy | Literal["auto"], shards: int, place: Place, estimate_at: EstimateAt
+    wanted: Strategy | Literal["auto"], shards: int, place: ExecutionSetup, estimate_at: EstimateAt
 ) -> tuple[Strategy, Estimate]:
     """What every rank holds: everything where it fits (ddp), for that moves fewer bytes; else a shard of the base (fsdp).
 
@@ -374,7 +380,7 @@ def scale(
     parameters: ParameterCount,
     *,
     data: PreparedData,
-    place: Place,
+    place: ExecutionSetup,
     estimate_at: EstimateAt,
 ) -> Scaling:
     """A run on 1, 2, 4, … devices of a cluster.
@@ -391,7 +397,7 @@ def scale(
     Raises:
         MachineError: Not even the whole cluster holds it.
     """
-    steps = Steps(
+    steps = SimulatedSteps(
         lengths=[len(example.input_ids) for example in data.train],
         num_examples=data.num_examples,
         batch_size=recipe.train.batch_size,

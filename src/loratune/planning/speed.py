@@ -25,7 +25,7 @@ LOAD_BYTES_PER_SECOND = 1e9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Rates:
+class LayerTimings:
     """Seconds of a device, not compiled: measured by `probe`, or by arithmetic alone.
 
     Attributes:
@@ -46,7 +46,7 @@ class Rates:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Amounts:
+class WorkAmounts:
     """What a run computes.
 
     Attributes:
@@ -119,12 +119,12 @@ class StepProbe:
 
 def rates_by_arithmetic(
     layer_parameters: float, head_parameters: int, num_answers: int, flops_per_second: float
-) -> Rates:
+) -> LayerTimings:
     """Of a layer and a head of so many parameters, where they cannot be run: operations over the rate of a matrix product
     times `EFFICIENCY`. A batch's next token reads every weight for a few rows, which is slower than this."""
     rate = flops_per_second * EFFICIENCY[False]
     layer, head = layer_parameters / rate, head_parameters / rate
-    return Rates(
+    return LayerTimings(
         train=4 * layer,
         forward=2 * layer,
         decode=2 * layer * num_answers,
@@ -157,8 +157,8 @@ def training_flops(
 
 
 def plan_time(
-    amounts: Amounts,
-    rates: Rates,
+    amounts: WorkAmounts,
+    rates: LayerTimings,
     *,
     compile_seconds: float | None,
     flops: float,

@@ -36,7 +36,14 @@ from loratune.recipe.checks import (
 )
 from loratune.recipe.roles import TrainOn
 from loratune.recipe.tasks import check_task
-from loratune.recipe.yaml import apply_override, hoist_task, in_our_words, read_yaml, refuse_secrets, shown
+from loratune.recipe.yaml import (
+    apply_override,
+    hoist_task,
+    read_yaml,
+    refuse_secrets,
+    shown,
+    translate_validation_error,
+)
 
 Cadence = Literal["epoch", "never"] | int | float
 
@@ -452,7 +459,7 @@ class Recipe(Section):
         try:
             return cls.model_validate(hoist_task(values, lines or {}))
         except ValidationError as error:
-            raise in_our_words(error, cls, Source, file, lines or {}) from None
+            raise translate_validation_error(error, cls, Source, file, lines or {}) from None
 
     def to_yaml(self) -> str:
         """All settings as YAML that `load` reads back."""

@@ -160,7 +160,7 @@ def shown(value: Any, most: int = 200) -> str:
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
-def in_our_words(
+def translate_validation_error(
     error: ValidationError,
     recipe: type[BaseModel],
     source: type[BaseModel],

@@ -14,7 +14,7 @@ from loratune.reporting.samples_section import answer, cut, place, short
 from loratune.reporting.units import as_bytes, as_difference, as_duration, as_measure, is_graded, measure_in_words
 from loratune.reporting.word_diff import whole
 from loratune.run.directory import Record
-from loratune.run.errors import as_count
+from loratune.run.errors import plural
 
 MOST_SAMPLES = 20
 _NOT_SETTINGS = ("train.output_dir",)
@@ -204,7 +204,7 @@ def _answers(runs: Runs) -> Iterator[Block]:
     split = [key for key in common if len({bool(column[key]["tuned"]["score"]) for column in items}) > 1]
     classifies = runs[0].classifies
     yield Paragraph(
-        text=f"Of {as_count(len(common), 'text' if classifies else 'prompt')} that all runs answered, {len(split):,} were answered right by some and wrong "
+        text=f"Of {plural(len(common), 'text' if classifies else 'prompt')} that all runs answered, {len(split):,} were answered right by some and wrong "
         f"by others{f'; the first {MOST_SAMPLES} of them' if len(split) > MOST_SAMPLES else ''}."
     )
     for key in split[:MOST_SAMPLES]:

@@ -8,7 +8,7 @@ from loratune.data.rows.sources import short_names
 from loratune.reporting.blocks import Block, Chart, Charts
 from loratune.reporting.charts import NUM_COLOURS, Series, describe, draw_lines
 from loratune.reporting.run_files import RunFiles
-from loratune.run.errors import as_count
+from loratune.run.errors import plural
 
 
 def curves(files: RunFiles) -> Iterator[Block]:
@@ -61,7 +61,7 @@ def _trained_by_source(files: RunFiles) -> Iterator[Chart]:
     ]
     labels = short_names(points)
     words = (describe(f"Training loss of {labels[name]}", curve.y) for name, curve in zip(shown, curves, strict=True))
-    more = as_count(len(points) - len(shown), "more source is", "more sources are")
+    more = plural(len(points) - len(shown), "more source is", "more sources are")
     yield Chart(
         title="Training loss of each source",
         svg=draw_lines("loss-by-source", " ".join(words), curves, x_label="step", y_label=files.nats),
@@ -109,7 +109,7 @@ def _step_charts(files: RunFiles, steps: list[int]) -> Iterator[Chart]:
         limit = train.get("max_grad_norm")
         if key == "grad_norm" and limit:
             clipped = sum(value > limit for value in values)
-            caption = f"Longer gradients are scaled down to {limit:g}: {as_count(clipped, 'step')} of {len(values):,}."
+            caption = f"Longer gradients are scaled down to {limit:g}: {plural(clipped, 'step')} of {len(values):,}."
             if clipped:
                 curves.append(Series(x=(steps[0], steps[-1]), y=(limit, limit), form="rule"))
         yield Chart(

@@ -9,7 +9,7 @@ from loratune.reporting.charts import draw_histogram
 from loratune.reporting.run_files import RunFiles
 from loratune.reporting.samples_section import place, short
 from loratune.run.directory import Record
-from loratune.run.errors import as_count
+from loratune.run.errors import plural
 
 _MOST_LINES = 20
 
@@ -50,11 +50,11 @@ def data(files: RunFiles) -> Iterator[Block]:
     rejected = [(name, row) for name, side in sides for row in side["rejected"]]
     if rejected:
         lines = [f"{place(row)} ({name}): {row['reason']}" for name, row in rejected]
-        yield Fold(title=f"{as_count(len(lines), 'row')} left out", blocks=(Items(lines=_first(lines, "data.json")),))
+        yield Fold(title=f"{plural(len(lines), 'row')} left out", blocks=(Items(lines=_first(lines, "data.json")),))
     if files.data["overlap"]:
         lines = [f"{place(pair['eval'])} = {', '.join(map(place, pair['train']))}" for pair in files.data["overlap"]]
         yield Fold(
-            title=f"{as_count(len(lines), f'held-out {files.example}')} also in the training data",
+            title=f"{plural(len(lines), f'held-out {files.example}')} also in the training data",
             blocks=(Items(lines=_first(lines, "data.json")),),
         )
 
@@ -81,7 +81,7 @@ def _length_chart(name: str, side: Record, example: str) -> Chart:
         title=f"Length, {name}",
         svg=draw_histogram(
             f"length-{name.replace(' ', '-')}",
-            f"Histogram of the lengths of {as_count(side['conversations'], example)}: median {length['p50']} "
+            f"Histogram of the lengths of {plural(side['conversations'], example)}: median {length['p50']} "
             f"tokens, 95 % up to {length['p95']}, longest {length['max']}.",
             histogram["edges"],
             histogram["counts"],
@@ -96,7 +96,7 @@ def _source(name: str, source: Record, example: str) -> str:
         return f"{name}: {source['held_out']:.0%} of the training {example}s, drawn with seed {source['seed']}"
     digests = source["sha256"]
     hashes = ", ".join(f"{short(file)} {digest}" for file, digest in digests.items()) if digests else "no fingerprint"
-    return f"{name}: {source['name']}, {as_count(source['rows'], 'row')}, format {source['format']}; SHA-256 {hashes}"
+    return f"{name}: {source['name']}, {plural(source['rows'], 'row')}, format {source['format']}; SHA-256 {hashes}"
 
 
 def _first(lines: list[str], file: str) -> tuple[str, ...]:

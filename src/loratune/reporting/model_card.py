@@ -13,7 +13,7 @@ from loratune.recipe.tasks import CLASSIFICATION
 from loratune.reporting.samples_section import short
 from loratune.reporting.units import as_difference, as_measure, measure_in_words
 from loratune.run.directory import Record, RunDir, read_json, write_text
-from loratune.run.errors import as_count
+from loratune.run.errors import plural
 
 _HERE = "path/of/this/folder"
 
@@ -149,7 +149,7 @@ def _trained(lock: Record, plan: Record) -> Iterator[str]:
         f"{as_written(recipe['data']['train_on'])}`"
     )
     yield (
-        f"Trained on {as_count(data['num_examples'], 'example')} of {sources} ({loss_on}), "
+        f"Trained on {plural(data['num_examples'], 'example')} of {sources} ({loss_on}), "
         f"{train['epochs']:g} epochs of {train['batch_size']} examples a step, learning rate {train['learning_rate']:g}."
     )
     yield ""
@@ -187,7 +187,7 @@ def _results(evaluation: Record | None, unit: str) -> list[str]:
     for name, part in evaluation.get("sources", {}).items():
         difference = part["difference"]["nll"]
         rows.append(
-            f"| loss on {as_count(part['num_examples'], 'conversation')} of `{short(name)}` | {part['base']['nll']:.4g} | "
+            f"| loss on {plural(part['num_examples'], 'conversation')} of `{short(name)}` | {part['base']['nll']:.4g} | "
             f"{part['tuned']['nll']:.4g} | {difference['value']:+.4g} | {difference['low']:+.4g} to "
             f"{difference['high']:+.4g} |"
         )
@@ -195,7 +195,7 @@ def _results(evaluation: Record | None, unit: str) -> list[str]:
         other = evaluation["forgetting"]
         difference = other["difference"]["nll"]
         rows.append(
-            f"| loss on {as_count(other['num_examples'], 'conversation')} of another kind | {other['base']['nll']:.4g} | "
+            f"| loss on {plural(other['num_examples'], 'conversation')} of another kind | {other['base']['nll']:.4g} | "
             f"{other['tuned']['nll']:.4g} | {difference['value']:+.4g} | {difference['low']:+.4g} to "
             f"{difference['high']:+.4g} |"
         )

@@ -10,7 +10,7 @@ from loratune.reporting.charts import Bar, draw_bars
 from loratune.reporting.run_files import RunFiles
 from loratune.reporting.units import as_difference, as_measure, as_number, is_graded, measure_in_words
 from loratune.run.directory import Record
-from loratune.run.errors import as_count
+from loratune.run.errors import plural
 
 _AXES = {"bleu": "BLEU, more is better", "accuracy": "% of texts, more is better", "f1": "%, more is better"}
 
@@ -26,7 +26,7 @@ def result(files: RunFiles) -> Iterator[Block]:
     metric, level = record["metric"], f"{record['interval']['level']:.0%}"
     measures = [name for name in dict.fromkeys((metric, "f1", "nll", "perplexity")) if name in record["tuned"]]
     yield Paragraph(
-        text=f"Measured on {as_count(record['num_examples'], f'held-out {files.example}')} that training did not see. The "
+        text=f"Measured on {plural(record['num_examples'], f'held-out {files.example}')} that training did not see. The "
         f"interval says where the difference lies with {level} confidence ({record['interval']['method']}, "
         f"{record['interval']['resamples']:,} resamples).{_of_which(record)}"
     )
@@ -62,7 +62,7 @@ def _measure_row(record: Record, name: str) -> tuple[str, ...]:
     difference = record["difference"][name]
     classifies = "confusion" in record
     unit, answers = (
-        (", nats per text", "") if classifies else (", nats per token", f", {as_count(len(record['items']), 'answer')}")
+        (", nats per text", "") if classifies else (", nats per token", f", {plural(len(record['items']), 'answer')}")
     )
     of_what = {"nll": unit, record["metric"]: answers}.get(name, "")
     low, high = (as_difference(name, difference[end]).removesuffix(" points") for end in ("low", "high"))
@@ -81,7 +81,7 @@ def _by_source(sources: dict[str, Record]) -> Table:
         columns=("source", "base", "tuned", "difference, interval"),
         rows=tuple(
             _number_row(
-                f"{labels[name]}, {as_count(part['num_examples'], 'conversation')}",
+                f"{labels[name]}, {plural(part['num_examples'], 'conversation')}",
                 {side: part[side]["nll"] for side in ("base", "tuned", "difference")},
             )
             for name, part in sources.items()
@@ -131,7 +131,7 @@ def _elsewhere(record: Record) -> Iterator[Block]:
     if "forgetting" in record:
         other = record["forgetting"]
         for name in ("nll", "perplexity"):
-            of_what = f"{_WORDS[name]}, {as_count(other['num_examples'], 'conversation')} of another kind"
+            of_what = f"{_WORDS[name]}, {plural(other['num_examples'], 'conversation')} of another kind"
             rows.append(_number_row(of_what, {side: other[side][name] for side in ("base", "tuned", "difference")}))
     for task, measures in record.get("harness", {}).get("tasks", {}).items():
         rows += [_number_row(f"{task}: {measure}", values) for measure, values in measures.items()]

@@ -106,7 +106,7 @@ def _results(run: RunDir) -> dict[str, Any]:
     losses = [record["loss"] for record in metrics if "loss" in record]
     held_out = [record["eval_nll"] for record in metrics if "eval_nll" in record]
     results["steps"] = len(losses)
-    results["finished"] = run.is_finished
+    results["finished"] = run.has_adapter
     if losses:
         results["loss of the last step"] = losses[-1]
     if held_out:

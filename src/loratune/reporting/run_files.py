@@ -92,7 +92,7 @@ def read_run(run: RunDir) -> RunFiles:
     complaints: list[str] = []
     running = run.is_in_use
     plan = _record(run.plan, complaints)
-    state = "finished" if run.is_finished and "measured" in plan else "running" if running else "stopped"
+    state = "finished" if run.has_adapter and "measured" in plan else "running" if running else "stopped"
     lines = _lines(run.metrics, complaints, growing=state == "running")
     lock = _record(run.lock, complaints)
     return RunFiles(
@@ -107,7 +107,7 @@ def read_run(run: RunDir) -> RunFiles:
         held_out=[line for line in lines if "eval_nll" in line],
         events=[line for line in lines if "event" in line],
         state=state,
-        is_trained=run.is_finished,
+        is_trained=run.has_adapter,
         read_at=datetime.now(UTC),
         complaints=tuple(complaints),
     )

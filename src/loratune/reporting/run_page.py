@@ -33,7 +33,7 @@ from loratune.reporting.run_files import RunFiles
 from loratune.reporting.samples_section import failures, samples, short
 from loratune.reporting.units import as_bytes, as_duration, as_measure, as_ratio, measure_in_words
 from loratune.run.directory import Record
-from loratune.run.errors import as_count
+from loratune.run.errors import plural
 
 Built = TypeVar("Built")
 
@@ -63,7 +63,7 @@ def _lead(files: RunFiles) -> str:
     sources = ", ".join(short(source["name"]) for source in recipe["data"]["train"])
     return (
         f"{short(recipe['model']['name'])}, fine-tuned with LoRA of rank {recipe['lora']['r']} on "
-        f"{as_count(data['num_examples'], 'labelled text' if files.classifies else 'conversation')} of {sources}."
+        f"{plural(data['num_examples'], 'labelled text' if files.classifies else 'conversation')} of {sources}."
     )
 
 

@@ -9,7 +9,7 @@ from loratune.reporting.run_files import RunFiles
 from loratune.reporting.units import is_graded
 from loratune.reporting.word_diff import Piece, marked, whole
 from loratune.run.directory import Record
-from loratune.run.errors import as_count
+from loratune.run.errors import plural
 
 NUM_SAMPLES = 20
 MOST_FAILURES = 100
@@ -28,7 +28,7 @@ def samples(files: RunFiles) -> Iterator[Block]:
         "through what it lacks. An answer with little in common with the reference is left unmarked."
     )
     yield Paragraph(
-        text=f"The first {len(shown)} of {as_count(len(items), what)}, in the order of the data, so nobody chose them."
+        text=f"The first {len(shown)} of {plural(len(items), what)}, in the order of the data, so nobody chose them."
         + ("" if files.classifies else marks)
     )
     graded = is_graded(files.evaluation["metric"])
@@ -42,7 +42,7 @@ def failures(files: RunFiles) -> Iterator[Block]:
         return
     wrong = [(number, item) for number, item in enumerate(items, 1) if not item["tuned"]["score"]]
     if not wrong:
-        yield Paragraph(text=f"None: all {as_count(len(items), 'answer')} are right.")
+        yield Paragraph(text=f"None: all {plural(len(items), 'answer')} are right.")
         return
     broken = [pair for pair in wrong if pair[1]["base"]["score"]]
     endless = sum(not item["tuned"]["stopped"] for _, item in wrong)

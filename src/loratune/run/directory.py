@@ -104,14 +104,14 @@ class RunDir:
         return self.root / "trackers"
 
     @property
-    def is_finished(self) -> bool:
+    def has_adapter(self) -> bool:
         """Whether training ran to its end and the adapter is written."""
         return (self.adapter / "adapter_config.json").is_file()
 
     @property
     def is_complete(self) -> bool:
         """Whether nothing is left to do: the adapter is written, evaluated, measured and reported on."""
-        return self.is_finished and "measured" in read_json(self.plan) and self.report.is_file()
+        return self.has_adapter and "measured" in read_json(self.plan) and self.report.is_file()
 
     @property
     def is_in_use(self) -> bool:
@@ -176,7 +176,7 @@ class RunDir:
         with run.exclusive():
             pass
         if not overwrite and not run._never_began:
-            goes_on = "" if run.is_finished else f"`loratune resume {run.root}` to go on, "
+            goes_on = "" if run.has_adapter else f"`loratune resume {run.root}` to go on, "
             raise RecipeError(
                 "the output directory holds a run already",
                 file=run.root,

@@ -109,7 +109,7 @@ class Terminated(Interrupted):
     exit_code = 143
 
 
-def as_count(number: int, one: str, many: str = "") -> str:
+def plural(number: int, one: str, many: str = "") -> str:
     """1 → 1 step; 2000 → 2,000 steps. Words that change with the number go along: `one` "row was left out", `many` "rows were left
     out"."""
     return f"{number:,} {one if number == 1 else many or one + 's'}"

@@ -4,7 +4,7 @@ A launcher (torchrun, accelerate, srun) starts the same command several times, a
 it is: RANK of WORLD_SIZE, LOCAL_RANK on its machine, and MASTER_ADDR and MASTER_PORT to meet at. `start` reads that, and then
 takes it out of the environment: transformers and accelerate would shard the data, wrap the model and scale the loss by it, and
 here every process trains its share of a step as if it were alone, on the one GPU that it sees. What the shares add up to, the
-trainer sums by itself, with `add_up`.
+trainer sums by itself, with `all_reduce_sum`.
 
 A run in one process asks the same questions, and none of this is started: `rank()` is 0, `size()` is 1, sums are what they are.
 """
@@ -38,14 +38,14 @@ _WHO = (
 )
 """By these transformers and accelerate see that a process is one of several."""
 
-MEET_SECONDS = 1800
+RENDEZVOUS_SECONDS = 1800
 """How long processes wait for each other at the start, as torch does."""
 
 _POLL_SECONDS = 0.1
 _FAILED = "failed"
 
 
-class LostError(RunError):
+class LostPeerError(RunError):
     """Another process is gone: it failed and said so itself, or it was killed, or its machine is not there any more."""
 
 
@@ -164,7 +164,7 @@ def _meet(store: Any, number: int, count: int) -> str:
     """
     mine = uuid.uuid4().hex
     store.set(f"hello/{number}", mine)
-    deadline = time.monotonic() + MEET_SECONDS
+    deadline = time.monotonic() + RENDEZVOUS_SECONDS
 
     def said(key: str) -> str:
         return str(store.get(key).decode()) if store.check([key]) else ""
@@ -184,7 +184,7 @@ def _meet(store: Any, number: int, count: int) -> str:
                 store.set(f"in/{number}", name)
                 return name
         time.sleep(_POLL_SECONDS)
-    raise RuntimeError(f"not all {count} came within {MEET_SECONDS:,} s")
+    raise RuntimeError(f"not all {count} came within {RENDEZVOUS_SECONDS:,} s")
 
 
 def stop() -> None:
@@ -197,7 +197,7 @@ def stop() -> None:
     dist.destroy_process_group()
 
 
-def add_up(tensor: torch.Tensor) -> None:
+def all_reduce_sum(tensor: torch.Tensor) -> None:
     """Replace a tensor by its sum over all processes, the same bits in each.
 
     Raises:
@@ -206,7 +206,7 @@ def add_up(tensor: torch.Tensor) -> None:
     if size() > 1:
         import torch.distributed as dist
 
-        with _together():
+        with _explain_lost_peer():
             dist.all_reduce(tensor)
 
 
@@ -221,34 +221,34 @@ def gather(value: T) -> list[T]:
     import torch.distributed as dist
 
     values: list[Any] = [None] * size()
-    with _together():
+    with _explain_lost_peer():
         dist.all_gather_object(values, value)
     return values
 
 
-def publish(name: str, text: str) -> None:
+def store_set(name: str, text: str) -> None:
     """Tell the others something that they wait for with `read`, however long it took to find out."""
     if size() > 1:
         assert _world is not None
         _world.store.set(name, text)
 
 
-def read(name: str) -> str:
+def store_wait(name: str) -> str:
     """What the first process published. It may take hours, which a sum over all processes would not wait.
 
     Raises:
         LostError: Another process failed, or is gone.
     """
     assert _world is not None
-    with _together():
+    with _explain_lost_peer():
         while not _world.store.check([name]):
             if _world.store.check([_FAILED]):
-                raise LostError("another process failed")
+                raise LostPeerError("another process failed")
             time.sleep(_POLL_SECONDS)
         return str(_world.store.get(name).decode())
 
 
-def launch() -> str:
+def launch_id() -> str:
     """What names this launch, and is the same when the launcher starts its processes again; empty without a launcher.
 
     torchrun invents an identity where all processes are on one machine; with several, the user gives one (`--rdzv-id`), or the
@@ -260,7 +260,7 @@ def launch() -> str:
     return "" if _world is None else f"{socket.gethostname()}:{os.getppid()}"
 
 
-def earlier_failure(exit_code: int) -> int | None:
+def first_failure(exit_code: int) -> int | None:
     """The exit code of the process that failed first, which has told its error; None where it is this one.
 
     Args:
@@ -277,16 +277,16 @@ def earlier_failure(exit_code: int) -> int | None:
 
 
 @contextmanager
-def _together() -> Iterator[None]:
+def _explain_lost_peer() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise lost() from error
+        raise lost_peer_error() from error
 
 
-def lost() -> LostError:
+def lost_peer_error() -> LostPeerError:
     """The error of a process that cannot go on alone."""
-    return LostError(
+    return LostPeerError(
         f"process {rank()} of {_world.size if _world else 1} lost another one: it was killed, or its machine is gone",
         fix="`loratune resume RUN` goes on from the last checkpoint; `torchrun --max-restarts` does so by itself",
     )

@@ -34,7 +34,7 @@ class Progress(Protocol):
         """Tell of a checkpoint that was written, by every process of a run."""
 
 
-class Silent:
+class NoProgress:
     """Nobody listens."""
 
     @contextmanager
@@ -55,3 +55,7 @@ class Silent:
 
     def checkpoint(self, record: dict[str, Any], folder: Path) -> None:
         pass
+
+
+NO_PROGRESS = NoProgress()
+"""The default of every `progress` argument: nothing is shown."""

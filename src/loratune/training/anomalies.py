@@ -20,7 +20,7 @@ from loratune.recipe.recipe import TrainSection
 from loratune.run import processes
 from loratune.run.directory import Record
 from loratune.run.errors import RunError
-from loratune.training.event_log import Events, History
+from loratune.training.event_log import EventLog, History
 from loratune.training.held_out_loss import loss_of_each
 from loratune.training.loss import SupervisedLoss
 
@@ -39,7 +39,7 @@ _TEXT = 240
 """Characters of an example's text that are shown."""
 
 
-class NumberWatch:
+class AnomalyGuard:
     """Looks at the loss and the gradient norm of each step, which are known anyway.
 
     Args:
@@ -55,7 +55,7 @@ class NumberWatch:
         train: TrainSection,
         loss: SupervisedLoss,
         tokenizer: PreTrainedTokenizerBase,
-        events: Events,
+        events: EventLog,
         history: History,
     ) -> None:
         self._train, self._loss, self._tokenizer, self._events = train, loss, tokenizer, events
@@ -85,15 +85,15 @@ class NumberWatch:
                 f"{self._train.max_skipped_steps}",
                 fix="lower train.learning_rate, or set model.dtype: float32",
             )
-        self._events.happened("skipped", f"{problem}\n  the step is skipped", examples=suspects)
+        self._events.emit("skipped", f"{problem}\n  the step is skipped", examples=suspects)
         return False
 
-    def see(self, loss: float, examples: Sequence[Example]) -> None:
+    def observe(self, loss: float, examples: Sequence[Example]) -> None:
         """Warn when a loss leaps; of steps in a row that do, the first is told, and all are written down."""
         if is_spike(loss, self._losses):
             median = statistics.median(self._losses)
             suspects, num_examples = ([], 0) if self._in_spike else self._suspects(examples)
-            self._events.happened(
+            self._events.emit(
                 "spike",
                 f"the loss of step {self._events.step} leaps to {loss:.4g}, the median of {len(self._losses)} steps before is "
                 f"{median:.4g}\n{_in_words(suspects, num_examples)}",

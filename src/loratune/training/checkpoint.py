@@ -26,7 +26,7 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
-from loratune.data.steps import occasion_steps
+from loratune.data.steps import trigger_steps
 from loratune.model.adapter.modules_to_save import with_copies, without_copies
 from loratune.model.gguf_import import file_sha256
 from loratune.recipe.recipe import TrainSection
@@ -130,7 +130,7 @@ def latest_checkpoint(folder: Path) -> tuple[Path | None, dict[Path, str]]:
     return None, damaged
 
 
-def checkpoint_to_go_on_from(run: RunDir, progress: Progress) -> Path | None:
+def newest_valid_checkpoint(run: RunDir, progress: Progress) -> Path | None:
     """The newest good one, None where there is none yet; damaged newer ones are deleted, or they would count among those that are
     kept.
 
@@ -295,7 +295,7 @@ def averaged_steps(train: TrainSection, *, last_step: int, num_steps: int, num_p
     """
     if train.average_checkpoints is None:
         return []
-    wanted = occasion_steps(train.save_every, steps=num_steps, num_per_epoch=num_per_epoch)
+    wanted = trigger_steps(train.save_every, steps=num_steps, num_per_epoch=num_per_epoch)
     return [*(step for step in wanted if step < last_step), last_step][-train.average_checkpoints :]
 
 

@@ -17,7 +17,7 @@ from loratune.training.step_dataset import ExampleOrder
 from loratune.training.trainer import RunTrainer, TrainerSetup
 
 
-class ReferenceClassifier(RunTrainer):
+class TrlClassifierTrainer(RunTrainer):
     """What the fast engine must equal: the stock forward, loss and batches of transformers."""
 
     def __init__(self, setup: TrainerSetup) -> None:

@@ -10,12 +10,12 @@ import math
 from collections.abc import Mapping
 
 from loratune.recipe.recipe import TrainSection
-from loratune.training.event_log import Events, History
+from loratune.training.event_log import EventLog, History
 
 EVENT = "early_stopping"
 
 
-def num_without_lower(held_out: Mapping[int, float | None]) -> int:
+def evaluations_without_improvement(held_out: Mapping[int, float | None]) -> int:
     """Evaluations since the one with the lowest held-out loss, the earliest of equals: what transformers' `EarlyStoppingCallback`
     counts with a threshold of 0. One that failed says nothing and does not count; a loss that is no number is not lower.
 
@@ -40,17 +40,17 @@ class Patience:
         history: Of the steps before.
     """
 
-    def __init__(self, train: TrainSection, events: Events, history: History) -> None:
+    def __init__(self, train: TrainSection, events: EventLog, history: History) -> None:
         self._most, self._events, self._told = train.early_stopping, events, history.stopped_early
 
     def is_over(self, held_out: Mapping[int, float | None]) -> bool:
         """Whether `train.early_stopping` evaluations went by without a lower loss; says so the first time."""
-        if self._most is None or num_without_lower(held_out) < self._most:
+        if self._most is None or evaluations_without_improvement(held_out) < self._most:
             return False
         if not self._told:
             self._told = True
             best = min((loss, step) for step, loss in held_out.items() if loss is not None)
-            self._events.happened(
+            self._events.emit(
                 EVENT,
                 f"training ends early, after step {self._events.step}: the held-out loss was lowest at step {best[1]} "
                 f"({best[0]:.4f}), and no lower in the {self._most} evaluations since",

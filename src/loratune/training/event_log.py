@@ -40,7 +40,7 @@ class StepMetrics:
     """Source → its loss, where there are several."""
 
 
-class Events:
+class EventLog:
     """Tells and writes down.
 
     Args:
@@ -57,28 +57,28 @@ class Events:
         self._run, self._progress = run, progress
         self._untold: list[Record] = []
 
-    def happened(self, event: str, message: str, *, told: bool = True, **fields: Any) -> None:
+    def emit(self, event: str, message: str, *, told: bool = True, **fields: Any) -> None:
         """Write an event down; `told`: and warn the user."""
         if told:
             self._progress.warn(message)
         self._run.append_metrics({"step": self.step, "time": time.time(), "event": event, "message": message, **fields})
 
-    def happened_here(self, event: str, message: str, **fields: Any) -> None:
+    def emit_local(self, event: str, message: str, **fields: Any) -> None:
         """The same of an event that other processes do not see: the first process tells it when it hears of it."""
         if processes.is_main():
-            self.happened(event, message, **fields)
+            self.emit(event, message, **fields)
         else:
             self._untold.append({"event": event, "message": f"process {processes.rank()}: {message}", **fields})
 
-    def untold(self) -> list[Record]:
+    def drain(self) -> list[Record]:
         """What this process has to tell, and has not yet handed over."""
         untold, self._untold = self._untold, []
         return untold
 
-    def tell(self, untold: Iterable[Record]) -> None:
+    def replay(self, untold: Iterable[Record]) -> None:
         """Tell what happened in other processes."""
         for record in untold:
-            self.happened(**record)
+            self.emit(**record)
 
 
 @dataclass(frozen=True, slots=True)

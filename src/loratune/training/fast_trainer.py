@@ -16,12 +16,12 @@ from loratune.data.examples import Example
 from loratune.data.rows.conversation import Rejected
 from loratune.run import processes
 from loratune.run.errors import LoratuneError
-from loratune.run.progress import Silent
+from loratune.run.progress import NoProgress
 from loratune.training.fsdp import FILLER
-from loratune.training.gradient_sync import StepTotals, add_up_gradients, seed_step
+from loratune.training.gradient_sync import StepTotals, all_reduce_gradients, seed_step
 from loratune.training.held_out_loss import evaluate_nll
 from loratune.training.hf_arguments import own_optimizer, training_arguments
-from loratune.training.step_dataset import Held, StepExamples
+from loratune.training.step_dataset import HeldOutDataset, StepExamples
 from loratune.training.token_budget import random_state, set_random_state
 from loratune.training.trainer import RunTrainer, TrainerSetup
 
@@ -46,7 +46,7 @@ class FastTrainer(RunTrainer):
             model=setup.model,
             args=args,
             train_dataset=self.steps,
-            eval_dataset=Held(setup.data.eval),
+            eval_dataset=HeldOutDataset(setup.data.eval),
             callbacks=callbacks,
             optimizer_cls_and_kwargs=own_optimizer(setup.train),
         )
@@ -76,15 +76,15 @@ class FastTrainer(RunTrainer):
         started = time.perf_counter()
         model.train()
         self.events.step = self.state.global_step + 1
-        self.under_way, examples = inputs, inputs.examples
+        self.current_step, examples = inputs, inputs.examples
         totals = StepTotals.over_all(inputs, self.sources, self.events)
         self._tell_left_out(totals.left_out)
         seed_step(self.setup.train.seed, self.state.global_step)
         losses = self.budget.retry(
             lambda: self._gradients(examples, totals.num_supervised_tokens), undo=model.zero_grad
         )
-        losses = add_up_gradients(self.model, losses, self.setup.stop)
-        return self._judged(
+        losses = all_reduce_gradients(self.model, losses, self.setup.stop)
+        return self._record_and_check(
             losses[0],
             started=started,
             tokens=(totals.num_tokens, totals.num_supervised_tokens),
@@ -95,7 +95,7 @@ class FastTrainer(RunTrainer):
         if rows:
             places = "; ".join(f"{row.origin}: {row.reason}" for row in rows)
             listed = [{"file": row.origin.file, "line": row.origin.line, "reason": row.reason} for row in rows]
-            self.events.happened("left_out", f"left out of step {self.events.step}: {places}", rows=listed)
+            self.events.emit("left_out", f"left out of step {self.events.step}: {places}", rows=listed)
 
     def _gradients(self, examples: Sequence[Example], num_supervised_tokens: int) -> torch.Tensor:
         """Accumulates them; returns the loss of these examples, and the sum of the losses of each source's tokens."""
@@ -125,7 +125,7 @@ class FastTrainer(RunTrainer):
         setup.model.zero_grad()
         if setup.data.eval:
             chosen = self.budget.largest_micro_batch(setup.data.eval, len(setup.data.eval))
-            evaluate_nll(setup.loss, [setup.data.eval[i] for i in chosen], self.budget, Silent())
+            evaluate_nll(setup.loss, [setup.data.eval[i] for i in chosen], self.budget, NoProgress())
         set_random_state(before)
 
 

@@ -57,7 +57,7 @@ def shard_layers(model: PeftModel, device: str) -> None:
 
 
 @contextmanager
-def told_if_lost() -> Iterator[None]:
+def explain_lost_process() -> Iterator[None]:
     """Where a layer cannot be gathered, another process is gone.
 
     Raises:
@@ -67,5 +67,5 @@ def told_if_lost() -> Iterator[None]:
         yield
     except RuntimeError as error:
         if isinstance(error, torch.distributed.DistError) or "gloo" in str(error):
-            raise processes.lost() from error
+            raise processes.lost_peer_error() from error
         raise

@@ -19,8 +19,8 @@ from loratune.data.batch import num_supervised
 from loratune.data.rows.conversation import Rejected
 from loratune.run import processes
 from loratune.run.errors import RunError
-from loratune.training.event_log import Events
-from loratune.training.loss_by_source import Sources
+from loratune.training.event_log import EventLog
+from loratune.training.loss_by_source import PerSourceLoss
 from loratune.training.signals import StopRequest
 from loratune.training.step_dataset import StepExamples
 
@@ -42,13 +42,13 @@ class StepTotals:
     left_out: Sequence[Rejected]
 
     @classmethod
-    def over_all(cls, share: StepExamples, sources: Sources, events: Events) -> StepTotals:
+    def over_all(cls, share: StepExamples, sources: PerSourceLoss, events: EventLog) -> StepTotals:
         """What the shares come to; the events that other processes had are told on the way."""
         num_tokens = sum(len(example.input_ids) for example in share.examples)
         num_supervised_tokens = sum(map(num_supervised, share.examples))
         by_source = sources.count(share.examples)
-        shares = processes.gather((num_tokens, num_supervised_tokens, by_source, share.left_out, events.untold()))
-        events.tell(record for *_, untold in shares for record in untold)
+        shares = processes.gather((num_tokens, num_supervised_tokens, by_source, share.left_out, events.drain()))
+        events.replay(record for *_, untold in shares for record in untold)
         return cls(
             num_tokens=sum(tokens for tokens, *_ in shares),
             num_supervised_tokens=sum(tokens for _, tokens, *_ in shares),
@@ -57,7 +57,7 @@ class StepTotals:
         )
 
 
-def add_up_gradients(model: PeftModel, losses: torch.Tensor, stop: StopRequest) -> torch.Tensor:
+def all_reduce_gradients(model: PeftModel, losses: torch.Tensor, stop: StopRequest) -> torch.Tensor:
     """Replace the gradients by their sum over all processes, in one message; a process without examples adds nothing.
 
     Args:
@@ -79,7 +79,7 @@ def add_up_gradients(model: PeftModel, losses: torch.Tensor, stop: StopRequest) 
             torch.tensor(flags, dtype=torch.float32, device=losses.device),
         ]
     )
-    processes.add_up(bucket)
+    processes.all_reduce_sum(bucket)
     *gradients, total, sums = torch.split(bucket, [*(w.numel() for w in weights), len(losses), len(flags)])
     num_int, num_term, num_trained = sums.tolist()
     if num_trained:  # a step without any example changes nothing; with gradients of zero AdamW would
@@ -97,7 +97,7 @@ def seed_step(seed: int, step: int) -> None:
         torch.manual_seed(int(drawn))
 
 
-def check_same(model: PeftModel) -> None:
+def check_ranks_agree(model: PeftModel) -> None:
     """Whether all processes have the same adapter, which they train each for itself.
 
     Raises:

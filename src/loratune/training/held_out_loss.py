@@ -10,8 +10,8 @@ from loratune.data.batch import collate, num_supervised
 from loratune.data.examples import Example
 from loratune.run import processes
 from loratune.run.errors import RunError
-from loratune.run.progress import Progress, Silent
-from loratune.training.event_log import Events
+from loratune.run.progress import Progress
+from loratune.training.event_log import EventLog
 from loratune.training.fsdp import FILLER
 from loratune.training.loss import SupervisedLoss
 from loratune.training.signals import StopRequest
@@ -19,8 +19,6 @@ from loratune.training.token_budget import TokenBudget
 
 Nll = list[tuple[float, int]]
 """Per held-out example: the sum of -log p over its supervised tokens, in nats, and their number."""
-
-_NOBODY = Silent()
 
 
 def mean_nll(losses: Iterable[tuple[float, int]]) -> float:
@@ -61,13 +59,13 @@ def evaluate_nll(
         loss.model.train(was_training)
 
 
-def evaluate_together(
+def evaluate_on_all_ranks(
     loss: SupervisedLoss,
     examples: Sequence[Example],
     budget: TokenBudget,
     progress: Progress,
     stop: StopRequest,
-    events: Events,
+    events: EventLog,
 ) -> Nll:
     """`evaluate_nll` by all processes, each a share of the examples: all have all losses afterwards, or all fail or stop.
 
@@ -92,8 +90,8 @@ def evaluate_together(
         if loss.sharded:
             raise  # they wait for a layer, and hear that this process is gone
         problem = f"process {processes.rank()}: {type(error).__name__}: {error}"
-    parts = processes.gather((found, problem, stop.asked or 0, events.untold()))
-    events.tell(record for *_, untold in parts for record in untold)
+    parts = processes.gather((found, problem, stop.asked or 0, events.drain()))
+    events.replay(record for *_, untold in parts for record in untold)
     stop.agree(asked for _, _, asked, _ in parts)
     if stop:
         raise EvaluationStoppedError

@@ -97,7 +97,7 @@ def training_arguments(train: TrainSection, data: TrainingData, run: RunDir) -> 
     }
 
 
-def stock_arguments(train: TrainSection, data: TrainingData, run: RunDir, *, bf16: bool) -> dict[str, Any]:
+def trl_arguments(train: TrainSection, data: TrainingData, run: RunDir, *, bf16: bool) -> dict[str, Any]:
     """The arguments of TRL's `SFTConfig` on ready-made examples; the fast engine smooths labels and adds noise itself."""
     only_here = {"neftune_noise_alpha": train.neftune_noise_alpha, "label_smoothing_factor": train.label_smoothing}
     return {

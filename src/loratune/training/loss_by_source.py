@@ -19,7 +19,7 @@ from loratune.data.examples import Example
 
 
 @dataclass(frozen=True, slots=True)
-class Tally:
+class SourceTally:
     """The losses of a micro-batch, and whose they are.
 
     Attributes:
@@ -38,7 +38,7 @@ class Tally:
         return torch.where(self.numbers_S == sources_G1, self.each_S, 0.0).sum(1)
 
 
-class Sources:
+class PerSourceLoss:
     """The sources of the training data.
 
     Args:
@@ -59,7 +59,7 @@ class Sources:
             counts[self._numbers[example.origin.file]] += num_supervised(example)
         return counts
 
-    def tally(self, examples: Sequence[Example], device: torch.device) -> Tally | None:
+    def tally(self, examples: Sequence[Example], device: torch.device) -> SourceTally | None:
         """For the losses of a micro-batch of these examples; None where there is nothing to tell apart."""
         if not self.names or not examples:
             return None
@@ -68,7 +68,7 @@ class Sources:
         )
         # sent before the forward is under way: a copy that is asked for later waits for it
         numbers_S = torch.from_numpy(numbers).to(device, non_blocking=True)
-        return Tally(torch.empty(len(numbers), device=device), numbers_S, len(self))
+        return SourceTally(torch.empty(len(numbers), device=device), numbers_S, len(self))
 
     def sums(self, examples: Iterable[Example], losses: Iterable[float]) -> list[float]:
         """Of each source, from the losses of whole examples."""

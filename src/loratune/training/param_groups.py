@@ -10,7 +10,7 @@ from torch import nn
 from loratune.model.adapter.patterns import module_of, pattern_of
 
 
-def let_b_learn_faster(optimizer: Any, model: nn.Module, ratio: float) -> None:
+def scale_b_learning_rate(optimizer: Any, model: nn.Module, ratio: float) -> None:
     """Move the adapter's matrices B into groups of their own, with `ratio` times the learning rate (Hayou et al. 2024, arXiv
     2402.12354).
 
@@ -30,10 +30,10 @@ def let_b_learn_faster(optimizer: Any, model: nn.Module, ratio: float) -> None:
             optimizer.add_param_group({**group, "params": chosen, "lr": ratio * group["lr"]})
 
 
-def give_own_rates(optimizer: Any, model: nn.Module, rates: Mapping[str, float]) -> None:
+def apply_learning_rate_pattern(optimizer: Any, model: nn.Module, rates: Mapping[str, float]) -> None:
     """Move the parameters of modules that a pattern names into groups of their own, with its learning rate.
 
-    This comes before `let_b_learn_faster`, which multiplies each group's rate, and before the schedule. The groups of the others stay in
+    This comes before `scale_b_learning_rate`, which multiplies each group's rate, and before the schedule. The groups of the others stay in
     front, empty where a pattern takes them all: the first one's rate is what is logged.
 
     Args:

@@ -57,7 +57,7 @@ class StopRequest:
 
 
 @contextmanager
-def stopping_in_order(stop: StopRequest, progress: Progress) -> Iterator[None]:
+def stop_after_step(stop: StopRequest, progress: Progress) -> Iterator[None]:
     """While the context lasts, Ctrl-C and SIGTERM ask for a stop; a second one stops at once.
 
     Signals reach the main thread only; elsewhere (a notebook's worker, a server) they are left alone.

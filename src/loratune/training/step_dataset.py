@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from loratune.data.examples import Example
 from loratune.data.prepare import Stream
 from loratune.data.rows.conversation import Rejected
-from loratune.data.steps import deal, epoch_order, num_steps_per_epoch, step_examples
+from loratune.data.steps import assign_to_ranks, epoch_order, num_steps_per_epoch, step_examples
 from loratune.recipe.recipe import TrainSection
 from loratune.run import processes
 from loratune.run.errors import LoratuneError
@@ -35,7 +35,7 @@ class StepExamples:
     left_out: list[Rejected]
 
 
-class Steps(Dataset[StepExamples | LoratuneError]):
+class StepDataset(Dataset[StepExamples | LoratuneError]):
     """Step number, counted over the whole run from 0 → its examples. An error is handed over, since it may arise in a worker.
 
     Args:
@@ -73,7 +73,11 @@ class Steps(Dataset[StepExamples | LoratuneError]):
         if isinstance(self._examples, Stream):  # its lengths are found out by making the examples
             return list(numbers[processes.rank() :: processes.size()])
         lengths = {i: len(self._examples[i].input_ids) for i in numbers}
-        mine = {i for chosen in deal(lengths, self._token_budget, processes.size())[processes.rank()] for i in chosen}
+        mine = {
+            i
+            for chosen in assign_to_ranks(lengths, self._token_budget, processes.size())[processes.rank()]
+            for i in chosen
+        }
         return [i for i in numbers if i in mine]
 
     def loader(self, steps_done: Callable[[], int]) -> DataLoader[StepExamples | LoratuneError]:
@@ -120,7 +124,7 @@ class ExampleOrder(Sampler[int]):
         return iter(epoch_order(self._num_examples, seed=self._train.seed, epoch=epoch).tolist())
 
 
-class Held(Dataset[Example]):
+class HeldOutDataset(Dataset[Example]):
     """The held-out examples, for transformers to see that there are some."""
 
     def __init__(self, examples: Sequence[Example]) -> None:

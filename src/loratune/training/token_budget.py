@@ -18,7 +18,7 @@ from loratune.data.steps import pack
 from loratune.model.device import free_memory, is_out_of_memory
 from loratune.run import processes
 from loratune.run.errors import MachineError
-from loratune.training.event_log import Events
+from loratune.training.event_log import EventLog
 
 T = TypeVar("T")
 
@@ -36,7 +36,7 @@ class TokenBudget:
         tokens: Now.
     """
 
-    def __init__(self, tokens: int, events: Events, *, together: bool = False) -> None:
+    def __init__(self, tokens: int, events: EventLog, *, together: bool = False) -> None:
         self.tokens, self._together = tokens, together
         self._events = events
         self._under_way: list[Example] = []
@@ -99,7 +99,7 @@ class TokenBudget:
                 "a larger train.recompute, or model.dtype: bfloat16",
             )
         self.tokens = min(self.tokens, sum(lengths)) // 2
-        self._events.happened_here(
+        self._events.emit_local(
             "out_of_memory",
             f"out of memory in a micro-batch of {sum(lengths):,} tokens; it is repeated, and from here on a micro-batch "
             f"has at most {self.tokens:,} tokens",

@@ -9,7 +9,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.integrations.integration_utils import TensorBoardCallback, get_reporting_integration_callbacks
 
 from loratune.run.directory import RunDir
-from loratune.training.event_log import Events
+from loratune.training.event_log import EventLog
 
 
 class Trackers(TrainerCallback):
@@ -21,7 +21,7 @@ class Trackers(TrainerCallback):
         events: Where failures are told.
     """
 
-    def __init__(self, names: tuple[str, ...], run: RunDir, events: Events) -> None:
+    def __init__(self, names: tuple[str, ...], run: RunDir, events: EventLog) -> None:
         self._events = events
         self._trackers: dict[str, Any] = {}
         for name in names:
@@ -43,7 +43,7 @@ class Trackers(TrainerCallback):
             work()
         except Exception as error:  # noqa: BLE001 - a stranger's code, its server and its network; training needs none of them
             problem = f"{type(error).__name__}: {error}".partition("\n")[0]
-            self._events.happened("tracker_failed", f"{name} failed and is told nothing more: {problem}")
+            self._events.emit("tracker_failed", f"{name} failed and is told nothing more: {problem}")
             return False
         return True
 

@@ -1,6 +1,6 @@
 """transformers' trainer, told what a step is. Only this module and `stock` import trl.
 
-`FastTrainer` and `ReferenceTrainer` share everything but the step itself: optimizer, schedule, callbacks, trackers from
+`FastTrainer` and `TrlTrainer` share everything but the step itself: optimizer, schedule, callbacks, trackers from
 transformers; order of the examples, checkpoints and evaluation from `RunTrainer`.
 
 One optimizer step of `FastTrainer`, the whole of it:
@@ -33,7 +33,7 @@ from loratune.run import processes
 from loratune.run.directory import RunDir, write_json
 from loratune.run.errors import MachineError
 from loratune.run.progress import Progress
-from loratune.training.anomalies import NumberWatch
+from loratune.training.anomalies import AnomalyGuard
 from loratune.training.checkpoint import (
     TRAINER_STATE,
     averaged_steps,
@@ -44,15 +44,15 @@ from loratune.training.checkpoint import (
     save_checkpoint,
 )
 from loratune.training.early_stopping import Patience
-from loratune.training.event_log import Events, History, StepMetrics
-from loratune.training.gradient_sync import check_same
-from loratune.training.held_out_loss import EvaluationStoppedError, Nll, evaluate_together, mean_nll
+from loratune.training.event_log import EventLog, History, StepMetrics
+from loratune.training.gradient_sync import check_ranks_agree
+from loratune.training.held_out_loss import EvaluationStoppedError, Nll, evaluate_on_all_ranks, mean_nll
 from loratune.training.hf_arguments import TrainingData
 from loratune.training.loss import SupervisedLoss
-from loratune.training.loss_by_source import Sources
-from loratune.training.param_groups import give_own_rates, let_b_learn_faster
+from loratune.training.loss_by_source import PerSourceLoss
+from loratune.training.param_groups import apply_learning_rate_pattern, scale_b_learning_rate
 from loratune.training.signals import StopRequest
-from loratune.training.step_dataset import StepExamples, Steps
+from loratune.training.step_dataset import StepDataset, StepExamples
 from loratune.training.token_budget import TokenBudget
 from loratune.training.trackers import Trackers
 
@@ -91,14 +91,14 @@ class RunTrainer(Trainer):
     """What both engines share: the order of the examples, checkpoints, token-weighted evaluation, faults."""
 
     setup: TrainerSetup
-    events: Events
+    events: EventLog
     budget: TokenBudget
-    watch: NumberWatch
+    watch: AnomalyGuard
     patience: Patience
     held_out: dict[int, float | None]
-    steps: Steps
-    sources: Sources
-    under_way: StepExamples
+    steps: StepDataset
+    sources: PerSourceLoss
+    current_step: StepExamples
     step_metrics: StepMetrics
     row_losses: torch.Tensor | None = None
     """Of the plain path: the loss of each example of a step, summed over its supervised tokens; None where nobody asks, or knows."""
@@ -111,14 +111,14 @@ class RunTrainer(Trainer):
         """Everything beside the step; returns the callbacks."""
         history = processes.gather(History.of(setup.run.read_metrics()))[0]
         self.setup, self.step_metrics = setup, StepMetrics()
-        self.events = Events(setup.run, setup.progress)
+        self.events = EventLog(setup.run, setup.progress)
         self.budget = TokenBudget(
             history.token_budget or setup.data.token_budget, self.events, together=setup.loss.sharded
         )
-        self.watch = NumberWatch(setup.train, setup.loss, setup.tokenizer, self.events, history)
+        self.watch = AnomalyGuard(setup.train, setup.loss, setup.tokenizer, self.events, history)
         self.held_out, self.patience = history.held_out, Patience(setup.train, self.events, history)
-        self.sources = Sources(setup.data.source_of_file)
-        self.steps = Steps(setup.data.train, setup.train, setup.data.token_budget)
+        self.sources = PerSourceLoss(setup.data.source_of_file)
+        self.steps = StepDataset(setup.data.train, setup.train, setup.data.token_budget)
         trackers = setup.train.report_to if processes.is_main() else ()
         if len(self.sources) and setup.train.engine == "trl" and setup.train.label_smoothing:
             setup.progress.line("TRL smooths labels in one loss for all sources; train.engine=fast has one of each")
@@ -127,9 +127,9 @@ class RunTrainer(Trainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
         if self.setup.train.learning_rate_pattern:
-            give_own_rates(optimizer, self.setup.model, self.setup.train.learning_rate_pattern)
+            apply_learning_rate_pattern(optimizer, self.setup.model, self.setup.train.learning_rate_pattern)
         if self.setup.train.lora_plus_ratio != 1:
-            let_b_learn_faster(optimizer, self.setup.model, self.setup.train.lora_plus_ratio)
+            scale_b_learning_rate(optimizer, self.setup.model, self.setup.train.lora_plus_ratio)
         return optimizer
 
     def restore(self, checkpoint: Path) -> None:
@@ -148,10 +148,10 @@ class RunTrainer(Trainer):
         self.events.step = self.state.global_step
         started = time.perf_counter()
         try:
-            losses = evaluate_together(
+            losses = evaluate_on_all_ranks(
                 setup.loss, setup.data.eval, self.budget, setup.progress, setup.stop, self.events
             )
-        except processes.LostError:
+        except processes.LostPeerError:
             raise
         except EvaluationStoppedError:  # `resume` makes up for it
             self.control.should_save = self.control.should_training_stop = True
@@ -161,7 +161,7 @@ class RunTrainer(Trainer):
                 raise  # the other processes cannot go on without this one
             problem = f"{type(error).__name__}: {error}".partition("\n  fix:")[0]
             self.held_out[self.state.global_step] = None
-            self.events.happened("evaluation_failed", f"the held-out loss could not be measured: {problem}")
+            self.events.emit("evaluation_failed", f"the held-out loss could not be measured: {problem}")
             return {}
         self.evaluate_seconds = time.perf_counter() - started
         self.last_evaluation = self.state.global_step, losses
@@ -196,9 +196,9 @@ class RunTrainer(Trainer):
         """
         started = time.perf_counter()
         self.events.step = self.state.global_step + 1
-        under_way = self.steps[self.state.global_step]
-        assert isinstance(under_way, StepExamples)
-        self.under_way = under_way
+        examples_of_step = self.steps[self.state.global_step]
+        assert isinstance(examples_of_step, StepExamples)
+        self.current_step = examples_of_step
         try:
             loss = step()
         except (MemoryError, RuntimeError) as error:
@@ -210,16 +210,16 @@ class RunTrainer(Trainer):
             ) from error
         by_source: dict[str, float] = {}
         if self.row_losses is not None:
-            examples = under_way.examples
+            examples = examples_of_step.examples
             sums = self.sources.sums(examples, self.row_losses.double().tolist())
             by_source = self.sources.means(sums, self.sources.count(examples))
-        return self._judged(loss, started=started, tokens=tokens, by_source=by_source)
+        return self._record_and_check(loss, started=started, tokens=tokens, by_source=by_source)
 
-    def _judged(
+    def _record_and_check(
         self, total: torch.Tensor, *, started: float, tokens: tuple[int, int], by_source: dict[str, float] | None = None
     ) -> torch.Tensor:
         """The loss of the step under way, after a look at it; without gradients where it must not be applied."""
-        loss, examples = float(total), self.under_way.examples
+        loss, examples = float(total), self.current_step.examples
         self.step_metrics = StepMetrics(
             loss=loss,
             num_tokens=tokens[0],
@@ -231,7 +231,7 @@ class RunTrainer(Trainer):
             self._skip()
             since = self.state.global_step - self._globalstep_last_logged
             return self._tr_loss / max(1, since)  # the mean of the steps since the last line, which it leaves as it is
-        self.watch.see(loss, examples)
+        self.watch.observe(loss, examples)
         return total
 
     def _skip(self) -> None:
@@ -243,13 +243,13 @@ class RunTrainer(Trainer):
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[no-untyped-call]
         metrics = self.step_metrics
         metrics.grad_norm, metrics.learning_rate = float(norm), self._get_learning_rate()
-        if not metrics.skipped and not self.watch.check("gradient norm", metrics.grad_norm, self.under_way.examples):
+        if not metrics.skipped and not self.watch.check("gradient norm", metrics.grad_norm, self.current_step.examples):
             self._skip()
         return norm
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any = None) -> None:
         setup, run, step = self.setup, self.setup.run, self.state.global_step
-        check_same(self.model)
+        check_ranks_agree(self.model)
         if processes.is_main():
             self._write_checkpoint(run.checkpoints / str(step))
         setup.progress.checkpoint({"step": step}, run.checkpoints / str(step))

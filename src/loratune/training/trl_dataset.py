@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def check_stock(causal_lm: PreTrainedModel) -> None:
+def check_trl_can_train(causal_lm: PreTrainedModel) -> None:
     """Refuse a model that `SFTTrainer` cannot train.
 
     Raises:
@@ -33,7 +33,7 @@ def check_stock(causal_lm: PreTrainedModel) -> None:
         )
 
 
-def labelled(examples: Sequence[Example]) -> HubDataset:
+def with_label_ids(examples: Sequence[Example]) -> HubDataset:
     """Examples as TRL takes them ready-made: `input_ids`, and `labels` with -100 where nothing is trained."""
     rows = [
         {
@@ -48,7 +48,7 @@ def labelled(examples: Sequence[Example]) -> HubDataset:
     return HubDataset.from_list(rows)
 
 
-def stock_difference(
+def preparation_difference(
     rows: HubDataset,
     examples: Sequence[Example],
     tokenizer: PreTrainedTokenizerBase,
@@ -73,7 +73,7 @@ def stock_difference(
         return f"TRL refuses the rows: {str(error).partition('. ')[0]}"
     if len(made) != len(examples):
         return f"TRL makes {len(made):,} examples of the rows, loratune {len(examples):,}"
-    for number, (theirs, ours) in enumerate(zip(made, labelled(examples), strict=True)):
+    for number, (theirs, ours) in enumerate(zip(made, with_label_ids(examples), strict=True)):
         if theirs["input_ids"] != ours["input_ids"]:
             return f"TRL's tokens differ, first in {examples[number].origin}"
         if theirs["labels"][1:] != ours["labels"][1:]:
@@ -85,11 +85,11 @@ def stock_difference(
     return ""
 
 
-def stock_preparation_seconds(
+def trl_preparation_seconds(
     rows: HubDataset, tokenizer: PreTrainedTokenizerBase, *, max_length: int, assistant_only: bool
 ) -> float | None:
     """How long `SFTTrainer` takes to render, tokenise and label rows, in one process, as is its default; None where it refuses
-    them. Arguments as in `stock_difference`."""
+    them. Arguments as in `preparation_difference`."""
     try:
         return _prepare(rows, tokenizer, max_length=max_length, assistant_only=assistant_only)[1]
     except (ValueError, KeyError, TypeError, RuntimeError):

@@ -11,16 +11,16 @@ from trl import SFTConfig, SFTTrainer
 
 from loratune.data.prepare import Stream
 from loratune.model.adapter.attach import trainable_parameters
-from loratune.training.hf_arguments import own_optimizer, stock_arguments
+from loratune.training.hf_arguments import own_optimizer, trl_arguments
 from loratune.training.step_dataset import ExampleOrder
 from loratune.training.trainer import RunTrainer, TrainerSetup
-from loratune.training.trl_dataset import labelled
+from loratune.training.trl_dataset import with_label_ids
 
 if TYPE_CHECKING:
     pass
 
 
-class ReferenceTrainer(RunTrainer, SFTTrainer):
+class TrlTrainer(RunTrainer, SFTTrainer):
     """The stock `SFTTrainer` on the same examples in the same order: the plain path that the fast one must equal."""
 
     def __init__(self, setup: TrainerSetup) -> None:
@@ -32,9 +32,9 @@ class ReferenceTrainer(RunTrainer, SFTTrainer):
         SFTTrainer.__init__(
             self,
             model=setup.model,
-            args=SFTConfig(**stock_arguments(setup.train, data, setup.run, bf16=bf16)),
-            train_dataset=labelled(data.train),
-            eval_dataset=labelled(data.eval) if data.eval else None,
+            args=SFTConfig(**trl_arguments(setup.train, data, setup.run, bf16=bf16)),
+            train_dataset=with_label_ids(data.train),
+            eval_dataset=with_label_ids(data.eval) if data.eval else None,
             processing_class=setup.tokenizer,
             callbacks=callbacks,
             optimizer_cls_and_kwargs=own_optimizer(setup.train),

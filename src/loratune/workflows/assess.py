@@ -13,7 +13,7 @@ from loratune.data.prompts import stop_token_ids
 from loratune.evaluation.classification import class_logits, classification_record, nll_of_labels
 from loratune.evaluation.generate import Answer, generate_answers
 from loratune.evaluation.record import evaluation_record, nll_record
-from loratune.evaluation.user_metric import OwnMetric
+from loratune.evaluation.user_metric import UserMetric
 from loratune.model.device import free_memory, is_out_of_memory
 from loratune.planning.preparation import Preparation
 from loratune.run import processes
@@ -21,31 +21,31 @@ from loratune.run.directory import Record, RunDir, write_json
 from loratune.run.errors import MachineError
 from loratune.run.progress import Progress
 from loratune.training.classifier_loss import ClassificationLoss
-from loratune.training.event_log import Events, History
+from loratune.training.event_log import EventLog, History
 from loratune.training.held_out_loss import Nll, evaluate_nll
 from loratune.training.loss import SupervisedLoss
 from loratune.training.token_budget import TokenBudget
-from loratune.workflows.final_adapter import which_adapter
+from loratune.workflows.final_adapter import describe_final_adapter
 
 
-def assess(
+def compare_base_and_tuned(
     prepared: Preparation,
     run: RunDir,
     model: PeftModel,
     loss: SupervisedLoss,
     progress: Progress,
     tuned_nll: Nll | None = None,
-    own: OwnMetric | None = None,
+    own: UserMetric | None = None,
 ) -> Record:
     """Base and tuned from the same loaded model, adapter off and on; where processes share it, by all of them in step.
 
     `tuned_nll`: where it is known already; `own`: in the place of the recipe's metric.
     """
     if isinstance(loss, ClassificationLoss):
-        return _assess_classes(prepared, run, loss, progress)
+        return _compare_classifiers(prepared, run, loss, progress)
     section, data = prepared.recipe.evaluate, prepared.data
     prompts = prepared.prompts
-    events = Events(run, progress)
+    events = EventLog(run, progress)
     events.step = max((line["step"] for line in run.read_metrics()), default=prepared.num_steps)
     budget = TokenBudget(processes.gather(_token_budget(prepared, run))[0], events, together=loss.sharded)
     stops = stop_token_ids(prepared.tokenizer) if prompts else ()
@@ -56,7 +56,7 @@ def assess(
                 f"process {processes.rank()}: {message}, which processes that share the base cannot do alone",
                 fix="a smaller evaluate.max_new_tokens, or evaluate.metric=none",
             )
-        events.happened("smaller_answer_batches", message)
+        events.emit("smaller_answer_batches", message)
 
     def measure(name: str, known: Nll | None = None) -> tuple[Nll, Nll, list[Answer]]:
         nll = known or evaluate_nll(loss, data.eval, budget, progress)
@@ -101,15 +101,15 @@ def assess(
             name: nll_record([base_nll[i] for i in chosen], [tuned_nll[i] for i in chosen])
             for name, chosen in groups.items()
         }
-    record["adapter"] = which_adapter(prepared, run)
+    record["adapter"] = describe_final_adapter(prepared, run)
     if processes.is_main():
         write_json(run.evaluation, record)
     return record
 
 
-def _assess_classes(prepared: Preparation, run: RunDir, loss: ClassificationLoss, progress: Progress) -> Record:
+def _compare_classifiers(prepared: Preparation, run: RunDir, loss: ClassificationLoss, progress: Progress) -> Record:
     """The same of a classifier: the base has the head that training began with."""
-    events = Events(run, progress)
+    events = EventLog(run, progress)
     events.step = prepared.num_steps
     budget = TokenBudget(_token_budget(prepared, run), events)
     held_out = [example for example in prepared.data.eval if isinstance(example, LabelledExample)]
@@ -132,13 +132,13 @@ def _assess_classes(prepared: Preparation, run: RunDir, loss: ClassificationLoss
         record["sources"] = {
             name: nll_record(*([side[i] for i in chosen] for side in sides)) for name, chosen in groups.items()
         }
-    record["adapter"] = which_adapter(prepared, run)
+    record["adapter"] = describe_final_adapter(prepared, run)
     write_json(run.evaluation, record)
     return record
 
 
 @contextmanager
-def memory_errors_told(run: RunDir) -> Iterator[None]:
+def explain_out_of_memory(run: RunDir) -> Iterator[None]:
     """Memory that runs out where nothing can be made smaller."""
     try:
         yield

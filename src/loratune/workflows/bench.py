@@ -34,8 +34,8 @@ from loratune.recipe.recipe import Recipe
 from loratune.recipe.tasks import refuse_classifier
 from loratune.run.directory import Record, RunDir, read_json
 from loratune.run.errors import RecipeError, RunError
-from loratune.run.progress import Progress, Silent
-from loratune.training.trl_dataset import stock_preparation_seconds
+from loratune.run.progress import NoProgress, Progress
+from loratune.training.trl_dataset import trl_preparation_seconds
 
 WARM_UP = 2
 """Steps that are not counted: the first ones compile and fill caches."""
@@ -125,7 +125,7 @@ def _preparation(prepared: Preparation) -> dict[str, float | None]:
     verification; of `SFTTrainer`, alone, and None where it refuses the rows."""
     data, tokenizer = prepared.recipe.data, prepared.tokenizer
     max_length = int(data.max_length)
-    reader = Reader(data, prepared.recipe.train.seed, Silent())
+    reader = Reader(data, prepared.recipe.train.seed, NoProgress())
     rows = [
         {"text": c.text}
         if c.text is not None
@@ -135,7 +135,7 @@ def _preparation(prepared: Preparation) -> dict[str, float | None]:
     started = time.perf_counter()
     prepare_data(data, tokenizer, max_length=max_length, seed=prepared.recipe.train.seed)
     fast = len(rows) / (time.perf_counter() - started)
-    trl = stock_preparation_seconds(
+    trl = trl_preparation_seconds(
         HubDataset.from_list(rows), tokenizer, max_length=max_length, assistant_only=data.train_on != "all"
     )
     return {"fast": fast, "trl": trl and len(rows) / trl}

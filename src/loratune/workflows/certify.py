@@ -18,19 +18,19 @@ from loratune.data.prompts import stop_token_ids
 from loratune.evaluation.scoring import score
 from loratune.exporting.adapter_matrices import LowRank, Replaced, read_adapter, read_replaced
 from loratune.exporting.certificate import (
-    Expected,
+    ReferenceOutputs,
     Target,
     Tolerance,
     certify,
     choose_examples,
     choose_questions,
-    expect,
+    reference_outputs,
     summary,
 )
 from loratune.exporting.gguf.model import is_quantised
 from loratune.exporting.load_back import LlamaCppReader
 from loratune.exporting.merge_weights import DTYPES, weight_files
-from loratune.exporting.staging import staged
+from loratune.exporting.staging import atomic_folder
 from loratune.model.adapter.attach import load_adapter
 from loratune.model.device import device_here, torch_dtype
 from loratune.model.gguf_import import file_sha256
@@ -48,7 +48,7 @@ from loratune.training.loss import make_loss
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Delivery:
+class Exported:
     """What was written.
 
     Attributes:
@@ -143,7 +143,7 @@ def open_run(root: str | Path, progress: Progress) -> tuple[RunDir, Preparation]
         RecipeError: The run is not finished, or its base or template changed.
     """
     run = RunDir.open(root)
-    if not run.is_finished:
+    if not run.has_adapter:
         raise RecipeError("the run has no adapter yet", file=run.root, fix=f"`loratune resume {root}`")
     lock = read_json(run.lock)
     recipe = Recipe.parse(lock["recipe"], file=run.lock)
@@ -161,7 +161,7 @@ def open_run(root: str | Path, progress: Progress) -> tuple[RunDir, Preparation]
     return run, prepared
 
 
-def _expect(finished: FinishedRun) -> Expected:
+def compute_reference(finished: FinishedRun) -> ReferenceOutputs:
     """What the adapter on its base says, in training's own code. The model is gone afterwards."""
     prepared = finished.prepared
     recipe = prepared.recipe
@@ -172,26 +172,26 @@ def _expect(finished: FinishedRun) -> Expected:
     model.eval()
     questions = choose_questions(prepared.data.eval_conversations, prepared.tokenizer)
     with finished.progress.task("asking the adapter on its base", len(held_out), "examples") as task:
-        return expect(loss, held_out, questions, prepared.tokenizer, task.advance)
+        return reference_outputs(loss, held_out, questions, prepared.tokenizer, task.advance)
 
 
-Load = Callable[[Expected], Target]
+Load = Callable[[ReferenceOutputs], Target]
 """Loads back what was written; told what will be asked."""
 
 
-def deliver(
+def export_with_certificate(
     finished: FinishedRun,
     kind: str,
     target: Path,
     write: Callable[[Path], tuple[Load, Tolerance]],
     usage: tuple[str, ...],
     num_answers: int = 0,
-) -> Delivery:
+) -> Exported:
     """Write, load back, compare, and only then give it its name."""
-    with staged(target) as folder:
+    with atomic_folder(target) as folder:
         load, tolerance = write(folder)
         certificate = _certificate(finished, load, tolerance, whole="adapter" not in kind, num_answers=num_answers)
-        certificate = seal(finished.run, kind, target, folder, certificate)
+        certificate = write_certificate(finished.run, kind, target, folder, certificate)
     missing = certificate["stop_tokens"]["missing"]
     if missing:
         texts = ", ".join(finished.prepared.tokenizer.convert_ids_to_tokens(missing))
@@ -199,10 +199,10 @@ def deliver(
             f"the base does not end answers at {texts}, as training does: tell your server to stop there"
         )
     record(finished.run, certificate, finished.progress)
-    return Delivery(folder=target.absolute(), certificate=certificate, usage=usage)
+    return Exported(folder=target.absolute(), certificate=certificate, usage=usage)
 
 
-def seal(run: RunDir, kind: str, target: Path, folder: Path, certificate: Record) -> Record:
+def write_certificate(run: RunDir, kind: str, target: Path, folder: Path, certificate: Record) -> Record:
     """Write the certificate into the folder.
 
     Args:
@@ -234,7 +234,7 @@ def seal(run: RunDir, kind: str, target: Path, folder: Path, certificate: Record
 
 def _certificate(finished: FinishedRun, load: Load, tolerance: Tolerance, *, whole: bool, num_answers: int) -> Record:
     """Ask training, then what was written: one model in memory at a time."""
-    expected = _expect(finished)
+    expected = compute_reference(finished)
     gc.collect()
     reader = load(expected)
     with finished.progress.task("asking what was written", len(expected.examples), "examples") as task:

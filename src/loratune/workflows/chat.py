@@ -31,7 +31,7 @@ from loratune.recipe.recipe import ModelSection, Recipe
 from loratune.recipe.tasks import refuse_classifier
 from loratune.run.directory import RunDir, read_json
 from loratune.run.errors import DataError, LoratuneError, MachineError, RecipeError
-from loratune.run.progress import Progress, Silent
+from loratune.run.progress import NoProgress, Progress
 
 BASE, TUNED = "base", "tuned"
 
@@ -215,14 +215,14 @@ def open_chat(root: Path, sampling: Sampling, *, progress: Progress | None = Non
         RecipeError: It is neither.
         MachineError: The base model is not on this machine.
     """
-    listener = progress or Silent()
+    listener = progress or NoProgress()
     folder = root.expanduser()
     if (folder / "config.json").is_file() and not (folder / "lock.json").is_file():
         section, device, dtype = ModelSection(name=str(folder)), choose_device("auto").value, "auto"
         adapter = None
     else:
         run = RunDir.open(folder)
-        if not run.is_finished:
+        if not run.has_adapter:
             raise RecipeError("the run has no adapter yet", file=run.root, fix=f"`loratune resume {root}`")
         recipe = Recipe.parse(read_json(run.lock)["recipe"], file=run.lock)
         refuse_classifier(

@@ -18,10 +18,10 @@ from loratune.reporting.html import report_or_warn
 from loratune.reporting.model_card import write_card
 from loratune.run.directory import RunDir, read_json, write_json
 from loratune.run.errors import DataError, RecipeError
-from loratune.run.progress import Progress
-from loratune.workflows.assess import assess, memory_errors_told
+from loratune.run.progress import NO_PROGRESS, Progress
+from loratune.workflows.assess import compare_base_and_tuned, explain_out_of_memory
 from loratune.workflows.load import load_trained
-from loratune.workflows.result import _NOBODY, RunResult
+from loratune.workflows.result import RunResult
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +44,7 @@ class Extras:
 _NOTHING_MORE = Extras()
 
 
-def evaluate(root: str | Path, *, extras: Extras = _NOTHING_MORE, progress: Progress = _NOBODY) -> RunResult:
+def evaluate(root: str | Path, *, extras: Extras = _NOTHING_MORE, progress: Progress = NO_PROGRESS) -> RunResult:
     """Measure base against tuned of a finished run again, and write `evaluation.json`, the card and the report.
 
     Whether the gates were passed stands in the record; `evaluation.gates.check_gates` raises where they were not.
@@ -56,7 +56,7 @@ def evaluate(root: str | Path, *, extras: Extras = _NOTHING_MORE, progress: Prog
         RunError: The metric or a task fails.
     """
     run = RunDir.open(root)
-    if not run.is_finished:
+    if not run.has_adapter:
         raise RecipeError("the run has no adapter yet", file=run.root, fix=f"`loratune resume {root}`")
     recipe = Recipe.parse(read_json(run.lock)["recipe"], file=run.lock)
     if recipe.data.eval == "none":
@@ -80,8 +80,8 @@ def evaluate(root: str | Path, *, extras: Extras = _NOTHING_MORE, progress: Prog
             raise DataError("no held-out conversation has an answer for --metric to score", fix="other data.eval")
         check_prompts(recipe, prepared.prompts, positions_of(load_config(prepared.base, recipe.model)))
     model, loss = load_trained(prepared, run, progress)
-    with memory_errors_told(run):
-        evaluation = assess(prepared, run, model, loss, progress, own=own)
+    with explain_out_of_memory(run):
+        evaluation = compare_base_and_tuned(prepared, run, model, loss, progress, own=own)
     if extras.harness:
         progress.line(f"lm-evaluation-harness: {', '.join(extras.harness)}")
         evaluation["harness"] = run_harness(model, prepared.tokenizer, extras.harness, allow_code=extras.allow_code)

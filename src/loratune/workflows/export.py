@@ -18,11 +18,11 @@ from typing import Any
 import torch
 
 from loratune.exporting.adapter_matrices import LowRank
-from loratune.exporting.certificate import EXACT, QUANTISED, ROUNDED, Expected, Target, Tolerance
+from loratune.exporting.certificate import EXACT, QUANTISED, ROUNDED, ReferenceOutputs, Target, Tolerance
 from loratune.exporting.gguf.adapter import check_plain, read_gguf_adapter, write_gguf_adapter
 from loratune.exporting.gguf.architectures import GgufLayout
 from loratune.exporting.gguf.model import is_quantised, write_gguf_model
-from loratune.exporting.load_back import LlamaCppReader, Render, TransformersReader, has_llama_cpp
+from loratune.exporting.load_back import LlamaCppReader, RenderPrompt, TransformersReader, has_llama_cpp
 from loratune.exporting.merge_weights import Values, copy_companions, write_merged
 from loratune.exporting.ollama import Turns, modelfile, translate
 from loratune.exporting.staging import check_target
@@ -33,21 +33,28 @@ from loratune.model.device import torch_dtype
 from loratune.model.load import load_model
 from loratune.model.quantization.checkpoint import method_of, rounds_inputs
 from loratune.model.quantization.kinds import PACKED
-from loratune.model.quantization.quantize import as_multiplied, quantised_matrices, unpack_layers
+from loratune.model.quantization.quantize import as_multiplied, quantized_matrices, unpack_layers
 from loratune.planning.parameters import skeleton
 from loratune.recipe.tasks import is_classification, refuse_classifier
 from loratune.run.directory import RunDir, read_json
 from loratune.run.errors import RecipeError
-from loratune.run.progress import Progress, Silent
-from loratune.workflows.certify import Delivery, FinishedRun, Load, deliver, merged_dtype, open_finished, recipe_of
+from loratune.run.progress import NO_PROGRESS, Progress
+from loratune.workflows.certify import (
+    Exported,
+    FinishedRun,
+    Load,
+    export_with_certificate,
+    merged_dtype,
+    open_finished,
+    recipe_of,
+)
 from loratune.workflows.export_classifier import merge_classifier
 
-_NOBODY = Silent()
 NUM_ANSWERS = 20
 """Held-out prompts that llama.cpp answers, to compare with the run's own answers."""
 
 
-def merge(root: str | Path, out: str | Path, *, dtype: str = "auto", progress: Progress = _NOBODY) -> Delivery:
+def merge(root: str | Path, out: str | Path, *, dtype: str = "auto", progress: Progress = NO_PROGRESS) -> Exported:
     """Write base and adapter as one model.
 
     Args:
@@ -72,7 +79,9 @@ def merge(root: str | Path, out: str | Path, *, dtype: str = "auto", progress: P
         f"loratune chat {target}",
         serve_merged(target.absolute(), name=finished.name),
     )
-    return deliver(finished, "merge", target, lambda folder: _write_folder(finished, folder, dtype), usage)
+    return export_with_certificate(
+        finished, "merge", target, lambda folder: _write_folder(finished, folder, dtype), usage
+    )
 
 
 def export(
@@ -83,8 +92,8 @@ def export(
     outtype: str | None = None,
     out: str | Path | None = None,
     num_answers: int = NUM_ANSWERS,
-    progress: Progress = _NOBODY,
-) -> Delivery:
+    progress: Progress = NO_PROGRESS,
+) -> Exported:
     """Write a run for another program.
 
     Args:
@@ -140,14 +149,14 @@ def export(
     check_target(target, needed_bytes=finished.base_bytes)
     progress.line(f"writing {layout.family.name} as {'a GGUF model' if merged else 'a GGUF adapter'}")
     files = _Gguf(finished, target.absolute(), outtype=(outtype or "f16") if merged else None, turns=turns)
-    return deliver(finished, _kind(to, merged), target, files.write, files.usage(), num_answers)
+    return export_with_certificate(finished, _kind(to, merged), target, files.write, files.usage(), num_answers)
 
 
 def _kind(to: str, merged: bool) -> str:
     return f"{to} {'merged' if merged else 'adapter'}"
 
 
-def lay_out(root: str | Path, target: Path, *, progress: Progress = _NOBODY) -> Delivery:
+def write_served_layout(root: str | Path, target: Path, *, progress: Progress = NO_PROGRESS) -> Exported:
     """Write base and adapter as `transformers serve` loads them; the weights of the base are links.
 
     Raises:
@@ -165,7 +174,7 @@ def lay_out(root: str | Path, target: Path, *, progress: Progress = _NOBODY) -> 
     def write(folder: Path) -> tuple[Load, Tolerance]:
         write_served(finished.base, finished.run.adapter, folder, name=name, stop_token_ids=finished.stops)
 
-        def load(_: Expected) -> Target:
+        def load(_: ReferenceOutputs) -> Target:
             return TransformersReader(
                 model_folder(folder, name),
                 dtype=torch_dtype(recipe.model.dtype),
@@ -175,7 +184,7 @@ def lay_out(root: str | Path, target: Path, *, progress: Progress = _NOBODY) -> 
 
         return load, EXACT if recipe.model.dtype == "float32" else ROUNDED
 
-    return deliver(finished, "served adapter", target, write, ())
+    return export_with_certificate(finished, "served adapter", target, write, ())
 
 
 # ---- what is written
@@ -206,7 +215,7 @@ def _write_folder(finished: FinishedRun, folder: Path, dtype: str) -> tuple[Load
         write_merged(finished.base, finished.updates, folder, dtype=wanted, frozen=frozen, replaced=finished.replaced)
     copy_companions(finished.base, finished.run.adapter, folder, finished.stops)
 
-    def load(_: Expected) -> Target:
+    def load(_: ReferenceOutputs) -> Target:
         return TransformersReader(
             folder,
             dtype="auto",
@@ -250,7 +259,7 @@ def _frozen(finished: FinishedRun) -> dict[str, Values]:
         return {}
     model = skeleton(finished.config, trust_remote_code=section.trust_remote_code)
     values = partial(as_multiplied, quantization=section.quantization, dtype=torch_dtype(section.dtype))
-    return {name: values for name, _ in quantised_matrices(model)}
+    return {name: values for name, _ in quantized_matrices(model)}
 
 
 def _check_full_base(finished: FinishedRun, what: str) -> None:
@@ -333,7 +342,7 @@ class _Gguf:
             replaced=finished.replaced if updates else {},
         )
 
-    def _load(self, file: Path, expected: Expected) -> Target:
+    def _load(self, file: Path, expected: ReferenceOutputs) -> Target:
         render = self.turns.render if self.turns is not None else None
         if has_llama_cpp():
             return self._by_llama_cpp(file, expected, render)
@@ -350,7 +359,7 @@ class _Gguf:
         reader.replace_adapter(read_gguf_adapter(file, self.finished.config, self.finished.updates))
         return reader
 
-    def _by_llama_cpp(self, file: Path, expected: Expected, render: Render | None) -> LlamaCppReader:
+    def _by_llama_cpp(self, file: Path, expected: ReferenceOutputs, render: RenderPrompt | None) -> LlamaCppReader:
         prepared = self.finished.prepared
         lengths = [len(example.input_ids) for example in expected.examples]
         lengths += [len(prompt.input_ids) + prepared.recipe.evaluate.max_new_tokens for prompt in prepared.prompts]
@@ -370,7 +379,7 @@ class _Gguf:
         return QUANTISED if from_quantised or self.outtype == "q8_0" else ROUNDED
 
 
-def _export_vllm(finished: FinishedRun, target: Path, *, merged: bool) -> Delivery:
+def _export_vllm(finished: FinishedRun, target: Path, *, merged: bool) -> Exported:
     recipe = finished.prepared.recipe
     if merged:
         command = serve_merged(target, name=finished.name)
@@ -398,7 +407,7 @@ def _export_vllm(finished: FinishedRun, target: Path, *, merged: bool) -> Delive
         script.chmod(0o755)
         return load, tolerance
 
-    return deliver(finished, _kind("vllm", merged), target, write, (command,))
+    return export_with_certificate(finished, _kind("vllm", merged), target, write, (command,))
 
 
 def _copy_adapter(finished: FinishedRun, folder: Path) -> tuple[Load, Tolerance]:
@@ -411,7 +420,7 @@ def _copy_adapter(finished: FinishedRun, folder: Path) -> tuple[Load, Tolerance]
             shutil.copyfile(finished.run.adapter / name, folder / name)
     copy_companions(finished.base, finished.run.adapter, folder, finished.stops)
 
-    def load(_: Expected) -> Target:
+    def load(_: ReferenceOutputs) -> Target:
         return TransformersReader(
             finished.base,
             dtype=torch_dtype(recipe.model.dtype),

@@ -11,22 +11,22 @@ import torch
 
 from loratune.data.batch import collate
 from loratune.data.examples import Example, LabelledExample
-from loratune.exporting.certificate import EXACT, ROUNDED, Expected, Question, Tolerance, certify
+from loratune.exporting.certificate import EXACT, ROUNDED, Question, ReferenceOutputs, Tolerance, certify
 from loratune.exporting.load_back_classifier import ClassifierReader
-from loratune.exporting.staging import check_target, staged
+from loratune.exporting.staging import atomic_folder, check_target
 from loratune.model.adapter.attach import load_adapter
 from loratune.model.load import download_weights, load_config, load_model
 from loratune.planning.preparation import Preparation
 from loratune.run.directory import Record, RunDir, cannot_write
 from loratune.run.progress import Progress
-from loratune.workflows.certify import Delivery, merged_dtype, open_run, record, seal
+from loratune.workflows.certify import Exported, merged_dtype, open_run, record, write_certificate
 from loratune.workflows.load import load_trained
 
 MOST_EXAMPLES = 256
 """Texts on which both are compared."""
 
 
-def merge_classifier(root: str | Path, target: Path, *, dtype: str, progress: Progress) -> Delivery:
+def merge_classifier(root: str | Path, target: Path, *, dtype: str, progress: Progress) -> Exported:
     """Write base, adapter and head as one classifier. The base is held in float32 while it is merged.
 
     Args:
@@ -46,7 +46,7 @@ def merge_classifier(root: str | Path, target: Path, *, dtype: str, progress: Pr
     wanted = merged_dtype(prepared, dtype) or own or torch.float32
     check_target(target, needed_bytes=prepared.parameters.total * wanted.itemsize)
     expected, examples = _expect(prepared, run, progress)
-    with staged(target) as folder:
+    with atomic_folder(target) as folder:
         progress.line(f"merging {len(prepared.targets)} matrices in float32, written in {wanted}")
         _write(prepared, run, folder, wanted)
         recipe = prepared.recipe
@@ -59,15 +59,15 @@ def merge_classifier(root: str | Path, target: Path, *, dtype: str, progress: Pr
         )
         exact = recipe.model.dtype == "float32" and wanted == torch.float32
         certificate = _certificate(prepared, expected, reader, EXACT if exact else ROUNDED)
-        certificate = seal(run, "merge", target, folder, certificate)
+        certificate = write_certificate(run, "merge", target, folder, certificate)
     record(run, certificate, progress)
     usage = (
         f"python -c \"from transformers import pipeline; print(pipeline('text-classification', '{target.absolute()}')('TEXT'))\"",
     )
-    return Delivery(folder=target.absolute(), certificate=certificate, usage=usage)
+    return Exported(folder=target.absolute(), certificate=certificate, usage=usage)
 
 
-def _expect(prepared: Preparation, run: RunDir, progress: Progress) -> tuple[Expected, list[LabelledExample]]:
+def _expect(prepared: Preparation, run: RunDir, progress: Progress) -> tuple[ReferenceOutputs, list[LabelledExample]]:
     """What the adapter on its base says, in training's own code. The model is gone afterwards."""
     known = prepared.data.eval or prepared.data.train
     chosen = [example for example in known if isinstance(example, LabelledExample)][:MOST_EXAMPLES]
@@ -86,7 +86,7 @@ def _expect(prepared: Preparation, run: RunDir, progress: Progress) -> tuple[Exp
         )
         for example in chosen
     ]
-    expected = Expected(
+    expected = ReferenceOutputs(
         examples=[_one_place(example) for example in chosen], logprobs=logprobs, questions=questions, stop_token_ids=()
     )
     return expected, chosen
@@ -112,7 +112,9 @@ def _write(prepared: Preparation, run: RunDir, folder: Path, dtype: torch.dtype)
             shutil.copyfile(path, folder / path.name)
 
 
-def _certificate(prepared: Preparation, expected: Expected, reader: ClassifierReader, tolerance: Tolerance) -> Record:
+def _certificate(
+    prepared: Preparation, expected: ReferenceOutputs, reader: ClassifierReader, tolerance: Tolerance
+) -> Record:
     certificate = certify(expected, reader, tolerance, stops_required=False)
     certificate["compares"] = "classes"
     certificate["compared_on"] = "held-out" if prepared.data.eval else "training"

@@ -15,7 +15,9 @@ from loratune.run.progress import Progress
 from loratune.training.checkpoint import averaged_steps, damage_of, load_adapter_weights, load_mean, sync
 
 
-def take_final(prepared: Preparation, run: RunDir, model: PeftModel, last_step: int, progress: Progress) -> bool:
+def select_final_adapter(
+    prepared: Preparation, run: RunDir, model: PeftModel, last_step: int, progress: Progress
+) -> bool:
     """Give the model the adapter that the recipe ends with; whether it is another one than that of the last step, which it has."""
     train = prepared.recipe.train
     if train.average_checkpoints is not None:
@@ -23,7 +25,7 @@ def take_final(prepared: Preparation, run: RunDir, model: PeftModel, last_step: 
     return train.final_adapter == "best" and _take_best(run, model, last_step, progress)
 
 
-def which_adapter(prepared: Preparation, run: RunDir) -> Record:
+def describe_final_adapter(prepared: Preparation, run: RunDir) -> Record:
     """What a finished run's adapter is: `kind` (last, best or mean) and the `steps` it is of."""
     if run.mean.is_file():
         return {"kind": "mean", "steps": read_json(run.mean)["steps"]}

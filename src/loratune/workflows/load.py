@@ -7,12 +7,12 @@ from typing import Any
 from peft import PeftModel
 
 from loratune.model.adapter.attach import attach_adapter, fallback_note, load_adapter
-from loratune.model.adapter.eva_loftq import batches_for_eva, begin_by_eva, begin_by_loftq
+from loratune.model.adapter.eva_loftq import batches_for_eva, init_eva, init_loftq
 from loratune.model.adapter.patterns import highest_rank
-from loratune.model.adapter.start_from import begin_from
+from loratune.model.adapter.start_from import load_weights_into
 from loratune.model.device import torch_dtype
 from loratune.model.load import download_weights, load_model
-from loratune.model.quantization.fp8 import quantise_frozen
+from loratune.model.quantization.fp8 import quantize_frozen_layers
 from loratune.planning.preparation import Preparation
 from loratune.run.directory import RunDir
 from loratune.run.errors import RecipeError
@@ -22,7 +22,7 @@ from loratune.training.fsdp import is_sharded, shard_layers
 from loratune.training.layers import prepare_layers
 from loratune.training.loss import SupervisedLoss, make_loss
 from loratune.training.neftune import EmbeddingNoise
-from loratune.training.trl_dataset import check_stock
+from loratune.training.trl_dataset import check_trl_can_train
 
 
 def load_base(prepared: Preparation, progress: Progress) -> Any:
@@ -39,7 +39,7 @@ def load_base(prepared: Preparation, progress: Progress) -> Any:
     )
 
 
-def adapt(prepared: Preparation, base: Any, progress: Progress) -> tuple[PeftModel, SupervisedLoss]:
+def attach_adapter_and_loss(prepared: Preparation, base: Any, progress: Progress) -> tuple[PeftModel, SupervisedLoss]:
     """The adapter on the base, fresh or that of `lora.start_from`, and the way to its loss, ready for training."""
     recipe = prepared.recipe
     model = attach_adapter(
@@ -55,15 +55,15 @@ def adapt(prepared: Preparation, base: Any, progress: Progress) -> tuple[PeftMod
         r = highest_rank(recipe.lora)
         examples = [example.input_ids.tolist() for example in prepared.data.train]
         batches = batches_for_eva(examples, r=r, batch_size=recipe.train.batch_size, device=model.device)
-        begin_by_eva(model, batches)
+        init_eva(model, batches)
     if recipe.lora.variant == "loftq":
-        begin_by_loftq(model, download_weights(prepared.base), seed=recipe.train.seed)
+        init_loftq(model, download_weights(prepared.base), seed=recipe.train.seed)
     if prepared.start is not None:
-        begin_from(model, prepared.start)
+        load_weights_into(model, prepared.start)
     if recipe.model.quantization == "fp8":
-        quantise_frozen(model)
+        quantize_frozen_layers(model)
     if recipe.train.engine == "trl" and prepared.classes is None:
-        check_stock(model.get_base_model())
+        check_trl_can_train(model.get_base_model())
     loss, reason = _loss(prepared, model)
     if recipe.train.engine == "trl":
         return model, loss
@@ -83,7 +83,7 @@ def load_trained(prepared: Preparation, run: RunDir, progress: Progress) -> tupl
     """Base and the run's adapter."""
     model = load_adapter(load_base(prepared, progress), run.adapter)
     if prepared.recipe.model.quantization == "fp8":
-        quantise_frozen(model)
+        quantize_frozen_layers(model)
     return model, _loss(prepared, model)[0]
 
 

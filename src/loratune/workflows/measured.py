@@ -9,7 +9,7 @@ from loratune.run import processes
 from loratune.run.directory import Record, RunDir, read_json, write_json
 
 
-class Sitting:
+class RunTimer:
     """The time from one start of the process to its end, and its memory; a run has several when it was stopped.
 
     What earlier ones came to stands in `plan.json` under `so_far`, until `measured` replaces it. A sitting that was killed

@@ -16,11 +16,10 @@ from loratune.planning.speed import StepProbe
 from loratune.recipe.recipe import Recipe
 from loratune.run.directory import RunDir
 from loratune.run.errors import RecipeError
-from loratune.run.progress import Progress
+from loratune.run.progress import NO_PROGRESS, Progress
 from loratune.training.signals import StopRequest
-from loratune.workflows.load import adapt, load_base
-from loratune.workflows.result import _NOBODY
-from loratune.workflows.steps import _train
+from loratune.workflows.load import attach_adapter_and_loss, load_base
+from loratune.workflows.steps import train_steps
 
 PROBE_STEPS = 3
 """Of `plan --probe`; the first compiles and warms up."""
@@ -33,7 +32,7 @@ def plan(
     devices: str | None = None,
     interconnect: Sequence[str] = (),
     probe: bool = False,
-    progress: Progress = _NOBODY,
+    progress: Progress = NO_PROGRESS,
 ) -> Preparation:
     """What would be trained, and whether it fits. `.as_plan()` is the record.
 
@@ -78,8 +77,8 @@ def _probe(prepared: Preparation, progress: Progress) -> StepProbe:
     )
     with tempfile.TemporaryDirectory() as folder:
         run = RunDir.create(Path(folder) / "probe", overwrite=False)
-        model, loss = adapt(short, load_base(short, progress), progress)
-        _train(short, run, model, loss, None, StopRequest(), progress)
+        model, loss = attach_adapter_and_loss(short, load_base(short, progress), progress)
+        train_steps(short, run, model, loss, None, StopRequest(), progress)
         seconds = [step["num_tokens"] / step["tokens_per_second"] for step in run.read_metrics()]
     return StepProbe(
         num_tokens=sum(lengths[i] for i in longest),

@@ -23,7 +23,7 @@ from loratune.reporting.html import report
 from loratune.reporting.model_card import base_name, card_of
 from loratune.run.directory import Record, RunDir, read_json, write_json
 from loratune.run.errors import MachineError, RecipeError, RunError
-from loratune.run.progress import Progress, Silent
+from loratune.run.progress import NO_PROGRESS, Progress
 
 HUB_SECONDS = 5.0
 SECRETS = {
@@ -35,8 +35,6 @@ SECRETS = {
 }
 _TEXT = (".json", ".jinja", ".md", ".html", ".txt", ".yaml")
 _TOKENIZER = ("tokenizer.json", "vocab.json", "merges.txt")  # of the base, and megabytes of made-up words
-
-_NOBODY = Silent()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +74,7 @@ def push(
     public: bool = False,
     dry_run: bool = False,
     with_report: bool = True,
-    progress: Progress = _NOBODY,
+    progress: Progress = NO_PROGRESS,
 ) -> Publication:
     """Put a finished run's adapter on the hub.
 
@@ -94,7 +92,7 @@ def push(
         MachineError: There is no token, or the hub cannot be reached or does not let us in.
     """
     run = RunDir.open(root)
-    if not run.is_finished:
+    if not run.has_adapter:
         raise RecipeError("the run has no adapter yet", file=run.root, fix=f"`loratune resume {root}`")
     try:
         validate_repo_id(repo)

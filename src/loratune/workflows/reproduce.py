@@ -16,11 +16,10 @@ from loratune.recipe.recipe import Recipe
 from loratune.run import processes
 from loratune.run.directory import Record, RunDir, read_json
 from loratune.run.errors import RecipeError, RunError
-from loratune.run.progress import Progress, Silent
+from loratune.run.progress import NO_PROGRESS, Progress
 from loratune.workflows.train import train
 
 WEIGHTS = "adapter_model.safetensors"
-_NOBODY = Silent()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +63,7 @@ class Reproduction:
 
 
 def reproduce(
-    root: str | Path, out: str | Path | None = None, *, overwrite: bool = False, progress: Progress = _NOBODY
+    root: str | Path, out: str | Path | None = None, *, overwrite: bool = False, progress: Progress = NO_PROGRESS
 ) -> Reproduction:
     """Train a finished run again from the same inputs, and compare the adapters.
 
@@ -81,7 +80,7 @@ def reproduce(
         RecipeError: The run is not finished; an input changed since, which is named; or `out` holds something already.
     """
     original = RunDir.open(root)
-    if not original.is_finished:
+    if not original.has_adapter:
         raise RecipeError("the run has no adapter to compare with", file=original.root, fix=f"`loratune resume {root}`")
     lock = read_json(original.lock)
     target = Path(out) if out is not None else original.root.with_name(f"{original.root.name}-again")

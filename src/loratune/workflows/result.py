@@ -5,9 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from loratune.run.directory import Record, RunDir
-from loratune.run.progress import Silent
-
-_NOBODY = Silent()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,21 +6,21 @@ from pathlib import Path
 
 from loratune.planning.lock import changed_settings, differences
 from loratune.planning.preparation import Preparation
-from loratune.planning.prepare_ranks import prepare_together
+from loratune.planning.prepare_ranks import prepare_on_all_ranks
 from loratune.recipe.recipe import Recipe
 from loratune.run import processes
 from loratune.run.directory import Record, RunDir, read_json
 from loratune.run.errors import RecipeError, RunError
-from loratune.run.progress import Progress
-from loratune.training.checkpoint import checkpoint_to_go_on_from, resume_state
+from loratune.run.progress import NO_PROGRESS, Progress
+from loratune.training.checkpoint import newest_valid_checkpoint, resume_state
 from loratune.training.fsdp import is_sharded
-from loratune.workflows.result import _NOBODY, RunResult
-from loratune.workflows.steps import _as_written, _finish_trained, _run
+from loratune.workflows.result import RunResult
+from loratune.workflows.steps import finish_trained_run, run_from_weights, settings_as_written
 
 _NEXT, _EVALUATE = "checkpoint", "evaluate"
 
 
-def resume(root: str | Path, *, progress: Progress = _NOBODY) -> RunResult:
+def resume(root: str | Path, *, progress: Progress = NO_PROGRESS) -> RunResult:
     """Go on where a run stopped, whatever stopped it and whenever.
 
     Raises:
@@ -31,16 +31,16 @@ def resume(root: str | Path, *, progress: Progress = _NOBODY) -> RunResult:
     run = RunDir.open(root)
     if run.is_complete:
         raise RecipeError("the run is finished", file=run.root, fix=f"`loratune evaluate {root}`, or train anew")
-    return _go_on(run, progress)
+    return continue_run(run, progress)
 
 
-def _began_before(run: RunDir) -> bool:
+def was_relaunched(run: RunDir) -> bool:
     """Whether torchrun starts its processes again after one was killed, and the run is the one that they began."""
-    launch = processes.launch()
+    launch = processes.launch_id()
     return processes.gather(bool(launch) and run.lock.is_file() and read_json(run.lock).get("launch") == launch)[0]
 
 
-def _go_on(run: RunDir, progress: Progress) -> RunResult:
+def continue_run(run: RunDir, progress: Progress) -> RunResult:
     lock = read_json(run.lock)
     if "written" not in lock:
         raise RecipeError("the run was begun by an earlier version, which kept too little to go on", file=run.lock)
@@ -48,40 +48,40 @@ def _go_on(run: RunDir, progress: Progress) -> RunResult:
     with run.exclusive():
         if processes.is_main():
             run.clean()
-            _refuse(changed_settings(lock["written"], _as_written(run)), run.recipe)
-        prepared = prepare_together(Recipe.parse(lock["recipe"], file=run.lock), progress)
+            _refuse(changed_settings(lock["written"], settings_as_written(run)), run.recipe)
+        prepared = prepare_on_all_ranks(Recipe.parse(lock["recipe"], file=run.lock), progress)
         if not processes.is_main():
-            return _follow(prepared, run, progress)
+            return _follow_main(prepared, run, progress)
         _refuse(_changed_inputs(lock, prepared, run), run.lock)
-        if run.is_finished:
-            processes.publish(_NEXT, _EVALUATE)
+        if run.has_adapter:
+            processes.store_set(_NEXT, _EVALUATE)
             if not is_sharded(prepared.recipe):
                 processes.stop()
             progress.line("all steps are done and the adapter is saved; going on with the evaluation")
-            return _finish_trained(prepared, run, progress)
-        checkpoint = checkpoint_to_go_on_from(run, progress)
+            return finish_trained_run(prepared, run, progress)
+        checkpoint = newest_valid_checkpoint(run, progress)
         step = resume_state(checkpoint) if checkpoint is not None else 0
         run.rewind_metrics(step)
-        processes.publish(_NEXT, checkpoint.name if checkpoint is not None else "")
+        processes.store_set(_NEXT, checkpoint.name if checkpoint is not None else "")
         if checkpoint is None:
             progress.line("there is no checkpoint yet: beginning again with the first step")
         else:
             progress.line(f"going on after step {step}")
-        return _run(prepared, run, checkpoint, progress)
+        return run_from_weights(prepared, run, checkpoint, progress)
 
 
-def _follow(prepared: Preparation, run: RunDir, progress: Progress) -> RunResult:
+def _follow_main(prepared: Preparation, run: RunDir, progress: Progress) -> RunResult:
     """What the other processes do when the first one knows where to go on."""
-    name = processes.read(_NEXT)
+    name = processes.store_wait(_NEXT)
     if name == _EVALUATE and is_sharded(prepared.recipe):
-        return _finish_trained(prepared, run, progress)
+        return finish_trained_run(prepared, run, progress)
     if name == _EVALUATE:
         processes.stop()
         return RunResult(run=run, evaluation=None)
     checkpoint = run.checkpoints / name if name else None
     if checkpoint is not None and not checkpoint.is_dir():
         raise RunError("the checkpoint is not on this machine", file=checkpoint, fix="a folder that all machines share")
-    return _run(prepared, run, checkpoint, progress)
+    return run_from_weights(prepared, run, checkpoint, progress)
 
 
 def _changed_inputs(lock: Record, prepared: Preparation, run: RunDir) -> list[str]:

@@ -42,12 +42,12 @@ from loratune.planning.prepare import prepare
 from loratune.recipe.recipe import Recipe
 from loratune.run.directory import Record, RunDir, read_json
 from loratune.run.errors import RunError
-from loratune.run.progress import Progress, Silent
+from loratune.run.progress import NoProgress, Progress
 from loratune.training.loss import SupervisedLoss
 from loratune.workflows.resume import resume
 from loratune.workflows.train import train
 
-_SILENT = Silent()
+_SILENT = NoProgress()
 
 NUM_CHATS, NUM_HELD_OUT = 24, 6
 _TEMPLATE = (

@@ -31,8 +31,8 @@ from loratune.recipe.recipe import Recipe
 from loratune.recipe.tasks import refuse_classifier
 from loratune.run.directory import RunDir, read_json
 from loratune.run.errors import MachineError, RecipeError, RunError
-from loratune.run.progress import Progress, Silent
-from loratune.workflows.export import export, lay_out
+from loratune.run.progress import NO_PROGRESS, Progress
+from loratune.workflows.export import export, write_served_layout
 
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 DEFAULT_PORT = 8000
@@ -44,7 +44,6 @@ STOP_SECONDS = 20.0
 SERVE_PACKAGES = ("fastapi", "uvicorn", "openai")
 """What `transformers serve` needs: the extra `serve`."""
 
-_NOBODY = Silent()
 _STDERR = 2
 _direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -89,7 +88,7 @@ def serve(
     host: str = "127.0.0.1",
     port: int | None = None,
     api_key: str | None = None,
-    progress: Progress = _NOBODY,
+    progress: Progress = NO_PROGRESS,
     on_ready: Callable[[Service], None] = lambda _: None,
 ) -> None:
     """Serve base and tuned until a signal comes.
@@ -109,7 +108,7 @@ def serve(
         RunError: The certificate fails, or the server ends by itself.
     """
     run = RunDir.open(root)
-    if not run.is_finished:
+    if not run.has_adapter:
         raise RecipeError("the run has no adapter yet", file=run.root, fix=f"`loratune resume {root}`")
     refuse_classifier(
         Recipe.parse(read_json(run.lock)["recipe"], file=run.lock),
@@ -207,7 +206,7 @@ def _command(
         return ServerCommand(words=words, environment={"VLLM_API_KEY": api_key} if api_key else {})
     folder = run.exports / "served"
     if not _is_current(run, folder, progress):
-        progress.line(lay_out(run.root, folder, progress=progress).summary)
+        progress.line(write_served_layout(run.root, folder, progress=progress).summary)
     recipe = Recipe.parse(read_json(run.lock)["recipe"], file=run.lock)
     device = device_here(recipe.train.device)
     return transformers_command(folder, host=host, port=port, device=device, dtype=recipe.model.dtype)

@@ -23,45 +23,45 @@ from loratune.run.errors import Interrupted
 from loratune.run.progress import Progress
 from loratune.training.callbacks import RunCallback
 from loratune.training.checkpoint import resume_state
-from loratune.training.classifier_trainer import ReferenceClassifier
+from loratune.training.classifier_trainer import TrlClassifierTrainer
 from loratune.training.fast_trainer import FastTrainer
-from loratune.training.fsdp import told_if_lost
-from loratune.training.gradient_sync import check_same
+from loratune.training.fsdp import explain_lost_process
+from loratune.training.gradient_sync import check_ranks_agree
 from loratune.training.held_out_loss import Nll
 from loratune.training.hf_arguments import TrainingData
 from loratune.training.loss import SupervisedLoss
-from loratune.training.signals import StopRequest, stopping_in_order
+from loratune.training.signals import StopRequest, stop_after_step
 from loratune.training.trainer import TrainerSetup
-from loratune.training.trl_trainer import ReferenceTrainer
-from loratune.workflows.assess import assess, memory_errors_told
-from loratune.workflows.final_adapter import save_final, take_final
-from loratune.workflows.load import adapt, load_base, load_trained
-from loratune.workflows.measured import Sitting
+from loratune.training.trl_trainer import TrlTrainer
+from loratune.workflows.assess import compare_base_and_tuned, explain_out_of_memory
+from loratune.workflows.final_adapter import save_final, select_final_adapter
+from loratune.workflows.load import attach_adapter_and_loss, load_base, load_trained
+from loratune.workflows.measured import RunTimer
 from loratune.workflows.result import RunResult
 
 _UNEVALUATED = "stopped before the evaluation was done; all steps are, and the adapter is saved"
 
 
-def _as_written(run: RunDir) -> Record:
+def settings_as_written(run: RunDir) -> Record:
     """The settings of RUN/recipe.yaml, `auto` as it stands there."""
     return Recipe.load(run.recipe).model_dump(mode="json")
 
 
-def _run(prepared: Preparation, run: RunDir, checkpoint: Path | None, progress: Progress) -> RunResult:
+def run_from_weights(prepared: Preparation, run: RunDir, checkpoint: Path | None, progress: Progress) -> RunResult:
     """From the weights to the report."""
-    sitting = Sitting(run, prepared.recipe.train.device)
+    sitting = RunTimer(run, prepared.recipe.train.device)
     model, loss = _load(prepared, run, checkpoint, progress)
     stop = StopRequest()
     try:
-        with memory_errors_told(run), told_if_lost():
-            last_step, tuned_nll = _train(prepared, run, model, loss, checkpoint, stop, progress)
+        with explain_out_of_memory(run), explain_lost_process():
+            last_step, tuned_nll = train_steps(prepared, run, model, loss, checkpoint, stop, progress)
         if loss.sharded:
             stop.agree(processes.gather(stop.asked or 0))
         else:
             processes.stop()
             if not processes.is_main():
                 return RunResult(run=run, evaluation=None)
-        if take_final(prepared, run, model, last_step, progress):
+        if select_final_adapter(prepared, run, model, last_step, progress):
             tuned_nll = None
         if processes.is_main():
             save_final(prepared, run, model)
@@ -79,9 +79,9 @@ def _run(prepared: Preparation, run: RunDir, checkpoint: Path | None, progress: 
     return _finish(prepared, run, model, loss, sitting, progress, tuned_nll)
 
 
-def _finish_trained(prepared: Preparation, run: RunDir, progress: Progress) -> RunResult:
+def finish_trained_run(prepared: Preparation, run: RunDir, progress: Progress) -> RunResult:
     """What is left to do when the adapter stands."""
-    sitting = Sitting(run, prepared.recipe.train.device)
+    sitting = RunTimer(run, prepared.recipe.train.device)
     if "measured" in read_json(run.plan):
         if processes.is_main():
             report_or_warn(run, progress)
@@ -95,16 +95,16 @@ def _finish(
     run: RunDir,
     model: PeftModel,
     loss: SupervisedLoss,
-    sitting: Sitting,
+    sitting: RunTimer,
     progress: Progress,
     tuned_nll: Nll | None = None,
 ) -> RunResult:
     """Evaluation, card, what was measured, report. `measured` comes last of what must be there: with it a run is done."""
     evaluation, started = None, time.perf_counter()
     try:
-        with memory_errors_told(run), told_if_lost():
+        with explain_out_of_memory(run), explain_lost_process():
             if prepared.data.eval:
-                evaluation = assess(prepared, run, model, loss, progress, tuned_nll)
+                evaluation = compare_base_and_tuned(prepared, run, model, loss, progress, tuned_nll)
     except KeyboardInterrupt:
         sitting.note()
         raise StopRequest().as_error(_UNEVALUATED, run) from None
@@ -123,15 +123,15 @@ def _load(
     """Base, fresh adapter, and the way to the loss."""
     base = load_base(prepared, progress)
     if checkpoint is None and prepared.base.revision and processes.is_main():
-        _write_lock(prepared, run)  # the weights of a hub model were not there before
-    return adapt(prepared, base, progress)
+        write_lock(prepared, run)  # the weights of a hub model were not there before
+    return attach_adapter_and_loss(prepared, base, progress)
 
 
-def _write_lock(prepared: Preparation, run: RunDir) -> None:
-    write_json(run.lock, {**prepared.as_lock(), "written": _as_written(run), "launch": processes.launch()})
+def write_lock(prepared: Preparation, run: RunDir) -> None:
+    write_json(run.lock, {**prepared.as_lock(), "written": settings_as_written(run), "launch": processes.launch_id()})
 
 
-def _train(
+def train_steps(
     prepared: Preparation,
     run: RunDir,
     model: PeftModel,
@@ -148,7 +148,7 @@ def _train(
     recipe, data = prepared.recipe, prepared.data
     done = resume_state(checkpoint) if checkpoint is not None else 0
     torch.manual_seed(recipe.train.seed)
-    with progress.task("training", prepared.num_steps, "steps") as task, stopping_in_order(stop, progress):
+    with progress.task("training", prepared.num_steps, "steps") as task, stop_after_step(stop, progress):
         task.advance(done)
         callback = RunCallback(
             run, progress, task, stop, num_steps_per_epoch(data.num_examples, recipe.train.batch_size)
@@ -171,10 +171,10 @@ def _train(
             progress=progress,
             callback=callback,
         )
-        reference = ReferenceTrainer if prepared.classes is None else ReferenceClassifier
+        reference = TrlTrainer if prepared.classes is None else TrlClassifierTrainer
         trainer = FastTrainer(setup) if recipe.train.engine == "fast" else reference(setup)
         callback.watch(trainer)
-        check_same(model)
+        check_ranks_agree(model)
         over = False
         if checkpoint is not None and (done == prepared.num_steps or recipe.train.early_stopping is not None):
             trainer.restore(checkpoint)
@@ -184,7 +184,7 @@ def _train(
             if isinstance(trainer, FastTrainer) and wants_rehearsal(prepared.memory, recipe.train.device):
                 trainer.rehearse()
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
-        check_same(model)
+        check_ranks_agree(model)
     if callback.stopped_at is not None:
         raise stop.after(callback.stopped_at, prepared.num_steps, run)
     last_step, (step, losses) = trainer.state.global_step, trainer.last_evaluation

@@ -16,14 +16,14 @@ from collections.abc import Callable
 from loratune.data.preview import preview
 from loratune.planning.auto import output_dir
 from loratune.planning.preparation import Preparation
-from loratune.planning.prepare_ranks import prepare_together
+from loratune.planning.prepare_ranks import prepare_on_all_ranks
 from loratune.recipe.recipe import Recipe
 from loratune.run import processes
 from loratune.run.directory import RunDir, write_json, write_text
-from loratune.run.progress import Progress
-from loratune.workflows.result import _NOBODY, RunResult
-from loratune.workflows.resume import _began_before, _go_on
-from loratune.workflows.steps import _run, _write_lock
+from loratune.run.progress import NO_PROGRESS, Progress
+from loratune.workflows.result import RunResult
+from loratune.workflows.resume import continue_run, was_relaunched
+from loratune.workflows.steps import run_from_weights, write_lock
 
 PREVIEW_EXAMPLES = 5
 """Examples whose tokens are kept in the run directory."""
@@ -34,7 +34,7 @@ def train(
     *,
     written: str | None = None,
     overwrite: bool = False,
-    progress: Progress = _NOBODY,
+    progress: Progress = NO_PROGRESS,
     on_plan: Callable[[Preparation], None] | None = None,
 ) -> RunResult:
     """Fine-tune, and evaluate base against tuned.
@@ -53,13 +53,13 @@ def train(
     """
     processes.start()
     root = output_dir(recipe)
-    if _began_before(RunDir.at(root)):
-        return _go_on(RunDir.open(root), progress)
+    if was_relaunched(RunDir.at(root)):
+        return continue_run(RunDir.open(root), progress)
     if processes.is_main():
         RunDir.check(root, overwrite=overwrite)
-    prepared = prepare_together(recipe, progress)
+    prepared = prepare_on_all_ranks(recipe, progress)
     if not processes.is_main():
-        return _run(prepared, RunDir.at(root), None, progress)
+        return run_from_weights(prepared, RunDir.at(root), None, progress)
     if on_plan is not None:
         on_plan(prepared)
     run = RunDir.create(root, overwrite=overwrite)
@@ -68,5 +68,5 @@ def train(
         write_json(run.data, prepared.data.report)
         write_json(run.preview, preview(prepared.data.train, prepared.tokenizer, PREVIEW_EXAMPLES).as_record())
         write_json(run.plan, prepared.as_plan())
-        _write_lock(prepared, run)
-        return _run(prepared, run, None, progress)
+        write_lock(prepared, run)
+        return run_from_weights(prepared, run, None, progress)

@@ -24,7 +24,7 @@ from loratune.data.stream import open_tables, stream_data
 from loratune.recipe.recipe import DataSection, Recipe
 from loratune.recipe.roles import trained_in_words
 from loratune.run.errors import DataError, RecipeError
-from loratune.run.progress import Silent
+from loratune.run.progress import NoProgress
 from tests.conftest import write_jsonl
 from tests.data.golden import CHAT, GOLDEN, MISTRAL_SYSTEM_LAST, SMOLLM2, assistant, rejection, user
 from tests.data.masking.test_templates import CALL, CASES, NAMES, TOOLS, outcome
@@ -187,7 +187,7 @@ def test_of_two_results_in_one_turn_the_second_ends_it(
     )
     result = rendered([conversation], tokenizer, train_on=("tool",))
     assert trained_texts(result.examples[0], tokenizer) == ["18 C", "19 C\n</tool_response><|im_end|>"]
-    assert result.counts["endless tool"] == 1
+    assert result.counts["without_stop_token tool"] == 1
 
 
 @pytest.mark.parametrize("template", ["deepseek_r1_distill", "qwen3"])
@@ -309,7 +309,7 @@ def test_a_role_that_nobody_has_is_an_error_and_of_a_sample_a_warning(
     assert caught.value.place == f"{rows}:1"
     assert caught.value.fix == "the roles there are user, assistant: data.train_on=[assistant]"
     streamed = stream_data(
-        section, open_tables(section, Silent()), smollm2_tokenizer, max_length=512, seed=0, progress=Silent()
+        section, open_tables(section, NoProgress()), smollm2_tokenizer, max_length=512, seed=0, progress=NoProgress()
     )
     assert any(
         "names the role tool, which no message of the training data has that" in n for n in streamed.report["notices"]
@@ -320,8 +320,8 @@ def test_streamed_rows_are_trained_alike(smollm2_tokenizer: PreTrainedTokenizerB
     rows = _rows(tmp_path, *[[user(f"Hi {n}"), assistant("Hello.")] for n in range(12)])
     section = DataSection.model_validate({"train": str(rows), "eval": "none", "train_on": ["user"]})
     expected = prepare_data(section, smollm2_tokenizer, max_length=512, seed=0).train
-    tables = open_tables(section, Silent())
-    streamed = stream_data(section, tables, smollm2_tokenizer, max_length=512, seed=0, progress=Silent()).stream
+    tables = open_tables(section, NoProgress())
+    streamed = stream_data(section, tables, smollm2_tokenizer, max_length=512, seed=0, progress=NoProgress()).stream
     assert streamed is not None
     for number, example in enumerate(expected):
         made = streamed[number]

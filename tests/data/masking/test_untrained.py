@@ -17,7 +17,7 @@ from loratune.data.rows.conversation import Conversation, to_conversations
 from loratune.data.rows.sources import Row
 from loratune.planning.prepare import prepare
 from loratune.recipe.recipe import DataSection, Recipe
-from loratune.run.progress import Silent
+from loratune.run.progress import NoProgress
 from tests.conftest import conversation, write_jsonl
 from tests.data.golden import CHAT, GOLDEN, SMOLLM2
 
@@ -67,7 +67,7 @@ def test_a_system_message_of_the_row_does_not_shift_which_answer_it_is(
     value = {"messages": without(ANSWERS[0], weight=0), "system": "Be brief."}
     (made,), _ = to_conversations([Row(file="f", line=1, value=value)], "messages")
     assert made.messages[0]["role"] == "system"
-    assert made.untrained == (ANSWERS[0] + 1,)
+    assert made.excluded == (ANSWERS[0] + 1,)
     assert not any("train" in message or "weight" in message for message in made.messages)
     (example,) = rendered([made], tokenizer).examples
     assert trained_texts(example, tokenizer) == ["10, of course.<|im_end|>"]
@@ -111,7 +111,7 @@ def test_the_plan_counts_them_and_the_cache_keeps_them(
     for row in rows[:4]:
         row["messages"][1]["train"] = False  # type: ignore[index]
     file = write_jsonl(tmp_path / "rows.jsonl", rows)
-    prepared = prepare(tiny_recipe(data__train=str(file), data__eval=str(file)), Silent())
+    prepared = prepare(tiny_recipe(data__train=str(file), data__eval=str(file)), NoProgress())
     assert prepared.data.report["train"]["answers_not_trained"] == 4
     assert any("4 answers have train: false" in notice for notice in prepared.warnings)
     data = prepare_data(
@@ -122,4 +122,4 @@ def test_the_plan_counts_them_and_the_cache_keeps_them(
     )
     arrays = pack(data)
     assert arrays is not None
-    assert [c.untrained for c in unpack(arrays).eval_conversations] == [(1,)] * 4 + [()] * 2
+    assert [c.excluded for c in unpack(arrays).eval_conversations] == [(1,)] * 4 + [()] * 2

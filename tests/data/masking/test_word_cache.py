@@ -11,7 +11,7 @@ from tokenizers import Regex, Tokenizer, pre_tokenizers
 from transformers import PreTrainedTokenizerBase
 
 from loratune.data.masking.token_labels import exact_offsets
-from loratune.data.masking.word_cache import Words
+from loratune.data.masking.word_cache import WordCachingEncoder
 
 # Of Llama 3 and of Qwen 2, as their tokenizer.json has them.
 LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -52,9 +52,9 @@ def backend(request: pytest.FixtureRequest, smollm2_tokenizer: PreTrainedTokeniz
 
 
 @pytest.fixture(scope="module")
-def words(backend: Tokenizer) -> Words:
+def words(backend: Tokenizer) -> WordCachingEncoder:
     with exact_offsets(backend):
-        words = Words.of(backend)
+        words = WordCachingEncoder.of(backend)
     assert words is not None
     return words
 
@@ -63,7 +63,7 @@ def words(backend: Tokenizer) -> Words:
 @given(
     text=st.lists(st.sampled_from(PIECES) | st.text(max_size=8) | st.text(st.characters(max_codepoint=127), max_size=8))
 )
-def test_words_give_the_tokens_of_the_tokenizer(text: list[str], backend: Tokenizer, words: Words) -> None:
+def test_words_give_the_tokens_of_the_tokenizer(text: list[str], backend: Tokenizer, words: WordCachingEncoder) -> None:
     whole = "".join(text)
     (tokens,) = words([whole])
     with exact_offsets(backend):
@@ -79,7 +79,7 @@ def test_words_give_the_tokens_of_the_tokenizer(text: list[str], backend: Tokeni
 
 def test_other_kinds_of_tokenizers_are_left_alone(smollm2_tokenizer: PreTrainedTokenizerBase) -> None:
     backend = Tokenizer.from_str(smollm2_tokenizer.backend_tokenizer.to_str())
-    assert Words.of(backend) is not None
+    assert WordCachingEncoder.of(backend) is not None
     for pre_tokenizer in (
         pre_tokenizers.ByteLevel(add_prefix_space=True),
         pre_tokenizers.Metaspace(),
@@ -89,4 +89,4 @@ def test_other_kinds_of_tokenizers_are_left_alone(smollm2_tokenizer: PreTrainedT
     ):
         other = copy.deepcopy(backend)
         other.pre_tokenizer = pre_tokenizer
-        assert Words.of(other) is None
+        assert WordCachingEncoder.of(other) is None

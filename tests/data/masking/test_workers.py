@@ -72,7 +72,7 @@ def fails_on(number: int) -> Callable[[list[int]], int]:
 
 def test_the_first_error_is_raised() -> None:
     with (
-        workers.Crew[int, int](fails_on(3), setup=None, num_helpers=0) as crew,
+        workers.WorkerPool[int, int](fails_on(3), setup=None, num_helpers=0) as crew,
         pytest.raises(DataError, match="bad") as caught,
     ):
         crew.map([[n] for n in range(6)])
@@ -84,7 +84,7 @@ def test_a_helper_that_dies_leaves_its_work_to_this_process(monkeypatch: pytest.
         return subprocess.Popen([sys.executable, "-c", "pass"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     monkeypatch.setattr(workers, "_start_helper", start)
-    with workers.Crew[int, int](fails_on(99), setup=None, num_helpers=2) as crew:
+    with workers.WorkerPool[int, int](fails_on(99), setup=None, num_helpers=2) as crew:
         assert crew.map([[n] for n in range(20)]) == list(range(20))
 
 
@@ -92,7 +92,7 @@ def test_helpers_end_when_this_process_is_interrupted(smollm2_tokenizer: PreTrai
     def interrupted(batch: list[int]) -> int:
         raise KeyboardInterrupt
 
-    crew = workers.Crew[int, int](interrupted, setup=(smollm2_tokenizer, None), num_helpers=2)
+    crew = workers.WorkerPool[int, int](interrupted, setup=(smollm2_tokenizer, None), num_helpers=2)
     with pytest.raises(KeyboardInterrupt), crew:
         crew.map([[n] for n in range(20)])
     assert [helper.poll() is not None for helper in crew._helpers] == [True, True]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from loratune.model.kernels.fp8_linear import LARGEST, Fp8Linear, quantise_rows
+from loratune.model.kernels.fp8_linear import LARGEST, Fp8Linear, quantize_rows
 
 
 def layer(inputs: int, outputs: int, *, bias: bool) -> torch.nn.Linear:
@@ -15,7 +15,7 @@ def layer(inputs: int, outputs: int, *, bias: bool) -> torch.nn.Linear:
 
 def test_a_row_is_known_to_a_sixteenth_whatever_its_size() -> None:
     x = torch.randn(50, 64) * torch.logspace(-20, 20, 50)[:, None]
-    quantised, scale = quantise_rows(x)
+    quantised, scale = quantize_rows(x)
     # e4m3 has three bits of fraction: half a unit of the last is 1/16 of the number, or of the row's smallest step
     error = (quantised.float() * scale - x).abs()
     assert (error <= x.abs() / 16 + scale * 2**-10).all()
@@ -23,7 +23,7 @@ def test_a_row_is_known_to_a_sixteenth_whatever_its_size() -> None:
 
 
 def test_a_row_of_zeros_stays_zero() -> None:
-    quantised, scale = quantise_rows(torch.zeros(2, 16))
+    quantised, scale = quantize_rows(torch.zeros(2, 16))
     assert torch.equal(quantised.float() * scale, torch.zeros(2, 16))
 
 
@@ -38,7 +38,7 @@ def test_value_and_gradient_are_those_of_the_quantised_factors(*, bias: bool) ->
     y.backward(upstream)
 
     def dequantised(rows: torch.Tensor) -> torch.Tensor:
-        quantised, scale = quantise_rows(rows)
+        quantised, scale = quantize_rows(rows)
         return quantised.double() * scale.double()
 
     expected = dequantised(x.detach().view(-1, 48)) @ dequantised(plain.weight).T

@@ -19,7 +19,7 @@ from loratune.model.quantization.quantize import unpack_layers
 from loratune.planning.prepare import prepare
 from loratune.recipe.recipe import ModelSection, Recipe
 from loratune.run.errors import MachineError, RecipeError, RunError
-from loratune.run.progress import Silent
+from loratune.run.progress import NoProgress
 from loratune.workflows.export import export, merge
 from loratune.workflows.guidance.eject import eject
 from loratune.workflows.plan import plan
@@ -296,9 +296,9 @@ def test_both_engines_train_alike_and_the_merge_is_certified(
 def test_no_script_is_made_for_a_quantised_checkpoint(
     tiny_recipe: MakeRecipe, quantised: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    prepared = prepare(tiny_recipe(model__name=str(quantised("block_fp8")), train__epochs=1), Silent())
+    prepared = prepare(tiny_recipe(model__name=str(quantised("block_fp8")), train__epochs=1), NoProgress())
     with pytest.raises(RecipeError, match=r"come quantised \(fp8\)"):
-        eject(prepared, tmp_path / "script.py", overwrite=False, progress=Silent())
+        eject(prepared, tmp_path / "script.py", overwrite=False, progress=NoProgress())
 
 
 @pytest.mark.slow

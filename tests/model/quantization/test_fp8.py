@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from loratune.model.adapter.attach import attach_adapter, use_fast_layers
 from loratune.model.device import check_fp8
 from loratune.model.kernels.fp8_linear import Fp8Linear
-from loratune.model.quantization.fp8 import quantise_frozen
+from loratune.model.quantization.fp8 import quantize_frozen_layers
 from loratune.planning.hardware.devices import find_device
 from loratune.recipe.recipe import LoraSection, Recipe
 from loratune.run.errors import MachineError, RecipeError
@@ -23,7 +23,7 @@ TARGETS = ("model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj")
 def test_frozen_layers_of_the_decoder_are_quantised_and_nothing_else(tiny_model: Path) -> None:
     base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16)
     model = attach_adapter(base, LoraSection(r=4), TARGETS, base_name="tiny", seed=0)
-    assert quantise_frozen(model) == 2 * 7
+    assert quantize_frozen_layers(model) == 2 * 7
     kinds = {name: type(module) for name, module in model.named_modules() if "proj" in name or "head" in name}
     quantised = {name for name, kind in kinds.items() if kind is Fp8Linear}
     assert all("lora" not in name and "head" not in name for name in quantised)
@@ -35,7 +35,7 @@ def test_a_model_without_bfloat16_layers_is_refused(tiny_model: Path) -> None:
     base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     model = attach_adapter(base, LoraSection(r=4), TARGETS, base_name="tiny", seed=0)
     with pytest.raises(RecipeError, match="no frozen bfloat16 linear layers"):
-        quantise_frozen(model)
+        quantize_frozen_layers(model)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine may have fp8")

@@ -15,12 +15,12 @@ from loratune.model.adapter.attach import attach_adapter, use_fast_layers
 from loratune.model.load import BaseModel, load_config, load_model
 from loratune.model.quantization import quantize
 from loratune.model.quantization.kinds import BY_TORCHAO, PACKED
-from loratune.model.quantization.quantize import as_multiplied, base_bytes, matrix_bytes, quantised_matrices
+from loratune.model.quantization.quantize import as_multiplied, base_bytes, matrix_bytes, quantized_matrices
 from loratune.planning.parameters import skeleton
 from loratune.planning.prepare import prepare
 from loratune.recipe.recipe import LoraSection, ModelSection, Recipe
 from loratune.run.errors import MachineError, RecipeError
-from loratune.run.progress import Silent
+from loratune.run.progress import NoProgress
 from loratune.workflows.export import export, merge
 from loratune.workflows.guidance.effects import SUMMARIES, TABLES
 from loratune.workflows.guidance.eject import eject
@@ -57,7 +57,7 @@ def test_all_linear_layers_but_the_head_are_quantised_and_take_the_planned_bytes
 ) -> None:
     model = loaded(tiny_model, quantization, "bfloat16")
     base = skeleton(load_config(BaseModel(name="tiny", path=tiny_model), ModelSection()), trust_remote_code=False)
-    matrices = dict(quantised_matrices(base))
+    matrices = dict(quantized_matrices(base))
     layers = {
         n: m for n, m in model.named_modules() if type(m).__name__ in ("Linear4bit", "Linear8bitLt", "PackedLinear")
     }
@@ -182,7 +182,7 @@ def test_groups_that_do_not_fit_are_refused() -> None:
 def test_a_script_in_four_bits_of_torchao_is_refused(tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
     recipe = tiny_recipe(model__quantization="int4_weight_only", train__engine="trl")
     with pytest.raises(RecipeError, match="the trainer of transformers refuses"):
-        eject(prepare(recipe, Silent()), tmp_path / "script.py", overwrite=False, progress=Silent())
+        eject(prepare(recipe, NoProgress()), tmp_path / "script.py", overwrite=False, progress=NoProgress())
 
 
 @pytest.mark.parametrize("quantization", some(["nf4", "int4_weight_only"], "nf4"))
@@ -242,7 +242,7 @@ def test_apple_gpus_are_refused() -> None:
 def test_matrices_that_are_stored_transposed_are_refused() -> None:
     model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64))
     with pytest.raises(RecipeError, match="stored transposed"):
-        list(quantised_matrices(model))
+        list(quantized_matrices(model))
 
 
 # ---- out of a run
@@ -267,7 +267,7 @@ def test_the_ejected_script_trains_the_same(
     settings = {"model__quantization": quantization, "data__eval": "none", "train__epochs": 1, "train__log_every": 1}
     recipe = tiny_recipe(**settings, train__engine="trl")
     script = tmp_path / "script.py"
-    eject(prepare(recipe, Silent()), script, overwrite=False, progress=Silent())
+    eject(prepare(recipe, NoProgress()), script, overwrite=False, progress=NoProgress())
     monkeypatch.chdir(tmp_path)
     runpy.run_path(str(script), run_name="__main__")
     run = train(recipe).run

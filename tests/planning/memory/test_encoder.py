@@ -71,4 +71,4 @@ def test_what_a_layer_keeps_is_what_autograd_saves(kind: str, dtype: torch.dtype
     model = AutoModelForSequenceClassification.from_config(own)
     matrices = count_parameters(model, resolve_targets(model, targets), lora).matrices
     layer = encoder_layer_bytes(own, dtype.itemsize, matrices, lora=lora, longest=TOKENS)
-    assert layer.kept == pytest.approx(measured / EXAMPLES / TOKENS, rel=0.02)
+    assert layer.saved_for_backward == pytest.approx(measured / EXAMPLES / TOKENS, rel=0.02)

@@ -10,12 +10,19 @@ from loratune.model.adapter.attach import attach_adapter, use_fast_layers
 from loratune.model.adapter.targets import Matrix, resolve_targets
 from loratune.model.kernels.attention import PACKED, register
 from loratune.planning.memory.adapter import variant_bytes
-from loratune.planning.memory.memory import LayerBytes, MemoryPlan, Work, generation_bytes, layer_bytes, plan_memory
+from loratune.planning.memory.memory import (
+    LayerBytes,
+    MemoryPlan,
+    TokenSizes,
+    generation_bytes,
+    layer_bytes,
+    plan_memory,
+)
 from loratune.planning.parameters import count_parameters
 from loratune.recipe.recipe import LoraSection, Variant
 
 TOKENS = 192
-LAYER = LayerBytes(kept=1000, input=100, forward=400, backward=300, cache=50, attention=0)
+LAYER = LayerBytes(saved_for_backward=1000, input=100, forward=400, backward=300, cache=50, attention=0)
 
 
 def config(layers: int = 3) -> LlamaConfig:
@@ -86,7 +93,7 @@ def test_what_a_layer_keeps_is_what_autograd_saves(
     all_layers = model.model.layers
     expected = layer_bytes(config(), dtype.itemsize, [item.matrix for item in counted], lora=lora, compiled=False)
     measured = (forward(3) - forward(1)) / 2 / TOKENS
-    assert expected.kept == pytest.approx(measured, rel=0.03)
+    assert expected.saved_for_backward == pytest.approx(measured, rel=0.03)
 
 
 def plan(**changes: Any) -> MemoryPlan:
@@ -102,7 +109,7 @@ def plan(**changes: Any) -> MemoryPlan:
         "compiled": False,
         "loss_chunk_bytes": 1000,
         "row_logits_bytes": 4000,
-        "work": Work(longest=100, largest_step=800),
+        "work": TokenSizes(longest=100, largest_step=800),
         "wanted_budget": 400,
         "wanted_recomputed": None,
         "resident": 0,
@@ -137,13 +144,13 @@ def test_what_a_variant_takes_is_in_the_peak_and_what_it_takes_is_its_formula() 
 
 def test_steps_of_many_sizes_leave_more_behind_on_a_cpu() -> None:
     def left(num_sizes: int, **changes: Any) -> int:
-        work = Work(longest=100, largest_step=800, num_sizes=num_sizes)
+        work = TokenSizes(longest=100, largest_step=800, num_sizes=num_sizes)
         return plan(device="cpu", work=work, **changes).allocator_bytes
 
     assert left(1) < left(10) < left(28) == left(1000) == left(0) + 270 * 2**20
     assert left(1, compiled=True) < left(28, compiled=True)
     assert left(1, dtype_bytes=4) < left(28, dtype_bytes=4) < left(28)
-    assert plan(work=Work(longest=100, largest_step=800, num_sizes=28)) == plan()
+    assert plan(work=TokenSizes(longest=100, largest_step=800, num_sizes=28)) == plan()
 
 
 def test_layers_recompute_where_the_whole_does_not_fit() -> None:
@@ -155,7 +162,7 @@ def test_layers_recompute_where_the_whole_does_not_fit() -> None:
 
 
 def test_a_batch_of_answers_takes_no_more_than_training() -> None:
-    work = Work(longest=100, largest_step=800, held_out=100, prompt=90, num_prompts=1000, max_new_tokens=60)
+    work = TokenSizes(longest=100, largest_step=800, held_out=100, prompt=90, num_prompts=1000, max_new_tokens=60)
     made = plan(work=work)
     per_token = generation_bytes(LAYER, 10, 4000, work)
     assert 150 < made.generation_tokens < 16_384
@@ -164,7 +171,7 @@ def test_a_batch_of_answers_takes_no_more_than_training() -> None:
 
 
 def test_one_answer_that_takes_more_than_training_is_in_the_peak() -> None:
-    made = plan(work=Work(longest=100, largest_step=800, prompt=60_000, num_prompts=1, max_new_tokens=60))
+    made = plan(work=TokenSizes(longest=100, largest_step=800, prompt=60_000, num_prompts=1, max_new_tokens=60))
     assert made.evaluation_bytes > made.activation_bytes
     assert made.peak_bytes > made.training_bytes
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from loratune.data.steps import occasions
+from loratune.data.steps import count_occurrences
 from loratune.planning.prepare import prepare
 from loratune.recipe.recipe import Recipe, TrainSection
-from loratune.run.progress import Silent
+from loratune.run.progress import NoProgress
 from loratune.workflows.guidance.effects import SUMMARIES, TABLES
 from loratune.workflows.guidance.explain import all_fields
 from loratune.workflows.guidance.facts import Facts, learning_rates
@@ -24,7 +24,7 @@ MakeRecipe = Callable[..., Recipe]
 
 
 def facts(recipe: Recipe) -> Facts:
-    return Facts(prepare(recipe, Silent()))
+    return Facts(prepare(recipe, NoProgress()))
 
 
 def test_learning_rates_steps_checkpoints_and_evaluations_are_those_of_a_run(tiny_recipe: MakeRecipe) -> None:
@@ -41,9 +41,9 @@ def test_learning_rates_steps_checkpoints_and_evaluations_are_those_of_a_run(tin
     assert facts(recipe).learning_rates == pytest.approx(rates)
     assert len(rates) == 8
     happened = sum("eval_nll" in record for record in metrics)
-    assert happened == occasions(recipe.train.eval_every, steps=8, epochs=2.5) == 3
+    assert happened == count_occurrences(recipe.train.eval_every, steps=8, epochs=2.5) == 3
     saved = len(list(run.checkpoints.iterdir()))
-    assert saved == occasions(recipe.train.save_every, steps=8, epochs=2.5) == 3
+    assert saved == count_occurrences(recipe.train.save_every, steps=8, epochs=2.5) == 3
     keep = SUMMARIES["train.keep_checkpoints"](facts(recipe))
     state = (run.checkpoints / "8" / "optimizer.safetensors").stat().st_size
     weights = (run.checkpoints / "8" / "adapter_model.safetensors").stat().st_size

@@ -16,9 +16,9 @@ from loratune.planning.prepare import prepare
 from loratune.recipe.recipe import Recipe
 from loratune.run.directory import read_json
 from loratune.run.errors import RecipeError
-from loratune.run.progress import Silent
+from loratune.run.progress import NoProgress
 from loratune.workflows.guidance import eject as module
-from loratune.workflows.guidance.eject import COVERED, eject
+from loratune.workflows.guidance.eject import SUPPORTED_FIELDS, eject
 from loratune.workflows.train import train
 from tests.conftest import make_moe
 
@@ -98,7 +98,7 @@ def test_the_script_trains_to_the_same_losses_and_the_same_adapter(
     kinds |= {name: [f"train.optimizer={name}"] for name in ("lion", "adamw_8bit", "sgd")}
     settings = kinds.get(kind, [f"lora.variant={kind}"])
     script, ejected = tmp_path / "script.py", tmp_path / "run-ejected"
-    eject(prepare(Recipe.load(recipe_file, settings), Silent()), script, overwrite=False, progress=Silent())
+    eject(prepare(Recipe.load(recipe_file, settings), NoProgress()), script, overwrite=False, progress=NoProgress())
     runpy.run_path(str(script), run_name="__main__")
     run = train(Recipe.load(recipe_file, [*settings, "train.engine=trl"])).run
     losses = [record["loss"] for record in run.read_metrics() if "loss" in record]
@@ -120,7 +120,7 @@ def test_the_script_of_the_quickstart_trains_as_the_trl_engine(tmp_path: Path, m
     ]
     recipe = Recipe.load("recipes/quickstart.yaml", settings)
     script = tmp_path / "quickstart.py"
-    eject(prepare(recipe, Silent()), script, overwrite=False, progress=Silent())
+    eject(prepare(recipe, NoProgress()), script, overwrite=False, progress=NoProgress())
     runpy.run_path(str(script), run_name="__main__")
     run = train(Recipe.load("recipes/quickstart.yaml", [*settings, "train.engine=trl"])).run
     losses = [record["loss"] for record in run.read_metrics() if "loss" in record]
@@ -137,8 +137,8 @@ def test_rows_that_trl_prepares_alike_are_left_where_they_are(
         (["data.train_on=all"], "assistant_only_loss=False"),
         ([f"model.name={marked_model}", "data.train_on=[assistant]"], "assistant_only_loss=True"),
     ):
-        prepared = prepare(Recipe.load(recipe_file, settings), Silent())
-        ejected = eject(prepared, tmp_path / "script.py", overwrite=True, progress=Silent())
+        prepared = prepare(Recipe.load(recipe_file, settings), NoProgress())
+        ejected = eject(prepared, tmp_path / "script.py", overwrite=True, progress=NoProgress())
         assert (ejected.rows, ejected.why_rows) == (None, "")
         assert words in ejected.script.read_text()
         assert str(few_chats[0]) in ejected.script.read_text()
@@ -146,7 +146,7 @@ def test_rows_that_trl_prepares_alike_are_left_where_they_are(
 
 def test_the_script_imports_the_libraries_of_the_seed_and_nothing_of_ours(recipe_file: Path, tmp_path: Path) -> None:
     script = tmp_path / "script.py"
-    eject(prepare(Recipe.load(recipe_file), Silent()), script, overwrite=False, progress=Silent())
+    eject(prepare(Recipe.load(recipe_file), NoProgress()), script, overwrite=False, progress=NoProgress())
     tree = ast.parse(script.read_text())
     imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     imported |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
@@ -170,7 +170,7 @@ def test_where_trl_alone_would_train_something_else_the_rows_are_written_and_it_
 ) -> None:
     settings = [setting.replace("TRAIN", str(few_chats[0])) for setting in settings]
     recipe = Recipe.load(recipe_file, [f"model.name={marked_model}", *settings])
-    ejected = eject(prepare(recipe, Silent()), tmp_path / "s.py", overwrite=False, progress=Silent())
+    ejected = eject(prepare(recipe, NoProgress()), tmp_path / "s.py", overwrite=False, progress=NoProgress())
     assert why.replace("TRAIN", str(few_chats[0])) in ejected.why_rows
     assert ejected.rows is not None
     assert (ejected.rows / "train.parquet").is_file()
@@ -179,11 +179,11 @@ def test_where_trl_alone_would_train_something_else_the_rows_are_written_and_it_
 def test_nothing_is_overwritten_unasked(recipe_file: Path, tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text("mine")
-    prepared = prepare(Recipe.load(recipe_file), Silent())
+    prepared = prepare(Recipe.load(recipe_file), NoProgress())
     with pytest.raises(RecipeError, match="such a file already"):
-        eject(prepared, script, overwrite=False, progress=Silent())
+        eject(prepared, script, overwrite=False, progress=NoProgress())
     assert script.read_text() == "mine"
-    eject(prepared, script, overwrite=True, progress=Silent())
+    eject(prepared, script, overwrite=True, progress=NoProgress())
     assert "SFTTrainer" in script.read_text()
 
 
@@ -198,20 +198,20 @@ def test_nothing_is_overwritten_unasked(recipe_file: Path, tmp_path: Path) -> No
 def test_what_stock_libraries_do_not_have_is_refused_with_its_reason(
     setting: str, why: str, fix: str, recipe_file: Path, tmp_path: Path
 ) -> None:
-    prepared = prepare(Recipe.load(recipe_file), Silent())
+    prepared = prepare(Recipe.load(recipe_file), NoProgress())
     section, _, rest = setting.partition(".")
     field, _, value = rest.partition("=")
     part = getattr(prepared.recipe, section).model_copy(update={field: value})
     prepared = replace(prepared, recipe=prepared.recipe.model_copy(update={section: part}))
     with pytest.raises(RecipeError, match=f"{section}.{field} is {value}, which a script .*: {why}") as refused:
-        eject(prepared, tmp_path / "script.py", overwrite=False, progress=Silent())
+        eject(prepared, tmp_path / "script.py", overwrite=False, progress=NoProgress())
     assert refused.value.fix.startswith(fix)
 
 
 def test_a_setting_that_the_script_cannot_follow_is_refused(
     recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(module.COVERED, "lora", COVERED["lora"] - {"dropout"})
-    prepared = prepare(Recipe.load(recipe_file), Silent())
+    monkeypatch.setitem(module.SUPPORTED_FIELDS, "lora", SUPPORTED_FIELDS["lora"] - {"dropout"})
+    prepared = prepare(Recipe.load(recipe_file), NoProgress())
     with pytest.raises(RecipeError, match=r"lora\.dropout is 0\.1, which a script"):
-        eject(prepared, tmp_path / "script.py", overwrite=False, progress=Silent())
+        eject(prepared, tmp_path / "script.py", overwrite=False, progress=NoProgress())

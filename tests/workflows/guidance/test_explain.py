@@ -9,7 +9,7 @@ from rich.console import Console
 from loratune.planning.prepare import prepare
 from loratune.recipe.recipe import Recipe, Source, origins
 from loratune.run.errors import RecipeError
-from loratune.run.progress import Silent
+from loratune.run.progress import NoProgress
 from loratune.workflows.guidance.explain import (
     Explanation,
     all_fields,
@@ -23,7 +23,7 @@ from loratune.workflows.guidance.explain import (
 
 def explained(path: Path, overrides: list[str], fields: tuple[str, ...] = ()) -> dict[str, Explanation]:
     recipe = Recipe.load(path, overrides)
-    found = explain(recipe, prepare(recipe, Silent()), origins(path, overrides), fields)
+    found = explain(recipe, prepare(recipe, NoProgress()), origins(path, overrides), fields)
     return {item.name: item for item in found}
 
 

@@ -16,15 +16,23 @@ import numpy.typing as npt
 
 from loratune.data.examples import Example
 from loratune.data.masking.spans_by_prompting import spans_by_difference, spans_by_markers, spans_by_prompting
-from loratune.data.masking.spans_by_substitution import Rendering, Span, Substitution, has_text
+from loratune.data.masking.spans_by_substitution import Rendering, Span, SubstitutionMatcher, has_text
 from loratune.data.masking.special_tokens import SpecialText, special_names, special_notices, special_token_in
 from loratune.data.masking.template import ChatTemplate, Tools
-from loratune.data.masking.token_labels import Encoder, Labelled, Labels, OnLong, Text, TooLong, backend_of
+from loratune.data.masking.token_labels import (
+    Encoder,
+    LengthViolations,
+    OnLong,
+    RenderedText,
+    TokenMask,
+    TokenMasker,
+    backend_of,
+)
 from loratune.data.masking.word_cache import Tokens
-from loratune.data.masking.workers import Crew, num_helpers
+from loratune.data.masking.workers import WorkerPool, num_helpers
 from loratune.data.rows.conversation import BadRow, Conversation, Message, Rejected, split_thoughts
 from loratune.recipe.roles import TrainOn, as_written, trained_roles
-from loratune.run.errors import as_count
+from loratune.run.errors import plural
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -64,7 +72,7 @@ class Chunk:
     rejected: list[tuple[int, str]]
     """Which conversation cannot be trained on, and why."""
     counts: Counter[str]
-    too_long: TooLong
+    too_long: LengthViolations
 
     def examples(self, conversations: Sequence[Conversation]) -> Iterator[Example]:
         """The examples, as views."""
@@ -129,10 +137,10 @@ def render(
     renderer = Renderer(tokenizer, policy)
     slices = [conversations[start : start + CHUNK] for start in range(0, len(conversations), CHUNK)]
     helpers = num_helpers(len(conversations)) if processes is None else processes - 1
-    with Crew(renderer, setup=(tokenizer, policy), num_helpers=min(helpers, len(slices) - 1)) as crew:
+    with WorkerPool(renderer, setup=(tokenizer, policy), num_helpers=min(helpers, len(slices) - 1)) as crew:
         chunks = crew.map(slices, progress)
     counts: Counter[str] = Counter()
-    too_long = TooLong()
+    too_long = LengthViolations()
     for chunk in chunks:
         counts.update(chunk.counts)
         too_long.add(chunk.too_long)
@@ -154,13 +162,13 @@ def render(
     )
 
 
-def trained_turns(messages: Sequence[Message], train_on: TrainOn, untrained: Sequence[int] = ()) -> list[int]:
-    """The messages to be trained: those of the trained roles that have a text or calls, but for the `untrained` ones."""
+def trained_turns(messages: Sequence[Message], train_on: TrainOn, excluded: Sequence[int] = ()) -> list[int]:
+    """The messages to be trained: those of the trained roles that have a text or calls, but for the `excluded` ones."""
     roles = trained_roles(train_on)
     turns = [
         n
         for n, message in enumerate(messages)
-        if message["role"] in roles and n not in untrained and (message["role"] == "assistant" or has_text(message))
+        if message["role"] in roles and n not in excluded and (message["role"] == "assistant" or has_text(message))
     ]
     return turns[-1:] if train_on == "last" else turns
 
@@ -181,10 +189,10 @@ class Renderer:
         self._train_on = policy.train_on
         self._thinking = policy.thinking
         self._encode = Encoder(backend_of(tokenizer))
-        self._label = Labels(tokenizer, max_length=policy.max_length, on_long=policy.on_long)
+        self._label = TokenMasker(tokenizer, max_length=policy.max_length, on_long=policy.on_long)
         self._as_text = policy.special_tokens_in_text == "as_text"
         self._text_specials: SpecialText | None = None
-        self._trade: tuple[ChatTemplate, Substitution] | None = None
+        self._trade: tuple[ChatTemplate, SubstitutionMatcher] | None = None
         self._counts: Counter[str] = Counter()
 
     def __call__(self, conversations: Sequence[Conversation]) -> Chunk:
@@ -194,9 +202,9 @@ class Renderer:
             DataError: As `render`.
         """
         self._counts = self._label.counts = Counter()
-        too_long = self._label.too_long = TooLong()
+        too_long = self._label.too_long = LengthViolations()
         texts = [_result_or_reason(self._render, conversation) for conversation in conversations]
-        encoded = iter(self._encode([t.text for t in texts if isinstance(t, Text) and t.hidden is None]))
+        encoded = iter(self._encode([t.text for t in texts if isinstance(t, RenderedText) and t.hidden is None]))
         results = [
             text if isinstance(text, str)
             # the words' own tokens, or those of a text in which names of special tokens are text
@@ -214,7 +222,7 @@ class Renderer:
             too_long=too_long,
         )
 
-    def _labelled(self, text: Text, tokens: Tokens | None) -> Labelled | None:
+    def _labelled(self, text: RenderedText, tokens: Tokens | None) -> TokenMask | None:
         if tokens is None:
             assert text.hidden is not None
             tokens = self._specials(text).tokens(text.hidden)
@@ -226,17 +234,17 @@ class Renderer:
             )
         return labelled
 
-    def _specials(self, text: Text) -> SpecialText:
-        if not text.plain:
-            return self._tools_of_the_trade[0].special_text
+    def _specials(self, text: RenderedText) -> SpecialText:
+        if not text.is_plain_text:
+            return self._template_and_matcher[0].special_text
         if self._text_specials is None:
             self._text_specials = SpecialText(self._tokenizer, special_names(self._tokenizer))
         return self._text_specials
 
-    def _render(self, conversation: Conversation) -> Text:
+    def _render(self, conversation: Conversation) -> RenderedText:
         if conversation.text is not None:
             return self._render_plain(conversation, conversation.text)
-        template, substitution = self._tools_of_the_trade
+        template, substitution = self._template_and_matcher
         found = special_token_in(conversation, template.special_text)
         if found:
             self._counts["special_tokens_in_text"] += 1
@@ -247,16 +255,16 @@ class Renderer:
         text = self._render_chat(conversation, template, substitution)
         return replace(text, text=template.special_text.show(text.text), hidden=text.text) if found else text
 
-    def _render_plain(self, conversation: Conversation, text: str) -> Text:
+    def _render_plain(self, conversation: Conversation, text: str) -> RenderedText:
         if self._train_on != "all":
             raise BadRow("plain text has no answers; train_on must be all")
-        made = Text(
+        made = RenderedText(
             text=text,
             spans=None,
             check=None,
             names=(),
-            endless=frozenset(),
-            plain=True,
+            without_stop_token=frozenset(),
+            is_plain_text=True,
             origin=conversation.origin,
             num_controls=None,
             hidden=None,
@@ -267,10 +275,12 @@ class Renderer:
         self._counts["special_tokens_in_text"] += 1
         return replace(made, hidden=specials.hide(text), num_controls=0) if self._as_text else made
 
-    def _render_chat(self, conversation: Conversation, template: ChatTemplate, substitution: Substitution) -> Text:
+    def _render_chat(
+        self, conversation: Conversation, template: ChatTemplate, substitution: SubstitutionMatcher
+    ) -> RenderedText:
         messages = [with_thinking(m, self._thinking, template, n) for n, m in enumerate(conversation.messages, start=1)]
         tools = conversation.tools
-        turns = trained_turns(messages, self._train_on, conversation.untrained)
+        turns = trained_turns(messages, self._train_on, conversation.excluded)
         self._check_said(conversation)
         if not turns and self._train_on != "all":
             roles = trained_roles(self._train_on)
@@ -294,40 +304,40 @@ class Renderer:
             spans = rendering.spans
             second = _second_spans(text, marked, rendering, messages, tools, turns, template)
             check = None if sorted(second) == sorted(spans) else second
-        return Text(
+        return RenderedText(
             text=rendering.text,
             spans=spans,
             check=check,
             names=tuple(f"message {turn + 1} ({messages[turn]['role']})" for turn in turns),
-            endless=rendering.endless,
-            plain=False,
+            without_stop_token=rendering.without_stop_token,
+            is_plain_text=False,
             origin=conversation.origin,
             num_controls=rendering.num_controls,
             hidden=None,
         )
 
     @property
-    def _tools_of_the_trade(self) -> tuple[ChatTemplate, Substitution]:
+    def _template_and_matcher(self) -> tuple[ChatTemplate, SubstitutionMatcher]:
         if self._trade is None:
             template = ChatTemplate(self._tokenizer)
-            self._trade = template, Substitution(template)
+            self._trade = template, SubstitutionMatcher(template)
         return self._trade
 
     def _check_said(self, conversation: Conversation) -> None:
         """What messages say of themselves must go with the recipe."""
         roles, messages = trained_roles(self._train_on), conversation.messages
-        for n in conversation.insisted:
+        for n in conversation.forced_trained:
             if messages[n]["role"] not in roles and self._train_on != "all":
                 raise BadRow(
                     f"message {n + 1} ({messages[n]['role']}) has train true, but data.train_on is "
                     f"{as_written(self._train_on)}, which does not train it"
                 )
-        if conversation.untrained and self._train_on == "all":
-            n = conversation.untrained[0]
+        if conversation.excluded and self._train_on == "all":
+            n = conversation.excluded[0]
             raise BadRow(
                 f"message {n + 1} ({messages[n]['role']}) has train false, but data.train_on is all, which trains every token"
             )
-        self._counts["answers_not_trained"] += sum(messages[n]["role"] in roles for n in conversation.untrained)
+        self._counts["answers_not_trained"] += sum(messages[n]["role"] in roles for n in conversation.excluded)
 
     def _count(self, rendering: Rendering, messages: Sequence[Message], turns: Sequence[int]) -> None:
         answers = [messages[turn] for turn in turns if messages[turn]["role"] == "assistant"]
@@ -337,15 +347,15 @@ class Renderer:
         self._counts["unanswered"] += messages[-1]["role"] != "assistant" and len(messages) - 1 not in turns
         for turn in turns if self._train_on != "all" else ():
             self._counts[f"trained {messages[turn]['role']}"] += 1
-        for number in rendering.endless:
-            self._counts[f"endless {messages[turns[number]]['role']}"] += 1
+        for number in rendering.without_stop_token:
+            self._counts[f"without_stop_token {messages[turns[number]]['role']}"] += 1
 
     @property
     def method(self) -> str:
         """How trained tokens are found and checked."""
         if self._train_on == "all":
             return "every token is trained"
-        template, _ = self._tools_of_the_trade
+        template, _ = self._template_and_matcher
         roles = trained_roles(self._train_on)
         ways = []
         if "assistant" in roles:
@@ -357,10 +367,10 @@ class Renderer:
     def notices(self, counts: Counter[str]) -> list[str]:
         """What the user should know about the chat template and this data."""
         notices: list[str] = []
-        template, _ = self._tools_of_the_trade
+        template, _ = self._template_and_matcher
         if counts["thoughts_restored"]:
             notices.append(
-                f"The chat template drops the thoughts of {as_count(counts['thoughts_restored'], 'answer')}. They were put back and "
+                f"The chat template drops the thoughts of {plural(counts['thoughts_restored'], 'answer')}. They were put back and "
                 "are trained (data.thinking=keep); data.thinking=strip trains without them."
             )
         thoughtless = counts["answers"] - counts["thoughts"]
@@ -372,18 +382,20 @@ class Renderer:
         if template.forbids_thoughts and counts["thoughts"]:
             notices.append(
                 "The chat template's generation prompt ends with empty thoughts, but "
-                f"{as_count(counts['thoughts'], 'trained answer has', 'trained answers have')} some: when it is used, the model is prompted to answer without them."
+                f"{plural(counts['thoughts'], 'trained answer has', 'trained answers have')} some: when it is used, the model is prompted to answer without them."
             )
         if number := counts["answers_not_trained"]:
             what = "answer" if trained_roles(self._train_on) == ("assistant",) else "message"
             said = f"{what} has train: false and is not trained.", f"{what}s have train: false and are not trained."
-            notices.append(as_count(number, *said))
+            notices.append(plural(number, *said))
         if number := counts["unanswered"]:
-            ends = as_count(number, "conversation ends", "conversations end")
+            ends = plural(number, "conversation ends", "conversations end")
             notices.append(f"{ends} with a message that has no answer.")
-        if endless := {role: n for role in trained_roles(self._train_on) if (n := counts[f"endless {role}"])}:
+        if without_stop_token := {
+            role: n for role in trained_roles(self._train_on) if (n := counts[f"without_stop_token {role}"])
+        }:
             which = " and ".join(
-                as_count(n, f"message of {role}", f"messages of {role}") for role, n in endless.items()
+                plural(n, f"message of {role}", f"messages of {role}") for role, n in without_stop_token.items()
             )
             notices.append(
                 f"The chat template writes {which} without a stop token of their own: the texts are trained, but not where they end."
@@ -395,7 +407,7 @@ class Renderer:
         if counts["straddling"]:
             both = "both what the template writes and the start of a trained text;"
             said = f"token holds {both} it is not trained.", f"tokens hold {both} they are not trained."
-            notices.append(as_count(counts["straddling"], *said))
+            notices.append(plural(counts["straddling"], *said))
         return notices
 
 

@@ -13,7 +13,7 @@ writes one. It is part of the span only if it stands before everything that belo
     <|im_start|>user⏎Hello<|im_end|>⏎      [INST] <<SYS>>⏎Be brief.⏎<</SYS>>⏎⏎Hello [/INST] Hi!</s>
                      └───────────┘                        └───────┘
 
-1. `Substitution` renders the conversation with sentinels in place of all texts, which shows what the template itself
+1. `SubstitutionMatcher` renders the conversation with sentinels in place of all texts, which shows what the template itself
    writes, and finds the true text to be exactly that with the true texts in the holes.
 2. `second_spans`: the template's own marks, prompts, and renderings with another text.
 """
@@ -35,7 +35,7 @@ _SENTINEL = re.compile(r"Qk(\d+)([ct])Z")
 _CACHED_SHAPES = 512
 
 
-class Hole(NamedTuple):
+class TextSlot(NamedTuple):
     """A place where the template writes a message's text."""
 
     message: int
@@ -46,16 +46,16 @@ class Hole(NamedTuple):
 class Prompt:
     """How the prompt for an answer ends: with a message's text, and what the template writes after it."""
 
-    anchor: Hole | None
+    anchor: TextSlot | None
     tail: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Layout:
+class TemplateLayout:
     """A rendered conversation without its texts: gaps[0] hole[0] gaps[1] hole[1] … gaps[n]."""
 
     gaps: tuple[str, ...]
-    holes: tuple[Hole, ...]
+    holes: tuple[TextSlot, ...]
     prompts: dict[int, Prompt]
     """Of each answer to be trained, or to a message that is, by its message."""
     tails: dict[int, str | None]
@@ -71,7 +71,7 @@ class Rendering:
     text: str
     spans: list[Span]
     """Of each trained message."""
-    endless: frozenset[int]
+    without_stop_token: frozenset[int]
     """The numbers of the spans that end without a stop token."""
     num_restored: int
     """Answers whose thoughts the template dropped, and which were put back."""
@@ -83,7 +83,7 @@ class Rendering:
 class _Draft:
     """A layout with this conversation's texts, while thoughts are put back into it."""
 
-    layout: Layout
+    layout: TemplateLayout
     gaps: list[str]
     texts: list[str]
     starts: list[int] = field(default_factory=list)
@@ -103,13 +103,13 @@ class _Draft:
         return self.starts[hole] + len(self.texts[hole])
 
 
-class Substitution:
+class SubstitutionMatcher:
     """Finds answers by substitution. Layouts are kept, since most conversations of a data set have few shapes."""
 
     def __init__(self, template: ChatTemplate) -> None:
         self._template = template
         self._header = without_thoughts(template.header)
-        self._layouts: dict[object, Layout] = {}
+        self._layouts: dict[object, TemplateLayout] = {}
 
     def __call__(self, text: str, messages: Sequence[Message], tools: Tools, turns: Sequence[int]) -> Rendering:
         """Find the trained messages in a rendered conversation, after putting back thoughts that the template dropped.
@@ -128,25 +128,29 @@ class Substitution:
         num_restored = sum(_restore(draft, turn, messages[turn], self._template) for turn in answers)
         text = draft.join()
         spans: list[Span] = []
-        endless: set[int] = set()
+        without_stop_token: set[int] = set()
         for number, turn in enumerate(turns):
             if messages[turn]["role"] == "assistant":
                 start, end = _span(draft, text, turn, messages[turn], self._template.stops)
                 _refuse_header(text[start:end], self._header, turn)
             else:
                 start, end, has_stop = self._text_span(draft, text, turn, messages, tools)
-                endless |= set() if has_stop else {number}
+                without_stop_token |= set() if has_stop else {number}
             spans.append((start, end))
         num_controls = self._template.special_text.count(text) if num_restored else draft.layout.num_controls
         return Rendering(
-            text=text, spans=spans, endless=frozenset(endless), num_restored=num_restored, num_controls=num_controls
+            text=text,
+            spans=spans,
+            without_stop_token=frozenset(without_stop_token),
+            num_restored=num_restored,
+            num_controls=num_controls,
         )
 
     def _text_span(
         self, draft: _Draft, text: str, turn: int, messages: Sequence[Message], tools: Tools
     ) -> tuple[int, int, bool]:
         """The span of a message that is no answer, and whether a stop token ends it."""
-        index = draft.layout.holes.index(Hole(turn, thoughts=False))
+        index = draft.layout.holes.index(TextSlot(turn, thoughts=False))
         end, limit = draft.end(index), _limit(draft, text, turn, messages)
         stop = message_end(text, end, limit, draft.layout.tails[turn], tools, self._template)
         return blanks_before(text, draft.starts[index]), end if stop is None else stop, stop is not None
@@ -163,7 +167,7 @@ class Substitution:
             raise BadRow("the chat template changes trained texts in a way that cannot be followed")
         return _Draft(layout=layout, gaps=list(layout.gaps), texts=texts)
 
-    def _cached_layout(self, messages: Sequence[Message], tools: Tools, turns: Sequence[int]) -> Layout:
+    def _cached_layout(self, messages: Sequence[Message], tools: Tools, turns: Sequence[int]) -> TemplateLayout:
         key = (tuple(map(_shape, messages)), json.dumps(tools) if tools else "", tuple(turns))
         layout = self._layouts.get(key)
         if layout is None:
@@ -172,7 +176,9 @@ class Substitution:
             layout = self._layouts[key] = self._layout(messages, tools, turns, trained_only=False)
         return layout
 
-    def _layout(self, messages: Sequence[Message], tools: Tools, turns: Sequence[int], *, trained_only: bool) -> Layout:
+    def _layout(
+        self, messages: Sequence[Message], tools: Tools, turns: Sequence[int], *, trained_only: bool
+    ) -> TemplateLayout:
         hidden = [
             _hide(message, number) if message["role"] == "assistant" or number in turns or not trained_only else message
             for number, message in enumerate(messages)
@@ -188,11 +194,11 @@ class Substitution:
             raise BadRow("the chat template writes a prompt that does not occur in the conversation")
         num_controls = sum(map(self._template.special_text.count, gaps))
         tails = {turn: self._tail(hidden[: turn + 1], tools) for turn in turns if turn not in prompts}
-        return Layout(gaps=gaps, holes=holes, prompts=prompts, tails=tails, num_controls=num_controls)
+        return TemplateLayout(gaps=gaps, holes=holes, prompts=prompts, tails=tails, num_controls=num_controls)
 
     def _tail(self, hidden: Sequence[Message], tools: Tools) -> str | None:
         gaps, holes = _split(self._template.probe(hidden, tools))
-        return gaps[-1] if holes[-1:] == (Hole(len(hidden) - 1, thoughts=False),) else None
+        return gaps[-1] if holes[-1:] == (TextSlot(len(hidden) - 1, thoughts=False),) else None
 
     def _prompt(self, hidden: Sequence[Message], tools: Tools) -> Prompt:
         if not hidden:
@@ -224,14 +230,14 @@ def _hide(message: Message, number: int) -> Message:
     return hidden
 
 
-def _split(text: str) -> tuple[tuple[str, ...], tuple[Hole, ...]]:
+def _split(text: str) -> tuple[tuple[str, ...], tuple[TextSlot, ...]]:
     pieces = _SENTINEL.split(text)  # gap, number, kind, gap, number, kind, gap
-    holes = tuple(Hole(int(number), kind == "t") for number, kind in zip(pieces[1::3], pieces[2::3], strict=True))
+    holes = tuple(TextSlot(int(number), kind == "t") for number, kind in zip(pieces[1::3], pieces[2::3], strict=True))
     return tuple(pieces[0::3]), holes
 
 
-def _check_written_once(holes: Sequence[Hole], number: int, role: str) -> None:
-    times = holes.count(Hole(number, thoughts=False))
+def _check_written_once(holes: Sequence[TextSlot], number: int, role: str) -> None:
+    times = holes.count(TextSlot(number, thoughts=False))
     if times != 1:
         does = "drops" if not times else f"repeats {times} times"
         raise BadRow(f"the chat template {does} the text of message {number + 1} ({role})")
@@ -248,7 +254,7 @@ def _in_json(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)[1:-1]
 
 
-def _fill(layout: Layout, text: str, messages: Sequence[Message]) -> list[str] | None:
+def _fill(layout: TemplateLayout, text: str, messages: Sequence[Message]) -> list[str] | None:
     """The texts in the holes, if the whole text is the layout with the messages' texts in its holes."""
     if not text.startswith(layout.gaps[0]):
         return None
@@ -266,7 +272,7 @@ def _fill(layout: Layout, text: str, messages: Sequence[Message]) -> list[str] |
     return texts if position == len(text) else None
 
 
-def _candidates(message: Message, hole: Hole) -> Iterator[str]:
+def _candidates(message: Message, hole: TextSlot) -> Iterator[str]:
     """The forms in which a template may write a text: as it is, trimmed, inside JSON, without its thoughts."""
     text = message["reasoning_content" if hole.thoughts else "content"]
     yield text
@@ -295,14 +301,14 @@ def _trimmed(text: str) -> Iterator[str]:
 def _restore(draft: _Draft, turn: int, message: Message, template: ChatTemplate) -> bool:
     """Put back the thoughts of an answer if the template dropped them."""
     if "reasoning_content" in message:
-        if Hole(turn, thoughts=True) in draft.layout.holes:
+        if TextSlot(turn, thoughts=True) in draft.layout.holes:
             return False
         _insert_thoughts(draft, turn, message["reasoning_content"].strip(), template)
         return True
     parts = split_thoughts(message.get("content", ""))
     if parts is None:
         return False
-    index = draft.layout.holes.index(Hole(turn, thoughts=False))
+    index = draft.layout.holes.index(TextSlot(turn, thoughts=False))
     if "</think>" in draft.texts[index]:
         return False
     draft.texts[index] = join_thoughts(*parts) if template.opens_thoughts else message["content"]
@@ -324,13 +330,13 @@ def _insert_thoughts(draft: _Draft, turn: int, thoughts: str, template: ChatTemp
     if not draft.gaps[index].startswith(start):
         raise BadRow(f"the chat template drops the thoughts of message {turn + 1}, and they cannot be put back")
     rest = draft.gaps[index][len(start) :]
-    if draft.layout.holes[index : index + 1] == (Hole(turn, thoughts=False),):
+    if draft.layout.holes[index : index + 1] == (TextSlot(turn, thoughts=False),):
         rest = ""  # all between header and answer: the template's form of having no thoughts
     rest = re.sub(r"^<think>\s*</think>\s*", "", rest)
     draft.gaps[index] = f"{start}{form.before}{thoughts}{form.after}{rest}"
 
 
-def _gap_after(layout: Layout, prompt: Prompt) -> int:
+def _gap_after(layout: TemplateLayout, prompt: Prompt) -> int:
     return 0 if prompt.anchor is None else layout.holes.index(prompt.anchor) + 1
 
 
@@ -347,7 +353,7 @@ def _span(draft: _Draft, text: str, turn: int, message: Message, stops: tuple[st
     after = first
     while after < len(holes) and holes[after].message == turn:
         after += 1
-    if has_text(message) and Hole(turn, thoughts=False) not in holes[first:after]:
+    if has_text(message) and TextSlot(turn, thoughts=False) not in holes[first:after]:
         raise BadRow(f"the chat template writes the text of message {turn + 1} (assistant) outside of its turn")
     body_end = draft.end(after - 1) if after > first else start
     limit = draft.starts[after] if after < len(holes) else len(text)
@@ -363,7 +369,7 @@ def _span(draft: _Draft, text: str, turn: int, message: Message, stops: tuple[st
 
 def _limit(draft: _Draft, text: str, turn: int, messages: Sequence[Message]) -> int:
     """Before which a message that is no answer ends: the answer's own part, or the next text."""
-    holes, hole = draft.layout.holes, Hole(turn, thoughts=False)
+    holes, hole = draft.layout.holes, TextSlot(turn, thoughts=False)
     index = holes.index(hole)
     limit = draft.starts[index + 1] if index + 1 < len(holes) else len(text)
     prompt = draft.layout.prompts.get(turn + 1)

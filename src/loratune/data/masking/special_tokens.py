@@ -21,7 +21,7 @@ from tokenizers import AddedToken, Tokenizer
 
 from loratune.data.masking.word_cache import Tokens
 from loratune.data.rows.conversation import BadRow, Conversation
-from loratune.run.errors import as_count
+from loratune.run.errors import plural
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -192,10 +192,10 @@ def special_notices(number: int, *, as_text: bool) -> list[str]:
         return []
     if as_text:
         return [
-            f"{as_count(number, 'conversation has', 'conversations have')} the names of special tokens in their texts. They are trained as the ordinary "
+            f"{plural(number, 'conversation has', 'conversations have')} the names of special tokens in their texts. They are trained as the ordinary "
             "text that they are (data.special_tokens_in_text=as_text). Most servers read them as special tokens."
         ]
     return [
-        f"{as_count(number, 'text has', 'texts have')} the names of special tokens in them. In chats such rows are refused, in plain text they are "
+        f"{plural(number, 'text has', 'texts have')} the names of special tokens in them. In chats such rows are refused, in plain text they are "
         "read as these tokens; data.special_tokens_in_text=as_text reads them as text."
     ]

@@ -18,9 +18,9 @@ import numpy as np
 import numpy.typing as npt
 
 from loratune.data.masking.spans_by_substitution import Span
-from loratune.data.masking.word_cache import Tokens, Words
+from loratune.data.masking.word_cache import Tokens, WordCachingEncoder
 from loratune.data.rows.conversation import BadRow, Origin
-from loratune.run.errors import DataError, as_count
+from loratune.run.errors import DataError, plural
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -30,12 +30,12 @@ if TYPE_CHECKING:
 OnLong = Literal["error", "truncate", "drop"]
 
 
-Labelled = tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]
+TokenMask = tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]
 """Token ids [T], and which of them carry loss [T]."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Text:
+class RenderedText:
     """A rendered conversation, before tokenising."""
 
     text: str
@@ -45,9 +45,9 @@ class Text:
     """The spans as found the second way, where they differ by character."""
     names: tuple[str, ...]
     """Of the messages of the spans, for people."""
-    endless: frozenset[int]
+    without_stop_token: frozenset[int]
     """The numbers of the spans that end without a stop token."""
-    plain: bool
+    is_plain_text: bool
     origin: Origin
     num_controls: int | None
     """Special tokens that the template writes; None: they are not counted."""
@@ -61,7 +61,7 @@ class Encoder:
     def __init__(self, backend: Tokenizer) -> None:
         self._backend = backend
         with exact_offsets(backend):
-            self._words = Words.of(backend)
+            self._words = WordCachingEncoder.of(backend)
 
     def __call__(self, texts: Sequence[str]) -> list[Tokens]:
         """The tokens of each text."""
@@ -85,14 +85,14 @@ def _with_offsets(ids: Sequence[int], offsets: Sequence[tuple[int, int]], decode
 
 
 @dataclass(slots=True, kw_only=True)
-class TooLong:
+class LengthViolations:
     """Examples over the limit, under `on_long: error`."""
 
     count: int = 0
     first: Origin | None = None
     longest: int = 0
 
-    def add(self, other: TooLong) -> None:
+    def add(self, other: LengthViolations) -> None:
         """Count in what comes after."""
         self.count += other.count
         self.longest = max(self.longest, other.longest)
@@ -102,14 +102,14 @@ class TooLong:
         """Raise `DataError` if there were any."""
         if self.first is not None:
             raise DataError(
-                f"{as_count(self.count, 'example is', 'examples are')} longer than max_length {max_length}; the longest has {self.longest} tokens",
+                f"{plural(self.count, 'example is', 'examples are')} longer than max_length {max_length}; the longest has {self.longest} tokens",
                 file=self.first.file,
                 line=self.first.line,
                 fix="raise data.max_length, or set data.on_long to truncate or drop",
             )
 
 
-class Labels:
+class TokenMasker:
     """Labels the tokens of texts.
 
     Args:
@@ -127,9 +127,9 @@ class Labels:
         self._on_long = on_long
         self._frame = _text_frame(tokenizer)
         self.counts: Counter[str] = Counter()
-        self.too_long = TooLong()
+        self.too_long = LengthViolations()
 
-    def __call__(self, text: Text, tokens: Tokens) -> Labelled | None:
+    def __call__(self, text: RenderedText, tokens: Tokens) -> TokenMask | None:
         """The example; None where it is left out for its length.
 
         Raises:
@@ -139,9 +139,9 @@ class Labels:
         self._check_round_trip(text.text, tokens)
         return self._fit(*self._label(text, tokens), text.origin)
 
-    def _label(self, text: Text, tokens: Tokens) -> Labelled:
+    def _label(self, text: RenderedText, tokens: Tokens) -> TokenMask:
         ids = tokens.ids
-        if text.plain:
+        if text.is_plain_text:
             ids = self._frame.around(ids)
         if text.spans is None:
             supervised = np.ones(len(ids), dtype=np.bool_)
@@ -155,13 +155,13 @@ class Labels:
             raise BadRow("nothing to train")
         return ids, supervised
 
-    def _mask(self, text: Text, spans: Sequence[Span], tokens: Tokens) -> npt.NDArray[np.bool_]:
+    def _mask(self, text: RenderedText, spans: Sequence[Span], tokens: Tokens) -> npt.NDArray[np.bool_]:
         mask = np.zeros(len(tokens.ids), dtype=np.bool_)
         for number, (start, end) in enumerate(spans):
             name = text.names[number] if spans is text.spans else "a trained message"
             first, last, straddles = _tokens_of(tokens, text.text, start, end, name)
             self.counts["straddling"] += straddles
-            ended = spans is text.spans and number not in text.endless
+            ended = spans is text.spans and number not in text.without_stop_token
             if ended and int(tokens.ids[last]) not in self._stops:
                 raise BadRow(f"the tokenizer does not write the stop token of {name} as one token")
             mask[first : last + 1] = True
@@ -183,13 +183,13 @@ class Labels:
                     raise BadRow(f"the tokenizer cannot write it: {_difference(original, back)}")
             start = stop + 1
 
-    def _fit(self, ids: npt.NDArray[np.int32], supervised: npt.NDArray[np.bool_], origin: Origin) -> Labelled | None:
+    def _fit(self, ids: npt.NDArray[np.int32], supervised: npt.NDArray[np.bool_], origin: Origin) -> TokenMask | None:
         """The example within `max_length`, or None where it is left out."""
         length = len(ids)
         if length <= self._max_length:
             return ids, supervised
         if self._on_long == "error":
-            self.too_long.add(TooLong(count=1, first=origin, longest=length))
+            self.too_long.add(LengthViolations(count=1, first=origin, longest=length))
             return None
         if self._on_long == "drop":
             self.counts["dropped_long"] += 1
@@ -279,7 +279,7 @@ def _difference(original: str, decoded: str) -> str:
     return f"{original[max(0, at - 10) : at + 20]!r} becomes {decoded[max(0, at - 10) : at + 20]!r}"
 
 
-def _disagreement(text: Text) -> DataError:
+def _disagreement(text: RenderedText) -> DataError:
     assert text.spans is not None
     assert text.check is not None
     first = [text.text[start:end] for start, end in text.spans]

@@ -62,7 +62,7 @@ class Tokens:
     """What the tokens are as text again; None where that is known to be the text."""
 
 
-class Words:
+class WordCachingEncoder:
     """Tokenises texts as the tokenizer would, word by word. Made by `Words.of`."""
 
     def __init__(self, backend: Tokenizer, stages: Sequence[re.Pattern[str]]) -> None:
@@ -83,7 +83,7 @@ class Words:
         self._segments: dict[str, bytes] = {}
 
     @classmethod
-    def of(cls, backend: Tokenizer) -> Words | None:
+    def of(cls, backend: Tokenizer) -> WordCachingEncoder | None:
         """For this tokenizer; None where it is not byte-level BPE, or of a form that is not known here."""
         stages = _stages(backend)
         if stages is None or not _added_tokens_are_plain(backend):

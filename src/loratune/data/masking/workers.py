@@ -34,7 +34,7 @@ def num_helpers(num_conversations: int) -> int:
     return min(cores - 1, MAX_HELPERS, num_conversations // CONVERSATIONS_PER_HELPER)
 
 
-class Crew(Generic[T, R]):
+class WorkerPool(Generic[T, R]):
     """This process and its helpers. Leaving the context ends the helpers, whatever happened.
 
     Args:

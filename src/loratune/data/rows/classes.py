@@ -11,12 +11,12 @@ from loratune.data.rows.conversation import BadRow, Origin, Rejected, check_colu
 from loratune.data.rows.reading import Reader, apply_policy
 from loratune.data.rows.sources import Row, hub_class_names, is_local
 from loratune.recipe.recipe import Source
-from loratune.run.errors import DataError, as_count
+from loratune.run.errors import DataError, plural
 
 _SHOWN = 40
 """Characters of a value in a message."""
 
-Key = tuple[str, str | None]
+TextKey = tuple[str, str | None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +30,7 @@ class LabelledText:
     origin: Origin
 
     @property
-    def key(self) -> Key:
+    def key(self) -> TextKey:
         """Equal for rows that say the same."""
         return self.text, self.second
 
@@ -41,7 +41,7 @@ class LabelledText:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
+class ReadSide:
     """One side of the data, as it was read."""
 
     sources: list[dict[str, Any]]
@@ -53,7 +53,7 @@ class Part:
 # ---- rows
 
 
-def read_labelled(read: Reader, sources: Sequence[Source], refuse: Callable[[str], str]) -> Part:
+def read_labelled(read: Reader, sources: Sequence[Source], refuse: Callable[[str], str]) -> ReadSide:
     """The rows of sources.
 
     Args:
@@ -79,7 +79,7 @@ def read_labelled(read: Reader, sources: Sequence[Source], refuse: Callable[[str
         described.append({**source.model_dump(), "format": form, "rows": len(rows), "sha256": read.contents(source)})
         num_rows += len(rows)
     apply_policy(rejected, read.data)
-    return Part(sources=described, num_rows=num_rows, texts=texts, rejected=rejected)
+    return ReadSide(sources=described, num_rows=num_rows, texts=texts, rejected=rejected)
 
 
 def labelled_texts(
@@ -194,21 +194,21 @@ def class_names(train: Sequence[LabelledText], evaluation: Sequence[LabelledText
     return names
 
 
-def hold_out_texts(part: Part, fraction: float, seed: int) -> tuple[Part, Part]:
+def hold_out_texts(part: ReadSide, fraction: float, seed: int) -> tuple[ReadSide, ReadSide]:
     """Split off a seeded choice of distinct texts, of each class its share; every class keeps one, and all copies of a text go to
     the same side.
 
     Raises:
         DataError: No class has two distinct texts.
     """
-    groups: dict[Key, list[int]] = {}
+    groups: dict[TextKey, list[int]] = {}
     for number, text in enumerate(part.texts):
         groups.setdefault(text.key, []).append(number)
-    by_class: dict[int | str, list[Key]] = {}
+    by_class: dict[int | str, list[TextKey]] = {}
     for key, numbers in groups.items():
         by_class.setdefault(part.texts[numbers[0]].label, []).append(key)
     draw = random.Random(seed)  # noqa: S311 - no secret
-    chosen: set[Key] = set()
+    chosen: set[TextKey] = set()
     for keys in by_class.values():
         draw.shuffle(keys)
         chosen.update(keys[: min(round(fraction * len(keys)), len(keys) - 1)])
@@ -216,7 +216,7 @@ def hold_out_texts(part: Part, fraction: float, seed: int) -> tuple[Part, Part]:
         largest = max(by_class.values(), key=len, default=[])
         if len(largest) < 2:
             raise DataError(
-                f"{as_count(len(groups), 'distinct text')}: nothing can be held out",
+                f"{plural(len(groups), 'distinct text')}: nothing can be held out",
                 fix="give more data, or set data.eval=none or data.eval=FILE",
             )
         chosen = {largest[0]}
@@ -224,6 +224,6 @@ def hold_out_texts(part: Part, fraction: float, seed: int) -> tuple[Part, Part]:
     evaluation = [part.texts[numbers[0]] for key, numbers in groups.items() if key in chosen]
     note = [{"held_out": fraction, "seed": seed, "from": "train"}]
     return (
-        Part(sources=part.sources, num_rows=part.num_rows, texts=train, rejected=part.rejected),
-        Part(sources=note, num_rows=len(evaluation), texts=evaluation, rejected=[]),
+        ReadSide(sources=part.sources, num_rows=part.num_rows, texts=train, rejected=part.rejected),
+        ReadSide(sources=note, num_rows=len(evaluation), texts=evaluation, rejected=[]),
     )

@@ -86,9 +86,9 @@ class Conversation:
     text: str | None
     """The row's text if it is plain text, else None."""
     origin: Origin
-    untrained: tuple[int, ...] = ()
+    excluded: tuple[int, ...] = ()
     """The messages, by their place, that the row says not to train."""
-    insisted: tuple[int, ...] = ()
+    forced_trained: tuple[int, ...] = ()
     """The messages that are no answers, by their place, that the row says to train."""
 
 
@@ -307,15 +307,17 @@ def _conversation(messages: list[Message], value: dict[str, Any], origin: Origin
         raise BadRow("no messages")
     if all(message["role"] == "system" for message in messages):
         raise BadRow("only a system message")
-    untrained, insisted = (tuple(n for n, m in enumerate(messages) if m.get("train") is said) for said in (False, True))
+    excluded, forced_trained = (
+        tuple(n for n, m in enumerate(messages) if m.get("train") is said) for said in (False, True)
+    )
     messages = [{name: part for name, part in message.items() if name != "train"} for message in messages]
     return Conversation(
         messages=tuple(messages),
         tools=_tools(value.get("tools")),
         text=None,
         origin=origin,
-        untrained=untrained,
-        insisted=insisted,
+        excluded=excluded,
+        forced_trained=forced_trained,
     )
 
 

@@ -20,14 +20,14 @@ from loratune.data.rows.conversation import (
 from loratune.data.rows.sources import Row, hash_files, hash_rows, hub_has_split, is_local, read_rows
 from loratune.recipe.recipe import DataSection, Source
 from loratune.recipe.roles import as_written
-from loratune.run.errors import DataError, as_count
+from loratune.run.errors import DataError, plural
 from loratune.run.progress import Progress
 
 AUTO_EVAL_FRACTION = 0.05
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
+class ReadSide:
     """One side of the data, train or eval, as it was read."""
 
     sources: list[dict[str, Any]]
@@ -67,7 +67,7 @@ class Reader:
         self.progress = progress
         self._hub_rows: dict[Source, list[Row]] = {}
 
-    def __call__(self, sources: Sequence[Source]) -> Part:
+    def __call__(self, sources: Sequence[Source]) -> ReadSide:
         """Rows of all sources, as conversations. Each source has its own format."""
         described: list[dict[str, Any]] = []
         conversations: list[Conversation] = []
@@ -92,7 +92,7 @@ class Reader:
             num_rows += len(rows)
         apply_policy(rejected, self.data)
         formats = dict.fromkeys(source["format"] for source in described)
-        return Part(
+        return ReadSide(
             sources=described,
             format=", ".join(formats),
             num_rows=num_rows,
@@ -160,7 +160,7 @@ def _key(conversation: Conversation) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest())
 
 
-def hold_out(part: Part, fraction: float, seed: int) -> tuple[Part, Part]:
+def hold_out(part: ReadSide, fraction: float, seed: int) -> tuple[ReadSide, ReadSide]:
     """Split off a seeded choice of distinct conversations: all copies of one go to the same side.
 
     Raises:
@@ -171,7 +171,7 @@ def hold_out(part: Part, fraction: float, seed: int) -> tuple[Part, Part]:
         groups.setdefault(key, []).append(number)
     if len(groups) < 2:
         raise DataError(
-            f"{as_count(len(groups), 'distinct conversation')}: nothing can be held out",
+            f"{plural(len(groups), 'distinct conversation')}: nothing can be held out",
             fix="give more data, or set data.eval=none or data.eval=FILE",
         )
     keys = list(groups)
@@ -187,5 +187,5 @@ def hold_out(part: Part, fraction: float, seed: int) -> tuple[Part, Part]:
     )
 
 
-def _choose(part: Part, numbers: Sequence[int]) -> Part:
+def _choose(part: ReadSide, numbers: Sequence[int]) -> ReadSide:
     return replace(part, conversations=[part.conversations[n] for n in numbers], keys=[part.keys[n] for n in numbers])

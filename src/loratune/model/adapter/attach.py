@@ -13,10 +13,10 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from transformers.pytorch_utils import Conv1D
 
-from loratune.model.adapter.modules_to_save import keep_in_float32, whole_arguments, whole_modules
-from loratune.model.adapter.new_tokens import grow, grow_for, use_fast_rows
+from loratune.model.adapter.modules_to_save import fully_trained_modules, keep_in_float32, modules_to_save_arguments
+from loratune.model.adapter.new_tokens import resize_embeddings, resize_for_adapter, use_fast_rows
 from loratune.model.adapter.patterns import checked_patterns
-from loratune.model.adapter.target_parameters import stack_arguments, stacks
+from loratune.model.adapter.target_parameters import resolve_target_parameters, target_parameter_arguments
 from loratune.model.adapter.variants import (
     changes_base,
     has_changed_base,
@@ -60,9 +60,9 @@ def attach_adapter(
         new_tokens: The numbers of `lora.new_tokens`, for which the model grows.
         classes: Of a classifier, whose head is trained whole; None: the model writes text.
     """
-    grow(model, new_tokens)
+    resize_embeddings(model, new_tokens)
     if classes is None:
-        beside = whole_arguments(whole_modules(model, lora, targets), new_tokens)
+        beside = modules_to_save_arguments(fully_trained_modules(model, lora, targets), new_tokens)
     else:
         beside = {"modules_to_save": [name for name in classes.head if name not in BY_PEFT] or None}
     config = LoraConfig(
@@ -73,7 +73,7 @@ def attach_adapter(
         task_type=TaskType.CAUSAL_LM if classes is None else TaskType.SEQ_CLS,
         fan_in_fan_out=isinstance(model.get_submodule(targets[0]), Conv1D),
         **peft_arguments(lora),
-        **stack_arguments(stacks(model, lora, targets), lora),
+        **target_parameter_arguments(resolve_target_parameters(model, lora, targets), lora),
         **beside,
     )
     model.name_or_path = base_name  # PEFT takes the base's name from here
@@ -197,7 +197,7 @@ def load_adapter(base: Any, folder: Path, **settings: Any) -> PeftModel:
         RecipeError: The adapter is not stored as safetensors.
     """
     adapter_file(folder)
-    grow_for(base, folder)
+    resize_for_adapter(base, folder)
     with checked_patterns():
         adapted = PeftModel.from_pretrained(base, str(folder), **settings)
     assert isinstance(adapted, PeftModel)

@@ -62,7 +62,7 @@ def _padded(group: Sequence[Sequence[int]], device: Any) -> Batch:
     return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
 
 
-def begin_by_eva(model: PeftModel, batches: Sequence[Batch]) -> None:
+def init_eva(model: PeftModel, batches: Sequence[Batch]) -> None:
     """Give A the directions of its inputs, by PEFT; the configuration is a plain adapter's afterwards."""
     config: Any = model.peft_config["default"]
     before = copy.copy(config)
@@ -73,7 +73,7 @@ def begin_by_eva(model: PeftModel, batches: Sequence[Batch]) -> None:
     config.init_lora_weights, config.eva_config = True, None
 
 
-def begin_by_loftq(model: PeftModel, base: Path, *, seed: int) -> None:
+def init_loftq(model: PeftModel, base: Path, *, seed: int) -> None:
     """Give B·A what nf4 took away.
 
     Args:

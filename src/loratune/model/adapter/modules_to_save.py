@@ -29,7 +29,7 @@ from loratune.run.errors import RecipeError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Whole:
+class FullyTrained:
     """One thing that is trained whole.
 
     Attributes:
@@ -63,7 +63,7 @@ def _numel(shape: Sequence[int]) -> int:
     return torch.Size(shape).numel()
 
 
-def whole_modules(model: nn.Module, lora: LoraSection, targets: Sequence[str]) -> tuple[Whole, ...]:
+def fully_trained_modules(model: nn.Module, lora: LoraSection, targets: Sequence[str]) -> tuple[FullyTrained, ...]:
     """The modules that are trained whole, in the order of their names.
 
     Args:
@@ -100,7 +100,7 @@ def whole_modules(model: nn.Module, lora: LoraSection, targets: Sequence[str]) -
     return whole + _rows(modules, embedding, head, len(lora.new_tokens), tied=tied)
 
 
-def head_modules(model: nn.Module, names: Sequence[str], targets: Sequence[str]) -> tuple[Whole, ...]:
+def head_modules(model: nn.Module, names: Sequence[str], targets: Sequence[str]) -> tuple[FullyTrained, ...]:
     """A classifier's head, which is trained whole whatever the recipe says.
 
     Args:
@@ -122,7 +122,9 @@ def head_modules(model: nn.Module, names: Sequence[str], targets: Sequence[str])
     )
 
 
-def _rows(modules: dict[str, nn.Module], embedding: str, head: str, count: int, *, tied: bool) -> tuple[Whole, ...]:
+def _rows(
+    modules: dict[str, nn.Module], embedding: str, head: str, count: int, *, tied: bool
+) -> tuple[FullyTrained, ...]:
     """The rows of new tokens: of the embedding, and of a head that is not tied to it."""
     if not embedding or not head or getattr(modules[head], "bias", None) is not None:
         raise RecipeError(
@@ -132,7 +134,7 @@ def _rows(modules: dict[str, nn.Module], embedding: str, head: str, count: int, 
     table: Any = modules[embedding].weight
     width = int(table.shape[1])
     return tuple(
-        Whole(
+        FullyTrained(
             name=name,
             shapes=((count, width),),
             saved=((f"{name}.token_adapter.trainable_tokens_delta", (count, width)),),
@@ -144,12 +146,12 @@ def _rows(modules: dict[str, nn.Module], embedding: str, head: str, count: int, 
     )
 
 
-def _whole(name: str, module: nn.Module, is_head: bool, is_embedding: bool, tied_head: str) -> Whole:
+def _whole(name: str, module: nn.Module, is_head: bool, is_embedding: bool, tied_head: str) -> FullyTrained:
     shapes = {part: tuple(tensor.shape) for part, tensor in module.named_parameters()}
     saved = [(f"{name}.{part}", tuple(tensor.shape)) for part, tensor in module.state_dict().items()]
     if is_embedding and tied_head:
         saved += [(f"{tied_head}.{part}", shape) for part, shape in shapes.items()]
-    return Whole(
+    return FullyTrained(
         name=name, shapes=tuple(shapes.values()), saved=tuple(saved), is_head=is_head, is_embedding=is_embedding
     )
 
@@ -200,11 +202,11 @@ def _overlap(one: str, other: str) -> bool:
     return one == other or one.startswith(f"{other}.") or other.startswith(f"{one}.")
 
 
-def whole_arguments(whole: Sequence[Whole], new_tokens: Sequence[int] = ()) -> dict[str, Any]:
+def modules_to_save_arguments(whole: Sequence[FullyTrained], new_tokens: Sequence[int] = ()) -> dict[str, Any]:
     """The arguments of PEFT's `LoraConfig`.
 
     Args:
-        whole: From `whole_modules`.
+        whole: From `fully_trained_modules`.
         new_tokens: Their numbers.
     """
     modules = [item for item in whole if not item.is_rows]
@@ -216,7 +218,7 @@ def whole_arguments(whole: Sequence[Whole], new_tokens: Sequence[int] = ()) -> d
     return arguments
 
 
-def whole_in_words(whole: Sequence[Whole]) -> str:
+def fully_trained_in_words(whole: Sequence[FullyTrained]) -> str:
     """What is trained whole: `lm_head, norm`, `2 rows of embed_tokens`."""
     leaf = {item: item.name.rpartition(".")[2] for item in whole}
     return ", ".join(

@@ -17,7 +17,7 @@ from peft.tuners.trainable_tokens import TrainableTokensLayer
 from tokenizers import AddedToken
 from torch import nn
 
-from loratune.model.kernels.trained_rows import look_up, multiply
+from loratune.model.kernels.trained_rows import embed_with_trained_rows, project_with_trained_rows
 from loratune.run.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def add_new_tokens(tokenizer: PreTrainedTokenizerBase, names: Sequence[str]) -> 
     return tuple(ids)
 
 
-def grow(model: PreTrainedModel, ids: Sequence[int]) -> None:
+def resize_embeddings(model: PreTrainedModel, ids: Sequence[int]) -> None:
     """Make room for the tokens of these numbers, and let them begin as the mean of the tokens before them.
 
     Args:
@@ -58,7 +58,7 @@ def grow(model: PreTrainedModel, ids: Sequence[int]) -> None:
                 layer.weight[list(ids)] = layer.weight[: ids[0]].float().mean(0).to(layer.weight.dtype)
 
 
-def growing_parameters(model: PreTrainedModel, ids: Sequence[int]) -> int:
+def num_added_parameters(model: PreTrainedModel, ids: Sequence[int]) -> int:
     """Of the tables that are there twice while they grow; 0 where there is room."""
     tables = {id(layer.weight): layer.weight for layer in _ends(model)}
     if not ids or all(ids[-1] < table.shape[0] for table in tables.values()):
@@ -89,10 +89,10 @@ def _ends(model: PreTrainedModel) -> list[Any]:
     return [layer for layer in ends if layer is not None]
 
 
-def grow_for(model: PreTrainedModel, adapter: Path) -> None:
+def resize_for_adapter(model: PreTrainedModel, adapter: Path) -> None:
     """The same for the tokens of a saved adapter."""
     config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-    grow(model, sorted(trained_numbers(config)))
+    resize_embeddings(model, sorted(trained_numbers(config)))
 
 
 def trained_numbers(config: dict[str, Any]) -> set[int]:
@@ -127,5 +127,5 @@ class FastRows(TrainableTokensLayer):
         if self.disable_adapters or self.merged or self.active_adapters != ["default"]:
             out: torch.Tensor = super().forward(x, *args, **kwargs)
             return out
-        compute = look_up if isinstance(self.base_layer, nn.Embedding) else multiply
+        compute = embed_with_trained_rows if isinstance(self.base_layer, nn.Embedding) else project_with_trained_rows
         return compute(x, self.base_layer.weight, self.trainable_tokens_delta["default"], self.numbers)

@@ -11,7 +11,7 @@ from peft import PeftModel, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from loratune.model.adapter.modules_to_save import Whole
+from loratune.model.adapter.modules_to_save import FullyTrained
 from loratune.model.adapter.patterns import rank_of
 from loratune.model.adapter.targets import Matrix
 from loratune.model.gguf_import import file_sha256
@@ -50,7 +50,9 @@ def locate_adapter(name: str) -> Path:
     return folder.resolve()
 
 
-def check_adapter(folder: Path, lora: LoraSection, matrices: Sequence[Matrix], whole: Sequence[Whole] = ()) -> None:
+def check_adapter(
+    folder: Path, lora: LoraSection, matrices: Sequence[Matrix], whole: Sequence[FullyTrained] = ()
+) -> None:
     """Whether the adapter is one that the recipe describes, by its configuration and the shapes in its header.
 
     Args:
@@ -108,7 +110,7 @@ def adapter_fingerprint(folder: Path) -> dict[str, str]:
     return {name: file_sha256(folder / name) for name in (CONFIG, WEIGHTS)}
 
 
-def begin_from(model: PeftModel, folder: Path) -> None:
+def load_weights_into(model: PeftModel, folder: Path) -> None:
     """Give a fresh adapter the weights of a saved one that `check_adapter` has passed; they become float32."""
     set_peft_model_state_dict(model, load_file(folder / WEIGHTS, device=str(model.device)))
 

@@ -17,7 +17,7 @@ from loratune.recipe.recipe import LoraSection
 from loratune.run.errors import RecipeError
 
 
-def stacks(model: nn.Module, lora: LoraSection, targets: Sequence[str] = ()) -> tuple[Matrix, ...]:
+def resolve_target_parameters(model: nn.Module, lora: LoraSection, targets: Sequence[str] = ()) -> tuple[Matrix, ...]:
     """The adapted parameters by their full names, as matrices with a `count`.
 
     Args:
@@ -72,7 +72,7 @@ def _known(model: nn.Module) -> str:
     )
 
 
-def stack_arguments(found: Sequence[Matrix], lora: LoraSection) -> dict[str, Any]:
+def target_parameter_arguments(found: Sequence[Matrix], lora: LoraSection) -> dict[str, Any]:
     """The argument of PEFT's `LoraConfig`: the names as they were given, or those in the chosen layers."""
     if not found:
         return {}
@@ -81,7 +81,7 @@ def stack_arguments(found: Sequence[Matrix], lora: LoraSection) -> dict[str, Any
     }
 
 
-def stacks_in_words(found: Sequence[Matrix]) -> str:
+def target_parameters_in_words(found: Sequence[Matrix]) -> str:
     """What is adapted: `experts.gate_up_proj of 64 experts in 2 layers`."""
     layers: dict[tuple[str, int], int] = {}
     for item in found:

@@ -21,7 +21,7 @@ MULTIPLE = 16
 """Inputs and outputs must be multiples of it, for the scaled product of NVIDIA's libraries."""
 
 
-def quantise_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows in e4m3, and their float32 scales: row ≈ quantised · scale.
 
     Args:
@@ -46,9 +46,9 @@ class Fp8Linear(torch.nn.Module):
         super().__init__()
         self.in_features, self.out_features = layer.in_features, layer.out_features
         weight_OI = layer.weight.detach()
-        self.rows_OI, self.rows_scale_O1 = (torch.nn.Buffer(part) for part in quantise_rows(weight_OI))
+        self.rows_OI, self.rows_scale_O1 = (torch.nn.Buffer(part) for part in quantize_rows(weight_OI))
         self.columns_IO, self.columns_scale_I1 = (
-            torch.nn.Buffer(part) for part in quantise_rows(weight_OI.T.contiguous())
+            torch.nn.Buffer(part) for part in quantize_rows(weight_OI.T.contiguous())
         )
         self.bias = layer.bias
 
@@ -85,5 +85,5 @@ class _Fp8Linear(torch.autograd.Function):
 
 def _scaled_product(x: torch.Tensor, rows: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """X [T, K] times the transpose of `rows` [N, K], each row of which has a scale [N, 1]: [T, N] in bfloat16."""
-    quantised, token_scale_T1 = quantise_rows(x)
+    quantised, token_scale_T1 = quantize_rows(x)
     return torch._scaled_mm(quantised, rows.T, scale_a=token_scale_T1, scale_b=scale.T, out_dtype=torch.bfloat16)

@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 
 
-def look_up(ids: torch.Tensor, weight_VH: torch.Tensor, rows_NH: torch.Tensor, numbers_N: torch.Tensor) -> torch.Tensor:
+def embed_with_trained_rows(
+    ids: torch.Tensor, weight_VH: torch.Tensor, rows_NH: torch.Tensor, numbers_N: torch.Tensor
+) -> torch.Tensor:
     """The embeddings of tokens, [..., H] in the type of the table, with a gradient to the rows.
 
     Args:
@@ -26,10 +28,10 @@ def look_up(ids: torch.Tensor, weight_VH: torch.Tensor, rows_NH: torch.Tensor, n
     return torch.where(trained, F.embedding(places, rows_NH).to(weight_VH.dtype), F.embedding(ids, weight_VH))
 
 
-def multiply(
+def project_with_trained_rows(
     hidden: torch.Tensor, weight_VH: torch.Tensor, rows_NH: torch.Tensor, numbers_N: torch.Tensor
 ) -> torch.Tensor:
     """The logits of a frozen head with trained rows, [..., V], with a gradient to `hidden` and the rows; arguments as in
-    `look_up`."""
+    `embed_with_trained_rows`."""
     logits = F.linear(hidden, weight_VH)
     return logits.index_copy(-1, numbers_N, F.linear(hidden, rows_NH.to(hidden.dtype)))

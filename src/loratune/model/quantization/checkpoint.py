@@ -69,7 +69,7 @@ def in_8_bits_by_bitsandbytes(config: PreTrainedConfig) -> bool:
     )
 
 
-def expand(config: PreTrainedConfig) -> None:
+def dequantize_on_load(config: PreTrainedConfig) -> None:
     """Let transformers expand the weights of a checkpoint as they load, where they do not stay packed."""
     settings = settings_of(config)
     if method_of(config) not in EXPANDED:
@@ -110,7 +110,7 @@ def check_checkpoint(config: PreTrainedConfig, quantization: str, *, name: str, 
         raise MachineError(
             f"{what}, which needs {' and '.join(missing)}: not installed", fix=f"pip install {packages}, or {_INSTEAD}"
         )
-    expand(config)
+    dequantize_on_load(config)
     try:
         quantizer = AutoHfQuantizer.from_config(settings_of(config), pre_quantized=True)
         quantizer.validate_environment(device_map={"": device})

@@ -9,7 +9,7 @@ from loratune.model.kernels.fp8_linear import MULTIPLE, Fp8Linear
 from loratune.run.errors import RecipeError
 
 
-def quantise_frozen(model: PeftModel) -> int:
+def quantize_frozen_layers(model: PeftModel) -> int:
     """Let the frozen linear layers of the decoder compute in fp8; returns how many do.
 
     The output head, embeddings, norms and adapters stay as they are, and so do layers whose sides are no multiples of 16.

@@ -98,7 +98,7 @@ def keep_trainable(model: PreTrainedModel) -> None:
         use_packed_layers(model)
 
 
-def quantised_matrices(model: PreTrainedModel) -> Iterator[tuple[str, torch.nn.Linear]]:
+def quantized_matrices(model: PreTrainedModel) -> Iterator[tuple[str, torch.nn.Linear]]:
     """The matrices that are packed: all linear layers but the output head and what is tied to it.
 
     Args:
@@ -152,7 +152,7 @@ def base_bytes(model: PreTrainedModel, quantization: str, dtype_bytes: int) -> i
     Raises:
         RecipeError: A matrix cannot be quantised so.
     """
-    matrices = dict(quantised_matrices(model))
+    matrices = dict(quantized_matrices(model))
     odd = next((name for name, m in matrices.items() if m.in_features % GROUP), None)
     if quantization == "int4_weight_only" and odd is not None:
         raise RecipeError(
@@ -179,7 +179,7 @@ def unpacked_bytes(model: PreTrainedModel, quantization: str, dtype_bytes: int) 
         "float8_weight_only": 8
         + (dtype_bytes if dtype_bytes < 4 else 0),  # float32, scaled, and rounded where the type is another
     }.get(quantization, 2 * dtype_bytes)  # values, and their scaled copy
-    return a_weight * max(module.weight.numel() for _, module in quantised_matrices(model))
+    return a_weight * max(module.weight.numel() for _, module in quantized_matrices(model))
 
 
 def as_multiplied(weight_OI: torch.Tensor, quantization: str, dtype: torch.dtype) -> torch.Tensor:
@@ -191,9 +191,9 @@ def as_multiplied(weight_OI: torch.Tensor, quantization: str, dtype: torch.dtype
         dtype: In which it was quantised: that of the run.
     """
     if quantization in BY_TORCHAO:
-        from loratune.model.quantization.torchao import quantised_and_back
+        from loratune.model.quantization.torchao import quantize_round_trip
 
-        return quantised_and_back(weight_OI.to(dtype), quantization)
+        return quantize_round_trip(weight_OI.to(dtype), quantization)
     from bitsandbytes import functional
 
     if quantization == "int8":

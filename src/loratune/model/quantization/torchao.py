@@ -109,7 +109,7 @@ def use_packed_layers(model: torch.nn.Module) -> int:
     return len(layers)
 
 
-def quantised_and_back(weight_OI: torch.Tensor, quantization: str) -> torch.Tensor:
+def quantize_round_trip(weight_OI: torch.Tensor, quantization: str) -> torch.Tensor:
     """What a matrix is worth after quantisation, in float32.
 
     Args:

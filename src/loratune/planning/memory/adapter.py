@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from loratune.model.adapter.modules_to_save import Whole
+from loratune.model.adapter.modules_to_save import FullyTrained
 from loratune.model.adapter.patterns import rank_of
 from loratune.model.adapter.targets import Matrix, reads_attention
 from loratune.model.adapter.variants import changes_base, num_trainable
@@ -58,7 +58,7 @@ def stack_kept_bytes(stacks: Sequence[Matrix], dtype_bytes: int, active: int) ->
     return dtype_bytes * sum(min(active, matrix.count) * matrix.d_in for matrix in stacks)
 
 
-def whole_bytes(whole: Sequence[Whole], dtype_bytes: int) -> int:
+def whole_bytes(whole: Sequence[FullyTrained], dtype_bytes: int) -> int:
     """Bytes that modules which are trained whole take beside weights, gradients and the optimizer's state.
 
     A head: its gradient in float32 while a micro-batch's is made. An embedding: the gradient of the whole table in the base's type, and
@@ -68,7 +68,7 @@ def whole_bytes(whole: Sequence[Whole], dtype_bytes: int) -> int:
     return heads + sum((4 + dtype_bytes) * item.trainable for item in whole if item.is_embedding and not item.is_rows)
 
 
-def whole_kept_bytes(whole: Sequence[Whole], dtype_bytes: int) -> int:
+def whole_kept_bytes(whole: Sequence[FullyTrained], dtype_bytes: int) -> int:
     """Bytes that one token leaves in them for the way back: the inputs of their matrices. Norms keep theirs anyway."""
     inside = [shape for item in whole if not (item.is_head or item.is_embedding) for shape in item.shapes]
     return dtype_bytes * sum(shape[-1] for shape in inside if len(shape) > 1)

@@ -66,7 +66,7 @@ def encoder_layer_bytes(
     adapters = whole_kept + kept_bytes(adapted, lora, dtype_bytes)
     width = feed_forward * (3 if gated else 2)
     return LayerBytes(
-        kept=int(kept + adapters / config.num_hidden_layers),
+        saved_for_backward=int(kept + adapters / config.num_hidden_layers),
         input=hidden * dtype_bytes,
         forward=dtype_bytes * (width + 2 * hidden),
         backward=max(dtype_bytes * width, 4 * 3 * probabilities * by_products) + dtype_bytes * hidden,

@@ -47,7 +47,7 @@ RUNNING_BYTES = 40 * 2**20
 COMPILER_BYTES = 105 * 2**20
 """What stays of compiling in the process: 384 → 482 MiB of its own, after the first step, eager and compiled."""
 
-HEAP_SHARE = {"narrow": 0.3, "float32": 0.15, "compiled": 0.05}
+HEAP_OVERHEAD_FRACTION = {"narrow": 0.3, "float32": 0.15, "compiled": 0.05}
 """What glibc's heap adds to the activations on a CPU. Tensors of many sizes come and go in it, those of 2 MiB and more aligned to
 that for large pages, and it does not shrink. Eager steps in 16 bits mix most sizes, since norms compute in float32."""
 
@@ -64,21 +64,21 @@ FULL_SIZES = 28
 GPU_ALLOCATOR_SHARE = 0.05
 """The same of a GPU's caching allocator. An estimate."""
 
-CAPS = {"cpu": 2048, "cuda": 16384, "mps": 4096}
+MAX_USEFUL_TOKENS = {"cpu": 2048, "cuda": 16384, "mps": 4096}
 """Tokens beyond which a larger micro-batch is no faster. On two CPU cores micro-batches of 790, 1,530 and 3,010 tokens ran
 at 285 to 297, 279 to 320 and 282 to 308 tokens/s. Those of GPUs are estimates."""
 
-ENOUGH = {"cpu": 512, "cuda": 4096, "mps": 2048}
+MIN_EFFICIENT_TOKENS = {"cpu": 512, "cuda": 4096, "mps": 2048}
 """Tokens for which layers are rather recomputed than the micro-batch made smaller. Estimates."""
 
 GENERATION_TOKENS = 16_384
 """The most tokens of a batch of answers, however much memory there is."""
 
-SHARE = 0.8
+PLANNABLE_FRACTION = 0.8
 """The part of the free memory that a plan may use; the rest is for what no formula sees."""
 
 
-TIGHT = 0.6
+REHEARSAL_FRACTION = 0.6
 """The part of the memory from which on a plan on a CPU is tried before it is trusted."""
 
 
@@ -87,7 +87,7 @@ class LayerBytes:
     """What one token costs in one decoder layer.
 
     Attributes:
-        kept: Bytes alive between forward and backward.
+        saved_for_backward: Bytes alive between forward and backward.
         input: Bytes of the layer's input, all that a recomputed layer keeps.
         forward: Bytes alive at the widest place of a forward without gradients.
         backward: Bytes of gradients alive at the widest place of the way back.
@@ -95,7 +95,7 @@ class LayerBytes:
         attention: Bytes of a token's keys in one block of attention on the way back, on a CPU.
     """
 
-    kept: int
+    saved_for_backward: int
     input: int
     forward: int
     backward: int
@@ -167,7 +167,7 @@ class MemoryPlan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Work:
+class TokenSizes:
     """The sizes of what is run through the model, in tokens.
 
     Attributes:
@@ -243,7 +243,7 @@ def layer_bytes(
     if keeps_inputs:
         body += dtype_bytes * (2 * hidden + query + feed_forward)
     return LayerBytes(
-        kept=int(body + adapters * per_layer),
+        saved_for_backward=int(body + adapters * per_layer),
         input=hidden * dtype_bytes,
         forward=dtype_bytes * (4 * feed_forward + hidden) + 4 * hidden,
         backward=dtype_bytes * (3 * feed_forward + hidden),
@@ -265,7 +265,7 @@ def plan_memory(
     compiled: bool,
     loss_chunk_bytes: int,
     row_logits_bytes: int,
-    work: Work,
+    work: TokenSizes,
     wanted_budget: int | None,
     wanted_recomputed: int | None,
     resident: int,
@@ -315,9 +315,10 @@ def plan_memory(
     longest = work.longest
     free = free_bytes(device) if free is None else free
     room = (
-        int((free * SHARE - sum(fixed.values()) - unpacked_bytes - to_come) / (1 + share)) - longest * layer.attention
+        int((free * PLANNABLE_FRACTION - sum(fixed.values()) - unpacked_bytes - to_come) / (1 + share))
+        - longest * layer.attention
     )
-    least = max(longest, min(wanted_budget or ENOUGH[device], work.largest_step))
+    least = max(longest, min(wanted_budget or MIN_EFFICIENT_TOKENS[device], work.largest_step))
     counts = range(num_layers + 1) if wanted_recomputed is None else (min(wanted_recomputed, num_layers),)
     fitting = [n for n in counts if least * per_token_bytes(layer, num_layers, n) <= room]
     if not fitting:
@@ -331,7 +332,9 @@ def plan_memory(
         raise _does_not_fit(f"one held-out example of {work.held_out:,}", needed, free)
     num_recomputed = fitting[0]
     per_token = per_token_bytes(layer, num_layers, num_recomputed)
-    budget = wanted_budget if wanted_budget is not None else max(longest, min(CAPS[device], room // per_token))
+    budget = (
+        wanted_budget if wanted_budget is not None else max(longest, min(MAX_USEFUL_TOKENS[device], room // per_token))
+    )
     tokens = max(longest, min(budget, work.largest_step))
     kept = {
         n: tokens * (per_token_bytes(layer, num_layers, n) - layer.backward) for n in (0, num_recomputed, num_layers)
@@ -363,7 +366,7 @@ def plan_memory(
 
 def _does_not_fit(what: str, needed: int, free: int) -> MachineError:
     return MachineError(
-        f"{what} tokens needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free, of which {SHARE:.0%} may be "
+        f"{what} tokens needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free, of which {PLANNABLE_FRACTION:.0%} may be "
         "planned with",
         fix="set a smaller data.max_length, model.dtype: bfloat16, train.recompute: auto, or use a smaller model",
     )
@@ -377,14 +380,14 @@ def wants_rehearsal(plan: MemoryPlan, device: str) -> bool:
     """
     if device != "cpu":
         return True
-    return plan.peak_bytes > TIGHT * (free_bytes(device) + psutil.Process().memory_info().rss)
+    return plan.peak_bytes > REHEARSAL_FRACTION * (free_bytes(device) + psutil.Process().memory_info().rss)
 
 
 def per_token_bytes(layer: LayerBytes, num_layers: int, num_recomputed: int) -> int:
     """Bytes that one token needs in all layers: what is kept, and the gradients of the layer under way. Where layers are
     recomputed, one of them is there as a whole."""
-    kept = (num_layers - num_recomputed) * layer.kept + num_recomputed * layer.input
-    return kept + layer.backward + (layer.kept if num_recomputed else 0)
+    kept = (num_layers - num_recomputed) * layer.saved_for_backward + num_recomputed * layer.input
+    return kept + layer.backward + (layer.saved_for_backward if num_recomputed else 0)
 
 
 def allocator(device: str, dtype_bytes: int, num_sizes: int, *, compiled: bool) -> tuple[float, int]:
@@ -400,10 +403,10 @@ def allocator(device: str, dtype_bytes: int, num_sizes: int, *, compiled: bool) 
         return GPU_ALLOCATOR_SHARE, 0
     sizes = SIZES_BYTES * min(num_sizes, FULL_SIZES) // FULL_SIZES
     kind = "compiled" if compiled else "float32" if dtype_bytes == 4 else "narrow"
-    return HEAP_SHARE[kind], sizes + (HEAP_BYTES if kind == "narrow" else 0)
+    return HEAP_OVERHEAD_FRACTION[kind], sizes + (HEAP_BYTES if kind == "narrow" else 0)
 
 
-def generation_bytes(layer: LayerBytes, num_layers: int, row_logits_bytes: int, work: Work) -> int:
+def generation_bytes(layer: LayerBytes, num_layers: int, row_logits_bytes: int, work: TokenSizes) -> int:
     """Bytes that one token of a batch of answers needs at its widest: keys and values of all layers, one of them once more
     while it grows (`torch.cat`), the forward of the prompts through one layer, and the row's share of its logits in float32,
     twice."""

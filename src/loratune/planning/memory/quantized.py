@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def check_quantised(quantization: str, where: str, device: Device | None) -> None:
+def check_device_can_quantize(quantization: str, where: str, device: Device | None) -> None:
     """Whether the device can train so.
 
     Args:
@@ -36,7 +36,7 @@ def check_quantised(quantization: str, where: str, device: Device | None) -> Non
         raise no_fp8(device.name)
 
 
-def quantised_place(quantization: str, folder: Path, model: PreTrainedModel, dtype: str) -> dict[str, Any]:
+def quantized_setup(quantization: str, folder: Path, model: PreTrainedModel, dtype: str) -> dict[str, Any]:
     """What `Place` has to know of a quantised base.
 
     Args:

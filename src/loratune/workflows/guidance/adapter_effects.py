@@ -6,21 +6,21 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from loratune.model.adapter.modules_to_save import whole_in_words
+from loratune.model.adapter.modules_to_save import fully_trained_in_words
 from loratune.model.adapter.patterns import rank_of
-from loratune.model.adapter.target_parameters import stacks_in_words
+from loratune.model.adapter.target_parameters import target_parameters_in_words
 from loratune.model.adapter.variants import num_trainable, saved_rank, scale_in_words, scale_of
 from loratune.planning.memory.optimizer import state_bytes
 from loratune.planning.parameters import ParameterCount, count_parameters
 from loratune.planning.presets import count_presets
 from loratune.recipe.recipe import VARIANTS, LoraSection, Optimizer
-from loratune.workflows.guidance.facts import Facts, Row, around, size
+from loratune.workflows.guidance.facts import AlternativeRow, Facts, nearby_powers, size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def rank_row(count: ParameterCount, lora: LoraSection, optimizer: Optimizer) -> Row:
+def rank_row(count: ParameterCount, lora: LoraSection, optimizer: Optimizer) -> AlternativeRow:
     """One rank: parameters, sizes, and the scale that this alpha gives it. While training there are weight and gradient in
     float32, and the optimizer's state."""
     state = state_bytes(optimizer, [item.matrix for item in count.per_module], lora, count.whole_shapes)
@@ -41,9 +41,9 @@ def _rank(facts: Facts) -> str:
     return f"{now.trainable:,} trainable ({now.trainable / now.total:.2%}); r {2 * r} would {verb} it to {facts.count(2 * r).trainable:,}"
 
 
-def _rank_table(facts: Facts) -> list[Row]:
+def _rank_table(facts: Facts) -> list[AlternativeRow]:
     lora, optimizer = facts.prepared.recipe.lora, facts.prepared.recipe.train.optimizer
-    return [rank_row(facts.count(r), lora.model_copy(update={"r": r}), optimizer) for r in around(lora.r)]
+    return [rank_row(facts.count(r), lora.model_copy(update={"r": r}), optimizer) for r in nearby_powers(lora.r)]
 
 
 def _alpha(facts: Facts) -> str:
@@ -51,10 +51,10 @@ def _alpha(facts: Facts) -> str:
     return f"the update B·A·x is multiplied by {scale_in_words(lora)} = {scale_of(lora):.4g}"
 
 
-def _alpha_table(facts: Facts) -> list[Row]:
+def _alpha_table(facts: Facts) -> list[AlternativeRow]:
     lora = facts.prepared.recipe.lora
     name = f"scale {scale_in_words(lora)} at r {lora.r}"
-    alphas = sorted({*around(lora.r), lora.alpha})
+    alphas = sorted({*nearby_powers(lora.r), lora.alpha})
     return [
         {"alpha": f"{alpha:g}", name: f"{scale_of(lora.model_copy(update={'alpha': alpha})):.4g}"} for alpha in alphas
     ]
@@ -71,11 +71,11 @@ def _targets(facts: Facts) -> str:
     return f"{len(facts.prepared.targets)} matrices: {facts.prepared.targets_in_words}"
 
 
-def _targets_table(facts: Facts) -> list[Row]:
+def _targets_table(facts: Facts) -> list[AlternativeRow]:
     return preset_rows(facts.model, facts.prepared.recipe.lora, facts.head)
 
 
-def preset_rows(model: PreTrainedModel, lora: LoraSection, head: Sequence[str] = ()) -> list[Row]:
+def preset_rows(model: PreTrainedModel, lora: LoraSection, head: Sequence[str] = ()) -> list[AlternativeRow]:
     """One row a preset: its matrices, and what they train at this rank, by this variant."""
     rows = []
     for preset in count_presets(model, lora, head):
@@ -123,7 +123,7 @@ def _modules_to_save(facts: Facts) -> str:
     if not whole:
         return "nothing is trained beside the adapter"
     trainable = sum(item.trainable for item in whole)
-    return f"{trainable:,} parameters of {whole_in_words(whole)}, beside {facts.prepared.parameters.in_adapter:,} of the adapter"
+    return f"{trainable:,} parameters of {fully_trained_in_words(whole)}, beside {facts.prepared.parameters.in_adapter:,} of the adapter"
 
 
 def _new_tokens(facts: Facts) -> str:
@@ -139,7 +139,7 @@ def _target_parameters(facts: Facts) -> str:
     if not stacks:
         return "linear modules alone are adapted"
     trainable = sum(num_trainable(facts.prepared.recipe.lora, stack) for stack in stacks)
-    return f"{trainable:,} parameters for {stacks_in_words(stacks)}"
+    return f"{trainable:,} parameters for {target_parameters_in_words(stacks)}"
 
 
 def _counted(values: Iterable[object]) -> str:
@@ -153,13 +153,13 @@ def _variant(facts: Facts) -> str:
     return f"{now.trainable:,} trainable, scaled by {scale_of(lora):.4g}; saved with rank {saved_rank(lora)}"
 
 
-def _variant_table(facts: Facts) -> list[Row]:
+def _variant_table(facts: Facts) -> list[AlternativeRow]:
     return variant_rows(facts.model, facts.prepared.targets, facts.prepared.recipe.lora, facts.head)
 
 
 def variant_rows(
     model: PreTrainedModel, targets: Sequence[str], lora: LoraSection, head: Sequence[str] = ()
-) -> list[Row]:
+) -> list[AlternativeRow]:
     """One row a variant: what it trains and saves of these matrices."""
     rows = []
     for variant in VARIANTS:
@@ -192,7 +192,7 @@ SUMMARIES: dict[str, Callable[[Facts], str]] = {
     "lora.target_parameters": _target_parameters,
 }
 
-TABLES: dict[str, Callable[[Facts], list[Row]]] = {
+TABLES: dict[str, Callable[[Facts], list[AlternativeRow]]] = {
     "lora.r": _rank_table,
     "lora.alpha": _alpha_table,
     "lora.targets": _targets_table,

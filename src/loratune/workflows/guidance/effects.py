@@ -14,20 +14,20 @@ import torch
 from loratune.data.batch import num_supervised
 from loratune.data.examples import Example
 from loratune.data.mixture import mixture
-from loratune.data.steps import EpochPlan, num_steps, num_steps_per_epoch, occasion_steps, occasions
+from loratune.data.steps import EpochPlan, count_occurrences, num_steps, num_steps_per_epoch, trigger_steps
 from loratune.model.adapter.patterns import pattern_of
 from loratune.model.device import torch_dtype
 from loratune.model.load import positions_of
 from loratune.model.quantization.kinds import GROUP, PACKED
-from loratune.model.quantization.quantize import base_bytes, quantised_matrices
+from loratune.model.quantization.quantize import base_bytes, quantized_matrices
 from loratune.planning.memory.optimizer import state_bytes
 from loratune.planning.preparation import NO_LIMIT
 from loratune.recipe.recipe import Optimizer
 from loratune.recipe.roles import TrainOn, as_written
-from loratune.run.errors import DataError, as_count
+from loratune.run.errors import DataError, plural
 from loratune.training.checkpoint import averaged_steps
 from loratune.workflows.guidance import adapter_effects
-from loratune.workflows.guidance.facts import Facts, Row, around, size
+from loratune.workflows.guidance.facts import AlternativeRow, Facts, nearby_powers, size
 
 # ---- model
 
@@ -63,16 +63,16 @@ def _task(facts: Facts) -> str:
     return f"names one of {len(classes.names)} classes: {_some(classes.names)}; {whole}"
 
 
-def _quantization_table(facts: Facts) -> list[Row]:
+def _quantization_table(facts: Facts) -> list[AlternativeRow]:
     dtype_bytes = torch_dtype(facts.prepared.recipe.model.dtype).itemsize
     sizes = {"none": facts.base_parameters * dtype_bytes}
-    whole_groups = all(matrix.in_features % GROUP == 0 for _, matrix in quantised_matrices(facts.model))
+    whole_groups = all(matrix.in_features % GROUP == 0 for _, matrix in quantized_matrices(facts.model))
     kinds = [name for name in PACKED if name != "int4_weight_only" or whole_groups]
     sizes |= {name: base_bytes(facts.model, name, dtype_bytes) for name in kinds}
     return [{"quantization": name, "frozen weights": size(num_bytes)} for name, num_bytes in sizes.items()]
 
 
-def _dtype_table(facts: Facts) -> list[Row]:
+def _dtype_table(facts: Facts) -> list[AlternativeRow]:
     names = ("float32", "bfloat16", "float16")
     return [
         {"dtype": name, "frozen weights": size(facts.base_parameters * torch_dtype(name).itemsize)} for name in names
@@ -84,7 +84,7 @@ def _dtype_table(facts: Facts) -> list[Row]:
 
 def _train(facts: Facts) -> str:
     part = facts.prepared.data.report["train"]
-    words = f"{as_count(part['rows'], 'row')}, {as_count(part['conversations'], 'example')}, {part['tokens']:,} tokens"
+    words = f"{plural(part['rows'], 'row')}, {plural(part['conversations'], 'example')}, {part['tokens']:,} tokens"
     data = facts.prepared.data
     sources = mixture(data.train, data.report, data.scale)
     if len(sources) > 1:
@@ -95,12 +95,12 @@ def _train(facts: Facts) -> str:
 def _eval(facts: Facts) -> str:
     report = facts.prepared.data.report
     overlap = f", {len(report['overlap'])} of them also in the training data" if report["overlap"] else ""
-    return f"{as_count(len(facts.prepared.data.eval), 'held-out example')}{overlap}"
+    return f"{plural(len(facts.prepared.data.eval), 'held-out example')}{overlap}"
 
 
 def _format(facts: Facts) -> str:
     part = facts.prepared.data.report["train"]
-    return f"{as_count(part['rows'], 'row')} read as {part['format']}"
+    return f"{plural(part['rows'], 'row')} read as {part['format']}"
 
 
 def _columns(facts: Facts) -> str:
@@ -117,11 +117,11 @@ def _train_on(facts: Facts) -> str:
     return _share_supervised(facts.prepared.data.train) + (f", in messages: {messages}" if messages else "")
 
 
-def _train_on_table(facts: Facts) -> list[Row]:
+def _train_on_table(facts: Facts) -> list[AlternativeRow]:
     plain = facts.prepared.data.report["train"]["format"] == "text"
     chosen = facts.prepared.recipe.data.train_on
     choices: list[TrainOn] = ["all"] if plain else ["assistant", "last", "all"]
-    rows: list[Row] = []
+    rows: list[AlternativeRow] = []
     for choice in choices if chosen in choices else [*choices, chosen]:
         try:
             share = _share_supervised(facts.render_again(train_on=choice))
@@ -133,12 +133,12 @@ def _train_on_table(facts: Facts) -> list[Row]:
 
 def _thinking(facts: Facts) -> str:
     part = facts.prepared.data.report["train"]
-    return f"{as_count(part['answers_with_thoughts'], 'answer has', 'answers have')} thoughts"
+    return f"{plural(part['answers_with_thoughts'], 'answer has', 'answers have')} thoughts"
 
 
 def _special_tokens_in_text(facts: Facts) -> str:
     part = facts.prepared.data.report["train"]
-    return f"{as_count(part['special_tokens_in_text'], 'conversation names', 'conversations name')} special tokens in their texts"
+    return f"{plural(part['special_tokens_in_text'], 'conversation names', 'conversations name')} special tokens in their texts"
 
 
 def _max_length(facts: Facts) -> str:
@@ -147,7 +147,7 @@ def _max_length(facts: Facts) -> str:
     return f"{part['truncated']:,} cut, {part['dropped']:,} left out for their length; the longest has {longest:,}"
 
 
-def _max_length_table(facts: Facts) -> list[Row]:
+def _max_length_table(facts: Facts) -> list[AlternativeRow]:
     """Rows for powers of two up to the longest example, as it is without any limit."""
     whole = facts.render_again(max_length="auto", on_long="truncate")
     lengths = [len(example.input_ids) for example in whole]
@@ -180,7 +180,7 @@ def _streaming(facts: Facts) -> str:
 
 
 def _on_bad_row(facts: Facts) -> str:
-    return f"{as_count(facts.prepared.data.report['train']['num_rejected'], 'training row')} left out"
+    return f"{plural(facts.prepared.data.report['train']['num_rejected'], 'training row')} left out"
 
 
 # ---- train
@@ -191,7 +191,7 @@ def _epochs(facts: Facts) -> str:
     return f"{facts.prepared.num_steps:,} steps, {per_epoch:,} an epoch"
 
 
-def _epochs_table(facts: Facts) -> list[Row]:
+def _epochs_table(facts: Facts) -> list[AlternativeRow]:
     train, tokens = facts.prepared.recipe.train, sum(facts.lengths)
     return [
         {
@@ -208,7 +208,7 @@ def _learning_rate(facts: Facts) -> str:
     return f"highest at step {int(rates.argmax()) + 1} of {len(rates):,}, on average {rates.mean():.2e}"
 
 
-def _schedule_table(facts: Facts) -> list[Row]:
+def _schedule_table(facts: Facts) -> list[AlternativeRow]:
     rates = facts.learning_rates
     at = sorted({0, int(rates.argmax()), *(round(part * (len(rates) - 1)) for part in (0.25, 0.5, 0.75, 1))})
     return [
@@ -234,12 +234,12 @@ def _batch_size(facts: Facts) -> str:
     return f"{tokens:,.0f} tokens a step; {2 * train.batch_size} would make {double:,} steps instead of {facts.prepared.num_steps:,}"
 
 
-def _batch_size_table(facts: Facts) -> list[Row]:
+def _batch_size_table(facts: Facts) -> list[AlternativeRow]:
     train = facts.prepared.recipe.train
     data = facts.prepared.data
     supervised = data.scale * sum(num_supervised(example) for example in data.train)
     rows = []
-    for batch_size in around(train.batch_size):
+    for batch_size in nearby_powers(train.batch_size):
         per_epoch = num_steps_per_epoch(len(facts.lengths), batch_size)
         rows.append(
             {
@@ -263,7 +263,7 @@ def _optimizer(facts: Facts) -> str:
     return f"keeps {size(_state(facts))} beside {size(4 * trainable)} of weights and as many of gradients"
 
 
-def _optimizer_table(facts: Facts) -> list[Row]:
+def _optimizer_table(facts: Facts) -> list[AlternativeRow]:
     plain = facts.prepared.recipe.lora.variant != "dora"
     names = [name for name in get_args(Optimizer) if plain or name != "muon"]
     return [{"optimizer": name, "keeps": size(_state(facts, name))} for name in names]
@@ -303,8 +303,8 @@ def _token_budget(facts: Facts) -> str:
     return f"{_micro_batches(facts, int(facts.prepared.recipe.train.token_budget)):.1f} micro-batches a step"
 
 
-def _token_budget_table(facts: Facts) -> list[Row]:
-    budgets = around(int(facts.prepared.recipe.train.token_budget))
+def _token_budget_table(facts: Facts) -> list[AlternativeRow]:
+    budgets = nearby_powers(int(facts.prepared.recipe.train.token_budget))
     return [
         {"token_budget": f"{budget:,}", "micro-batches a step": f"{_micro_batches(facts, budget):.1f}"}
         for budget in budgets
@@ -331,7 +331,7 @@ def _occasions(field: str, what: str) -> Callable[[Facts], str]:
         train = facts.prepared.recipe.train
         every = getattr(train, field)
         steps = facts.prepared.num_steps
-        times = occasions(every, steps=steps, epochs=train.epochs, at_end=field != "log_every")
+        times = count_occurrences(every, steps=steps, epochs=train.epochs, at_end=field != "log_every")
         return f"{times:,} {what} in {steps:,} steps"
 
     return say
@@ -339,7 +339,7 @@ def _occasions(field: str, what: str) -> Callable[[Facts], str]:
 
 def _keep(facts: Facts) -> str:
     train, num_bytes = facts.prepared.recipe.train, 4 * facts.prepared.parameters.trainable + _state(facts)
-    saves = occasions(train.save_every, steps=facts.prepared.num_steps, epochs=train.epochs)
+    saves = count_occurrences(train.save_every, steps=facts.prepared.num_steps, epochs=train.epochs)
     kept = min(saves, train.keep_checkpoints or saves)
     best = " and the best" if kept < saves and train.eval_every != "never" else ""
     return f"{kept:,} stay{best}, about {size(num_bytes)} each (weights and the optimizer's state)"
@@ -350,7 +350,7 @@ def _early_stopping(facts: Facts) -> str:
     if train.early_stopping is None:
         return f"all {steps:,} steps are taken"
     per_epoch = num_steps_per_epoch(len(facts.lengths), train.batch_size)
-    times = occasion_steps(train.eval_every, steps=steps, num_per_epoch=per_epoch)
+    times = trigger_steps(train.eval_every, steps=steps, num_per_epoch=per_epoch)
     if len(times) <= train.early_stopping + 1:
         return f"ends no run of {len(times):,} evaluations early"
     return f"ends the run after step {times[train.early_stopping]:,} of {steps:,} at the earliest"
@@ -455,7 +455,7 @@ SUMMARIES: dict[str, Callable[[Facts], str]] = {
 }
 """Field → what its value does here, in one line."""
 
-TABLES: dict[str, Callable[[Facts], list[Row]]] = {
+TABLES: dict[str, Callable[[Facts], list[AlternativeRow]]] = {
     "model.dtype": _dtype_table,
     "model.quantization": _quantization_table,
     "data.train_on": _train_on_table,

@@ -24,9 +24,9 @@ from transformers.pytorch_utils import Conv1D
 from loratune.data.examples import Example
 from loratune.data.rows.sources import is_local
 from loratune.model.adapter.attach import short_names
-from loratune.model.adapter.modules_to_save import whole_arguments
+from loratune.model.adapter.modules_to_save import modules_to_save_arguments
 from loratune.model.adapter.patterns import highest_rank
-from loratune.model.adapter.target_parameters import stack_arguments
+from loratune.model.adapter.target_parameters import target_parameter_arguments
 from loratune.model.adapter.targets import router_loss
 from loratune.model.adapter.variants import changes_base, peft_arguments
 from loratune.model.load import load_config
@@ -41,8 +41,8 @@ from loratune.recipe.tasks import refuse_classifier
 from loratune.run.directory import Record, RunDir
 from loratune.run.errors import MachineError, RecipeError
 from loratune.run.progress import Progress
-from loratune.training.hf_arguments import TrainingData, own_optimizer, stock_arguments
-from loratune.training.trl_dataset import check_stock, labelled, stock_difference
+from loratune.training.hf_arguments import TrainingData, own_optimizer, trl_arguments
+from loratune.training.trl_dataset import check_trl_can_train, preparation_difference, with_label_ids
 
 BUILDERS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
 """Suffix → the builder of `load_dataset` that reads it."""
@@ -51,7 +51,7 @@ BUILDERS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "p
 WIDTH = 118
 TORCHAO_CONFIGS = {"int8_weight_only": "Int8WeightOnlyConfig", "float8_weight_only": "Float8WeightOnlyConfig"}
 """Kinds of `model.quantization` → what torchao calls them."""
-COVERED = {
+SUPPORTED_FIELDS = {
     "model": {"name", "revision", "dtype", "quantization", "trust_remote_code"},
     "data": {
         *("train", "eval", "format", "columns", "train_on", "thinking", "special_tokens_in_text"),
@@ -84,7 +84,7 @@ COVERED = {
 """The settings that a script follows. Another one that is not at its default is refused. The evaluate section is left out,
 and the script says so."""
 
-REFUSED: dict[str, dict[Any, tuple[str, str]]] = {
+UNSUPPORTED_VALUES: dict[str, dict[Any, tuple[str, str]]] = {
     "model.quantization": {
         "fp8": ("PEFT alone has no layers for it", "leave model.quantization at none, nf4 or int8"),
         "int4_weight_only": (
@@ -187,9 +187,9 @@ def _write_rows(prepared: Preparation, folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     (folder / "eval.parquet").unlink(missing_ok=True)  # of an earlier script, with held-out data
     disable_progress_bar()
-    labelled(prepared.data.train).to_parquet(folder / "train.parquet")
+    with_label_ids(prepared.data.train).to_parquet(folder / "train.parquet")
     if prepared.data.eval:
-        labelled(prepared.data.eval).to_parquet(folder / "eval.parquet")
+        with_label_ids(prepared.data.eval).to_parquet(folder / "eval.parquet")
 
 
 # ---- can TRL make the same of the user's own rows?
@@ -221,7 +221,7 @@ def _why_not_directly(prepared: Preparation) -> str:
             rows = _load(source)
         except (ValueError, OSError, DatasetGenerationError, DatasetNotFoundError) as error:
             return f"load_dataset cannot read {source.name}: {str(error).partition(chr(10))[0]}"
-        difference = stock_difference(
+        difference = preparation_difference(
             rows, examples, prepared.tokenizer, max_length=max_length, assistant_only=data.train_on != "all"
         )
         if difference:
@@ -266,7 +266,7 @@ def _builder(source: Source) -> str:
 
 def _check_covered(recipe: Recipe) -> None:
     default = Recipe()
-    for name, values in REFUSED.items():
+    for name, values in UNSUPPORTED_VALUES.items():
         section, _, field = name.partition(".")
         value = getattr(getattr(recipe, section), field)
         if value in values:
@@ -278,7 +278,7 @@ def _check_covered(recipe: Recipe) -> None:
             "type, loratune trains them in float32",
             fix="model.dtype=float32, or lora.modules_to_save=[]",
         )
-    for section, covered in COVERED.items():
+    for section, covered in SUPPORTED_FIELDS.items():
         mine, plain = getattr(recipe, section), getattr(default, section)
         for field in type(mine).model_fields:
             if field not in covered and getattr(mine, field) != getattr(plain, field):
@@ -299,10 +299,10 @@ def _script(prepared: Preparation, rows: Path | None, why_rows: str) -> str:
             fix="name the model as it was before quantisation",
         )
     model = skeleton(config, trust_remote_code=section.trust_remote_code)
-    check_stock(model)
+    check_trl_can_train(model)
     constants, load = _data_lines(prepared, rows)
-    extra = peft_arguments(recipe.lora) | whole_arguments(prepared.parameters.whole, prepared.new_tokens)
-    extra |= stack_arguments(prepared.parameters.stacks, recipe.lora)
+    extra = peft_arguments(recipe.lora) | modules_to_save_arguments(prepared.parameters.whole, prepared.new_tokens)
+    extra |= target_parameter_arguments(prepared.parameters.stacks, recipe.lora)
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True, autoescape=False)  # noqa: S701 - Python, not HTML
     template = environment.from_string(
         importlib.resources.files("loratune.workflows.guidance").joinpath("script.py.jinja").read_text(encoding="utf-8")
@@ -439,7 +439,7 @@ def _arguments(prepared: Preparation, *, direct: bool) -> list[str]:
         token_budget=prepared.memory.token_budget,
     )
     run = RunDir(Path(recipe.train.output_dir))
-    arguments = stock_arguments(recipe.train, data, run, bf16=recipe.model.dtype == "bfloat16")
+    arguments = trl_arguments(recipe.train, data, run, bf16=recipe.model.dtype == "bfloat16")
     arguments["report_to"] = list(recipe.train.report_to)
     arguments["save_total_limit"] = None if _chosen(recipe.train) else recipe.train.keep_checkpoints
     if recipe.train.early_stopping:

@@ -18,7 +18,7 @@ from loratune.recipe.recipe import Recipe, Source
 from loratune.run.directory import Record
 from loratune.run.errors import RecipeError
 from loratune.workflows.guidance.effects import SUMMARIES, TABLES
-from loratune.workflows.guidance.facts import Facts, Row
+from loratune.workflows.guidance.facts import AlternativeRow, Facts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +45,7 @@ class Explanation:
     default: str
     words: str
     effect: str
-    alternatives: tuple[Row, ...] = ()
+    alternatives: tuple[AlternativeRow, ...] = ()
 
     @property
     def origin_in_words(self) -> str:
@@ -193,7 +193,7 @@ def explanation_page(item: Explanation) -> Group:
     return Group(*parts, "")
 
 
-def _alternatives(rows: Sequence[Row]) -> Table:
+def _alternatives(rows: Sequence[AlternativeRow]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in rows[0]:
         table.add_column(column, overflow="fold")

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from transformers import get_scheduler
 
-from loratune.data.classification import prepare_labelled
+from loratune.data.classification import prepare_classified
 from loratune.data.prepare import prepare_data
-from loratune.model.adapter.new_tokens import grow
+from loratune.model.adapter.new_tokens import resize_embeddings
 from loratune.model.classifier import with_classes
 from loratune.model.load import load_config
 from loratune.planning.parameters import ParameterCount, count_parameters, skeleton
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from loratune.data.examples import Example
 
-Row = dict[str, str]
+AlternativeRow = dict[str, str]
 MIB = 2**20
 
 
@@ -49,7 +49,7 @@ class Facts:
         if classes is not None:
             config = with_classes(config, classes.names, classes.pad_token_id)
         model = skeleton(config, trust_remote_code=section.trust_remote_code, classifier=classes is not None)
-        grow(model, self.prepared.new_tokens)
+        resize_embeddings(model, self.prepared.new_tokens)
         return model
 
     @cached_property
@@ -83,7 +83,7 @@ class Facts:
         data = DataSection.model_validate({**recipe.data.model_dump(), **settings})
         limit = NO_LIMIT if data.max_length == "auto" else int(data.max_length)
         if self.prepared.classes is not None:
-            return prepare_labelled(data, self.prepared.tokenizer, max_length=limit, seed=recipe.train.seed).train
+            return prepare_classified(data, self.prepared.tokenizer, max_length=limit, seed=recipe.train.seed).train
         return prepare_data(data, self.prepared.tokenizer, max_length=limit, seed=recipe.train.seed).train
 
 
@@ -107,7 +107,7 @@ def learning_rates(train: Any, steps: int) -> np.ndarray:
     return train.learning_rate * np.array([factor(step) for step in range(steps)])
 
 
-def around(value: int) -> list[int]:
+def nearby_powers(value: int) -> list[int]:
     """A quarter, half, once, twice and four times a count."""
     return sorted({max(1, value // 4), max(1, value // 2), value, 2 * value, 4 * value})
 

@@ -18,7 +18,7 @@ from loratune.data.rows.conversation import Conversation, detect_format, to_conv
 from loratune.data.rows.sources import read_rows
 from loratune.recipe.recipe import Recipe, Source
 from loratune.recipe.tasks import CLASSIFICATION
-from loratune.run.errors import DataError, MachineError, RecipeError, as_count
+from loratune.run.errors import DataError, MachineError, RecipeError, plural
 
 if TYPE_CHECKING:
     from loratune.data.rows.sources import Row
@@ -43,7 +43,7 @@ Settings = dict[str, Value]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Starter:
+class StarterRecipe:
     """A recipe to begin with.
 
     Attributes:
@@ -78,7 +78,7 @@ class Starter:
         return "\n".join(lines) + "\n"
 
 
-def starter_for_data(name: str) -> Starter:
+def starter_for_data(name: str) -> StarterRecipe:
     """A recipe for these rows on this machine.
 
     Args:
@@ -95,7 +95,7 @@ def starter_for_data(name: str) -> Starter:
     conversations, rejected = to_conversations(rows, form)
     if not conversations:
         raise DataError(
-            f"none of {as_count(len(rows), 'row')} can be trained on: {rejected[0].reason}",
+            f"none of {plural(len(rows), 'row')} can be trained on: {rejected[0].reason}",
             file=rejected[0].origin.file,
             line=rejected[0].origin.line,
             fix="see docs/data.md for the formats",
@@ -106,8 +106,8 @@ def starter_for_data(name: str) -> Starter:
         **_training_settings(len(conversations)),
         **_evaluation_settings(conversations),
     }
-    return Starter(
-        title=f"LoRA on {name}: {as_count(len(conversations), 'conversation')} in the format {form}.", settings=settings
+    return StarterRecipe(
+        title=f"LoRA on {name}: {plural(len(conversations), 'conversation')} in the format {form}.", settings=settings
     )
 
 
@@ -119,23 +119,23 @@ def _labelled_texts(rows: Sequence[Row]) -> list[LabelledText]:
     return texts if classifies else []
 
 
-def _starter_for_classes(name: str, rows: Sequence[Row], texts: Sequence[LabelledText]) -> Starter:
+def _starter_for_classes(name: str, rows: Sequence[Row], texts: Sequence[LabelledText]) -> StarterRecipe:
     labels, pairs = {text.label for text in texts}, any(text.second is not None for text in texts)
     form = "sentence1, sentence2 and label" if pairs else "text and label"
     what = "pair" if pairs else "text"
     settings: Settings = {
         "model.name": choose_model(),
-        "model.task": (CLASSIFICATION, f"the rows have {form}, of {as_count(len(labels), 'class', 'classes')}"),
+        "model.task": (CLASSIFICATION, f"the rows have {form}, of {plural(len(labels), 'class', 'classes')}"),
         **_sources(name, len(texts), what),
         "data.max_length": ("auto", ""),
         **({"data.on_bad_row": _skipped(len(rows) - len(texts))} if len(texts) < len(rows) else {}),
         **_training_settings(len(texts)),
     }
-    title = f"LoRA on {name}: {as_count(len(texts), what)} of {as_count(len(labels), 'class', 'classes')}."
-    return Starter(title=title, settings=settings)
+    title = f"LoRA on {name}: {plural(len(texts), what)} of {plural(len(labels), 'class', 'classes')}."
+    return StarterRecipe(title=title, settings=settings)
 
 
-def starter_from_recipe(path: Path) -> Starter:
+def starter_from_recipe(path: Path) -> StarterRecipe:
     """A complete recipe of loratune's, with comments.
 
     Raises:
@@ -147,7 +147,7 @@ def starter_from_recipe(path: Path) -> Starter:
         part = getattr(recipe, section)
         for field in sorted(part.model_fields_set, key=list(type(part).model_fields).index):
             settings[f"{section}.{field}"] = (part.model_dump(mode="json")[field], "")
-    return Starter(title=f"The recipe {path.stem}.", settings=settings)
+    return StarterRecipe(title=f"The recipe {path.stem}.", settings=settings)
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -157,7 +157,7 @@ def shipped_recipes() -> dict[str, Path]:
     return {path.stem: path for path in sorted((installed if installed.is_dir() else checkout).glob("*.yaml"))}
 
 
-def init(what: str | None, out: Path | None, *, overwrite: bool = False) -> tuple[Path, Starter]:
+def init(what: str | None, out: Path | None, *, overwrite: bool = False) -> tuple[Path, StarterRecipe]:
     """Write a recipe to begin with.
 
     Args:
@@ -225,12 +225,12 @@ def _data_settings(
 
 def _sources(name: str, number: int, what: str) -> Settings:
     if number < FEW:
-        return {"data.train": (name, ""), "data.eval": ("none", f"{as_count(number, what)}: too few to hold some out")}
+        return {"data.train": (name, ""), "data.eval": ("none", f"{plural(number, what)}: too few to hold some out")}
     return {"data.train": (name, ""), "data.eval": (0.05, f"every twentieth {what} is held out")}
 
 
 def _skipped(num_rejected: int) -> Value:
-    return "skip", f"{as_count(num_rejected, 'row')} cannot be trained on; `error` stops at the first of them"
+    return "skip", f"{plural(num_rejected, 'row')} cannot be trained on; `error` stops at the first of them"
 
 
 def _training_settings(num_conversations: int) -> Settings:
@@ -242,7 +242,7 @@ def _training_settings(num_conversations: int) -> Settings:
         "lora.targets": ("complete", ""),
         "train.epochs": (epochs, ""),
         "train.learning_rate": (2e-4, ""),
-        "train.batch_size": (batch_size, f"{as_count(-(-num_conversations // batch_size), 'step')} an epoch"),
+        "train.batch_size": (batch_size, f"{plural(-(-num_conversations // batch_size), 'step')} an epoch"),
         "train.schedule": ("cosine", ""),
         "train.warmup_fraction": (0.03, ""),
         "train.eval_every": (0.1, ""),

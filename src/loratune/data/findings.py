@@ -22,7 +22,7 @@ from loratune.data.prompts import render_prompts, stop_token_ids
 from loratune.data.rows.conversation import Conversation, Message, Origin
 from loratune.recipe.recipe import DataSection
 from loratune.recipe.roles import TrainOn, trained_roles
-from loratune.run.errors import as_count
+from loratune.run.errors import plural
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -133,7 +133,7 @@ def add_checks(
     report["shared_prompts"] = [{"eval": _place(one), "train": _place(other)} for one, other in shared]
     if shared:
         report["notices"].append(
-            f"{as_count(len(shared), 'held-out conversation has', 'held-out conversations have')} the same prompt as a training conversation, with another answer: "
+            f"{plural(len(shared), 'held-out conversation has', 'held-out conversations have')} the same prompt as a training conversation, with another answer: "
             f"{places([one for one, _ in shared])}."
         )
     asks = section.train_on == "all" or "assistant" in trained_roles(section.train_on)
@@ -373,7 +373,7 @@ def _unknown_tools(message: Message, where: str, known: set[str]) -> Iterator[tu
 
 
 def _num_answers(conversation: Conversation, train_on: TrainOn) -> int:
-    return len(trained_turns(conversation.messages, train_on, conversation.untrained))
+    return len(trained_turns(conversation.messages, train_on, conversation.excluded))
 
 
 def _cut(example: Example, stops: np.ndarray, num_answers: int, train_on: TrainOn, *, surely: bool) -> str:

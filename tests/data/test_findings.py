@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from loratune.data.checks import Finding, PromptCheck, check_conversations, check_prompts, histogram, scripts
+from loratune.data.findings import Finding, PromptCheck, check_conversations, check_prompts, histogram, scripts
 from loratune.data.masking.render import Rendered
 from loratune.data.prepare import PreparedData, prepare_data
 from loratune.data.rows.conversation import Conversation, Origin, to_conversations
