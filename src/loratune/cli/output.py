@@ -81,9 +81,9 @@ def write_page(path: Path, prepared: Preparation, samples: int) -> None:
 def show_result(result: RunResult, as_json: bool) -> None:
     """Print the evaluation, and what training took."""
     from loratune.cli.plan_tables import measured_line
-    from loratune.evaluation.classification import classification_table, confusion_table
     from loratune.evaluation.record import evaluation_table, samples_table
     from loratune.run.directory import read_json
+    from loratune.workflows.tasks.classification.measures import classification_table, confusion_table
 
     if as_json:
         plan_record = read_json(result.run.plan)

@@ -10,7 +10,6 @@ from peft import PeftModel
 from loratune.data.examples import LabelledExample
 from loratune.data.mixture import held_out_groups
 from loratune.data.prompts import stop_token_ids
-from loratune.evaluation.classification import class_logits, classification_record, nll_of_labels
 from loratune.evaluation.generate import Answer, generate_answers
 from loratune.evaluation.record import evaluation_record, nll_record
 from loratune.evaluation.user_metric import UserMetric
@@ -20,12 +19,13 @@ from loratune.run import processes
 from loratune.run.directory import Record, RunDir, write_json
 from loratune.run.errors import MachineError
 from loratune.run.progress import Progress
-from loratune.training.classifier_loss import ClassificationLoss
 from loratune.training.event_log import EventLog, History
 from loratune.training.held_out_loss import Nll, evaluate_nll
 from loratune.training.loss import SupervisedLoss
 from loratune.training.token_budget import TokenBudget
 from loratune.workflows.final_adapter import describe_final_adapter
+from loratune.workflows.tasks.classification.loss import ClassificationLoss
+from loratune.workflows.tasks.classification.measures import class_logits, classification_record, nll_of_labels
 
 
 def compare_base_and_tuned(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from loratune.evaluation.classification import MEASURES
 from loratune.evaluation.gates import check_names, parse_gate, pass_gates
 from loratune.evaluation.lm_eval import check_harness, run_harness
 from loratune.evaluation.user_metric import load_metric
@@ -22,6 +21,7 @@ from loratune.run.progress import NO_PROGRESS, Progress
 from loratune.workflows.assess import compare_base_and_tuned, explain_out_of_memory
 from loratune.workflows.load import load_trained
 from loratune.workflows.result import RunResult
+from loratune.workflows.tasks.classification.measures import MEASURES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -48,7 +48,7 @@ from loratune.workflows.certify import (
     open_finished,
     recipe_of,
 )
-from loratune.workflows.export_classifier import merge_classifier
+from loratune.workflows.tasks.classification.merge import merge_classifier
 
 NUM_ANSWERS = 20
 """Held-out prompts that llama.cpp answers, to compare with the run's own answers."""

@@ -17,12 +17,12 @@ from loratune.planning.preparation import Preparation
 from loratune.run.directory import RunDir
 from loratune.run.errors import RecipeError
 from loratune.run.progress import Progress
-from loratune.training.classifier_loss import ClassificationLoss, make_classification_loss
 from loratune.training.fsdp import is_sharded, shard_layers
 from loratune.training.layers import prepare_layers
 from loratune.training.loss import SupervisedLoss, make_loss
 from loratune.training.neftune import EmbeddingNoise
 from loratune.training.trl_dataset import check_trl_can_train
+from loratune.workflows.tasks.classification.loss import ClassificationLoss, make_classification_loss
 
 
 def load_base(prepared: Preparation, progress: Progress) -> Any:

@@ -23,7 +23,6 @@ from loratune.run.errors import Interrupted
 from loratune.run.progress import Progress
 from loratune.training.callbacks import RunCallback
 from loratune.training.checkpoint import resume_state
-from loratune.training.classifier_trainer import TrlClassifierTrainer
 from loratune.training.fast_trainer import FastTrainer
 from loratune.training.fsdp import explain_lost_process
 from loratune.training.gradient_sync import check_ranks_agree
@@ -38,6 +37,7 @@ from loratune.workflows.final_adapter import save_final, select_final_adapter
 from loratune.workflows.load import attach_adapter_and_loss, load_base, load_trained
 from loratune.workflows.measured import RunTimer
 from loratune.workflows.result import RunResult
+from loratune.workflows.tasks.classification.trl_trainer import TrlClassifierTrainer
 
 _UNEVALUATED = "stopped before the evaluation was done; all steps are, and the adapter is saved"
 

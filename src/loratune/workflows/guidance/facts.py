@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from transformers import get_scheduler
 
-from loratune.data.classification import prepare_classified
 from loratune.data.prepare import prepare_data
 from loratune.model.adapter.new_tokens import resize_embeddings
 from loratune.model.classifier import with_classes
@@ -20,6 +19,7 @@ from loratune.planning.parameters import ParameterCount, count_parameters, skele
 from loratune.planning.preparation import NO_LIMIT, Preparation
 from loratune.recipe.recipe import DataSection
 from loratune.training.hf_arguments import schedule_arguments
+from loratune.workflows.tasks.classification.data import prepare_classified
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -12,7 +12,6 @@ import torch
 from loratune.data.batch import collate
 from loratune.data.examples import Example, LabelledExample
 from loratune.exporting.certificate import EXACT, ROUNDED, Question, ReferenceOutputs, Tolerance, certify
-from loratune.exporting.load_back_classifier import ClassifierReader
 from loratune.exporting.staging import atomic_folder, check_target
 from loratune.model.adapter.attach import load_adapter
 from loratune.model.load import download_weights, load_config, load_model
@@ -21,6 +20,7 @@ from loratune.run.directory import Record, RunDir, cannot_write
 from loratune.run.progress import Progress
 from loratune.workflows.certify import Exported, merged_dtype, open_run, record, write_certificate
 from loratune.workflows.load import load_trained
+from loratune.workflows.tasks.classification.load_back import ClassifierReader
 
 MOST_EXAMPLES = 256
 """Texts on which both are compared."""
