@@ -21,6 +21,7 @@ from loratune.planning.hardware.cluster import Cluster, find_cluster
 from loratune.planning.hardware.interconnect import CALL_SECONDS, LINKS, SHARE
 from loratune.planning.memory.memory import MAX_USEFUL_TOKENS
 from loratune.planning.parameters import ParameterCount, count_parameters, skeleton
+from loratune.planning.parts import RunParts
 from loratune.planning.scaling import GRADIENT_BYTES, Scaling, hiding_tokens, scale
 from loratune.planning.speed import EFFICIENCY
 from loratune.recipe.recipe import Recipe
@@ -204,18 +205,8 @@ def _scaled(name: str, cluster: Cluster, *, batch_size: int) -> Scaling:
     model, targets, parameters = _model(name)
     config, recipe, data = MODELS[name], _recipe(batch_size), _data()
     place = ExecutionSetup(device="cuda", dtype="bfloat16", compiled=False, free_bytes=cluster.device.memory_bytes)
-    estimate_at = partial(
-        estimate,
-        recipe,
-        config,
-        model,
-        targets,
-        parameters,
-        data=data,
-        prompts=(),
-        longest_answer=0,
-        device=cluster.device,
-    )
+    parts = RunParts.of_configuration(model, targets, parameters, data)
+    estimate_at = partial(estimate, recipe, parts, device=cluster.device)
     return scale(cluster, recipe, config, parameters, data=data, place=place, estimate_at=estimate_at)
 
 

@@ -24,6 +24,7 @@ from loratune.planning.hardware import interconnect
 from loratune.planning.hardware.cluster import Cluster, find_cluster
 from loratune.planning.hardware.interconnect import LINKS, SHARE, Fabric
 from loratune.planning.parameters import count_parameters, skeleton
+from loratune.planning.parts import RunParts
 from loratune.planning.scaling import (
     Rank,
     Scaling,
@@ -77,9 +78,7 @@ def run(
     data = PreparedData(train=train, eval=[], eval_conversations=[], report={})
     place = ExecutionSetup(device="cuda", dtype="bfloat16", compiled=False, free_bytes=free_bytes)
     device = cluster.device
-    estimate_at = partial(
-        estimate, recipe, CONFIG, model, targets, parameters, data=data, prompts=(), longest_answer=0, device=device
-    )
+    estimate_at = partial(estimate, recipe, RunParts.of_configuration(model, targets, parameters, data), device=device)
     made = scale(cluster, recipe, CONFIG, parameters, data=data, place=place, estimate_at=estimate_at)
     return made, partial(estimate_at, place=place)
 

@@ -11,8 +11,8 @@ from itertools import chain
 
 from loratune.model.adapter.variants import saved_rank, scale_of
 from loratune.planning.advice_facts import AdviceFacts
+from loratune.planning.task import planned_task
 from loratune.recipe.roles import as_written, trained_roles
-from loratune.recipe.tasks import is_classification
 
 SCHULMAN = "Schulman et al. 2025, LoRA Without Regret, thinkingmachines.ai/blog/lora"
 
@@ -254,7 +254,7 @@ def _cadence(facts: AdviceFacts) -> Iterator[Advice]:
 
 
 def _serving(facts: AdviceFacts) -> Iterator[Advice]:
-    if is_classification(facts.recipe):
+    if not planned_task(facts.recipe).writes_text:
         return
     r = saved_rank(facts.recipe.lora)
     if facts.recipe.lora.variant == "dora":

@@ -12,8 +12,8 @@ from loratune.data.prepare import PreparedData
 from loratune.data.prompts import stop_token_ids
 from loratune.model.load import BaseModel, generation_stops
 from loratune.planning.presets import PresetCount, adapts_feed_forward
+from loratune.planning.task import planned_task
 from loratune.recipe.recipe import Recipe
-from loratune.recipe.tasks import is_classification
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -67,7 +67,7 @@ def advice_facts(
     steps: int,
 ) -> AdviceFacts:
     """What advice is given on; the arguments are parts of the `Preparation`."""
-    writes = not is_classification(recipe)
+    writes = planned_task(recipe).writes_text
     return AdviceFacts(
         recipe=recipe,
         num_examples=data.num_examples,

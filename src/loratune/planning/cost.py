@@ -12,7 +12,6 @@ from loratune.data.prepare import PreparedData
 from loratune.data.prompts import Prompt
 from loratune.data.steps import count_occurrences, num_steps, padded_step_tokens, step_tokens
 from loratune.model.device import torch_dtype
-from loratune.model.kernels.cross_entropy import chunk_rows
 from loratune.planning.memory.adapter import (
     stack_bytes,
     stack_kept_bytes,
@@ -25,8 +24,8 @@ from loratune.planning.memory.memory import MemoryPlan, TokenSizes, layer_bytes,
 from loratune.planning.memory.optimizer import state_bytes
 from loratune.planning.parameters import ParameterCount
 from loratune.planning.speed import WorkAmounts, training_flops
+from loratune.planning.task import planned_task
 from loratune.recipe.recipe import Recipe
-from loratune.recipe.tasks import is_classification
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,12 +131,12 @@ def run_memory(
 
 def _num_outputs(recipe: Recipe, config: Any) -> int:
     """Of the head: the vocabulary, or the classes."""
-    return int(config.num_labels if is_classification(recipe) else config.vocab_size)
+    return planned_task(recipe).num_outputs(config)
 
 
 def _logits_rows(recipe: Recipe, config: Any, place: ExecutionSetup) -> int:
     """That the loss computes at once."""
-    return recipe.train.batch_size if is_classification(recipe) else chunk_rows(config.vocab_size, place.device)
+    return planned_task(recipe).logits_rows(recipe, config, place.device)
 
 
 def resident_parameters(config: Any, parameters: ParameterCount, shards: int) -> int:

@@ -202,8 +202,8 @@ def test_a_head_of_other_classes_is_made_anew(finished: RunDir, tmp_path: Path) 
     rows = [{**intent(n), "label": n % 2} for n in range(24)]
     data = str(write_rows(tmp_path / "two.jsonl", rows))
     prepared = prepare(class_recipe(merged, tmp_path, data__train=data, data__eval="none"), NoProgress())
-    assert (2, 16) in prepared.parameters.whole_shapes
-    assert any("head of its own" in warning for warning in prepared.warnings)
+    assert (2, 16) in prepared.adapter.parameters.whole_shapes
+    assert any("head of its own" in warning for warning in prepared.notes.warnings)
     assert train(prepared.recipe).run.has_adapter
 
 
