@@ -114,7 +114,7 @@ def test_with_dropout_a_resumed_run_of_two_is_the_uninterrupted_one_to_the_bit(
     done = command([sys.executable, "-m", "loratune", "resume", run.root, "--processes", 2, "--json"])
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["run"] == str(run.root)
-    assert "going on after step 4" in done.stderr
+    assert "resuming after step 4" in done.stderr
     assert_same(whole, run, tolerance=0)
 
 
@@ -180,7 +180,7 @@ def test_a_killed_process_is_started_again_and_no_example_is_lost_or_seen_twice(
         process_of(process.pid, rank).send_signal(signal.SIGKILL)
         output, _ = process.communicate(timeout=WAIT_SECONDS)
     assert process.returncode == 0, output
-    assert "going on after step" in output
+    assert "resuming after step" in output
     assert_same(one, run, tolerance=1e-5)
     assert sizes(run) == sizes(one)
 
@@ -241,7 +241,7 @@ def test_a_run_goes_on_with_fewer_or_more_machines(
                 output, _ = first.communicate(timeout=WAIT_SECONDS)
                 second.communicate(timeout=WAIT_SECONDS)
     assert first.returncode == 0, output
-    assert "going on after step" in output
+    assert "resuming after step" in output
     assert read_json(run.plan)["num_processes"] == (2 if change == "leaves" else 1), "it was begun so"
     assert sizes(run) == sizes(expected)
     assert_same(expected, run, tolerance=1e-3)  # 120 steps of float noise

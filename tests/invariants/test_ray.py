@@ -91,7 +91,7 @@ def test_a_killed_worker_is_started_again_and_no_example_is_lost_or_seen_twice(
         victim.kill()
         output, _ = process.communicate(timeout=WAIT_SECONDS)
     assert process.returncode == 0, output
-    assert "going on after step" in output
+    assert "resuming after step" in output
     assert_same(two, run, tolerance=1e-5)
     assert sizes(run) == sizes(two)
 
@@ -154,6 +154,6 @@ def test_a_cluster_that_loses_a_node_goes_on_with_another(tiny_recipe: MakeRecip
     finally:
         cluster.shutdown()
     assert process.returncode == 0, output
-    assert "going on after step" in output
+    assert "resuming after step" in output
     assert_same(two, run, tolerance=1e-5)
     assert sizes(run) == sizes(two)

@@ -120,7 +120,7 @@ def test_a_killed_process_is_started_again(tiny_recipe: MakeRecipe, one: RunDir,
         process_of(process.pid, 1).send_signal(signal.SIGKILL)
         output, _ = process.communicate(timeout=WAIT_SECONDS)
     assert process.returncode == 0, output
-    assert "going on after step" in output
+    assert "resuming after step" in output
     assert_same(one, run, tolerance=1e-5)
     assert sizes(run) == sizes(one)
 

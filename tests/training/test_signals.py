@@ -114,7 +114,7 @@ def test_a_kill_before_the_first_checkpoint_begins_again(tiny_recipe: MakeRecipe
         stream.write('{"step": 4, "lo')
     listener = Moment("", lambda: None)
     resume(run.root, progress=listener)
-    assert "there is no checkpoint yet: beginning again with the first step" in listener.lines
+    assert "no checkpoint yet: starting again with the first step" in listener.lines
     same = ("step", "loss", "grad_norm", "eval_nll")
     assert [[r.get(k) for k in same] for r in run.read_metrics()] == [[r.get(k) for k in same] for r in before]
     assert (run.adapter / "adapter_model.safetensors").read_bytes() == weights

@@ -1,4 +1,4 @@
-"""`prepare` by several processes that are to come to the same."""
+"""Run `prepare` on every rank, and check that all ranks agree."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ from loratune.run.progress import Progress
 
 
 def prepare_on_all_ranks(recipe: Recipe, progress: Progress) -> Preparation:
-    """`prepare` by all processes of a run: what `auto` becomes is what the first one finds, and its prepared examples are in the
-    cache when the others ask for them.
+    """Run `prepare` on every rank. Rank 0 goes first: it decides what `auto` becomes, and fills the cache of examples.
 
     Raises:
-        RunError: The processes do not see the same data.
+        RunError: The ranks see different data.
         LoratuneError: As `prepare`.
     """
     if processes.size() == 1:
@@ -36,6 +35,6 @@ def prepare_on_all_ranks(recipe: Recipe, progress: Progress) -> Preparation:
     if seen[processes.rank()] != seen[0]:
         raise RunError(
             f"process {processes.rank()} does not see the same examples as process 0",
-            fix="the same files, at the same paths, on all machines",
+            fix="put the same files at the same paths on all machines",
         )
     return prepared

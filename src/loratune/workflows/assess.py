@@ -1,4 +1,4 @@
-"""Base against tuned on held-out data: losses, answers, and what was forgotten."""
+"""Compare base and fine-tuned model on held-out data."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def compare_base_and_tuned(
 
 @contextmanager
 def explain_out_of_memory(run: RunDir) -> Iterator[None]:
-    """Memory that runs out where nothing can be made smaller."""
+    """Turn running out of memory, where nothing can be made smaller, into an error that says what to do."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -82,10 +82,10 @@ def explain_out_of_memory(run: RunDir) -> Iterator[None]:
         raise MachineError(
             f"out of memory: {error}",
             file=run.root,
-            fix="end other programs, then start it again: `loratune resume`, or what you did",
+            fix="close other programs and try again (`loratune resume` if it was training)",
         ) from error
 
 
 def _token_budget(prepared: Preparation, run: RunDir) -> int:
-    """The plan's, or what an out-of-memory error left of it."""
+    """Return the plan's token budget, or what an out-of-memory error reduced it to."""
     return History.of(run.read_metrics()).token_budget or prepared.estimate.memory.token_budget

@@ -1,4 +1,4 @@
-"""workflows.evaluate."""
+"""`loratune evaluate`: repeat the comparison of base and fine-tuned model of a finished run, with further metrics and gates."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from loratune.workflows.tasks.task import task_of
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Extras:
-    """What an evaluation measures beside what the recipe says.
+    """What an evaluation measures besides what the recipe says.
 
     Attributes:
-        metric: `path/to/file.py:function`, in the place of the recipe's metric; empty: none.
+        metric: `path/to/file.py:function`, instead of the recipe's metric; empty for the recipe's.
         harness: Tasks of lm-evaluation-harness, by name or as YAML files.
         gates: Thresholds such as `json>=0.8`.
         allow_code: Whether Python code that metric and tasks name may run.
@@ -44,9 +44,9 @@ _NOTHING_MORE = Extras()
 
 
 def evaluate(root: str | Path, *, extras: Extras = _NOTHING_MORE, progress: Progress = NO_PROGRESS) -> RunResult:
-    """Measure base against tuned of a finished run again, and write `evaluation.json`, the card and the report.
+    """Compare base and fine-tuned model of a finished run again, and rewrite `evaluation.json`, model card and report.
 
-    Whether the gates were passed stands in the record; `evaluation.gates.check_gates` raises where they were not.
+    The record says whether the gates were passed; `evaluation.gates.check_gates` raises if one was not.
 
     Raises:
         RecipeError: The run is not finished, has no held-out data, or the extras do not fit.

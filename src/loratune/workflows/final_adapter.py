@@ -1,4 +1,4 @@
-"""The adapter that a run ends with: of the last step, of the best checkpoint, or the mean of several."""
+"""The adapter that a run ends with: the last step's, the best checkpoint's, or the mean of several."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from loratune.training.checkpoint import averaged_steps, damage_of, load_adapter
 def select_final_adapter(
     prepared: Preparation, run: RunDir, model: PeftModel, last_step: int, progress: Progress
 ) -> bool:
-    """Give the model the adapter that the recipe ends with; whether it is another one than that of the last step, which it has."""
+    """Give the model the adapter that the recipe asks for, and return whether that is not the last step's."""
     train = prepared.recipe.train
     if train.average_checkpoints is not None:
         return _take_mean(prepared, run, model, last_step, progress)
@@ -26,7 +26,7 @@ def select_final_adapter(
 
 
 def describe_final_adapter(prepared: Preparation, run: RunDir) -> Record:
-    """What a finished run's adapter is: `kind` (last, best or mean) and the `steps` it is of."""
+    """Return what a finished run's adapter is: `kind` (last, best or mean) and the `steps` it comes from."""
     if run.mean.is_file():
         return {"kind": "mean", "steps": read_json(run.mean)["steps"]}
     if prepared.recipe.train.final_adapter == "best" and run.best.is_file():
@@ -38,7 +38,7 @@ def describe_final_adapter(prepared: Preparation, run: RunDir) -> Record:
 
 
 def save_final(prepared: Preparation, run: RunDir, model: PeftModel) -> None:
-    """The adapter with tokenizer and template, whole or not at all."""
+    """Save the adapter with tokenizer and chat template, completely or not at all."""
     temporary = run.root / ".adapter.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     with cannot_write(run.adapter):
@@ -52,7 +52,7 @@ def save_final(prepared: Preparation, run: RunDir, model: PeftModel) -> None:
 
 def _take_best(run: RunDir, model: PeftModel, last_step: int, progress: Progress) -> bool:
     if not run.best.is_file():
-        progress.warn("no checkpoint has a held-out loss to choose by: the adapter is that of the last step")
+        progress.warn("no checkpoint has a held-out loss to choose by: using the adapter of the last step")
         return False
     best = read_json(run.best)
     progress.line(f"the adapter is that of step {best['step']}, with held-out loss {best['eval_nll']:.4f}")
@@ -78,7 +78,7 @@ def _take_mean(prepared: Preparation, run: RunDir, model: PeftModel, last_step: 
         else:
             steps.append(step)
     if not steps:
-        progress.warn("there is no checkpoint to average: the adapter is that of the last step")
+        progress.warn("no checkpoint left to average: using the adapter of the last step")
         return False
     progress.line(f"the adapter is the mean of those of steps {', '.join(map(str, steps))}")
     load_mean([run.checkpoints / str(step) for step in steps], model)

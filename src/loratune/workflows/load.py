@@ -1,4 +1,4 @@
-"""Base, adapter, and the way to the loss: what everything that needs the weights begins with."""
+"""Load the base model, attach the adapter, and set up the loss: the start of everything that needs weights."""
 
 from __future__ import annotations
 
@@ -25,10 +25,12 @@ from loratune.workflows.tasks.task import task_of
 
 
 def load_base(prepared: Preparation, progress: Progress) -> Any:
-    """The base model alone."""
+    """Load the base model without an adapter."""
     recipe = prepared.recipe
     progress.line(f"loading {recipe.model.name} in {recipe.model.dtype} on {recipe.train.device}")
-    device = "cpu" if is_sharded(recipe) else recipe.train.device  # whose memory need not hold all of it
+    device = (
+        "cpu" if is_sharded(recipe) else recipe.train.device
+    )  # each device will hold a shard, and need not have room for all of it
     return load_model(
         prepared.model.base,
         recipe.model,
@@ -39,7 +41,7 @@ def load_base(prepared: Preparation, progress: Progress) -> Any:
 
 
 def attach_adapter_and_loss(prepared: Preparation, base: Any, progress: Progress) -> tuple[PeftModel, SupervisedLoss]:
-    """The adapter on the base, fresh or that of `lora.start_from`, and the way to its loss, ready for training."""
+    """Attach the adapter, fresh or from `lora.start_from`, and return model and loss ready for training."""
     recipe = prepared.recipe
     model = attach_adapter(
         base,
@@ -69,7 +71,7 @@ def attach_adapter_and_loss(prepared: Preparation, base: Any, progress: Progress
     if reason:
         progress.warn(reason)
     note = fallback_note(model)
-    if note and recipe.lora.variant != "dora":  # of which the plan speaks
+    if note and recipe.lora.variant != "dora":  # the plan has said so already
         progress.warn(note)
     loss.compiled, loss.smoothing = recipe.train.compile is True, recipe.train.label_smoothing
     if recipe.train.neftune_noise_alpha:
@@ -79,7 +81,7 @@ def attach_adapter_and_loss(prepared: Preparation, base: Any, progress: Progress
 
 
 def load_trained(prepared: Preparation, run: RunDir, progress: Progress) -> tuple[PeftModel, SupervisedLoss]:
-    """Base and the run's adapter."""
+    """Load the base model with the run's adapter, and its loss."""
     model = load_adapter(load_base(prepared, progress), run.adapter)
     if prepared.recipe.model.quantization == "fp8":
         quantize_frozen_layers(model)
@@ -110,5 +112,5 @@ def _loss(prepared: Preparation, model: PeftModel) -> tuple[SupervisedLoss, str]
 
 
 def _loadable_name(prepared: Preparation) -> str:
-    """What PEFT can load the base by: its hub id, or its folder."""
+    """Return the name by which PEFT can load the base model: its hub id, or its folder."""
     return prepared.model.base.name if prepared.model.base.revision else str(prepared.model.base.path)

@@ -1,4 +1,4 @@
-"""What a run took, over all processes that worked on it: seconds, rate, memory."""
+"""Seconds, rate and memory of a run, over all the times it was started."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from loratune.run.directory import Record, RunDir, read_json, write_json
 
 
 class RunTimer:
-    """The time from one start of the process to its end, and its memory; a run has several when it was stopped.
+    """Time and peak memory of one process that works on a run; an interrupted run has had several.
 
-    What earlier ones came to stands in `plan.json` under `so_far`, until `measured` replaces it. A sitting that was killed
-    could not write its own; its steps count all the same, their times are in `metrics.jsonl`. Of several processes it is the
-    first one's.
+    The totals of earlier processes are in `plan.json` under `so_far`, until `measured` replaces them. A process that was
+    killed could not write its own; its steps count all the same, since their times are in `metrics.jsonl`. Only rank 0 counts.
     """
 
     def __init__(self, run: RunDir, device: str) -> None:
@@ -23,7 +22,7 @@ class RunTimer:
         self._before = read_json(run.plan).get("so_far", {}) if processes.is_main() else {}
 
     def note(self) -> None:
-        """Write down what there is until now."""
+        """Record the totals so far."""
         if not processes.is_main():
             return
         record = read_json(self._run.plan)
@@ -31,7 +30,11 @@ class RunTimer:
         write_json(self._run.plan, record)
 
     def close(self, *, evaluate_seconds: float) -> None:
-        """Write down what the whole run came to; `evaluate_seconds` were spent on it since training ended."""
+        """Record the totals of the complete run, and mark it complete.
+
+        Args:
+            evaluate_seconds: Seconds of the evaluation after training.
+        """
         record, metrics = read_json(self._run.plan), self._run.read_metrics()
         record.pop("so_far", None)
         record["measured"] = {**self._so_far(), **step_totals(metrics)}
@@ -48,7 +51,7 @@ class RunTimer:
 
 
 def step_totals(metrics: list[Record]) -> Record:
-    """Seconds and rate of all optimizer steps of a run, also those before it was resumed, without evaluation and saving."""
+    """Return seconds and rate of all optimizer steps of a run, without evaluation and saving."""
     steps = [record for record in metrics if record.get("tokens_per_second")]
     seconds = sum(record["num_tokens"] / record["tokens_per_second"] for record in steps)
     num_tokens = sum(record["num_tokens"] for record in steps)

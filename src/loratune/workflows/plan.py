@@ -1,4 +1,4 @@
-"""workflows.plan."""
+"""`loratune plan`: what would be trained, without training; with `probe`, timed on a few real steps."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from loratune.workflows.load import attach_adapter_and_loss, load_base
 from loratune.workflows.steps import train_steps
 
 PROBE_STEPS = 3
-"""Of `plan --probe`; the first compiles and warms up."""
+"""Steps of `plan --probe`; the first one compiles and warms up."""
 
 
 def plan(
@@ -34,16 +34,16 @@ def plan(
     probe: bool = False,
     progress: Progress = NO_PROGRESS,
 ) -> Preparation:
-    """What would be trained, and whether it fits. `.as_plan()` is the record.
+    """Find out what would be trained, whether it fits, and how long it takes. `.as_plan()` is the record.
 
     Args:
         recipe: What to do.
         device: A GPU of `loratune.planning.hardware.devices` to plan for; None for this machine.
         devices: Several of them: `8xh100-80gb`, or `2x8xh100-80gb` for two nodes.
-        interconnect: What joins them, of `loratune.planning.hardware.interconnect`; empty for the usual.
-        probe: Whether to run the longest step three times on the real weights, the one case in which they are loaded, and
-            to promise what these took. Nothing is written.
-        progress: Who is told how it goes.
+        interconnect: The links between them, from `loratune.planning.hardware.interconnect`; empty for the usual ones.
+        probe: Whether to run the longest step three times and base the estimate on it. This is the only case in which
+            weights are loaded; nothing is written.
+        progress: Shows how far it is.
 
     Raises:
         RecipeError, DataError, MachineError: As `prepare`; or a device that is not here is to be probed.
@@ -57,11 +57,11 @@ def plan(
 
 
 def _probe(prepared: Preparation, progress: Progress) -> StepProbe:
-    """Run the longest step three times, and throw the result away."""
+    """Time the longest step on the real weights, and discard the result."""
     train = prepared.recipe.train
     lengths = [len(example.input_ids) for example in prepared.data.train]
     longest = examples_of_largest_step(lengths, batch_size=train.batch_size, seed=train.seed)
-    # One step is all the data, so an epoch is a step.
+    # The data of one step is all the data of this short run, so an epoch is a step.
     changes = {
         "epochs": PROBE_STEPS,
         "eval_every": "never",

@@ -1,4 +1,4 @@
-"""workflows.result."""
+"""What a verb returns of a run."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from loratune.run.directory import Record, RunDir
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunResult:
-    """What a run left behind.
+    """A run that has ended.
 
     Attributes:
-        run: Its directory.
-        evaluation: `evaluation.json`, or None without held-out data; None in all processes but the first.
+        run: The run directory.
+        evaluation: `evaluation.json`; None without held-out data, and on every rank but 0.
     """
 
     run: RunDir

@@ -1,4 +1,4 @@
-"""workflows.resume."""
+"""`loratune resume`: finish an interrupted run, after checking that nothing it depends on has changed."""
 
 from __future__ import annotations
 
@@ -18,33 +18,41 @@ from loratune.workflows.result import RunResult
 from loratune.workflows.steps import finish_trained_run, run_from_weights, settings_as_written
 
 _NEXT, _EVALUATE = "checkpoint", "evaluate"
+"""The key under which rank 0 stores the checkpoint to resume from, and the value that means: only the evaluation is left."""
 
 
 def resume(root: str | Path, *, progress: Progress = NO_PROGRESS) -> RunResult:
-    """Go on where a run stopped, whatever stopped it and whenever.
+    """Resume an interrupted run: from its newest valid checkpoint, or with the evaluation if all steps are done.
 
     Raises:
-        RecipeError: The run is finished, or its recipe, model, template or data changed since it began.
+        RecipeError: The run is finished, or its recipe, model, template or data changed since it started.
         RunError: All its checkpoints are damaged.
     """
     processes.start()
     run = RunDir.open(root)
     if run.is_complete:
-        raise RecipeError("the run is finished", file=run.root, fix=f"`loratune evaluate {root}`, or train anew")
+        raise RecipeError(
+            "the run is finished",
+            file=run.root,
+            fix=f"`loratune evaluate {root}`, or start over with `loratune train … --overwrite`",
+        )
     return continue_run(run, progress)
 
 
 def was_relaunched(run: RunDir) -> bool:
-    """Whether torchrun starts its processes again after one was killed, and the run is the one that they began."""
+    """Return whether torchrun restarted the processes that started this run, after one of them was killed."""
     launch = processes.launch_id()
     return processes.gather(bool(launch) and run.lock.is_file() and read_json(run.lock).get("launch") == launch)[0]
 
 
 def continue_run(run: RunDir, progress: Progress) -> RunResult:
+    """Resume on every rank: check what changed, agree on a checkpoint, and go on from it."""
     lock = read_json(run.lock)
     if "written" not in lock:
-        raise RecipeError("the run was begun by an earlier version, which kept too little to go on", file=run.lock)
-    processes.gather(None)  # all have read what there is, before anything changes
+        raise RecipeError(
+            "the run was started by an earlier version, which recorded too little to resume it", file=run.lock
+        )
+    processes.gather(None)  # every rank has read the lock before rank 0 changes anything
     with run.exclusive():
         if processes.is_main():
             run.clean()
@@ -57,21 +65,21 @@ def continue_run(run: RunDir, progress: Progress) -> RunResult:
             processes.store_set(_NEXT, _EVALUATE)
             if not is_sharded(prepared.recipe):
                 processes.stop()
-            progress.line("all steps are done and the adapter is saved; going on with the evaluation")
+            progress.line("all steps are done and the adapter is saved; resuming with the evaluation")
             return finish_trained_run(prepared, run, progress)
         checkpoint = newest_valid_checkpoint(run, progress)
         step = resume_state(checkpoint) if checkpoint is not None else 0
         run.rewind_metrics(step)
         processes.store_set(_NEXT, checkpoint.name if checkpoint is not None else "")
         if checkpoint is None:
-            progress.line("there is no checkpoint yet: beginning again with the first step")
+            progress.line("no checkpoint yet: starting again with the first step")
         else:
-            progress.line(f"going on after step {step}")
+            progress.line(f"resuming after step {step}")
         return run_from_weights(prepared, run, checkpoint, progress)
 
 
 def _follow_main(prepared: Preparation, run: RunDir, progress: Progress) -> RunResult:
-    """What the other processes do when the first one knows where to go on."""
+    """Do on the other ranks what rank 0 decided."""
     name = processes.store_wait(_NEXT)
     if name == _EVALUATE and is_sharded(prepared.recipe):
         return finish_trained_run(prepared, run, progress)
@@ -80,14 +88,17 @@ def _follow_main(prepared: Preparation, run: RunDir, progress: Progress) -> RunR
         return RunResult(run=run, evaluation=None)
     checkpoint = run.checkpoints / name if name else None
     if checkpoint is not None and not checkpoint.is_dir():
-        raise RunError("the checkpoint is not on this machine", file=checkpoint, fix="a folder that all machines share")
+        raise RunError(
+            "the checkpoint is not on this machine", file=checkpoint, fix="use a folder that all machines share"
+        )
     return run_from_weights(prepared, run, checkpoint, progress)
 
 
 def _changed_inputs(lock: Record, prepared: Preparation, run: RunDir) -> list[str]:
+    """Return the inputs whose fingerprints differ from the lock's."""
     now = prepared.as_lock()
     if prepared.model.base.revision and not run.metrics.is_file():
-        # Stopped while the weights were fetched: a commit's files do not change, but the lock may not know all of them yet.
+        # Interrupted while weights were downloading: a commit's files do not change, but the lock may not list all of them yet.
         known = lock["inputs"]["model"]
         now["inputs"]["model"] = {name: digest for name, digest in now["inputs"]["model"].items() if name in known}
     return differences(lock, now)
@@ -96,5 +107,7 @@ def _changed_inputs(lock: Record, prepared: Preparation, run: RunDir) -> list[st
 def _refuse(changed: list[str], file: Path) -> None:
     if changed:
         raise RecipeError(
-            f"changed since the run began: {', '.join(changed)}", file=file, fix="restore it, or train anew"
+            f"changed since the run started: {', '.join(changed)}",
+            file=file,
+            fix="restore it, or start over with `loratune train … --overwrite`",
         )

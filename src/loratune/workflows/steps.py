@@ -1,4 +1,10 @@
-"""workflows.steps."""
+"""The spine of a run, from the weights to the report; `train` and `resume` differ only in where they enter it.
+
+    load base → attach adapter and loss → train_steps → final adapter saved → base vs. fine-tuned → model card → report
+
+Every rank goes this way up to the last step. Then rank 0 saves and evaluates alone, unless the ranks share the base model
+(`training.fsdp`): they evaluate in step.
+"""
 
 from __future__ import annotations
 
@@ -38,17 +44,24 @@ from loratune.workflows.measured import RunTimer
 from loratune.workflows.result import RunResult
 from loratune.workflows.tasks.task import task_of
 
-_UNEVALUATED = "stopped before the evaluation was done; all steps are, and the adapter is saved"
+_UNEVALUATED = "stopped before the evaluation; all steps are done, and the adapter is saved"
 
 
 def settings_as_written(run: RunDir) -> Record:
-    """The settings of RUN/recipe.yaml, `auto` as it stands there."""
+    """Return the settings of RUN/recipe.yaml with `auto` unresolved."""
     return Recipe.load(run.recipe).model_dump(mode="json")
 
 
 def run_from_weights(prepared: Preparation, run: RunDir, checkpoint: Path | None, progress: Progress) -> RunResult:
-    """From the weights to the report."""
-    sitting = RunTimer(run, prepared.recipe.train.device)
+    """Train from the loaded weights on, evaluate, and write everything that follows.
+
+    Args:
+        prepared: The prepared run.
+        run: Its directory.
+        checkpoint: The checkpoint to resume from; None for the first step.
+        progress: Shows how far the run is.
+    """
+    timer = RunTimer(run, prepared.recipe.train.device)
     model, loss = _load(prepared, run, checkpoint, progress)
     stop = StopRequest()
     try:
@@ -67,26 +80,26 @@ def run_from_weights(prepared: Preparation, run: RunDir, checkpoint: Path | None
         if stop:
             raise stop.as_error(_UNEVALUATED, run)
     except Interrupted:
-        sitting.note()
+        timer.note()
         raise
-    sitting.note()
-    if has_changed_base(model):  # base against tuned means the base as everybody has it
+    timer.note()
+    if has_changed_base(model):  # the comparison is with the base that everybody has, and this variant changed it
         del model, loss
         free_memory()
         model, loss = load_trained(prepared, run, progress)
         tuned_nll = None
-    return _finish(prepared, run, model, loss, sitting, progress, tuned_nll)
+    return _finish(prepared, run, model, loss, timer, progress, tuned_nll)
 
 
 def finish_trained_run(prepared: Preparation, run: RunDir, progress: Progress) -> RunResult:
-    """What is left to do when the adapter stands."""
-    sitting = RunTimer(run, prepared.recipe.train.device)
+    """Evaluate a run whose adapter is saved, or only write its report if that is done too."""
+    timer = RunTimer(run, prepared.recipe.train.device)
     if "measured" in read_json(run.plan):
         if processes.is_main():
             report_or_warn(run, progress)
         return RunResult(run=run, evaluation=read_json(run.evaluation) if prepared.data.eval else None)
     model, loss = load_trained(prepared, run, progress)
-    return _finish(prepared, run, model, loss, sitting, progress)
+    return _finish(prepared, run, model, loss, timer, progress)
 
 
 def _finish(
@@ -94,24 +107,25 @@ def _finish(
     run: RunDir,
     model: PeftModel,
     loss: SupervisedLoss,
-    sitting: RunTimer,
+    timer: RunTimer,
     progress: Progress,
     tuned_nll: Nll | None = None,
 ) -> RunResult:
-    """Evaluation, card, what was measured, report. `measured` comes last of what must be there: with it a run is done."""
+    """Evaluate, and write model card, measurements and report."""
     evaluation, started = None, time.perf_counter()
     try:
         with explain_out_of_memory(run), explain_lost_process():
             if prepared.data.eval:
                 evaluation = compare_base_and_tuned(prepared, run, model, loss, progress, tuned_nll)
     except KeyboardInterrupt:
-        sitting.note()
+        timer.note()
         raise StopRequest().as_error(_UNEVALUATED, run) from None
     if not processes.is_main():
         return RunResult(run=run, evaluation=None)
     seconds = time.perf_counter() - started
     write_card(run)
-    sitting.close(evaluate_seconds=seconds)
+    # `measured` is what makes a run complete, so everything that must exist is written before it.
+    timer.close(evaluate_seconds=seconds)
     report_or_warn(run, progress)
     return RunResult(run=run, evaluation=evaluation)
 
@@ -119,14 +133,15 @@ def _finish(
 def _load(
     prepared: Preparation, run: RunDir, checkpoint: Path | None, progress: Progress
 ) -> tuple[PeftModel, SupervisedLoss]:
-    """Base, fresh adapter, and the way to the loss."""
+    """Load the base model, and attach a fresh adapter and the loss."""
     base = load_base(prepared, progress)
     if checkpoint is None and prepared.model.base.revision and processes.is_main():
-        write_lock(prepared, run)  # the weights of a hub model were not there before
+        write_lock(prepared, run)  # with the fingerprints of weights that were only now downloaded
     return attach_adapter_and_loss(prepared, base, progress)
 
 
 def write_lock(prepared: Preparation, run: RunDir) -> None:
+    """Write `lock.json`."""
     write_json(run.lock, {**prepared.as_lock(), "written": settings_as_written(run), "launch": processes.launch_id()})
 
 
@@ -139,7 +154,7 @@ def train_steps(
     stop: StopRequest,
     progress: Progress,
 ) -> tuple[int, Nll | None]:
-    """All optimizer steps; returns the number of the last one, and its held-out losses if it was evaluated.
+    """Take all optimizer steps; return the number of the last one, and its held-out losses if it was evaluated.
 
     Raises:
         Interrupted: The user stopped it.

@@ -1,13 +1,4 @@
-"""What each verb does, in order: the one module that knows every stage.
-
-plan        prepare, and tell
-train       prepare → run directory → weights and adapter → steps → adapter saved → base against tuned
-resume      what of that is left, after checking that nothing it depends on changed
-evaluate    base against tuned, of a finished run
-
-Of several processes (`world`) each goes this way until the last step is taken; then the first one saves and evaluates alone, or
-where they share the base (`shards`), evaluates with the others in step.
-"""
+"""`loratune train`: prepare the run, create its directory, and take it from the weights to the report (`steps`)."""
 
 from __future__ import annotations
 
@@ -37,18 +28,18 @@ def train(
     progress: Progress = NO_PROGRESS,
     on_plan: Callable[[Preparation], None] | None = None,
 ) -> RunResult:
-    """Fine-tune, and evaluate base against tuned.
+    """Fine-tune, and compare base and fine-tuned model on held-out data.
 
     Args:
         recipe: What to do.
-        written: The recipe as the user wrote it, kept in the run directory.
-        overwrite: Whether a run that is there already may be deleted.
-        progress: Who is told how it goes.
+        written: The recipe as the user wrote it, which is kept in the run directory.
+        overwrite: Whether an existing run in the output directory may be deleted.
+        progress: Shows how far the run is.
         on_plan: Called with the `Preparation` before the weights load.
 
     Raises:
         RecipeError, DataError, MachineError: Nothing was started.
-        Interrupted: The user stopped it; `resume` goes on.
+        Interrupted: The user stopped it; `resume` continues it.
         RunError: It failed while running.
     """
     processes.start()

@@ -52,15 +52,14 @@ def test_a_third_task_plans_trains_resumes_evaluates_and_reports(tiny_recipe: Ma
     assert merged.exit_code == 0, merged.output
 
 
-def test_its_loss_is_the_one_that_training_uses(tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
+def test_its_loss_is_the_one_that_training_uses(
+    tiny_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tests.workflows.tasks.doubling.MOST_TOKENS", 10**6)  # both tasks train the same examples
     settings = {"train__epochs": 1, "data__train_on": "all", "lora__dropout": 0.0}
     first_losses = {}
     for task in ("doubling", "causal_lm"):
         recipe = tiny_recipe(model__task=task, train__output_dir=str(tmp_path / task), **settings)
-        if task == "doubling":
-            short = [example.origin for example in plan(recipe).data.train]
-        else:
-            assert len(short) == len(plan(recipe).data.train), "the comparison needs the same examples"
         first_losses[task] = train(recipe).run.read_metrics()[0]["loss"]
     assert first_losses["doubling"] == pytest.approx(2 * first_losses["causal_lm"], rel=1e-5)
 
@@ -84,9 +83,7 @@ def test_the_schema_and_every_room_know_it(tiny_recipe: MakeRecipe) -> None:
 def test_no_room_asks_which_task_it_is() -> None:
     """Tasks answer questions; code that compares a task's name is an `if` that the next task would need as well."""
     root = Path(loratune.__file__).parent
-    asks = re.compile(
-        r"is_classif|\btask(?:\.name)?\s*(?:==|!=)|== \"(?:causal_lm|sequence_classification)\""
-    )
+    asks = re.compile(r"is_classif|\btask(?:\.name)?\s*(?:==|!=)|== \"(?:causal_lm|sequence_classification)\"")
     found = [
         f"{path.relative_to(root)}:{number}: {line.strip()}"
         for path in sorted(root.rglob("*.py"))

@@ -126,7 +126,9 @@ def test_several_processes_are_refused(
     bases: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("loratune.run.processes.size", lambda: 2)
-    with pytest.raises(RecipeError, match=r"several processes is not available for model\.task sequence_classification"):
+    with pytest.raises(
+        RecipeError, match=r"several processes is not available for model\.task sequence_classification"
+    ):
         prepare_on_all_ranks(class_recipe(bases("bert"), tmp_path), NoProgress())
 
 
