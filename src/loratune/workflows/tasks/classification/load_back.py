@@ -13,13 +13,13 @@ from loratune.data.examples import LabelledExample
 
 
 class ClassifierReader:
-    """A folder with a classifier and its tokenizer, as a `Target` of `parity`: places are examples, tokens are classes.
+    """A folder with a classifier and its tokenizer, as a `Target` of the certificate: positions are examples, tokens are classes.
 
     Args:
-        folder: With the model and its tokenizer.
-        examples: That will be asked about; they know which text of a pair a token is of.
-        max_length: Where training cut texts.
-        device: Where.
+        folder: The folder with model and tokenizer.
+        examples: The examples to compare on; they know which text of a pair a token belongs to.
+        max_length: The most tokens of a text; training cut longer ones.
+        device: cpu, cuda or mps.
         trust_remote_code: Whether Python files that come with the model may run.
     """
 
@@ -44,18 +44,18 @@ class ClassifierReader:
 
     @property
     def names(self) -> list[str]:
-        """Of the classes, as the folder's configuration has them."""
+        """The class names in the folder's configuration."""
         return [self._model.config.id2label[number] for number in range(self._model.config.num_labels)]
 
     def prompt_ids(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None) -> list[int]:
-        """The tokens of a text, or of the two of a pair: the contents of the messages."""
+        """Return the token ids of a text, or of the two of a pair, which are the contents of the messages."""
         texts = [message["content"] for message in messages]
         ids: list[int] = self._tokenizer(*texts, truncation=True, max_length=self._max_length)["input_ids"]
         return ids
 
     @torch.no_grad()
     def logits(self, input_ids: Sequence[int], places: Sequence[int]) -> torch.Tensor:
-        """Float32 [1, C] of an example."""
+        """Return the logits of an example, float32 [1, C]."""
         types = self._types[tuple(input_ids)]
         ids = torch.tensor([list(input_ids)], device=self._model.device)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -66,5 +66,5 @@ class ClassifierReader:
         return output.float()
 
     def ends_with(self, token_id: int) -> bool:
-        """Nothing ends: no text is written."""
+        """Return True: a classifier has no stop token to lose."""
         return True

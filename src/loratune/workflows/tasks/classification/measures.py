@@ -1,4 +1,4 @@
-"""Base against tuned where both name classes: accuracy, F1, which class was taken for which."""
+"""Base vs. fine-tuned classifier: accuracy, macro F1, loss, and the confusion matrix."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from loratune.training.token_budget import TokenBudget
 from loratune.workflows.tasks.classification.loss import ClassificationLoss
 
 MEASURES = ("accuracy", "f1", "nll")
-"""What is reported, in order."""
+"""The reported measures, in order."""
 
-UNTRAINED = "the base's head was never trained on these classes, so its answers are chance; the majority class is the line to beat"
+UNTRAINED = "the base model's head was never trained on these classes, so its answers are random; the majority class is the line to beat"
 _MOST_CLASSES = 20
-"""Of a confusion matrix on a terminal."""
+"""The largest confusion matrix that a terminal shows."""
 
 Numbers = np.ndarray[Any, np.dtype[np.float64]]
 """[n, k] or [k]."""
@@ -32,13 +32,13 @@ Numbers = np.ndarray[Any, np.dtype[np.float64]]
 def class_logits(
     loss: ClassificationLoss, examples: Sequence[Example], budget: TokenBudget, progress: Progress
 ) -> torch.Tensor:
-    """The logits of each example, float32 [n, C].
+    """Return the logits of each example, float32 [n, C].
 
     Args:
-        loss: Of the model, whose adapter is on or off.
-        examples: To ask about.
-        budget: Of a micro-batch; halved where memory runs out.
-        progress: Who is told how it goes.
+        loss: The loss of the model, whose adapter is on or off.
+        examples: The examples to classify.
+        budget: Tokens of a micro-batch; halved if memory runs out.
+        progress: Shows how far it is.
 
     Raises:
         MachineError: One example does not fit into memory.
@@ -62,7 +62,7 @@ def class_logits(
 
 
 def nll_of_labels(logits: torch.Tensor, examples: Sequence[LabelledExample]) -> list[tuple[float, int]]:
-    """-log p of each example's class, and that it is one, as `evaluate_nll` has it of tokens; `logits`: [n, C]."""
+    """Return (-log p of its class, 1) for each example, in the form in which `evaluate_nll` counts tokens; `logits`: [n, C]."""
     labels = torch.tensor([example.label for example in examples])
     return [(nll, 1) for nll in torch.nn.functional.cross_entropy(logits.double(), labels, reduction="none").tolist()]
 
@@ -75,20 +75,20 @@ def classification_record(
     tuned: torch.Tensor,
     majority: str,
 ) -> dict[str, Any]:
-    """What `evaluation.json` holds of a classifier.
+    """Return `evaluation.json` of a classifier.
 
     Args:
-        names: Of the classes.
-        examples: The held-out ones.
-        base: Logits without the adapter and with the head as it began, [n, C].
-        tuned: The same after training.
+        names: The class names.
+        examples: The held-out examples.
+        base: Logits without the adapter and with the initial head, [n, C].
+        tuned: Logits after training, [n, C].
         majority: The most frequent class of the training data.
 
     Returns:
-        `base` and `tuned`, each with `accuracy`, `f1` (macro: the mean over the classes that occur among labels or answers) and `nll`
-        (nats of an example); `difference` (tuned minus base) of each as `value`, `low`, `high`; `majority`, what naming the most
-        frequent class would reach; `classes`, the tuned model's precision, recall and F1 of each; `confusion`, rows of true
-        classes with how often each was named; `items`.
+        `base` and `tuned`, each with `accuracy`, `f1` (macro: the mean over the classes that occur among labels or predictions)
+        and `nll` (nats per example); `difference` (tuned minus base) of each as `value`, `low`, `high`; `majority`, the scores of
+        always predicting the most frequent class; `classes`, precision, recall and F1 of each; `confusion`, a row a true class
+        with how often each class was predicted; `items`.
     """
     labels = torch.tensor([example.label for example in examples])
     sides = [_Side(logits, labels, len(names)) for logits in (base, tuned)]
@@ -131,7 +131,7 @@ def classification_record(
 
 
 class _Side:
-    """What one model answered."""
+    """The predictions of one model."""
 
     def __init__(self, logits: torch.Tensor, labels: torch.Tensor, num_classes: int) -> None:
         self.probabilities = logits.double().softmax(-1)
@@ -145,7 +145,7 @@ class _Side:
 
 
 def _counts(predicted: Any, labels: Any, num_classes: int) -> Numbers:
-    """[n, 3·C]: for each class whether an example is a hit, wrongly named so, or missed."""
+    """Return float64 [n, 3·C]: for each class whether an example is a true positive, a false positive or a false negative."""
     rows = np.arange(len(labels))
     counts = np.zeros((len(labels), 3, num_classes))
     right = predicted == labels
@@ -156,8 +156,11 @@ def _counts(predicted: Any, labels: Any, num_classes: int) -> Numbers:
 
 
 def _f1(sums: Numbers) -> Numbers:
-    """Macro F1 of each row of summed counts [m, 3·C]: the mean of 2·hits / (2·hits + wrong + missed) over the classes that occur
-    among labels or answers, as scikit-learn's `f1_score(average="macro")` has it."""
+    """Return the macro F1 of each row of summed counts [m, 3·C].
+
+    The mean of 2·TP / (2·TP + FP + FN) over the classes that occur among labels or predictions, as scikit-learn's
+    `f1_score(average="macro")`.
+    """
     hits, wrong, missed = np.moveaxis(sums.reshape(len(sums), 3, -1), 1, 0)
     weight = 2 * hits + wrong + missed
     each = np.divide(2 * hits, weight, out=np.zeros_like(weight), where=weight > 0)
@@ -178,7 +181,7 @@ def _per_class(names: Sequence[str], side: _Side) -> Iterator[dict[str, Any]]:
 
 
 def _item(example: LabelledExample, names: Sequence[str], sides: Sequence[_Side], number: int) -> dict[str, Any]:
-    """As an answer to a prompt: the text, the true class, and the class that was named."""
+    """Return one example in the form of an answered prompt: the text, the true class, the predicted class."""
     text = "\n\n".join(example.texts)
     return {
         "file": example.origin.file,
@@ -199,18 +202,15 @@ def _item(example: LabelledExample, names: Sequence[str], sides: Sequence[_Side]
     }
 
 
-# ---- for people
-
-
 def classification_table(record: Mapping[str, Any]) -> Table:
-    """Base, tuned, the majority class, and the difference with its interval, one row a measure."""
+    """Return a table with a row a measure: base, majority class, fine-tuned, and the difference with its interval."""
     table = Table(
         title=f"Held-out: {plural(record['num_examples'], 'text')}",
         caption=f"{record['note']}.",
         caption_justify="left",
     )
     table.add_column("measure")
-    for column in ("base", "majority", "tuned", "difference", f"{record['interval']['level']:.0%} interval"):
+    for column in ("base", "majority", "fine-tuned", "difference", f"{record['interval']['level']:.0%} interval"):
         table.add_column(column, justify="right")
     for name, words in (("accuracy", "accuracy"), ("f1", "F1 (macro)"), ("nll", "NLL per text")):
         is_share = name != "nll"
@@ -229,11 +229,11 @@ def classification_table(record: Mapping[str, Any]) -> Table:
 
 
 def confusion_table(record: Mapping[str, Any]) -> Table | Text:
-    """How often the tuned model named each class, a row for each true one."""
+    """Return how often the fine-tuned model predicted each class, a row a true class."""
     names, rows = record["confusion"]["labels"], record["confusion"]["tuned"]
     if len(names) > _MOST_CLASSES:
         return Text(f"evaluation.json has the confusion matrix of the {len(names)} classes.")
-    table = Table(title="Tuned: true class (rows) and the class that was named")
+    table = Table(title="Fine-tuned: true class (rows), predicted class (columns)")
     table.add_column("")
     for name in names:
         table.add_column(Text(name), justify="right", overflow="fold")

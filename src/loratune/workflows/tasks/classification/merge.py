@@ -1,4 +1,4 @@
-"""`merge` of a classifier: base, adapter and head as one folder, with the same certificate as any other way out of a run."""
+"""`loratune merge` for a classifier: base, adapter and head in one folder, with the same kind of certificate as any export."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from loratune.workflows.load import load_trained
 from loratune.workflows.tasks.classification.load_back import ClassifierReader
 
 MOST_EXAMPLES = 256
-"""Texts on which both are compared."""
+"""The most texts on which the merged model is compared with the trained one."""
 
 
 def merge_classifier(root: str | Path, target: Path, *, dtype: str, progress: Progress) -> Exported:
-    """Write base, adapter and head as one classifier. The base is held in float32 while it is merged.
+    """Write base, adapter and head as one classifier. The base is in float32 while it is merged.
 
     Args:
         root: The run directory.
-        target: The folder to make.
-        dtype: `float32`, `bfloat16`, `float16`, or `auto`: as in the base's files, and bfloat16 where the base was a
-            quantised GGUF file.
-        progress: Who is told how it goes.
+        target: The folder to write.
+        dtype: `float32`, `bfloat16`, `float16`, or `auto`: as in the base's files, and bfloat16 if the base was a
+            quantized GGUF file.
+        progress: Shows how far it is.
 
     Raises:
-        RecipeError: The run is not finished, its model changed, or there is something at `target`.
+        RecipeError: The run is not finished, its model changed, or `target` exists.
         MachineError: The disk is too small.
         RunError: The certificate fails; nothing is kept.
     """
@@ -68,13 +68,13 @@ def merge_classifier(root: str | Path, target: Path, *, dtype: str, progress: Pr
 
 
 def _expect(prepared: Preparation, run: RunDir, progress: Progress) -> tuple[ReferenceOutputs, list[LabelledExample]]:
-    """What the adapter on its base says, in training's own code. The model is gone afterwards."""
+    """Return the trained model's logits, by training's own code, and the examples. The model is freed afterwards."""
     known = prepared.data.eval or prepared.data.train
     chosen = [example for example in known if isinstance(example, LabelledExample)][:MOST_EXAMPLES]
     model, loss = load_trained(prepared, run, progress)
     model.eval()
     logprobs = []
-    with progress.task("asking the adapter on its base", len(chosen), "examples") as task:
+    with progress.task("running base + adapter", len(chosen), "examples") as task:
         for example in chosen:
             logprobs.append(loss.logits(collate([example]).to(model.device)).log_softmax(-1).cpu())
             task.advance()
@@ -93,7 +93,7 @@ def _expect(prepared: Preparation, run: RunDir, progress: Progress) -> tuple[Ref
 
 
 def _one_place(example: LabelledExample) -> Example:
-    """With one place to compare: the class."""
+    """Return the example with one position to compare: its last, which stands for the class."""
     place = np.zeros(len(example.input_ids), dtype=np.bool_)
     place[-1] = True
     return Example(input_ids=example.input_ids, supervised=place, origin=example.origin)

@@ -1,4 +1,4 @@
-"""What a classifier needs before anything else is known of it: its data, since that has the classes, and its head."""
+"""Resolve a classifier's model: the classes are in the data, so the data is read first."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def classifier_positions(recipe: Recipe, config: Any) -> int | None:
-    """The most tokens of a text that a classifier can read; its targets are resolved on the way, since the data comes later.
+    """Return the most tokens of a text, and check the adapter's targets before any data is read.
 
     Raises:
         RecipeError: There is no classifier of this architecture, or the targets do not fit it.
@@ -41,8 +41,8 @@ def classifier_positions(recipe: Recipe, config: Any) -> int | None:
     method = method_of(config)
     if method is not None:
         raise RecipeError(
-            f"model.task is {recipe.model.task}, but the weights of {recipe.model.name} come quantised ({method})",
-            fix="name the model as it was before quantisation",
+            f"model.task is {recipe.model.task}, but the weights of {recipe.model.name} are quantized ({method})",
+            fix="use the unquantized model",
         )
     model = skeleton(config, trust_remote_code=recipe.model.trust_remote_code, classifier=True)
     resolve_targets(model, recipe.lora.targets, recipe.lora.layers)
@@ -50,14 +50,14 @@ def classifier_positions(recipe: Recipe, config: Any) -> int | None:
 
 
 def prepare_classifier(recipe: Recipe, base: BaseModel, config: Any, max_length: int, progress: Progress) -> TaskModel:
-    """Read the labelled data, and see what head the base gets.
+    """Read the labelled data, and find out what head the base gets.
 
     Args:
-        recipe: Whose task is classification.
-        base: Where the base model lies.
-        config: Of the base.
-        max_length: The longest example, in tokens.
-        progress: Who is told how it goes.
+        recipe: The recipe of a classifier.
+        base: The base model.
+        config: The base model's configuration.
+        max_length: The most tokens of an example.
+        progress: Shows how far it is.
 
     Raises:
         RecipeError: The tokenizer cannot pad.
