@@ -66,7 +66,7 @@ def test_failures_name_those_that_the_base_had_right_first(a_copy: Copy) -> None
     page = report(run.root).read_text(encoding="utf-8")
     failures = page[page.index('id="failures"') :]
     assert re.findall(r"<h3>(\d+) ·", failures) == ["3", "1", "2"]
-    assert "answers 3 of 22 wrong; 1 of these the base model answers right" in text_of(run.report)
+    assert "answers 3 of 22 prompts wrong; the base model answers 1 of these right" in text_of(run.report)
 
 
 def test_a_run_that_goes_on_is_told_with_the_time_left(a_copy: Copy) -> None:
@@ -79,9 +79,9 @@ def test_a_run_that_goes_on_is_told_with_the_time_left(a_copy: Copy) -> None:
     with run.exclusive():
         shown = text_of(report(run.root))
     assert "running: step 3 of 10" in shown
-    assert "more." in shown
-    assert "What is missing" not in shown, "a line half written is how a run that goes on looks"
-    assert "Base against tuned" not in shown
+    assert "the remaining steps take" in shown
+    assert "Missing data" not in shown, "a line half written is how a run that goes on looks"
+    assert "Base vs. fine-tuned" not in shown
     shown = text_of(report(run.root))
     assert "stopped after step 3 of 10" in shown
     assert f"loratune resume {run.root}" in shown
@@ -122,9 +122,9 @@ def test_a_file_that_is_missing_or_says_something_else_costs_its_sections_only(
     else:
         path.unlink()
     shown = text_of(report(run.root))
-    assert "What is missing" in shown
-    assert (name if content is None else "is left out: a file holds something else than expected") in shown
-    assert {"lock.json": "Base against tuned"}.get(name, "What was trained on what") in shown
+    assert "Missing data" in shown
+    assert (name if content is None else "is left out: a file is damaged or of another version") in shown
+    assert {"lock.json": "Base vs. fine-tuned"}.get(name, "Model, data, settings") in shown
 
 
 def test_a_run_that_died_before_its_first_step_has_a_page(a_copy: Copy) -> None:
@@ -134,7 +134,7 @@ def test_a_run_that_died_before_its_first_step_has_a_page(a_copy: Copy) -> None:
             (run.root / name).unlink()
     shown = text_of(report(run.root))
     assert "no step was finished" in shown
-    assert "What was trained on what" in shown
+    assert "Model, data, settings" in shown
 
 
 def test_lines_of_metrics_that_make_no_sense_are_left_out_and_named(a_copy: Copy) -> None:
@@ -161,7 +161,7 @@ def test_long_text_is_cut_and_says_so(a_copy: Copy) -> None:
         return record
 
     rewrite(run.evaluation, lengthen)
-    assert "3,000 more letters in the run's files" in text_of(report(run.root))
+    assert "3,000 more characters in the run's files" in text_of(report(run.root))
 
 
 def test_a_page_that_cannot_be_written_does_not_end_the_run(a_copy: Copy) -> None:
@@ -230,6 +230,6 @@ def test_losses_of_several_sources_are_drawn_and_no_line_is_called_damaged(a_cop
     run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
     shown = text_of(report(run.root))
     assert "cannot be read" not in shown
-    assert "Held-out loss of each source" in shown
+    assert "Held-out loss by source" in shown
     assert "a/eval.jsonl" in shown
     assert "Held-out loss of b/eval.jsonl" in run.report.read_text()

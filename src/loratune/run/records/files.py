@@ -8,9 +8,10 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from loratune.run.directory import read_json, write_json
+from loratune.run.directory import RunDir, read_json, write_json
 from loratune.run.errors import RunError
 from loratune.run.records.base import AnyPart, as_json, parse
+from loratune.run.records.metrics import EvaluationLine, EventLine, StepLine, parse_line
 
 
 def write_record(path: Path, model: type[BaseModel], values: Any) -> Any:
@@ -35,10 +36,26 @@ def read_record(path: Path, model: type[AnyPart]) -> AnyPart:
     try:
         return model.model_validate_json(json.dumps(values), extra="ignore")
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise RunError(
-            f"not a record that this version of loratune writes: {where}: {first['msg']}",
-            file=path,
-            fix="use the version of loratune that wrote it",
-        ) from None
+        raise _other_version(path, error) from None
+
+
+def read_metrics(run: RunDir) -> list[StepLine | EvaluationLine | EventLine]:
+    """Read all lines of `metrics.jsonl`. Fields that this version does not know are ignored.
+
+    Raises:
+        RunError: A line is none.
+    """
+    try:
+        return [parse_line(json.dumps(line), lenient=True) for line in run.read_metrics()]
+    except ValidationError as error:
+        raise _other_version(run.metrics, error) from None
+
+
+def _other_version(path: Path, error: ValidationError) -> RunError:
+    first = error.errors()[0]
+    where = ".".join(map(str, first["loc"]))
+    return RunError(
+        f"not a record that this version of loratune writes: {where}: {first['msg']}",
+        file=path,
+        fix="use the version of loratune that wrote it",
+    )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from pydantic import ConfigDict
+
 from loratune.run.records.base import FileRecord, Part
 from loratune.run.records.plan import Choice
 
@@ -19,8 +21,20 @@ class Fingerprints(Part):
     """Classifiers only: SHA-256 of classes and token types."""
 
 
+class StreamFingerprints(Part):
+    """Fingerprints of streamed data, besides `rows` an entry per file: file → fingerprint of its rows."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, str]
+
+    rows: int
+    """Number of training rows."""
+
+
 class Inputs(Part):
-    """What the run is made from."""
+    """What the run is made from. A task may add entries of its own."""
+
+    model_config = ConfigDict(extra="allow")
 
     model: dict[str, str]
     """File of the base model → SHA-256."""
@@ -30,8 +44,8 @@ class Inputs(Part):
     """Commit of a hub model; null for a local one."""
     template: str
     """SHA-256 of the chat template."""
-    train: Fingerprints | dict[str, str | int]
-    """Training examples; of streamed data, file → fingerprint of its rows, and `rows`, their number."""
+    train: Fingerprints | StreamFingerprints
+    """Training examples."""
     eval: Fingerprints
     """Held-out examples."""
     labels: tuple[str, ...] | None = None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pydantic import ConfigDict
+
 from loratune.run.records.base import FileRecord, Part
 
 
@@ -160,7 +162,9 @@ class SourceShare(Part):
 
 
 class PlannedData(Part):
-    """An epoch of training data."""
+    """An epoch of training data. A task may add entries of its own."""
+
+    model_config = ConfigDict(extra="allow")
 
     num_examples: int
     """Training examples."""
