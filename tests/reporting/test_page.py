@@ -121,7 +121,7 @@ def test_every_part_is_there_and_the_plots_have_data(finished_run: RunDir, open_
         "Model, data, settings",
         "Planned vs. actual",
         "Data",
-        "Trained tokens",
+        "Which tokens were trained",
         "Samples",
         "Failures",
         "Reproduce",
@@ -253,5 +253,5 @@ def test_several_runs_stand_on_one_page(finished_run: RunDir, a_copy: Copy, open
         "other",
     ]
     assert opened.page.locator("#answers article").count() == 1
-    assert opened.page.locator("#answers .verdict").all_inner_texts() == ["✗ wrong", "✓ right"]
+    assert opened.page.locator("#answers .verdict").all_inner_texts() == ["✗ wrong", "✓ correct"]
     assert (opened.requests, opened.complaints) == ([page.as_uri()], [])

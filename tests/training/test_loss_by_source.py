@@ -78,7 +78,7 @@ def test_a_stop_changes_no_bit_and_the_report_draws_them(mixed: MakeRecipe, tmp_
     whole = by_source(run)
     assert len(whole) == 6
     page = run.report.read_text()
-    assert "Training loss by source" in page
+    assert "Training loss of each source" in page
     assert "many.jsonl" in page
     assert "Missing data" not in page
     kept = RunDir(tmp_path / "kept")

@@ -61,7 +61,7 @@ class Charts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """One model's answer in pieces; `verdict` is `right`, `wrong` or empty."""
+    """One model's answer in pieces; `verdict` is `correct`, `wrong` or empty."""
 
     title: str
     pieces: tuple[Piece, ...]

@@ -242,7 +242,7 @@ def _answers(runs: Runs) -> Iterator[Block]:
     split = [key for key in common if len({bool(column[key].tuned.score) for column in items}) > 1]
     task = runs[0].task
     yield Paragraph(
-        text=f"Of {plural(len(common), task.prompt)} in all evaluations, {len(split):,} were answered right by some runs and "
+        text=f"Of {plural(len(common), task.prompt)} in all evaluations, {len(split):,} were answered correctly by some runs and "
         f"wrong by others{f'; the first {MAX_SAMPLES} of them' if len(split) > MAX_SAMPLES else ''}."
     )
     for key in split[:MAX_SAMPLES]:

@@ -58,7 +58,7 @@ def _trained_by_source(files: RunFiles) -> Iterator[Chart]:
     alts = (describe(f"Training loss of {labels[name]}", curve.y) for name, curve in zip(shown, curves, strict=True))
     more = plural(len(points) - len(shown), "more source is", "more sources are")
     yield Chart(
-        title="Training loss by source",
+        title="Training loss of each source",
         svg=draw_lines(" ".join(alts), curves, x_label="step", y_label=files.task.nats),
         legend=tuple((colour, labels[name]) for colour, name in enumerate(shown)),
         caption="Each source in the steps that contain examples of it."
@@ -81,7 +81,7 @@ def _held_out_by_source(files: RunFiles) -> Iterator[Chart]:
         curves.append(Series(x=[x for x, _ in points], y=[y for _, y in points], colour=colour, form="points"))
         alts.append(describe(f"Held-out loss of {labels[name]}", [y for _, y in points]))
     yield Chart(
-        title="Held-out loss by source",
+        title="Held-out loss of each source",
         svg=draw_lines(" ".join(alts), curves, x_label="step", y_label=files.task.nats),
         legend=tuple((colour, labels[name]) for colour, name in enumerate(names)),
     )

@@ -47,7 +47,7 @@ def result(files: RunFiles) -> Iterator[Block]:
     charts = [_measure_chart(record, name, files.task, level) for name in measures if name != "perplexity"]
     yield Charts(charts=tuple(charts))
     if record.items and not is_graded(record.metric):
-        yield _right_and_wrong(record)
+        yield _correct_and_wrong(record)
     if record.confusion is not None:
         yield from _classes(record)
     yield from _other_data(record)
@@ -121,14 +121,14 @@ def _measure_chart(record: EvaluationRecord, name: str, task: ReportedTask, leve
     )
 
 
-def _right_and_wrong(record: EvaluationRecord) -> Table:
-    """Count the answers that became right and those that became wrong."""
+def _correct_and_wrong(record: EvaluationRecord) -> Table:
+    """Count the answers that became correct and those that became wrong."""
     scores = [(bool(item.base.score), bool(item.tuned.score)) for item in record.items]
     return Table(
         caption="Answers, base vs. fine-tuned",
-        columns=("", "fine-tuned right", "fine-tuned wrong"),
+        columns=("", "fine-tuned correct", "fine-tuned wrong"),
         rows=(
-            ("base right", f"{scores.count((True, True)):,}", f"{scores.count((True, False)):,}"),
+            ("base correct", f"{scores.count((True, True)):,}", f"{scores.count((True, False)):,}"),
             ("base wrong", f"{scores.count((False, True)):,}", f"{scores.count((False, False)):,}"),
         ),
         numeric=True,
@@ -154,7 +154,7 @@ def _other_data(record: EvaluationRecord) -> Iterator[Block]:
         by = f" Tasks by lm-evaluation-harness {harness.version}, asked {form}."
     yield Paragraph(text=f"Fine-tuning should not change these: a loss that rises here means forgetting.{by}")
     yield Table(
-        caption="On other data",
+        caption="Other data",
         columns=("measure", "base", "fine-tuned", "difference, interval"),
         rows=tuple(rows),
         numeric=True,

@@ -260,11 +260,11 @@ def _events(files: RunFiles) -> Iterator[Block]:
 _PARTS: tuple[tuple[str, str, Callable[[RunFiles], Iterator[Block]]], ...] = (
     ("result", "Base vs. fine-tuned", result),
     ("curves", "Curves", curves),
-    ("events", "Events", _events),
+    ("events", "What happened", _events),
     ("settings", "Model, data, settings", _settings),
     ("plan", "Planned vs. actual", planned_and_actual),
     ("data", "Data", data),
-    ("tokens", "Trained tokens", _tokens),
+    ("tokens", "Which tokens were trained", _tokens),
     ("samples", "Samples", samples),
     ("failures", "Failures", failures),
     ("exports", "Exports", _exports),

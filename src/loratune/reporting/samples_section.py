@@ -45,7 +45,7 @@ def failures(files: RunFiles) -> Iterator[Block]:
         return
     wrong = [(number, item) for number, item in enumerate(record.items, 1) if not item.tuned.score]
     if not wrong:
-        yield Paragraph(text=f"None: all {plural(len(record.items), 'answer')} are right.")
+        yield Paragraph(text=f"None: all {plural(len(record.items), 'answer')} are correct.")
         return
     regressions = [pair for pair in wrong if pair[1].base.score]
     yield Paragraph(text=files.task.failures(record, len(regressions), _max_new_tokens(files)))
@@ -84,14 +84,14 @@ def answer_block(title: str, answer: AnswerRecord, reference: str, *, graded: bo
         title: Which model.
         answer: Its answer.
         reference: The reference, shortened already.
-        graded: Whether the metric grades answers instead of calling them right or wrong.
+        graded: Whether the metric grades answers instead of calling them correct or wrong.
     """
     text = shorten(answer.text)
     same = text.strip() == reference.strip()
     return Answer(
         title=title,
         pieces=unmarked(text) if same else mark_differences(text, reference),
-        verdict="" if graded else "right" if answer.score else "wrong",
+        verdict="" if graded else "correct" if answer.score else "wrong",
         remarks=(
             *((f"score {answer.score:.1f}",) if graded else ()),
             *(() if answer.stopped else ("hit the token limit",)),

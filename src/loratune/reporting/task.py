@@ -18,7 +18,7 @@ class ReportedTask:
         example: An example, in a word.
         training_example: A training example, in one or two words.
         prompt: Label of what the model is asked.
-        reference: Label of the right answer.
+        reference: Label of the correct answer.
         nats: Unit of losses.
         short_nats: The same in a table.
         marks_differences: Whether words of an answer that differ from the reference are marked.
@@ -60,14 +60,14 @@ class ReportedTask:
 
         Args:
             record: The evaluation.
-            num_regressions: Wrong answers where the base model is right.
+            num_regressions: Wrong answers where the base model is correct.
             limit: The longest answer, in words.
         """
         wrong = [item for item in record.items if not item.tuned.score]
         cut = sum(not item.tuned.stopped for item in wrong)
         return (
             f"The fine-tuned model answers {len(wrong):,} of {len(record.items):,} prompts wrong; the base model answers "
-            f"{num_regressions:,} of these right. {cut:,} wrong {'answer' if cut == 1 else 'answers'} hit the limit of "
+            f"{num_regressions:,} of these correctly. {cut:,} wrong {'answer' if cut == 1 else 'answers'} hit the limit of "
             f"{limit}."
         )
 

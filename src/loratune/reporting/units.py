@@ -39,7 +39,7 @@ _NUMBERS = ("nll", "perplexity", "bleu")
 
 
 def is_graded(metric: str) -> bool:
-    """Return whether the metric grades answers instead of calling them right or wrong."""
+    """Return whether the metric grades answers instead of calling them correct or wrong."""
     return metric == "bleu"
 
 

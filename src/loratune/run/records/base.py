@@ -47,6 +47,18 @@ def parse(model: type[AnyPart], values: Any) -> AnyPart:
     return model.model_validate_json(json.dumps(values))
 
 
+def parse_known(model: type[AnyPart], values: Any) -> AnyPart:
+    """Return the record of JSON values without the fields that this version does not know.
+
+    Raises:
+        ValidationError: A field is missing or of another type.
+    """
+    try:
+        return parse(model, values)
+    except ValidationError:  # ignoring fields would also drop those that a task adds, so it comes second
+        return model.model_validate_json(json.dumps(values), extra="ignore")
+
+
 def as_json(record: BaseModel) -> Any:
     """Return the record as JSON values. Fields that were never given are left out."""
     return record.model_dump(mode="json", by_alias=True, exclude_unset=True)
@@ -59,10 +71,10 @@ def read_valid_parts(model: type[AnyPart], values: dict[str, Any]) -> AnyPart:
         model: The record's type.
         values: JSON values, of a damaged file or of another version of loratune.
     """
-    whole = _lenient(model, values)
-    if whole is not None:
-        return whole
-    found, wrong = {}, []
+    try:
+        return parse_known(model, values)
+    except ValidationError:
+        found, wrong = {}, []
     for name, field in model.model_fields.items():
         key = field.alias or name
         if key not in values:
@@ -75,13 +87,6 @@ def read_valid_parts(model: type[AnyPart], values: dict[str, Any]) -> AnyPart:
     for name in wrong:  # a default in its place would hide the damage
         record.__dict__.pop(name, None)
     return record
-
-
-def _lenient(model: type[AnyPart], values: Any) -> AnyPart | None:
-    try:
-        return model.model_validate_json(json.dumps(values), extra="ignore")
-    except ValidationError:
-        return None
 
 
 def _read_field(field: FieldInfo, value: Any) -> Any:

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from loratune.run.directory import RunDir, read_json, write_json
 from loratune.run.errors import RunError
-from loratune.run.records.base import AnyPart, as_json, parse
+from loratune.run.records.base import AnyPart, as_json, parse, parse_known
 from loratune.run.records.metrics import EvaluationLine, EventLine, StepLine, parse_line
 
 
@@ -34,7 +34,7 @@ def read_record(path: Path, model: type[AnyPart]) -> AnyPart:
     """
     values = read_json(path)
     try:
-        return model.model_validate_json(json.dumps(values), extra="ignore")
+        return parse_known(model, values)
     except ValidationError as error:
         raise _other_version(path, error) from None
 

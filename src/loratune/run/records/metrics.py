@@ -90,7 +90,7 @@ class EventLine(Part):
 
 def _kind(line: Any) -> str:
     """Return the tag of a line by the field that only its kind has."""
-    fields = line if isinstance(line, dict) else line.__dict__
+    fields = line if isinstance(line, dict) else getattr(line, "__dict__", {})
     return "event" if "event" in fields else "evaluation" if "eval_nll" in fields else "step"
 
 
