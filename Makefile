@@ -24,12 +24,14 @@ check: $(VENV)/.installed-dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python docs/make_reference.py --check
+	$(BIN)/python docs/make_records.py --check
 	$(BIN)/python docs/make_lora_parameters.py --check
 	$(BIN)/python docs/make_adapters.py --check
 	$(BIN)/python docs/make_scaling.py --check
 
 docs: $(VENV)/.installed-dev
 	$(BIN)/python docs/make_reference.py
+	$(BIN)/python docs/make_records.py
 	$(BIN)/python docs/make_lora_parameters.py
 	$(BIN)/python docs/make_adapters.py
 	$(BIN)/python docs/make_architectures.py

@@ -124,7 +124,7 @@ def test_train_leaves_a_run_directory_that_evaluate_reads(loratune: Run, recipe:
     assert again["tuned"] == pytest.approx(before["tuned"], rel=1e-6)
     assert again["items"] == before["items"]
     assert "exact_match" in (run / "adapter" / "README.md").read_text()
-    assert "Base against tuned" in (run / "report.html").read_text()
+    assert "Base vs. fine-tuned" in (run / "report.html").read_text()
     code, _, err = loratune("train", recipe)
     assert code == 2
     assert "holds a run already" in err

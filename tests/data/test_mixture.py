@@ -86,5 +86,5 @@ def test_each_source_has_its_held_out_loss(tiny_recipe: MakeRecipe, tmp_path: Pa
     assert f"NLL of {Path(names[1]).name} (5 conversations)" in printed.get()
     page = run.report.read_text()
     assert "eval-1.jsonl" in page
-    assert "What is missing" not in page, "lines with losses of sources are read"
+    assert "Missing data" not in page, "lines with losses of sources are read"
     assert "conversations of `eval-1.jsonl`" in (run.adapter / "README.md").read_text()

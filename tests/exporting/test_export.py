@@ -26,7 +26,7 @@ def test_a_merged_folder_answers_as_the_adapter_on_its_base(finished_run: RunDir
     assert certificate["distributions"]["top1_agreement"] == 1
     assert certificate in read_json(finished_run.parity)
     page = finished_run.report.read_text()
-    assert all(words in page for words in ("Taken elsewhere", "6 of 6", certificate["checked_with"]))
+    assert all(words in page for words in ("Exports", "6 of 6", certificate["checked_with"]))
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     adapted = AutoPeftModelForCausalLM.from_pretrained(str(finished_run.adapter))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")

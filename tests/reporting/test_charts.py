@@ -5,20 +5,18 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
-from loratune.reporting.charts import MOST_POINTS, Bar, Series, draw_bars, draw_histogram, draw_lines
+from loratune.reporting.charts import MAX_POINTS, Bar, Series, draw_bars, draw_histogram, draw_lines
 
 
 def drawn() -> dict[str, str]:
     """One chart of each kind."""
     line = Series(x=[1, 2, 3], y=[3.0, 1.0, 2.0])
     return {
-        "lines": draw_lines("lines", "a", [line], x_label="step", y_label="loss"),
-        "log": draw_lines("log", "a", [Series(x=[1, 2], y=[1e-3, 1e3])], x_label="step", y_label="loss", log=True),
-        "one point": draw_lines("one", "a", [Series(x=[1], y=[0.0])], x_label="step", y_label="", from_zero=True),
-        "histogram": draw_histogram("histogram", "a", [1, 3, 5], [2, 7], x_label="tokens", y_label="rows"),
-        "bars": draw_bars(
-            "bars", "a", [Bar(name="x", parts=((0.0, 0), (2.0, 1)), label="2", interval=(1, 3))], x_label="s"
-        ),
+        "lines": draw_lines("a", [line], x_label="step", y_label="loss"),
+        "log": draw_lines("a", [Series(x=[1, 2], y=[1e-3, 1e3])], x_label="step", y_label="loss", log=True),
+        "one point": draw_lines("a", [Series(x=[1], y=[0.0])], x_label="step", y_label="", from_zero=True),
+        "histogram": draw_histogram("a", [1, 3, 5], [2, 7], x_label="tokens", y_label="rows"),
+        "bars": draw_bars("a", [Bar(name="x", parts=((0.0, 0), (2.0, 1)), label="2", interval=(1, 3))], x_label="s"),
     }
 
 
@@ -45,8 +43,8 @@ def test_every_colour_is_the_page_s(colour: str) -> None:
 
 
 def test_a_long_curve_is_drawn_as_means_with_a_band_that_holds_every_value() -> None:
-    values = [float(number % 2) for number in range(10 * MOST_POINTS)]
-    svg = draw_lines("long", "a", [Series(x=range(len(values)), y=values)], x_label="step", y_label="")
+    values = [float(number % 2) for number in range(10 * MAX_POINTS)]
+    svg = draw_lines("a", [Series(x=range(len(values)), y=values)], x_label="step", y_label="")
     root = ET.fromstring(svg)  # noqa: S314 - drawn just now
     (line,) = root.findall(".//g[@class='series-0']/path")
     heights = [float(part) for part in re.findall(r"[-\d.]+", line.attrib["d"])][1::2]

@@ -64,7 +64,7 @@ def test_what_is_planted_in_any_text_of_any_file_is_text(a_copy: Copy, open_page
     for path in (report(run.root), compare([run.root, a_copy("other").root], tmp_path / "compare.html")):
         opened = open_page(path, bypass_csp=True)
         shown = opened.page.locator("main").inner_text()
-        assert "What is missing" not in shown, shown[:1000]
+        assert "Missing data" not in shown, shown[:1000]
         assert planted in shown
         assert opened.page.evaluate(HARMLESS) == NOTHING
         assert (opened.requests, opened.complaints) == ([path.as_uri()], [])
@@ -116,15 +116,15 @@ def test_every_part_is_there_and_the_plots_have_data(finished_run: RunDir, open_
     opened = open_page(finished_run.report, viewport={"width": 1200, "height": 900})
     titles = opened.page.locator("h2").all_text_contents()
     assert titles == [
-        "Base against tuned",
+        "Base vs. fine-tuned",
         "Curves",
-        "What was trained on what",
-        "Promised and measured",
+        "Model, data, settings",
+        "Planned vs. actual",
         "Data",
         "Which tokens were trained",
         "Samples",
         "Failures",
-        "Do it again",
+        "Reproduce",
     ]
     assert opened.page.locator("#samples article").count() == 20
     assert opened.page.locator("#tokens mark").count() >= 5
@@ -204,7 +204,7 @@ def test_light_and_dark_have_readable_contrast_and_print_is_light_with_everythin
     assert grounds["light"] != grounds["dark"]
     opened.page.emulate_media(media="print", color_scheme="dark")
     assert opened.page.evaluate("getComputedStyle(document.body).color") == "rgb(23, 32, 43)"
-    assert opened.page.evaluate("document.querySelector('#again details pre').getBoundingClientRect().height") > 100
+    assert opened.page.evaluate("document.querySelector('#reproduce details pre').getBoundingClientRect().height") > 100
     assert opened.page.pdf().startswith(b"%PDF")
 
 
@@ -241,8 +241,8 @@ def test_several_runs_stand_on_one_page(finished_run: RunDir, a_copy: Copy, open
     assert opened.page.locator("h2").all_text_contents() == [
         "Results",
         "Curves",
-        "What differs",
-        "What it cost",
+        "Differences",
+        "Time and memory",
         "Answers that differ",
     ]
     assert opened.page.locator("#settings tbody tr").all_inner_texts() == ["lora.r\t4\t77"]
@@ -253,5 +253,5 @@ def test_several_runs_stand_on_one_page(finished_run: RunDir, a_copy: Copy, open
         "other",
     ]
     assert opened.page.locator("#answers article").count() == 1
-    assert opened.page.locator("#answers .verdict").all_inner_texts() == ["✗ wrong", "✓ right"]
+    assert opened.page.locator("#answers .verdict").all_inner_texts() == ["✗ wrong", "✓ correct"]
     assert (opened.requests, opened.complaints) == ([page.as_uri()], [])

@@ -18,7 +18,7 @@ from loratune.cli.main import app
 from loratune.recipe.recipe import Recipe
 from loratune.reporting.html import compare, report, report_or_warn
 from loratune.reporting.run_files import read_run
-from loratune.reporting.units import as_bytes
+from loratune.reporting.units import as_bytes, as_duration
 from loratune.run.directory import RunDir, read_json
 from loratune.run.errors import MachineError, RecipeError
 from loratune.run.progress import NoProgress
@@ -53,6 +53,67 @@ def test_the_recipe_on_the_page_is_the_recipe_of_the_run(finished_run: RunDir) -
     assert Recipe.parse(written) == Recipe.parse(read_json(finished_run.lock)["recipe"])
 
 
+def rows_of(page: str, caption: str) -> dict[str, list[str]]:
+    """First cell → other cells of a table."""
+    table = page[page.index(f">{caption}</caption>") :].partition("</table>")[0]
+    cells = [
+        re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, re.DOTALL)
+        for row in re.findall(r"<tr>(.*?)</tr>", table, re.DOTALL)
+    ]
+    return {first: others for first, *others in cells}
+
+
+def test_planned_and_actual_are_not_swapped(a_copy: Copy) -> None:
+    run = a_copy()
+    num_steps = sum("loss" in line for line in run.read_metrics())
+
+    def change(plan: dict) -> dict:
+        plan["memory"]["peak_bytes"] = 900 * 2**20
+        plan["time"] |= {
+            "train_seconds": 5000.0,
+            "evaluate_seconds": 20.0,
+            "total_seconds": 6000.0,
+            "num_steps": num_steps,
+        }
+        plan["measured"] |= {"peak_bytes": 450 * 2**20, "evaluate_seconds": 30.0, "total_seconds": 3000.0}
+        return plan
+
+    rewrite(run.plan, change)
+    page = unescape(report(run.root).read_text(encoding="utf-8"))
+    actual_training = as_duration(read_run(run).train_seconds)
+    rows = rows_of(page, "Planned before the weights were loaded, and actual")
+    assert rows[""] == ["planned", "actual", "actual / planned"]
+    assert rows["optimizer steps"] == [str(num_steps), str(num_steps), "100%"]
+    assert rows["training time"][:2] == ["1 h 23 min", actual_training]
+    assert rows["peak memory"] == ["900.0 MiB", "450.0 MiB", "50%"]
+    assert rows["evaluation"] == ["20 s", "30 s", "150%"]
+    assert rows["total, loading included"] == ["1 h 40 min", "50 min 0 s", "50%"]
+    figures = dict(re.findall(r'<dt>([^<]*)</dt><dd class="value">([^<]*)</dd>', page))
+    notes = dict(re.findall(r'<dt>([^<]*)</dt><dd class="value">[^<]*</dd><dd class="note">([^<]*)</dd>', page))
+    assert (figures["peak memory"], notes["peak memory"]) == ("450.0 MiB", "planned 900.0 MiB")
+    assert (figures["training time"], notes["training time"]) == (actual_training, "planned 1 h 23 min")
+    chart = page[page.index("<h3>Peak memory</h3>") :].partition("</figure>")[0]
+    assert re.search('aria-label="Planned 900.0 MiB: .*Actual 450.0 MiB', chart)
+    shown = re.findall(r"<text[^>]*>([^<]*)</text>", chart)
+    assert shown[shown.index("planned") + 1] == "900.0 MiB"
+    assert shown[shown.index("actual") + 1] == "450.0 MiB"
+
+
+def test_base_and_fine_tuned_are_not_swapped(a_copy: Copy) -> None:
+    run = a_copy()
+
+    def change(record: dict) -> dict:
+        record["base"]["nll"], record["tuned"]["nll"] = 4.5, 1.25
+        record["difference"]["nll"] = {"value": -3.25, "low": -3.5, "high": -3.0}
+        return record
+
+    rewrite(run.evaluation, change)
+    page = unescape(report(run.root).read_text(encoding="utf-8"))
+    rows = rows_of(page, "Base vs. fine-tuned")
+    assert rows["held-out loss, nats per token"] == ["4.5", "1.25", "-3.25\n-3.5 to -3"]
+    assert rows["measure"][:2] == ["base", "fine-tuned"]
+
+
 def test_failures_name_those_that_the_base_had_right_first(a_copy: Copy) -> None:
     run = a_copy()
 
@@ -66,7 +127,7 @@ def test_failures_name_those_that_the_base_had_right_first(a_copy: Copy) -> None
     page = report(run.root).read_text(encoding="utf-8")
     failures = page[page.index('id="failures"') :]
     assert re.findall(r"<h3>(\d+) ·", failures) == ["3", "1", "2"]
-    assert "answers 3 of 22 wrong; 1 of these the base model answers right" in text_of(run.report)
+    assert "answers 3 of 22 prompts wrong; the base model answers 1 of these correctly" in text_of(run.report)
 
 
 def test_a_run_that_goes_on_is_told_with_the_time_left(a_copy: Copy) -> None:
@@ -79,9 +140,9 @@ def test_a_run_that_goes_on_is_told_with_the_time_left(a_copy: Copy) -> None:
     with run.exclusive():
         shown = text_of(report(run.root))
     assert "running: step 3 of 10" in shown
-    assert "more." in shown
-    assert "What is missing" not in shown, "a line half written is how a run that goes on looks"
-    assert "Base against tuned" not in shown
+    assert "the remaining steps take" in shown
+    assert "Missing data" not in shown, "a line half written is how a run that goes on looks"
+    assert "Base vs. fine-tuned" not in shown
     shown = text_of(report(run.root))
     assert "stopped after step 3 of 10" in shown
     assert f"loratune resume {run.root}" in shown
@@ -122,9 +183,9 @@ def test_a_file_that_is_missing_or_says_something_else_costs_its_sections_only(
     else:
         path.unlink()
     shown = text_of(report(run.root))
-    assert "What is missing" in shown
-    assert (name if content is None else "is left out: a file holds something else than expected") in shown
-    assert {"lock.json": "Base against tuned"}.get(name, "What was trained on what") in shown
+    assert "Missing data" in shown
+    assert (name if content is None else "is left out: a file is damaged or of another version") in shown
+    assert {"lock.json": "Base vs. fine-tuned"}.get(name, "Model, data, settings") in shown
 
 
 def test_a_run_that_died_before_its_first_step_has_a_page(a_copy: Copy) -> None:
@@ -134,7 +195,7 @@ def test_a_run_that_died_before_its_first_step_has_a_page(a_copy: Copy) -> None:
             (run.root / name).unlink()
     shown = text_of(report(run.root))
     assert "no step was finished" in shown
-    assert "What was trained on what" in shown
+    assert "Model, data, settings" in shown
 
 
 def test_lines_of_metrics_that_make_no_sense_are_left_out_and_named(a_copy: Copy) -> None:
@@ -161,7 +222,7 @@ def test_long_text_is_cut_and_says_so(a_copy: Copy) -> None:
         return record
 
     rewrite(run.evaluation, lengthen)
-    assert "3,000 more letters in the run's files" in text_of(report(run.root))
+    assert "3,000 more characters in the run's files" in text_of(report(run.root))
 
 
 def test_a_page_that_cannot_be_written_does_not_end_the_run(a_copy: Copy) -> None:

@@ -68,7 +68,7 @@ def test_a_run_that_another_process_uses_is_refused(tmp_path: Path) -> None:
 def test_metrics_survive_a_line_cut_short_and_can_be_rewound(tmp_path: Path) -> None:
     run = RunDir.create(tmp_path / "run", overwrite=False)
     for step in (1, 2, 3):
-        run.append_metrics({"step": step, "loss": 1.0 / step})
+        run.append_metrics({"step": step, "epoch": 0.5, "eval_nll": 1.0 / step, "seconds": 0.1})
     with run.metrics.open("a") as stream:
         stream.write('{"step": 4, "lo')
     assert [record["step"] for record in run.read_metrics()] == [1, 2, 3]

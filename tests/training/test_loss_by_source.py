@@ -80,7 +80,7 @@ def test_a_stop_changes_no_bit_and_the_report_draws_them(mixed: MakeRecipe, tmp_
     page = run.report.read_text()
     assert "Training loss of each source" in page
     assert "many.jsonl" in page
-    assert "What is missing" not in page
+    assert "Missing data" not in page
     kept = RunDir(tmp_path / "kept")
     shutil.copytree(run.root, kept.root)
     shutil.rmtree(run.adapter)

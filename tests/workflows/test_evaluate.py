@@ -52,7 +52,7 @@ def test_forgetting_a_metric_of_ones_own_and_gates_in_one_evaluation(
     with pytest.raises(RunError, match="1 of 3 gates failed: forgetting"):
         check_gates(record)
     page = trained.run.report.read_text()
-    for words in ("On other data", "6 conversations of another kind", "forgetting.difference.nll.high", "failed"):
+    for words in ("Other data", "6 conversations of another kind", "forgetting.difference.nll.high", "failed"):
         assert words in page, words
 
 

@@ -37,6 +37,7 @@ from loratune.cli.options import (
 )
 from loratune.cli.output import (
     add_cost,
+    print_record,
     show_exported,
     show_plan,
     show_publication,
@@ -100,7 +101,7 @@ def plan(
         if html is not None:
             write_page(html, prepared, samples)
         if as_json:
-            _print_json({**record, "data_report": prepared.data.report})
+            print_record("plan", {**record, "data_report": prepared.data.report})
         else:
             show_plan(prepared, record, SafeConsole(highlight=False), samples, whole=True)
 
@@ -476,9 +477,16 @@ def push(
 
 
 @app.command()
-def schema() -> None:
-    """Print the JSON schema of a recipe, for editors."""
-    _print_json(Recipe.model_json_schema())
+def schema(
+    verb: Annotated[
+        str | None, typer.Argument(metavar="[VERB]", help="A verb, such as plan; a recipe if not given.")
+    ] = None,
+) -> None:
+    """Print the JSON schema of a recipe, for editors; or of what a verb prints with --json."""
+    with command_context(as_json=False):
+        from loratune.run.records.schemas import schema_of
+
+        _print_json(Recipe.model_json_schema() if verb is None else schema_of(verb))
 
 
 def _show_file(name: str, path: Path, as_json: bool) -> None:

@@ -86,7 +86,7 @@ def show_result(result: RunResult, as_json: bool) -> None:
 
     if as_json:
         plan_record = read_json(result.run.plan)
-        print_json({"run": str(result.run.root), "plan": plan_record, "evaluation": result.evaluation})
+        print_record("train", {"run": str(result.run.root), "plan": plan_record, "evaluation": result.evaluation})
         return
     console = SafeConsole(highlight=False)
     if result.evaluation is not None:
@@ -99,9 +99,8 @@ def show_result(result: RunResult, as_json: bool) -> None:
 def show_exported(delivered: Exported, as_json: bool) -> None:
     """Print the certificate, the files, and the commands that use them."""
     if as_json:
-        print_json(
-            {"folder": str(delivered.folder), "certificate": delivered.certificate, "usage": list(delivered.usage)}
-        )
+        certificate, usage = delivered.certificate, list(delivered.usage)
+        print_record("export", {"folder": str(delivered.folder), "certificate": certificate, "usage": usage})
         return
     console = SafeConsole(highlight=False, soft_wrap=True)
     console.print(escape(delivered.summary))
@@ -132,6 +131,14 @@ def show_publication(done: Publication, as_json: bool) -> None:
         sys.stdout.write(f"{file.sha256}  {file.num_bytes:>12,}  {file.path}\n")
     kind = "private" if done.private else "public"
     sys.stdout.write(f"{done.url or f'nothing was sent; it would go to {done.repo}'} ({kind})\n")
+
+
+def print_record(verb: str, values: Record) -> None:
+    """Print what a verb prints with `--json`, which is what `loratune schema VERB` describes."""
+    from loratune.run.records.base import as_json, parse
+    from loratune.run.records.schemas import OUTPUTS
+
+    print_json(as_json(parse(OUTPUTS[verb], values)))
 
 
 def print_json(record: Any) -> None:

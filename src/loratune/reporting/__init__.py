@@ -1,13 +1,15 @@
-"""What people read of a run: it reads the run directory's files, never live objects.
+"""Pages about runs, made from the files in their directories, never from live objects.
 
-card        the model card of an adapter
-files       a run's files, as far as they can be read
-blocks      what a page is made of
-charts      numbers → inline SVG
-words       two texts → where their words differ
-answers     held-out prompts → answers side by side
-sections    parts of a page, each by itself
-single      one run → sections of a page
-comparison  several runs → sections of a page
-page        sections → one self-contained HTML file
+run_files         the files of a run, as far as they can be read
+task              the words of a task
+run_page          one run → sections of its page
+comparison_page   several runs → sections of one page
+*_section         parts of a run's page: result, curves, plan, data, samples
+blocks            what a page is made of
+charts            numbers → inline SVG
+html              sections → one self-contained HTML file
+units             numbers with their units, in words
+word_diff         the words in which an answer differs from its reference
+run_diff          what two runs differ in, for `loratune diff`
+model_card        the model card of an adapter
 """

@@ -1,4 +1,4 @@
-"""What a page is made of. Everything here is text, escaped when the page is written; only a chart brings markup."""
+"""The blocks of a page. Everything here is text, escaped when the page is written; only a chart brings markup."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Paragraph:
-    """A sentence or two; `tone` is `plain`, `note` or `warning`."""
+    """A paragraph; `tone` is `plain`, `note` or `warning`."""
 
     kind: ClassVar[str] = "paragraph"
     text: str
@@ -31,7 +31,7 @@ class Items:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Table:
-    """Rows whose first cell is their header; without `columns`, of names and values."""
+    """A table whose rows begin with their header; without `columns`, names and values."""
 
     kind: ClassVar[str] = "table"
     caption: str
@@ -42,7 +42,7 @@ class Table:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chart:
-    """A drawing, with what it shows in words, and a legend of (series number, name)."""
+    """A drawing with a caption, and a legend of (series number, name)."""
 
     kind: ClassVar[str] = "chart"
     title: str
@@ -53,7 +53,7 @@ class Chart:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Charts:
-    """Charts beside each other where there is room."""
+    """Charts side by side where there is room."""
 
     kind: ClassVar[str] = "charts"
     charts: tuple[Chart, ...]
@@ -61,7 +61,7 @@ class Charts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """What one model said, in pieces; `verdict` is `right`, `wrong` or nothing."""
+    """One model's answer in pieces; `verdict` is `correct`, `wrong` or empty."""
 
     title: str
     pieces: tuple[Piece, ...]
@@ -71,19 +71,18 @@ class Answer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """A prompt and answers to it, side by side."""
+    """A prompt and the answers to it, side by side."""
 
     kind: ClassVar[str] = "sample"
     title: str
     prompt: str
-    asked: str = "prompt"
-    """What that is called."""
+    prompt_label: str = "prompt"
     answers: tuple[Answer, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenRun:
-    """Text of neighbouring tokens of one kind: its CSS class is `trained` or `context`, with `special` or `stop`."""
+    """Neighbouring tokens of one kind; `style` is `trained` or `context`, followed by `special` and `stop` where they apply."""
 
     text: str
     style: str
@@ -91,7 +90,7 @@ class TokenRun:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tokens:
-    """One example as training sees it."""
+    """A training example, token by token."""
 
     kind: ClassVar[str] = "tokens"
     title: str
@@ -100,7 +99,7 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Code:
-    """Text to copy."""
+    """Code to copy."""
 
     kind: ClassVar[str] = "code"
     title: str
@@ -109,7 +108,7 @@ class Code:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fold:
-    """Blocks behind a line that opens them."""
+    """Blocks that are folded away until the reader opens them."""
 
     kind: ClassVar[str] = "fold"
     title: str
@@ -121,7 +120,7 @@ Block = Paragraph | Items | Table | Chart | Charts | Sample | Tokens | Code | Fo
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Section:
-    """A part of a page with a heading; `name` is its anchor."""
+    """A section with a heading; `name` is its anchor."""
 
     name: str
     title: str
@@ -130,7 +129,7 @@ class Section:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figure:
-    """A number that everyone looks for first."""
+    """A headline number."""
 
     name: str
     value: str
@@ -139,7 +138,7 @@ class Figure:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Page:
-    """A whole page."""
+    """A page."""
 
     title: str
     lead: str
@@ -150,8 +149,8 @@ class Page:
     footer: str
 
 
-UNEXPECTED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
-"""What becomes of reading a file that holds something else than this version writes."""
+UNEXPECTED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, AssertionError)
+"""Errors of code that reads a record which is damaged, missing, or of another version."""
 
 
 Subject = TypeVar("Subject")
@@ -160,12 +159,12 @@ Subject = TypeVar("Subject")
 def build_sections(
     parts: Sequence[tuple[str, str, Callable[[Subject], Iterator[Block]]]], subject: Subject, complaints: Iterable[str]
 ) -> tuple[Section, ...]:
-    """Sections in order; one in front says what is missing.
+    """Build the sections in order, after one that says what is missing, if anything is.
 
     Args:
-        parts: Anchor, title, and what makes the blocks; without blocks there is no section.
-        subject: What the page is about.
-        complaints: What is known to be missing.
+        parts: Anchor, title, and the function that yields the blocks; without blocks there is no section.
+        subject: The run or runs of the page.
+        complaints: What is known to be missing, in words.
     """
     missing, sections = list(complaints), []
     for name, title, build in parts:
@@ -173,12 +172,12 @@ def build_sections(
             blocks = tuple(build(subject))
         except UNEXPECTED as error:
             missing.append(
-                f"“{title}” is left out: a file holds something else than expected ({type(error).__name__}: {error})."
+                f"“{title}” is left out: a file is damaged or of another version ({type(error).__name__}: {error})."
             )
             continue
         if blocks:
             sections.append(Section(name=name, title=title, blocks=blocks))
     if missing:
-        note = Paragraph(text="This page shows what could be read. Missing:", tone="warning")
-        sections.insert(0, Section(name="missing", title="What is missing", blocks=(note, Items(lines=tuple(missing)))))
+        note = Paragraph(text="This page shows what could be read. Missing or damaged:", tone="warning")
+        sections.insert(0, Section(name="missing", title="Missing data", blocks=(note, Items(lines=tuple(missing)))))
     return tuple(sections)

@@ -1,62 +1,34 @@
-"""Numbers → SVG that stands inside a page: its colours are the page's, its text is text, nothing in it is styled inline.
+"""Numbers → SVG inside a page: its colours are the page's variables, its text is text, nothing in it is styled inline.
 
-The drawings hold no text of users: names of runs stand in the page's own legends.
+The drawings hold no text of users: names of runs are in the page's own legends, and in the description, which is escaped.
 """
 
 from __future__ import annotations
 
-import io
-import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from itertools import pairwise
 from xml.etree import ElementTree as ET
 
-import numpy as np
 from markupsafe import Markup
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
 NUM_COLOURS = 6
-MOST_POINTS = 400
-"""A longer series is drawn as the means of so many neighbouring stretches, and the band from least to most."""
+MAX_POINTS = 400
+"""A longer series is drawn as the means of this many neighbouring stretches, with a band from the lowest to the highest value."""
 
-_WIDTH, _HEIGHT = 4.5, 2.7  # inches of 72 units
-_INK, _GRID, _STRONG = "#010101", "#020202", "#040404"
-_SERIES = tuple(f"#03030{number}" for number in range(NUM_COLOURS))
-_VARIABLES = {_INK: "var(--ink-soft)", _GRID: "var(--line)", _STRONG: "var(--ink)"} | {
-    colour: f"var(--series-{number})" for number, colour in enumerate(_SERIES)
-}
-_DASHES = ("-", "--", "-.", ":")
-_STYLE = {
-    "svg.fonttype": "none",
-    "font.family": "DejaVu Sans",
-    "font.size": 11.5,
-    "text.color": _INK,
-    "axes.edgecolor": _GRID,
-    "axes.labelcolor": _INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.spines.left": False,
-    "axes.axisbelow": True,
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "grid.color": _GRID,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
-    "ytick.left": False,
-    "ytick.minor.left": False,
-    "xtick.minor.bottom": False,
-    "lines.linewidth": 1.8,
-    "text.parse_math": False,
-}
+_WIDTH, _HEIGHT = 324.0, 194.0
+_FONT = 11.5  # at 320 pixels, the narrowest phone, 9 pixels remain
+_CHARACTER = 6.6  # a digit is about this wide; the page's font is not known here
+_LINE = 15.0  # height of a line of text
+_INK, _GRID, _STRONG = "var(--ink-soft)", "var(--line)", "var(--ink)"
+_DASHES = ("", "6 3", "6 2 1.5 2", "1.5 2.5")
+_MARGIN = 0.04  # of the axis on either side of the data
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Series:
-    """Points of one colour; `points` marks each of them, `rule` is a dashed line for comparison."""
+    """Points of one colour; form `points` marks each of them, `rule` is a dashed line for comparison."""
 
     x: Sequence[float]
     y: Sequence[float]
@@ -66,7 +38,7 @@ class Series:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bar:
-    """A horizontal bar in parts of (length, colour), with what is written behind it, and an interval on its end."""
+    """A horizontal bar in parts of (length, colour), with a label behind it, and an interval around its end."""
 
     name: str
     parts: tuple[tuple[float, int], ...]
@@ -74,193 +46,216 @@ class Bar:
     interval: tuple[float, float] | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Axis:
+    """Values from `low` to `high` on the drawing from `start` to `end`."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+    log: bool = False
+
+    def __call__(self, value: float) -> float:
+        """Return the place of a value, to a tenth of a unit, which is finer than a screen."""
+        low, high, value = (
+            (math.log(v) for v in (self.low, self.high, value)) if self.log else (self.low, self.high, value)
+        )
+        return round(self.start + (value - low) / (high - low) * (self.end - self.start), 1)
+
+
 def draw_lines(
-    name: str,
-    alt: str,
-    series: Sequence[Series],
-    *,
-    x_label: str,
-    y_label: str,
-    log: bool = False,
-    from_zero: bool = False,
+    alt: str, series: Sequence[Series], *, x_label: str, y_label: str, log: bool = False, from_zero: bool = False
 ) -> Markup:
-    """Curves over a common axis.
+    """Draw curves over a common axis.
 
     Args:
-        name: Distinguishes the chart from others of the page.
-        alt: What the chart shows, for those who do not see it.
-        series: What is drawn.
+        alt: Description, for people who do not see the chart.
+        series: The curves.
         x_label: Name and unit.
         y_label: Name and unit.
-        log: Whether y is logarithmic; then all values must be above zero.
-        from_zero: Whether y starts at zero: a rate's axis that starts elsewhere exaggerates.
+        log: Whether y is logarithmic; all values must be above zero.
+        from_zero: Whether y starts at zero; the axis of a rate that starts elsewhere exaggerates.
     """
-    with _drawing(name, alt) as drawing:
-        for curve in series:
-            _curve(drawing.axes, curve)
-        if log:
-            drawing.axes.set_yscale("log")
-        elif from_zero:
-            drawing.axes.set_ylim(0, 1.08 * max(max(curve.y) for curve in series) or 1)
-        _finish(drawing.axes, x_label, y_label, log=log)
-    return drawing.markup
-
-
-def draw_histogram(
-    name: str, alt: str, edges: Sequence[float], counts: Sequence[int], *, x_label: str, y_label: str
-) -> Markup:
-    """Bars from edge to edge; one edge more than counts."""
-    with _drawing(name, alt) as drawing:
-        drawing.axes.bar(
-            edges[:-1], counts, width=np.diff(edges) * 0.92, align="edge", color=_SERIES[0], gid="series-0"
-        )
-        _finish(drawing.axes, x_label, y_label)
-    return drawing.markup
-
-
-def draw_bars(
-    name: str, alt: str, bars: Sequence[Bar], *, x_label: str, ticks: Sequence[float] | None = None
-) -> Markup:
-    """Horizontal bars, the first on top; `ticks` where the axis has natural ends."""
-    with _drawing(name, alt, height=0.85 + 0.5 * len(bars)) as drawing:
-        axes = drawing.axes
-        for place, bar in enumerate(bars):
-            left = 0.0
-            for length, colour in bar.parts:
-                axes.barh(place, length, left=left, height=0.6, color=_SERIES[colour % NUM_COLOURS])
-                left += length
-            if bar.interval:
-                axes.plot(bar.interval, (place, place), color=_STRONG, marker="|", markersize=10, linewidth=2)
-            end = max(left, *(bar.interval or (left,)))
-            axes.annotate(bar.label, (end, place), (6, 0), textcoords="offset points", va="center")
-        axes.set_yticks(range(len(bars)), [bar.name for bar in bars])
-        axes.invert_yaxis()
-        axes.grid(visible=False)
-        longest = max(sum(length for length, _ in bar.parts) for bar in bars) or 1
-        axes.set_xlim(0, 1.3 * (ticks[-1] if ticks else longest))
-        _finish(axes, x_label, "")
-        if ticks:
-            axes.set_xticks(ticks)
-    return drawing.markup
-
-
-class _Drawing:
-    def __init__(self, axes: Axes) -> None:
-        self.axes = axes
-        self.markup = Markup()
-
-
-@contextmanager
-def _drawing(name: str, alt: str, height: float = _HEIGHT) -> Iterator[_Drawing]:
-    """One pair of axes, in our style whatever the user's own settings of matplotlib."""
-    import matplotlib.style  # half a second, which only who draws should wait for
-    from matplotlib.figure import Figure
-
-    with matplotlib.style.context(["default", {**_STYLE, "svg.hashsalt": name}]):
-        figure = Figure(figsize=(_WIDTH, height), layout="constrained")
-        drawing = _Drawing(figure.subplots())
-        yield drawing
-        stream = io.StringIO()
-        figure.savefig(
-            stream,
-            format="svg",
-            transparent=True,
-            metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")),
-        )
-    drawing.markup = _inline(stream.getvalue(), alt)
-
-
-def _curve(axes: Axes, curve: Series) -> None:
-    colour = _SERIES[curve.colour % NUM_COLOURS]
-    x, y = np.asarray(curve.x, dtype=float), np.asarray(curve.y, dtype=float)
-    if curve.form == "rule":
-        axes.plot(x, y, color=_INK, linewidth=1.2, linestyle=(0, (4, 3)), gid="rule")
-        return
-    if curve.form == "points":
-        axes.plot(x, y, color=colour, linestyle=(0, (1, 2)), marker="o", markersize=6, gid=f"series-{curve.colour}")
-        return
-    dashes = _DASHES[curve.colour // NUM_COLOURS % len(_DASHES)]
-    if len(x) > MOST_POINTS:
-        parts = np.array_split(np.arange(len(x)), MOST_POINTS)
-        low, high = (np.array([of(y[part]) for part in parts]) for of in (np.min, np.max))
-        x, y = (np.array([values[part].mean() for part in parts]) for values in (x, y))
-        axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
-    axes.plot(x, y, color=colour, linestyle=dashes, marker="o" if len(x) == 1 else None, gid=f"series-{curve.colour}")
-
-
-def _finish(axes: Axes, x_label: str, y_label: str, *, log: bool = False) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
-
-    axes.set_xlabel(x_label)
-    axes.set_title(y_label, loc="left", fontsize=11.5, color=_INK)
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    axes.xaxis.set_major_formatter(FuncFormatter(_tick))
+    xs, ys = [x for curve in series for x in curve.x], [y for curve in series for y in curve.y]
     if log:
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
-        axes.yaxis.set_minor_formatter(NullFormatter())
-    if log or y_label:
-        axes.yaxis.set_major_formatter(FuncFormatter(_tick))
+        low, high = min(ys) / (max(ys) / min(ys)) ** _MARGIN, max(ys) * (max(ys) / min(ys)) ** _MARGIN
+    elif from_zero:
+        low, high = 0.0, 1.08 * max(ys) or 1.0
+    else:
+        low, high = _widened(min(ys), max(ys))
+    svg, x, y = _frame(alt, _widened(min(xs), max(xs)), (low, high), x_label=x_label, y_label=y_label, log=log)
+    for curve in series:
+        _draw_curve(svg, curve, x, y)
+    return _markup(svg)
 
 
-def _tick(value: float, position: int | None = None) -> str:  # noqa: ARG001 - matplotlib's signature
-    if abs(value) >= 1e6:
-        return f"{value / 1e6:g} M"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+def draw_histogram(alt: str, edges: Sequence[float], counts: Sequence[int], *, x_label: str, y_label: str) -> Markup:
+    """Draw bars from edge to edge; there is one more edge than counts."""
+    svg, x, y = _frame(
+        alt, _widened(edges[0], edges[-1]), (0.0, 1.08 * max(counts) or 1.0), x_label=x_label, y_label=y_label
+    )
+    group = ET.SubElement(svg, "g", {"class": "series-0"})
+    for (left, right), count in zip(pairwise(edges), counts, strict=True):
+        if count:
+            _rectangle(group, (x(left), x(left + 0.92 * (right - left))), (y(count), y(0)), 0)
+    return _markup(svg)
 
 
-# ---- from matplotlib's SVG to the page's
-
-_SVG = "{http://www.w3.org/2000/svg}"
-_HREF = "{http://www.w3.org/1999/xlink}href"
-_PAGE_DECIDES = {"font-family", "font"}
-
-
-def _inline(text: str, alt: str) -> Markup:
-    """Without namespaces, inline styles and names, which would clash or which the page's policy forbids."""
-    root = ET.fromstring(text)  # noqa: S314 - matplotlib wrote it just now
-    for parent in root.iter():
-        for child in [child for child in parent if child.tag == f"{_SVG}style"]:
-            parent.remove(child)
-    referenced = set(re.findall(r"#(\w+)", " ".join(v for e in root.iter() for v in e.attrib.values())))
-    for element in root.iter():
-        element.tag = element.tag.removeprefix(_SVG)
-        element.attrib = dict(_attributes(element.attrib, referenced))
-    for size in ("width", "height", "version"):
-        root.attrib.pop(size, None)
-    root.attrib |= {"role": "img", "aria-label": alt}
-    return Markup(ET.tostring(root, encoding="unicode", short_empty_elements=False))  # noqa: S704 - no user's text
-
-
-def _attributes(attributes: dict[str, str], referenced: set[str]) -> Iterator[tuple[str, str]]:
-    for name, value in attributes.items():
-        if name == "style":
-            for declaration in filter(str.strip, value.split(";")):
-                key, _, setting = (part.strip() for part in declaration.partition(":"))
-                if key not in _PAGE_DECIDES:
-                    yield key, _VARIABLES.get(setting, setting)
-        elif name == "id":
-            if value in referenced:
-                yield "id", value
-            elif value.startswith("series-") or value == "rule":
-                yield "class", value
-        elif name == _HREF:
-            yield "href", value
-        elif name == "d":
-            yield "d", _shorter(value)
-        else:
-            yield name, value
+def draw_bars(alt: str, bars: Sequence[Bar], *, x_label: str, ticks: Sequence[float] | None = None) -> Markup:
+    """Draw horizontal bars, the first on top; `ticks` for an axis with natural ends, such as 0 to 100."""
+    bar_height, gap = 22.0, 14.0
+    bottom = len(bars) * (bar_height + gap) + gap / 2
+    svg = _svg(alt, bottom + 2.5 * _LINE)
+    ends = [sum(length for length, _ in bar.parts) for bar in bars]
+    left = 8 + _CHARACTER * max(len(bar.name) for bar in bars)
+    longest = max(0.0, *ends, *(bar.interval[1] for bar in bars if bar.interval is not None)) or 1.0
+    right = _WIDTH - 10 - _CHARACTER * max(len(bar.label) for bar in bars)
+    x = _Axis(low=0.0, high=max(longest, ticks[-1]) if ticks else longest, start=left, end=right)
+    _draw_x_axis(svg, x, bottom, x_label, ticks)
+    for number, (bar, end) in enumerate(zip(bars, ends, strict=True)):
+        top = gap / 2 + number * (bar_height + gap)
+        middle, done = top + bar_height / 2, 0.0
+        _text(svg, bar.name, left - 6, middle, anchor="end")
+        for length, colour in bar.parts:
+            _rectangle(svg, (x(done), x(done + length)), (top, top + bar_height), colour)
+            done += length
+        if bar.interval is not None:
+            first, last = (x(value) for value in bar.interval)
+            path = f"M{first} {middle} L{last} {middle} M{first} {middle - 5} L{first} {middle + 5}"
+            path += f" M{last} {middle - 5} L{last} {middle + 5}"
+            ET.SubElement(svg, "path", {"d": path, "stroke": _STRONG, "stroke-width": "2", "fill": "none"})
+        _text(svg, bar.label, max(x(end), *(x(value) for value in bar.interval or (end,))) + 6, middle)
+    return _markup(svg)
 
 
-def _shorter(path: str) -> str:
-    """A path with a tenth of a unit, which is finer than a screen."""
-    return " ".join(re.sub(r"\d+\.\d+", lambda number: f"{float(number[0]):.1f}", path).split())
-
-
-def describe(name: str, values: Sequence[Any]) -> str:
-    """A curve in words: where it starts and ends, and its extremes."""
+def describe(name: str, values: Sequence[float]) -> str:
+    """Describe a curve in words: where it starts and ends, and its extremes."""
     if not values:
         return f"{name}: no values."
     return (
         f"{name}: {len(values)} values, first {values[0]:.4g}, last {values[-1]:.4g}, "
-        f"least {min(values):.4g}, most {max(values):.4g}."
+        f"lowest {min(values):.4g}, highest {max(values):.4g}."
     )
+
+
+def _frame(
+    alt: str,
+    x_range: tuple[float, float],
+    y_range: tuple[float, float],
+    *,
+    x_label: str,
+    y_label: str,
+    log: bool = False,
+) -> tuple[ET.Element, _Axis, _Axis]:
+    """Draw both axes and the grid; return the drawing and the axes."""
+    top, bottom = 1.7 * _LINE if y_label else 0.7 * _LINE, _HEIGHT - 2.5 * _LINE
+    y = _Axis(low=y_range[0], high=y_range[1], start=bottom, end=top, log=log)
+    y_ticks = _log_ticks(*y_range) if log else _ticks(*y_range, most=6)
+    left = 6 + _CHARACTER * max(len(_number(tick)) for tick in y_ticks)
+    x = _Axis(low=x_range[0], high=x_range[1], start=left, end=_WIDTH - 10)
+    svg = _svg(alt, _HEIGHT)
+    if y_label:
+        _text(svg, y_label, left, 0.6 * _LINE)
+    for tick in y_ticks:
+        ET.SubElement(svg, "path", {"d": f"M{left:.1f} {y(tick)} L{x.end} {y(tick)}", "stroke": _GRID})
+        _text(svg, _number(tick), left - 5, y(tick), anchor="end")
+    _draw_x_axis(svg, x, bottom, x_label)
+    return svg, x, y
+
+
+def _draw_x_axis(svg: ET.Element, x: _Axis, bottom: float, label: str, ticks: Sequence[float] | None = None) -> None:
+    ET.SubElement(svg, "path", {"d": f"M{x.start:.1f} {bottom} L{x.end} {bottom}", "stroke": _GRID})
+    for tick in ticks or _x_ticks(x):
+        _text(svg, _number(tick), x(tick), bottom + 0.7 * _LINE, anchor="middle")
+    _text(svg, label, (x.start + x.end) / 2, bottom + 1.8 * _LINE, anchor="middle")
+
+
+def _draw_curve(svg: ET.Element, curve: Series, x: _Axis, y: _Axis) -> None:
+    colour = f"var(--series-{curve.colour % NUM_COLOURS})"
+    group = ET.SubElement(svg, "g", {"class": "rule" if curve.form == "rule" else f"series-{curve.colour}"})
+    points = list(zip(curve.x, curve.y, strict=True))
+    if curve.form == "line" and len(points) > MAX_POINTS:
+        bounds = [len(points) * number // MAX_POINTS for number in range(MAX_POINTS + 1)]
+        parts = [points[start:stop] for start, stop in pairwise(bounds)]
+        points = [(sum(px for px, _ in part) / len(part), sum(py for _, py in part) / len(part)) for part in parts]
+        band = [(px, min(py for _, py in part)) for (px, _), part in zip(points, parts, strict=True)]
+        band += reversed([(px, max(py for _, py in part)) for (px, _), part in zip(points, parts, strict=True)])
+        outline = {"d": _path(band, x, y), "fill": colour, "fill-opacity": "0.18"}
+        ET.SubElement(svg, "path", outline)
+    stroke = {"line": (colour, "1.8", _DASHES[curve.colour // NUM_COLOURS % len(_DASHES)])}
+    stroke |= {"points": (colour, "1.8", "1.8 3.6"), "rule": (_INK, "1.2", "5 4")}
+    ink, width, dashes = stroke[curve.form]
+    attributes = {"d": _path(points, x, y), "stroke": ink, "stroke-width": width, "fill": "none"}
+    ET.SubElement(group, "path", attributes | ({"stroke-dasharray": dashes} if dashes else {}))
+    if curve.form == "points" or (curve.form == "line" and len(points) == 1):
+        for px, py in points:
+            ET.SubElement(group, "circle", {"cx": str(x(px)), "cy": str(y(py)), "r": "3", "fill": colour})
+
+
+def _path(points: Sequence[tuple[float, float]], x: _Axis, y: _Axis) -> str:
+    return "M" + " L".join(f"{x(px)} {y(py)}" for px, py in points)
+
+
+def _rectangle(parent: ET.Element, xs: tuple[float, float], ys: tuple[float, float], colour: int) -> None:
+    path = f"M{xs[0]} {ys[0]} L{xs[1]} {ys[0]} L{xs[1]} {ys[1]} L{xs[0]} {ys[1]} Z"
+    ET.SubElement(parent, "path", {"d": path, "fill": f"var(--series-{colour % NUM_COLOURS})"})
+
+
+def _text(parent: ET.Element, text: str, x: float, y: float, anchor: str = "start") -> None:
+    place = {"x": f"{x:.1f}", "y": f"{y:.1f}", "dominant-baseline": "central", "text-anchor": anchor}
+    ET.SubElement(parent, "text", {**place, "font-size": str(_FONT), "fill": _INK}).text = text
+
+
+def _svg(alt: str, height: float) -> ET.Element:
+    return ET.Element("svg", {"viewBox": f"0 0 {_WIDTH:g} {height:g}", "role": "img", "aria-label": alt})
+
+
+def _markup(svg: ET.Element) -> Markup:
+    return Markup(ET.tostring(svg, encoding="unicode", short_empty_elements=False))  # noqa: S704 - escaped by ElementTree
+
+
+# ---- ticks
+
+
+def _widened(low: float, high: float) -> tuple[float, float]:
+    """Return the ends of an axis for values from low to high, with a margin; equal values get some room too."""
+    margin = _MARGIN * (high - low) or 0.05 * abs(high) or 0.5
+    return low - margin, high + margin
+
+
+def _ticks(low: float, high: float, most: int, *, whole: bool = False) -> list[float]:
+    """Return at most so many round numbers, in equal steps of 1, 2 or 5 times a power of ten."""
+    power = math.floor(math.log10((high - low) / most))
+    steps = (digit * 10.0**exponent for exponent in (power, power + 1, power + 2) for digit in (1, 2, 5))
+    for step in steps:
+        first, last = math.ceil(low / step), math.floor(high / step)
+        if last - first < most and not (whole and step < 1):
+            return [number * step for number in range(first, last + 1)]
+    raise AssertionError("a step of 100 times the range divided by the number of ticks is large enough")
+
+
+def _x_ticks(x: _Axis) -> list[float]:
+    """Return whole numbers whose labels do not touch."""
+    for most in (6, 5, 4, 3):
+        ticks = _ticks(x.low, x.high, most, whole=True)
+        if sum(len(_number(tick)) + 2 for tick in ticks) * _CHARACTER < x.end - x.start:
+            break
+    return ticks
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    """Return 1, 2 and 5 times powers of ten; over many decades the powers alone, and not all of them."""
+    exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks = [
+        digit * 10.0**exponent for exponent in exponents for digit in (1, 2, 5) if low <= digit * 10.0**exponent <= high
+    ]
+    if len(ticks) > 8:
+        ticks = [10.0**exponent for exponent in exponents if low <= 10.0**exponent <= high]
+    return ticks[:: math.ceil(len(ticks) / 8)]
+
+
+def _number(value: float) -> str:
+    if abs(value) >= 1e6:
+        return f"{value / 1e6:g} M"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"

@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from itertools import accumulate
+from typing import Any
+
+from pydantic import BaseModel
 
 from loratune.reporting.blocks import Answer, Block, Chart, Charts, Page, Paragraph, Sample, Table, build_sections
 from loratune.reporting.charts import Series, describe, draw_lines
 from loratune.reporting.run_files import RunFiles
-from loratune.reporting.samples_section import answer, cut, place, short
-from loratune.reporting.units import as_bytes, as_difference, as_duration, as_measure, is_graded, measure_in_words
-from loratune.reporting.word_diff import whole
-from loratune.run.directory import Record
+from loratune.reporting.samples_section import answer_block, last_part, place_of, shorten
+from loratune.reporting.units import (
+    as_bytes,
+    as_difference,
+    as_duration,
+    as_interval,
+    as_measure,
+    is_graded,
+    measure_in_words,
+)
+from loratune.reporting.word_diff import unmarked
 from loratune.run.errors import plural
+from loratune.run.records.evaluation import EvaluationRecord, Item
+from loratune.run.records.metrics import StepLine
 
-MOST_SAMPLES = 20
+MAX_SAMPLES = 20
 _NOT_SETTINGS = ("train.output_dir",)
 
 Runs = Sequence[RunFiles]
 
 
 def comparison_page(runs: Runs) -> Page:
-    """What differs between runs, in settings and in results. What cannot be told is said on the page."""
+    """Return how runs differ, in settings and in results. What is missing or damaged is named on the page."""
     complaints = [f"{name}: {text}" for name, run in zip(names(runs), runs, strict=True) for text in run.complaints]
     return Page(
         title=f"{len(runs)} runs compared",
@@ -34,7 +45,7 @@ def comparison_page(runs: Runs) -> Page:
 
 
 def names(runs: Runs) -> list[str]:
-    """The folder of each run; the whole path where two folders have one name."""
+    """Return the name of each run's folder, or its full path if two folders have the same name."""
     folders = [run.name for run in runs]
     return [name if folders.count(name) == 1 else str(run.run.root) for name, run in zip(folders, runs, strict=True)]
 
@@ -44,52 +55,57 @@ def names(runs: Runs) -> list[str]:
 
 def _results(runs: Runs) -> Iterator[Block]:
     records = [run.evaluation for run in runs]
-    found = dict.fromkeys(name for record in records for name in record.get("tuned", {}))
+    found = dict.fromkeys(name for record in records if record is not None for name in record.tuned)
     measures = sorted(found, key=("nll", "perplexity").count)
     if not measures:
         return
-    if len({_input(run, "eval") for run in runs if run.evaluation}) > 1:
+    if len({_held_out_fingerprint(run) for run in runs if run.evaluation is not None}) > 1:
         yield Paragraph(
-            text="The runs were measured on different held-out data: their results cannot be compared.", tone="warning"
+            text="The runs were evaluated on different held-out data, so their results cannot be compared.",
+            tone="warning",
         )
     yield Table(
-        caption="Tuned, with its difference to the base and the interval of that difference",
+        caption="Fine-tuned; difference to base; interval of the difference",
         columns=("measure", *names(runs)),
         rows=tuple((measure_in_words(name), *(_result(record, name) for record in records)) for name in measures),
         numeric=True,
     )
 
 
-def _result(record: Record, name: str) -> str:
-    if name not in record.get("tuned", {}):
+def _result(record: EvaluationRecord | None, name: str) -> str:
+    if record is None or name not in record.tuned:
         return "–"
-    difference = record["difference"][name]
-    low, high = (as_difference(name, difference[end]).removesuffix(" points") for end in ("low", "high"))
-    tuned = as_measure(name, record["tuned"][name])
-    return f"{tuned}\n{as_difference(name, difference['value'])}\n{low} to {high}"
+    difference = record.difference[name]
+    values = (as_measure(name, record.tuned[name]), as_difference(name, difference.value))
+    return "\n".join((*values, as_interval(name, difference)))
 
 
-# ---- what it cost
+def _held_out_fingerprint(run: RunFiles) -> str:
+    return "" if run.lock is None else run.lock.inputs.eval.model_dump_json(exclude_unset=True)
+
+
+# ---- cost
 
 
 def _cost(runs: Runs) -> Iterator[Block]:
     columns = [_costs(run) for run in runs]
     rows = tuple((label, *(column[label] for column in columns)) for label in columns[0])
-    yield Table(caption="What each run cost", columns=("", *names(runs)), rows=rows, numeric=True)
+    yield Table(caption="Time, memory and size", columns=("", *names(runs)), rows=rows, numeric=True)
 
 
 def _costs(run: RunFiles) -> dict[str, str]:
-    measured, parameters = run.plan.get("measured", {}), run.plan.get("parameters", {})
+    parameters = run.plan.parameters if run.plan is not None else None
+    measured = run.plan.measured if run.plan is not None else None
     seconds = run.train_seconds
     return {
         "state": run.state,
-        "trained parameters": f"{parameters['trainable']:,}" if parameters else "–",
-        "adapter file": as_bytes(parameters["adapter_bytes"]) if parameters else "–",
+        "trained parameters": f"{parameters.trainable:,}" if parameters is not None else "–",
+        "adapter file": as_bytes(parameters.adapter_bytes) if parameters is not None else "–",
         "steps": f"{len(run.steps):,}",
-        "tokens trained": f"{run.num_tokens:,}",
-        "time in steps": as_duration(seconds),
+        "tokens processed": f"{run.num_tokens:,}",
+        "training time": as_duration(seconds),
         "tokens per second": f"{run.num_tokens / seconds:,.0f}" if seconds else "–",
-        "peak memory": as_bytes(measured["peak_bytes"]) if measured else "–",
+        "peak memory": as_bytes(measured.peak_bytes) if measured is not None else "–",
     }
 
 
@@ -105,89 +121,110 @@ def _settings(runs: Runs) -> Iterator[Block]:
         if key not in _NOT_SETTINGS and len({column.get(key) for column in columns}) > 1
     )
     if not rows:
-        yield Paragraph(text="Nothing: settings, inputs, versions and machine are the same.")
+        yield Paragraph(text="Settings, inputs, versions and machine are the same.")
         return
     yield Table(
-        caption="Settings, inputs (by the first letters of their SHA-256), versions and machine that are not the same",
+        caption="Settings, inputs (first characters of their SHA-256), versions and machine that differ",
         columns=("", *names(runs)),
         rows=rows,
     )
 
 
-def _effective(run: RunFiles) -> Record:
+def _effective(run: RunFiles) -> dict[str, Any]:
     lock = run.lock
-    fingerprints = {
-        key: {name: digest[:12] for name, digest in value.items()} if isinstance(value, dict) else value[:12]
-        for key, value in lock.get("inputs", {}).items()
-        if key in ("model", "template", "train", "eval")
-    }
+    if lock is None:
+        return {}
+    inputs = lock.inputs
     return {
-        **lock.get("recipe", {}),
-        "input": fingerprints,
-        "version": lock.get("versions", {}),
-        "machine": lock.get("machine", {}),
+        **lock.recipe,
+        "input": {
+            "model": _cut(inputs.model),
+            "template": inputs.template[:12],
+            "train": _cut(inputs.train),
+            "eval": _cut(inputs.eval),
+        },
+        "version": lock.versions,
+        "machine": lock.machine.model_dump(),
     }
 
 
-def _flat(record: Record, before: str = "") -> Iterator[tuple[str, str]]:
-    for key, value in record.items():
+def _cut(digests: BaseModel | Mapping[str, str]) -> dict[str, str]:
+    values = digests.model_dump(exclude_unset=True) if isinstance(digests, BaseModel) else digests
+    return {name: str(digest)[:12] for name, digest in values.items()}
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in values.items():
         if isinstance(value, dict):
-            yield from _flat(value, f"{before}{key}.")
+            yield from _flat(value, f"{prefix}{key}.")
         elif isinstance(value, list) and all(isinstance(part, dict) and "name" in part for part in value):
-            yield f"{before}{key}", ", ".join(part["name"] for part in value)
+            yield f"{prefix}{key}", ", ".join(part["name"] for part in value)
         else:
-            yield f"{before}{key}", str(value)
-
-
-def _input(run: RunFiles, key: str) -> str:
-    """The fingerprint of an input, as text; empty where the run has none."""
-    return json.dumps(run.lock.get("inputs", {}).get(key, ""), sort_keys=True)
+            yield f"{prefix}{key}", str(value)
 
 
 # ---- curves
 
+_STEP_CURVES: tuple[tuple[str, str, Callable[[StepLine], float]], ...] = (
+    ("Learning rate", "", lambda step: step.learning_rate),
+    ("Speed", "tokens per second", lambda step: step.tokens_per_second),
+)
+
 
 def _curves(runs: Runs) -> Iterator[Block]:
-    legend = tuple(enumerate(names(runs)))
-    charts = []
-    for key, title, unit in (
-        ("loss", "Training loss", " or ".join(dict.fromkeys(run.nats for run in runs))),
-        ("eval_nll", "Held-out loss", " or ".join(dict.fromkeys(run.nats for run in runs))),
-        ("learning_rate", "Learning rate", ""),
-        ("tokens_per_second", "Speed", "tokens per second"),
-    ):
-        curves = [curve for number, run in enumerate(runs) if (curve := _curve(run, key, number)).x]
-        if not curves:
-            continue
-        values = [value for curve in curves for value in curve.y]
-        log = unit.startswith("nats") and min(values) > 0 and max(values) > 10 * min(values)
-        alt = " ".join(describe(f"{title} of {names(runs)[curve.colour]}", curve.y) for curve in curves)
-        svg = draw_lines(
-            f"compare-{key.replace('_', '-')}",
-            alt,
-            curves,
-            x_label="tokens trained",
-            y_label=unit,
-            log=log,
-            from_zero=not unit.startswith("nats"),
-        )
-        charts.append(Chart(title=title, svg=svg, legend=legend))
+    nats = " or ".join(dict.fromkeys(run.task.nats for run in runs))
+    losses = [_step_curve(run, number, lambda step: step.loss) for number, run in enumerate(runs)]
+    held_out = [_held_out_curve(run, number) for number, run in enumerate(runs)]
+    charts = [
+        *_chart("Training loss", nats, losses, runs),
+        *_chart("Held-out loss", nats, held_out, runs),
+    ]
+    for title, unit, value_of in _STEP_CURVES:
+        curves = [_step_curve(run, number, value_of) for number, run in enumerate(runs)]
+        charts += _chart(title, unit, curves, runs)
     if charts:
         yield Paragraph(
-            text="Over the tokens trained, since the steps of two runs may differ in size. Held-out loss at 0 is the base's."
+            text="Plotted over tokens processed, since steps of different runs may differ in size. The held-out loss at 0 is "
+            "the base model's."
         )
         yield Charts(charts=tuple(charts))
 
 
-def _curve(run: RunFiles, key: str, number: int) -> Series:
-    sums = accumulate(step["num_tokens"] for step in run.steps)
-    trained = {step["step"]: total for step, total in zip(run.steps, sums, strict=True)}
-    if key != "eval_nll":
-        points = [(trained[step["step"]], step[key]) for step in run.steps if key in step]
-        return Series(x=[x for x, _ in points], y=[y for _, y in points], colour=number)
-    points = [(trained[line["step"]], line[key]) for line in run.held_out if line["step"] in trained]
-    if run.evaluation:
-        points.insert(0, (0, run.evaluation["base"]["nll"]))
+def _chart(title: str, unit: str, curves: Sequence[Series], runs: Runs) -> Iterator[Chart]:
+    """Draw one curve per run, on a logarithmic axis where losses span a decade."""
+    curves = [curve for curve in curves if curve.x]
+    if not curves:
+        return
+    values = [value for curve in curves for value in curve.y]
+    is_loss = unit.startswith("nats")
+    alt = " ".join(describe(f"{title} of {names(runs)[curve.colour]}", curve.y) for curve in curves)
+    svg = draw_lines(
+        alt,
+        curves,
+        x_label="tokens processed",
+        y_label=unit,
+        log=is_loss and min(values) > 0 and max(values) > 10 * min(values),
+        from_zero=not is_loss,
+    )
+    yield Chart(title=title, svg=svg, legend=tuple(enumerate(names(runs))))
+
+
+def _tokens_by_step(run: RunFiles) -> dict[int, int]:
+    """Return step → tokens processed up to its end."""
+    totals = accumulate(step.num_tokens for step in run.steps)
+    return {step.step: total for step, total in zip(run.steps, totals, strict=True)}
+
+
+def _step_curve(run: RunFiles, number: int, value_of: Callable[[StepLine], float]) -> Series:
+    tokens = _tokens_by_step(run)
+    return Series(x=[tokens[step.step] for step in run.steps], y=[value_of(step) for step in run.steps], colour=number)
+
+
+def _held_out_curve(run: RunFiles, number: int) -> Series:
+    tokens = _tokens_by_step(run)
+    points = [(tokens[line.step], line.eval_nll) for line in run.held_out if line.step in tokens]
+    if run.evaluation is not None:
+        points.insert(0, (0, run.evaluation.base["nll"]))
     return Series(x=[x for x, _ in points], y=[y for _, y in points], colour=number, form="points")
 
 
@@ -195,41 +232,42 @@ def _curve(run: RunFiles, key: str, number: int) -> Series:
 
 
 def _answers(runs: Runs) -> Iterator[Block]:
-    if any(is_graded(run.evaluation.get("metric", "none")) for run in runs):
+    records = [run.evaluation for run in runs]
+    if any(record is not None and is_graded(record.metric) for record in records):
         return
-    items = [{_key(item): item for item in run.evaluation.get("items", [])} for run in runs]
+    items = [{_key(item): item for item in record.items} if record is not None else {} for record in records]
     common = [key for key in items[0] if all(key in other for other in items[1:])]
     if not common:
         return
-    split = [key for key in common if len({bool(column[key]["tuned"]["score"]) for column in items}) > 1]
-    classifies = runs[0].classifies
+    split = [key for key in common if len({bool(column[key].tuned.score) for column in items}) > 1]
+    task = runs[0].task
     yield Paragraph(
-        text=f"Of {plural(len(common), 'text' if classifies else 'prompt')} that all runs answered, {len(split):,} were answered right by some and wrong "
-        f"by others{f'; the first {MOST_SAMPLES} of them' if len(split) > MOST_SAMPLES else ''}."
+        text=f"Of {plural(len(common), task.prompt)} in all evaluations, {len(split):,} were answered correctly by some runs and "
+        f"wrong by others{f'; the first {MAX_SAMPLES} of them' if len(split) > MAX_SAMPLES else ''}."
     )
-    for key in split[:MOST_SAMPLES]:
+    for key in split[:MAX_SAMPLES]:
         first = items[0][key]
-        reference = cut(first["reference"])
+        reference = shorten(first.reference)
         answers = (
-            answer(name, column[key]["tuned"], reference) for name, column in zip(names(runs), items, strict=True)
+            answer_block(name, column[key].tuned, reference) for name, column in zip(names(runs), items, strict=True)
         )
         yield Sample(
-            title=place(first),
-            prompt=cut(first["question"]),
-            asked="text" if classifies else "prompt",
-            answers=(Answer(title="class" if classifies else "reference", pieces=whole(reference)), *answers),
+            title=place_of(first),
+            prompt=shorten(first.question),
+            prompt_label=task.prompt,
+            answers=(Answer(title=task.reference, pieces=unmarked(reference)), *answers),
         )
 
 
-def _key(item: Record) -> tuple[str, str, str]:
-    """Equal for the same question about the same row."""
-    return (f"{short(item['file'])}:{item['line']}", item["prompt"], item["reference"])
+def _key(item: Item) -> tuple[str, str, str]:
+    """Return a key that is equal for the same question on the same row."""
+    return (f"{last_part(item.file)}:{item.line}", item.prompt, item.reference)
 
 
 _PARTS: tuple[tuple[str, str, Callable[[Runs], Iterator[Block]]], ...] = (
     ("results", "Results", _results),
     ("curves", "Curves", _curves),
-    ("settings", "What differs", _settings),
-    ("cost", "What it cost", _cost),
+    ("settings", "Differences", _settings),
+    ("cost", "Time and memory", _cost),
     ("answers", "Answers that differ", _answers),
 )

@@ -1,57 +1,52 @@
-"""The curves of a run, step by step."""
+"""The curves of a run over its optimizer steps."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from loratune.data.rows.sources import short_names
 from loratune.reporting.blocks import Block, Chart, Charts
 from loratune.reporting.charts import NUM_COLOURS, Series, describe, draw_lines
 from loratune.reporting.run_files import RunFiles
 from loratune.run.errors import plural
+from loratune.run.records.metrics import StepLine
 
 
 def curves(files: RunFiles) -> Iterator[Block]:
-    """Of the loss, of that of each source, and of what else is known of each step."""
+    """Build the section: losses, losses by source, and what else is known of each step."""
     if not files.steps:
         return
-    steps = [step["step"] for step in files.steps]
-    yield Charts(charts=(_loss_chart(files, steps), *_source_charts(files), *_step_charts(files, steps)))
+    yield Charts(charts=(_loss_chart(files), *_trained_by_source(files), *_held_out_by_source(files), *_others(files)))
 
 
-def _loss_chart(files: RunFiles, steps: list[int]) -> Chart:
-    losses = [step["loss"] for step in files.steps]
-    held_out = [(line["step"], line["eval_nll"]) for line in files.held_out]
-    if files.evaluation:
-        held_out.insert(0, (0, files.evaluation["base"]["nll"]))
-    curves = [Series(x=steps, y=losses)]
-    legend = [(0, "training, each step")]
+def _loss_chart(files: RunFiles) -> Chart:
+    losses = [step.loss for step in files.steps]
+    held_out = [(line.step, line.eval_nll) for line in files.held_out]
+    if files.evaluation is not None:
+        held_out.insert(0, (0, files.evaluation.base["nll"]))
+    curves = [Series(x=[step.step for step in files.steps], y=losses)]
+    legend = [(0, "training, every step")]
     alt = describe("Training loss", losses)
     if held_out:
         curves.append(Series(x=[x for x, _ in held_out], y=[y for _, y in held_out], colour=1, form="points"))
-        legend.append((1, "held out"))
+        legend.append((1, "held-out"))
         alt += " " + describe("Held-out loss", [y for _, y in held_out])
     values = [value for curve in curves for value in curve.y]
     log = min(values) > 0 and max(values) > 10 * min(values)
     return Chart(
         title="Loss",
-        svg=draw_lines("loss", alt, curves, x_label="step", y_label=files.nats, log=log),
+        svg=draw_lines(alt, curves, x_label="step", y_label=files.task.nats, log=log),
         legend=tuple(legend),
-        caption="The held-out loss at step 0 is that of the base model." if files.evaluation else "",
+        caption="The held-out loss at step 0 is the base model's." if files.evaluation is not None else "",
     )
 
 
-def _source_charts(files: RunFiles) -> Iterator[Chart]:
-    yield from _trained_by_source(files)
-    yield from _held_out_by_source(files)
-
-
 def _trained_by_source(files: RunFiles) -> Iterator[Chart]:
-    """The training loss of each source, of as many as there are colours, where there are several."""
+    """Draw the training loss of each of several sources, up to the number of colours."""
     points: dict[str, list[tuple[int, float]]] = {}
     for step in files.steps:
-        for name, loss in step.get("loss_by_source", {}).items():
-            points.setdefault(name, []).append((step["step"], loss))
+        for name, loss in (step.loss_by_source or {}).items():
+            points.setdefault(name, []).append((step.step, loss))
     if len(points) < 2:
         return
     shown = sorted(points, key=lambda name: -len(points[name]))[:NUM_COLOURS]
@@ -60,62 +55,60 @@ def _trained_by_source(files: RunFiles) -> Iterator[Chart]:
         for colour, name in enumerate(shown)
     ]
     labels = short_names(points)
-    words = (describe(f"Training loss of {labels[name]}", curve.y) for name, curve in zip(shown, curves, strict=True))
+    alts = (describe(f"Training loss of {labels[name]}", curve.y) for name, curve in zip(shown, curves, strict=True))
     more = plural(len(points) - len(shown), "more source is", "more sources are")
     yield Chart(
         title="Training loss of each source",
-        svg=draw_lines("loss-by-source", " ".join(words), curves, x_label="step", y_label=files.nats),
+        svg=draw_lines(" ".join(alts), curves, x_label="step", y_label=files.task.nats),
         legend=tuple((colour, labels[name]) for colour, name in enumerate(shown)),
-        caption="Each in the steps that have examples of it."
+        caption="Each source in the steps that contain examples of it."
         + (f" {more} in metrics.jsonl." if len(points) > len(shown) else ""),
     )
 
 
 def _held_out_by_source(files: RunFiles) -> Iterator[Chart]:
-    """The held-out loss of each source, where there are several and not more than colours."""
-    parts = files.evaluation.get("sources", {})
-    lines = [line for line in files.held_out if "eval_nll_by_source" in line]
-    names = list(lines[-1]["eval_nll_by_source"]) if lines else []
+    """Draw the held-out loss of each of several sources, if there are enough colours."""
+    base = (files.evaluation.sources if files.evaluation is not None else None) or {}
+    lines = [(line.step, line.eval_nll_by_source) for line in files.held_out if line.eval_nll_by_source is not None]
+    names = list(lines[-1][1]) if lines else []
     if not 1 < len(names) <= NUM_COLOURS:
         return
     curves, alts, labels = [], [], short_names(names)
     for colour, name in enumerate(names):
-        points = [(line["step"], line["eval_nll_by_source"][name]) for line in lines]
-        points = [(0, parts[name]["base"]["nll"]), *points] if name in parts else points
+        points = [(step, losses[name]) for step, losses in lines]
+        if name in base:
+            points.insert(0, (0, base[name].base["nll"]))
         curves.append(Series(x=[x for x, _ in points], y=[y for _, y in points], colour=colour, form="points"))
         alts.append(describe(f"Held-out loss of {labels[name]}", [y for _, y in points]))
     yield Chart(
         title="Held-out loss of each source",
-        svg=draw_lines("source-loss", " ".join(alts), curves, x_label="step", y_label=files.nats),
+        svg=draw_lines(" ".join(alts), curves, x_label="step", y_label=files.task.nats),
         legend=tuple((colour, labels[name]) for colour, name in enumerate(names)),
     )
 
 
-def _step_charts(files: RunFiles, steps: list[int]) -> Iterator[Chart]:
-    train = files.lock.get("recipe", {}).get("train", {})
-    for key, title, unit in (
-        ("learning_rate", "Learning rate", ""),
-        ("grad_norm", "Gradient norm", "before clipping"),
-        ("tokens_per_second", "Speed", "tokens per second"),
-        ("peak_bytes", "Memory", "GiB at the peak so far"),
-    ):
-        scale = 2**30 if key == "peak_bytes" else 1
-        points = [(x, step[key] / scale) for x, step in zip(steps, files.steps, strict=True) if key in step]
-        if not points:
-            continue
-        values = [y for _, y in points]
-        curves = [Series(x=[x for x, _ in points], y=values)]
+_OTHERS: tuple[tuple[str, str, Callable[[StepLine], float]], ...] = (
+    ("Learning rate", "", lambda step: step.learning_rate),
+    ("Gradient norm", "before clipping", lambda step: step.grad_norm),
+    ("Speed", "tokens per second", lambda step: step.tokens_per_second),
+    ("Memory", "peak so far, GiB", lambda step: step.peak_bytes / 2**30),
+)
+
+
+def _others(files: RunFiles) -> Iterator[Chart]:
+    steps = [step.step for step in files.steps]
+    for title, unit, value_of in _OTHERS:
+        values = [value_of(step) for step in files.steps]
+        curves = [Series(x=steps, y=values)]
         caption = ""
-        limit = train.get("max_grad_norm")
-        if key == "grad_norm" and limit:
+        if title == "Gradient norm" and (limit := _max_grad_norm(files)):
             clipped = sum(value > limit for value in values)
-            caption = f"Longer gradients are scaled down to {limit:g}: {plural(clipped, 'step')} of {len(values):,}."
+            caption = f"Gradients with norm > {limit:g} are clipped: {plural(clipped, 'step')} of {len(values):,}."
             if clipped:
                 curves.append(Series(x=(steps[0], steps[-1]), y=(limit, limit), form="rule"))
-        yield Chart(
-            title=title,
-            svg=draw_lines(
-                key.replace("_", "-"), describe(title, values), curves, x_label="step", y_label=unit, from_zero=True
-            ),
-            caption=caption,
-        )
+        svg = draw_lines(describe(title, values), curves, x_label="step", y_label=unit, from_zero=True)
+        yield Chart(title=title, svg=svg, caption=caption)
+
+
+def _max_grad_norm(files: RunFiles) -> float | None:
+    return files.lock.recipe.get("train", {}).get("max_grad_norm") if files.lock is not None else None

@@ -1,4 +1,4 @@
-"""Sections → one self-contained HTML file: no scripts, no requests, everything from data or model escaped."""
+"""Pages as self-contained HTML files: no scripts, no requests, all text of data and models escaped."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from loratune.run.progress import Progress
 
 
 def report(root: str | Path, out: str | Path | None = None) -> Path:
-    """Write the page of a run, also of one that is still going or that died. Only reads the run's other files.
+    """Write the page of a run, also of one that is still running or that died, from the run's other files.
 
     Args:
-        root: The run directory.
-        out: The file to write, `RUN/report.html` where it is not given.
+        root: Run directory.
+        out: File to write; `RUN/report.html` by default.
 
     Returns:
         The file.
 
     Raises:
-        RecipeError: The folder is no run directory, or `out` is no name of an HTML file.
+        RecipeError: The folder is not a run directory, or `out` is not an HTML file.
         MachineError: The file cannot be written.
     """
     run = RunDir.open(root)
@@ -43,26 +43,26 @@ def compare(roots: Sequence[str | Path], out: str | Path = "compare.html") -> Pa
     """Write one page about several runs.
 
     Args:
-        roots: The run directories, two or more, each another.
-        out: The file to write.
+        roots: Two or more different run directories.
+        out: File to write.
 
     Returns:
         The file.
 
     Raises:
-        RecipeError: A folder is no run directory, there are fewer than two, or `out` is no name of an HTML file.
+        RecipeError: A folder is not a run directory, there are fewer than two, or `out` is not an HTML file.
         MachineError: The file cannot be written.
     """
     runs = [RunDir.open(root) for root in roots]
     if len({run.root for run in runs}) < max(2, len(runs)):
         raise RecipeError(
-            f"nothing to compare: {', '.join(map(str, roots))}", fix="give two or more run directories, each once"
+            f"nothing to compare: {', '.join(map(str, roots))}", fix="give two or more different run directories"
         )
     return _write(comparison_page([read_run(run) for run in runs]), Path(out))
 
 
 def report_or_warn(run: RunDir, progress: Progress) -> None:
-    """The page at the end of a run. Whatever goes wrong with it, the run is done and stays done."""
+    """Write the page at the end of a run; warn if that fails, since the run itself is finished."""
     try:
         progress.line(f"report: {report(run.root)}")
     except Exception as error:  # noqa: BLE001 - hours of training must not end in an error about a page
@@ -70,7 +70,7 @@ def report_or_warn(run: RunDir, progress: Progress) -> None:
 
 
 def render(page: Page) -> str:
-    """The page as HTML."""
+    """Return the page as HTML."""
     style = _style()
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     return _environment().get_template("page.html").render(page=page, style=Markup(style), style_hash=digest)  # noqa: S704 - our own file
@@ -78,8 +78,8 @@ def render(page: Page) -> str:
 
 def _write(page: Page, out: Path) -> Path:
     if out.suffix not in (".html", ".htm"):
-        raise RecipeError(f"{out} is no name of an HTML file", fix=f"--out {out.with_suffix('.html')}")
-    # JSON can name half a character (\ud800), which no encoding can hold.
+        raise RecipeError(f"{out} is not an HTML file", fix=f"--out {out.with_suffix('.html')}")
+    # File names may hold bytes that are no text; Python keeps them as half characters, which no encoding can hold.
     text = render(page).encode("utf-8", "backslashreplace").decode()
     write_text(out.expanduser(), text)
     return out

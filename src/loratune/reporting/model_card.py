@@ -8,15 +8,21 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from loratune.recipe.roles import as_written
-from loratune.reporting.samples_section import short
-from loratune.reporting.units import as_difference, as_measure, measure_in_words
-from loratune.run.directory import Record, RunDir, read_json, write_text
+from loratune.reporting.samples_section import last_part
+from loratune.reporting.task import ReportedTask, reported_task
+from loratune.reporting.units import as_difference, as_interval, as_measure, measure_in_words
+from loratune.run.directory import RunDir, write_text
 from loratune.run.errors import plural
+from loratune.run.records.evaluation import Comparison, EvaluationRecord
+from loratune.run.records.files import read_record
+from loratune.run.records.lock import LockRecord
+from loratune.run.records.plan import PlanRecord
 
-_HERE = "path/of/this/folder"
+_PLACEHOLDER = "path/of/this/folder"
 
-_GROW = "base.resize_token_embeddings(max(len(tokenizer), base.get_input_embeddings().num_embeddings))  # for the new tokens"
+_RESIZE = "base.resize_token_embeddings(max(len(tokenizer), base.get_input_embeddings().num_embeddings))  # for the new tokens"
+
+Recipe = dict[str, dict[str, Any]]
 
 
 def write_card(run: RunDir) -> None:
@@ -25,104 +31,101 @@ def write_card(run: RunDir) -> None:
 
 
 def card_of(run: RunDir, repo: str = "") -> str:
-    """The card from the run's files; `repo`: where on the hub it will stand."""
-    evaluation = read_json(run.evaluation) if run.evaluation.is_file() else None
-    return model_card(read_json(run.lock), read_json(run.plan), evaluation, name=run.root.name, repo=repo)
+    """Return the card made from the run's files.
+
+    Args:
+        run: The run.
+        repo: Hub repository of the adapter; empty for a folder.
+    """
+    evaluation = read_record(run.evaluation, EvaluationRecord) if run.evaluation.is_file() else None
+    lock, plan = read_record(run.lock, LockRecord), read_record(run.plan, PlanRecord)
+    return model_card(lock, plan, evaluation, name=run.root.name, repo=repo)
 
 
-def model_card(lock: Record, plan: Record, evaluation: Record | None, *, name: str, repo: str = "") -> str:
-    """The card as Markdown, with the hub's metadata on top.
+def model_card(
+    lock: LockRecord, plan: PlanRecord, evaluation: EvaluationRecord | None, *, name: str, repo: str = ""
+) -> str:
+    """Return the card as Markdown, with the hub's metadata on top.
 
     Args:
         lock: `lock.json`.
         plan: `plan.json`.
-        evaluation: `evaluation.json`, or None where nothing was held out.
-        name: Of the run.
-        repo: Where on the hub the adapter will stand; empty: it is a folder. A card for the hub names no folder of
-            this machine.
+        evaluation: `evaluation.json`, or None without held-out data.
+        name: Name of the run.
+        repo: Hub repository of the adapter; empty for a folder. A card for the hub names no folder of this machine.
     """
-    recipe = lock["recipe"]
-    base = base_name(lock)
+    task = reported_task(lock)
     text = [
-        f"# LoRA adapter for {base}",
+        f"# LoRA adapter for {base_name(lock)}",
         "",
-        *_trained(lock, plan),
+        *_trained(lock, plan, task),
         "",
-        *_results(evaluation, _unit(recipe)),
-        *_intended_use(recipe, evaluation),
-        *_load(lock, repo),
+        *(_results(evaluation, task) if evaluation is not None else ()),
+        *_intended_use(lock, evaluation, task),
+        *_load(lock, repo, task),
         "## Recipe",
         "",
-        "Every setting, also those that were left to loratune:",
+        "All settings, including automatic ones:",
         "",
         "```yaml",
-        yaml.safe_dump(shared_recipe(recipe) if repo else recipe, sort_keys=False, allow_unicode=True).strip(),
+        yaml.safe_dump(
+            shared_recipe(lock.recipe) if repo else lock.recipe, sort_keys=False, allow_unicode=True
+        ).strip(),
         "```",
         "",
     ]
-    metadata = _metadata(lock, evaluation, name)
+    metadata = _metadata(lock, evaluation, name, task)
     return str(ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n" + "\n".join(text)))
 
 
-def base_name(lock: Record) -> str:
-    """What people know the base by: its hub id, or the name of its file or folder."""
-    name: str = lock["recipe"]["model"]["name"]
-    return name if lock["inputs"]["model_revision"] is not None or name.startswith("package:") else short(name)
+def base_name(lock: LockRecord) -> str:
+    """Return the base model's name for people: its hub id, or the name of its file or folder."""
+    name: str = lock.recipe["model"]["name"]
+    return name if lock.inputs.model_revision is not None or name.startswith("package:") else last_part(name)
 
 
-def shared_recipe(recipe: Record) -> Record:
-    """The recipe with the names of files and folders for their paths, which say where this machine keeps things."""
+def shared_recipe(recipe: Recipe) -> Recipe:
+    """Return the recipe with names of files and folders instead of their paths on this machine."""
 
     def shared(value: Any) -> Any:
         if isinstance(value, dict):
             return {key: shared(inner) for key, inner in value.items()}
         if isinstance(value, list):
             return [shared(inner) for inner in value]
-        return short(value) if isinstance(value, str) and value.startswith(("/", "~", "./", "../")) else value
+        return last_part(value) if isinstance(value, str) and value.startswith(("/", "~", "./", "../")) else value
 
-    changed: Record = shared(recipe)
+    changed: Recipe = shared(recipe)
     return changed
 
 
-def _metadata(lock: Record, evaluation: Record | None, name: str) -> ModelCardData:
-    recipe = lock["recipe"]
-    on_hub = lock["inputs"]["model_revision"] is not None
-    sets = sorted({source["name"] for source in recipe["data"]["train"] if _is_hub_id(source)})
+def _metadata(lock: LockRecord, evaluation: EvaluationRecord | None, name: str, task: ReportedTask) -> ModelCardData:
+    sets = sorted({source["name"] for source in lock.recipe["data"]["train"] if _is_hub_id(source)})
     return ModelCardData(
-        base_model=recipe["model"]["name"] if on_hub else None,
+        base_model=lock.recipe["model"]["name"] if lock.inputs.model_revision is not None else None,
         datasets=sets or None,
         library_name="peft",
-        pipeline_tag="text-classification" if _classifies(recipe) else "text-generation",
+        pipeline_tag=task.pipeline,
         tags=["lora", "loratune"],
         model_name=name if evaluation else None,
-        eval_results=list(_eval_results(recipe, evaluation)) if evaluation else None,
+        eval_results=list(_eval_results(lock.recipe, evaluation, task)) if evaluation else None,
     )
 
 
-def _classifies(recipe: Record) -> bool:
-    return bool(recipe["model"].get("task") == "sequence_classification")
-
-
-def _unit(recipe: Record) -> str:
-    """What an example is."""
-    return "text" if _classifies(recipe) else "conversation"
-
-
-def _is_hub_id(source: Record) -> bool:
-    """Whether a data set is on the hub: it has the form of an id and not the ending of a file."""
+def _is_hub_id(source: dict[str, Any]) -> bool:
+    """Return whether a source has the form of a hub id and not the ending of a file."""
     name: str = source["name"]
     return name.count("/") == 1 and not name.startswith((".", "/", "~")) and "." not in name.rpartition("/")[2]
 
 
-def _eval_results(recipe: Record, evaluation: Record) -> Iterator[EvalResult]:
+def _eval_results(recipe: Recipe, evaluation: EvaluationRecord, task: ReportedTask) -> Iterator[EvalResult]:
     held_out = recipe["data"]["eval"]
     source = held_out[0] if isinstance(held_out, list) and len(held_out) == 1 else None
-    for measure, value in evaluation["tuned"].items():
+    for measure, value in evaluation.tuned.items():
         yield EvalResult(
-            task_type="text-classification" if _classifies(recipe) else "text-generation",
-            task_name="Text Classification" if _classifies(recipe) else "Text Generation",
+            task_type=task.pipeline,
+            task_name=task.pipeline.replace("-", " ").title(),
             dataset_type=source["name"] if source and _is_hub_id(source) else "held-out",
-            dataset_name=short(source["name"]) if source else f"held-out {_unit(recipe)}s",
+            dataset_name=last_part(source["name"]) if source else f"held-out {task.example}s",
             metric_type=measure,
             metric_name=measure_in_words(measure),
             metric_value=value,
@@ -137,94 +140,77 @@ _VARIANTS = {
 }
 
 
-def _trained(lock: Record, plan: Record) -> Iterator[str]:
-    recipe, data = lock["recipe"], plan["data"]
+def _trained(lock: LockRecord, plan: PlanRecord, task: ReportedTask) -> Iterator[str]:
+    recipe = lock.recipe
     train, lora = recipe["train"], recipe["lora"]
-    sources = ", ".join(f"`{s['name'] if _is_hub_id(s) else short(s['name'])}`" for s in recipe["data"]["train"])
-    loss_on = (
-        f"to name the class of each: {', '.join(lock['inputs']['labels'])}"
-        if _classifies(recipe)
-        else f"{data['num_supervised_tokens']:,} of {data['num_tokens']:,} tokens carry loss, `train_on: "
-        f"{as_written(recipe['data']['train_on'])}`"
-    )
+    sources = ", ".join(f"`{s['name'] if _is_hub_id(s) else last_part(s['name'])}`" for s in recipe["data"]["train"])
     yield (
-        f"Trained on {plural(data['num_examples'], 'example')} of {sources} ({loss_on}), "
-        f"{train['epochs']:g} epochs of {train['batch_size']} examples a step, learning rate {train['learning_rate']:g}."
+        f"Trained on {plural(plan.data.num_examples, 'example')} of {sources} "
+        f"({task.trained_on_with_counts(lock, plan.data)}), {train['epochs']:g} epochs, {train['batch_size']} examples per "
+        f"step, learning rate {train['learning_rate']:g}."
     )
     yield ""
     yield (
         f"{_VARIANTS.get(lora.get('variant', 'plain'), '')}Rank {lora['r']}, alpha {lora['alpha']:g}, "
-        f"dropout {lora['dropout']:g} on {lock['adapter']['targets']}: "
-        f"{lock['adapter']['trainable']:,} trained parameters."
+        f"dropout {lora['dropout']:g} on {lock.adapter.targets}: {lock.adapter.trainable:,} trained parameters."
     )
     quantization = recipe["model"].get("quantization", "none")
     if quantization != "none":
         yield ""
         yield (
-            f"It was trained and evaluated on the base in {quantization} (`model.quantization`); on the base in another type it "
-            "answers differently."
+            f"Trained and evaluated on the base model in {quantization} (`model.quantization`); on the base model in another "
+            "type the answers differ."
         )
 
 
-def _results(evaluation: Record | None, unit: str) -> list[str]:
-    if evaluation is None:
-        return []
-    level = f"{evaluation['interval']['level']:.0%}"
-    rows = [
-        f"## Results on {evaluation['num_examples']:,} held-out {unit}s",
-        "",
-        f"| | base | tuned | difference | {level} interval |",
-        "|---|---|---|---|---|",
-    ]
-    for name, tuned in evaluation["tuned"].items():
-        difference = evaluation["difference"][name]
-        low, high = (as_difference(name, difference[end]).removesuffix(" points") for end in ("low", "high"))
-        rows.append(
-            f"| {measure_in_words(name)} | {as_measure(name, evaluation['base'][name])} | {as_measure(name, tuned)} | "
-            f"{as_difference(name, difference['value'])} | {low} to {high} |"
+def _results(evaluation: EvaluationRecord, task: ReportedTask) -> Iterator[str]:
+    yield f"## Results on {evaluation.num_examples:,} held-out {task.example}s"
+    yield ""
+    yield f"| | base | fine-tuned | difference | {evaluation.interval.level:.0%} interval |"
+    yield "|---|---|---|---|---|"
+    for name, tuned in evaluation.tuned.items():
+        difference = evaluation.difference[name]
+        yield (
+            f"| {measure_in_words(name)} | {as_measure(name, evaluation.base[name])} | {as_measure(name, tuned)} | "
+            f"{as_difference(name, difference.value)} | {as_interval(name, difference)} |"
         )
-    for name, part in evaluation.get("sources", {}).items():
-        difference = part["difference"]["nll"]
-        rows.append(
-            f"| loss on {plural(part['num_examples'], 'conversation')} of `{short(name)}` | {part['base']['nll']:.4g} | "
-            f"{part['tuned']['nll']:.4g} | {difference['value']:+.4g} | {difference['low']:+.4g} to "
-            f"{difference['high']:+.4g} |"
-        )
-    if "forgetting" in evaluation:
-        other = evaluation["forgetting"]
-        difference = other["difference"]["nll"]
-        rows.append(
-            f"| loss on {plural(other['num_examples'], 'conversation')} of another kind | {other['base']['nll']:.4g} | "
-            f"{other['tuned']['nll']:.4g} | {difference['value']:+.4g} | {difference['low']:+.4g} to "
-            f"{difference['high']:+.4g} |"
-        )
-    if "majority" in evaluation:
-        majority = evaluation["majority"]
-        rows += ["", f"Of the base: {evaluation['note']} ({majority['label']}: accuracy {majority['accuracy']:.1%})."]
-    return [*rows, ""]
+    for name, part in (evaluation.sources or {}).items():
+        yield _loss_row(f"`{last_part(name)}`", part)
+    if evaluation.forgetting is not None:
+        yield _loss_row("another kind", evaluation.forgetting)
+    if evaluation.majority is not None:
+        majority = evaluation.majority
+        yield ""
+        yield f"About the base: {evaluation.note} ({majority.label}: accuracy {majority.accuracy:.1%})."
+    yield ""
 
 
-def _intended_use(recipe: Record, evaluation: Record | None) -> list[str]:
-    sources = ", ".join(short(source["name"]) for source in recipe["data"]["train"])
-    measured = f"was measured on held-out {_unit(recipe)}s of that kind" if evaluation else "was not measured"
+def _loss_row(of_what: str, part: Comparison) -> str:
+    difference = part.difference["nll"]
+    return (
+        f"| loss on {plural(part.num_examples, 'conversation')} of {of_what} | {part.base['nll']:.4g} | "
+        f"{part.tuned['nll']:.4g} | {difference.value:+.4g} | {as_interval('nll', difference)} |"
+    )
+
+
+def _intended_use(lock: LockRecord, evaluation: EvaluationRecord | None, task: ReportedTask) -> list[str]:
+    sources = ", ".join(last_part(source["name"]) for source in lock.recipe["data"]["train"])
+    measured = f"was measured on held-out {task.example}s of that kind" if evaluation else "was not measured"
     return [
         "## Intended use",
         "",
-        f"For {_unit(recipe)}s such as those of {sources}"
-        + ("" if _classifies(recipe) else ", in the chat template beside the adapter")
-        + f". It {measured}; other uses, "
-        "safety and bias were not examined. What the base model may and may not be used for holds for the adapter too.",
+        f"For {task.example}s like those of {sources}{task.intended_use()}. Quality {measured}; other uses, safety and bias "
+        "were not examined. The base model's terms of use apply to the adapter too.",
         "",
     ]
 
 
-def _load(lock: Record, repo: str) -> list[str]:
-    place = repo or _HERE
-    kind, options = "CausalLM", ""
-    if _classifies(lock["recipe"]):
-        kind, options = "SequenceClassification", f", num_labels={len(lock['inputs']['labels'])}"
-    loadable = base_name(lock) if repo or lock["inputs"]["model_revision"] is not None else lock["inputs"]["model_path"]
-    if not repo or lock["inputs"]["model_revision"] is not None:
+def _load(lock: LockRecord, repo: str, task: ReportedTask) -> list[str]:
+    place = repo or _PLACEHOLDER
+    kind, options = task.auto_class, task.load_options(lock)
+    on_hub = lock.inputs.model_revision is not None
+    loadable = base_name(lock) if repo or on_hub else lock.inputs.model_path
+    if not repo or on_hub:
         return [
             "## Load it",
             "",
@@ -242,7 +228,7 @@ def _load(lock: Record, repo: str) -> list[str]:
     return [
         "## Load it",
         "",
-        f"The base, `{loadable}`, was a file or folder of the machine that trained; put yours in its place.",
+        f"The base model, `{loadable}`, was a local file or folder: replace THE_BASE_MODEL with the path of your copy.",
         "",
         "```python",
         "from peft import PeftModel",
@@ -250,7 +236,7 @@ def _load(lock: Record, repo: str) -> list[str]:
         "",
         f'tokenizer = AutoTokenizer.from_pretrained("{place}")',
         f'base = AutoModelFor{kind}.from_pretrained("THE_BASE_MODEL"{options})',
-        *([_GROW] if lock["recipe"]["lora"].get("new_tokens") else []),
+        *([_RESIZE] if lock.recipe["lora"].get("new_tokens") else []),
         f'model = PeftModel.from_pretrained(base, "{place}")',
         "```",
         "",

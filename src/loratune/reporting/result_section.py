@@ -1,88 +1,95 @@
-"""Base against tuned: the section of a run's page that people read first."""
+"""Base vs. fine-tuned: the first section of a run's page."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from loratune.data.rows.sources import short_names
 from loratune.reporting.blocks import Block, Chart, Charts, Paragraph, Table
 from loratune.reporting.charts import Bar, draw_bars
 from loratune.reporting.run_files import RunFiles
-from loratune.reporting.units import as_difference, as_measure, as_number, is_graded, measure_in_words
-from loratune.run.directory import Record
+from loratune.reporting.task import ReportedTask
+from loratune.reporting.units import (
+    as_difference,
+    as_interval,
+    as_measure,
+    as_number,
+    is_graded,
+    measure_in_words,
+)
 from loratune.run.errors import plural
+from loratune.run.records.evaluation import Comparison, Difference, EvaluationRecord, GateResult
 
-_AXES = {"bleu": "BLEU, more is better", "accuracy": "% of texts, more is better", "f1": "%, more is better"}
-
-
-_WORDS = {"nll": "loss, nats per token", "perplexity": "perplexity"}
+_AXES = {"bleu": "BLEU, higher is better", "accuracy": "% of texts, higher is better", "f1": "%, higher is better"}
+_OTHER_DATA = {"nll": "loss, nats per token", "perplexity": "perplexity"}
 
 
 def result(files: RunFiles) -> Iterator[Block]:
-    """The measures, their intervals, and what was held to a threshold."""
+    """Build the section: measures with their intervals, losses on other data, gates."""
     record = files.evaluation
-    if not record:
+    if record is None:
         return
-    metric, level = record["metric"], f"{record['interval']['level']:.0%}"
-    measures = [name for name in dict.fromkeys((metric, "f1", "nll", "perplexity")) if name in record["tuned"]]
+    level = f"{record.interval.level:.0%}"
+    measures = [name for name in dict.fromkeys((record.metric, "f1", "nll", "perplexity")) if name in record.tuned]
     yield Paragraph(
-        text=f"Measured on {plural(record['num_examples'], f'held-out {files.example}')} that training did not see. The "
-        f"interval says where the difference lies with {level} confidence ({record['interval']['method']}, "
-        f"{record['interval']['resamples']:,} resamples).{_of_which(record)}"
+        text=f"Measured on {plural(record.num_examples, f'held-out {files.task.example}')} that were not trained on. The "
+        f"interval contains the true difference with {level} confidence ({record.interval.method}, "
+        f"{record.interval.resamples:,} resamples).{_which_adapter(record)}"
     )
     yield Table(
-        caption="Base against tuned",
-        columns=("measure", "base", "tuned", f"difference, {level} interval"),
-        rows=tuple(_measure_row(record, name) for name in measures),
+        caption="Base vs. fine-tuned",
+        columns=("measure", "base", "fine-tuned", f"difference, {level} interval"),
+        rows=tuple(_measure_row(record, name, files.task) for name in measures),
         numeric=True,
     )
-    if "sources" in record:
-        yield _by_source(record["sources"])
-    yield Charts(charts=tuple(_measure_chart(record, name, files.nats) for name in measures if name != "perplexity"))
-    if record["items"] and not is_graded(metric):
-        yield _turned(record)
-    if "confusion" in record:
-        yield from class_blocks(record)
-    yield from _elsewhere(record)
-    if record.get("gates"):
-        yield _gates(record["gates"])
+    if record.sources is not None:
+        yield _by_source(record.sources)
+    charts = [_measure_chart(record, name, files.task, level) for name in measures if name != "perplexity"]
+    yield Charts(charts=tuple(charts))
+    if record.items and not is_graded(record.metric):
+        yield _correct_and_wrong(record)
+    if record.confusion is not None:
+        yield from _classes(record)
+    yield from _other_data(record)
+    if record.gates:
+        yield _gates(record.gates)
 
 
-def _of_which(record: Record) -> str:
-    """Where the adapter is not simply that of the last step."""
-    adapter = record.get("adapter", {"kind": "last"})
-    if adapter["kind"] == "best":
-        return f" The adapter is that of step {adapter['steps'][0]:,}, which had the lowest held-out loss."
-    if adapter["kind"] == "mean":
-        return f" The adapter is the mean of those after steps {', '.join(f'{step:,}' for step in adapter['steps'])}."
+def _which_adapter(record: EvaluationRecord) -> str:
+    """Say which adapter was evaluated if it is not that of the last step."""
+    steps = record.adapter.steps
+    if record.adapter.kind == "best":
+        return f" The adapter is that of step {steps[0]:,}, which has the lowest held-out loss."
+    if record.adapter.kind == "mean":
+        return f" The adapter is the mean of the checkpoints of steps {', '.join(f'{step:,}' for step in steps)}."
     return ""
 
 
-def _measure_row(record: Record, name: str) -> tuple[str, ...]:
-    difference = record["difference"][name]
-    classifies = "confusion" in record
-    unit, answers = (
-        (", nats per text", "") if classifies else (", nats per token", f", {plural(len(record['items']), 'answer')}")
-    )
-    of_what = {"nll": unit, record["metric"]: answers}.get(name, "")
-    low, high = (as_difference(name, difference[end]).removesuffix(" points") for end in ("low", "high"))
+def _measure_row(record: EvaluationRecord, name: str, task: ReportedTask) -> tuple[str, ...]:
+    units = {
+        record.metric: f", {plural(len(record.items), 'answer')}" if record.confusion is None else "",
+        "nll": f", {task.short_nats}",
+    }
+    difference = record.difference[name]
     return (
-        f"{measure_in_words(name)}{of_what}",
-        as_measure(name, record["base"][name]),
-        as_measure(name, record["tuned"][name]),
-        f"{as_difference(name, difference['value'])}\n{low} to {high}",
+        f"{measure_in_words(name)}{units.get(name, '')}",
+        as_measure(name, record.base[name]),
+        as_measure(name, record.tuned[name]),
+        f"{as_difference(name, difference.value)}\n{as_interval(name, difference)}",
     )
 
 
-def _by_source(sources: dict[str, Record]) -> Table:
+def _by_source(sources: Mapping[str, Comparison]) -> Table:
     labels = short_names(sources)
     return Table(
-        caption="The loss by source, nats per token",
-        columns=("source", "base", "tuned", "difference, interval"),
+        caption="Loss by source, nats per token",
+        columns=("source", "base", "fine-tuned", "difference, interval"),
         rows=tuple(
             _number_row(
-                f"{labels[name]}, {plural(part['num_examples'], 'conversation')}",
-                {side: part[side]["nll"] for side in ("base", "tuned", "difference")},
+                f"{labels[name]}, {plural(part.num_examples, 'conversation')}",
+                part.base["nll"],
+                part.tuned["nll"],
+                part.difference["nll"],
             )
             for name, part in sources.items()
         ),
@@ -90,123 +97,113 @@ def _by_source(sources: dict[str, Record]) -> Table:
     )
 
 
-def _measure_chart(record: Record, name: str, nats: str) -> Chart:
-    base, tuned, difference = record["base"][name], record["tuned"][name], record["difference"][name]
+def _measure_chart(record: EvaluationRecord, name: str, task: ReportedTask, level: str) -> Chart:
+    base, tuned, difference = record.base[name], record.tuned[name], record.difference[name]
     scale = 1 if name in ("nll", "bleu") else 100
-    interval = (scale * max(0.0, base + difference["low"]), scale * (base + difference["high"]))
+    assert difference.low is not None
+    assert difference.high is not None
+    interval = (scale * max(0.0, base + difference.low), scale * (base + difference.high))
     words = measure_in_words(name)
     return Chart(
         title=words[0].upper() + words[1:],
         svg=draw_bars(
-            f"measure-{name if name in ('nll', 'f1') else 'score'}",
-            f"{words}: base {as_measure(name, base)}, tuned {as_measure(name, tuned)}.",
+            f"{words}: base {as_measure(name, base)}, fine-tuned {as_measure(name, tuned)}.",
             (
                 Bar(name="base", parts=((scale * base, 3),), label=as_measure(name, base)),
-                Bar(name="tuned", parts=((scale * tuned, 0),), label=as_measure(name, tuned), interval=interval),
+                Bar(name="fine-tuned", parts=((scale * tuned, 0),), label=as_measure(name, tuned), interval=interval),
             ),
-            x_label=f"{nats}, less is better" if name == "nll" else _AXES.get(name, "% of answers, more is better"),
+            x_label=f"{task.nats}, lower is better"
+            if name == "nll"
+            else _AXES.get(name, "% of answers, higher is better"),
             ticks=None if name == "nll" else (0, 25, 50, 75, 100),
         ),
-        caption="The line on the tuned bar is the interval of the difference, added to the base.",
+        caption=f"Error bar: {level} interval (base + difference).",
     )
 
 
-def _turned(record: Record) -> Table:
-    """How many answers became right and how many wrong."""
-    scores = [(bool(item["base"]["score"]), bool(item["tuned"]["score"])) for item in record["items"]]
+def _correct_and_wrong(record: EvaluationRecord) -> Table:
+    """Count the answers that became correct and those that became wrong."""
+    scores = [(bool(item.base.score), bool(item.tuned.score)) for item in record.items]
     return Table(
-        caption="Answers, base against tuned",
-        columns=("", "tuned right", "tuned wrong"),
+        caption="Answers, base vs. fine-tuned",
+        columns=("", "fine-tuned correct", "fine-tuned wrong"),
         rows=(
-            ("base right", f"{scores.count((True, True)):,}", f"{scores.count((True, False)):,}"),
+            ("base correct", f"{scores.count((True, True)):,}", f"{scores.count((True, False)):,}"),
             ("base wrong", f"{scores.count((False, True)):,}", f"{scores.count((False, False)):,}"),
         ),
         numeric=True,
     )
 
 
-def _elsewhere(record: Record) -> Iterator[Block]:
-    """What became of everything that was not trained: data of another kind, tasks of the harness."""
+def _other_data(record: EvaluationRecord) -> Iterator[Block]:
+    """Show measures on what was not trained: `evaluate.forgetting` and tasks of lm-evaluation-harness."""
+    other, harness = record.forgetting, record.harness
     rows = []
-    if "forgetting" in record:
-        other = record["forgetting"]
-        for name in ("nll", "perplexity"):
-            of_what = f"{_WORDS[name]}, {plural(other['num_examples'], 'conversation')} of another kind"
-            rows.append(_number_row(of_what, {side: other[side][name] for side in ("base", "tuned", "difference")}))
-    for task, measures in record.get("harness", {}).get("tasks", {}).items():
-        rows += [_number_row(f"{task}: {measure}", values) for measure, values in measures.items()]
+    if other is not None:
+        for name, words in _OTHER_DATA.items():
+            label = f"{words}, {plural(other.num_examples, 'conversation')} of another kind"
+            rows.append(_number_row(label, other.base[name], other.tuned[name], other.difference[name]))
+    for task, measures in harness.tasks.items() if harness is not None else ():
+        for measure, values in measures.items():
+            rows.append(_number_row(f"{task}: {measure}", values.base, values.tuned, values.difference))
     if not rows:
         return
-    asked = "asked in the chat template" if record.get("harness", {}).get("chat_template") else "asked as plain text"
-    by = f" Tasks by lm-evaluation-harness {record['harness']['version']}, {asked}." if "harness" in record else ""
-    yield Paragraph(text=f"Training should leave other things as they were: a loss that rises here is forgetting.{by}")
+    by = ""
+    if harness is not None:
+        form = "in the chat template" if harness.chat_template else "as plain text"
+        by = f" Tasks by lm-evaluation-harness {harness.version}, asked {form}."
+    yield Paragraph(text=f"Fine-tuning should not change these: a loss that rises here means forgetting.{by}")
     yield Table(
-        caption="On other data",
-        columns=("measure", "base", "tuned", "difference, interval"),
+        caption="Other data",
+        columns=("measure", "base", "fine-tuned", "difference, interval"),
         rows=tuple(rows),
         numeric=True,
     )
 
 
-def _number_row(name: str, values: Record) -> tuple[str, ...]:
-    difference = values["difference"]
-    interval = (
-        f"\n{as_number(difference['low'], '+')} to {as_number(difference['high'], '+')}" if "low" in difference else ""
-    )
-    return (
-        name,
-        as_number(values["base"]),
-        as_number(values["tuned"]),
-        f"{as_number(difference['value'], '+')}{interval}",
-    )
+def _number_row(label: str, base: float, tuned: float, difference: Difference) -> tuple[str, ...]:
+    interval = ""
+    if difference.low is not None and difference.high is not None:
+        interval = f"\n{as_number(difference.low, '+')} to {as_number(difference.high, '+')}"
+    return (label, as_number(base), as_number(tuned), f"{as_number(difference.value, '+')}{interval}")
 
 
-def _gates(gates: list[Record]) -> Table:
-    return Table(
-        caption="Gates",
-        columns=("gate", "measured", ""),
-        rows=tuple(
-            (gate["gate"], as_number(gate["value"]), "passed" if gate["passed"] else "failed") for gate in gates
-        ),
-        numeric=True,
-    )
+def _gates(gates: tuple[GateResult, ...]) -> Table:
+    rows = [(gate.gate, as_number(gate.value), "passed" if gate.passed else "failed") for gate in gates]
+    return Table(caption="Gates", columns=("gate", "measured", ""), rows=tuple(rows), numeric=True)
 
 
-MOST_CLASSES = 20
-"""Of a confusion matrix on a page."""
+MAX_CLASSES = 20
+"""Classes of a confusion matrix that fits on a page."""
 
 
-def class_blocks(record: Record) -> Iterator[Block]:
-    """Of an evaluation with a confusion matrix."""
-    majority, names = record["majority"], record["confusion"]["labels"]
+def _classes(record: EvaluationRecord) -> Iterator[Block]:
+    """Show the majority class, the measures of each class and the confusion matrices."""
+    majority, confusion = record.majority, record.confusion
+    assert majority is not None
+    assert confusion is not None
     yield Paragraph(
-        text=f"Mind what the base is: {record['note']}. Naming {majority['label']} for every text is right for "
-        f"{majority['accuracy']:.1%}, with an F1 of {majority['f1']:.1%}."
+        text=f"Note: {record.note}. Predicting {majority.label} for every text has an accuracy of "
+        f"{majority.accuracy:.1%} and an F1 of {majority.f1:.1%}."
     )
     yield Table(
-        caption="Each class, tuned",
+        caption="Classes, fine-tuned",
         columns=("class", "held-out texts", "precision", "recall", "F1"),
         rows=tuple(
-            (
-                part["label"],
-                f"{part['num_examples']:,}",
-                *(_share(part[name]) for name in ("precision", "recall", "f1")),
-            )
-            for part in record["classes"]
+            (part.label, f"{part.num_examples:,}", _share(part.precision), _share(part.recall), _share(part.f1))
+            for part in record.classes or ()
         ),
         numeric=True,
     )
-    if len(names) > MOST_CLASSES:
+    names = confusion.labels
+    if len(names) > MAX_CLASSES:
         yield Paragraph(text=f"evaluation.json has the confusion matrix of the {len(names)} classes.", tone="note")
         return
-    for side in ("tuned", "base"):
+    for side, matrix in (("fine-tuned", confusion.tuned), ("base", confusion.base)):
         yield Table(
-            caption=f"Confusion, {side}: true classes (rows), and how often each class was named",
+            caption=f"Confusion matrix, {side}: true classes in rows, predicted classes in columns",
             columns=("", *names),
-            rows=tuple(
-                (name, *(f"{count:,}" for count in row))
-                for name, row in zip(names, record["confusion"][side], strict=True)
-            ),
+            rows=tuple((name, *(f"{count:,}" for count in counts)) for name, counts in zip(names, matrix, strict=True)),
             numeric=True,
         )
 

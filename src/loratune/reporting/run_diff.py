@@ -1,4 +1,4 @@
-"""`diff`: what two runs have in common and what not, from their files alone."""
+"""`loratune diff`: what two runs differ in, from their files alone."""
 
 from __future__ import annotations
 
@@ -10,20 +10,25 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from loratune.run.directory import Record, RunDir, read_json
+from loratune.run.directory import Record, RunDir
+from loratune.run.records.data import DataRecord, SideReport, SourceRead
+from loratune.run.records.evaluation import EvaluationRecord
+from loratune.run.records.files import read_metrics, read_record
+from loratune.run.records.lock import Fingerprints, Inputs, LockRecord
+from loratune.run.records.metrics import EvaluationLine, StepLine
+from loratune.run.records.plan import PlanRecord
 
 GROUPS = ("settings", "model", "template", "data", "mask", "adapter", "versions", "machine", "results")
-RESULTS = "results"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Difference:
-    """One value that two runs do not share.
+    """A value that differs between two runs.
 
     Attributes:
-        group: Of `GROUPS`.
-        name: Inside the group, such as `lora.r`.
-        first, second: The values; None where a run has none.
+        group: One of `GROUPS`.
+        name: Name inside the group, such as `lora.r`.
+        first, second: The values; None if a run has none.
     """
 
     group: str
@@ -32,15 +37,15 @@ class Difference:
     second: Any
 
     def as_dict(self) -> Record:
-        """For `--json`."""
+        """Return what `--json` prints."""
         return asdict(self)
 
 
 def diff(first: RunDir, second: RunDir) -> list[Difference]:
-    """Everything in which two runs differ, group by group.
+    """Return everything in which two runs differ, group by group.
 
     Raises:
-        RunError: A record of a run is missing or damaged.
+        RunError: A file of a run is missing, damaged or of another version.
     """
     one, other = facts(first), facts(second)
     return [
@@ -52,77 +57,83 @@ def diff(first: RunDir, second: RunDir) -> list[Difference]:
 
 
 def facts(run: RunDir) -> dict[str, dict[str, Any]]:
-    """What is known of a run: group → name → value."""
-    lock, data = read_json(run.lock), read_json(run.data)
-    settings = dict(_flat(lock["recipe"]))
-    settings.pop("train.output_dir", None)  # no two runs share it
-    inputs = lock["inputs"]
-    tokens = {side: inputs[side]["tokens"] for side in ("train", "eval")}
-    mask = {side: inputs[side]["mask"] for side in ("train", "eval")}
-    classes = {f"{side} classes": inputs[side]["classes"] for side in ("train", "eval") if "classes" in inputs[side]}
-    if "labels" in inputs:
-        classes["classes"] = ", ".join(inputs["labels"])
+    """Return what is known about a run: group → name → value."""
+    lock, data = read_record(run.lock, LockRecord), read_record(run.data, DataRecord)
+    settings = dict(_flat(lock.recipe))
+    settings.pop("train.output_dir", None)  # always differs
+    prints = _fingerprints(lock.inputs)
     return {
         "settings": settings,
-        "model": inputs["model"],
-        "template": {"chat template": inputs["template"]},
-        "data": {**_data_facts(data), **{f"{side} tokens": value for side, value in tokens.items()}},
+        "model": lock.inputs.model,
+        "template": {"chat template": lock.inputs.template},
+        "data": {**_data_facts(data), **{name: value for name, value in prints.items() if name.endswith("tokens")}},
         "mask": {
-            "method": data["mask"]["method"],
-            **{f"{side} mask": value for side, value in mask.items()},
-            **classes,
+            "method": data.mask.method,
+            **{name: value for name, value in prints.items() if not name.endswith("tokens")},
         },
-        "adapter": lock["adapter"],
-        "versions": lock["versions"],
-        "machine": lock["machine"],
-        RESULTS: _results(run),
+        "adapter": lock.adapter.model_dump(),
+        "versions": lock.versions,
+        "machine": lock.machine.model_dump(),
+        "results": _results(run),
     }
 
 
-def _flat(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in record.items():
+def _fingerprints(inputs: Inputs) -> dict[str, str]:
+    """Return `train tokens`, `eval mask` and the like → SHA-256. Streamed data has those of its files instead."""
+    found = {
+        f"{side} {name}": value
+        for name in ("tokens", "mask", "classes")
+        for side, part in (("train", inputs.train), ("eval", inputs.eval))
+        if isinstance(part, Fingerprints) and (value := getattr(part, name)) is not None
+    }
+    if inputs.labels is not None:
+        found["classes"] = ", ".join(inputs.labels)
+    return found
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
 
 
-def _data_facts(data: Record) -> dict[str, Any]:
-    facts: dict[str, Any] = {}
-    for side in ("train", "eval"):
-        part = data[side]
-        if part is None:
-            continue
-        for name in ("rows", "conversations", "tokens", "supervised_tokens", "truncated", "dropped", "num_rejected"):
-            facts[f"{side} {name}"] = part[name]
-        for source in part["sources"]:
-            facts.update({f"{side} file {file}": digest for file, digest in source.get("sha256", {}).items()})
-    return facts
+def _data_facts(data: DataRecord) -> dict[str, Any]:
+    return dict(
+        fact for side, part in (("train", data.train), ("eval", data.eval)) if part for fact in _side_facts(side, part)
+    )
+
+
+def _side_facts(side: str, part: SideReport) -> Iterator[tuple[str, Any]]:
+    for name in ("rows", "conversations", "tokens", "supervised_tokens", "truncated", "dropped", "num_rejected"):
+        yield f"{side} {name}", getattr(part, name)
+    for source in part.sources:
+        if isinstance(source, SourceRead):
+            yield from ((f"{side} file {file}", digest) for file, digest in source.sha256.items())
 
 
 def _results(run: RunDir) -> dict[str, Any]:
-    results: dict[str, Any] = {}
-    metrics = run.read_metrics()
-    losses = [record["loss"] for record in metrics if "loss" in record]
-    held_out = [record["eval_nll"] for record in metrics if "eval_nll" in record]
-    results["steps"] = len(losses)
-    results["finished"] = run.has_adapter
+    lines = read_metrics(run)
+    losses = [line.loss for line in lines if isinstance(line, StepLine)]
+    held_out = [line.eval_nll for line in lines if isinstance(line, EvaluationLine)]
+    results: dict[str, Any] = {"steps": len(losses), "finished": run.has_adapter}
     if losses:
         results["loss of the last step"] = losses[-1]
     if held_out:
         results["held-out loss at the end"] = held_out[-1]
         results["lowest held-out loss"] = min(held_out)
     if run.evaluation.is_file():
-        evaluation = read_json(run.evaluation)
-        for side in ("base", "tuned"):
-            results.update({f"{side} {name}": value for name, value in evaluation[side].items()})
-    measured = read_json(run.plan).get("measured", {})
-    results.update({f"measured {name}": value for name, value in measured.items()})
+        evaluation = read_record(run.evaluation, EvaluationRecord)
+        for side, measures in (("base", evaluation.base), ("fine-tuned", evaluation.tuned)):
+            results.update({f"{side} {name}": value for name, value in measures.items()})
+    measured = read_record(run.plan, PlanRecord).measured
+    results.update({f"measured {name}": value for name, value in measured.model_dump().items()} if measured else {})
     return results
 
 
 def difference_table(differences: list[Difference], first: RunDir, second: RunDir) -> Table:
-    """A row a difference; hashes are cut to what tells them apart."""
+    """Return a table with one row per difference; SHA-256 digests are shortened."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in ("", first.root.name, second.root.name, "change"):
         table.add_column(column, overflow="fold")

@@ -2,49 +2,67 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from loratune.run.directory import Record, RunDir, read_json
+from pydantic import BaseModel
+
+from loratune.reporting.task import ReportedTask, reported_task
+from loratune.run.directory import RunDir, read_json
 from loratune.run.errors import RunError
+from loratune.run.records.base import read_valid_parts
+from loratune.run.records.certificate import CertificateRecord
+from loratune.run.records.data import DataRecord
+from loratune.run.records.evaluation import EvaluationRecord
+from loratune.run.records.lock import LockRecord
+from loratune.run.records.metrics import EvaluationLine, EventLine, StepLine, parse_line
+from loratune.run.records.plan import PlanRecord
+from loratune.run.records.preview import PreviewRecord
+
+Line = StepLine | EvaluationLine | EventLine
+AnyRecord = TypeVar("AnyRecord", bound=BaseModel)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunFiles:
     """What the files of a run hold at one moment.
 
+    A record is None where its file is missing or unreadable. Of a file that is damaged in part, the other parts are there,
+    and reading a damaged one is an AttributeError: the section that needs it is left out of the page, which says so.
+
     Attributes:
         run: The run.
-        lock: `lock.json`; empty where it cannot be read, as all records here.
+        task: Its task.
+        lock: `lock.json`.
         plan: `plan.json`.
         data: `data.json`.
         evaluation: `evaluation.json`.
         preview: `preview.json`.
-        certificates: What `parity.json` lists, if anything was merged or exported.
-        steps: The lines of `metrics.jsonl` that are optimizer steps, one a step, in their order.
-        held_out: Those that are evaluations.
-        events: Those that tell what happened beside the steps.
+        certificates: Certificates in `parity.json`; none if nothing was merged or exported.
+        steps: Optimizer steps in `metrics.jsonl`, in order.
+        held_out: Evaluations in `metrics.jsonl`.
+        events: Events in `metrics.jsonl`.
         state: `finished`, `running` or `stopped`.
         is_trained: Whether the adapter is written.
         read_at: When the files were read.
-        complaints: What is missing or damaged, for people.
+        complaints: What is missing or damaged, in words.
     """
 
     run: RunDir
-    lock: Record
-    plan: Record
-    data: Record
-    evaluation: Record
-    preview: Record
-    certificates: list[Record]
-    steps: list[Record]
-    held_out: list[Record]
-    events: list[Record]
+    task: ReportedTask
+    lock: LockRecord | None
+    plan: PlanRecord | None
+    data: DataRecord | None
+    evaluation: EvaluationRecord | None
+    preview: PreviewRecord | None
+    certificates: list[CertificateRecord]
+    steps: list[StepLine]
+    held_out: list[EvaluationLine]
+    events: list[EventLine]
     state: str
     is_trained: bool
     read_at: datetime
@@ -52,60 +70,48 @@ class RunFiles:
 
     @property
     def name(self) -> str:
-        """What people call the run: the name of its folder."""
+        """Name of the run's folder."""
         return self.run.root.name
 
     @property
-    def classifies(self) -> bool:
-        """Whether texts are named, not answered."""
-        return "labels" in self.lock.get("inputs", {}) or "labels" in self.data
-
-    @property
-    def example(self) -> str:
-        """What one of its examples is called."""
-        return "text" if self.classifies else "conversation"
-
-    @property
-    def nats(self) -> str:
-        """The unit of its losses."""
-        return "nats per text" if self.classifies else "nats per supervised token"
-
-    @property
     def train_seconds(self) -> float:
-        """Seconds spent in steps, over all sittings of a resumed run."""
-        return math.fsum(step["num_tokens"] / step["tokens_per_second"] for step in self.steps if step["num_tokens"])
+        """Seconds spent in optimizer steps, including those before the run was resumed."""
+        return math.fsum(step.num_tokens / step.tokens_per_second for step in self.steps if step.num_tokens)
 
     @property
     def num_done(self) -> int:
-        """Steps that are done, the skipped ones among them."""
-        skipped = sum(event["event"] == "skipped" for event in self.events)
-        return len(self.steps) + skipped
+        """Finished steps, including skipped ones."""
+        return len(self.steps) + sum(event.event == "skipped" for event in self.events)
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of all steps."""
-        return sum(step["num_tokens"] for step in self.steps if step["num_tokens"])
+        """Tokens of all finished steps."""
+        return sum(step.num_tokens for step in self.steps)
 
 
 def read_run(run: RunDir) -> RunFiles:
     """Read what is there."""
     complaints: list[str] = []
     running = run.is_in_use
-    plan = _record(run.plan, complaints)
-    state = "finished" if run.has_adapter and "measured" in plan else "running" if running else "stopped"
-    lines = _lines(run.metrics, complaints, growing=state == "running")
-    lock = _record(run.lock, complaints)
+    plan = _read(run.plan, PlanRecord, complaints)
+    measured = plan is not None and "measured" in plan.model_fields_set
+    state = "finished" if run.has_adapter and measured else "running" if running else "stopped"
+    lines = _read_lines(run.metrics, complaints, growing=state == "running")
+    lock = _read(run.lock, LockRecord, complaints)
     return RunFiles(
         run=run,
+        task=reported_task(lock),
         lock=lock,
         plan=plan,
-        data=_record(run.data, complaints),
-        evaluation=_record(run.evaluation, complaints, expected=state == "finished" and _holds_out(lock)),
-        preview=_record(run.preview, complaints),
-        certificates=_certificates(run.parity, complaints),
-        steps=[line for line in lines if "loss" in line],
-        held_out=[line for line in lines if "eval_nll" in line],
-        events=[line for line in lines if "event" in line],
+        data=_read(run.data, DataRecord, complaints),
+        evaluation=_read(
+            run.evaluation, EvaluationRecord, complaints, expected=state == "finished" and _has_held_out_data(lock)
+        ),
+        preview=_read(run.preview, PreviewRecord, complaints),
+        certificates=_read_certificates(run.parity, complaints),
+        steps=[line for line in lines if isinstance(line, StepLine)],
+        held_out=[line for line in lines if isinstance(line, EvaluationLine)],
+        events=[line for line in lines if isinstance(line, EventLine)],
         state=state,
         is_trained=run.has_adapter,
         read_at=datetime.now(UTC),
@@ -113,47 +119,53 @@ def read_run(run: RunDir) -> RunFiles:
     )
 
 
-def _holds_out(lock: Record) -> bool:
+def _has_held_out_data(lock: LockRecord | None) -> bool:
     try:
-        return bool(lock["recipe"]["data"]["eval"] != "none")
-    except (KeyError, TypeError):
+        return lock is not None and lock.recipe["data"]["eval"] != "none"
+    except (KeyError, AttributeError):
         return False
 
 
-def _record(path: Path, complaints: list[str], *, expected: bool = True) -> Record:
+def _read(path: Path, model: type[AnyRecord], complaints: list[str], *, expected: bool = True) -> AnyRecord | None:
     if not path.exists():
         if expected:
-            complaints.append(f"{path.name} is not there.")
-        return {}
+            complaints.append(f"{path.name} is missing.")
+        return None
+    values = _read_values(path, dict, "object", complaints)
+    return None if values is None else read_valid_parts(model, values)
+
+
+def _read_certificates(path: Path, complaints: list[str]) -> list[CertificateRecord]:
+    found = _read_values(path, list, "list", complaints) if path.exists() else []
+    return [read_valid_parts(CertificateRecord, values) for values in found or () if isinstance(values, dict)]
+
+
+def _read_values(path: Path, kind: type, words: str, complaints: list[str]) -> Any:
+    """Return the JSON value of a file if it is of a kind, else None with a complaint."""
     try:
-        record = read_json(path)
+        values = read_json(path)
     except (RunError, OSError, RecursionError) as error:
         complaints.append(f"{path.name} cannot be read: {error.problem if isinstance(error, RunError) else error}.")
-        return {}
-    if not isinstance(record, dict):
-        complaints.append(f"{path.name} cannot be read: it holds no object.")
-        return {}
-    return record
+        return None
+    if not isinstance(values, kind):
+        complaints.append(f"{path.name} cannot be read: it is not a JSON {words}.")
+        return None
+    return _encodable(values)
 
 
-def _certificates(path: Path, complaints: list[str]) -> list[Record]:
+def _encodable(value: Any) -> Any:
+    """Return JSON values with half characters (such as U+D800) spelled out: JSON can name them, no encoding can hold them."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()
+    if isinstance(value, dict):
+        return {_encodable(key): _encodable(inner) for key, inner in value.items()}
+    return [_encodable(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _read_lines(path: Path, complaints: list[str], *, growing: bool) -> list[Line]:
+    """Return all lines of the metrics that can be read. While a run is going, its last line may be half written."""
     if not path.exists():
-        return []
-    try:
-        found = read_json(path)
-    except (RunError, OSError, RecursionError) as error:
-        complaints.append(f"{path.name} cannot be read: {error.problem if isinstance(error, RunError) else error}.")
-        return []
-    if not isinstance(found, list):
-        complaints.append(f"{path.name} cannot be read: it holds no list.")
-        return []
-    return [record for record in found if isinstance(record, dict)]
-
-
-def _lines(path: Path, complaints: list[str], *, growing: bool) -> list[Record]:
-    """All metrics that can be read. While a run is going, its last line may be half written."""
-    if not path.exists():
-        complaints.append(f"{path.name} is not there: no step was finished.")
+        complaints.append(f"{path.name} is missing: no step was finished.")
         return []
     try:
         written = path.read_bytes().decode(errors="replace").split("\n")
@@ -162,7 +174,7 @@ def _lines(path: Path, complaints: list[str], *, growing: bool) -> list[Record]:
         return []
     records, damaged = [], []
     for number, line in enumerate(written, 1):
-        record = _metrics(line)
+        record = _read_line(line)
         if record is not None:
             records.append(record)
         elif line and not (growing and number == len(written)):
@@ -173,25 +185,21 @@ def _lines(path: Path, complaints: list[str], *, growing: bool) -> list[Record]:
     return records
 
 
-def _metrics(line: str) -> Record | None:
+def _read_line(line: str) -> Line | None:
     try:
-        record = json.loads(line)
-        if not isinstance(record, dict):
-            return None
-        numbers = (record["step"], record["time"]) if "event" in record else _flat(record)
-        return record if all(map(_is_number, numbers)) else None
-    except (LookupError, ValueError, OverflowError, RecursionError):
+        record = parse_line(line, lenient=True)
+        return record if all(map(math.isfinite, _numbers(record))) else None
+    except (ValueError, OverflowError):
         return None
 
 
-def _flat(record: Record) -> Iterator[Any]:
-    """The values, with those of the sources of a held-out loss."""
-    for value in record.values():
+def _numbers(record: Line) -> Iterator[float]:
+    """Yield the numbers that are drawn: of steps and evaluations all, including the losses of the sources."""
+    if isinstance(record, EventLine):
+        yield from (record.step, record.time)
+        return
+    for value in record.__dict__.values():
         if isinstance(value, dict):
             yield from value.values()
-        else:
+        elif value is not None:
             yield value
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,4 +1,4 @@
-"""Answers to held-out prompts, side by side, with what is wrong in them marked."""
+"""Answers to held-out prompts side by side, with their differences from the reference marked."""
 
 from __future__ import annotations
 
@@ -6,112 +6,111 @@ from collections.abc import Iterator
 
 from loratune.reporting.blocks import Answer, Block, Paragraph, Sample
 from loratune.reporting.run_files import RunFiles
+from loratune.reporting.task import ReportedTask
 from loratune.reporting.units import is_graded
-from loratune.reporting.word_diff import Piece, marked, whole
-from loratune.run.directory import Record
+from loratune.reporting.word_diff import mark_differences, unmarked
 from loratune.run.errors import plural
+from loratune.run.records.data import Place
+from loratune.run.records.evaluation import AnswerRecord, Item
 
-NUM_SAMPLES = 20
-MOST_FAILURES = 100
-MOST_LETTERS = 2000
-"""Of one text; the rest stands in the file that it came from."""
+MAX_SAMPLES = 20
+MAX_FAILURES = 100
+MAX_CHARACTERS = 2000
+"""Characters shown of a text; the run's files have all of it."""
 
 
 def samples(files: RunFiles) -> Iterator[Block]:
-    items = files.evaluation.get("items")
-    if not items:
+    """Build the section of the first held-out prompts with both answers."""
+    record = files.evaluation
+    if record is None or not record.items:
         return
-    shown = items[:NUM_SAMPLES]
-    what = "held-out text" if files.classifies else "held-out prompt"
+    shown = record.items[:MAX_SAMPLES]
     marks = (
-        " Words that differ from the reference are marked: underlined what the answer has instead, struck "
-        "through what it lacks. An answer with little in common with the reference is left unmarked."
+        " Words that differ from the reference are marked: extra words are underlined, missing ones are struck through. "
+        "An answer that has little in common with the reference is left unmarked."
     )
     yield Paragraph(
-        text=f"The first {len(shown)} of {plural(len(items), what)}, in the order of the data, so nobody chose them."
-        + ("" if files.classifies else marks)
+        text=f"The first {len(shown)} of {plural(len(record.items), f'held-out {files.task.prompt}')}, in the order of the data (not hand-picked)."
+        + (marks if files.task.marks_differences else "")
     )
-    graded = is_graded(files.evaluation["metric"])
+    graded = is_graded(record.metric)
     for number, item in enumerate(shown, 1):
-        yield _sample(number, item, sides=("base", "tuned"), graded=graded, classifies=files.classifies)
+        yield _sample(number, item, sides=("base", "fine-tuned"), graded=graded, task=files.task)
 
 
 def failures(files: RunFiles) -> Iterator[Block]:
-    items = files.evaluation.get("items")
-    if not items or is_graded(files.evaluation["metric"]):
+    """Build the section of the prompts that the fine-tuned model answers wrong; regressions come first."""
+    record = files.evaluation
+    if record is None or not record.items or is_graded(record.metric):
         return
-    wrong = [(number, item) for number, item in enumerate(items, 1) if not item["tuned"]["score"]]
+    wrong = [(number, item) for number, item in enumerate(record.items, 1) if not item.tuned.score]
     if not wrong:
-        yield Paragraph(text=f"None: all {plural(len(items), 'answer')} are right.")
+        yield Paragraph(text=f"None: all {plural(len(record.items), 'answer')} are correct.")
         return
-    broken = [pair for pair in wrong if pair[1]["base"]["score"]]
-    endless = sum(not item["tuned"]["stopped"] for _, item in wrong)
-    if files.classifies:
-        text = f"The tuned model names {len(wrong):,} of {len(items):,} wrong; {len(broken):,} of these the base model names right."
-    else:
-        text = (
-            f"The tuned model answers {len(wrong):,} of {len(items):,} wrong; {len(broken):,} of these the base model "
-            f"answers right. {endless:,} did not stop by themselves within {_max_new_tokens(files)}."
-        )
-    yield Paragraph(text=text)
-    ordered = [*broken, *(pair for pair in wrong if pair not in broken)]
-    for number, item in ordered[:MOST_FAILURES]:
-        yield _sample(number, item, sides=("tuned",), classifies=files.classifies)
-    if len(ordered) > MOST_FAILURES:
-        yield Paragraph(text=f"{len(ordered) - MOST_FAILURES:,} more stand in evaluation.json.", tone="note")
+    regressions = [pair for pair in wrong if pair[1].base.score]
+    yield Paragraph(text=files.task.failures(record, len(regressions), _max_new_tokens(files)))
+    ordered = [*regressions, *(pair for pair in wrong if pair not in regressions)]
+    for number, item in ordered[:MAX_FAILURES]:
+        yield _sample(number, item, sides=("fine-tuned",), task=files.task)
+    if len(ordered) > MAX_FAILURES:
+        yield Paragraph(text=f"{len(ordered) - MAX_FAILURES:,} more in evaluation.json.", tone="note")
 
 
 def _max_new_tokens(files: RunFiles) -> str:
-    number = files.lock.get("recipe", {}).get("evaluate", {}).get("max_new_tokens")
-    return f"{number:,} tokens" if number else "the tokens allowed"
+    number = files.lock.recipe.get("evaluate", {}).get("max_new_tokens") if files.lock else None
+    return f"{number:,} tokens" if number else "evaluate.max_new_tokens"
 
 
-def _sample(
-    number: int, item: Record, sides: tuple[str, ...], *, graded: bool = False, classifies: bool = False
-) -> Sample:
-    reference = cut(item["reference"])
-    others = (cut(text) for text in item.get("references", [])[1:])
+def _sample(number: int, item: Item, sides: tuple[str, ...], *, task: ReportedTask, graded: bool = False) -> Sample:
+    reference = shorten(item.reference)
+    others = (shorten(text) for text in (item.references or ())[1:])
+    answers = {"base": item.base, "fine-tuned": item.tuned}
     return Sample(
-        title=f"{number} · {place(item)}",
-        prompt=cut(item["question"]),
-        asked="text" if classifies else "prompt",
+        title=f"{number} · {place_of(item)}",
+        prompt=shorten(item.question),
+        prompt_label=task.prompt,
         answers=(
-            Answer(title="class" if classifies else "reference", pieces=whole(reference)),
-            *(Answer(title="another reference", pieces=whole(text)) for text in others),
-            *(answer(side, item[side], reference, graded=graded) for side in sides),
+            Answer(title=task.reference, pieces=unmarked(reference)),
+            *(Answer(title="another reference", pieces=unmarked(text)) for text in others),
+            *(answer_block(side, answers[side], reference, graded=graded) for side in sides),
         ),
     )
 
 
-def answer(title: str, record: Record, reference: str, *, graded: bool = False) -> Answer:
-    """What one model said, against the reference (shortened already)."""
-    right = bool(record["score"])
-    text = cut(record["text"])
+def answer_block(title: str, answer: AnswerRecord, reference: str, *, graded: bool = False) -> Answer:
+    """Show one model's answer.
+
+    Args:
+        title: Which model.
+        answer: Its answer.
+        reference: The reference, shortened already.
+        graded: Whether the metric grades answers instead of calling them correct or wrong.
+    """
+    text = shorten(answer.text)
+    same = text.strip() == reference.strip()
     return Answer(
         title=title,
-        pieces=_pieces(text, reference),
-        verdict="" if graded else "right" if right else "wrong",
+        pieces=unmarked(text) if same else mark_differences(text, reference),
+        verdict="" if graded else "correct" if answer.score else "wrong",
         remarks=(
-            *((f"{record['score']:.1f} by itself",) if graded else ()),
-            *(() if record["stopped"] else ("did not stop",)),
+            *((f"score {answer.score:.1f}",) if graded else ()),
+            *(() if answer.stopped else ("hit the token limit",)),
         ),
     )
 
 
-def _pieces(text: str, reference: str) -> tuple[Piece, ...]:
-    return whole(text) if text.strip() == reference.strip() else marked(text, reference)
-
-
-def short(name: str) -> str:
-    """The last part of a path or id."""
+def last_part(name: str) -> str:
+    """Return the last part of a path or id."""
     return name.rstrip("/").rpartition("/")[2] or name
 
 
-def place(row: Record) -> str:
-    return short(row["file"]) + (f":{row['line']}" if row["line"] is not None else "")
+def place_of(row: Place | Item) -> str:
+    """Return `file:line` of a row."""
+    return last_part(row.file) + (f":{row.line}" if row.line is not None else "")
 
 
-def cut(text: str) -> str:
-    if len(text) <= MOST_LETTERS:
+def shorten(text: str) -> str:
+    """Return at most `MAX_CHARACTERS` of a text."""
+    if len(text) <= MAX_CHARACTERS:
         return text
-    return f"{text[:MOST_LETTERS]} … {len(text) - MOST_LETTERS:,} more letters in the run's files"
+    return f"{text[:MAX_CHARACTERS]} … {len(text) - MAX_CHARACTERS:,} more characters in the run's files"

@@ -1,10 +1,12 @@
-"""Numbers as people read them, with their units."""
+"""Numbers with their units, for people."""
 
 from __future__ import annotations
 
+from loratune.run.records.evaluation import Difference
+
 
 def as_bytes(number: float) -> str:
-    """1,048,576 → 1.0 MiB."""
+    """Format bytes: 1,048,576 → 1.0 MiB."""
     for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if number >= size:
             return f"{number / size:,.1f} {unit}"
@@ -12,7 +14,7 @@ def as_bytes(number: float) -> str:
 
 
 def as_duration(seconds: float) -> str:
-    """4000 → 1 h 6 min."""
+    """Format seconds: 4000 → 1 h 6 min."""
     if seconds < 10:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -20,44 +22,52 @@ def as_duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
-def as_ratio(measured: float, promised: float) -> str:
-    """95 of 100 → 95%; 2000 of 100 → 20 ×; empty where nothing was promised."""
-    if not promised:
+def as_ratio(actual: float, planned: float) -> str:
+    """Format actual / planned: 95 of 100 → 95%; 2000 of 100 → 20 ×; empty if nothing was planned."""
+    if not planned:
         return ""
-    return f"{measured / promised:,.0f} ×" if measured >= 10 * promised else f"{measured / promised:.0%}"
+    return f"{actual / planned:,.0f} ×" if actual >= 10 * planned else f"{actual / planned:.0%}"
 
 
 def as_number(value: float, sign: str = "") -> str:
-    """Four digits, and never an exponent for a large number."""
+    """Format with four digits, without an exponent for large numbers."""
     return f"{value:{sign},.0f}" if abs(value) >= 1000 else f"{value:{sign}.4g}"
 
 
 _NUMBERS = ("nll", "perplexity", "bleu")
-"""Measures that are no shares of answers."""
+"""Measures that are not fractions of answers."""
 
 
 def is_graded(metric: str) -> bool:
-    """Whether answers are not right or wrong by the metric, but better or worse."""
+    """Return whether the metric grades answers instead of calling them correct or wrong."""
     return metric == "bleu"
 
 
 def as_measure(name: str, value: float) -> str:
-    """A share as a percentage, a loss or BLEU as a number."""
+    """Format a fraction as a percentage, a loss or BLEU as a number."""
     return as_number(value) if name in _NUMBERS else f"{value:.1%}"
 
 
 def as_difference(name: str, value: float) -> str:
-    """A difference of two measures, with its sign."""
+    """Format the difference of two measures, with its sign."""
     return as_number(value, "+") if name in _NUMBERS else f"{100 * value:+.1f} points"
 
 
+def as_interval(name: str, difference: Difference) -> str:
+    """Format the interval of a difference: `-0.12 to +0.03`; empty if it has none."""
+    if difference.low is None or difference.high is None:
+        return ""
+    low, high = (as_difference(name, end).removesuffix(" points") for end in (difference.low, difference.high))
+    return f"{low} to {high}"
+
+
 def measure_in_words(name: str) -> str:
-    """What a measure is called on a page."""
+    """Return a measure's name for people."""
     return {
         "nll": "held-out loss",
         "perplexity": "perplexity",
         "exact_match": "exact match",
-        "json": "right JSON",
+        "json": "JSON correct",
         "contains": "contains the reference",
         "bleu": "BLEU",
         "accuracy": "accuracy",

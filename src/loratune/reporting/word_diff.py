@@ -1,4 +1,4 @@
-"""Where the words of an answer differ from those of its reference."""
+"""The words in which an answer differs from its reference."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from difflib import SequenceMatcher
 from typing import NamedTuple
 
 _WORDS = re.compile(r"\s+|\w+|[^\w\s]")
-_LEAST_ALIKE = 0.3
-"""Below this share of common words, marks would cover nearly everything."""
+_MIN_COMMON_FRACTION = 0.3
+"""Below this fraction of common words, marks would cover nearly everything."""
 
 
 class Piece(NamedTuple):
@@ -19,26 +19,26 @@ class Piece(NamedTuple):
 
 
 def _count(words: list[str]) -> int:
-    """The words; spaces between them are alike in all texts."""
+    """Return the number of words without the spaces, which all texts have in common."""
     return sum(not word.isspace() for word in words)
 
 
-def whole(text: str) -> tuple[Piece, ...]:
-    """A text in which nothing is marked."""
+def unmarked(text: str) -> tuple[Piece, ...]:
+    """Return a text as one piece without marks."""
     return (Piece(text, "plain"),) if text else ()
 
 
-def marked(answer: str, reference: str) -> tuple[Piece, ...]:
-    """The answer in pieces, with the reference's words that it lacks in their places.
+def mark_differences(answer: str, reference: str) -> tuple[Piece, ...]:
+    """Return the answer in pieces, with the reference's words that it lacks in their places.
 
-    Joined without the missing pieces it is the answer. In an answer that has little in common with the reference nothing
-    is marked.
+    Joined without the missing pieces it is the answer. An answer that has little in common with the reference is left
+    unmarked.
     """
     said, wanted = _WORDS.findall(answer), _WORDS.findall(reference)
     matcher = SequenceMatcher(None, wanted, said, autojunk=False)
     same = [word for block in matcher.get_matching_blocks() for word in wanted[block.a : block.a + block.size]]
-    if 2 * _count(same) < _LEAST_ALIKE * (_count(wanted) + _count(said)):
-        return whole(answer)
+    if 2 * _count(same) < _MIN_COMMON_FRACTION * (_count(wanted) + _count(said)):
+        return unmarked(answer)
     pieces = []
     for operation, first, last, start, stop in matcher.get_opcodes():
         if operation == "equal":

@@ -24,6 +24,7 @@ from typing import Any
 
 from loratune.run import processes
 from loratune.run.errors import MachineError, RecipeError, RunError
+from loratune.run.records.metrics import parse_line
 
 Record = dict[str, Any]
 _IN_USE = ".in_use"
@@ -242,12 +243,15 @@ class RunDir:
         """Add a line to `metrics.jsonl`. Of several processes the first one does; all know the same.
 
         Raises:
+            ValidationError: It is not a line that the records know, which is a mistake of ours.
             MachineError: It cannot be written.
         """
         if not processes.is_main():
             return
+        line = json.dumps(record)
+        parse_line(line)
         with cannot_write(self.metrics), self.metrics.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(record) + "\n")
+            stream.write(line + "\n")
 
     def sync_metrics(self) -> None:
         """Have the disk hold all lines of `metrics.jsonl` before going on."""

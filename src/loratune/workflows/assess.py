@@ -13,9 +13,11 @@ from loratune.evaluation.user_metric import UserMetric
 from loratune.model.device import is_out_of_memory
 from loratune.planning.preparation import Preparation
 from loratune.run import processes
-from loratune.run.directory import Record, RunDir, write_json
+from loratune.run.directory import Record, RunDir
 from loratune.run.errors import MachineError
 from loratune.run.progress import Progress
+from loratune.run.records.evaluation import EvaluationRecord
+from loratune.run.records.files import write_record
 from loratune.training.event_log import EventLog, History
 from loratune.training.held_out_loss import Nll
 from loratune.training.loss import SupervisedLoss
@@ -67,7 +69,7 @@ def compare_base_and_tuned(
         }
     record["adapter"] = describe_final_adapter(prepared, run)
     if processes.is_main():
-        write_json(run.evaluation, record)
+        record = write_record(run.evaluation, EvaluationRecord, record)
     return record
 
 

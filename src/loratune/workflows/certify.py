@@ -41,9 +41,11 @@ from loratune.planning.prepare import prepare
 from loratune.recipe.recipe import Recipe
 from loratune.recipe.tasks import require_text
 from loratune.reporting.html import report_or_warn
-from loratune.run.directory import Record, RunDir, read_json, write_json
+from loratune.run.directory import Record, RunDir, read_json
 from loratune.run.errors import DataError, RecipeError, RunError
 from loratune.run.progress import Progress
+from loratune.run.records.certificate import CertificateRecord, Certificates
+from loratune.run.records.files import write_record
 from loratune.training.loss import make_loss
 
 
@@ -224,7 +226,7 @@ def write_certificate(run: RunDir, kind: str, target: Path, folder: Path, certif
         "adapter_sha256": file_sha256(run.adapter_weights),
         **certificate,
     }
-    write_json(folder / "parity.json", certificate)
+    certificate = write_record(folder / "parity.json", CertificateRecord, certificate)
     if not certificate["passed"]:
         raise RunError(
             f"what was written is not the model that was trained: {'; '.join(certificate['complaints'])}",
@@ -300,5 +302,5 @@ def record(run: RunDir, certificate: Record, progress: Progress) -> None:
         for other in (read_json(run.parity) if run.parity.is_file() else [])
         if other["path"] != certificate["path"]
     ]
-    write_json(run.parity, [*others, certificate])
+    write_record(run.parity, Certificates, [*others, certificate])
     report_or_warn(run, progress)

@@ -14,9 +14,11 @@ from loratune.recipe.recipe import Recipe
 from loratune.recipe.tasks import require_text
 from loratune.reporting.html import report_or_warn
 from loratune.reporting.model_card import write_card
-from loratune.run.directory import RunDir, read_json, write_json
+from loratune.run.directory import RunDir, read_json
 from loratune.run.errors import DataError, RecipeError
 from loratune.run.progress import NO_PROGRESS, Progress
+from loratune.run.records.evaluation import EvaluationRecord
+from loratune.run.records.files import write_record
 from loratune.workflows.assess import compare_base_and_tuned, explain_out_of_memory
 from loratune.workflows.load import load_trained
 from loratune.workflows.result import RunResult
@@ -86,7 +88,7 @@ def evaluate(root: str | Path, *, extras: Extras = _NOTHING_MORE, progress: Prog
             model, prepared.model.tokenizer, extras.harness, allow_code=extras.allow_code
         )
     pass_gates(gates, evaluation)
-    write_json(run.evaluation, evaluation)
+    evaluation = write_record(run.evaluation, EvaluationRecord, evaluation)
     write_card(run)
     report_or_warn(run, progress)
     return RunResult(run=run, evaluation=evaluation)

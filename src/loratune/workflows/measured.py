@@ -6,7 +6,9 @@ import time
 
 from loratune.model.device import peak_bytes
 from loratune.run import processes
-from loratune.run.directory import Record, RunDir, read_json, write_json
+from loratune.run.directory import Record, RunDir, read_json
+from loratune.run.records.files import write_record
+from loratune.run.records.plan import PlanRecord
 
 
 class RunTimer:
@@ -27,7 +29,7 @@ class RunTimer:
             return
         record = read_json(self._run.plan)
         record["so_far"] = self._so_far()
-        write_json(self._run.plan, record)
+        write_record(self._run.plan, PlanRecord, record)
 
     def close(self, *, evaluate_seconds: float) -> None:
         """Record the totals of the complete run, and mark it complete.
@@ -41,7 +43,7 @@ class RunTimer:
         record["measured"]["evaluate_seconds"] = evaluate_seconds + sum(
             line["seconds"] for line in metrics if "eval_nll" in line
         )
-        write_json(self._run.plan, record)
+        write_record(self._run.plan, PlanRecord, record)
 
     def _so_far(self) -> Record:
         return {

@@ -21,9 +21,11 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from loratune.data.rows.sources import hub_answers
 from loratune.reporting.html import report
 from loratune.reporting.model_card import base_name, card_of
-from loratune.run.directory import Record, RunDir, read_json, write_json
+from loratune.run.directory import Record, RunDir, write_json
 from loratune.run.errors import MachineError, RecipeError, RunError
 from loratune.run.progress import NO_PROGRESS, Progress
+from loratune.run.records.files import read_record
+from loratune.run.records.lock import LockRecord
 
 HUB_SECONDS = 5.0
 SECRETS = {
@@ -108,14 +110,14 @@ def push(
 
 
 def _put_together(run: RunDir, repo: str, folder: Path, *, with_report: bool) -> None:
-    lock = read_json(run.lock)
+    lock = read_record(run.lock, LockRecord)
     for path in run.adapter.iterdir():
         if path.is_file() and path.name != "README.md":
             shutil.copyfile(path, folder / path.name)
     settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     settings["base_model_name_or_path"] = base_name(lock)
-    if lock["inputs"]["model_revision"] is not None:
-        settings["revision"] = lock["inputs"]["model_revision"]
+    if lock.inputs.model_revision is not None:
+        settings["revision"] = lock.inputs.model_revision
     write_json(folder / "adapter_config.json", settings)
     (folder / "README.md").write_text(card_of(run, repo), encoding="utf-8")
     if with_report:
@@ -123,10 +125,10 @@ def _put_together(run: RunDir, repo: str, folder: Path, *, with_report: bool) ->
         page.write_text(_without_folders(page.read_text(encoding="utf-8"), run, lock), encoding="utf-8")
 
 
-def _without_folders(text: str, run: RunDir, lock: Record) -> str:
+def _without_folders(text: str, run: RunDir, lock: LockRecord) -> str:
     """The page with names in the place of this machine's paths: of run, model, data, home, and the folder we are in."""
-    sources = [s["name"] for key in ("train", "eval") for s in lock["recipe"]["data"][key] if isinstance(s, dict)]
-    known = [str(run.root), lock["inputs"]["model_path"], lock["recipe"]["model"]["name"], *sources]
+    sources = [s["name"] for key in ("train", "eval") for s in lock.recipe["data"][key] if isinstance(s, dict)]
+    known = [str(run.root), lock.inputs.model_path, lock.recipe["model"]["name"], *sources]
     known += [str(Path(name).expanduser().absolute()) for name in known]
     folders = {str(Path(name).parent) for name in known if name.startswith(("/", "~"))} | {
         str(Path.home()),

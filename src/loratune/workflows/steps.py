@@ -24,9 +24,11 @@ from loratune.recipe.recipe import Recipe
 from loratune.reporting.html import report_or_warn
 from loratune.reporting.model_card import write_card
 from loratune.run import processes
-from loratune.run.directory import Record, RunDir, read_json, write_json
+from loratune.run.directory import Record, RunDir, read_json
 from loratune.run.errors import Interrupted
 from loratune.run.progress import Progress
+from loratune.run.records.files import write_record
+from loratune.run.records.lock import LockRecord
 from loratune.training.callbacks import RunCallback
 from loratune.training.checkpoint import resume_state
 from loratune.training.fast_trainer import FastTrainer
@@ -142,7 +144,8 @@ def _load(
 
 def write_lock(prepared: Preparation, run: RunDir) -> None:
     """Write `lock.json`."""
-    write_json(run.lock, {**prepared.as_lock(), "written": settings_as_written(run), "launch": processes.launch_id()})
+    written = {"written": settings_as_written(run), "launch": processes.launch_id()}
+    write_record(run.lock, LockRecord, {**prepared.as_lock(), **written})
 
 
 def train_steps(

@@ -10,8 +10,12 @@ from loratune.planning.preparation import Preparation
 from loratune.planning.prepare_ranks import prepare_on_all_ranks
 from loratune.recipe.recipe import Recipe
 from loratune.run import processes
-from loratune.run.directory import RunDir, write_json, write_text
+from loratune.run.directory import RunDir, write_text
 from loratune.run.progress import NO_PROGRESS, Progress
+from loratune.run.records.data import DataRecord
+from loratune.run.records.files import write_record
+from loratune.run.records.plan import PlanRecord
+from loratune.run.records.preview import PreviewRecord
 from loratune.workflows.result import RunResult
 from loratune.workflows.resume import continue_run, was_relaunched
 from loratune.workflows.steps import run_from_weights, write_lock
@@ -56,8 +60,9 @@ def train(
     run = RunDir.create(root, overwrite=overwrite)
     with run.exclusive():
         write_text(run.recipe, written if written is not None else recipe.to_yaml())
-        write_json(run.data, prepared.data.report)
-        write_json(run.preview, preview(prepared.data.train, prepared.model.tokenizer, PREVIEW_EXAMPLES).as_record())
-        write_json(run.plan, prepared.as_plan())
+        write_record(run.data, DataRecord, prepared.data.report)
+        examples = preview(prepared.data.train, prepared.model.tokenizer, PREVIEW_EXAMPLES)
+        write_record(run.preview, PreviewRecord, examples.as_record())
+        write_record(run.plan, PlanRecord, prepared.as_plan())
         write_lock(prepared, run)
         return run_from_weights(prepared, run, None, progress)

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from loratune.planning.task import PlannedTask
 from loratune.recipe.tasks import load_task
+from loratune.reporting.task import ReportedTask
 
 if TYPE_CHECKING:  # heavy: recipes are checked by their task before torch is needed
     from peft import PeftModel
@@ -95,7 +96,7 @@ class TaskStarter:
     of_what: str
 
 
-class Task(PlannedTask):
+class Task(PlannedTask, ReportedTask):
     """What a model learns, and everything that depends on it."""
 
     @abstractmethod

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from loratune.recipe.recipe import DataSection, Recipe
     from loratune.run.directory import Record
     from loratune.run.progress import Progress
+    from loratune.run.records.evaluation import EvaluationRecord
+    from loratune.run.records.lock import LockRecord
+    from loratune.run.records.plan import PlannedData
     from loratune.training.loss import SupervisedLoss
     from loratune.training.trainer import RunTrainer, TrainerSetup
     from loratune.workflows.certify import Exported
@@ -64,6 +67,15 @@ class Classification(Task):
     name = "sequence_classification"
     writes_text = False
     trains_in_processes = False
+    example = "text"
+    training_example = "labelled text"
+    prompt = "text"
+    reference = "class"
+    nats = "nats per text"
+    short_nats = "nats per text"
+    marks_differences = False
+    pipeline = "text-classification"
+    auto_class = "SequenceClassification"
 
     def problems(self, recipe: Any) -> Iterator[tuple[str, str]]:
         for section in type(recipe).model_fields:
@@ -146,6 +158,25 @@ class Classification(Task):
     def lock_entries(self, classes: Classes | None) -> Record:
         assert classes is not None
         return {"labels": list(classes.names)}
+
+    def trained_on(self, lock: LockRecord) -> str:
+        return f"the class of each text: {', '.join(lock.inputs.labels or ())}"
+
+    def trained_on_with_counts(self, lock: LockRecord, data: PlannedData) -> str:
+        return f"trained to predict the class of each: {', '.join(lock.inputs.labels or ())}"
+
+    def load_options(self, lock: LockRecord) -> str:
+        return f", num_labels={len(lock.inputs.labels or ())}"
+
+    def intended_use(self) -> str:
+        return ""
+
+    def failures(self, record: EvaluationRecord, num_regressions: int, limit: str) -> str:
+        num_wrong = sum(not item.tuned.score for item in record.items)
+        return (
+            f"The fine-tuned model misclassifies {num_wrong:,} of {len(record.items):,} texts; the base model classifies "
+            f"{num_regressions:,} of these correctly."
+        )
 
     def make_loss(self, model: PeftModel, examples: Sequence[Example]) -> tuple[SupervisedLoss, str]:
         from loratune.workflows.tasks.classification.loss import make_classification_loss

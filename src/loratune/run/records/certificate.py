@@ -1,0 +1,113 @@
+"""parity.json: the proof that what was exported is the model that was trained."""
+
+from __future__ import annotations
+
+from pydantic import RootModel
+
+from loratune.run.records.base import FileRecord, Part
+
+
+class PromptParity(Part):
+    """Token ids of prompts."""
+
+    num_prompts: int
+    """Prompts compared; of a classifier, texts."""
+    same_token_ids: int
+    """Those with the same token ids as in training."""
+    first_difference: str | None
+    """First difference, in words; null without."""
+
+
+class StopTokens(Part):
+    """Tokens that end an answer."""
+
+    ids: tuple[int, ...]
+    """Those of training."""
+    missing: tuple[int, ...]
+    """Those at which the target does not stop."""
+
+
+class DistributionParity(Part):
+    """Next-token distributions; of a classifier, class distributions."""
+
+    num_examples: int
+    """Examples compared."""
+    num_positions: int
+    """Positions compared."""
+    top1_agreement: float
+    """Fraction of positions with the same most likely token, 0 to 1."""
+    num_decided: int
+    """Positions where the most likely token leads by at least the tolerance's margin."""
+    decided_agreement: float
+    """Fraction of these with the same most likely token, 0 to 1."""
+    mean_kl: float | None
+    """Mean of KL(training ‖ target), in nats; null where logits are not finite."""
+    max_kl: float | None
+    """Largest of these, in nats."""
+
+
+class ToleranceUsed(Part):
+    """Largest differences that pass."""
+
+    mean_kl: float
+    """Largest mean KL divergence, in nats."""
+    margin: float
+    """Lead of the most likely token, in nats, below which a swap does not count."""
+    top1: float
+    """Smallest agreement at the decided positions, 0 to 1."""
+    reason: str
+    """Where the differences come from."""
+
+
+class AnswerParity(Part):
+    """Greedy answers of the target vs. those of the run's evaluation."""
+
+    num_prompts: int
+    """Prompts answered."""
+    same_text: int
+    """Answers with the same text."""
+    same: int
+    """Answers with the same text, or by the metric `json` the same value."""
+    share: float
+    """`same` as a fraction, 0 to 1."""
+    metric: str
+    """Metric of the run."""
+
+
+class CertificateRecord(FileRecord):
+    """A certificate: `parity.json` of an exported folder."""
+
+    kind: str
+    """What was written, such as `merge` or `gguf`."""
+    run: str
+    """Run directory."""
+    path: str
+    """Folder that was written."""
+    adapter_sha256: str
+    """SHA-256 of the adapter's weights."""
+    passed: bool
+    """Whether it is the same model."""
+    complaints: tuple[str, ...]
+    """What differs by more than the tolerance."""
+    checked_with: str
+    """Program and version that loaded it back."""
+    template: PromptParity
+    """Comparison of prompts."""
+    stop_tokens: StopTokens
+    """Comparison of stop tokens."""
+    distributions: DistributionParity
+    """Comparison of distributions."""
+    tolerance: ToleranceUsed
+    """Largest differences that pass."""
+    loratune: str
+    """Version of loratune."""
+    compared_on: str
+    """`held-out` or `training` examples."""
+    compares: str | None = None
+    """Classifiers only: `classes`."""
+    answers: AnswerParity | None = None
+    """Comparison of full answers by llama.cpp; null where the run has none."""
+
+
+class Certificates(RootModel[tuple[CertificateRecord, ...]]):
+    """`parity.json` of the run: the newest certificate of each place."""

@@ -1,0 +1,239 @@
+"""data.json, the data report: what was read, what it became, and what looks wrong in it."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from loratune.run.records.base import FileRecord, Part
+
+
+class Place(Part):
+    """Where a row is."""
+
+    file: str
+    """File, or hub data set."""
+    line: int | None
+    """Line or row, counted from 1; null where rows have no number."""
+
+
+class SourceRead(Part):
+    """A source that was read."""
+
+    name: str
+    """File, folder or hub data set, as in the recipe."""
+    config: str | None
+    """Configuration of a hub data set."""
+    split: str | None
+    """Split of a hub data set."""
+    weight: float
+    """Times that the rows are seen per epoch."""
+    format: str
+    """Format of the rows."""
+    rows: int
+    """Rows of the source."""
+    sha256: dict[str, str]
+    """File → fingerprint of its contents."""
+
+
+class SplitOff(Part):
+    """Held-out data that is a part of the training data."""
+
+    held_out: float
+    """Fraction of the training data that is held out."""
+    seed: int
+    """Seed that decides which."""
+    from_: str = Field(alias="from")
+    """Side that it is taken from: `train`."""
+
+
+class Histogram(Part):
+    """Number of examples by length."""
+
+    edges: tuple[int, ...]
+    """Edges of the bins in tokens, one more than there are bins; a bin includes its lower edge."""
+    counts: tuple[int, ...]
+    """Examples per bin."""
+
+
+class Lengths(Part):
+    """Lengths of the examples, in tokens."""
+
+    p50: int
+    """Median, in tokens."""
+    p95: int
+    """95th percentile, in tokens."""
+    max: int
+    """Longest example, in tokens."""
+    histogram: Histogram | None = None
+    """Distribution of the lengths."""
+
+
+class RejectedRow(Place):
+    """A row that cannot be trained on."""
+
+    reason: str
+    """What is wrong with it."""
+
+
+class SuspiciousRow(Place):
+    """A row that can be trained on and looks wrong."""
+
+    kind: str
+    """Kind of finding, such as `repeats_prompt`."""
+    what: str
+    """What is wrong with it, with the value."""
+
+
+class SideReport(Part):
+    """One side of the data: training or held-out."""
+
+    sources: tuple[SourceRead | SplitOff, ...]
+    """Sources, in the order of the recipe."""
+    format: str
+    """Formats of the rows, separated by commas."""
+    rows: int
+    """Rows read."""
+    conversations: int
+    """Examples made: conversations, or the texts of a classifier."""
+    labels: dict[str, int] | None = None
+    """Classifiers only: class → number of texts."""
+    turns: int
+    """Messages of all conversations."""
+    tokens: int
+    """Tokens of all examples."""
+    supervised_tokens: int
+    """Tokens that are trained; of a classifier, the number of texts."""
+    supervised_share: float
+    """Trained tokens as a fraction of all tokens, 0 to 1."""
+    length: Lengths
+    """Lengths of the examples."""
+    truncated: int
+    """Examples truncated at `max_length`."""
+    dropped: int
+    """Examples left out because of their length."""
+    dropped_for_length: int
+    """Those longer than `max_length`, where `on_long` is `drop`."""
+    dropped_with_nothing_to_train_after_truncation: int
+    """Those without a trained token after truncation."""
+    verified: int | None = None
+    """Text generation only: conversations whose mask was computed in two independent ways that agree."""
+    straddling_tokens: int | None = None
+    """Text generation only: tokens that are partly inside and partly outside of a trained message."""
+    answers_with_thoughts: int
+    """Answers with a thinking block."""
+    answers_with_thoughts_put_back: int | None = None
+    """Text generation only: those whose thinking block the chat template removed and `data.thinking` restored."""
+    answers_not_trained: int | None = None
+    """Text generation only: answers that a row excludes from training."""
+    trained_messages: dict[str, int] | None = None
+    """Text generation only: role → messages that are trained."""
+    trained_messages_without_stop_token: dict[str, int] | None = None
+    """Text generation only: role → trained messages that the template does not end with a stop token."""
+    special_tokens_in_text: int
+    """Special tokens that occur inside messages."""
+    conversations_without_last_answer: int | None = None
+    """Text generation only: conversations that end before an answer."""
+    duplicates: int
+    """Exact copies of earlier examples."""
+    duplicate_rows: tuple[tuple[Place, ...], ...]
+    """Groups of rows that say the same."""
+    num_rejected: int
+    """Rows left out because they cannot be trained on."""
+    rejected: tuple[RejectedRow, ...]
+    """These rows with their reasons."""
+    scripts: dict[str, float]
+    """Unicode script → fraction of the letters, 0 to 1."""
+    findings: tuple[SuspiciousRow, ...]
+    """Rows that look wrong."""
+
+
+class MaskReport(Part):
+    """How it was decided which tokens are trained."""
+
+    method: str
+    """The two methods that were compared, in words."""
+    verified: int
+    """Training conversations on which both agree."""
+
+
+class SharedRow(Part):
+    """A held-out example that is also in the training data."""
+
+    eval: Place
+    """Held-out row."""
+    train: tuple[Place, ...]
+    """Training rows that say the same."""
+
+
+class SharedPrompt(Part):
+    """A held-out prompt that is also in the training data, with another answer."""
+
+    eval: Place
+    """Held-out row."""
+    train: Place
+    """Training row with the same prompt."""
+
+
+class PromptReport(Part):
+    """Tokens before trained answers vs. the prompt that a server would send. Empty for classifiers."""
+
+    checked: int = 0
+    """Conversations compared."""
+    header_differs: int = 0
+    """Those that differ in the tokens that open the answer."""
+    history_differs: int = 0
+    """Those that differ earlier, such as in the thinking of earlier answers."""
+    boundary_differs: int = 0
+    """Those with the same text in other tokens: the tokenizer joins the end of the prompt with the start of the answer."""
+    file: str | None = None
+    """File of the first conversation that differs in text."""
+    line: int | None = None
+    """Its line."""
+    trained: str = ""
+    """Training's text from the first difference on."""
+    served: str = ""
+    """The server's text from there on."""
+
+
+class StreamReport(Part):
+    """Data that is read while training runs."""
+
+    rows: int
+    """Training rows of an epoch."""
+    sampled_rows: int
+    """Rows read beforehand, on which this report is based."""
+    duplicate_rows: int
+    """Rows written exactly like an earlier one."""
+    copies_of_held_out_rows: int
+    """Rows left out because they are written exactly like a held-out one."""
+
+
+class DataRecord(FileRecord):
+    """`data.json`: the data report."""
+
+    labels: tuple[str, ...] | None = None
+    """Classifiers only: names of the classes, in their order."""
+    train_on: str | tuple[str, ...]
+    """Messages that are trained, as in `data.train_on`."""
+    thinking: str
+    """Treatment of thinking blocks, as in `data.thinking`."""
+    max_length: int
+    """Longest example, in tokens."""
+    on_long: str
+    """Treatment of longer examples, as in `data.on_long`."""
+    mask: MaskReport
+    """How it was decided which tokens are trained."""
+    train: SideReport
+    """Training data; of streamed data, a sample."""
+    eval: SideReport | None
+    """Held-out data; null without."""
+    overlap: tuple[SharedRow, ...]
+    """Held-out examples that are also in the training data."""
+    shared_prompts: tuple[SharedPrompt, ...]
+    """Held-out prompts that are also in the training data, with another answer."""
+    prompts: PromptReport
+    """Comparison of trained and served prompts."""
+    notices: tuple[str, ...]
+    """What the user should know, in words."""
+    streamed: StreamReport | None = None
+    """Streamed data only: what the stream holds."""

@@ -1,0 +1,196 @@
+"""evaluation.json: base vs. fine-tuned on held-out data."""
+
+from __future__ import annotations
+
+from loratune.run.records.base import FileRecord, Part
+
+
+class Difference(Part):
+    """Fine-tuned minus base."""
+
+    value: float
+    """The difference, in the measure's unit."""
+    low: float | None = None
+    """Lower end of its confidence interval; missing where a task has no score per document."""
+    high: float | None = None
+    """Upper end of its confidence interval."""
+
+
+class IntervalMethod(Part):
+    """How confidence intervals were computed."""
+
+    level: float
+    """Confidence, 0 to 1."""
+    method: str
+    """Name of the method."""
+    resamples: int
+    """Number of resamples."""
+
+
+class AnswerRecord(Part):
+    """An answer of one model."""
+
+    text: str
+    """The answer; of a classifier, the predicted class."""
+    score: float
+    """Score by the metric: 0 to 1; by `bleu`, 0 to 100."""
+    num_tokens: int
+    """Length of the answer, in tokens."""
+    stopped: bool
+    """Whether it ended with a stop token, not at `evaluate.max_new_tokens`."""
+    probability: float | None = None
+    """Classifiers only: probability of the predicted class, 0 to 1."""
+
+
+class Item(Part):
+    """A held-out prompt, its reference, and both answers."""
+
+    file: str
+    """File of the row."""
+    line: int | None
+    """Line of the row."""
+    prompt: str
+    """The prompt, as the chat template writes it."""
+    question: str
+    """Its last user message, for people."""
+    reference: str
+    """The reference answer; of a classifier, the true class."""
+    references: tuple[str, ...] | None = None
+    """Several references only: all of them."""
+    base: AnswerRecord
+    """Answer of the base model."""
+    tuned: AnswerRecord
+    """Answer of the fine-tuned model."""
+
+
+class Comparison(Part):
+    """Losses of base and fine-tuned model on some conversations."""
+
+    num_examples: int
+    """Conversations."""
+    base: dict[str, float]
+    """Measure → value of the base model."""
+    tuned: dict[str, float]
+    """Measure → value of the fine-tuned model."""
+    difference: dict[str, Difference]
+    """Measure → fine-tuned minus base."""
+
+
+class FinalAdapter(Part):
+    """Which adapter the run ended with."""
+
+    kind: str
+    """`last`, `best` (lowest held-out loss) or `mean` (of several checkpoints)."""
+    steps: tuple[int, ...]
+    """Step or steps that it comes from."""
+
+
+class TaskMeasure(Part):
+    """A measure of a task of lm-evaluation-harness."""
+
+    base: float
+    """Value of the base model."""
+    tuned: float
+    """Value of the fine-tuned model."""
+    difference: Difference
+    """Fine-tuned minus base."""
+
+
+class Harness(Part):
+    """Tasks of lm-evaluation-harness."""
+
+    version: str
+    """Version of lm-evaluation-harness."""
+    chat_template: bool
+    """Whether tasks were asked in the chat template."""
+    tasks: dict[str, dict[str, TaskMeasure]]
+    """Task → measure → values."""
+
+
+class GateResult(Part):
+    """A threshold of `--gate` and whether it was met."""
+
+    gate: str
+    """The gate as given."""
+    value: float
+    """Measured value."""
+    passed: bool
+    """Whether the value meets the threshold."""
+
+
+class Majority(Part):
+    """What predicting the most frequent class for every text would reach."""
+
+    label: str
+    """Most frequent class of the training data."""
+    accuracy: float
+    """Its accuracy on the held-out texts, 0 to 1."""
+    f1: float
+    """Its macro F1, 0 to 1."""
+
+
+class ClassMeasures(Part):
+    """The fine-tuned model on one class."""
+
+    label: str
+    """The class."""
+    num_examples: int
+    """Held-out texts of it."""
+    precision: float | None
+    """Precision, 0 to 1; null where the class was never predicted."""
+    recall: float | None
+    """Recall, 0 to 1; null where no held-out text has the class."""
+    f1: float | None
+    """F1, 0 to 1."""
+
+
+class Confusion(Part):
+    """Confusion matrices: rows are true classes, columns are predicted ones."""
+
+    labels: tuple[str, ...]
+    """Classes, in the order of rows and columns."""
+    base: tuple[tuple[int, ...], ...]
+    """Texts, base model."""
+    tuned: tuple[tuple[int, ...], ...]
+    """Texts, fine-tuned model."""
+
+
+class EvaluationRecord(FileRecord):
+    """`evaluation.json`: base vs. fine-tuned."""
+
+    metric: str
+    """Metric of the answers; `none` without answers."""
+    task: str | None = None
+    """Classifiers only: `sequence_classification`."""
+    num_examples: int
+    """Held-out examples."""
+    base: dict[str, float]
+    """Measure → value of the base model: `nll` (nats per supervised token), `perplexity`, and the metric."""
+    tuned: dict[str, float]
+    """The same of the fine-tuned model."""
+    difference: dict[str, Difference]
+    """Measure → fine-tuned minus base."""
+    signature: str | None = None
+    """`bleu` only: sacreBLEU's signature."""
+    majority: Majority | None = None
+    """Classifiers only: the majority class."""
+    note: str | None = None
+    """Classifiers only: how the base is to be understood."""
+    classes: tuple[ClassMeasures, ...] | None = None
+    """Classifiers only: measures per class."""
+    confusion: Confusion | None = None
+    """Classifiers only: confusion matrices."""
+    interval: IntervalMethod
+    """How confidence intervals were computed."""
+    items: tuple[Item, ...]
+    """Held-out prompts with both answers."""
+    forgetting: Comparison | None = None
+    """Losses on `evaluate.forgetting`."""
+    sources: dict[str, Comparison] | None = None
+    """Several held-out sources only: source → losses on it."""
+    adapter: FinalAdapter
+    """Which adapter was evaluated."""
+    harness: Harness | None = None
+    """Tasks of lm-evaluation-harness."""
+    gates: tuple[GateResult, ...] | None = None
+    """Thresholds of the last `loratune evaluate`."""

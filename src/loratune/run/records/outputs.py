@@ -1,0 +1,136 @@
+"""What the verbs print with `--json`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import RootModel
+
+from loratune.run.records.base import FileRecord, Part
+from loratune.run.records.certificate import CertificateRecord
+from loratune.run.records.data import DataRecord
+from loratune.run.records.evaluation import EvaluationRecord
+from loratune.run.records.plan import PlanRecord
+
+
+class Cost(Part):
+    """Cost of the run."""
+
+    price_per_hour: float
+    """Price as given with `--price-per-hour`."""
+    cost: float
+    """Cost of the run, in the same currency."""
+
+
+class PlanOutput(PlanRecord):
+    """`loratune plan`: `plan.json` with the data report."""
+
+    cost: Cost | None = None
+    """Cost of the run, with `--price-per-hour`."""
+    data_report: DataRecord
+    """The data report."""
+
+
+class ResultOutput(FileRecord):
+    """`loratune train`, `resume` and `evaluate`: the run's results."""
+
+    run: str
+    """Run directory."""
+    plan: PlanRecord
+    """`plan.json`, with what was measured."""
+    evaluation: EvaluationRecord | None
+    """`evaluation.json`; null without held-out data."""
+
+
+class ExportOutput(FileRecord):
+    """`loratune merge` and `export`: what was written, and the proof that it is the trained model."""
+
+    folder: str
+    """Folder that was written."""
+    certificate: CertificateRecord
+    """The certificate."""
+    usage: tuple[str, ...]
+    """Commands that use it."""
+
+
+class ReportOutput(Part):
+    """`loratune report`: the page that was written."""
+
+    report: str
+    """HTML file."""
+
+
+class ComparisonOutput(Part):
+    """`loratune compare`: the page that was written."""
+
+    comparison: str
+    """HTML file."""
+
+
+class ValueThatDiffers(Part):
+    """A value in which two runs differ."""
+
+    group: str
+    """Group, such as `settings` or `results`."""
+    name: str
+    """Name inside the group, such as `lora.r`."""
+    first: Any
+    """Value of the first run; null where it has none."""
+    second: Any
+    """Value of the second run."""
+
+
+class DiffOutput(RootModel[tuple[ValueThatDiffers, ...]]):
+    """`loratune diff`: everything in which two runs differ."""
+
+
+class ReproductionOutput(Part):
+    """`loratune reproduce`: whether the same adapter came out."""
+
+    run: str
+    """Directory of the new run."""
+    original: str
+    """Directory of the run that was reproduced."""
+    equal: bool
+    """Whether the adapters are the same file, bit for bit."""
+    largest_difference: float
+    """Largest difference between two weights; `Infinity` where shapes differ."""
+    num_different: int
+    """Weights that differ."""
+    num_weights: int
+    """Weights compared."""
+
+
+class ServiceOutput(Part):
+    """`loratune serve`: where the server listens."""
+
+    url: str
+    """Base URL of the OpenAI-compatible API."""
+    server: str
+    """`vllm` or `transformers`."""
+    models: tuple[str, ...]
+    """Model names: base and fine-tuned."""
+
+
+class FilePushed(Part):
+    """A file that goes to the hub."""
+
+    path: str
+    """Path inside the repository."""
+    num_bytes: int
+    """Size, in bytes."""
+    sha256: str
+    """SHA-256 of its contents."""
+
+
+class PushOutput(Part):
+    """`loratune push`: what went to the hub."""
+
+    repo: str
+    """Repository, as `OWNER/NAME`."""
+    url: str
+    """Commit; empty after a dry run."""
+    private: bool
+    """Whether only its owner sees it."""
+    files: tuple[FilePushed, ...]
+    """The files."""
