@@ -32,8 +32,8 @@ ROWS = Path(__file__).parent / "gsm8k-64.jsonl"
 
 def model_in(quantization: str, prepared: Preparation, device: str) -> SupervisedLoss:
     recipe = prepared.recipe
-    base = load_model(prepared.base, recipe.model, dtype=torch.bfloat16, device=device)
-    model = attach_adapter(base, recipe.lora, prepared.targets, base_name="base", seed=0)
+    base = load_model(prepared.model.base, recipe.model, dtype=torch.bfloat16, device=device)
+    model = attach_adapter(base, recipe.lora, prepared.adapter.targets, base_name="base", seed=0)
     if quantization == "fp8":
         quantize_frozen_layers(model)
     loss, _ = make_loss(model, prepared.data.train)

@@ -31,7 +31,7 @@ def test_eva_begins_with_the_directions_in_which_the_inputs_of_the_data_vary(tin
     prepared = prepare(tiny_recipe(lora__variant="eva"), NoProgress())
     model, _ = attach_adapter_and_loss(prepared, load_base(prepared, NoProgress()), NoProgress())
     layer = model.get_base_model().model.layers[0].self_attn
-    base = AutoModelForCausalLM.from_pretrained(prepared.base.path, dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(prepared.model.base.path, dtype=torch.float32)
     rows = torch.cat(
         [
             base.model.layers[0].input_layernorm(base.model.embed_tokens(torch.from_numpy(example.input_ids).long()))

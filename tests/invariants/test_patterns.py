@@ -126,6 +126,6 @@ def test_training_goes_on_from_a_patterned_adapter_with_its_patterns_alone(
     patterned: RunDir, tiny_recipe: MakeRecipe
 ) -> None:
     start = {"lora__start_from": str(patterned.adapter)}
-    assert prepare(tiny_recipe(**PATTERNS, **start), NoProgress()).start == patterned.adapter.resolve()
+    assert prepare(tiny_recipe(**PATTERNS, **start), NoProgress()).adapter.start == patterned.adapter.resolve()
     with pytest.raises(RecipeError, match=r"lora\.rank_pattern is"):
         prepare(tiny_recipe(**{**PATTERNS, "lora__rank_pattern": {"o_proj": 6}}, **start), NoProgress())

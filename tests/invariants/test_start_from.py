@@ -108,11 +108,13 @@ def test_what_is_no_safe_lora_adapter_or_would_be_overwritten_is_refused(
     (pattern / "adapter_config.json").write_text(json.dumps({**config, "lora_bias": True}))
     refused(pattern, "uses lora_bias")
     (pattern / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "org/other"}))
-    noted = prepare(tiny_recipe(**{**settings(first), "lora__start_from": str(pattern)}), NoProgress()).warnings
+    noted = prepare(tiny_recipe(**{**settings(first), "lora__start_from": str(pattern)}), NoProgress()).notes.warnings
     assert sum("trained on org/other" in note for note in noted) == 1
     (pattern / "adapter_config.json").write_text("{")
     refused(pattern, "cannot be read")
-    assert not any("trained on" in note for note in prepare(tiny_recipe(**settings(first)), NoProgress()).warnings)
+    assert not any(
+        "trained on" in note for note in prepare(tiny_recipe(**settings(first)), NoProgress()).notes.warnings
+    )
     refused(first.adapter, "the run's own directory", train__output_dir=str(first.root))
     with pytest.raises(RecipeError, match="pissa, which decides how A and B begin"):
         tiny_recipe(lora__variant="pissa", lora__start_from=str(first.adapter))

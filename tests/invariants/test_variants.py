@@ -73,9 +73,9 @@ def test_the_plan_counts_what_is_trained_and_what_is_saved(variant: str, tiny_re
     prepared = prepare(recipe, NoProgress())
     run = train(recipe).run
     saved = sum(tensor.numel() for tensor in load_file(run.adapter / "adapter_model.safetensors").values())
-    assert 4 * saved == prepared.parameters.adapter_bytes
-    checkpoint = run.checkpoints / str(prepared.num_steps) / "adapter_model.safetensors"
-    assert sum(tensor.numel() for tensor in load_file(checkpoint).values()) == prepared.parameters.trainable
+    assert 4 * saved == prepared.adapter.parameters.adapter_bytes
+    checkpoint = run.checkpoints / str(prepared.estimate.num_steps) / "adapter_model.safetensors"
+    assert sum(tensor.numel() for tensor in load_file(checkpoint).values()) == prepared.adapter.parameters.trainable
 
 
 @pytest.mark.parametrize("variant", some(OTHERS, "olora"))

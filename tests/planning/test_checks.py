@@ -127,12 +127,13 @@ def test_what_this_model_and_this_data_cannot_follow_is_told(
 
 
 def test_settings_that_come_to_nothing_in_this_run_are_told(tiny_recipe: MakeRecipe) -> None:
-    told = plan(tiny_recipe(train__early_stopping=1, lora__r=20)).warnings
+    told = plan(tiny_recipe(train__early_stopping=1, lora__r=20)).notes.warnings
     assert any(words.startswith("train.early_stopping is 1, but the held-out loss is measured 2×") for words in told)
     assert any("such as model.layers.0.self_attn.v_proj (16 × 32) with 20" in words for words in told)
     settings = {"train__final_adapter": "best", "train__eval_every": 4, "train__save_every": 5}
     assert any(
-        "only the last step is both saved and evaluated" in words for words in plan(tiny_recipe(**settings)).warnings
+        "only the last step is both saved and evaluated" in words
+        for words in plan(tiny_recipe(**settings)).notes.warnings
     )
     told = plan(
         tiny_recipe(train__early_stopping=1, train__eval_every=2, train__final_adapter="best", train__save_every=2)

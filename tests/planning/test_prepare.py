@@ -63,7 +63,7 @@ def test_what_auto_became_is_recorded_with_its_reason(tiny_recipe: MakeRecipe) -
 
 def test_weak_settings_are_named_and_not_changed(tiny_recipe: MakeRecipe) -> None:
     prepared = plan(tiny_recipe(train__learning_rate=5e-5))
-    assert any("5e-05 is low for LoRA" in advice.reason for advice in prepared.advice)
+    assert any("5e-05 is low for LoRA" in advice.reason for advice in prepared.notes.advice)
     assert prepared.recipe.train.learning_rate == 5e-5
 
 
@@ -87,11 +87,13 @@ def test_a_named_device_gives_its_own_memory_time_and_type(tiny_recipe: MakeReci
     assert fast.recipe.model.dtype == "bfloat16"
     assert fast.as_plan()["device"]["memory_bytes"] == 80 * 10**9
     assert fast.as_plan()["device"]["is_estimate"] is True
-    assert slow.time.train_seconds / fast.time.train_seconds == pytest.approx(989 / 121)
+    assert slow.estimate.time.train_seconds / fast.estimate.time.train_seconds == pytest.approx(989 / 121)
     assert plan(recipe).as_plan()["device"] is None
-    assert not any("several times slower" in warning for warning in fast.warnings)
+    assert not any("several times slower" in warning for warning in fast.notes.warnings)
     in_float32 = plan(tiny_recipe(model__dtype="float32"), device="l4")
-    assert any("model.dtype is float32, which is several times slower" in warning for warning in in_float32.warnings)
+    assert any(
+        "model.dtype is float32, which is several times slower" in warning for warning in in_float32.notes.warnings
+    )
 
 
 def test_a_model_that_does_not_fit_the_named_device_is_refused(
@@ -120,11 +122,11 @@ def test_r1_distill_tells_of_thoughts_put_back_and_of_answers_that_have_none(
 ) -> None:
     rows = [chat("2+2?", "<think>\nEasy.\n</think>\n\n4."), chat("3+3?", "6."), chat("4+4?", "<think>Eight. 8.")]
     prepared = r1_plan(tiny_recipe, r1_model, tmp_path, rows)
-    warnings = "\n".join(prepared.warnings)
+    warnings = "\n".join(prepared.notes.warnings)
     assert "The chat template drops the thoughts of 1 answer. They were put back" in warnings
     assert "generation prompt opens <think>, but 2 of 3 trained answers have no thoughts" in warnings
     assert "rows.jsonl:3 (message 2 (assistant) has 1 <think> and 0 </think>)" in warnings
-    (advice,) = [advice for advice in prepared.advice if advice.about == "chat template"]
+    (advice,) = [advice for advice in prepared.notes.advice if advice.about == "chat template"]
     assert "2 of 3 prompts compared start the answer in another way than training" in advice.reason
     assert "rows.jsonl:2" in advice.reason
     assert "'<｜Assistant｜>6.<｜end▁of▁sentence｜>'" in advice.reason
@@ -144,7 +146,7 @@ def test_r1_distill_with_thoughts_throughout_needs_no_advice_about_its_template(
         "trained": "",
         "served": "",
     }
-    assert not [advice for advice in prepared.advice if advice.about in ("chat template", "data.thinking")]
+    assert not [advice for advice in prepared.notes.advice if advice.about in ("chat template", "data.thinking")]
     assert prepared.data.report["train"]["findings"] == []
 
 
@@ -153,7 +155,7 @@ def test_r1_distill_in_two_turns_tells_that_earlier_thoughts_are_gone_when_serve
 ) -> None:
     answer = "<think>\nEasy.\n</think>\n\n4."
     prepared = r1_plan(tiny_recipe, r1_model, tmp_path, [chat("2+2?", answer, "Sure?", answer)])
-    (advice,) = [advice for advice in prepared.advice if advice.about == "data.thinking"]
+    (advice,) = [advice for advice in prepared.notes.advice if advice.about == "data.thinking"]
     assert "drop the thoughts of earlier answers" in advice.reason
 
 

@@ -41,7 +41,7 @@ def test_what_trl_refuses_has_no_rate(tiny_recipe: MakeRecipe) -> None:
 
     prepared = prepare(tiny_recipe(), NoProgress())
     seconds = trl_preparation_seconds(
-        Dataset.from_list([{"nothing": "of use"}]), prepared.tokenizer, max_length=64, assistant_only=False
+        Dataset.from_list([{"nothing": "of use"}]), prepared.model.tokenizer, max_length=64, assistant_only=False
     )
     assert seconds is None
 

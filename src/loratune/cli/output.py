@@ -37,7 +37,7 @@ def show_plan(prepared: Preparation, record: Record, console: Console, samples: 
             "r": recipe.lora.r,
         },
     }
-    console.print(plan_tables.summary_table(shown, model=f"{recipe.model.name} → {prepared.base.path}"))
+    console.print(plan_tables.summary_table(shown, model=f"{recipe.model.name} → {prepared.model.base.path}"))
     if whole:
         console.print(
             plan_tables.memory_table(shown),
@@ -53,7 +53,7 @@ def show_plan(prepared: Preparation, record: Record, console: Console, samples: 
     for note in plan_tables.notes(shown):
         console.print(note, soft_wrap=not console.is_terminal)  # people read it there; elsewhere a line is a note
     if samples:
-        console.print(preview(prepared.data.train, prepared.tokenizer, samples))
+        console.print(preview(prepared.data.train, prepared.model.tokenizer, samples))
 
 
 def add_cost(record: Record, price_per_hour: float) -> None:
@@ -71,7 +71,7 @@ def write_page(path: Path, prepared: Preparation, samples: int) -> None:
     """Write the examples, token by token, as one HTML page."""
     from loratune.data.preview import preview
 
-    page = preview(prepared.data.train, prepared.tokenizer, samples).html(title=prepared.recipe.model.name)
+    page = preview(prepared.data.train, prepared.model.tokenizer, samples).html(title=prepared.recipe.model.name)
     try:
         path.write_text(page, encoding="utf-8")
     except OSError as error:
@@ -81,9 +81,9 @@ def write_page(path: Path, prepared: Preparation, samples: int) -> None:
 def show_result(result: RunResult, as_json: bool) -> None:
     """Print the evaluation, and what training took."""
     from loratune.cli.plan_tables import measured_line
-    from loratune.evaluation.classification import classification_table, confusion_table
     from loratune.evaluation.record import evaluation_table, samples_table
     from loratune.run.directory import read_json
+    from loratune.workflows.tasks.classification.measures import classification_table, confusion_table
 
     if as_json:
         plan_record = read_json(result.run.plan)

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 import numpy as np
 
 from loratune.data.cache import Arrays, Cache, cache_key
-from loratune.data.findings import add_checks
 from loratune.data.examples import Example
+from loratune.data.findings import add_checks
 from loratune.data.masking.render import Rendered, render
 from loratune.data.masking.token_labels import backend_of
 from loratune.data.rows.conversation import ROLES, Conversation, Origin, Rejected

@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from loratune.data.classification import labels_fingerprint
 from loratune.data.examples import Example
 from loratune.model.gguf_import import file_sha256
 from loratune.model.quantization.kinds import package_of
 from loratune.planning.memory.optimizer import OF_BITSANDBYTES
 from loratune.run import processes
 from loratune.run.directory import Record
+from loratune.workflows.tasks.classification.data import labels_fingerprint
 
 PACKAGES = ("loratune", "torch", "transformers", "trl", "peft", "datasets", "accelerate", "tokenizers", "safetensors")
 

@@ -55,7 +55,6 @@ from loratune.planning.memory.memory import resident_bytes
 from loratune.planning.memory.quantized import check_device_can_quantize, quantization_notes, quantized_setup
 from loratune.planning.parameters import count_parameters, skeleton, trained_in_words
 from loratune.planning.preparation import Preparation
-from loratune.planning.prepare_classifier import classifier_positions, prepare_classifier
 from loratune.planning.presets import count_presets, plan_preset
 from loratune.planning.scaling import scale, strategy_choice, strategy_for
 from loratune.recipe.recipe import Recipe
@@ -63,6 +62,7 @@ from loratune.recipe.tasks import is_classification, refuse_classifier
 from loratune.run import processes
 from loratune.run.errors import RecipeError
 from loratune.run.progress import Progress
+from loratune.workflows.tasks.classification.prepare import classifier_positions, prepare_classifier
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -10,7 +10,6 @@ from peft import PeftModel
 from loratune.data.examples import LabelledExample
 from loratune.data.mixture import held_out_groups
 from loratune.data.prompts import stop_token_ids
-from loratune.evaluation.classification import class_logits, classification_record, nll_of_labels
 from loratune.evaluation.generate import Answer, generate_answers
 from loratune.evaluation.record import evaluation_record, nll_record
 from loratune.evaluation.user_metric import UserMetric
@@ -20,12 +19,13 @@ from loratune.run import processes
 from loratune.run.directory import Record, RunDir, write_json
 from loratune.run.errors import MachineError
 from loratune.run.progress import Progress
-from loratune.training.classifier_loss import ClassificationLoss
 from loratune.training.event_log import EventLog, History
 from loratune.training.held_out_loss import Nll, evaluate_nll
 from loratune.training.loss import SupervisedLoss
 from loratune.training.token_budget import TokenBudget
 from loratune.workflows.final_adapter import describe_final_adapter
+from loratune.workflows.tasks.classification.loss import ClassificationLoss
+from loratune.workflows.tasks.classification.measures import class_logits, classification_record, nll_of_labels
 
 
 def compare_base_and_tuned(
@@ -44,11 +44,11 @@ def compare_base_and_tuned(
     if isinstance(loss, ClassificationLoss):
         return _compare_classifiers(prepared, run, loss, progress)
     section, data = prepared.recipe.evaluate, prepared.data
-    prompts = prepared.prompts
+    prompts = prepared.data.prompts
     events = EventLog(run, progress)
-    events.step = max((line["step"] for line in run.read_metrics()), default=prepared.num_steps)
+    events.step = max((line["step"] for line in run.read_metrics()), default=prepared.estimate.num_steps)
     budget = TokenBudget(processes.gather(_token_budget(prepared, run))[0], events, together=loss.sharded)
-    stops = stop_token_ids(prepared.tokenizer) if prompts else ()
+    stops = stop_token_ids(prepared.model.tokenizer) if prompts else ()
 
     def told(message: str) -> None:
         if loss.sharded:
@@ -60,17 +60,17 @@ def compare_base_and_tuned(
 
     def measure(name: str, known: Nll | None = None) -> tuple[Nll, Nll, list[Answer]]:
         nll = known or evaluate_nll(loss, data.eval, budget, progress)
-        other = evaluate_nll(loss, prepared.forgetting, budget, progress) if prepared.forgetting else []
+        other = evaluate_nll(loss, prepared.data.forgetting, budget, progress) if prepared.data.forgetting else []
         if not prompts:
             return nll, other, []
         with progress.task(f"{name} answers", len(prompts), "prompts") as task:
             answers = generate_answers(
                 model,
-                prepared.tokenizer,
+                prepared.model.tokenizer,
                 prompts,
                 max_new_tokens=section.max_new_tokens,
                 stop_token_ids=stops,
-                token_limit=prepared.memory.generation_tokens,
+                token_limit=prepared.estimate.memory.generation_tokens,
                 progress=task.advance,
                 told=told,
             )
@@ -90,7 +90,7 @@ def compare_base_and_tuned(
         tuned_nll=tuned_nll,
         scorer=own,
     )
-    if prepared.forgetting:
+    if prepared.data.forgetting:
         record["forgetting"] = nll_record(base_other, tuned_other)
         rise = record["forgetting"]["difference"]["nll"]
         if rise["low"] > 0:
@@ -110,7 +110,7 @@ def compare_base_and_tuned(
 def _compare_classifiers(prepared: Preparation, run: RunDir, loss: ClassificationLoss, progress: Progress) -> Record:
     """The same of a classifier: the base has the head that training began with."""
     events = EventLog(run, progress)
-    events.step = prepared.num_steps
+    events.step = prepared.estimate.num_steps
     budget = TokenBudget(_token_budget(prepared, run), events)
     held_out = [example for example in prepared.data.eval if isinstance(example, LabelledExample)]
     loss.model.eval()
@@ -154,4 +154,4 @@ def explain_out_of_memory(run: RunDir) -> Iterator[None]:
 
 def _token_budget(prepared: Preparation, run: RunDir) -> int:
     """The plan's, or what an out-of-memory error left of it."""
-    return History.of(run.read_metrics()).token_budget or prepared.memory.token_budget
+    return History.of(run.read_metrics()).token_budget or prepared.estimate.memory.token_budget

@@ -123,7 +123,7 @@ def _turn(recipe: Recipe) -> Record:
 def _preparation(prepared: Preparation) -> dict[str, float | None]:
     """Engine → rows/s from the conversations to labelled tokens, without a cache: of loratune, with the reading of the file and all
     verification; of `SFTTrainer`, alone, and None where it refuses the rows."""
-    data, tokenizer = prepared.recipe.data, prepared.tokenizer
+    data, tokenizer = prepared.recipe.data, prepared.model.tokenizer
     max_length = int(data.max_length)
     reader = Reader(data, prepared.recipe.train.seed, NoProgress())
     rows = [
@@ -158,7 +158,7 @@ def _record(prepared: Preparation, turns: list[Record], steps: int, rates: list[
     fast, trl = (engines[name] for name in ENGINES)
     differences = [abs(a - b) for a, b in zip(fast["losses"], trl["losses"], strict=True)]
     data = prepared.as_plan()["data"]
-    flops_per_token = prepared.time.flops / prepared.recipe.train.epochs / data["num_tokens"]
+    flops_per_token = prepared.estimate.time.flops / prepared.recipe.train.epochs / data["num_tokens"]
     peak_rate = _peak_rate(prepared)
     return {
         "engines": engines,
@@ -190,7 +190,7 @@ def _record(prepared: Preparation, turns: list[Record], steps: int, rates: list[
 def _peak_rate(prepared: Preparation) -> float:
     """What this machine reaches in the model's own matrix products, forward and to the input, weighed by their work."""
     recipe = prepared.recipe
-    model = skeleton(load_config(prepared.base, recipe.model), trust_remote_code=recipe.model.trust_remote_code)
+    model = skeleton(load_config(prepared.model.base, recipe.model), trust_remote_code=recipe.model.trust_remote_code)
     shapes = Counter((m.in_features, m.out_features) for m in model.modules() if isinstance(m, torch.nn.Linear))
     return matmul_rate_of(shapes, device=recipe.train.device, dtype=torch_dtype(recipe.model.dtype))
 

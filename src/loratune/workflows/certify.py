@@ -116,11 +116,11 @@ def open_finished(root: str | Path, progress: Progress) -> FinishedRun:
     return FinishedRun(
         run=run,
         prepared=prepared,
-        base=download_weights(prepared.base),
-        config=load_config(prepared.base, recipe.model),
+        base=download_weights(prepared.model.base),
+        config=load_config(prepared.model.base, recipe.model),
         updates=read_adapter(run.adapter),
         replaced=read_replaced(run.adapter),
-        stops=stop_token_ids(prepared.tokenizer),
+        stops=stop_token_ids(prepared.model.tokenizer),
         source=gguf_file(recipe.model),
         progress=progress,
     )
@@ -166,13 +166,15 @@ def compute_reference(finished: FinishedRun) -> ReferenceOutputs:
     prepared = finished.prepared
     recipe = prepared.recipe
     held_out = choose_examples(prepared.data.eval or prepared.data.train)
-    base = load_model(prepared.base, recipe.model, dtype=torch_dtype(recipe.model.dtype), device=recipe.train.device)
+    base = load_model(
+        prepared.model.base, recipe.model, dtype=torch_dtype(recipe.model.dtype), device=recipe.train.device
+    )
     model = load_adapter(base, finished.run.adapter)
     loss, _ = make_loss(model, prepared.data.train)
     model.eval()
-    questions = choose_questions(prepared.data.eval_conversations, prepared.tokenizer)
+    questions = choose_questions(prepared.data.eval_conversations, prepared.model.tokenizer)
     with finished.progress.task("asking the adapter on its base", len(held_out), "examples") as task:
-        return reference_outputs(loss, held_out, questions, prepared.tokenizer, task.advance)
+        return reference_outputs(loss, held_out, questions, prepared.model.tokenizer, task.advance)
 
 
 Load = Callable[[ReferenceOutputs], Target]
@@ -194,7 +196,7 @@ def export_with_certificate(
         certificate = write_certificate(finished.run, kind, target, folder, certificate)
     missing = certificate["stop_tokens"]["missing"]
     if missing:
-        texts = ", ".join(finished.prepared.tokenizer.convert_ids_to_tokens(missing))
+        texts = ", ".join(finished.prepared.model.tokenizer.convert_ids_to_tokens(missing))
         finished.progress.warn(
             f"the base does not end answers at {texts}, as training does: tell your server to stop there"
         )
@@ -248,7 +250,7 @@ def _certificate(finished: FinishedRun, load: Load, tolerance: Tolerance, *, who
 
 def _compare_answers(finished: FinishedRun, reader: LlamaCppReader, limit: int) -> Record | None:
     """The run's own greedy answers to held-out prompts, against llama.cpp's; None where the run has none."""
-    run, tokenizer = finished.run, finished.prepared.tokenizer
+    run, tokenizer = finished.run, finished.prepared.model.tokenizer
     recipe = finished.prepared.recipe
     items = read_json(run.evaluation)["items"][:limit] if run.evaluation.is_file() else []
     if not items:

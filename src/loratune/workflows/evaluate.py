@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from loratune.evaluation.classification import MEASURES
 from loratune.evaluation.gates import check_names, parse_gate, pass_gates
 from loratune.evaluation.lm_eval import check_harness, run_harness
 from loratune.evaluation.user_metric import load_metric
@@ -22,6 +21,7 @@ from loratune.run.progress import NO_PROGRESS, Progress
 from loratune.workflows.assess import compare_base_and_tuned, explain_out_of_memory
 from loratune.workflows.load import load_trained
 from loratune.workflows.result import RunResult
+from loratune.workflows.tasks.classification.measures import MEASURES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,16 +75,18 @@ def evaluate(root: str | Path, *, extras: Extras = _NOTHING_MORE, progress: Prog
         check_harness(extras.harness, allow_code=extras.allow_code)
     prepared = prepare(recipe, progress)
     if own is not None:
-        prepared = replace(prepared, prompts=held_out_prompts(recipe, prepared.data, prepared.tokenizer))
-        if not prepared.prompts:
+        prepared = replace(prepared, prompts=held_out_prompts(recipe, prepared.data, prepared.model.tokenizer))
+        if not prepared.data.prompts:
             raise DataError("no held-out conversation has an answer for --metric to score", fix="other data.eval")
-        check_prompts(recipe, prepared.prompts, positions_of(load_config(prepared.base, recipe.model)))
+        check_prompts(recipe, prepared.data.prompts, positions_of(load_config(prepared.model.base, recipe.model)))
     model, loss = load_trained(prepared, run, progress)
     with explain_out_of_memory(run):
         evaluation = compare_base_and_tuned(prepared, run, model, loss, progress, own=own)
     if extras.harness:
         progress.line(f"lm-evaluation-harness: {', '.join(extras.harness)}")
-        evaluation["harness"] = run_harness(model, prepared.tokenizer, extras.harness, allow_code=extras.allow_code)
+        evaluation["harness"] = run_harness(
+            model, prepared.model.tokenizer, extras.harness, allow_code=extras.allow_code
+        )
     pass_gates(gates, evaluation)
     write_json(run.evaluation, evaluation)
     write_card(run)

@@ -48,7 +48,7 @@ from loratune.workflows.certify import (
     open_finished,
     recipe_of,
 )
-from loratune.workflows.export_classifier import merge_classifier
+from loratune.workflows.tasks.classification.merge import merge_classifier
 
 NUM_ANSWERS = 20
 """Held-out prompts that llama.cpp answers, to compare with the run's own answers."""
@@ -130,16 +130,18 @@ def export(
     if not merged:
         check_plain(finished.updates)
         _check_matrices_alone(finished, "a GGUF adapter")
-    if finished.prepared.parameters.stacks:
+    if finished.prepared.adapter.parameters.stacks:
         _check_matrices_alone(finished, "a GGUF file made by loratune")
-    if finished.prepared.new_tokens and finished.source is not None:
+    if finished.prepared.model.new_tokens and finished.source is not None:
         raise RecipeError(
             "the base is a GGUF file, whose tokenizer is kept as it is, and lora.new_tokens added to it",
             file=finished.run.root,
             fix=f"loratune merge {finished.run.root} OUT, and llama.cpp's convert_hf_to_gguf.py",
         )
     turns = (
-        translate(finished.prepared.tokenizer, finished.prepared.data.eval_conversations) if to == "ollama" else None
+        translate(finished.prepared.model.tokenizer, finished.prepared.data.eval_conversations)
+        if to == "ollama"
+        else None
     )
     if turns is not None and not merged and finished.source is None:
         raise RecipeError(
@@ -164,7 +166,7 @@ def write_served_layout(root: str | Path, target: Path, *, progress: Progress = 
     """
     finished = open_finished(root, progress)
     _check_full_base(finished, "the server would put it on the base before quantisation")
-    if finished.prepared.new_tokens or finished.prepared.parameters.stacks:
+    if finished.prepared.model.new_tokens or finished.prepared.adapter.parameters.stacks:
         _check_matrices_alone(finished, "`transformers serve`")
     architecture = check_transformers(finished.config)
     check_target(target)
@@ -209,7 +211,7 @@ def _write_folder(finished: FinishedRun, folder: Path, dtype: str) -> tuple[Load
         finished.progress.line(
             f"the base comes quantised ({method}); it is written whole, with the values that training used"
         )
-    if method is not None or finished.prepared.parameters.stacks:
+    if method is not None or finished.prepared.adapter.parameters.stacks:
         _merge_by_peft(finished, folder, wanted)
     else:
         write_merged(finished.base, finished.updates, folder, dtype=wanted, frozen=frozen, replaced=finished.replaced)
@@ -235,7 +237,7 @@ def _whole_bytes(finished: FinishedRun, dtype: str) -> int:
     if method_of(finished.config) is None:
         return finished.base_bytes
     wanted = merged_dtype(finished.prepared, dtype) or torch_dtype(finished.prepared.recipe.model.dtype)
-    return finished.prepared.parameters.total * wanted.itemsize
+    return finished.prepared.adapter.parameters.total * wanted.itemsize
 
 
 def _merge_by_peft(finished: FinishedRun, folder: Path, dtype: torch.dtype | None) -> None:
@@ -244,7 +246,7 @@ def _merge_by_peft(finished: FinishedRun, folder: Path, dtype: torch.dtype | Non
     recipe = finished.prepared.recipe
     comes_quantised = method_of(finished.config) is not None
     held = torch_dtype(recipe.model.dtype) if comes_quantised else torch.float32  # what weights are expanded to
-    base: Any = load_model(finished.prepared.base, recipe.model, dtype=held, device="cpu")
+    base: Any = load_model(finished.prepared.model.base, recipe.model, dtype=held, device="cpu")
     if comes_quantised:
         unpack_layers(base)
         base.float()
@@ -275,7 +277,7 @@ def _check_full_base(finished: FinishedRun, what: str) -> None:
 
 def _check_matrices_alone(finished: FinishedRun, taker: str) -> None:
     """Refuse what takes A and B alone."""
-    others = [*finished.replaced, *(item.name for item in finished.prepared.parameters.stacks)]
+    others = [*finished.replaced, *(item.name for item in finished.prepared.adapter.parameters.stacks)]
     if others:
         raise RecipeError(
             f"{taker} has no place for {others[0]}, which was trained beside the adapter",
@@ -312,7 +314,7 @@ class _Gguf:
         else:
             write_gguf_adapter(finished.updates, finished.config, file, name=finished.name)
         if self.turns is not None:
-            stops = finished.prepared.tokenizer.convert_ids_to_tokens(list(finished.stops))
+            stops = finished.prepared.model.tokenizer.convert_ids_to_tokens(list(finished.stops))
             model, adapter = (f"./{self.file}", None) if self.outtype else (str(finished.source), f"./{self.file}")
             (folder / "Modelfile").write_text(modelfile(model, adapter, self.turns, stops), encoding="utf-8")
         return (lambda expected: self._load(file, expected)), self._tolerance()
@@ -333,7 +335,7 @@ class _Gguf:
             finished.base,
             updates,
             finished.config,
-            finished.prepared.tokenizer,
+            finished.prepared.model.tokenizer,
             file,
             outtype=outtype,
             name=finished.name,
@@ -362,7 +364,7 @@ class _Gguf:
     def _by_llama_cpp(self, file: Path, expected: ReferenceOutputs, render: RenderPrompt | None) -> LlamaCppReader:
         prepared = self.finished.prepared
         lengths = [len(example.input_ids) for example in expected.examples]
-        lengths += [len(prompt.input_ids) + prepared.recipe.evaluate.max_new_tokens for prompt in prepared.prompts]
+        lengths += [len(prompt.input_ids) + prepared.recipe.evaluate.max_new_tokens for prompt in prepared.data.prompts]
         if self.outtype is not None:
             return LlamaCppReader(file, num_tokens=max(lengths), render=render)
         if self.finished.source is not None:
@@ -386,7 +388,7 @@ def _export_vllm(finished: FinishedRun, target: Path, *, merged: bool) -> Export
     else:
         _check_matrices_alone(finished, "vLLM")
         rank = check_vllm(finished.updates, finished.config)
-        base = finished.prepared.base
+        base = finished.prepared.model.base
         command = serve_adapter(
             base=base.name if base.revision else str(base.path),
             revision=base.revision,
@@ -394,7 +396,7 @@ def _export_vllm(finished: FinishedRun, target: Path, *, merged: bool) -> Export
             name=finished.name,
             rank=rank,
             dtype=recipe.model.dtype,
-            has_template=bool(finished.prepared.tokenizer.chat_template),
+            has_template=bool(finished.prepared.model.tokenizer.chat_template),
         )
 
     def write(folder: Path) -> tuple[Load, Tolerance]:

@@ -31,7 +31,10 @@ def describe_final_adapter(prepared: Preparation, run: RunDir) -> Record:
         return {"kind": "mean", "steps": read_json(run.mean)["steps"]}
     if prepared.recipe.train.final_adapter == "best" and run.best.is_file():
         return {"kind": "best", "steps": [read_json(run.best)["step"]]}
-    return {"kind": "last", "steps": [max((line["step"] for line in run.read_metrics()), default=prepared.num_steps)]}
+    return {
+        "kind": "last",
+        "steps": [max((line["step"] for line in run.read_metrics()), default=prepared.estimate.num_steps)],
+    }
 
 
 def save_final(prepared: Preparation, run: RunDir, model: PeftModel) -> None:
@@ -40,7 +43,7 @@ def save_final(prepared: Preparation, run: RunDir, model: PeftModel) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     with cannot_write(run.adapter):
         save_adapter(model, temporary)
-        prepared.tokenizer.save_pretrained(temporary)
+        prepared.model.tokenizer.save_pretrained(temporary)
         for path in (*temporary.iterdir(), temporary):
             sync(path)
         temporary.rename(run.adapter)
@@ -64,7 +67,7 @@ def _take_mean(prepared: Preparation, run: RunDir, model: PeftModel, last_step: 
     wanted = averaged_steps(
         train,
         last_step=last_step,
-        num_steps=prepared.num_steps,
+        num_steps=prepared.estimate.num_steps,
         num_per_epoch=num_steps_per_epoch(prepared.data.num_examples, train.batch_size),
     )
     steps = []

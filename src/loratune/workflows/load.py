@@ -17,12 +17,12 @@ from loratune.planning.preparation import Preparation
 from loratune.run.directory import RunDir
 from loratune.run.errors import RecipeError
 from loratune.run.progress import Progress
-from loratune.training.classifier_loss import ClassificationLoss, make_classification_loss
 from loratune.training.fsdp import is_sharded, shard_layers
 from loratune.training.layers import prepare_layers
 from loratune.training.loss import SupervisedLoss, make_loss
 from loratune.training.neftune import EmbeddingNoise
 from loratune.training.trl_dataset import check_trl_can_train
+from loratune.workflows.tasks.classification.loss import ClassificationLoss, make_classification_loss
 
 
 def load_base(prepared: Preparation, progress: Progress) -> Any:
@@ -31,11 +31,11 @@ def load_base(prepared: Preparation, progress: Progress) -> Any:
     progress.line(f"loading {recipe.model.name} in {recipe.model.dtype} on {recipe.train.device}")
     device = "cpu" if is_sharded(recipe) else recipe.train.device  # whose memory need not hold all of it
     return load_model(
-        prepared.base,
+        prepared.model.base,
         recipe.model,
         dtype=torch_dtype(recipe.model.dtype),
         device=device,
-        classes=prepared.classes,
+        classes=prepared.model.classes,
     )
 
 
@@ -45,11 +45,11 @@ def attach_adapter_and_loss(prepared: Preparation, base: Any, progress: Progress
     model = attach_adapter(
         base,
         recipe.lora,
-        prepared.targets,
+        prepared.adapter.targets,
         base_name=_loadable_name(prepared),
         seed=recipe.train.seed,
-        new_tokens=prepared.new_tokens,
-        classes=prepared.classes,
+        new_tokens=prepared.model.new_tokens,
+        classes=prepared.model.classes,
     )
     if recipe.lora.variant == "eva":
         r = highest_rank(recipe.lora)
@@ -57,12 +57,12 @@ def attach_adapter_and_loss(prepared: Preparation, base: Any, progress: Progress
         batches = batches_for_eva(examples, r=r, batch_size=recipe.train.batch_size, device=model.device)
         init_eva(model, batches)
     if recipe.lora.variant == "loftq":
-        init_loftq(model, download_weights(prepared.base), seed=recipe.train.seed)
-    if prepared.start is not None:
-        load_weights_into(model, prepared.start)
+        init_loftq(model, download_weights(prepared.model.base), seed=recipe.train.seed)
+    if prepared.adapter.start is not None:
+        load_weights_into(model, prepared.adapter.start)
     if recipe.model.quantization == "fp8":
         quantize_frozen_layers(model)
-    if recipe.train.engine == "trl" and prepared.classes is None:
+    if recipe.train.engine == "trl" and prepared.model.classes is None:
         check_trl_can_train(model.get_base_model())
     loss, reason = _loss(prepared, model)
     if recipe.train.engine == "trl":
@@ -92,9 +92,9 @@ def _loss(prepared: Preparation, model: PeftModel) -> tuple[SupervisedLoss, str]
     its part of it."""
     recipe = prepared.recipe
     if recipe.train.engine == "trl":
-        kind = SupervisedLoss if prepared.classes is None else ClassificationLoss
+        kind = SupervisedLoss if prepared.model.classes is None else ClassificationLoss
         return kind(model, packed=False), ""
-    if prepared.classes is not None:
+    if prepared.model.classes is not None:
         found, reason = make_classification_loss(model, prepared.data.train)
         return found, f"examples are padded: {reason}" if reason else ""
     if is_sharded(recipe):
@@ -114,4 +114,4 @@ def _loss(prepared: Preparation, model: PeftModel) -> tuple[SupervisedLoss, str]
 
 def _loadable_name(prepared: Preparation) -> str:
     """What PEFT can load the base by: its hub id, or its folder."""
-    return prepared.base.name if prepared.base.revision else str(prepared.base.path)
+    return prepared.model.base.name if prepared.model.base.revision else str(prepared.model.base.path)

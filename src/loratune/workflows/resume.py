@@ -86,7 +86,7 @@ def _follow_main(prepared: Preparation, run: RunDir, progress: Progress) -> RunR
 
 def _changed_inputs(lock: Record, prepared: Preparation, run: RunDir) -> list[str]:
     now = prepared.as_lock()
-    if prepared.base.revision and not run.metrics.is_file():
+    if prepared.model.base.revision and not run.metrics.is_file():
         # Stopped while the weights were fetched: a commit's files do not change, but the lock may not know all of them yet.
         known = lock["inputs"]["model"]
         now["inputs"]["model"] = {name: digest for name, digest in now["inputs"]["model"].items() if name in known}

@@ -358,7 +358,7 @@ class _Bench:
         """The model with an adapter whose B is not zero, so that every factor of it counts."""
         prepared = prepare(self.recipe("none"), _SILENT)
         base: Any = self._base()
-        model = attach_adapter(base, prepared.recipe.lora, prepared.targets, base_name="tiny", seed=1).eval()
+        model = attach_adapter(base, prepared.recipe.lora, prepared.adapter.targets, base_name="tiny", seed=1).eval()
         generator = torch.Generator().manual_seed(4)
         with torch.no_grad():
             for name, parameter in trainable_parameters(model).items():

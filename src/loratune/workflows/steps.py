@@ -23,7 +23,6 @@ from loratune.run.errors import Interrupted
 from loratune.run.progress import Progress
 from loratune.training.callbacks import RunCallback
 from loratune.training.checkpoint import resume_state
-from loratune.training.classifier_trainer import TrlClassifierTrainer
 from loratune.training.fast_trainer import FastTrainer
 from loratune.training.fsdp import explain_lost_process
 from loratune.training.gradient_sync import check_ranks_agree
@@ -38,6 +37,7 @@ from loratune.workflows.final_adapter import save_final, select_final_adapter
 from loratune.workflows.load import attach_adapter_and_loss, load_base, load_trained
 from loratune.workflows.measured import RunTimer
 from loratune.workflows.result import RunResult
+from loratune.workflows.tasks.classification.trl_trainer import TrlClassifierTrainer
 
 _UNEVALUATED = "stopped before the evaluation was done; all steps are, and the adapter is saved"
 
@@ -122,7 +122,7 @@ def _load(
 ) -> tuple[PeftModel, SupervisedLoss]:
     """Base, fresh adapter, and the way to the loss."""
     base = load_base(prepared, progress)
-    if checkpoint is None and prepared.base.revision and processes.is_main():
+    if checkpoint is None and prepared.model.base.revision and processes.is_main():
         write_lock(prepared, run)  # the weights of a hub model were not there before
     return attach_adapter_and_loss(prepared, base, progress)
 
@@ -148,21 +148,21 @@ def train_steps(
     recipe, data = prepared.recipe, prepared.data
     done = resume_state(checkpoint) if checkpoint is not None else 0
     torch.manual_seed(recipe.train.seed)
-    with progress.task("training", prepared.num_steps, "steps") as task, stop_after_step(stop, progress):
+    with progress.task("training", prepared.estimate.num_steps, "steps") as task, stop_after_step(stop, progress):
         task.advance(done)
         callback = RunCallback(
             run, progress, task, stop, num_steps_per_epoch(data.num_examples, recipe.train.batch_size)
         )
         setup = TrainerSetup(
             model=model,
-            tokenizer=prepared.tokenizer,
+            tokenizer=prepared.model.tokenizer,
             train=recipe.train,
             data=TrainingData(
                 train=data.train if data.stream is None else data.stream,
                 known=data.train,
                 eval=data.eval,
                 eval_groups=held_out_groups(data.eval, data.report),
-                token_budget=prepared.memory.token_budget,
+                token_budget=prepared.estimate.memory.token_budget,
                 source_of_file=source_of_file(data.report),
             ),
             loss=loss,
@@ -171,23 +171,23 @@ def train_steps(
             progress=progress,
             callback=callback,
         )
-        reference = TrlTrainer if prepared.classes is None else TrlClassifierTrainer
+        reference = TrlTrainer if prepared.model.classes is None else TrlClassifierTrainer
         trainer = FastTrainer(setup) if recipe.train.engine == "fast" else reference(setup)
         callback.watch(trainer)
         check_ranks_agree(model)
         over = False
-        if checkpoint is not None and (done == prepared.num_steps or recipe.train.early_stopping is not None):
+        if checkpoint is not None and (done == prepared.estimate.num_steps or recipe.train.early_stopping is not None):
             trainer.restore(checkpoint)
             callback.evaluate_if_owed()
-            over = done == prepared.num_steps or trainer.ends_early()
+            over = done == prepared.estimate.num_steps or trainer.ends_early()
         if not over:
-            if isinstance(trainer, FastTrainer) and wants_rehearsal(prepared.memory, recipe.train.device):
+            if isinstance(trainer, FastTrainer) and wants_rehearsal(prepared.estimate.memory, recipe.train.device):
                 trainer.rehearse()
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
         check_ranks_agree(model)
     if callback.stopped_at is not None:
-        raise stop.after(callback.stopped_at, prepared.num_steps, run)
+        raise stop.after(callback.stopped_at, prepared.estimate.num_steps, run)
     last_step, (step, losses) = trainer.state.global_step, trainer.last_evaluation
-    if last_step < prepared.num_steps:
-        progress.line(f"training ended early, after step {last_step} of {prepared.num_steps}")
+    if last_step < prepared.estimate.num_steps:
+        progress.line(f"training ended early, after step {last_step} of {prepared.estimate.num_steps}")
     return last_step, losses if step == last_step else None

@@ -66,7 +66,7 @@ def train(
     with run.exclusive():
         write_text(run.recipe, written if written is not None else recipe.to_yaml())
         write_json(run.data, prepared.data.report)
-        write_json(run.preview, preview(prepared.data.train, prepared.tokenizer, PREVIEW_EXAMPLES).as_record())
+        write_json(run.preview, preview(prepared.data.train, prepared.model.tokenizer, PREVIEW_EXAMPLES).as_record())
         write_json(run.plan, prepared.as_plan())
         write_lock(prepared, run)
         return run_from_weights(prepared, run, None, progress)

@@ -113,7 +113,7 @@ def test_the_plan_counts_them_and_the_cache_keeps_them(
     file = write_jsonl(tmp_path / "rows.jsonl", rows)
     prepared = prepare(tiny_recipe(data__train=str(file), data__eval=str(file)), NoProgress())
     assert prepared.data.report["train"]["answers_not_trained"] == 4
-    assert any("4 answers have train: false" in notice for notice in prepared.warnings)
+    assert any("4 answers have train: false" in notice for notice in prepared.notes.warnings)
     data = prepare_data(
         DataSection(train=str(file), eval=str(file)),
         smollm2_tokenizer,

@@ -238,7 +238,7 @@ def test_the_plan_has_the_bytes_that_the_loaded_weights_take(
 ) -> None:
     prepared = plan(tiny_recipe(model__name=str(quantised(name))))
     # names of types and shapes are stored beside the tables of bitsandbytes
-    assert prepared.memory.weights_bytes == pytest.approx(held_bytes(loaded(quantised(name))), rel=0.01)
+    assert prepared.estimate.memory.weights_bytes == pytest.approx(held_bytes(loaded(quantised(name))), rel=0.01)
     assert ("come quantised run uncompiled" in prepared.choices["train.compile"].reason) == (name in PACKED)
     if name == "torchao_float8":
         with pytest.raises(RecipeError, match=r"train\.compile is true, but layers that come quantised run uncompiled"):
@@ -306,7 +306,7 @@ def test_eight_bits_of_bitsandbytes_are_planned_as_those_of_the_recipe(
     tiny_recipe: MakeRecipe, quantised: Callable[[str], Path]
 ) -> None:
     ours, theirs = plan(tiny_recipe(model__quantization="int8")), plan(tiny_recipe(model__name=str(quantised("int8"))))
-    assert theirs.memory.activation_bytes == ours.memory.activation_bytes
+    assert theirs.estimate.memory.activation_bytes == ours.estimate.memory.activation_bytes
 
 
 def test_eight_bits_of_bitsandbytes_are_not_recomputed(

@@ -188,15 +188,15 @@ def test_a_script_in_four_bits_of_torchao_is_refused(tiny_recipe: MakeRecipe, tm
 @pytest.mark.parametrize("quantization", some(["nf4", "int4_weight_only"], "nf4"))
 def test_the_plan_knows_bytes_and_explains_them(tiny_recipe: MakeRecipe, quantization: str) -> None:
     whole, packed = (plan(tiny_recipe(model__quantization=name)) for name in ("none", quantization))
-    assert packed.parameters == whole.parameters
+    assert packed.adapter.parameters == whole.adapter.parameters
     saved = sum(
         4 * d * k - matrix_bytes(quantization, d, k, 4) for d, k in 2 * [(32, 32), (16, 32), (16, 32), (32, 32)]
     )
     saved += sum(4 * d * k - matrix_bytes(quantization, d, k, 4) for d, k in 2 * [(64, 32), (64, 32), (32, 64)])
-    assert whole.memory.weights_bytes - packed.memory.weights_bytes == saved
+    assert whole.estimate.memory.weights_bytes - packed.estimate.memory.weights_bytes == saved
     assert packed.recipe.train.compile is False
     assert "uncompiled" in packed.choices["train.compile"].reason
-    assert any(f"unpacking the {quantization} weights" in warning for warning in packed.warnings)
+    assert any(f"unpacking the {quantization} weights" in warning for warning in packed.notes.warnings)
     facts = Facts(packed)
     assert "of float32" in SUMMARIES["model.quantization"](facts)
     assert [row["quantization"] for row in TABLES["model.quantization"](facts)] == ["none", *PACKED]

@@ -108,7 +108,7 @@ def test_trained_roles_are_counted_and_stand_beside_the_other_choices(tiny_recip
 def test_batch_size_and_epochs_give_the_steps_that_are_planned(tiny_recipe: MakeRecipe) -> None:
     rows = {row["batch_size"]: row["steps"] for row in TABLES["train.batch_size"](facts(tiny_recipe(train__epochs=3)))}
     assert list(rows) == ["2", "4", "8", "16", "32"]
-    assert rows["16"] == str(facts(tiny_recipe(train__epochs=3, train__batch_size=16)).prepared.num_steps)
+    assert rows["16"] == str(facts(tiny_recipe(train__epochs=3, train__batch_size=16)).prepared.estimate.num_steps)
     for row in TABLES["train.epochs"](facts(tiny_recipe())):
         assert row["steps"] == str(math.ceil(3 * float(row["epochs"])))
 

@@ -35,7 +35,7 @@ def rank_row(count: ParameterCount, lora: LoraSection, optimizer: Optimizer) -> 
 
 
 def _rank(facts: Facts) -> str:
-    r, now = facts.prepared.recipe.lora.r, facts.prepared.parameters
+    r, now = facts.prepared.recipe.lora.r, facts.prepared.adapter.parameters
     lora = facts.prepared.recipe.lora
     verb = "double" if lora.variant != "dora" and not lora.rank_pattern and not now.whole else "raise"
     return f"{now.trainable:,} trainable ({now.trainable / now.total:.2%}); r {2 * r} would {verb} it to {facts.count(2 * r).trainable:,}"
@@ -61,14 +61,14 @@ def _alpha_table(facts: Facts) -> list[AlternativeRow]:
 
 
 def _dropout(facts: Facts) -> str:
-    widest = max((item.matrix for item in facts.prepared.parameters.per_module), key=lambda matrix: matrix.d_in)
+    widest = max((item.matrix for item in facts.prepared.adapter.parameters.per_module), key=lambda matrix: matrix.d_in)
     dropout = facts.prepared.recipe.lora.dropout
     leaf = widest.name.rpartition(".")[2]
     return f"of the {widest.d_in:,} inputs of {leaf}, {dropout * widest.d_in:,.0f} are zero on average for a token"
 
 
 def _targets(facts: Facts) -> str:
-    return f"{len(facts.prepared.targets)} matrices: {facts.prepared.targets_in_words}"
+    return f"{len(facts.prepared.adapter.targets)} matrices: {facts.prepared.adapter.targets_in_words}"
 
 
 def _targets_table(facts: Facts) -> list[AlternativeRow]:
@@ -96,11 +96,11 @@ def preset_rows(model: PreTrainedModel, lora: LoraSection, head: Sequence[str] =
 
 def _layers(facts: Facts) -> str:
     total = facts.model.config.get_text_config().num_hidden_layers
-    return f"{facts.prepared.targets_in_words} (the model has {total})"
+    return f"{facts.prepared.adapter.targets_in_words} (the model has {total})"
 
 
 def _start_from(facts: Facts) -> str:
-    start, count = facts.prepared.start, len(facts.prepared.targets)
+    start, count = facts.prepared.adapter.start, len(facts.prepared.adapter.targets)
     return (
         f"{count} matrices begin as in {start}"
         if start
@@ -110,24 +110,27 @@ def _start_from(facts: Facts) -> str:
 
 def _rank_pattern(facts: Facts) -> str:
     lora = facts.prepared.recipe.lora
-    return _counted(rank_of(lora, name) for name in facts.prepared.targets) + " by rank"
+    return _counted(rank_of(lora, name) for name in facts.prepared.adapter.targets) + " by rank"
 
 
 def _alpha_pattern(facts: Facts) -> str:
     lora = facts.prepared.recipe.lora
-    return _counted(f"{scale_of(lora, name):.4g}" for name in facts.prepared.targets) + f" by {scale_in_words(lora)}"
+    return (
+        _counted(f"{scale_of(lora, name):.4g}" for name in facts.prepared.adapter.targets)
+        + f" by {scale_in_words(lora)}"
+    )
 
 
 def _modules_to_save(facts: Facts) -> str:
-    whole = facts.prepared.parameters.whole
+    whole = facts.prepared.adapter.parameters.whole
     if not whole:
         return "nothing is trained beside the adapter"
     trainable = sum(item.trainable for item in whole)
-    return f"{trainable:,} parameters of {fully_trained_in_words(whole)}, beside {facts.prepared.parameters.in_adapter:,} of the adapter"
+    return f"{trainable:,} parameters of {fully_trained_in_words(whole)}, beside {facts.prepared.adapter.parameters.in_adapter:,} of the adapter"
 
 
 def _new_tokens(facts: Facts) -> str:
-    ids = facts.prepared.new_tokens
+    ids = facts.prepared.model.new_tokens
     if not ids:
         return "the tokenizer stays as it is"
     seen = sum(int((example.input_ids >= ids[0]).sum()) for example in facts.prepared.data.train)
@@ -135,7 +138,7 @@ def _new_tokens(facts: Facts) -> str:
 
 
 def _target_parameters(facts: Facts) -> str:
-    stacks = facts.prepared.parameters.stacks
+    stacks = facts.prepared.adapter.parameters.stacks
     if not stacks:
         return "linear modules alone are adapted"
     trainable = sum(num_trainable(facts.prepared.recipe.lora, stack) for stack in stacks)
@@ -149,12 +152,12 @@ def _counted(values: Iterable[object]) -> str:
 
 
 def _variant(facts: Facts) -> str:
-    lora, now = facts.prepared.recipe.lora, facts.prepared.parameters
+    lora, now = facts.prepared.recipe.lora, facts.prepared.adapter.parameters
     return f"{now.trainable:,} trainable, scaled by {scale_of(lora):.4g}; saved with rank {saved_rank(lora)}"
 
 
 def _variant_table(facts: Facts) -> list[AlternativeRow]:
-    return variant_rows(facts.model, facts.prepared.targets, facts.prepared.recipe.lora, facts.head)
+    return variant_rows(facts.model, facts.prepared.adapter.targets, facts.prepared.recipe.lora, facts.head)
 
 
 def variant_rows(

@@ -38,7 +38,7 @@ def _name(facts: Facts) -> str:
 
 
 def _revision(facts: Facts) -> str:
-    base = facts.prepared.base
+    base = facts.prepared.model.base
     return f"commit {base.revision}" if base.revision else "a local model has none"
 
 
@@ -48,7 +48,7 @@ def _dtype(facts: Facts) -> str:
 
 
 def _quantization(facts: Facts) -> str:
-    section, memory = facts.prepared.recipe.model, facts.prepared.memory
+    section, memory = facts.prepared.recipe.model, facts.prepared.estimate.memory
     plain = facts.base_parameters * torch_dtype(section.dtype).itemsize
     return (
         f"the frozen weights take {size(memory.weights_bytes)}, {memory.weights_bytes / plain:.0%} of {section.dtype}"
@@ -56,7 +56,7 @@ def _quantization(facts: Facts) -> str:
 
 
 def _task(facts: Facts) -> str:
-    classes, parameters = facts.prepared.classes, facts.prepared.parameters
+    classes, parameters = facts.prepared.model.classes, facts.prepared.adapter.parameters
     if classes is None:
         return "writes text"
     whole = f"{', '.join(classes.head)} with {parameters.trainable - parameters.in_adapter:,} parameters trained whole"
@@ -110,7 +110,7 @@ def _columns(facts: Facts) -> str:
 
 
 def _train_on(facts: Facts) -> str:
-    if facts.prepared.classes is not None:
+    if facts.prepared.model.classes is not None:
         return "no token carries loss: the class of each text does"
     counts = facts.prepared.data.report["train"]["trained_messages"]
     messages = " and ".join(f"{number:,} of {role}" for role, number in counts.items())
@@ -188,7 +188,7 @@ def _on_bad_row(facts: Facts) -> str:
 
 def _epochs(facts: Facts) -> str:
     per_epoch = num_steps_per_epoch(len(facts.lengths), facts.prepared.recipe.train.batch_size)
-    return f"{facts.prepared.num_steps:,} steps, {per_epoch:,} an epoch"
+    return f"{facts.prepared.estimate.num_steps:,} steps, {per_epoch:,} an epoch"
 
 
 def _epochs_table(facts: Facts) -> list[AlternativeRow]:
@@ -223,7 +223,7 @@ def _schedule(facts: Facts) -> str:
 
 
 def _warmup(facts: Facts) -> str:
-    steps = facts.prepared.num_steps
+    steps = facts.prepared.estimate.num_steps
     return f"{math.ceil(facts.prepared.recipe.train.warmup_fraction * steps):,} of {steps:,} steps"
 
 
@@ -231,7 +231,7 @@ def _batch_size(facts: Facts) -> str:
     train = facts.prepared.recipe.train
     tokens = sum(facts.lengths) / num_steps_per_epoch(len(facts.lengths), train.batch_size)
     double = num_steps(len(facts.lengths), 2 * train.batch_size, train.epochs)
-    return f"{tokens:,.0f} tokens a step; {2 * train.batch_size} would make {double:,} steps instead of {facts.prepared.num_steps:,}"
+    return f"{tokens:,.0f} tokens a step; {2 * train.batch_size} would make {double:,} steps instead of {facts.prepared.estimate.num_steps:,}"
 
 
 def _batch_size_table(facts: Facts) -> list[AlternativeRow]:
@@ -253,13 +253,13 @@ def _batch_size_table(facts: Facts) -> list[AlternativeRow]:
 
 
 def _state(facts: Facts, optimizer: Optimizer | None = None) -> int:
-    recipe, parameters = facts.prepared.recipe, facts.prepared.parameters
+    recipe, parameters = facts.prepared.recipe, facts.prepared.adapter.parameters
     matrices = [item.matrix for item in parameters.per_module]
     return state_bytes(optimizer or recipe.train.optimizer, matrices, recipe.lora, parameters.whole_shapes)
 
 
 def _optimizer(facts: Facts) -> str:
-    trainable = facts.prepared.parameters.trainable
+    trainable = facts.prepared.adapter.parameters.trainable
     return f"keeps {size(_state(facts))} beside {size(4 * trainable)} of weights and as many of gradients"
 
 
@@ -270,7 +270,7 @@ def _optimizer_table(facts: Facts) -> list[AlternativeRow]:
 
 
 def _learning_rate_pattern(facts: Facts) -> str:
-    train, parameters = facts.prepared.recipe.train, facts.prepared.parameters
+    train, parameters = facts.prepared.recipe.train, facts.prepared.adapter.parameters
     names = [*(matrix.name for matrix in parameters.matrices), *(item.name for item in parameters.whole)]
     rates = Counter(
         train.learning_rate_pattern.get(pattern_of(train.learning_rate_pattern, name), train.learning_rate)
@@ -330,7 +330,7 @@ def _occasions(field: str, what: str) -> Callable[[Facts], str]:
     def say(facts: Facts) -> str:
         train = facts.prepared.recipe.train
         every = getattr(train, field)
-        steps = facts.prepared.num_steps
+        steps = facts.prepared.estimate.num_steps
         times = count_occurrences(every, steps=steps, epochs=train.epochs, at_end=field != "log_every")
         return f"{times:,} {what} in {steps:,} steps"
 
@@ -338,15 +338,15 @@ def _occasions(field: str, what: str) -> Callable[[Facts], str]:
 
 
 def _keep(facts: Facts) -> str:
-    train, num_bytes = facts.prepared.recipe.train, 4 * facts.prepared.parameters.trainable + _state(facts)
-    saves = count_occurrences(train.save_every, steps=facts.prepared.num_steps, epochs=train.epochs)
+    train, num_bytes = facts.prepared.recipe.train, 4 * facts.prepared.adapter.parameters.trainable + _state(facts)
+    saves = count_occurrences(train.save_every, steps=facts.prepared.estimate.num_steps, epochs=train.epochs)
     kept = min(saves, train.keep_checkpoints or saves)
     best = " and the best" if kept < saves and train.eval_every != "never" else ""
     return f"{kept:,} stay{best}, about {size(num_bytes)} each (weights and the optimizer's state)"
 
 
 def _early_stopping(facts: Facts) -> str:
-    train, steps = facts.prepared.recipe.train, facts.prepared.num_steps
+    train, steps = facts.prepared.recipe.train, facts.prepared.estimate.num_steps
     if train.early_stopping is None:
         return f"all {steps:,} steps are taken"
     per_epoch = num_steps_per_epoch(len(facts.lengths), train.batch_size)
@@ -357,7 +357,7 @@ def _early_stopping(facts: Facts) -> str:
 
 
 def _average(facts: Facts) -> str:
-    train, steps = facts.prepared.recipe.train, facts.prepared.num_steps
+    train, steps = facts.prepared.recipe.train, facts.prepared.estimate.num_steps
     per_epoch = num_steps_per_epoch(len(facts.lengths), train.batch_size)
     chosen = averaged_steps(train, last_step=steps, num_steps=steps, num_per_epoch=per_epoch)
     return f"the mean of the adapters after steps {_some(chosen)}" if chosen else "the adapter is of one step"
@@ -388,17 +388,17 @@ def _label_smoothing(facts: Facts) -> str:
 
 
 def _metric(facts: Facts) -> str:
-    prompts = facts.prepared.prompts
+    prompts = facts.prepared.data.prompts
     more = sum(len(prompt.references) for prompt in prompts) - len(prompts)
     several = f"; {len(prompts) + more:,} references" if more else ""
     return f"{len(prompts):,} answers each by base and tuned{several}"
 
 
 def _max_new_tokens(facts: Facts) -> str:
-    references = [reference for prompt in facts.prepared.prompts for reference in prompt.references]
+    references = [reference for prompt in facts.prepared.data.prompts for reference in prompt.references]
     if not references:
         return "no answers are generated"
-    lengths = [len(ids) for ids in facts.prepared.tokenizer(references, add_special_tokens=False)["input_ids"]]
+    lengths = [len(ids) for ids in facts.prepared.model.tokenizer(references, add_special_tokens=False)["input_ids"]]
     longer = sum(length >= facts.prepared.recipe.evaluate.max_new_tokens for length in lengths)
     return (
         f"the longest reference has {max(lengths):,} tokens; {longer:,} of {len(lengths):,} do not fit with their end"
@@ -406,7 +406,7 @@ def _max_new_tokens(facts: Facts) -> str:
 
 
 def _forgetting(facts: Facts) -> str:
-    other = facts.prepared.forgetting
+    other = facts.prepared.data.forgetting
     return f"{len(other):,} examples of another kind, {_share_supervised(other)} compared" if other else "not measured"
 
 

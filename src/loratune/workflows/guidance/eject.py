@@ -222,7 +222,7 @@ def _why_not_directly(prepared: Preparation) -> str:
         except (ValueError, OSError, DatasetGenerationError, DatasetNotFoundError) as error:
             return f"load_dataset cannot read {source.name}: {str(error).partition(chr(10))[0]}"
         difference = preparation_difference(
-            rows, examples, prepared.tokenizer, max_length=max_length, assistant_only=data.train_on != "all"
+            rows, examples, prepared.model.tokenizer, max_length=max_length, assistant_only=data.train_on != "all"
         )
         if difference:
             return difference
@@ -289,7 +289,7 @@ def _check_covered(recipe: Recipe) -> None:
 
 
 def _script(prepared: Preparation, rows: Path | None, why_rows: str) -> str:
-    recipe, base = prepared.recipe, prepared.base
+    recipe, base = prepared.recipe, prepared.model.base
     section = recipe.model
     config = load_config(base, section)
     method = method_of(config)
@@ -301,8 +301,10 @@ def _script(prepared: Preparation, rows: Path | None, why_rows: str) -> str:
     model = skeleton(config, trust_remote_code=section.trust_remote_code)
     check_trl_can_train(model)
     constants, load = _data_lines(prepared, rows)
-    extra = peft_arguments(recipe.lora) | modules_to_save_arguments(prepared.parameters.whole, prepared.new_tokens)
-    extra |= target_parameter_arguments(prepared.parameters.stacks, recipe.lora)
+    extra = peft_arguments(recipe.lora) | modules_to_save_arguments(
+        prepared.adapter.parameters.whole, prepared.model.new_tokens
+    )
+    extra |= target_parameter_arguments(prepared.adapter.parameters.stacks, recipe.lora)
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True, autoescape=False)  # noqa: S701 - Python, not HTML
     template = environment.from_string(
         importlib.resources.files("loratune.workflows.guidance").joinpath("script.py.jinja").read_text(encoding="utf-8")
@@ -321,13 +323,13 @@ def _script(prepared: Preparation, rows: Path | None, why_rows: str) -> str:
         lora=recipe.lora,
         train=recipe.train,
         words=_words(),
-        targets=_literal(short_names(model, prepared.targets)),
-        targets_in_words=prepared.targets_in_words,
-        trainable=f"{prepared.parameters.trainable:,}",
-        fan_in_fan_out=isinstance(model.get_submodule(prepared.targets[0]), Conv1D),
+        targets=_literal(short_names(model, prepared.adapter.targets)),
+        targets_in_words=prepared.adapter.targets_in_words,
+        trainable=f"{prepared.adapter.parameters.trainable:,}",
+        fan_in_fan_out=isinstance(model.get_submodule(prepared.adapter.targets[0]), Conv1D),
         peft_arguments=[f"{name}={_literal(value)}," for name, value in extra.items()],
         changes_base=changes_base(recipe.lora),
-        start=_literal(str(prepared.start)) if prepared.start else "",
+        start=_literal(str(prepared.adapter.start)) if prepared.adapter.start else "",
         new_tokens=_literal(recipe.lora.new_tokens) if recipe.lora.new_tokens else "",
         eva=highest_rank(recipe.lora) if recipe.lora.variant == "eva" else 0,
         rates=_literal(recipe.train.learning_rate_pattern),
@@ -368,7 +370,7 @@ def _peft_names(prepared: Preparation) -> str:
     recipe, chosen = prepared.recipe, _chosen(prepared.recipe.train)
     names = ["LoraConfig", "TaskType", "get_peft_model"]
     names += ["EvaConfig", "initialize_lora_eva_weights"] if recipe.lora.variant == "eva" else []
-    names += ["load_peft_weights", "set_peft_model_state_dict"] if prepared.start or chosen else []
+    names += ["load_peft_weights", "set_peft_model_state_dict"] if prepared.adapter.start or chosen else []
     names += ["get_peft_model_state_dict"] if chosen == "mean" else []
     return ", ".join(sorted(names, key=lambda name: (name[0].islower(), name)))
 
@@ -436,7 +438,7 @@ def _arguments(prepared: Preparation, *, direct: bool) -> list[str]:
         train=prepared.data.train,
         known=prepared.data.train,
         eval=prepared.data.eval,
-        token_budget=prepared.memory.token_budget,
+        token_budget=prepared.estimate.memory.token_budget,
     )
     run = RunDir(Path(recipe.train.output_dir))
     arguments = trl_arguments(recipe.train, data, run, bf16=recipe.model.dtype == "bfloat16")
@@ -451,11 +453,13 @@ def _arguments(prepared: Preparation, *, direct: bool) -> list[str]:
     for name, value in arguments.items():
         if name in NOT_WRITTEN or (value is None and name != "max_length"):
             continue
-        if name == "router_aux_loss_coef" and not router_loss(load_config(prepared.base, recipe.model)):
+        if name == "router_aux_loss_coef" and not router_loss(load_config(prepared.model.base, recipe.model)):
             continue
         comment = words.get(f"train.{FIELD_OF.get(name, '')}", "")
         if name == "warmup_steps":
-            comment = f"{recipe.train.warmup_fraction:g} of {prepared.num_steps:,} steps: the rate rises from zero"
+            comment = (
+                f"{recipe.train.warmup_fraction:g} of {prepared.estimate.num_steps:,} steps: the rate rises from zero"
+            )
         if name == "router_aux_loss_coef":
             comment = "no load-balancing loss of the routers, which would depend on what shares a batch"
         line = f"{name}={_literal(value)},"

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from transformers import get_scheduler
 
-from loratune.data.classification import prepare_classified
 from loratune.data.prepare import prepare_data
 from loratune.model.adapter.new_tokens import resize_embeddings
 from loratune.model.classifier import with_classes
@@ -20,6 +19,7 @@ from loratune.planning.parameters import ParameterCount, count_parameters, skele
 from loratune.planning.preparation import NO_LIMIT, Preparation
 from loratune.recipe.recipe import DataSection
 from loratune.training.hf_arguments import schedule_arguments
+from loratune.workflows.tasks.classification.data import prepare_classified
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,17 +44,17 @@ class Facts:
     def model(self) -> PreTrainedModel:
         """The base model without weights."""
         section = self.prepared.recipe.model
-        config: Any = load_config(self.prepared.base, section)
-        classes = self.prepared.classes
+        config: Any = load_config(self.prepared.model.base, section)
+        classes = self.prepared.model.classes
         if classes is not None:
             config = with_classes(config, classes.names, classes.pad_token_id)
         model = skeleton(config, trust_remote_code=section.trust_remote_code, classifier=classes is not None)
-        resize_embeddings(model, self.prepared.new_tokens)
+        resize_embeddings(model, self.prepared.model.new_tokens)
         return model
 
     @cached_property
     def base_parameters(self) -> int:
-        return self.prepared.parameters.total - self.prepared.parameters.trainable
+        return self.prepared.adapter.parameters.total - self.prepared.adapter.parameters.trainable
 
     @cached_property
     def lengths(self) -> list[int]:
@@ -65,26 +65,28 @@ class Facts:
     @cached_property
     def learning_rates(self) -> np.ndarray:
         """float64 [steps]: that of each optimizer step, by the schedule that training uses."""
-        return learning_rates(self.prepared.recipe.train, self.prepared.num_steps)
+        return learning_rates(self.prepared.recipe.train, self.prepared.estimate.num_steps)
 
     def count(self, r: int) -> ParameterCount:
         """The parameters at another rank."""
         lora = self.prepared.recipe.lora.model_copy(update={"r": r})
-        return count_parameters(self.model, self.prepared.targets, lora, self.head)
+        return count_parameters(self.model, self.prepared.adapter.targets, lora, self.head)
 
     @property
     def head(self) -> tuple[str, ...]:
         """Modules of a classifier's head."""
-        return self.prepared.classes.head if self.prepared.classes else ()
+        return self.prepared.model.classes.head if self.prepared.model.classes else ()
 
     def render_again(self, **settings: Any) -> list[Example]:
         """The training examples under other settings of the data section."""
         recipe = self.prepared.recipe
         data = DataSection.model_validate({**recipe.data.model_dump(), **settings})
         limit = NO_LIMIT if data.max_length == "auto" else int(data.max_length)
-        if self.prepared.classes is not None:
-            return prepare_classified(data, self.prepared.tokenizer, max_length=limit, seed=recipe.train.seed).train
-        return prepare_data(data, self.prepared.tokenizer, max_length=limit, seed=recipe.train.seed).train
+        if self.prepared.model.classes is not None:
+            return prepare_classified(
+                data, self.prepared.model.tokenizer, max_length=limit, seed=recipe.train.seed
+            ).train
+        return prepare_data(data, self.prepared.model.tokenizer, max_length=limit, seed=recipe.train.seed).train
 
 
 def learning_rates(train: Any, steps: int) -> np.ndarray:

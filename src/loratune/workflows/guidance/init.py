@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import yaml
 
-from loratune.data.rows.classes import LabelledText, labelled_texts
 from loratune.data.rows.conversation import Conversation, detect_format, to_conversations
 from loratune.data.rows.sources import read_rows
 from loratune.recipe.recipe import Recipe, Source
 from loratune.recipe.tasks import CLASSIFICATION
 from loratune.run.errors import DataError, MachineError, RecipeError, plural
+from loratune.workflows.tasks.classification.rows import LabelledText, labelled_texts
 
 if TYPE_CHECKING:
     from loratune.data.rows.sources import Row

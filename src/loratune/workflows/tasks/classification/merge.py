@@ -12,7 +12,6 @@ import torch
 from loratune.data.batch import collate
 from loratune.data.examples import Example, LabelledExample
 from loratune.exporting.certificate import EXACT, ROUNDED, Question, ReferenceOutputs, Tolerance, certify
-from loratune.exporting.load_back_classifier import ClassifierReader
 from loratune.exporting.staging import atomic_folder, check_target
 from loratune.model.adapter.attach import load_adapter
 from loratune.model.load import download_weights, load_config, load_model
@@ -21,6 +20,7 @@ from loratune.run.directory import Record, RunDir, cannot_write
 from loratune.run.progress import Progress
 from loratune.workflows.certify import Exported, merged_dtype, open_run, record, write_certificate
 from loratune.workflows.load import load_trained
+from loratune.workflows.tasks.classification.load_back import ClassifierReader
 
 MOST_EXAMPLES = 256
 """Texts on which both are compared."""
@@ -42,12 +42,12 @@ def merge_classifier(root: str | Path, target: Path, *, dtype: str, progress: Pr
         RunError: The certificate fails; nothing is kept.
     """
     run, prepared = open_run(root, progress)
-    own: Any = load_config(prepared.base, prepared.recipe.model).dtype
+    own: Any = load_config(prepared.model.base, prepared.recipe.model).dtype
     wanted = merged_dtype(prepared, dtype) or own or torch.float32
-    check_target(target, needed_bytes=prepared.parameters.total * wanted.itemsize)
+    check_target(target, needed_bytes=prepared.adapter.parameters.total * wanted.itemsize)
     expected, examples = _expect(prepared, run, progress)
     with atomic_folder(target) as folder:
-        progress.line(f"merging {len(prepared.targets)} matrices in float32, written in {wanted}")
+        progress.line(f"merging {len(prepared.adapter.targets)} matrices in float32, written in {wanted}")
         _write(prepared, run, folder, wanted)
         recipe = prepared.recipe
         reader = ClassifierReader(
@@ -101,14 +101,14 @@ def _one_place(example: LabelledExample) -> Example:
 
 def _write(prepared: Preparation, run: RunDir, folder: Path, dtype: torch.dtype) -> None:
     base: Any = load_model(
-        prepared.base, prepared.recipe.model, dtype=torch.float32, device="cpu", classes=prepared.classes
+        prepared.model.base, prepared.recipe.model, dtype=torch.float32, device="cpu", classes=prepared.model.classes
     )
     adapted: Any = load_adapter(base, run.adapter)
     merged = adapted.merge_and_unload().to(dtype)
     with cannot_write(folder):
         merged.save_pretrained(folder)
-        prepared.tokenizer.save_pretrained(folder)
-        for path in download_weights(prepared.base).glob("*.py"):
+        prepared.model.tokenizer.save_pretrained(folder)
+        for path in download_weights(prepared.model.base).glob("*.py"):
             shutil.copyfile(path, folder / path.name)
 
 

@@ -7,8 +7,12 @@ from rich.console import Console
 
 from loratune.data.examples import LabelledExample
 from loratune.data.rows.conversation import Origin
-from loratune.evaluation.classification import classification_record, classification_table, confusion_table
 from loratune.evaluation.record import paired_bootstrap
+from loratune.workflows.tasks.classification.measures import (
+    classification_record,
+    classification_table,
+    confusion_table,
+)
 
 NAMES = ["a", "b", "c", "d"]
 

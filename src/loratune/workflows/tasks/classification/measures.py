@@ -15,8 +15,8 @@ from loratune.data.examples import Example, LabelledExample
 from loratune.evaluation.record import LEVEL, RESAMPLES, add_statistics
 from loratune.run.errors import plural
 from loratune.run.progress import Progress
-from loratune.training.classifier_loss import ClassificationLoss
 from loratune.training.token_budget import TokenBudget
+from loratune.workflows.tasks.classification.loss import ClassificationLoss
 
 MEASURES = ("accuracy", "f1", "nll")
 """What is reported, in order."""

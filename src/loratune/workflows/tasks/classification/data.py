@@ -15,17 +15,24 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from loratune.data.findings import histogram, places, scripts
 from loratune.data.examples import Example, LabelledExample
+from loratune.data.findings import histogram, places, scripts
 from loratune.data.masking.special_tokens import any_of, special_names
 from loratune.data.masking.token_labels import LengthViolations
 from loratune.data.prepare import PreparedData
-from loratune.data.rows.classes import LabelledText, ReadSide, TextKey, class_names, hold_out_texts, read_labelled
 from loratune.data.rows.conversation import Conversation, Origin, Rejected
 from loratune.data.rows.reading import Reader, apply_policy, held_out_sources
 from loratune.recipe.recipe import DataSection
 from loratune.run.errors import DataError, plural
 from loratune.run.progress import NO_PROGRESS, Progress
+from loratune.workflows.tasks.classification.rows import (
+    LabelledText,
+    ReadSide,
+    TextKey,
+    class_names,
+    hold_out_texts,
+    read_labelled,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

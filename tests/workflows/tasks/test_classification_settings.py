@@ -89,7 +89,7 @@ def test_roberta_has_two_positions_less(bases: Callable[[str], Path], tmp_path: 
 
 def test_targets_are_named_as_bert_names_them(bases: Callable[[str], Path], tmp_path: Path) -> None:
     prepared = prepare(class_recipe(bases("bert"), tmp_path, lora__targets=["attention.self.query"]), NoProgress())
-    assert prepared.targets == tuple(f"bert.encoder.layer.{n}.attention.self.query" for n in range(2))
+    assert prepared.adapter.targets == tuple(f"bert.encoder.layer.{n}.attention.self.query" for n in range(2))
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_plans_are_for_one_device_and_can_be_probed(bases: Callable[[str], Path]
     probed = plan(recipe, probe=True)
     assert probed.probe is not None
     assert probed.probe.num_tokens > 0
-    assert plan(recipe, device="h100-80gb").device is not None
+    assert plan(recipe, device="h100-80gb").estimate.device is not None
     with pytest.raises(RecipeError, match="--devices is for models that write text"):
         plan(recipe, devices="8xh100-80gb")
 
@@ -150,14 +150,14 @@ def test_classes_that_are_probably_none_of_their_own_are_told(bases: Callable[[s
     held_out = write_rows(tmp_path / "eval.jsonl", [{"text": "play it", "label": "music"}])
     train_file = write_rows(tmp_path / "rows.jsonl", rows)
     recipe = class_recipe(bases("bert"), tmp_path / "a", data__train=str(train_file), data__eval=str(held_out))
-    told = prepare(recipe, NoProgress()).warnings
+    told = prepare(recipe, NoProgress()).notes.warnings
     assert any("Music and music differ in upper and lower case" in words for words in told)
     assert any("no text of the class Music, timer" in words for words in told)
     stars = tmp_path / "stars.csv"
     stars.write_text("text,label\n" + "".join(f"{text},{n % 3}.5\n" for n, text in enumerate(texts)))
     told = prepare(
         class_recipe(bases("bert"), tmp_path / "b", data__train=str(stars), data__eval="none"), NoProgress()
-    ).warnings
+    ).notes.warnings
     assert any("there is no regression" in words for words in told)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from loratune.data.classification import prepare_classified
 from loratune.data.prepare import PreparedData
 from loratune.model.adapter.targets import resolve_targets
 from loratune.model.classifier import (
@@ -23,6 +22,7 @@ from loratune.planning.parameters import skeleton
 from loratune.recipe.recipe import Recipe
 from loratune.run.errors import RecipeError
 from loratune.run.progress import Progress
+from loratune.workflows.tasks.classification.data import prepare_classified
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -41,7 +41,7 @@ from tests.classifiers import KINDS, bases, class_recipe, intent, write_rows
 
 __all__ = ["bases"]
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 OFTEN = ("bert", "distilbert", "llama", "qwen2")
 """Architectures that other tests train too."""
@@ -202,8 +202,8 @@ def test_a_head_of_other_classes_is_made_anew(finished: RunDir, tmp_path: Path) 
     rows = [{**intent(n), "label": n % 2} for n in range(24)]
     data = str(write_rows(tmp_path / "two.jsonl", rows))
     prepared = prepare(class_recipe(merged, tmp_path, data__train=data, data__eval="none"), NoProgress())
-    assert (2, 16) in prepared.parameters.whole_shapes
-    assert any("head of its own" in warning for warning in prepared.warnings)
+    assert (2, 16) in prepared.adapter.parameters.whole_shapes
+    assert any("head of its own" in warning for warning in prepared.notes.warnings)
     assert train(prepared.recipe).run.has_adapter
 
 
@@ -268,7 +268,7 @@ def test_merged_is_the_same_classifier(kind: str, bases: Callable[[str], Path], 
 
 def test_a_merge_that_differs_is_not_kept(finished: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = RunDir(shutil.copytree(finished.root, tmp_path / "run"))
-    from loratune.workflows import export_classifier
+    from loratune.workflows.tasks.classification import merge as export_classifier
 
     real = export_classifier.load_adapter
 
