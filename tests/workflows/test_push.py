@@ -174,7 +174,7 @@ def test_a_public_repository_of_that_name_is_not_written_to_unasked(
     hub.exists_public = True
     done = pushed(finished_run, hub.url, home=tmp_path)
     assert done.returncode == 2
-    assert "is there and public" in done.stderr
+    assert "exists and is public" in done.stderr
     assert not hub.files
 
 
@@ -221,7 +221,7 @@ def test_a_token_in_the_data_stays_here(finished_run: RunDir, tmp_path: Path) ->
 
 
 def test_names_that_the_hub_does_not_take_are_refused(finished_run: RunDir) -> None:
-    with pytest.raises(RecipeError, match="is no name of a repository"):
+    with pytest.raises(RecipeError, match="is not a repository name"):
         push(finished_run.root, "me/tiny/extra", dry_run=True)
 
 
