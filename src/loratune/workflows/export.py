@@ -175,11 +175,11 @@ def _check_full_base(finished: FinishedRun) -> None:
 
 
 def _check_matrices_alone(finished: FinishedRun, program: str) -> None:
-    """Refuse what is trained besides the matrices A and B of linear modules."""
+    """Refuse what was trained in addition to the matrices A and B of linear modules."""
     others = [*finished.replaced, *(item.name for item in finished.prepared.parameters.stacks)]
     if others:
         raise RecipeError(
-            f"{program} cannot hold {others[0]}, which was trained besides the adapter's matrices",
+            f"{program} cannot hold {others[0]}, which was trained in addition to the adapter's matrices",
             file=finished.run.adapter,
             fix=f"loratune merge {finished.run.root} OUT, or --merged, writes the full model",
         )
