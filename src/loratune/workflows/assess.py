@@ -72,7 +72,7 @@ def compare_base_and_tuned(
                 stop_token_ids=stops,
                 token_limit=prepared.estimate.memory.generation_tokens,
                 progress=task.advance,
-                told=told,
+                warn=told,
             )
         return nll, other, answers
 
