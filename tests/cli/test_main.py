@@ -391,7 +391,7 @@ def test_a_gate_that_fails_is_exit_code_1_and_the_record_is_whole(
     code, out, err = loratune("evaluate", run, "--gate", "nll<0", "--gate", "difference.nll<0", "--json")
     assert code == 1
     assert [gate["passed"] for gate in json.loads(out)["evaluation"]["gates"]] == [False, True]
-    assert "1 of 2 gates failed: nll<0, but it is" in err
+    assert "1 of 2 gates failed: nll<0 (got" in err
     code, out, err = loratune("evaluate", run, "--metric", "own.py:score", "--json")
     assert code == 2
     assert "--allow-code" in json.loads(out)["fix"]

@@ -58,7 +58,7 @@ def test_a_task_with_code_needs_leave(task: Path, monkeypatch: pytest.MonkeyPatc
         check_harness([str(task)], allow_code=False)
     assert "--allow-code" in error.value.fix
     check_harness([str(task)], allow_code=True)
-    with pytest.raises(RecipeError, match="no such file"):
+    with pytest.raises(RecipeError, match="does not exist"):
         check_harness(["elsewhere.yaml"], allow_code=True)
 
 

@@ -116,7 +116,7 @@ def test_the_bootstrap_is_seeded_and_does_not_depend_on_the_size_of_its_blocks(m
 
 @pytest.mark.parametrize(("base", "tuned"), [([], []), ([1.0], [1.0, 2.0])])
 def test_scores_without_a_partner_are_refused(base: list[float], tuned: list[float]) -> None:
-    with pytest.raises(ValueError, match="give as many of both"):
+    with pytest.raises(ValueError, match="need the same number of both"):
         paired_bootstrap(base, tuned)
 
 
@@ -185,7 +185,7 @@ def test_the_table_shows_base_tuned_difference_and_interval() -> None:
 def test_samples_begin_with_items_that_differ_and_show_text_as_it_is() -> None:
     text = printed(samples_table(record()))
     assert "REQUEST 0" not in text
-    assert "[red]wrong[/red] … (did not stop)" in text
+    assert "[red]wrong[/red] … (hit the token limit)" in text
     assert "\x1b" not in text
     assert r"\x1b[31m" in text
     assert "REQUEST 0" in printed(samples_table(record(), count=4))

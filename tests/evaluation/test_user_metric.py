@@ -49,10 +49,10 @@ def test_what_goes_wrong_in_it_is_told_with_its_file(file: Path, name: str, word
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("own.py", "names no function"),
-        ("no_such_file.py:f", "no such file"),
+        ("own.py", "is not a function"),
+        ("no_such_file.py:f", "does not exist"),
         ("FILE:missing", "no function missing"),
-        ("FILE:nll", "another measure's name"),
+        ("FILE:nll", "name of another measure"),
     ],
 )
 def test_what_cannot_be_loaded_is_refused(file: Path, text: str, words: str) -> None:

@@ -1,4 +1,4 @@
-"""Every way out of a run, from the command's functions to the files."""
+"""Every export of a run, from the command's functions to the files."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from loratune.workflows.export import export, merge
 
 
 def test_a_merged_folder_answers_as_the_adapter_on_its_base(finished_run: RunDir, tmp_path: Path) -> None:
-    delivered = merge(finished_run.root, tmp_path / "merged")
+    exported = merge(finished_run.root, tmp_path / "merged")
     certificate = json.loads((tmp_path / "merged" / "parity.json").read_text())
-    assert certificate == delivered.certificate
+    assert certificate == exported.certificate
     assert certificate["passed"]
     assert certificate["template"]["same_token_ids"] == certificate["template"]["num_prompts"] == 6
     assert certificate["distributions"]["mean_kl"] < 1e-6
@@ -39,12 +39,12 @@ def test_a_merged_folder_answers_as_the_adapter_on_its_base(finished_run: RunDir
 
 
 def test_a_certificate_that_fails_leaves_nothing(finished_run: RunDir, tmp_path: Path) -> None:
-    """The template beside the adapter is not the one of training: the merged model would be asked other things."""
+    """The adapter's template is not that of training, so the merged model would get different prompts."""
     run = RunDir(Path(shutil.copytree(finished_run.root, tmp_path / "run")))
     template = run.adapter / "chat_template.jinja"
     template.write_text(template.read_text().replace("user", "human").replace("assistant", "robot"))
     template.write_text(template.read_text().replace("+ message['role'] +", "+ 'human' +"))
-    with pytest.raises(RunError, match="6 of 6 prompts have other token ids"):
+    with pytest.raises(RunError, match="6 of 6 prompts have different token ids"):
         merge(run.root, tmp_path / "merged")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
     assert not run.parity.exists() or all(Path(c["path"]) != tmp_path / "merged" for c in read_json(run.parity))
@@ -52,7 +52,7 @@ def test_a_certificate_that_fails_leaves_nothing(finished_run: RunDir, tmp_path:
 
 def test_a_folder_with_something_in_it_is_never_touched(finished_run: RunDir, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("ten years of work")
-    with pytest.raises(RecipeError, match="something already"):
+    with pytest.raises(RecipeError, match="already exists"):
         merge(finished_run.root, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
@@ -68,39 +68,39 @@ def test_a_base_that_changed_since_the_run_is_refused(finished_run: RunDir, tmp_
 
 @pytest.mark.parametrize("merged", [False, True])
 def test_gguf_files_pass_with_whatever_reads_them_here(finished_run: RunDir, tmp_path: Path, merged: bool) -> None:
-    delivered = export(finished_run.root, to="gguf", merged=merged, out=tmp_path / "out", num_answers=4)
-    assert delivered.certificate["passed"]
-    files = {path.name for path in delivered.folder.iterdir()}
+    exported = export(finished_run.root, to="gguf", merged=merged, out=tmp_path / "out", num_answers=4)
+    assert exported.certificate["passed"]
+    files = {path.name for path in exported.folder.iterdir()}
     assert files == {"tiny-f16.gguf" if merged else "tiny-lora.gguf", "parity.json"}
-    if "llama.cpp in" in delivered.certificate["checked_with"]:
-        assert delivered.certificate["answers"]["num_prompts"] == 4
-        assert delivered.certificate["answers"]["same_text"] >= 3
-        assert delivered.certificate["answers"]["share"] >= 0.75
+    if "llama.cpp in" in exported.certificate["checked_with"]:
+        assert exported.certificate["answers"]["num_prompts"] == 4
+        assert exported.certificate["answers"]["same_text"] >= 3
+        assert exported.certificate["answers"]["share"] >= 0.75
 
 
 def test_a_merged_q8_file_for_ollama_has_the_template_and_the_stops(finished_run: RunDir, tmp_path: Path) -> None:
-    delivered = export(finished_run.root, to="ollama", merged=True, outtype="bf16", out=tmp_path / "out")
-    text = (delivered.folder / "Modelfile").read_text()
+    exported = export(finished_run.root, to="ollama", merged=True, outtype="bf16", out=tmp_path / "out")
+    text = (exported.folder / "Modelfile").read_text()
     assert text.startswith("FROM ./tiny-bf16.gguf\nTEMPLATE ")
     assert 'PARAMETER stop "<|im_end|>"' in text
-    assert delivered.certificate["passed"]
+    assert exported.certificate["passed"]
 
 
 def test_vllm_gets_the_adapter_with_template_and_stops_and_the_command(finished_run: RunDir, tmp_path: Path) -> None:
-    delivered = export(finished_run.root, to="vllm", out=tmp_path / "out")
-    script = (delivered.folder / "serve.sh").read_text()
+    exported = export(finished_run.root, to="vllm", out=tmp_path / "out")
+    script = (exported.folder / "serve.sh").read_text()
     assert "--max-lora-rank 8" in script
     assert f"--lora-modules tiny={tmp_path / 'out'}" in script
     assert {"adapter_config.json", "chat_template.jinja", "generation_config.json"} <= {
-        path.name for path in delivered.folder.iterdir()
+        path.name for path in exported.folder.iterdir()
     }
-    assert delivered.certificate["distributions"]["mean_kl"] < 1e-6
+    assert exported.certificate["distributions"]["mean_kl"] < 1e-6
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"to": "ollama"}, "base of this run is no GGUF file"),
+        ({"to": "ollama"}, "base of this run is not a GGUF file"),
         ({"to": "gguf", "outtype": "f16"}, "adapter is written in float32"),
         ({"to": "vllm", "merged": True, "outtype": "f16"}, "for merged GGUF models"),
         ({"to": "gguf", "out": "model.gguf"}, "a folder is written"),

@@ -1,4 +1,4 @@
-"""GGUF files of every family, asked by llama.cpp itself where it is installed, and by the reader where not."""
+"""GGUF files of every family, loaded by llama.cpp where it is installed, and read back otherwise."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from transformers import (
 from loratune.exporting.adapter_matrices import LowRank
 from loratune.exporting.gguf.adapter import read_gguf_adapter, write_gguf_adapter
 from loratune.exporting.gguf.architectures import GgufLayout
-from loratune.exporting.gguf.model import write_gguf_model
+from loratune.exporting.gguf.model import GgufSource, write_gguf_model
 from loratune.exporting.gguf.tokenizer import split_name
 from loratune.exporting.load_back import LlamaCppReader, has_llama_cpp
 from loratune.run.errors import RecipeError
@@ -69,7 +69,10 @@ CONFIGS = {
     "gemma2": Gemma2Config(**GEMMA, attn_logit_softcapping=2.0, final_logit_softcapping=3.0),
     "gemma3": Gemma3TextConfig(**GEMMA),
 }
-TEMPLATE = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
 IDS = [1, 17, 220, 45, 301, 77, 12, 399, 8, 150, 64, 33, 5, 271, 90, 18]
 
 
@@ -85,6 +88,22 @@ def tokenizer() -> PreTrainedTokenizerBase:
     backend.add_special_tokens(specials)
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>", chat_template=TEMPLATE
+    )
+
+
+def parts(
+    base: Path,
+    config: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    updates: dict[str, LowRank] | None = None,
+) -> GgufSource:
+    return GgufSource(
+        base=base,
+        config=config,
+        tokenizer=tokenizer,
+        name="a",
+        stop_token_ids=(5, 2),
+        updates=updates or {},
     )
 
 
@@ -129,9 +148,7 @@ def test_llama_cpp_computes_the_merged_model_and_the_adapter_on_its_base(
     model.save_pretrained(tmp_path)
     updates = random_updates(model)
     for file, chosen in (("base.gguf", {}), ("merged.gguf", updates)):
-        write_gguf_model(
-            tmp_path, chosen, config, tokenizer, tmp_path / file, outtype="f32", name=name, stop_token_ids=(5, 2)
-        )
+        write_gguf_model(parts(tmp_path, config, tokenizer, chosen), tmp_path / file, outtype="f32")
     write_gguf_adapter(updates, config, tmp_path / "lora.gguf", name=name)
     with torch.no_grad():
         without = model(torch.tensor([IDS])).logits[0]
@@ -147,16 +164,7 @@ def test_llama_cpp_computes_the_merged_model_and_the_adapter_on_its_base(
 @needs_llama_cpp
 def test_llama_cpp_tokenises_renders_and_stops_as_training(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     random_model(CONFIGS["llama"]).save_pretrained(tmp_path)
-    write_gguf_model(
-        tmp_path,
-        {},
-        CONFIGS["llama"],
-        tokenizer,
-        tmp_path / "a.gguf",
-        outtype="f32",
-        name="a",
-        stop_token_ids=(5, 2),
-    )
+    write_gguf_model(parts(tmp_path, CONFIGS["llama"], tokenizer), tmp_path / "a.gguf", outtype="f32")
     reader = LlamaCppReader(tmp_path / "a.gguf", num_tokens=64)
     chat = [{"role": "user", "content": "the  12 thé 你 \n\n!"}]
     assert reader.prompt_ids(chat, None) == tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
@@ -186,9 +194,7 @@ def test_every_outtype_is_read_back_within_its_rounding(
 
     model = random_model(CONFIGS["qwen2"])
     model.save_pretrained(tmp_path)
-    write_gguf_model(
-        tmp_path, {}, CONFIGS["qwen2"], tokenizer, tmp_path / "a.gguf", outtype=outtype, name="a", stop_token_ids=(2,)
-    )
+    write_gguf_model(parts(tmp_path, CONFIGS["qwen2"], tokenizer), tmp_path / "a.gguf", outtype=outtype)
     tensors = {tensor.name: tensor for tensor in GGUFReader(tmp_path / "a.gguf").tensors}
     assert {tensor.tensor_type.name.lower() for tensor in tensors.values()} == {outtype, "f32"}
     layout = GgufLayout(CONFIGS["qwen2"])
@@ -208,15 +214,13 @@ def test_an_unknown_architecture_and_unknown_positions_are_refused_by_name(
     config = LlamaConfig(**COMMON, rope_parameters=rope)
     AutoModelForCausalLM.from_config(CONFIGS["llama"]).save_pretrained(tmp_path)
     with pytest.raises(RecipeError, match="positions of type dynamic"):
-        write_gguf_model(
-            tmp_path, {}, config, tokenizer, tmp_path / "a.gguf", outtype="f16", name="a", stop_token_ids=(2,)
-        )
+        write_gguf_model(parts(tmp_path, config, tokenizer), tmp_path / "a.gguf", outtype="f16")
 
 
 def test_beyond_its_window_a_model_is_not_claimed_to_work(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     config = MistralConfig(**COMMON, sliding_window=40)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    write_gguf_model(tmp_path, {}, config, tokenizer, tmp_path / "a.gguf", outtype="f16", name="a", stop_token_ids=(2,))
+    write_gguf_model(parts(tmp_path, config, tokenizer), tmp_path / "a.gguf", outtype="f16")
     field = GGUFReader(tmp_path / "a.gguf").get_field("llama.context_length")
     assert field is not None
     assert field.contents() == 40
@@ -226,7 +230,10 @@ def test_how_text_is_split_is_named_or_refused() -> None:
     gpt2 = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
     plain = {**gpt2, "use_regex": False}
     digits = {"type": "Digits", "individual_digits": True}
-    words = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    words = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
     split = {"type": "Split", "pattern": {"Regex": words}}
 
     def sequence(*steps: dict[str, Any]) -> dict[str, Any]:
@@ -238,7 +245,7 @@ def test_how_text_is_split_is_named_or_refused() -> None:
     one_digit = {"type": "Split", "pattern": {"Regex": words.replace("{1,3}", "")}}
     assert split_name(sequence(one_digit, plain)) == "qwen2"
     for unknown in (sequence({"type": "Split", "pattern": {"Regex": r"\w+"}}, plain), {"pre_tokenizer": None}):
-        with pytest.raises(RecipeError, match="splits text"):
+        with pytest.raises(RecipeError, match="pre-tokenizer is unknown"):
             split_name(unknown)
 
 
@@ -258,16 +265,7 @@ def test_a_sentencepiece_tokenizer_gets_scores_that_merge_in_the_same_order(tmp_
         tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>", chat_template=TEMPLATE
     )
     random_model(CONFIGS["gemma"]).save_pretrained(tmp_path)
-    write_gguf_model(
-        tmp_path,
-        {},
-        CONFIGS["gemma"],
-        tokenizer,
-        tmp_path / "a.gguf",
-        outtype="f32",
-        name="a",
-        stop_token_ids=(5, 2),
-    )
+    write_gguf_model(parts(tmp_path, CONFIGS["gemma"], tokenizer), tmp_path / "a.gguf", outtype="f32")
     reader = LlamaCppReader(tmp_path / "a.gguf", num_tokens=64)
     for text in ("abcd", "abc ab  abcd cd", "é a\nb", "dcba abcabc"):
         chat = [{"role": "user", "content": text}]

@@ -1,4 +1,7 @@
-"""A merged folder is the adapter on its base, in every layout of files; tests/invariants/test_families.py has every architecture."""
+"""A merged folder computes base and adapter, in every layout of files.
+
+Every architecture is in tests/invariants/test_families.py.
+"""
 
 from __future__ import annotations
 

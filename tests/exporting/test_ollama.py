@@ -17,8 +17,9 @@ LLAMA3 = (
 )
 SYSTEM_IN_USER = (
     "{% if messages[0]['role'] == 'system' %}{% set s = messages[0]['content'] %}{% set messages = messages[1:] %}"
-    "{% endif %}{% for m in messages %}{% if m['role'] == 'user' %}[INST] {% if loop.first and s is defined %}{{ s }}\n\n"
-    "{% endif %}{{ m['content'] }} [/INST]{% else %} {{ m['content'] }}<|im_end|>{% endif %}{% endfor %}"
+    "{% endif %}{% for m in messages %}{% if m['role'] == 'user' %}[INST] "
+    "{% if loop.first and s is defined %}{{ s }}\n\n{% endif %}{{ m['content'] }} [/INST]{% else %} "
+    "{{ m['content'] }}<|im_end|>{% endif %}{% endfor %}"
 )
 SYSTEM_IN_LAST_USER = SYSTEM_IN_USER.replace("loop.first", "loop.last")
 NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}" + LLAMA3
@@ -93,5 +94,5 @@ def test_the_first_token_is_left_to_ollama_where_it_writes_it_itself(
     assert tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id == 1
     assert translate(tokenizer, []).start == ""
     tokenizer.chat_template = LLAMA3
-    with pytest.raises(RecipeError, match=r"Ollama would put <\|im_start\|> first"):
+    with pytest.raises(RecipeError, match=r"Ollama would start prompts with <\|im_start\|>"):
         translate(tokenizer, [])

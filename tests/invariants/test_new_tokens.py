@@ -139,10 +139,10 @@ def test_stock_peft_and_the_merged_model_are_what_was_trained(run: RunDir, tmp_p
 
 def test_what_cannot_carry_them_says_so(run: RunDir, tmp_path: Path) -> None:
     for to in ("vllm", "gguf"):
-        with pytest.raises(RecipeError, match="trained beside the adapter") as error:
+        with pytest.raises(RecipeError, match="trained in addition to the adapter") as error:
             export(run.root, to=to, out=tmp_path / to)
         assert "merge" in error.value.fix
-    with pytest.raises(RecipeError, match="trained beside the adapter"):
+    with pytest.raises(RecipeError, match="trained in addition to the adapter"):
         write_served_layout(run.root, tmp_path / "served")
 
 

@@ -110,7 +110,7 @@ def test_stock_peft_and_the_merged_model_are_what_was_trained(run: RunDir, tmp_p
         torch.testing.assert_close(merged(IDS).logits, logits, rtol=1e-4, atol=1e-4)
     files = [load_file(folder / "model.safetensors").keys() for folder in (tmp_path / "merged", base_of(run))]
     assert files[0] == files[1]
-    with pytest.raises(RecipeError, match="vLLM has no place for"):
+    with pytest.raises(RecipeError, match="vLLM cannot hold"):
         export(run.root, to="vllm", out=tmp_path / "vllm")
 
 

@@ -180,7 +180,7 @@ def test_answers_that_do_not_fit_together_are_generated_in_halves(
     assert whole is not None
     assert result.evaluation is not None
     assert result.evaluation["items"] == whole["items"]
-    assert "out of memory with 6 answers at a time; they are done in halves" in listener.lines
+    assert "out of memory with 6 answers at a time; splitting the batch in two" in listener.lines
     assert events_of(result.run, "smaller_answer_batches")
 
 

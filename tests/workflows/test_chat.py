@@ -1,4 +1,4 @@
-"""Talking to a run: what each model is asked, what is shown, what the commands do."""
+"""Chat with a run: what each model is asked, what is shown, what the commands do."""
 
 from __future__ import annotations
 
@@ -65,11 +65,11 @@ def test_a_conversation_is_saved_as_a_row_that_can_be_trained_on(chat: Chat, tmp
     assert row["messages"][2]["content"] == chat.turns[0].answers[TUNED]
 
 
-def test_commands_that_are_wrong_are_told_and_the_conversation_goes_on(chat: Chat) -> None:
+def test_wrong_commands_are_reported_and_the_conversation_continues(chat: Chat) -> None:
     out = talk(
         chat, "/sing", "/set temperatur=1", "/set top_p=2", "/save", "/help", "/set max_new_tokens=3", "/exit", "x"
     )
-    for words in ("unknown command /sing", "/set temperatur=1", "at most 1", "/save without a file", "/both"):
+    for words in ("unknown command /sing", "/set temperatur=1", "at most 1", "/save needs a file", "/both"):
         assert words in out
     assert chat.sampling.max_new_tokens == 3
     assert chat.turns == []
@@ -101,6 +101,6 @@ def test_a_merged_folder_has_one_model_to_talk_to(finished_run: RunDir, chat: Ch
     talk(merged, "Describe thing 3")
     talk(chat, "Describe thing 3")
     assert merged.turns[0].answers == chat.turns[0].answers
-    assert "no base beside it" in talk(merged, "/both")
+    assert "no separate base" in talk(merged, "/both")
     with pytest.raises(RecipeError, match=r"no lock\.json"):
         open_chat(tmp_path, Sampling())

@@ -1,4 +1,4 @@
-"""Pushing to a hub of one's own: a small server that speaks the endpoints which huggingface_hub's upload uses."""
+"""Push to a hub of our own: a small server with the endpoints that huggingface_hub's upload uses."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ def test_a_public_repository_of_that_name_is_not_written_to_unasked(
     hub.exists_public = True
     done = pushed(finished_run, hub.url, home=tmp_path)
     assert done.returncode == 2
-    assert "is there and public" in done.stderr
+    assert "exists and is public" in done.stderr
     assert not hub.files
 
 
@@ -221,7 +221,7 @@ def test_a_token_in_the_data_stays_here(finished_run: RunDir, tmp_path: Path) ->
 
 
 def test_names_that_the_hub_does_not_take_are_refused(finished_run: RunDir) -> None:
-    with pytest.raises(RecipeError, match="is no name of a repository"):
+    with pytest.raises(RecipeError, match="is not a repository name"):
         push(finished_run.root, "me/tiny/extra", dry_run=True)
 
 
@@ -230,7 +230,7 @@ def test_the_card_has_what_the_hub_reads(finished_run: RunDir, hub: Hub, tmp_pat
     assert done.returncode == 0, done.stderr
     card = ModelCard(hub.files["README.md"].decode())
     assert (card.data.library_name, card.data.pipeline_tag) == ("peft", "text-generation")
-    assert card.data.base_model is None, "a folder of this machine is no model on the hub"
+    assert card.data.base_model is None, "a folder of this machine is not a model on the hub"
     results = {result.metric_type: result.metric_value for result in card.data.eval_results or []}
     assert results == read_json(finished_run.evaluation)["tuned"]
     for words in ("Trained on 20 examples", "## Results", "## Intended use", "## Load it", "## Recipe", '"me/tiny"'):

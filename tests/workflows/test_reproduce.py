@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from loratune.recipe.recipe import Recipe
 from loratune.run.directory import RunDir, read_json, write_json
 from loratune.run.errors import RecipeError
-from loratune.workflows.reproduce import WEIGHTS, compare, reproduce
+from loratune.workflows.reproduce import compare, reproduce
 from loratune.workflows.train import train
 from tests.conftest import conversation, write_jsonl
 
@@ -60,20 +60,20 @@ def test_a_changed_input_is_refused_by_name_and_nothing_is_written(
 
 
 def test_an_unfinished_run_and_its_own_place_are_refused(run: RunDir) -> None:
-    with pytest.raises(RecipeError, match="would replace the old one"):
+    with pytest.raises(RecipeError, match="would overwrite the old one"):
         reproduce(run.root, run.root)
     (run.adapter / "adapter_config.json").unlink()
-    with pytest.raises(RecipeError, match="no adapter to compare"):
+    with pytest.raises(RecipeError, match="no adapter yet"):
         reproduce(run.root)
 
 
 def test_one_other_weight_is_found_and_measured(run: RunDir, tmp_path: Path) -> None:
     other = RunDir(tmp_path / "other")
     other.adapter.mkdir(parents=True)
-    weights = load_file(run.adapter / WEIGHTS)
+    weights = load_file(run.adapter_weights)
     first = next(iter(weights))
     weights[first][0, 0] += 0.25
-    save_file(weights, other.adapter / WEIGHTS)
+    save_file(weights, other.adapter_weights)
     result = compare(run, other)
     assert not result.equal
     assert result.num_different == 1

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from loratune.planning import prepare_ranks
-from loratune.planning.lock import differences
+from loratune.planning.lock import changed_inputs
 from loratune.planning.preparation import Preparation
 from loratune.planning.prepare import prepare
 from loratune.recipe.recipe import Recipe
@@ -41,6 +41,6 @@ def test_the_lock_of_a_hub_model_knows_the_weights_that_are_fetched_after_the_pl
         run = train(recipe).run
         lock = read_json(run.lock)
         assert late[0].name in lock["inputs"]["model"]
-        assert not differences(lock, from_hub(recipe, NoProgress()).as_lock())
+        assert not changed_inputs(lock, from_hub(recipe, NoProgress()).as_lock())
     finally:
         late[0].unlink()

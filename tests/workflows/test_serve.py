@@ -96,10 +96,10 @@ def test_what_is_served_has_a_certificate_and_is_kept(service: dict[str, Any], f
 @pytest.mark.parametrize(
     ("server", "host", "key", "words"),
     [
-        ("transformers", EVERYWHERE, None, "--host 0\\.0\\.0\\.0: transformers serve knows no keys"),
-        ("transformers", EVERYWHERE, "k", "--host 0\\.0\\.0\\.0: transformers serve knows no keys"),
-        ("transformers", "127.0.0.1", "k", "--api-key: transformers serve knows no keys"),
-        ("vllm", EVERYWHERE, None, "there is no key"),
+        ("transformers", EVERYWHERE, None, "--host 0\\.0\\.0\\.0: transformers serve does not support API keys"),
+        ("transformers", EVERYWHERE, "k", "--host 0\\.0\\.0\\.0: transformers serve does not support API keys"),
+        ("transformers", "127.0.0.1", "k", "--api-key: transformers serve does not support API keys"),
+        ("vllm", EVERYWHERE, None, "there is no API key"),
     ],
 )
 def test_nobody_else_can_ask_without_a_key(server: str, host: str, key: str | None, words: str) -> None:
@@ -116,7 +116,7 @@ def test_a_key_lets_vllm_listen_for_others_and_nobody_needs_one_here() -> None:
 def test_a_port_that_is_taken_is_named_and_none_given_finds_another(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         taken = other.getsockname()[1]
-        with pytest.raises(MachineError, match=f"cannot listen at 127.0.0.1:{taken}"):
+        with pytest.raises(MachineError, match=f"cannot listen on 127.0.0.1:{taken}"):
             choose_port("127.0.0.1", taken)
         monkeypatch.setattr("loratune.workflows.serve.DEFAULT_PORT", taken)
         assert choose_port("127.0.0.1", None) != taken
@@ -190,10 +190,10 @@ def test_vllm_is_started_with_both_names_the_template_and_the_key(
     (service,) = ready
     assert (service.server, service.models, service.needs_key) == ("vllm", ("base", "tiny"), True)
     assert "Bearer" in service.curl
-    # what was laid out is kept, and a server that fails is no success
+    # the export is kept, and a server that fails is an error
     made = (folder / "parity.json").stat().st_mtime_ns
     stand_in(tmp_path / "failing", code=3)
     monkeypatch.setenv("PATH", str(tmp_path / "failing"))
-    with pytest.raises(RunError, match="exit code 3"):
+    with pytest.raises(RunError, match="exited with code 3"):
         serve(finished_run.root)
     assert (folder / "parity.json").stat().st_mtime_ns == made

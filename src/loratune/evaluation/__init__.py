@@ -1,1 +1,1 @@
-"""Base against tuned on held-out data: answers, scores, and how sure the difference is."""
+"""Compare base and fine-tuned model on held-out data: answers, scores, and confidence intervals."""

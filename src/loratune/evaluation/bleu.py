@@ -1,7 +1,7 @@
-"""BLEU (Papineni et al. 2002) by sacrebleu (Post 2018), from counts that add up over answers.
+"""Compute BLEU (Papineni et al. 2002) with sacrebleu (Post 2018), from counts that add up over answers.
 
-BLEU is no mean over answers: n-grams and lengths of all answers are added first. So each answer is kept as its counts, and
-the BLEU of any choice of answers, such as a resample, is computed from their sums.
+BLEU is not a mean over answers: n-grams and lengths of all answers are added first. So each answer is kept as its
+counts, and the BLEU of any selection of answers, such as a resample, is computed from their sums.
 """
 
 from __future__ import annotations
@@ -20,39 +20,46 @@ class Bleu:
     """sacrebleu's BLEU with its defaults: tokenizer 13a, cased, exponential smoothing, n-grams up to 4."""
 
     def __init__(self) -> None:
-        # The effective order is for single answers only; it changes no counts.
+        # The effective order is for single answers only; it does not change the counts.
         self._single = BLEU(effective_order=True, max_ngram_order=ORDER)
 
     def counts(self, answer: str, references: Sequence[str]) -> list[int]:
-        """Length of the answer and of its nearest reference, matched n-grams by order, n-grams by order: [2 + 2·ORDER]."""
-        found = self._single.sentence_score(answer, references)
-        return [found.sys_len, found.ref_len, *found.counts, *found.totals]
+        """Return the counts of one answer: [2 + 2·ORDER].
+
+        These are the lengths of the answer and its nearest reference, the matched n-grams by order, and the n-grams by
+        order.
+        """
+        result = self._single.sentence_score(answer, references)
+        return [result.sys_len, result.ref_len, *result.counts, *result.totals]
 
     def one(self, answer: str, references: Sequence[str]) -> float:
-        """BLEU of a single answer, 0 to 100: over the orders that it is long enough for. To sort answers by, no more."""
+        """Return the BLEU of a single answer, 0 to 100, over the orders that it is long enough for.
+
+        Good enough to sort answers by; the mean over answers is not the BLEU of all.
+        """
         return float(self._single.sentence_score(answer, references).score)
 
 
 def corpus_bleu(sums: Counts) -> Values:
-    """BLEU, 0 to 100, of each row of sums of counts [rows, 2 + 2·ORDER]."""
-    return np.array([_of_sums(row) for row in sums.astype(int).tolist()])
+    """Return the BLEU, 0 to 100, of each row of summed counts [rows, 2 + 2·ORDER]."""
+    return np.array([_bleu(row) for row in sums.astype(int).tolist()])
 
 
-def _of_sums(row: list[int]) -> float:
-    found = BLEU.compute_bleu(
+def _bleu(row: list[int]) -> float:
+    result = BLEU.compute_bleu(
         correct=row[2 : 2 + ORDER], total=row[2 + ORDER :], sys_len=row[0], ref_len=row[1], smooth_method="exp"
     )
-    return float(found.score)
+    return float(result.score)
 
 
 def signature(references: Sequence[Sequence[str]]) -> str:
-    """Sacrebleu's own line on how it counts, without which two BLEU scores cannot be compared.
+    """Return sacrebleu's signature: only BLEU scores with equal signatures can be compared.
 
     Args:
-        references: Of each answer.
+        references: The references of each answer.
     """
-    most = max(map(len, references))
-    streams = [[each[n] if n < len(each) else None for each in references] for n in range(most)]
+    longest = max(map(len, references))
+    streams = [[each[n] if n < len(each) else None for each in references] for n in range(longest)]
     bleu = BLEU(max_ngram_order=ORDER)
     bleu.corpus_score([""] * len(references), streams)
     return str(bleu.get_signature())

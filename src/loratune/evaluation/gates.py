@@ -1,4 +1,4 @@
-"""Thresholds on what was measured, for programs that decide by an exit code: `json>=0.8`, `difference.nll.high<0`."""
+"""Check thresholds on measured numbers, such as `json>=0.8` or `difference.nll.high<0`, for an exit code in CI."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ _PARTS = ("base", "tuned", "difference", "forgetting")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gate:
-    """One threshold.
+    """A threshold on one number.
 
     Attributes:
-        text: As it was given.
-        name: Of a reported number: `tuned.json`, `difference.nll.low`; a measure's bare name is the tuned model's.
+        text: The gate as given.
+        name: The number's name: `tuned.json`, `difference.nll.low`. A bare measure such as `json` is that of the
+            fine-tuned model.
         comparison: `>=`, `<=`, `>` or `<`.
-        threshold: What the number is held to.
+        threshold: The number to compare with.
     """
 
     text: str
@@ -37,10 +38,10 @@ class Gate:
 
 
 def parse_gate(text: str) -> Gate:
-    """Read a gate.
+    """Parse a gate.
 
     Raises:
-        RecipeError: It is none.
+        RecipeError: The text is not a gate.
     """
     found = _GATE.fullmatch(text)
     try:
@@ -48,7 +49,9 @@ def parse_gate(text: str) -> Gate:
     except ValueError:
         threshold = math.nan
     if found is None or not math.isfinite(threshold):
-        raise RecipeError(f"--gate {text!r} is no threshold", fix="NAME>=NUMBER with >=, <=, > or <, such as json>=0.8")
+        raise RecipeError(
+            f"--gate {text!r} is not a threshold", fix="NAME>=NUMBER with >=, <=, > or <, such as json>=0.8"
+        )
     return Gate(text=text.strip(), name=found[1], comparison=found[2], threshold=threshold)
 
 
@@ -57,25 +60,25 @@ def check_names(gates: Iterable[Gate], measures: Sequence[str], *, forgetting: b
 
     Args:
         gates: The gates.
-        measures: What is measured on the held-out data.
-        forgetting: Whether there is other data to measure on.
-        harness: Whether tasks of lm-evaluation-harness run; their numbers are known afterwards only.
+        measures: The names of the measures on held-out data.
+        forgetting: Whether `evaluate.forgetting` is measured too.
+        harness: Whether tasks of lm-evaluation-harness run. Names of their numbers are known only afterwards.
 
     Raises:
-        RecipeError: With the nearest name that will be.
+        RecipeError: A name is unknown; the error suggests the nearest one.
     """
     sides = {"base": 0.0, "tuned": 0.0, "difference": {"value": 0.0, "low": 0.0, "high": 0.0}}
-    whole: dict[str, Any] = {side: dict.fromkeys(measures, value) for side, value in sides.items()}
+    reported: dict[str, Any] = {side: dict.fromkeys(measures, value) for side, value in sides.items()}
     if forgetting:
-        whole["forgetting"] = {side: dict.fromkeys(("nll", "perplexity"), value) for side, value in sides.items()}
-    known = reported_numbers(whole)
+        reported["forgetting"] = {side: dict.fromkeys(("nll", "perplexity"), value) for side, value in sides.items()}
+    known = reported_numbers(reported)
     for gate in gates:
         if not (harness and gate.name.startswith("harness.")):
             _find(known, gate)
 
 
 def reported_numbers(record: Mapping[str, Any]) -> dict[str, float]:
-    """Every number of `evaluation.json` that a gate can name, by its name."""
+    """Return every number of `evaluation.json` that a gate can name."""
     numbers: dict[str, float] = {}
     for part in _PARTS:
         _flatten(record.get(part, {}), part, numbers)
@@ -89,7 +92,7 @@ def reported_numbers(record: Mapping[str, Any]) -> dict[str, float]:
 
 
 def pass_gates(gates: Iterable[Gate], record: dict[str, Any]) -> None:
-    """Write into the record what became of each gate.
+    """Add each gate's number and whether it passed to the record.
 
     Raises:
         RecipeError: A gate names a number that was not reported.
@@ -106,17 +109,15 @@ def pass_gates(gates: Iterable[Gate], record: dict[str, Any]) -> None:
 
 
 def check_gates(record: Mapping[str, Any]) -> None:
-    """Fail where a gate was not passed.
+    """Raise where a gate failed.
 
     Raises:
-        RunError: Naming each of them with its number.
+        RunError: One or more gates failed; the error lists them with their numbers.
     """
     failed = [gate for gate in record.get("gates", ()) if not gate["passed"]]
     if failed:
-        words = "; ".join(f"{gate['gate']}, but it is {gate['value']:.6g}" for gate in failed)
-        raise RunError(
-            f"{len(failed)} of {len(record['gates'])} gates failed: {words}", fix="evaluation.json has it all"
-        )
+        details = "; ".join(f"{gate['gate']} (got {gate['value']:.6g})" for gate in failed)
+        raise RunError(f"{len(failed)} of {len(record['gates'])} gates failed: {details}", fix="see evaluation.json")
 
 
 def _flatten(value: Any, name: str, numbers: dict[str, float]) -> None:
@@ -125,12 +126,12 @@ def _flatten(value: Any, name: str, numbers: dict[str, float]) -> None:
             _flatten(inner, f"{name}.{key}", numbers)
     elif isinstance(value, int | float):
         numbers[name] = value
-        numbers[name.removesuffix(".value")] = value  # a difference's own name is its value
+        numbers[name.removesuffix(".value")] = value  # `difference.nll` is short for `difference.nll.value`
 
 
 def _find(numbers: Mapping[str, float], gate: Gate) -> float:
     if gate.name not in numbers:
         near = get_close_matches(gate.name, numbers, n=1)
-        fix = f"did you mean {near[0]}?" if near else f"reported are {', '.join(sorted(numbers))}"
+        fix = f"did you mean {near[0]}?" if near else f"reported: {', '.join(sorted(numbers))}"
         raise RecipeError(f"--gate {gate.text}: no number {gate.name} is reported", fix=fix)
     return numbers[gate.name]

@@ -1,7 +1,7 @@
-"""Greedy answers to held-out prompts, in batches.
+"""Answer held-out prompts greedily, in batches.
 
 The answers depend on the model and the prompt only: a model's own generation settings (sampling, temperature,
-repetition penalty) play no part.
+repetition penalty) are not used.
 """
 
 from __future__ import annotations
@@ -18,39 +18,39 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from loratune.model.device import free_memory, is_out_of_memory
 
 TOKEN_LIMIT = 16_384
-"""The most tokens of one batch, prompts and answers together, where nobody planned how many fit."""
+"""The most tokens of one batch, prompts and answers together, without a memory plan."""
 
 
 class Origin(Protocol):
-    """Where a conversation comes from."""
+    """The source of a conversation."""
 
     @property
     def file(self) -> str:
-        """The file or the data set."""
+        """The file or data set."""
         ...
 
     @property
     def line(self) -> int | None:
-        """Counted from 1; None where the source has no lines."""
+        """The line, counted from 1; None where the source has no lines."""
         ...
 
 
 class Prompt(Protocol):
-    """A conversation up to the answer that is wanted."""
+    """A conversation up to the answer to generate."""
 
     @property
     def input_ids(self) -> Sequence[int]:
-        """The rendered conversation, up to where the answer begins."""
+        """The tokens of the rendered conversation, up to where the answer begins."""
         ...
 
     @property
     def references(self) -> Sequence[str]:
-        """The answers in the data, at least one."""
+        """The reference answers from the data, at least one."""
         ...
 
     @property
     def origin(self) -> Origin:
-        """Where it comes from."""
+        """The source of the conversation."""
         ...
 
     @property
@@ -66,14 +66,14 @@ class Prompt(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """What the model said to one prompt."""
+    """A model's answer to one prompt."""
 
     text: str
-    """Without the stop token. Other special tokens stay visible, since they make an answer wrong."""
+    """The answer without its stop token. Other special tokens stay visible, since they make an answer wrong."""
     num_tokens: int
-    """The generated tokens, with the stop token."""
+    """The number of generated tokens, with the stop token."""
     stopped: bool
-    """Whether the model stopped by itself, before `max_new_tokens`."""
+    """Whether the answer ended with a stop token, before `max_new_tokens`."""
 
 
 def generate_answers(
@@ -85,22 +85,22 @@ def generate_answers(
     stop_token_ids: tuple[int, ...],
     progress: Callable[[int], None] | None = None,
     token_limit: int = TOKEN_LIMIT,
-    told: Callable[[str], None] = lambda _: None,
+    warn: Callable[[str], None] = lambda _: None,
 ) -> list[Answer]:
-    """Answer every prompt with the likeliest token at each place.
+    """Answer every prompt greedily.
 
-    The model's modes, attention implementation and generation settings are afterwards as they were before.
+    The model's training modes, attention implementation and generation settings are restored afterwards.
 
     Args:
-        model: The model, its adapter switched on or off by the caller.
-        tokenizer: Turns the answers into text.
+        model: The model, with its adapter enabled or disabled by the caller.
+        tokenizer: The tokenizer that decodes the answers.
         prompts: The prompts; none may be empty.
         max_new_tokens: The longest answer, in tokens.
-        stop_token_ids: The tokens that end an answer; none: every answer has `max_new_tokens` tokens.
-        progress: Called with the number of further answers, after every batch.
-        token_limit: The most tokens of one batch, prompts and answers together, so that it takes no more memory than
+        stop_token_ids: The tokens that end an answer; without any, every answer has `max_new_tokens` tokens.
+        progress: Called with the number of new answers after every batch.
+        token_limit: The most tokens of one batch, prompts and answers together, so that it needs no more memory than
             training (`MemoryPlan.generation_tokens`). A longer prompt is a batch of its own.
-        told: Called when a batch did not fit into memory and is done in halves.
+        warn: Called when a batch does not fit into memory and is split.
 
     Returns:
         The answers, in the order of the prompts.
@@ -111,7 +111,7 @@ def generate_answers(
     answers: dict[int, Answer] = {}
     with as_generator(base, settings):
         for batch in _batches([len(prompt.input_ids) for prompt in prompts], max_new_tokens, token_limit):
-            rows = _generate_or_halve(base, [prompts[index].input_ids for index in batch], settings, told)
+            rows = _generate_or_halve(base, [prompts[index].input_ids for index in batch], settings, warn)
             for index, row in zip(batch, rows, strict=True):
                 answers[index] = _answer(tokenizer, row, stop_token_ids)
             if progress is not None:
@@ -122,7 +122,7 @@ def generate_answers(
 def _greedy(
     tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, stop_token_ids: tuple[int, ...]
 ) -> GenerationConfig:
-    # What fills rows that have stopped is cut off again, so any token that exists will do.
+    # Rows that have stopped are padded, and cut again in `_answer`: any token that exists will do.
     padding = tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else next(iter(stop_token_ids), 0)
     return GenerationConfig(  # type: ignore[no-untyped-call]
         max_new_tokens=max_new_tokens,
@@ -136,20 +136,20 @@ def _greedy(
 
 @contextmanager
 def as_generator(model: PreTrainedModel, settings: GenerationConfig) -> Iterator[None]:
-    """Evaluation mode, an attention that knows padding, and our generation settings instead of the model's.
+    """Prepare a model to generate: evaluation mode, an attention that supports padding, our generation settings.
 
-    `generate` fills what our settings leave open from `model.generation_config`, repetition penalty included, so the
-    model's have to be away while it runs.
+    The model is restored at the end of the block.
     """
     modes = [(module, module.training) for module in model.modules()]
     attention, own_settings = model.config._attn_implementation, model.generation_config
     head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    # The last positions of all rows are a slice with gaps, for which torch copies the head once for every row in bfloat16 on
-    # a CPU: 3.4 GB more at 90 rows of SmolLM2-135M.
+    # The last positions of all rows are a non-contiguous slice, for which torch copies the head once per row in
+    # bfloat16 on a CPU: 3.4 GB more at 90 rows of SmolLM2-135M.
     hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:])) if head else None
     try:
         model.eval()  # type: ignore[no-untyped-call]
         _set_attention(model, "sdpa" if model._supports_sdpa else "eager")
+        # `generate` takes what our settings leave open from `model.generation_config`, repetition penalty included.
         model.generation_config = settings
         yield
     finally:
@@ -162,13 +162,16 @@ def as_generator(model: PreTrainedModel, settings: GenerationConfig) -> Iterator
 
 
 def _set_attention(model: PreTrainedModel, name: str | None) -> None:
-    # Setting what is set already makes models with attention of their own (BLOOM, MPT) warn.
+    # Setting the same implementation again makes models with their own attention (BLOOM, MPT) warn.
     if name is not None and name != model.config._attn_implementation:
         model.set_attn_implementation(name)
 
 
 def _batches(lengths: Sequence[int], max_new_tokens: int, token_limit: int) -> Iterator[list[int]]:
-    """Indices by falling length, so that padding is short and a batch that does not fit in memory is the first."""
+    """Yield batches of indices, the longest prompts first.
+
+    Prompts of similar length need little padding, and a batch that does not fit in memory comes first.
+    """
     batch: list[int] = []
     longest = 0
     for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
@@ -186,7 +189,7 @@ def _generate_or_halve(
     model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
     settings: GenerationConfig,
-    told: Callable[[str], None],
+    warn: Callable[[str], None],
 ) -> list[list[int]]:
     try:
         return _generate(model, prompts, settings)
@@ -194,14 +197,14 @@ def _generate_or_halve(
         if len(prompts) == 1 or not is_out_of_memory(error):
             raise
     free_memory()
-    told(f"out of memory with {len(prompts):,} answers at a time; they are done in halves")
+    warn(f"out of memory with {len(prompts):,} answers at a time; splitting the batch in two")
     middle = len(prompts) // 2
     halves = (prompts[:middle], prompts[middle:])
-    return [row for half in halves for row in _generate_or_halve(model, half, settings, told)]
+    return [row for half in halves for row in _generate_or_halve(model, half, settings, warn)]
 
 
 def _generate(model: PreTrainedModel, prompts: Sequence[Sequence[int]], settings: GenerationConfig) -> list[list[int]]:
-    """The new tokens of every prompt, with what follows a stop token."""
+    """Return the new tokens of every prompt, including padding after a stop token."""
     width = max(map(len, prompts))
     padding = settings.pad_token_id
     input_ids = torch.tensor([[padding] * (width - len(prompt)) + list(prompt) for prompt in prompts])
@@ -215,7 +218,7 @@ def _generate(model: PreTrainedModel, prompts: Sequence[Sequence[int]], settings
 
 
 def _answer(tokenizer: PreTrainedTokenizerBase, row: list[int], stop_token_ids: tuple[int, ...]) -> Answer:
-    length = next((place for place, token in enumerate(row) if token in stop_token_ids), None)
+    length = next((index for index, token in enumerate(row) if token in stop_token_ids), None)
     stopped = length is not None
     text = tokenizer.decode(row[:length], skip_special_tokens=False, clean_up_tokenization_spaces=False)
     assert isinstance(text, str)

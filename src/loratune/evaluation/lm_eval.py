@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness, base against tuned, on the model that is loaded already."""
+"""Run tasks of lm-evaluation-harness on the loaded model: base vs. fine-tuned."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _CODE_IN_YAML = ("!function", "unsafe_code")
 
 
 def check_harness(tasks: Sequence[str], *, allow_code: bool) -> None:
-    """What can be known before a model loads.
+    """Check the tasks before a model loads.
 
     Args:
         tasks: Names of tasks, or YAML files with tasks.
-        allow_code: Whether tasks may bring Python code.
+        allow_code: Whether tasks may contain Python code.
 
     Raises:
         MachineError: lm-evaluation-harness is not installed.
@@ -38,19 +38,19 @@ def check_harness(tasks: Sequence[str], *, allow_code: bool) -> None:
         if not is_file(task):
             continue
         if not file.is_file():
-            raise RecipeError("--harness names no such file", file=file, fix="check the path")
+            raise RecipeError("the file of --harness does not exist", file=file, fix="check the path")
         text = file.read_text(encoding="utf-8")
         found = next((mark for mark in _CODE_IN_YAML if mark in text), None)
         if found is not None and not allow_code:
             raise RecipeError(
-                f"the task runs Python code ({found}) with all that you may do",
+                f"the task runs Python code ({found}) with your permissions",
                 file=file,
                 fix="read it; if you trust it, add --allow-code",
             )
 
 
 def is_file(task: str) -> bool:
-    """Whether a task is given as a file, not by its name."""
+    """Return whether a task is given as a YAML file, not by its name."""
     return task.endswith((".yaml", ".yml"))
 
 
@@ -61,13 +61,13 @@ def run_harness(
 
     Args:
         model: The base with its adapter.
-        tokenizer: Of training; where it has a chat template, tasks are asked in it.
+        tokenizer: The tokenizer of training; its chat template, if any, renders the tasks.
         tasks: As for `check_harness`.
         allow_code: As for `check_harness`.
 
     Returns:
-        `version`, `chat_template`, and for each task and measure `base`, `tuned`, and their `difference`: with its
-        interval where the harness tells the score of each document.
+        `version`, `chat_template`, and for each task and measure `base`, `tuned`, and their `difference`, with an
+        interval where the harness reports the score of each document.
 
     Raises:
         RunError: The harness fails.
@@ -99,21 +99,21 @@ def _evaluate(
                 task_manager=TaskManager(include_defaults=not all(map(is_file, tasks))),
                 apply_chat_template=bool(tokenizer.chat_template),
                 confirm_run_unsafe_code=allow_code,
-                bootstrap_iters=0,  # the interval of the difference is ours, over pairs
+                bootstrap_iters=0,  # we compute the interval of the difference, over pairs
             )
-        except Exception as error:  # tasks are strangers' code and data, and the harness raises what they raise
+        except Exception as error:  # tasks are third-party code and data, which may raise anything
             raise RunError(
                 f"lm-evaluation-harness failed: {type(error).__name__}: {error}",
-                fix="try the task with lm_eval itself; tasks of its own need the hub",
+                fix="try the task with lm_eval itself; its built-in tasks need the hub",
             ) from error
     return found
 
 
 def _compare(task: str, base: Mapping[str, Any], tuned: Mapping[str, Any]) -> Record:
-    """Measure → base, tuned, difference. The harness names measures `acc,none`: the measure and its filter."""
+    """Return base, tuned and difference of each measure of a task."""
     measures: Record = {}
     for key, value in tuned["results"][task].items():
-        measure, comma, chosen = key.partition(",")
+        measure, comma, chosen = key.partition(",")  # `acc,none`: the measure and its filter
         before = base["results"][task].get(key)
         if not comma or measure.endswith("_stderr") or not all(isinstance(v, int | float) for v in (value, before)):
             continue
@@ -125,14 +125,14 @@ def _compare(task: str, base: Mapping[str, Any], tuned: Mapping[str, Any]) -> Re
 
 
 def _scores(task: str, measure: str, chosen: str, results: Mapping[str, Any]) -> list[float]:
-    """Of each document, where the harness tells them as numbers."""
+    """Return the score of each document; empty where the harness does not report numbers."""
     samples = [s for s in results.get("samples", {}).get(task, ()) if s.get("filter", "none") == chosen]
     values = [sample.get(measure) for sample in samples]
     return [float(value) for value in values] if all(isinstance(value, int | float) for value in values) else []
 
 
 def _are_means(pairs: tuple[list[float], list[float]], totals: tuple[float, float]) -> bool:
-    """Whether the task's figures are the means of these scores, so that the interval is of the same thing."""
+    """Return whether the task's numbers are the means of these scores, so that the interval is of the same measure."""
     return len(pairs[0]) == len(pairs[1]) > 0 and all(
         abs(sum(scores) / len(scores) - total) < 1e-9 for scores, total in zip(pairs, totals, strict=True)
     )

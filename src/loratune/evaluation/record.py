@@ -1,4 +1,4 @@
-"""Base against tuned: the record `evaluation.json`, and its tables for people."""
+"""Compare base and fine-tuned model: the record `evaluation.json`, and its tables for people."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from loratune.run.errors import plural
 
 LEVEL = 0.95
 RESAMPLES = 10_000
-COUNTS_PER_BLOCK = 2_000_000  # 16 MB of counts at a time, whatever the number of examples.
-LARGEST_EXPONENT = 700.0  # exp(710) is infinite, which JSON cannot hold.
+COUNTS_PER_BLOCK = 2_000_000  # 16 MB of counts at a time, for any number of examples
+LARGEST_EXPONENT = 700.0  # exp(710) is infinite, which JSON cannot hold
 
 Columns = np.ndarray[tuple[int, int], np.dtype[np.float64]]
 Values = np.ndarray[tuple[int], np.dtype[np.float64]]
@@ -30,14 +30,14 @@ NllPair = tuple[float, int]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Interval:
-    """A difference, tuned minus base, and where it lies with the given confidence."""
+    """A difference, fine-tuned minus base, with its confidence interval."""
 
     difference: float
     low: float
     high: float
 
     def as_dict(self) -> dict[str, float]:
-        """As it stands in `evaluation.json`."""
+        """Return the interval as `evaluation.json` holds it."""
         return {"value": self.difference, "low": self.low, "high": self.high}
 
 
@@ -49,23 +49,25 @@ def paired_bootstrap(
     samples: int = RESAMPLES,
     level: float = LEVEL,
 ) -> Interval:
-    """The mean difference of two scores of the same items, and its percentile interval.
+    """Return the mean difference of two scores of the same items, with its percentile interval.
 
-    Items are drawn with replacement, each with both of its scores, so what makes an item hard for both cancels out
-    (Efron and Tibshirani 1993, chapter 13). With n items the interval is about 1 + 1/(2n) times too narrow.
+    Items are drawn with replacement, each with both of its scores, so that an item's difficulty cancels out (Efron and
+    Tibshirani 1993, chapter 13). With n items the interval is about 1 + 1/(2n) times too narrow.
 
     Args:
-        base: One score an item.
+        base: One score per item.
         tuned: The scores of the same items, in the same order.
-        seed: Of the resamples.
-        samples: How many resamples.
-        level: The confidence.
+        seed: The seed of the resamples.
+        samples: The number of resamples.
+        level: The confidence level, 0 to 1.
 
     Raises:
-        ValueError: The scores are not paired, or there are none.
+        ValueError: The numbers of scores differ, or there are none.
     """
     if len(base) != len(tuned) or not len(base):
-        raise ValueError(f"{len(base)} base scores and {len(tuned)} tuned ones; give as many of both, at least one")
+        raise ValueError(
+            f"{len(base)} base scores and {len(tuned)} tuned ones; need the same number of both, at least one"
+        )
     columns = np.column_stack([np.asarray(tuned, dtype=np.float64) - np.asarray(base, dtype=np.float64)])
     resampled = _resampled_sums(columns, seed=seed, samples=samples)[:, 0] / len(base)
     return _interval(float(columns.mean()), resampled, level)
@@ -81,22 +83,22 @@ def evaluation_record(
     tuned_nll: Sequence[NllPair],
     scorer: Callable[[str, str], float] | None = None,
 ) -> dict[str, Any]:
-    """Put together what `evaluation.json` holds.
+    """Build the record of `evaluation.json`.
 
     Args:
-        metric: The name of how answers are scored; `none`: there are no answers, and no items. `bleu` is of all answers
-            together, from 0 to 100; any other is a mean over answers, from 0 to 1.
+        metric: The metric's name; `none` for no answers and no items. `bleu` is computed over all answers together, 0
+            to 100; any other is a mean over answers, 0 to 1.
         prompts: The prompts that were answered.
-        base_answers: One answer a prompt, without the adapter.
-        tuned_answers: The same with it.
-        base_nll: Of every held-out example: the summed NLL of its supervised tokens, and their number, all above zero.
+        base_answers: One answer per prompt, without the adapter.
+        tuned_answers: One answer per prompt, with the adapter.
+        base_nll: For every held-out example the summed NLL and the number of its supervised tokens, at least one.
         tuned_nll: The same with the adapter.
-        scorer: What scores an answer against a reference, of several the one that gives most; None: the metric of that name.
+        scorer: Scores an answer against one reference, the best of several counts; None for the metric of that name.
 
     Returns:
-        `base` and `tuned`, each with `nll` (nats per supervised token), `perplexity`, and the mean score under the
-        metric's name; `difference` (tuned minus base) of each as `value`, `low`, `high`; `interval`; `items`; for `bleu` its
-        `signature`.
+        `base` and `tuned`, each with `nll` (nats per supervised token), `perplexity`, and the score under the metric's
+        name; `difference` (fine-tuned minus base) of each as `value`, `low`, `high`; `interval`; `items`; for `bleu`
+        its `signature`.
     """
     record: dict[str, Any] = {
         "metric": metric,
@@ -110,7 +112,7 @@ def evaluation_record(
     if metric == "bleu" and scorer is None:
         items = _add_bleu(record, prompts, base_answers, tuned_answers)
     elif metric != "none":
-        rate = _best(scorer or partial(score, metric))
+        rate = _best_of(scorer or partial(score, metric))
         items = _items(rate, prompts, base_answers, tuned_answers)
         _add_scores(record, metric, items)
     record["interval"] = {"level": LEVEL, "method": "paired bootstrap", "resamples": RESAMPLES}
@@ -119,17 +121,17 @@ def evaluation_record(
 
 
 def nll_record(base: Sequence[NllPair], tuned: Sequence[NllPair]) -> dict[str, Any]:
-    """`base`, `tuned` and `difference` of losses alone, on data of another kind."""
+    """Return `base`, `tuned` and `difference` of the losses alone, as for `evaluate.forgetting`."""
     record: dict[str, Any] = {"num_examples": len(base), "base": {}, "tuned": {}, "difference": {}}
     _add_nll(record, base, tuned)
     return record
 
 
 def evaluation_table(record: Mapping[str, Any]) -> Table:
-    """Base, tuned, and their difference with its interval, one row a measure."""
+    """Return a table with base, fine-tuned, and their difference with its interval: one row per measure."""
     table = Table(title=f"Held-out: {plural(record['num_examples'], 'conversation')}")
     table.add_column("measure", overflow="fold")
-    for column in ("base", "tuned", "difference", f"{record['interval']['level']:.0%} interval"):
+    for column in ("base", "fine-tuned", "difference", f"{record['interval']['level']:.0%} interval"):
         table.add_column(column, justify="right")
     metric = record["metric"]
     if metric == "bleu" and metric in record["base"]:
@@ -148,12 +150,12 @@ def evaluation_table(record: Mapping[str, Any]) -> Table:
         _add_row(table, label, record["base"][name], record["tuned"][name], record["difference"][name])
     labels = short_names(record.get("sources", {}))
     for name, part in record.get("sources", {}).items():
-        of_it = _plain(f"NLL of {labels[name]} ({plural(part['num_examples'], 'conversation')})")
-        _add_row(table, of_it, part["base"]["nll"], part["tuned"]["nll"], part["difference"]["nll"])
+        label = _plain(f"NLL of {labels[name]} ({plural(part['num_examples'], 'conversation')})")
+        _add_row(table, label, part["base"]["nll"], part["tuned"]["nll"], part["difference"]["nll"])
     if "forgetting" in record:
         other = record["forgetting"]
-        label = f"other data: NLL per token ({plural(other['num_examples'], 'conversation')})"
-        _add_row(table, label, other["base"]["nll"], other["tuned"]["nll"], other["difference"]["nll"])
+        title = f"other data: NLL per token ({plural(other['num_examples'], 'conversation')})"
+        _add_row(table, title, other["base"]["nll"], other["tuned"]["nll"], other["difference"]["nll"])
     for task, measures in record.get("harness", {}).get("tasks", {}).items():
         for name, values in measures.items():
             _add_row(table, f"{task}: {name}", values["base"], values["tuned"], values["difference"])
@@ -166,7 +168,7 @@ def _add_row(table: Table, label: str | Text, base: float, tuned: float, differe
 
 
 def samples_table(record: Mapping[str, Any], count: int = 3) -> Table:
-    """The first items that base and tuned answer differently, side by side; then others, up to `count`."""
+    """Return a table of up to `count` items: first those that base and fine-tuned model answer differently."""
     items = record["items"]
     different = [item for item in items if item["base"]["text"] != item["tuned"]["text"]]
     alike = [item for item in items if item["base"]["text"] == item["tuned"]["text"]]
@@ -179,7 +181,7 @@ def samples_table(record: Mapping[str, Any], count: int = 3) -> Table:
             table.add_row("reference", _plain(reference))
         graded = record["metric"] == "bleu"
         table.add_row("base", _scored(item["base"], graded=graded))
-        table.add_row("tuned", _scored(item["tuned"], graded=graded), end_section=True)
+        table.add_row("fine-tuned", _scored(item["tuned"], graded=graded), end_section=True)
     return table
 
 
@@ -193,13 +195,13 @@ def _add_nll(record: dict[str, Any], base: Sequence[NllPair], tuned: Sequence[Nl
 def add_statistics(
     record: dict[str, Any], base: Columns, tuned: Columns, statistics: Mapping[str, Callable[[Columns], Values]]
 ) -> None:
-    """Measures of all items together: functions of sums over items, paired as in `paired_bootstrap`.
+    """Add measures of all items together: functions of sums over items, paired as in `paired_bootstrap`.
 
     Args:
-        record: Gets them.
-        base: What adds up, [items, c].
+        record: The record to add them to.
+        base: The terms of the sums, [items, c].
         tuned: The same with the adapter.
-        statistics: Name → from sums [rows, c] the measure of each row.
+        statistics: Name → function from sums [rows, c] to the measure of each row.
     """
     columns = np.hstack([base, tuned])
     width = base.shape[1]
@@ -213,7 +215,7 @@ def add_statistics(
 
 
 def _nll(sums: Columns) -> Values:
-    """Token-weighted: summed NLL over the number of tokens."""
+    """Return the mean NLL per token: summed NLL over the number of tokens."""
     values: Values = sums[:, 0] / sums[:, 1]
     return values
 
@@ -226,7 +228,7 @@ def _perplexity(sums: Columns) -> Values:
 def _add_bleu(
     record: dict[str, Any], prompts: Sequence[Prompt], base: Sequence[Answer], tuned: Sequence[Answer]
 ) -> list[dict[str, Any]]:
-    """BLEU of all answers together; returns the items, each with the BLEU of its own answers."""
+    """Add the BLEU of all answers together. Return the items, each with the BLEU of its own answers."""
     from loratune.evaluation.bleu import Bleu, corpus_bleu, signature  # an extra
 
     bleu = Bleu()
@@ -246,10 +248,10 @@ def _add_scores(record: dict[str, Any], metric: str, items: Sequence[Mapping[str
 
 
 Rate = Callable[[str, Sequence[str]], float]
-"""The score of an answer, by all its references."""
+"""Scores an answer against all its references."""
 
 
-def _best(rate: Callable[[str, str], float]) -> Rate:
+def _best_of(rate: Callable[[str, str], float]) -> Rate:
     return lambda answer, references: max(rate(answer, reference) for reference in references)
 
 
@@ -283,12 +285,12 @@ def _scored_answer(rate: Rate, answer: Answer, references: Sequence[str]) -> dic
 
 
 def _resampled_sums(columns: Columns, *, seed: int, samples: int) -> Columns:
-    """Sums of the columns [n, c] over n rows drawn with replacement, `samples` times: [samples, c]."""
+    """Sum the columns [n, c] over n rows drawn with replacement, `samples` times: [samples, c]."""
     generator = np.random.default_rng(seed)
     num_rows = len(columns)
     block = max(1, COUNTS_PER_BLOCK // num_rows)
     sums = []
-    for start in range(0, samples, block):  # how often each row is drawn is multinomial
+    for start in range(0, samples, block):  # the numbers of times that rows are drawn are multinomial
         drawn = generator.multinomial(num_rows, np.full(num_rows, 1 / num_rows), size=min(block, samples - start))
         sums.append(drawn.astype(np.float64) @ columns)
     return np.concatenate(sums)
@@ -303,11 +305,11 @@ def _scored(answer: Mapping[str, Any], *, graded: bool) -> Text:
     mark = Text("✓ ", style="green") if answer["score"] else Text("✗ ", style="red")
     if graded:
         mark = Text(f"{answer['score']:.1f} ", style="bold")
-    return mark + _plain(answer["text"] if answer["stopped"] else f"{answer['text']} … (did not stop)")
+    return mark + _plain(answer["text"] if answer["stopped"] else f"{answer['text']} … (hit the token limit)")
 
 
 def _plain(text: str, limit: int = 400) -> Text:
-    """Text of the data: no rich markup, no control sequences for the terminal, the middle of long text cut."""
+    """Return text of the data without rich markup or control sequences, and with the middle of long text cut."""
     if len(text) > limit:
         text = f"{text[: limit // 2]} … {text[-limit // 2 :]}"
     return Text("".join(letter if letter.isprintable() or letter == "\n" else repr(letter)[1:-1] for letter in text))

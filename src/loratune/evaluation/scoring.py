@@ -1,4 +1,4 @@
-"""How one answer is scored against its reference: 1 right, 0 wrong."""
+"""Score an answer against its reference: 1 correct, 0 wrong."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ if TYPE_CHECKING:
 
 
 class _NotJsonError(ValueError):
-    """Text that Python's parser takes and the JSON standard does not, or an object with a key twice."""
+    """Text that Python's parser accepts and the JSON standard does not, or an object with a key twice."""
 
 
 def score(metric: str, answer: str, reference: str) -> float:
     """Score an answer.
 
     Args:
-        metric: `exact_match`, the same text but for white space around it; `json`, the same JSON value and nothing else
-            (1, true and "1" are three values, 1 and 1.0 one; the order of keys does not count); `contains`, the
-            reference occurs in the answer.
-        answer: What the model said.
-        reference: What the held-out conversation says.
+        metric: `exact_match`: the same text except for surrounding white space. `json`: the same JSON value and nothing
+            else (1, true and "1" are three values, 1 and 1.0 are one; the order of keys does not matter). `contains`:
+            the reference occurs in the answer.
+        answer: The model's answer.
+        reference: The answer in the held-out conversation.
 
     Raises:
-        DataError: The metric is `json`, and the reference is no JSON value.
+        DataError: The metric is `json`, and the reference is not JSON.
         KeyError: There is no such metric.
     """
     return float(_METRICS[metric](answer.strip(), reference.strip()))
 
 
 def check_metric(metric: str) -> None:
-    """Whether what the metric needs is installed.
+    """Check that the metric's package is installed.
 
     Raises:
         MachineError: It is not.
@@ -48,14 +48,14 @@ def check_metric(metric: str) -> None:
 
 
 def check_references(metric: str, prompts: Iterable[Prompt]) -> None:
-    """Refuse references that no answer, or every answer, would match.
+    """Refuse references that no answer can match, or that every answer matches.
 
     Args:
-        metric: As for `score`, or `none`.
+        metric: A metric of `score`, or `none`.
         prompts: The held-out prompts.
 
     Raises:
-        DataError: With file and line: a reference is not JSON where the metric is `json`, or is empty.
+        DataError: A reference is empty, or not JSON where the metric is `json`; the error names file and line.
     """
     if metric == "none":
         return
@@ -100,19 +100,19 @@ def _same_value(left: Any, right: Any) -> bool:
 
 
 def _parse(text: str) -> Any:
-    # Decimal: numbers compare as written, and 1e999 is no infinity.
+    # Decimal compares numbers as written, and 1e999 is not infinity.
     return json.loads(text, object_pairs_hook=_object, parse_constant=_refuse_constant, parse_float=Decimal)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) != len(pairs):
-        raise _NotJsonError("a key stands twice in one object")
+        raise _NotJsonError("an object has a key twice")
     return value
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise _NotJsonError(f"{name} is no JSON value")
+    raise _NotJsonError(f"{name} is not JSON")
 
 
 def _shortened(text: str, limit: int = 60) -> str:

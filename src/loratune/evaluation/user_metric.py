@@ -1,4 +1,4 @@
-"""A metric of the user's own: a Python function, which runs only where the user says so."""
+"""Load the user's own metric: a Python function, run only with the user's permission."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from pathlib import Path
 
 from loratune.run.errors import RecipeError, RunError
 
-TAKEN = ("nll", "perplexity", "none", "bleu")
+RESERVED_NAMES = ("nll", "perplexity", "none", "bleu")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UserMetric:
-    """A function of answer and reference.
+    """A metric written by the user.
 
     Attributes:
-        name: The function's, and the measure's.
-        file: Where it stands.
-        function: Returns a number from 0, wrong, to 1, right; or a bool.
+        name: The name of the function, and of the measure.
+        file: The file of the function.
+        function: Maps answer and reference to a score, from 0 (wrong) to 1 (correct), or a bool.
     """
 
     name: str
@@ -31,15 +31,15 @@ class UserMetric:
         """Score an answer.
 
         Raises:
-            RunError: The function fails, or returns something else.
+            RunError: The function fails, or returns anything but a score.
         """
         try:
             value = self.function(answer, reference)
-        except Exception as error:  # a stranger's code may raise anything, and its author wants to know what
+        except Exception as error:  # the user's code may raise anything
             raise RunError(
                 f"the metric {self.name} failed on the answer {answer[:60]!r}: {type(error).__name__}: {error}",
                 file=self.file,
-                fix="correct the function",
+                fix="fix the function",
             ) from error
         if not isinstance(value, bool | int | float) or not (math.isfinite(value) and 0 <= value <= 1):
             raise RunError(
@@ -59,19 +59,19 @@ def load_metric(text: str, *, allow_code: bool) -> UserMetric:
     path, colon, name = text.rpartition(":")
     file = Path(path).expanduser()
     if not colon or not name.isidentifier():
-        raise RecipeError(f"--metric {text} names no function", fix="--metric path/to/file.py:function")
+        raise RecipeError(f"--metric {text} is not a function", fix="--metric path/to/file.py:function")
     if not allow_code:
         raise RecipeError(
-            f"--metric {text} would run the code in {file} on this machine, with all that you may do",
+            f"--metric {text} would run the code in {file} on this machine, with your permissions",
             fix="read the file; if you trust it, add --allow-code",
         )
-    if name in TAKEN:
-        raise RecipeError(f"--metric {text}: {name} is another measure's name", fix="give the function another name")
+    if name in RESERVED_NAMES:
+        raise RecipeError(f"--metric {text}: {name} is the name of another measure", fix="rename the function")
     if not file.is_file():
-        raise RecipeError("there is no such file for --metric", file=file, fix="check the path")
+        raise RecipeError("the file of --metric does not exist", file=file, fix="check the path")
     spec = importlib.util.spec_from_file_location(f"loratune_metric_{file.stem}", file)
     if spec is None or spec.loader is None:
-        raise RecipeError("--metric is no Python file", file=file, fix="a file that ends in .py")
+        raise RecipeError("the file of --metric is not a Python file", file=file, fix="use a file that ends in .py")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
@@ -79,5 +79,5 @@ def load_metric(text: str, *, allow_code: bool) -> UserMetric:
         raise RecipeError(f"the file cannot be run: {type(error).__name__}: {error}", file=file) from error
     function = getattr(module, name, None)
     if not callable(function):
-        raise RecipeError(f"there is no function {name}", file=file, fix=f"def {name}(answer, reference): …")
+        raise RecipeError(f"the file has no function {name}", file=file, fix=f"def {name}(answer, reference): …")
     return UserMetric(name=name, file=file, function=function)

@@ -1,1 +1,1 @@
-"""The ways out: a merged folder, GGUF files, what Ollama and vLLM take, and the proof that each is the same model."""
+"""Export formats: a merged folder, GGUF files, Ollama, vLLM; and the certificate that each computes the same model."""

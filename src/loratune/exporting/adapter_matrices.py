@@ -1,4 +1,4 @@
-"""A saved adapter as matrices: what it adds to which weight, in float32."""
+"""A saved adapter as float32 matrices, by the weight that each of them updates."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _ROWS = ".token_adapter.trainable_tokens_delta"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LowRank:
-    """The update of one matrix W of d_out × d_in: W + scale · B · A, and with DoRA its rows scaled to `magnitude`.
+    """The update of one d_out × d_in matrix: W + scale · B · A. With DoRA, its rows are then scaled to `magnitude`.
 
     Attributes:
         a: float32 [r, d_in].
         b: float32 [d_out, r].
         scale: alpha/r, or alpha/√r with rank-stabilised LoRA.
         magnitude: float32 [d_out] with DoRA, else None.
-        transposed: Whether the model keeps W as d_in × d_out, as GPT-2 does.
+        transposed: Whether the model stores W as d_in × d_out, as GPT-2 does.
     """
 
     a: torch.Tensor
@@ -43,9 +43,9 @@ class LowRank:
         return self.a.shape[0]
 
     def applied_to(self, weight: torch.Tensor) -> torch.Tensor:
-        """The merged matrix in float32, in the layout of `weight`."""
-        whole = weight.float().T if self.transposed else weight.float()
-        merged = whole + self.scale * (self.b @ self.a)
+        """Return the merged matrix in float32, in the layout of `weight`."""
+        base = weight.float().T if self.transposed else weight.float()
+        merged = base + self.scale * (self.b @ self.a)
         if self.magnitude is not None:  # Liu et al. 2024, equation 5
             merged = merged * (self.magnitude / torch.linalg.vector_norm(merged, dim=1))[:, None]
         return merged.T if self.transposed else merged
@@ -53,12 +53,12 @@ class LowRank:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Replaced:
-    """What stands in the place of a tensor of the base, or of some of its rows.
+    """New values for a tensor of the base, or for some of its rows.
 
     Attributes:
-        values: float32; the whole tensor, or [rows, H].
-        rows: Their numbers; None where it is all of them.
-        num_rows: Of the tensor, where it grows; else 0.
+        values: float32; the full tensor, or [rows, H].
+        rows: The indices of the rows; None for the full tensor.
+        num_rows: The tensor's number of rows where it grows; 0 where it does not.
     """
 
     values: torch.Tensor
@@ -66,21 +66,21 @@ class Replaced:
     num_rows: int = 0
 
     def shape(self, own: list[int]) -> list[int]:
-        """Of the tensor that `applied_to` makes of one of this shape."""
+        """Return the shape of `applied_to` for a tensor of shape `own`."""
         return [max(own[0], self.num_rows), *own[1:]] if self.num_rows else own
 
     def applied_to(self, weight: torch.Tensor) -> torch.Tensor:
-        """The tensor with the new values, in float32."""
+        """Return the tensor with the new values, in float32."""
         if self.rows is None:
             return self.values
-        whole = self.values.new_zeros(self.shape(list(weight.shape)))
-        whole[: weight.shape[0]] = weight
-        whole[list(self.rows)] = self.values
-        return whole
+        tensor = self.values.new_zeros(self.shape(list(weight.shape)))
+        tensor[: weight.shape[0]] = weight
+        tensor[list(self.rows)] = self.values
+        return tensor
 
 
 def read_replaced(folder: Path) -> dict[str, Replaced]:
-    """Tensor of the base → what the adapter has in its place: modules that were trained whole, rows of new tokens."""
+    """Read the tensors that an adapter replaces: modules trained in full, and the rows of new tokens."""
     config: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     replaced = {}
     for saved, tensor in load_file(adapter_file(folder)).items():
@@ -89,38 +89,39 @@ def read_replaced(folder: Path) -> dict[str, Replaced]:
             numbers = sorted(trained_numbers(config))
             values = Replaced(values=tensor.float(), rows=tuple(numbers), num_rows=numbers[-1] + 1)
             replaced[f"{name.removesuffix(_ROWS)}.weight"] = values
-        elif _is_whole(name, config):
+        elif _is_replaced(name, config):
             replaced[name] = Replaced(values=tensor.float())
     return replaced
 
 
-def _is_whole(name: str, config: dict[str, Any]) -> bool:
-    """Whether a saved tensor belongs to `modules_to_save`, which of a tied pair names the embedding alone, or to new tokens."""
+def _is_replaced(name: str, config: dict[str, Any]) -> bool:
+    """Return whether a saved tensor belongs to `modules_to_save` or to new tokens."""
+    # By what it is not: of a tied embedding and head, `modules_to_save` names the embedding alone.
     return name.endswith(_ROWS) or (bool(config.get("modules_to_save")) and ".lora_" not in name)
 
 
-def adapts_stacks(folder: Path) -> bool:
-    """Whether an adapter changes parameters that no linear module has: `lora.target_parameters`."""
-    return bool(json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("target_parameters"))
-
-
 def _is_stack(name: str, config: dict[str, Any]) -> bool:
-    """Whether a saved tensor belongs to `target_parameters`; PEFT nests a module's second one into `base_layer`."""
+    """Return whether a saved tensor belongs to `target_parameters`."""
+    # PEFT nests a module's second parameter into `base_layer`.
     module = name.partition(".lora_")[0].replace(".base_layer", "")
     owners = {target.rpartition(".")[0] for target in config.get("target_parameters") or ()}
     return any(module == owner or module.endswith(f".{owner}") for owner in owners)
 
 
 def read_adapter(folder: Path) -> dict[str, LowRank]:
-    """Module name → its update, from a folder in PEFT's format; stacks of matrices are left out (`adapts_stacks`).
+    """Read the low-rank updates from a folder in PEFT's format, by module name.
+
+    Updates of stacked matrices (`lora.target_parameters`) are left out.
 
     Raises:
-        RunError: The adapter holds something else than low-rank updates of matrices.
+        RunError: The adapter holds anything but low-rank updates of matrices.
     """
     config: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     tensors = {name.removeprefix(PREFIX): t.float() for name, t in load_file(adapter_file(folder)).items()}
     tensors = {
-        name: tensor for name, tensor in tensors.items() if not _is_whole(name, config) and not _is_stack(name, config)
+        name: tensor
+        for name, tensor in tensors.items()
+        if not _is_replaced(name, config) and not _is_stack(name, config)
     }
     modules = [name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")]
     updates: dict[str, LowRank] = {}
@@ -134,9 +135,11 @@ def read_adapter(folder: Path) -> dict[str, LowRank]:
             transposed=bool(config.get("fan_in_fan_out")),
         )
     if tensors or not updates:
-        odd = next(iter(tensors), "nothing")
+        unknown = next(iter(tensors), "nothing")
         raise RunError(
-            f"the adapter holds {odd}, which is no low-rank update of a matrix", file=folder, fix="load it with PEFT"
+            f"the adapter holds {unknown}, which is not a low-rank update of a matrix",
+            file=folder,
+            fix="load it with PEFT",
         )
     return updates
 

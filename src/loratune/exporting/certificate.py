@@ -1,8 +1,8 @@
-"""The certificate: does what was written answer as the adapter on its base did in training's own code?
+"""The certificate: evidence that an exported model computes what base and adapter compute in the training code.
 
-Three things are compared on held-out conversations. The token ids of prompts, rendered by the target's own template and
-tokenised by its own tokenizer. The tokens that end an answer. And the distributions of the next token, at the places of
-answers, as logits of both.
+Three things are compared on held-out conversations: the token ids of prompts, rendered by the target's own template and
+tokenized by its own tokenizer; the tokens that end an answer; and the distributions of the next token at the positions
+of answers.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MAX_POSITIONS = 512
-"""Places whose distributions are compared: with a vocabulary of 150,000, 0.3 GB of log-probabilities."""
+"""The most positions at which distributions are compared: 0.3 GB of log-probabilities for a vocabulary of 150,000."""
 POSITIONS_PER_EXAMPLE = 32
 MAX_PROMPTS = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tolerance:
-    """What may differ.
+    """How far an exported model may differ from training.
 
     Attributes:
-        mean_kl: The largest mean of KL(training ‖ target) over all places, in nats.
-        margin: Where the likeliest token leads the second by less, in nats, a swap of the two counts for nothing.
-        top1: The smallest share of the other places where both name the same likeliest token.
-        reason: What the difference comes from.
+        mean_kl: The largest mean KL(training ‖ target) over all positions, in nats.
+        margin: The lead of the top token over the second, in nats, from which a position counts as decided.
+        top1: The smallest share of decided positions where both have the same top token, 0 to 1.
+        reason: Why the two may differ.
     """
 
     mean_kl: float
@@ -49,14 +49,14 @@ class Tolerance:
     reason: str
 
 
-EXACT = Tolerance(mean_kl=1e-5, margin=0.01, top1=1.0, reason="float32 on both sides: another order of summation")
+EXACT = Tolerance(mean_kl=1e-5, margin=0.01, top1=1.0, reason="float32 on both sides, summed in a different order")
 ROUNDED = Tolerance(mean_kl=0.01, margin=0.25, top1=0.99, reason="weights or arithmetic in 16 bits")
-QUANTISED = Tolerance(mean_kl=0.03, margin=0.5, top1=0.98, reason="weights or arithmetic in 8 bits or fewer")
+QUANTIZED = Tolerance(mean_kl=0.03, margin=0.5, top1=0.98, reason="weights or arithmetic in 8 bits or fewer")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """A held-out conversation up to its last answer, and the token ids that training makes of it."""
+    """A held-out conversation up to its last answer, with the token ids that training gives it."""
 
     messages: tuple[dict[str, Any], ...]
     tools: tuple[dict[str, Any], ...] | None
@@ -65,13 +65,13 @@ class Question:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReferenceOutputs:
-    """What training's own code says.
+    """The outputs of base and adapter in the training code.
 
     Attributes:
-        examples: Held-out examples; the supervised tokens are the places that are compared.
-        logprobs: For each example float32 [places, V].
+        examples: Held-out examples; their supervised tokens are the positions to compare.
+        logprobs: Per example float32 [positions, V].
         questions: Prompts; none for plain text.
-        stop_token_ids: What ends an answer.
+        stop_token_ids: The tokens that end an answer.
     """
 
     examples: list[Example]
@@ -81,26 +81,34 @@ class ReferenceOutputs:
 
 
 class Target(Protocol):
-    """Something that was written, loaded back by the code that will serve it, or by the nearest that is at hand."""
+    """An export, loaded back by the code that will serve it, or by the closest that is installed."""
 
     checked_with: str
-    """That code and its version."""
+    """The name and version of that code."""
 
     def prompt_ids(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None) -> list[int]:
-        """The prompt for the next answer, by the target's own template and tokenizer."""
+        """Render and tokenize the prompt for the next answer with the target's own template and tokenizer."""
         ...
 
-    def logits(self, input_ids: Sequence[int], places: Sequence[int]) -> torch.Tensor:
-        """Float32 [len(places), V]: what predicts the token after each place."""
+    def logits(self, input_ids: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
+        """Return the logits that predict the token after each position: float32 [len(positions), V]."""
         ...
 
     def ends_with(self, token_id: int) -> bool:
-        """Whether an answer ends at this token."""
+        """Return whether this token ends an answer."""
         ...
 
 
+Load = Callable[[ReferenceOutputs], Target]
+"""Loads an export back; gets what will be compared, to size its context by."""
+
+
 def choose_examples(held_out: Sequence[Example]) -> list[Example]:
-    """Held-out examples with the places to compare: evenly over each one's supervised tokens, the first and last included."""
+    """Choose the positions to compare: evenly over each example's supervised tokens, including the first and last.
+
+    Returns:
+        The examples, cut after their last chosen position, with only the chosen tokens supervised.
+    """
     chosen: list[Example] = []
     left = MAX_POSITIONS
     for example in held_out:
@@ -119,7 +127,7 @@ def choose_examples(held_out: Sequence[Example]) -> list[Example]:
 def choose_questions(
     conversations: Sequence[Conversation], tokenizer: PreTrainedTokenizerBase, limit: int = MAX_PROMPTS
 ) -> list[Question]:
-    """Prompts for the last answers of held-out conversations, as training renders them."""
+    """Return prompts for the last answers of held-out conversations, as training renders them."""
     questions: list[Question] = []
     for conversation in conversations:
         for prompt in render_prompts([conversation], tokenizer):
@@ -140,17 +148,17 @@ def reference_outputs(
     tokenizer: PreTrainedTokenizerBase,
     progress: Callable[[], None] = lambda: None,
 ) -> ReferenceOutputs:
-    """Ask the adapter on its base, in training's own code.
+    """Run base and adapter in the training code.
 
     Args:
-        loss: Of the adapted model, in evaluation mode.
-        held_out: As `choose_examples` returns them.
-        questions: As `choose_questions` returns them.
-        tokenizer: Of training.
+        loss: The loss of the adapted model, in evaluation mode.
+        held_out: Examples from `choose_examples`.
+        questions: Prompts from `choose_questions`.
+        tokenizer: The tokenizer of training.
         progress: Called after each example.
 
     Raises:
-        RunError: There is nothing to compare on.
+        RunError: There are no examples to compare on.
     """
     if not held_out:
         raise RunError("the run has no held-out answers to compare on", fix="train with data.eval")
@@ -175,13 +183,14 @@ def certify(
     stops_required: bool,
     progress: Callable[[], None] = lambda: None,
 ) -> Record:
-    """Compare, and say whether it passes. The record is `parity.json`.
+    """Compare an export with training. Return the record `parity.json`, whose `passed` gives the verdict.
 
     Args:
-        expected: Of training.
-        target: What was written.
-        tolerance: What may differ.
-        stops_required: Whether the target itself must end answers where training does; an adapter cannot make its base.
+        expected: The outputs of training.
+        target: The export, loaded back.
+        tolerance: How far the two may differ.
+        stops_required: Whether the target itself must stop where training does. False for an adapter, which cannot
+            change where its base stops.
         progress: Called after each example.
     """
     template = _compare_prompts(expected, target)
@@ -203,18 +212,19 @@ def certify(
 
 
 def summary(certificate: Record) -> str:
-    """One line for people."""
+    """Return the certificate in one line for people."""
     template, distributions = certificate["template"], certificate["distributions"]
+    verdict = "same" if certificate["passed"] else "NOT the same"
     if certificate.get("compares") == "classes":
         return (
-            f"{'same' if certificate['passed'] else 'NOT the same'} classifier, by {certificate['checked_with']}: token ids of "
-            f"{template['same_token_ids']} of {template['num_prompts']} texts, the class of {distributions['top1_agreement']:.1%}, "
-            f"mean KL {distributions['mean_kl']:.2g} nats"
+            f"verified with {certificate['checked_with']}: {verdict} classifier; same token ids for "
+            f"{template['same_token_ids']} of {template['num_prompts']} texts, same class for "
+            f"{distributions['top1_agreement']:.1%}, mean KL {distributions['mean_kl']:.2g} nats"
         )
     return (
-        f"{'same' if certificate['passed'] else 'NOT the same'} model, by {certificate['checked_with']}: "
-        f"token ids of {template['same_token_ids']} of {template['num_prompts']} prompts, likeliest token at "
-        f"{distributions['top1_agreement']:.1%} of {distributions['num_positions']} places, mean KL "
+        f"verified with {certificate['checked_with']}: {verdict} model; same token ids for "
+        f"{template['same_token_ids']} of {template['num_prompts']} prompts, same top token at "
+        f"{distributions['top1_agreement']:.1%} of {distributions['num_positions']} positions, mean KL "
         f"{distributions['mean_kl']:.2g} nats{_answers(certificate.get('answers'))}"
     )
 
@@ -228,9 +238,9 @@ def _compare_prompts(expected: ReferenceOutputs, target: Target) -> Record:
             same += 1
         elif not first:
             pairs = zip([*ids, None], [*question.input_ids, None], strict=False)
-            place = next(place for place, (mine, wanted) in enumerate(pairs) if mine != wanted)
+            start = next(index for index, (actual, wanted) in enumerate(pairs) if actual != wanted)
             first = (
-                f"at token {place}, {ids[place : place + 5]} where training has {question.input_ids[place : place + 5]}"
+                f"at token {start}, {ids[start : start + 5]} where training has {question.input_ids[start : start + 5]}"
             )
     return {"num_prompts": len(expected.questions), "same_token_ids": same, "first_difference": first or None}
 
@@ -240,8 +250,8 @@ def _compare_distributions(
 ) -> Record:
     divergences, agreements, leads = [], [], []
     for example, wanted in zip(expected.examples, expected.logprobs, strict=True):
-        places = (np.flatnonzero(example.supervised) - 1).tolist()
-        logits_SV = target.logits(example.input_ids.tolist(), places)
+        positions = (np.flatnonzero(example.supervised) - 1).tolist()
+        logits_SV = target.logits(example.input_ids.tolist(), positions)
         width = min(logits_SV.shape[1], wanted.shape[1])  # targets may pad the vocabulary
         actual_SV = logits_SV[:, :width].cpu().double().log_softmax(-1)
         wanted_SV = wanted[:, :width].double()
@@ -267,17 +277,17 @@ def _complaints(template: Record, distributions: Record, tolerance: Tolerance) -
     other = template["num_prompts"] - template["same_token_ids"]
     if other:
         complaints.append(
-            f"{other} of {template['num_prompts']} prompts have other token ids: {template['first_difference']}"
+            f"{other} of {template['num_prompts']} prompts have different token ids: {template['first_difference']}"
         )
     kl, agreement = distributions["mean_kl"], distributions["decided_agreement"]
     if kl is None:
-        complaints.append("its logits are not numbers")
+        complaints.append("its logits are not finite")
     elif kl > tolerance.mean_kl:
         complaints.append(f"the mean KL divergence is {kl:.2g} nats, more than {tolerance.mean_kl:g}")
     if agreement < tolerance.top1:
         complaints.append(
-            f"the likeliest token agrees at {agreement:.1%} of {distributions['num_decided']} decided places, "
-            f"less than {tolerance.top1:.1%}"
+            f"the top token is the same at {agreement:.1%} of {distributions['num_decided']} positions where it leads "
+            f"clearly, less than {tolerance.top1:.1%}"
         )
     return complaints
 

@@ -1,4 +1,4 @@
-"""What was written, loaded back the way its users will load it: by transformers, by llama.cpp."""
+"""Load an export back the way its users will: with transformers, or with llama.cpp."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from loratune.data.rows.conversation import Conversation, Origin
 from loratune.exporting.adapter_matrices import LowRank
 
 RenderPrompt = Callable[[Sequence[dict[str, Any]]], str]
-"""Writes a conversation as text, up to where the answer begins."""
+"""Renders a conversation as text, up to where the answer begins."""
 
 
 class TransformersReader:
-    """A folder, or a GGUF file, by transformers; with an adapter by PEFT.
+    """A folder or GGUF file loaded by transformers, with its adapter by PEFT.
 
     Args:
-        folder: With the model and its tokenizer.
-        dtype: To compute in.
-        device: Where.
-        gguf_file: The file in the folder, if it is one.
-        adapter: A folder in PEFT's format, with tokenizer and template of its own.
+        folder: The folder with the model and its tokenizer.
+        dtype: The type to compute in.
+        device: The device to compute on.
+        gguf_file: The name of a GGUF file in the folder; None for safetensors.
+        adapter: A folder in PEFT's format with its own tokenizer and template.
         trust_remote_code: Whether Python files that come with the model may run.
-        architecture: The class of transformers that loads the folder; None: transformers' own choice.
-        render: In the place of the target's own template; the tokenizer then adds what it adds by itself.
+        architecture: The transformers class that loads the folder; None lets transformers choose.
+        render: Replaces the target's own template; the tokenizer then adds its usual special tokens.
     """
 
     def __init__(
@@ -69,9 +69,9 @@ class TransformersReader:
         if self._render is not None:
             ids: list[int] = self._tokenizer(self._render(messages))["input_ids"]
             return ids
-        asked = [*messages, {"role": "assistant", "content": "-"}]
+        # `render_prompts` renders prompts of answers, so it needs one; its text does not matter.
         conversation = Conversation(
-            messages=tuple(asked),
+            messages=(*messages, {"role": "assistant", "content": "-"}),
             tools=tuple(tools) if tools else None,
             text=None,
             origin=Origin(file="held-out", line=1),
@@ -79,7 +79,7 @@ class TransformersReader:
         return render_prompts([conversation], self._tokenizer)[0].input_ids
 
     def replace_adapter(self, updates: Mapping[str, LowRank]) -> None:
-        """Put other values into the adapter: those read back from another file."""
+        """Overwrite the adapter's values with those read back from another file."""
         for module, update in updates.items():
             layer = self._model.get_base_model().get_submodule(module)
             layer.lora_A["default"].weight.data.copy_(update.a)
@@ -88,23 +88,23 @@ class TransformersReader:
         self.checked_with += f", gguf {importlib.metadata.version('gguf')} (llama-cpp-python is not installed)"
 
     @torch.no_grad()
-    def logits(self, input_ids: Sequence[int], places: Sequence[int]) -> torch.Tensor:
+    def logits(self, input_ids: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
         ids = torch.tensor([list(input_ids)], device=self._model.device)
         output: torch.Tensor = self._model(input_ids=ids, use_cache=False).logits[0]
-        return output[torch.tensor(places, device=output.device)].float()
+        return output[torch.tensor(positions, device=output.device)].float()
 
     def ends_with(self, token_id: int) -> bool:
         return token_id in self._stops
 
 
 class LlamaCppReader:
-    """A GGUF file by llama.cpp, through llama-cpp-python.
+    """A GGUF file loaded by llama.cpp, through llama-cpp-python.
 
     Args:
         model: The GGUF file of the model.
-        adapter: A GGUF LoRA file.
-        num_tokens: The longest text that will be asked for.
-        render: In the place of the file's own template; llama.cpp then adds what it adds by itself.
+        adapter: A GGUF LoRA file; None for the model alone.
+        num_tokens: The length of the longest prompt and answer together, in tokens.
+        render: Replaces the file's own template; llama.cpp then adds its usual special tokens.
     """
 
     def __init__(
@@ -148,17 +148,17 @@ class LlamaCppReader:
         ids = self._llama.tokenize(text.encode(), add_bos=False, special=True)
         return ids
 
-    def logits(self, input_ids: Sequence[int], places: Sequence[int]) -> torch.Tensor:
+    def logits(self, input_ids: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
         self._llama.reset()
         self._llama.eval(list(input_ids))
-        return torch.from_numpy(np.array(self._llama.scores[list(places)], dtype=np.float32))
+        return torch.from_numpy(np.array(self._llama.scores[list(positions)], dtype=np.float32))
 
     def ends_with(self, token_id: int) -> bool:
         vocabulary = self._library.llama_model_get_vocab(self._llama.model)
         return bool(self._library.llama_vocab_is_eog(vocabulary, token_id))
 
     def answer(self, prompt_ids: Sequence[int], max_new_tokens: int) -> list[int]:
-        """The likeliest tokens one after another, up to one that ends the answer, which is left out."""
+        """Answer greedily. The token that ends the answer is left out."""
         self._llama.reset()
         answer: list[int] = []
         for token in self._llama.generate(list(prompt_ids), temp=0.0, repeat_penalty=1.0):
@@ -168,7 +168,7 @@ class LlamaCppReader:
         return answer
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
         self._llama.close()
 
     def _piece(self, token: int) -> str:
@@ -179,5 +179,5 @@ class LlamaCppReader:
 
 
 def has_llama_cpp() -> bool:
-    """Whether llama-cpp-python is installed."""
+    """Return whether llama-cpp-python is installed."""
     return find_spec("llama_cpp") is not None

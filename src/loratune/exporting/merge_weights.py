@@ -1,7 +1,7 @@
-"""Adapter into base: a folder of safetensors like the base's own, written one tensor at a time.
+"""Merge an adapter into its base: a folder of safetensors laid out like the base's own, written one tensor at a time.
 
-The arithmetic is float32, each result is rounded once. Every tensor that the adapter does not touch is copied as it is;
-tied embeddings stay tied, because no tensor is added.
+The arithmetic is float32, and each result is rounded once. Tensors that the adapter does not change are copied bit for
+bit; tied embeddings stay tied, because no tensor is added.
 """
 
 from __future__ import annotations
@@ -28,9 +28,8 @@ _CODES = {
 }  # fmt: skip
 _TYPES = {code: dtype for dtype, code in _CODES.items()}
 
-
 Values = Callable[[torch.Tensor], torch.Tensor]
-"""From a weight in the base's files to what training multiplied with."""
+"""Maps a weight in the base's files to the values that training multiplied with."""
 
 
 class MergedWeights:
@@ -38,9 +37,9 @@ class MergedWeights:
 
     Args:
         base: A folder with safetensors.
-        updates: Module name → update; none for the base as it is.
-        frozen: Module name → what its weight was worth in training, where that is not what the file holds.
-        replaced: Tensor name → what stands in its place.
+        updates: Module name → low-rank update; empty for the base unchanged.
+        frozen: Module name → its weight's values in training, where these differ from the file (a quantized base).
+        replaced: Tensor name → the values that replace it.
 
     Raises:
         RunError: A weight that the adapter changes is not in the files.
@@ -66,7 +65,7 @@ class MergedWeights:
         }
         self._file_of = {name: file for file, shard in self._shards.items() for name in shard.keys()}  # noqa: SIM118
         self._update_of = {self._weight_of(module): update for module, update in self._updates.items()}
-        self._in_place_of = self._places(self._replaced)
+        self._replaced_in_files = self._find_replaced()
         self._values_of = {self._weight_of(module): values for module, values in self._frozen.items()}
         return self
 
@@ -75,40 +74,40 @@ class MergedWeights:
 
     @property
     def names(self) -> list[str]:
-        """All tensors."""
+        """The names of all tensors."""
         return list(self._file_of)
 
     def in_file(self, file: str) -> list[str]:
-        """The tensors of one file."""
-        return [name for name, place in self._file_of.items() if place == file]
+        """Return the names of the tensors in one file."""
+        return [name for name, owner in self._file_of.items() if owner == file]
 
     def metadata(self, file: str) -> dict[str, str]:
-        """The file's own metadata."""
+        """Return the file's own metadata."""
         return self._shards[file].metadata() or {}
 
     def shape(self, name: str) -> list[int]:
-        """The shape of a tensor, without loading it."""
+        """Return the shape of a merged tensor, without loading it."""
         shape: list[int] = self._slice(name).get_shape()
-        return self._in_place_of[name].shape(shape) if name in self._in_place_of else shape
+        return self._replaced_in_files[name].shape(shape) if name in self._replaced_in_files else shape
 
     def dtype(self, name: str) -> torch.dtype:
-        """The type of a tensor in the base's files.
+        """Return the type of a tensor in the base's files.
 
         Raises:
-            RunError: It is quantised, or of another type that cannot be merged into.
+            RunError: The tensor is quantized, or of another type that cannot be merged into.
         """
         code = self._slice(name).get_dtype()
         if code not in _TYPES:
-            raise RunError(f"tensor {name} is of type {code}", file=self._base, fix="use the model before quantisation")
+            raise RunError(f"tensor {name} has type {code}", file=self._base, fix="use the model before quantization")
         return _TYPES[code]
 
     def tensor(self, name: str) -> torch.Tensor:
-        """A tensor, with its update in float32 if it has one; else as it is."""
+        """Return a merged tensor: in float32 if the adapter changes it, otherwise unchanged."""
         weight: torch.Tensor = self._shards[self._file_of[name]].get_tensor(name)
         if name in self._values_of:
             weight = self._values_of[name](weight)
-        if name in self._in_place_of:
-            return self._in_place_of[name].applied_to(weight)
+        if name in self._replaced_in_files:
+            return self._replaced_in_files[name].applied_to(weight)
         update = self._update_of.get(name)
         return weight if update is None else update.applied_to(weight)
 
@@ -116,44 +115,45 @@ class MergedWeights:
         return self._shards[self._file_of[name]].get_slice(name)
 
     def _weight_of(self, module: str) -> str:
-        found = stored_name(f"{module}.weight", self._file_of) or self._only_one_like(module)
+        found = stored_name(f"{module}.weight", self._file_of) or self._match_by_layer(module)
         if found is None:
             raise self._unknown(f"the adapted module {module}")
         return found
 
-    def _only_one_like(self, module: str) -> str | None:
-        """The one tensor whose name has the module's layer number and what follows it, in the language model where files
-        have several towers; None where there is none or more than one."""
+    def _match_by_layer(self, module: str) -> str | None:
+        """Return the only tensor that has the same name from the layer number on; None where it is ambiguous."""
         parts = module.split(".")
-        layer = next((place for place, part in enumerate(parts) if part.isdigit()), 0)
+        layer = next((index for index, part in enumerate(parts) if part.isdigit()), 0)
         if not layer:
             return None
         ending = "." + ".".join(parts[layer - 1 :]) + ".weight"
         found = [name for name in self._file_of if name.endswith(ending)]
-        if len(found) > 1:
+        if len(found) > 1:  # a vision tower has layers of the same names
             found = [name for name in found if "language_model." in name]
         return found[0] if len(found) == 1 else None
 
-    def _places(self, replaced: Mapping[str, Replaced]) -> dict[str, Replaced]:
-        """The files' tensors that something else stands for. Of a tied pair the adapter has both, and the files perhaps one."""
-        places = {name: stored_name(name, self._file_of) for name in replaced}
-        for name, place in places.items():
+    def _find_replaced(self) -> dict[str, Replaced]:
+        """Return the replaced tensors by their names in the files."""
+        replaced = self._replaced
+        stored = {name: stored_name(name, self._file_of) for name in replaced}
+        for name, in_file in stored.items():
             values = replaced[name].values
-            twins = (other for other in replaced if places[other] is not None and other != name)
-            if place is None and not any(torch.equal(values, replaced[other].values) for other in twins):
+            # Of a tied pair the adapter has both, and the files perhaps one.
+            twins = (other for other in replaced if stored[other] is not None and other != name)
+            if in_file is None and not any(torch.equal(values, replaced[other].values) for other in twins):
                 raise self._unknown(name)
-        return {place: replaced[name] for name, place in places.items() if place is not None}
+        return {in_file: replaced[name] for name, in_file in stored.items() if in_file is not None}
 
     def _unknown(self, what: str) -> RunError:
         return RunError(
-            f"the base's files hold no tensor for {what}",
+            f"the base's files have no tensor for {what}",
             file=self._base,
             fix="this architecture stores its weights under other names; load base and adapter with PEFT",
         )
 
 
 def weight_files(folder: Path) -> list[str]:
-    """The names of the files with the weights: those of the index, or the one file.
+    """Return the names of the weight files in a model's folder.
 
     Raises:
         RunError: There are none.
@@ -168,15 +168,15 @@ def weight_files(folder: Path) -> list[str]:
     return found
 
 
-def check_not_quantised(base: Path) -> None:
-    """Refuse a base whose files hold quantised weights."""
+def check_not_quantized(base: Path) -> None:
+    """Refuse a base whose files hold quantized weights."""
     settings = json.loads((base / "config.json").read_text(encoding="utf-8")).get("quantization_config")
     if settings:
         raise RunError(
-            f"the base's weights are quantised ({settings.get('quant_method', 'unknown')}): "
+            f"the base's weights are quantized ({settings.get('quant_method', 'unknown')}): "
             "an adapter cannot be added to them in place",
             file=base / "config.json",
-            fix="loratune merge RUN OUT, which writes a whole model; or serve base and adapter side by side (loratune export --to vllm)",
+            fix="loratune merge RUN OUT, which writes the full model, or loratune export --to vllm",
         )
 
 
@@ -188,26 +188,24 @@ def write_merged(
     dtype: torch.dtype | None,
     frozen: Mapping[str, Values] = MappingProxyType({}),
     replaced: Mapping[str, Replaced] = MappingProxyType({}),
-    on_tensor: Callable[[], None] = lambda: None,
 ) -> None:
-    """Write the merged weights, and `config.json` with their type.
+    """Write the merged weights, and a `config.json` with their type.
 
     Args:
         base: The base's folder.
-        updates: The adapter.
-        out: A folder that is there.
-        dtype: Of the written floating-point tensors; None: each as in the base.
+        updates: The adapter's low-rank updates, by module name.
+        out: An existing folder to write into.
+        dtype: The type of the written floating-point tensors; None keeps that of each tensor in the base.
         frozen: As for `MergedWeights`.
-        replaced: Likewise.
-        on_tensor: Called after each tensor.
+        replaced: As for `MergedWeights`.
 
     Raises:
-        RunError: The base is quantised, or does not hold what the adapter changes.
+        RunError: The base is quantized, or lacks a tensor that the adapter changes.
     """
-    check_not_quantised(base)
+    check_not_quantized(base)
     with MergedWeights(base, updates, frozen, replaced) as weights:
         for file in weights.files:
-            _write_file(out / file, weights, file, dtype, on_tensor)
+            _write_file(out / file, weights, file, dtype)
     config = json.loads((base / "config.json").read_text(encoding="utf-8"))
     if dtype is not None:
         config.pop("torch_dtype", None)
@@ -225,13 +223,13 @@ def write_merged(
 
 
 def copy_companions(base: Path, adapter: Path, out: Path, stop_token_ids: Sequence[int]) -> None:
-    """Carry the tokenizer and template of training, the model's own code, and a generation config that stops.
+    """Copy the files beside the weights: tokenizer and template of training, the model's code, the generation config.
 
     Args:
         base: The base's folder.
         adapter: The run's adapter folder, with tokenizer and template.
-        out: Where to.
-        stop_token_ids: What ends an answer; added to the generation config where they are missing.
+        out: The folder to copy into.
+        stop_token_ids: The tokens that end an answer; the generation config gets those that it lacks.
     """
     for path in base.glob("*.py"):
         shutil.copyfile(path, out / path.name)
@@ -245,17 +243,15 @@ def copy_companions(base: Path, adapter: Path, out: Path, stop_token_ids: Sequen
 
 
 def with_stops(eos: int | list[int] | None, stops: Sequence[int]) -> list[int] | int | None:
-    """`eos_token_id` with the missing stop tokens added."""
+    """Return `eos_token_id` with the missing stop tokens added."""
     known = eos if isinstance(eos, list) else [] if eos is None else [eos]
-    whole = list(dict.fromkeys([*known, *stops]))
-    return whole[0] if len(whole) == 1 else whole or None
+    tokens = list(dict.fromkeys([*known, *stops]))
+    return tokens[0] if len(tokens) == 1 else tokens or None
 
 
-def _write_file(
-    path: Path, weights: MergedWeights, file: str, dtype: torch.dtype | None, on_tensor: Callable[[], None]
-) -> None:
-    """One safetensors file: 8 bytes with the header's length, the header as JSON, the tensors end to end."""
-    types = {name: _written_as(weights.dtype(name), dtype) for name in weights.in_file(file)}
+def _write_file(path: Path, weights: MergedWeights, file: str, dtype: torch.dtype | None) -> None:
+    """Write one safetensors file: 8 bytes with the header's length, the header as JSON, the tensors end to end."""
+    types = {name: _written_type(weights.dtype(name), dtype) for name in weights.in_file(file)}
     names = sorted(types, key=lambda name: -types[name].itemsize)  # so that each is aligned to its size
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **weights.metadata(file)}}
     end = 0
@@ -270,8 +266,7 @@ def _write_file(
         for name in names:
             tensor = weights.tensor(name).to(types[name]).contiguous()
             stream.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
-            on_tensor()
 
 
-def _written_as(own: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
+def _written_type(own: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
     return wanted if wanted is not None and own.is_floating_point else own

@@ -1,13 +1,13 @@
-"""A Modelfile for Ollama: where the model is, its template in Ollama's language, and what ends an answer.
+"""Write a Modelfile for Ollama: the model's file, its chat template in Go's template language, its stop tokens.
 
-Ollama's templates are Go's, not Jinja. A chat template is translated by finding out what it writes around each message;
-the translation is then compared with it, and refused where the two differ.
+A chat template is translated by probing what it writes around each message. The translation is then compared with the
+original on held-out conversations, and refused where the two differ.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from loratune.data.masking.template import ChatTemplate
@@ -17,22 +17,23 @@ from loratune.run.errors import RecipeError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+# Message texts to probe a template with: found again in its output, since no template writes them itself.
 _SYSTEM, _USER, _ANSWER, _AGAIN = "Qk5sZ", "Qk6uZ", "Qk7aZ", "Qk8uZ"
-_FIX = "`loratune export --to gguf` keeps the template as it is, and llama.cpp reads it"
+_FIX = "`loratune export --to gguf` writes the template unchanged, for llama.cpp"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Turns:
-    """What a template writes around the texts of a conversation.
+class TemplateParts:
+    """The texts that a chat template writes around the messages of a conversation.
 
     Attributes:
-        start: At the very beginning.
-        default: In the place of a system message, where there is none.
-        system: Before and after the system message; None where the template takes none.
-        system_in_user: The system message stands inside the first user message, between its start and its text.
-        user: Before and after a user's message.
-        assistant: Before and after an answer.
-        prompt: What starts the answer that is wanted.
+        start: The text at the very beginning.
+        default: The text that replaces a missing system message.
+        system: The texts before and after the system message; None where the template takes none.
+        system_in_user: Whether the system message goes inside the first user message, before its text.
+        user: The texts before and after a user's message.
+        assistant: The texts before and after an answer.
+        prompt: The text that starts the next answer.
     """
 
     start: str
@@ -44,21 +45,24 @@ class Turns:
     prompt: str
 
     def render(self, messages: Sequence[dict[str, Any]]) -> str:
-        """What the Go template writes."""
+        """Render a conversation as the Go template does."""
         system = next((message["content"] for message in messages if message["role"] == "system"), None)
-        around = ("", "") if system is None or self.system is None else self.system
-        inside = f"{around[0]}{system}{around[1]}" if system is not None else self.default
-        text = self.start + ("" if self.system_in_user else inside)
+        before, after = ("", "") if system is None or self.system is None else self.system
+        head = f"{before}{system}{after}" if system is not None else self.default
+        text = self.start + ("" if self.system_in_user else head)
         for number, message in enumerate(message for message in messages if message["role"] != "system"):
             before, after = self.user if message["role"] == "user" else self.assistant
-            first = inside if self.system_in_user and number == 0 else ""
+            first = head if self.system_in_user and number == 0 else ""
             text += f"{before}{first}{message['content']}{after}"
         return text + self.prompt
 
     def as_go(self) -> str:
-        """The template in Ollama's language."""
+        """Return the template in Go's template language."""
         before, after = self.system or ("", "")
-        system = f"{{{{ if $.System }}}}{_go(before)}{{{{ $.System }}}}{_go(after)}{{{{ else }}}}{_go(self.default)}{{{{ end }}}}"
+        system = (
+            f"{{{{ if $.System }}}}{_go(before)}{{{{ $.System }}}}{_go(after)}"
+            f"{{{{ else }}}}{_go(self.default)}{{{{ end }}}}"
+        )
         first = "{{ if $first }}" + system + "{{ $first = false }}{{ end }}" if self.system_in_user else ""
         return (
             _go(self.start)
@@ -72,44 +76,44 @@ class Turns:
         )
 
 
-def translate(tokenizer: PreTrainedTokenizerBase, conversations: Iterable[Conversation]) -> Turns:
-    """The chat template as `Turns`.
+def translate(tokenizer: PreTrainedTokenizerBase, conversations: Iterable[Conversation]) -> TemplateParts:
+    """Translate the chat template, and check the translation.
 
     Args:
-        tokenizer: Of training.
-        conversations: Held-out ones, on which the translation has to write the same text as the template.
+        tokenizer: The tokenizer of training, with its template.
+        conversations: Held-out conversations that the translation must render like the template.
 
     Raises:
-        RecipeError: Ollama's template language cannot express it, or Ollama would add a token of its own.
+        RecipeError: Ollama's template language cannot express the template, or Ollama would add a token of its own.
     """
     template = ChatTemplate(tokenizer)
-    turns = _found_by_probing(template)
-    if turns is None:
+    parts = _probe_parts(template)
+    if parts is None:
         raise RecipeError("this chat template cannot be translated for Ollama", fix=_FIX)
     probes = [
         Conversation(messages=messages, tools=None, text=None, origin=None)  # type: ignore[arg-type]
-        for messages in _probes(with_system=turns.system is not None)
+        for messages in _probes(with_system=parts.system is not None)
     ]
     for conversation in [*probes, *conversations]:
-        _check_same(turns, template, conversation)
-    return _without_bos(turns, tokenizer)
+        _check_same(parts, template, conversation)
+    return _without_bos(parts, tokenizer)
 
 
-def modelfile(model: str, adapter: str | None, turns: Turns, stops: Sequence[str]) -> str:
-    """The text of the Modelfile.
+def modelfile(model: str, adapter: str | None, parts: TemplateParts, stops: Sequence[str]) -> str:
+    """Return the text of the Modelfile.
 
     Args:
-        model: The GGUF file of the model, as Ollama finds it.
-        adapter: The GGUF LoRA file, if it is apart.
-        turns: The template.
+        model: The path of the model's GGUF file, absolute or relative to the Modelfile.
+        adapter: The path of the GGUF LoRA file; None for a merged model.
+        parts: The translated template.
         stops: The texts of the tokens that end an answer.
 
     Raises:
         RecipeError: The template cannot be quoted.
     """
-    go = turns.as_go()
+    go = parts.as_go()
     if '"""' in go:
-        raise RecipeError('the chat template writes """, which a Modelfile cannot quote', fix=_FIX)
+        raise RecipeError('the chat template contains """, which a Modelfile cannot quote', fix=_FIX)
     lines = [f"FROM {model}"]
     if adapter is not None:
         lines.append(f"ADAPTER {adapter}")
@@ -118,13 +122,14 @@ def modelfile(model: str, adapter: str | None, turns: Turns, stops: Sequence[str
     return "\n".join(lines) + "\n"
 
 
-def _found_by_probing(template: ChatTemplate) -> Turns | None:
+def _probe_parts(template: ChatTemplate) -> TemplateParts | None:
+    """Find the parts of a template; None where it does not write the same around every message."""
     user, answer, again = _message("user", _USER), _message("assistant", _ANSWER), _message("user", _AGAIN)
     start_default_user, asked, tail = template.probe([user]).partition(_USER)
-    whole = template.probe([user, answer, again], prompt=True)
-    between_user_and_answer = whole.partition(_USER)[2].partition(_ANSWER)[0]
+    chat = template.probe([user, answer, again], prompt=True)
+    between_user_and_answer = chat.partition(_USER)[2].partition(_ANSWER)[0]
     after_answer = template.probe([user, answer]).rpartition(_ANSWER)[2]
-    before_again, found, prompt_tail = whole.partition(_ANSWER)[2].partition(_AGAIN)
+    before_again, found, prompt_tail = chat.partition(_ANSWER)[2].partition(_AGAIN)
     if not asked or not found or not before_again.startswith(after_answer) or not prompt_tail.startswith(tail):
         return None
     before_user = before_again[len(after_answer) :]
@@ -140,7 +145,7 @@ def _found_by_probing(template: ChatTemplate) -> Turns | None:
         start = first[: shared.index(False) if False in shared else len(shared)] if own_turn else first
         before_system = before_system[len(start) + (0 if own_turn else len(before_user)) :]
         after_system = after_system[: len(after_system) - len(before_user)] if own_turn else after_system
-    return Turns(
+    return TemplateParts(
         start=start if has_system else first,
         default=first[len(start) :] if has_system else "",
         system=(before_system, after_system) if has_system else None,
@@ -158,7 +163,8 @@ def _probes(*, with_system: bool) -> list[tuple[dict[str, Any], ...]]:
     return [*probes, *((system, *probe) for probe in probes)] if with_system else probes
 
 
-def _check_same(turns: Turns, template: ChatTemplate, conversation: Conversation) -> None:
+def _check_same(parts: TemplateParts, template: ChatTemplate, conversation: Conversation) -> None:
+    """Refuse a conversation that template and translation render differently."""
     messages = list(conversation.messages)
     while messages and messages[-1]["role"] != "user":
         messages.pop()
@@ -167,32 +173,31 @@ def _check_same(turns: Turns, template: ChatTemplate, conversation: Conversation
     if conversation.tools or any("content" not in message or message["role"] == "tool" for message in messages):
         raise RecipeError("conversations with tools cannot be translated for Ollama", fix=_FIX)
     wanted = template.probe(messages, prompt=True)
-    actual = turns.render(messages)
+    actual = parts.render(messages)
     if wanted != actual:
-        place = next(
+        start = next(
             (i for i, (a, b) in enumerate(zip(wanted, actual, strict=False)) if a != b), min(len(wanted), len(actual))
         )
         origin = conversation.origin
         raise RecipeError(
             "Ollama's template language cannot express this chat template: it writes "
-            f"{wanted[place : place + 40]!r} where the translation has {actual[place : place + 40]!r}",
+            f"{wanted[start : start + 40]!r} where the translation has {actual[start : start + 40]!r}",
             file=origin.file if origin else None,
             line=origin.line if origin else None,
             fix=_FIX,
         )
 
 
-def _without_bos(turns: Turns, tokenizer: PreTrainedTokenizerBase) -> Turns:
-    """Ollama puts the begin-of-sequence token first by itself where the tokenizer does."""
+def _without_bos(parts: TemplateParts, tokenizer: PreTrainedTokenizerBase) -> TemplateParts:
+    """Remove the begin-of-sequence token where Ollama adds it itself, as the tokenizer does."""
     bos = tokenizer.bos_token
     adds = isinstance(bos, str) and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
     if not adds:
-        return turns
+        return parts
     assert isinstance(bos, str)
-    if not turns.start.startswith(bos):
-        raise RecipeError(f"Ollama would put {bos} first, which the chat template does not write", fix=_FIX)
-    values = {name: getattr(turns, name) for name in Turns.__dataclass_fields__}
-    return Turns(**{**values, "start": turns.start.removeprefix(bos)})
+    if not parts.start.startswith(bos):
+        raise RecipeError(f"Ollama would start prompts with {bos}, which the chat template does not", fix=_FIX)
+    return replace(parts, start=parts.start.removeprefix(bos))
 
 
 def _message(role: str, content: str) -> dict[str, Any]:
@@ -200,4 +205,5 @@ def _message(role: str, content: str) -> dict[str, Any]:
 
 
 def _go(text: str) -> str:
+    """Quote text for a Go template."""
     return text.replace("{{", '{{ "{{" }}')

@@ -1,4 +1,4 @@
-"""Nothing looks finished before it is: output is written under a temporary name and renamed at the end."""
+"""Write exports under a temporary name and rename them at the end, so that nothing unfinished looks finished."""
 
 from __future__ import annotations
 
@@ -10,33 +10,33 @@ from pathlib import Path
 from loratune.run.errors import MachineError, RecipeError
 
 SPARE_BYTES = 64 * 2**20
-"""Disk space for tokenizer, configuration and certificate."""
+"""Disk space for tokenizer, configuration and certificate, beyond the weights."""
 
 
 def check_target(target: Path, *, needed_bytes: int = 0) -> None:
-    """Whether a folder may be made here.
+    """Check that an export can be written here.
 
     Raises:
-        RecipeError: There is something already.
-        MachineError: The disk has not enough space.
+        RecipeError: `target` exists and is not an empty folder.
+        MachineError: The disk is too small.
     """
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
-        raise RecipeError("there is something already", file=target, fix="give another place, or remove it")
+        raise RecipeError("already exists", file=target, fix="choose another folder, or remove it")
     parent = target.absolute().parent
     while not parent.exists():
         parent = parent.parent
     free = shutil.disk_usage(parent).free
     if free < needed_bytes + SPARE_BYTES:
         raise MachineError(
-            f"about {(needed_bytes + SPARE_BYTES) / 2**20:,.0f} MiB will be written, {free / 2**20:,.0f} MiB are free",
+            f"needs about {(needed_bytes + SPARE_BYTES) / 2**20:,.0f} MiB, but {free / 2**20:,.0f} MiB are free",
             file=target,
-            fix="free some disk space, or give another place",
+            fix="free some disk space, or choose another folder",
         )
 
 
 @contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
-    """A folder beside `target` to write into. It becomes `target` when the block ends well, and is deleted when it does not.
+    """Yield a temporary folder next to `target`: renamed to `target` when the block succeeds, deleted when it fails.
 
     Raises:
         MachineError: The disk is full, or the folder cannot be written.
@@ -52,7 +52,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         temporary.rename(target)
     except OSError as error:
         raise MachineError(
-            f"cannot write: {error}", file=target, fix="free some disk space, or give another place"
+            f"cannot write: {error}", file=target, fix="free some disk space, or choose another folder"
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -1,8 +1,8 @@
-"""What `transformers serve` must find to serve base and adapter by name, and the command that starts it.
+"""The folder from which `transformers serve` serves base and fine-tuned model by name, and the command that starts it.
 
-Its model names are what `from_pretrained` takes, so the models lie as folders `base` and NAME in the folder that it runs
-in. The adapter's folder is the base once more with the adapter in it: transformers loads such a folder as base plus adapter.
-What `/v1/models` lists is the hub cache, so it gets a cache of its own, which names the two and nothing else.
+Model names are what `from_pretrained` takes, so the models are the folders `base` and NAME in the server's working
+directory. The second one holds the base's files again and the adapter's: transformers loads such a folder as base plus
+adapter. `/v1/models` lists the hub cache, so the server gets its own cache, which names these two models only.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ _REVISION = "local"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerCommand:
-    """How a server is started.
+    """A command that starts a server.
 
     Attributes:
-        words: The command.
-        folder: Where it runs; None: where we are.
-        environment: What is added to ours.
+        words: The program and its arguments.
+        folder: The server's working directory; None for ours.
+        environment: The variables to add to our environment.
     """
 
     words: tuple[str, ...]
@@ -41,57 +41,57 @@ class ServerCommand:
 
 
 def served_name(name: str) -> str:
-    """The model name of the adapter: the run's, as far as the hub's rules for names allow."""
+    """Return the fine-tuned model's name: the run's, restricted to what the hub allows in names."""
     allowed = re.sub(r"[^A-Za-z0-9._-]+|-{2,}|\.{2,}", "-", name).strip("-.")[:96].strip("-.")
     return allowed if allowed not in ("", BASE_NAME) and not allowed.endswith(".git") else "tuned"
 
 
 def check_transformers(config: Any) -> str:
-    """The class that `transformers serve` loads this model by.
+    """Return the transformers class that `transformers serve` loads this model with.
 
     Raises:
-        RecipeError: It comes with code of its own.
+        RecipeError: transformers has no such class; the model comes with its own code.
     """
     name: str = (config.architectures or [""])[0]
     if not hasattr(transformers, name):
         raise RecipeError(
-            f"transformers serve cannot load {name or 'a model that names no architecture'}: it takes transformers' own "
-            "classes only",
+            f"transformers serve cannot load {name or 'a model without a named architecture'}: "
+            "it loads transformers' own classes only",
             fix="install vLLM, or `loratune chat`",
         )
     return name
 
 
 def model_folder(folder: Path, name: str) -> Path:
-    """Where a served model lies."""
+    """Return the folder of a served model."""
     return folder / "models" / name
 
 
 def write_served(base: Path, adapter: Path, folder: Path, *, name: str, stop_token_ids: Sequence[int]) -> None:
-    """Lay out base and adapter.
+    """Write the folders of base and fine-tuned model.
 
     Args:
         base: The base's folder; its weights are linked, not copied.
         adapter: The run's adapter folder, with tokenizer and template.
-        folder: Where to; it is there.
-        name: Of the adapter's model.
-        stop_token_ids: What ends an answer.
+        folder: An existing folder to write into.
+        name: The fine-tuned model's name.
+        stop_token_ids: The tokens that end an answer.
     """
     for model in (BASE_NAME, name):
-        place = model_folder(folder, model)
-        place.mkdir(parents=True)
+        target = model_folder(folder, model)
+        target.mkdir(parents=True)
         index = base / "model.safetensors.index.json"
-        shutil.copyfile(base / "config.json", place / "config.json")
+        shutil.copyfile(base / "config.json", target / "config.json")
         for file in [*weight_files(base), *([index.name] if index.is_file() else [])]:
-            (place / file).symlink_to((base / file).resolve())
-        copy_companions(base, adapter, place, stop_token_ids)
-        _list_in_cache(folder / "hub", model, place / "config.json")
+            (target / file).symlink_to((base / file).resolve())
+        copy_companions(base, adapter, target, stop_token_ids)
+        _list_in_cache(folder / "hub", model, target / "config.json")
     for file in _ADAPTER_FILES:
         shutil.copyfile(adapter / file, model_folder(folder, name) / file)
 
 
 def transformers_command(folder: Path, *, host: str, port: int, device: str, dtype: str) -> ServerCommand:
-    """The command that serves what `write_served` wrote. Models stay loaded, and nothing is asked of the hub."""
+    """Return the command that serves the folder of `write_served`. Models stay loaded; the hub is not contacted."""
     words = (sys.executable, "-P", "-m", "transformers.cli.transformers", "serve")
     options = ("--host", host, "--port", str(port), "--device", device, "--dtype", dtype, "--model-timeout=-1")
     return ServerCommand(
@@ -102,7 +102,7 @@ def transformers_command(folder: Path, *, host: str, port: int, device: str, dty
 
 
 def _list_in_cache(cache: Path, model: str, config: Path) -> None:
-    """The least that lets `/v1/models` name a model: a revision with a configuration."""
+    """Write what `/v1/models` needs to list a model: a revision with a configuration."""
     repository = cache / f"models--{model}"
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text(_REVISION, encoding="utf-8")

@@ -58,11 +58,20 @@ def versions(recipe: Record) -> dict[str, str]:
     return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}
 
 
-def differences(before: Record, now: Record, keys: Sequence[str] = INPUTS) -> list[str]:
-    """What of the inputs changed between two locks, as `inputs.train.mask` or `inputs.model.config.json`."""
+def changed_inputs(before: Record, now: Record, keys: Sequence[str] = INPUTS, *, known_only: bool = False) -> list[str]:
+    """Name the inputs that differ between two locks, as `inputs.train.mask` or `inputs.model.config.json`.
+
+    Args:
+        before: The lock of the run.
+        now: The lock that the same recipe gives now.
+        keys: The inputs to compare.
+        known_only: Whether to ignore model files that `before` does not list.
+    """
     changed: list[str] = []
     for key in keys:
         old, new = before["inputs"].get(key), now["inputs"].get(key)
+        if key == "model" and known_only:
+            new = {name: digest for name, digest in new.items() if name in old}
         if isinstance(old, dict) and isinstance(new, dict):
             changed += [f"inputs.{key}.{name}" for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
         elif old != new:

@@ -109,6 +109,15 @@ class RunDir:
         """Whether training ran to its end and the adapter is written."""
         return (self.adapter / "adapter_config.json").is_file()
 
+    def require_adapter(self) -> None:
+        """Refuse a run whose training has not finished.
+
+        Raises:
+            RecipeError: The adapter is not written yet.
+        """
+        if not self.has_adapter:
+            raise RecipeError("the run has no adapter yet", file=self.root, fix=f"`loratune resume {self.root}`")
+
     @property
     def is_complete(self) -> bool:
         """Whether nothing is left to do: the adapter is written, evaluated, measured and reported on."""

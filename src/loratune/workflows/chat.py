@@ -1,4 +1,4 @@
-"""A conversation with base and tuned at the terminal, with exactly the template and the stop tokens of training."""
+"""Chat with the base and the fine-tuned model in the terminal, with the template and stop tokens of training."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import json
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from contextlib import nullcontext, suppress
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,23 +27,24 @@ from loratune.evaluation.generate import as_generator
 from loratune.model.adapter.attach import load_adapter
 from loratune.model.device import choose_device, device_here, torch_dtype
 from loratune.model.load import load_model, load_tokenizer, locate_model, positions_of
-from loratune.recipe.recipe import ModelSection, Recipe
+from loratune.recipe.recipe import ModelSection
 from loratune.recipe.tasks import require_text
-from loratune.run.directory import RunDir, read_json
+from loratune.run.directory import RunDir
 from loratune.run.errors import DataError, LoratuneError, MachineError, RecipeError
-from loratune.run.progress import NoProgress, Progress
+from loratune.run.progress import NO_PROGRESS, Progress
+from loratune.workflows.finished import recipe_of
 
 BASE, TUNED = "base", "tuned"
 
-HELP = """/tuned         the tuned model answers (the start)
+HELP = """/tuned         the fine-tuned model answers (default)
 /base          the base model answers
 /both          both answer, side by side
-/system TEXT   set the system message, and start anew; without a text: none
-/set N=VALUE   temperature, top_p, top_k, max_new_tokens or seed
-/reset         forget the conversation
-/save FILE     add the conversation to a JSONL file, as a row that loratune can train on
-/help          this list
-/exit          the end; Ctrl-D does too. Ctrl-C ends an answer."""
+/system TEXT   set the system message and start over; without TEXT: no system message
+/set N=VALUE   set temperature, top_p, top_k, max_new_tokens or seed
+/reset         start over
+/save FILE     append the conversation to a JSONL file, as a row that loratune can train on
+/help          show this list
+/exit          quit, as does Ctrl-D; Ctrl-C stops an answer"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,11 +52,11 @@ class Sampling:
     """How the next token is chosen.
 
     Attributes:
-        temperature: 0: always the likeliest.
-        top_p: From the likeliest tokens of this mass.
-        top_k: From this many tokens; 0: from all.
-        max_new_tokens: The longest answer.
-        seed: Of the sampling.
+        temperature: The sampling temperature; 0 for greedy answers.
+        top_p: The probability mass to sample from, 0 to 1.
+        top_k: The number of top tokens to sample from; 0 for all.
+        max_new_tokens: The longest answer, in tokens.
+        seed: The sampling seed.
     """
 
     temperature: float = 0.0
@@ -65,34 +66,32 @@ class Sampling:
     seed: int = 0
 
     def changed(self, setting: str) -> Sampling:
-        """With one `name=value` set.
+        """Return the settings with one `name=value` changed.
 
         Raises:
             RecipeError: There is no such setting, or the value does not fit.
         """
-        name, _, text = setting.partition("=")
-        kinds: dict[str, type] = {
-            "temperature": float, "top_p": float, "top_k": int, "max_new_tokens": int, "seed": int,
-        }  # fmt: skip
+        name, _, text = (part.strip() for part in setting.partition("="))
+        kinds = {name: type(default) for name, default in asdict(Sampling()).items()}
         try:
-            value = kinds[name.strip()](text)
+            value = kinds[name](text)
         except (KeyError, ValueError):
             raise RecipeError(f"/set {setting}", fix=f"/set NAME=VALUE with one of {', '.join(kinds)}") from None
         low = 1 if name == "max_new_tokens" else 0
         if value < low or (name == "top_p" and value > 1):
             raise RecipeError(f"/set {setting}", fix=f"at least {low}{', at most 1' if name == 'top_p' else ''}")
-        return replace(self, **{name.strip(): value})
+        return replace(self, **{name: value})
 
 
 @dataclass(slots=True)
 class Turn:
-    """What a user said, and what each model answered."""
+    """A message of the user, and each model's answer."""
 
     user: str
     answers: dict[str, str] = field(default_factory=dict)
 
     def seen_by(self, side: str) -> str:
-        """The answer in this model's history: its own, or the other's where it was not asked."""
+        """Return the answer in this model's history: its own, or the other model's where it was not asked."""
         return self.answers.get(side) or next(iter(self.answers.values()))
 
 
@@ -100,10 +99,10 @@ class Chat:
     """A model, or a base with its adapter, and the conversation so far.
 
     Args:
-        model: With an adapter there are two sides to talk to.
-        tokenizer: Of training, with its template.
+        model: The model; with an adapter, both the base and the fine-tuned model can be asked.
+        tokenizer: The tokenizer of training, with its template.
         sampling: How the next token is chosen.
-        system: A system message, or none.
+        system: The system message; empty for none.
     """
 
     def __init__(
@@ -124,40 +123,38 @@ class Chat:
         self.stops = stop_token_ids(tokenizer)
 
     def prompt_ids(self, side: str, text: str) -> list[int]:
-        """The conversation as this model sees it, up to where its answer begins.
+        """Return the conversation as this model sees it, up to where its answer begins.
 
         Raises:
-            DataError: The text holds a token of the template, or the template refuses the conversation.
+            DataError: The text contains a special token, or the template refuses the conversation.
         """
         found = self.template.special_text.names.search(f"{self.system}\n{text}")
         if found:
-            raise DataError(f"the text holds the special token {found[0]}", fix="write it in another way")
+            raise DataError(f"the text contains the special token {found[0]}", fix="write it differently")
         try:
             rendered = self.template.render(self.messages(side, text), prompt=True)
         except BadRow as bad:
-            raise DataError(
-                str(bad), fix="/system without a text, where the template takes no system message"
-            ) from None
+            raise DataError(str(bad), fix="/system without a text, if the template takes no system message") from None
         ids: list[int] = self.tokenizer(rendered, add_special_tokens=False)["input_ids"]
         return ids
 
     def messages(self, side: str, text: str | None = None) -> list[dict[str, Any]]:
-        """The conversation with this model, with a new message of the user."""
+        """Return the conversation with this model, followed by a new message of the user."""
         messages = [{"role": "system", "content": self.system}] if self.system else []
         for turn in self.turns:
             messages += [{"role": "user", "content": turn.user}, {"role": "assistant", "content": turn.seen_by(side)}]
         return messages if text is None else [*messages, {"role": "user", "content": text}]
 
     def answer(self, side: str, text: str, on_text: Callable[[str], None]) -> str:
-        """Answer, piece by piece.
+        """Answer a message, one piece at a time.
 
         Args:
             side: `base` or `tuned`.
-            text: What the user says.
-            on_text: Called with each further piece.
+            text: The user's message.
+            on_text: Called with each new piece of the answer.
 
         Raises:
-            DataError: As `prompt_ids`, or the conversation is longer than the model's positions.
+            DataError: As for `prompt_ids`, or the conversation is longer than the model's positions.
         """
         ids = self.prompt_ids(side, text)
         base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
@@ -170,7 +167,8 @@ class Chat:
         streamer = _Pieces(self.tokenizer, self.stops, on_text)
         without = self.model.disable_adapter() if side == BASE and isinstance(self.model, PeftModel) else nullcontext()
         torch.manual_seed(self.sampling.seed + len(self.turns))
-        with without, as_generator(base, settings), _until_ctrl_c():
+        # Ctrl-C ends the answer, not the conversation.
+        with without, as_generator(base, settings), suppress(KeyboardInterrupt):
             tensor = torch.tensor([ids], device=base.device)
             base.generate(  # type: ignore[operator]
                 tensor, attention_mask=torch.ones_like(tensor), generation_config=settings, streamer=streamer
@@ -178,10 +176,10 @@ class Chat:
         return streamer.text
 
     def save(self, file: Path) -> None:
-        """Add the conversation to a JSONL file; with two models, the tuned one's answers.
+        """Append the conversation to a JSONL file, with the fine-tuned model's answers.
 
         Raises:
-            RecipeError: There is nothing to save.
+            RecipeError: There is no conversation yet.
             MachineError: The file cannot be written.
         """
         if not self.turns:
@@ -190,7 +188,7 @@ class Chat:
             with file.expanduser().open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps({"messages": self.messages(TUNED)}, ensure_ascii=False) + "\n")
         except OSError as error:
-            raise MachineError(f"cannot write: {error}", file=file, fix="give another place") from error
+            raise MachineError(f"cannot write: {error}", file=file, fix="choose another file") from error
 
     def _settings(self, max_new_tokens: int) -> GenerationConfig:
         chosen = self.sampling
@@ -208,23 +206,21 @@ class Chat:
         )
 
 
-def open_chat(root: Path, sampling: Sampling, *, progress: Progress | None = None, system: str = "") -> Chat:
+def open_chat(root: Path, sampling: Sampling, *, progress: Progress = NO_PROGRESS, system: str = "") -> Chat:
     """Load a run's base with its adapter, or a merged folder.
 
     Raises:
-        RecipeError: It is neither.
+        RecipeError: The folder is neither.
         MachineError: The base model is not on this machine.
     """
-    listener = progress or NoProgress()
     folder = root.expanduser()
     if (folder / "config.json").is_file() and not (folder / "lock.json").is_file():
         section, device, dtype = ModelSection(name=str(folder)), choose_device("auto").value, "auto"
         adapter = None
     else:
         run = RunDir.open(folder)
-        if not run.has_adapter:
-            raise RecipeError("the run has no adapter yet", file=run.root, fix=f"`loratune resume {root}`")
-        recipe = Recipe.parse(read_json(run.lock)["recipe"], file=run.lock)
+        run.require_adapter()
+        recipe = recipe_of(run)
         require_text(
             recipe, "loratune chat", f"loratune evaluate {root} has its classes, loratune merge {root} OUT a model"
         )
@@ -234,8 +230,8 @@ def open_chat(root: Path, sampling: Sampling, *, progress: Progress | None = Non
             recipe.model.dtype,
             run.adapter,
         )
-    base = locate_model(section, listener)
-    listener.line(f"loading {section.name} on {device}")
+    base = locate_model(section, progress)
+    progress.line(f"loading {section.name} on {device}")
     tokenizer_section = section if adapter is None else ModelSection(name=str(adapter))
     tokenizer = load_tokenizer(replace(base, path=adapter) if adapter is not None else base, tokenizer_section)
     model: Any = load_model(base, section, dtype=_dtype(dtype, base.path), device=device)
@@ -245,15 +241,15 @@ def open_chat(root: Path, sampling: Sampling, *, progress: Progress | None = Non
 
 
 def converse(chat: Chat, console: Console, lines: Iterator[str] | None = None) -> None:
-    """Read what the user types, until there is no more, and answer.
+    """Read what the user types and answer, until the input ends.
 
     Args:
-        chat: With whom.
-        console: Where the answers go.
-        lines: What is typed; None: from the terminal, or from a pipe.
+        chat: The model and its conversation.
+        console: The console to print answers to.
+        lines: The user's lines; None to read them from the terminal or a pipe.
     """
     asked: tuple[str, ...] = (TUNED,)
-    console.print(f"[dim]talking to {' and '.join(chat.sides)}; /help lists the commands[/dim]")
+    console.print(f"[dim]chatting with {' and '.join(chat.sides)}; /help lists the commands[/dim]")
     for line in lines if lines is not None else _typed(console):
         try:
             if not line.startswith("/"):
@@ -272,22 +268,26 @@ def _exchange(chat: Chat, console: Console, asked: Sequence[str], text: str) -> 
         turn.answers[asked[0]] = chat.answer(asked[0], text, lambda piece: console.print(Text(piece), end=""))
         console.print()
     else:
-        with Live(console=console, auto_refresh=False, vertical_overflow="visible") as live:
-            for side in asked:
-                shown = dict(turn.answers)
-
-                def show(piece: str, side: str = side, shown: dict[str, str] = shown) -> None:
-                    shown[side] = shown.get(side, "") + piece
-                    live.update(_columns(asked, shown), refresh=console.is_terminal)
-
-                turn.answers[side] = chat.answer(side, text, show)
-            live.update(_columns(asked, turn.answers), refresh=True)
-        if not console.is_terminal:
-            console.print()  # `Live` ends the line on a terminal only
+        _answer_side_by_side(chat, console, asked, turn)
     if all(turn.answers.values()):
         chat.turns.append(turn)
     else:
-        console.print("[yellow]an empty answer; this exchange is forgotten[/yellow]")
+        console.print("[yellow]the answer is empty; this exchange is discarded[/yellow]")
+
+
+def _answer_side_by_side(chat: Chat, console: Console, asked: Sequence[str], turn: Turn) -> None:
+    shown: dict[str, str] = {}
+    with Live(console=console, auto_refresh=False, vertical_overflow="visible") as live:
+        for side in asked:
+
+            def show(piece: str, side: str = side) -> None:
+                shown[side] = shown.get(side, "") + piece
+                live.update(_columns(asked, shown), refresh=console.is_terminal)
+
+            turn.answers[side] = chat.answer(side, turn.user, show)
+        live.update(_columns(asked, turn.answers), refresh=True)
+    if not console.is_terminal:
+        console.print()  # `Live` ends the line on a terminal only
 
 
 def _columns(sides: Sequence[str], texts: dict[str, str]) -> Table:
@@ -299,39 +299,41 @@ def _columns(sides: Sequence[str], texts: dict[str, str]) -> Table:
 
 
 def _command(chat: Chat, console: Console, asked: tuple[str, ...], line: str) -> tuple[str, ...]:
-    """Do what a line with a slash says; returns who answers from now on."""
+    """Run a command. Return the models that answer from now on."""
     name, _, rest = line[1:].partition(" ")
     rest = rest.strip()
+    reply = ""
     if name in (BASE, TUNED, "both"):
-        wanted = (BASE, TUNED) if name == "both" else (name,)
-        if not set(wanted) <= set(chat.sides):
-            raise RecipeError("a merged model has no base beside it", fix="`loratune chat RUN` on the run itself")
-        console.print(f"[dim]{' and '.join(wanted)} will answer[/dim]")
-        return wanted
-    if name == "system":
+        asked = (BASE, TUNED) if name == "both" else (name,)
+        if not set(asked) <= set(chat.sides):
+            raise RecipeError("a merged model has no separate base", fix="`loratune chat RUN` on the run itself")
+        reply = f"{' and '.join(asked)} will answer"
+    elif name == "system":
         chat.system, chat.turns = rest, []
-        console.print(f"[dim]{'a system message' if rest else 'no system message'}; a new conversation[/dim]")
+        reply = f"{'system message set' if rest else 'no system message'}; new conversation"
     elif name == "set":
         chat.sampling = chat.sampling.changed(rest)
-        console.print(f"[dim]{chat.sampling}[/dim]")
+        reply = str(chat.sampling)
     elif name == "reset":
         chat.turns = []
-        console.print("[dim]a new conversation[/dim]")
+        reply = "new conversation"
     elif name == "save":
         words = shlex.split(rest)
         if len(words) != 1:
-            raise RecipeError("/save without a file", fix="/save chats.jsonl")
+            raise RecipeError("/save needs a file", fix="/save chats.jsonl")
         chat.save(Path(words[0]))
-        console.print(Text(f"added to {words[0]}", style="dim"))
+        reply = f"appended to {words[0]}"
     elif name == "help":
         console.print(Text(HELP))
     else:
-        raise RecipeError(f"unknown command /{name}", fix="/help lists them")
+        raise RecipeError(f"unknown command /{name}", fix="/help lists the commands")
+    if reply:
+        console.print(Text(reply, style="dim"))
     return asked
 
 
 def _typed(console: Console) -> Iterator[str]:
-    """Lines from the terminal, with a prompt and its history; or from a pipe."""
+    """Yield lines from the terminal, with a prompt and history, or from a pipe."""
     interactive = sys.stdin.isatty()
     if interactive:
         import readline  # noqa: F401 - gives `input` its history and its keys
@@ -347,17 +349,8 @@ def _typed(console: Console) -> Iterator[str]:
             yield line
 
 
-@contextmanager
-def _until_ctrl_c() -> Iterator[None]:
-    """Ctrl-C ends the answer, not the conversation."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        return
-
-
 class _Pieces(BaseStreamer):
-    """Turns the tokens that come one by one into text, without the stop token and without half characters."""
+    """Turns generated tokens into pieces of text, without the stop token and without incomplete characters."""
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[int], on_text: Callable[[str], None]
@@ -371,22 +364,24 @@ class _Pieces(BaseStreamer):
             self._ids = []
             return
         self._ids += [token for token in value.flatten().tolist() if token not in self._stops]
-        whole = str(self._tokenizer.decode(self._ids, clean_up_tokenization_spaces=False))
-        if not whole.endswith("�"):
-            self._say(whole)
+        text = self._decoded()
+        if not text.endswith("�"):  # the last character needs more tokens
+            self._emit(text)
 
     def end(self) -> None:
-        if self._ids:
-            self._say(str(self._tokenizer.decode(self._ids, clean_up_tokenization_spaces=False)))
+        self._emit(self._decoded())
 
-    def _say(self, whole: str) -> None:
-        piece, self.text = whole[len(self.text) :], whole
+    def _emit(self, text: str) -> None:
+        piece, self.text = text[len(self.text) :], text
         if piece:
             self._on_text(piece)
 
+    def _decoded(self) -> str:
+        return str(self._tokenizer.decode(self._ids or [], clean_up_tokenization_spaces=False))
+
 
 def _dtype(name: str, folder: Path) -> torch.dtype:
-    """The type by name; `auto`: what the folder's configuration says."""
+    """Return a type by its name; for `auto`, the type in the folder's configuration."""
     if name != "auto":
         return torch_dtype(name)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))

@@ -10,16 +10,16 @@ from loratune.evaluation.lm_eval import check_harness, run_harness
 from loratune.evaluation.user_metric import load_metric
 from loratune.planning.checks import check_prompts
 from loratune.planning.prepare import prepare
-from loratune.recipe.recipe import Recipe
 from loratune.recipe.tasks import require_text
 from loratune.reporting.html import report_or_warn
 from loratune.reporting.model_card import write_card
-from loratune.run.directory import RunDir, read_json
+from loratune.run.directory import RunDir
 from loratune.run.errors import DataError, RecipeError
 from loratune.run.progress import NO_PROGRESS, Progress
 from loratune.run.records.evaluation import EvaluationRecord
 from loratune.run.records.files import write_record
 from loratune.workflows.assess import compare_base_and_tuned, explain_out_of_memory
+from loratune.workflows.finished import recipe_of
 from loratune.workflows.load import load_trained
 from loratune.workflows.result import RunResult
 from loratune.workflows.tasks.task import task_of
@@ -57,9 +57,8 @@ def evaluate(root: str | Path, *, extras: Extras = _NOTHING_MORE, progress: Prog
         RunError: The metric or a task fails.
     """
     run = RunDir.open(root)
-    if not run.has_adapter:
-        raise RecipeError("the run has no adapter yet", file=run.root, fix=f"`loratune resume {root}`")
-    recipe = Recipe.parse(read_json(run.lock)["recipe"], file=run.lock)
+    run.require_adapter()
+    recipe = recipe_of(run)
     if recipe.data.eval == "none":
         raise RecipeError("data.eval of this run is none: there is nothing to evaluate on", file=run.lock)
     own = load_metric(extras.metric, allow_code=extras.allow_code) if extras.metric else None

@@ -1,7 +1,7 @@
-"""`push`: adapter, card and report to the hub; private unless told otherwise, and nothing that is nobody's business.
+"""Push a run's adapter, model card and report to the Hugging Face hub; private by default.
 
-What goes is first put together in a folder of its own, where paths of this machine are taken out and secrets are looked
-for; a dry run stops there.
+The files are first collected in a temporary folder, where paths of this machine are removed and secrets searched for. A
+dry run stops there.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from loratune.run.records.files import read_record
 from loratune.run.records.lock import LockRecord
 
 HUB_SECONDS = 5.0
-SECRETS = {
+"""How long the hub may take to answer."""
+SECRETS = {  # kind of secret → regular expression
     "a Hugging Face token": r"\bhf_[A-Za-z0-9]{30,}",
     "an API key": r"\bsk-[A-Za-z0-9_-]{20,}",
     "an AWS key": r"\bAKIA[0-9A-Z]{16}\b",
@@ -36,31 +37,32 @@ SECRETS = {
     "a private key": r"-----BEGIN [A-Z ]*PRIVATE KEY-----",
 }
 _TEXT = (".json", ".jinja", ".md", ".html", ".txt", ".yaml")
-_TOKENIZER = ("tokenizer.json", "vocab.json", "merges.txt")  # of the base, and megabytes of made-up words
+# Not searched: they come from the base, and hold megabytes of character sequences that look like anything.
+_TOKENIZER = ("tokenizer.json", "vocab.json", "merges.txt")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PushedFile:
-    """A file that goes, or went, to the hub."""
+    """A file that is, or would be, uploaded."""
 
     path: str
     num_bytes: int
     sha256: str
 
     def as_dict(self) -> Record:
-        """For `--json`."""
+        """Return the record for `--json`."""
         return {"path": self.path, "num_bytes": self.num_bytes, "sha256": self.sha256}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Publication:
-    """What `push` did.
+    """The result of `push`.
 
     Attributes:
         repo: The repository's id.
-        url: Of the commit; empty after a dry run.
-        private: Whether only its owner sees it.
-        files: Everything that goes.
+        url: The URL of the commit; empty after a dry run.
+        private: Whether the repository is private.
+        files: All files of the upload.
     """
 
     repo: str
@@ -78,38 +80,38 @@ def push(
     with_report: bool = True,
     progress: Progress = NO_PROGRESS,
 ) -> Publication:
-    """Put a finished run's adapter on the hub.
+    """Upload a finished run's adapter to the hub.
 
     Args:
         root: The run directory.
-        repo: `OWNER/NAME`, or `NAME` in your own name.
-        public: Whether everybody may see it.
-        dry_run: Whether to stop before anything is sent; needs no network and no token.
-        with_report: Whether the report goes too. It shows prompts, answers, and some of the training data.
-        progress: Who is told how it goes.
+        repo: `OWNER/NAME`, or `NAME` in your own namespace.
+        public: Whether the repository may be public.
+        dry_run: Whether to stop before the upload; needs no network and no token.
+        with_report: Whether to upload the report, which shows prompts, answers, and some of the training data.
+        progress: The listener for progress and warnings.
 
     Raises:
-        RecipeError: The run is not finished, the name is none, a file holds a secret, or the repository is public and
-            `public` is not given.
-        MachineError: There is no token, or the hub cannot be reached or does not let us in.
+        RecipeError: The run is not finished, the repository's name is invalid, a file contains a secret, or the
+            repository is public and `public` is false.
+        MachineError: There is no token, or the hub cannot be reached or refuses the token.
+        RunError: The hub fails.
     """
     run = RunDir.open(root)
-    if not run.has_adapter:
-        raise RecipeError("the run has no adapter yet", file=run.root, fix=f"`loratune resume {root}`")
+    run.require_adapter()
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
-        raise RecipeError(f"{repo!r} is no name of a repository: {error}", fix="OWNER/NAME") from None
+        raise RecipeError(f"{repo!r} is not a repository name: {error}", fix="use OWNER/NAME") from None
     with TemporaryDirectory() as name:
         folder = Path(name)
-        _put_together(run, repo, folder, with_report=with_report)
-        _look_for_secrets(folder)
+        _collect_files(run, repo, folder, with_report=with_report)
+        _refuse_secrets(folder)
         files = tuple(_describe(path, folder) for path in sorted(folder.rglob("*")) if path.is_file())
         publication = Publication(repo=repo, url="", private=not public, files=files)
-        return publication if dry_run else _send(publication, folder, progress)
+        return publication if dry_run else _upload(publication, folder, progress)
 
 
-def _put_together(run: RunDir, repo: str, folder: Path, *, with_report: bool) -> None:
+def _collect_files(run: RunDir, repo: str, folder: Path, *, with_report: bool) -> None:
     lock = read_record(run.lock, LockRecord)
     for path in run.adapter.iterdir():
         if path.is_file() and path.name != "README.md":
@@ -122,11 +124,11 @@ def _put_together(run: RunDir, repo: str, folder: Path, *, with_report: bool) ->
     (folder / "README.md").write_text(card_of(run, repo), encoding="utf-8")
     if with_report:
         page = report(run.root, folder / "report.html")
-        page.write_text(_without_folders(page.read_text(encoding="utf-8"), run, lock), encoding="utf-8")
+        page.write_text(_without_paths(page.read_text(encoding="utf-8"), run, lock), encoding="utf-8")
 
 
-def _without_folders(text: str, run: RunDir, lock: LockRecord) -> str:
-    """The page with names in the place of this machine's paths: of run, model, data, home, and the folder we are in."""
+def _without_paths(text: str, run: RunDir, lock: LockRecord) -> str:
+    """Shorten this machine's paths to names: those of run, model, data, home, and working directory."""
     sources = [s["name"] for key in ("train", "eval") for s in lock.recipe["data"][key] if isinstance(s, dict)]
     known = [str(run.root), lock.inputs.model_path, lock.recipe["model"]["name"], *sources]
     known += [str(Path(name).expanduser().absolute()) for name in known]
@@ -139,7 +141,7 @@ def _without_folders(text: str, run: RunDir, lock: LockRecord) -> str:
     return text
 
 
-def _look_for_secrets(folder: Path) -> None:
+def _refuse_secrets(folder: Path) -> None:
     for path in sorted(folder.rglob("*")):
         if path.suffix not in _TEXT or path.name in _TOKENIZER:
             continue
@@ -148,10 +150,10 @@ def _look_for_secrets(folder: Path) -> None:
                 found = re.search(pattern, line)
                 if found is not None:
                     raise RecipeError(
-                        f"{path.name} would carry what looks like {what}: {found[0][:6]}…",
+                        f"{path.name} contains what looks like {what}: {found[0][:6]}…",
                         line=number,
                         file=path.name,
-                        fix="take it out of recipe and data"
+                        fix="remove it from recipe and data"
                         + (", or leave the report out with --no-report" if path.name == "report.html" else ""),
                     )
 
@@ -163,9 +165,9 @@ def _describe(path: Path, folder: Path) -> PushedFile:
     )
 
 
-def _send(publication: Publication, folder: Path, progress: Progress) -> Publication:
+def _upload(publication: Publication, folder: Path, progress: Progress) -> Publication:
     if not get_token():
-        raise MachineError("there is no token for the hub on this machine", fix="hf auth login")
+        raise MachineError("no Hugging Face token on this machine", fix="hf auth login")
     if constants.HF_HUB_OFFLINE:
         raise MachineError("HF_HUB_OFFLINE is set", fix="unset HF_HUB_OFFLINE, or --dry-run")
     if not hub_answers(HUB_SECONDS):
@@ -176,17 +178,19 @@ def _send(publication: Publication, folder: Path, progress: Progress) -> Publica
     try:
         repo = api.create_repo(publication.repo, private=publication.private, exist_ok=True).repo_id
         if publication.private and not api.repo_info(repo).private:
-            raise RecipeError(f"{repo} is there and public", fix="--public, or another name")
-        progress.line(f"sending {len(publication.files)} files to {repo}")
+            raise RecipeError(f"{repo} exists and is public", fix="use --public, or another name")
+        progress.line(f"uploading {len(publication.files)} files to {repo}")
         commit = api.upload_folder(repo_id=repo, folder_path=folder, commit_message="LoRA adapter, by loratune")
     except HfHubHTTPError as error:
         code = error.response.status_code
         if code in (401, 403):
             raise MachineError(
                 f"the hub refuses the token for {publication.repo} ({code})",
-                fix="hf auth login, with a token that may write there",
+                fix="hf auth login, with a token that may write to it",
             ) from error
-        raise RunError(f"the hub answers {code}: {error}", fix="try again later; nothing or all was written") from error
+        raise RunError(
+            f"the hub answered {code}: {error}", fix="try again later; the commit is all or nothing"
+        ) from error
     except OSError as error:
-        raise MachineError(f"the connection to the hub broke: {error}", fix="try again") from error
+        raise MachineError(f"the connection to the hub failed: {error}", fix="try again") from error
     return Publication(repo=repo, url=commit.commit_url, private=publication.private, files=publication.files)

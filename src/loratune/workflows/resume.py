@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from loratune.planning.lock import changed_settings, differences
+from loratune.planning.lock import changed_inputs, changed_settings
 from loratune.planning.preparation import Preparation
 from loratune.planning.prepare_ranks import prepare_on_all_ranks
 from loratune.recipe.recipe import Recipe
@@ -95,13 +95,9 @@ def _follow_main(prepared: Preparation, run: RunDir, progress: Progress) -> RunR
 
 
 def _changed_inputs(lock: Record, prepared: Preparation, run: RunDir) -> list[str]:
-    """Return the inputs whose fingerprints differ from the lock's."""
-    now = prepared.as_lock()
-    if prepared.model.base.revision and not run.metrics.is_file():
-        # Interrupted while weights were downloading: a commit's files do not change, but the lock may not list all of them yet.
-        known = lock["inputs"]["model"]
-        now["inputs"]["model"] = {name: digest for name, digest in now["inputs"]["model"].items() if name in known}
-    return differences(lock, now)
+    # Stopped while the weights were fetched: a commit's files do not change, but the lock may not list all of them yet.
+    known_only = bool(prepared.model.base.revision) and not run.metrics.is_file()
+    return changed_inputs(lock, prepared.as_lock(), known_only=known_only)
 
 
 def _refuse(changed: list[str], file: Path) -> None:

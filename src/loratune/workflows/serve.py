@@ -1,7 +1,7 @@
-"""A run behind the chat completions of OpenAI's API, on a server that exists: vLLM, or else `transformers serve`.
+"""Serve a run through an OpenAI-compatible API, with an existing server: vLLM, or else `transformers serve`.
 
-What is here arranges it: lays out what the server must load, with a certificate; starts it; waits until the tuned model
-answers; passes signals on.
+This module exports what the server loads, with a certificate; starts the server; waits until the fine-tuned model
+answers; and forwards signals.
 """
 
 from __future__ import annotations
@@ -27,36 +27,37 @@ from loratune.exporting.vllm import serve_words
 from loratune.model.device import device_here
 from loratune.model.gguf_import import file_sha256
 from loratune.planning.lock import model_fingerprint
-from loratune.recipe.recipe import Recipe
 from loratune.recipe.tasks import require_text
 from loratune.run.directory import RunDir, read_json
 from loratune.run.errors import MachineError, RecipeError, RunError
 from loratune.run.progress import NO_PROGRESS, Progress
 from loratune.workflows.export import export, write_served_layout
+from loratune.workflows.finished import recipe_of
 
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 DEFAULT_PORT = 8000
 KEY_VARIABLE = "LORATUNE_API_KEY"
 START_SECONDS = 1800.0
-"""For the server to load the weights and, with vLLM on a GPU, to compile."""
+"""How long the server may take to load the weights and, with vLLM on a GPU, to compile."""
 STOP_SECONDS = 20.0
-"""After a signal, before the server is ended."""
+"""How long the server may take to exit after SIGTERM before it is killed."""
 SERVE_PACKAGES = ("fastapi", "uvicorn", "openai")
-"""What `transformers serve` needs: the extra `serve`."""
+"""The packages that `transformers serve` needs: the extra `serve`."""
 
 _STDERR = 2
+# Without a proxy: the server is on this machine.
 _direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Service:
-    """A server that answers.
+    """A running server.
 
     Attributes:
-        url: What an OpenAI client takes as `base_url`.
+        url: The `base_url` of an OpenAI client.
         server: `vllm` or `transformers`.
-        models: The names of base and tuned.
-        needs_key: Whether requests need the key.
+        models: The names of the base and the fine-tuned model.
+        needs_key: Whether requests need the API key.
     """
 
     url: str
@@ -66,14 +67,14 @@ class Service:
 
     @property
     def curl(self) -> str:
-        """A request to type."""
+        """A request with curl."""
         key = f"-H 'Authorization: Bearer $'{KEY_VARIABLE} " if self.needs_key else ""
         body = {"model": self.models[1], "messages": [{"role": "user", "content": "Hello"}]}
         return f"curl {self.url}/chat/completions {key}-H 'Content-Type: application/json' -d '{json.dumps(body)}'"
 
     @property
     def python(self) -> str:
-        """The same with the client."""
+        """The same request with OpenAI's Python client."""
         key = f'os.environ["{KEY_VARIABLE}"]' if self.needs_key else '"none"'
         return (
             f'OpenAI(base_url="{self.url}", api_key={key}).chat.completions.create(model="{self.models[1]}", '
@@ -91,27 +92,26 @@ def serve(
     progress: Progress = NO_PROGRESS,
     on_ready: Callable[[Service], None] = lambda _: None,
 ) -> None:
-    """Serve base and tuned until a signal comes.
+    """Serve the base and the fine-tuned model until SIGINT or SIGTERM.
 
     Args:
         root: The run directory.
         server: `vllm`, `transformers`, or `auto`: vLLM where it is installed.
-        host: The address to listen at.
-        port: None: 8000, or another where that is taken.
-        api_key: What requests must bring.
-        progress: Who is told how it goes.
-        on_ready: Called when the tuned model answers.
+        host: The address to listen on.
+        port: The port to listen on; None for 8000, or a free port where 8000 is taken.
+        api_key: The key that requests must send; None for no key.
+        progress: The listener for progress and warnings.
+        on_ready: Called when the fine-tuned model answers.
 
     Raises:
-        RecipeError: The run is not finished, or a server without keys would listen for others.
-        MachineError: There is no server, or the port is taken.
-        RunError: The certificate fails, or the server ends by itself.
+        RecipeError: The run is not finished, or other machines could send requests without a key.
+        MachineError: No server is installed, or the port is taken.
+        RunError: The certificate fails, or the server exits by itself.
     """
     run = RunDir.open(root)
-    if not run.has_adapter:
-        raise RecipeError("the run has no adapter yet", file=run.root, fix=f"`loratune resume {root}`")
+    run.require_adapter()
     require_text(
-        Recipe.parse(read_json(run.lock)["recipe"], file=run.lock),
+        recipe_of(run),
         "loratune serve",
         f"loratune merge {root} OUT, which transformers' text-classification pipeline loads",
     )
@@ -124,18 +124,18 @@ def serve(
     service = Service(
         url=f"http://{address}:{port}/v1", server=chosen, models=(BASE_NAME, name), needs_key=api_key is not None
     )
-    with _started(command) as process, _passing_signals_on(process) as stopped:
+    with _run_server(command) as process, _forward_signals(process) as stopped:
         with progress.task(f"starting {chosen}", None, "s") as task:
-            _wait_for(service, process, stopped, task.advance)
+            _wait_until_ready(service, process, stopped, task.advance)
         if not stopped.is_set():
             on_ready(service)
         code = process.wait()
     if code and not stopped.is_set():
-        raise RunError(f"{chosen} ended with exit code {code}", fix="its own messages are above")
+        raise RunError(f"{chosen} exited with code {code}", fix="see its messages above")
 
 
 def choose_server(wanted: str) -> str:
-    """The server to use.
+    """Choose the server to use.
 
     Raises:
         MachineError: It is not installed.
@@ -148,36 +148,36 @@ def choose_server(wanted: str) -> str:
         return "vllm"
     if missing:
         raise MachineError(
-            f"there is no server here: transformers serve needs {', '.join(missing)}",
+            f"no server is installed: transformers serve needs {', '.join(missing)}",
             fix="pip install 'loratune[serve]'",
         )
     return "transformers"
 
 
 def check_access(server: str, host: str, api_key: str | None) -> None:
-    """Nobody else can ask the model without a key.
+    """Check that other machines cannot send requests without a key.
 
     Raises:
-        RecipeError: It would listen for others without one, or the server knows no keys.
+        RecipeError: They could, or the server does not support keys.
     """
     if server == "transformers" and (api_key is not None or host not in LOCAL_HOSTS):
         what = f"--host {host}" if host not in LOCAL_HOSTS else "--api-key"
         raise RecipeError(
-            f"{what}: transformers serve knows no keys, and loads whatever model it is asked for",
-            fix="leave it at 127.0.0.1 behind a proxy that asks for a key (or `ssh -L`), or install vLLM",
+            f"{what}: transformers serve does not support API keys, and loads any model that a request names",
+            fix="keep 127.0.0.1, behind a proxy that checks a key (or `ssh -L`), or install vLLM",
         )
     if host not in LOCAL_HOSTS and not api_key:
         raise RecipeError(
-            f"--host {host} lets others ask the model, and there is no key",
-            fix=f"export {KEY_VARIABLE}=…, or --api-key",
+            f"--host {host} lets other machines send requests, and there is no API key",
+            fix=f"set {KEY_VARIABLE}, or use --api-key",
         )
 
 
 def choose_port(host: str, wanted: int | None) -> int:
-    """The port that was asked for; else 8000, or one that is free.
+    """Return the wanted port if it is free; without one, 8000 or a free port.
 
     Raises:
-        MachineError: It is taken, or the address is not this machine's.
+        MachineError: The port is taken, or the address is not this machine's.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     candidates = (wanted,) if wanted is not None else (DEFAULT_PORT, 0)
@@ -190,13 +190,13 @@ def choose_port(host: str, wanted: int | None) -> int:
                 return int(probe.getsockname()[1])
         except OSError as error:
             problem = error
-    raise MachineError(f"cannot listen at {host}:{candidates[0]}: {problem}", fix="another --port or --host")
+    raise MachineError(f"cannot listen on {host}:{candidates[0]}: {problem}", fix="choose another --port or --host")
 
 
 def _command(
     run: RunDir, server: str, *, host: str, port: int, api_key: str | None, progress: Progress
 ) -> ServerCommand:
-    """What to start, after what it loads is laid out."""
+    """Export what the server loads, unless it is there already; return the command that starts it."""
     if server == "vllm":
         folder = run.exports / "vllm"
         if not _is_current(run, folder, progress):
@@ -207,13 +207,13 @@ def _command(
     folder = run.exports / "served"
     if not _is_current(run, folder, progress):
         progress.line(write_served_layout(run.root, folder, progress=progress).summary)
-    recipe = Recipe.parse(read_json(run.lock)["recipe"], file=run.lock)
+    recipe = recipe_of(run)
     device = device_here(recipe.train.device)
     return transformers_command(folder, host=host, port=port, device=device, dtype=recipe.model.dtype)
 
 
 def _is_current(run: RunDir, folder: Path, progress: Progress) -> bool:
-    """Whether the folder has a certificate for this very adapter on this very base. One of another adapter is removed."""
+    """Return whether the folder has a certificate of this adapter and base. Remove it if it is of others."""
     file = folder / "parity.json"
     if not file.is_file():
         return False
@@ -221,21 +221,21 @@ def _is_current(run: RunDir, folder: Path, progress: Progress) -> bool:
     adapter = read_json(file).get("adapter_sha256")
     if adapter == file_sha256(run.adapter_weights) and model_fingerprint(Path(inputs["model_path"])) == inputs["model"]:
         return True
-    progress.line(f"{folder} is of another adapter or base; it is written anew")
+    progress.line(f"{folder} is of another adapter or base; it is replaced")
     shutil.rmtree(folder)
     return False
 
 
 @contextmanager
-def _started(command: ServerCommand) -> Iterator[subprocess.Popen[bytes]]:
-    """The server, in a session of its own so that signals reach it through us; gone afterwards."""
-    process = subprocess.Popen(  # noqa: S603 - our own words
+def _run_server(command: ServerCommand) -> Iterator[subprocess.Popen[bytes]]:
+    """Start the server and stop it at the end of the block."""
+    process = subprocess.Popen(  # noqa: S603 - our own command
         command.words,
         cwd=command.folder,
         env={**os.environ, **command.environment},
         stdout=_STDERR,
         stdin=subprocess.DEVNULL,
-        start_new_session=True,
+        start_new_session=True,  # so that Ctrl-C reaches the server through us only, not from the terminal as well
     )
     try:
         yield process
@@ -250,8 +250,8 @@ def _started(command: ServerCommand) -> Iterator[subprocess.Popen[bytes]]:
 
 
 @contextmanager
-def _passing_signals_on(process: subprocess.Popen[bytes]) -> Iterator[threading.Event]:
-    """SIGINT and SIGTERM go to the server; the event is set when one came. A second one ends it at once."""
+def _forward_signals(process: subprocess.Popen[bytes]) -> Iterator[threading.Event]:
+    """Forward SIGINT and SIGTERM to the server, and set the event on the first one. A second one kills the server."""
     stopped = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stopped
@@ -269,19 +269,17 @@ def _passing_signals_on(process: subprocess.Popen[bytes]) -> Iterator[threading.
             signal.signal(number, handler)
 
 
-def _wait_for(
+def _wait_until_ready(
     service: Service, process: subprocess.Popen[bytes], stopped: threading.Event, on_second: Callable[[int], None]
 ) -> None:
-    """Until the server is healthy and has the tuned model in memory."""
+    """Wait until the server is healthy and has loaded the fine-tuned model."""
     deadline = time.monotonic() + START_SECONDS
     root = service.url.removesuffix("/v1")
     while not stopped.is_set():
         code = process.poll()
         if code is not None:
-            raise RunError(
-                f"{service.server} ended with exit code {code} at its start", fix="its own messages are above"
-            )
-        if _answers(f"{root}/health"):
+            raise RunError(f"{service.server} exited with code {code} while starting", fix="see its messages above")
+        if _is_healthy(root):
             break
         if time.monotonic() > deadline:
             raise RunError(
@@ -290,29 +288,29 @@ def _wait_for(
         time.sleep(1)
         on_second(1)
     if service.server == "transformers" and not stopped.is_set():
-        _load(root, service.models[1])
+        _load_model(root, service.models[1])
 
 
-def _answers(url: str) -> bool:
+def _is_healthy(root: str) -> bool:
     try:
-        with _direct.open(url, timeout=5) as response:
+        with _direct.open(f"{root}/health", timeout=5) as response:
             return bool(response.status == 200)
     except OSError:
         return False
 
 
-def _load(root: str, model: str) -> None:
-    """Have `transformers serve` load a model now, so that the first request need not wait and errors show at the start."""
+def _load_model(root: str, model: str) -> None:
+    """Make `transformers serve` load a model now: the first request does not wait, and errors show at the start."""
     request = urllib.request.Request(  # noqa: S310 - our own server
         f"{root}/load_model", json.dumps({"model": model}).encode(), {"Content-Type": "application/json"}
     )
     last = ""
     try:
         with _direct.open(request, timeout=START_SECONDS) as response:
-            for line in response:  # events: how far it is, and at the end `ready` or `error`
+            for line in response:  # events: progress, and at the end `ready` or `error`
                 last = line.decode().removeprefix("data: ").strip() or last
         loaded = json.loads(last)["status"] == "ready"
     except (OSError, ValueError) as error:
         loaded, last = False, f"{error} {last}"
     if not loaded:
-        raise RunError(f"transformers serve cannot load {model}: {last}", fix="its own messages are above")
+        raise RunError(f"transformers serve cannot load {model}: {last}", fix="see its messages above")

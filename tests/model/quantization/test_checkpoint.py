@@ -288,7 +288,7 @@ def test_both_engines_train_alike_and_the_merge_is_certified(
     assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
     assert (done.certificate["tolerance"]["mean_kl"] > 1e-4) == (name in ROUNDS_INPUTS)
     if name == "compressed_int4":
-        with pytest.raises(RunError, match=r"quantised \(compressed-tensors\)") as error:
+        with pytest.raises(RunError, match=r"quantized \(compressed-tensors\)") as error:
             export(tmp_path / "fast", to="gguf", merged=True)
         assert "loratune merge" in str(error.value)
 

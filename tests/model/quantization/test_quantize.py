@@ -256,7 +256,7 @@ def test_merging_writes_what_was_trained_and_other_ways_out_are_refused(
     done = merge(run.root, tmp_path / "merged")
     assert done.certificate["passed"]
     for to in ("vllm", "gguf"):
-        with pytest.raises(RecipeError, match=f"trained on a base in {quantization}"):
+        with pytest.raises(RecipeError, match=f"trained on a base quantized to {quantization}"):
             export(run.root, to=to)
 
 

@@ -280,7 +280,7 @@ def test_a_merge_that_differs_is_not_kept(finished: RunDir, tmp_path: Path, monk
         return model
 
     monkeypatch.setattr(export_classifier, "load_adapter", damaged)
-    with pytest.raises(LoratuneError, match="not the model that was trained"):
+    with pytest.raises(LoratuneError, match="differs from base and adapter"):
         merge(run.root, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
 

@@ -1,1 +1,1 @@
-"""GGUF files: the merged model, the adapter, and the tokenizer."""
+"""Write GGUF files: the merged model, the adapter, and the tokenizer."""

@@ -1,4 +1,4 @@
-"""The adapter as a GGUF LoRA file, as `llama-cli --lora` takes it.
+"""Write an adapter as a GGUF LoRA file, for `llama-cli --lora`, and read it back.
 
 llama.cpp computes W·x + (adapter.lora.alpha / r) · B·(A·x), with r read from B. The file's tensors are named after the
 weights of the base; their architecture must be that of the base's file.
@@ -19,16 +19,16 @@ from loratune.run.errors import RecipeError
 
 
 def write_gguf_adapter(updates: Mapping[str, LowRank], config: Any, file: Path, *, name: str) -> None:
-    """Write the adapter, in float32.
+    """Write the adapter in float32.
 
     Args:
-        updates: Module name → update.
+        updates: Module name → low-rank update.
         config: transformers' configuration of the base.
-        file: Where to.
-        name: `general.name` in the file.
+        file: The file to write.
+        name: The value of `general.name` in the file.
 
     Raises:
-        RecipeError: The architecture is not known, or the adapter cannot be written as A and B alone.
+        RecipeError: The architecture is unknown, or the adapter is more than matrices A and B.
     """
     layout = GgufLayout(config)
     names = {module: _weight_name(layout, module) for module in updates}
@@ -51,7 +51,7 @@ def write_gguf_adapter(updates: Mapping[str, LowRank], config: Any, file: Path, 
 
 
 def read_gguf_adapter(file: Path, config: Any, modules: Mapping[str, LowRank]) -> dict[str, LowRank]:
-    """The updates of some modules, read back from a GGUF LoRA file as llama.cpp would apply them."""
+    """Read the updates of `modules` from a GGUF LoRA file, as llama.cpp applies them."""
     layout = GgufLayout(config)
     reader = GGUFReader(file)
     field = reader.get_field("adapter.lora.alpha")
@@ -67,9 +67,9 @@ def read_gguf_adapter(file: Path, config: Any, modules: Mapping[str, LowRank]) -
 
 
 def check_plain(updates: Mapping[str, LowRank]) -> None:
-    """Refuse an adapter that is more than A and B."""
+    """Refuse an adapter that is more than matrices A and B."""
     if any(update.magnitude is not None for update in updates.values()):
-        raise RecipeError("a GGUF adapter has no place for DoRA's magnitudes", fix="--merged writes the whole model")
+        raise RecipeError("a GGUF adapter cannot hold DoRA's magnitudes", fix="--merged writes the full model")
 
 
 def _weight_name(layout: GgufLayout, module: str) -> str:

@@ -1,4 +1,4 @@
-"""What llama.cpp calls each architecture, and how it wants its weights: names, order of rows, offsets."""
+"""How llama.cpp lays out each architecture: names of tensors, order of rows, offsets."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ class Family:
     """One architecture of llama.cpp.
 
     Attributes:
-        arch: Its key in the `gguf` package.
-        interleaved: llama.cpp rotates neighbouring pairs of a head where transformers rotates its two halves, so the rows
-            of query and key are reordered.
-        norm_offset: Gemma's norms multiply by 1 + weight; llama.cpp by the weight, so the 1 is added when it is written.
+        arch: The architecture's key in the `gguf` package.
+        interleaved: Whether llama.cpp rotates neighbouring pairs of a head where transformers rotates its two halves,
+            so that the rows of query and key are reordered.
+        norm_offset: Whether the model's norms multiply by 1 + weight, as Gemma's do. llama.cpp multiplies by the
+            weight, so the 1 is added in the file.
     """
 
     arch: MODEL_ARCH
@@ -29,7 +30,7 @@ class Family:
 
     @property
     def name(self) -> str:
-        """As in `general.architecture`."""
+        """The name in `general.architecture`."""
         return MODEL_ARCH_NAMES[self.arch]
 
 
@@ -43,14 +44,14 @@ FAMILIES: Mapping[str, Family] = {
     "gemma2": Family(arch=MODEL_ARCH.GEMMA2, norm_offset=True),
     "gemma3_text": Family(arch=MODEL_ARCH.GEMMA3, norm_offset=True),
 }
-"""transformers' `model_type` → the family."""
+"""transformers' `model_type` → family."""
 
 
 def family_of(config: Any) -> Family:
-    """The family of a model.
+    """Return the family of a model.
 
     Args:
-        config: transformers' configuration.
+        config: transformers' configuration of the model.
 
     Raises:
         RecipeError: loratune does not write GGUF files of this architecture.
@@ -58,8 +59,8 @@ def family_of(config: Any) -> Family:
     family = FAMILIES.get(config.model_type)
     if family is None:
         raise RecipeError(
-            f"GGUF files of architecture {config.model_type} are not written",
-            fix=f"known are {', '.join(FAMILIES)}; `loratune merge` writes a folder for llama.cpp's own converter",
+            f"loratune does not write GGUF files of architecture {config.model_type}",
+            fix=f"supported: {', '.join(FAMILIES)}; `loratune merge` writes a folder for llama.cpp's own converter",
         )
     return family
 
@@ -68,10 +69,10 @@ class GgufLayout:
     """Names and row orders of a model's tensors in a GGUF file.
 
     Args:
-        config: transformers' configuration.
+        config: transformers' configuration of the model.
 
     Raises:
-        RecipeError: The architecture is not written.
+        RecipeError: loratune does not write GGUF files of this architecture.
     """
 
     def __init__(self, config: Any) -> None:
@@ -81,22 +82,26 @@ class GgufLayout:
         self._names: TensorNameMap = get_tensor_name_map(self.family.arch, int(config.num_hidden_layers))
 
     def name(self, tensor: str) -> str | None:
-        """`model.layers.0.self_attn.q_proj.weight` → `blk.0.attn_q.weight`; None for a tensor llama.cpp does not have."""
+        """Translate a tensor's name: `model.layers.0.self_attn.q_proj.weight` → `blk.0.attn_q.weight`.
+
+        Returns:
+            The GGUF name; None for a tensor that llama.cpp does not have.
+        """
         name: str | None = self._names.get_name(tensor, try_suffixes=(".weight", ".bias"))
         return name
 
     def rows(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """The rows of a matrix, of a bias, or of an adapter's B, in llama.cpp's order. `name` is the GGUF name."""
+        """Reorder the rows of a matrix, a bias or an adapter's B for llama.cpp. `name` is the GGUF name."""
         heads = self._heads_in(name)
         return tensor if heads is None else _swapped(tensor, heads, 2)
 
     def rows_back(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """The inverse of `rows`."""
+        """Undo `rows`."""
         heads = self._heads_in(name)
         return tensor if heads is None else _swapped(tensor, heads, tensor.shape[0] // heads // 2)
 
     def values(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """A tensor of the model as llama.cpp wants it."""
+        """Convert a tensor of the model to llama.cpp's layout."""
         if self.family.norm_offset and name.endswith("norm.weight"):
             tensor = tensor.float() + 1
         return self.rows(name, tensor)
@@ -108,5 +113,5 @@ class GgufLayout:
 
 
 def _swapped(tensor: torch.Tensor, heads: int, outer: int) -> torch.Tensor:
-    """Each head's rows, read as a table of `outer` lines, turned."""
+    """Transpose each head's rows, read as a table of `outer` lines."""
     return tensor.reshape(heads, outer, -1, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)

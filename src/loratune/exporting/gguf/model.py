@@ -1,10 +1,10 @@
-"""The merged model as one GGUF file, written one tensor at a time."""
+"""Write a merged model as one GGUF file, one tensor at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,7 +24,7 @@ from gguf import (
 from loratune.exporting.adapter_matrices import LowRank, Replaced
 from loratune.exporting.gguf.architectures import GgufLayout
 from loratune.exporting.gguf.tokenizer import add_tokenizer
-from loratune.exporting.merge_weights import MergedWeights, check_not_quantised
+from loratune.exporting.merge_weights import MergedWeights, check_not_quantized
 from loratune.run.errors import RecipeError, RunError
 
 if TYPE_CHECKING:
@@ -41,76 +41,79 @@ _ROPE_FACTORS = "rope_freqs.weight"
 _WRITTEN_HERE = ("GGUF.", "general.architecture", "general.file_type", "general.quantization_version")
 
 
-def write_gguf_model(
-    base: Path,
-    updates: Mapping[str, LowRank],
-    config: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    file: Path,
-    *,
-    outtype: str,
-    name: str,
-    stop_token_ids: Sequence[int],
-    source: Path | None = None,
-    replaced: Mapping[str, Replaced] = MappingProxyType({}),
-    on_tensor: Callable[[], None] = lambda: None,
-) -> None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GgufSource:
+    """The parts that a GGUF model is written from.
+
+    Attributes:
+        base: The base's folder.
+        config: transformers' configuration of the base.
+        tokenizer: The tokenizer of training, with its template.
+        name: The value of `general.name` in the file.
+        stop_token_ids: The tokens that end an answer.
+        updates: Module name → the adapter's low-rank update; empty for the base unchanged.
+        replaced: Tensor name → the values that replace it.
+        gguf: The GGUF file that the base was imported from, whose metadata and tokenizer are copied; None for any other
+            base.
+    """
+
+    base: Path
+    config: Any
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+    stop_token_ids: Sequence[int]
+    updates: Mapping[str, LowRank] = field(default_factory=dict)
+    replaced: Mapping[str, Replaced] = field(default_factory=dict)
+    gguf: Path | None = None
+
+
+def write_gguf_model(source: GgufSource, file: Path, *, outtype: str) -> None:
     """Write base and adapter as one GGUF file.
 
     Args:
-        base: The base's folder.
-        updates: The adapter; none for the base as it is.
-        config: transformers' configuration of the base.
-        tokenizer: Of training, with its template.
-        file: Where to.
-        outtype: A key of `OUTTYPES`, for matrices. Vectors are float32, as llama.cpp has them.
-        name: `general.name`.
-        stop_token_ids: What ends an answer.
-        source: The GGUF file that the base was imported from; all it says about the model and its tokenizer is kept.
-        replaced: Tensor name → what stands in its place.
-        on_tensor: Called after each tensor.
+        source: The parts of the model.
+        file: The file to write.
+        outtype: The type of matrices, a key of `OUTTYPES`. Vectors are float32, as llama.cpp requires.
 
     Raises:
         RecipeError: The architecture, its rotary positions or its tokenizer cannot be written.
-        RunError: A tensor of the model has no place in llama.cpp.
+        RunError: llama.cpp has no tensor for one of the model's.
     """
-    check_not_quantised(base)
-    layout = GgufLayout(config)
+    check_not_quantized(source.base)
+    layout = GgufLayout(source.config)
     kind, file_type = OUTTYPES[outtype]
     writer = GGUFWriter(str(file), layout.family.name)
     writer.add_file_type(file_type)
     if outtype == "q8_0":
         writer.add_quantization_version(2)
     extra: dict[str, np.ndarray[Any, Any]] = {}
-    with MergedWeights(base, updates, replaced=replaced) as weights:
-        if source is not None:
-            extra = _keep(writer, GGUFReader(source), layout)
+    with MergedWeights(source.base, source.updates, replaced=source.replaced) as weights:
+        if source.gguf is not None:
+            extra = _copy_metadata(writer, GGUFReader(source.gguf), layout)
         else:
             writer.add_type(GGUFType.MODEL)
-            writer.add_name(name)
-            extra = _add_hyperparameters(writer, config, layout)
+            writer.add_name(source.name)
+            extra = _add_hyperparameters(writer, source.config, layout)
             rows = next(weights.shape(n)[0] for n in weights.names if layout.name(n) == "token_embd.weight")
-            add_tokenizer(writer, tokenizer, vocab_size=rows, stop_token_ids=stop_token_ids)
-        _write(writer, weights, _names(weights, layout, config), layout, kind, extra, on_tensor)
+            add_tokenizer(writer, source.tokenizer, vocab_size=rows, stop_token_ids=source.stop_token_ids)
+        _write(writer, weights, _names(weights, layout, source.config), layout, kind, extra)
 
 
-def is_quantised(file: Path) -> bool:
-    """Whether a GGUF file holds weights in fewer than 16 bits."""
-    plain = {GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16}
-    return any(tensor.tensor_type not in plain for tensor in GGUFReader(file).tensors)
+def is_quantized(file: Path) -> bool:
+    """Return whether a GGUF file holds weights in fewer than 16 bits."""
+    unquantized = {GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16}
+    return any(tensor.tensor_type not in unquantized for tensor in GGUFReader(file).tensors)
 
 
 def _names(weights: MergedWeights, layout: GgufLayout, config: Any) -> dict[str, str]:
-    """The model's tensor → the name in the file."""
+    """Return the name in the file of each of the model's tensors."""
     names = {}
     for tensor in weights.names:
         if tensor == "lm_head.weight" and config.tie_word_embeddings:
-            continue  # a copy that some checkpoints keep
+            continue  # a copy of the tied embedding, which some checkpoints keep
         name = layout.name(tensor)
         if name is None and not tensor.endswith("rotary_emb.inv_freq"):
-            raise RunError(
-                f"tensor {tensor} has no place in llama.cpp's {layout.family.name}", fix="`loratune merge` instead"
-            )
+            raise RunError(f"llama.cpp's {layout.family.name} has no tensor for {tensor}", fix="use `loratune merge`")
         if name is not None:
             names[tensor] = name
     return names
@@ -123,9 +126,8 @@ def _write(
     layout: GgufLayout,
     kind: GGMLQuantizationType,
     extra: Mapping[str, np.ndarray[Any, Any]],
-    on_tensor: Callable[[], None],
 ) -> None:
-    """First what the file will hold, then the tensors in that order."""
+    """Write the list of all tensors, then the tensors in that order."""
     kinds = {}
     for tensor, name in names.items():
         shape = weights.shape(tensor)
@@ -144,7 +146,6 @@ def _write(
     for tensor, name in names.items():
         values = layout.values(name, weights.tensor(tensor)).float().contiguous().numpy()
         writer.write_tensor_data(quantize(values, kinds[name]))
-        on_tensor()
     for values in extra.values():
         writer.write_tensor_data(values)
     writer.close()
@@ -161,26 +162,26 @@ def _kind(shape: Sequence[int], wanted: GGMLQuantizationType) -> GGMLQuantizatio
     return wanted
 
 
-def _keep(writer: GGUFWriter, reader: GGUFReader, layout: GgufLayout) -> dict[str, np.ndarray[Any, Any]]:
-    """Copy all metadata of the base's own file, and the tensors that transformers computes instead of storing."""
+def _copy_metadata(writer: GGUFWriter, reader: GGUFReader, layout: GgufLayout) -> dict[str, np.ndarray[Any, Any]]:
+    """Copy all metadata of the base's own file; return its tensors that transformers computes instead of storing."""
     architecture = reader.get_field("general.architecture")
     if architecture is None or architecture.contents() != layout.family.name:
         found = architecture.contents() if architecture is not None else "nothing"
         raise RecipeError(
-            f"the base's GGUF file says {found}, its configuration {layout.family.name}", fix="merge instead"
+            f"the base's GGUF file says {found}, its configuration {layout.family.name}", fix="use `loratune merge`"
         )
-    for field in reader.fields.values():
-        if field.name.startswith(_WRITTEN_HERE):
+    for entry in reader.fields.values():
+        if entry.name.startswith(_WRITTEN_HERE):
             continue
-        kind = field.types[0]
+        kind = entry.types[0]
         writer.add_key_value(
-            field.name, field.contents(), kind, sub_type=field.types[-1] if kind is GGUFValueType.ARRAY else None
+            entry.name, entry.contents(), kind, sub_type=entry.types[-1] if kind is GGUFValueType.ARRAY else None
         )
     return {tensor.name: tensor.data.astype(np.float32) for tensor in reader.tensors if tensor.name == _ROPE_FACTORS}
 
 
 def _add_hyperparameters(writer: GGUFWriter, config: Any, layout: GgufLayout) -> dict[str, np.ndarray[Any, Any]]:
-    """Everything llama.cpp computes with; returns the tensors that the positions need."""
+    """Write the model's hyperparameters; return the tensors that its rotary positions need."""
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     writer.add_context_length(_context_length(config, layout))
@@ -201,7 +202,8 @@ def _add_hyperparameters(writer: GGUFWriter, config: Any, layout: GgufLayout) ->
 
 
 def _context_length(config: Any, layout: GgufLayout) -> int:
-    """llama.cpp has no window for these families except Gemma's: beyond the window the model would be another one."""
+    """Return the longest context that llama.cpp computes correctly."""
+    # llama.cpp has a sliding window for Gemma only; with other families it would attend to more than the model does.
     positions = int(config.max_position_embeddings)
     window = getattr(config, "sliding_window", None)
     if window is None or layout.family.name.startswith("gemma"):
@@ -210,7 +212,7 @@ def _context_length(config: Any, layout: GgufLayout) -> int:
 
 
 def _add_gemma(writer: GGUFWriter, config: Any, head_dim: int) -> None:
-    """The window of every second or all but every sixth layer, and Gemma 2's soft caps."""
+    """Write Gemma's sliding window (in every second layer, or in all but every sixth) and soft caps."""
     every = 2 if config.model_type == "gemma2" else 6
     pattern = [
         "full_attention" if (layer + 1) % every == 0 else "sliding_attention"
@@ -218,12 +220,13 @@ def _add_gemma(writer: GGUFWriter, config: Any, head_dim: int) -> None:
     ]
     if list(config.layer_types) != pattern:
         raise RecipeError(
-            f"layer_types of this {config.model_type} is not every {every}th layer whole", fix="merge instead"
+            f"this {config.model_type} does not have full attention in every {every}th layer, as llama.cpp assumes",
+            fix="use `loratune merge`",
         )
     if config.query_pre_attn_scalar != head_dim:
         raise RecipeError(
-            f"query_pre_attn_scalar {config.query_pre_attn_scalar} is not head_dim {head_dim}, as llama.cpp has it",
-            fix="merge instead",
+            f"query_pre_attn_scalar {config.query_pre_attn_scalar} is not head_dim {head_dim}, as llama.cpp assumes",
+            fix="use `loratune merge`",
         )
     writer.add_sliding_window(config.sliding_window)
     if config.attn_logit_softcapping:
@@ -233,11 +236,11 @@ def _add_gemma(writer: GGUFWriter, config: Any, head_dim: int) -> None:
 
 
 def _add_positions(writer: GGUFWriter, config: Any) -> dict[str, np.ndarray[Any, Any]]:
-    """Rotary positions. Llama 3 stretches each frequency by a factor of its own, which llama.cpp takes as a tensor."""
+    """Write the rotary positions; return Llama 3's factor of each frequency, which llama.cpp reads as a tensor."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     rope = dict(config.rope_parameters)
-    if "full_attention" in rope:  # Gemma 3: one rule for whole attention, another for the window
+    if "full_attention" in rope:  # Gemma 3: one rule for full attention, another for the window
         writer.add_rope_freq_base_swa(float(rope["sliding_attention"]["rope_theta"]))
         rope = dict(rope["full_attention"])
     kind = rope.get("rope_type", "default")
@@ -255,5 +258,7 @@ def _add_positions(writer: GGUFWriter, config: Any) -> dict[str, np.ndarray[Any,
         plain = theta ** -(torch.arange(len(stretched), dtype=torch.float64) / len(stretched))
         return {_ROPE_FACTORS: (plain / stretched.double()).float().numpy()}
     elif kind != "default":
-        raise RecipeError(f"rotary positions of type {kind} are not written to GGUF", fix="merge instead")
+        raise RecipeError(
+            f"loratune does not write rotary positions of type {kind} to GGUF", fix="use `loratune merge`"
+        )
     return {}

@@ -1,4 +1,4 @@
-"""A tokenizer as GGUF metadata: pieces, merges or scores, special tokens, and how text is split before merging."""
+"""Write a tokenizer as GGUF metadata: pieces, merges or scores, special tokens, pre-tokenizer, chat template."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SPLITS: Mapping[str, str] = {
     f"{_WORDS}\\p{{N}}{{1,3}}{_REST}": "llama-bpe",
     f"{_WORDS}\\p{{N}}{_REST}": "qwen2",
 }
-"""The expression that splits text → llama.cpp's name of it."""
+"""The pre-tokenizer's regular expression → llama.cpp's name for it."""
 
 
 def add_tokenizer(
@@ -28,25 +28,27 @@ def add_tokenizer(
     """Write the tokenizer and its chat template.
 
     Args:
-        writer: Of the GGUF file.
+        writer: The writer of the GGUF file.
         tokenizer: A fast tokenizer.
-        vocab_size: Rows of the embedding; the missing pieces are written as unused.
-        stop_token_ids: What ends an answer, the most important first.
+        vocab_size: The number of rows of the embedding; rows without a piece are written as unused.
+        stop_token_ids: The tokens that end an answer, the most important first.
 
     Raises:
-        RecipeError: llama.cpp has no name for how this tokenizer splits text.
+        RecipeError: The tokenizer is not BPE, or llama.cpp's name for its pre-tokenizer is unknown.
     """
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     record = json.loads(backend.to_str()) if backend is not None else {"model": {}}
     model = record["model"]
     if model.get("type") != "BPE":
-        raise RecipeError(f"a {model.get('type', 'slow')} tokenizer cannot be written to GGUF", fix="merge instead")
+        raise RecipeError(
+            f"a {model.get('type', 'slow')} tokenizer cannot be written to GGUF", fix="use `loratune merge`"
+        )
     pieces, types = _pieces(record, vocab_size)
     if model.get("byte_fallback"):
         writer.add_tokenizer_model("llama")
         writer.add_tokenizer_pre("default")
         writer.add_token_scores(_scores(model, pieces))
-        writer.add_add_space_prefix(_prefixes(record))
+        writer.add_add_space_prefix(_adds_space(record))
     else:
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(split_name(record))
@@ -59,10 +61,10 @@ def add_tokenizer(
 
 
 def split_name(record: Mapping[str, Any]) -> str:
-    """llama.cpp's name for how `tokenizer.json` splits text before merging.
+    """Return llama.cpp's name for the pre-tokenizer in `tokenizer.json`.
 
     Raises:
-        RecipeError: There is none that is known here.
+        RecipeError: The name is unknown.
     """
     steps = record["pre_tokenizer"] or {}
     steps = steps.get("pretokenizers", [steps])
@@ -78,13 +80,13 @@ def split_name(record: Mapping[str, Any]) -> str:
         if name is not None:
             return name
     raise RecipeError(
-        f"how this tokenizer splits text has no name in llama.cpp that is known here: {json.dumps(steps)[:200]}",
+        f"llama.cpp's name for this tokenizer's pre-tokenizer is unknown: {json.dumps(steps)[:200]}",
         fix="`loratune merge` writes a folder for llama.cpp's own converter",
     )
 
 
 def _pieces(record: Mapping[str, Any], vocab_size: int) -> tuple[list[str], list[TokenType]]:
-    """All pieces by id, and what each is."""
+    """Return all pieces by id, and the type of each."""
     model = record["model"]
     pieces = [f"[PAD{index}]" for index in range(vocab_size)]
     types = [TokenType.UNUSED] * vocab_size
@@ -103,7 +105,8 @@ def _pieces(record: Mapping[str, Any], vocab_size: int) -> tuple[list[str], list
 
 
 def _scores(model: Mapping[str, Any], pieces: Sequence[str]) -> list[float]:
-    """What SentencePiece merges by: the higher the earlier. A merge list is sorted by it, so the rank says as much."""
+    """Return SentencePiece scores: the higher, the earlier a piece is merged."""
+    # Merges are listed in the order of their scores, so their ranks serve as scores.
     ranks: dict[str, int] = {}
     for merge in model["merges"]:
         left, right = merge.split(" ") if isinstance(merge, str) else merge
@@ -112,8 +115,8 @@ def _scores(model: Mapping[str, Any], pieces: Sequence[str]) -> list[float]:
     return [-float(ranks[piece]) if piece in ranks else -last for piece in pieces]
 
 
-def _prefixes(record: Mapping[str, Any]) -> bool:
-    """Whether a space is put before the text."""
+def _adds_space(record: Mapping[str, Any]) -> bool:
+    """Return whether the tokenizer puts a space before the text."""
     text = json.dumps([record.get("normalizer"), record.get("pre_tokenizer")])
     return '"Prepend"' in text or '"prepend_scheme": "first"' in text or '"prepend_scheme": "always"' in text
 
@@ -128,7 +131,7 @@ def _add_special(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, stop_to
     for add, index in ids.items():
         if index is not None:
             add(index)
-    # llama.cpp has one end of the sequence and one end of the turn; each ends an answer.
+    # llama.cpp has one token for the end of the sequence, of the turn, and of the message; each ends an answer.
     eos = known.eos_token_id if known.eos_token_id is not None else stop_token_ids[0]
     writer.add_eos_token_id(eos)
     others = [index for index in stop_token_ids if index != eos]

@@ -18,8 +18,10 @@ from loratune.model.load import download_weights, load_config, load_model
 from loratune.planning.preparation import Preparation
 from loratune.run.directory import Record, RunDir, cannot_write
 from loratune.run.progress import Progress
-from loratune.workflows.certify import Exported, merged_dtype, open_run, record, write_certificate
+from loratune.workflows.certify import Exported, record, write_certificate
+from loratune.workflows.finished import open_run
 from loratune.workflows.load import load_trained
+from loratune.workflows.merged_folder import merged_dtype
 from loratune.workflows.tasks.classification.load_back import ClassifierReader
 
 MOST_EXAMPLES = 256

@@ -1,0 +1,113 @@
+"""Write base and adapter as one folder of safetensors."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loratune.exporting.certificate import EXACT, QUANTIZED, ROUNDED, Load, ReferenceOutputs, Target, Tolerance
+from loratune.exporting.gguf.model import is_quantized
+from loratune.exporting.load_back import TransformersReader
+from loratune.exporting.merge_weights import DTYPES, Values, copy_companions, write_merged
+from loratune.model.adapter.attach import load_adapter
+from loratune.model.device import torch_dtype
+from loratune.model.load import gguf_file, load_model
+from loratune.model.quantization.checkpoint import method_of, rounds_inputs
+from loratune.model.quantization.kinds import PACKED
+from loratune.model.quantization.quantize import as_multiplied, quantized_matrices, unpack_layers
+from loratune.planning.parameters import skeleton
+from loratune.planning.preparation import Preparation
+from loratune.workflows.finished import FinishedRun
+
+
+def merged_dtype(prepared: Preparation, dtype: str) -> torch.dtype | None:
+    """Return the type to write a merged model in; None keeps that of each tensor in the base's files.
+
+    Args:
+        prepared: The run's inputs.
+        dtype: `float32`, `bfloat16`, `float16`, or `auto`: as in the base's files, and bfloat16 where the base is a
+            quantized GGUF file.
+    """
+    if dtype != "auto":
+        return DTYPES[dtype]
+    source = gguf_file(prepared.recipe.model)
+    return torch.bfloat16 if source is not None and is_quantized(source) else None
+
+
+def merged_bytes(finished: FinishedRun, dtype: str) -> int:
+    """Estimate the size of a merged folder's weights, in bytes."""
+    if method_of(finished.config) is None:
+        return finished.base_bytes
+    wanted = merged_dtype(finished.prepared, dtype) or torch_dtype(finished.prepared.recipe.model.dtype)
+    return finished.prepared.adapter.parameters.total * wanted.itemsize
+
+
+def write_merged_folder(finished: FinishedRun, folder: Path, dtype: str) -> tuple[Load, Tolerance]:
+    """Write a merged folder; return how to load it back, and how far it may differ from training."""
+    recipe = finished.prepared.recipe
+    wanted = merged_dtype(finished.prepared, dtype)
+    method = method_of(finished.config)
+    finished.progress.line(
+        f"merging {len(finished.updates)} matrices in float32, written in {wanted or 'the type of the base'}"
+    )
+    frozen = _trained_values(finished)
+    if frozen:
+        finished.progress.line(
+            f"{len(frozen)} matrices of the base are written with their values in {recipe.model.quantization}, "
+            "on which the adapter was trained"
+        )
+    if method is not None:
+        wanted = wanted or torch_dtype(recipe.model.dtype)
+        finished.progress.line(
+            f"the base's files are quantized ({method}); all weights are written unpacked, with the values of training"
+        )
+    if method is not None or finished.prepared.adapter.parameters.stacks:
+        _merge_with_peft(finished, folder, wanted)
+    else:
+        write_merged(finished.base, finished.updates, folder, dtype=wanted, frozen=frozen, replaced=finished.replaced)
+    copy_companions(finished.base, finished.run.adapter, folder, finished.stops)
+
+    def load(_: ReferenceOutputs) -> Target:
+        return TransformersReader(
+            folder,
+            dtype="auto",
+            device=recipe.train.device,
+            trust_remote_code=recipe.model.trust_remote_code,
+        )
+
+    # Training also rounded the inputs of products to 8 bits, which the merged model does not.
+    if recipe.model.quantization == "int8" or rounds_inputs(finished.config):
+        return load, QUANTIZED
+    types = {str(parameter) for parameter in (wanted, torch_dtype(recipe.model.dtype)) if parameter}
+    exact = types == {"torch.float32"} and (wanted is not None or finished.config.dtype == torch.float32)
+    return load, EXACT if exact else ROUNDED
+
+
+def _merge_with_peft(finished: FinishedRun, folder: Path, dtype: torch.dtype | None) -> None:
+    """Merge with PEFT, with the full model in memory in float32, and write it with transformers.
+
+    Needed for stacked experts, whose names in an architecture's files only transformers knows.
+    """
+    recipe = finished.prepared.recipe
+    comes_quantized = method_of(finished.config) is not None
+    # A quantized checkpoint is unpacked to the type of training first, so that its values are those of training.
+    loaded_as = torch_dtype(recipe.model.dtype) if comes_quantized else torch.float32
+    base: Any = load_model(finished.prepared.model.base, recipe.model, dtype=loaded_as, device="cpu")
+    if comes_quantized:
+        unpack_layers(base)
+        base.float()
+    merged: Any = load_adapter(base, finished.run.adapter).merge_and_unload()
+    merged.to(dtype or finished.config.dtype or torch.float32).save_pretrained(folder)
+
+
+def _trained_values(finished: FinishedRun) -> dict[str, Values]:
+    """Return the matrices that training multiplied with in place of the base's; none where they were not quantized."""
+    section = finished.prepared.recipe.model
+    if section.quantization not in PACKED:
+        return {}
+    model = skeleton(finished.config, trust_remote_code=section.trust_remote_code)
+    values = partial(as_multiplied, quantization=section.quantization, dtype=torch_dtype(section.dtype))
+    return {name: values for name, _ in quantized_matrices(model)}

@@ -1,0 +1,88 @@
+"""Opening a finished run: what it is made of, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from loratune.planning.lock import changed_inputs
+from loratune.run.directory import RunDir, read_json
+from loratune.run.errors import RecipeError
+from loratune.run.progress import NO_PROGRESS
+from loratune.workflows.chat import Sampling, open_chat
+from loratune.workflows.evaluate import evaluate
+from loratune.workflows.finished import open_finished, open_run, recipe_of
+from loratune.workflows.push import push
+from loratune.workflows.reproduce import reproduce
+from loratune.workflows.serve import serve
+
+
+@pytest.fixture
+def run(finished_run: RunDir, tmp_path: Path) -> RunDir:
+    """A copy of the finished run, to change."""
+    return RunDir(Path(shutil.copytree(finished_run.root, tmp_path / "run")))
+
+
+def test_a_finished_run_is_opened_with_its_base_adapter_and_stops(finished_run: RunDir, tiny_model: Path) -> None:
+    finished = open_finished(finished_run.root, NO_PROGRESS)
+    assert finished.name == "tiny"
+    assert finished.base == tiny_model
+    assert finished.base_bytes == (tiny_model / "model.safetensors").stat().st_size
+    assert finished.source is None
+    assert 2 in finished.stops
+    assert "model.layers.0.self_attn.q_proj" in finished.updates
+    assert finished.prepared.recipe == recipe_of(finished_run)
+
+
+def test_the_recipe_is_the_effective_one_by_run_or_by_path(finished_run: RunDir) -> None:
+    recipe = recipe_of(finished_run)
+    assert recipe == recipe_of(str(finished_run.root))
+    assert recipe.lora.r == 4
+    assert recipe.train.token_budget != "auto"
+
+
+@pytest.mark.parametrize(
+    "verb",
+    [
+        lambda root: open_run(root, NO_PROGRESS),
+        lambda root: open_chat(root, Sampling()),
+        lambda root: push(root, "me/tiny", dry_run=True),
+        evaluate,
+        reproduce,
+        serve,
+    ],
+)
+def test_every_verb_refuses_a_run_without_an_adapter(verb: Callable[[Path], object], run: RunDir) -> None:
+    (run.adapter / "adapter_config.json").unlink()
+    with pytest.raises(RecipeError, match="the run has no adapter yet") as error:
+        verb(run.root)
+    assert error.value.fix == f"`loratune resume {run.root}`"
+
+
+def test_a_file_added_to_the_model_since_the_run_is_ignored_and_a_changed_one_is_not(run: RunDir) -> None:
+    lock = read_json(run.lock)
+    model = lock["inputs"]["model"]
+    assert {"config.json", "generation_config.json"} <= set(model)
+    now = json.loads(json.dumps(lock))
+    del model["generation_config.json"]  # the run did not know it
+    run.lock.write_text(json.dumps(lock))
+    assert changed_inputs(lock, now) == ["inputs.model.generation_config.json"]
+    assert changed_inputs(lock, now, known_only=True) == []
+    opened, prepared = open_run(run.root, NO_PROGRESS)
+    assert opened == run
+    assert prepared.recipe == recipe_of(run)
+    model["config.json"] = "0" * 64
+    run.lock.write_text(json.dumps(lock))
+    assert changed_inputs(lock, now, known_only=True) == ["inputs.model.config.json"]
+    with pytest.raises(RecipeError, match=r"changed since the run: inputs\.model\.config\.json"):
+        open_run(run.root, NO_PROGRESS)
+
+
+def test_a_file_removed_from_the_model_is_a_change() -> None:
+    before = {"inputs": {"model": {"a": "1", "b": "2"}}}
+    now = {"inputs": {"model": {"a": "1"}}}
+    assert changed_inputs(before, now, known_only=True) == ["inputs.model.b"]
