@@ -69,6 +69,6 @@ def _measure(comparison: Comparison, name: str, known: Nll | None = None) -> tup
             stop_token_ids=stop_token_ids(prepared.model.tokenizer),
             token_limit=prepared.estimate.memory.generation_tokens,
             progress=task.advance,
-            told=report_smaller_batches,
+            warn=report_smaller_batches,
         )
     return nll, other, answers
