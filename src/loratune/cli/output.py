@@ -81,21 +81,17 @@ def write_page(path: Path, prepared: Preparation, samples: int) -> None:
 def show_result(result: RunResult, as_json: bool) -> None:
     """Print the evaluation, and what training took."""
     from loratune.cli.plan_tables import measured_line
-    from loratune.evaluation.record import evaluation_table, samples_table
     from loratune.run.directory import read_json
-    from loratune.workflows.tasks.classification.measures import classification_table, confusion_table
+    from loratune.workflows.tasks.task import task_named
 
     if as_json:
         plan_record = read_json(result.run.plan)
         print_json({"run": str(result.run.root), "plan": plan_record, "evaluation": result.evaluation})
         return
     console = SafeConsole(highlight=False)
-    if result.evaluation is not None and "confusion" in result.evaluation:
-        console.print(classification_table(result.evaluation), confusion_table(result.evaluation), sep="\n")
-    elif result.evaluation is not None:
-        console.print(evaluation_table(result.evaluation))
-        if result.evaluation["items"]:
-            console.print(samples_table(result.evaluation, count=3))
+    if result.evaluation is not None:
+        task = read_json(result.run.lock)["recipe"]["model"].get("task", "causal_lm")
+        console.print(*task_named(task).tables(result.evaluation), sep="\n")
     console.print(measured_line(read_json(result.run.plan)), soft_wrap=True)
     console.print(f"adapter: {escape(str(result.run.adapter))}", soft_wrap=True)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,3 +35,13 @@ class LabelledExample(Example):
     """[T] 0 and 1 for the two texts of a pair, where the tokenizer tells them apart."""
     texts: tuple[str, ...]
     """What was tokenised: one text, or the two of a pair."""
+
+
+def labels_fingerprint(examples: Sequence[Example]) -> str:
+    """Return the SHA-256 of all classes and token types; empty if no example is labelled."""
+    labelled = [example for example in examples if isinstance(example, LabelledExample)]
+    digest = hashlib.sha256()
+    for example in labelled:
+        types = b"" if example.token_types is None else example.token_types.tobytes()
+        digest.update(example.label.to_bytes(4, "little") + len(types).to_bytes(8, "little") + types)
+    return digest.hexdigest() if labelled else ""

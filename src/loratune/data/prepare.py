@@ -16,6 +16,7 @@ from loratune.data.examples import Example
 from loratune.data.findings import add_checks
 from loratune.data.masking.render import Rendered, render
 from loratune.data.masking.token_labels import backend_of
+from loratune.data.prompts import Prompt
 from loratune.data.rows.conversation import ROLES, Conversation, Origin, Rejected
 from loratune.data.rows.reading import Reader, ReadSide, apply_policy, held_out_sources, hold_out
 from loratune.recipe.recipe import DataSection, Source
@@ -54,6 +55,8 @@ class PreparedData:
         report: What was read, what it became, and what was left out, as JSON.
         cached: Whether all this was found in the cache.
         stream: All training examples, where `train` is only a sample.
+        prompts: The held-out prompts that base and fine-tuned model answer; empty without a metric.
+        forgetting: The examples of `evaluate.forgetting`; empty without it.
     """
 
     train: list[Example]
@@ -62,6 +65,8 @@ class PreparedData:
     report: dict[str, Any]
     cached: bool = False
     stream: Stream | None = None
+    prompts: tuple[Prompt, ...] = ()
+    forgetting: tuple[Example, ...] = ()
 
     @property
     def num_examples(self) -> int:

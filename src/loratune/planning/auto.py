@@ -1,36 +1,43 @@
-"""planning.auto."""
+"""What each `auto` of a recipe becomes, and why."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from loratune.model.device import Choice, choose_dtype
 from loratune.planning.hardware.devices import Device
 from loratune.planning.memory.memory import MemoryPlan, free_bytes
-from loratune.planning.preparation import NO_LIMIT
 from loratune.recipe.recipe import Recipe
 from loratune.run import processes
 from loratune.run.errors import RecipeError
 
-if TYPE_CHECKING:
-    pass
+NO_LIMIT = 2**31
+"""Stands for no limit of an example's tokens."""
 
 
-def _free_bytes(device: str) -> int | None:
-    """Of the processes that share a machine's memory, the share of one; each has a GPU of its own."""
+def free_device_bytes(device: str) -> int | None:
+    """Return this process's share of the memory that the processes of a machine share; None if it has the device to itself."""
     return None if processes.local_size() == 1 or device != "cpu" else free_bytes(device) // processes.local_size()
 
 
 def output_dir(recipe: Recipe) -> Path:
-    """The run directory; `auto` is named after the model, as in the seed's script."""
+    """Return the run directory; `auto` names it after the model."""
     if recipe.train.output_dir != "auto":
         return Path(recipe.train.output_dir)
     name = recipe.model.name.rstrip("/").rpartition("/")[2].removesuffix(".gguf")
     return Path("__models") / f"{name}-lora-fine-tuned"
 
 
-def _max_length(recipe: Recipe, positions: int | None) -> Choice:
+def choose_max_length(recipe: Recipe, positions: int | None) -> Choice:
+    """Return the most tokens of an example.
+
+    Args:
+        recipe: Its `data.max_length` may be `auto`.
+        positions: The most tokens that the model can read; None if it states no limit.
+
+    Raises:
+        RecipeError: More is asked for than the model has positions.
+    """
     wanted = recipe.data.max_length
     if wanted == "auto":
         if positions is None:
@@ -46,19 +53,28 @@ def _max_length(recipe: Recipe, positions: int | None) -> Choice:
     return Choice(str(wanted))
 
 
-def _budget_reason(recipe: Recipe, memory: MemoryPlan) -> str:
+def budget_reason(recipe: Recipe, memory: MemoryPlan) -> str:
+    """Say what an automatic `train.token_budget` means."""
     if recipe.train.token_budget != "auto":
         return ""
     return f"tokens per micro-batch, {memory.activation_bytes / 2**20:,.0f} MiB of activations"
 
 
-def _recompute_reason(recipe: Recipe, memory: MemoryPlan) -> str:
+def recompute_reason(recipe: Recipe, memory: MemoryPlan) -> str:
+    """Say why an automatic `train.recompute` is not 0."""
     if recipe.train.recompute != "auto" or not memory.num_recomputed:
         return ""
     return "layers that keep their input only, so that the micro-batch fits"
 
 
-def _dtype(recipe: Recipe, where: str, device: Device | None) -> Choice:
+def choose_base_dtype(recipe: Recipe, where: str, device: Device | None) -> Choice:
+    """Return the type of the frozen weights.
+
+    Args:
+        recipe: Its `model.dtype` may be `auto`.
+        where: cpu, cuda or mps.
+        device: The named device to plan for; None for this machine.
+    """
     if recipe.model.dtype == "auto" and recipe.model.quantization == "fp8":
         return Choice("bfloat16", "fp8 is made from it")
     if device is not None and recipe.model.dtype == "auto":
@@ -66,8 +82,8 @@ def _dtype(recipe: Recipe, where: str, device: Device | None) -> Choice:
     return choose_dtype(recipe.model.dtype, where)
 
 
-def _resolved(recipe: Recipe, choices: dict[str, Choice]) -> Recipe:
-    """The recipe with every `auto` replaced by what it became."""
+def resolve_auto(recipe: Recipe, choices: dict[str, Choice]) -> Recipe:
+    """Return the recipe with every `auto` replaced by what it became."""
     values = recipe.model_dump()
     for name, choice in choices.items():
         section, _, field = name.partition(".")

@@ -1,19 +1,18 @@
-"""Memory and seconds of a run, and whether it compiles: the formulas, fed with what this machine was measured to do."""
+"""Memory and time of a run, and whether it compiles: the formulas of `cost`, fed with what this machine was measured to do.
+
+`prepare` asks once for each way of spreading a run over devices (see `scaling.strategy_for`); `presets` scales the answer.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
-from loratune.data.prepare import PreparedData
-from loratune.data.prompts import Prompt
-from loratune.model.classifier import is_decoder
+from loratune.data.prompts import longest_answer
 from loratune.model.device import Choice, choose_compile, compile_seconds, torch_dtype
 from loratune.model.quantization.quantize import uncompiled
 from loratune.planning.cost import (
-    ExecutionSetup,
     head_parameters,
     layer_parameters,
     num_answers,
@@ -23,12 +22,13 @@ from loratune.planning.cost import (
     work_amounts,
 )
 from loratune.planning.hardware.devices import Device
-from loratune.planning.memory.memory import MemoryPlan, TokenSizes
-from loratune.planning.parameters import ParameterCount
+from loratune.planning.memory.inputs import ExecutionSetup, TokenSizes
+from loratune.planning.memory.memory import MemoryPlan
+from loratune.planning.parts import RunParts
 from loratune.planning.probe import probe
-from loratune.planning.speed import LayerTimings, TimePlan, WorkAmounts, matmul_rate, plan_time, rates_by_arithmetic
+from loratune.planning.speed import LayerTimings, TimePlan, matmul_rate, plan_time, rates_by_arithmetic
+from loratune.planning.task import StepCosts, planned_task
 from loratune.recipe.recipe import Recipe
-from loratune.recipe.tasks import is_classification
 from loratune.run.errors import RecipeError
 
 
@@ -41,7 +41,7 @@ class Estimate:
         time: Seconds.
         compiled: `true` or `false`, and why.
         work: The sizes that the memory was computed for.
-        place: Where.
+        place: The device, and what it holds.
     """
 
     memory: MemoryPlan
@@ -51,87 +51,42 @@ class Estimate:
     place: ExecutionSetup
 
 
-def estimate(
-    recipe: Recipe,
-    config: Any,
-    model: Any,
-    targets: tuple[str, ...],
-    parameters: ParameterCount,
-    *,
-    data: PreparedData,
-    prompts: Sequence[Prompt],
-    longest_answer: int,
-    place: ExecutionSetup,
-    device: Device | None,
-) -> Estimate:
-    """Memory, time, and whether to compile.
+def estimate(recipe: Recipe, parts: RunParts, *, place: ExecutionSetup, device: Device | None) -> Estimate:
+    """Estimate memory and time, and decide whether to compile.
 
     Args:
         recipe: Its token budget, recomputed layers and compilation may be auto.
-        config: The model's text configuration.
-        model: On the meta device.
-        targets: Full names of the adapted modules.
-        parameters: What is trained.
-        data: Training and held-out examples.
-        prompts: That are answered.
-        longest_answer: Tokens of the longest reference answer.
-        place: Where; not compiled yet.
-        device: A device that is not here; None for this machine.
+        parts: Model, adapter and data.
+        place: The device and what it holds, not compiled yet.
+        device: The named device to plan for; None for this machine.
 
     Raises:
-        RecipeError: Compilation is asked for, and the base is quantised or sharded.
+        RecipeError: Compilation is asked for, and the base is quantized or sharded.
         MachineError: Not even one example fits, or compilation is asked for and impossible.
     """
-    reason = uncompiled(recipe.model.quantization, config)
-    if recipe.lora.target_parameters:
-        reason = "PEFT changes the parameters of lora.target_parameters while a layer runs"
-    if place.shards > 1:
-        reason = "the layers of a base that processes share (fsdp) run uncompiled"
-    if is_classification(recipe):
-        reason = "the layers of a classifier run uncompiled"
-    if reason and recipe.train.compile is True:
-        raise RecipeError(f"train.compile is true, but {reason}", fix="train.compile=auto")
-    if place.quantization == "int8" and recipe.train.recompute not in ("auto", 0):
-        raise RecipeError(
-            f"train.recompute is {recipe.train.recompute}, but the weights of {recipe.model.name} come in 8 bits of bitsandbytes, whose "
-            "layers keep their inputs where recomputing cannot free them",
-            fix="train.recompute=auto",
-        )
+    model, data, parameters = parts.model, parts.data, parts.adapter.parameters
+    config = model.text_config
+    costs = planned_task(recipe).step_costs(model.skeleton)
+    reason = _why_uncompiled(recipe, config, costs, place)
     wanted = recipe.train.compile if recipe.train.engine == "fast" and not reason else False
-    classifies = is_classification(recipe)
-    work = token_sizes(recipe, data, prompts, padded=classifies and not is_decoder(model))
+    work = token_sizes(recipe, data, data.prompts, padded=costs.is_padded)
     place = replace(place, compiled=wanted is True)
     memory = run_memory(recipe, config, parameters, work, place)
-    in_a_layer, answers = layer_parameters(config, model, parameters), num_answers(prompts, memory, work.max_new_tokens)
-    rate, rates, source = _rates(
-        recipe,
-        config,
-        targets,
-        can_probe=not classifies or is_decoder(model),
-        in_a_layer=in_a_layer,
-        in_the_head=head_parameters(model),
-        length=round(fmean(len(example.input_ids) for example in data.train)),
-        answers=answers,
-        place=place,
-        device=device,
-    )
-    if classifies:  # a head of some classes takes nothing beside the layers
-        rates = replace(rates, head_train=0.0, head_forward=0.0, head_decode=0.0)
-    flops = run_flops(recipe, config, model, parameters, data)
+    rate, timings, source = _timings(recipe, parts, costs, memory, place=place, device=device)
+    flops = run_flops(recipe, config, model.skeleton, parameters, data)
 
     def clock(memory: MemoryPlan, *, compiled: bool) -> TimePlan:
-        amounts: WorkAmounts = work_amounts(
-            recipe,
-            config,
-            memory,
-            data=data,
-            prompts=prompts,
-            longest_answer=longest_answer,
-            load_bytes=place.stored_bytes or memory.weights_bytes,
-        )
         return plan_time(
-            amounts,
-            rates,
+            work_amounts(
+                recipe,
+                config,
+                memory,
+                data=data,
+                prompts=data.prompts,
+                longest_answer=longest_answer(data.prompts, model.tokenizer),
+                load_bytes=place.stored_bytes or memory.weights_bytes,
+            ),
+            timings,
             compile_seconds=compile_seconds() if compiled else None,
             flops=flops,
             flops_per_second=rate,
@@ -148,37 +103,65 @@ def estimate(
     )
 
 
-def _rates(
+def _why_uncompiled(recipe: Recipe, config: Any, costs: StepCosts, place: ExecutionSetup) -> str:
+    """Return why the layers cannot be compiled; empty if they can.
+
+    Raises:
+        RecipeError: Compilation, or recomputed layers, are asked for all the same.
+    """
+    reason = uncompiled(recipe.model.quantization, config)
+    if recipe.lora.target_parameters:
+        reason = "PEFT changes the parameters of lora.target_parameters while a layer runs"
+    if place.shards > 1:
+        reason = "the layers of a base that processes share (fsdp) run uncompiled"
+    reason = costs.why_uncompiled or reason
+    if reason and recipe.train.compile is True:
+        raise RecipeError(f"train.compile is true, but {reason}", fix="train.compile=auto")
+    if place.quantization == "int8" and recipe.train.recompute not in ("auto", 0):
+        raise RecipeError(
+            f"train.recompute is {recipe.train.recompute}, but the weights of {recipe.model.name} are in 8 bits by "
+            "bitsandbytes, whose layers keep their inputs where recomputing cannot free them",
+            fix="train.recompute=auto",
+        )
+    return reason
+
+
+def _timings(
     recipe: Recipe,
-    config: Any,
-    targets: tuple[str, ...],
+    parts: RunParts,
+    costs: StepCosts,
+    memory: MemoryPlan,
     *,
-    can_probe: bool,
-    in_a_layer: int,
-    in_the_head: int,
-    length: int,
-    answers: int,
     place: ExecutionSetup,
     device: Device | None,
 ) -> tuple[float, LayerTimings, str]:
-    """Operations per second of a matrix product, seconds of a layer and the head, and where these come from."""
+    """Return operations per second of a matrix product, seconds of a layer and the head, and where these come from."""
+    model, data, parameters = parts.model, parts.data, parts.adapter.parameters
+    config = model.text_config
+    in_a_layer, in_the_head = layer_parameters(config, model.skeleton, parameters), head_parameters(model.skeleton)
+    answers = num_answers(data.prompts, memory, recipe.evaluate.max_new_tokens if data.prompts else 0)
+    measured = None
     if device is not None:
         rate = device.bf16_flops_per_second
-        return rate, rates_by_arithmetic(in_a_layer, in_the_head, answers, rate), f"the published peak of {device.name}"
-    dtype = torch_dtype(place.dtype)
-    rate = matmul_rate(device=place.device, dtype=dtype, width=int(config.hidden_size))
-    measured = None
-    if can_probe:
-        measured = probe(
-            config,
-            recipe.lora,
-            targets,
-            layer_parameters=in_a_layer,
-            dtype=dtype,
-            device=place.device,
-            length=length,
-            num_answers=answers,
-        )
+        source = f"the published peak of {device.name}"
+    else:
+        dtype = torch_dtype(place.dtype)
+        rate = matmul_rate(device=place.device, dtype=dtype, width=int(config.hidden_size))
+        source = "a matrix product, run here"
+        if costs.can_time_layers:
+            measured = probe(
+                config,
+                recipe.lora,
+                parts.adapter.targets,
+                layer_parameters=in_a_layer,
+                dtype=dtype,
+                device=place.device,
+                length=round(fmean(len(example.input_ids) for example in data.train)),
+                num_answers=answers,
+            )
     if measured is not None:
-        return rate, measured, "two layers of this shape, run here"
-    return rate, rates_by_arithmetic(in_a_layer, in_the_head, answers, rate), "a matrix product, run here"
+        source = "two layers of this shape, run here"
+    timings = measured or rates_by_arithmetic(in_a_layer, in_the_head, answers, rate)
+    if not costs.times_head:  # a head of a few classes takes nothing next to the layers
+        timings = replace(timings, head_train=0.0, head_forward=0.0, head_decode=0.0)
+    return rate, timings, source

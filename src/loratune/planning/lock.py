@@ -1,4 +1,4 @@
-"""`lock.json`: everything that decides a run, so that resuming on something else is noticed."""
+"""`lock.json`: everything that decides a run, so that resuming with other inputs is noticed."""
 
 from __future__ import annotations
 
@@ -11,30 +11,29 @@ from typing import Any
 
 import torch
 
-from loratune.data.examples import Example
+from loratune.data.examples import Example, labels_fingerprint
 from loratune.model.gguf_import import file_sha256
 from loratune.model.quantization.kinds import package_of
 from loratune.planning.memory.optimizer import OF_BITSANDBYTES
 from loratune.run import processes
 from loratune.run.directory import Record
-from loratune.workflows.tasks.classification.data import labels_fingerprint
 
 PACKAGES = ("loratune", "torch", "transformers", "trl", "peft", "datasets", "accelerate", "tokenizers", "safetensors")
 
 
 INPUTS = ("model", "template", "train", "eval", "start", "labels")
-"""What a run is made from, each with its fingerprint; `start` only where it goes on from an adapter, `labels` only
-where it learns classes."""
+"""The inputs of a run that have a fingerprint. `start` is there only if it starts from an adapter, `labels` only if it
+classifies."""
 
 
 def model_fingerprint(folder: Path) -> dict[str, str]:
-    """The SHA-256 of every file of a model folder that decides its answers."""
+    """Return the SHA-256 of every file of a model folder that decides its answers, by file name."""
     files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.json"), *folder.glob("*.jinja")])
     return {path.name: file_sha256(path) for path in files}
 
 
 def examples_fingerprint(examples: Sequence[Example]) -> dict[str, str]:
-    """The SHA-256 of all token ids, and of which of them are trained; of labelled examples, of their classes too."""
+    """Return the SHA-256 of all token ids and of the token masks; for labelled examples, of their classes too."""
     tokens, mask = hashlib.sha256(), hashlib.sha256()
     for example in examples:
         length = len(example.input_ids).to_bytes(8, "little")
@@ -45,12 +44,12 @@ def examples_fingerprint(examples: Sequence[Example]) -> dict[str, str]:
 
 
 def text_fingerprint(text: str) -> str:
-    """The SHA-256 of a text."""
+    """Return the SHA-256 of a text."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def versions(recipe: Record) -> dict[str, str]:
-    """The versions of Python and of the packages whose code a run with this recipe goes through."""
+    """Return the versions of Python and of the packages that a run with this recipe uses."""
     package = package_of(recipe["model"].get("quantization", "none"))
     others = {package} if package else set()
     if recipe["train"].get("optimizer") in OF_BITSANDBYTES:
@@ -60,7 +59,7 @@ def versions(recipe: Record) -> dict[str, str]:
 
 
 def differences(before: Record, now: Record, keys: Sequence[str] = INPUTS) -> list[str]:
-    """What of the inputs changed between two locks, as `inputs.train.mask` or `inputs.model.config.json`."""
+    """Return the inputs that changed between two locks, as `inputs.train.mask` or `inputs.model.config.json`."""
     changed: list[str] = []
     for key in keys:
         old, new = before["inputs"].get(key), now["inputs"].get(key)
@@ -72,7 +71,7 @@ def differences(before: Record, now: Record, keys: Sequence[str] = INPUTS) -> li
 
 
 def changed_settings(before: Record, now: Record) -> list[str]:
-    """What of a recipe as written changed, as `train.learning_rate (0.01 → 0.02)`."""
+    """Return the settings that changed between two recipes as written, as `train.learning_rate (0.01 → 0.02)`."""
     return [
         f"{section}.{field} ({before.get(section, {}).get(field)} → {now.get(section, {}).get(field)})"
         for section in sorted({*before, *now})
@@ -84,11 +83,11 @@ def changed_settings(before: Record, now: Record) -> list[str]:
 def make_lock(
     *, recipe: dict[str, Any], choices: dict[str, Any], inputs: dict[str, Any], adapter: dict[str, Any]
 ) -> Record:
-    """The record.
+    """Return the contents of `lock.json`.
 
     Args:
         recipe: Every effective setting, `auto` resolved.
-        choices: setting → what `auto` became and why.
+        choices: Setting → what `auto` became, and why.
         inputs: Fingerprints of model, template and examples.
         adapter: Target modules and parameter counts.
     """

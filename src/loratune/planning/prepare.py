@@ -1,16 +1,20 @@
-"""Everything that can be known before the weights load: what will be trained, whether it fits, what is wrong."""
+"""Find out everything that can be known before the weights load: what will be trained, whether it fits, what is wrong.
+
+    prepare = resolve_model → resolve_adapter → read_data → estimate_run → plan_notes
+
+Each part returns a small frozen record, checks what it can, and fails before the next one starts. The quickest checks come first.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import Any
 
 from loratune.data.examples import Example
 from loratune.data.prepare import PreparedData, prepare_data
-from loratune.data.prompts import Prompt, longest_answer, render_prompts
 from loratune.data.steps import num_steps
-from loratune.data.stream import MANY_ROWS, can_stream, open_tables, stream_data
 from loratune.evaluation.scoring import check_metric, check_references
 from loratune.model.adapter.new_tokens import add_new_tokens, num_added_parameters, resize_embeddings, unseen_tokens
 from loratune.model.adapter.start_from import base_notes
@@ -18,20 +22,20 @@ from loratune.model.adapter.targets import resolve_targets, target_notes
 from loratune.model.adapter.variants import rank_notes, variant_notes
 from loratune.model.device import Choice, choose_device, free_memory, torch_dtype
 from loratune.model.gguf_import import cache_dir
-from loratune.model.load import load_config, load_tokenizer, locate_model, positions_of
+from loratune.model.load import load_config, locate_model
 from loratune.model.quantization.checkpoint import check_checkpoint
 from loratune.model.quantization.kinds import PACKED
 from loratune.model.safetensors_headers import bytes_to_convert
 from loratune.planning.advice import give_advice
 from loratune.planning.advice_facts import advice_facts
 from loratune.planning.auto import (
-    _budget_reason,
-    _dtype,
-    _free_bytes,
-    _max_length,
-    _recompute_reason,
-    _resolved,
+    budget_reason,
+    choose_base_dtype,
+    choose_max_length,
+    free_device_bytes,
     output_dir,
+    recompute_reason,
+    resolve_auto,
 )
 from loratune.planning.checks import (
     cadence_notes,
@@ -47,25 +51,22 @@ from loratune.planning.checks import (
     check_trained,
     check_vocabulary,
 )
-from loratune.planning.cost import ExecutionSetup
-from loratune.planning.estimate import estimate
+from loratune.planning.estimate import Estimate, estimate
 from loratune.planning.hardware.cluster import Cluster
 from loratune.planning.hardware.devices import Device, device_notes
+from loratune.planning.memory.inputs import ExecutionSetup
 from loratune.planning.memory.memory import resident_bytes
 from loratune.planning.memory.quantized import check_device_can_quantize, quantization_notes, quantized_setup
-from loratune.planning.parameters import count_parameters, skeleton, trained_in_words
-from loratune.planning.preparation import Preparation
-from loratune.planning.presets import count_presets, plan_preset
+from loratune.planning.parameters import count_parameters, trained_in_words
+from loratune.planning.parts import RunAdapter, RunModel, RunParts
+from loratune.planning.preparation import Preparation, RunEstimate, RunNotes
+from loratune.planning.presets import PresetCount, count_presets, plan_preset
 from loratune.planning.scaling import scale, strategy_choice, strategy_for
+from loratune.planning.task import planned_task
 from loratune.recipe.recipe import Recipe
-from loratune.recipe.tasks import is_classification, refuse_classifier
+from loratune.recipe.tasks import require_processes
 from loratune.run import processes
-from loratune.run.errors import RecipeError
 from loratune.run.progress import Progress
-from loratune.workflows.tasks.classification.prepare import classifier_positions, prepare_classifier
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 def prepare(
@@ -80,16 +81,45 @@ def prepare(
 
     Args:
         recipe: What to do.
-        progress: Who is told how it goes.
-        device: Plan for this device in place of this machine's own.
-        cluster: Plan for several of that device.
-        weights: Whether they will be loaded; where not, a GGUF file's header is enough.
+        progress: Shows how far preparation is.
+        device: The device to plan for; None for this machine's own.
+        cluster: Several of that device to plan for.
+        weights: Whether the weights will be loaded later; if not, the header of a GGUF file is enough.
 
     Raises:
         RecipeError: A setting does not fit the model, or the model's files are incomplete.
         DataError: The data cannot be trained on.
         MachineError: The run does not fit the machine, or the hub cannot be reached.
     """
+    model = resolve_model(recipe, progress, device, cluster=cluster, weights=weights)
+    adapter = resolve_adapter(recipe, model)
+    streaming, data = read_data(recipe, model, progress)
+    parts = RunParts(model=model, adapter=adapter, data=data)
+    presets = count_presets(model.skeleton, recipe.lora, model.head)
+    choices, costs = estimate_run(recipe, parts, presets, device, cluster)
+    choices["data.streaming"] = streaming
+    effective = resolve_auto(recipe, choices)
+    check_disk(effective, adapter.parameters, data.num_examples)
+    return Preparation(
+        recipe=effective,
+        choices={name: choice for name, choice in choices.items() if choice.reason},
+        model=model,
+        adapter=adapter,
+        data=data,
+        estimate=costs,
+        notes=plan_notes(effective, parts, costs, presets, num_devices=1 if cluster is None else cluster.size),
+    )
+
+
+def resolve_model(
+    recipe: Recipe,
+    progress: Progress,
+    device: Device | None = None,
+    *,
+    cluster: Cluster | None = None,
+    weights: bool = True,
+) -> RunModel:
+    """Find the base model and build it without weights; the arguments and errors are those of `prepare`."""
     check_trackers(recipe)
     check_metric(recipe.evaluate.metric)
     check_output(output_dir(recipe))
@@ -99,63 +129,108 @@ def prepare(
     base = locate_model(recipe.model, progress, weights=weights)
     config = load_config(base, recipe.model)
     check_checkpoint(config, recipe.model.quantization, name=base.name, device=where.value)
-    classifies = is_classification(recipe)
-    if classifies and cluster is not None:
-        refuse_classifier(recipe, "--devices")
-    positions = classifier_positions(recipe, config) if classifies else positions_of(config)
-    max_length = _max_length(recipe, positions)
-    labelled = prepare_classifier(recipe, base, config, int(max_length.value), progress) if classifies else None
-    config, head = (labelled.config, labelled.classes.head) if labelled else (config, ())
-    model = skeleton(config, trust_remote_code=recipe.model.trust_remote_code, classifier=classifies)
-    targets = resolve_targets(model, recipe.lora.targets, recipe.lora.layers)
-    check_files(base, model, head)
-    tokenizer = labelled.tokenizer if labelled else load_tokenizer(base, recipe.model)
-    new_tokens = add_new_tokens(tokenizer, recipe.lora.new_tokens)
-    growing = num_added_parameters(model, new_tokens)
-    resize_embeddings(model, new_tokens)
-    parameters = count_parameters(model, targets, recipe.lora, head)
-    check_trained(recipe, model, parameters)
-    start = check_start(recipe, parameters, output_dir(recipe))
-    streaming, data = (
-        (Choice("false"), labelled.data) if labelled else _data(recipe, tokenizer, int(max_length.value), progress)
+    if cluster is not None:
+        require_processes(recipe, "--devices", "leave it out")
+    task = planned_task(recipe)
+    positions = task.positions(recipe, config)
+    max_length = choose_max_length(recipe, positions)
+    found = task.resolve_model(recipe, base, config, int(max_length.value), progress)
+    skeleton = task.skeleton(found.config, trust_remote_code=recipe.model.trust_remote_code)
+    resolve_targets(
+        skeleton, recipe.lora.targets, recipe.lora.layers
+    )  # a wrong target is cheaper to find than a wrong file
+    check_files(base, skeleton, found.classes.head if found.classes else ())
+    new_tokens = add_new_tokens(found.tokenizer, recipe.lora.new_tokens)
+    added = num_added_parameters(skeleton, new_tokens)
+    resize_embeddings(skeleton, new_tokens)
+    return RunModel(
+        base=base,
+        skeleton=skeleton,
+        tokenizer=found.tokenizer,
+        new_tokens=new_tokens,
+        classes=found.classes,
+        positions=positions,
+        max_length=max_length,
+        device=where,
+        data=found.data,
+        notes=found.notes,
+        num_added_parameters=added,
     )
-    forgetting = _forgetting(recipe, tokenizer, int(max_length.value), progress)
-    check_vocabulary([*data.train, *data.eval, *forgetting], model)
+
+
+def resolve_adapter(recipe: Recipe, model: RunModel) -> RunAdapter:
+    """Find the modules that are adapted, and count what is trained.
+
+    Raises:
+        RecipeError: Ranks, variant, patterns or the adapter to start from do not fit the model.
+    """
+    targets = resolve_targets(model.skeleton, recipe.lora.targets, recipe.lora.layers)
+    parameters = count_parameters(model.skeleton, targets, recipe.lora, model.head)
+    check_trained(recipe, model.skeleton, parameters)
+    return RunAdapter(
+        targets=targets,
+        targets_in_words=trained_in_words(model.skeleton, recipe.lora, parameters),
+        parameters=parameters,
+        start=check_start(recipe, parameters, output_dir(recipe)),
+    )
+
+
+def read_data(recipe: Recipe, model: RunModel, progress: Progress) -> tuple[Choice, PreparedData]:
+    """Return whether rows are streamed, and the verified examples with the prompts to be answered.
+
+    Raises:
+        DataError: The data cannot be trained or evaluated on.
+        RecipeError: The tokenizer is another model's, or evaluation and checkpoints would come more often than steps.
+    """
+    task = planned_task(recipe)
+    max_length = int(model.max_length.value)
+    if model.data is not None:
+        streaming, data = Choice("false"), model.data
+    else:
+        streaming, data = task.read_data(recipe, model.tokenizer, max_length, progress)
+    forgetting = _read_forgetting(recipe, model, max_length, progress)
+    check_vocabulary([*data.train, *data.eval, *forgetting], model.skeleton)
     check_cadence(recipe.train, data.num_examples)
-    prompts = () if recipe.evaluate.metric == "none" else held_out_prompts(recipe, data, tokenizer)
+    prompts = () if recipe.evaluate.metric == "none" else task.prompts(recipe, data, model.tokenizer)
     check_references(recipe.evaluate.metric, prompts)
-    check_prompts(recipe, prompts, positions)
-    dtype = _dtype(recipe, where.value, device)
+    check_prompts(recipe, prompts, model.positions)
+    return streaming, replace(data, prompts=prompts, forgetting=forgetting)
+
+
+def _read_forgetting(recipe: Recipe, model: RunModel, max_length: int, progress: Progress) -> tuple[Example, ...]:
+    """Return the examples of `evaluate.forgetting`, made as the training examples are; their format is their own."""
+    if recipe.evaluate.forgetting == "none":
+        return ()
+    own = {"train": recipe.evaluate.forgetting, "eval": "none", "format": "auto", "columns": {}}
+    prepared = prepare_data(
+        recipe.data.model_copy(update=own),
+        model.tokenizer,
+        max_length=max_length,
+        seed=recipe.train.seed,
+        cache=cache_dir() / "examples",
+        progress=progress,
+    )
+    return tuple(prepared.train)
+
+
+def estimate_run(
+    recipe: Recipe,
+    parts: RunParts,
+    presets: tuple[PresetCount, ...],
+    device: Device | None,
+    cluster: Cluster | None,
+) -> tuple[dict[str, Choice], RunEstimate]:
+    """Return what every `auto` becomes, and memory and time by it.
+
+    Raises:
+        MachineError: The run does not fit.
+        RecipeError: A setting excludes what the memory needs.
+    """
+    model, adapter, data = parts.model, parts.adapter, parts.data
+    where, dtype = model.device, choose_base_dtype(recipe, model.device.value, device)
     free_memory()  # a model that was just converted leaves free pages in the heap, which loading takes again
-    resident = resident_bytes()  # before the probes
-    text_config = model.config.get_text_config()
-    estimate_at = partial(
-        estimate,
-        recipe,
-        text_config,
-        model,
-        targets,
-        parameters,
-        data=data,
-        prompts=prompts,
-        longest_answer=longest_answer(prompts, tokenizer),
-        device=device,
-    )
-    place = ExecutionSetup(
-        device=where.value,
-        dtype=dtype.value,
-        compiled=False,
-        **quantized_setup(recipe.model.quantization, base.path, model, dtype.value),
-        stored_bytes=bytes_to_convert(
-            base.path,
-            None if recipe.model.quantization in PACKED else dtype.value,
-            stored=base.stored,
-            num_parameters=parameters.total - parameters.trainable,
-        )
-        + growing * torch_dtype(dtype.value).itemsize,
-        resident_bytes=resident,
-        free_bytes=_free_bytes(where.value) if device is None else device.memory_bytes,
-    )
+    place = _execution_setup(recipe, parts, dtype.value, device)
+    estimate_at: Callable[..., Estimate] = partial(estimate, recipe, parts, device=device)
     ranks = processes.size() if cluster is None else cluster.size
     strategy, estimated = strategy_for(recipe.train.strategy, ranks, place, estimate_at)
     if strategy == "fsdp":
@@ -164,113 +239,65 @@ def prepare(
     choices = {
         "train.device": where,
         "model.dtype": dtype,
-        "data.max_length": max_length,
-        "data.streaming": streaming,
+        "data.max_length": model.max_length,
         "train.compile": estimated.compiled,
-        "train.recompute": Choice(str(memory.num_recomputed), _recompute_reason(recipe, memory)),
-        "train.token_budget": Choice(str(memory.token_budget), _budget_reason(recipe, memory)),
+        "train.recompute": Choice(str(memory.num_recomputed), recompute_reason(recipe, memory)),
+        "train.token_budget": Choice(str(memory.token_budget), budget_reason(recipe, memory)),
         "train.strategy": strategy_choice(recipe.train.strategy, strategy, ranks),
         "train.output_dir": Choice(str(output_dir(recipe))),
     }
-    effective = _resolved(recipe, choices)
-    check_disk(effective, parameters, data.num_examples)
-    presets = count_presets(model, recipe.lora, head)
-    steps = num_steps(data.num_examples, recipe.train.batch_size, recipe.train.epochs)
-    return Preparation(
-        recipe=effective,
-        choices={name: choice for name, choice in choices.items() if choice.reason},
-        base=base,
-        tokenizer=tokenizer,
-        new_tokens=new_tokens,
-        targets=targets,
-        targets_in_words=trained_in_words(model, recipe.lora, parameters),
-        parameters=parameters,
-        presets=tuple(plan_preset(p, recipe, text_config, model, data, estimated) for p in presets),
-        data=data,
-        prompts=prompts,
-        start=start,
-        forgetting=forgetting,
+    config: Any = model.text_config
+    return choices, RunEstimate(
         memory=memory,
         time=estimated.time,
-        num_steps=steps,
-        warnings=(
-            *(labelled.notes if labelled else ()),
-            *target_notes(model, recipe.lora.targets, recipe.lora.target_parameters),
-            *variant_notes(effective),
-            *rank_notes(effective.lora, parameters.matrices),
-            *cadence_notes(recipe.train, data.num_examples),
-            *(base_notes(start, (base.name, str(base.path))) if start else ()),
-            *unseen_tokens(tokenizer, new_tokens, data.train),
-            *data.report["notices"],
-            *device_notes(device, dtype.value),
-            *quantization_notes(recipe.model.quantization, dtype.value),
-        ),
-        advice=give_advice(
-            replace(
-                advice_facts(
-                    *(effective, base, tokenizer, model, targets, data),
-                    presets=presets,
-                    trainable=parameters.trainable,
-                    steps=steps,
-                ),
-                num_devices=1 if cluster is None else cluster.size,
-            )
-        ),
+        num_steps=num_steps(data.num_examples, recipe.train.batch_size, recipe.train.epochs),
+        presets=tuple(plan_preset(p, recipe, config, model.skeleton, data, estimated) for p in presets),
         device=device,
-        classes=labelled.classes if labelled else None,
         scaling=None
         if cluster is None
-        else scale(cluster, recipe, text_config, parameters, data=data, place=place, estimate_at=estimate_at),
+        else scale(cluster, recipe, config, adapter.parameters, data=data, place=place, estimate_at=estimate_at),
     )
 
 
-def _data(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, max_length: int, progress: Progress
-) -> tuple[Choice, PreparedData]:
-    """Whether the data is streamed, and the data."""
-    section, seed = recipe.data, recipe.train.seed
-    wanted = section.streaming
-    possible = recipe.train.engine == "fast" and can_stream(section)
-    if wanted is True and not possible:
-        raise RecipeError(
-            "data.streaming is true, but the rows of data.train cannot be read one by one",
-            fix="give .jsonl files or hub data sets without weights, or data.streaming=auto",
-        )
-    if possible and wanted is not False:
-        tables = open_tables(section, progress)
-        num_rows = sum(map(len, tables.values()))
-        if wanted is True or num_rows >= MANY_ROWS:
-            reason = f"{num_rows:,} rows, each verified before its step" if wanted == "auto" else ""
-            data = stream_data(section, tables, tokenizer, max_length=max_length, seed=seed, progress=progress)
-            return Choice("true", reason), data
-    data = prepare_data(
-        section, tokenizer, max_length=max_length, seed=seed, cache=cache_dir() / "examples", progress=progress
+def _execution_setup(recipe: Recipe, parts: RunParts, dtype: str, device: Device | None) -> ExecutionSetup:
+    """Return where the run would compute, not yet compiled and holding the whole base."""
+    model, parameters = parts.model, parts.adapter.parameters
+    converted = bytes_to_convert(
+        model.base.path,
+        None if recipe.model.quantization in PACKED else dtype,
+        stored=model.base.stored,
+        num_parameters=parameters.total - parameters.trainable,
     )
-    return Choice("false"), data
-
-
-def held_out_prompts(recipe: Recipe, data: PreparedData, tokenizer: PreTrainedTokenizerBase) -> tuple[Prompt, ...]:
-    """The prompts of the held-out conversations that are answered."""
-    section = recipe.evaluate
-    return tuple(
-        render_prompts(data.eval_conversations, tokenizer, thinking=recipe.data.thinking, limit=section.samples)
+    return ExecutionSetup(
+        device=model.device.value,
+        dtype=dtype,
+        compiled=False,
+        **quantized_setup(recipe.model.quantization, model.base.path, model.skeleton, dtype),
+        stored_bytes=converted + model.num_added_parameters * torch_dtype(dtype).itemsize,
+        resident_bytes=resident_bytes(),  # before the timing of layers, which leaves memory behind
+        free_bytes=free_device_bytes(model.device.value) if device is None else device.memory_bytes,
     )
 
 
-def _forgetting(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, max_length: int, progress: Progress
-) -> tuple[Example, ...]:
-    """The examples of `evaluate.forgetting`, made as the training examples are; their format is their own."""
-    if recipe.evaluate.forgetting == "none":
-        return ()
-    own = {"train": recipe.evaluate.forgetting, "eval": "none", "format": "auto", "columns": {}}
-    section = recipe.data.model_copy(update=own)
-    prepared = prepare_data(
-        section,
-        tokenizer,
-        max_length=max_length,
-        seed=recipe.train.seed,
-        cache=cache_dir() / "examples",
-        progress=progress,
+def plan_notes(
+    recipe: Recipe, parts: RunParts, costs: RunEstimate, presets: tuple[PresetCount, ...], *, num_devices: int
+) -> RunNotes:
+    """Return what the user should read before starting. `recipe` has every `auto` resolved."""
+    model, adapter, data = parts.model, parts.adapter, parts.data
+    base, lora = model.base, recipe.lora
+    facts = advice_facts(recipe, parts, presets, num_steps=costs.num_steps)
+    return RunNotes(
+        warnings=(
+            *model.notes,
+            *target_notes(model.skeleton, lora.targets, lora.target_parameters),
+            *variant_notes(recipe),
+            *rank_notes(lora, adapter.parameters.matrices),
+            *cadence_notes(recipe.train, data.num_examples),
+            *(base_notes(adapter.start, (base.name, str(base.path))) if adapter.start else ()),
+            *unseen_tokens(model.tokenizer, model.new_tokens, data.train),
+            *data.report["notices"],
+            *device_notes(costs.device, recipe.model.dtype),
+            *quantization_notes(recipe.model.quantization, recipe.model.dtype),
+        ),
+        advice=give_advice(replace(facts, num_devices=num_devices)),
     )
-    return tuple(prepared.train)

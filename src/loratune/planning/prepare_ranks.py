@@ -8,7 +8,7 @@ from loratune.planning.lock import examples_fingerprint
 from loratune.planning.preparation import Preparation
 from loratune.planning.prepare import prepare
 from loratune.recipe.recipe import Recipe
-from loratune.recipe.tasks import refuse_classifier
+from loratune.recipe.tasks import require_processes
 from loratune.run import processes
 from loratune.run.errors import RecipeError, RunError
 from loratune.run.progress import Progress
@@ -26,7 +26,7 @@ def prepare_on_all_ranks(recipe: Recipe, progress: Progress) -> Preparation:
         return prepare(recipe, progress)
     if recipe.train.engine == "trl":
         raise RecipeError("train.engine is trl, which trains in one process here", fix="train.engine=fast")
-    refuse_classifier(recipe, "training in several processes", "train in one process")
+    require_processes(recipe, "training in several processes")
     if processes.is_main():
         prepared = prepare(recipe, progress)
         processes.store_set("recipe", prepared.recipe.model_dump_json())

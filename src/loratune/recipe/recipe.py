@@ -35,7 +35,7 @@ from loratune.recipe.checks import (
     check_train,
 )
 from loratune.recipe.roles import TrainOn
-from loratune.recipe.tasks import check_task
+from loratune.recipe.tasks import TaskName, check_task
 from loratune.recipe.yaml import (
     apply_override,
     hoist_task,
@@ -117,7 +117,7 @@ class ModelSection(Section):
     trust_remote_code: bool = False
     """Whether Python files that come with the model may run on this machine."""
 
-    task: Literal["causal_lm", "sequence_classification"] = "causal_lm"
+    task: TaskName = "causal_lm"
     """What the model learns: `causal_lm`, to write text; `sequence_classification`, to name the class of a text. `task:` by itself,
     outside of the sections, says the same."""
 

@@ -1,45 +1,58 @@
-"""What a recipe cannot ask for with `task: sequence_classification`: settings of conversations, answers and their fast ways."""
+"""Tasks: what a model can learn, and the table that names the folder of each.
+
+A task is one implementation of `loratune.workflows.tasks.task.Task`. Each room declares what it asks of a task and knows
+nothing of the others:
+
+    recipe/tasks.py            which settings belong to the task           RecipeTask
+    planning/task.py           inputs, costs, entries of plan and lock     PlannedTask(RecipeTask)
+    reporting/task.py          the words and sections of its pages         ReportedTask
+    workflows/tasks/task.py    loss, measures, merge, and all of the above Task(PlannedTask, ReportedTask)
+
+A new task is a new folder with a `TASK` in it, and one line in `TASKS`.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Any
+from difflib import get_close_matches
+from importlib import import_module
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, GetJsonSchemaHandler
+from pydantic_core import CoreSchema
 
 from loratune.recipe.checks import Contradiction
 from loratune.run.errors import RecipeError
 
-CAUSAL_LM, CLASSIFICATION = "causal_lm", "sequence_classification"
-
-LABELLED_COLUMNS = ("text", "sentence1", "sentence2", "label")
-"""The columns of labelled texts, of those that `data.columns` knows."""
-
-_WORKS = {
-    "model": {"name", "revision", "dtype", "trust_remote_code", "task"},
-    "data": {"train", "eval", "columns", "max_length", "on_long", "on_bad_row", "streaming"},
-    "lora": {"r", "alpha", "dropout", "targets", "layers", "variant"},
-    "train": {
-        *("output_dir", "epochs", "learning_rate", "batch_size", "optimizer", "lora_plus_ratio", "schedule", "warmup_fraction"),
-        *("weight_decay", "max_grad_norm", "seed", "engine", "device", "token_budget", "compile", "recompute"),
-        *("eval_every", "save_every", "log_every", "keep_checkpoints", "final_adapter", "on_bad_step", "max_skipped_steps"),
-        *("report_to", "strategy"),
-    },
-}  # fmt: skip
-"""Settings that classification follows. Any other stays at its default, also one that is new."""
-
-_REFUSED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
-    ("data.streaming", (True,), "the names of the labels are found by reading all rows"),
-    ("train.compile", (True,), "its layers run uncompiled"),
-    ("lora.variant", ("pissa", "olora"), "its adapter is saved with the head beside it, for the base as it is"),
-    ("lora.variant", ("eva", "loftq"), "what its adapter begins with is made for models that write text"),
-    ("train.optimizer", ("muon",), "its head has vectors, and muon is for matrices"),
-    ("train.strategy", ("fsdp",), "it trains in one process"),
-)
-"""Setting → values that are refused, and why."""
+TASKS = {
+    "causal_lm": "loratune.workflows.tasks.generation",
+    "sequence_classification": "loratune.workflows.tasks.classification",
+}
+"""Task name → the package that implements it. The packages are imported by name, so no room imports a room above it."""
 
 
-def is_classification(recipe: Any) -> bool:
-    """Whether a recipe's model names the class of a text, in place of writing one."""
-    return bool(recipe.model.task == CLASSIFICATION)
+class RecipeTask(ABC):
+    """What a recipe asks of its task.
+
+    Attributes:
+        name: The value of `model.task`.
+        writes_text: Whether the trained model generates text, so that chatting, serving and GGUF make sense.
+        trains_in_processes: Whether several processes can share a run.
+    """
+
+    name: str
+    writes_text: bool = True
+    trains_in_processes: bool = True
+
+    @abstractmethod
+    def problems(self, recipe: Any) -> Iterator[tuple[str, str]]:
+        """Yield each setting that does not belong to the task, as (problem, fix)."""
+
+
+def load_task(name: str) -> Any:
+    """Return the task of that name. Each room types it as the part of a task that the room declares."""
+    return import_module(TASKS[name]).TASK
 
 
 def check_task(recipe: Any) -> None:
@@ -48,59 +61,56 @@ def check_task(recipe: Any) -> None:
     Raises:
         Contradiction: Naming the setting, its value, and what to do.
     """
-    for problem, fix in _problems(recipe):
+    task: RecipeTask = load_task(recipe.model.task)
+    for problem, fix in task.problems(recipe):
         raise Contradiction(problem, fix=fix)
 
 
-def _problems(recipe: Any) -> Iterator[tuple[str, str]]:
-    """What is wrong, and what to do."""
-    columns = recipe.data.columns
-    if not is_classification(recipe):
-        for column in columns:
-            if column in LABELLED_COLUMNS and column != "text":
-                yield f"data.columns names {column}, which is for model.task {CLASSIFICATION}", f"task={CLASSIFICATION}"
-        return
-    for section in type(recipe).model_fields:
-        part = getattr(recipe, section)
-        for field, declared in type(part).model_fields.items():
-            value, plain = getattr(part, field), declared.get_default(call_default_factory=True)
-            if field not in _WORKS.get(section, ()) and value != plain:
-                shown = list(value) if isinstance(value, tuple) else value
-                yield (
-                    f"{section}.{field} is {shown}, which model.task {CLASSIFICATION} does not have",
-                    f"leave {section}.{field} out" if plain in (None, (), {}) else f"{section}.{field}={plain}",
-                )
-    for name, values, why in _REFUSED:
-        value = _value(recipe, name)
-        if value in values:
-            shown = str(value).lower() if isinstance(value, bool) else value
-            yield f"{name} is {shown}, which model.task {CLASSIFICATION} does not have: {why}", f"leave {name} out"
-    for column in columns:
-        if column not in LABELLED_COLUMNS:
-            yield (
-                f"data.columns names {column}, but labelled rows have {', '.join(LABELLED_COLUMNS)}",
-                "data.columns={text: …, label: …}",
-            )
-
-
-def _value(recipe: Any, name: str) -> Any:
-    section, _, field = name.partition(".")
-    return getattr(getattr(recipe, section), field)
-
-
-def refuse_classifier(recipe: Any, what: str, fix: str = "") -> None:
-    """Say that a verb is for models that write text.
+def require_text(recipe: Any, what: str, fix: str = "") -> None:
+    """Refuse a verb or option that only models which generate text have.
 
     Args:
-        recipe: Of the run, or of the run to be.
+        recipe: The recipe of the run, or of the run to be.
         what: The verb or option.
-        fix: What to do in its place.
+        fix: What to do instead.
 
     Raises:
-        RecipeError: The recipe's task is classification.
+        RecipeError: The recipe's task generates no text.
     """
-    if is_classification(recipe):
+    task: RecipeTask = load_task(recipe.model.task)
+    if not task.writes_text:
         raise RecipeError(
-            f"{what} is for models that write text, and model.task is {CLASSIFICATION}",
-            fix=fix or "docs/classification.md has what works with it",
+            f"{what} is for models that write text, and model.task is {task.name}",
+            fix=fix or "see the task's page in docs/ for what works with it",
         )
+
+
+def require_processes(recipe: Any, what: str, fix: str = "") -> None:
+    """Refuse several processes or devices where the task trains in one.
+
+    Raises:
+        RecipeError: The recipe's task trains in one process.
+    """
+    task: RecipeTask = load_task(recipe.model.task)
+    if not task.trains_in_processes:
+        raise RecipeError(f"{what} is not available for model.task {task.name}", fix=fix or "train in one process")
+
+
+class _TaskNames:
+    """The JSON schema of a task name: the keys of the table, as they are when the schema is made."""
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {**handler(schema), "enum": list(TASKS)}
+
+
+def _known(name: str) -> str:
+    if name not in TASKS:
+        close = get_close_matches(name, TASKS, n=1, cutoff=0.4)
+        fix = f"Did you mean {close[0]}?" if close else f"choose one of {', '.join(TASKS)}"
+        raise Contradiction(f"model.task is {name!r}, which is not a task", fix=fix)
+    return name
+
+
+TaskName = Annotated[str, AfterValidator(_known), _TaskNames]
+"""The name of a task in `TASKS`; checked when a recipe is read, so that tasks can be added while the program runs."""

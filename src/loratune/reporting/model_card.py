@@ -9,7 +9,6 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from loratune.recipe.roles import as_written
-from loratune.recipe.tasks import CLASSIFICATION
 from loratune.reporting.samples_section import short
 from loratune.reporting.units import as_difference, as_measure, measure_in_words
 from loratune.run.directory import Record, RunDir, read_json, write_text
@@ -101,7 +100,7 @@ def _metadata(lock: Record, evaluation: Record | None, name: str) -> ModelCardDa
 
 
 def _classifies(recipe: Record) -> bool:
-    return bool(recipe["model"].get("task") == CLASSIFICATION)
+    return bool(recipe["model"].get("task") == "sequence_classification")
 
 
 def _unit(recipe: Record) -> str:

@@ -31,7 +31,7 @@ from loratune.planning.preparation import Preparation
 from loratune.planning.prepare import prepare
 from loratune.planning.speed import matmul_rate_of
 from loratune.recipe.recipe import Recipe
-from loratune.recipe.tasks import refuse_classifier
+from loratune.recipe.tasks import require_text
 from loratune.run.directory import Record, RunDir, read_json
 from loratune.run.errors import RecipeError, RunError
 from loratune.run.progress import NoProgress, Progress
@@ -62,7 +62,7 @@ def bench(recipe: Recipe, *, rounds: int, steps: int, progress: Progress) -> Rec
     """
     if steps <= WARM_UP:
         raise RecipeError(f"{steps} steps, of which {WARM_UP} are warm-up", fix=f"--steps {WARM_UP + 4}")
-    refuse_classifier(recipe, "loratune bench")
+    require_text(recipe, "loratune bench")
     prepared = prepare(_few_steps(recipe, "fast", 1.0, "auto"), progress)
     # the written recipe says all its settings, and a default that is written counts as wanted
     data = recipe.data.model_copy(update={"max_length": prepared.recipe.data.max_length})

@@ -39,7 +39,7 @@ from loratune.planning.lock import differences
 from loratune.planning.preparation import Preparation
 from loratune.planning.prepare import prepare
 from loratune.recipe.recipe import Recipe
-from loratune.recipe.tasks import refuse_classifier
+from loratune.recipe.tasks import require_text
 from loratune.reporting.html import report_or_warn
 from loratune.run.directory import Record, RunDir, read_json, write_json
 from loratune.run.errors import DataError, RecipeError, RunError
@@ -110,7 +110,7 @@ def open_finished(root: str | Path, progress: Progress) -> FinishedRun:
     Raises:
         RecipeError: As `open_run`, or it is a classifier.
     """
-    refuse_classifier(recipe_of(root), "this", f"loratune merge {root} OUT, which transformers loads")
+    require_text(recipe_of(root), "this", f"loratune merge {root} OUT, which transformers loads")
     run, prepared = open_run(root, progress)
     recipe = prepared.recipe
     return FinishedRun(

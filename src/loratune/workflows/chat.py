@@ -28,7 +28,7 @@ from loratune.model.adapter.attach import load_adapter
 from loratune.model.device import choose_device, device_here, torch_dtype
 from loratune.model.load import load_model, load_tokenizer, locate_model, positions_of
 from loratune.recipe.recipe import ModelSection, Recipe
-from loratune.recipe.tasks import refuse_classifier
+from loratune.recipe.tasks import require_text
 from loratune.run.directory import RunDir, read_json
 from loratune.run.errors import DataError, LoratuneError, MachineError, RecipeError
 from loratune.run.progress import NoProgress, Progress
@@ -225,7 +225,7 @@ def open_chat(root: Path, sampling: Sampling, *, progress: Progress | None = Non
         if not run.has_adapter:
             raise RecipeError("the run has no adapter yet", file=run.root, fix=f"`loratune resume {root}`")
         recipe = Recipe.parse(read_json(run.lock)["recipe"], file=run.lock)
-        refuse_classifier(
+        require_text(
             recipe, "loratune chat", f"loratune evaluate {root} has its classes, loratune merge {root} OUT a model"
         )
         section, device, dtype, adapter = (

@@ -8,11 +8,10 @@ from pathlib import Path
 from loratune.evaluation.gates import check_names, parse_gate, pass_gates
 from loratune.evaluation.lm_eval import check_harness, run_harness
 from loratune.evaluation.user_metric import load_metric
-from loratune.model.load import load_config, positions_of
 from loratune.planning.checks import check_prompts
-from loratune.planning.prepare import held_out_prompts, prepare
+from loratune.planning.prepare import prepare
 from loratune.recipe.recipe import Recipe
-from loratune.recipe.tasks import is_classification, refuse_classifier
+from loratune.recipe.tasks import require_text
 from loratune.reporting.html import report_or_warn
 from loratune.reporting.model_card import write_card
 from loratune.run.directory import RunDir, read_json, write_json
@@ -21,7 +20,7 @@ from loratune.run.progress import NO_PROGRESS, Progress
 from loratune.workflows.assess import compare_base_and_tuned, explain_out_of_memory
 from loratune.workflows.load import load_trained
 from loratune.workflows.result import RunResult
-from loratune.workflows.tasks.classification.measures import MEASURES
+from loratune.workflows.tasks.task import task_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,25 +62,24 @@ def evaluate(root: str | Path, *, extras: Extras = _NOTHING_MORE, progress: Prog
         raise RecipeError("data.eval of this run is none: there is nothing to evaluate on", file=run.lock)
     own = load_metric(extras.metric, allow_code=extras.allow_code) if extras.metric else None
     gates = [parse_gate(text) for text in extras.gates]
-    metric = own.name if own else recipe.evaluate.metric
-    measures = [*([metric] if metric != "none" else []), "nll", "perplexity"]
-    if is_classification(recipe):
-        measures = [*MEASURES]
-        if extras.metric or extras.harness:
-            refuse_classifier(recipe, "--metric" if extras.metric else "--harness", "--gate accuracy>=0.9, or f1")
+    task = task_of(recipe)
+    if extras.harness:
+        require_text(recipe, "--harness", "--gate accuracy>=0.9, or f1")
+    measures = task.measures(recipe, own)
     forgets = recipe.evaluate.forgetting != "none"
     check_names(gates, measures, forgetting=forgets, harness=bool(extras.harness))
     if extras.harness:
         check_harness(extras.harness, allow_code=extras.allow_code)
     prepared = prepare(recipe, progress)
     if own is not None:
-        prepared = replace(prepared, prompts=held_out_prompts(recipe, prepared.data, prepared.model.tokenizer))
+        prompts = task.prompts(recipe, prepared.data, prepared.model.tokenizer)
+        prepared = replace(prepared, data=replace(prepared.data, prompts=prompts))
         if not prepared.data.prompts:
             raise DataError("no held-out conversation has an answer for --metric to score", fix="other data.eval")
-        check_prompts(recipe, prepared.data.prompts, positions_of(load_config(prepared.model.base, recipe.model)))
+        check_prompts(recipe, prepared.data.prompts, prepared.model.positions)
     model, loss = load_trained(prepared, run, progress)
     with explain_out_of_memory(run):
-        evaluation = compare_base_and_tuned(prepared, run, model, loss, progress, own=own)
+        evaluation = compare_base_and_tuned(prepared, run, model, loss, progress, metric=own)
     if extras.harness:
         progress.line(f"lm-evaluation-harness: {', '.join(extras.harness)}")
         evaluation["harness"] = run_harness(

@@ -35,7 +35,7 @@ from loratune.model.quantization.checkpoint import method_of, rounds_inputs
 from loratune.model.quantization.kinds import PACKED
 from loratune.model.quantization.quantize import as_multiplied, quantized_matrices, unpack_layers
 from loratune.planning.parameters import skeleton
-from loratune.recipe.tasks import is_classification, refuse_classifier
+from loratune.recipe.tasks import require_text
 from loratune.run.directory import RunDir, read_json
 from loratune.run.errors import RecipeError
 from loratune.run.progress import NO_PROGRESS, Progress
@@ -48,7 +48,7 @@ from loratune.workflows.certify import (
     open_finished,
     recipe_of,
 )
-from loratune.workflows.tasks.classification.merge import merge_classifier
+from loratune.workflows.tasks.task import task_of
 
 NUM_ANSWERS = 20
 """Held-out prompts that llama.cpp answers, to compare with the run's own answers."""
@@ -71,8 +71,11 @@ def merge(root: str | Path, out: str | Path, *, dtype: str = "auto", progress: P
         RunError: The certificate fails; nothing is kept.
     """
     target = Path(out).expanduser()
-    if is_classification(recipe_of(root)):
-        return merge_classifier(root, target, dtype=dtype, progress=progress)
+    return task_of(recipe_of(root)).merge(root, target, dtype=dtype, progress=progress)
+
+
+def merge_text_model(root: str | Path, target: Path, *, dtype: str, progress: Progress) -> Exported:
+    """Merge a model that writes text; arguments and errors are those of `merge`."""
     finished = open_finished(root, progress)
     check_target(target, needed_bytes=_whole_bytes(finished, dtype))
     usage = (
@@ -113,9 +116,7 @@ def export(
             f"--outtype {outtype} is for merged GGUF models; an adapter is written in float32",
             fix="leave it out, or add --merged",
         )
-    refuse_classifier(
-        recipe_of(root), f"loratune export --to {to}", f"loratune merge {root} OUT, which transformers loads"
-    )
+    require_text(recipe_of(root), f"loratune export --to {to}", f"loratune merge {root} OUT, which transformers loads")
     run = RunDir.open(root)
     target = Path(out).expanduser() if out is not None else run.exports / f"{to}{'-merged' if merged else ''}"
     if target.suffix == ".gguf":

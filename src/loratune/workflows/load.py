@@ -19,10 +19,9 @@ from loratune.run.errors import RecipeError
 from loratune.run.progress import Progress
 from loratune.training.fsdp import is_sharded, shard_layers
 from loratune.training.layers import prepare_layers
-from loratune.training.loss import SupervisedLoss, make_loss
+from loratune.training.loss import SupervisedLoss
 from loratune.training.neftune import EmbeddingNoise
-from loratune.training.trl_dataset import check_trl_can_train
-from loratune.workflows.tasks.classification.loss import ClassificationLoss, make_classification_loss
+from loratune.workflows.tasks.task import task_of
 
 
 def load_base(prepared: Preparation, progress: Progress) -> Any:
@@ -62,8 +61,8 @@ def attach_adapter_and_loss(prepared: Preparation, base: Any, progress: Progress
         load_weights_into(model, prepared.adapter.start)
     if recipe.model.quantization == "fp8":
         quantize_frozen_layers(model)
-    if recipe.train.engine == "trl" and prepared.model.classes is None:
-        check_trl_can_train(model.get_base_model())
+    if recipe.train.engine == "trl":
+        task_of(recipe).check_reference(model.get_base_model())
     loss, reason = _loss(prepared, model)
     if recipe.train.engine == "trl":
         return model, loss
@@ -88,24 +87,22 @@ def load_trained(prepared: Preparation, run: RunDir, progress: Progress) -> tupl
 
 
 def _loss(prepared: Preparation, model: PeftModel) -> tuple[SupervisedLoss, str]:
-    """The way to the loss, and what to say where it is not the fastest of the engine; of a base that processes share, after each has
-    its part of it."""
-    recipe = prepared.recipe
+    """Return the model's loss, and why it is not the engine's fastest; a base that processes share is sharded first.
+
+    Raises:
+        RecipeError: The base is to be shared, and this model's examples cannot share a forward pass.
+    """
+    recipe, task = prepared.recipe, task_of(prepared.recipe)
     if recipe.train.engine == "trl":
-        kind = SupervisedLoss if prepared.model.classes is None else ClassificationLoss
-        return kind(model, packed=False), ""
-    if prepared.model.classes is not None:
-        found, reason = make_classification_loss(model, prepared.data.train)
-        return found, f"examples are padded: {reason}" if reason else ""
-    if is_sharded(recipe):
-        shard_layers(model, recipe.train.device)
-    loss, reason = make_loss(model, prepared.data.train)
+        return task.plain_loss(model), ""
     if not is_sharded(recipe):
-        return loss, f"one example at a time: {reason}" if reason else ""
+        return task.make_loss(model, prepared.data.train)
+    shard_layers(model, recipe.train.device)
+    loss, reason = task.make_loss(model, prepared.data.train)
     if reason or loss.longest_packed is not None:
         reason = reason or f"those of more than {loss.longest_packed:,} tokens need one of their own"
         raise RecipeError(
-            f"train.strategy is fsdp, for which examples must share a forward, and they cannot: {reason}",
+            f"train.strategy is fsdp, for which examples must share a forward pass, and they cannot: {reason}",
             fix="train.strategy=ddp",
         )
     loss.sharded = True

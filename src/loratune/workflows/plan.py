@@ -73,7 +73,7 @@ def _probe(prepared: Preparation, progress: Progress) -> StepProbe:
         prepared,
         recipe=prepared.recipe.model_copy(update={"train": train.model_copy(update=changes)}),
         data=replace(prepared.data, train=[prepared.data.train[i] for i in longest], eval=[], stream=None),
-        num_steps=PROBE_STEPS,
+        estimate=replace(prepared.estimate, num_steps=PROBE_STEPS),
     )
     with tempfile.TemporaryDirectory() as folder:
         run = RunDir.create(Path(folder) / "probe", overwrite=False)

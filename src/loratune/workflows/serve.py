@@ -28,7 +28,7 @@ from loratune.model.device import device_here
 from loratune.model.gguf_import import file_sha256
 from loratune.planning.lock import model_fingerprint
 from loratune.recipe.recipe import Recipe
-from loratune.recipe.tasks import refuse_classifier
+from loratune.recipe.tasks import require_text
 from loratune.run.directory import RunDir, read_json
 from loratune.run.errors import MachineError, RecipeError, RunError
 from loratune.run.progress import NO_PROGRESS, Progress
@@ -110,7 +110,7 @@ def serve(
     run = RunDir.open(root)
     if not run.has_adapter:
         raise RecipeError("the run has no adapter yet", file=run.root, fix=f"`loratune resume {root}`")
-    refuse_classifier(
+    require_text(
         Recipe.parse(read_json(run.lock)["recipe"], file=run.lock),
         "loratune serve",
         f"loratune merge {root} OUT, which transformers' text-classification pipeline loads",

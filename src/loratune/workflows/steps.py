@@ -31,13 +31,12 @@ from loratune.training.hf_arguments import TrainingData
 from loratune.training.loss import SupervisedLoss
 from loratune.training.signals import StopRequest, stop_after_step
 from loratune.training.trainer import TrainerSetup
-from loratune.training.trl_trainer import TrlTrainer
 from loratune.workflows.assess import compare_base_and_tuned, explain_out_of_memory
 from loratune.workflows.final_adapter import save_final, select_final_adapter
 from loratune.workflows.load import attach_adapter_and_loss, load_base, load_trained
 from loratune.workflows.measured import RunTimer
 from loratune.workflows.result import RunResult
-from loratune.workflows.tasks.classification.trl_trainer import TrlClassifierTrainer
+from loratune.workflows.tasks.task import task_of
 
 _UNEVALUATED = "stopped before the evaluation was done; all steps are, and the adapter is saved"
 
@@ -171,8 +170,8 @@ def train_steps(
             progress=progress,
             callback=callback,
         )
-        reference = TrlTrainer if prepared.model.classes is None else TrlClassifierTrainer
-        trainer = FastTrainer(setup) if recipe.train.engine == "fast" else reference(setup)
+        is_fast = recipe.train.engine == "fast"
+        trainer = FastTrainer(setup) if is_fast else task_of(recipe).reference_trainer(setup)
         callback.watch(trainer)
         check_ranks_agree(model)
         over = False

@@ -8,11 +8,11 @@ import datasets
 import pytest
 
 from loratune.data.batch import collate, num_supervised
-from loratune.data.examples import LabelledExample
+from loratune.data.examples import LabelledExample, labels_fingerprint
 from loratune.data.prepare import PreparedData
 from loratune.recipe.recipe import DataSection
 from loratune.run.errors import DataError
-from loratune.workflows.tasks.classification.data import labels_fingerprint, prepare_classified
+from loratune.workflows.tasks.classification.data import prepare_classified
 from tests.classifiers import intent, tokenizer, write_rows
 
 

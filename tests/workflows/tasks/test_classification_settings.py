@@ -115,10 +115,10 @@ def test_presets_find_the_matrices_of_both_layers(
 def test_plans_are_for_one_device_and_can_be_probed(bases: Callable[[str], Path], tmp_path: Path) -> None:
     recipe = class_recipe(bases("bert"), tmp_path)
     probed = plan(recipe, probe=True)
-    assert probed.probe is not None
-    assert probed.probe.num_tokens > 0
+    assert probed.estimate.probe is not None
+    assert probed.estimate.probe.num_tokens > 0
     assert plan(recipe, device="h100-80gb").estimate.device is not None
-    with pytest.raises(RecipeError, match="--devices is for models that write text"):
+    with pytest.raises(RecipeError, match=r"--devices is not available for model\.task sequence_classification"):
         plan(recipe, devices="8xh100-80gb")
 
 
@@ -126,7 +126,9 @@ def test_several_processes_are_refused(
     bases: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("loratune.run.processes.size", lambda: 2)
-    with pytest.raises(RecipeError, match="several processes is for models that write text"):
+    with pytest.raises(
+        RecipeError, match=r"several processes is not available for model\.task sequence_classification"
+    ):
         prepare_on_all_ranks(class_recipe(bases("bert"), tmp_path), NoProgress())
 
 

@@ -20,8 +20,8 @@ from loratune.model.device import torch_dtype
 from loratune.model.load import positions_of
 from loratune.model.quantization.kinds import GROUP, PACKED
 from loratune.model.quantization.quantize import base_bytes, quantized_matrices
+from loratune.planning.auto import NO_LIMIT
 from loratune.planning.memory.optimizer import state_bytes
-from loratune.planning.preparation import NO_LIMIT
 from loratune.recipe.recipe import Optimizer
 from loratune.recipe.roles import TrainOn, as_written
 from loratune.run.errors import DataError, plural

@@ -32,12 +32,13 @@ from loratune.model.adapter.variants import changes_base, peft_arguments
 from loratune.model.load import load_config
 from loratune.model.quantization.checkpoint import method_of
 from loratune.model.quantization.kinds import BY_BITSANDBYTES
+from loratune.planning.auto import NO_LIMIT
 from loratune.planning.lock import versions
 from loratune.planning.parameters import skeleton
-from loratune.planning.preparation import NO_LIMIT, Preparation
+from loratune.planning.preparation import Preparation
 from loratune.recipe.recipe import Recipe, Source, TrainSection
 from loratune.recipe.roles import as_written, trained_roles
-from loratune.recipe.tasks import refuse_classifier
+from loratune.recipe.tasks import require_text
 from loratune.run.directory import Record, RunDir
 from loratune.run.errors import MachineError, RecipeError
 from loratune.run.progress import Progress
@@ -161,7 +162,7 @@ def eject(prepared: Preparation, script: Path, *, overwrite: bool, progress: Pro
         RecipeError: There is such a file already, or the script has no counterpart for a setting.
         MachineError: It cannot be written.
     """
-    refuse_classifier(
+    require_text(
         prepared.recipe, "loratune eject", "train.engine=trl runs transformers' own Trainer on the same batches"
     )
     _check_covered(prepared.recipe)

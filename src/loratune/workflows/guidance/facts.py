@@ -11,15 +11,12 @@ import numpy as np
 import torch
 from transformers import get_scheduler
 
-from loratune.data.prepare import prepare_data
-from loratune.model.adapter.new_tokens import resize_embeddings
-from loratune.model.classifier import with_classes
-from loratune.model.load import load_config
-from loratune.planning.parameters import ParameterCount, count_parameters, skeleton
-from loratune.planning.preparation import NO_LIMIT, Preparation
+from loratune.planning.auto import NO_LIMIT
+from loratune.planning.parameters import ParameterCount, count_parameters
+from loratune.planning.preparation import Preparation
 from loratune.recipe.recipe import DataSection
 from loratune.training.hf_arguments import schedule_arguments
-from loratune.workflows.tasks.classification.data import prepare_classified
+from loratune.workflows.tasks.task import task_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,14 +40,7 @@ class Facts:
     @cached_property
     def model(self) -> PreTrainedModel:
         """The base model without weights."""
-        section = self.prepared.recipe.model
-        config: Any = load_config(self.prepared.model.base, section)
-        classes = self.prepared.model.classes
-        if classes is not None:
-            config = with_classes(config, classes.names, classes.pad_token_id)
-        model = skeleton(config, trust_remote_code=section.trust_remote_code, classifier=classes is not None)
-        resize_embeddings(model, self.prepared.model.new_tokens)
-        return model
+        return self.prepared.model.skeleton
 
     @cached_property
     def base_parameters(self) -> int:
@@ -75,18 +65,14 @@ class Facts:
     @property
     def head(self) -> tuple[str, ...]:
         """Modules of a classifier's head."""
-        return self.prepared.model.classes.head if self.prepared.model.classes else ()
+        return self.prepared.model.head
 
     def render_again(self, **settings: Any) -> list[Example]:
         """The training examples under other settings of the data section."""
         recipe = self.prepared.recipe
         data = DataSection.model_validate({**recipe.data.model_dump(), **settings})
         limit = NO_LIMIT if data.max_length == "auto" else int(data.max_length)
-        if self.prepared.model.classes is not None:
-            return prepare_classified(
-                data, self.prepared.model.tokenizer, max_length=limit, seed=recipe.train.seed
-            ).train
-        return prepare_data(data, self.prepared.model.tokenizer, max_length=limit, seed=recipe.train.seed).train
+        return task_of(recipe).render_again(data, self.prepared.model.tokenizer, limit, recipe.train.seed)
 
 
 def learning_rates(train: Any, steps: int) -> np.ndarray:

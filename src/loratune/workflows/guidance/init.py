@@ -16,9 +16,9 @@ import yaml
 from loratune.data.rows.conversation import Conversation, detect_format, to_conversations
 from loratune.data.rows.sources import read_rows
 from loratune.recipe.recipe import Recipe, Source
-from loratune.recipe.tasks import CLASSIFICATION
+from loratune.recipe.tasks import TASKS
 from loratune.run.errors import DataError, MachineError, RecipeError, plural
-from loratune.workflows.tasks.classification.rows import LabelledText, labelled_texts
+from loratune.workflows.tasks.task import TaskStarter, task_named
 
 if TYPE_CHECKING:
     from loratune.data.rows.sources import Row
@@ -89,8 +89,9 @@ def starter_for_data(name: str) -> StarterRecipe:
         MachineError: The hub does not answer.
     """
     rows = read_rows(Source(name=name))
-    if texts := _labelled_texts(rows):
-        return _starter_for_classes(name, rows, texts)
+    for task in map(task_named, TASKS):
+        if found := task.starter_settings(rows):
+            return _starter_of_task(name, rows, found)
     form = detect_format(rows, strict=False)
     conversations, rejected = to_conversations(rows, form)
     if not conversations:
@@ -111,27 +112,16 @@ def starter_for_data(name: str) -> StarterRecipe:
     )
 
 
-def _labelled_texts(rows: Sequence[Row]) -> list[LabelledText]:
-    """What the rows are to a classifier; nothing where they are none: labels are few, and every one comes again on average."""
-    texts, _ = labelled_texts(rows)
-    labels = {text.label for text in texts}
-    classifies = 2 * len(texts) > len(rows) and 2 <= len(labels) <= len(texts) / 2
-    return texts if classifies else []
-
-
-def _starter_for_classes(name: str, rows: Sequence[Row], texts: Sequence[LabelledText]) -> StarterRecipe:
-    labels, pairs = {text.label for text in texts}, any(text.second is not None for text in texts)
-    form = "sentence1, sentence2 and label" if pairs else "text and label"
-    what = "pair" if pairs else "text"
+def _starter_of_task(name: str, rows: Sequence[Row], found: TaskStarter) -> StarterRecipe:
     settings: Settings = {
         "model.name": choose_model(),
-        "model.task": (CLASSIFICATION, f"the rows have {form}, of {plural(len(labels), 'class', 'classes')}"),
-        **_sources(name, len(texts), what),
+        **found.settings,
+        **_sources(name, found.num_rows, found.unit),
         "data.max_length": ("auto", ""),
-        **({"data.on_bad_row": _skipped(len(rows) - len(texts))} if len(texts) < len(rows) else {}),
-        **_training_settings(len(texts)),
+        **({"data.on_bad_row": _skipped(len(rows) - found.num_rows)} if found.num_rows < len(rows) else {}),
+        **_training_settings(found.num_rows),
     }
-    title = f"LoRA on {name}: {plural(len(texts), what)} of {plural(len(labels), 'class', 'classes')}."
+    title = f"LoRA on {name}: {plural(found.num_rows, found.unit)} of {found.of_what}."
     return StarterRecipe(title=title, settings=settings)
 
 

@@ -6,7 +6,6 @@ the classes; a label that stands in the held-out data alone could not be learned
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from loratune.data.examples import Example, LabelledExample
+from loratune.data.examples import LabelledExample
 from loratune.data.findings import histogram, places, scripts
 from loratune.data.masking.special_tokens import any_of, special_names
 from loratune.data.masking.token_labels import LengthViolations
@@ -312,13 +311,3 @@ def _odd_names(names: Sequence[str]) -> Iterator[str]:
         yield f"the classes {' and '.join(torn)} differ in upper and lower case or spaces alone; write them alike if they are one."
     if all(re.fullmatch(r"[-+]?\d*\.\d+", name) for name in names):
         yield f"the labels are numbers with a fraction: each of the {len(names)} is a class of its own, since there is no regression."
-
-
-def labels_fingerprint(examples: Sequence[Example]) -> str:
-    """The SHA-256 of all classes and token types; empty where there are none."""
-    labelled = [example for example in examples if isinstance(example, LabelledExample)]
-    digest = hashlib.sha256()
-    for example in labelled:
-        types = b"" if example.token_types is None else example.token_types.tobytes()
-        digest.update(example.label.to_bytes(4, "little") + len(types).to_bytes(8, "little") + types)
-    return digest.hexdigest() if labelled else ""

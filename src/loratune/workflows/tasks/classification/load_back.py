@@ -47,7 +47,7 @@ class ClassifierReader:
         """Of the classes, as the folder's configuration has them."""
         return [self._model.config.id2label[number] for number in range(self._model.config.num_labels)]
 
-    def prompt_ids(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None) -> list[int]:  # noqa: ARG002 - a `Target`'s
+    def prompt_ids(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None) -> list[int]:
         """The tokens of a text, or of the two of a pair: the contents of the messages."""
         texts = [message["content"] for message in messages]
         ids: list[int] = self._tokenizer(*texts, truncation=True, max_length=self._max_length)["input_ids"]
@@ -65,6 +65,6 @@ class ClassifierReader:
         assert len(places) == len(output)
         return output.float()
 
-    def ends_with(self, token_id: int) -> bool:  # noqa: ARG002 - a `Target`'s
+    def ends_with(self, token_id: int) -> bool:
         """Nothing ends: no text is written."""
         return True

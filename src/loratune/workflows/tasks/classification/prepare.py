@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from loratune.data.prepare import PreparedData
 from loratune.model.adapter.targets import resolve_targets
 from loratune.model.classifier import (
     Classes,
@@ -19,32 +17,14 @@ from loratune.model.classifier import (
 from loratune.model.load import BaseModel, load_tokenizer, positions_of
 from loratune.model.quantization.checkpoint import method_of
 from loratune.planning.parameters import skeleton
+from loratune.planning.task import TaskModel
 from loratune.recipe.recipe import Recipe
 from loratune.run.errors import RecipeError
 from loratune.run.progress import Progress
 from loratune.workflows.tasks.classification.data import prepare_classified
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ClassifierInputs:
-    """What `prepare` finds out of a classifier before the rest.
-
-    Attributes:
-        config: Of the base, with the classes of the data.
-        tokenizer: Of the base, which pads at the right.
-        classes: Of the head.
-        data: Examples and the data report.
-        notes: What a user would not expect of the head.
-    """
-
-    config: Any
-    tokenizer: PreTrainedTokenizerBase
-    classes: Classes
-    data: PreparedData
-    notes: tuple[str, ...]
+    pass
 
 
 def classifier_positions(recipe: Recipe, config: Any) -> int | None:
@@ -69,9 +49,7 @@ def classifier_positions(recipe: Recipe, config: Any) -> int | None:
     return usable_positions(model, positions_of(config))
 
 
-def prepare_classifier(
-    recipe: Recipe, base: BaseModel, config: Any, max_length: int, progress: Progress
-) -> ClassifierInputs:
+def prepare_classifier(recipe: Recipe, base: BaseModel, config: Any, max_length: int, progress: Progress) -> TaskModel:
     """Read the labelled data, and see what head the base gets.
 
     Args:
@@ -94,7 +72,7 @@ def prepare_classifier(
     model = skeleton(config, trust_remote_code=section.trust_remote_code, classifier=True)
     stored = base.tensors or stored_names(base.path)
     classes = Classes(names=names, pad_token_id=pad_token_id, head=head_names(model, stored), seed=seed)
-    return ClassifierInputs(
+    return TaskModel(
         config=config,
         tokenizer=tokenizer,
         classes=classes,
