@@ -9,7 +9,7 @@ from pages import DEFAULT_MODEL, table, write_or_check
 
 from loratune.model.adapter.targets import resolve_targets
 from loratune.model.adapter.variants import PISSA_ITERATIONS
-from loratune.planning.memory.adapter import kept_bytes, variant_bytes
+from loratune.planning.memory.adapter import saved_bytes, variant_bytes
 from loratune.planning.parameters import count_parameters, skeleton
 from loratune.recipe.recipe import VARIANTS, LoraSection, ModelSection, Variant
 from loratune.workflows.guidance.adapter_effects import variant_rows
@@ -194,7 +194,7 @@ def _memory(variant: Variant, lora: LoraSection) -> AlternativeRow:
     return {
         "variant": variant,
         "for the run": size(variant_bytes(matrices, other, 2)),
-        "for each token of a micro-batch": size(kept_bytes(matrices, other, 2)),
+        "for each token of a micro-batch": size(saved_bytes(matrices, other, 2)),
     }
 
 

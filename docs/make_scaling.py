@@ -1,4 +1,7 @@
-"""Write docs/scaling.md, every number of it computed by the plan's own formulas. `--check` only says whether it is up to date."""
+"""Write docs/scaling.md, with every number computed by the plan's own formulas.
+
+`--check` only checks that the page is up to date.
+"""
 
 from __future__ import annotations
 
@@ -15,15 +18,17 @@ from loratune.data.examples import Example
 from loratune.data.prepare import PreparedData
 from loratune.data.rows.conversation import Origin
 from loratune.model.adapter.targets import resolve_targets
-from loratune.planning.cost import ExecutionSetup, sharded_parameters
+from loratune.planning.cost import sharded_parameters
 from loratune.planning.estimate import estimate
 from loratune.planning.hardware.cluster import Cluster, find_cluster
-from loratune.planning.hardware.interconnect import CALL_SECONDS, LINKS, SHARE
+from loratune.planning.hardware.communication import hiding_tokens
+from loratune.planning.hardware.interconnect import CALL_SECONDS, LINK_EFFICIENCY, LINKS
+from loratune.planning.memory.inputs import ExecutionSetup
 from loratune.planning.memory.memory import MAX_USEFUL_TOKENS
 from loratune.planning.parameters import ParameterCount, count_parameters, skeleton
 from loratune.planning.parts import RunParts
-from loratune.planning.scaling import GRADIENT_BYTES, Scaling, hiding_tokens, scale
-from loratune.planning.speed import EFFICIENCY
+from loratune.planning.scaling import GRADIENT_BYTES, Scaling, scale
+from loratune.planning.speed import EAGER_EFFICIENCY
 from loratune.recipe.recipe import Recipe
 
 PAGE = Path(__file__).parent / "scaling.md"
@@ -44,29 +49,33 @@ Row = dict[str, str]
 
 TEXT = """# More devices
 
-<!-- Written by docs/make_scaling.py, which computes every number; `make docs` writes it anew. -->
+<!-- Written by docs/make_scaling.py, which computes every number; run `make docs` to update it. -->
 
-What several GPUs make of a run, what limits it, and when to shard the base. Everything here is **arithmetic on published figures**:
-nothing on this page was measured. For your own recipe, data and machines:
+> **Nothing on this page was measured.** loratune has never run on several GPUs: every number is arithmetic on
+> published figures. Use them to compare machines and strategies; before you pay for one, measure a few steps there
+> with `loratune plan --probe`.
+
+What several GPUs do to a run, what limits it, and when to shard the base. For your own recipe, data and machines:
 
     loratune plan my.yaml --devices 8xh100-80gb
     loratune plan my.yaml --devices 2x8xh100-80gb                          # two nodes of eight
     loratune plan my.yaml --devices 8xh100-80gb --interconnect pcie5       # not the usual links
     loratune plan my.yaml --devices 2x8xa100-80gb --interconnect ethernet-100g --price-per-hour 2   # of each GPU
 
-`--json` has all of it under `scaling`.
+`--json` prints all of it under `scaling`.
 
 ## What must be sent
 
-Full training adds up a gradient of every weight at every step. LoRA computes no gradient of the frozen base, so two things are left:
+Full fine-tuning adds up a gradient of every weight at every step. LoRA computes no gradient of the frozen base, so
+two things are left:
 
 - **the adapter's gradients**, once a step, in float32: {gradient_bytes} bytes a parameter of the adapter;
-- **the frozen base**, only where it is sharded (fsdp): every layer must be gathered before it computes, once forward and once backward,
-  for every micro-batch.
+- **the frozen base**, only if it is sharded (fsdp): every layer must be gathered before it computes, once forward
+  and once backward, for every micro-batch.
 
 {volumes}
 
-*Full training* would add up 2 bytes a weight a step. Adapters: r 16, `targets: complete`.
+*Full fine-tuning* would add up 2 bytes a weight a step. Adapters: r 16, `targets: complete`.
 
 ## The formulas
 
@@ -75,23 +84,25 @@ For n ranks and B bytes a second on the slowest link, one way:
     all-reduce     2(n−1)/n · bytes / B + latency of 2(n−1) hops
     all-gather      (n−1)/n · bytes / B + latency of n−1 hops
 
-(Patarasuk & Yuan 2009; Thakur et al. 2005; NVIDIA/nccl-tests, doc/PERFORMANCE.md.) A call takes {call:.1f} µs, and a hop what NCCL's own
-model says of a ring (src/graph/tuning.cc):
+(Patarasuk & Yuan 2009; Thakur et al. 2005; NVIDIA/nccl-tests, doc/PERFORMANCE.md.) A call takes {call:.1f} µs, and
+a hop takes what NCCL's own model of a ring assumes (src/graph/tuning.cc):
 
 {links}
 
-Nobody reaches a link's peak: {share:.0%} of it are assumed, the 235 of 300 GB/s to which NCCL limits its model of an A100. Between nodes,
-rings run through all ports of a node at once, so a node with a port for each GPU has the sum of them.
+No collective reaches a link's peak: {share:.0%} of it is assumed, the 235 of 300 GB/s to which NCCL limits its
+model of an A100. Between nodes, rings run through all ports of a node at once, so a node with a port for each GPU
+has the sum of them.
 
-Computing takes 4 operations a frozen weight and token (2 forward, 2 for the gradient to the input; 2 more where a layer is recomputed),
-at {efficiency:.0%} of the published peak: the share that `plan --device` assumes. Then
+The computation takes 4 operations a frozen weight and token (2 forward, 2 for the gradient to the input; 2 more if
+a layer is recomputed), at {efficiency:.0%} of the published peak, as `plan --device` assumes. Then
 
     ddp step  = tokens of the slowest rank · seconds of a token + all-reduce(adapter)
-    fsdp step = Σ micro-batches (tokens of the heaviest rank · seconds of a token + gathers that no computing hides)
+    fsdp step = Σ micro-batches (tokens of the heaviest rank · seconds of a token + gathers that no computation hides)
                 + all-reduce(adapter)
 
-Which rank gets which examples is not estimated: the steps of an epoch are dealt out as training deals them, on the recipe's own
-lengths. `batch_size` counts a step's examples over all ranks, so more ranks mean fewer tokens for each, never another run.
+Which rank gets which examples is not estimated: the steps of an epoch are assigned to ranks by the function that
+training uses, on the recipe's own lengths. `batch_size` counts the examples of a step over all ranks, so more ranks
+mean fewer tokens for each, but never another run.
 
 ## What limits it
 
@@ -99,64 +110,69 @@ lengths. `batch_size` counts a step's examples over all ranks, so more ranks mea
 
 {small_rows}
 
-*Balance* is what is lost because examples are whole: the mean rank's tokens over the slowest rank's. With {large} examples a step the
-same lengths deal out evenly:
+*Balance* is what is lost because examples are not split: the mean rank's tokens over the slowest rank's. With
+{large} examples a step the same lengths are spread evenly:
 
 {large_rows}
 
-Below one example for each rank, ranks idle: `plan` says so, and names the smallest `batch_size` that feeds them all.
+With fewer examples than ranks, some ranks are idle: `plan` says so, and names the smallest `batch_size` for all of
+them.
 
-**The link** matters little to ddp, whose message is small. The 8B model, {large} examples a step, two nodes of eight H100s:
+**The link** matters little to ddp, whose messages are small. The 8B model, {large} examples a step, two nodes of
+eight H100s:
 
 {network_rows}
 
 ## When ddp beats fsdp
 
-Where a device holds the base, ddp sends less, whatever the link; that is what `auto` takes. fsdp is for bases that no device holds:
-a rank keeps 1/n of the layers, embeddings and head whole, and two whole layers (the one that computes and the one that arrives). The 70B model,
-{large} examples a step, on two nodes of eight:
+If a device can hold the base, ddp sends less over any link; so `auto` chooses it. fsdp is for bases that fit no
+single device: a rank holds 1/n of the layers, embeddings and head in full, and two full layers (the one that
+computes and the one that arrives). The 70B model, {large} examples a step, on two nodes of eight:
 
 {sharded_rows}
 
-Its gathers cost nothing where they hide behind computing. A layer of P weights, b bytes each, hides when
+Its gathers cost nothing if they are hidden behind computation. A layer of P weights, b bytes each, is hidden if
 
     (n−1)/n · b·P / B  ≤  2·P · tokens / R        R: operations a second that a device reaches
 
-P cancels, so what decides is the tokens of a micro-batch, whatever the model:
+P cancels, so what decides is the number of tokens of a micro-batch, whatever the model:
 
     tokens  ≥  (n−1)/n · b/2 · R/B
 
 {crossover}
 
-`token_budget: auto` stops at {cap:,} tokens on a GPU. So over NVLink and InfiniBand full micro-batches hide the gathers, and over
-Ethernet of 100 Gb/s they do not. Latency, left out here, is in the tables above.
+`token_budget: auto` stops at {cap:,} tokens on a GPU. So over NVLink and InfiniBand full micro-batches hide the
+gathers, and over Ethernet of 100 Gb/s they do not. Latency, left out here, is in the tables above.
 
-One case is not weighed by `auto`: where the whole base leaves so little memory that layers must be recomputed (half as many operations
-again), a sharded base may be the faster one.
+`auto` does not consider one case: if the full base leaves so little memory that layers must be recomputed (half as
+many operations again), a sharded base may be faster.
 
 ## What the formulas do not see
 
-- A GPU's speed on small micro-batches: each token is taken to cost the same, so many ranks with few tokens each are slower than here.
-- The small messages in which ranks agree about a step (token counts, requests to stop). They are latency alone, and count where a step
-  takes milliseconds.
-- PCIe without peer-to-peer, as between many GeForce cards: data goes through the host's memory, which is slower than here.
+- A GPU's speed on small micro-batches: every token is assumed to cost the same, so many ranks with few tokens each
+  are slower than here.
+- The small messages by which ranks agree about a step (token counts, requests to stop). They are latency alone, and
+  matter if a step takes milliseconds.
+- PCIe without peer-to-peer transfers, as between many GeForce cards: data goes through the host's memory, which is
+  slower than here.
 - Other traffic on the same network, and slow nodes.
-- Evaluation: it is counted as on one device, though held-out losses during training are shared by the ranks.
+- Evaluation: it is counted as on one device, though the ranks share held-out losses during training.
 
-Lengths of this page: {examples:,} examples, log-normal with median {median} and σ {sigma:g}, {longest:,} at most; one epoch, not compiled.
+Lengths on this page: {examples:,} examples, log-normal with median {median} and σ {sigma:g}, {longest:,} at most;
+one epoch, not compiled.
 """
 
 
 def page() -> str:
-    """The whole page."""
+    """Return the page."""
     h100 = find_cluster("2x8xh100-80gb")
     return TEXT.format(
         gradient_bytes=GRADIENT_BYTES,
         volumes=table([_volume(name) for name in MODELS]),
         call=CALL_SECONDS * 1e6,
         links=table([_link(name) for name in LINKS]),
-        share=SHARE,
-        efficiency=EFFICIENCY[False],
+        share=LINK_EFFICIENCY,
+        efficiency=EAGER_EFFICIENCY,
         small=16,
         large=256,
         small_rows=table(_rows(_scaled("8B", h100, batch_size=16))),
@@ -220,9 +236,9 @@ def _rows(scaling: Scaling) -> list[Row]:
             "GPUs": f"{row.nodes}×{row.devices // row.nodes}" if row.nodes > 1 else str(row.devices),
             "strategy": row.strategy,
             "memory each": f"{row.peak_bytes / 2**30:.1f} GiB",
-            "tokens of each": f"{row.rank_tokens:,.0f}",
+            "tokens each": f"{row.rank_tokens:,.0f}",
             "step": _seconds(row.step_seconds),
-            "of it waits for links": _seconds(row.communication_seconds),
+            "waiting for links": _seconds(row.communication_seconds),
             "balance": f"{row.balance:.0%}",
             "tokens/s": f"{row.tokens_per_second:,.0f}",
             "efficiency": f"{row.efficiency:.0%}",
@@ -232,7 +248,7 @@ def _rows(scaling: Scaling) -> list[Row]:
 
 
 def _row_names() -> list[str]:
-    names = ["GPUs", "strategy", "memory each", "tokens of each", "step", "of it waits for links"]
+    names = ["GPUs", "strategy", "memory each", "tokens each", "step", "waiting for links"]
     return [*names, "balance", "tokens/s", "efficiency"]
 
 
@@ -244,7 +260,7 @@ def _network_rows() -> list[Row]:
             {
                 "between nodes": name,
                 "step": _seconds(last.step_seconds),
-                "of it waits for links": _seconds(last.communication_seconds),
+                "waiting for links": _seconds(last.communication_seconds),
                 "efficiency": f"{last.efficiency:.0%}",
             }
         )
@@ -287,7 +303,7 @@ def _crossover_rows() -> list[Row]:
     ):
         cluster = find_cluster(spec, links)
         fabric = cluster.fabric
-        rate = cluster.device.bf16_flops_per_second * EFFICIENCY[False]
+        rate = cluster.device.bf16_flops_per_second * EAGER_EFFICIENCY
         name = fabric.between.name if fabric.nodes > 1 else fabric.within.name
         tokens = {b: hiding_tokens(fabric, flops_per_second=rate, bytes_per_weight=b) for b in (2, 0.5)}
         rows.append(
@@ -297,7 +313,7 @@ def _crossover_rows() -> list[Row]:
                 "B": f"{fabric.bytes_per_second / 1e9:,.0f} GB/s",
                 "R": f"{rate / 1e12:,.0f} TFLOP/s",
                 "tokens, bfloat16 base": f"{tokens[2]:,.0f}",
-                "tokens, base of 4 bits": f"{tokens[0.5]:,.0f}",
+                "tokens, 4-bit base": f"{tokens[0.5]:,.0f}",
             }
         )
     return rows

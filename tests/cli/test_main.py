@@ -207,7 +207,7 @@ def test_plan_for_several_devices_shows_what_it_rests_on(loratune: Run, recipe: 
     ("options", "words"),
     [
         (("--devices", "8xh100-90gb"), "did you mean h100-80gb"),
-        (("--devices", "h100-80gb"), "cannot be read"),
+        (("--devices", "h100-80gb"), "is malformed"),
         (("--devices", "8xl4", "--device", "l4"), "leave one of them out"),
         (("--interconnect", "pcie5"), "needs devices"),
         (("--devices", "8xl4", "--probe"), "--probe runs steps here"),

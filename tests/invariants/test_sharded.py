@@ -169,5 +169,5 @@ def test_what_cannot_be_shared_is_refused(tiny_recipe: MakeRecipe) -> None:
         check_sharded(tiny_recipe(train__strategy="fsdp", lora__variant="pissa"))
     with pytest.raises(RecipeError, match=r"train\.strategy is fsdp, but model\.quantization is nf4"):
         check_sharded(tiny_recipe(train__strategy="fsdp", model__quantization="nf4"))
-    with pytest.raises(RecipeError, match=r"no device holds the base alone, .* lora\.variant is eva"):
+    with pytest.raises(RecipeError, match=r"the base does not fit one device, .* lora\.variant is eva"):
         check_sharded(tiny_recipe(lora__variant="eva"))

@@ -1,4 +1,4 @@
-"""Each rule speaks where it applies, and only there."""
+"""Each rule speaks if it applies, and only then."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ GOOD_RECIPE: dict[str, dict[str, Any]] = {
 
 
 def facts(recipe: dict[str, Any] | None = None, **changed: Any) -> AdviceFacts:
-    """Facts of a run that needs no advice, but for what is changed."""
+    """Return the facts of a run that needs no advice, except for what is changed."""
     values = {section: dict(fields) for section, fields in GOOD_RECIPE.items()}
     for name, value in (recipe or {}).items():
         section, _, field = name.partition(".")
@@ -61,27 +61,27 @@ def test_a_run_that_needs_no_advice_gets_none() -> None:
         (facts(trainable=90_000), "lora.r", "200,000 supervised tokens"),
         (facts({"lora.alpha": 1}), "lora.alpha", "alpha/r = 0.0625, so it learns far slower"),
         (facts({"lora.alpha": 512}), "lora.alpha", "far faster"),
-        (facts({"train.warmup_fraction": 0.0, "train.learning_rate": 1e-3}), "train.warmup_fraction", "at 0.001"),
+        (facts({"train.warmup_fraction": 0.0, "train.learning_rate": 1e-3}), "train.warmup_fraction", "rate of 0.001"),
         (facts({"train.warmup_fraction": 0.0}, num_steps=1500), "train.warmup_fraction", "without warm-up"),
-        (facts(num_devices=24), "train.batch_size", "feeds 16 of 24 devices and 8 wait at every step; 24 is the least"),
-        (facts(num_examples=20), "data.train", "20 are few"),
-        (facts({"train.batch_size": 256}, num_steps=12), "train.batch_size", "12 steps are few"),
+        (facts(num_devices=24), "train.batch_size", "16 of 24 devices busy and 8 idle; the smallest"),
+        (facts(num_examples=20), "data.train", "20 examples are few"),
+        (facts({"train.batch_size": 256}, num_steps=12), "train.batch_size", "12 optimizer steps are probably too few"),
         (facts({"train.batch_size": 256}), "train.batch_size", "batch sizes such as 256"),
-        (facts({"train.log_every": 500}), "train.log_every", "every 500 prints no loss"),
-        (facts({"train.eval_every": 500}), "train.eval_every", "measures no held-out loss"),
-        (facts({"train.save_every": 500}), "train.save_every", "a crash loses everything"),
+        (facts({"train.log_every": 500}), "train.log_every", "with 189 steps, log_every=500 would log nothing"),
+        (facts({"train.eval_every": 500}), "train.eval_every", "measure no held-out loss"),
+        (facts({"train.save_every": 500}), "train.save_every", "a crash would lose everything"),
         (facts({"train.log_every": 10}, num_steps=9000), "train.eval_every", "an epoch has 3,000 steps"),
-        (facts({"data.train_on": ["user"], "evaluate.metric": "bleu"}), "evaluate.metric", "scored by bleu, but data.train_on is [user]"),
-        (facts(num_cut=20), "data.max_length", "20 of 1,000 examples are cut at 1,024 tokens"),
-        (facts({"lora.r": 32, "lora.alpha": 64}), "lora.r", "this adapter has 32"),
-        (facts({"lora.r": 600, "lora.alpha": 1200}), "lora.r", "refuses adapters of rank 600"),
-        (facts({"lora.variant": "pissa"}), "lora.r", "this adapter has 32"),
-        (facts({"lora.variant": "dora"}), "lora.variant", "no place for DoRA's magnitudes"),
+        (facts({"data.train_on": ["user"], "evaluate.metric": "bleu"}), "evaluate.metric", "data.train_on is [user]"),
+        (facts(num_cut=20), "data.max_length", "20 of 1,000 examples are truncated to 1,024 tokens"),
+        (facts({"lora.r": 32, "lora.alpha": 64}), "lora.r", "this adapter has rank 32"),
+        (facts({"lora.r": 600, "lora.alpha": 1200}), "lora.r", "rejects adapters of rank 600"),
+        (facts({"lora.variant": "pissa"}), "lora.r", "this adapter has rank 32"),
+        (facts({"lora.variant": "dora"}), "lora.variant", "cannot load DoRA's magnitudes"),
         (facts(architecture="GPT2LMHeadModel"), "vLLM", "does not load LoRA adapters on GPT2LMHeadModel"),
         (facts(unknown_to_gguf=("model.layers.0.odd",)), "llama.cpp", "model.layers.0.odd"),
         (facts(generation_stops=("<|endoftext|>",)), "stop token", "stop at <|endoftext|> only"),
         (facts(prompt_check={**DIFFERS, "header_differs": 3, "history_differs": 0}), "chat template", "a.jsonl:7"),
-        (facts(prompt_check={**DIFFERS, "header_differs": 0, "history_differs": 3}), "data.thinking", "earlier answers"),
+        (facts(prompt_check={**DIFFERS, "header_differs": 0, "history_differs": 3}), "data.thinking", "of earlier"),
     ],
 )  # fmt: skip
 def test_each_rule_speaks_alone_and_gives_its_reason(given: AdviceFacts, about: str, words: str) -> None:
@@ -110,7 +110,7 @@ def test_each_rule_speaks_alone_and_gives_its_reason(given: AdviceFacts, about: 
         facts(generation_stops=()),
     ],
 )
-def test_what_is_in_order_is_not_talked_about(given: AdviceFacts) -> None:
+def test_settings_in_order_get_no_advice(given: AdviceFacts) -> None:
     assert give_advice(given) == ()
 
 
@@ -134,4 +134,4 @@ def test_vllm_is_started_with_a_rank_that_it_knows() -> None:
     (advice,) = give_advice(facts({"lora.r": 48, "lora.alpha": 96}))
 
     assert advice.text == "serve with vLLM's --max-lora-rank 64"
-    assert str(advice).startswith("serve with vLLM's --max-lora-rank 64: its default refuses")
+    assert str(advice).startswith("serve with vLLM's --max-lora-rank 64: its default rejects")

@@ -127,7 +127,7 @@ def test_r1_distill_tells_of_thoughts_put_back_and_of_answers_that_have_none(
     assert "generation prompt opens <think>, but 2 of 3 trained answers have no thoughts" in warnings
     assert "rows.jsonl:3 (message 2 (assistant) has 1 <think> and 0 </think>)" in warnings
     (advice,) = [advice for advice in prepared.notes.advice if advice.about == "chat template"]
-    assert "2 of 3 prompts compared start the answer in another way than training" in advice.reason
+    assert "2 of 3 compared prompts start the answer differently from training" in advice.reason
     assert "rows.jsonl:2" in advice.reason
     assert "'<｜Assistant｜>6.<｜end▁of▁sentence｜>'" in advice.reason
     assert "<｜Assistant｜><think>" in advice.reason

@@ -1,4 +1,4 @@
-"""A run on several devices, against limits and numbers worked out by hand."""
+"""Predictions for several devices, against limits and numbers computed by hand."""
 
 from __future__ import annotations
 
@@ -17,26 +17,18 @@ from loratune.data.prepare import PreparedData
 from loratune.data.rows.conversation import Origin
 from loratune.data.steps import assign_to_ranks, epoch_order
 from loratune.model.adapter.targets import resolve_targets
-from loratune.planning import scaling
-from loratune.planning.cost import ExecutionSetup, resident_parameters, sharded_parameters
+from loratune.planning import rank_loads
+from loratune.planning.cost import resident_parameters, sharded_parameters
 from loratune.planning.estimate import Estimate, estimate
 from loratune.planning.hardware import interconnect
 from loratune.planning.hardware.cluster import Cluster, find_cluster
-from loratune.planning.hardware.interconnect import LINKS, SHARE, Fabric
+from loratune.planning.hardware.communication import Rank, hiding_tokens, unhidden_gather_seconds
+from loratune.planning.hardware.interconnect import LINK_EFFICIENCY, LINKS, Fabric
+from loratune.planning.memory.inputs import ExecutionSetup
 from loratune.planning.parameters import count_parameters, skeleton
 from loratune.planning.parts import RunParts
-from loratune.planning.scaling import (
-    Rank,
-    Scaling,
-    ScalingRow,
-    SimulatedSteps,
-    deal_out,
-    hiding_tokens,
-    predict,
-    scale,
-    strategy_for,
-    unhidden_gather_seconds,
-)
+from loratune.planning.rank_loads import SimulatedSteps, simulate_loads
+from loratune.planning.scaling import Scaling, ScalingRow, predict, scale, strategy_for
 from loratune.recipe.recipe import LoraSection, Recipe
 from loratune.run.errors import MachineError
 
@@ -51,13 +43,13 @@ CONFIG = LlamaConfig(
     pad_token_id=0,
 )
 LENGTHS = np.random.default_rng(0).integers(20, 600, 203).tolist()
-WHOLE_FITS = 80 * 10**9
+EVERYTHING_FITS = 80 * 10**9
 TOO_SMALL = 42 * 10**8
-"""Bytes of a device that the base does not fit into beside the rest of a run."""
+"""Bytes of a device that cannot hold both the base and the rest of a run."""
 
 
 def run(
-    cluster: Cluster, *, batch_size: int = 16, free_bytes: int = WHOLE_FITS, lengths: Sequence[int] = LENGTHS
+    cluster: Cluster, *, batch_size: int = 16, free_bytes: int = EVERYTHING_FITS, lengths: Sequence[int] = LENGTHS
 ) -> tuple[Scaling, Any]:
     """What is predicted, and the estimate at a place."""
     model = skeleton(CONFIG)
@@ -103,21 +95,21 @@ def test_one_device_is_the_plan_to_the_bit() -> None:
     assert (one.efficiency, one.balance, one.communication_seconds, one.idle) == (1.0, 1.0, 0.0, 0.0)
 
 
-@pytest.mark.parametrize("free_bytes", [WHOLE_FITS, TOO_SMALL])
+@pytest.mark.parametrize("free_bytes", [EVERYTHING_FITS, TOO_SMALL])
 def test_between_infinitely_fast_links_only_the_imbalance_is_left(
     free_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(interconnect, "CALL_SECONDS", 0.0)
     made, _ = run(infinitely_fast(find_cluster("2x4xh100-80gb")), free_bytes=free_bytes)
     last = made.rows[-1]
-    assert last.strategy == ("ddp" if free_bytes == WHOLE_FITS else "fsdp")
+    assert last.strategy == ("ddp" if free_bytes == EVERYTHING_FITS else "fsdp")
     assert last.communication_seconds == 0.0
     assert last.efficiency == pytest.approx(last.balance, rel=1e-12)
     assert 0.5 < last.balance < 1
 
 
 def test_slower_links_and_more_devices_never_help_efficiency() -> None:
-    for free_bytes in (WHOLE_FITS, TOO_SMALL):
+    for free_bytes in (EVERYTHING_FITS, TOO_SMALL):
         times = [
             rows("2x8xh100-80gb", link, free_bytes=free_bytes)[-1].train_seconds
             for link in ("infiniband-ndr", "infiniband-hdr", "ethernet-100g", "ethernet-10g")
@@ -148,9 +140,9 @@ def test_what_a_rank_holds_of_a_sharded_base() -> None:
     assert resident_parameters(CONFIG, parameters, 8) == -(-(parameters.total - outside) // 8) + outside + 2 * layer
 
 
-def test_the_slowest_rank_is_found_by_dealing_out_the_steps() -> None:
+def test_the_slowest_rank_is_found_by_assigning_the_steps_as_training_does() -> None:
     steps = SimulatedSteps(lengths=LENGTHS, num_examples=len(LENGTHS), batch_size=16, seed=3, epochs=1)
-    loads = deal_out(steps, token_budget=1000, world_size=4)
+    loads = simulate_loads(steps, token_budget=1000, world_size=4)
     order = epoch_order(len(LENGTHS), seed=3, epoch=0)
     first = assign_to_ranks({int(i): LENGTHS[i] for i in order[:16]}, 1000, 4)
     tokens = [[sum(LENGTHS[i] for i in batch) for batch in rank] for rank in first]
@@ -161,19 +153,21 @@ def test_the_slowest_rank_is_found_by_dealing_out_the_steps() -> None:
     assert loads.heaviest[: len(tokens[0])].tolist() == [max(column) for column in zip(*tokens, strict=True)]
 
 
-def test_a_long_epoch_is_dealt_out_in_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scaling, "SIMULATED_STEPS", 5)
+def test_a_long_epoch_is_simulated_in_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rank_loads, "MAX_SIMULATED_STEPS", 5)
     made, _ = run(find_cluster("2xl4"))
     assert (made.simulated_steps, made.is_epoch) == (5, False)
     assert made.rows[0].efficiency == 1.0
-    assert any("5 steps" in line for line in made.as_record()["assumptions"])
+    assumptions = made.as_record()["assumptions"]
+    assert any("5 steps" in line for line in assumptions)
+    assert any("nothing here has been measured" in line for line in assumptions)
 
 
 def test_fewer_examples_than_devices_leave_devices_idle() -> None:
     made = rows("16xl4", batch_size=8, lengths=[100] * 64)
     assert [row.idle for row in made] == [0, 0, 0, 0, 0.5]
     assert made[-1].balance == pytest.approx(0.5)
-    assert made[-1].tokens_per_second < made[-2].tokens_per_second, "more to wait for, and nothing more to do"
+    assert made[-1].tokens_per_second < made[-2].tokens_per_second, "more to wait for, with no more work to share"
 
 
 def by_hand(strategy: str, fabric: Fabric) -> tuple[ScalingRow, Estimate]:
@@ -182,7 +176,7 @@ def by_hand(strategy: str, fabric: Fabric) -> tuple[ScalingRow, Estimate]:
     made = estimate_one()
     made = replace(made, time=replace(made.time, train_seconds=8.0, compile_seconds=0.0, total_seconds=20.0))
     steps = SimulatedSteps(lengths=[100] * 8, num_examples=8, batch_size=4, seed=0, epochs=1)
-    loads = deal_out(steps, token_budget=1000, world_size=2)
+    loads = simulate_loads(steps, token_budget=1000, world_size=2)
     rank = Rank(
         token_seconds=0.01,
         num_layers=10,
@@ -195,13 +189,13 @@ def by_hand(strategy: str, fabric: Fabric) -> tuple[ScalingRow, Estimate]:
 
 def slow_link(bytes_per_second: float) -> Fabric:
     """Two devices over a link that reaches so many bytes a second, without latency."""
-    link = replace(LINKS["pcie4"], bytes_per_second=bytes_per_second / SHARE, hop_seconds=0.0)
+    link = replace(LINKS["pcie4"], bytes_per_second=bytes_per_second / LINK_EFFICIENCY, hop_seconds=0.0)
     return Fabric(nodes=1, devices_per_node=2, within=link, between=LINKS["ethernet-100g"])
 
 
 def test_two_devices_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interconnect, "CALL_SECONDS", 0.0)
-    # 10^8 bytes, of which each rank sends 2·1/2, at 10^9 a second: 0.1 s a step, beside 200 tokens of 10 ms.
+    # 10^8 bytes, of which each rank sends 2·1/2, at 10^9 a second: 0.1 s a step, besides 200 tokens of 10 ms.
     row, _ = by_hand("ddp", slow_link(1e9))
     assert row.communication_seconds == pytest.approx(0.1)
     assert row.step_seconds == pytest.approx(2.1)
@@ -209,8 +203,8 @@ def test_two_devices_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     assert row.total_seconds == pytest.approx(20 - 8 + 4.2)
     assert row.tokens_per_second == pytest.approx(800 / 4.2)
     assert row.efficiency == pytest.approx(8 / (2 * 4.2))
-    # A layer gathers 1/2·10^9 bytes in 0.5 s and computes 0.1 s forward and 0.1 back. Nine layers each way wait 0.4 s, the
-    # first of each way 0.5 s.
+    # A layer gathers 1/2·10^9 bytes in 0.5 s and computes 0.1 s forward and 0.1 s backward. Nine layers of each pass
+    # wait 0.4 s, the first of each pass 0.5 s.
     row, _ = by_hand("fsdp", slow_link(1e9))
     assert row.communication_seconds == pytest.approx(0.1 + 2 * 0.5 + 9 * (0.4 + 0.4))
     # At 10^10 bytes a second a layer's 0.05 s hide behind 0.1 s.
@@ -218,11 +212,11 @@ def test_two_devices_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     assert row.communication_seconds == pytest.approx(0.01 + 2 * 0.05)
 
 
-def test_recomputing_hides_more_of_the_way_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recomputation_hides_more_of_the_backward_gathers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interconnect, "CALL_SECONDS", 0.0)
     rank = Rank(token_seconds=0.012, num_layers=10, num_recomputed=10, layer_bytes=10**9, gradient_bytes=0)
-    assert rank.forward_share == pytest.approx(1 / 3)
-    # 100 tokens: a layer computes 0.04 s forward and 0.08 s back, and is gathered in 0.1 s.
+    assert rank.forward_fraction == pytest.approx(1 / 3)
+    # 100 tokens: a layer computes 0.04 s forward and 0.08 s backward, and is gathered in 0.1 s.
     waits = unhidden_gather_seconds(np.array([100]), rank, slow_link(5e9))
     assert waits == pytest.approx([2 * 0.1 + 9 * (0.06 + 0.02)])
 
@@ -268,4 +262,4 @@ def test_ddp_is_taken_where_a_device_holds_everything() -> None:
         calls.clear()
         with pytest.raises(MachineError):
             strategy_for("auto", 4, other, estimate_at)
-        assert calls == [1], "nothing is said of the shards of a quantised base, and a CPU loads all of it"
+        assert calls == [1], "a quantized base has no formula for its shards, and a CPU loads all of it"

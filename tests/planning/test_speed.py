@@ -6,7 +6,7 @@ from transformers import LlamaConfig
 
 from loratune.planning.probe import probe
 from loratune.planning.speed import (
-    COMPILED_TAKES,
+    COMPILED_TIME_FRACTION,
     LayerTimings,
     StepProbe,
     TimePlan,
@@ -59,7 +59,7 @@ def test_recomputed_layers_take_another_forward() -> None:
 def test_compiling_costs_its_seconds_and_saves_its_share() -> None:
     made = timed(compile_seconds=15)
     assert made.compile_seconds == 15
-    assert made.train_seconds == COMPILED_TAKES * 600 + 15
+    assert made.train_seconds == COMPILED_TIME_FRACTION * 600 + 15
 
 
 def test_real_steps_replace_the_formula() -> None:

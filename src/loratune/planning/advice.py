@@ -1,6 +1,6 @@
-"""What an expert would say about a run before it starts: short, each with its reason and where it comes from.
+"""What an expert would say about a run before it starts: short, each piece with its reason and source.
 
-Nothing is changed. Each rule says something only where it applies; a run that needs no advice gets none.
+Advice changes nothing. Each rule speaks only if it applies; a run that needs no advice gets none.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ SCHULMAN = "Schulman et al. 2025, LoRA Without Regret, thinkingmachines.ai/blog/
 
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM's `max_lora_rank` can be (`MaxLoRARanks` in vllm/config/lora.py, 0.14); its default is 16."""
+"""The values that vLLM's `max_lora_rank` can have (`MaxLoRARanks` in vllm/config/lora.py, 0.14); its default is 16."""
 
 
 WITHOUT_LORA_IN_VLLM = ("GPT2LMHeadModel", "GPTNeoXForCausalLM", "GPTJForCausalLM")
-"""Architectures of common models without a mark under LoRA in docs.vllm.ai/en/latest/models/supported_models."""
+"""Common architectures that docs.vllm.ai/en/latest/models/supported_models does not list as supporting LoRA."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,10 +30,10 @@ class Advice:
     """One piece of advice.
 
     Attributes:
-        about: The setting, or what else it is about.
+        about: The setting, or another subject such as `stop token`.
         text: What to do.
         reason: Why.
-        source: Where the reason comes from; empty where it is arithmetic.
+        source: Where the reason comes from; empty if it is arithmetic.
     """
 
     about: str
@@ -46,12 +46,12 @@ class Advice:
         return f"{self.text}: {self.reason}{source}"
 
     def as_record(self) -> dict[str, str]:
-        """For `plan.json`."""
+        """Return the entry of `plan.json`."""
         return {"about": self.about, "text": self.text, "reason": self.reason, "source": self.source}
 
 
 def give_advice(facts: AdviceFacts) -> tuple[Advice, ...]:
-    """All advice that applies, the most important first."""
+    """Return all advice that applies, the most important first."""
     return tuple(chain.from_iterable(rule(facts) for rule in _RULES))
 
 
@@ -60,7 +60,7 @@ def _prompt(facts: AdviceFacts) -> Iterator[Advice]:
     if not check or not check["header_differs"] + check["history_differs"]:
         return
     shown = (
-        f"at {check['file']}:{check['line']} training has {check['trained']!r} where a server sends {check['served']!r}"
+        f"at {check['file']}:{check['line']} training has {check['trained']!r}, but a server sends {check['served']!r}"
     )
     if check["header_differs"]:
         if "</think>" in check["served"]:
@@ -72,15 +72,15 @@ def _prompt(facts: AdviceFacts) -> Iterator[Advice]:
         yield Advice(
             about="chat template",
             text=text,
-            reason=f"{check['header_differs']} of {check['checked']} prompts compared start the answer in another way "
-            f"than training: {shown}",
+            reason=f"{check['header_differs']} of {check['checked']} compared prompts start the answer differently "
+            f"from training: {shown}",
         )
     if check["history_differs"]:
         yield Advice(
             about="data.thinking",
-            text="make conversations end after their first answer with thoughts, or set data.thinking=strip",
-            reason=f"{check['history_differs']} of {check['checked']} prompts compared differ from training before the "
-            f"last answer, mostly because templates drop the thoughts of earlier answers: {shown}",
+            text="end conversations after their first answer with thoughts, or set data.thinking=strip",
+            reason=f"{check['history_differs']} of {check['checked']} compared prompts differ from training before the "
+            f"last answer, usually because templates drop the thoughts of earlier answers: {shown}",
         )
 
 
@@ -89,8 +89,8 @@ def _stop_token(facts: AdviceFacts) -> Iterator[Advice]:
         yield Advice(
             about="stop token",
             text=f"serve with the stop token {facts.stop_token}",
-            reason=f"the answers are trained to end with {facts.stop_token}, but the model's generation settings stop at "
-            f"{', '.join(facts.generation_stops)} only, so a server that reads them goes on after the answer",
+            reason=f"the answers are trained to end with {facts.stop_token}, but the model's generation settings stop "
+            f"at {', '.join(facts.generation_stops)} only, so a server that reads them generates past the answer",
             source="eos_token_id in the model's generation_config.json or config.json",
         )
 
@@ -101,8 +101,8 @@ def _cut(facts: AdviceFacts) -> Iterator[Advice]:
         yield Advice(
             about="data.max_length",
             text="data.max_length=auto, or data.on_long=drop",
-            reason=f"{facts.num_cut:,} of {facts.num_examples:,} examples are cut at {data.max_length:,} tokens; an answer "
-            "that is cut is trained without its end",
+            reason=f"{facts.num_cut:,} of {facts.num_examples:,} examples are truncated to {data.max_length:,} tokens, "
+            "and a truncated answer is trained without its end",
         )
 
 
@@ -111,28 +111,28 @@ def _untrained_answers(facts: AdviceFacts) -> Iterator[Advice]:
     if recipe.evaluate.metric != "none" and "assistant" not in (trained_roles(recipe.data.train_on) or ("assistant",)):
         yield Advice(
             about="evaluate.metric",
-            text="evaluate.metric=none, or assistant among data.train_on",
-            reason=f"answers of the assistant are generated and scored by {recipe.evaluate.metric}, but data.train_on is "
-            f"{as_written(recipe.data.train_on)}: the held-out loss is of what is trained, the score is not",
+            text="evaluate.metric=none, or add assistant to data.train_on",
+            reason=f"assistant answers are generated and scored by {recipe.evaluate.metric}, but data.train_on is "
+            f"{as_written(recipe.data.train_on)}: the held-out loss measures what is trained, the score does not",
         )
 
 
 def _learning_rate(facts: AdviceFacts) -> Iterator[Advice]:
     rate = facts.recipe.train.learning_rate
-    if facts.recipe.train.optimizer == "sgd":  # the source is about rates of Adam
+    if facts.recipe.train.optimizer == "sgd":  # the source is about learning rates of Adam
         return
     if rate < 1e-4:
         yield Advice(
             about="train.learning_rate",
             text="train.learning_rate=2e-4",
-            reason=f"{rate:g} is low for LoRA, whose best rate is about ten times that of full fine-tuning",
+            reason=f"{rate:g} is low for LoRA, whose best learning rate is about ten times that of full fine-tuning",
             source=SCHULMAN,
         )
     if rate > 2e-3:
         yield Advice(
             about="train.learning_rate",
             text="train.learning_rate=5e-4",
-            reason=f"{rate:g} is high for LoRA, whose best rates lie between 1e-4 and 1e-3 for most models",
+            reason=f"{rate:g} is high for LoRA, whose best learning rate lies between 1e-4 and 1e-3 for most models",
             source=SCHULMAN,
         )
 
@@ -142,21 +142,21 @@ def _targets(facts: AdviceFacts) -> Iterator[Advice]:
         yield Advice(
             about="lora.targets",
             text="lora.targets=complete",
-            reason="adapters on attention only learn less than adapters on the feed-forward matrices, even with as many "
-            "parameters",
+            reason="adapters on attention only learn less than adapters on the feed-forward matrices, even with the "
+            "same number of parameters",
             source=SCHULMAN,
         )
 
 
 def _capacity(facts: AdviceFacts) -> Iterator[Advice]:
-    # One epoch counts: what is seen again is not new. 2 bits a parameter is the most that was measured.
+    # One epoch, since repeated data is not new. 2 bits a parameter is the most that was measured (Allen-Zhu & Li).
     data_bits, adapter_bits = facts.num_supervised_tokens, 2 * facts.trainable
     if data_bits > adapter_bits:
         yield Advice(
             about="lora.r",
             text="raise lora.r, or set lora.targets=complete",
             reason=f"{facts.num_supervised_tokens:,} supervised tokens at about 1 bit each are more than the adapter's "
-            f"{facts.trainable:,} parameters hold at about 2 bits each",
+            f"{facts.trainable:,} parameters can store at about 2 bits each",
             source=f"{SCHULMAN}; Allen-Zhu & Li 2024, arXiv 2404.05405",
         )
 
@@ -169,7 +169,7 @@ def _scale(facts: AdviceFacts) -> Iterator[Advice]:
             about="lora.alpha",
             text=f"lora.alpha={2 * lora.r:g}",
             reason=f"the update is scaled by alpha/r = {scale:g}, so it learns far "
-            f"{'slower' if scale < 0.5 else 'faster'} at the usual rates, which are meant for scales of 1 to 2",
+            f"{'slower' if scale < 0.5 else 'faster'} at the usual learning rates, which assume a scale of 1 to 2",
             source="Hu et al. 2021, arXiv 2106.09685, section 4.1",
         )
 
@@ -184,8 +184,8 @@ def _warmup(facts: AdviceFacts) -> Iterator[Advice]:
         yield Advice(
             about="train.warmup_fraction",
             text="train.warmup_fraction=0.03",
-            reason=f"without warm-up AdamW's first steps are full steps at {train.learning_rate:g} on second moments that "
-            "a few batches decided",
+            reason=f"without warm-up AdamW's first steps have the full learning rate of {train.learning_rate:g}, on "
+            "second moments estimated from only a few batches",
             source="Ma & Yarats 2021, arXiv 1910.04209",
         )
 
@@ -195,9 +195,9 @@ def _idle_devices(facts: AdviceFacts) -> Iterator[Advice]:
     if size < devices:
         yield Advice(
             about="train.batch_size",
-            text=f"train.batch_size={devices}, or {size} devices",
-            reason=f"a step of {size} examples feeds {size} of {devices} devices and {devices - size} wait at every step; "
-            f"{devices} is the least that feeds them all, and it is another run: fewer and larger steps",
+            text=f"train.batch_size={devices}, or use {size} devices",
+            reason=f"a step of {size} examples keeps {size} of {devices} devices busy and {devices - size} idle; "
+            f"the smallest batch size for all of them is {devices}, which changes the run: fewer and larger steps",
         )
 
 
@@ -207,21 +207,21 @@ def _num_steps(facts: AdviceFacts) -> Iterator[Advice]:
         yield Advice(
             about="data.train",
             text="collect more examples",
-            reason=f"{facts.num_examples} are few; from 50 to 100 good ones on, a clear difference can be expected",
+            reason=f"{facts.num_examples} examples are few; expect a clear improvement from 50 to 100 good ones",
             source="platform.openai.com/docs/guides/supervised-fine-tuning",
         )
     elif facts.num_steps < 30 and train.batch_size > 8:
         yield Advice(
             about="train.batch_size",
             text="train.batch_size=8, or more train.epochs",
-            reason=f"{facts.num_steps} steps are few to learn in; each step sees {train.batch_size} of "
+            reason=f"{facts.num_steps} optimizer steps are probably too few; each step uses {train.batch_size} of "
             f"{facts.num_examples:,} examples",
         )
     elif train.batch_size > 128:
         yield Advice(
             about="train.batch_size",
             text="train.batch_size=32",
-            reason=f"LoRA loses more than full fine-tuning does at large batch sizes such as {train.batch_size}",
+            reason=f"at large batch sizes such as {train.batch_size} LoRA loses more quality than full fine-tuning",
             source=SCHULMAN,
         )
 
@@ -229,9 +229,9 @@ def _num_steps(facts: AdviceFacts) -> Iterator[Advice]:
 def _cadence(facts: AdviceFacts) -> Iterator[Advice]:
     train, steps = facts.recipe.train, facts.num_steps
     never = {
-        "log_every": ("prints no loss and tells trackers nothing", "10"),
-        "eval_every": ("measures no held-out loss while it trains", "0.1"),
-        "save_every": ("writes no checkpoint, so a crash loses everything", "0.1"),
+        "log_every": ("log nothing", "10"),
+        "eval_every": ("measure no held-out loss during training", "0.1"),
+        "save_every": ("save no checkpoint, so a crash would lose everything", "0.1"),
     }
     for name, (consequence, better) in never.items():
         every = getattr(train, name)
@@ -239,7 +239,7 @@ def _cadence(facts: AdviceFacts) -> Iterator[Advice]:
             yield Advice(
                 about=f"train.{name}",
                 text=f"train.{name}={better}",
-                reason=f"a run of {steps:,} steps that does it every {every:g} {consequence}",
+                reason=f"with {steps:,} steps, {name}={every:g} would {consequence}",
             )
     per_epoch = steps / max(1.0, train.epochs)
     if per_epoch > 2000:
@@ -249,7 +249,7 @@ def _cadence(facts: AdviceFacts) -> Iterator[Advice]:
             yield Advice(
                 about=f"train.{names[0]}",
                 text=" ".join(f"train.{name}={'100' if name == 'log_every' else '0.05'}" for name in names),
-                reason=f"an epoch has {per_epoch:,.0f} steps, and nothing is seen or saved in between",
+                reason=f"an epoch has {per_epoch:,.0f} steps, and nothing is reported or saved in between",
             )
 
 
@@ -260,22 +260,22 @@ def _serving(facts: AdviceFacts) -> Iterator[Advice]:
     if facts.recipe.lora.variant == "dora":
         yield Advice(
             about="lora.variant",
-            text="merge the adapter before you serve it with vLLM, llama.cpp or Ollama, or lora.variant=plain",
-            reason="they load A and B, and have no place for DoRA's magnitudes",
+            text="merge the adapter before serving it with vLLM, llama.cpp or Ollama, or set lora.variant=plain",
+            reason="they load A and B, but cannot load DoRA's magnitudes",
             source="docs.vllm.ai/en/latest/features/lora; convert_lora_to_gguf.py of llama.cpp",
         )
     elif facts.architecture in WITHOUT_LORA_IN_VLLM:
         yield Advice(
             about="vLLM",
-            text="merge the adapter before you serve it with vLLM",
+            text="merge the adapter before serving it with vLLM",
             reason=f"vLLM does not load LoRA adapters on {facts.architecture}",
             source="docs.vllm.ai/en/latest/models/supported_models",
         )
     elif r > VLLM_RANKS[-1]:
         yield Advice(
             about="lora.r",
-            text=f"lora.r={VLLM_RANKS[-1] * facts.recipe.lora.r // r}, or merge the adapter before you serve it",
-            reason=f"vLLM refuses adapters of rank {r}; the highest it can be started with is {VLLM_RANKS[-1]}",
+            text=f"lora.r={VLLM_RANKS[-1] * facts.recipe.lora.r // r}, or merge the adapter before serving it",
+            reason=f"vLLM rejects adapters of rank {r}; its highest --max-lora-rank is {VLLM_RANKS[-1]}",
             source="MaxLoRARanks in vllm/config/lora.py",
         )
     elif r > 16:
@@ -283,15 +283,15 @@ def _serving(facts: AdviceFacts) -> Iterator[Advice]:
         yield Advice(
             about="lora.r",
             text=f"serve with vLLM's --max-lora-rank {allowed}",
-            reason=f"its default refuses ranks over 16, and this adapter has {r}",
+            reason=f"its default rejects ranks over 16, and this adapter has rank {r}",
             source="docs.vllm.ai/en/latest/features/lora",
         )
     if facts.unknown_to_gguf:
         yield Advice(
             about="llama.cpp",
-            text="merge the adapter before you export it to GGUF",
-            reason=f"no architecture of llama.cpp has {', '.join(facts.unknown_to_gguf)}, so an adapter on it cannot be "
-            "converted by itself",
+            text="merge the adapter before exporting it to GGUF",
+            reason=f"no architecture of llama.cpp has {', '.join(facts.unknown_to_gguf)}, so an adapter on it cannot "
+            "be converted without its base",
             source="tensor names of the gguf package",
         )
 

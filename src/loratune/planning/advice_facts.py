@@ -1,4 +1,4 @@
-"""What advice on a run is based on: a few facts of its recipe, model, data and plan."""
+"""The facts that advice on a run is based on, from its recipe, model, data and plan."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from loratune.data.batch import num_supervised
 from loratune.data.prepare import PreparedData
 from loratune.data.prompts import stop_token_ids
-from loratune.model.load import BaseModel, generation_stops
+from loratune.model.load import generation_stops
+from loratune.planning.parts import RunParts
 from loratune.planning.presets import PresetCount, adapts_feed_forward
 from loratune.planning.task import planned_task
 from loratune.recipe.recipe import Recipe
@@ -21,20 +22,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdviceFacts:
-    """What advice is given on.
+    """The facts that advice on a run is based on.
 
     Attributes:
-        recipe: With every `auto` resolved.
-        num_examples: Of the training data.
+        recipe: The recipe with every `auto` resolved.
+        num_examples: Training examples of an epoch.
         num_steps: Optimizer steps of the run.
-        num_devices: That the plan is for.
-        num_supervised_tokens: Of one epoch.
-        num_cut: Examples whose answers `max_length` cut.
-        trainable: Parameters of the adapter.
-        feed_forward: Whether a feed-forward matrix is adapted; None where the model has none that could be.
+        num_devices: Devices that the plan is for.
+        num_supervised_tokens: Supervised tokens of one epoch.
+        num_cut: Examples whose answers `data.max_length` truncates.
+        trainable: Trained parameters.
+        feed_forward: Whether a feed-forward matrix is adapted; None if the model has none that could be.
         architecture: Class of the base model.
         unknown_to_gguf: Adapted modules that no architecture of llama.cpp has.
-        stop_token: What the chat template ends an answer with; empty for plain text.
+        stop_token: The token with which the chat template ends an answer; empty for plain text.
         generation_stops: The tokens at which the model's generation settings stop.
         prompt_check: `PromptCheck.as_record()`; empty for plain text.
     """
@@ -54,32 +55,29 @@ class AdviceFacts:
     prompt_check: dict[str, Any] = field(default_factory=dict)
 
 
-def advice_facts(
-    recipe: Recipe,
-    base: BaseModel,
-    tokenizer: PreTrainedTokenizerBase,
-    model: Any,
-    targets: tuple[str, ...],
-    data: PreparedData,
-    *,
-    presets: Sequence[PresetCount],
-    trainable: int,
-    steps: int,
-) -> AdviceFacts:
-    """What advice is given on; the arguments are parts of the `Preparation`."""
+def advice_facts(recipe: Recipe, parts: RunParts, presets: Sequence[PresetCount], *, num_steps: int) -> AdviceFacts:
+    """Collect the facts that advice on a run is based on.
+
+    Args:
+        recipe: The recipe with every `auto` resolved.
+        parts: Model, adapter and data.
+        presets: The target presets, counted on this model.
+        num_steps: Optimizer steps of the run.
+    """
+    model, adapter, data = parts.model, parts.adapter, parts.data
     writes = planned_task(recipe).writes_text
     return AdviceFacts(
         recipe=recipe,
         num_examples=data.num_examples,
-        num_steps=steps,
+        num_steps=num_steps,
         num_supervised_tokens=round(data.scale * sum(num_supervised(example) for example in data.train)),
         num_cut=sum(finding["kind"] == "cut" for finding in data.report["train"]["findings"]),
-        trainable=trainable,
-        feed_forward=adapts_feed_forward(targets, presets),
-        architecture=type(model).__name__,
-        unknown_to_gguf=unknown_to_gguf(targets) if writes else (),
-        stop_token=_stop_token(tokenizer, data) if writes else "",
-        generation_stops=generation_stops(base, model.config.get_text_config(), tokenizer) if writes else (),
+        trainable=adapter.parameters.trainable,
+        feed_forward=adapts_feed_forward(adapter.targets, presets),
+        architecture=type(model.skeleton).__name__,
+        unknown_to_gguf=unknown_to_gguf(adapter.targets) if writes else (),
+        stop_token=_stop_token(model.tokenizer, data) if writes else "",
+        generation_stops=generation_stops(model.base, model.text_config, model.tokenizer) if writes else (),
         prompt_check=data.report["prompts"],
     )
 
@@ -97,7 +95,7 @@ _LAYER = re.compile(r"\.\d+\.")
 
 
 def unknown_to_gguf(targets: Sequence[str]) -> tuple[str, ...]:
-    """The adapted modules that no architecture of llama.cpp has, as `model.layers.{bid}.odd`.
+    """Return the adapted modules that no architecture of llama.cpp has, as `model.layers.{bid}.odd`.
 
     llama.cpp's converter of adapters looks each module up by name in the tables of the `gguf` package.
 
@@ -111,13 +109,13 @@ def unknown_to_gguf(targets: Sequence[str]) -> tuple[str, ...]:
 def _names_in_gguf() -> Iterator[str]:
     from gguf.tensor_mapping import TensorNameMap
 
-    # The tables are read, not asked: making a TensorNameMap of an architecture changes those of all others for good.
+    # Read the class's tables: constructing a TensorNameMap for one architecture changes those of all others for good.
     for table in (TensorNameMap.block_mappings_cfg, *TensorNameMap.arch_block_mappings_cfg.values()):
         for names in table.values():
             yield from names
 
 
 def _template(name: str) -> str:
-    """The name as the tables have it: layers by number, experts as one, towers of other modalities split off."""
+    """Return the name as the tables spell it: layers by number, experts as one, no towers of other modalities."""
     name = _EXPERT.sub(".experts.", name.replace("language_model.", ""))
     return _LAYER.sub(".{bid}.", name, count=1)

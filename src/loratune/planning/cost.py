@@ -1,9 +1,16 @@
-"""What training some parameters of a model on some data costs on a machine: bytes and operations."""
+"""What training some parameters of a model on some data costs on a machine: bytes, tokens and operations.
+
+    recipe, model, data ──> cost ──> memory.plan_memory   bytes at the peak
+                             ├─────> WorkAmounts          tokens, which `speed.plan_time` turns into seconds
+                             └─────> run_flops            floating-point operations
+
+Called by `estimate` (which adds this machine's speed), `presets` and `scaling`. Knows the recipe and the shapes of the
+model; measures nothing.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -13,14 +20,16 @@ from loratune.data.prompts import Prompt
 from loratune.data.steps import count_occurrences, num_steps, padded_step_tokens, step_tokens
 from loratune.model.device import torch_dtype
 from loratune.planning.memory.adapter import (
-    stack_bytes,
-    stack_kept_bytes,
+    fully_trained_bytes,
+    saved_fully_trained_bytes,
+    saved_target_parameter_bytes,
+    target_parameter_bytes,
     variant_bytes,
-    whole_bytes,
-    whole_kept_bytes,
 )
+from loratune.planning.memory.decoder import decoder_layer_bytes
 from loratune.planning.memory.encoder import encoder_layer_bytes
-from loratune.planning.memory.memory import MemoryPlan, TokenSizes, layer_bytes, plan_memory
+from loratune.planning.memory.inputs import ExecutionSetup, LayerBytes, MemorySettings, ModelSizes, TokenSizes
+from loratune.planning.memory.memory import MemoryPlan, plan_memory
 from loratune.planning.memory.optimizer import state_bytes
 from loratune.planning.parameters import ParameterCount
 from loratune.planning.speed import WorkAmounts, training_flops
@@ -28,38 +37,15 @@ from loratune.planning.task import planned_task
 from loratune.recipe.recipe import Recipe
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExecutionSetup:
-    """Where the work is done.
-
-    Attributes:
-        device: cpu, cuda or mps.
-        dtype: Name of the type of the frozen weights.
-        compiled: Whether the layers run compiled.
-        stored_bytes: Of the weights' files where they must be converted to be loaded.
-        resident_bytes: Of this process, with libraries and data.
-        free_bytes: Of a device that is not here; None for what is free on this machine.
-        weights_bytes: Of a quantised base; None where it is a number of `dtype` a parameter.
-        unpacked_bytes: Of quantised weights while they are multiplied.
-        quantization: The recipe's, or that of weights which come in 8 bits of bitsandbytes.
-        shards: Ranks that the frozen base is sharded over; 1 where each holds all of it.
-    """
-
-    device: str
-    dtype: str
-    compiled: bool
-    stored_bytes: int = 0
-    resident_bytes: int = 0
-    free_bytes: int | None = None
-    weights_bytes: int | None = None
-    unpacked_bytes: int = 0
-    quantization: str = "none"
-    shards: int = 1
-
-
 def token_sizes(recipe: Recipe, data: PreparedData, prompts: Sequence[Prompt], *, padded: bool = False) -> TokenSizes:
-    """The sizes of what a run puts through the model. Any example of streamed data may be as long as `data.max_length`.
-    `padded`: whether a step's examples are padded to its longest, as those of encoders are."""
+    """Return the sizes of what a run puts through the model.
+
+    Args:
+        recipe: Its batch size and the longest answer count.
+        data: Training and held-out examples. Streamed examples are taken to be as long as `data.max_length`.
+        prompts: The prompts to be answered.
+        padded: Whether a micro-batch's examples are padded to its longest, as encoders do.
+    """
     lengths = [len(example.input_ids) for example in data.train]
     if data.stream is not None:
         lengths = [int(data.report["max_length"])] * recipe.train.batch_size
@@ -80,71 +66,89 @@ def token_sizes(recipe: Recipe, data: PreparedData, prompts: Sequence[Prompt], *
 def run_memory(
     recipe: Recipe, config: Any, parameters: ParameterCount, work: TokenSizes, place: ExecutionSetup
 ) -> MemoryPlan:
-    """Bytes at the peak, the token budget, and the layers to recompute.
+    """Return the bytes at the peak, the token budget, and the number of layers to recompute.
 
     Args:
         recipe: Its token budget and recomputed layers may be auto.
         config: The model's text configuration.
         parameters: What is trained.
         work: What is run through the model.
-        place: Where.
+        place: The device, and how the base lies on it.
 
     Raises:
         MachineError: Not even one example fits.
     """
     wanted, recompute = recipe.train.token_budget, recipe.train.recompute
+    num_recomputed = None if recompute == "auto" else int(recompute)
+    if place.quantization == "int8":  # whose layers save their inputs where recomputing cannot free them
+        num_recomputed = 0
+    return plan_memory(
+        _model_sizes(recipe, config, parameters, work, place),
+        work,
+        place,
+        MemorySettings(token_budget=None if wanted == "auto" else int(wanted), num_recomputed=num_recomputed),
+    )
+
+
+def _model_sizes(
+    recipe: Recipe, config: Any, parameters: ParameterCount, work: TokenSizes, place: ExecutionSetup
+) -> ModelSizes:
+    """Return what the model and its adapter cost, however many tokens they see; arguments as in `run_memory`."""
     dtype_bytes = torch_dtype(place.dtype).itemsize
-    matrices, stacks = parameters.matrices, parameters.stacks
-    linear = matrices[: len(matrices) - len(stacks)]
+    task = planned_task(recipe)
+    shards = 1 if place.device == "cpu" else place.shards  # a CPU loads the whole base before it is sharded
+    row_logits_bytes = task.num_outputs(config) * 4
+    return ModelSizes(
+        weights_bytes=resident_parameters(config, parameters, shards) * dtype_bytes
+        if place.weights_bytes is None
+        else place.weights_bytes,
+        trainable_parameters=parameters.trainable,
+        optimizer_bytes=state_bytes(recipe.train.optimizer, parameters.matrices, recipe.lora, parameters.whole_shapes),
+        variant_bytes=variant_bytes(parameters.target_matrices, recipe.lora, dtype_bytes)
+        + fully_trained_bytes(parameters.whole, dtype_bytes)
+        + target_parameter_bytes(parameters.stacks, dtype_bytes),
+        layer=_layer_bytes(recipe, config, parameters, work, place),
+        num_layers=config.num_hidden_layers,
+        dtype_bytes=dtype_bytes,
+        loss_chunk_bytes=task.logits_rows(recipe, config, place.device) * row_logits_bytes,
+        row_logits_bytes=row_logits_bytes,
+    )
+
+
+def _layer_bytes(
+    recipe: Recipe, config: Any, parameters: ParameterCount, work: TokenSizes, place: ExecutionSetup
+) -> LayerBytes:
+    """Return what a token costs in one layer; arguments as in `run_memory`."""
+    dtype_bytes = torch_dtype(place.dtype).itemsize
     active = int(getattr(config, "num_experts_per_tok", None) or 1)
-    shards = 1 if place.device == "cpu" else place.shards  # a CPU loads the whole base, before it is sharded
-    whole_kept = whole_kept_bytes(parameters.whole, dtype_bytes) + stack_kept_bytes(stacks, dtype_bytes, active)
+    saved = saved_fully_trained_bytes(parameters.whole, dtype_bytes)
+    saved += saved_target_parameter_bytes(parameters.stacks, dtype_bytes, active)
     of_layer = (
         partial(encoder_layer_bytes, longest=max(work.longest, work.held_out))
         if work.padded
-        else partial(layer_bytes, compiled=place.compiled, keeps_inputs=place.quantization == "int8")
+        else partial(decoder_layer_bytes, compiled=place.compiled, keeps_inputs=place.quantization == "int8")
     )
-    return plan_memory(
-        total_parameters=parameters.trainable + resident_parameters(config, parameters, shards),
-        trainable_parameters=parameters.trainable,
-        optimizer_bytes=state_bytes(recipe.train.optimizer, matrices, recipe.lora, parameters.whole_shapes),
-        stored_bytes=place.stored_bytes,
-        layer=of_layer(config, dtype_bytes, linear, lora=recipe.lora, device=place.device, whole_kept=whole_kept),
-        num_layers=config.num_hidden_layers,
-        dtype_bytes=dtype_bytes,
+    return of_layer(
+        config,
+        dtype_bytes,
+        parameters.target_matrices,
+        lora=recipe.lora,
         device=place.device,
-        compiled=place.compiled,
-        loss_chunk_bytes=_logits_rows(recipe, config, place) * _num_outputs(recipe, config) * 4,
-        row_logits_bytes=_num_outputs(recipe, config) * 4,
-        work=work,
-        wanted_budget=None if wanted == "auto" else int(wanted),
-        wanted_recomputed=0 if place.quantization == "int8" else None if recompute == "auto" else int(recompute),
-        weights_bytes=place.weights_bytes,
-        unpacked_bytes=place.unpacked_bytes,
-        resident=place.resident_bytes,
-        free=place.free_bytes,
-        variant_bytes=variant_bytes(linear, recipe.lora, dtype_bytes)
-        + whole_bytes(parameters.whole, dtype_bytes)
-        + stack_bytes(stacks, dtype_bytes),
+        fully_trained_saved=saved,
     )
-
-
-def _num_outputs(recipe: Recipe, config: Any) -> int:
-    """Of the head: the vocabulary, or the classes."""
-    return planned_task(recipe).num_outputs(config)
-
-
-def _logits_rows(recipe: Recipe, config: Any, place: ExecutionSetup) -> int:
-    """That the loss computes at once."""
-    return planned_task(recipe).logits_rows(recipe, config, place.device)
 
 
 def resident_parameters(config: Any, parameters: ParameterCount, shards: int) -> int:
-    """Frozen parameters that a rank holds at the peak, of a base that is sharded layer by layer.
+    """Return the frozen parameters that a rank holds at the peak, if the base is sharded layer by layer.
 
-    Its shard of the layers; embeddings and head, which stay whole; and two layers, the one that computes and the one that is
-    gathered meanwhile (PyTorch's notes on FSDP, docs.pytorch.org/docs/stable/notes/fsdp.html; `torch.distributed.fsdp.fully_shard`,
-    `reshard_after_forward`).
+    Its shard of the layers; embeddings and head, which are not sharded; and two whole layers, the one that computes and
+    the one that is gathered meanwhile (PyTorch's notes on FSDP, docs.pytorch.org/docs/stable/notes/fsdp.html;
+    `torch.distributed.fsdp.fully_shard`, `reshard_after_forward`). No cluster has been measured.
+
+    Args:
+        config: The model's text configuration.
+        parameters: Counts of the model and its adapter.
+        shards: Ranks that the base is sharded over; 1 if each holds all of it.
     """
     frozen = parameters.total - parameters.trainable
     if shards == 1:
@@ -154,7 +158,7 @@ def resident_parameters(config: Any, parameters: ParameterCount, shards: int) ->
 
 
 def sharded_parameters(config: Any, parameters: ParameterCount) -> tuple[int, int]:
-    """Frozen parameters of one decoder layer, and of what lies outside of the layers."""
+    """Return the frozen parameters of one decoder layer, and those outside of the layers (embeddings and head)."""
     outside = config.vocab_size * config.hidden_size * (1 if getattr(config, "tie_word_embeddings", False) else 2)
     return (parameters.total - parameters.trainable - outside) // int(config.num_hidden_layers), outside
 
@@ -169,22 +173,25 @@ def work_amounts(
     longest_answer: int,
     load_bytes: int,
 ) -> WorkAmounts:
-    """What a run computes, in tokens.
+    """Return what a run computes, in tokens.
 
     Args:
-        recipe: Its cadence of evaluation counts.
+        recipe: Its epochs and its cadence of evaluation count.
         config: The model's text configuration.
-        memory: Decides how many answers are a batch.
+        memory: Decides how many answers are generated at a time.
         data: Training and held-out examples.
-        prompts: That are answered.
-        longest_answer: Tokens of the longest reference: where the tuned model is taken to stop. The base is taken to go on
-            to `evaluate.max_new_tokens`, as most do that were not trained for the task.
-        load_bytes: Of the weights' files.
+        prompts: The prompts to be answered.
+        longest_answer: Tokens of the longest reference answer.
+        load_bytes: Bytes of the weights' files.
     """
     section, epochs = recipe.evaluate, recipe.train.epochs
     steps = num_steps(data.num_examples, recipe.train.batch_size, epochs)
     evaluations = count_occurrences(recipe.train.eval_every, steps=steps, epochs=epochs) + 1  # and the base's
+    evaluations += recipe.train.eval_every == "never"  # the fine-tuned model is evaluated after the last step anyway
     batches = -(-len(prompts) // num_answers(prompts, memory, section.max_new_tokens))
+    # The fine-tuned model is taken to stop where the longest reference does. The base is taken to go on to the limit,
+    # as most models do that were not trained for the task.
+    answer_tokens = section.max_new_tokens + min(longest_answer, section.max_new_tokens)
     return WorkAmounts(
         num_layers=config.num_hidden_layers,
         num_recomputed=memory.num_recomputed,
@@ -192,15 +199,15 @@ def work_amounts(
         supervised=epochs * data.scale * sum(num_supervised(example) for example in data.train),
         held_out_tokens=sum(len(example.input_ids) for example in data.eval),
         held_out_supervised=sum(num_supervised(example) for example in data.eval),
-        evaluations=evaluations + (recipe.train.eval_every == "never"),  # then the tuned model's comes afterwards
+        evaluations=evaluations,
         prompt_tokens=sum(len(prompt.input_ids) for prompt in prompts),
-        decode_steps=batches * (section.max_new_tokens + min(longest_answer, section.max_new_tokens)),
+        decode_steps=batches * answer_tokens,
         load_bytes=load_bytes,
     )
 
 
 def num_answers(prompts: Sequence[Prompt], memory: MemoryPlan, max_new_tokens: int) -> int:
-    """The prompts that are answered at once."""
+    """Return how many prompts are answered at a time."""
     if not prompts:
         return 1
     longest = max(len(prompt.input_ids) for prompt in prompts) + max_new_tokens
@@ -208,14 +215,16 @@ def num_answers(prompts: Sequence[Prompt], memory: MemoryPlan, max_new_tokens: i
 
 
 def layer_parameters(config: Any, model: Any, parameters: ParameterCount) -> int:
-    """Of one decoder layer without its adapter."""
-    return (parameters.total - parameters.trainable - _embeddings(config, model)) // int(config.num_hidden_layers)
+    """Return the frozen parameters of one layer. `model` may be on the meta device."""
+    return (parameters.total - parameters.trainable - _embedding_parameters(config, model)) // int(
+        config.num_hidden_layers
+    )
 
 
 def run_flops(recipe: Recipe, config: Any, model: Any, parameters: ParameterCount, data: PreparedData) -> float:
-    """Floating-point operations of all steps. `model` may be on the meta device; the others as in `run_memory`."""
+    """Return the floating-point operations of all steps; `model` may be on the meta device."""
     per_epoch = training_flops(
-        matmul_parameters=parameters.total - parameters.trainable - _embeddings(config, model),
+        matmul_parameters=parameters.total - parameters.trainable - _embedding_parameters(config, model),
         head_parameters=head_parameters(model),
         trainable_parameters=parameters.in_adapter,
         num_tokens=sum(len(example.input_ids) for example in data.train),
@@ -227,13 +236,13 @@ def run_flops(recipe: Recipe, config: Any, model: Any, parameters: ParameterCoun
 
 
 def head_parameters(model: Any) -> int:
-    """Of the output head."""
+    """Return the parameters of the output head; 0 for a classifier, whose head is small."""
     head = model.get_output_embeddings()
     return head.weight.numel() if head is not None else 0
 
 
-def _embeddings(config: Any, model: Any) -> int:
-    """Parameters of input and output embeddings; of a classifier, whose head is small, of the input's."""
+def _embedding_parameters(config: Any, model: Any) -> int:
+    """Return the parameters of input and output embeddings; for a classifier, those of the input's."""
     if model.get_output_embeddings() is None:
         return int(model.get_input_embeddings().weight.numel())
     return head_parameters(model) * (1 if getattr(config, "tie_word_embeddings", False) else 2)

@@ -13,7 +13,6 @@ from loratune.data.prompts import longest_answer
 from loratune.model.device import Choice, choose_compile, compile_seconds, torch_dtype
 from loratune.model.quantization.quantize import uncompiled
 from loratune.planning.cost import (
-    ExecutionSetup,
     head_parameters,
     layer_parameters,
     num_answers,
@@ -23,7 +22,8 @@ from loratune.planning.cost import (
     work_amounts,
 )
 from loratune.planning.hardware.devices import Device
-from loratune.planning.memory.memory import MemoryPlan, TokenSizes
+from loratune.planning.memory.inputs import ExecutionSetup, TokenSizes
+from loratune.planning.memory.memory import MemoryPlan
 from loratune.planning.parts import RunParts
 from loratune.planning.probe import probe
 from loratune.planning.speed import LayerTimings, TimePlan, matmul_rate, plan_time, rates_by_arithmetic

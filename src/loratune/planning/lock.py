@@ -1,4 +1,4 @@
-"""`lock.json`: everything that decides a run, so that resuming on something else is noticed."""
+"""`lock.json`: everything that decides a run, so that resuming with other inputs is noticed."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ PACKAGES = ("loratune", "torch", "transformers", "trl", "peft", "datasets", "acc
 
 
 INPUTS = ("model", "template", "train", "eval", "start", "labels")
-"""What a run is made from, each with its fingerprint; `start` only where it goes on from an adapter, `labels` only
-where it learns classes."""
+"""The inputs of a run that have a fingerprint. `start` is there only if it starts from an adapter, `labels` only if it
+classifies."""
 
 
 def model_fingerprint(folder: Path) -> dict[str, str]:
-    """The SHA-256 of every file of a model folder that decides its answers."""
+    """Return the SHA-256 of every file of a model folder that decides its answers, by file name."""
     files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.json"), *folder.glob("*.jinja")])
     return {path.name: file_sha256(path) for path in files}
 
 
 def examples_fingerprint(examples: Sequence[Example]) -> dict[str, str]:
-    """The SHA-256 of all token ids, and of which of them are trained; of labelled examples, of their classes too."""
+    """Return the SHA-256 of all token ids and of the token masks; for labelled examples, of their classes too."""
     tokens, mask = hashlib.sha256(), hashlib.sha256()
     for example in examples:
         length = len(example.input_ids).to_bytes(8, "little")
@@ -44,12 +44,12 @@ def examples_fingerprint(examples: Sequence[Example]) -> dict[str, str]:
 
 
 def text_fingerprint(text: str) -> str:
-    """The SHA-256 of a text."""
+    """Return the SHA-256 of a text."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def versions(recipe: Record) -> dict[str, str]:
-    """The versions of Python and of the packages whose code a run with this recipe goes through."""
+    """Return the versions of Python and of the packages that a run with this recipe uses."""
     package = package_of(recipe["model"].get("quantization", "none"))
     others = {package} if package else set()
     if recipe["train"].get("optimizer") in OF_BITSANDBYTES:
@@ -80,7 +80,7 @@ def changed_inputs(before: Record, now: Record, keys: Sequence[str] = INPUTS, *,
 
 
 def changed_settings(before: Record, now: Record) -> list[str]:
-    """What of a recipe as written changed, as `train.learning_rate (0.01 → 0.02)`."""
+    """Return the settings that changed between two recipes as written, as `train.learning_rate (0.01 → 0.02)`."""
     return [
         f"{section}.{field} ({before.get(section, {}).get(field)} → {now.get(section, {}).get(field)})"
         for section in sorted({*before, *now})
@@ -92,11 +92,11 @@ def changed_settings(before: Record, now: Record) -> list[str]:
 def make_lock(
     *, recipe: dict[str, Any], choices: dict[str, Any], inputs: dict[str, Any], adapter: dict[str, Any]
 ) -> Record:
-    """The record.
+    """Return the contents of `lock.json`.
 
     Args:
         recipe: Every effective setting, `auto` resolved.
-        choices: setting → what `auto` became and why.
+        choices: Setting → what `auto` became, and why.
         inputs: Fingerprints of model, template and examples.
         adapter: Target modules and parameter counts.
     """

@@ -22,12 +22,13 @@ from loratune.model.adapter.variants import changes_base, num_trainable
 from loratune.recipe.recipe import LoraSection
 from loratune.run.errors import RecipeError
 
-BYTES_PER_ADAPTER_PARAMETER = 4  # Adapters are kept and saved in float32, whatever the dtype of the base.
+BYTES_PER_ADAPTER_PARAMETER = 4
+"""Adapters are kept and saved in float32, whatever the type of the base."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MatrixCount:
-    """One adapted matrix and the parameters that its adapter adds."""
+    """An adapted matrix, and the number of parameters that its adapter adds."""
 
     matrix: Matrix
     trainable: int
@@ -35,39 +36,48 @@ class MatrixCount:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParameterCount:
-    """How many parameters a run trains, and how many it keeps."""
+    """How many parameters a run trains, and how many there are.
+
+    Attributes:
+        trainable: Parameters of the adapter and of modules trained in full.
+        total: Parameters of base and adapter together, as PEFT counts. A tensor that is used twice (tied embeddings)
+            counts once.
+        adapter_bytes: Bytes of the saved adapter's weights, without the file's header of a few kB.
+        per_module: Every adapted matrix, in the order of the target names, and then every stack of matrices.
+        whole: Modules trained in full.
+        num_stacks: How many of `per_module` are stacks, named by `lora.target_parameters`.
+    """
 
     trainable: int
-    """The adapter's parameters, and those of modules that are trained whole."""
     total: int
-    """Base and adapter together, as PEFT counts. A tensor that is used twice (tied embeddings) counts once."""
     adapter_bytes: int
-    """The saved adapter's weights, without the file's header of some kB."""
     per_module: tuple[MatrixCount, ...]
-    """Every adapted matrix, in the order of the target names, and then every stack of matrices."""
     whole: tuple[FullyTrained, ...] = ()
-    """What is trained whole."""
     num_stacks: int = 0
-    """How many of `per_module` are of `lora.target_parameters`."""
 
     @property
     def matrices(self) -> list[Matrix]:
-        """The shapes of all that is adapted."""
+        """The shapes of everything that is adapted."""
         return [item.matrix for item in self.per_module]
 
     @property
+    def target_matrices(self) -> list[Matrix]:
+        """The shapes of the adapted matrices of `lora.targets`."""
+        return self.matrices[: len(self.per_module) - self.num_stacks]
+
+    @property
     def stacks(self) -> list[Matrix]:
-        """Those of `lora.target_parameters`."""
+        """The shapes of the adapted stacks of `lora.target_parameters`."""
         return self.matrices[len(self.per_module) - self.num_stacks :]
 
     @property
     def in_adapter(self) -> int:
-        """The parameters of the adapted matrices alone."""
+        """The number of the adapter's parameters."""
         return sum(item.trainable for item in self.per_module)
 
     @property
     def whole_shapes(self) -> tuple[tuple[int, ...], ...]:
-        """Of all tensors that are trained whole."""
+        """The shapes of all tensors trained in full."""
         return tuple(shape for item in self.whole for shape in item.shapes)
 
 
@@ -79,11 +89,11 @@ def count_parameters(
     Args:
         model: The base model, without an adapter. It may be on the meta device.
         target_names: Full module names, as `resolve_targets` returns them.
-        lora: Ranks, variant, and what is trained whole.
-        head: Modules of a classifier's head, which are trained whole too.
+        lora: Ranks, variant, and the modules trained in full.
+        head: Modules of a classifier's head, which are trained in full too.
 
     Raises:
-        RecipeError: What should be trained whole is not there, or adapted as well.
+        RecipeError: A module to be trained in full is missing, or adapted as well.
     """
     shapes = [matrix(name, model.get_submodule(name)) for name in target_names]
     shapes += resolve_target_parameters(model, lora, target_names)
@@ -103,7 +113,7 @@ def count_parameters(
 
 
 def trained_in_words(model: nn.Module, lora: LoraSection, count: ParameterCount) -> str:
-    """What is trained, for people: `q_proj, v_proj in 28 layers; whole: norm`."""
+    """Describe what is trained for people: `q_proj, v_proj in 28 layers; whole: norm`."""
     words = [describe_targets(model, lora.targets, lora.layers)]
     words += [target_parameters_in_words(count.stacks)] if count.stacks else []
     words += [f"whole: {fully_trained_in_words(count.whole)}"] if count.whole else []
@@ -115,11 +125,11 @@ def skeleton(config: PretrainedConfig, *, trust_remote_code: bool = False, class
 
     Args:
         config: The configuration of a causal language model.
-        trust_remote_code: Whether a model class that comes with the configuration may run.
-        classifier: Whether a sequence classifier is built, with as many classes as the configuration says.
+        trust_remote_code: Whether a model class that comes with the model's files may run.
+        classifier: Whether to build a sequence classifier, with as many classes as the configuration says.
 
     Raises:
-        RecipeError: There is no such model for this configuration.
+        RecipeError: transformers has no such model for this configuration.
     """
     loader: Any = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
     try:

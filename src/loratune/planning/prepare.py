@@ -51,10 +51,10 @@ from loratune.planning.checks import (
     check_trained,
     check_vocabulary,
 )
-from loratune.planning.cost import ExecutionSetup
 from loratune.planning.estimate import Estimate, estimate
 from loratune.planning.hardware.cluster import Cluster
 from loratune.planning.hardware.devices import Device, device_notes
+from loratune.planning.memory.inputs import ExecutionSetup
 from loratune.planning.memory.memory import resident_bytes
 from loratune.planning.memory.quantized import check_device_can_quantize, quantization_notes, quantized_setup
 from loratune.planning.parameters import count_parameters, trained_in_words
@@ -285,12 +285,7 @@ def plan_notes(
     """Return what the user should read before starting. `recipe` has every `auto` resolved."""
     model, adapter, data = parts.model, parts.adapter, parts.data
     base, lora = model.base, recipe.lora
-    facts = advice_facts(
-        *(recipe, base, model.tokenizer, model.skeleton, adapter.targets, data),
-        presets=presets,
-        trainable=adapter.parameters.trainable,
-        steps=costs.num_steps,
-    )
+    facts = advice_facts(recipe, parts, presets, num_steps=costs.num_steps)
     return RunNotes(
         warnings=(
             *model.notes,

@@ -1,4 +1,7 @@
-"""The four target presets side by side: what each would train of this model."""
+"""The four target presets side by side: what each would train of this model, and what it would cost.
+
+Memory and time are those of `estimate` for the recipe's own targets, with the formulas of `cost` at the same speed.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +28,8 @@ class PresetCount:
     Attributes:
         name: The preset.
         targets: Full names of the adapted modules.
-        targets_in_words: The same for people; where the preset does not fit this model, why not.
-        parameters: Exact counts; None where the preset does not fit.
+        targets_in_words: The same, for people; if the preset does not fit this model, the reason.
+        parameters: Exact counts; None if the preset does not fit.
     """
 
     name: str
@@ -37,12 +40,12 @@ class PresetCount:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PresetPlan:
-    """One target preset: exact counts, and what it would take.
+    """One target preset: exact counts, and what training it would cost.
 
     Attributes:
         count: What it would train.
-        peak_bytes: Of memory; None where it does not fit the machine, or the preset not the model.
-        train_seconds: Of all optimizer steps; None where the preset does not fit the model.
+        peak_bytes: Peak memory; None if that does not fit the machine, or the preset does not fit the model.
+        train_seconds: Seconds of all optimizer steps; None if the preset does not fit the model.
     """
 
     count: PresetCount
@@ -50,11 +53,11 @@ class PresetPlan:
     train_seconds: float | None
 
     def scaled(self, factor: float) -> PresetPlan:
-        """The same at another speed."""
+        """Return the same preset at another speed."""
         return replace(self, train_seconds=self.train_seconds and self.train_seconds * factor)
 
     def as_record(self) -> Record:
-        """For `plan.json`."""
+        """Return the entry of `plan.json`."""
         parameters = self.count.parameters
         return {
             "targets": self.count.targets_in_words,
@@ -67,12 +70,12 @@ class PresetPlan:
 
 
 def count_presets(model: nn.Module, lora: LoraSection, head: Sequence[str] = ()) -> tuple[PresetCount, ...]:
-    """Every preset on this model.
+    """Count every preset on this model.
 
     Args:
         model: The base model, without an adapter. It may be on the meta device.
-        lora: Rank, variant and layers; its targets do not count.
-        head: Modules of a classifier's head.
+        lora: Rank, variant and layers; its targets are ignored.
+        head: Modules of a classifier's head, which are trained in full.
     """
     return tuple(_count(model, preset, lora, head) for preset in TARGET_PRESETS)
 
@@ -94,7 +97,16 @@ def _count(model: nn.Module, preset: str, lora: LoraSection, head: Sequence[str]
 def plan_preset(
     count: PresetCount, recipe: Recipe, config: Any, model: Any, data: PreparedData, estimated: Estimate
 ) -> PresetPlan:
-    """Memory and time of a preset: the formulas of the run itself, at the rate that was probed for it."""
+    """Return memory and time of a preset, with the formulas of the run itself at the speed that was measured for it.
+
+    Args:
+        count: What the preset would train.
+        recipe: The recipe; its targets are ignored.
+        config: The model's text configuration.
+        model: The model on the meta device.
+        data: Training examples.
+        estimated: The estimate for the recipe's own targets.
+    """
     if count.parameters is None:
         return PresetPlan(count=count, peak_bytes=None, train_seconds=None)
     try:
@@ -107,7 +119,7 @@ def plan_preset(
 
 
 def adapts_feed_forward(targets: tuple[str, ...], presets: Sequence[PresetCount]) -> bool | None:
-    """Whether the feed-forward is adapted; None where the model has none that is known."""
+    """Return whether feed-forward matrices are adapted; None if the model has none that is recognized."""
     by_name = {preset.name: set(preset.targets) for preset in presets}
     feed_forward = by_name["complete"] - by_name["attention"]
     return bool(feed_forward & set(targets)) if feed_forward else None

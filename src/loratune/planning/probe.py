@@ -1,7 +1,9 @@
-"""What one decoder layer and the output head of a model take on this machine, measured on random weights in a second or two.
+"""Times one decoder layer and the output head of a model on this machine, on random weights, in a second or two.
 
-Two layers of the model's own shape, with its adapter, dropout, type and attention, run through the code that training uses;
-so element-wise work, attention and small products count with what they take here, not with a share that was measured elsewhere.
+Two layers of the model's own shape, with its adapter, dropout, type and attention, run through the code that training
+uses. So element-wise work, attention and small products count with their time here, not with a fraction that was
+measured elsewhere. Called by `estimate`, which hands the `LayerTimings` to `speed.plan_time`; `plan --probe` runs real
+steps instead (`workflows.plan`).
 """
 
 from __future__ import annotations
@@ -25,17 +27,19 @@ from loratune.recipe.recipe import LoraSection, Variant
 from loratune.run.errors import RecipeError
 
 LAYERS = 2
+"""Layers of the timed model."""
+
 TOKENS = 512
-"""Of the probe's micro-batch, or one example if that is longer."""
+"""Tokens of the timed micro-batch, or one example if that is longer."""
 
 _PROBED: dict[str, Variant] = {"eva": "plain", "loftq": "plain"}
-"""Variants that compute as another one, and begin with data or files that the probe has not."""
+"""Variants that compute like another one, but start from data or files that the probe does not have."""
 
-MOST_BYTES = 2**30
-"""Of the two layers' weights; larger ones are not probed."""
+MAX_BYTES = 2**30
+"""The most bytes of the two layers' weights; larger layers are not timed."""
 
-HEAD_ROWS = 32_768
-"""Of the vocabulary, at most; time grows with it."""
+MAX_HEAD_ROWS = 32_768
+"""The most rows of the vocabulary that are timed; the time is scaled up to the full vocabulary."""
 
 
 def probe(
@@ -49,19 +53,19 @@ def probe(
     length: int,
     num_answers: int,
 ) -> LayerTimings | None:
-    """Measure; None where two layers of this architecture cannot stand for it, or are too large.
+    """Time a layer and the head; return None if two layers cannot represent this architecture, or are too large.
 
     Args:
         config: The model's text configuration.
-        lora: Of the recipe.
+        lora: The recipe's LoRA section.
         targets: Full names of the adapted modules.
-        layer_parameters: Of one layer.
-        dtype: Of the frozen weights.
-        device: Where.
-        length: Tokens of a usual example.
-        num_answers: Rows of a batch of answers.
+        layer_parameters: Frozen parameters of one layer.
+        dtype: Type of the frozen weights.
+        device: cpu, cuda or mps.
+        length: Tokens of a typical example.
+        num_answers: Answers of a batch.
     """
-    if LAYERS * layer_parameters * dtype.itemsize > MOST_BYTES:
+    if LAYERS * layer_parameters * dtype.itemsize > MAX_BYTES:
         return None
     leaves = tuple(sorted({name.rpartition(".")[2] for name in targets}))
     try:
@@ -80,8 +84,8 @@ def probe(
             decode = _decode_seconds(adapted, num_answers, device)
             train, forward = _layer_seconds(adapted, length, device)
             head = _head_seconds(config, num_answers, dtype, device)
-    # A config of two layers is one that its authors may not have thought of: the run itself does not depend on it.
-    # RecipeError: of layers of several kinds, some adapted modules are in none of the two.
+    # The architecture's authors may not have expected a configuration of two layers; the run itself does not depend on
+    # it. RecipeError: if layers differ in kind, the two may lack some of the adapted modules.
     except (
         ValueError,
         TypeError,
@@ -105,18 +109,18 @@ def _two_layers(config: Any, dtype: torch.dtype) -> Any:
     small.num_hidden_layers = LAYERS
     if getattr(small, "layer_types", None):
         small.layer_types = small.layer_types[:LAYERS]
-    small.vocab_size = 256  # the head is measured by itself
+    small.vocab_size = 256  # the head is timed separately
     small.pad_token_id = small.bos_token_id = small.eos_token_id = None
     return AutoModelForCausalLM.from_config(small, dtype=dtype)  # type: ignore[no-untyped-call]
 
 
 def _layer_seconds(adapted: PeftModel, length: int, device: str) -> tuple[float, float]:
-    """Of a token in one layer, trained and not."""
+    """Return the seconds of a token in one layer: forward and backward, and forward alone without gradients."""
     use_fast_layers(adapted)
     register()
     causal_lm: Any = adapted.get_base_model()
     causal_lm.set_attn_implementation(PACKED)
-    # As in every layer but the first, the input gets a gradient.
+    # In every layer but the first the input gets a gradient.
     causal_lm.get_input_embeddings().register_forward_hook(_with_gradient)
     count = max(1, TOKENS // length)
     tokens = count * length
@@ -147,7 +151,7 @@ def _with_gradient(module: torch.nn.Module, args: Any, output: torch.Tensor) -> 
 
 
 def _decode_seconds(adapted: PeftModel, num_answers: int, device: str) -> float:
-    """Of one more token for all answers of a batch in one layer."""
+    """Return the seconds in one layer of one more token for all answers of a batch."""
     adapted.eval()
     causal_lm: Any = adapted.get_base_model()
     ids = torch.zeros((max(1, num_answers), 64), dtype=torch.long, device=device)
@@ -158,7 +162,7 @@ def _decode_seconds(adapted: PeftModel, num_answers: int, device: str) -> float:
 
 
 def _head_seconds(config: Any, num_answers: int, dtype: torch.dtype, device: str) -> dict[str, float]:
-    rows = min(config.vocab_size, HEAD_ROWS)
+    rows = min(config.vocab_size, MAX_HEAD_ROWS)
     share, positions = config.vocab_size / rows, chunk_rows(config.vocab_size, device)
     weight = torch.randn(rows, config.hidden_size, dtype=dtype, device=device) / 32
     hidden = torch.randn(positions, config.hidden_size, dtype=dtype, device=device)

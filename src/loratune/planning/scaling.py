@@ -1,202 +1,51 @@
-"""What more devices make of a run: step time, efficiency and memory, by arithmetic and by dealing out the run's own steps.
+"""The same run on more devices: step time, efficiency and memory, by arithmetic on published figures.
 
     ddp     every rank holds everything; the adapter's gradients are added up once a step
     fsdp    the frozen base is sharded; every layer is gathered for each micro-batch, once forward and once backward
 
-A step takes as long as its slowest rank. Which examples a rank gets is no guess: the steps of an epoch are dealt out as
-training deals them (`loratune.data.steps.deal`), and the slowest rank's tokens are counted.
+A step takes as long as its slowest rank. Which examples a rank gets is counted on the run's own steps (`rank_loads`);
+what the links add is arithmetic (`hardware.communication`):
 
     ddp step     slowest rank's tokens × seconds of a token + all-reduce
-    fsdp step    Σ over micro-batches (heaviest rank's tokens × seconds of a token + what of the gathers no computing hides)
+    fsdp step    Σ over micro-batches (heaviest rank's tokens × seconds of a token + gathers that no computation hides)
                  + all-reduce
 
-The seconds of a token are those of the plan for one device, so a cluster of one is that plan. LoRA has no gradients of the
-base, so nothing of its size is ever reduced, which is what limits full training (`docs/scaling.md`).
+The seconds of a token are those that `estimate` plans for one device, so a cluster of one device is that plan. **No
+cluster has been measured**; `docs/scaling.md` lists what the formulas do not see. Called by `prepare`: `strategy_for`
+for every run, `scale` for `plan --devices`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, Protocol
 
-import numpy as np
-
 from loratune.data.prepare import PreparedData
-from loratune.data.steps import EpochPlan, num_steps
 from loratune.model.device import Choice, torch_dtype
-from loratune.planning.cost import ExecutionSetup, run_memory, sharded_parameters
+from loratune.planning.cost import run_memory, sharded_parameters
 from loratune.planning.estimate import Estimate
 from loratune.planning.hardware.cluster import Cluster
-from loratune.planning.hardware.interconnect import SHARE, Fabric, Link
+from loratune.planning.hardware.communication import Rank, all_reduce_seconds, hiding_tokens, unhidden_gather_seconds
+from loratune.planning.hardware.interconnect import LINK_EFFICIENCY, Fabric, Link
+from loratune.planning.memory.inputs import ExecutionSetup
 from loratune.planning.memory.memory import MemoryPlan
 from loratune.planning.parameters import ParameterCount
-from loratune.planning.speed import EFFICIENCY
+from loratune.planning.rank_loads import RankLoads, SimulatedSteps, simulate_loads
+from loratune.planning.speed import EAGER_EFFICIENCY
 from loratune.recipe.recipe import Recipe
 from loratune.run.errors import MachineError
 
 Strategy = Literal["ddp", "fsdp"]
 
+GRADIENT_BYTES = 4
+"""Bytes of the gradient of one parameter of an adapter: float32."""
+
 
 class EstimateAt(Protocol):
-    """Memory and time of a run at a place; raises `MachineError` where it does not fit."""
+    """A function that estimates memory and time at a place, and raises `MachineError` if the run does not fit there."""
 
     def __call__(self, *, place: ExecutionSetup) -> Estimate: ...
-
-
-SIMULATED_STEPS = 2000
-"""The most steps of the first epoch that are dealt out; an epoch is shuffled, so these stand for the others."""
-
-GRADIENT_BYTES = 4
-"""Of an adapter's parameter: float32."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SimulatedSteps:
-    """The steps of a run, as far as their lengths are known.
-
-    Attributes:
-        lengths: Tokens of each training example; of streamed data, of a sample.
-        num_examples: Of the training data.
-        batch_size, seed, epochs: Of the recipe.
-    """
-
-    lengths: Sequence[int]
-    num_examples: int
-    batch_size: int
-    seed: int
-    epochs: float
-
-    @property
-    def count(self) -> int:
-        """Optimizer steps of the run."""
-        return num_steps(self.num_examples, self.batch_size, self.epochs)
-
-    @property
-    def tokens(self) -> float:
-        """Of the run."""
-        return self.epochs * self.num_examples / len(self.lengths) * sum(self.lengths)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class RankLoads:
-    """What the ranks of a cluster have to do in the steps of an epoch, in tokens.
-
-    Attributes:
-        num_steps: That were dealt out.
-        is_epoch: Whether these are all of an epoch.
-        tokens: Of these steps.
-        slowest: Of each step, the tokens of the rank that has the most.
-        heaviest: Of each micro-batch, the tokens of the rank that has the most in it.
-        idle: The share of ranks that have nothing to do in a step.
-    """
-
-    num_steps: int
-    is_epoch: bool
-    tokens: int
-    slowest: np.ndarray
-    heaviest: np.ndarray
-    idle: float
-
-
-def deal_out(steps: SimulatedSteps, *, token_budget: int, world_size: int) -> RankLoads:
-    """Deal out the steps of the first epoch, `SIMULATED_STEPS` at most."""
-    plan = EpochPlan(
-        lengths=steps.lengths,
-        batch_size=steps.batch_size,
-        seed=steps.seed,
-        epoch=0,
-        token_budget=token_budget,
-        world_size=world_size,
-    )
-    count = min(len(plan), SIMULATED_STEPS)
-    slowest, heaviest, tokens, idle = [], [], 0, 0
-    for number in range(count):
-        ranks = np.array(
-            [[sum(steps.lengths[i] for i in batch) for batch in rank] for rank in plan[number].ranks], dtype=np.int64
-        )
-        slowest.append(int(ranks.sum(axis=1).max()))
-        heaviest += ranks.max(axis=0).tolist()
-        idle += int((ranks.sum(axis=1) == 0).sum())
-        tokens += int(ranks.sum())
-    return RankLoads(
-        num_steps=count,
-        is_epoch=count == len(plan),
-        tokens=tokens,
-        slowest=np.array(slowest),
-        heaviest=np.array(heaviest),
-        idle=idle / (count * world_size),
-    )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rank:
-    """What one rank computes and moves.
-
-    Attributes:
-        token_seconds: Of a token forward and backward, recomputing included.
-        num_layers: Of the model.
-        num_recomputed: Of them, whose forward runs once more on the way back.
-        layer_bytes: Of the frozen weights of a layer.
-        gradient_bytes: Of the adapter's gradients.
-    """
-
-    token_seconds: float
-    num_layers: int
-    num_recomputed: int
-    layer_bytes: int
-    gradient_bytes: int
-
-    @property
-    def forward_share(self) -> float:
-        """Of a token's seconds, before the way back: 2 of 4 operations a weight, and 2 more where it is recomputed."""
-        return 2 / (4 + 2 * self.num_recomputed / self.num_layers)
-
-
-def all_reduce_seconds(rank: Rank, fabric: Fabric) -> float:
-    """Of adding up the adapter's gradients, once a step. Nothing hides it: the last gradient is there when the step is done."""
-    return fabric.all_reduce_seconds(rank.gradient_bytes)
-
-
-def unhidden_gather_seconds(tokens: np.ndarray, rank: Rank, fabric: Fabric) -> np.ndarray:
-    """Seconds that micro-batches of so many tokens wait for the frozen base.
-
-    While a layer computes, the next is gathered (PyTorch's notes on FSDP; Zhao et al. 2023, arXiv 2304.11277, section 3.3), so
-    a layer waits for what its gather takes longer. The first layer of each way is waited for in full. The output head's computing is counted as if spread over the layers.
-
-    Args:
-        tokens: [M], of the heaviest rank in each micro-batch.
-        rank: What a rank computes and moves.
-        fabric: The links.
-
-    Returns:
-        Seconds, [M].
-    """
-    if fabric.size == 1:
-        return np.zeros(len(tokens))
-    gather = fabric.all_gather_seconds(rank.layer_bytes)
-    compute = tokens * rank.token_seconds / rank.num_layers
-    forward = compute * rank.forward_share
-    waits = np.maximum(0, gather - forward) + np.maximum(0, gather - (compute - forward))
-    return 2 * gather + (rank.num_layers - 1) * waits
-
-
-def hiding_tokens(fabric: Fabric, *, flops_per_second: float, bytes_per_weight: float) -> float:
-    """Tokens of a micro-batch from which on computing a layer forward takes longer than gathering the next.
-
-    2·P operations a token at R a second, against (n−1)/n · b·P bytes at B a second: P, the layer's parameters, cancels.
-
-        tokens = (n−1)/n · b/2 · R/B
-
-    Latency is left out, and backward takes as long as forward (or longer, where layers are recomputed).
-
-    Args:
-        fabric: n ranks and B.
-        flops_per_second: R, what a device reaches.
-        bytes_per_weight: b, of the frozen base.
-    """
-    n = fabric.size
-    return (n - 1) / n * bytes_per_weight / 2 * flops_per_second / fabric.bytes_per_second
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -204,18 +53,20 @@ class ScalingRow:
     """A run on a number of devices.
 
     Attributes:
-        devices, nodes: How many.
-        strategy: ddp where a device holds everything, else fsdp.
-        peak_bytes: Of memory on each device.
+        devices: How many devices.
+        nodes: How many nodes they are on.
+        strategy: ddp if each device holds everything, else fsdp.
+        peak_bytes: Peak memory of each device.
         token_budget: Tokens of a micro-batch.
-        rank_tokens: Tokens of a rank in a step, on average.
+        rank_tokens: Mean tokens of a rank in a step.
         balance: Mean tokens of a rank over those of the slowest: the efficiency if all links were infinitely fast.
-        idle: The share of devices that have nothing to do in a step.
-        communication_seconds: Of a step that no computing hides.
-        step_seconds: Of a step, without compiling.
-        tokens_per_second: Of all steps, compiling included, as the plan counts them.
-        efficiency: Seconds of steps on one device over devices × seconds here.
-        train_seconds, total_seconds: As in `TimePlan`; evaluation and loading as on one device.
+        idle: Fraction of devices without an example in a step.
+        communication_seconds: Seconds of a step that no computation hides.
+        step_seconds: Seconds of a step, without compilation.
+        tokens_per_second: Tokens per second over all steps, compilation included, as `TimePlan` counts them.
+        efficiency: Seconds of all steps on one device over devices × seconds here.
+        train_seconds: Seconds of all steps, as in `TimePlan`.
+        total_seconds: Seconds of the run, as in `TimePlan`; evaluation and loading take as long as on one device.
     """
 
     devices: int
@@ -243,15 +94,15 @@ def predict(
     fabric: Fabric,
     strategy: Strategy,
 ) -> ScalingRow:
-    """A run on a number of devices.
+    """Predict a run on a number of devices.
 
     Args:
-        steps: Of the run.
+        steps: The steps of the run.
         loads: What the ranks have to do in them.
-        rank: What a rank computes and moves.
-        estimated: On one of these devices.
-        memory: Of a rank.
-        fabric: The devices and links.
+        rank: What a rank computes and sends.
+        estimated: The run on one of these devices.
+        memory: Memory of a rank.
+        fabric: The devices and their links.
         strategy: What every rank holds.
     """
     clock = estimated.time
@@ -288,13 +139,13 @@ class Scaling:
     """A run on more and more devices.
 
     Attributes:
-        cluster: The one that was asked for.
+        cluster: The largest cluster: the one that was asked for.
         rows: From the fewest devices that hold the run to all of them.
         too_few: Numbers of devices that do not hold it.
-        hiding_tokens: Of a micro-batch, from which on the gathers of fsdp hide on the whole cluster.
-        batch_size: Of the recipe: the most devices that a step can feed.
-        simulated_steps: That were dealt out.
-        is_epoch: Whether these are all of an epoch.
+        hiding_tokens: Tokens of a micro-batch above which the gathers of fsdp are hidden on the whole cluster.
+        batch_size: The recipe's batch size: the most devices that a step can feed.
+        simulated_steps: Steps that were simulated.
+        is_epoch: Whether these are all steps of an epoch.
     """
 
     cluster: Cluster
@@ -306,13 +157,13 @@ class Scaling:
     is_epoch: bool
 
     def as_record(self) -> dict[str, Any]:
-        """For `plan --json`."""
+        """Return what `plan --json` prints under `scaling`."""
         fabric = self.cluster.fabric
         return {
             "device": self.cluster.device.name,
             "devices": fabric.size,
             "nodes": fabric.nodes,
-            "interconnect": [asdict(link) for link in _links(fabric)],
+            "interconnect": [asdict(link) for link in _used_links(fabric)],
             "rows": [asdict(row) for row in self.rows],
             "too_few": list(self.too_few),
             "hiding_tokens": self.hiding_tokens,
@@ -323,21 +174,18 @@ class Scaling:
             "is_estimate": True,
         }
 
-    def _assumptions(self) -> tuple[str, ...]:
-        steps = (
-            f"all {self.simulated_steps:,} steps of an epoch" if self.is_epoch else f"{self.simulated_steps:,} steps"
-        )
-        return (
-            f"a device computes at {EFFICIENCY[False]:.0%} of its published peak, whatever the size of a micro-batch",
-            f"a link carries {SHARE:.0%} of its published peak",
-            f"tokens of the slowest device: {steps} dealt out",
-            "no gradient is sent before the step's last one is there",
-            "loading, compiling and evaluation take as long as on one device",
-        )
+    def _assumptions(self) -> Iterator[str]:
+        steps = f"{self.simulated_steps:,} steps"
+        yield "the formulas hold (nothing here has been measured on such machines)"
+        yield f"a device reaches {EAGER_EFFICIENCY:.0%} of its published peak, whatever the size of a micro-batch"
+        yield f"a link reaches {LINK_EFFICIENCY:.0%} of its published peak"
+        yield f"the slowest device's tokens are counted on {f'all {steps} of an epoch' if self.is_epoch else steps}"
+        yield "gradients are sent only after the backward pass of the step is complete"
+        yield "loading, compilation and evaluation take as long as on one device"
 
 
-def _links(fabric: Fabric) -> list[Link]:
-    """Those that carry anything."""
+def _used_links(fabric: Fabric) -> list[Link]:
+    """Return the links that carry anything."""
     links = [fabric.within] if fabric.devices_per_node > 1 else []
     return links + ([fabric.between] if fabric.nodes > 1 else [])
 
@@ -345,17 +193,17 @@ def _links(fabric: Fabric) -> list[Link]:
 def strategy_for(
     wanted: Strategy | Literal["auto"], shards: int, place: ExecutionSetup, estimate_at: EstimateAt
 ) -> tuple[Strategy, Estimate]:
-    """What every rank holds: everything where it fits (ddp), for that moves fewer bytes; else a shard of the base (fsdp).
+    """Choose what every rank holds: everything if it fits (ddp), which sends fewer bytes; else a shard (fsdp).
 
     Args:
         wanted: The recipe's `train.strategy`.
-        shards: The ranks.
+        shards: The number of ranks.
         place: A device that holds everything.
         estimate_at: Memory and time at a place.
 
     Raises:
-        MachineError: It does not fit either way; or not on one device, and the base is quantised, for whose shards there is no
-            formula, or the device is a CPU, which loads all of it.
+        MachineError: The run fits neither way; or it does not fit one device, and the base cannot be sharded: a
+            quantized base has no formula for its shards, and a CPU loads all of it.
     """
     if wanted != "fsdp" or shards == 1:
         try:
@@ -367,10 +215,10 @@ def strategy_for(
 
 
 def strategy_choice(wanted: Strategy | Literal["auto"], found: Strategy, shards: int) -> Choice:
-    """What `train.strategy` becomes, and why, where that needs a word."""
+    """Return what `train.strategy` becomes, with a reason if that needs one."""
     if wanted == "auto":
-        return Choice(found, "no device holds the base alone" if found == "fsdp" else "")
-    return Choice(wanted, "one process has nobody to share the base with" if wanted == "fsdp" and shards == 1 else "")
+        return Choice(found, "the base does not fit one device" if found == "fsdp" else "")
+    return Choice(wanted, "with one process the base is not shared" if wanted == "fsdp" and shards == 1 else "")
 
 
 def scale(
@@ -383,10 +231,10 @@ def scale(
     place: ExecutionSetup,
     estimate_at: EstimateAt,
 ) -> Scaling:
-    """A run on 1, 2, 4, … devices of a cluster.
+    """Predict a run on 1, 2, 4, … devices of a cluster.
 
     Args:
-        cluster: The largest.
+        cluster: The largest cluster.
         recipe: Its token budget and recomputed layers may be auto.
         config: The model's text configuration.
         parameters: What is trained.
@@ -395,7 +243,7 @@ def scale(
         estimate_at: Memory and time of the run at a place.
 
     Raises:
-        MachineError: Not even the whole cluster holds it.
+        MachineError: Not even the whole cluster holds the run.
     """
     steps = SimulatedSteps(
         lengths=[len(example.input_ids) for example in data.train],
@@ -407,38 +255,46 @@ def scale(
     bytes_per_weight = torch_dtype(place.dtype).itemsize
     layer, _ = sharded_parameters(config, parameters)
     rows, too_few = [], []
-    for smaller in cluster.smaller():
+    for part in cluster.doublings():
         try:
-            strategy, estimated = strategy_for(recipe.train.strategy, smaller.size, place, estimate_at)
+            strategy, estimated = strategy_for(recipe.train.strategy, part.size, place, estimate_at)
         except MachineError:
-            if smaller.size == cluster.size:
+            if part.size == cluster.size:
                 raise
-            too_few.append(smaller.size)
+            too_few.append(part.size)
             continue
-        chosen = estimated.memory
-        loads = deal_out(steps, token_budget=chosen.token_budget, world_size=smaller.size)
-        work = replace(estimated.work, largest_step=int(loads.slowest.max())) if loads.is_epoch else estimated.work
-        settings = {"token_budget": chosen.token_budget, "recompute": chosen.num_recomputed}
-        same = recipe.model_copy(update={"train": recipe.train.model_copy(update=settings)})
+        loads = simulate_loads(steps, token_budget=estimated.memory.token_budget, world_size=part.size)
         rank = Rank(
             token_seconds=(estimated.time.train_seconds - estimated.time.compile_seconds) / steps.tokens,
             num_layers=config.num_hidden_layers,
-            num_recomputed=chosen.num_recomputed,
+            num_recomputed=estimated.memory.num_recomputed,
             layer_bytes=bytes_per_weight * layer,
             gradient_bytes=GRADIENT_BYTES * parameters.trainable,
         )
-        memory = run_memory(same, config, parameters, work, estimated.place)
-        rows.append(predict(steps, loads, rank, estimated, memory, smaller.fabric, strategy))
+        memory = _rank_memory(recipe, config, parameters, estimated, loads)
+        rows.append(predict(steps, loads, rank, estimated, memory, part.fabric, strategy))
     return Scaling(
         cluster=cluster,
         rows=tuple(rows),
         too_few=tuple(too_few),
         hiding_tokens=hiding_tokens(
             cluster.fabric,
-            flops_per_second=cluster.device.bf16_flops_per_second * EFFICIENCY[False],
+            flops_per_second=cluster.device.bf16_flops_per_second * EAGER_EFFICIENCY,
             bytes_per_weight=bytes_per_weight,
         ),
         batch_size=steps.batch_size,
         simulated_steps=loads.num_steps,
         is_epoch=loads.is_epoch,
     )
+
+
+def _rank_memory(
+    recipe: Recipe, config: Any, parameters: ParameterCount, estimated: Estimate, loads: RankLoads
+) -> MemoryPlan:
+    """Return the memory of a rank: that of one device, but for micro-batches that hold a rank's part of a step only."""
+    work = estimated.work
+    if loads.is_epoch:
+        work = replace(work, largest_step=int(loads.slowest.max()))
+    found = {"token_budget": estimated.memory.token_budget, "recompute": estimated.memory.num_recomputed}
+    train = recipe.train.model_copy(update=found)
+    return run_memory(recipe.model_copy(update={"train": train}), config, parameters, work, estimated.place)

@@ -1,4 +1,11 @@
-"""How long training and evaluation take: from what a layer of the model takes on this machine, or from published figures."""
+"""How long training and evaluation take: the seconds of a layer, times the amounts of work.
+
+    LayerTimings   seconds of a token in a layer and in the head: timed by `probe`, or by arithmetic on a matmul rate
+    WorkAmounts    tokens of a run, from `cost`
+    plan_time      both together → TimePlan
+
+Called by `estimate`. Knows no model and no recipe; times matrix products, and nothing larger.
+"""
 
 from __future__ import annotations
 
@@ -9,32 +16,32 @@ from functools import partial
 
 import torch
 
-EFFICIENCY = {False: 0.42, True: 0.55}
-"""The share of the matmul rate that a whole step reaches, not compiled and compiled; the rest is element-wise work, attention,
-and smaller products. SmolLM2-135M on two CPU cores; `docs/performance.md` has the profiles. Qwen2-1.5B reached 0.73 compiled. For
-machines that are not here, and models that cannot be probed."""
+EAGER_EFFICIENCY = 0.42
+"""The fraction of the matmul rate that an uncompiled step reaches; the rest is element-wise work, attention and smaller
+products. SmolLM2-135M on two CPU cores (compiled: 0.55; Qwen2-1.5B compiled: 0.73); `docs/performance.md` has the
+profiles. Used for machines that are not here, and for models whose layers cannot be timed."""
 
-COMPILED_TAKES = 0.75
-"""The part of the eager time that compiled layers take: 310 against 410 tokens/s with SmolLM2-135M in bfloat16."""
+COMPILED_TIME_FRACTION = 0.75
+"""Compiled layers' part of the eager time: 310 tokens/s eager, 410 compiled, with SmolLM2-135M in bfloat16."""
 
 START_SECONDS = 8.0
-"""From the weights to the first step, for a small model: 7.7 to 9.7 s on two CPU cores, most of it the libraries."""
+"""Seconds from the weights to the first step, for a small model: 7.7 to 9.7 on two CPU cores, mostly imports."""
 
 LOAD_BYTES_PER_SECOND = 1e9
-"""At which weights are read and converted. An estimate."""
+"""Rate at which weights are read and converted. An estimate."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerTimings:
-    """Seconds of a device, not compiled: measured by `probe`, or by arithmetic alone.
+    """Seconds of one layer and of the output head, not compiled: timed by `probe`, or by arithmetic alone.
 
     Attributes:
-        train: Of a token in one layer, forward and backward.
-        forward: Of a token in one layer, without gradients.
-        decode: Of one more token of a batch of answers in one layer.
-        head_train: Of a supervised token in the output head, with its loss and gradient.
+        train: Seconds of a token in one layer, forward and backward.
+        forward: Seconds of a token in one layer, without gradients.
+        decode: Seconds in one layer of one more token for a batch of answers.
+        head_train: Seconds of a supervised token in the output head, with its loss and gradient.
         head_forward: The same without a gradient.
-        head_decode: Of one more token of a batch of answers in the output head.
+        head_decode: Seconds in the output head of one more token for a batch of answers.
     """
 
     train: float
@@ -50,14 +57,16 @@ class WorkAmounts:
     """What a run computes.
 
     Attributes:
-        num_layers: Of the model.
-        num_recomputed: Of them, whose forward runs once more on the way back.
-        tokens, supervised: Of all steps.
-        held_out_tokens, held_out_supervised: Of one evaluation of the held-out loss.
-        evaluations: How often that loss is measured, of the base and during training.
-        prompt_tokens: Of all prompts that are answered.
-        decode_steps: Tokens that the batches of answers of base and tuned grow by, one after the other.
-        load_bytes: Of the weights' files.
+        num_layers: Layers of the model.
+        num_recomputed: How many of them run forward again during the backward pass.
+        tokens: Tokens of all steps.
+        supervised: Supervised tokens of all steps.
+        held_out_tokens: Tokens of one evaluation of the held-out loss.
+        held_out_supervised: Supervised tokens of one evaluation of the held-out loss.
+        evaluations: How often the held-out loss is measured: for the base, and for the fine-tuned model.
+        prompt_tokens: Tokens of all prompts to be answered.
+        decode_steps: Tokens that all batches of answers grow by, one after the other, base and fine-tuned together.
+        load_bytes: Bytes of the weights' files.
     """
 
     num_layers: int
@@ -77,13 +86,13 @@ class TimePlan:
     """Seconds, and what they were computed from.
 
     Attributes:
-        train_seconds: Of all optimizer steps, compiling included, without evaluation.
-        compile_seconds: Of them, for compiling; 0 where nothing is compiled.
-        evaluate_seconds: Of held-out losses and answers, during training and after it.
-        total_seconds: From the weights to the end.
+        train_seconds: Seconds of all optimizer steps, compilation included, without evaluation.
+        compile_seconds: How many of these are for compilation; 0 if nothing is compiled.
+        evaluate_seconds: Seconds of held-out losses and answers, during training and after it.
+        total_seconds: Seconds from loading the weights to the end.
         flops: Floating-point operations of all steps.
-        flops_per_second: Of a matrix product on this machine, as probed, or as published.
-        source: What the seconds come from, in words.
+        flops_per_second: Rate of a matrix product, measured on this machine or published.
+        source: What the seconds come from, for people.
     """
 
     train_seconds: float
@@ -97,13 +106,13 @@ class TimePlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepProbe:
-    """Real steps of the run's longest batch.
+    """Measurements of real steps on the run's longest batch.
 
     Attributes:
-        num_tokens: Of the step.
-        first_step_seconds: Of the first one, which compiles and warms up.
-        step_seconds: Of the fastest of those after it.
-        peak_bytes: Of the process.
+        num_tokens: Tokens of the step.
+        first_step_seconds: Seconds of the first step, which compiles and warms up.
+        step_seconds: Seconds of the fastest step after it.
+        peak_bytes: Peak memory of the process.
     """
 
     num_tokens: int
@@ -113,16 +122,24 @@ class StepProbe:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of a step after the first."""
+        """Tokens per second of a step after the first."""
         return self.num_tokens / self.step_seconds
 
 
 def rates_by_arithmetic(
     layer_parameters: float, head_parameters: int, num_answers: int, flops_per_second: float
 ) -> LayerTimings:
-    """Of a layer and a head of so many parameters, where they cannot be run: operations over the rate of a matrix product
-    times `EFFICIENCY`. A batch's next token reads every weight for a few rows, which is slower than this."""
-    rate = flops_per_second * EFFICIENCY[False]
+    """Return the timings of a layer and a head that cannot be run: operations over a fraction of the matmul rate.
+
+    Too fast for decoding: a batch's next token reads every weight for a few rows only, and is bound by memory.
+
+    Args:
+        layer_parameters: Frozen parameters of a layer.
+        head_parameters: Parameters of the output head.
+        num_answers: Answers of a batch.
+        flops_per_second: Rate of a matrix product.
+    """
+    rate = flops_per_second * EAGER_EFFICIENCY
     layer, head = layer_parameters / rate, head_parameters / rate
     return LayerTimings(
         train=4 * layer,
@@ -144,16 +161,26 @@ def training_flops(
     trained_head: int = 0,
     trained_matrices: int = 0,
 ) -> float:
-    """Operations of training on these tokens.
+    """Return the floating-point operations of training on these tokens.
 
-    Two a weight and token forward, two for the gradient to the input; none for the gradient of frozen weights (Kaplan et
-    al. 2020 count 6 for full training). The adapter takes all 6, and so do modules that are trained whole: `trained_head` and
-    `trained_matrices` are their parameters. The head works on supervised tokens only. Attention's own products are left out: under
-    3 % at a few hundred tokens.
+    A frozen weight takes two a token forward and two for the gradient to the input, and none for its own gradient
+    (Kaplan et al. 2020, arXiv 2001.08361, count 6 for full training). The adapter takes all 6. Attention's own products
+    are left out: under 3 % at a few hundred tokens.
+
+    Args:
+        matmul_parameters: Frozen parameters of the layers.
+        head_parameters: Parameters of the output head, which computes on supervised tokens only.
+        trainable_parameters: Parameters of the adapter.
+        num_tokens: Tokens of the steps.
+        num_supervised: Supervised tokens of the steps.
+        trained_head: Parameters of the head if it is trained in full, else 0.
+        trained_matrices: Parameters of other modules trained in full.
     """
-    body = 4.0 * matmul_parameters * num_tokens
-    whole = 2.0 * trained_head * num_supervised + 2.0 * trained_matrices * num_tokens
-    return body + 4.0 * head_parameters * num_supervised + 6.0 * trainable_parameters * num_tokens + whole
+    layers = 4.0 * matmul_parameters * num_tokens
+    # Of the 6 of a module trained in full, 4 are counted with the frozen parameters, which include it.
+    own_gradients = 2.0 * trained_head * num_supervised + 2.0 * trained_matrices * num_tokens
+    head, adapter = 4.0 * head_parameters * num_supervised, 6.0 * trainable_parameters * num_tokens
+    return layers + head + adapter + own_gradients
 
 
 def plan_time(
@@ -165,18 +192,20 @@ def plan_time(
     flops_per_second: float,
     source: str,
 ) -> TimePlan:
-    """Seconds of a run.
+    """Return the seconds of a run.
 
     Args:
         amounts: What is computed.
-        rates: What a layer and the head take.
-        compile_seconds: What compiling takes; None where nothing is compiled.
-        flops, flops_per_second, source: As in `TimePlan`.
+        rates: Seconds of a layer and of the head.
+        compile_seconds: Seconds of compilation; None if nothing is compiled.
+        flops: Floating-point operations of all steps.
+        flops_per_second: Rate of a matrix product.
+        source: What the seconds come from, for people.
     """
     layers = amounts.num_layers * rates.train + amounts.num_recomputed * rates.forward
     train = amounts.tokens * layers + amounts.supervised * rates.head_train
     if compile_seconds is not None:
-        train = train * COMPILED_TAKES + compile_seconds
+        train = train * COMPILED_TIME_FRACTION + compile_seconds
     forward = amounts.num_layers * rates.forward
     held_out = amounts.held_out_tokens * forward + amounts.held_out_supervised * rates.head_forward
     step = amounts.num_layers * rates.decode + rates.head_decode
@@ -194,7 +223,13 @@ def plan_time(
 
 
 def with_probe(plan: TimePlan, probe: StepProbe, num_tokens: float) -> TimePlan:
-    """The plan with the seconds of training that the probe's speed makes of so many tokens."""
+    """Return the plan with the seconds of training at the probe's speed.
+
+    Args:
+        plan: The plan before real steps were run.
+        probe: What real steps took.
+        num_tokens: Tokens of all steps.
+    """
     first = probe.first_step_seconds - probe.step_seconds
     train = num_tokens / probe.tokens_per_second + first
     return replace(
@@ -207,11 +242,11 @@ def with_probe(plan: TimePlan, probe: StepProbe, num_tokens: float) -> TimePlan:
 
 
 def matmul_rate_of(shapes: Mapping[tuple[int, int], int], *, device: str, dtype: torch.dtype) -> float:
-    """Floating-point operations per second of a model's products, forward and for the gradient to the input.
+    """Measure the floating-point operations per second of a model's products, forward and backward to the input.
 
     Args:
-        shapes: (inputs, outputs) of a matrix → how many there are.
-        device: Where.
+        shapes: (inputs, outputs) of a matrix → how many of that shape the model has.
+        device: cpu, cuda or mps.
         dtype: Type of both factors.
     """
     rows, flops, seconds = 1536, 0.0, 0.0
@@ -226,7 +261,7 @@ def matmul_rate_of(shapes: Mapping[tuple[int, int], int], *, device: str, dtype:
 
 
 def best_seconds(work: Callable[[], object], device: str, *, seconds: float = 0.15) -> float:
-    """Seconds of the fastest of the repetitions that fit in `seconds`, at least three."""
+    """Return the seconds of the fastest of the repetitions that fit in `seconds`, of at least three."""
     best, deadline, runs = float("inf"), time.perf_counter() + seconds, 0
     while runs < 3 or time.perf_counter() < deadline:
         start = time.perf_counter()
@@ -238,8 +273,11 @@ def best_seconds(work: Callable[[], object], device: str, *, seconds: float = 0.
 
 
 def matmul_rate(*, device: str, dtype: torch.dtype, width: int) -> float:
-    """Floating-point operations per second of a [1024, width] × [width, 3·width] product, the best of several:
-    what the machine can do, not what others leave of it. Widths under 512 are too short to time."""
+    """Measure the floating-point operations per second of a [1024, width] × [width, 3·width] product.
+
+    The best of several: what the machine can do, not what other processes leave of it. Widths under 512 are too short
+    to time.
+    """
     rows, width = 1024, max(width, 512)
     columns = 3 * width
     inputs = torch.randn(rows, width, dtype=dtype, device=device)

@@ -8,7 +8,7 @@ from loratune.run.errors import RecipeError
 
 
 def sizes(spec: str) -> list[tuple[int, int]]:
-    return [(part.fabric.nodes, part.fabric.devices_per_node) for part in find_cluster(spec).smaller()]
+    return [(part.fabric.nodes, part.fabric.devices_per_node) for part in find_cluster(spec).doublings()]
 
 
 def test_devices_and_nodes_are_read_in_any_spelling() -> None:
@@ -30,7 +30,7 @@ def test_the_links_are_the_usual_ones_or_those_asked_for() -> None:
     assert links("2x8xh100-80gb", "ethernet-25g", "pcie5") == ("pcie5", "ethernet-25g")
 
 
-def test_the_way_to_a_cluster_doubles_devices_and_then_nodes() -> None:
+def test_the_series_up_to_a_cluster_doubles_devices_and_then_nodes() -> None:
     assert sizes("8xl4") == [(1, 1), (1, 2), (1, 4), (1, 8)]
     assert sizes("6xl4") == [(1, 1), (1, 2), (1, 4), (1, 6)]
     assert sizes("3x2xl4") == [(1, 1), (1, 2), (2, 2), (3, 2)]
@@ -40,18 +40,20 @@ def test_the_way_to_a_cluster_doubles_devices_and_then_nodes() -> None:
 @pytest.mark.parametrize(
     ("device", "devices", "links", "message"),
     [
-        (None, "h100-80gb", (), "cannot be read"),
-        (None, "0xl4", (), "cannot be read"),
-        (None, "8xl5", (), "--devices l5 is not known"),
+        (None, "h100-80gb", (), "is malformed"),
+        (None, "0xl4", (), "is malformed"),
+        (None, "8xl5", (), "unknown --devices l5"),
         (None, "8xl4", ("ethernet-100g",), "is one node"),
-        (None, "2x8xl4", ("ethernet-100g", "infiniband-ndr"), "join the same things"),
-        (None, "2x8xl4", ("ethernet-1g",), "is not known"),
+        (None, "2x8xl4", ("ethernet-100g", "infiniband-ndr"), "connect the same devices"),
+        (None, "2x8xl4", ("ethernet-1g",), "unknown --interconnect ethernet-1g"),
         (None, None, ("pcie5",), "needs devices"),
         ("l4", None, ("pcie5",), "needs devices"),
         ("l4", "8xl4", (), "leave one of them out"),
     ],
 )
-def test_what_cannot_be_is_told(device: str | None, devices: str | None, links: tuple[str, ...], message: str) -> None:
+def test_impossible_clusters_are_refused(
+    device: str | None, devices: str | None, links: tuple[str, ...], message: str
+) -> None:
     with pytest.raises(RecipeError, match=message):
         find_machine(device, devices, links)
 

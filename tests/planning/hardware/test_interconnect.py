@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from loratune.planning.hardware.devices import DEVICES
-from loratune.planning.hardware.interconnect import CALL_SECONDS, LINKS, SHARE, Fabric, find_link
+from loratune.planning.hardware.interconnect import CALL_SECONDS, LINK_EFFICIENCY, LINKS, Fabric, find_link
 from loratune.run.errors import RecipeError
 
 NVLINK, NDR, ETHERNET = LINKS["nvlink4"], LINKS["infiniband-ndr"], LINKS["ethernet-100g"]
@@ -41,15 +41,17 @@ def test_a_ring_of_four_by_hand() -> None:
 
 def test_a_ring_over_two_nodes_of_eight_by_hand() -> None:
     both = fabric(2, 8)
-    assert both.bytes_per_second == pytest.approx(SHARE * 8 * 50e9), "eight ports together are slower than one NVLink"
+    assert both.bytes_per_second == pytest.approx(LINK_EFFICIENCY * 8 * 50e9), (
+        "eight ports together are slower than one NVLink"
+    )
     hops = 30 - 4
     assert both.all_reduce_seconds(0) == pytest.approx(CALL_SECONDS + hops * 3.4e-6 + 4 * 14e-6, rel=1e-12)
 
 
 def test_a_shared_port_is_one_for_all_devices_of_a_node() -> None:
     shared = replace(fabric(2, 8), between=ETHERNET)
-    assert shared.bytes_per_second == pytest.approx(SHARE * 12.5e9)
-    assert replace(shared, devices_per_node=1).bytes_per_second == pytest.approx(SHARE * 12.5e9)
+    assert shared.bytes_per_second == pytest.approx(LINK_EFFICIENCY * 12.5e9)
+    assert replace(shared, devices_per_node=1).bytes_per_second == pytest.approx(LINK_EFFICIENCY * 12.5e9)
 
 
 def test_one_device_sends_nothing() -> None:
@@ -65,8 +67,8 @@ def test_more_ranks_and_more_bytes_take_longer_and_more_bandwidth_does_not(opera
     assert getattr(faster, operation)(1e8) < getattr(fabric(1, 8), operation)(1e8)
 
 
-def test_an_unknown_link_is_told_with_the_nearest_known() -> None:
+def test_the_message_about_an_unknown_link_names_the_nearest_one() -> None:
     assert find_link("Infiniband NDR") is NDR
-    with pytest.raises(RecipeError, match="--interconnect nvlink9 is not known") as error:
+    with pytest.raises(RecipeError, match="unknown --interconnect nvlink9") as error:
         find_link("nvlink9")
     assert "nvlink" in error.value.fix

@@ -1,4 +1,4 @@
-"""What the plan says that a layer of an encoder keeps is what autograd saves there."""
+"""The bytes that a layer of an encoder is planned to save are those that autograd saves."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def saved_bytes(kind: str, layers: int, dtype: torch.dtype, lora: LoraSection, t
     model.get_input_embeddings().register_forward_hook(lambda *args: args[2].requires_grad_())
     own = {parameter.untyped_storage().data_ptr() for parameter in adapted.parameters()}
     saved: dict[int, int] = {}
-    alive: list[torch.Tensor] = []  # else a storage that is freed lends its address to the next one
+    alive: list[torch.Tensor] = []  # a freed storage would lend its address to the next one
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
@@ -64,7 +64,9 @@ def saved_bytes(kind: str, layers: int, dtype: torch.dtype, lora: LoraSection, t
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["bert", "bert without dropout", "distilbert", "modernbert"])
 @pytest.mark.parametrize(("targets", "dropout"), [("attention", 0.1), ("complete", 0.0)])
-def test_what_a_layer_keeps_is_what_autograd_saves(kind: str, dtype: torch.dtype, targets: str, dropout: float) -> None:
+def test_what_an_encoder_layer_is_planned_to_save_is_what_autograd_saves(
+    kind: str, dtype: torch.dtype, targets: str, dropout: float
+) -> None:
     lora = LoraSection(r=4, dropout=dropout)
     measured = (saved_bytes(kind, 3, dtype, lora, targets) - saved_bytes(kind, 1, dtype, lora, targets)) / 2
     own = config(kind, 3)

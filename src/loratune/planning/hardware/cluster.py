@@ -15,11 +15,11 @@ _SPEC = re.compile(r"(?:([1-9]\d*)x)?([1-9]\d*)x([a-z].*)", re.IGNORECASE)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cluster:
-    """Devices of one kind, and what joins them.
+    """Devices of one kind and their links.
 
     Attributes:
-        device: The kind.
-        fabric: How many, on how many nodes, and the links.
+        device: The kind of device.
+        fabric: How many there are, on how many nodes, and the links.
     """
 
     device: Device
@@ -27,11 +27,11 @@ class Cluster:
 
     @property
     def size(self) -> int:
-        """The number of devices: a rank each."""
+        """The number of devices; each runs one rank."""
         return self.fabric.size
 
-    def smaller(self) -> tuple[Cluster, ...]:
-        """1, 2, 4, … devices of a node, then 1, 2, 4, … whole nodes, and this cluster as the last."""
+    def doublings(self) -> tuple[Cluster, ...]:
+        """Return 1, 2, 4, … devices of a node, then 2, 4, … full nodes, and this cluster as the last."""
         counts = [(1, n) for n in _doubling(self.fabric.devices_per_node)]
         counts += [(nodes, self.fabric.devices_per_node) for nodes in _doubling(self.fabric.nodes) if nodes > 1]
         return tuple(
@@ -40,39 +40,39 @@ class Cluster:
 
 
 def _doubling(most: int) -> list[int]:
-    """1, 2, 4, … and `most`."""
+    """Return 1, 2, 4, … and `most`."""
     return sorted({2**i for i in range(most.bit_length())} | {most})
 
 
 def find_cluster(spec: str, interconnect: Sequence[str] = ()) -> Cluster:
-    """The cluster of `--devices` and `--interconnect`.
+    """Return the cluster that `--devices` and `--interconnect` describe.
 
     Args:
         spec: `NUMBERxNAME` or `NODESxNUMBERxNAME`.
-        interconnect: Names of links in place of the usual ones: one between the devices of a node, one between nodes.
+        interconnect: Names of links to use instead of the usual ones: one within a node, one between nodes, or both.
 
     Raises:
-        RecipeError: It cannot be read, or names a device or link that is not known or not there.
+        RecipeError: The description is malformed, or names an unknown device or a link that the cluster cannot have.
     """
     found = _SPEC.fullmatch(spec.strip())
     if found is None:
         raise RecipeError(
-            f"--devices {spec} cannot be read",
-            fix="NUMBERxNAME such as 8xh100-80gb, or NODESxNUMBERxNAME such as 2x8xh100-80gb",
+            f"--devices {spec} is malformed",
+            fix="write NUMBERxNAME such as 8xh100-80gb, or NODESxNUMBERxNAME such as 2x8xh100-80gb",
         )
     device = find_device(found[3], option="--devices")
     links = [find_link(name) for name in interconnect]
     chosen = {link.scope: link for link in links}
     if len(chosen) < len(links):
         raise RecipeError(
-            f"--interconnect {' and '.join(link.name for link in links)} join the same things",
-            fix="give one for the devices of a node, and one for nodes",
+            f"--interconnect {' and '.join(link.name for link in links)} connect the same devices",
+            fix="give one link within a node and one between nodes",
         )
     nodes = int(found[1] or 1)
     if "nodes" in chosen and nodes == 1:
         raise RecipeError(
-            f"--interconnect {chosen['nodes'].name} joins nodes, and --devices {spec} is one node",
-            fix=f"--devices 2x{spec}, or leave it out",
+            f"--interconnect {chosen['nodes'].name} connects nodes, but --devices {spec} is one node",
+            fix=f"--devices 2x{spec}, or leave --interconnect out",
         )
     within = chosen.get("devices", LINKS[device.link])
     return Cluster(
@@ -89,24 +89,24 @@ def find_cluster(spec: str, interconnect: Sequence[str] = ()) -> Cluster:
 def find_machine(
     device: str | None, devices: str | None, interconnect: Sequence[str] = ()
 ) -> tuple[Device | None, Cluster | None]:
-    """What a plan is for: one named device, several of a kind, or neither for this machine.
+    """Return what to plan for: one named device, a cluster and its kind of device, or neither for this machine.
 
     Args:
-        device: Of `--device`.
-        devices: Of `--devices`.
-        interconnect: Of `--interconnect`.
+        device: The value of `--device`.
+        devices: The value of `--devices`.
+        interconnect: The values of `--interconnect`.
 
     Raises:
         RecipeError: As `find_cluster`, or the options contradict each other.
     """
     if device is not None and devices is not None:
         raise RecipeError(
-            f"--device {device} is one device, --devices {devices} are several", fix="leave one of them out"
+            f"--device {device} is one device, but --devices {devices} is several", fix="leave one of them out"
         )
     if devices is None:
         if interconnect:
             raise RecipeError(
-                f"--interconnect {interconnect[0]} needs devices to join", fix="add --devices, such as 8xh100-80gb"
+                f"--interconnect {interconnect[0]} needs devices to connect", fix="add --devices, such as 8xh100-80gb"
             )
         return (None, None) if device is None else (find_device(device), None)
     cluster = find_cluster(devices, interconnect)

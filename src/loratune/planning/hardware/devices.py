@@ -1,4 +1,4 @@
-"""What other machines can do, as their makers publish it: to plan for a GPU that is not here."""
+"""Published figures of GPUs, to plan for one that this machine does not have."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ class Device:
     """One accelerator.
 
     Attributes:
-        name: As `--device` takes it.
-        memory_bytes: Of the device, before anything is loaded.
-        bf16_flops_per_second: Dense peak of bfloat16 products that add up in float32, without sparsity.
-        source: The maker's document.
+        name: Its name for `--device`.
+        memory_bytes: Memory of the device before anything is loaded.
+        bf16_flops_per_second: Dense peak of bfloat16 products accumulated in float32, without sparsity.
+        source: The maker's document with these figures.
         has_fp8: Whether it multiplies fp8 with a scale for each row: Hopper and later.
-        link: What usually joins several of them in a node, of `loratune.planning.hardware.interconnect`.
+        link: The usual link between several of them in a node, a name in `interconnect.LINKS`.
     """
 
     name: str
@@ -74,21 +74,27 @@ DEVICES = {
 
 
 def find_device(name: str, *, option: str = "--device") -> Device:
-    """The device of this name, which `option` gave.
+    """Return the device of this name.
+
+    Args:
+        name: Upper case, spaces and underscores are accepted.
+        option: The command-line option that named it, for the message.
 
     Raises:
-        RecipeError: It is not in the table.
+        RecipeError: There is none in the table.
     """
     known = name.lower().replace("_", "-").replace(" ", "-")
     if known in DEVICES:
         return DEVICES[known]
     near = difflib.get_close_matches(known, DEVICES, n=2, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
-    raise RecipeError(f"{option} {name} is not known", fix=f"{hint}known are {', '.join(DEVICES)}")
+    raise RecipeError(f"unknown {option} {name}", fix=f"{hint}choose one of {', '.join(DEVICES)}")
 
 
 def device_notes(device: Device | None, dtype: str) -> tuple[str, ...]:
-    """What a plan for a device that is not here should be read with."""
+    """Return a warning if the planned time on a named device is for another type than the recipe's."""
     if device is None or dtype != "float32":
         return ()
-    return (f"the time on {device.name} is for bfloat16; model.dtype is float32, which is several times slower there",)
+    return (
+        f"the planned time on {device.name} is for bfloat16; model.dtype is float32, which is several times slower",
+    )

@@ -1,7 +1,8 @@
-"""What joins devices: published bandwidths, and the seconds that collective operations take over them.
+"""Links between devices: published bandwidths, and the seconds of collective operations over them.
 
-A link's figure is the peak of its maker, one way. Makers of GPUs print the sum of both directions, so it is halved here:
-NVLink 4 is "900 GB/s", 450 in each. Nobody reaches the peak; `SHARE` says what is assumed.
+A link's figure is its maker's peak, one way. Makers of GPUs print the sum of both directions, so it is halved here:
+NVLink 4 is "900 GB/s", 450 in each. No collective reaches the peak; `LINK_EFFICIENCY` is what is assumed. Nothing here
+has been measured by loratune.
 """
 
 from __future__ import annotations
@@ -13,24 +14,24 @@ from typing import Literal
 
 from loratune.run.errors import RecipeError
 
-SHARE = 235 / 300
-"""The part of a link's peak that a collective reaches: 235 GB/s of an A100's 300, the value to which NCCL itself limits its model
-of an A100's rings (`ncclTopoTuneModel` in NCCL 2.8, src/graph/tuning.cc). Assumed of every link."""
+LINK_EFFICIENCY = 235 / 300
+"""The fraction of a link's peak that a collective reaches: 235 GB/s of an A100's 300, to which NCCL limits its own
+model of an A100's rings (`ncclTopoTuneModel` in NCCL 2.8, src/graph/tuning.cc). Assumed for every link."""
 
 CALL_SECONDS = 8.4e-6
-"""Of starting one ring operation (NCCL 2.19, src/graph/tuning.cc: `baseLat`, ring, simple protocol)."""
+"""Seconds to start one ring operation (NCCL 2.19, src/graph/tuning.cc: `baseLat`, ring, simple protocol)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Link:
-    """A way between devices.
+    """A connection between devices.
 
     Attributes:
-        name: As `--interconnect` takes it.
-        scope: What it joins: the devices of a node, or nodes.
-        bytes_per_second: Of one port, one way, at its published peak.
+        name: Its name for `--interconnect`.
+        scope: What it connects: the devices of a node, or nodes.
+        bytes_per_second: Published peak of one port, one way.
         shared: Whether the devices of a node share one port; else each has its own.
-        hop_seconds: From one rank to the next (NCCL 2.19, src/graph/tuning.cc: `hwLat`, ring, simple protocol).
+        hop_seconds: Latency from one rank to the next (NCCL 2.19, src/graph/tuning.cc: `hwLat`, ring, simple protocol).
         source: Where the bandwidth was published.
     """
 
@@ -43,7 +44,7 @@ class Link:
 
 
 def _within(name: str, gigabytes: float, hop_seconds: float, source: str) -> Link:
-    """Between the devices of a node; `gigabytes` a second are both directions together, as datasheets give them."""
+    """Return a link within a node; `gigabytes` a second are both directions together, as in datasheets."""
     return Link(
         name=name,
         scope="devices",
@@ -55,7 +56,7 @@ def _within(name: str, gigabytes: float, hop_seconds: float, source: str) -> Lin
 
 
 def _between(name: str, gigabits: float, source: str, *, shared: bool) -> Link:
-    """Between nodes; `gigabits` a second are one port's, one way."""
+    """Return a link between nodes; `gigabits` a second are one port's, one way."""
     return Link(
         name=name,
         scope="nodes",
@@ -89,18 +90,18 @@ LINKS = {
 }
 
 _USUAL_NETWORK = {"nvlink5": "infiniband-ndr", "nvlink4": "infiniband-ndr", "nvlink3": "infiniband-hdr"}
-"""Between nodes whose devices are joined so: those of the makers' own systems. Others: Ethernet."""
+"""The network between nodes of the makers' own systems, by the link between their devices. Others get Ethernet."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fabric:
-    """How ranks are joined.
+    """How ranks are connected.
 
     Attributes:
-        nodes: How many.
-        devices_per_node: A rank each.
-        within: Between the devices of a node.
-        between: Between nodes.
+        nodes: How many nodes.
+        devices_per_node: Devices of each node; a rank each.
+        within: The link between the devices of a node.
+        between: The link between nodes.
     """
 
     nodes: int
@@ -115,22 +116,21 @@ class Fabric:
 
     @property
     def bytes_per_second(self) -> float:
-        """What every rank sends and receives at once in a ring over all of them.
-
-        A ring crosses from node to node once each way, and NCCL lays one ring through each port: so a node's ports together
-        carry what one device's link carries inside (`busBw` in NCCL's src/graph/tuning.cc).
-        """
+        """Bytes per second that every rank sends, and receives, in a ring over all of them."""
         peak = self.within.bytes_per_second if self.devices_per_node > 1 else math.inf
         if self.nodes > 1:
+            # A ring crosses from node to node once each way, and NCCL lays one ring through each port. So the ports of
+            # a node together carry what one device's link carries inside (`busBw` in NCCL's src/graph/tuning.cc).
             ports = 1 if self.between.shared else self.devices_per_node
             peak = min(peak, ports * self.between.bytes_per_second)
-        return SHARE * peak
+        return LINK_EFFICIENCY * peak
 
     def all_reduce_seconds(self, num_bytes: float) -> float:
-        """Of adding up `num_bytes` of every rank, to be had by all of them.
+        """Return the seconds in which every rank gets the sum of the `num_bytes` of all ranks.
 
-        A ring reduces and scatters, then gathers: 2(n−1) hops, in which each rank sends 2(n−1)/n of the bytes; no algorithm
-        sends less (Patarasuk & Yuan 2009, J. Parallel Distrib. Comput. 69(2); NVIDIA/nccl-tests, doc/PERFORMANCE.md).
+        A ring reduces and scatters, then gathers: 2(n−1) hops, in which each rank sends 2(n−1)/n of the bytes; no
+        algorithm sends less (Patarasuk & Yuan 2009, J. Parallel Distrib. Comput. 69(2); NVIDIA/nccl-tests,
+        doc/PERFORMANCE.md).
         """
         if self.size == 1:
             return 0.0
@@ -138,10 +138,10 @@ class Fabric:
         return self._latency(hops, crossings) + self._transfer(2 * (self.size - 1) / self.size * num_bytes)
 
     def all_gather_seconds(self, num_bytes: float) -> float:
-        """Of giving every rank all `num_bytes`, of which each has 1/n.
+        """Return the seconds in which every rank gets all `num_bytes`, of which each holds 1/n.
 
-        A ring: n−1 hops, in which each rank sends (n−1)/n of the bytes (Thakur et al. 2005, Int. J. High Perform. Comput.
-        Appl. 19(1); NVIDIA/nccl-tests, doc/PERFORMANCE.md).
+        A ring: n−1 hops, in which each rank sends (n−1)/n of the bytes (Thakur et al. 2005, Int. J. High Perform.
+        Comput. Appl. 19(1); NVIDIA/nccl-tests, doc/PERFORMANCE.md).
         """
         if self.size == 1:
             return 0.0
@@ -156,19 +156,19 @@ class Fabric:
 
 
 def usual_network(within: Link) -> Link:
-    """Between nodes, where nothing is said."""
+    """Return the network between nodes to assume if none is named."""
     return LINKS[_USUAL_NETWORK.get(within.name, "ethernet-100g")]
 
 
 def find_link(name: str) -> Link:
-    """The link of this name.
+    """Return the link of this name.
 
     Raises:
-        RecipeError: It is not in the table.
+        RecipeError: There is none in the table.
     """
     known = name.lower().replace("_", "-").replace(" ", "-")
     if known in LINKS:
         return LINKS[known]
     near = difflib.get_close_matches(known, LINKS, n=2, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
-    raise RecipeError(f"--interconnect {name} is not known", fix=f"{hint}known are {', '.join(LINKS)}")
+    raise RecipeError(f"unknown --interconnect {name}", fix=f"{hint}choose one of {', '.join(LINKS)}")

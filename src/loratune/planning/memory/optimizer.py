@@ -10,44 +10,44 @@ from loratune.model.adapter.targets import Matrix
 from loratune.model.adapter.variants import num_trainable
 from loratune.recipe.recipe import LoraSection, Optimizer
 
-BYTES = 4
-"""Of one number of the state: float32, as the adapter."""
-
+STATE_BYTES_PER_NUMBER = 4
+"""Bytes of one number of the state: float32, as the adapter."""
 
 OF_BITSANDBYTES: tuple[Optimizer, ...] = ("adamw_8bit", "lion")
-"""Optimizers that bitsandbytes makes."""
+"""Optimizers that bitsandbytes implements."""
 
-LEAST_IN_8_BITS = 4096
-"""Numbers of a parameter from which bitsandbytes keeps its moments in 8 bits."""
+MIN_NUMBERS_IN_8_BITS = 4096
+"""The fewest numbers of a parameter for which bitsandbytes keeps moments in 8 bits."""
 
 _BLOCK = 256
-"""Numbers that share a scale there; and the entries of a table."""
+"""How many 8-bit numbers share a scale, and how many entries a quantization table has."""
 
 
 def state_bytes(
     optimizer: Optimizer, matrices: Sequence[Matrix], lora: LoraSection, whole: Sequence[Sequence[int]] = ()
 ) -> int:
-    """Bytes of an optimizer's state for the adapters of these matrices, without a few bytes a tensor for counters.
+    """Return the bytes of an optimizer's state, apart from a few bytes a tensor for counters.
 
-    AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) keeps two moments of each parameter; in 8 bits (Dettmers et al. 2022, arXiv
-    2110.02861) a byte for each, with a float for every 256 and two tables, which a checkpoint has for each parameter. Lion
-    (Chen et al. 2023, arXiv 2302.06675) and Muon keep one momentum. Adafactor (Shazeer & Stern 2018,
-    arXiv 1804.04235), without a first moment as transformers sets it, keeps the second as means over rows and columns: r + d_in
-    for A and d_out + r for B; whole for vectors such as DoRA's magnitudes. SGD has no momentum here and keeps nothing.
+    AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) keeps two moments of each parameter; in 8 bits (Dettmers et al.
+    2022, arXiv 2110.02861) a byte for each, with a float for every 256 and two tables, which a checkpoint stores for
+    each parameter. Lion (Chen et al. 2023, arXiv 2302.06675) and Muon keep one momentum. Adafactor (Shazeer & Stern
+    2018, arXiv 1804.04235), without a first moment as transformers configures it, keeps the second as means over rows
+    and columns: r + d_in for A and d_out + r for B; in full for vectors such as DoRA's magnitudes. SGD runs without
+    momentum here and keeps nothing.
 
     Args:
-        optimizer: Of the recipe.
-        matrices: That are adapted.
+        optimizer: The recipe's `train.optimizer`.
+        matrices: The adapted matrices.
         lora: Ranks and variant.
-        whole: Shapes of tensors that are trained whole.
+        whole: Shapes of tensors trained in full.
     """
     if optimizer == "sgd":
         return 0
     numbers = sum(num_trainable(lora, matrix) for matrix in matrices) + sum(map(math.prod, whole))
     if optimizer in ("lion", "muon"):
-        return BYTES * numbers
+        return STATE_BYTES_PER_NUMBER * numbers
     if optimizer == "adamw":
-        return BYTES * 2 * numbers
+        return STATE_BYTES_PER_NUMBER * 2 * numbers
     vectors = [matrix.d_out for matrix in matrices] if lora.variant == "dora" else []
     if optimizer == "adamw_8bit":
         sides = [
@@ -60,8 +60,11 @@ def state_bytes(
     others = sum(
         math.prod(shape[:-2]) * (shape[-2] + shape[-1]) if len(shape) > 1 else math.prod(shape) for shape in whole
     )
-    return BYTES * (factored + sum(vectors) + others)
+    return STATE_BYTES_PER_NUMBER * (factored + sum(vectors) + others)
 
 
 def _moment_in_8_bits(size: int) -> int:
-    return BYTES * size if size < LEAST_IN_8_BITS else size + BYTES * (-(-size // _BLOCK) + _BLOCK)
+    """Return the bytes of one moment of a parameter of `size` numbers."""
+    if size < MIN_NUMBERS_IN_8_BITS:
+        return STATE_BYTES_PER_NUMBER * size
+    return size + STATE_BYTES_PER_NUMBER * (-(-size // _BLOCK) + _BLOCK)

@@ -1,4 +1,4 @@
-"""What a quantised base changes in a plan: where it can run, its bytes, and what is said about it."""
+"""What a quantized base changes in a plan: where it can run, its bytes, and what the plan cannot tell about it."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 
 def check_device_can_quantize(quantization: str, where: str, device: Device | None) -> None:
-    """Whether the device can train so.
+    """Check that the device can train a base of this quantization.
 
     Args:
-        quantization: The recipe's.
+        quantization: The recipe's `model.quantization`.
         where: cpu, cuda or mps.
-        device: A device that is not here; None for this machine.
+        device: The named device to plan for; None for this machine.
 
     Raises:
         MachineError: It cannot, or a package is missing.
@@ -37,13 +37,13 @@ def check_device_can_quantize(quantization: str, where: str, device: Device | No
 
 
 def quantized_setup(quantization: str, folder: Path, model: PreTrainedModel, dtype: str) -> dict[str, Any]:
-    """What `Place` has to know of a quantised base.
+    """Return the fields of `ExecutionSetup` that a quantized base decides.
 
     Args:
-        quantization: The recipe's.
-        folder: Of the base. Weights that come packed are held as they are stored.
-        model: On the meta device, before quantisation.
-        dtype: Name of the type of what is not quantised.
+        quantization: The recipe's `model.quantization`.
+        folder: Folder of the base model. Weights that are stored quantized are held as they are stored.
+        model: The model on the meta device, before quantization.
+        dtype: Name of the type of what is not quantized.
     """
     dtype_bytes = torch_dtype(dtype).itemsize
     unpacked_as = quantization
@@ -51,7 +51,7 @@ def quantized_setup(quantization: str, folder: Path, model: PreTrainedModel, dty
         weights_bytes: int | None = base_bytes(model, quantization, dtype_bytes)
     elif comes_packed(model.config):
         quantization = "int8" if in_8_bits_by_bitsandbytes(model.config) else quantization
-        # of torchao's ways to unpack the one that takes most
+        # Of torchao's kinds, the one that takes the most memory to unpack: the checkpoint may mix them.
         unpacked_as = "float8_weight_only" if method_of(model.config) == "torchao" else quantization
         weights_bytes = packed_bytes(folder, model, dtype_bytes)
     else:
@@ -64,7 +64,7 @@ def quantized_setup(quantization: str, folder: Path, model: PreTrainedModel, dty
 
 
 def quantization_notes(quantization: str, dtype: str) -> tuple[str, ...]:
-    """What the plan leaves out."""
+    """Return a warning if the planned time leaves the unpacking of the weights out."""
     if quantization not in PACKED:
         return ()
-    return (f"the planned time is that of products in {dtype}; unpacking the {quantization} weights comes on top",)
+    return (f"the planned time is for matrix products in {dtype}; unpacking the {quantization} weights adds to it",)
