@@ -268,7 +268,7 @@ def test_a_recipe_with_a_secret_is_refused_without_repeating_it(line: str, tmp_p
     file.write_text(f"train: {{epochs: 1}}\n{line}\n")
     result = CliRunner().invoke(app, ["train", str(file)])
     assert result.exit_code == 2
-    assert "recipe.yaml:2: the recipe holds" in result.output
+    assert "recipe.yaml:2: the recipe contains" in result.output
     for secret in (HF, WANDB, PASSWORD, "another-word", "ghp-token"):
         assert secret not in result.output
     if not line.startswith("#"):
@@ -276,9 +276,9 @@ def test_a_recipe_with_a_secret_is_refused_without_repeating_it(line: str, tmp_p
         name, text = next(iter(value.items()))
         file.write_text("{}")
         override = CliRunner().invoke(app, ["train", str(file), f"{section}.{name}={text}"])
-        assert (override.exit_code, "the recipe holds" in override.output) == (2, True)
+        assert (override.exit_code, "the recipe contains" in override.output) == (2, True)
         assert text not in override.output
-        with pytest.raises(RecipeError, match="the recipe holds"):
+        with pytest.raises(RecipeError, match="the recipe contains"):
             Recipe.parse({section: value})
 
 
