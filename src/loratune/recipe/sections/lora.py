@@ -55,8 +55,8 @@ class LoraSection(Section):
     rank."""
 
     modules_to_save: tuple[Annotated[str, Field(min_length=1)], ...] = ()
-    """Modules that are fully trained beside the adapter and saved with it, such as `embed_tokens`, `lm_head` or `norm`,
-    named by their last dotted parts. A head that is tied to the embedding is trained as one tensor with it."""
+    """Modules that are fully trained in addition to the adapter and saved with it, such as `embed_tokens`, `lm_head` or
+    `norm`, named by their last dotted parts. A head that is tied to the embedding is trained as one tensor with it."""
 
     new_tokens: tuple[Annotated[str, Field(min_length=1, pattern=r"^\S+$")], ...] = ()
     """Tokens to add to the vocabulary, such as `<|tool|>`. Only their rows of the embedding and the output head are

