@@ -173,7 +173,7 @@ def test_a_link_in_a_run_is_refused_before_anything_is_written(name: str, finish
     for verb in ("resume", "evaluate", "report"):
         result = CliRunner().invoke(app, [verb, str(run.root)])
         assert result.exit_code == 2, result.output
-        assert "a link in a run directory" in result.output
+        assert "a run directory must not contain links" in result.output
     assert outside.read_text() == "mine"
 
 
@@ -182,7 +182,7 @@ def test_a_new_run_does_not_follow_the_link_of_an_old_lock(tiny_recipe: MakeReci
     outside.write_text("mine")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ".in_use").symlink_to(outside)
-    with pytest.raises(RecipeError, match="a link in a run directory"):
+    with pytest.raises(RecipeError, match="a run directory must not contain links"):
         train(tiny_recipe(), overwrite=True)
     assert outside.read_text() == "mine"
 
@@ -268,7 +268,7 @@ def test_a_recipe_with_a_secret_is_refused_without_repeating_it(line: str, tmp_p
     file.write_text(f"train: {{epochs: 1}}\n{line}\n")
     result = CliRunner().invoke(app, ["train", str(file)])
     assert result.exit_code == 2
-    assert "recipe.yaml:2: the recipe holds" in result.output
+    assert "recipe.yaml:2: the recipe contains" in result.output
     for secret in (HF, WANDB, PASSWORD, "another-word", "ghp-token"):
         assert secret not in result.output
     if not line.startswith("#"):
@@ -276,9 +276,9 @@ def test_a_recipe_with_a_secret_is_refused_without_repeating_it(line: str, tmp_p
         name, text = next(iter(value.items()))
         file.write_text("{}")
         override = CliRunner().invoke(app, ["train", str(file), f"{section}.{name}={text}"])
-        assert (override.exit_code, "the recipe holds" in override.output) == (2, True)
+        assert (override.exit_code, "the recipe contains" in override.output) == (2, True)
         assert text not in override.output
-        with pytest.raises(RecipeError, match="the recipe holds"):
+        with pytest.raises(RecipeError, match="the recipe contains"):
             Recipe.parse({section: value})
 
 

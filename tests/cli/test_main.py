@@ -127,7 +127,7 @@ def test_train_leaves_a_run_directory_that_evaluate_reads(loratune: Run, recipe:
     assert "Base vs. fine-tuned" in (run / "report.html").read_text()
     code, _, err = loratune("train", recipe)
     assert code == 2
-    assert "holds a run already" in err
+    assert "already contains a run" in err
 
 
 def test_json_output_is_json_alone_on_stdout(loratune: Run, recipe: Path) -> None:

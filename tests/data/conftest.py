@@ -14,9 +14,11 @@ import trl
 from transformers import PreTrainedTokenizerBase
 
 from loratune.data.examples import Example
+from loratune.data.masking.policy import Policy
 from loratune.data.masking.render import Rendered, render
-from loratune.data.rows.conversation import Conversation, to_conversations
-from loratune.data.rows.sources import Row
+from loratune.data.rows.conversation import Conversation
+from loratune.data.rows.formats import to_conversations
+from loratune.data.rows.row import Row
 
 TRL_TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 
@@ -73,7 +75,8 @@ def rendered() -> Callable[..., Rendered]:
 
     def make(conversations: list[Conversation], tokenizer: PreTrainedTokenizerBase, **settings: Any) -> Rendered:
         defaults: dict[str, Any] = {"train_on": "assistant", "thinking": "keep", "max_length": 4096, "on_long": "error"}
-        return render(conversations, tokenizer, **{**defaults, **settings})
+        processes = settings.pop("processes", None)
+        return render(conversations, tokenizer, Policy(**{**defaults, **settings}), processes=processes)
 
     return make
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import json
 from collections.abc import Callable
@@ -12,13 +13,21 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerBase
 
+import loratune
 from loratune.data import cache as cache_module
-from loratune.data.cache import Cache, cache_key
+from loratune.data.cache import Cache, cache_key, code_files
 from loratune.data.prepare import PreparedData, prepare_data
 from loratune.recipe.recipe import DataSection
 from loratune.run.progress import NoProgress
 
 Prepare = Callable[..., PreparedData]
+
+SOURCE = Path(loratune.__file__).parent
+DECIDE_NO_TOKENS = (
+    *("recipe/recipe.py", "recipe/checks.py", "recipe/tasks.py", "recipe/yaml.py", "recipe/validation_errors.py"),
+    *("recipe/sections/", "run/"),
+)
+"""Imported by the code that prepares examples: settings, whose values are in the key, and the ground."""
 
 
 class Heard(NoProgress):
@@ -131,6 +140,44 @@ def test_another_template_or_tokenizer_misses(prepared: Prepare, smollm2_tokeniz
     for tokenizer in (template, vocabulary):
         assert not prepared(tokenizer=tokenizer).cached
         assert prepared(tokenizer=tokenizer).cached
+
+
+def imported_by(file: Path) -> set[Path]:
+    """The modules of loratune that a module imports anywhere in it, but for their packages' `__init__`."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.update([node.module, *(f"{node.module}.{alias.name}" for alias in node.names)])
+    files = (SOURCE.joinpath(*name.split(".")[1:]).with_suffix(".py") for name in names if name.startswith("loratune."))
+    return {path for path in files if path.is_file()}
+
+
+def test_every_module_that_decides_tokens_or_masks_is_part_of_the_key() -> None:
+    found: set[Path] = set()
+    waiting = {SOURCE / "data" / "prepare.py", SOURCE / "data" / "masking" / "worker.py"}
+    while waiting:
+        file = waiting.pop()
+        found.add(file)
+        if not str(file.relative_to(SOURCE)).startswith(DECIDE_NO_TOKENS):
+            waiting |= imported_by(file) - found
+    deciding = {file for file in found if not str(file.relative_to(SOURCE)).startswith(DECIDE_NO_TOKENS)}
+    assert SOURCE / "recipe" / "roles.py" in deciding, "it says which roles are trained"
+    assert SOURCE / "data" / "masking" / "token_labels.py" in deciding
+    assert deciding <= set(code_files())
+
+
+@pytest.mark.parametrize("name", ["data/masking/policy.py", "recipe/roles.py"])
+def test_a_change_of_the_code_changes_the_key(
+    name: str, smollm2_tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    before = cache_key(smollm2_tokenizer, {})
+    changed = tmp_path / "changed.py"
+    changed.write_text((SOURCE / name).read_text(encoding="utf-8") + "\n# another line\n", encoding="utf-8")
+    files = [changed if file == SOURCE / name else file for file in code_files()]
+    monkeypatch.setattr(cache_module, "code_files", lambda: files)
+    assert cache_key(smollm2_tokenizer, {}) != before
 
 
 def test_other_code_or_another_version_of_a_library_misses(

@@ -10,11 +10,14 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from loratune.data.findings import Finding, PromptCheck, check_conversations, check_prompts, histogram, scripts
+from loratune.data.findings import Finding, check_conversations
 from loratune.data.masking.render import Rendered
 from loratune.data.prepare import PreparedData, prepare_data
-from loratune.data.rows.conversation import Conversation, Origin, to_conversations
-from loratune.data.rows.sources import Row
+from loratune.data.prompt_checks import PromptCheck, check_prompts
+from loratune.data.rows.conversation import Conversation, Origin
+from loratune.data.rows.formats import to_conversations
+from loratune.data.rows.row import Row
+from loratune.data.statistics import histogram, scripts
 from loratune.recipe.recipe import DataSection
 
 WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
@@ -112,7 +115,7 @@ def test_an_overlap_duplicates_and_a_cut_answer_are_found_with_their_lines(
 
     train = data.report["train"]
     assert found(data) == [("cut", 3)]
-    assert train["findings"][0]["what"] == "cut at 80 tokens, inside an answer, which loses its stop token"
+    assert train["findings"][0]["what"] == "truncated at 80 tokens, inside an answer, which loses its stop token"
     assert [[place["line"] for place in group] for group in train["duplicate_rows"]] == [[2, 4, 5]]
     assert [(pair["eval"]["line"], pair["train"][0]["line"]) for pair in data.report["overlap"]] == [(2, 6)]
     assert [(pair["eval"]["line"], pair["train"]["line"]) for pair in data.report["shared_prompts"]] == [(3, 2)]
@@ -120,7 +123,7 @@ def test_an_overlap_duplicates_and_a_cut_answer_are_found_with_their_lines(
     for words in (
         "2 of 6 training conversations are exact duplicates: line 2 = line 4 = line 5.",
         "line 2 = training line 6",
-        "train.jsonl:3 (cut at 80 tokens",
+        "train.jsonl:3 (truncated at 80 tokens",
         "1 held-out conversation has the same prompt as a training conversation, with another answer",
     ):
         assert words in notices
@@ -138,7 +141,7 @@ def test_answers_lost_behind_the_cut_are_counted(checked: Callable[..., Prepared
 
     data = checked([{"messages": turns}], max_length=80)
 
-    assert data.report["train"]["findings"][0]["what"] == "cut at 80 tokens: 1 of 2 answers are missing"
+    assert data.report["train"]["findings"][0]["what"] == "truncated at 80 tokens: 1 of 2 answers are missing"
 
 
 def test_what_was_left_out_for_its_length_is_named(checked: Callable[..., PreparedData]) -> None:
@@ -199,6 +202,6 @@ def test_the_histogram_has_every_example_in_one_bin() -> None:
 
 
 def test_scripts_are_shares_of_letters() -> None:
-    shares = scripts(conversations(chat("да!", "abcdef, 12"), chat("日本", "ok")))
+    shares = scripts(["да!", "abcdef, 12", "日本", "ok"])
 
     assert shares == {"LATIN": pytest.approx(8 / 12, abs=1e-4), "CYRILLIC": 0.1667, "CJK": 0.1667}

@@ -59,7 +59,7 @@ def test_eva_says_how_many_tokens_it_needs_and_puts_as_many_into_each_batch() ->
 @pytest.mark.parametrize("variant", ["pissa", "eva", "loftq"])
 def test_a_beginning_and_an_adapter_to_begin_with_contradict_each_other(variant: str, tiny_recipe: MakeRecipe) -> None:
     settings = {"lora__variant": variant, "lora__start_from": "elsewhere"}
-    with pytest.raises(RecipeError, match=r"decides how A and B begin, but lora\.start_from"):
+    with pytest.raises(RecipeError, match=r"initializes A and B, but lora\.start_from"):
         tiny_recipe(**settings)
 
 

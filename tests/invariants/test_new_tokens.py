@@ -197,7 +197,7 @@ def test_loss_and_gradients_are_those_of_the_stock_forward(tied: bool) -> None:
         ({"lora__new_tokens": ["x", "x"]}, "named twice"),
         ({"lora__new_tokens": ["a b"]}, "pattern"),
         ({"lora__new_tokens": ["<|a|>"], "lora__modules_to_save": ["lm_head"]}, "leave one of them out"),
-        ({"lora__new_tokens": ["<|a|>"], "lora__start_from": "elsewhere"}, "leave one of them out"),
+        ({"lora__new_tokens": ["<|a|>"], "lora__start_from": "elsewhere"}, "remove one of them"),
     ],
 )
 def test_what_cannot_be_added_is_refused(settings: dict[str, object], problem: str, tiny_recipe: MakeRecipe) -> None:

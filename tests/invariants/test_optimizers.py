@@ -204,5 +204,5 @@ def test_eight_bits_stay_near_thirty_two(tiny_recipe: MakeRecipe, tmp_path: Path
     [("modules_to_save", ["norm"]), ("new_tokens", ["<|tool|>"]), ("target_parameters", ["mlp.experts.down_proj"])],
 )
 def test_muon_is_for_the_matrices_of_an_adapter_alone(tiny_recipe: MakeRecipe, name: str, value: list[str]) -> None:
-    with pytest.raises(RecipeError, match=f"muon, which is for the adapter's matrices, but lora.{name} is given"):
+    with pytest.raises(RecipeError, match=f"muon, which trains the adapter's matrices only, but lora.{name} is set"):
         tiny_recipe(train__optimizer="muon", **{f"lora__{name}": value})

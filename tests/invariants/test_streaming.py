@@ -91,5 +91,5 @@ def test_what_cannot_be_streamed_is_refused(tiny_recipe: MakeRecipe, tmp_path: P
     rows.write_text(json.dumps([conversation(i) for i in range(9)]))
     with pytest.raises(RecipeError, match="cannot be read one by one"):
         train(tiny_recipe(data__train=str(rows), data__streaming=True))
-    with pytest.raises(RecipeError, match="takes all examples at once"):
+    with pytest.raises(RecipeError, match="needs all examples at once"):
         tiny_recipe(data__streaming=True, train__engine="trl")

@@ -81,7 +81,7 @@ def test_a_source_may_be_a_name_or_a_mapping_or_a_list(tmp_path: Path) -> None:
         ("train: 5\n", (), 1, ["train is 5"]),
         ("- a\n", (), None, ["a list"]),
         ("train:\n epochs: [\n", (), 3, ["not YAML"]),
-        ("", ("epochs=1",), None, ["'epochs=1' is no setting"]),
+        ("", ("epochs=1",), None, ["'epochs=1' is not a setting"]),
         ("", ("train.epochs",), None, ["section.field=value"]),
         ("", ("train.save_every=1.5",), None, ["save_every is 1.5"]),
         ("", ("train.schedule=inverse_sqrt",), None, ["schedule is inverse_sqrt", "warmup_fraction is 0"]),
@@ -107,19 +107,19 @@ def test_a_mistake_is_named_with_its_line_and_its_fix(
 
 WRONG = {
     "lora.rank_pattern={'*q_proj': 3}": [
-        "lora.rank_pattern: *q_proj is no regular expression: nothing to repeat",
+        "lora.rank_pattern: *q_proj is not a regular expression: nothing to repeat",
         "q_proj",
     ],
     "lora.rank_pattern={q_proj: 0}": ["lora.rank_pattern.q_proj is 0", "greater than or equal to 1"],
-    "lora.rank_pattern={q_proj: yes}": ["lora.rank_pattern is {'q_proj': True}, which is no number"],
-    "train.learning_rate_pattern={'[': 1}": ["train.learning_rate_pattern: [ is no regular expression"],
+    "lora.rank_pattern={q_proj: yes}": ["lora.rank_pattern.q_proj is true: expected a number"],
+    "train.learning_rate_pattern={'[': 1}": ["train.learning_rate_pattern: [ is not a regular expression"],
     "train.optimizer=adamW": ["train.optimizer is 'adamW'", "Did you mean adamw?"],
     "lora.variant=dorra": ["lora.variant is 'dorra'", "Did you mean dora?"],
     "task=classification": ["model.task is 'classification'", "Did you mean sequence_classification?"],
-    "train.early_stopping=yes": ["train.early_stopping is true, which is no number"],
+    "train.early_stopping=yes": ["train.early_stopping is true: expected a number"],
     "train.early_stopping=2": ["train.early_stopping is 2, but data.eval is none", "data.eval=0.1"],
     "train.average_checkpoints=1": ["train.average_checkpoints is 1", "greater than or equal to 2"],
-    "lora.new_tokens=[<|a|>, <|a|>]": ["lora.new_tokens: <|a|> is named twice", "leave one of them out"],
+    "lora.new_tokens=[<|a|>, <|a|>]": ["lora.new_tokens: <|a|> is named twice", "remove one of them"],
     "lora.modules_to_save=[norm, norm]": ["lora.modules_to_save: norm is named twice"],
     "lora.target_parameters=[a.b, a.b]": ["lora.target_parameters: a.b is named twice"],
     "lora.targets=[q_proj, q_proj]": ["lora.targets: q_proj is named twice"],
@@ -127,7 +127,7 @@ WRONG = {
     "lora.modules_to_save=['']": ["lora.modules_to_save is ''", "at least 1 character"],
     "lora.modules_to_save=lm_head": ["lora.modules_to_save is 'lm_head': Input should be a list", "[lm_head]"],
     "train.report_to=[wandb, wandb]": ["train.report_to: wandb is named twice"],
-    "data.train=[{name: a.jsonl, weight: 0}]": ["data.train.0.weight is 0", "How many times the rows"],
+    "data.train=[{name: a.jsonl, weight: 0}]": ["data.train.0.weight is 0", "How many times each row"],
     "evaluate.metric=json": ["evaluate.metric is json, but data.eval is none", "data.eval=0.1"],
 }
 
@@ -165,5 +165,5 @@ def test_the_schema_names_every_setting() -> None:
 
 @pytest.mark.parametrize("layers", ["last", "first 0", "last -1", "0", "middle 2"])
 def test_layers_are_all_or_counted_from_an_end(layers: str) -> None:
-    with pytest.raises(RecipeError, match=rf"lora\.layers is {layers}\n  fix: give all"):
+    with pytest.raises(RecipeError, match=rf"lora\.layers is {layers}\n  fix: use all"):
         Recipe.parse({"lora": {"layers": layers}})

@@ -14,7 +14,7 @@ from loratune.run.errors import MachineError, RecipeError, RunError
 def test_a_new_directory_is_made_and_a_used_one_is_not_touched(tmp_path: Path) -> None:
     run = RunDir.create(tmp_path / "run", overwrite=False)
     write_json(run.lock, {"a": 1})
-    with pytest.raises(RecipeError, match="holds a run already") as error:
+    with pytest.raises(RecipeError, match="already contains a run") as error:
         RunDir.create(tmp_path / "run", overwrite=False)
     assert "resume" in error.value.fix
     assert read_json(run.lock) == {"a": 1}
@@ -29,11 +29,11 @@ def test_what_a_kill_left_before_a_run_began_is_no_run(tmp_path: Path) -> None:
         (run.root / ".plan.json.tmp").write_text("{")
     with pytest.raises(RecipeError, match=r"no lock\.json") as error:
         RunDir.open(run.root)
-    assert "trained anew" in error.value.fix
+    assert "loratune train" in error.value.fix
     RunDir.create(tmp_path / "run", overwrite=False)
     assert not run.recipe.exists()
     (run.root / "thesis.tex").write_text("ten years of work")
-    with pytest.raises(RecipeError, match="holds a run already"):
+    with pytest.raises(RecipeError, match="already contains a run"):
         RunDir.create(tmp_path / "run", overwrite=False)
 
 
@@ -47,7 +47,7 @@ def test_a_directory_of_something_else_is_never_overwritten(tmp_path: Path) -> N
 def test_a_run_that_another_process_uses_is_refused(tmp_path: Path) -> None:
     run = RunDir.create(tmp_path / "run", overwrite=False)
     code = (
-        "import sys; from loratune.run import RunDir; from pathlib import Path\n"
+        "import sys; from loratune.run.directory import RunDir; from pathlib import Path\n"
         "with RunDir(Path(sys.argv[1])).exclusive(): print('in', flush=True); sys.stdin.read()"
     )
     with subprocess.Popen(

@@ -1,4 +1,4 @@
-"""What processes of a run say to each other, and what a launcher's environment has to say."""
+"""How the processes of a run communicate, and what a launcher's environment says."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from loratune.run.errors import RecipeError
 
 ALONE = """
 import sys
-from loratune import world
-from loratune.shell import in_the_shell
-from loratune.errors import DataError
-with in_the_shell(False, together=True):
-    assert world.gather(world.rank()) == [0, 1]
-    if world.rank() == 1:
+from loratune.cli.shell import command_context
+from loratune.run import processes
+from loratune.run.errors import DataError
+with command_context(False, together=True):
+    assert processes.gather(processes.rank()) == [0, 1]
+    if processes.rank() == 1:
         raise DataError("a row that only this process sees", file="train.jsonl", line=7)
-    world.gather(None)
+    processes.gather(None)
 """
 
 
@@ -39,7 +39,7 @@ def test_an_error_of_one_process_is_told_once_with_its_number_and_ends_the_other
     assert done.stderr.count("DataError") == 1
     assert "DataError process 1: train.jsonl:7: a row that only this process sees" in done.stderr
     assert "exitcode  : 3" in done.stderr, "torchrun reports it"
-    assert "LostError" not in done.stderr
+    assert "LostPeerError" not in done.stderr
 
 
 def test_one_process_asks_the_same_questions(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,7 +59,7 @@ def test_srun_says_who_a_process_is_and_a_batch_script_does_not(monkeypatch: pyt
     monkeypatch.setenv("SLURM_STEP_ID", "0")
     assert processes.is_launched()
     assert processes.rank() == 3
-    with pytest.raises(RecipeError, match="MASTER_ADDR and MASTER_PORT not in the environment"):
+    with pytest.raises(RecipeError, match="lacks MASTER_ADDR and MASTER_PORT"):
         processes.start()
 
 

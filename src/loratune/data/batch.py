@@ -18,12 +18,12 @@ class MicroBatch:
     Attributes:
         input_ids: int64 [1, T].
         position_ids: int64 [1, T], restarting at 0 with each example.
-        boundaries: int32 [E + 1]; example e occupies tokens boundaries[e] to boundaries[e + 1].
+        boundaries: int32 [E + 1]; example e occupies tokens boundaries[e] to boundaries[e + 1] - 1.
         max_length: Tokens of the longest example.
         predictors: int64 [S]; the positions whose output predicts a supervised token.
-        targets: int64 [S]; those supervised tokens.
+        targets: int64 [S]; these supervised tokens.
         labels: int64 [E]; the classes of labelled examples, else None.
-        token_types: int64 [1, T]; which text of a pair a token is of, where the tokenizer says so, else None.
+        token_types: int64 [1, T]; which text of a pair each token belongs to, if the tokenizer says so, else None.
     """
 
     input_ids: torch.Tensor
@@ -44,7 +44,7 @@ class MicroBatch:
         return self.targets.shape[0]
 
     def to(self, device: torch.device) -> MicroBatch:
-        """The same on another device."""
+        """Return the micro-batch on another device."""
         return MicroBatch(
             input_ids=self.input_ids.to(device, non_blocking=True),
             position_ids=self.position_ids.to(device, non_blocking=True),
@@ -58,15 +58,14 @@ class MicroBatch:
 
 
 def num_supervised(example: Example) -> int:
-    """Tokens of an example that carry loss. The first token is predicted from nothing, so it never does. Of a labelled example it
-    is the label alone: 1."""
+    """Count the tokens of an example that carry loss; 1 for a labelled example, its label."""
     if isinstance(example, LabelledExample):
         return 1
-    return int(example.supervised[1:].sum())
+    return int(example.supervised[1:].sum())  # nothing predicts the first token
 
 
 def collate(examples: Sequence[Example]) -> MicroBatch:
-    """Lay examples end to end.
+    """Lay examples end to end in one micro-batch.
 
     >>> # two examples [a b c] and [x y]; b, c and y are supervised
     >>> # input_ids    a b c x y      position_ids  0 1 2 0 1      boundaries  0 3 5
@@ -90,7 +89,7 @@ def collate(examples: Sequence[Example]) -> MicroBatch:
 
 
 def _classes(examples: Sequence[Example]) -> dict[str, torch.Tensor]:
-    """What labelled examples have beside."""
+    """Return the labels and token types of labelled examples."""
     labelled = [example for example in examples if isinstance(example, LabelledExample)]
     if not labelled:
         return {}

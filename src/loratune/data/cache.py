@@ -1,8 +1,8 @@
-"""Prepared examples on disk, found again by a fingerprint of everything that decides them.
+"""A cache of prepared examples on disk, keyed by a fingerprint of everything that decides them.
 
-An entry is one safetensors file, `KEY.safetensors`: tensors, and the SHA-256 of their bytes, which is checked on reading.
-It is written under another name and renamed, so other processes see it whole or not at all. Nothing here may stop a run:
-what cannot be read is made again, what cannot be written is not kept, and both are said aloud.
+An entry is one safetensors file, `KEY.safetensors`: tensors, and the SHA-256 of their bytes, which is checked on
+reading. It is written under another name and renamed, so other processes see all of it or nothing. The cache never
+stops a run: an unreadable entry is made again, one that cannot be written is not kept, and both are reported.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ if TYPE_CHECKING:
 Arrays = dict[str, npt.NDArray[Any]]
 
 LIMIT_BYTES = 8 * 2**30
-"""The entries that were not used for the longest time are deleted when all together are larger."""
+"""Maximum size of all entries; the least recently used are deleted first."""
 
-_ABANDONED_SECONDS = 24 * 3600  # a file that a crashed process never finished
+_ABANDONED_SECONDS = 24 * 3600  # age of a temporary file that a crashed process left
 _PACKAGES = ("tokenizers", "transformers", "jinja2", "numpy")
 
 
 def cache_key(tokenizer: PreTrainedTokenizerBase, settings: dict[str, Any]) -> str:
-    """A fingerprint of the tokenizer with its template, of the code that prepares, and of `settings`.
+    """Return a fingerprint of the tokenizer with its template, the code that prepares data, and `settings`.
 
     Args:
-        tokenizer: Of the base model.
-        settings: As JSON: the policy, and the fingerprints of the data.
+        tokenizer: The tokenizer of the base model.
+        settings: The policy and the fingerprints of the data, as JSON.
     """
     parts = {
         "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
@@ -62,20 +62,25 @@ def _writes_date(tokenizer: PreTrainedTokenizerBase) -> bool:
     return "strftime_now" in str(tokenizer.chat_template)
 
 
+def code_files() -> list[Path]:
+    """Return all source files that decide an example's tokens and mask."""
+    # `roles` turns the recipe's `train_on` into roles; every other setting is part of the key by its value.
+    return [*sorted(Path(__file__).parent.rglob("*.py")), Path(roles.__file__)]
+
+
 def _code() -> str:
-    """Return the SHA-256 of all source files that decide what an example's tokens and mask are."""
     digest = hashlib.sha256()
-    for path in [*sorted(Path(__file__).parent.rglob("*.py")), Path(roles.__file__)]:
+    for path in code_files():
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
 class Cache:
-    """The entries in one folder.
+    """A cache in one folder.
 
     Args:
-        folder: Made when first written to.
-        progress: Who is told of what went wrong.
+        folder: The folder; created when first written to.
+        progress: Receives warnings.
     """
 
     def __init__(self, folder: Path, progress: Progress) -> None:
@@ -83,30 +88,30 @@ class Cache:
         self._progress = progress
 
     def path(self, key: str) -> Path:
-        """Where an entry is, or would be."""
+        """Return where an entry is, or would be."""
         return self._folder / f"{key}.safetensors"
 
     def load(self, key: str) -> Arrays | None:
-        """The arrays that were stored under this key; None where there are none, or they are damaged."""
+        """Return the arrays stored under this key; None if there are none, or they are damaged."""
         path = self.path(key)
         try:
             with safe_open(path, framework="np") as stream:
-                arrays = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118 - no dictionary
+                arrays = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118 - not a dictionary
                 expected = (stream.metadata() or {}).get("sha256")
         except FileNotFoundError:
             return None
         except (OSError, SafetensorError) as error:
-            self._tell_damage(path, str(error))
+            self._warn_damaged(path, str(error))
             return None
         if _digest(arrays) != expected:
-            self._tell_damage(path, "its checksum is wrong")
+            self._warn_damaged(path, "its checksum is wrong")
             return None
         with contextlib.suppress(OSError):  # it may be read-only
-            os.utime(path)  # used now
+            os.utime(path)  # marks it as recently used
         return arrays
 
     def store(self, key: str, arrays: Arrays) -> None:
-        """Keep arrays under a key, and delete what was not used for long where there is too much."""
+        """Store arrays under a key, and delete the least recently used entries above the size limit."""
         temporary: Path | None = None
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -117,12 +122,12 @@ class Cache:
             temporary.replace(self.path(key))
             self._shrink()
         except (OSError, SafetensorError) as error:
-            self._progress.warn(f"the prepared examples are not kept in {self._folder}: {error}")
+            self._progress.warn(f"the prepared examples could not be cached in {self._folder}: {error}")
             if temporary is not None:
                 temporary.unlink(missing_ok=True)
 
-    def _tell_damage(self, path: Path, reason: str) -> None:
-        self._progress.warn(f"cached examples are damaged and made again: {path}: {reason}")
+    def _warn_damaged(self, path: Path, reason: str) -> None:
+        self._progress.warn(f"cached examples are damaged and will be prepared again: {path}: {reason}")
 
     def _shrink(self) -> None:
         now = time.time()
@@ -130,7 +135,7 @@ class Cache:
         for path in self._folder.iterdir():
             try:
                 status = path.stat()
-            except FileNotFoundError:  # another process was first
+            except FileNotFoundError:  # another process deleted it
                 continue
             if path.suffix == ".safetensors":
                 entries.append((status.st_mtime, status.st_size, path))

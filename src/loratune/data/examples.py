@@ -1,4 +1,4 @@
-"""What training sees of one row: its tokens, and which of them carry loss or which class it has."""
+"""An example: the tokens of one row, and which of them carry loss or which class the row has."""
 
 from __future__ import annotations
 
@@ -9,32 +9,32 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from loratune.data.rows.conversation import Origin
+from loratune.data.rows.row import Origin
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Example:
-    """One tokenised conversation."""
+    """One tokenized conversation."""
 
     input_ids: npt.NDArray[np.int32]
     """[T]"""
     supervised: npt.NDArray[np.bool_]
-    """[T] Whether token t carries loss; it is predicted from the tokens before it, so position 0 never does."""
+    """[T] Whether token t carries loss. It is predicted from the tokens before it, so token 0 never does."""
     origin: Origin
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class LabelledExample(Example):
-    """One tokenised text and its class. None of its tokens carries loss: the class does."""
+    """One tokenized text and its class. The class carries loss, none of the tokens does."""
 
     label: int
-    """The number of the class."""
+    """Index of the class."""
     name: str
-    """Its name."""
+    """Name of the class."""
     token_types: npt.NDArray[np.int8] | None
-    """[T] 0 and 1 for the two texts of a pair, where the tokenizer tells them apart."""
+    """[T] 0 and 1 for the two texts of a pair, if the tokenizer distinguishes them."""
     texts: tuple[str, ...]
-    """What was tokenised: one text, or the two of a pair."""
+    """The text, or the two texts of a pair."""
 
 
 def labels_fingerprint(examples: Sequence[Example]) -> str:

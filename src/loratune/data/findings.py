@@ -1,25 +1,26 @@
 """Rows that look wrong, found before they are trained on, each with its file and line.
 
-None of these stops a run: a row that cannot be trained on is refused elsewhere. These can be trained on, and probably
+None of these stops a run: rows that cannot be trained on are rejected elsewhere. These can be trained on, but probably
 should not be.
 """
 
 from __future__ import annotations
 
 import re
-import unicodedata
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from loratune.data.examples import Example
-from loratune.data.masking.render import Thinking, trained_turns
+from loratune.data.masking.policy import trained_turns
 from loratune.data.masking.template import ChatTemplate
-from loratune.data.prompts import render_prompts, stop_token_ids
-from loratune.data.rows.conversation import Conversation, Message, Origin
+from loratune.data.prompt_checks import PromptCheck, check_prompts, shared_prompts
+from loratune.data.prompts import stop_token_ids
+from loratune.data.rows.conversation import Conversation, Message
+from loratune.data.rows.row import Origin
+from loratune.data.statistics import histogram, scripts
 from loratune.recipe.recipe import DataSection
 from loratune.recipe.roles import TrainOn, trained_roles
 from loratune.run.errors import plural
@@ -29,21 +30,18 @@ if TYPE_CHECKING:
 
 KINDS = {
     "think_tags": "answers with unbalanced think tags",
-    "no_words": "answers without a word",
+    "no_words": "answers of punctuation only",
     "repeats_prompt": "answers that repeat the prompt",
-    "unknown_tool": "calls of tools that have no schema",
-    "broken_text": "messages with U+FFFD, which a wrong decoding leaves",
-    "cut": "conversations cut by max_length",
-    "dropped": "conversations left out for their length",
+    "unknown_tool": "calls of tools without a schema",
+    "broken_text": "messages with U+FFFD, a sign of wrong decoding",
+    "cut": "conversations truncated at max_length",
+    "dropped": "conversations dropped for their length",
 }
-"""What is looked for → in words, for people."""
-
-PROMPTS_CHECKED = 64
-"""Conversations whose prompt is compared with what was trained, spread over the data."""
+"""Kind of finding → its description."""
 
 _SHOWN = 5
 _LONG_PROMPT = 40
-"""Characters from which on an answer that starts with its whole prompt is suspicious; short ones are quoted for good reason."""
+"""Minimum characters of a prompt for an answer that starts with it to be suspicious; short prompts are often quoted."""
 _PUNCTUATION_ONLY = re.compile(r"[\s.…,;:!?*_~–—-]+")
 
 
@@ -53,7 +51,7 @@ class Finding:
 
     Attributes:
         kind: A key of `KINDS`.
-        origin: Where it stands.
+        origin: Where the row was read.
         what: What is wrong with it, with the value.
     """
 
@@ -62,42 +60,8 @@ class Finding:
     what: str
 
     def as_record(self) -> dict[str, Any]:
-        """For `data.json`."""
-        return {"kind": self.kind, "file": self.origin.file, "line": self.origin.line, "what": self.what}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PromptCheck:
-    """The tokens before trained answers against those that a server would send.
-
-    Attributes:
-        checked: Conversations compared.
-        header: Those that differ in what starts the answer.
-        history: Those that differ earlier, such as in the thoughts of earlier answers.
-        boundary: Those of the same text in other tokens: the tokenizer joins the prompt's end with the answer's start.
-        origin: The first that differs in text.
-        trained: What stands there in training, from the first difference on.
-        served: What a server would send instead.
-    """
-
-    checked: int = 0
-    header: int = 0
-    history: int = 0
-    boundary: int = 0
-    origin: Origin | None = None
-    trained: str = ""
-    served: str = ""
-
-    def as_record(self) -> dict[str, Any]:
-        """For `data.json`."""
-        place = {} if self.origin is None else {"file": self.origin.file, "line": self.origin.line}
-        counts = {
-            "checked": self.checked,
-            "header_differs": self.header,
-            "history_differs": self.history,
-            "boundary_differs": self.boundary,
-        }
-        return {**counts, **place, "trained": self.trained, "served": self.served}
+        """Return the finding as `data.json` holds it."""
+        return {"kind": self.kind, **self.origin.as_record(), "what": self.what}
 
 
 def add_checks(
@@ -108,14 +72,14 @@ def add_checks(
     train: tuple[Sequence[Example], Sequence[Conversation]],
     evaluation: tuple[Sequence[Example], Sequence[Conversation]],
 ) -> None:
-    """Add to the data report: histograms, scripts, findings, shared prompts, and the comparison of prompts.
+    """Add histograms, scripts, findings, shared prompts and the comparison of prompts to the data report.
 
     Args:
         report: The data report; its notices get a line for each kind of finding.
-        section: Of the recipe.
-        tokenizer: Of the base model.
-        train: The examples, and all valid conversations, also those that became no example.
-        evaluation: The same of the held-out data; empty where there is none.
+        section: The recipe's data section.
+        tokenizer: The tokenizer of the base model.
+        train: The examples, and all valid conversations, including those that became no example.
+        evaluation: The same for the held-out data; empty if there is none.
     """
     for side, (examples, conversations) in (("train", train), ("eval", evaluation)):
         if not examples:
@@ -126,15 +90,15 @@ def add_checks(
         )
         part = report[side]
         part["length"] = {**part["length"], "histogram": histogram([len(example.input_ids) for example in examples])}
-        part["scripts"] = scripts(conversations)
+        part["scripts"] = scripts(list(_all_text(conversations)))
         part["findings"] = [finding.as_record() for finding in findings]
         report["notices"] += findings_in_words(findings, side)
     shared = shared_prompts(train[1], evaluation[1])
-    report["shared_prompts"] = [{"eval": _place(one), "train": _place(other)} for one, other in shared]
+    report["shared_prompts"] = [{"eval": one.as_record(), "train": other.as_record()} for one, other in shared]
     if shared:
         report["notices"].append(
-            f"{plural(len(shared), 'held-out conversation has', 'held-out conversations have')} the same prompt as a training conversation, with another answer: "
-            f"{places([one for one, _ in shared])}."
+            f"{plural(len(shared), 'held-out conversation has', 'held-out conversations have')} the same prompt as a "
+            f"training conversation, with another answer: {places([one for one, _ in shared])}."
         )
     asks = section.train_on == "all" or "assistant" in trained_roles(section.train_on)
     check = check_prompts(*train, tokenizer, thinking=section.thinking) if asks else PromptCheck()
@@ -142,11 +106,11 @@ def add_checks(
 
 
 def check_conversations(conversations: Iterable[Conversation], tokenizer: PreTrainedTokenizerBase) -> list[Finding]:
-    """What looks wrong in the texts, in the order of the rows.
+    """Find what looks wrong in the texts, in the order of the rows.
 
     Args:
-        conversations: Validated conversations. A row that a weight repeats is named once.
-        tokenizer: Whose chat template says whether answers may start inside their thoughts.
+        conversations: Validated conversations. A row that a weight repeats is reported once.
+        tokenizer: The tokenizer; its chat template decides whether answers may start inside their thoughts.
     """
     opened = bool(tokenizer.chat_template) and ChatTemplate(tokenizer).opens_thoughts
     found = dict.fromkeys(
@@ -166,14 +130,14 @@ def check_lengths(
     report: dict[str, Any],
     side: str,
 ) -> list[Finding]:
-    """Which conversations `max_length` cut or left out.
+    """Find the conversations that `max_length` truncated or dropped.
 
     Args:
-        examples: What became of the conversations.
-        conversations: All of them.
-        tokenizer: Knows the stop tokens.
-        train_on: Of the recipe.
-        report: Of `prepare_data`; says how many there are. Where there are none, nothing is looked for.
+        examples: The examples made of the conversations.
+        conversations: All valid conversations.
+        tokenizer: The tokenizer, for the stop tokens.
+        train_on: The recipe's `data.train_on`.
+        report: The data report, with the number of truncated and dropped conversations.
         side: `train` or `eval`.
     """
     part, max_length = report[side], report["max_length"]
@@ -200,108 +164,8 @@ def check_lengths(
     return list(dict.fromkeys(found))
 
 
-def shared_prompts(train: Sequence[Conversation], evaluation: Sequence[Conversation]) -> list[tuple[Origin, Origin]]:
-    """Held-out conversations whose messages before the last answer also stand in the training data, and where.
-
-    Those that stand there with their answer are left out: `report["overlap"]` has them.
-    """
-    if not evaluation:
-        return []
-    prompts: dict[str, tuple[Origin, set[str]]] = {}
-    for conversation in train:
-        if conversation.messages:
-            prompt, answer = _prompt_and_answer(conversation)
-            prompts.setdefault(prompt, (conversation.origin, set()))[1].add(answer)
-    shared = []
-    for conversation in evaluation:
-        if conversation.messages:
-            prompt, answer = _prompt_and_answer(conversation)
-            origin, answers = prompts.get(prompt, (None, set[str]()))
-            if origin is not None and answer not in answers:
-                shared.append((conversation.origin, origin))
-    return shared
-
-
-def check_prompts(
-    examples: Sequence[Example],
-    conversations: Sequence[Conversation],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    thinking: Thinking,
-) -> PromptCheck:
-    """Whether the model will be asked in the way in which it was trained to answer.
-
-    The prompt of the last answer, as the template writes it for a server, must be what training has before that answer,
-    token for token. A sample of conversations is compared.
-    """
-    by_origin = {example.origin: example for example in examples}
-    asked = [c for c in conversations if c.messages and c.messages[-1]["role"] == "assistant" and c.origin in by_origin]
-    asked = asked[:: max(1, len(asked) // PROMPTS_CHECKED)][:PROMPTS_CHECKED]
-    if not asked:
-        return PromptCheck()
-    header = len(tokenizer(ChatTemplate(tokenizer).header, add_special_tokens=False)["input_ids"])
-    checked, counts, first = 0, Counter[str](), PromptCheck()
-    for prompt in render_prompts(asked, tokenizer, thinking=thinking):
-        trained, served = by_origin[prompt.origin].input_ids, np.array(prompt.input_ids)
-        if len(trained) <= len(served):  # cut before its last answer
-            continue
-        checked += 1
-        differs = np.flatnonzero(trained[: len(served)] != served)
-        if not len(differs):
-            continue
-        at = int(differs[0])
-        shown = slice(max(0, at - 1), at + 12)
-        texts = str(tokenizer.decode(trained[shown])), str(tokenizer.decode(served[shown]))
-        if texts[0].startswith(texts[1]) and not texts[1].rstrip().endswith("<think>"):
-            counts["boundary"] += 1
-            continue
-        if first.origin is None:
-            first = PromptCheck(origin=prompt.origin, trained=texts[0], served=texts[1])
-        counts["header" if at >= len(served) - header else "history"] += 1
-    return replace(
-        first, checked=checked, header=counts["header"], history=counts["history"], boundary=counts["boundary"]
-    )
-
-
-def histogram(lengths: Sequence[int], *, most: int = 12) -> dict[str, list[int]]:
-    """How many lengths lie from each edge up to, not including, the next.
-
-    The bins are of one width: 1, 2 or 5 times a power of ten.
-
-    Args:
-        lengths: Tokens of each example.
-        most: The most bins.
-    """
-    shortest, longest = min(lengths), max(lengths)
-    widths = (digit * 10**power for power in range(12) for digit in (1, 2, 5))
-    width = next(width for width in widths if longest // width - shortest // width < most)
-    first = shortest // width
-    counts = np.bincount(np.asarray(lengths) // width - first)
-    return {"edges": [(first + n) * width for n in range(len(counts) + 1)], "counts": counts.tolist()}
-
-
-def scripts(conversations: Sequence[Conversation]) -> dict[str, float]:
-    """The share of each script among the letters of all messages, the largest first; under 0.1 % is left out.
-
-    A script is the first word of a letter's Unicode name: `LATIN`, `CYRILLIC`, `CJK`, `HIRAGANA`, `ARABIC`, …
-    """
-    counts = np.zeros(0x110000, np.int64)
-    for start in range(0, len(conversations), 256):
-        text = "".join(_all_text(conversations[start : start + 256]))
-        codes = np.frombuffer(text.encode("utf-32-le", "replace"), np.uint32)
-        chunk = np.bincount(codes)
-        counts[: len(chunk)] += chunk
-    letters: Counter[str] = Counter()
-    for code in np.flatnonzero(counts):
-        character = chr(code)
-        if character.isalpha():
-            letters[unicodedata.name(character, "UNNAMED").partition(" ")[0]] += int(counts[code])
-    total = letters.total()
-    return {name: round(n / total, 4) for name, n in letters.most_common() if n >= total / 1000}
-
-
 def findings_in_words(findings: Sequence[Finding], side: str) -> list[str]:
-    """A line for each kind: how many, what, and where the first stand."""
+    """Return one line per kind: how many, what, and where the first were read."""
     by_kind: dict[str, list[Finding]] = {}
     for finding in findings:
         by_kind.setdefault(finding.kind, []).append(finding)
@@ -312,7 +176,7 @@ def findings_in_words(findings: Sequence[Finding], side: str) -> list[str]:
 
 
 def places(origins: Sequence[Origin], shown: int = _SHOWN) -> str:
-    """`chats.jsonl:3, :8 and 4 more`."""
+    """Return the first places in short form: `chats.jsonl:3, :8 and 4 more`."""
     parts, file = [], None
     for origin in origins[:shown]:
         parts.append(f":{origin.line}" if origin.file == file else str(origin))
@@ -346,9 +210,9 @@ def _suspicions(conversation: Conversation, *, opened: bool) -> Iterator[tuple[s
 
 
 def _unbalanced(content: str, *, opened: bool) -> str:
-    """What is wrong with the tags. A lone `</think>` is right where the template's prompt opens the thoughts."""
+    """Describe what is wrong with the tags; empty if nothing is."""
     opening, closing = content.count("<think>"), content.count("</think>")
-    if (opening, closing) == (0, 1) and opened:
+    if (opening, closing) == (0, 1) and opened:  # the template's prompt opens the thoughts
         return ""
     if opening != closing:
         return f"has {opening} <think> and {closing} </think>"
@@ -377,10 +241,10 @@ def _num_answers(conversation: Conversation, train_on: TrainOn) -> int:
 
 
 def _cut(example: Example, stops: np.ndarray, num_answers: int, train_on: TrainOn, *, surely: bool) -> str:
-    """What is missing of an example of exactly `max_length` tokens; empty where it is whole."""
+    """Describe what is missing from an example of exactly `max_length` tokens; empty if nothing is."""
     ends = example.supervised & np.isin(example.input_ids, stops)
-    length = f"cut at {len(example.input_ids):,} tokens"
-    if train_on == "all" or trained_roles(train_on) != ("assistant",):  # others may end without a stop token
+    length = f"truncated at {len(example.input_ids):,} tokens"
+    if train_on == "all" or trained_roles(train_on) != ("assistant",):  # other messages may end without a stop token
         return length if surely else f"{length}, or exactly that long"
     inside = bool(example.supervised[-1] and not ends[-1])
     missing = num_answers - int(ends.sum())
@@ -394,12 +258,3 @@ def _all_text(conversations: Sequence[Conversation]) -> Iterator[str]:
         yield conversation.text or ""
         for message in conversation.messages:
             yield message.get("content") or ""
-
-
-def _prompt_and_answer(conversation: Conversation) -> tuple[str, str]:
-    *prompt, answer = conversation.messages
-    return repr([(message["role"], message.get("content")) for message in prompt]), repr(answer)
-
-
-def _place(origin: Origin) -> dict[str, Any]:
-    return {"file": origin.file, "line": origin.line}

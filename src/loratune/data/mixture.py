@@ -1,4 +1,4 @@
-"""Which of several sources the examples come from."""
+"""The data mixture: which of several sources the examples come from."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from loratune.data.examples import Example
 
 
 def held_out_groups(examples: Sequence[Example], report: dict[str, Any]) -> dict[str, list[int]]:
-    """Source → the numbers of its held-out examples. Those that are a part of the training data have its sources.
+    """Return source → the numbers of its held-out examples; examples held out from training data have its sources.
 
     Args:
         examples: Held-out examples.
         report: The data report.
 
     Returns:
-        Nothing where there is one source, or none.
+        Empty if there are fewer than two sources.
     """
     if not examples:
         return {}
@@ -27,18 +27,18 @@ def held_out_groups(examples: Sequence[Example], report: dict[str, Any]) -> dict
 
 
 def source_of_file(report: dict[str, Any]) -> dict[str, str]:
-    """File → the source that training examples of it count for; nothing where there is one source."""
+    """Return file → source of the training examples; empty if there is only one source."""
     found = _of_file(report["train"]["sources"])
     return found if len(set(found.values())) > 1 else {}
 
 
 def mixture(examples: Sequence[Example], report: dict[str, Any], scale: float) -> list[dict[str, Any]]:
-    """What an epoch has of each training source: examples, tokens, and tokens that carry loss.
+    """Return what an epoch has of each training source: examples, tokens, and tokens that carry loss.
 
     Args:
-        examples: Training examples, each as often as its source's weight repeats it; of streamed data, a sample.
+        examples: Training examples, repeated by the weights of their sources; of streamed data, a sample.
         report: The data report.
-        scale: Training examples for each one given.
+        scale: Training examples per example in `examples`.
     """
     weights: dict[str, float] = {}
     for source in report["train"]["sources"]:
@@ -56,7 +56,7 @@ def mixture(examples: Sequence[Example], report: dict[str, Any], scale: float) -
 
 
 def _groups(examples: Sequence[Example], sources: Sequence[dict[str, Any]]) -> dict[str, list[int]]:
-    """In the order of the sources."""
+    """Return source → example numbers, in the order of the sources."""
     of_file = _of_file(sources)
     found: dict[str, list[int]] = {_name(source): [] for source in sources}
     for number, example in enumerate(examples):
@@ -65,7 +65,7 @@ def _groups(examples: Sequence[Example], sources: Sequence[dict[str, Any]]) -> d
 
 
 def _of_file(sources: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """File → source; one that several name is the first one's."""
+    """Return file → source; a file of several sources belongs to the first."""
     of_file: dict[str, str] = {}
     for source in sources:
         for file in source["sha256"]:

@@ -1,4 +1,4 @@
-"""Show examples as training will see them: every token, and whether it is trained, from the tensors themselves."""
+"""The preview of examples as training will see them: every token, and whether it is trained, from the tensors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MAX_TOKENS = 400
-"""Tokens shown of one example."""
+"""Maximum tokens shown of one example."""
 
 _TRAINED, _CONTEXT = "green", "dim"
 _SPECIAL, _STOP = "bold", "bold underline"
@@ -47,7 +47,7 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.6 ui-monospac
 </style>
 <h1>{{ title }}</h1>
 <p><span class="trained">trained</span>, <span class="special">special token</span>,
-<span class="trained special stop">stop token that is trained</span>; the rest is read, not trained.</p>
+<span class="trained special stop">trained stop token</span>; everything else is context, not trained.</p>
 {% for name, pieces in examples %}
 <h2>{{ name }}</h2>
 <pre>
@@ -73,25 +73,25 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preview:
-    """A rich renderable: in colour where there is colour, else with ⟦brackets⟧ around what is trained."""
+    """A rich renderable: in color if the console has it, else with ⟦brackets⟧ around trained tokens."""
 
     titles: tuple[str, ...]
     pieces: tuple[tuple[Piece, ...], ...]
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """Print for this console."""
+        """Render for this console."""
         if console.color_system is None or console.no_color:
             yield Text(self.plain())
         else:
-            yield self.coloured()
+            yield self.colored()
 
     @property
     def _trains_tokens(self) -> bool:
-        """Whether any token is trained, which of labelled texts none is."""
+        """Whether any token is trained; none is in labelled texts."""
         return any(piece.trained for pieces in self.pieces for piece in pieces)
 
     def as_record(self) -> dict[str, Any]:
-        """`preview.json`: each example's title, and its pieces in order."""
+        """Return what `preview.json` holds: each example's title, and its pieces in order."""
         return {
             "examples": [
                 {"title": title, "pieces": [piece._asdict() for piece in pieces]}
@@ -99,8 +99,8 @@ class Preview:
             ]
         }
 
-    def coloured(self) -> Group:
-        """Trained tokens green, the rest dim, special tokens bold, the stop token underlined."""
+    def colored(self) -> Group:
+        """Return the preview with trained tokens green, others dim, special tokens bold, stop tokens underlined."""
         parts = [
             Text.assemble(
                 (_TRAINED, _TRAINED), ": trained  ", ("grey", _CONTEXT), ": not trained  ", ("stop token", _STOP)
@@ -111,7 +111,7 @@ class Preview:
         return Group(*parts)
 
     def html(self, *, title: str) -> str:
-        """The same as one page: no scripts, nothing from elsewhere, all text escaped."""
+        """Return the preview as one self-contained page: no scripts, no external files, all text escaped."""
         from jinja2 import Environment
 
         environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
@@ -119,20 +119,20 @@ class Preview:
         return environment.from_string(_PAGE).render(title=title, examples=list(examples))
 
     def plain(self) -> str:
-        """The same without colour."""
-        lines = [f"{_OPEN}trained{_CLOSE}; the rest is not; • after a trained stop token"][: self._trains_tokens]
+        """Return the preview as plain text."""
+        lines = [f"{_OPEN} {_CLOSE} = trained tokens, • = trained stop token"][: self._trains_tokens]
         for title, pieces in zip(self.titles, self.pieces, strict=True):
             lines += [f"\n{title}", "".join(_bracketed(pieces))]
         return "\n".join(lines)
 
 
 def preview(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, count: int) -> Preview:
-    """Show the first examples, token by token.
+    """Return a preview of the first examples, token by token.
 
     Args:
-        examples: As training will use them.
-        tokenizer: Turns the ids back into text.
-        count: How many to show.
+        examples: The examples as training will use them.
+        tokenizer: The tokenizer, to decode the ids.
+        count: How many examples to show.
     """
     labelled = any(isinstance(example, LabelledExample) for example in examples[:count])
     stops = set() if labelled else set(stop_token_ids(tokenizer))
@@ -149,7 +149,7 @@ def preview(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, cou
 def _title(example: Example) -> str:
     length, trained = len(example.input_ids), int(example.supervised.sum())
     if isinstance(example, LabelledExample):
-        return f"{example.origin}: {length} tokens, of the class {example.name}"
+        return f"{example.origin}: {length} tokens, class {example.name}"
     return f"{example.origin}: {length} tokens, {trained} trained ({trained / length:.0%})"
 
 
@@ -175,10 +175,10 @@ def _pieces(
 
 
 def _style(piece: Piece) -> str:
-    colour = _TRAINED if piece.trained else _CONTEXT
+    color = _TRAINED if piece.trained else _CONTEXT
     if piece.stop:
-        return f"{_STOP} {colour}"
-    return f"{_SPECIAL} {colour}" if piece.special else colour
+        return f"{_STOP} {color}"
+    return f"{_SPECIAL} {color}" if piece.special else color
 
 
 def _bracketed(pieces: Sequence[Piece]) -> Iterator[str]:

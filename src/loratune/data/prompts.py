@@ -1,4 +1,4 @@
-"""What a server would send to the model, and what ends its answer."""
+"""The prompts that a server would send to the model, and the tokens that end its answers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from loratune.data.masking.render import Thinking, check_tool_support, trained_turns, with_thinking
+from loratune.data.masking.policy import Thinking, check_tool_support, trained_turns, with_thinking
 from loratune.data.masking.special_tokens import special_token_in
 from loratune.data.masking.template import ChatTemplate
 from loratune.data.rows.conversation import BadRow, Conversation, Message, Origin, split_thoughts
@@ -23,13 +23,13 @@ class Prompt:
 
     input_ids: list[int]
     text: str
-    """As the model reads it, with the template's tokens."""
+    """The text as the model reads it, with the template's tokens."""
     question: str
-    """What was said before the answer, for people: the messages' texts without the system's, a line each."""
+    """The messages before the answer without the system message, for people: one line each."""
     references: tuple[str, ...]
-    """The last answers of all conversations with this prompt, without their thoughts."""
+    """The last answers of all conversations with this prompt, without thoughts."""
     origin: Origin
-    """Of the first of them."""
+    """Where the first of these conversations was read."""
 
 
 def render_prompts(
@@ -39,19 +39,19 @@ def render_prompts(
     thinking: Thinking = "keep",
     limit: int | None = None,
 ) -> list[Prompt]:
-    """The prompts for the last answers: all messages before it, and the template's own generation prompt.
+    """Render the prompt of each last answer: all messages before it, and the template's own generation prompt.
 
-    Conversations without an answer, and plain text, have none and are left out. Those that are alike up to their last answer
-    have one prompt together.
+    Conversations without an answer, and plain text, are left out. Conversations that differ only in their last answer
+    share one prompt.
 
     Args:
         conversations: Validated conversations.
-        tokenizer: With a chat template.
-        thinking: `strip` removes the thoughts of earlier answers; else the template decides about them.
-        limit: How many prompts, from the first on; None: all.
+        tokenizer: A tokenizer with a chat template.
+        thinking: `strip` removes the thoughts of earlier answers; otherwise the template decides about them.
+        limit: Maximum number of prompts, counted from the first; None: all.
 
     Raises:
-        DataError: The tokenizer has no chat template, or it refuses a conversation.
+        DataError: The tokenizer has no chat template, or the template rejects a conversation.
     """
     asked = _by_prompt(conversations)[:limit]
     if not asked:
@@ -72,7 +72,7 @@ def render_prompts(
 
 
 def _by_prompt(conversations: Sequence[Conversation]) -> list[tuple[Conversation, int, tuple[str, ...]]]:
-    """Of each distinct prompt: the first conversation with it, the place of the answer, and all answers."""
+    """Return the first conversation of each distinct prompt, the index of the answer in it, and all answers."""
     found: dict[str, tuple[Conversation, int, dict[str, None]]] = {}
     for conversation in conversations:
         turns = trained_turns(conversation.messages, "last", conversation.excluded)
@@ -85,12 +85,12 @@ def _by_prompt(conversations: Sequence[Conversation]) -> list[tuple[Conversation
 
 
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """The tokens that end an answer: the template's end-of-turn tokens, and the end-of-sequence token.
+    """Return the ids of the tokens that end an answer: the template's end-of-turn and the end-of-sequence token.
 
     Raises:
-        DataError: The template ends answers with no token, or there is no stop token at all.
+        DataError: The template ends answers without a token, or there is no stop token at all.
     """
-    stops = ChatTemplate(tokenizer).stops if tokenizer.chat_template else (tokenizer.eos_token,)
+    stops = ChatTemplate(tokenizer).stop_tokens if tokenizer.chat_template else (tokenizer.eos_token,)
     known = tokenizer.get_vocab()
     ids = [known[stop] for stop in stops if stop in known]
     if not ids:
@@ -99,7 +99,7 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
 
 
 def _prompt_text(conversation: Conversation, turn: int, template: ChatTemplate, thinking: Thinking) -> tuple[str, bool]:
-    """The prompt, and whether names of special tokens in it are hidden."""
+    """Return the prompt, and whether names of special tokens in it are hidden."""
     messages, tools = conversation.messages[:turn], conversation.tools
     hidden = bool(special_token_in(conversation, template.special_text))
     try:
@@ -135,6 +135,6 @@ def _reference(message: Message) -> str:
 
 
 def longest_answer(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase) -> int:
-    """Tokens of the longest reference, with its stop token; 0 without prompts."""
+    """Return the tokens of the longest reference with its stop token; 0 without prompts."""
     references = [reference for prompt in prompts for reference in prompt.references]
     return 1 + max(map(len, tokenizer(references, add_special_tokens=False)["input_ids"])) if references else 0

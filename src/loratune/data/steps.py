@@ -1,8 +1,8 @@
-"""Which examples are in which step, rank and micro-batch: a pure function of lengths, never of what ran before.
+"""Which examples are in which step, rank and micro-batch: a pure function of lengths, independent of what ran before.
 
     EpochPlan(lengths, batch_size=8, seed=42, epoch=0, token_budget=2048)[3]   →  Step 3 of epoch 0
 
-One step is one optimizer update on `batch_size` examples. Its examples are cut into micro-batches of at most
+One step is one optimizer update on `batch_size` examples. Its examples are packed into micro-batches of at most
 `token_budget` tokens each, so memory decides how often the model is called, never what it learns. Resuming at step k
 is indexing with k.
 """
@@ -23,9 +23,9 @@ class Step:
     """The examples of one optimizer update.
 
     Attributes:
-        examples: All example numbers of the step, in the order of the epoch's shuffle.
+        examples: Numbers of all examples of the step, in the order of the epoch's shuffle.
         ranks: rank → micro-batch → example numbers. Every rank has the same number of micro-batches; a micro-batch is
-            empty only when there are fewer examples than ranks.
+            empty only if there are fewer examples than ranks.
     """
 
     examples: tuple[int, ...]
@@ -34,12 +34,13 @@ class Step:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EpochPlan:
-    """One pass over all examples, as steps that are computed when asked for.
+    """One pass over all examples, as steps that are computed on demand.
 
     Attributes:
         lengths: Tokens of each example.
-        batch_size: Examples per step, over all ranks. The last step of an epoch takes what is left.
-        seed, epoch: Decide the order.
+        batch_size: Examples per step, over all ranks. The last step of an epoch gets the remainder.
+        seed: Seed of the shuffle.
+        epoch: Number of the epoch, from 0; each has its own order.
         token_budget: Tokens per micro-batch; a longer example is a micro-batch of its own.
         world_size: Number of ranks.
     """
@@ -65,29 +66,29 @@ class EpochPlan:
 
 
 def step_examples(num_examples: int, *, batch_size: int, seed: int, epoch: int, index: int) -> tuple[int, ...]:
-    """The example numbers of a step of an epoch, whose lengths need not be known."""
+    """Return the example numbers of a step of an epoch, without their lengths."""
     order = epoch_order(num_examples, seed=seed, epoch=epoch)
     return tuple(order[index * batch_size : (index + 1) * batch_size].tolist())
 
 
 def num_steps_per_epoch(num_examples: int, batch_size: int) -> int:
-    """Optimizer steps of one epoch; the last may be smaller."""
+    """Return the optimizer steps of one epoch; the last may be smaller."""
     return -(-num_examples // batch_size)
 
 
 def num_steps(num_examples: int, batch_size: int, epochs: float) -> int:
-    """Optimizer steps of a whole run."""
+    """Return the optimizer steps of a run."""
     return math.ceil(epochs * num_steps_per_epoch(num_examples, batch_size))
 
 
 def count_occurrences(every: str | float, *, steps: int, epochs: float, at_end: bool = True) -> int:
-    """How often something with this cadence happens in a run.
+    """Count how often something with this cadence happens in a run.
 
     Args:
         every: The recipe's `eval_every`, `save_every` or `log_every`.
         steps: Optimizer steps of the run.
         epochs: Epochs of the run.
-        at_end: Whether it also happens after the last step, as evaluating and saving do.
+        at_end: Whether it also happens after the last step, like evaluation and saving.
     """
     if isinstance(every, str):
         return {"never": 0, "epoch": math.ceil(epochs)}[every]
@@ -96,7 +97,13 @@ def count_occurrences(every: str | float, *, steps: int, epochs: float, at_end: 
 
 
 def trigger_steps(every: str | float, *, steps: int, num_per_epoch: int) -> list[int]:
-    """After which steps something with this cadence happens that also happens after the last one. Arguments as in `occasions`."""
+    """Return the steps after which something with this cadence happens, including the last step.
+
+    Args:
+        every: The recipe's `eval_every` or `save_every`.
+        steps: Optimizer steps of the run.
+        num_per_epoch: Optimizer steps of one epoch.
+    """
     if every == "never":
         return []
     interval = num_per_epoch if isinstance(every, str) else math.ceil(steps * every) if every < 1 else int(every)
@@ -104,14 +111,14 @@ def trigger_steps(every: str | float, *, steps: int, num_per_epoch: int) -> list
 
 
 def step_tokens(lengths: Sequence[int], *, batch_size: int, seed: int) -> np.ndarray:
-    """Tokens of each step of the first epoch, int64 [steps]."""
+    """Return the tokens of each step of the first epoch, int64 [steps]."""
     shuffled = np.asarray(lengths)[epoch_order(len(lengths), seed=seed, epoch=0)]
     tokens: np.ndarray = np.add.reduceat(shuffled, np.arange(0, len(lengths), batch_size))
     return tokens
 
 
 def padded_step_tokens(lengths: Sequence[int], *, batch_size: int, seed: int) -> np.ndarray:
-    """The same where the examples of a step are padded to the longest."""
+    """Return the same with the examples of a step padded to the longest, int64 [steps]."""
     shuffled = np.asarray(lengths)[epoch_order(len(lengths), seed=seed, epoch=0)]
     starts = np.arange(0, len(lengths), batch_size)
     tokens: np.ndarray = np.maximum.reduceat(shuffled, starts) * np.diff([*starts, len(lengths)])
@@ -119,14 +126,14 @@ def padded_step_tokens(lengths: Sequence[int], *, batch_size: int, seed: int) ->
 
 
 def examples_of_largest_step(lengths: Sequence[int], *, batch_size: int, seed: int) -> list[int]:
-    """The numbers of the examples of that step."""
+    """Return the numbers of the examples of the step with the most tokens in the first epoch."""
     largest = int(step_tokens(lengths, batch_size=batch_size, seed=seed).argmax())
     return list(step_examples(len(lengths), batch_size=batch_size, seed=seed, epoch=0, index=largest))
 
 
 @lru_cache(maxsize=2)
 def epoch_order(num_examples: int, *, seed: int, epoch: int) -> np.ndarray:
-    """The shuffled example numbers of an epoch, int64 [num_examples]."""
+    """Return the shuffled example numbers of an epoch, int64 [num_examples]."""
     order = np.random.default_rng([seed, epoch]).permutation(num_examples)
     order.setflags(write=False)
     return order
@@ -154,12 +161,12 @@ def pack(items: Sequence[tuple[int, int]], token_budget: int) -> list[tuple[int,
 def assign_to_ranks(
     lengths: Mapping[int, int], token_budget: int, world_size: int = 1
 ) -> tuple[tuple[tuple[int, ...], ...], ...]:
-    """Pack a step's examples into micro-batches, and give every rank the same number of them.
+    """Pack a step's examples into micro-batches and give every rank the same number of them.
 
     Args:
         lengths: Example number → its tokens.
         token_budget: Tokens per micro-batch.
-        world_size: Number of ranks. A step takes as long as its slowest rank, so their tokens are kept alike.
+        world_size: Number of ranks. A step takes as long as its slowest rank, so their tokens are balanced.
 
     Returns:
         rank → micro-batch → example numbers.
@@ -170,7 +177,7 @@ def assign_to_ranks(
     bins = _balance(lengths, token_budget, multiple=world_size, at_least=len(bins))
     ranks: list[list[tuple[int, ...]]] = [[] for _ in range(world_size)]
     tokens = [0] * world_size
-    for start in range(0, len(bins), world_size):  # the heaviest of each row goes to the rank that has the least
+    for start in range(0, len(bins), world_size):  # the heaviest of each row goes to the rank with the fewest tokens
         lightest = sorted(range(world_size), key=tokens.__getitem__)
         for rank, chosen in zip(lightest, bins[start : start + world_size], strict=True):
             ranks[rank].append(chosen)
@@ -179,8 +186,9 @@ def assign_to_ranks(
 
 
 def _balance(lengths: Mapping[int, int], token_budget: int, *, multiple: int, at_least: int) -> list[tuple[int, ...]]:
-    """The same examples in micro-batches that are as alike as the longest-first rule makes them, the heaviest first: each example
-    goes to the lightest one (Graham 1969, SIAM J. Appl. Math. 17(2)). The fewest that keep the budget, in multiples of the ranks."""
+    """Balance examples over the fewest micro-batches that keep the budget and are a multiple of the ranks; heaviest
+    first."""
+    # Longest first, each to the lightest micro-batch: at most 4/3 of the optimum (Graham 1969, SIAM J. Appl. Math.).
     longest_first = sorted(lengths, key=lambda i: (-lengths[i], i))
     count = -(-at_least // multiple) * multiple
     while True:

@@ -1,8 +1,8 @@
-"""Data that is too large to be prepared before training: rows become examples when their step comes.
+"""Streaming of data too large to prepare before training: rows become examples shortly before their step.
 
-Before training starts, every line is counted, and a random sample is read, verified and reported like smaller data. The
-steps are planned over row numbers, so that any of them can be computed without those before. A row that turns out not to be
-trainable leaves its step one example smaller.
+Before training starts, all lines are counted, and a random sample is read, verified and reported like smaller data. The
+steps are planned over row numbers, so any step can be computed without those before it. A row that turns out to be
+untrainable leaves its step one example smaller.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ import numpy as np
 import numpy.typing as npt
 
 from loratune.data.examples import Example
-from loratune.data.masking.render import Policy, Renderer
-from loratune.data.masking.token_labels import backend_of
+from loratune.data.masking.policy import Policy
+from loratune.data.masking.renderer import Renderer
+from loratune.data.masking.tokens import backend_of
 from loratune.data.prepare import PreparedData, assemble_data
-from loratune.data.rows.conversation import Origin, Rejected, rename_columns, to_conversations
+from loratune.data.rows.formats import rename_columns, to_conversations
 from loratune.data.rows.reading import Reader, apply_policy, held_out_sources
-from loratune.data.rows.sources import Row
+from loratune.data.rows.row import Origin, Rejected, Row
 from loratune.data.rows.tables import Chain, Table, can_open, open_table
 from loratune.recipe.recipe import DataSection, Source
 from loratune.run.errors import DataError, plural
@@ -32,12 +33,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MANY_ROWS = 100_000
-"""From here on `data.streaming: auto` streams. Preparing so many chats of 240 tokens takes two cores 17 seconds."""
+"""Rows from which `data.streaming: auto` streams. Preparing this many chats of 240 tokens takes two cores 17 s."""
 
 SAMPLE_ROWS = 2_000
 LEAST_OF_A_SOURCE = 200
 MOST_HELD_OUT = 1_000
-"""Conversations that `data.eval: auto` holds out of large data."""
+"""Maximum conversations that `data.eval: auto` holds out of streamed data."""
 
 
 def can_stream(data: DataSection) -> bool:
@@ -50,25 +51,25 @@ def can_stream(data: DataSection) -> bool:
 
 
 def open_tables(data: DataSection, progress: Progress) -> dict[Source, Table]:
-    """The rows of each training source, which `can_stream`.
+    """Open the rows of each training source of data for which `can_stream` is true.
 
     Raises:
         DataError: A file cannot be read, or has no rows.
-        MachineError: The hub does not answer.
+        MachineError: The Hub does not answer.
     """
     with progress.task("finding the rows", None):
         return {source: open_table(source) for source in data.train}
 
 
 class ExampleStream(Sequence[Example | Rejected]):
-    """The training examples of large data, each made when it is asked for, and verified like any other.
+    """The training examples of large data, each made on demand, and verified like any other.
 
     Args:
         parts: Tables, each with the format of its rows.
-        numbers: The rows to train on, counted over all tables.
-        renderer: Makes conversations examples.
+        numbers: Numbers of the rows to train on, counted over all tables.
+        renderer: Turns conversations into examples.
         data: The recipe's data section.
-        max_length: The longest example, in tokens.
+        max_length: The maximum length of an example, in tokens.
     """
 
     def __init__(
@@ -80,7 +81,7 @@ class ExampleStream(Sequence[Example | Rejected]):
         max_length: int,
     ) -> None:
         self._rows = Chain([table for table, _ in parts])
-        self._formats = [form for _, form in parts]
+        self._formats = [format_name for _, format_name in parts]
         self._numbers = numbers
         self._renderer = renderer
         self._data = data
@@ -94,7 +95,7 @@ class ExampleStream(Sequence[Example | Rejected]):
     @overload
     def __getitem__(self, index: slice) -> list[Example | Rejected]: ...
     def __getitem__(self, index: int | slice) -> Example | Rejected | list[Example | Rejected]:
-        """The example, or why the row is none.
+        """Return the example, or the reason why the row is not one.
 
         Raises:
             DataError: The row cannot be trained on, and `data.on_bad_row` is `error`; or it cannot be read at all.
@@ -108,17 +109,17 @@ class ExampleStream(Sequence[Example | Rejected]):
             if self._data.on_bad_row == "error":
                 raise
             return Rejected(origin=Origin(file=str(error.file), line=error.line or 0), reason=error.problem)
-        made = self._make(row, self._formats[self._rows.which(number)])
-        if isinstance(made, Rejected) and made.reason not in _DROPPED:
-            apply_policy([made], self._data)
-        return made
+        result = self._make(row, self._formats[self._rows.which(number)])
+        if isinstance(result, Rejected) and result.reason not in _DROPPED:
+            apply_policy([result], self._data)
+        return result
 
-    def _make(self, row: Row, form: str) -> Example | Rejected:
-        conversations, bad = to_conversations(rename_columns([row], self._data.columns), form)
+    def _make(self, row: Row, format_name: str) -> Example | Rejected:
+        conversations, bad = to_conversations(rename_columns([row], self._data.columns), format_name)
         if bad:
             return bad[0]
         chunk = self._renderer(conversations)
-        chunk.too_long.complain(self._max_length)
+        chunk.too_long.raise_if_any(self._max_length)
         for example in chunk.examples(conversations):
             return example
         reason = chunk.rejected[0][1] if chunk.rejected else _DROPPED[bool(chunk.counts["dropped_empty"])]
@@ -126,12 +127,12 @@ class ExampleStream(Sequence[Example | Rejected]):
 
     @property
     def contents(self) -> dict[str, Any]:
-        """What decides the examples, besides tokenizer, template and policy: for `lock.json`."""
+        """What decides the examples in addition to tokenizer, template and policy, for `lock.json`."""
         return {**self._rows.contents, "rows": len(self)}
 
 
 _DROPPED = ("longer than data.max_length", "nothing is left to train after data.max_length")
-"""What `data.on_long` decided about, not `data.on_bad_row`."""
+"""Reasons under `data.on_long`, to which `data.on_bad_row` does not apply."""
 
 
 def stream_data(
@@ -143,19 +144,19 @@ def stream_data(
     seed: int,
     progress: Progress,
 ) -> PreparedData:
-    """What `prepare_data` returns, but with a sample of the training examples, and a stream of all of them.
+    """Prepare data like `prepare_data`, with a sample of the training examples and a stream of all of them.
 
     Args:
         data: The recipe's data section.
-        tables: From `open_tables`.
-        tokenizer: Of the base model.
-        max_length: The longest example, in tokens.
-        seed: Decides the sample, and which conversations are held out.
-        progress: Who is told how it goes.
+        tables: The tables from `open_tables`.
+        tokenizer: The tokenizer of the base model.
+        max_length: The maximum length of an example, in tokens.
+        seed: Seed of the sample, and of the conversations that are held out.
+        progress: Receives progress, lines and warnings.
 
     Raises:
         DataError: A row of the sample, or of the held-out data, cannot be trained on; see `prepare_data`.
-        MachineError: The hub does not answer.
+        MachineError: The Hub does not answer.
     """
     backend_of(tokenizer)
     rows = Chain(list(tables.values()))
@@ -168,17 +169,9 @@ def stream_data(
     share = num_held_out / sample.size if isinstance(held_out, float) else held_out
     prepared = assemble_data(read, share, tokenizer, max_length, None)
     numbers, copies = _without(rows, sample, prepared) if isinstance(held_out, float) else (np.arange(len(rows)), 0)
-    forms = [str(source["format"]) for source in prepared.report["train"]["sources"]]
-    policy = Policy(
-        train_on=data.train_on,
-        thinking=data.thinking,
-        max_length=max_length,
-        on_long=data.on_long,
-        special_tokens_in_text=data.special_tokens_in_text,
-    )
-    stream = ExampleStream(
-        list(zip(tables.values(), forms, strict=True)), numbers, Renderer(tokenizer, policy), data, max_length
-    )
+    formats = [str(source["format"]) for source in prepared.report["train"]["sources"]]
+    renderer = Renderer(tokenizer, Policy.of(data, max_length))
+    stream = ExampleStream(list(zip(tables.values(), formats, strict=True)), numbers, renderer, data, max_length)
     duplicates = len(rows.keys) - len(np.unique(rows.keys))
     report = prepared.report
     report["streamed"] = {
@@ -188,7 +181,7 @@ def stream_data(
         "copies_of_held_out_rows": copies,
     }
     report["notices"] = [
-        f"{len(numbers):,} rows are read and verified while training runs; lengths and findings are those of a sample of "
+        f"{len(numbers):,} rows are read and verified during training; lengths and findings are those of a sample of "
         f"{len(prepared.train):,}.",
         *([f"{plural(duplicates, 'row is', 'rows are')} written exactly like an earlier one."] if duplicates else []),
         *report["notices"],
@@ -197,7 +190,7 @@ def stream_data(
 
 
 class _Sample:
-    """Random rows of each source: as many as its share, and a few at least."""
+    """Random rows of each source, in proportion to its size, and at least a few."""
 
     def __init__(self, tables: dict[Source, Table], size: int, seed: int) -> None:
         total = sum(map(len, tables.values()))
@@ -219,7 +212,7 @@ class _Sample:
 
 
 class _SampleReader(Reader):
-    """Reads the sample in place of the training sources; others as they are."""
+    """Reads the sample instead of the training sources; reads other sources in full."""
 
     complete = False
 
@@ -238,7 +231,7 @@ class _SampleReader(Reader):
 
 
 def _without(rows: Chain, sample: _Sample, prepared: PreparedData) -> tuple[npt.NDArray[np.int64], int]:
-    """The row numbers without those that are held out and their copies, and how many copies there were."""
+    """Return the row numbers without held-out rows and their copies, and the number of copies."""
     held_out = np.array([sample.numbers[c.origin] for c in prepared.eval_conversations], dtype=np.int64)
     out = np.zeros(len(rows), dtype=np.bool_)
     if len(rows.keys):

@@ -1,4 +1,4 @@
-"""Whose messages are trained: the values of `data.train_on`."""
+"""Which messages are trained: the values of `data.train_on`."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ TrainOn = Literal["assistant", "last", "all"] | tuple[Role, ...]
 
 
 def trained_roles(train_on: TrainOn) -> tuple[str, ...]:
-    """Whose messages are trained as messages: of `all`, nobody's, since every token is."""
+    """Return the roles whose messages are trained; empty for `all`, which trains every token."""
     return train_on if isinstance(train_on, tuple) else () if train_on == "all" else ("assistant",)
 
 
 def as_written(value: Any) -> str:
-    """A word, or a list of words as YAML has it."""
+    """Return a word, or a list of words, as YAML writes it."""
     return f"[{', '.join(value)}]" if isinstance(value, list | tuple) else str(value)
 
 
 def trained_in_words(train_on: Any) -> str:
-    """What carries loss.
+    """Describe which tokens carry loss.
 
     Args:
-        train_on: Of a recipe, also as JSON keeps it.
+        train_on: A value of `data.train_on`, as the recipe or as JSON holds it.
     """
     if isinstance(train_on, list | tuple):
         return f"all messages of {' and '.join(train_on)}"
-    words = {"assistant": "answers of the assistant", "last": "the last answer", "all": "all tokens"}
+    words = {"assistant": "assistant answers", "last": "the last answer", "all": "all tokens"}
     return words.get(train_on, str(train_on))

@@ -1,13 +1,13 @@
 """The run directory: every path and every record that a run writes. Nothing else knows a file name.
 
-RUN/recipe.yaml        as written          RUN/plan.json         what was promised, and what was measured
-RUN/lock.json          everything effective RUN/metrics.jsonl     one line a step or evaluation
-RUN/data.json          the data report     RUN/evaluation.json   base and tuned, per item
-RUN/checkpoints/STEP/  to resume from      RUN/adapter/          PEFT format, with template and card
-RUN/preview.json       examples by token   RUN/report.html       all of it for people
-RUN/parity.json        certificates of what was merged and exported
-RUN/best.json          which checkpoint has the lowest held-out loss
-RUN/mean.json          the checkpoints whose mean the adapter is, with train.average_checkpoints
+RUN/recipe.yaml        as written              RUN/plan.json         planned vs. actual memory and time
+RUN/lock.json          all effective settings  RUN/metrics.jsonl     one line per step or evaluation
+RUN/data.json          the data report         RUN/evaluation.json   base vs. fine-tuned, per item
+RUN/checkpoints/STEP/  to resume from          RUN/adapter/          PEFT format, with template and model card
+RUN/preview.json       examples by token       RUN/report.html       the report for people
+RUN/parity.json        certificates of merged and exported models
+RUN/best.json          the checkpoint with the lowest held-out loss
+RUN/mean.json          the checkpoints averaged by train.average_checkpoints
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class RunDir:
 
     @property
     def has_adapter(self) -> bool:
-        """Whether training ran to its end and the adapter is written."""
+        """Whether training finished and the adapter is written."""
         return (self.adapter / "adapter_config.json").is_file()
 
     def require_adapter(self) -> None:
@@ -120,12 +120,12 @@ class RunDir:
 
     @property
     def is_complete(self) -> bool:
-        """Whether nothing is left to do: the adapter is written, evaluated, measured and reported on."""
+        """Whether nothing is left to do: the adapter is written, evaluated, measured and reported."""
         return self.has_adapter and "measured" in read_json(self.plan) and self.report.is_file()
 
     @property
     def is_in_use(self) -> bool:
-        """Whether a process is at work on the run."""
+        """Whether a process is working on the run."""
         try:
             with (self.root / _IN_USE).open("rb") as stream:
                 fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -137,73 +137,73 @@ class RunDir:
 
     @property
     def _never_began(self) -> bool:
-        """Whether a kill left a directory that has no more than what is written before the first step."""
+        """Whether the directory holds only what is written before the first step, as after a kill."""
         early = {_IN_USE, *(path.name for path in (self.recipe, self.data, self.preview, self.plan, self.checkpoints))}
         names = {path.name for path in self.root.iterdir() if not _is_leftover(path)}
         return names <= early and not any(self.checkpoints.glob("*"))
 
     @classmethod
     def at(cls, root: str | Path) -> RunDir:
-        """The run in a folder, which may not be there yet."""
+        """Return the run in a folder, which need not exist yet."""
         return cls(Path(root).expanduser().resolve())
 
     @classmethod
     def open(cls, root: str | Path) -> RunDir:
-        """An existing run.
+        """Return an existing run.
 
         Raises:
-            RecipeError: The folder is no run directory.
+            RecipeError: The folder is not a run directory.
         """
         run = cls.at(root)
         if not run.lock.is_file():
             raise RecipeError(
-                f"{run.root} is no run directory: it has no lock.json",
-                fix="give train.output_dir of a run; one that was stopped before it began is trained anew",
+                f"{run.root} is not a run directory: it has no lock.json",
+                fix="use the train.output_dir of a run; if it stopped before the first step, `loratune train` again",
             )
         _refuse_links(run._written_in_place)
         return run
 
     @property
     def _written_in_place(self) -> Iterator[Path]:
-        """All but what exports hold: those are replaced as a whole, and may link to the weights of the base."""
-        exports = self.root / "exports"
+        """All files outside of exports."""
+        exports = self.root / "exports"  # replaced as a whole, and may link to the weights of the base
         return (path for path in self.root.rglob("*") if exports not in path.parent.parents)
 
     @classmethod
     def check(cls, root: str | Path, *, overwrite: bool) -> RunDir:
-        """Whether a new run may be made here, without touching anything.
+        """Check that a new run may be created here, without changing anything.
 
         Raises:
-            RecipeError: The folder holds something already, and `overwrite` is false or it is not a run.
+            RecipeError: The folder is not empty, and `overwrite` is false or it is not a run.
         """
         run = cls.at(root)
         if not run.root.exists() or (run.root.is_dir() and not any(run.root.iterdir())):
             return run
-        other = "train.output_dir=… for another place"
+        other = "train.output_dir=… for another folder"
         _refuse_links([run.root / _IN_USE])
         if not ((run.root / _IN_USE).exists() or run.lock.is_file()):
             raise RecipeError("the output directory exists and is not a run of loratune", file=run.root, fix=other)
         with run.exclusive():
             pass
         if not overwrite and not run._never_began:
-            goes_on = "" if run.has_adapter else f"`loratune resume {run.root}` to go on, "
+            resume = "" if run.has_adapter else f"`loratune resume {run.root}` to continue it, "
             raise RecipeError(
-                "the output directory holds a run already",
+                "the output directory already contains a run",
                 file=run.root,
-                fix=f"{goes_on}--overwrite to start anew, or {other}",
+                fix=f"{resume}--overwrite to start over, or {other}",
             )
         return run
 
     @classmethod
     def create(cls, root: str | Path, *, overwrite: bool) -> RunDir:
-        """A new run directory, empty.
+        """Create an empty run directory.
 
         Raises:
-            RecipeError: As `check`.
+            RecipeError: See `check`.
             MachineError: The folder cannot be written.
         """
         run = cls.check(root, overwrite=overwrite)
-        with cannot_write(run.root, fix="train.output_dir=… for another place"):
+        with cannot_write(run.root, fix="train.output_dir=… for another folder"):
             run.checkpoints.mkdir(parents=True, exist_ok=True)
             with run.exclusive():
                 for path in run.root.iterdir():
@@ -213,18 +213,19 @@ class RunDir:
         return run
 
     def clean(self) -> None:
-        """Delete what a kill left half written."""
+        """Delete files that a kill left half written."""
         for path in (*self.root.glob(".*"), *self.checkpoints.glob(".*"), *self.adapter.glob(".*")):
             if _is_leftover(path):
                 shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Keep other commands out of this run, as long as the context lasts and this process lives. Of several processes of a
-        run the first does so for all.
+        """Lock the run against other commands, while the context lasts and this process lives.
+
+        Of several processes of a run, the first takes the lock for all.
 
         Raises:
-            RecipeError: Another process has it.
+            RecipeError: Another process has the lock.
             MachineError: The folder cannot be written.
         """
         if not processes.is_main():
@@ -240,7 +241,7 @@ class RunDir:
                 raise RecipeError(
                     f"another run is using this output directory (process {stream.read().strip() or 'unknown'})",
                     file=self.root,
-                    fix="wait for it, stop it, or choose another place with train.output_dir=…",
+                    fix="wait for it, stop it, or choose another folder with train.output_dir=…",
                 ) from None
             with cannot_write(self.root):
                 stream.truncate(0)
@@ -249,11 +250,11 @@ class RunDir:
             yield
 
     def append_metrics(self, record: Record) -> None:
-        """Add a line to `metrics.jsonl`. Of several processes the first one does; all know the same.
+        """Append a line to `metrics.jsonl`; of several processes, only the first one writes.
 
         Raises:
-            ValidationError: It is not a line that the records know, which is a mistake of ours.
-            MachineError: It cannot be written.
+            ValidationError: The line does not match any record, which is a bug.
+            MachineError: The file cannot be written.
         """
         if not processes.is_main():
             return
@@ -263,13 +264,13 @@ class RunDir:
             stream.write(line + "\n")
 
     def sync_metrics(self) -> None:
-        """Have the disk hold all lines of `metrics.jsonl` before going on."""
+        """Flush all lines of `metrics.jsonl` to the disk."""
         if self.metrics.is_file():
             with cannot_write(self.metrics), self.metrics.open("rb") as stream:
                 os.fsync(stream.fileno())
 
     def read_metrics(self) -> list[Record]:
-        """All lines of `metrics.jsonl`; a last line cut short by a crash is left out."""
+        """Return all lines of `metrics.jsonl`, without a last line cut off by a crash."""
         if not self.metrics.is_file():
             return []
         records: list[Record] = []
@@ -281,20 +282,22 @@ class RunDir:
         return records
 
     def rewind_metrics(self, step: int) -> None:
-        """Forget the lines after a step, which a resumed run writes again."""
+        """Delete the lines after a step, which a resumed run writes again."""
         kept = [record for record in self.read_metrics() if record["step"] <= step]
         write_text(self.metrics, "".join(json.dumps(record) + "\n" for record in kept))
 
 
 def _refuse_links(paths: Iterable[Path]) -> None:
-    """What is written to a run stays in it: a link in a run of a stranger could lead to any file."""
+    """Raise if a path is a link, which in a stranger's run could lead to any file."""
     link = next((path for path in paths if path.is_symlink()), None)
     if link is not None:
-        raise RecipeError("a link in a run directory", file=link, fix="put the file itself there, or remove the link")
+        raise RecipeError(
+            "a run directory must not contain links", file=link, fix="replace the link by the file, or remove it"
+        )
 
 
 def write_json(path: Path, record: Any) -> None:
-    """Write a JSON file whole or not at all."""
+    """Write a JSON file atomically."""
     write_text(path, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -302,7 +305,7 @@ def read_json(path: Path) -> Any:
     """Read a JSON file of a run.
 
     Raises:
-        RunError: It is missing or damaged.
+        RunError: The file is missing or damaged.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -313,10 +316,10 @@ def read_json(path: Path) -> Any:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all.
+    """Write a file atomically.
 
     Raises:
-        MachineError: It cannot be written.
+        MachineError: The file cannot be written.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -334,11 +337,11 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def cannot_write(path: Path, fix: str = "free some disk space, then `loratune resume`") -> Iterator[None]:
-    """Turn what the system says when a disk is full or read-only into our error."""
+    """Turn the system's errors about a full or read-only disk into a `MachineError`."""
     try:
         yield
     except Exception as error:
-        # Libraries in Rust quote the system in errors of their own: safetensors in its type, tokenizers in a bare Exception.
+        # Rust libraries wrap the system's error: safetensors in a type of its own, tokenizers in a bare Exception.
         if not isinstance(error, OSError) and "os error" not in str(error):
             raise
         raise MachineError(f"cannot write: {error}", file=path, fix=fix) from error

@@ -3,13 +3,13 @@
     LoratuneError                 exit code
     ├── RecipeError                   2      a setting is unknown, of the wrong type, or contradicts another
     ├── DataError                     3      a row, a file or a template cannot be trained on
-    ├── MachineError                  4      memory, disk, device or network cannot do it
+    ├── MachineError                  4      the machine lacks memory, disk, device or network
     ├── RunError                      1      failed while running
     └── Interrupted                 130      stopped by the user (Ctrl-C); the run can be resumed
-        └── Terminated              143      stopped by SIGTERM, as schedulers do; 128 + 15, what shells report for it
+        └── Terminated              143      stopped by SIGTERM, as schedulers do; 128 + 15, as shells report it
 
-Each says where (file and line), what (the value) and what to do about it (the fix). Everything else that reaches a
-user is a bug of loratune.
+Each says where (file and line), what (the value) and what to do about it (the fix). Any other exception that reaches a
+user is a bug in loratune.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from pathlib import Path
 
 from loratune.run.secrets import without_secrets
 
-LONGEST_TEXT = 2000
-"""Characters of a text of an error; it may quote a row of many megabytes."""
+MAX_TEXT_LENGTH = 2000
+"""Maximum characters of an error text, which may quote a row of many megabytes."""
 
 
 def printable(text: str) -> str:
-    """The text as it can be shown: not endless, without secrets, and without half surrogate pairs."""
+    """Return a text fit to be shown: of limited length, without secrets and without half surrogate pairs."""
     text = without_secrets(text)
-    if len(text) > LONGEST_TEXT:
-        text = f"{text[:LONGEST_TEXT]}… ({len(text) - LONGEST_TEXT:,} more characters)"
+    if len(text) > MAX_TEXT_LENGTH:
+        text = f"{text[:MAX_TEXT_LENGTH]}… ({len(text) - MAX_TEXT_LENGTH:,} more characters)"
     return text.encode("utf-8", "backslashreplace").decode()
 
 
 class LoratuneError(Exception):
-    """Base of every error that is meant for the user.
+    """Base of all errors that are meant for the user.
 
     Args:
-        problem: What is wrong, with the value that is wrong.
+        problem: What is wrong, with the offending value.
         fix: What the user can do about it.
-        file: The file it was found in.
-        line: The line in that file, counted from 1.
+        file: The file in which it was found.
+        line: The line in that file, from 1.
     """
 
     exit_code = 1
@@ -51,7 +51,7 @@ class LoratuneError(Exception):
 
     @property
     def place(self) -> str:
-        """`file:line`, `file`, or nothing."""
+        """`file:line`, `file`, or an empty text."""
         if self.file is None:
             return ""
         return self.file if self.line is None else f"{self.file}:{self.line}"
@@ -62,7 +62,7 @@ class LoratuneError(Exception):
         return f"{where}{self.problem}{fix}"
 
     def as_dict(self) -> dict[str, object]:
-        """The error for `--json` output."""
+        """Return the error as `--json` prints it."""
         return {
             "error": type(self).__name__,
             "problem": self.problem,
@@ -92,7 +92,7 @@ class DataError(LoratuneError):
 
 
 class MachineError(LoratuneError):
-    """This machine cannot do it: memory, disk, device, network."""
+    """This machine lacks memory, disk, device or network."""
 
     exit_code = 4
 
@@ -110,6 +110,11 @@ class Terminated(Interrupted):
 
 
 def plural(number: int, one: str, many: str = "") -> str:
-    """1 → 1 step; 2000 → 2,000 steps. Words that change with the number go along: `one` "row was left out", `many` "rows were left
-    out"."""
+    """Return a number with its noun: 1 step; 2,000 steps.
+
+    Args:
+        number: The number.
+        one: The singular, with any words that change along: "row was left out".
+        many: The plural, "rows were left out"; default: the singular with an s.
+    """
     return f"{number:,} {one if number == 1 else many or one + 's'}"

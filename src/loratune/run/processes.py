@@ -1,12 +1,12 @@
-"""The processes of one run: which one this is, and the few things they say to each other.
+"""The processes of one run: which one this is, and how they communicate.
 
-A launcher (torchrun, accelerate, srun) starts the same command several times, and tells each process in its environment who
-it is: RANK of WORLD_SIZE, LOCAL_RANK on its machine, and MASTER_ADDR and MASTER_PORT to meet at. `start` reads that, and then
-takes it out of the environment: transformers and accelerate would shard the data, wrap the model and scale the loss by it, and
-here every process trains its share of a step as if it were alone, on the one GPU that it sees. What the shares add up to, the
-trainer sums by itself, with `all_reduce_sum`.
+A launcher (torchrun, accelerate, srun) starts the same command several times, and sets in the environment of each
+process its RANK of WORLD_SIZE, its LOCAL_RANK on its machine, and MASTER_ADDR and MASTER_PORT of the rendezvous.
+`start` reads these and then removes them from the environment: transformers and accelerate would shard the data, wrap
+the model and scale the loss by them. Here, every process trains its share of a step as if it were alone, on the one GPU
+that it sees, and the trainer sums the shares itself, with `all_reduce_sum`.
 
-A run in one process asks the same questions, and none of this is started: `rank()` is 0, `size()` is 1, sums are what they are.
+In a run of one process, nothing of this is started: `rank()` is 0, `size()` is 1, and sums leave values unchanged.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_WHO = (
+_LAUNCHER_VARIABLES = (
     "RANK",
     "WORLD_SIZE",
     "LOCAL_RANK",
@@ -36,29 +36,29 @@ _WHO = (
     "OMPI_COMM_WORLD_SIZE",
     "MV2_COMM_WORLD_SIZE",
 )
-"""By these transformers and accelerate see that a process is one of several."""
+"""The variables by which transformers and accelerate detect that a process is one of several."""
 
 RENDEZVOUS_SECONDS = 1800
-"""How long processes wait for each other at the start, as torch does."""
+"""How long processes wait for each other at the start; torch's default."""
 
 _POLL_SECONDS = 0.1
 _FAILED = "failed"
 
 
 class LostPeerError(RunError):
-    """Another process is gone: it failed and said so itself, or it was killed, or its machine is not there any more."""
+    """Another process is gone: it failed and reported it, it was killed, or its machine is unreachable."""
 
 
 @dataclass(slots=True)
 class _World:
-    """Several processes.
+    """A group of processes.
 
     Attributes:
-        rank: Of this one.
-        size: How many there are.
-        local_size: How many of them are on this machine.
-        store: A small dictionary of texts that they share.
-        connected: Whether they still work together.
+        rank: Number of this process, from 0.
+        size: Number of processes.
+        local_size: Number of processes on this machine.
+        store: A shared key-value store of short texts.
+        connected: Whether the processes still work together.
     """
 
     rank: int
@@ -77,7 +77,7 @@ def is_launched() -> bool:
 
 
 def launched_size(environment: Mapping[str, str]) -> int:
-    """How many processes a launcher's environment speaks of."""
+    """Return the number of processes in a launcher's environment."""
     try:
         return int(environment.get("WORLD_SIZE") or _slurm(environment, "SLURM_STEP_NUM_TASKS") or 1)
     except ValueError:
@@ -85,7 +85,7 @@ def launched_size(environment: Mapping[str, str]) -> int:
 
 
 def rank() -> int:
-    """The number of this process, from 0; the first one talks to the terminal and writes all files."""
+    """Return the number of this process, from 0; process 0 prints to the terminal and writes all files."""
     if _world is not None:
         return _world.rank
     environment = {**_from_slurm(os.environ), **os.environ} if is_launched() else {}
@@ -93,17 +93,17 @@ def rank() -> int:
 
 
 def size() -> int:
-    """The number of processes that work together at the moment."""
+    """Return the number of processes that work together now."""
     return _world.size if _world and _world.connected else 1
 
 
 def local_size() -> int:
-    """How many of them share this machine's memory."""
+    """Return the number of processes on this machine, which share its memory."""
     return _world.local_size if _world and _world.connected else 1
 
 
 def is_main() -> bool:
-    """Whether this is the process that talks and writes."""
+    """Whether this is the process that prints and writes files."""
     return rank() == 0
 
 
@@ -113,13 +113,13 @@ def is_connected() -> bool:
 
 
 def start() -> None:
-    """Meet the other processes, if a launcher started several; nothing otherwise, or the second time.
+    """Connect to the other processes, if a launcher started several and they are not connected yet.
 
     Raises:
-        RecipeError: The launcher's environment is incomplete, or it asks for what the recipe decides.
+        RecipeError: The launcher's environment is incomplete, or sets what the recipe decides.
         RunError: The others cannot be reached.
     """
-    global _world  # noqa: PLW0603 - which process this is belongs to the process
+    global _world  # noqa: PLW0603 - the rank is a property of the process
     if _world is not None or launched_size(os.environ) == 1:
         return
     _check_launcher(os.environ)
@@ -127,8 +127,8 @@ def start() -> None:
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in environment]
     if missing:
         raise RecipeError(
-            f"one of several processes, but {' and '.join(missing)} not in the environment",
-            fix="start it with torchrun; or with srun, after `export MASTER_PORT=29500 MASTER_ADDR=` the first node's name",
+            f"this is one of several processes, but the environment lacks {' and '.join(missing)}",
+            fix="use torchrun; or srun, after `export MASTER_PORT=29500 MASTER_ADDR=` the first node's name",
         )
     _choose_gpu(int(environment.get("LOCAL_RANK") or 0))
     os.environ.update(environment)
@@ -144,51 +144,53 @@ def start() -> None:
         hosts: list[str] = [""] * count
         dist.all_gather_object(hosts, socket.gethostname())
     except (RuntimeError, ValueError) as error:
-        raise RunError(f"the other processes cannot be reached: {error}", fix="MASTER_ADDR and MASTER_PORT") from error
+        raise RunError(
+            f"the other processes cannot be reached: {error}", fix="check MASTER_ADDR and MASTER_PORT"
+        ) from error
     _world = _World(
         rank=number,
         size=count,
         local_size=hosts.count(socket.gethostname()),
         store=dist.PrefixStore("loratune", store),  # type: ignore[attr-defined]
     )
-    for name in _WHO:
+    for name in _LAUNCHER_VARIABLES:
         os.environ.pop(name, None)
 
 
 def _meet(store: Any, number: int, count: int) -> str:
-    """A name that only the processes that run now have agreed on.
+    """Agree on a name that only the processes that run now know.
 
-    torchrun (2.13) keeps its store when it starts processes again, with the addresses and words of those that are gone in it. So
-    each one says a number that nobody used before, the first one answers with a number of its own and all that it heard, again
-    whenever it hears another, and who finds its own number in the answer is in.
+    torchrun (2.13) keeps its store when it restarts processes, with the addresses and messages of those that are gone.
+    So each process sends a fresh random number; process 0 replies with its own number and all that it received, again
+    whenever another arrives; a process that finds its own number in the reply has joined.
     """
     mine = uuid.uuid4().hex
     store.set(f"hello/{number}", mine)
     deadline = time.monotonic() + RENDEZVOUS_SECONDS
 
-    def said(key: str) -> str:
+    def read(key: str) -> str:
         return str(store.get(key).decode()) if store.check([key]) else ""
 
-    heard: list[str] = []
+    received: list[str] = []
     while time.monotonic() < deadline:
         if number == 0:
-            now = [said(f"hello/{other}") or "-" for other in range(count)]
-            if now != heard:
-                heard = now
-                store.set("welcome", " ".join((mine, *heard)))
-            if all(said(f"in/{other}") == mine for other in range(1, count)):
+            now = [read(f"hello/{other}") or "-" for other in range(count)]
+            if now != received:
+                received = now
+                store.set("welcome", " ".join((mine, *received)))
+            if all(read(f"in/{other}") == mine for other in range(1, count)):
                 return mine
         else:
-            name, *welcome = said("welcome").split() or [""]
+            name, *welcome = read("welcome").split() or [""]
             if len(welcome) == count and welcome[number] == mine:
                 store.set(f"in/{number}", name)
                 return name
         time.sleep(_POLL_SECONDS)
-    raise RuntimeError(f"not all {count} came within {RENDEZVOUS_SECONDS:,} s")
+    raise RuntimeError(f"not all {count} processes started within {RENDEZVOUS_SECONDS:,} s")
 
 
 def stop() -> None:
-    """Part: from here on each process is alone, and the others are not waited for."""
+    """Disconnect: from here on, each process is alone and waits for no other."""
     if _world is None or not _world.connected:
         return
     import torch.distributed as dist
@@ -198,10 +200,10 @@ def stop() -> None:
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> None:
-    """Replace a tensor by its sum over all processes, the same bits in each.
+    """Replace a tensor by its sum over all processes, bit for bit the same in each.
 
     Raises:
-        LostError: Another process is gone.
+        LostPeerError: Another process is gone.
     """
     if size() > 1:
         import torch.distributed as dist
@@ -211,10 +213,10 @@ def all_reduce_sum(tensor: torch.Tensor) -> None:
 
 
 def gather(value: T) -> list[T]:
-    """Everybody's value, in the order of their ranks.
+    """Return the values of all processes, in the order of their ranks.
 
     Raises:
-        LostError: Another process is gone.
+        LostPeerError: Another process is gone.
     """
     if size() == 1:
         return [value]
@@ -227,18 +229,19 @@ def gather(value: T) -> list[T]:
 
 
 def store_set(name: str, text: str) -> None:
-    """Tell the others something that they wait for with `read`, however long it took to find out."""
+    """Publish a text for which the other processes wait with `store_wait`."""
     if size() > 1:
         assert _world is not None
         _world.store.set(name, text)
 
 
 def store_wait(name: str) -> str:
-    """What the first process published. It may take hours, which a sum over all processes would not wait.
+    """Return what process 0 published with `store_set`.
 
     Raises:
-        LostError: Another process failed, or is gone.
+        LostPeerError: Another process failed, or is gone.
     """
+    # Polled, because it may take hours, and a collective operation would time out.
     assert _world is not None
     with _explain_lost_peer():
         while not _world.store.check([name]):
@@ -249,11 +252,9 @@ def store_wait(name: str) -> str:
 
 
 def launch_id() -> str:
-    """What names this launch, and is the same when the launcher starts its processes again; empty without a launcher.
-
-    torchrun invents an identity where all processes are on one machine; with several, the user gives one (`--rdzv-id`), or the
-    process that started this one stands for it.
-    """
+    """Return a name of this launch that stays the same when the launcher restarts its processes; empty without one."""
+    # torchrun makes one up if all processes are on one machine; with several machines, it is the user's `--rdzv-id`, or
+    # else the parent process identifies the launch.
     identity = os.environ.get("TORCHELASTIC_RUN_ID", "none")
     if identity != "none":
         return identity
@@ -261,17 +262,17 @@ def launch_id() -> str:
 
 
 def first_failure(exit_code: int) -> int | None:
-    """The exit code of the process that failed first, which has told its error; None where it is this one.
+    """Return the exit code of the process that failed first and reported its error; None if it is this one.
 
     Args:
-        exit_code: Of this one.
+        exit_code: The exit code of this process.
     """
     if _world is None:
         return None
     mine = f"{_world.rank} {exit_code}"
     try:
         first = _world.store.compare_set(_FAILED, "", mine).decode()
-    except RuntimeError:  # gone with the first process, which holds it where the launcher does not
+    except RuntimeError:  # process 0 is gone, and held the store
         return exit_code
     return None if first == mine else int(first.split()[1])
 
@@ -285,15 +286,15 @@ def _explain_lost_peer() -> Iterator[None]:
 
 
 def lost_peer_error() -> LostPeerError:
-    """The error of a process that cannot go on alone."""
+    """Return the error of a process that cannot continue alone."""
     return LostPeerError(
         f"process {rank()} of {_world.size if _world else 1} lost another one: it was killed, or its machine is gone",
-        fix="`loratune resume RUN` goes on from the last checkpoint; `torchrun --max-restarts` does so by itself",
+        fix="`loratune resume RUN` continues from the last checkpoint; `torchrun --max-restarts` does so automatically",
     )
 
 
 def _check_launcher(environment: Mapping[str, str]) -> None:
-    """`accelerate launch` starts processes; how they compute is for the recipe to say."""
+    """Check that `accelerate launch` only starts processes: the recipe decides how they compute."""
     precision = environment.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision != "no":
         raise RecipeError(
@@ -303,33 +304,33 @@ def _check_launcher(environment: Mapping[str, str]) -> None:
     for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):
         if environment.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
             raise RecipeError(
-                f"accelerate is configured for {name}; the recipe says what each process holds",
+                f"accelerate is configured for {name}; the recipe decides what each process holds",
                 fix="`accelerate launch --multi_gpu`, or torchrun; train.strategy decides",
             )
 
 
 def _slurm(environment: Mapping[str, str], name: str) -> str | None:
-    """A variable of srun; in a batch script without srun there is one process, whatever was asked for."""
+    """Return a variable of srun; None in a batch script without srun, which is one process."""
     return environment.get(name) if "SLURM_STEP_ID" in environment else None
 
 
 def _from_slurm(environment: Mapping[str, str]) -> dict[str, str]:
-    """What torchrun would have set, where srun started the processes."""
+    """Return what torchrun would have set, if srun started the processes."""
     names = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS", "LOCAL_RANK": "SLURM_LOCALID"}
     return {name: value for name, slurm in names.items() if (value := _slurm(environment, slurm)) is not None}
 
 
 def _choose_gpu(local_rank: int) -> None:
-    """Let this process see its own GPU only. Before CUDA starts: afterwards the variable is not read again."""
+    """Make only this process's own GPU visible; call before CUDA starts, which reads the variable once."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
     if "CUDA_VISIBLE_DEVICES" not in os.environ:
         os.environ["CUDA_VISIBLE_DEVICES"] = str(local_rank)
-    elif len(visible) == 1:  # the launcher chose, or the user wants none
+    elif len(visible) == 1:  # chosen by the launcher, or disabled by the user
         return
     elif local_rank < len(visible):
         os.environ["CUDA_VISIBLE_DEVICES"] = visible[local_rank]
     else:
         raise RecipeError(
             f"process {local_rank} of this machine has no GPU: CUDA_VISIBLE_DEVICES is {','.join(visible)}",
-            fix="as many processes as GPUs; or CUDA_VISIBLE_DEVICES= and train.device=cpu",
+            fix="start as many processes as GPUs; or set CUDA_VISIBLE_DEVICES= and train.device=cpu",
         )

@@ -1,4 +1,4 @@
-"""How long work tells that it goes on, without knowing who listens."""
+"""How long-running work reports its progress, independent of who shows it."""
 
 from __future__ import annotations
 
@@ -9,33 +9,33 @@ from typing import Any, Protocol
 
 
 class Task(Protocol):
-    """One piece of work under way."""
+    """A piece of work in progress."""
 
     def advance(self, amount: int = 1, note: str = "") -> None:
-        """Tell that `amount` more is done; `note` is shown beside the bar."""
+        """Report `amount` more units as done; `note` is shown next to the bar."""
 
 
 class Progress(Protocol):
-    """A listener: the terminal, a log, or nobody."""
+    """A listener: the terminal, a log, or none."""
 
     def task(self, name: str, total: int | None, unit: str = "") -> AbstractContextManager[Task]:
         """Start a piece of work of `total` units; a context manager that yields the `Task`."""
 
     def line(self, text: str) -> None:
-        """Say one line."""
+        """Show a line."""
 
     def warn(self, text: str) -> None:
-        """Say one line that the user should not miss."""
+        """Show a line that the user should not miss."""
 
     def metrics(self, record: dict[str, Any]) -> None:
-        """Tell a step's line of `metrics.jsonl`, by every process of a run."""
+        """Report a line of `metrics.jsonl`; called by every process of a run."""
 
     def checkpoint(self, record: dict[str, Any], folder: Path) -> None:
-        """Tell of a checkpoint that was written, by every process of a run."""
+        """Report a checkpoint that was written; called by every process of a run."""
 
 
 class NoProgress:
-    """Nobody listens."""
+    """A listener that shows nothing."""
 
     @contextmanager
     def task(self, name: str, total: int | None, unit: str = "") -> Iterator[Task]:  # noqa: ARG002

@@ -1,7 +1,7 @@
 """Secrets: found in what a user wrote, and kept out of what is shown.
 
-Known are passwords in addresses, tokens of the Hugging Face hub by their form, and the values of environment variables
-whose names say that they are secret. Imports nothing of ours, since errors are built on it.
+Recognized are passwords in URLs, tokens of the Hugging Face Hub by their form, and the values of environment variables
+whose names mark them as secret. Imports nothing of loratune, since errors are built on it.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ _IN_ADDRESS = re.compile(r"(?<=://)[^\s/@]+(?=@)")
 _HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
 _SECRET_NAME = re.compile(r"(^|_)(TOKEN|API_?KEY|SECRET|PASSWORD|PASSWD|ACCESS_KEY)(_|$)")
 _SHORTEST = 8
-"""Characters of a value that is looked for; a shorter one may be any word."""
+"""Minimum characters of a secret value; a shorter one may be any word."""
 HIDDEN = "•••"
 
 
 def find_secret(text: str) -> tuple[int, str] | None:
-    """Where the first secret in a text stands, and what it is, without the secret itself."""
-    for pattern, what in ((_IN_ADDRESS, "a password or token in an address"), (_HUB_TOKEN, "a token of the hub")):
+    """Return the position of the first secret in a text and what it is, without the secret itself."""
+    for pattern, what in ((_IN_ADDRESS, "a password or token in a URL"), (_HUB_TOKEN, "a Hub token")):
         match = pattern.search(text)
         if match:
             return match.start(), what
@@ -31,7 +31,7 @@ def find_secret(text: str) -> tuple[int, str] | None:
 
 
 def without_secrets(text: str) -> str:
-    """The text with every known secret hidden."""
+    """Return a text with every known secret hidden."""
     text = _HUB_TOKEN.sub(HIDDEN, _IN_ADDRESS.sub(HIDDEN, text))
     for _, value in _in_environment():
         text = text.replace(value, HIDDEN)
@@ -39,7 +39,7 @@ def without_secrets(text: str) -> str:
 
 
 def _in_environment() -> list[tuple[str, str]]:
-    """Name and value of each variable that is a secret, the longest first."""
+    """Return name and value of each environment variable that is a secret, the longest value first."""
     found = [
         (name, value)
         for name, value in os.environ.items()

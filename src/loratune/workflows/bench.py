@@ -130,7 +130,7 @@ def _preparation(prepared: Preparation) -> dict[str, float | None]:
         {"text": c.text}
         if c.text is not None
         else {"messages": list(c.messages), **({"tools": c.tools} if c.tools else {})}
-        for c in reader(data.train).conversations
+        for c in reader(data.train).items
     ]
     started = time.perf_counter()
     prepare_data(data, tokenizer, max_length=max_length, seed=prepared.recipe.train.seed)

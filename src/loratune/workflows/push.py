@@ -18,7 +18,7 @@ from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from loratune.data.rows.sources import hub_answers
+from loratune.data.rows.hub import hub_answers
 from loratune.reporting.html import report
 from loratune.reporting.model_card import base_name, card_of
 from loratune.run.directory import Record, RunDir, write_json

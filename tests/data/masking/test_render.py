@@ -14,8 +14,9 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from loratune.data.examples import Example
 from loratune.data.masking.render import Rendered
-from loratune.data.rows.conversation import Conversation, to_conversations
-from loratune.data.rows.sources import Row
+from loratune.data.rows.conversation import Conversation
+from loratune.data.rows.formats import to_conversations
+from loratune.data.rows.row import Row
 from loratune.run.errors import DataError
 from tests.data.golden import CHAT, GOLDEN, MISTRAL_SYSTEM_LAST, R1_ANSWER, SMOLLM2, assistant, rejection, user
 

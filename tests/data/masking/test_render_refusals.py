@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -170,3 +171,21 @@ def test_a_template_that_writes_the_date_is_reported(
     with_template: WithTemplate, converse: Make, rendered: Render
 ) -> None:
     assert any("today's date" in notice for notice in rendered([converse(*CHAT)], with_template("llama3_2")).notices)
+
+
+def test_a_stop_token_that_the_tokenizer_writes_as_several_tokens_is_rejected(
+    with_template: WithTemplate, converse: Make, rendered: Render
+) -> None:
+    """A server stops at one token: a model that learns to write three in its place would not stop there."""
+    template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{{ STOP }}\n{% endfor %}"
+    template += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    tokenizer = copy.deepcopy(with_template(template.replace("{{ STOP }}", "</answer>")))
+    tokenizer.eos_token = "</answer>"
+    assert len(tokenizer("</answer>", add_special_tokens=False)["input_ids"]) > 1
+    conversation = converse(user("Hi"), assistant("Hello."))
+
+    refused = rejection(rendered([conversation], tokenizer))
+    assert refused == "the tokenizer does not write the stop token of message 2 (assistant) as one token"
+
+    tokenizer.add_special_tokens({"eos_token": "</answer>"})
+    assert len(rendered([conversation], tokenizer).examples) == 1

@@ -264,7 +264,7 @@ def test_a_text_that_the_template_drops_or_that_has_no_place_is_refused(
         result = rendered([converse(SYSTEM, *CHAT)], with_template(template), train_on=("system", "user"))
         assert re.search(reason, rejection(result))
     empty = rendered([converse(SYSTEM, user(""), user("Hi"))], with_template(SMOLLM2), train_on=("system",))
-    assert "where message 1 (system) ends cannot be told" in rejection(empty)
+    assert "where message 1 (system) ends is ambiguous" in rejection(empty)
 
 
 def test_a_template_that_looks_into_a_text_makes_the_two_ways_disagree(

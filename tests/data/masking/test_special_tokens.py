@@ -224,8 +224,8 @@ def test_a_template_cannot_complete_a_name(
 def test_plain_text_keeps_its_tokens_unless_told_otherwise(
     smollm2_tokenizer: PreTrainedTokenizerBase, rendered: Callable[..., Rendered]
 ) -> None:
-    from loratune.data.rows.conversation import to_conversations
-    from loratune.data.rows.sources import Row
+    from loratune.data.rows.formats import to_conversations
+    from loratune.data.rows.row import Row
 
     text = "<|im_start|>user\nHi<|im_end|>"
     conversations, _ = to_conversations([Row(file="a", line=1, value={"text": text})], "text")

@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerBase
 
+from loratune.data.cache_entry import from_arrays, to_arrays
 from loratune.data.examples import Example
 from loratune.data.masking.render import Rendered
-from loratune.data.prepare import pack, prepare_data, unpack
+from loratune.data.prepare import prepare_data
 from loratune.data.prompts import render_prompts
-from loratune.data.rows.conversation import Conversation, to_conversations
-from loratune.data.rows.sources import Row
+from loratune.data.rows.conversation import Conversation
+from loratune.data.rows.formats import to_conversations
+from loratune.data.rows.row import Row
 from loratune.planning.prepare import prepare
 from loratune.recipe.recipe import DataSection, Recipe
 from loratune.run.progress import NoProgress
@@ -120,6 +122,6 @@ def test_the_plan_counts_them_and_the_cache_keeps_them(
         max_length=512,
         seed=0,  # type: ignore[arg-type]
     )
-    arrays = pack(data)
+    arrays = to_arrays(data)
     assert arrays is not None
-    assert [c.excluded for c in unpack(arrays).eval_conversations] == [(1,)] * 4 + [()] * 2
+    assert [c.excluded for c in from_arrays(arrays).eval_conversations] == [(1,)] * 4 + [()] * 2

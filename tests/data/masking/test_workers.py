@@ -1,4 +1,4 @@
-"""Helper processes change nothing but the time."""
+"""Worker processes change nothing but the time."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from loratune.data.masking import workers
+from loratune.data.masking.policy import Policy
 from loratune.data.masking.render import CHUNK, Rendered, render
 from loratune.data.rows.conversation import Conversation
 from loratune.run.errors import DataError
@@ -33,17 +34,18 @@ def chats(converse: Converse, number: int) -> list[Conversation]:
 
 def prepared(conversations: list[Conversation], tokenizer: PreTrainedTokenizerBase, **settings: Any) -> Rendered:
     policy: dict[str, Any] = {"train_on": "assistant", "thinking": "keep", "max_length": 60, "on_long": "truncate"}
-    return render(conversations, tokenizer, **{**policy, **settings})
+    how = {name: settings.pop(name) for name in ("processes", "progress") if name in settings}
+    return render(conversations, tokenizer, Policy(**{**policy, **settings}), **how)
 
 
-def test_the_result_is_the_same_with_helpers(smollm2_tokenizer: PreTrainedTokenizerBase, converse: Converse) -> None:
+def test_the_result_is_the_same_with_workers(smollm2_tokenizer: PreTrainedTokenizerBase, converse: Converse) -> None:
     conversations = chats(converse, 5 * CHUNK + 3)
-    told: list[int] = []
+    reported: list[int] = []
 
     alone = prepared(conversations, smollm2_tokenizer, processes=1)
-    shared = prepared(conversations, smollm2_tokenizer, processes=3, progress=told.append)
+    shared = prepared(conversations, smollm2_tokenizer, processes=3, progress=reported.append)
 
-    assert sum(told) == len(conversations)
+    assert sum(reported) == len(conversations)
     assert (alone.counts, alone.rejected, alone.notices) == (shared.counts, shared.rejected, shared.notices)
     assert len(alone.rejected) == 13
     assert len(alone.examples) == len(shared.examples) == len(conversations) - 13
@@ -72,10 +74,10 @@ def fails_on(number: int) -> Callable[[list[int]], int]:
 
 def test_the_first_error_is_raised() -> None:
     with (
-        workers.WorkerPool[int, int](fails_on(3), setup=None, num_helpers=0) as crew,
+        workers.WorkerPool[int, int](fails_on(3), setup=None, num_workers=0) as pool,
         pytest.raises(DataError, match="bad") as caught,
     ):
-        crew.map([[n] for n in range(6)])
+        pool.map([[n] for n in range(6)])
     assert caught.value.line == 3
 
 
@@ -83,26 +85,26 @@ def test_a_helper_that_dies_leaves_its_work_to_this_process(monkeypatch: pytest.
     def start() -> subprocess.Popen[bytes]:
         return subprocess.Popen([sys.executable, "-c", "pass"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
-    monkeypatch.setattr(workers, "_start_helper", start)
-    with workers.WorkerPool[int, int](fails_on(99), setup=None, num_helpers=2) as crew:
-        assert crew.map([[n] for n in range(20)]) == list(range(20))
+    monkeypatch.setattr(workers, "_start_worker", start)
+    with workers.WorkerPool[int, int](fails_on(99), setup=None, num_workers=2) as pool:
+        assert pool.map([[n] for n in range(20)]) == list(range(20))
 
 
 def test_helpers_end_when_this_process_is_interrupted(smollm2_tokenizer: PreTrainedTokenizerBase) -> None:
     def interrupted(batch: list[int]) -> int:
         raise KeyboardInterrupt
 
-    crew = workers.WorkerPool[int, int](interrupted, setup=(smollm2_tokenizer, None), num_helpers=2)
-    with pytest.raises(KeyboardInterrupt), crew:
-        crew.map([[n] for n in range(20)])
-    assert [helper.poll() is not None for helper in crew._helpers] == [True, True]
-    assert not any(thread.is_alive() for thread in crew._threads)
+    pool = workers.WorkerPool[int, int](interrupted, setup=(smollm2_tokenizer, None), num_workers=2)
+    with pytest.raises(KeyboardInterrupt), pool:
+        pool.map([[n] for n in range(20)])
+    assert [worker.poll() is not None for worker in pool._workers] == [True, True]
+    assert not any(thread.is_alive() for thread in pool._threads)
 
 
 def test_helpers_end_with_the_process_that_started_them() -> None:
     code = (
-        "from loratune.data.processes import _start_helper; import os\n"
-        "helper = _start_helper(); print(helper.pid, flush=True); os._exit(9)"
+        "from loratune.data.masking.workers import _start_worker; import os\n"
+        "worker = _start_worker(); print(worker.pid, flush=True); os._exit(9)"
     )
     done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=False)
     pid = int(done.stdout)
@@ -115,4 +117,4 @@ def test_helpers_end_with_the_process_that_started_them() -> None:
             if stream.read().split()[2] == "Z":
                 return
         time.sleep(0.1)
-    pytest.fail("the helper lives on")
+    pytest.fail("the worker lives on")

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from loratune.data.rows.conversation import detect_format, split_thoughts, to_conversations
-from loratune.data.rows.sources import Row
+from loratune.data.rows.conversation import split_thoughts
+from loratune.data.rows.formats import detect_format, to_conversations
+from loratune.data.rows.row import Row
 from loratune.run.errors import DataError
 
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Paris"}}}
@@ -89,12 +90,12 @@ def test_odd_rows_are_rejected_one_by_one_when_they_may_be_skipped() -> None:
     assert len(conversations) == 1
     assert [(r.origin.line, r.reason) for r in rejected] == [
         (2, "no messages among fields mesages"),
-        (3, "a row is an object with fields, this is int 7"),
+        (3, "a row must be an object with fields, but this is int 7"),
     ]
 
 
 def test_rows_of_no_format_are_an_error_even_when_rows_may_be_skipped() -> None:
-    with pytest.raises(DataError, match="not a known format: fields a, b"):
+    with pytest.raises(DataError, match="matches no known format: fields a, b"):
         detect_format(rows({"a": 1, "b": 2}), strict=False)
 
 
@@ -172,7 +173,7 @@ def test_text_parts_are_joined_thoughts_are_kept_and_developers_speak_as_the_sys
             chat(USER, {"role": "asistant", "content": "x"}),
             "message 2 has the unknown role 'asistant'; did you mean assistant?",
         ),
-        (chat({"role": "alien", "content": "x"}), "known are system, user, assistant, tool"),
+        (chat({"role": "alien", "content": "x"}), "roles are system, user, assistant, tool"),
         (chat({"role": "user", "content": None}), "message 1 (user) has content null"),
         (chat({"role": "user"}), "message 1 (user) has content null"),
         (chat(USER, {"role": "assistant", "content": None}), "has content null and no tool calls"),

@@ -183,6 +183,6 @@ def test_offline_mode_looks_in_the_cache_only(monkeypatch: pytest.MonkeyPatch, t
 
 def test_a_file_of_an_unknown_kind_is_named(tmp_path: Path) -> None:
     (tmp_path / "notes.md").write_text("words")
-    with pytest.raises(DataError, match=r"a file of the unknown kind \.md") as error:
+    with pytest.raises(DataError, match=r"unsupported file type \.md") as error:
         read_rows(Source(name=str(tmp_path / "notes.md")))
     assert ".jsonl" in error.value.fix

@@ -213,7 +213,7 @@ def test_the_page_has_the_bytes_of_each() -> None:
     [
         ({"model__dtype": "float16"}, "model.dtype is float16"),
         ({"train__compile": True}, "run uncompiled"),
-        ({"train__recompute": 1}, "recomputing cannot free"),
+        ({"train__recompute": 1}, "gradient checkpointing cannot free"),
     ],
 )
 def test_settings_that_contradict_it_are_refused(

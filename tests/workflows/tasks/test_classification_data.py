@@ -141,7 +141,7 @@ def test_integers_of_a_hub_data_set_have_its_names(monkeypatch: pytest.MonkeyPat
     )
     rows = {"text": ["rain", "song", "play"], "topic": [0, 1, -1]}
     table = datasets.Dataset.from_dict(rows, features=features)
-    monkeypatch.setattr("loratune.data.rows.sources._require_hub", lambda source: None)
+    monkeypatch.setattr("loratune.data.rows.hub._require_hub", lambda source: None)
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: table)
     settings = {"train": "someone/topics", "eval": "none", "columns": {"label": "topic"}, "on_bad_row": "skip"}
     data = prepare_classified(

@@ -1,10 +1,11 @@
-"""The second way of finding what is trained, which must agree with the first (`spans`).
+"""The second way of finding which characters are trained; it must agree with the first, `spans_by_substitution`.
 
-Of answers, `spans_by_markers` takes what the template marks with `{% generation %}`; without markers, `spans_by_prompting`
-renders the prompt of each answer from the true messages, and reads on to the first stop token, as generation would.
+For answers, `spans_by_markers` takes what the template marks with `{% generation %}`. Without markers,
+`spans_by_prompting` renders the prompt of each answer from the true messages, and reads on to the first stop token, as
+generation would.
 
-Of other messages, `spans_by_difference` renders the conversation with another text in the place of one message's. What
-both renderings begin and end with is not that text:
+For other messages, `spans_by_difference` renders the conversation with another text in place of one message's. The
+prefix and the suffix that both renderings share are not that text:
 
     <|im_start|>user⏎Hello<|im_end|>⏎<|im_start|>assistant⏎Hi!<|im_end|>⏎
     <|im_start|>user⏎Qz<|im_end|>⏎<|im_start|>assistant⏎Hi!<|im_end|>⏎
@@ -17,30 +18,31 @@ import re
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 
-from loratune.data.masking.spans_by_substitution import Span, blanks_before, first_stop, has_text, message_end
+from loratune.data.masking.policy import has_text
+from loratune.data.masking.spans import Span, blanks_before, first_stop, message_end
 from loratune.data.masking.template import ChatTemplate, Tools, header_variants, without_thoughts
 from loratune.data.rows.conversation import BadRow, Message
 
-_ENDING, _COMPARED = 8, 4096  # characters of a prompt: those it is looked for by, and those it is compared by
+_ENDING, _COMPARED = 8, 4096  # last characters of a prompt: to search for, and to compare
 _OTHER_TEXTS = ("Qz", "Xw", "Kv", "Zg")
-"""One of these stands in the place of a text: it begins and ends with another letter than that one, also inside JSON."""
+"""One of these replaces a text: the one that starts and ends with other letters, also inside JSON."""
 
 
 def spans_by_prompting(
     text: str, messages: Sequence[Message], tools: Tools, turns: Sequence[int], template: ChatTemplate
 ) -> list[Span]:
-    """Find answers by rendering the prompt of each, and reading on to the first stop token.
+    """Find answers by rendering the prompt of each and reading on to the first stop token.
 
     Raises:
         BadRow: A prompt does not occur in the conversation.
     """
     prompts = _Prompts(text, messages, tools, template)
     starts = [prompts.end(turn) for turn in turns]
-    return [(start, first_stop(text, start, len(text), template.stops) or len(text)) for start in starts]
+    return [(start, first_stop(text, start, len(text), template.stop_tokens) or len(text)) for start in starts]
 
 
 class _Prompts:
-    """Where the prompts of answers end in a rendered conversation."""
+    """The ends of the prompts of answers in a rendered conversation."""
 
     def __init__(self, text: str, messages: Sequence[Message], tools: Tools, template: ChatTemplate) -> None:
         self._text = text
@@ -58,15 +60,13 @@ class _Prompts:
         return self._ends[turn]
 
     def bare_end(self, turn: int) -> int:
-        """The end without the `<think>` that a prompt may open."""
+        """Return the end without the `<think>` that a prompt may open."""
         return len(without_thoughts(self._text[: self.end(turn)]))
 
     def _search(self, turn: int, prompt: str, variants: Sequence[str]) -> int:
-        """For templates that write earlier messages differently: look for the last message, and all after it.
-
-        It stands after the start of the previous answer. Some templates (Mistral's) even move texts between messages:
-        then it is the place before which the most reads like the prompt.
-        """
+        """Find the end of a prompt in which the template writes earlier messages in another way."""
+        # Search for the last message and everything after it, from the start of the previous answer on. Some templates
+        # (Mistral's) even move texts between messages: then take the place whose preceding text resembles it most.
         answers = [n for n in range(1, turn) if self._messages[n]["role"] == "assistant"]
         floor = self.end(answers[-1]) if answers else 0
         before = self._template.probe(self._messages[: turn - 1], self._tools)
@@ -83,17 +83,17 @@ class _Prompts:
 
 
 def _places_like(text: str, prompt: str, floor: int) -> Iterator[tuple[int, int]]:
-    """Of each place that reads like the end of the prompt: how much of it does, and where it ends (negated)."""
+    """Yield, for each place that reads like the end of the prompt, the length of the match and its end (negated)."""
     for match in re.finditer(re.escape(prompt[-_ENDING:]), text[floor:]):
         end = floor + match.end()
         yield _common_suffix(text[max(0, end - _COMPARED) : end], prompt), -end
 
 
 def spans_by_markers(text: str, marked: Sequence[Span], template: ChatTemplate) -> list[Span]:
-    """Bring what a template marks to our definition of an answer.
+    """Convert what a template marks to our definition of an answer.
 
-    Markers differ in taste: some include the header (`<|start|>assistant`), some the blanks after the stop token, some
-    the end-of-sequence token after it. What they say about content is kept, right or wrong.
+    Markers differ: some include the header (`<|start|>assistant`), some the blanks after the stop token, some the
+    end-of-sequence token after it. What they say about the content is kept, right or wrong.
 
     Raises:
         BadRow: The markers leave out the stop token.
@@ -101,11 +101,11 @@ def spans_by_markers(text: str, marked: Sequence[Span], template: ChatTemplate) 
     spans: list[Span] = []
     for start, end in _merged(marked):
         begin = _after_header(text, start, template.header)
-        while begin < end and text[begin:end].strip() not in ("", *template.stops):
-            stop = first_stop(text, begin, end, template.stops)
+        while begin < end and text[begin:end].strip() not in ("", *template.stop_tokens):
+            stop = first_stop(text, begin, end, template.stop_tokens)
             if stop is None:
                 rest = text[end:].lstrip()
-                if rest.startswith(template.stops):
+                if rest.startswith(template.stop_tokens):
                     raise BadRow("the chat template marks an answer without its stop token as generated")
                 stop = end
             spans.append((begin, stop))
@@ -116,15 +116,15 @@ def spans_by_markers(text: str, marked: Sequence[Span], template: ChatTemplate) 
 def spans_by_difference(
     text: str, rendered: str, messages: Sequence[Message], tools: Tools, turns: Sequence[int], template: ChatTemplate
 ) -> list[Span]:
-    """Find messages that are no answers by rendering the conversation with another text in the place of each.
+    """Find messages of other roles by rendering the conversation with another text in place of each.
 
     Args:
         text: The conversation as it is trained.
-        rendered: As the template renders it: without thoughts that were put back, which stand in answers only.
+        rendered: The conversation as the template renders it, without the thoughts that were put back into answers.
         messages: Its messages.
         tools: Its tools.
-        turns: The messages to find.
-        template: Of the tokenizer.
+        turns: Indices of the messages to find.
+        template: The chat template.
 
     Raises:
         BadRow: A prompt does not occur in the conversation.
@@ -139,14 +139,14 @@ def spans_by_difference(
         stop = message_end(rendered, end, limit, _tail(messages[: turn + 1], tools, template), tools, template)
         answer = next((n for n in range(turn + 1, len(messages)) if messages[n]["role"] == "assistant"), None)
         moved = 0
-        if text != rendered:  # as far as the next answer's prompt, or the end of the text
+        if text != rendered:  # by the thoughts put back before the next answer's prompt, or before the end
             moved = len(text) - len(rendered) if answer is None else trained.bare_end(answer) - prompts.bare_end(answer)
         spans.append((blanks_before(rendered, start) + moved, (end if stop is None else stop) + moved))
     return spans
 
 
 def _limit(turn: int, messages: Sequence[Message], places: _Places, prompts: _Prompts) -> int:
-    """Before which a message ends: the prompt of the answer to it, or the next text."""
+    """Return the first character after a message: the end of its answer's prompt, or the start of the next text."""
     _, end = places[turn]
     following = turn + 1
     if following == len(messages):
@@ -162,7 +162,7 @@ def _limit(turn: int, messages: Sequence[Message], places: _Places, prompts: _Pr
 
 
 def _tail(messages: Sequence[Message], tools: Tools, template: ChatTemplate) -> str | None:
-    """What the template writes after the last of these texts; None where it refuses that, or leaves the text out."""
+    """Return what the template writes after the last text; None if it refuses that or drops the text."""
     text = template.probe(messages, tools)
     if not text:
         return None
@@ -171,7 +171,7 @@ def _tail(messages: Sequence[Message], tools: Tools, template: ChatTemplate) -> 
 
 
 class _Places:
-    """Where the texts of messages stand in a rendered conversation."""
+    """The spans of the texts of messages in a rendered conversation."""
 
     def __init__(self, text: str, messages: Sequence[Message], tools: Tools, template: ChatTemplate) -> None:
         self.text = text
@@ -193,7 +193,7 @@ class _Places:
 
 
 def _num_common(one: str, other: str) -> int:
-    """Characters that both begin with."""
+    """Count the characters that both texts start with."""
     most = min(len(one), len(other))
     return bisect_left(range(most), True, key=lambda n: one[: n + 1] != other[: n + 1])
 
@@ -214,7 +214,7 @@ def _merged(spans: Sequence[Span]) -> list[Span]:
 
 
 def _after_header(text: str, start: int, header: str) -> int:
-    """The end of the header that a marked span starts in or right after; else its own start."""
+    """Return the end of the header that a marked span starts in or right after; else the start of the span."""
     for variant in header_variants(header):
         if variant:
             found = text.rfind(variant, max(0, start - len(variant)), start + len(variant))

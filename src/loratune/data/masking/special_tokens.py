@@ -1,12 +1,13 @@
-"""The names of special tokens inside texts: found, and written as the ordinary text that they are.
+"""The names of special tokens inside texts: found, or tokenized as ordinary text.
 
-A tokenizer reads `<|im_end|>` as the end of a turn wherever it stands, also in a user's message. To read it as text there
-and as a token where the template wrote it, both get stand-ins of the same length from Unicode's private planes:
+A tokenizer reads `<|im_end|>` as the end of a turn wherever it occurs, also in a user's message. To read it as text
+there and as a token where the template wrote it, both get stand-ins of the same length from Unicode's private planes:
 
-    1. In the messages each name is replaced by its stand-in, so that template, spans and stop tokens see none there.
-    2. In the rendered text each name is the template's, and is replaced by another stand-in, which a copy of the tokenizer
-       knows as a token; the first stand-ins become names again. That copy reads names as ordinary text.
-    3. The stand-ins' ids are replaced by those of the template's tokens. All lengths are equal, so all places are right.
+    1. In the messages, each name is replaced by its stand-in, so that template, spans and stop tokens do not see it.
+    2. In the rendered text, the remaining names are the template's. Each is replaced by another stand-in, which a copy
+       of the tokenizer knows as a token; the first stand-ins become names again, which the copy reads as ordinary text.
+    3. The ids of the stand-ins are replaced by those of the template's tokens. All lengths are equal, so all offsets
+       hold.
 """
 
 from __future__ import annotations
@@ -19,9 +20,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from tokenizers import AddedToken, Tokenizer
 
-from loratune.data.masking.word_cache import Tokens
+from loratune.data.masking.tokens import Tokens
 from loratune.data.rows.conversation import BadRow, Conversation
-from loratune.run.errors import plural
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,11 +30,11 @@ T = TypeVar("T")
 
 _IN_TEXTS, _OF_THE_TEMPLATE = 0xF0000, 0x100000
 _PRIVATE = re.compile("[\U000f0000-\U0010ffff]")
-_THOUGHTS = {"<think>", "</think>"}  # part of the data: `data.thinking` decides about them
+_THOUGHTS = {"<think>", "</think>"}  # part of the data, handled by `data.thinking`
 
 
 def special_names(tokenizer: PreTrainedTokenizerBase) -> set[str]:
-    """What the tokenizer reads as structure wherever it stands, in a template or in a text."""
+    """Return the names of all tokens that the tokenizer reads as structure, in a template or in a text."""
     added = tokenizer.added_tokens_decoder.values()
     names = {token.content for token in added if token.special and token.content.strip()}
     names.update(token for token in tokenizer.all_special_tokens if token)
@@ -42,13 +42,13 @@ def special_names(tokenizer: PreTrainedTokenizerBase) -> set[str]:
 
 
 def any_of(strings: Sequence[str] | set[str]) -> re.Pattern[str]:
-    """Matches any of them, the longest that fits."""
+    """Return a pattern that matches any of the strings, the longest that fits."""
     longest_first = sorted((s for s in strings if s), key=lambda s: (-len(s), s))
     return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
 
 def texts_in(value: Any) -> Iterator[str]:
-    """Every text in nested lists and dictionaries, names of fields included."""
+    """Yield every text in nested lists and dictionaries, including field names."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
@@ -61,10 +61,10 @@ def texts_in(value: Any) -> Iterator[str]:
 
 
 class SpecialText:
-    """Special tokens' names as text, for one tokenizer.
+    """Finds the names of special tokens in texts and tokenizes them as text.
 
     Args:
-        tokenizer: A fast one.
+        tokenizer: A fast tokenizer.
         names: The special tokens.
     """
 
@@ -75,31 +75,31 @@ class SpecialText:
         known = tokenizer.get_vocab()
         unknown = tokenizer.unk_token
         self.names = any_of(names)
-        self._controls = any_of(names - {unknown})  # the unknown token also stands for what cannot be written
+        self._controls = any_of(names - {unknown})  # the unknown token also replaces what cannot be written
         self._is_control = np.zeros(max(known.values(), default=0) + 1, dtype=np.bool_)
         self._is_control[[known[name] for name in names if name in known and name != unknown]] = True
 
     def count(self, text: str) -> int:
-        """How many special tokens a text names."""
+        """Count the special tokens that a text names."""
         return len(self._controls.findall(text))
 
     def count_tokens(self, tokens: Tokens) -> int:
-        """How many of the tokens are special."""
+        """Count the special tokens among tokens."""
         return int(np.count_nonzero(self._is_control[tokens.ids]))
 
     def hide(self, value: T) -> T:
-        """With stand-ins in place of names, in every text.
+        """Replace names by stand-ins in every text of a value.
 
         Raises:
-            BadRow: A text has characters of the planes that stand-ins are taken from.
+            BadRow: A text already contains characters of the stand-ins' planes.
         """
         if any(_PRIVATE.search(text) for text in texts_in(value)):
-            raise BadRow("a special token's name beside private-use characters cannot be kept as text")
+            raise BadRow("a special token's name cannot be kept as text next to private-use characters")
         hidden: T = self._replaced(value)
         return hidden
 
     def show(self, text: str) -> str:
-        """The names again, in place of their stand-ins."""
+        """Replace stand-ins by their names."""
         for character in set(_PRIVATE.findall(text)):
             number = ord(character) - _IN_TEXTS
             if number < len(self._names):
@@ -107,7 +107,7 @@ class SpecialText:
         return text
 
     def tokens(self, text: str) -> Tokens:
-        """The tokens of a text with stand-ins: names in it are special tokens, stand-ins are ordinary text.
+        """Tokenize a text with stand-ins: names are special tokens, stand-ins are ordinary text.
 
         Raises:
             BadRow: The tokenizer cannot write these names in ordinary tokens.
@@ -116,13 +116,7 @@ class SpecialText:
         without = _PRIVATE.sub("", text)
         if self._encode(without)[0] != self._backend.encode(without, add_special_tokens=False).ids:
             raise BadRow("the tokenizer cannot write the names of its special tokens as ordinary text")
-        places = np.array(offsets, dtype=np.int32).reshape(-1, 2)
-        return Tokens(
-            ids=np.array(ids, dtype=np.int32),
-            starts=places[:, 0],
-            ends=places[:, 1],
-            decoded=self._backend.decode(ids, skip_special_tokens=False),
-        )
+        return Tokens.of(ids, offsets, self._backend.decode(ids, skip_special_tokens=False))
 
     def _replaced(self, value: Any) -> Any:
         if isinstance(value, str):
@@ -145,10 +139,11 @@ class SpecialText:
 
     @cached_property
     def _copy(self) -> tuple[Tokenizer, dict[int, int]]:
-        """A copy that reads names as text and stand-ins as tokens, and its ids of these → the true ids."""
+        """A copy of the tokenizer that reads names as text and stand-ins as tokens, and its ids of these → the true
+        ids."""
         copy = Tokenizer.from_str(self._backend.to_str())
         copy.encode_special_tokens = True
-        copy.post_processor = None  # as in `labels.exact_offsets`
+        copy.post_processor = None  # as in `tokens.exact_offsets`
         copy.no_truncation()
         copy.no_padding()
         real: dict[int, int] = {}
@@ -172,7 +167,7 @@ def _stand_in(name: str, character: int) -> str:
 
 
 def special_token_in(conversation: Conversation, specials: SpecialText) -> str:
-    """Where a text has the name of a special token, which would be read as one and could start or end a turn; or nothing."""
+    """Describe where a text names a special token, which could start or end a turn; return "" if none does."""
     for number, message in enumerate(conversation.messages, start=1):
         plain = len(message) == 2 and "content" in message
         for text in (message["content"],) if plain else texts_in(message):
@@ -184,18 +179,3 @@ def special_token_in(conversation: Conversation, specials: SpecialText) -> str:
         if found:
             return f"the tools contain the special token {found[0]}"
     return ""
-
-
-def special_notices(number: int, *, as_text: bool) -> list[str]:
-    """What the user should know about conversations that name special tokens in their texts."""
-    if not number:
-        return []
-    if as_text:
-        return [
-            f"{plural(number, 'conversation has', 'conversations have')} the names of special tokens in their texts. They are trained as the ordinary "
-            "text that they are (data.special_tokens_in_text=as_text). Most servers read them as special tokens."
-        ]
-    return [
-        f"{plural(number, 'text has', 'texts have')} the names of special tokens in them. In chats such rows are refused, in plain text they are "
-        "read as these tokens; data.special_tokens_in_text=as_text reads them as text."
-    ]

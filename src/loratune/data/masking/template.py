@@ -1,7 +1,7 @@
-"""The tokenizer's chat template: rendering with it, and finding out what it writes around an answer.
+"""The tokenizer's chat template: rendering with it, and probing what it writes around an answer.
 
-What it writes is found by rendering short probes whose texts are sentinels: words that occur nowhere else and survive
-trimming, so that everything between them is the template's own.
+A probe is a short conversation whose texts are sentinels: words that occur nowhere else and survive trimming, so that
+everything between them is written by the template.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _PROBE_TOOL = "qk4fz"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ThoughtFormat:
-    """What a template writes before and after the thoughts of an answer, between its header and the answer."""
+    """What a template writes before and after the thoughts of an answer, between header and answer."""
 
     before: str
     after: str
@@ -43,10 +43,10 @@ class ChatTemplate:
     """A tokenizer's chat template.
 
     Args:
-        tokenizer: With a chat template.
+        tokenizer: A tokenizer with a chat template.
 
     Raises:
-        DataError: There is no chat template, or one that does not write what it is given.
+        DataError: There is no chat template, or it does not write the messages it is given.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -57,7 +57,7 @@ class ChatTemplate:
         if not tokenizer.chat_template:
             raise DataError(
                 f"the tokenizer {tokenizer.name_or_path!r} has no chat template",
-                fix="take the instruct or chat variant of the model, or train plain text: data.format=text "
+                fix="use the instruct or chat variant of the model, or train plain text: data.format=text "
                 "data.train_on=all, on rows with a text field",
             )
         self._as_parts = False
@@ -68,22 +68,22 @@ class ChatTemplate:
     # ---- rendering
 
     def render(self, messages: Sequence[Message], tools: Tools = None, *, prompt: bool = False) -> str:
-        """The text of a conversation.
+        """Render a conversation.
 
         Args:
             messages: The messages.
             tools: Function schemas.
-            prompt: Whether the text ends with what starts the next answer.
+            prompt: Whether to end with the generation prompt for the next answer.
 
         Raises:
-            BadRow: The template refuses these messages.
+            BadRow: The template rejects these messages.
         """
         return self._run(messages, tools, add_generation_prompt=prompt)[0]
 
     def render_marked(self, messages: Sequence[Message], tools: Tools) -> tuple[str, list[tuple[int, int]]]:
-        """The text, and what stands between `{% generation %}` markers as character spans.
+        """Render a conversation, and return the character spans between `{% generation %}` markers.
 
-        transformers' own token mask is not used: only the spans are, and they are checked.
+        Not transformers' own token mask: only its spans are used, and they are verified.
         """
         text, spans = self._run(messages, tools, marked=True)
         return text, [(start, end) for start, end in spans if end > start]
@@ -99,11 +99,11 @@ class ChatTemplate:
             )
         except LoratuneError:
             raise
-        except Exception as error:  # noqa: BLE001 - it is a stranger's code, and raises what it likes
-            raise BadRow(f"the chat template refuses it: {describe(error)}") from None
+        except Exception as error:  # noqa: BLE001 - foreign code may raise anything
+            raise BadRow(f"the chat template rejects it: {describe(error)}") from None
 
     def _styled(self, message: Message) -> Message:
-        """The message in the form that this template reads."""
+        """Return the message in the form that this template reads."""
         calls = message.get("tool_calls")
         if not calls and not self._as_parts:
             return message
@@ -128,14 +128,14 @@ class ChatTemplate:
         return self._named[tools]
 
     def probe(self, messages: Sequence[Message], tools: Tools = None, *, prompt: bool = False) -> str:
-        """Like `render`, but an empty text where the template refuses."""
+        """Render a conversation; return an empty text if the template rejects it."""
         try:
             return self.render(messages, tools, prompt=prompt)
         except BadRow:
             return ""
 
     def _choose_content_style(self) -> None:
-        """Templates of models that see images read content as a list of parts only."""
+        """Find out whether content must be a list of parts, as in templates of vision models."""
         chat = [_message("user", _PROBE_USER), _message("assistant", _PROBE_ANSWER)]
         for self._as_parts in (False, True):
             text = self.probe(chat)
@@ -143,36 +143,36 @@ class ChatTemplate:
                 return
         self._as_parts = False
         problem = f"the chat template of {self._tokenizer.name_or_path!r} does not write the messages it is given"
-        raise DataError(problem, fix="take a model whose tokenizer has a working chat template")
+        raise DataError(problem, fix="use a model whose tokenizer has a working chat template")
 
-    # ---- what it is made of
+    # ---- properties
 
     @cached_property
     def has_markers(self) -> bool:
-        """Whether it marks answers with `{% generation %}`."""
+        """Whether the template marks answers with `{% generation %}`."""
         return _MARKER.search(self._source(tools=False)) is not None
 
     @cached_property
     def writes_date(self) -> bool:
-        """Whether it writes today's date, so that the same data is other tokens tomorrow."""
+        """Whether the template writes today's date, so that the same data has other tokens tomorrow."""
         return "strftime_now" in self._source(tools=False)
 
     @cached_property
     def control_tokens(self) -> re.Pattern[str]:
-        """Matches any added token of the tokenizer."""
+        """A pattern that matches any added token of the tokenizer."""
         return any_of([token.content for token in self._tokenizer.added_tokens_decoder.values()])
 
     @cached_property
     def special_text(self) -> SpecialText:
-        """What no message may contain as it is: tokens that the model reads as the structure of a conversation."""
-        return SpecialText(self._tokenizer, special_names(self._tokenizer) | set(self.stops))
+        """The tokens that structure a conversation, which no message may contain as they are."""
+        return SpecialText(self._tokenizer, special_names(self._tokenizer) | set(self.stop_tokens))
 
     @cached_property
-    def stops(self) -> tuple[str, ...]:
+    def stop_tokens(self) -> tuple[str, ...]:
         """The tokens that end an answer: the one after a text, the one after tool calls, the end-of-sequence token.
 
         Raises:
-            DataError: The template writes nothing after an answer that a model could stop at.
+            DataError: The template writes no token after an answer at which a model could stop.
         """
         chat = [_message("user", _PROBE_USER), _message("assistant", _PROBE_ANSWER)]
         stop = self._last_token(self.render(chat).rpartition(_PROBE_ANSWER)[2])
@@ -187,13 +187,13 @@ class ChatTemplate:
         return tuple(dict.fromkeys(token for token in stops if isinstance(token, str) and token))
 
     @cached_property
-    def ends(self) -> tuple[str, ...]:
-        """The tokens that may end a message of another role: those of answers, and the one right after a user's last text."""
+    def turn_end_tokens(self) -> tuple[str, ...]:
+        """The tokens that may end a message of another role: the stop tokens and the one after a final user message."""
         after_user = self._last_token(self.probe([_message("user", _PROBE_USER)]).rpartition(_PROBE_USER)[2])
-        return tuple(dict.fromkeys([*self.stops, *([after_user] if after_user else [])]))
+        return tuple(dict.fromkeys([*self.stop_tokens, *([after_user] if after_user else [])]))
 
     def _last_token(self, tail: str) -> str | None:
-        """The added token at the end of the first run of non-blank text: in `<|end|>⏎<|endoftext|>`, the first."""
+        """Return the added token that ends the first run of non-blank text: in `<|end|>⏎<|endoftext|>`, the first."""
         run = tail.split(maxsplit=1)[:1]
         tokens = self.control_tokens.findall(run[0]) if run else []
         eos = self._tokenizer.eos_token
@@ -218,10 +218,11 @@ class ChatTemplate:
 
     @cached_property
     def supports_tools(self) -> bool:
-        """Whether it writes tool calls, in one of the forms that templates expect them in.
+        """Whether the template writes tool calls, in one of the forms that templates expect.
 
-        Asking also settles that form, so it is to be asked before the first conversation with tools is rendered. Most read arguments as an object, DeepSeek's as JSON text; some fail on an answer without content.
+        Evaluating it also settles that form, so evaluate it before rendering the first conversation with tools.
         """
+        # Most templates read arguments as an object, DeepSeek's as JSON text; some fail on an answer without content.
         for self._content_always in (False, True):
             for self._arguments_as_text in (False, True):
                 text = self.probe(self._tool_probe, _PROBE_TOOLS)
@@ -232,19 +233,19 @@ class ChatTemplate:
 
     @cached_property
     def prompt_tail(self) -> str:
-        """What it writes between a user's text and the answer to it, as a prompt."""
+        """What the template writes between a user's text and the answer to it, as a prompt."""
         try:
             text = self.render([_message("user", _PROBE_USER)], prompt=True)
         except BadRow as bad:
             raise DataError(
-                f"{bad}: a prompt of one message of a user",
-                fix="take a model whose tokenizer has a working chat template",
+                f"{bad}: a prompt of one user message",
+                fix="use a model whose tokenizer has a working chat template",
             ) from None
         return text.rpartition(_PROBE_USER)[2]
 
     @cached_property
     def header(self) -> str:
-        """The generation prompt: what it writes to start an answer. May be empty (Mistral)."""
+        """The generation prompt: what the template writes to start an answer. May be empty (Mistral)."""
         without = self.probe([_message("user", _PROBE_USER)]).rpartition(_PROBE_USER)[2]
         cut = len(os.path.commonprefix([self.prompt_tail, without]))  # noqa: RUF071 - of characters
         inside = [m for m in self.control_tokens.finditer(self.prompt_tail) if m.start() < cut < m.end()]
@@ -252,7 +253,7 @@ class ChatTemplate:
 
     @cached_property
     def thoughts(self) -> ThoughtFormat | None:
-        """How it writes `reasoning_content`; None where it does not read that field."""
+        """How the template writes `reasoning_content`; None if it does not read that field."""
         answer = {**_message("assistant", _PROBE_ANSWER), "reasoning_content": _PROBE_THOUGHTS}
         text = self.probe([_message("user", _PROBE_USER), answer])
         after_user = text.partition(_PROBE_USER)[2]
@@ -264,12 +265,12 @@ class ChatTemplate:
 
     @cached_property
     def opens_thoughts(self) -> bool:
-        """Whether its generation prompt ends inside an open `<think>`."""
+        """Whether the generation prompt ends inside an open `<think>`."""
         return self.prompt_tail.rstrip().endswith("<think>")
 
     @cached_property
     def forbids_thoughts(self) -> bool:
-        """Whether its generation prompt ends with empty thoughts."""
+        """Whether the generation prompt ends with empty thoughts."""
         return self.prompt_tail.rstrip().endswith("</think>")
 
 
@@ -290,7 +291,7 @@ _PROBE_TOOLS: list[dict[str, Any]] = [
 
 
 def header_variants(prompt: str) -> list[str]:
-    """The forms in which a rendered prompt may stand in a rendered conversation, longest first.
+    """Return the forms in which a rendered prompt may occur in a rendered conversation, longest first.
 
     A template whose prompt opens the thoughts (`…<think>⏎`) may write earlier or thoughtless answers without them, or
     with an empty `<think></think>`.
@@ -299,7 +300,7 @@ def header_variants(prompt: str) -> list[str]:
 
 
 def without_thoughts(prompt: str) -> str:
-    """A prompt without a `<think>` (open or empty) at its end."""
+    """Return a prompt without a `<think>` (open or empty) at its end."""
     return re.sub(_EMPTY_THOUGHTS, "", prompt)
 
 

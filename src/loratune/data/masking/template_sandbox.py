@@ -1,13 +1,13 @@
-"""Chat templates come from strangers: they run in jinja2's sandbox, and here with limits on time, memory and numbers.
+"""A sandbox for chat templates, which come from strangers: jinja2's own, with limits on time, memory and numbers.
 
-Three limits, because no single one holds a template that wants to do harm:
+Three limits, because no single one stops every hostile template:
 
-- Loops: a watchdog thread raises in the rendering thread, whichever that is, once a rendering takes too long.
-- Growth (a text doubled again and again): the same watchdog looks at the memory of the process.
+- Loops: a watchdog thread raises in the rendering thread once a rendering takes too long.
+- Growth (a text doubled over and over): the same watchdog checks the memory of the process.
 - Single operations that the watchdog cannot interrupt (`'a' * 10**10`, `10**10**10`, `center(10**10)`): the environment
-  looks at the numbers and sizes before it does them, and does not fold them into constants when it compiles.
+  checks numbers and sizes before it runs them, and does not fold them into constants at compile time.
 
-The environment is transformers' own for chat templates, one object of it, with its class replaced by a subclass.
+The environment is one object of transformers' own for chat templates, with its class replaced by a subclass.
 """
 
 from __future__ import annotations
@@ -32,40 +32,40 @@ from loratune.run.errors import DataError
 T = TypeVar("T")
 
 TIME_LIMIT_SECONDS = 5.0
-"""For rendering one conversation; a usual one takes a tenth of a millisecond, one of 10 MB some milliseconds."""
+"""Time limit for one conversation; a typical one takes 0.1 ms, one of 10 MB some milliseconds."""
 MEMORY_LIMIT_BYTES = 2**30
-"""By how much the process may grow while one conversation is rendered, seen from the first look at it on."""
+"""How much the process may grow while one conversation is rendered, from the watchdog's first look on."""
 SOURCE_LIMIT = 2**20
-"""Characters of a template; the longest that TRL bundles has 17 thousand."""
+"""Maximum characters of a template; the longest that TRL bundles has 17,000."""
 NUMBER_LIMIT = 10**6
-"""The largest number that a template may compute by multiplication, or hand to a function or a filter."""
+"""The largest number that a template may compute by multiplication, or pass to a function or filter."""
 TEXT_LIMIT = 2**27
-"""Characters that one operation of a template may make."""
+"""Maximum characters that one operation of a template may produce."""
 
 _LOOK_SECONDS, _IDLE_SECONDS = 0.1, 2.0
 _AGAIN_SECONDS = 1.0
-"""After which the watchdog raises again: Python ignores what is raised in a destructor or a callback of its garbage collector."""
+"""Time until the watchdog raises again: Python ignores exceptions in destructors and garbage-collector callbacks."""
 _WIDE = re.compile(r"\d{7}")
-"""What asks for a wide field in a format."""
+"""A field width of seven digits or more in a format."""
 
 
 class _StopRenderingError(BaseException):
-    """Raised in the rendering thread by the watchdog. No `Exception`: jinja2 swallows those while it compiles."""
+    """Raised in the rendering thread by the watchdog. Not an `Exception`: jinja2 swallows those while it compiles."""
 
 
 def compile_template(source: str) -> Template:
-    """A chat template in transformers' environment, with limits.
+    """Compile a chat template in transformers' environment, with limits.
 
     Raises:
-        DataError: It is no template, or compiling it takes too long.
+        DataError: It is not a template, or compiling it takes too long.
     """
     if len(source) > SOURCE_LIMIT:
-        raise DataError(f"the chat template has {len(source):,} characters", fix="take another model's tokenizer")
+        raise DataError(f"the chat template has {len(source):,} characters", fix="use another model's tokenizer")
     try:
         return limited(lambda: _compile(source))
     except DataError:
         raise
-    except Exception as error:  # noqa: BLE001 - it is a stranger's code, and Python's compiler fails in many ways
+    except Exception as error:  # noqa: BLE001 - foreign code, and Python's compiler fails in many ways
         raise DataError(f"the chat template does not compile: {describe(error)}", fix="correct the template") from None
 
 
@@ -77,14 +77,17 @@ def render_template(
     marked: bool = False,
     **variables: Any,
 ) -> tuple[str, list[tuple[int, int]]]:
-    """The text of a conversation, as transformers renders it.
+    """Render a conversation as transformers does.
 
     Args:
-        template: From `compile_template`.
+        template: A template from `compile_template`.
         messages: The messages.
         tools: Function schemas.
-        marked: Whether the spans between `{% generation %}` markers are wanted, too. Not for several threads at once.
-        variables: What else the template may read.
+        marked: Whether to return the spans between `{% generation %}` markers, too. Not thread-safe.
+        variables: Other variables that the template may read.
+
+    Returns:
+        The text, and the marked character spans.
 
     Raises:
         DataError: It takes too long, or too much memory.
@@ -102,7 +105,7 @@ def render_template(
 
 
 def describe(error: Exception) -> str:
-    """An error of a template in a line; its message may hold the whole conversation."""
+    """Describe an error of a template in one line; its message may contain the full conversation."""
     text = str(error) or type(error).__name__
     return text if len(text) <= 300 else f"{text[:297]}..."
 
@@ -125,13 +128,13 @@ def _compile(source: str) -> Template:
 
 
 class LimitedEnvironment(ImmutableSandboxedEnvironment):
-    """The sandbox, which also refuses single operations that would take all time or memory."""
+    """The sandbox, which also refuses single operations that would take unbounded time or memory."""
 
-    # Not folded into constants at compile time, and checked when they run. `+` and `~` add no more than there is already.
+    # Not folded into constants at compile time, and checked at run time. `+` and `~` can at most double what exists.
     intercepted_binops = frozenset(("*", "**", "%"))
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:  # noqa: ARG002 - jinja2's
-        """Multiplication, powers and formats, of bounded size."""
+        """Check and run a multiplication, power or format."""
         if operator == "%":
             if isinstance(left, str):
                 _check_format(left)
@@ -142,14 +145,14 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         return _product(left, right)
 
     def wrap_str_format(self, value: Any) -> Any:
-        """The sandbox's own `str.format`, without wide fields."""
+        """Return the sandbox's own `str.format`, after refusing wide fields."""
         wrapped = super().wrap_str_format(value)
         if wrapped is not None:
             _check_format(str(value.__self__))
         return wrapped
 
     def call(self, context: Any, function: Any, /, *args: Any, **kwargs: Any) -> Any:
-        """A call of a function or method, with arguments of bounded size."""
+        """Check the arguments of a call and run it."""
         if args or kwargs:
             owner = getattr(function, "__self__", None)
             if isinstance(owner, str):
@@ -159,7 +162,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
 
 
 def _limited_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    # Filters that need the context or the environment get it before the value.
+    # Filters that need the context or the environment get it as first argument, before the value.
     first = 1 if hasattr(function, "jinja_pass_arg") else 0
 
     @wraps(function)
@@ -219,7 +222,7 @@ def _power(left: Any, right: Any) -> Any:
 
 
 class _Work:
-    """One rendering under way."""
+    """One rendering in progress."""
 
     __slots__ = ("looks", "memory", "raised", "reason", "started", "thread")
 
@@ -233,7 +236,7 @@ class _Work:
 
 
 class _Watchdog:
-    """Looks at the renderings under way, from a thread that ends when there was none for a while."""
+    """Watches the renderings in progress, from a thread that ends after a while without any."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -249,10 +252,10 @@ class _Watchdog:
                     self._thread.start()
 
     def stop(self, work: _Work) -> None:
-        """No exception for this rendering comes after this one has returned."""
+        """End a rendering; no exception for it is raised after this returns."""
         with self._lock:
             if self._works.pop(work.thread, None) is not None and work.reason:
-                _raise_in(work.thread, None)  # it is on its way, and too late
+                _raise_in(work.thread, None)  # scheduled, but too late: take it back
 
     def _watch(self) -> None:
         process = psutil.Process()
@@ -291,7 +294,7 @@ class _Watchdog:
 
 
 def _raise_in(thread: int, error: type[BaseException] | None) -> None:
-    """Let the thread raise at its next instruction; None: take that back."""
+    """Make a thread raise at its next instruction; None takes back an exception not raised yet."""
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(error) if error else None)
 
 
@@ -299,10 +302,10 @@ _WATCHDOG = _Watchdog()
 
 
 def limited(work: Callable[[], T]) -> T:
-    """What `work` returns, if it does so within the limits.
+    """Return what `work` returns, within the limits of time and memory.
 
     Raises:
-        DataError: It does not.
+        DataError: It exceeds them.
     """
     watched = _Work()
     try:
@@ -310,7 +313,7 @@ def limited(work: Callable[[], T]) -> T:
         try:
             return work()
         except MemoryError:
-            raise _too_much("takes more memory than there is") from None
+            raise _too_much("takes more memory than available") from None
         finally:
             _WATCHDOG.stop(watched)
     except _StopRenderingError:
@@ -321,5 +324,5 @@ def limited(work: Callable[[], T]) -> T:
 def _too_much(reason: str) -> DataError:
     return DataError(
         f"the chat template {reason} for one conversation",
-        fix="the template is broken or hostile: take the model from its original place, or correct its chat template",
+        fix="the template is broken or hostile: get the model from its original source, or correct its chat template",
     )

@@ -1,7 +1,7 @@
-"""Texts and character spans → token ids and labels, with the tokenizer's own offsets.
+"""Tokens and character spans → token masks.
 
-Texts are tokenised in batches. A token is trained if the whole of it belongs to a trained span. What a tokenizer cannot
-give back as it was (unknown characters, lost blanks) is not trained on.
+A token is trained if all of its characters belong to a trained span. A text that the tokenizer cannot reproduce
+(unknown characters, lost blanks) is not trained on.
 """
 
 from __future__ import annotations
@@ -9,100 +9,69 @@ from __future__ import annotations
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from loratune.data.masking.spans_by_substitution import Span
-from loratune.data.masking.word_cache import Tokens, WordCachingEncoder
+from loratune.data.masking.spans import Span
+from loratune.data.masking.tokens import Tokens, backend_of
 from loratune.data.rows.conversation import BadRow, Origin
 from loratune.run.errors import DataError, plural
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
-
 
 OnLong = Literal["error", "truncate", "drop"]
 
-
 TokenMask = tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]
-"""Token ids [T], and which of them carry loss [T]."""
+"""Token ids [T], and whether each carries loss [T]."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RenderedText:
-    """A rendered conversation, before tokenising."""
+    """A rendered conversation, before tokenization."""
 
     text: str
     spans: list[Span] | None
     """None: every token is trained."""
     check: list[Span] | None
-    """The spans as found the second way, where they differ by character."""
+    """The spans found the second way, if any character differs."""
     names: tuple[str, ...]
-    """Of the messages of the spans, for people."""
+    """A name for the message of each span, for error messages."""
     without_stop_token: frozenset[int]
-    """The numbers of the spans that end without a stop token."""
+    """Indices of the spans that end without a stop token."""
     is_plain_text: bool
     origin: Origin
     num_controls: int | None
-    """Special tokens that the template writes; None: they are not counted."""
+    """Special tokens that the template writes; None if they are not counted."""
     hidden: str | None
-    """The text with stand-ins for special tokens' names that are text; None where there are none. See `specials`."""
-
-
-class Encoder:
-    """Tokenises texts: word by word where the tokenizer allows it, else whole."""
-
-    def __init__(self, backend: Tokenizer) -> None:
-        self._backend = backend
-        with exact_offsets(backend):
-            self._words = WordCachingEncoder.of(backend)
-
-    def __call__(self, texts: Sequence[str]) -> list[Tokens]:
-        """The tokens of each text."""
-        with exact_offsets(self._backend):
-            found = self._words(texts) if self._words is not None else [None] * len(texts)
-            rest = iter(self._whole([text for text, tokens in zip(texts, found, strict=True) if tokens is None]))
-            return [tokens if tokens is not None else next(rest) for tokens in found]
-
-    def _whole(self, texts: Sequence[str]) -> list[Tokens]:
-        encodings = self._backend.encode_batch(texts, add_special_tokens=False)
-        decoded = self._backend.decode_batch([encoding.ids for encoding in encodings], skip_special_tokens=False)
-        return [
-            _with_offsets(encoding.ids, encoding.offsets, back)
-            for encoding, back in zip(encodings, decoded, strict=True)
-        ]
-
-
-def _with_offsets(ids: Sequence[int], offsets: Sequence[tuple[int, int]], decoded: str) -> Tokens:
-    places = np.array(offsets, dtype=np.int32).reshape(-1, 2)
-    return Tokens(ids=np.array(ids, dtype=np.int32), starts=places[:, 0], ends=places[:, 1], decoded=decoded)
+    """The text with stand-ins for the names of special tokens in it; None if there are none. See `special_tokens`."""
 
 
 @dataclass(slots=True, kw_only=True)
 class LengthViolations:
-    """Examples over the limit, under `on_long: error`."""
+    """Examples over the length limit, under `on_long: error`."""
 
     count: int = 0
     first: Origin | None = None
     longest: int = 0
 
     def add(self, other: LengthViolations) -> None:
-        """Count in what comes after."""
+        """Add the violations of later examples."""
         self.count += other.count
         self.longest = max(self.longest, other.longest)
         self.first = self.first or other.first
 
-    def complain(self, max_length: int) -> None:
-        """Raise `DataError` if there were any."""
+    def raise_if_any(self, max_length: int) -> None:
+        """Raise `DataError` if there are any."""
         if self.first is not None:
             raise DataError(
-                f"{plural(self.count, 'example is', 'examples are')} longer than max_length {max_length}; the longest has {self.longest} tokens",
+                f"{plural(self.count, 'example is', 'examples are')} longer than max_length {max_length}; the "
+                "longest has "
+                f"{self.longest} tokens",
                 file=self.first.file,
                 line=self.first.line,
                 fix="raise data.max_length, or set data.on_long to truncate or drop",
@@ -110,19 +79,19 @@ class LengthViolations:
 
 
 class TokenMasker:
-    """Labels the tokens of texts.
+    """Masks the tokens of texts and verifies the masks.
 
     Args:
-        tokenizer: A fast one.
-        max_length: The longest example, in tokens.
-        on_long: What happens to a longer one.
+        tokenizer: A fast tokenizer.
+        max_length: The maximum length of an example, in tokens.
+        on_long: What happens to longer examples.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, max_length: int, on_long: OnLong) -> None:
         self._backend = backend_of(tokenizer)
         added = tokenizer.added_tokens_decoder
         self._specials = {i for i, token in added.items() if token.special}
-        self._stops = {*added, tokenizer.eos_token_id}  # what may be a stop token: one token, whatever is before it
+        self._stops = {*added, tokenizer.eos_token_id}  # added tokens are one token whatever precedes them
         self._max_length = max_length
         self._on_long = on_long
         self._frame = _text_frame(tokenizer)
@@ -130,10 +99,10 @@ class TokenMasker:
         self.too_long = LengthViolations()
 
     def __call__(self, text: RenderedText, tokens: Tokens) -> TokenMask | None:
-        """The example; None where it is left out for its length.
+        """Return token ids and mask; None if the example is left out for its length.
 
         Raises:
-            BadRow: It cannot be trained on.
+            BadRow: The text cannot be trained on.
             DataError: The two ways of finding the trained tokens disagree.
         """
         self._check_round_trip(text.text, tokens)
@@ -168,11 +137,11 @@ class TokenMasker:
         return mask
 
     def _check_round_trip(self, text: str, tokens: Tokens) -> None:
-        """What is trained must be what is in the data: no unknown characters, no lost ones."""
+        """Check that the tokens reproduce the text: no unknown and no lost characters."""
         decoded = tokens.decoded
         if decoded is None or decoded == text or _nfc(decoded) == _nfc(text):
             return
-        # Special tokens may swallow the blanks beside them (Phi-3); the text between two of them must still be the same.
+        # Special tokens may swallow adjacent blanks (Phi-3); the text between two of them must still be the same.
         ids = tokens.ids.tolist()
         start = 0
         for stop in [*(n for n, token in enumerate(ids) if token in self._specials), len(ids)]:
@@ -184,7 +153,7 @@ class TokenMasker:
             start = stop + 1
 
     def _fit(self, ids: npt.NDArray[np.int32], supervised: npt.NDArray[np.bool_], origin: Origin) -> TokenMask | None:
-        """The example within `max_length`, or None where it is left out."""
+        """Apply `on_long`; return None if the example is left out."""
         length = len(ids)
         if length <= self._max_length:
             return ids, supervised
@@ -204,7 +173,7 @@ class TokenMasker:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Frame:
-    """What goes around plain text: the tokenizer's own start, and the end-of-sequence token, so that it learns to stop."""
+    """The tokens around plain text: the tokenizer's own start, and the end-of-sequence token, to learn to stop."""
 
     start: tuple[int, ...]
     end: tuple[int, ...]
@@ -223,50 +192,21 @@ def _text_frame(tokenizer: PreTrainedTokenizerBase) -> _Frame:
     return _Frame(start=start, end=end)
 
 
-def backend_of(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
-    """The tokenizer's Rust core."""
-    if not getattr(tokenizer, "is_fast", False):
-        raise DataError(
-            f"the tokenizer {type(tokenizer).__name__} does not say where in the text its tokens are",
-            fix="take a model with a fast tokenizer (tokenizer.json)",
-        )
-    return tokenizer.backend_tokenizer
-
-
-@contextmanager
-def exact_offsets(backend: Tokenizer) -> Iterator[None]:
-    """Let the tokenizer give the true extent of each token, of the whole text.
-
-    Its post-processor adds special tokens and, in byte-level tokenizers, cuts blanks off the extents, which would hide
-    a token that reaches into a header. Put back afterwards: the tokenizer is saved with the run.
-    """
-    post_processor, truncation, padding = backend.post_processor, backend.truncation, backend.padding
-    backend.post_processor = None
-    backend.no_truncation()
-    backend.no_padding()
-    try:
-        yield
-    finally:
-        backend.post_processor = post_processor
-        if truncation is not None:
-            backend.enable_truncation(**truncation)
-        if padding is not None:
-            backend.enable_padding(**padding)
-
-
 def _tokens_of(tokens: Tokens, text: str, start: int, end: int, name: str) -> tuple[int, int, bool]:
-    """The tokens of a span: first, last, and whether one reaches into it from before (that one is left out)."""
+    """Return the first and the last token of a span, and whether a token straddles its start (that one is left out)."""
     starts, ends = tokens.starts, tokens.ends
     first = int(ends.searchsorted(start, side="right"))
     if first == len(ends) or starts[first] >= end:
         raise BadRow(f"{name} has no tokens")
     last = int(ends.searchsorted(end - 1, side="right"))
-    if last == len(ends) or starts[last] >= end:  # a tokenizer may give no token to a blank: the one before it
+    if last == len(ends) or starts[last] >= end:  # a tokenizer may give a blank no token: take the one before it
         last = int(ends.searchsorted(ends[last - 1] - 1, side="right"))
     straddles = bool(starts[first] < start)
     beyond = text[end : ends[last]]
     if beyond.strip():
-        raise BadRow(f"the tokenizer's last token of {name} holds text of the chat template after it: {beyond!r}")
+        raise BadRow(
+            f"the tokenizer's last token of {name} contains text that the chat template adds after it: {beyond!r}"
+        )
     return first + straddles, last, straddles
 
 
@@ -289,6 +229,6 @@ def _disagreement(text: RenderedText) -> DataError:
         f"  by substitution: {first}\n  by its own marks or prompts: {second}",
         file=text.origin.file,
         line=text.origin.line,
-        fix="the chat template is at fault, or this conversation is one it was not written for; another model's "
-        "tokenizer, or data.train_on=all",
+        fix="the chat template is broken or was not written for such a conversation; use another model's tokenizer, or "
+        "data.train_on=all",
     )

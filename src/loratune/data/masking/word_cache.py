@@ -1,9 +1,9 @@
-"""Byte-level tokenizers with a memory: most words of a data set come again and again, and are tokenised once.
+"""A word cache for byte-level tokenizers: most words of a dataset recur, and each is tokenized only once.
 
-A byte-level tokenizer cuts a text at its added tokens, cuts what lies between them into words by regular expressions,
-and turns each word into tokens by itself. This does the same, and remembers the words. It does so for ASCII only, where
-Python's expressions and the tokenizer's mean the same; the rest goes through the tokenizer. `Words.of` first compares
-the two on random text, and refuses tokenizers that are built in another way.
+A byte-level tokenizer splits a text at its added tokens, splits the segments between them into words by regular
+expressions, and turns each word into tokens independently. This does the same with a cache of words, for ASCII only,
+where Python's regular expressions and the tokenizer's have the same meaning; other segments go through the tokenizer.
+`WordCachingEncoder.of` first compares the two on random text, and refuses tokenizers that are built differently.
 """
 
 from __future__ import annotations
@@ -21,17 +21,20 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers.models import BPE
 
+from loratune.data.masking.special_tokens import any_of
+from loratune.data.masking.tokens import Tokens
+
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-_REMEMBERED_WORDS, _REMEMBERED_SEGMENTS = 200_000, 4_096
-_LONGEST_WORD, _LONGEST_SEGMENT = 64, 1_000  # characters; longer ones do not come again
+_MAX_WORDS, _MAX_SEGMENTS = 200_000, 4_096
+_LONGEST_WORD, _LONGEST_SEGMENT = 64, 1_000  # characters; longer ones rarely recur
 
 # GPT-2's expression, which the tokenizers library has built in.
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _DIGITS = {True: r"\p{N}", False: r"\p{N}+"}
 _SAME_ON_ASCII = (None, "NFC", "NFD", "NFKC", "NFKD")
-"""Normalizers that leave ASCII as it is."""
+"""Normalizers that leave ASCII unchanged."""
 
 _PROPERTY = re.compile(r"\\p\{(\w+)\}|\\.|\[\^?|\]", re.DOTALL)
 _ASCII_OF = {
@@ -48,43 +51,29 @@ _ASCII_OF = {
 _AS_WRITTEN = {code: chr(256 + number) for number, code in enumerate([*range(33), 127])}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Tokens:
-    """A text's tokens, and where each stands in it."""
-
-    ids: npt.NDArray[np.int32]
-    """[T]"""
-    starts: npt.NDArray[np.int32]
-    """[T] The character that token t begins in."""
-    ends: npt.NDArray[np.int32]
-    """[T] After the last character of token t; never falls from one token to the next."""
-    decoded: str | None
-    """What the tokens are as text again; None where that is known to be the text."""
-
-
 class WordCachingEncoder:
-    """Tokenises texts as the tokenizer would, word by word. Made by `Words.of`."""
+    """Tokenizes texts as the tokenizer would, word by word. Made by `WordCachingEncoder.of`."""
 
     def __init__(self, backend: Tokenizer, stages: Sequence[re.Pattern[str]]) -> None:
         added = backend.get_added_tokens_decoder()
         self._backend = backend
         self._stages = stages
         self._added = {token.content: _as_bytes([number]) for number, token in added.items()}
-        # The tokenizer looks for these first, for those that are subject to normalisation in what is left.
+        # The tokenizer searches for these first, then for those that are subject to normalization in the rest.
         self._cuts = [
-            _any_of([token.content for token in added.values() if token.normalized is normalized])
+            re.compile(f"({any_of([t.content for t in added.values() if t.normalized is normalized]).pattern})")
             for normalized in (False, True)
             if any(token.normalized is normalized for token in added.values())
         ]
         self._widths = np.zeros(max(backend.get_vocab().values()) + 1, dtype=np.int32)
         for number, token in added.items():
             self._widths[number] = len(token.content)
-        self._words = _Memory(backend.model, self._widths)
+        self._words = _Words(backend.model, self._widths)
         self._segments: dict[str, bytes] = {}
 
     @classmethod
     def of(cls, backend: Tokenizer) -> WordCachingEncoder | None:
-        """For this tokenizer; None where it is not byte-level BPE, or of a form that is not known here."""
+        """Return an encoder for a tokenizer; None if that is not byte-level BPE of a known form."""
         stages = _stages(backend)
         if stages is None or not _added_tokens_are_plain(backend):
             return None
@@ -92,22 +81,22 @@ class WordCachingEncoder:
         texts = list(_random_texts())
         expected = backend.encode_batch(texts, add_special_tokens=False)
         for tokens, encoding in zip(words(texts), expected, strict=True):
-            if tokens is None:  # of a byte that the vocabulary lacks; such a text is left to the tokenizer
+            if tokens is None:  # a byte that the vocabulary lacks: such a text is left to the tokenizer
                 continue
             if tokens.ids.tolist() != encoding.ids or tokens.ends.tolist() != _ends(encoding.offsets):
                 return None
         return words
 
     def __call__(self, texts: Sequence[str]) -> list[Tokens | None]:
-        """The tokens of each text; None where they do not give the text back, so that it needs a closer look."""
-        if len(self._words) > _REMEMBERED_WORDS:
+        """Return the tokens of each text; None if they do not reproduce it, so that the caller must check it."""
+        if len(self._words) > _MAX_WORDS:
             self._words.clear()
         cut = [self._cut(text) for text in texts]
         foreign = self._encode_foreign(cut)
         return [self._tokens(segments, foreign) for segments in cut]
 
     def _cut(self, text: str) -> list[str]:
-        """Added tokens, and the segments between them."""
+        """Split a text into added tokens and the segments between them."""
         segments = [text]
         for cuts in self._cuts:
             segments = list(
@@ -116,7 +105,7 @@ class WordCachingEncoder:
         return [segment for segment in segments if segment]
 
     def _encode_foreign(self, cut: Sequence[Sequence[str]]) -> dict[str, _Foreign | None]:
-        """The segments that are not ASCII, through the tokenizer."""
+        """Tokenize the segments that are not ASCII with the tokenizer."""
         segments = list({s for segments in cut for s in segments if not s.isascii() and s not in self._added})
         encodings = self._backend.encode_batch(segments, add_special_tokens=False)
         decoded = self._backend.decode_batch([e.ids for e in encodings], skip_special_tokens=False)
@@ -159,7 +148,7 @@ class WordCachingEncoder:
         except _LossyWordError:
             return None
         if len(segment) <= _LONGEST_SEGMENT:
-            if len(self._segments) >= _REMEMBERED_SEGMENTS:
+            if len(self._segments) >= _MAX_SEGMENTS:
                 self._segments.clear()
             self._segments[segment] = ids
         return ids
@@ -173,7 +162,7 @@ class WordCachingEncoder:
 
 @dataclass(frozen=True, slots=True)
 class _Foreign:
-    """A segment that the tokenizer itself has tokenised."""
+    """A segment tokenized by the tokenizer itself."""
 
     ids: bytes
     widths: npt.NDArray[np.int32]
@@ -194,8 +183,8 @@ class _LossyWordError(Exception):
     """The vocabulary lacks a byte of a word."""
 
 
-class _Memory(dict[str, bytes]):
-    """Word → its token ids as int32. Fills the widths of the tokens that it meets."""
+class _Words(dict[str, bytes]):
+    """Word → its token ids as int32. Sets the widths of the tokens it encounters."""
 
     def __init__(self, model: Any, widths: npt.NDArray[np.int32]) -> None:
         super().__init__()
@@ -216,7 +205,7 @@ class _Memory(dict[str, bytes]):
 
 
 def _split(stage: re.Pattern[str], text: str) -> list[str]:
-    """What matches, and what lies between."""
+    """Split a text into the matches of a pattern and what is between them."""
     words: list[str] = stage.findall(text)
     if "".join(words) == text:
         return words
@@ -235,13 +224,8 @@ def _ends(offsets: Sequence[tuple[int, int]]) -> list[int]:
     return [end for _, end in offsets]
 
 
-def _any_of(contents: Sequence[str]) -> re.Pattern[str]:
-    """Matches any of them, the longest that fits, and keeps it when it splits."""
-    return re.compile(f"({'|'.join(map(re.escape, sorted(contents, key=len, reverse=True)))})")
-
-
 def _added_tokens_are_plain(backend: Tokenizer) -> bool:
-    """Whether added tokens are found wherever they stand, take no blanks with them, and decode to themselves."""
+    """Whether added tokens match anywhere, absorb no blanks, and decode to themselves."""
     added = backend.get_added_tokens_decoder()
     if backend.encode_special_tokens or any(t.single_word or t.lstrip or t.rstrip for t in added.values()):
         return False
@@ -251,11 +235,11 @@ def _added_tokens_are_plain(backend: Tokenizer) -> bool:
     return all(token.content and token.content == back for token, back in zip(added.values(), decoded, strict=True))
 
 
-# ---- the tokenizer's way of splitting
+# ---- the tokenizer's splitting rules
 
 
 def _stages(backend: Tokenizer) -> list[re.Pattern[str]] | None:
-    """The expressions that cut a text into words, one after another; None for another kind of tokenizer."""
+    """Return the regular expressions that split a text into words, in order; None for another kind of tokenizer."""
     model = backend.model
     byte_level = (
         isinstance(model, BPE)
@@ -263,8 +247,10 @@ def _stages(backend: Tokenizer) -> list[re.Pattern[str]] | None:
         and _described(backend.decoder).get("type") == "ByteLevel"
         and _described(backend.normalizer).get("type") in _SAME_ON_ASCII
     )
-    whole = _described(backend.pre_tokenizer)
-    steps: list[dict[str, Any]] = whole["pretokenizers"] if whole.get("type") == "Sequence" else [whole]
+    pre_tokenizer = _described(backend.pre_tokenizer)
+    steps: list[dict[str, Any]] = (
+        pre_tokenizer["pretokenizers"] if pre_tokenizer.get("type") == "Sequence" else [pre_tokenizer]
+    )
     if not byte_level or not steps or steps[-1].get("type") != "ByteLevel":
         return None
     patterns = [_pattern(step, last=number == len(steps)) for number, step in enumerate(steps, start=1)]
@@ -273,12 +259,12 @@ def _stages(backend: Tokenizer) -> list[re.Pattern[str]] | None:
 
 
 def _described(part: Any) -> dict[str, Any]:
-    """A part of the tokenizer, as `tokenizer.json` describes it."""
+    """Return a part of the tokenizer as `tokenizer.json` describes it."""
     return {} if part is None else json.loads(part.__getstate__())
 
 
 def _pattern(step: dict[str, Any], *, last: bool) -> str | None:
-    """What a step of the pre-tokenizer splits by; an empty text: by nothing."""
+    """Return the pattern by which a step of the pre-tokenizer splits; empty if it does not split."""
     kind = step["type"]
     if kind == "ByteLevel" and last and not step["add_prefix_space"]:
         return _GPT2 if step["use_regex"] else ""
@@ -290,7 +276,7 @@ def _pattern(step: dict[str, Any], *, last: bool) -> str | None:
 
 
 def _compile(pattern: str | None) -> re.Pattern[str] | None:
-    """The expression for Python, as far as it concerns ASCII; None where that is not certain."""
+    """Compile a pattern for ASCII text in Python; None if equivalence is not certain."""
     if pattern is None:
         return None
     try:
@@ -303,7 +289,7 @@ def _compile(pattern: str | None) -> re.Pattern[str] | None:
 
 
 def _ascii(pattern: str) -> str:
-    r"""The pattern with the ASCII characters of each `\p{…}`."""
+    r"""Replace each `\p{…}` of a pattern by its ASCII characters."""
     inside = False
 
     def replace(match: re.Match[str]) -> str:
@@ -318,7 +304,7 @@ def _ascii(pattern: str) -> str:
 
 
 def _random_texts() -> Iterator[str]:
-    """Text of all that splits: words, contractions, numbers, blanks, line ends, punctuation, control characters."""
+    """Yield text of everything that splits: words, contractions, numbers, blanks, punctuation, control characters."""
     draw = random.Random(0)  # noqa: S311 - no secret
     pieces = [
         "the",

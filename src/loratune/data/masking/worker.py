@@ -1,4 +1,4 @@
-"""A helper process of `loratune.data.masking.workers`: pickles come in on standard input, and go out on standard output."""
+"""A worker process of `loratune.data.masking.workers`: reads pickles from standard input, writes to standard output."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import pickle
 import sys
 from typing import BinaryIO
 
-from loratune.data.masking.render import Renderer
+from loratune.data.masking.renderer import Renderer
 from loratune.run.errors import LoratuneError
 
 
 def serve(requests: BinaryIO, answers: BinaryIO) -> None:
-    """Read a tokenizer and a policy, then conversations, and answer with what became of them, until the input ends."""
+    """Read a tokenizer and a policy, then lists of conversations; answer each with a `Chunk` until the input ends."""
     renderer = Renderer(*pickle.load(requests))  # noqa: S301 - from the process that started this one
     _send(None, answers)
     while True:
@@ -33,6 +33,6 @@ def _send(answer: object, answers: BinaryIO) -> None:
 
 if __name__ == "__main__":
     private = os.dup(sys.stdout.fileno())
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # nothing that a library prints may come between the pickles
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a library prints must not get between the pickles
     with os.fdopen(private, "wb") as stream:
         serve(sys.stdin.buffer, stream)

@@ -1,8 +1,9 @@
-"""Work shared with helper processes; the results come in order, and are the same without helpers.
+"""Work shared with worker processes; results come in order, and are the same without workers.
 
-Helpers are new Python processes (`loratune.data.masking.worker`), not forks: this process may have threads of torch and of the
-tokenizer, and the user's own main program must not be imported again. They talk in pickles over their standard input
-and output, and end when these close, so that none outlives this process. This process works too, from the first moment.
+Workers are new Python processes (`loratune.data.masking.worker`), not forks: this process may have threads of torch and
+of the tokenizer, and the user's own main program must not be imported again, as `multiprocessing` does. They exchange
+pickles over their standard input and output, and end when these close, so that none outlives this process. This process
+works too, from the start.
 """
 
 from __future__ import annotations
@@ -21,86 +22,86 @@ from loratune.run.errors import LoratuneError
 T = TypeVar("T")
 R = TypeVar("R")
 
-CONVERSATIONS_PER_HELPER = 20_000
-"""A helper takes a second or two to start, in which this process prepares several thousand conversations alone."""
+CONVERSATIONS_PER_WORKER = 20_000
+"""A worker takes a second or two to start, in which this process prepares several thousand conversations alone."""
 
-MAX_HELPERS = 7
-"""Reading and sending the rows remains the work of one process, so many more would wait for it."""
+MAX_WORKERS = 7
+"""Reading and sending the rows remains the work of one process, which more workers would wait for."""
 
 
-def num_helpers(num_conversations: int) -> int:
-    """How many helpers repay their start."""
+def num_workers(num_conversations: int) -> int:
+    """Return how many workers repay their start."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores - 1, MAX_HELPERS, num_conversations // CONVERSATIONS_PER_HELPER)
+    return min(cores - 1, MAX_WORKERS, num_conversations // CONVERSATIONS_PER_WORKER)
 
 
 class WorkerPool(Generic[T, R]):
-    """This process and its helpers. Leaving the context ends the helpers, whatever happened.
+    """This process and its workers. Leaving the context ends the workers, whatever happened.
 
     Args:
-        work: What this process does with a batch.
-        setup: What a helper makes the same `work` from; see `loratune.data.masking.worker`.
-        num_helpers: How many helpers to start.
+        work: The function of a batch that this process runs.
+        setup: The arguments from which a worker makes the same function; see `loratune.data.masking.worker`.
+        num_workers: Number of workers to start.
     """
 
-    def __init__(self, work: Callable[[Sequence[T]], R], *, setup: Any, num_helpers: int) -> None:
+    def __init__(self, work: Callable[[Sequence[T]], R], *, setup: Any, num_workers: int) -> None:
         self._work = work
         self._setup = setup
-        self._num_helpers = num_helpers
-        self._helpers: list[subprocess.Popen[bytes]] = []
+        self._num_workers = num_workers
+        self._workers: list[subprocess.Popen[bytes]] = []
         self._threads: list[threading.Thread] = []
         self._changed = threading.Condition()
         self._batches: Sequence[Sequence[T]] = ()
         self._todo: list[int] = []  # the next one last
-        self._under_way: set[int] = set()
+        self._in_progress: set[int] = set()
         self._results: dict[int, R] = {}
         self._errors: dict[int, LoratuneError] = {}
 
     def __enter__(self) -> Self:
-        self._helpers = [_start_helper() for _ in range(self._num_helpers)]
+        self._workers = [_start_worker() for _ in range(self._num_workers)]
         return self
 
     def __exit__(self, *error: object) -> None:
         with self._changed:
             self._todo.clear()
-        for helper in self._helpers:
-            helper.kill()
+        for worker in self._workers:
+            worker.kill()
         for thread in self._threads:
             thread.join()
-        for helper in self._helpers:
-            helper.wait()
-            for stream in (helper.stdin, helper.stdout):
+        for worker in self._workers:
+            worker.wait()
+            for stream in (worker.stdin, worker.stdout):
                 assert stream is not None
-                with suppress(OSError):  # what was not yet sent cannot be any more
+                with suppress(OSError):  # of unsent data in the buffer
                     stream.close()
 
     def map(self, batches: Sequence[Sequence[T]], progress: Callable[[int], None] | None = None) -> list[R]:
-        """The results of all batches, in their order. To be called once.
+        """Return the results of all batches, in their order. To be called once.
 
         Args:
-            batches: What is to be done.
-            progress: Called with how much was done since it was last called.
+            batches: The batches.
+            progress: Called with the number of items finished since the last call.
 
         Raises:
-            LoratuneError: That of the first batch that has one.
+            LoratuneError: The error of the first batch that has one.
         """
         self._batches = batches
         self._todo = list(range(len(batches)))[::-1]
-        setup = pickle.dumps(self._setup) if self._helpers else b""
-        for helper in self._helpers:
-            self._threads.append(threading.Thread(target=self._lead, args=(helper, setup), daemon=True))
+        setup = pickle.dumps(self._setup) if self._workers else b""
+        for worker in self._workers:
+            self._threads.append(threading.Thread(target=self._lead, args=(worker, setup), daemon=True))
             self._threads[-1].start()
-        told: set[int] = set()
+        reported: set[int] = set()
         while (number := self._take(wait=True)) is not None:
             self._do(number)
-            new = self._results.keys() - told
+            new = self._results.keys() - reported
             if progress is not None:
                 progress(sum(len(batches[n]) for n in new))
-            told |= new
+            reported |= new
         if self._errors:
             raise self._errors[min(self._errors)]
         if progress is not None:
-            progress(sum(len(batches[n]) for n in self._results.keys() - told))
+            progress(sum(len(batches[n]) for n in self._results.keys() - reported))
         return [self._results[number] for number in range(len(batches))]
 
     def _do(self, number: int) -> None:
@@ -110,48 +111,48 @@ class WorkerPool(Generic[T, R]):
             self._finish(number, error)
 
     def _take(self, *, wait: bool) -> int | None:
-        """The next batch; None where there is none left, after waiting for those under way."""
+        """Return the next batch; None if none is left, after waiting for those in progress."""
         with self._changed:
             while True:
-                # After an error, only what stands before it matters.
+                # After an error, only the batches before it matter.
                 if self._todo and self._todo[-1] < min(self._errors, default=len(self._batches)):
-                    self._under_way.add(self._todo[-1])
+                    self._in_progress.add(self._todo[-1])
                     return self._todo.pop()
-                if not wait or not self._under_way:
+                if not wait or not self._in_progress:
                     return None
                 self._changed.wait()
 
     def _finish(self, number: int, result: R | LoratuneError) -> None:
         with self._changed:
-            self._under_way.discard(number)
+            self._in_progress.discard(number)
             if isinstance(result, LoratuneError):
                 self._errors[number] = result
             else:
                 self._results[number] = result
             self._changed.notify_all()
 
-    def _lead(self, helper: subprocess.Popen[bytes], setup: bytes) -> None:
-        """Give a helper batches as long as there are any. One that died leaves its batch to the others."""
+    def _lead(self, worker: subprocess.Popen[bytes], setup: bytes) -> None:
+        """Feed a worker batches as long as there are any. If it dies, its batch goes back to the others."""
         number = None
-        assert helper.stdin is not None
-        assert helper.stdout is not None
+        assert worker.stdin is not None
+        assert worker.stdout is not None
         try:
-            helper.stdin.write(setup)
-            helper.stdin.flush()
-            pickle.load(helper.stdout)  # noqa: S301 - ready; from a process that this one started
+            worker.stdin.write(setup)
+            worker.stdin.flush()
+            pickle.load(worker.stdout)  # noqa: S301 - "ready", from a process that this one started
             while (number := self._take(wait=False)) is not None:
-                pickle.dump(self._batches[number], helper.stdin, protocol=pickle.HIGHEST_PROTOCOL)
-                helper.stdin.flush()
-                self._finish(number, pickle.load(helper.stdout))  # noqa: S301
+                pickle.dump(self._batches[number], worker.stdin, protocol=pickle.HIGHEST_PROTOCOL)
+                worker.stdin.flush()
+                self._finish(number, pickle.load(worker.stdout))  # noqa: S301
         except (OSError, EOFError, pickle.PickleError):
             with self._changed:
                 if number is not None:
-                    self._under_way.discard(number)
+                    self._in_progress.discard(number)
                     self._todo = sorted([*self._todo, number], reverse=True)
                 self._changed.notify_all()
 
 
-def _start_helper() -> subprocess.Popen[bytes]:
+def _start_worker() -> subprocess.Popen[bytes]:
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
@@ -162,5 +163,5 @@ def _start_helper() -> subprocess.Popen[bytes]:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env=environment,
-        start_new_session=True,  # Ctrl-C is for this process, which ends its helpers
+        start_new_session=True,  # Ctrl-C is for this process, which ends its workers
     )

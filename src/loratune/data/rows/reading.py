@@ -1,23 +1,19 @@
-"""Sources → conversations, and which of them are held out."""
+"""Sources → validated items (conversations or labelled texts), and which conversations are held out."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Generic, TypeVar
 
-from loratune.data.rows.conversation import (
-    Conversation,
-    Rejected,
-    check_columns,
-    detect_format,
-    rename_columns,
-    to_conversations,
-)
-from loratune.data.rows.sources import Row, hash_files, hash_rows, hub_has_split, is_local, read_rows
+from loratune.data.rows.conversation import Conversation
+from loratune.data.rows.formats import check_columns, detect_format, rename_columns, to_conversations
+from loratune.data.rows.hub import hub_has_split
+from loratune.data.rows.row import Rejected, Row
+from loratune.data.rows.sources import hash_files, hash_rows, is_local, read_rows
 from loratune.recipe.recipe import DataSection, Source
 from loratune.recipe.roles import as_written
 from loratune.run.errors import DataError, plural
@@ -25,22 +21,39 @@ from loratune.run.progress import Progress
 
 AUTO_EVAL_FRACTION = 0.05
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ReadSide:
+class ReadSide(Generic[T]):
     """One side of the data, train or eval, as it was read."""
 
     sources: list[dict[str, Any]]
+    """A description of each source, for the data report."""
     format: str
     num_rows: int
-    conversations: list[Conversation]
-    keys: list[int]
-    """Of each conversation; equal for those that say the same."""
+    items: list[T]
+    """The valid rows: conversations, or labelled texts."""
+    keys: list[Any]
+    """A hashable key of each item; equal for items with the same content."""
+    rejected: list[Rejected]
+
+    def choose(self, numbers: Sequence[int]) -> ReadSide[T]:
+        """Return the side with these items only."""
+        return replace(self, items=[self.items[n] for n in numbers], keys=[self.keys[n] for n in numbers])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Converted(Generic[T]):
+    """The rows of one source, validated."""
+
+    format: str
+    items: list[T]
     rejected: list[Rejected]
 
 
 def held_out_sources(data: DataSection) -> tuple[Source, ...] | float:
-    """Sources of held-out data, or the fraction of the training data to hold out; no sources: nothing is held out."""
+    """Return the sources of held-out data, or the fraction of the training data to hold out; no sources: none."""
     if data.eval == "none":
         return ()
     if data.eval != "auto":
@@ -53,10 +66,10 @@ def held_out_sources(data: DataSection) -> tuple[Source, ...] | float:
 
 
 class Reader:
-    """Reads sources as conversations. Rows of a hub data set are read once, since only they tell what they are.
+    """Reads sources. Rows of a Hub dataset are read once, since only the rows identify it.
 
     Attributes:
-        complete: Whether all rows are read.
+        complete: Whether all rows are read, not only a sample.
     """
 
     complete = True
@@ -67,50 +80,77 @@ class Reader:
         self.progress = progress
         self._hub_rows: dict[Source, list[Row]] = {}
 
-    def __call__(self, sources: Sequence[Source]) -> ReadSide:
-        """Rows of all sources, as conversations. Each source has its own format."""
+    def __call__(self, sources: Sequence[Source]) -> ReadSide[Conversation]:
+        """Read the rows of all sources as conversations. Each source has its own format.
+
+        Raises:
+            DataError, MachineError: As `read`.
+        """
+
+        def convert(source: Source, rows: list[Row]) -> Converted[Conversation]:
+            format_name = _format(rows, self.data, source)
+            good, bad = to_conversations(rows, format_name)
+            return Converted(format=format_name, items=good, rejected=bad)
+
+        return self.read(sources, convert, _content_key)
+
+    def read(
+        self,
+        sources: Sequence[Source],
+        convert: Callable[[Source, list[Row]], Converted[T]],
+        key: Callable[[T], Hashable],
+    ) -> ReadSide[T]:
+        """Read the rows of all sources.
+
+        Args:
+            sources: The sources.
+            convert: Validates the rows of a source, whose columns are renamed already.
+            key: Returns a key that is equal for items with the same content.
+
+        Raises:
+            DataError: A row cannot be trained on and `data.on_bad_row` is `error`, or see `read_rows`.
+            MachineError: See `read_rows`.
+        """
         described: list[dict[str, Any]] = []
-        conversations: list[Conversation] = []
+        items: list[T] = []
         rejected: list[Rejected] = []
         num_rows = 0
         for source in sources:
             rows = self.rows(source)
             check_columns(rows, self.data.columns)
             rows = rename_columns(rows, self.data.columns)
-            form = _format(rows, self.data, source)
-            good, bad = to_conversations(rows, form)
+            converted = convert(source, rows)
             described.append(
                 {
                     **source.model_dump(),
-                    "format": form,
+                    "format": converted.format,
                     "rows": self.count(source, rows),
                     "sha256": self.contents(source),
                 }
             )
-            conversations += good
-            rejected += bad
+            items += converted.items
+            rejected += converted.rejected
             num_rows += len(rows)
         apply_policy(rejected, self.data)
-        formats = dict.fromkeys(source["format"] for source in described)
         return ReadSide(
             sources=described,
-            format=", ".join(formats),
+            format=", ".join(dict.fromkeys(source["format"] for source in described if source["format"])),
             num_rows=num_rows,
-            conversations=conversations,
-            keys=[_key(conversation) for conversation in conversations],
+            items=items,
+            keys=[key(item) for item in items],
             rejected=rejected,
         )
 
     def contents(self, source: Source) -> dict[str, str]:
-        """The SHA-256 of each file; of a hub data set, of its rows."""
+        """Return the SHA-256 of each file, or of the rows of a Hub dataset."""
         return hash_files(source) if is_local(source) else hash_rows(self.rows(source))
 
-    def count(self, source: Source, rows: Sequence[Row]) -> int:  # noqa: ARG002 - of a sample, the source knows
-        """How many rows the source has, of which these were read."""
+    def count(self, source: Source, rows: Sequence[Row]) -> int:  # noqa: ARG002 - a reader of samples needs the source
+        """Return how many rows the source has, of which `rows` were read."""
         return len(rows)
 
     def rows(self, source: Source) -> list[Row]:
-        """The rows of a source.
+        """Return the rows of a source.
 
         Raises:
             DataError, MachineError: As `read_rows`.
@@ -125,8 +165,8 @@ class Reader:
 
 
 def _format(rows: Sequence[Row], data: DataSection, source: Source) -> str:
-    form = detect_format(rows, strict=data.on_bad_row == "error") if data.format == "auto" else data.format
-    if form == "text" and data.train_on != "all":
+    name = detect_format(rows, strict=data.on_bad_row == "error") if data.format == "auto" else data.format
+    if name == "text" and data.train_on != "all":
         raise DataError(
             f"the rows are plain text, which has no answers, but train_on is {as_written(data.train_on)}",
             file=source.name,
@@ -134,11 +174,11 @@ def _format(rows: Sequence[Row], data: DataSection, source: Source) -> str:
             if any(isinstance(row.value, dict) and "label" in row.value for row in rows[:1])
             else "set data.train_on=all",
         )
-    return form
+    return name
 
 
 def apply_policy(rejected: Sequence[Rejected], data: DataSection) -> None:
-    """Refuse rows that cannot be trained on, where the recipe does not leave them out.
+    """Raise if rows were rejected and the recipe does not skip them.
 
     Raises:
         DataError: There are some, and `data.on_bad_row` is `error`.
@@ -150,29 +190,34 @@ def apply_policy(rejected: Sequence[Rejected], data: DataSection) -> None:
             f"{first.reason}{more}",
             file=first.origin.file,
             line=first.origin.line,
-            fix="correct the row, or leave such rows out with data.on_bad_row=skip; they are listed in data.json",
+            fix="correct the row, or leave such rows out with data.on_bad_row=skip; data.json lists them",
         )
 
 
-def _key(conversation: Conversation) -> int:
-    """Equal for conversations that say the same: a hash of 128 bits, since the texts would be held twice."""
+def _content_key(conversation: Conversation) -> int:
+    # A hash of 128 bits instead of the text, which would hold every conversation in memory twice.
     text = json.dumps([conversation.messages, conversation.tools, conversation.text], sort_keys=True)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest())
 
 
-def hold_out(part: ReadSide, fraction: float, seed: int) -> tuple[ReadSide, ReadSide]:
-    """Split off a seeded choice of distinct conversations: all copies of one go to the same side.
+def hold_out(
+    side: ReadSide[Conversation], fraction: float, seed: int
+) -> tuple[ReadSide[Conversation], ReadSide[Conversation]]:
+    """Split off a seeded choice of distinct conversations; all copies of one go to the same side.
+
+    Returns:
+        The training side and the held-out side.
 
     Raises:
-        DataError: There are fewer than two.
+        DataError: There are fewer than two distinct conversations.
     """
     groups: dict[int, list[int]] = {}
-    for number, key in enumerate(part.keys):
+    for number, key in enumerate(side.keys):
         groups.setdefault(key, []).append(number)
     if len(groups) < 2:
         raise DataError(
             f"{plural(len(groups), 'distinct conversation')}: nothing can be held out",
-            fix="give more data, or set data.eval=none or data.eval=FILE",
+            fix="provide more data, or set data.eval=none or data.eval=FILE",
         )
     keys = list(groups)
     random.Random(seed).shuffle(keys)  # noqa: S311 - no secret
@@ -180,12 +225,10 @@ def hold_out(part: ReadSide, fraction: float, seed: int) -> tuple[ReadSide, Read
     chosen = set(keys[:number])
     train = sorted(n for key, group in groups.items() if key not in chosen for n in group)
     evaluation = [group[0] for key, group in groups.items() if key in chosen]
+    return side.choose(train), held_out_side(side, evaluation, fraction, seed)
+
+
+def held_out_side(side: ReadSide[T], numbers: Sequence[int], fraction: float, seed: int) -> ReadSide[T]:
+    """Return the held-out side of items chosen from the training side."""
     note = [{"held_out": fraction, "seed": seed, "from": "train"}]
-    return (
-        _choose(part, train),
-        replace(_choose(part, evaluation), sources=note, num_rows=len(evaluation), rejected=[]),
-    )
-
-
-def _choose(part: ReadSide, numbers: Sequence[int]) -> ReadSide:
-    return replace(part, conversations=[part.conversations[n] for n in numbers], keys=[part.keys[n] for n in numbers])
+    return replace(side.choose(numbers), sources=note, num_rows=len(numbers), rejected=[])

@@ -1,6 +1,6 @@
-"""Row number → row, of sources that are too large to be held: files of JSON lines, and hub data sets.
+"""Random access to the rows of sources too large for memory: JSON Lines files and Hub datasets.
 
-A table knows where each row lies, and reads it when it is asked for, also in a process that was forked from this one.
+A table knows where each row is and reads it on demand, also in a process that was forked from this one.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from loratune.data.rows.sources import Row, hub_table, is_local, local_files, parse_line
+from loratune.data.rows.files import parse_line
+from loratune.data.rows.hub import hub_table
+from loratune.data.rows.row import Row
+from loratune.data.rows.sources import is_local, local_files
 from loratune.recipe.recipe import Source
 from loratune.run.errors import DataError
 
@@ -33,15 +36,15 @@ class Table(Protocol):
 
     @property
     def contents(self) -> dict[str, str]:
-        """Name → a fingerprint of all rows."""
+        """Name of each file or dataset → a fingerprint of its rows."""
 
     @property
     def keys(self) -> npt.NDArray[np.uint64]:
-        """Equal for rows that are written alike; none at all where that is not known."""
+        """A hash of each row as it is written; empty if unknown."""
 
 
 def can_open(source: Source) -> bool:
-    """Whether the rows of a source can be read one by one, each as often as the others.
+    """Whether the rows of a source can be read one by one, all with the same weight.
 
     Raises:
         DataError: The file or folder is missing.
@@ -52,11 +55,11 @@ def can_open(source: Source) -> bool:
 
 
 def open_table(source: Source) -> Table:
-    """The rows of a source that `can_open`.
+    """Open the rows of a source for which `can_open` is true.
 
     Raises:
         DataError: A file cannot be read, or has no rows.
-        MachineError: The hub does not answer.
+        MachineError: The Hub does not answer.
     """
     if not is_local(source):
         return HubTable(source)
@@ -64,13 +67,13 @@ def open_table(source: Source) -> Table:
 
 
 class LineTable:
-    """A file of JSON lines. It is read once, to learn where its lines are; 24 bytes a row are kept.
+    """A JSON Lines file. It is read once to index its lines, which takes 24 bytes of memory per row.
 
     Args:
         path: The file.
 
     Raises:
-        DataError: It cannot be read, or is empty.
+        DataError: The file cannot be read, or is empty.
     """
 
     def __init__(self, path: Path) -> None:
@@ -91,7 +94,7 @@ class LineTable:
         except OSError as error:
             raise DataError(f"cannot read: {error.strerror}", file=path, fix="check the permissions") from None
         if not starts:
-            raise DataError("the file is empty", file=path, fix="give a file with rows")
+            raise DataError("the file is empty", file=path, fix="provide a file with rows")
         self._starts, self._lengths, self._lines = starts, lengths, lines
         self.keys = np.frombuffer(keys, dtype=np.uint64)
         self.contents = {str(path): digest.hexdigest()}
@@ -100,7 +103,7 @@ class LineTable:
         return len(self._starts)
 
     def __getitem__(self, number: int) -> Row:
-        """The row.
+        """Return a row.
 
         Raises:
             DataError: The line is not UTF-8, or not JSON.
@@ -121,7 +124,7 @@ class LineTable:
 
 
 class HubTable:
-    """A hub data set, which lies on this disk as memory-mapped Arrow files."""
+    """A Hub dataset, stored on this disk as memory-mapped Arrow files."""
 
     def __init__(self, source: Source) -> None:
         self._place, self._rows = hub_table(source)
@@ -136,7 +139,7 @@ class HubTable:
 
 
 class Chain:
-    """Several tables as one."""
+    """Several tables, concatenated."""
 
     def __init__(self, tables: Sequence[Table]) -> None:
         self._tables = tables
@@ -153,5 +156,5 @@ class Chain:
         return self._tables[which][number - self._starts[which]]
 
     def which(self, number: int) -> int:
-        """The table that has this row."""
+        """Return the number of the table that has this row."""
         return bisect_right(self._starts, number) - 1

@@ -198,7 +198,7 @@ def _disks() -> Iterator[Check]:
 def _hub() -> Iterator[Check]:
     from huggingface_hub import constants, get_token
 
-    from loratune.data.rows.sources import hub_answers
+    from loratune.data.rows.hub import hub_answers
 
     name = "Hugging Face hub"
     if constants.HF_HUB_OFFLINE:

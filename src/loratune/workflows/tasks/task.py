@@ -31,7 +31,7 @@ if TYPE_CHECKING:  # heavy: recipes are checked by their task before torch is ne
     from rich.console import RenderableType
 
     from loratune.data.examples import Example
-    from loratune.data.rows.sources import Row
+    from loratune.data.rows.row import Row
     from loratune.evaluation.user_metric import UserMetric
     from loratune.planning.preparation import Preparation
     from loratune.recipe.recipe import Recipe

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from loratune.data.examples import Example
     from loratune.data.prepare import PreparedData
     from loratune.data.prompts import Prompt
-    from loratune.data.rows.sources import Row
+    from loratune.data.rows.row import Row
     from loratune.evaluation.user_metric import UserMetric
     from loratune.model.classifier import Classes
     from loratune.model.device import Choice

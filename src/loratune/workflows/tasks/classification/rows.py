@@ -1,4 +1,4 @@
-"""Labelled rows: what each of them says, which classes there are, and which rows are held out."""
+"""Labelled rows: their texts and labels, the classes, and which rows are held out."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from loratune.data.rows.conversation import BadRow, Origin, Rejected, check_columns, rename_columns
-from loratune.data.rows.reading import Reader, apply_policy
-from loratune.data.rows.sources import Row, hub_class_names, is_local
+from loratune.data.rows.hub import hub_class_names
+from loratune.data.rows.messages import check_unicode
+from loratune.data.rows.reading import Converted, Reader, ReadSide, held_out_side
+from loratune.data.rows.row import BadRow, Origin, Rejected, Row
+from loratune.data.rows.sources import is_local
 from loratune.recipe.recipe import Source
 from loratune.run.errors import DataError, plural
 
 _SHOWN = 40
-"""Characters of a value in a message."""
+"""Maximum characters of a value in a message."""
 
 TextKey = tuple[str, str | None]
 
@@ -25,72 +27,57 @@ class LabelledText:
 
     text: str
     second: str | None
-    """The other text of a pair."""
+    """The second text of a pair."""
     label: int | str
     origin: Origin
 
     @property
     def key(self) -> TextKey:
-        """Equal for rows that say the same."""
+        """A key that is equal for rows with the same text."""
         return self.text, self.second
 
     @property
     def name(self) -> str:
-        """Of the class."""
+        """Name of the class."""
         return str(self.label)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReadSide:
-    """One side of the data, as it was read."""
-
-    sources: list[dict[str, Any]]
-    num_rows: int
-    texts: list[LabelledText]
-    rejected: list[Rejected]
 
 
 # ---- rows
 
 
-def read_labelled(read: Reader, sources: Sequence[Source], refuse: Callable[[str], str]) -> ReadSide:
-    """The rows of sources.
+def read_labelled(read: Reader, sources: Sequence[Source], refuse: Callable[[str], str]) -> ReadSide[LabelledText]:
+    """Read the rows of sources as labelled texts.
 
     Args:
-        read: Reads them.
-        sources: Where they are.
-        refuse: Says which special token a text names; empty: none.
+        read: The reader.
+        sources: Where the rows are.
+        refuse: Returns the special token that a text names; empty if it names none.
 
     Raises:
         DataError: A row cannot be trained on, and `data.on_bad_row` is `error`.
     """
-    described: list[dict[str, Any]] = []
-    texts: list[LabelledText] = []
-    rejected: list[Rejected] = []
-    num_rows = 0
-    for source in sources:
-        rows = read.rows(source)
-        check_columns(rows, read.data.columns)
+
+    def convert(source: Source, rows: list[Row]) -> Converted[LabelledText]:
         classes = [] if is_local(source) else hub_class_names(source, read.data.columns.get("label", "label"))
-        good, bad = labelled_texts(rename_columns(rows, read.data.columns), refuse, classes)
+        good, bad = labelled_texts(rows, refuse, classes)
         form = "" if not good else "text and label" if good[0].second is None else "sentence1, sentence2 and label"
-        texts += good
-        rejected += bad
-        described.append({**source.model_dump(), "format": form, "rows": len(rows), "sha256": read.contents(source)})
-        num_rows += len(rows)
-    apply_policy(rejected, read.data)
-    return ReadSide(sources=described, num_rows=num_rows, texts=texts, rejected=rejected)
+        return Converted(format=form, items=good, rejected=bad)
+
+    return read.read(sources, convert, lambda text: text.key)
 
 
 def labelled_texts(
     rows: Iterable[Row], refuse: Callable[[str], str] = lambda _: "", classes: Sequence[str] = ()
 ) -> tuple[list[LabelledText], list[Rejected]]:
-    """What rows say, and why others say nothing.
+    """Read rows as labelled texts.
 
     Args:
-        rows: With the field names of labelled rows.
-        refuse: Says which special token a text names; empty: none.
-        classes: The names that a hub data set gives to its integers.
+        rows: Rows with the field names of labelled rows.
+        refuse: Returns the special token that a text names; empty if it names none.
+        classes: The class names of a Hub dataset with integer labels.
+
+    Returns:
+        The valid texts, and the reason for each row that is not one.
     """
     texts: list[LabelledText] = []
     rejected: list[Rejected] = []
@@ -105,14 +92,14 @@ def labelled_texts(
 
 def _labelled(value: Any, origin: Origin, refuse: Callable[[str], str], classes: Sequence[str]) -> LabelledText:
     if not isinstance(value, dict):
-        raise BadRow(f"a row is an object with text and label, this is {_shown(value)}")
+        raise BadRow(f"a row must be an object with text and label, but this is {_shown(value)}")
     paired = "text" not in value and ("sentence1" in value or "sentence2" in value)
     fields = ("sentence1", "sentence2") if paired else ("text",)
     if missing := [name for name in (*fields, "label") if name not in value]:
         has = ", ".join(map(str, value)) or "(none)"
         raise BadRow(
             f"no {missing[0]} among its fields {has}; a row has text, or sentence1 and sentence2, and label; "
-            "data.columns says where they have other names"
+            "data.columns maps other names"
         )
     texts = [_checked(value[name], name, refuse) for name in fields]
     label = value["label"]
@@ -122,11 +109,11 @@ def _labelled(value: Any, origin: Origin, refuse: Callable[[str], str], classes:
         label = label.strip()
         if not label:
             raise BadRow("label is empty")
-        _unicode(label, "label")
+        check_unicode(label, "label")
     if classes and isinstance(label, int):
         if not 0 <= label < len(classes):
             raise BadRow(
-                f"label is {label}, but the data set names classes from 0 to {len(classes) - 1}: it has no label"
+                f"label is {label}, but the dataset names classes 0 to {len(classes) - 1}: the row has no label"
             )
         label = classes[label]
     return LabelledText(text=texts[0], second=texts[1] if len(texts) > 1 else None, label=label, origin=origin)
@@ -137,18 +124,10 @@ def _checked(text: Any, name: str, refuse: Callable[[str], str]) -> str:
         raise BadRow(f"{name} is {_shown(text)}, not text")
     if not text.strip():
         raise BadRow(f"{name} is empty")
-    _unicode(text, name)
+    check_unicode(text, name)
     if found := refuse(text):
         raise BadRow(f"{name} contains the special token {found}, which the tokenizer would read as one")
     return text
-
-
-def _unicode(text: str, name: str) -> None:
-    """JSON can spell half a surrogate pair, which no tokenizer can read."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise BadRow(f"{name} is not valid Unicode: {text[error.start]!r} at character {error.start}") from None
 
 
 def _shown(value: Any) -> str:
@@ -160,10 +139,10 @@ def _shown(value: Any) -> str:
 
 
 def class_names(train: Sequence[LabelledText], evaluation: Sequence[LabelledText]) -> list[str]:
-    """The labels of the training data in order: integers by size, texts by the alphabet.
+    """Return the labels of the training data in order: integers by value, texts alphabetically.
 
     Raises:
-        DataError: There are fewer than two, they are of two kinds, or the held-out data has one of its own.
+        DataError: There are fewer than two, they have different types, or the held-out data has another one.
     """
     if not train:
         raise DataError("no labelled text is left to train on", fix="see data.on_bad_row")
@@ -171,7 +150,8 @@ def class_names(train: Sequence[LabelledText], evaluation: Sequence[LabelledText
     for text in (*train, *evaluation):
         if type(text.label) is not kind:
             raise DataError(
-                f"label is {text.label!r}, but that of {train[0].origin} is {train[0].label!r}: one is text, the other a number",
+                f"label is {text.label!r}, but that of {train[0].origin} is {train[0].label!r}: one is text, the "
+                "other a number",
                 file=text.origin.file,
                 line=text.origin.line,
                 fix="write all labels as text, or all as integers",
@@ -186,7 +166,7 @@ def class_names(train: Sequence[LabelledText], evaluation: Sequence[LabelledText
         if text.name not in known:
             few = ", ".join(names[:10]) + (", …" if len(names) > 10 else "")
             raise DataError(
-                f"the label {text.name} occurs in the held-out data only, so nothing could be learned of it",
+                f"the label {text.name} occurs in the held-out data only, so it cannot be learned",
                 file=text.origin.file,
                 line=text.origin.line,
                 fix=f"correct the row, or add training texts with it; the training data has {few}",
@@ -194,36 +174,38 @@ def class_names(train: Sequence[LabelledText], evaluation: Sequence[LabelledText
     return names
 
 
-def hold_out_texts(part: ReadSide, fraction: float, seed: int) -> tuple[ReadSide, ReadSide]:
-    """Split off a seeded choice of distinct texts, of each class its share; every class keeps one, and all copies of a text go to
-    the same side.
+def hold_out_texts(
+    side: ReadSide[LabelledText], fraction: float, seed: int
+) -> tuple[ReadSide[LabelledText], ReadSide[LabelledText]]:
+    """Split off a seeded choice of distinct texts, the same fraction of each class.
+
+    Every class keeps at least one text for training, and all copies of a text go to the same side.
+
+    Returns:
+        The training side and the held-out side.
 
     Raises:
         DataError: No class has two distinct texts.
     """
     groups: dict[TextKey, list[int]] = {}
-    for number, text in enumerate(part.texts):
-        groups.setdefault(text.key, []).append(number)
+    for number, key in enumerate(side.keys):
+        groups.setdefault(key, []).append(number)
     by_class: dict[int | str, list[TextKey]] = {}
     for key, numbers in groups.items():
-        by_class.setdefault(part.texts[numbers[0]].label, []).append(key)
+        by_class.setdefault(side.items[numbers[0]].label, []).append(key)
     draw = random.Random(seed)  # noqa: S311 - no secret
     chosen: set[TextKey] = set()
     for keys in by_class.values():
         draw.shuffle(keys)
         chosen.update(keys[: min(round(fraction * len(keys)), len(keys) - 1)])
-    if not chosen:  # so few that no class has a whole text to give
+    if not chosen:  # every class is too small for the fraction to round to one text
         largest = max(by_class.values(), key=len, default=[])
         if len(largest) < 2:
             raise DataError(
                 f"{plural(len(groups), 'distinct text')}: nothing can be held out",
-                fix="give more data, or set data.eval=none or data.eval=FILE",
+                fix="provide more data, or set data.eval=none or data.eval=FILE",
             )
         chosen = {largest[0]}
-    train = [text for text in part.texts if text.key not in chosen]
-    evaluation = [part.texts[numbers[0]] for key, numbers in groups.items() if key in chosen]
-    note = [{"held_out": fraction, "seed": seed, "from": "train"}]
-    return (
-        ReadSide(sources=part.sources, num_rows=part.num_rows, texts=train, rejected=part.rejected),
-        ReadSide(sources=note, num_rows=len(evaluation), texts=evaluation, rejected=[]),
-    )
+    train = [number for number, key in enumerate(side.keys) if key not in chosen]
+    evaluation = [numbers[0] for key, numbers in groups.items() if key in chosen]
+    return side.choose(train), held_out_side(side, evaluation, fraction, seed)

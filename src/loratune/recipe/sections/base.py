@@ -1,0 +1,69 @@
+"""What all sections share: the strict base class, the number types, and data sources."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
+
+
+class Section(BaseModel):
+    """A part of the recipe: immutable, and strict about names and types."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
+    )
+
+
+def _refuse_boolean(value: Any) -> Any:
+    # Pydantic's lax mode reads true as 1. Its `Strict` would refuse that, but also 1e3 and 8.0 for a number of steps.
+    if isinstance(value, bool):
+        raise PydanticCustomError(
+            "number_type", "expected a number, not true or false (YAML also reads yes, no, on and off as these)"
+        )
+    return value
+
+
+Int = Annotated[int, BeforeValidator(_refuse_boolean)]
+Float = Annotated[float, BeforeValidator(_refuse_boolean)]
+
+
+class Source(Section):
+    """Where rows come from."""
+
+    name: str
+    """A file (`.jsonl`, `.json`, `.parquet`, `.csv`, `.tsv`), a folder of such files, or the id of a Hugging Face Hub
+    dataset."""
+
+    config: str | None = None
+    """The configuration (subset) of a Hub dataset: the `name` argument of `load_dataset`."""
+
+    split: str | None = None
+    """The split of a Hub dataset. Default: `train`."""
+
+    weight: Float = Field(default=1.0, gt=0)
+    """How many times each row is seen per epoch (oversampling or undersampling). 2.5 repeats every row twice and adds a
+    seeded half of them a third time, the same half in every epoch."""
+
+
+def as_source(value: Any) -> Any:
+    """Turn a bare name into a source."""
+    return {"name": value} if isinstance(value, str) else value
+
+
+def as_sources(value: Any) -> Any:
+    """Turn one source, or a list of them, into a tuple of sources."""
+    if isinstance(value, list | tuple):
+        return tuple(as_source(item) for item in value)
+    return value if isinstance(value, bool) else (as_source(value),)  # shown in the error as it was written
+
+
+def as_sources_or_setting(value: Any) -> Any:
+    """Leave `auto`, `none` and fractions as they are; read everything else as sources."""
+    if value in ("auto", "none") or (isinstance(value, float | int) and not isinstance(value, bool)):
+        return value
+    return as_sources(value)
+
+
+Sources = Annotated[tuple[Source, ...], BeforeValidator(as_sources)]

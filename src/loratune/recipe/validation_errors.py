@@ -1,0 +1,108 @@
+"""Pydantic's validation errors, translated to ours: the setting, its value, its line, the nearest known name."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import Any, get_origin
+
+from pydantic import BaseModel, ValidationError
+
+from loratune.run.errors import RecipeError
+
+_SETTING = re.compile(r"\b[a-z]+\.[a-z_]+")
+"""The full name of a setting in a message."""
+
+
+def shown(value: Any, max_characters: int = 200) -> str:
+    """Return a value as text for an error message."""
+    if isinstance(value, bool):
+        return str(value).lower()  # as YAML writes it
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits, a thousand levels of lists
+        return f"a {type(value).__name__} that is too large to show"
+    return text if len(text) <= max_characters else f"{text[: max_characters - 3]}..."
+
+
+def translate_validation_error(
+    error: ValidationError,
+    recipe: type[BaseModel],
+    source: type[BaseModel],
+    file: str | Path | None,
+    lines: dict[str, int],
+) -> RecipeError:
+    """Return the first problem of a validation error as a `RecipeError`.
+
+    Args:
+        error: The error to translate.
+        recipe: The model that was validated, whose fields are sections.
+        source: The model of the values below a section's field: a data source.
+        file: The file to name in the message.
+        lines: The line of each `section.field`.
+    """
+    first = error.errors()[0]
+    location = [str(part) for part in first["loc"]]
+    name = ".".join(location[:2])
+    line = lines.get(".".join(location), lines.get(name))
+    if first["type"] == "extra_forbidden":
+        known = _known_names(recipe, source, location[:-1])
+        near = difflib.get_close_matches(location[-1], known, n=1)
+        fix = f"did you mean {near[0]}?" if near else f"known here: {', '.join(sorted(known))}"
+        return RecipeError(f"unknown setting {'.'.join(location)}", file=file, line=line, fix=fix)
+    if first["type"] == "value_error":
+        raised = first["ctx"]["error"]
+        mentioned = [lines[setting] for setting in _SETTING.findall(str(raised)) if setting in lines]
+        return RecipeError(
+            str(raised), file=file, line=next(iter(mentioned), line), fix=getattr(raised, "fix", "see docs/recipe.md")
+        )
+    problems = {item["msg"] for item in error.errors() if [str(p) for p in item["loc"]][:2] == location[:2]}
+    field, name = _innermost(recipe, source, location)
+    description = " ".join((field.description or "").split()) if field is not None else ""
+    said = "; or ".join(sorted(problems)).replace("a valid tuple", "a list").replace("a valid dictionary", "a mapping")
+    return RecipeError(
+        f"{name} is {shown(first['input'])}: {said}",
+        file=file,
+        line=line,
+        fix=" ".join(filter(None, (_suggestion(name, first["input"], said), description))),
+    )
+
+
+def _suggestion(name: str, value: Any, said: str) -> str:
+    if not isinstance(value, str):
+        return ""
+    near = difflib.get_close_matches(value.lower(), re.findall(r"'([^']+)'", said), n=1)
+    if near:
+        return f"Did you mean {near[0]}?"
+    return f"Write {name}: [{value}], a list with one entry." if said == "Input should be a list" else ""
+
+
+def _innermost(recipe: type[BaseModel], source: type[BaseModel], location: list[str]) -> tuple[Any, str]:
+    """Return the invalid field and its full name, also where it lies deeper than a section's field."""
+    field, name = _field_of(recipe, location), ".".join(location[:2])
+    if field is not None and get_origin(field.annotation) is dict and len(location) == 3:
+        return field, f"{name}.{location[2]}"  # the key of a mapping, such as lora.rank_pattern.q_proj
+    if len(location) > 2 and location[-1] in source.model_fields:
+        numbers = [part for part in location[2:-1] if part.isdigit()]  # data.train.0.weight
+        return source.model_fields[location[-1]], ".".join([name, *numbers, location[-1]])
+    return field, name
+
+
+def _section_of(recipe: type[BaseModel], name: str) -> type[BaseModel] | None:
+    field = recipe.model_fields.get(name)
+    return field.annotation if field is not None and isinstance(field.annotation, type) else None
+
+
+def _known_names(recipe: type[BaseModel], source: type[BaseModel], location: list[str]) -> list[str]:
+    if not location:
+        return list(recipe.model_fields)
+    if len(location) > 1:
+        return list(source.model_fields)
+    section = _section_of(recipe, location[0])
+    return list(section.model_fields) if section is not None else []
+
+
+def _field_of(recipe: type[BaseModel], location: list[str]) -> Any:
+    section = _section_of(recipe, location[0]) if location else None
+    return section.model_fields.get(location[1]) if section is not None and len(location) > 1 else None

@@ -1,0 +1,94 @@
+"""Character spans become token masks, or a reason why not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+from transformers import PreTrainedTokenizerBase
+
+from loratune.data.masking.encoder import Encoder
+from loratune.data.masking.token_labels import LengthViolations, OnLong, RenderedText, TokenMask, TokenMasker
+from loratune.data.masking.tokens import backend_of
+from loratune.data.rows.row import BadRow, Origin
+from loratune.run.errors import DataError
+
+ORIGIN = Origin(file="chats.jsonl", line=3)
+TEXT = "<|im_start|>assistant\nHello there<|im_end|>\n"
+SPAN = (TEXT.index("Hello"), TEXT.index("\n", TEXT.index("Hello")))
+RENDERED = RenderedText(
+    text=TEXT,
+    spans=[SPAN],
+    check=None,
+    names=("message 2 (assistant)",),
+    without_stop_token=frozenset(),
+    is_plain_text=False,
+    origin=ORIGIN,
+    num_controls=None,
+    hidden=None,
+)
+Mask = Callable[..., TokenMask | None]
+
+
+@pytest.fixture
+def mask(smollm2_tokenizer: PreTrainedTokenizerBase) -> Mask:
+    def make(text: RenderedText, max_length: int = 64, on_long: OnLong = "error") -> TokenMask | None:
+        masker = TokenMasker(smollm2_tokenizer, max_length=max_length, on_long=on_long)
+        found = masker(text, Encoder(backend_of(smollm2_tokenizer))([text.text])[0])
+        masker.too_long.raise_if_any(max_length)
+        return found
+
+    return make
+
+
+def test_the_tokens_of_a_span_are_trained_with_their_stop_token(
+    mask: Mask, smollm2_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    ids, supervised = mask(RENDERED) or pytest.fail("left out")
+    assert smollm2_tokenizer.decode(ids[supervised]) == "Hello there<|im_end|>"
+
+
+def test_two_ways_that_disagree_about_a_token_stop_the_run(mask: Mask) -> None:
+    start, end = SPAN
+    assert mask(replace(RENDERED, check=[(start, end)])) is not None
+    with pytest.raises(DataError, match=r"chats\.jsonl:3: two ways of finding the trained tokens disagree"):
+        mask(replace(RENDERED, check=[(start, end - len("<|im_end|>"))]))
+
+
+def test_a_span_must_end_with_its_stop_token(mask: Mask) -> None:
+    start, end = SPAN
+    short = (start, end - len("<|im_end|>"))
+    with pytest.raises(BadRow, match="does not write the stop token of message 2"):
+        mask(replace(RENDERED, spans=[short]))
+    assert mask(replace(RENDERED, spans=[short], without_stop_token=frozenset({0}))) is not None
+
+
+def test_a_token_that_reaches_out_of_the_span_is_refused_or_left_out(
+    mask: Mask, smollm2_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    start, end = SPAN
+    ids, supervised = mask(replace(RENDERED, spans=[(start + 2, end)])) or pytest.fail("left out")
+    assert smollm2_tokenizer.decode(ids[supervised]) == " there<|im_end|>", (
+        "Hello is one token, of which two are cut off"
+    )
+    with pytest.raises(BadRow, match="contains text that the chat template adds after it: 're'"):
+        mask(replace(RENDERED, spans=[(start, TEXT.index("re<"))], without_stop_token=frozenset({0})))
+
+
+def test_long_examples_follow_the_policy(mask: Mask) -> None:
+    with pytest.raises(DataError, match="1 example is longer than max_length 6; the longest has"):
+        mask(RENDERED, 6)
+    assert mask(RENDERED, 6, "drop") is None
+    ids, _ = mask(RENDERED, 6, "truncate") or pytest.fail("left out")
+    assert len(ids) == 6
+    assert mask(RENDERED, 2, "truncate") is None, "nothing trained is left of it"
+
+
+def test_violations_name_the_first_and_the_longest() -> None:
+    violations = LengthViolations()
+    violations.raise_if_any(8)
+    violations.add(LengthViolations(count=1, first=ORIGIN, longest=9))
+    violations.add(LengthViolations(count=2, first=Origin(file="b", line=1), longest=12))
+    with pytest.raises(DataError, match=r"chats\.jsonl:3: 3 examples are longer than max_length 8; the longest has 12"):
+        violations.raise_if_any(8)
