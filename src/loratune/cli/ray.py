@@ -284,7 +284,7 @@ def _work(job: Record) -> None:
     progress = _WorkerProgress(console)
 
     def show(prepared: Preparation) -> None:
-        show_plan(prepared, prepared.as_plan(), progress.console, samples=1, whole=False)
+        show_plan(prepared, prepared.as_plan(), progress.console, samples=1, full=False)
 
     _introduce(job["launch"])
     processes.start()
