@@ -8,11 +8,10 @@ from pathlib import Path
 from pages import DEFAULT_MODEL, table, write_or_check
 
 from loratune.model.adapter.targets import resolve_targets
-from loratune.model.adapter.variants import PISSA_ITERATIONS
+from loratune.model.adapter.variants import PISSA_ITERATIONS, saved_rank, scale_of
 from loratune.planning.memory.adapter import kept_bytes, variant_bytes
 from loratune.planning.parameters import count_parameters, skeleton
 from loratune.recipe.recipe import VARIANTS, LoraSection, ModelSection, Variant
-from loratune.workflows.guidance.adapter_effects import variant_rows
 from loratune.workflows.guidance.facts import AlternativeRow, size
 
 PAGE = Path(__file__).parent / "adapters.md"
@@ -172,8 +171,7 @@ nf4.
 
 def page() -> str:
     """The whole page."""
-    model, lora = skeleton(DEFAULT_MODEL), LoraSection()
-    targets = resolve_targets(model, lora.targets)
+    lora = LoraSection()
     return TEXT.format(
         when="\n".join(f"| `{variant}` | {WHERE[variant][0]} | {WHERE[variant][1]} |" for variant in VARIANTS),
         name=ModelSection().name.rpartition("/")[2],
@@ -181,10 +179,22 @@ def page() -> str:
         r=lora.r,
         alpha=lora.alpha,
         dropout=lora.dropout,
-        counted=table(variant_rows(model, targets, lora)),
+        counted=table([_variant_row(variant, lora) for variant in VARIANTS]),
         memory=table([_memory(variant, lora) for variant in VARIANTS]),
         iterations=PISSA_ITERATIONS,
     )
+
+
+def _variant_row(variant: Variant, lora: LoraSection) -> AlternativeRow:
+    model, other = skeleton(DEFAULT_MODEL), lora.model_copy(update={"variant": variant})
+    count = count_parameters(model, resolve_targets(model, lora.targets), other)
+    return {
+        "variant": variant,
+        "trainable": f"{count.trainable:,}",
+        f"scale at alpha {lora.alpha:g}": f"{scale_of(other):.4g}",
+        "saved rank": str(saved_rank(other)),
+        "adapter file": size(count.adapter_bytes),
+    }
 
 
 def _memory(variant: Variant, lora: LoraSection) -> AlternativeRow:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from loratune.model.adapter.targets import matrix, resolve_targets
 from loratune.planning.parameters import count_parameters, skeleton
 from loratune.recipe.recipe import LoraSection, ModelSection
-from loratune.workflows.guidance.adapter_effects import preset_rows, rank_row
+from loratune.workflows.guidance.effects import preset_rows, rank_row
 from loratune.workflows.guidance.facts import AlternativeRow
 
 PAGE = Path(__file__).parent / "lora-parameters.md"

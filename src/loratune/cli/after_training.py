@@ -63,7 +63,10 @@ def chat(
     seed: Annotated[int, typer.Option(min=0, help="Sampling seed.")] = 0,
     system: Annotated[str, typer.Option(help="A system message.")] = "",
 ) -> None:
-    """Chat with the base and the fine-tuned model, with the template and stop tokens of training. /help lists commands."""
+    """Chat with the base and the fine-tuned model, with the template and stop tokens of training.
+
+    Type /help for a list of commands.
+    """
     with command_context(as_json=False) as progress:
         from loratune.workflows.chat import Sampling, converse, open_chat
 

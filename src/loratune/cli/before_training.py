@@ -67,7 +67,10 @@ def plan(
     price_per_hour: Price = None,
     probe: RealSteps = False,
 ) -> None:
-    """Show what would be trained: parameters, memory, time, data, trained tokens. Loads no weights without --probe."""
+    """Show what would be trained: parameters, memory, time, data, trained tokens.
+
+    Loads no weights without --probe.
+    """
     with command_context(as_json) as progress:
         loaded = Recipe.load(recipe, overrides or ())
         if probe:
@@ -113,7 +116,10 @@ def explain(recipe: RecipeFile, words: FieldsAndOverrides = None, as_json: AsJso
 
 
 def doctor(as_json: AsJson = False) -> None:
-    """Show what this machine can do, with the command that fixes what is missing. Exits with 0 if the quickstart can run."""
+    """Show what this machine can do, with the command that fixes what is missing.
+
+    Exits with 0 if the quickstart can run.
+    """
     with command_context(as_json):
         from loratune.workflows.guidance import doctor as workflow
 
@@ -130,7 +136,10 @@ def doctor(as_json: AsJson = False) -> None:
 
 
 def selftest(as_json: AsJson = False) -> None:
-    """Check on this machine, with a tiny model, that the optimizations change nothing. Exits with 0 if every check passes."""
+    """Check on this machine, with a tiny model, that the optimizations change nothing.
+
+    Exits with 0 if every check passes, with 1 if not.
+    """
     with command_context(as_json) as progress:
         from loratune.workflows import selftest as tests
 

@@ -12,7 +12,10 @@ from loratune.cli import before_training as before
 from loratune.cli import training
 
 VERBS = {
-    "Before training": (before.init, before.plan, before.explain, before.doctor, before.selftest, before.eject, before.schema),
+    "Before training": (
+        *(before.init, before.plan, before.explain, before.eject),
+        *(before.doctor, before.selftest, before.schema),
+    ),
     "Training": (training.train, training.resume, training.evaluate, training.reproduce, training.bench),
     "After training": (
         *(after.report, after.compare, after.diff, after.chat),
@@ -27,8 +30,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     help="LoRA fine-tuning you can trust.",
-    epilog="Exit codes: 0 done, 1 failed while running, 2 wrong recipe or arguments, 3 wrong data, 4 machine lacks memory, "
-    "disk, device or network, 130 interrupted, 143 ended by SIGTERM.",
+    epilog="Exit codes: 0 done, 1 failed while running, 2 wrong recipe or arguments, 3 wrong data, "
+    "4 machine lacks memory, disk, device or network, 130 interrupted, 143 ended by SIGTERM.",
 )
 for _title, _verbs in VERBS.items():
     for _verb in _verbs:

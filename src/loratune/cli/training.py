@@ -128,7 +128,10 @@ def reproduce(
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train a finished run again from the same inputs. Exits with 0 if the adapter is the same, bit for bit; 1 if not."""
+    """Train a finished run again from the same inputs, and compare the adapters.
+
+    Exits with 0 if they are the same, bit for bit; with 1 if not.
+    """
     with command_context(as_json) as progress:
         from loratune.workflows import reproduce as workflow
 
