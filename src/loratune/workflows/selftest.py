@@ -178,7 +178,7 @@ def _kernels(device: str) -> float:
     generator = torch.Generator().manual_seed(1)
 
     def random(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator).to(device)
+        return torch.randn(shape, generator=generator).to(device)
 
     lengths = torch.tensor([5, 1, 40, 300])
     total = int(lengths.sum())

@@ -161,7 +161,7 @@ def test_the_script_imports_the_libraries_of_the_seed_and_nothing_of_ours(recipe
         (["data.train={name: TRAIN, weight: 2}"], "weight 2"),
         (["data.train=[TRAIN, TRAIN]"], "several sources"),
         (["data.max_length=40", "data.on_long=drop"], "TRL makes"),
-        (["data.train_on=[user]"], "data.train_on is [user], but TRL trains the assistant's answers or all tokens"),
+        (["data.train_on=[user]"], "data.train_on is [user], but TRL trains either the assistant's answers or all tokens"),
         (["data.train_on=last"], "TRL's trained tokens differ, first in TRAIN:1"),
     ],
 )
