@@ -122,10 +122,10 @@ REFUSALS = {
 # settings that the field needs to matter; they are in the run it is compared with too
 ALSO: dict[str, dict[str, Any]] = {
     "lora.target_parameters": {"model.name": "MOE", "lora.dropout": 0},
-    "data.format": {"data.train": "SEVERAL", "data.eval": "none"},  # rows that fit several formats
-    "data.columns": {"data.train": "SEVERAL", "data.eval": "none", "data.format": "prompt_completion"},
+    "data.format": {"data.train": "SEVERAL", "data.eval": "SEVERAL"},  # rows that fit several formats
+    "data.columns": {"data.train": "SEVERAL", "data.eval": "SEVERAL", "data.format": "prompt_completion"},
     # The same rows as conversations and as labeled texts; no answers are generated, since classifiers have none.
-    "model.task": {"data.train": "SEVERAL", "data.eval": "none", "evaluate.max_new_tokens": 256},
+    "model.task": {"data.train": "SEVERAL", "data.eval": "SEVERAL", "evaluate.max_new_tokens": 256},
     "train.keep_checkpoints": {"train.save_every": 1},
     # too high a rate, so that the last step is not the best one
     "train.final_adapter": {"train.save_every": 1, "train.eval_every": 1, "train.learning_rate": 20.0},
