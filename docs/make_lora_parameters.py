@@ -92,8 +92,8 @@ by structure, and you can also give a list of names.
 
 ## The task type
 
-PEFT's `task_type` is `CAUSAL_LM`, a decoder that predicts the next token, or `SEQ_CLS` with `task:
-sequence_classification` ([classification](classification.md)).
+PEFT's `task_type` is `CAUSAL_LM`, a decoder that predicts the next token, or `SEQ_CLS` for a classifier
+([classification](classification.md)).
 
 ## Compared with full fine-tuning
 

@@ -13,11 +13,13 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from loratune.planning.prepare import prepare
-from loratune.recipe.recipe import Recipe
+from loratune.recipe.recipe import Recipe, Source
 from loratune.run.directory import read_json
 from loratune.run.errors import RecipeError
 from loratune.run.progress import NoProgress
 from loratune.workflows.guidance.eject import eject
+from loratune.workflows.guidance.eject_rows import builder, why_not_directly
+from loratune.workflows.guidance.eject_script import render_script
 from loratune.workflows.guidance.eject_support import SUPPORTED_FIELDS
 from loratune.workflows.train import train
 from tests.conftest import make_moe
@@ -161,7 +163,10 @@ def test_the_script_imports_the_libraries_of_the_seed_and_nothing_of_ours(recipe
         (["data.train={name: TRAIN, weight: 2}"], "weight 2"),
         (["data.train=[TRAIN, TRAIN]"], "several sources"),
         (["data.max_length=40", "data.on_long=drop"], "TRL makes"),
-        (["data.train_on=[user]"], "data.train_on is [user], but TRL trains either the assistant's answers or all tokens"),
+        (
+            ["data.train_on=[user]"],
+            "data.train_on is [user], but TRL trains either the assistant's answers or all tokens",
+        ),
         (["data.train_on=last"], "TRL's trained tokens differ, first in TRAIN:1"),
     ],
 )
@@ -215,3 +220,16 @@ def test_a_setting_that_the_script_cannot_follow_is_refused(
     prepared = prepare(Recipe.load(recipe_file), NoProgress())
     with pytest.raises(RecipeError, match=r"lora\.dropout is 0\.1, which a plain TRL"):
         eject(prepared, tmp_path / "script.py", overwrite=False, progress=NoProgress())
+
+
+def test_a_file_is_loaded_by_the_builder_of_its_suffix() -> None:
+    names = {"a.jsonl": "json", "b.CSV": "csv", "c.parquet": "parquet", "d.tsv": "csv"}
+    assert {name: builder(Source(name=name)) for name in names} == names
+
+
+def test_the_script_says_why_it_has_its_own_rows(recipe_file: Path, tmp_path: Path) -> None:
+    prepared = prepare(Recipe.load(recipe_file), NoProgress())
+    why = why_not_directly(prepared)
+    assert why
+    script = render_script(prepared, tmp_path / "script-rows", why)
+    assert " ".join(why.split()) in " ".join(script.replace("# ", "").split())
