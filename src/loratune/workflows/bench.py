@@ -1,7 +1,7 @@
 """`loratune bench`: the fast engine against stock TRL on one recipe, in alternating runs, each in its own process.
 
-Each is an ordinary run of a few steps without evaluation and checkpoints; the numbers come from its run directory. The two
-engines see the same examples in the same order, so their losses must agree.
+Each is an ordinary run of a few steps without evaluation and checkpoints; the numbers come from its run directory. The
+two engines see the same examples in the same order, so their losses must agree.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def bench(recipe: Recipe, *, rounds: int, steps: int, progress: Progress) -> Rec
         progress: Receives one line per run.
 
     Returns:
-        Per engine the median tokens/s, peak bytes, seconds to the first step, rows/s prepared and losses; the ratios; and
-        the raw numbers of each run, as `turns`.
+        Per engine the median tokens/s, peak bytes, seconds to the first step, rows/s prepared and losses; the ratios;
+        and the raw numbers of each run, as `turns`.
 
     Raises:
         RecipeError: There are too few steps, or the recipe is wrong.
@@ -192,7 +192,7 @@ def _median_or_none(rates: list[float | None]) -> float | None:
 
 
 def _peak_rate(prepared: Preparation) -> float:
-    """Measure FLOP/s of the model's own matrix products (forward, and gradient to the input), weighted by their work."""
+    """Measure FLOP/s of the model's own matrix products (forward, and gradient to the input), weighted by work."""
     recipe = prepared.recipe
     model = skeleton(load_config(prepared.base, recipe.model), trust_remote_code=recipe.model.trust_remote_code)
     shapes = Counter((m.in_features, m.out_features) for m in model.modules() if isinstance(m, torch.nn.Linear))
@@ -210,6 +210,7 @@ def bench_table(record: Record) -> Table:
 def _lines(record: Record) -> list[list[str]]:
     fast, trl = (record["engines"][name] for name in ENGINES)
     share = record["matmul"]["share"]
+    prepared = _rows_prepared(fast["rows_per_second"], trl["rows_per_second"])
 
     def row(name: str, key: str, scale: float, form: str) -> list[str]:
         a, b = fast[key] / scale, trl[key] / scale
@@ -221,7 +222,7 @@ def _lines(record: Record) -> list[list[str]]:
         row("peak memory, GiB", "peak_bytes", 2**30, ".2f"),
         row("seconds before the first step", "seconds_to_first_step", 1, ".1f"),
         row("seconds of the first step", "first_step_seconds", 1, ".1f"),
-        [f"rows/s prepared ({record['settings']['rows']:,} rows)", *_rows_prepared(fast["rows_per_second"], trl["rows_per_second"])],
+        [f"rows/s prepared ({record['settings']['rows']:,} rows)", *prepared],
         ["mean loss", f"{statistics.mean(fast['losses']):.4f}", f"{statistics.mean(trl['losses']):.4f}",
          f"differ by at most {record['loss']['largest_difference']:.4f}"],
     ]  # fmt: skip
