@@ -140,7 +140,7 @@ def test_the_programs_of_the_readme_work(
     """In a folder where recipes/quickstart.yaml is on the tiny model."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipes").mkdir()
-    recipe = tiny_recipe(train__output_dir="__models/quickstart")
+    recipe = tiny_recipe(data__max_length="auto", train__output_dir="__models/quickstart")
     (tmp_path / "recipes" / "quickstart.yaml").write_text(recipe.to_yaml())
     programs = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
     assert len(programs) == 2
