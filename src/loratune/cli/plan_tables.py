@@ -41,8 +41,8 @@ def summary_table(record: Record, *, model: str) -> Table:
         )
         + f"; {data['num_eval_examples']:,} held out",
         **({"mixture": _mixture(data["sources"])} if len(data["sources"]) > 1 else {}),
-        "steps": f"{clock['num_steps']:,} of {record['recipe']['batch_size']} examples, "
-        f"{record['recipe']['epochs']:g} epochs",
+        "steps": f"{clock['num_steps']:,} (batch size {record['recipe']['batch_size']}, "
+        f"{record['recipe']['epochs']:g} epochs)",
         "memory": f"peak about {memory['peak_bytes'] / GIB:.1f} GiB",
         "time on one device" if record["scaling"] else "time": _time(clock),
         "output": record["recipe"]["output_dir"],
@@ -224,7 +224,7 @@ def data_table(report: Record) -> RenderableType:
     table = Table(title="Data", title_justify="left")
     table.add_column("")
     for side in sides:
-        table.add_column(side, justify="right")
+        table.add_column("held-out" if side == "eval" else "training", justify="right")
     labelled = "labels" in report
     rows = {
         "rows": [f"{report[side]['rows']:,}" for side in sides],
