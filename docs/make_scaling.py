@@ -1,4 +1,4 @@
-"""Write docs/scaling.md, every number of it computed by the plan's own formulas. `--check` only says whether it is up to date."""
+"""Write docs/scaling.md, computed by the plan's own formulas. `--check` only tests whether it is up to date."""
 
 from __future__ import annotations
 
@@ -34,120 +34,128 @@ MODELS = {
         hidden_size=8192, num_hidden_layers=80, num_attention_heads=64, intermediate_size=28672, **LLAMA
     ),
 }
-"""The shapes of the default model, of Llama 3.1 8B and of Llama 3.1 70B."""
+"""Shapes of the default model, Llama 3.1 8B and Llama 3.1 70B."""
 
 NUM_EXAMPLES, MEDIAN, SIGMA, LONGEST = 4096, 400, 0.8, 4096
 ORIGIN = Origin(file="docs/make_scaling.py", line=0)
 
 Row = dict[str, str]
 
-TEXT = """# More devices
+TEXT = """# More GPUs
 
-<!-- Written by docs/make_scaling.py, which computes every number; `make docs` writes it anew. -->
+<!-- Written by docs/make_scaling.py, which computes every number; run `make docs` to update it. -->
 
-What several GPUs make of a run, what limits it, and when to shard the base. Everything here is **arithmetic on published figures**:
-nothing on this page was measured. For your own recipe, data and machines:
+What several GPUs do for a run, what limits it, and when to shard the base model. Everything here is **arithmetic on
+published figures**: nothing on this page was measured. For your own recipe, data and machines:
 
     loratune plan my.yaml --devices 8xh100-80gb
     loratune plan my.yaml --devices 2x8xh100-80gb                          # two nodes of eight
-    loratune plan my.yaml --devices 8xh100-80gb --interconnect pcie5       # not the usual links
-    loratune plan my.yaml --devices 2x8xa100-80gb --interconnect ethernet-100g --price-per-hour 2   # of each GPU
+    loratune plan my.yaml --devices 8xh100-80gb --interconnect pcie5       # other links than usual
+    loratune plan my.yaml --devices 2x8xa100-80gb --interconnect ethernet-100g --price-per-hour 2   # per GPU
 
-`--json` has all of it under `scaling`.
+`--json` has everything under `scaling`.
 
 ## What must be sent
 
-Full training adds up a gradient of every weight at every step. LoRA computes no gradient of the frozen base, so two things are left:
+Full fine-tuning adds up a gradient for every weight at every step. LoRA computes no gradients for the frozen base,
+so two things remain:
 
-- **the adapter's gradients**, once a step, in float32: {gradient_bytes} bytes a parameter of the adapter;
-- **the frozen base**, only where it is sharded (fsdp): every layer must be gathered before it computes, once forward and once backward,
-  for every micro-batch.
+- **the adapter's gradients**, once per step, in float32: {gradient_bytes} bytes per adapter parameter;
+- **the frozen base**, only if it is sharded (fsdp): every layer must be gathered before it computes, once in the
+  forward and once in the backward pass, for every micro-batch.
 
 {volumes}
 
-*Full training* would add up 2 bytes a weight a step. Adapters: r 16, `targets: complete`.
+*Full fine-tuning* would send 2 bytes per weight and step. Adapters: r 16, `targets: complete`.
 
 ## The formulas
 
-For n ranks and B bytes a second on the slowest link, one way:
+For n ranks and B bytes per second on the slowest link, one way:
 
     all-reduce     2(n−1)/n · bytes / B + latency of 2(n−1) hops
     all-gather      (n−1)/n · bytes / B + latency of n−1 hops
 
-(Patarasuk & Yuan 2009; Thakur et al. 2005; NVIDIA/nccl-tests, doc/PERFORMANCE.md.) A call takes {call:.1f} µs, and a hop what NCCL's own
-model says of a ring (src/graph/tuning.cc):
+(Patarasuk & Yuan 2009; Thakur et al. 2005; NVIDIA/nccl-tests, doc/PERFORMANCE.md.) A call takes {call:.1f} µs, and
+a hop what NCCL's own model of a ring assumes (src/graph/tuning.cc):
 
 {links}
 
-Nobody reaches a link's peak: {share:.0%} of it are assumed, the 235 of 300 GB/s to which NCCL limits its model of an A100. Between nodes,
-rings run through all ports of a node at once, so a node with a port for each GPU has the sum of them.
+No link reaches its peak: {share:.0%} of it is assumed, the 235 of 300 GB/s to which NCCL limits its model of an
+A100. Between nodes, rings use all ports of a node at once, so a node with one port per GPU has their sum.
 
-Computing takes 4 operations a frozen weight and token (2 forward, 2 for the gradient to the input; 2 more where a layer is recomputed),
-at {efficiency:.0%} of the published peak: the share that `plan --device` assumes. Then
+Computing takes 4 operations per frozen weight and token (2 forward, 2 for the gradient to the input; 2 more in a
+layer with gradient checkpointing), at {efficiency:.0%} of the published peak: the share that `plan --device`
+assumes. Then
 
-    ddp step  = tokens of the slowest rank · seconds of a token + all-reduce(adapter)
-    fsdp step = Σ micro-batches (tokens of the heaviest rank · seconds of a token + gathers that no computing hides)
+    ddp step  = tokens of the slowest rank · seconds per token + all-reduce(adapter)
+    fsdp step = Σ micro-batches (tokens of the largest rank · seconds per token + gathers not hidden by computing)
                 + all-reduce(adapter)
 
-Which rank gets which examples is not estimated: the steps of an epoch are dealt out as training deals them, on the recipe's own
-lengths. `batch_size` counts a step's examples over all ranks, so more ranks mean fewer tokens for each, never another run.
+Which rank gets which examples is not estimated: the steps of an epoch are assigned as training assigns them, using
+the recipe's own example lengths. `batch_size` counts a step's examples over all ranks, so more ranks mean fewer
+tokens per rank, never a different run.
 
 ## What limits it
 
-**The step.** With {small} examples a step, the 8B model on H100s:
+**The step.** With {small} examples per step, the 8B model on H100s:
 
 {small_rows}
 
-*Balance* is what is lost because examples are whole: the mean rank's tokens over the slowest rank's. With {large} examples a step the
-same lengths deal out evenly:
+*Balance* is what is lost because examples are not split: mean tokens per rank over those of the slowest rank. With
+{large} examples per step the same lengths balance well:
 
 {large_rows}
 
-Below one example for each rank, ranks idle: `plan` says so, and names the smallest `batch_size` that feeds them all.
+With less than one example per rank, ranks are idle: `plan` says so, and names the smallest `batch_size` that keeps
+all busy.
 
-**The link** matters little to ddp, whose message is small. The 8B model, {large} examples a step, two nodes of eight H100s:
+**The link** matters little to ddp, whose message is small. The 8B model, {large} examples per step, two nodes of
+eight H100s:
 
 {network_rows}
 
 ## When ddp beats fsdp
 
-Where a device holds the base, ddp sends less, whatever the link; that is what `auto` takes. fsdp is for bases that no device holds:
-a rank keeps 1/n of the layers, embeddings and head whole, and two whole layers (the one that computes and the one that arrives). The 70B model,
-{large} examples a step, on two nodes of eight:
+If a device can hold the base, ddp sends less, whatever the link; `auto` chooses it. fsdp is for bases that no
+device can hold: a rank keeps 1/n of the layers, all of the embeddings and head, and two complete layers (the one
+that computes and the next one). The 70B model, {large} examples per step, on two nodes of eight:
 
 {sharded_rows}
 
-Its gathers cost nothing where they hide behind computing. A layer of P weights, b bytes each, hides when
+Gathering costs nothing while computing hides it. A layer of P weights with b bytes each is hidden if
 
-    (n−1)/n · b·P / B  ≤  2·P · tokens / R        R: operations a second that a device reaches
+    (n−1)/n · b·P / B  ≤  2·P · tokens / R        R: operations per second that a device reaches
 
-P cancels, so what decides is the tokens of a micro-batch, whatever the model:
+P cancels, so the tokens of a micro-batch decide, whatever the model:
 
     tokens  ≥  (n−1)/n · b/2 · R/B
 
 {crossover}
 
-`token_budget: auto` stops at {cap:,} tokens on a GPU. So over NVLink and InfiniBand full micro-batches hide the gathers, and over
-Ethernet of 100 Gb/s they do not. Latency, left out here, is in the tables above.
+`token_budget: auto` stops at {cap:,} tokens on a GPU. Full micro-batches therefore hide the gathers over NVLink and
+InfiniBand, but not over 100 Gb/s Ethernet. Latency, ignored here, is included in the tables above.
 
-One case is not weighed by `auto`: where the whole base leaves so little memory that layers must be recomputed (half as many operations
-again), a sharded base may be the faster one.
+`auto` does not consider one case: if the full base leaves so little memory that gradient checkpointing is needed
+(half as many operations again), a sharded base may be faster.
 
-## What the formulas do not see
+## What the formulas leave out
 
-- A GPU's speed on small micro-batches: each token is taken to cost the same, so many ranks with few tokens each are slower than here.
-- The small messages in which ranks agree about a step (token counts, requests to stop). They are latency alone, and count where a step
-  takes milliseconds.
-- PCIe without peer-to-peer, as between many GeForce cards: data goes through the host's memory, which is slower than here.
+- A GPU's speed on small micro-batches: every token is assumed to cost the same, so many ranks with few tokens each
+  are slower than shown.
+- The small messages by which ranks agree on a step (token counts, requests to stop). They are pure latency, and
+  matter if a step takes milliseconds.
+- PCIe without peer-to-peer, as between many GeForce cards: data goes through host memory, which is slower than
+  shown.
 - Other traffic on the same network, and slow nodes.
-- Evaluation: it is counted as on one device, though held-out losses during training are shared by the ranks.
+- Evaluation: counted as on one device, although held-out losses during training are divided among the ranks.
 
-Lengths of this page: {examples:,} examples, log-normal with median {median} and σ {sigma:g}, {longest:,} at most; one epoch, not compiled.
+Example lengths on this page: {examples:,} examples, log-normal with median {median} and σ {sigma:g}, at most
+{longest:,}; one epoch, not compiled.
 """
 
 
 def page() -> str:
-    """The whole page."""
+    """Return the page."""
     h100 = find_cluster("2x8xh100-80gb")
     return TEXT.format(
         gradient_bytes=GRADIENT_BYTES,
@@ -228,10 +236,10 @@ def _rows(scaling: Scaling) -> list[Row]:
         {
             "GPUs": f"{row.nodes}×{row.devices // row.nodes}" if row.nodes > 1 else str(row.devices),
             "strategy": row.strategy,
-            "memory each": f"{row.peak_bytes / 2**30:.1f} GiB",
-            "tokens of each": f"{row.rank_tokens:,.0f}",
+            "memory per GPU": f"{row.peak_bytes / 2**30:.1f} GiB",
+            "tokens per GPU": f"{row.rank_tokens:,.0f}",
             "step": _seconds(row.step_seconds),
-            "of it waits for links": _seconds(row.communication_seconds),
+            "communication": _seconds(row.communication_seconds),
             "balance": f"{row.balance:.0%}",
             "tokens/s": f"{row.tokens_per_second:,.0f}",
             "efficiency": f"{row.efficiency:.0%}",
@@ -241,7 +249,7 @@ def _rows(scaling: Scaling) -> list[Row]:
 
 
 def _row_names() -> list[str]:
-    names = ["GPUs", "strategy", "memory each", "tokens of each", "step", "of it waits for links"]
+    names = ["GPUs", "strategy", "memory per GPU", "tokens per GPU", "step", "communication"]
     return [*names, "balance", "tokens/s", "efficiency"]
 
 
@@ -253,7 +261,7 @@ def _network_rows() -> list[Row]:
             {
                 "between nodes": name,
                 "step": _seconds(last.step_seconds),
-                "of it waits for links": _seconds(last.communication_seconds),
+                "communication": _seconds(last.communication_seconds),
                 "efficiency": f"{last.efficiency:.0%}",
             }
         )
@@ -266,9 +274,9 @@ def _volume(name: str) -> Row:
     frozen = parameters.total - parameters.trainable
     return {
         "model": name,
-        "full training, a step": _size(2 * frozen),
-        "adapter, a step": _size(GRADIENT_BYTES * parameters.trainable),
-        "sharded base, a micro-batch": _size(2 * (2 * layer * MODELS[name].num_hidden_layers + outside)),
+        "full fine-tuning, per step": _size(2 * frozen),
+        "adapter, per step": _size(GRADIENT_BYTES * parameters.trainable),
+        "sharded base, per micro-batch": _size(2 * (2 * layer * MODELS[name].num_hidden_layers + outside)),
     }
 
 
@@ -276,8 +284,8 @@ def _link(name: str) -> Row:
     link = LINKS[name]
     return {
         "`--interconnect`": f"`{name}`",
-        "joins": "nodes" if link.scope == "nodes" else "devices of a node",
-        "GB/s, one way": f"{link.bytes_per_second / 1e9:g} for each {'node' if link.shared else 'GPU'}",
+        "connects": "nodes" if link.scope == "nodes" else "devices in a node",
+        "GB/s, one way": f"{link.bytes_per_second / 1e9:g} per {'node' if link.shared else 'GPU'}",
         "hop": f"{link.hop_seconds * 1e6:g} µs",
         "source": link.source,
     }
@@ -306,7 +314,7 @@ def _crossover_rows() -> list[Row]:
                 "B": f"{fabric.bytes_per_second / 1e9:,.0f} GB/s",
                 "R": f"{rate / 1e12:,.0f} TFLOP/s",
                 "tokens, bfloat16 base": f"{tokens[2]:,.0f}",
-                "tokens, base of 4 bits": f"{tokens[0.5]:,.0f}",
+                "tokens, 4-bit base": f"{tokens[0.5]:,.0f}",
             }
         )
     return rows

@@ -56,7 +56,7 @@ class ParameterCount:
         return [item.matrix for item in self.per_module]
 
     @property
-    def resolve_target_parameters(self) -> list[Matrix]:
+    def stacks(self) -> list[Matrix]:
         """Those of `lora.target_parameters`."""
         return self.matrices[len(self.per_module) - self.num_stacks :]
 
