@@ -1,4 +1,4 @@
-"""Write docs/lora-parameters.md, every number of it computed. `--check` only says whether it is up to date."""
+"""Write docs/lora-parameters.md, every number of it computed. `--check` only tests whether it is up to date."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from loratune.model.adapter.targets import matrix, resolve_targets
 from loratune.planning.parameters import count_parameters, skeleton
 from loratune.recipe.recipe import LoraSection, ModelSection
-from loratune.workflows.guidance.adapter_effects import preset_rows, rank_row
+from loratune.workflows.guidance.effects import preset_rows, rank_row
 from loratune.workflows.guidance.facts import AlternativeRow
 
 PAGE = Path(__file__).parent / "lora-parameters.md"
@@ -21,89 +21,91 @@ RANKS = (4, 8, 16, 32, 64)
 
 TEXT = """# LoRA's parameters, in numbers
 
-<!-- Written by docs/make_lora_parameters.py, which computes every number; `make docs` writes it anew. -->
+<!-- Written by docs/make_lora_parameters.py, which computes every number; run `make docs` to update it. -->
 
-All numbers are those of the default model, {name}: {layers} layers of width {hidden:,}, {total:,} parameters. For your own
-model and data, `loratune explain RECIPE` computes the same; `loratune explain RECIPE lora.r` is a page on one setting.
+All numbers are for the default model, {name}: {layers} layers of width {hidden:,}, {total:,} parameters. For your
+own model and data, `loratune explain RECIPE` computes the main ones; `loratune explain RECIPE lora.r` explains one
+setting in full.
 
 ## What is trained
 
-A weight matrix W of d×k stays as it is. Beside it stand B of d×r and A of r×k, and only these are trained:
+A weight matrix W of size d×k is frozen. Two small matrices are added, B of size d×r and A of size r×k, and only
+these are trained:
 
     h = Wx + (alpha/r)·B·A·dropout(x)
 
-B begins at zero, so the first step starts from the base model. A matrix gets r·(d+k) trainable parameters. For one of
-1,024×1,024 that is, at r {r}, {square_lora:,} instead of {square_full:,}: {square_saved:.1%} less.
+B starts at zero, so training starts from the base model. A matrix gets r·(d+k) trainable parameters. At r {r} a
+1,024×1,024 matrix has {square_lora:,} instead of {square_full:,}: {square_saved:.1%} fewer.
 
 The matrices of one layer of {name}:
 
 {matrices}
 
-{key_value_heads} key-value heads serve {heads} query heads, which is why k_proj and v_proj are small: at r {r} they get
+{key_value_heads} key-value heads serve {heads} query heads, so k_proj and v_proj are small: at r {r} they get
 {kv_lora:,} parameters each, q_proj and o_proj {q_lora:,}.
 
 ## `r`, the rank
 
-The inner dimension of B·A: how many directions the update of a matrix can have. Twice the rank is twice the parameters.
-With `targets: {preset}` and alpha {alpha:g}:
+The inner dimension of B·A: the number of directions that the update of a matrix can have. Twice the rank means
+twice the parameters. With `targets: {preset}` and alpha {alpha:g}:
 
 {ranks}
 
-*While training* counts 16 bytes for each parameter: weight, gradient and AdamW's two moments, in float32. The frozen
-base takes {base_bf16:.1f} GiB in bfloat16 beside it, so the rank hardly decides whether a model fits. Common values are 4 to
-64; 16 is the default.
+*While training* counts 16 bytes per parameter: weight, gradient and AdamW's two moments, in float32. The frozen
+base takes another {base_bf16:.1f} GiB in bfloat16, so the rank hardly decides whether a model fits. Common values
+are 4 to 64; the default is {r}.
 
 ## `alpha`, the scale
 
-The update is multiplied by alpha/r, so a rank that is doubled with the same alpha halves each direction's weight. Keep
-alpha at twice the rank to compare ranks, or change alpha alone to change how much the adapter says:
+The update is multiplied by alpha/r, so doubling the rank at the same alpha halves the weight of each direction.
+Keep alpha at twice the rank to compare ranks, or change only alpha to change the strength of the adapter:
 
 {alphas}
 
-With Adam, whose step does not grow with the gradient, alpha and the learning rate are two knobs, not one: alpha scales what
-the adapter does at a given weight, the learning rate how fast the weights go.
+With Adam, whose step size does not depend on the size of the gradient, alpha and the learning rate do different
+things: alpha scales the effect of the adapter's weights, the learning rate how fast they change.
 
 ## `dropout`
 
-The fraction of the inputs of A that is set to zero at each training step, for the adapter only; W sees all of x. At the
-default {dropout:g}, {dropped:,.0f} of the {hidden:,} inputs of q_proj are zero on average, and the others are scaled by
-1/(1 − {dropout:g}) = {dropout_scale:.3f}. It is against learning small data by heart.
+The fraction of A's inputs that is set to zero at each training step, for the adapter only; W sees all of x. At the
+default {dropout:g}, {dropped:,.0f} of the {hidden:,} inputs of q_proj are zero on average, and the others are
+scaled by 1/(1 − {dropout:g}) = {dropout_scale:.3f}. It reduces overfitting on small data.
 
 ## `targets`, the adapted matrices
 
-| projection | what it decides |
+| projection | what it computes |
 |---|---|
-| query (`q_proj`) | what a token looks for in those before it |
-| key (`k_proj`) | how a token is found |
-| value (`v_proj`) | what is fetched from a token that was found |
-| output (`o_proj`) | how what the heads fetched is put together |
-| feed-forward (`gate_proj`, `up_proj`, `down_proj`) | what is computed at each token by itself |
+| query (`q_proj`) | what a token looks for in earlier tokens |
+| key (`k_proj`) | what a token can be found by |
+| value (`v_proj`) | what is read from a token that was found |
+| output (`o_proj`) | how the results of the heads are combined |
+| feed-forward (`gate_proj`, `up_proj`, `down_proj`) | what is computed for each token separately |
 
 The presets, at r {r}:
 
 {presets}
 
-`balanced`, the default, trains {balanced_of_attention:.0%} of what `attention` does. `complete` trains
-{complete_times:.1f} times as much as `balanced`, because the feed-forward matrices are the large ones: at r {r} they hold
-{feed_forward_share:.0%} of its parameters. Other architectures name their matrices otherwise; presets find them by
-structure, and a list of names is taken too.
+`balanced`, the default, trains {balanced_of_attention:.0%} of the parameters that `attention` trains. `complete`
+trains {complete_times:.1f} times as many as `balanced`, because the feed-forward matrices are the largest: at r {r}
+they hold {feed_forward_share:.0%} of its parameters. Other architectures use other names; presets find the matrices
+by structure, and you can also give a list of names.
 
 ## The task type
 
-PEFT's `task_type` is always `CAUSAL_LM`: a decoder that predicts the next token is the only kind of model that loratune
-trains.
+PEFT's `task_type` is `CAUSAL_LM`, a decoder that predicts the next token, or `SEQ_CLS` for a classifier
+([classification](classification.md)).
 
-## All of it, against full fine-tuning
+## Compared with full fine-tuning
 
 | | trainable | share | written to disk | weights, gradients and moments |
 |---|---|---|---|---|
 | full fine-tuning, float32 | {total:,} | 100% | {full_gib:.1f} GiB | {full_training_gib:.1f} GiB |
-| LoRA, r {r}, {preset} | {trainable:,} | {share:.2%} | {adapter_mib:.1f} MiB | {adapter_training_mib:.1f} MiB, and {base_bf16:.1f} GiB frozen in bfloat16 |
+| LoRA, r {r}, {preset} | {trainable:,} | {share:.2%} | {adapter_mib:.1f} MiB | {training} |
 """
 
 
 def page() -> str:
-    """The whole page."""
+    """Return the page."""
     lora, model = LoraSection(), skeleton(DEFAULT_MODEL)
     assert isinstance(lora.targets, str)
     ranks = [lora.model_copy(update={"r": r}) for r in RANKS]
@@ -144,7 +146,7 @@ def page() -> str:
         trainable=chosen.trainable,
         share=chosen.trainable / chosen.total,
         adapter_mib=chosen.adapter_bytes / 2**20,
-        adapter_training_mib=16 * chosen.trainable / 2**20,
+        training=f"{16 * chosen.trainable / 2**20:.1f} MiB, and {2 * total / 2**30:.1f} GiB frozen in bfloat16",
         base_bf16=2 * total / 2**30,
         full_gib=4 * total / 2**30,
         full_training_gib=16 * total / 2**30,
@@ -153,7 +155,7 @@ def page() -> str:
 
 
 def _filled(block: str) -> str:
-    """A paragraph, broken anew after its numbers are in; anything else as it is."""
+    """Wrap a paragraph again after its numbers are filled in; leave anything else as it is."""
     return block if block.startswith(("#", "|", "<", " ")) else textwrap.fill(block, 118, break_on_hyphens=False)
 
 

@@ -1,4 +1,4 @@
-"""Photograph the report of a run, on a desk and on a phone: `python docs/make_picture.py RUN OUT.png`."""
+"""Take a picture of a run's report, on a desktop and on a phone: `python docs/make_picture.py RUN OUT.png`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from loratune.reporting.html import report
 HEIGHT = 1080
 DESK, PHONE = 1120, 400
 FRAME = """<style>
-body { margin: 0; padding: 28px; display: flex; gap: 28px; align-items: flex-start; background: #c9d3df; width: max-content; }
+body { margin: 0; padding: 28px; display: flex; gap: 28px; align-items: flex-start; }
+body { background: #c9d3df; width: max-content; }
 img { display: block; border-radius: 14px; box-shadow: 0 6px 22px #0004; }
 </style><body><img src="data:image/png;base64,%s"><img src="data:image/png;base64,%s"></body>"""
 

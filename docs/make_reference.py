@@ -1,4 +1,4 @@
-"""Write docs/recipe.md from the recipe's own fields. `--check` only says whether it is up to date."""
+"""Write docs/recipe.md from the recipe's own fields. `--check` only tests whether it is up to date."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from loratune.recipe.recipe import Recipe, Source
 PAGE = Path(__file__).parent / "recipe.md"
 HEAD = """# The recipe
 
-<!-- Written by docs/make_reference.py from src/loratune/recipe.py; `make docs` writes it anew. -->
+<!-- Written by docs/make_reference.py from src/loratune/recipe/recipe.py; run `make docs` to update it. -->
 
-A YAML file with five sections. Every setting has a default, the seed's where the seed has one; unknown names are errors.
-On the command line `section.field=value` replaces a setting. Numbers such as `1e-4` are numbers. `loratune schema` prints
-the JSON schema for editors.
+A YAML file with five sections. Every setting has a default; unknown names are errors. On the command line,
+`section.field=value` overrides a setting. `1e-4` is a number, with or without a dot. `loratune schema` prints the JSON
+schema for editors.
 """
 
 
 def page() -> str:
-    """The whole page."""
+    """Return the page."""
     parts = [HEAD]
     for name, field in Recipe.model_fields.items():
         section = field.annotation
         assert isinstance(section, type)
         assert issubclass(section, BaseModel)
         parts += [f"## `{name}`: {_first_line(section)}\n", _table(section)]
-    parts += ["## A source\n", "A name alone, or a mapping:\n", _table(Source)]
+    parts += ["## A source\n", "A name, or a mapping:\n", _table(Source)]
     return "\n".join(parts)
 
 
 def _table(section: type[BaseModel]) -> str:
-    rows = ["| field | values | default | |", "|---|---|---|---|"]
+    rows = ["| field | values | default | meaning |", "|---|---|---|---|"]
     for name, field in section.model_fields.items():
         description = " ".join((field.description or "").split())
         values = _type_in_words(field.annotation).replace("|", "\\|")

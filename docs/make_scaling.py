@@ -40,14 +40,14 @@ MODELS = {
         hidden_size=8192, num_hidden_layers=80, num_attention_heads=64, intermediate_size=28672, **LLAMA
     ),
 }
-"""The shapes of the default model, of Llama 3.1 8B and of Llama 3.1 70B."""
+"""Shapes of the default model, Llama 3.1 8B and Llama 3.1 70B."""
 
 NUM_EXAMPLES, MEDIAN, SIGMA, LONGEST = 4096, 400, 0.8, 4096
 ORIGIN = Origin(file="docs/make_scaling.py", line=0)
 
 Row = dict[str, str]
 
-TEXT = """# More devices
+TEXT = """# More GPUs
 
 <!-- Written by docs/make_scaling.py, which computes every number; run `make docs` to update it. -->
 
@@ -59,8 +59,8 @@ What several GPUs do to a run, what limits it, and when to shard the base. For y
 
     loratune plan my.yaml --devices 8xh100-80gb
     loratune plan my.yaml --devices 2x8xh100-80gb                          # two nodes of eight
-    loratune plan my.yaml --devices 8xh100-80gb --interconnect pcie5       # not the usual links
-    loratune plan my.yaml --devices 2x8xa100-80gb --interconnect ethernet-100g --price-per-hour 2   # of each GPU
+    loratune plan my.yaml --devices 8xh100-80gb --interconnect pcie5       # other links than usual
+    loratune plan my.yaml --devices 2x8xa100-80gb --interconnect ethernet-100g --price-per-hour 2   # per GPU
 
 `--json` prints all of it under `scaling`.
 
@@ -79,7 +79,7 @@ two things are left:
 
 ## The formulas
 
-For n ranks and B bytes a second on the slowest link, one way:
+For n ranks and B bytes per second on the slowest link, one way:
 
     all-reduce     2(n−1)/n · bytes / B + latency of 2(n−1) hops
     all-gather      (n−1)/n · bytes / B + latency of n−1 hops
@@ -106,7 +106,7 @@ mean fewer tokens for each, but never another run.
 
 ## What limits it
 
-**The step.** With {small} examples a step, the 8B model on H100s:
+**The step.** With {small} examples per step, the 8B model on H100s:
 
 {small_rows}
 
@@ -133,7 +133,7 @@ computes and the one that arrives). The 70B model, {large} examples a step, on t
 
 Its gathers cost nothing if they are hidden behind computation. A layer of P weights, b bytes each, is hidden if
 
-    (n−1)/n · b·P / B  ≤  2·P · tokens / R        R: operations a second that a device reaches
+    (n−1)/n · b·P / B  ≤  2·P · tokens / R        R: operations per second that a device reaches
 
 P cancels, so what decides is the number of tokens of a micro-batch, whatever the model:
 
@@ -147,7 +147,7 @@ gathers, and over Ethernet of 100 Gb/s they do not. Latency, left out here, is i
 `auto` does not consider one case: if the full base leaves so little memory that layers must be recomputed (half as
 many operations again), a sharded base may be faster.
 
-## What the formulas do not see
+## What the formulas leave out
 
 - A GPU's speed on small micro-batches: every token is assumed to cost the same, so many ranks with few tokens each
   are slower than here.
@@ -273,9 +273,9 @@ def _volume(name: str) -> Row:
     frozen = parameters.total - parameters.trainable
     return {
         "model": name,
-        "full training, a step": _size(2 * frozen),
-        "adapter, a step": _size(GRADIENT_BYTES * parameters.trainable),
-        "sharded base, a micro-batch": _size(2 * (2 * layer * MODELS[name].num_hidden_layers + outside)),
+        "full fine-tuning, per step": _size(2 * frozen),
+        "adapter, per step": _size(GRADIENT_BYTES * parameters.trainable),
+        "sharded base, per micro-batch": _size(2 * (2 * layer * MODELS[name].num_hidden_layers + outside)),
     }
 
 
@@ -283,8 +283,8 @@ def _link(name: str) -> Row:
     link = LINKS[name]
     return {
         "`--interconnect`": f"`{name}`",
-        "joins": "nodes" if link.scope == "nodes" else "devices of a node",
-        "GB/s, one way": f"{link.bytes_per_second / 1e9:g} for each {'node' if link.shared else 'GPU'}",
+        "connects": "nodes" if link.scope == "nodes" else "devices in a node",
+        "GB/s, one way": f"{link.bytes_per_second / 1e9:g} per {'node' if link.shared else 'GPU'}",
         "hop": f"{link.hop_seconds * 1e6:g} µs",
         "source": link.source,
     }

@@ -1,4 +1,4 @@
-"""What the scripts that write pages share: a table, and writing or comparing a page."""
+"""Helpers for the scripts that write pages: a Markdown table, and writing or checking a page."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ DEFAULT_MODEL = Qwen2Config(
     vocab_size=151936,
     tie_word_embeddings=False,
 )
-"""The shapes of the default model."""
+"""Shapes of the default model."""
 
 
 def table(rows: list[AlternativeRow]) -> str:
-    """Rows with the same keys, in Markdown."""
+    """Format rows with the same keys as a Markdown table."""
     lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def write_or_check(page: Path, text: str) -> int:
-    """Write the page; with `--check` on the command line compare it. Returns the exit code."""
+    """Write the page, or with `--check` on the command line compare it; return the exit code."""
     if "--check" not in sys.argv:
         page.write_text(text, encoding="utf-8")
     elif not page.is_file() or page.read_text(encoding="utf-8") != text:
-        print(f"docs/{page.name} is not what the code says: run `make docs`", file=sys.stderr)
+        print(f"docs/{page.name} is out of date: run `make docs`", file=sys.stderr)
         return 1
     return 0

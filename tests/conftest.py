@@ -14,8 +14,6 @@ import trl
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -27,9 +25,9 @@ from transformers.convert_slow_tokenizer import TikTokenConverter
 import loratune  # noqa: F401 - sets what the libraries read from the environment
 from loratune.recipe.recipe import Recipe
 from loratune.run.directory import RunDir
+from loratune.workflows.tiny_model import conversation, write_tiny_model
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-WORDS = ["red", "green", "blue", "small", "large", "round", "flat", "warm", "cold", "loud"]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -51,25 +49,7 @@ def smollm2_tokenizer() -> PreTrainedTokenizerBase:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory, smollm2_tokenizer: PreTrainedTokenizerBase) -> Path:
     """A folder with a random Llama of two layers, and SmolLM2's tokenizer."""
-    folder = tmp_path_factory.mktemp("tiny-llama")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(smollm2_tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        initializer_range=0.1,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=2,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    smollm2_tokenizer.save_pretrained(folder)
-    return folder
+    return write_tiny_model(tmp_path_factory.mktemp("tiny-llama"), smollm2_tokenizer)
 
 
 @pytest.fixture(scope="session")
@@ -141,18 +121,6 @@ def some(values: Iterable[Any], *now: Any) -> list[Any]:
         value if value in now else pytest.param(*(value if isinstance(value, tuple) else [value]), marks=later)
         for value in values
     ]
-
-
-def conversation(number: int) -> dict[str, object]:
-    """A chat of one or two turns whose length varies with its number."""
-    colour, size = WORDS[number % 10], WORDS[(number * 7 + 3) % 10]
-    messages = [
-        {"role": "user", "content": f"Describe thing {number}" + ", please" * (number % 5)},
-        {"role": "assistant", "content": f"It is {colour} and {size}" + f", like {colour}" * (number % 4) + "."},
-    ]
-    if number % 3 == 0:
-        messages += [{"role": "user", "content": "Shorter."}, {"role": "assistant", "content": f"{colour}."}]
-    return {"messages": messages}
 
 
 def write_jsonl(path: Path, rows: list[dict[str, object]]) -> Path:

@@ -1,4 +1,7 @@
-"""The commands of the guides work: each is run on a tiny run, or stands below with the reason why it is not."""
+"""The documentation works: commands and programs run on a tiny run, links and paths exist, options are those of the verbs.
+
+Commands that are not run are listed below with the reason.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import typer
 
 from loratune.cli import main as cli
+from loratune.recipe.recipe import Recipe
 from loratune.run.directory import RunDir
 
-DOCS = Path(__file__).parents[1] / "docs"
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
 PAGES = ("use-your-model.md", "report.md")
 NOT_RUN = {
     "pip install": "installing is the reader's",
@@ -31,18 +37,18 @@ NOT_RUN = {
     "loratune push RUN OWNER/NAME": "needs a hub: tests/workflows/test_push.py",
     "loratune export RUN --to ollama": "needs a base that is a GGUF file: tests/exporting/test_gguf.py",
 }
-"""Whole commands, or what they begin with."""
+"""Commands, or their beginning, that are not run → why."""
 SLOW = "loratune export"
-"""Each takes seconds; tests/exporting runs the same exports."""
+"""Commands that take seconds each; tests/exporting runs the same exports."""
 PYTHON_NOT_RUN = {"openai": "needs a server: tests/workflows/test_serve.py"}
 RUN_WITH = {"--dry-run", "--merged", "--harness"}
-"""Words that make of a command above one that can be run."""
+"""Options with which a command above can be run after all."""
 
 Run = Callable[[str], None]
 
 
 def commands(page: str) -> list[str]:
-    """The commands of a page: indented lines, without their comments."""
+    """Return the commands of a page: indented lines, without comments."""
     text = re.sub(r"```.*?```", "", (DOCS / page).read_text(encoding="utf-8"), flags=re.DOTALL)
     lines = [line.strip() for line in text.splitlines() if line.startswith("    ")]
     return [line.partition("  #")[0].strip() for line in lines]
@@ -64,7 +70,7 @@ def reason_not_to_run(command: str) -> str:
 def run_command(
     finished_run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Run:
-    """Run a command of a page in a folder that has what the pages speak of."""
+    """Run a command of a page in a folder that has what the pages mention."""
     models = tmp_path / "__models"
     for name in ("quickstart", "balanced"):
         shutil.copytree(finished_run.root, models / name, ignore=shutil.ignore_patterns("exports"))
@@ -121,5 +127,61 @@ def test_every_command_is_run_or_has_a_reason() -> None:
     for page in PAGES:
         for command in commands(page):
             assert command.startswith("loratune") or reason_not_to_run(command), f"{page}: {command}"
-    told = "\n".join(command for page in PAGES for command in commands(page))
-    assert all(start in told or start == "pip install" for start in NOT_RUN), "a reason for what is no longer there"
+    shown = "\n".join(command for page in PAGES for command in commands(page))
+    assert all(start in shown or start == "pip install" for start in NOT_RUN), "a reason for a command that is gone"
+
+
+TEXTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS.glob("*.md"), *(ROOT / "examples").glob("*/README.md")]
+
+
+def test_the_programs_of_the_readme_work(
+    tiny_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a folder where recipes/quickstart.yaml is on the tiny model."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipes").mkdir()
+    recipe = tiny_recipe(data__max_length="auto", train__output_dir="__models/quickstart")
+    (tmp_path / "recipes" / "quickstart.yaml").write_text(recipe.to_yaml())
+    programs = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert len(programs) == 2
+    for program in programs:
+        exec(program, {})  # noqa: S102 - our own page
+
+
+def test_the_readme_has_a_caption_for_every_folder_of_the_package() -> None:
+    package = ROOT / "src" / "loratune"
+    folders = {f.name for f in package.iterdir() if (f / "__init__.py").is_file()}
+    tree = (ROOT / "README.md").read_text(encoding="utf-8").partition("    src/loratune/\n")[2].partition("\n\n")[0]
+    captions = dict(re.findall(r"^ {6}(\w+)/ +(\S.*)$", tree, flags=re.MULTILINE))
+    assert set(captions) == folders
+
+
+def test_every_link_leads_to_a_file() -> None:
+    for page in TEXTS:
+        for link in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8")):
+            assert "://" in link or (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_every_path_on_the_map_exists() -> None:
+    text = (DOCS / "architecture.md").read_text(encoding="utf-8")
+    paths = set(re.findall(r"`?((?:[\w]+/)+[\w]*(?:\.\w+)?)`", text)) | set(re.findall(r"(\w+/[\w/]+\.py)", text))
+    assert len(paths) > 50
+    for path in paths:
+        assert any((base / path).exists() for base in (ROOT, ROOT / "src" / "loratune", ROOT / "src")), path
+
+
+def test_every_shown_option_is_one_of_its_verb() -> None:
+    verbs = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+    shown = 0
+    for page in TEXTS:
+        for line in re.findall(r"loratune ([a-z]+(?: [^\n`#]*)?)", page.read_text(encoding="utf-8")):
+            words = line.split()
+            if words[0] not in verbs:
+                continue
+            options = {option for parameter in verbs[words[0]].params for option in parameter.opts}
+            options |= {option for parameter in verbs[words[0]].params for option in parameter.secondary_opts}
+            for word in words:
+                if re.fullmatch(r"--[a-z][a-z-]*", word):
+                    assert word in options, f"{page.name}: loratune {line}"
+                    shown += 1
+    assert shown > 20

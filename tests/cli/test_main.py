@@ -198,7 +198,7 @@ def test_plan_for_several_devices_shows_what_it_rests_on(loratune: Run, recipe: 
     assert code == 0, err
     shown = " ".join(out.split())
     assert "On several l4 (computed, not measured)" in shown
-    assert "pcie5, 64 GB/s one way for each device (NVIDIA, H100 datasheet" in shown
+    assert "pcie5, 64 GB/s one way per device (NVIDIA, H100 datasheet" in shown
     assert "42% of its published peak" in shown
     assert "fsdp yet" not in shown, "a device holds this model"
 
@@ -400,8 +400,8 @@ def test_a_gate_that_fails_is_exit_code_1_and_the_record_is_whole(
 @pytest.mark.parametrize(
     ("options", "exit_code", "words"),
     [
-        (("--workers", 2), 2, "--workers is an option of Ray"),
-        (("--max-failures", 0), 2, "--engine ray --max-failures"),
+        (("--workers", 2), 2, "--workers is only for Ray"),
+        (("--max-failures", 0), 2, "--max-failures is only for Ray"),
         (("--engine", "ray", "--processes", 2), 2, "--engine ray --workers 2"),
     ],
 )

@@ -52,8 +52,8 @@ def test_the_summary_says_for_which_device_and_at_what_price(shown: tuple[Record
 
     text = " ".join(printed(plan_tables.summary_table(record, model="tiny")).split())
 
-    assert "l4: an estimate from published figures, 24 GB and 121 TFLOP/s in bfloat16 (datasheet)" in text
-    assert "about 1.25 at 2.5 an hour" in text
+    assert "l4: estimated from published figures, 24 GB and 121 TFLOP/s in bfloat16 (datasheet)" in text
+    assert "about 1.25 at 2.5 per hour" in text
     assert "measured for a matrix product" not in text
 
 
@@ -79,6 +79,6 @@ def test_promise_and_measurement_stand_side_by_side() -> None:
     )
 
     assert line == (
-        "training took 1 min 5 s (planned 2 min 10 s, 50% of it), evaluation 8 s (planned 0 s), "
-        "1,234 tokens/s (planned 22 tokens/s, 55 × that), peak memory 2.0 GiB (planned 1.0 GiB, 200% of it)"
+        "training took 1 min 5 s (planned 2 min 10 s, 50% of plan), evaluation 8 s (planned 0 s), "
+        "1,234 tokens/s (planned 22 tokens/s, 55 × plan), peak memory 2.0 GiB (planned 1.0 GiB, 200% of plan)"
     )

@@ -27,6 +27,6 @@ def test_without_a_terminal_there_are_plain_lines() -> None:
     lines = io.StringIO()
     progress = TerminalProgress(Console(file=lines, width=200, color_system=None))
     with progress.task("training", 10, "steps") as task:
-        task._told -= 60
+        task._last_line -= 60
         task.advance(4, "loss 1.0")
     assert lines.getvalue() == "training: 4/10 steps loss 1.0\n"

@@ -1,10 +1,13 @@
-"""No field is accepted and ignored: changing any of them changes something that a user can see."""
+"""No field is accepted and ignored: changing any of them changes something that a user can see.
+
+A run that is refused counts only for the fields in `REFUSALS`, where refusing is the documented effect.
+"""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,10 +16,12 @@ import pytest
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
+from loratune.planning.prepare import prepare
 from loratune.recipe.recipe import Recipe
 from loratune.run.errors import LoratuneError
+from loratune.run.progress import NO_PROGRESS
 from loratune.workflows.train import train
-from tests.conftest import conversation, write_jsonl
+from tests.conftest import conversation, make_moe, write_jsonl
 
 LATER = (
     *(
@@ -39,20 +44,20 @@ LATER = (
     *("train.warmup_fraction", "train.max_grad_norm", "train.log_every", "train.recompute", "data.streaming"),
     *("train.compile", "data.on_long", "data.on_bad_row", "data.thinking", "data.special_tokens_in_text"),
 )
-"""Fields whose effect other tests of the default suite see too: here they take their turn with `-m slow`."""
+"""Fields whose effect other tests of the default suite see too: here they run with `-m slow` only."""
 
 # field → a value other than the baseline's
 OTHER: dict[str, Any] = {
     "model.name": "FOLDER",
-    "model.revision": "v2",
+    "model.revision": "v2",  # see _check_revision
     "model.dtype": "bfloat16",
     "model.quantization": "int8",
-    "model.trust_remote_code": True,
+    "model.trust_remote_code": True,  # see _check_trust
     "model.task": "sequence_classification",
     "data.train": "FILE",
     "data.eval": 0.3,
-    "data.format": "alpaca",
-    "data.columns": {"tools": "no_such_column"},
+    "data.format": "prompt_completion",
+    "data.columns": {"completion": "other"},
     "data.train_on": ["assistant", "user"],
     "data.thinking": "strip",
     "data.special_tokens_in_text": "as_text",
@@ -66,12 +71,12 @@ OTHER: dict[str, Any] = {
     "lora.targets": "attention",
     "lora.layers": "last 1",
     "lora.variant": "rslora",
-    "lora.start_from": "no/such/adapter",
+    "lora.start_from": "ADAPTER",
     "lora.rank_pattern": {"q_proj": 3},
     "lora.alpha_pattern": {"v_proj": 4},
     "lora.modules_to_save": ["norm"],
-    "lora.new_tokens": ["thing"],
-    "lora.target_parameters": ["no.such.tensor"],
+    "lora.new_tokens": ["<|thing|>"],
+    "lora.target_parameters": ["mlp.experts.down_proj"],
     "train.output_dir": "FOLDER",
     "train.epochs": 2,
     "train.learning_rate": 1e-3,
@@ -107,10 +112,20 @@ OTHER: dict[str, Any] = {
     "evaluate.max_new_tokens": 2,
     "evaluate.forgetting": "FILE",
 }
-# what has to be on for the field to matter
+# fields whose documented effect is a refusal → words of the refusal
+REFUSALS = {
+    "data.on_bad_row": "unknown role 'king'",
+    "train.device": "cuda is not available",
+    "train.on_bad_step": "",
+    "train.max_skipped_steps": "",
+}
+# settings that the field needs to matter; they are in the run it is compared with too
 ALSO: dict[str, dict[str, Any]] = {
-    "lora.target_parameters": {"lora.dropout": 0},
-    "model.task": {"evaluate.max_new_tokens": 256},  # the default, for a task that has no answers
+    "lora.target_parameters": {"model.name": "MOE", "lora.dropout": 0},
+    "data.format": {"data.train": "SEVERAL", "data.eval": "SEVERAL"},  # rows that fit several formats
+    "data.columns": {"data.train": "SEVERAL", "data.eval": "SEVERAL", "data.format": "prompt_completion"},
+    # The same rows as conversations and as labeled texts; no answers are generated, since classifiers have none.
+    "model.task": {"data.train": "SEVERAL", "data.eval": "SEVERAL", "evaluate.max_new_tokens": 256},
     "train.keep_checkpoints": {"train.save_every": 1},
     # too high a rate, so that the last step is not the best one
     "train.final_adapter": {"train.save_every": 1, "train.eval_every": 1, "train.learning_rate": 20.0},
@@ -124,7 +139,7 @@ ALSO: dict[str, dict[str, Any]] = {
 
 
 class Listener:
-    """Keeps what the user would see go by."""
+    """Progress that keeps what the user would see."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
@@ -183,17 +198,17 @@ def baseline_values(tiny_model: Path, rows: Path, tmp_path_factory: pytest.TempP
 
 
 def footprint(recipe: Recipe) -> dict[str, Any]:
-    """Everything that a user can see of a run, but for clocks and the recipe itself."""
+    """Return everything that a user can see of a run, except times and the recipe itself."""
     listener = Listener()
     try:
         run = train(recipe, overwrite=True, progress=listener).run
     except LoratuneError as error:
         return {"error": str(error)}
     plan = json.loads(run.plan.read_text())
-    strategy = plan["choices"].get("train.strategy")  # of one process, which has nobody to share with
+    strategy = plan["choices"].get("train.strategy")  # a single process has no other to share the base with
     for name in ("time", "measured", "choices", "presets"):
         plan.pop(name)
-    for name in ("peak_bytes", "process_bytes"):  # of this process, with all that the tests before have left
+    for name in ("peak_bytes", "process_bytes"):  # depend on the tests that ran in this process before
         plan["memory"].pop(name)
     metrics = run.read_metrics()
     for record in metrics:
@@ -229,12 +244,47 @@ def with_settings(values: dict[str, Any], settings: dict[str, Any]) -> Recipe:
 
 
 @pytest.fixture(scope="module")
-def footprints(baseline_values: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The baseline, and the baseline of each field that needs another to matter."""
-    made = {"": footprint(with_settings(baseline_values, {}))}
-    for also in ALSO.values():
-        made.setdefault(json.dumps(also), footprint(with_settings(baseline_values, also)))
-    return made
+def places(
+    baseline_values: dict[str, Any],
+    smollm2_tokenizer: PreTrainedTokenizerBase,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[str, str]:
+    """Words in the tables above → paths of what they stand for."""
+    folder = tmp_path_factory.mktemp("places")
+    several = [
+        {**conversation(i), "prompt": f"Colour {i}?", "completion": "red", "other": "green and round"}
+        | {"text": f"words {i}", "label": ("no", "yes")[i % 2]}
+        for i in range(16)
+    ]
+    first = train(with_settings(baseline_values, {"train.output_dir": str(folder / "first")})).run
+    return {
+        "ADAPTER": str(first.adapter),
+        "MOE": str(make_moe(folder / "moe", smollm2_tokenizer)),
+        "SEVERAL": str(write_jsonl(folder / "several.jsonl", several)),
+    }
+
+
+@pytest.fixture(scope="module")
+def baseline(baseline_values: dict[str, Any], places: dict[str, str]) -> Callable[[str], dict[str, Any]]:
+    """Footprint of the run that a field's run is compared with; each is trained once."""
+    made: dict[str, dict[str, Any]] = {}
+
+    def of(field: str) -> dict[str, Any]:
+        also = also_set(field, places)
+        key = json.dumps(also)
+        if key not in made:
+            made[key] = footprint(with_settings(baseline_values, also))
+        return made[key]
+
+    return of
+
+
+def also_set(field: str, places: dict[str, str]) -> dict[str, Any]:
+    return {name: placed(value, places) for name, value in ALSO.get(field, {}).items()}
+
+
+def placed(value: Any, places: dict[str, str]) -> Any:
+    return places.get(value, value) if isinstance(value, str) else value
 
 
 def test_the_list_has_every_field() -> None:
@@ -253,18 +303,22 @@ def test_the_list_has_every_field() -> None:
 def test_changing_a_field_changes_what_happens(
     field: str,
     baseline_values: dict[str, Any],
-    footprints: dict[str, dict[str, Any]],
+    baseline: Callable[[str], dict[str, Any]],
+    places: dict[str, str],
     tiny_model: Path,
-    rows: Path,
     tmp_path: Path,
     smollm2_tokenizer: PreTrainedTokenizerBase,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    value = OTHER[field]
+    value = placed(OTHER[field], places)
     if field == "model.name":
         value = shutil.copytree(tiny_model, tmp_path / "model")
         (tmp_path / "model" / "chat_template.jinja").write_text(
             smollm2_tokenizer.chat_template.replace("SmolLM", "Tiny")
         )
+    elif field == "model.revision":
+        _check_revision(baseline_values, tiny_model, tmp_path, monkeypatch)
+        return
     elif field == "model.trust_remote_code":
         _check_trust(baseline_values, tiny_model, tmp_path)
         return
@@ -272,17 +326,41 @@ def test_changing_a_field_changes_what_happens(
         value = write_jsonl(tmp_path / "other.jsonl", [conversation(i) for i in range(50, 66)])
     elif field == "train.output_dir":
         value = tmp_path / "elsewhere"
-    also = ALSO.get(field, {})
+    also = also_set(field, places)
     value = str(value) if isinstance(value, Path) else value
-    baseline = footprints[json.dumps(also) if also else ""]
-    assert "error" not in baseline
-    assert footprint(with_settings(baseline_values, {**also, field: value})) != baseline
+    before = baseline(field)
+    after = footprint(with_settings(baseline_values, {**also, field: value}))
+    assert "error" not in before, before
+    if field in REFUSALS:
+        assert REFUSALS[field] in after["error"]
+    else:
+        assert "error" not in after, after
+        assert after != before
 
 
 def test_an_unchanged_recipe_leaves_the_same_footprint(
-    baseline_values: dict[str, Any], footprints: dict[str, dict[str, Any]]
+    baseline_values: dict[str, Any], baseline: Callable[[str], dict[str, Any]]
 ) -> None:
-    assert footprint(with_settings(baseline_values, {})) == footprints[""]
+    assert footprint(with_settings(baseline_values, {})) == baseline("")
+
+
+def _check_revision(values: dict[str, Any], tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The revision chooses among those of a Hub model: here two in a local cache, with different templates."""
+    cache = tmp_path / "hub" / "models--tiny--llama"
+    for name, commit in (("main", "a" * 40), ("v2", "b" * 40)):
+        folder = Path(shutil.copytree(tiny_model, cache / "snapshots" / commit))
+        template = (folder / "chat_template.jinja").read_text()
+        (folder / "chat_template.jinja").write_text(template.replace("SmolLM", f"Tiny {name}"))
+        (cache / "refs").mkdir(exist_ok=True)
+        (cache / "refs" / name).write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    first, second = (
+        prepare(with_settings(values, {"model.name": "tiny/llama", **revision}), NO_PROGRESS, weights=False)
+        for revision in ({}, {"model.revision": "v2"})
+    )
+    assert (first.base.revision, second.base.revision) == ("a" * 40, "b" * 40)
+    assert first.data.train[0].input_ids.tolist() != second.data.train[0].input_ids.tolist()
 
 
 def _check_trust(values: dict[str, Any], tiny_model: Path, tmp_path: Path) -> None:

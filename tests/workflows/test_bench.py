@@ -1,4 +1,4 @@
-"""`loratune bench`: what it measures, and that it measures the two engines on one recipe."""
+"""`loratune bench` measures two engines on one recipe."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MakeRecipe = Callable[..., Recipe]
 
 
 def test_rows_are_prepared_by_both(tiny_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rates are rows over seconds: with a second more, 20 rows cannot be more than 20 a second."""
+    """The rates are rows over seconds: with one more second, 20 rows cannot exceed 20 per second."""
     prepared = prepare(tiny_recipe(data__train_on="all"), NoProgress())
     rates = _preparation(prepared)
     assert rates["trl"] is not None
@@ -41,19 +41,19 @@ def test_what_trl_refuses_has_no_rate(tiny_recipe: MakeRecipe) -> None:
 
     prepared = prepare(tiny_recipe(), NoProgress())
     seconds = trl_preparation_seconds(
-        Dataset.from_list([{"nothing": "of use"}]), prepared.model.tokenizer, max_length=64, assistant_only=False
+        Dataset.from_list([{"nothing": "useful"}]), prepared.model.tokenizer, max_length=64, assistant_only=False
     )
     assert seconds is None
 
 
-def test_what_has_no_rate_is_told() -> None:
+def test_a_missing_rate_is_explained() -> None:
     assert _rows_prepared(600.0, 300.0) == ("600", "300", "2.00")
     assert _rows_prepared(600.0, None) == ("600", "refuses the rows", "")
-    assert _rows_prepared(None, None) == ("in the steps: streamed", "", "")
+    assert _rows_prepared(None, None) == ("streamed, during the steps", "", "")
 
 
 @pytest.mark.slow
-def test_engines_beside_each_other(tiny_recipe: MakeRecipe) -> None:
+def test_the_engines_are_compared(tiny_recipe: MakeRecipe) -> None:
     record = bench(tiny_recipe(), rounds=1, steps=4, progress=NoProgress())
     assert record["loss"]["largest_difference"] < 1e-4
     for engine in record["engines"].values():

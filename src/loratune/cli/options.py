@@ -1,4 +1,4 @@
-"""The arguments and options of the verbs: their types, names and help."""
+"""The arguments and options that several verbs share: their types, names and help."""
 
 from __future__ import annotations
 
@@ -7,33 +7,36 @@ from typing import Annotated, Literal
 
 import typer
 
-RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML file; recipes/ holds complete examples.")]
+RecipeFile = Annotated[
+    Path, typer.Argument(metavar="RECIPE", help="A recipe in YAML; recipes/ holds complete examples.")
+]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[SECTION.FIELD=VALUE]...", help="Settings that replace those of the recipe: lora.r=32"),
+    typer.Argument(metavar="[SECTION.FIELD=VALUE]...", help="Settings that override the recipe, such as lora.r=32."),
 ]
-RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="The directory of a run (its train.output_dir).")]
-RunFolders = Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="The directories of two or more runs.")]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory (its train.output_dir).")]
+RunFolders = Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="Two or more run directories.")]
 ReportFile = Annotated[Path | None, typer.Option("--out", metavar="FILE", help="The HTML file to write.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Delete the run that is in the output directory.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Delete the run in the output directory first.")]
 Processes = Annotated[
-    int, typer.Option("--processes", min=1, help="On this machine, one for each GPU; torchrun starts them.")
+    int,
+    typer.Option("--processes", min=1, help="Number of processes on this machine, one per GPU; started by torchrun."),
 ]
 Samples = Annotated[
-    int, typer.Option("--samples", "--examples", min=0, help="How many examples to show token by token.")
+    int, typer.Option("--samples", "--examples", min=0, help="Number of examples to show token by token.")
 ]
-Html = Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write the examples as one HTML page.")]
+Html = Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write the examples as an HTML page.")]
 DeviceName = Annotated[
     str | None,
-    typer.Option("--device", metavar="NAME", help="Plan for a GPU that is not here, such as h100-80gb, a100-80gb, l4."),
+    typer.Option("--device", metavar="NAME", help="Plan for another GPU, such as h100-80gb, a100-80gb or l4."),
 ]
 DevicesSpec = Annotated[
     str | None,
     typer.Option(
         "--devices",
         metavar="[NODESx]NUMBERxNAME",
-        help="Plan for several GPUs, and show what each number of them makes: 8xh100-80gb; 2x8xh100-80gb is two nodes.",
+        help="Plan for 1, 2, 4, … up to this many GPUs: 8xh100-80gb; 2x8xh100-80gb is two nodes of eight.",
     ),
 ]
 Interconnect = Annotated[
@@ -41,8 +44,8 @@ Interconnect = Annotated[
     typer.Option(
         "--interconnect",
         metavar="NAME",
-        help="What joins --devices, where not the usual: nvlink4, pcie5, …; between nodes infiniband-ndr, ethernet-100g, … "
-        "Repeatable.",
+        help="Links between --devices, if not the usual ones: nvlink4, pcie5, … within a node, infiniband-ndr, "
+        "ethernet-100g, … between nodes. Repeatable.",
     ),
 ]
 Price = Annotated[
@@ -50,33 +53,38 @@ Price = Annotated[
     typer.Option(
         "--price-per-hour",
         min=0,
-        help="Of the machine, with --devices of each device, in your currency; shows the cost.",
+        help="Hourly price of the machine, or of each device with --devices; adds the cost.",
     ),
 ]
 RealSteps = Annotated[
     bool,
-    typer.Option("--probe", help="Load the weights, run three real steps of the longest batch, and promise by them."),
+    typer.Option(
+        "--probe", help="Load the weights, run three real steps of the longest batch, and base the estimate on them."
+    ),
 ]
-OverwriteFile = Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")]
-OutFile = Annotated[Path | None, typer.Option("--out", help="The file to write; in the current folder when not given.")]
+OverwriteFile = Annotated[bool, typer.Option("--overwrite", help="Overwrite an existing file.")]
+OutFile = Annotated[Path | None, typer.Option("--out", help="The file to write; default: in the current folder.")]
 FieldsAndOverrides = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="[FIELD]... [SECTION.FIELD=VALUE]...",
-        help="Settings to explain on a page each, such as lora.r; overrides.",
+        help="Settings to explain in detail, such as lora.r; and settings that override the recipe.",
     ),
 ]
 Engine = Annotated[
-    Literal["torch", "ray"], typer.Option("--engine", help="Who starts the processes: torch's launchers, or Ray.")
+    Literal["torch", "ray"],
+    typer.Option("--engine", help="What starts the processes: torch's launchers, or Ray Train."),
 ]
-Workers = Annotated[int | None, typer.Option("--workers", min=1, help="Of Ray; one for each GPU of the cluster.")]
+Workers = Annotated[int | None, typer.Option("--workers", min=1, help="Number of Ray workers, one per GPU.")]
 Address = Annotated[
     str | None,
-    typer.Option("--address", help="Of the Ray cluster; a new one on this machine without it and RAY_ADDRESS."),
+    typer.Option(
+        "--address", help="Address of the Ray cluster; default: RAY_ADDRESS, or a new cluster on this machine."
+    ),
 ]
 Storage = Annotated[
-    str | None, typer.Option("--storage", metavar="PATH_OR_URL", help="Where Ray keeps its record of the run.")
+    str | None, typer.Option("--storage", metavar="PATH_OR_URL", help="Where Ray keeps its own record of the run.")
 ]
 MaxFailures = Annotated[
-    int | None, typer.Option("--max-failures", min=0, help="How often Ray starts the workers again after one was lost.")
+    int | None, typer.Option("--max-failures", min=0, help="How often Ray restarts the workers after losing one.")
 ]

@@ -1,4 +1,4 @@
-"""What a verb leaves behind, on stdout: tables for people, JSON for programs."""
+"""The result of a verb, on stdout: tables for people, JSON for programs."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from loratune.workflows.serve import Service
 
 
-def show_plan(prepared: Preparation, record: Record, console: Console, samples: int, *, whole: bool) -> None:
-    """Print what would be trained; `whole` with the tables of modules, presets and data."""
+def show_plan(prepared: Preparation, record: Record, console: Console, samples: int, *, full: bool) -> None:
+    """Print what would be trained; with `full` also the tables of memory, modules, presets and data."""
     from loratune.cli import plan_tables
     from loratune.data.preview import preview
 
@@ -38,7 +38,7 @@ def show_plan(prepared: Preparation, record: Record, console: Console, samples: 
         },
     }
     console.print(plan_tables.summary_table(shown, model=f"{recipe.model.name} → {prepared.model.base.path}"))
-    if whole:
+    if full:
         console.print(
             plan_tables.memory_table(shown),
             plan_tables.modules_table(shown),
@@ -51,13 +51,18 @@ def show_plan(prepared: Preparation, record: Record, console: Console, samples: 
                 console.print(line, soft_wrap=True)
         console.print(plan_tables.data_table(prepared.data.report))
     for note in plan_tables.notes(shown):
-        console.print(note, soft_wrap=not console.is_terminal)  # people read it there; elsewhere a line is a note
+        console.print(note, soft_wrap=not console.is_terminal)  # one line per note where a program reads it
     if samples:
         console.print(preview(prepared.data.train, prepared.model.tokenizer, samples))
 
 
 def add_cost(record: Record, price_per_hour: float) -> None:
-    """What the run costs; on several devices, each number of them, at so much an hour and device."""
+    """Add the cost of the run to its record; with several devices, the cost for each number of devices.
+
+    Args:
+        record: `plan.json`.
+        price_per_hour: Price of one device for one hour, in any currency.
+    """
     if record["scaling"]:
         for row in record["scaling"]["rows"]:
             row["cost"] = row["total_seconds"] / 3600 * row["devices"] * price_per_hour
@@ -75,11 +80,11 @@ def write_page(path: Path, prepared: Preparation, samples: int) -> None:
     try:
         path.write_text(page, encoding="utf-8")
     except OSError as error:
-        raise MachineError(f"cannot write: {error.strerror}", file=path, fix="another --html FILE") from None
+        raise MachineError(f"cannot write: {error.strerror}", file=path, fix="choose another --html FILE") from None
 
 
 def show_result(result: RunResult, as_json: bool) -> None:
-    """Print the evaluation, and what training took."""
+    """Print the evaluation, and planned vs. actual time, speed and memory."""
     from loratune.cli.plan_tables import measured_line
     from loratune.run.directory import read_json
     from loratune.workflows.tasks.task import task_named
@@ -96,33 +101,33 @@ def show_result(result: RunResult, as_json: bool) -> None:
     console.print(f"adapter: {escape(str(result.run.adapter))}", soft_wrap=True)
 
 
-def show_exported(delivered: Exported, as_json: bool) -> None:
+def show_exported(exported: Exported, as_json: bool) -> None:
     """Print the certificate, the files, and the commands that use them."""
     if as_json:
-        certificate, usage = delivered.certificate, list(delivered.usage)
-        print_record("export", {"folder": str(delivered.folder), "certificate": certificate, "usage": usage})
+        certificate, usage = exported.certificate, list(exported.usage)
+        print_record("export", {"folder": str(exported.folder), "certificate": certificate, "usage": usage})
         return
     console = SafeConsole(highlight=False, soft_wrap=True)
-    console.print(escape(delivered.summary))
-    for path in sorted(delivered.folder.iterdir()):
+    console.print(escape(exported.summary))
+    for path in sorted(exported.folder.iterdir()):
         console.print(f"  {escape(str(path))}  {path.stat().st_size / 2**20:,.1f} MiB")
-    for command in delivered.usage:
+    for command in exported.usage:
         console.print(f"[bold]$[/bold] {escape(command)}")
 
 
 def show_service(service: Service, as_json: bool) -> None:
-    """Print where a server listens, and how it is asked."""
+    """Print where a server listens, and how to call it."""
     if as_json:
         print_json({"url": service.url, "server": service.server, "models": list(service.models)})
     else:
         base, tuned = service.models
-        sys.stdout.write(f"{service.url} serves {tuned} and {base}, by {service.server}; Ctrl-C ends it\n")
+        sys.stdout.write(f"{service.url} serves {tuned} and {base} with {service.server}; stop with Ctrl-C\n")
         sys.stdout.write(f"$ {service.curl}\n>>> {service.python}\n")
     sys.stdout.flush()
 
 
 def show_publication(done: Publication, as_json: bool) -> None:
-    """Print what goes, or went, to the hub: path, size, hash."""
+    """Print path, size and hash of what was or would be uploaded."""
     if as_json:
         files = [file.as_dict() for file in done.files]
         print_json({"repo": done.repo, "url": done.url, "private": done.private, "files": files})
@@ -130,7 +135,7 @@ def show_publication(done: Publication, as_json: bool) -> None:
     for file in done.files:
         sys.stdout.write(f"{file.sha256}  {file.num_bytes:>12,}  {file.path}\n")
     kind = "private" if done.private else "public"
-    sys.stdout.write(f"{done.url or f'nothing was sent; it would go to {done.repo}'} ({kind})\n")
+    sys.stdout.write(f"{done.url or f'dry run: nothing was uploaded to {done.repo}'} ({kind})\n")
 
 
 def print_record(verb: str, values: Record) -> None:
@@ -142,5 +147,5 @@ def print_record(verb: str, values: Record) -> None:
 
 
 def print_json(record: Any) -> None:
-    """Print a record."""
+    """Print a record as JSON."""
     sys.stdout.write(json.dumps(record, indent=2, ensure_ascii=False) + "\n")

@@ -15,17 +15,17 @@ from loratune.run.directory import Record
 
 GIB, MIB = 2**30, 2**20
 _MOST_CLASSES = 20
-"""That the table of the data lists."""
+"""Classes that the data table lists."""
 _BAR = 40
-"""Characters of the longest bar of the histogram."""
+"""Length of the longest histogram bar, in characters."""
 
 
 def summary_table(record: Record, *, model: str) -> Table:
-    """What will be done, a line each.
+    """Return a table of what will be done, one line per topic.
 
     Args:
         record: `plan.json`, with the recipe's values under `recipe`.
-        model: Where the base model lies.
+        model: Name and path of the base model.
     """
     parameters, memory, data, clock = record["parameters"], record["memory"], record["data"], record["time"]
     rows = {
@@ -37,34 +37,30 @@ def summary_table(record: Record, *, model: str) -> Table:
         + (
             f"one of {data['num_classes']:,} labels each"
             if "num_classes" in data
-            else f"of which {data['num_supervised_tokens']:,} carry loss"
+            else f"{data['num_supervised_tokens']:,} trained ({data['num_supervised_tokens'] / data['num_tokens']:.0%})"
         )
         + f"; {data['num_eval_examples']:,} held out",
         **({"mixture": _mixture(data["sources"])} if len(data["sources"]) > 1 else {}),
-        "steps": f"{clock['num_steps']:,} of {record['recipe']['batch_size']} examples, "
-        f"{record['recipe']['epochs']:g} epochs",
-        "memory": f"about {memory['peak_bytes'] / GIB:.1f} GiB at the peak",
-        "time on one"
-        if record["scaling"]
-        else "time": f"{'at most ' if clock['is_upper_bound'] else ''}about {duration(clock['total_seconds'])}: training {duration(clock['train_seconds'])} at "
-        f"{clock['tokens_per_second']:,.0f} tokens/s, evaluation {duration(clock['evaluate_seconds'])}; "
-        f"from {clock['source']}",
+        "steps": f"{clock['num_steps']:,} (batch size {record['recipe']['batch_size']}, "
+        f"{record['recipe']['epochs']:g} epochs)",
+        "memory": f"peak about {memory['peak_bytes'] / GIB:.1f} GiB",
+        "time on one device" if record["scaling"] else "time": _time(clock),
         "output": record["recipe"]["output_dir"],
     }
     if record["probe"]:
         probe = record["probe"]
         rows["probed"] = (
-            f"{probe['tokens_per_second']:,.0f} tokens/s in steps of {probe['num_tokens']:,} tokens, the first took "
-            f"{duration(probe['first_step_seconds'])}; {probe['peak_bytes'] / GIB:.1f} GiB at the peak"
+            f"{probe['tokens_per_second']:,.0f} tokens/s in steps of {probe['num_tokens']:,} tokens (first step "
+            f"{duration(probe['first_step_seconds'])}), peak {probe['peak_bytes'] / GIB:.1f} GiB"
         )
     if "cost" in record:
         cost = record["cost"]
         each = f" for each of {record['scaling']['devices']} devices" if record["scaling"] else ""
-        rows["cost"] = f"about {cost['cost']:,.2f} at {cost['price_per_hour']:g} an hour{each}"
+        rows["cost"] = f"about {cost['cost']:,.2f} at {cost['price_per_hour']:g} per hour{each}"
     if record["device"]:
         device = record["device"]
         rows["device"] = (
-            f"{device['name']}: an estimate from published figures, {device['memory_bytes'] / 1e9:.0f} GB and "
+            f"{device['name']}: estimated from published figures, {device['memory_bytes'] / 1e9:.0f} GB and "
             f"{device['bf16_flops_per_second'] / 1e12:,.0f} TFLOP/s in bfloat16 ({device['source']})"
         )
     table = Table(show_header=False, box=None, padding=(0, 1))
@@ -76,7 +72,7 @@ def summary_table(record: Record, *, model: str) -> Table:
 
 
 def memory_table(record: Record) -> Table:
-    """Bytes by component, and what the peak is made of."""
+    """Return a table of planned bytes by component, with the peak and the phase that reaches it."""
     memory = record["memory"]
     table = Table(title="Memory", title_justify="left")
     table.add_column("component")
@@ -84,38 +80,35 @@ def memory_table(record: Record) -> Table:
     table.add_column("what it is")
     kept, none = memory["activation_bytes_without_recomputation"], memory["activation_bytes_with_recomputation"]
     recomputed = memory["num_recomputed"]
+    checkpointing = f"gradient checkpointing in {recomputed} layers" if recomputed else "no gradient checkpointing"
     rows = (
-        ("weights", memory["weights_bytes"], "the frozen base"),
-        ("adapter", memory["adapter_bytes"], "its weights and gradients"),
-        (
-            "variant",
-            memory.get("variant_bytes", 0),
-            "what lora.variant and modules trained whole need beside a plain adapter",
-        ),
-        ("optimizer", memory["optimizer_bytes"], "what it keeps from step to step"),
+        ("weights", memory["weights_bytes"], "frozen base model"),
+        ("adapter", memory["adapter_bytes"], "adapter weights and gradients"),
+        ("variant", memory.get("variant_bytes", 0), "extra for lora.variant and fully trained modules"),
+        ("optimizer", memory["optimizer_bytes"], "optimizer state"),
         (
             "activations",
             memory["activation_bytes"],
-            f"kept for the way back, {f'{recomputed} layers recomputed' if recomputed else 'nothing recomputed'}: "
-            f"{kept / MIB:,.0f} without recomputation, {none / MIB:,.0f} with every layer recomputed",
+            f"kept for the backward pass ({checkpointing}; "
+            f"{kept / MIB:,.0f} without it, {none / MIB:,.0f} with it in every layer)",
         ),
-        ("loss", memory["loss_bytes"], "a chunk of logits, before the way back"),
-        ("backward", memory["backward_bytes"], "one layer's gradients, in place of the loss"),
-        ("evaluation", memory["evaluation_bytes"], "in place of activations, loss and backward"),
-        ("loading", memory["loading_bytes"], "the weights' files while they are converted, before all but the weights"),
-        ("allocator", memory["allocator_bytes"], "holes in its heap"),
+        ("loss", memory["loss_bytes"], "logits of one chunk, forward"),
+        ("backward", memory["backward_bytes"], "gradients of one layer; replaces the loss"),
+        ("evaluation", memory["evaluation_bytes"], "replaces activations, loss and backward during evaluation"),
+        ("loading", memory["loading_bytes"], "weight files during conversion; before anything but the weights"),
+        ("allocator", memory["allocator_bytes"], "allocator fragmentation"),
         ("process", memory["process_bytes"], "Python, libraries and data"),
     )
     for name, size, words in rows:
         if size:
             table.add_row(name, f"{size / MIB:,.0f}", words)
     table.add_section()
-    table.add_row("peak", f"{memory['peak_bytes'] / MIB:,.0f}", f"of {_phase(memory)}", style="bold")
+    table.add_row("peak", f"{memory['peak_bytes'] / MIB:,.0f}", f"during {_phase(memory)}", style="bold")
     return table
 
 
 def _phase(memory: Record) -> str:
-    """The part of the run that has the peak."""
+    """Return the phase of the run that reaches the peak."""
     base = memory["weights_bytes"] + memory["process_bytes"]
     variant = memory.get("variant_bytes", 0)
     trained = base + variant + memory["allocator_bytes"] + memory["adapter_bytes"] + memory["optimizer_bytes"]
@@ -128,7 +121,7 @@ def _phase(memory: Record) -> str:
 
 
 def modules_table(record: Record) -> Table:
-    """The adapted matrices by kind and shape."""
+    """Return a table of the adapted matrices by kind and shape."""
     table = Table(title="Adapted matrices", title_justify="left")
     for name in ("matrix", "in × out", "number", "parameters each", "parameters"):
         table.add_column(name, justify="left" if name == "matrix" else "right")
@@ -141,19 +134,19 @@ def modules_table(record: Record) -> Table:
         table.add_row(name, f"{d_in:,} × {d_out:,}", str(number), f"{each:,}", f"{each * number:,}")
     for item in record["parameters"].get("whole", ()):
         shapes = ", ".join(" × ".join(f"{size:,}" for size in shape) for shape in item.get("shapes", ()))
-        table.add_row(f"{item['name']}, whole", shapes, "1", *[f"{item['trainable']:,}"] * 2)
+        table.add_row(f"{item['name']}, fully trained", shapes, "1", *[f"{item['trainable']:,}"] * 2)
     return table
 
 
 def presets_table(record: Record) -> Table:
-    """The four target presets side by side."""
+    """Return a table that compares the four target presets."""
     table = Table(title=f"Presets at r = {record['recipe']['r']}", title_justify="left")
     table.add_column("lora.targets", no_wrap=True)
     for name in ("trained", "share", "adapter", "memory", "time"):
         table.add_column(name, justify="right")
     for name, preset in record["presets"].items():
         if preset["trainable"] is None:
-            table.add_row(name, "not on this model", "", "", "", "")
+            table.add_row(name, "not in this model", "", "", "", "")
             continue
         peak = preset["peak_bytes"]
         table.add_row(
@@ -169,14 +162,14 @@ def presets_table(record: Record) -> Table:
 
 
 def scaling_tables(record: Record) -> tuple[Table, Table]:
-    """The run on more and more devices: what comes of it, and what a step waits for."""
+    """Return two tables of the run on more and more devices: the totals, and where the time of a step goes."""
     scaling = record["scaling"]
     with_cost = "cost" in scaling["rows"][-1]
     made = Table(title=f"On several {scaling['device']} (computed, not measured)", title_justify="left")
     for name in ("devices", "strategy", "memory", "tokens/s", "efficiency", "total", *(["cost"] if with_cost else [])):
         made.add_column(name, justify="left" if name == "strategy" else "right")
-    waits = Table(title="A step on them", title_justify="left")
-    for name in ("devices", "step", "waits for links", "tokens of each", "balance", "idle"):
+    waits = Table(title="Where the time of a step goes", title_justify="left")
+    for name in ("devices", "step", "communication", "tokens per device", "balance", "idle"):
         waits.add_column(name, justify="right")
     for number in scaling["too_few"]:
         made.add_row(f"{number:,}", "does not fit")
@@ -205,32 +198,33 @@ def scaling_tables(record: Record) -> tuple[Table, Table]:
 
 
 def scaling_lines(record: Record) -> Iterator[Text]:
-    """What the columns are, and what the figures rest on."""
+    """Yield lines that explain the columns and list the assumptions."""
     scaling = record["scaling"]
     yield Text(
-        "memory: of each device; efficiency: against that many times one device; balance: tokens of the mean device over those "
-        "of the slowest; idle: devices without an example",
+        "memory: per device; efficiency: compared with that many times one device; balance: mean tokens per device "
+        "over those of the slowest; idle: share of devices without an example",
         style="dim",
     )
     for link in scaling["interconnect"]:
         what = "between nodes" if link["scope"] == "nodes" else "in a node"
         each = "node" if link["shared"] else "device"
-        rate = f"{link['bytes_per_second'] / 1e9:g} GB/s one way for each {each}"
+        rate = f"{link['bytes_per_second'] / 1e9:g} GB/s one way per {each}"
         yield Text(f"{what}: {link['name']}, {rate} ({link['source']})", style="dim")
     yield Text(f"assumed: {'; '.join(scaling['assumptions'])}", style="dim")
     yield Text(
-        f"fsdp waits for links where micro-batches have fewer than {scaling['hiding_tokens']:,.0f} tokens: docs/scaling.md",
+        f"fsdp waits for communication if micro-batches have fewer than {scaling['hiding_tokens']:,.0f} tokens: "
+        "docs/scaling.md",
         style="dim",
     )
 
 
 def data_table(report: Record) -> RenderableType:
-    """Training and held-out data side by side, and how long the training examples are."""
+    """Return a table of training and held-out data, with a histogram of example lengths."""
     sides = [side for side in ("train", "eval") if report[side]]
     table = Table(title="Data", title_justify="left")
     table.add_column("")
     for side in sides:
-        table.add_column(side, justify="right")
+        table.add_column("held-out" if side == "eval" else "training", justify="right")
     labelled = "labels" in report
     rows = {
         "rows": [f"{report[side]['rows']:,}" for side in sides],
@@ -240,29 +234,31 @@ def data_table(report: Record) -> RenderableType:
         "p50 / p95 / max": [
             " / ".join(f"{report[side]['length'][name]:,}" for name in ("p50", "p95", "max")) for side in sides
         ],
-        "supervised": [f"{report[side]['supervised_share']:.0%}" for side in sides],
-        "cut / left out": [f"{report[side]['truncated']:,} / {report[side]['dropped']:,}" for side in sides],
+        "trained tokens": [f"{report[side]['supervised_share']:.0%}" for side in sides],
+        "truncated / dropped": [f"{report[side]['truncated']:,} / {report[side]['dropped']:,}" for side in sides],
         "rejected": [f"{report[side]['num_rejected']:,}" for side in sides],
         "duplicates": [f"{report[side]['duplicates']:,}" for side in sides],
         "scripts": [", ".join(_scripts(report[side]["scripts"])) for side in sides],
     }
     for name, values in rows.items():
-        if labelled and name in ("turns", "supervised"):
+        if labelled and name in ("turns", "trained tokens"):
             continue
         table.add_row("texts" if labelled and name == "conversations" else name, *map(escape, values))
     for label in report.get("labels", [])[:_MOST_CLASSES]:
         table.add_row(escape(f"class {label}"), *(f"{report[side]['labels'][label]:,}" for side in sides))
     if len(report.get("labels", [])) > _MOST_CLASSES:
-        table.add_row(f"{len(report['labels']) - _MOST_CLASSES} more classes", *("data.json" for _ in sides))
-    return Group(table, Text("Tokens of the training examples"), histogram_text(report["train"]["length"]["histogram"]))
+        table.add_row(f"{len(report['labels']) - _MOST_CLASSES} more classes", *("see data.json" for _ in sides))
+    return Group(
+        table, Text("Training examples by number of tokens"), histogram_text(report["train"]["length"]["histogram"])
+    )
 
 
 def histogram_text(bins: dict[str, list[int]]) -> Text:
-    """The bins (edges, and the counts between them) as bars of text."""
+    """Return the bins (edges, and the counts between them) as bars of text."""
     edges, counts = bins["edges"], bins["counts"]
-    most, width = max(counts), len(f"{edges[-1]:,}")
+    highest, width = max(counts), len(f"{edges[-1]:,}")
     lines = [
-        f"{_range(start, end - 1, width)} {'█' * _blocks(count, most)} {count:,}"
+        f"{_range(start, end - 1, width)} {'█' * _blocks(count, highest)} {count:,}"
         for start, end, count in zip(edges, edges[1:], counts, strict=False)
     ]
     return Text("\n".join(lines))
@@ -275,15 +271,15 @@ def _range(first: int, last: int, width: int) -> str:
 def _mixture(sources: list[Record]) -> str:
     total = sum(source["num_supervised_tokens"] for source in sources)
     return "; ".join(
-        f"{source['num_examples']:,} examples an epoch of {source['name']}"
+        f"{source['num_examples']:,} examples per epoch from {source['name']}"
         + (f" × {source['weight']:g}" if source["weight"] != 1 else "")
-        + f" ({source['num_supervised_tokens'] / total:.0%} of what carries loss)"
+        + f" ({source['num_supervised_tokens'] / total:.0%} of the trained tokens)"
         for source in sources
     )
 
 
 def notes(record: Record) -> Iterator[Text]:
-    """Warnings, then advice, a line each."""
+    """Yield warnings, then advice, one line each."""
     for warning in record["warnings"]:
         yield Text.assemble(("! ", "yellow"), warning)
     for advice in record["advice"]:
@@ -292,32 +288,40 @@ def notes(record: Record) -> Iterator[Text]:
 
 
 def measured_line(record: Record) -> str:
-    """What was promised beside what was measured, after a run."""
+    """Return planned vs. actual time, speed and memory of a finished run, as one line."""
     measured, memory, clock = record["measured"], record["memory"], record["time"]
     parts = [
-        _against("training took", duration, measured["train_seconds"], clock["train_seconds"]),
-        _against("evaluation", duration, measured["evaluate_seconds"], clock["evaluate_seconds"]),
-        _against("", lambda rate: f"{rate:,.0f} tokens/s", measured["tokens_per_second"], clock["tokens_per_second"]),
-        _against("peak memory", lambda size: f"{size / GIB:.1f} GiB", measured["peak_bytes"], memory["peak_bytes"]),
+        _actual("training took", duration, measured["train_seconds"], clock["train_seconds"]),
+        _actual("evaluation", duration, measured["evaluate_seconds"], clock["evaluate_seconds"]),
+        _actual("", lambda rate: f"{rate:,.0f} tokens/s", measured["tokens_per_second"], clock["tokens_per_second"]),
+        _actual("peak memory", lambda size: f"{size / GIB:.1f} GiB", measured["peak_bytes"], memory["peak_bytes"]),
     ]
     return ", ".join(parts)
 
 
-def _against(what: str, shown: Callable[[float], str], measured: float, promised: float) -> str:
-    ratio = as_ratio(measured, promised)
-    ratio = f", {ratio} of it" if ratio.endswith("%") else f", {ratio} that" if ratio else ""
-    return f"{what} {shown(measured)} (planned {shown(promised)}{ratio})".lstrip()
+def _actual(what: str, shown: Callable[[float], str], measured: float, planned: float) -> str:
+    ratio = as_ratio(measured, planned)
+    ratio = f", {ratio} of plan" if ratio.endswith("%") else f", {ratio} plan" if ratio else ""
+    return f"{what} {shown(measured)} (planned {shown(planned)}{ratio})".lstrip()
+
+
+def _time(clock: Record) -> str:
+    return (
+        f"{'at most ' if clock['is_upper_bound'] else ''}about {duration(clock['total_seconds'])}: "
+        f"training {duration(clock['train_seconds'])} at {clock['tokens_per_second']:,.0f} tokens/s, "
+        f"evaluation {duration(clock['evaluate_seconds'])}; from {clock['source']}"
+    )
 
 
 def duration(seconds: float) -> str:
-    """`2 h 5 min`, `3 min 4 s`, `7 s`."""
+    """Format seconds: `2 h 5 min`, `3 min 4 s`, `7 s`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def _short(seconds: float) -> str:
-    """Of a step: `1.2 s`, `34 ms`, `56 µs`."""
+    """Format the seconds of a step: `1.2 s`, `34 ms`, `56 µs`."""
     for unit, size in (("s", 1.0), ("ms", 1e-3)):
         if seconds >= size:
             return f"{seconds / size:,.1f} {unit}"
@@ -333,5 +337,5 @@ def _scripts(shares: dict[str, float]) -> Iterator[str]:
         yield f"{name.capitalize()} {share:.1%}"
 
 
-def _blocks(count: int, most: int) -> int:
-    return max(1, round(_BAR * count / most)) if count else 0
+def _blocks(count: int, highest: int) -> int:
+    return max(1, round(_BAR * count / highest)) if count else 0

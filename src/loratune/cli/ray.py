@@ -1,8 +1,8 @@
-"""`--engine ray`: Ray Train starts the workers of a run, on a cluster or here, and starts them again when one is lost.
+"""`--engine ray`: Ray Train starts the workers of a run, on a cluster or here, and restarts them when one is lost.
 
-Ray is the launcher, as torchrun is: it decides where workers run and when, and tells each who it is. What they do is
-`workflows.train`, which meets the others through `world` and goes on from the newest checkpoint where workers of the same launch
-began the run. The run directory, and the folder of the command, are at the same paths on all machines.
+Ray is only the launcher, as torchrun is: it decides where and when workers run, and gives each its rank. They run
+`workflows.train`, which connects them through `run.processes`, and continues from the newest checkpoint if workers of
+the same launch began the run. The run directory and the current folder must be at the same paths on all machines.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ _POLL_SECONDS = 0.2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RayOptions:
-    """How Ray runs it.
+    """Settings of Ray for a run.
 
     Attributes:
-        workers: How many; each has a GPU, where the cluster has some and `train.device` does not rule them out.
-        address: Of a cluster; None for that of `RAY_ADDRESS`, or a new one on this machine that ends with the command.
-        storage: Where Ray keeps its own record of the run, with copies of the checkpoints: a folder that all machines see, or a
-            URL. By default a folder `ray` beside the run directory.
-        max_failures: How often workers are started again after one was lost.
+        workers: Number of workers; each gets a GPU if the cluster has any and `train.device` allows it.
+        address: Address of the cluster; None for `RAY_ADDRESS`, or a new cluster here that ends with the command.
+        storage: Folder that all machines share, or URL, for Ray's own record of the run and copies of the checkpoints;
+            default: the folder `ray` next to the run directory.
+        max_failures: How often workers are restarted after one was lost.
     """
 
     workers: int
@@ -62,26 +62,26 @@ class RayOptions:
     max_failures: int = 0
 
 
-class _OwnMeeting(TorchConfig):
-    """Ray sets up nothing: it would start a process group of its own, with all GPUs of a machine visible to each worker."""
+class _NoProcessGroup(TorchConfig):
+    """A setup that does nothing. Ray's own starts a process group in which each worker sees all GPUs of its machine."""
 
     backend_cls = Backend
     train_func_context = nullcontext
 
 
 class _Mailbox:
-    """Where workers leave what is for the user: what the first one says, and the first error that ends the run."""
+    """Output of the first worker, and the first error that ends the run; an actor that the command polls."""
 
     def __init__(self) -> None:
-        self._said: list[str] = []
+        self._lines: list[str] = []
         self._failure: LoratuneError | None = None
 
-    def say(self, text: str) -> None:
-        self._said.append(text)
+    def write(self, text: str) -> None:
+        self._lines.append(text)
 
-    def heard(self) -> str:
-        """What was said since the last time."""
-        text, self._said = "".join(self._said), []
+    def drain(self) -> str:
+        """Return what was written since the last call."""
+        text, self._lines = "".join(self._lines), []
         return text
 
     def fail(self, error: LoratuneError) -> None:
@@ -92,18 +92,18 @@ class _Mailbox:
 
 
 class _MailboxFile(io.TextIOBase):
-    """The terminal of the first worker."""
+    """A text stream that writes to a mailbox: the terminal of the first worker."""
 
-    def __init__(self, desk: Any) -> None:
-        self._desk = desk
+    def __init__(self, mailbox: Any) -> None:
+        self._mailbox = mailbox
 
     def write(self, text: str) -> int:
-        self._desk.say.remote(text)
+        self._mailbox.write.remote(text)
         return len(text)
 
 
 class _WorkerProgress(TerminalProgress):
-    """Ray is told the metrics, and given the checkpoints. All workers report equally often, or Ray waits."""
+    """Progress that also reports metrics and checkpoints to Ray, which waits until all workers have reported."""
 
     def metrics(self, record: Record) -> None:
         ray.train.report(record)
@@ -121,21 +121,21 @@ def train_on_ray(
     overwrite: bool = False,
     progress: TerminalProgress,
 ) -> RunResult:
-    """`workflows.train` in workers of Ray.
+    """Run `workflows.train` in Ray workers.
 
     Args:
-        recipe: What to do.
-        options: Where, and by how many.
-        written: The recipe as the user wrote it.
-        overwrite: Whether a run that is there already may be deleted.
-        progress: Who is told how it goes.
+        recipe: The recipe.
+        options: Cluster, storage and number of workers.
+        written: The recipe as the user wrote it, kept in the run directory.
+        overwrite: Whether an existing run may be deleted.
+        progress: Receives output of the first worker.
 
     Raises:
         MachineError: The cluster cannot be reached.
-        RecipeError: The storage is nothing that Ray can write to.
-        Interrupted: The user stopped it.
-        RunError: Workers were lost more often than that.
-        LoratuneError: As `workflows.train`, of the first worker that failed.
+        RecipeError: Ray cannot write to the storage.
+        Interrupted: The user stopped the run.
+        RunError: Workers were lost more often than `max_failures`.
+        LoratuneError: As `workflows.train`, from the first worker that failed.
     """
     root = RunDir.at(output_dir(recipe)).root
     storage = _storage(options.storage, root)
@@ -143,35 +143,31 @@ def train_on_ray(
     _connect(options.address, options.workers)
     try:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        desk = ray.remote(num_cpus=0, scheduling_strategy=here)(_Mailbox).remote()  # not on a machine that may be lost
+        # On this machine, since others may be lost.
+        mailbox = ray.remote(num_cpus=0, scheduling_strategy=here)(_Mailbox).remote()
         gpus = _uses_gpus(recipe)
         _warn_of_waiting("GPU" if gpus else "CPU", options.workers, progress)
+        job = {
+            "recipe": recipe,
+            "written": written,
+            "overwrite": overwrite,
+            "launch": launch,
+            "folder": str(Path.cwd()),
+            "width": progress.console.width,
+            "mailbox": mailbox,
+        }
         trainer = TorchTrainer(
             _work,
-            train_loop_config={
-                "recipe": recipe,
-                "written": written,
-                "overwrite": overwrite,
-                "launch": launch,
-                "folder": str(Path.cwd()),
-                "width": progress.console.width,
-                "desk": desk,
-            },
-            torch_config=_OwnMeeting(),
+            train_loop_config=job,
+            torch_config=_NoProcessGroup(),
             scaling_config=ray.train.ScalingConfig(num_workers=options.workers, use_gpu=gpus),
-            run_config=ray.train.RunConfig(
-                name=f"{root.name}-{launch[:8]}",
-                storage_path=storage,
-                failure_config=ray.train.FailureConfig(max_failures=options.max_failures),
-                checkpoint_config=ray.train.CheckpointConfig(num_to_keep=recipe.train.keep_checkpoints),
-                logging_config=ray.train.LoggingConfig(log_level="CRITICAL"),  # errors are told below
-            ),
+            run_config=_run_config(f"{root.name}-{launch[:8]}", storage, options, recipe.train.keep_checkpoints),
         )
         try:
-            result = _wait(trainer.fit, desk, root)
+            result = _wait(trainer.fit, mailbox, root)
         except ray.train.TrainingFailedError as error:
-            _raise(ray.get(desk.failure.remote()), error)
-        _raise(ray.get(desk.failure.remote()), None)
+            _raise(ray.get(mailbox.failure.remote()), error)
+        _raise(ray.get(mailbox.failure.remote()), None)
     finally:
         ray.shutdown()
     progress.line(f"Ray's own record of the run: {result.path}")
@@ -179,30 +175,40 @@ def train_on_ray(
     return RunResult(run=run, evaluation=read_json(run.evaluation) if run.evaluation.is_file() else None)
 
 
+def _run_config(name: str, storage: str, options: RayOptions, keep_checkpoints: int | None) -> ray.train.RunConfig:
+    return ray.train.RunConfig(
+        name=name,
+        storage_path=storage,
+        failure_config=ray.train.FailureConfig(max_failures=options.max_failures),
+        checkpoint_config=ray.train.CheckpointConfig(num_to_keep=keep_checkpoints),
+        logging_config=ray.train.LoggingConfig(log_level="CRITICAL"),  # we report errors ourselves
+    )
+
+
 def _connect(address: str | None, workers: int) -> None:
     address = address or os.environ.get("RAY_ADDRESS")
     try:
         if address is not None:
             ray.init(address, log_to_driver=False, logging_level="error")
-        else:  # a worker takes a core of what Ray counts, on a machine with fewer too
+        else:  # each worker needs one core of those that Ray counts, even if the machine has fewer
             cores = max(workers, os.cpu_count() or 1)
             ray.init("local", num_cpus=cores, include_dashboard=False, log_to_driver=False, logging_level="error")
     except (ConnectionError, ValueError) as error:
         raise MachineError(
-            f"the Ray cluster at {address} cannot be reached: {error}", fix="`ray status --address` should show it"
+            f"the Ray cluster at {address} cannot be reached: {error}", fix="check it with `ray status --address`"
         ) from error
 
 
 def _storage(given: str | None, root: Path) -> str:
-    """A folder as Ray wants it, or a URL as it is. Ray finds a wrong one when its cluster is up, and ends in a traceback."""
+    """Return an absolute folder, or a URL as it is. Checked here because Ray would fail later, with a traceback."""
     if given is None or "://" not in given:
         return str(Path(given).expanduser().resolve() if given is not None else root.parent / "ray")
     try:
         FileSystem.from_uri(given)
     except (ValueError, OSError) as error:
         raise RecipeError(
-            f"--storage {given} is nothing that Ray can write to: {error}",
-            fix="a folder that all machines see, or a URL such as s3://BUCKET/FOLDER",
+            f"Ray cannot write to --storage {given}: {error}",
+            fix="use a folder that all machines share, or a URL such as s3://BUCKET/FOLDER",
         ) from error
     return given
 
@@ -214,41 +220,43 @@ def _uses_gpus(recipe: Recipe) -> bool:
 
 
 def _warn_of_waiting(kind: str, workers: int, progress: TerminalProgress) -> None:
-    """Ray waits for machines without end, and without a word here."""
-    there = ray.cluster_resources().get(kind, 0)
-    progress.line(f"Ray starts {workers} workers")
-    if there < workers:
-        progress.warn(f"the cluster has {there:.0f} {kind}s at the moment: Ray waits for {workers}")
+    """Warn if the cluster has too few devices: Ray would wait for them forever, silently."""
+    available = ray.cluster_resources().get(kind, 0)
+    progress.line(f"starting {workers} Ray workers")
+    if available < workers:
+        progress.warn(f"the cluster has {available:.0f} {kind}s now; Ray waits until it has {workers}")
 
 
-def _wait(work: Callable[[], Any], desk: Any, root: Path) -> Any:
-    """Do work that may take days in a thread, and pass on what the workers say. Signals reach this thread, and not a handler of
-    Ray, which would end without an exit code."""
+def _wait(work: Callable[[], Any], mailbox: Any, root: Path) -> Any:
+    """Run the work in a thread, and print what the workers write.
+
+    Signals reach this thread instead of Ray's handler, which would end the process without an exit code.
+    """
 
     def on_sigterm(_number: int, _frame: FrameType | None) -> None:
-        raise Terminated("stopped at once", fix=fix)
+        raise Terminated("stopped immediately", fix=fix)
 
-    fix = f"`loratune resume {root}` goes on from the last checkpoint"
+    fix = f"`loratune resume {root}` continues from the last checkpoint"
     before = signal.signal(signal.SIGTERM, on_sigterm)
     executor = ThreadPoolExecutor(1)
     try:
         done = executor.submit(work)
         while True:
             finished = done.done()
-            sys.stderr.write(ray.get(desk.heard.remote()))
+            sys.stderr.write(ray.get(mailbox.drain.remote()))
             sys.stderr.flush()
             if finished:
                 return done.result()
             time.sleep(_POLL_SECONDS)
     except KeyboardInterrupt:
-        raise Interrupted("stopped at once", fix=fix) from None
+        raise Interrupted("stopped immediately", fix=fix) from None
     finally:
         signal.signal(signal.SIGTERM, before)
         executor.shutdown(wait=False)
 
 
 def _raise(first: LoratuneError | None, failed: ray.train.TrainingFailedError | None) -> None:
-    """Raise what the user should know of a failure: our own error, rather than what Ray wraps around it."""
+    """Raise our own error, if there is one, instead of what Ray wraps around it."""
     if first is not None:
         raise first
     if failed is None:
@@ -256,7 +264,7 @@ def _raise(first: LoratuneError | None, failed: ray.train.TrainingFailedError | 
     if isinstance(failed, ray.train.ControllerError):
         raise RunError(
             f"Ray Train failed: {failed.controller_failure}",
-            fix="--storage is to be a folder or URL that can be written",
+            fix="check that --storage is a folder or URL that Ray can write to",
         ) from failed
     errors = [
         error
@@ -264,29 +272,29 @@ def _raise(first: LoratuneError | None, failed: ray.train.TrainingFailedError | 
         if not isinstance(error, processes.LostPeerError)
     ]
     unexpected = [error for error in errors if not type(error).__module__.startswith("ray.")]
-    if unexpected:  # ours if there is one: the start failed; else a bug, with Ray's traceback
+    if unexpected:  # our own error, if starting failed; otherwise a bug, shown with Ray's traceback
         raise next((error for error in unexpected if isinstance(error, LoratuneError)), failed)
     raise RunError(
-        "workers were lost: killed, or their machine is gone",
-        fix="`loratune resume RUN` goes on from the last checkpoint; `--max-failures` does so by itself",
+        "workers were lost: they were killed, or their machine is gone",
+        fix="`loratune resume RUN` continues from the last checkpoint; --max-failures does so automatically",
     ) from failed
 
 
 def _work(job: Record) -> None:
-    """What each worker does."""
-    desk = job["desk"]
-    if ray.get(desk.failure.remote()) is not None:
-        return  # Ray starts workers again after any error; this one would come again
+    """Train in one worker."""
+    mailbox = job["mailbox"]
+    if ray.get(mailbox.failure.remote()) is not None:
+        return  # Ray restarts workers after any error; this one would happen again
     rank = ray.train.get_context().get_world_rank()
     console = SafeConsole(
-        file=cast("IO[str]", _MailboxFile(desk)), quiet=rank > 0, width=job["width"], highlight=False, soft_wrap=True
+        file=cast("IO[str]", _MailboxFile(mailbox)), quiet=rank > 0, width=job["width"], highlight=False, soft_wrap=True
     )
     progress = _WorkerProgress(console)
 
     def show(prepared: Preparation) -> None:
-        show_plan(prepared, prepared.as_plan(), progress.console, samples=1, whole=False)
+        show_plan(prepared, prepared.as_plan(), progress.console, samples=1, full=False)
 
-    _introduce(job["launch"])
+    _set_environment(job["launch"])
     processes.start()
     try:
         _enter(job["folder"])
@@ -302,19 +310,19 @@ def _work(job: Record) -> None:
     except LoratuneError as error:
         if rank > 0:
             error.problem = f"worker {rank}: {error.problem}"
-        ray.get(desk.fail.remote(error))
+        ray.get(mailbox.fail.remote(error))
         raise
 
 
-def _introduce(launch: str) -> None:
-    """Tell `world` who this worker is, in the words of torchrun."""
+def _set_environment(launch: str) -> None:
+    """Set the environment variables that torchrun sets, for `run.processes`."""
     context = ray.train.get_context()
-    meeting = None
+    endpoint = None
     if context.get_world_rank() == 0:
         with socket.socket() as free:
             free.bind(("", 0))
-            meeting = (ray.util.get_node_ip_address(), free.getsockname()[1])
-    address, port = broadcast_from_rank_zero(meeting)
+            endpoint = (ray.util.get_node_ip_address(), free.getsockname()[1])
+    address, port = broadcast_from_rank_zero(endpoint)
     os.environ.update(
         RANK=str(context.get_world_rank()),
         WORLD_SIZE=str(context.get_world_size()),
@@ -326,11 +334,11 @@ def _introduce(launch: str) -> None:
 
 
 def _enter(folder: str) -> None:
-    """Go where the command was given: paths of a recipe may be relative."""
+    """Change to the folder of the command: paths in a recipe may be relative."""
     try:
         os.chdir(folder)
     except OSError as error:
         raise RecipeError(
-            f"the folder of the command is not on the machine of a worker: {error}",
-            fix="a folder that all machines share",
+            f"the current folder does not exist on a worker's machine: {error}",
+            fix="run the command in a folder that all machines share",
         ) from error

@@ -1,4 +1,4 @@
-"""Between a verb and the shell: progress on stderr, errors as a message and an exit code, and one voice for several processes."""
+"""Between a verb and the shell: progress on stderr, errors as message and exit code, output of one process only."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from loratune.run.errors import Interrupted, LoratuneError, MachineError, Recipe
 
 
 def start_processes(number: int) -> None:
-    """Let torchrun start this command so many times in place of this process."""
+    """Replace this process by that many, started by torchrun; do nothing for one, or if a launcher started this one."""
     if number > 1 and not processes.is_launched():
         from loratune.cli.torchrun import run_torchrun
 
@@ -27,39 +27,45 @@ def check_engine(engine: str, processes: int, only_ray: Mapping[str, object]) ->
     """Refuse options that the engine would ignore, and an engine that is not installed.
 
     Args:
-        engine: Who starts the processes: `torch` or `ray`.
-        processes: Of torchrun.
-        only_ray: The options of Ray by name; None where they were not given.
+        engine: What starts the processes: `torch` or `ray`.
+        processes: Number of processes for torchrun.
+        only_ray: Value of each option that only Ray takes, by name; None if it was not given.
 
     Raises:
-        RecipeError: An option is not for this engine.
+        RecipeError: An option belongs to the other engine.
         MachineError: Ray is not installed.
     """
     given = next((name for name, value in only_ray.items() if value is not None), None)
     if engine != "ray":
         if given is not None:
-            raise RecipeError(f"{given} is an option of Ray", fix=f"--engine ray {given} …, or leave it out")
+            raise RecipeError(f"{given} is only for Ray", fix=f"add --engine ray, or remove {given}")
         return
     if find_spec("ray") is None:
         raise MachineError("Ray is not installed", fix="pip install 'loratune[ray]'")
     if processes > 1:
-        raise RecipeError(f"--processes {processes} is for torchrun", fix=f"--engine ray --workers {processes}")
+        raise RecipeError(f"--processes {processes} is only for torchrun", fix=f"--engine ray --workers {processes}")
 
 
 @contextmanager
 def command_context(as_json: bool, *, together: bool = False) -> Iterator[TerminalProgress]:
-    """Turn our errors into a message and an exit code. Of several processes the first one talks, and of their errors the first
-    is told; `together`: whether the verb knows of several."""
+    """Turn our errors into a message and an exit code.
+
+    Of several processes only the first prints progress, and only the first error is reported.
+
+    Args:
+        as_json: Whether an error is also printed as JSON.
+        together: Whether the verb can run in several processes.
+    """
     progress = TerminalProgress() if processes.is_main() else TerminalProgress(SafeConsole(quiet=True))
     try:
         if processes.is_launched() and not together:
-            raise RecipeError("this command runs in one process", fix="call it without a launcher, as `loratune …`")
+            raise RecipeError("this command runs in one process", fix="run it without a launcher: `loratune …`")
         processes.start()
         yield progress
     except LoratuneError as error:
         raise SystemExit(_print_error(error, as_json)) from None
     except KeyboardInterrupt:
-        progress.console.print("[yellow]Interrupted[/yellow] stopped at once")
+        progress.console.print("[yellow]Interrupted[/yellow] stopped immediately")
         raise SystemExit(Interrupted.exit_code) from None
     except Exception:
         earlier = processes.first_failure(RunError.exit_code)
@@ -69,10 +75,9 @@ def command_context(as_json: bool, *, together: bool = False) -> Iterator[Termin
 
 
 def _print_error(error: LoratuneError, as_json: bool) -> int:
-    """Print an error, unless another process does; returns the exit code."""
-    everywhere = (
-        isinstance(error, Interrupted) or not processes.is_connected()
-    )  # a stop, or the same recipe, in all processes
+    """Print an error unless another process does, and return the exit code."""
+    # All processes stop together, and before they are connected all of them read the same recipe.
+    everywhere = isinstance(error, Interrupted) or not processes.is_connected()
     if everywhere and not processes.is_main():
         return error.exit_code
     earlier = processes.first_failure(error.exit_code)

@@ -25,35 +25,35 @@ from rich.segment import Segment
 
 from loratune.run.errors import printable
 
-# What moves the cursor, changes the title, or turns the direction of writing; tabs and line ends stay.
+# Characters that move the cursor, change the title or reverse the direction of writing; tabs and line ends stay.
 _CONTROLS = [*range(9), *range(11, 32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
 _SHOWN = {
     **{code: f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" for code in _CONTROLS},
     **dict.fromkeys(range(0xD800, 0xE000), "\ufffd"),
 }
-"""Characters that data must not send to a terminal → what is shown in their place."""
+"""Characters that data must not send to a terminal → what is shown instead."""
 
 WIDE = 130
-"""Columns of a terminal where a training bar has room for all."""
+"""Terminal columns from which a training bar shows everything."""
 QUIET_SECONDS = 10.0
-"""Without a terminal, how often a piece of work under way says a line."""
+"""Seconds between two lines of a task when there is no terminal."""
 
 
 class SafeConsole(Console):
-    """A console on which text cannot do anything but be read: control characters of data and models are spelt out."""
+    """A console that shows control characters from data and models as text instead of sending them to the terminal."""
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """As rich renders it, with harmless text. Rich's own control codes are no text and pass."""
+        """Render as rich does, with control characters escaped; rich's own control codes pass."""
         for segment in super().render(renderable, options):
             text, style, control = segment
             yield segment if control or text.isprintable() else Segment(text.translate(_SHOWN), style)
 
 
 class TerminalProgress:
-    """Listens to the pipeline and shows bars or lines.
+    """Progress of a workflow, shown as bars or lines.
 
     Args:
-        console: Where to show; stderr by default.
+        console: Where to print; stderr by default.
     """
 
     def __init__(self, console: Console | None = None) -> None:
@@ -74,14 +74,14 @@ class TerminalProgress:
         self.console.print(f"[yellow]![/yellow] {escape(printable(text))}")
 
     def metrics(self, record: dict[str, Any]) -> None:
-        """The bar shows them."""
+        """Do nothing: the bar shows them."""
 
     def checkpoint(self, record: dict[str, Any], folder: Path) -> None:
-        """The run directory shows it."""
+        """Do nothing: checkpoints are in the run directory."""
 
 
 def _columns(width: int) -> list[ProgressColumn]:
-    """What a bar shows: on a narrow terminal less, since rich would cut off the time left."""
+    """Return the columns of a bar; fewer on a narrow terminal, where rich would cut off the time left."""
     wide = width >= WIDE
     return [
         TextColumn("{task.description}"),
@@ -106,13 +106,13 @@ class _Bar:
 class _Lines:
     def __init__(self, progress: TerminalProgress, name: str, total: int | None, unit: str) -> None:
         self._progress, self._name, self._total, self._unit = progress, name, total, unit
-        self._done, self._told = 0, time.monotonic()
+        self._done, self._last_line = 0, time.monotonic()
 
     def advance(self, amount: int = 1, note: str = "") -> None:
         self._done += amount
         now = time.monotonic()
-        if now - self._told < QUIET_SECONDS:
+        if now - self._last_line < QUIET_SECONDS:
             return
-        self._told = now
+        self._last_line = now
         of = f"/{self._total}" if self._total is not None else ""
         self._progress.line(f"{self._name}: {self._done}{of} {self._unit} {note}".rstrip())

@@ -150,8 +150,8 @@ def evaluation_table(record: Mapping[str, Any]) -> Table:
         _add_row(table, label, record["base"][name], record["tuned"][name], record["difference"][name])
     labels = short_names(record.get("sources", {}))
     for name, part in record.get("sources", {}).items():
-        label = _plain(f"NLL of {labels[name]} ({plural(part['num_examples'], 'conversation')})")
-        _add_row(table, label, part["base"]["nll"], part["tuned"]["nll"], part["difference"]["nll"])
+        source = _plain(f"NLL of {labels[name]} ({plural(part['num_examples'], 'conversation')})")
+        _add_row(table, source, part["base"]["nll"], part["tuned"]["nll"], part["difference"]["nll"])
     if "forgetting" in record:
         other = record["forgetting"]
         title = f"other data: NLL per token ({plural(other['num_examples'], 'conversation')})"

@@ -1,7 +1,7 @@
-"""`loratune bench`: the fast engine against stock TRL on one recipe, in turns, each time in a process of its own.
+"""`loratune bench`: the fast engine against stock TRL on one recipe, in alternating runs, each in its own process.
 
-A turn is an ordinary run of a few steps without evaluation and checkpoints; what it says is what its run directory says.
-The two engines see the same examples in the same order, so their losses must agree.
+Each is an ordinary run of a few steps without evaluation and checkpoints; the numbers come from its run directory. The
+two engines see the same examples in the same order, so their losses must agree.
 """
 
 from __future__ import annotations
@@ -38,33 +38,33 @@ from loratune.run.progress import NoProgress, Progress
 from loratune.training.trl_dataset import trl_preparation_seconds
 
 WARM_UP = 2
-"""Steps that are not counted: the first ones compile and fill caches."""
+"""Steps at the start of a run that are not counted, because they compile and fill caches."""
 
 ENGINES = ("fast", "trl")
 
 
 def bench(recipe: Recipe, *, rounds: int, steps: int, progress: Progress) -> Record:
-    """Run both engines in turns and compare them.
+    """Run both engines in alternation and compare them.
 
     Args:
-        recipe: What to train; evaluation, checkpoints and length are set by the benchmark.
-        rounds: How often each engine runs; the first one changes from round to round.
-        steps: Optimizer steps of a run, of which the first two are not counted.
-        progress: Who is told how it goes.
+        recipe: The recipe; evaluation, checkpoints and number of steps are set by the benchmark.
+        rounds: Number of runs of each engine; the engine that runs first alternates.
+        steps: Optimizer steps per run, of which the first two are not counted.
+        progress: Receives one line per run.
 
     Returns:
-        Per engine the median rate in tokens/s, peak bytes, seconds to the first step, rows/s prepared, losses;
-        their ratios; the raw turns.
+        Per engine the median tokens/s, peak bytes, seconds to the first step, rows/s prepared and losses; the ratios;
+        and the raw numbers of each run, as `turns`.
 
     Raises:
-        RecipeError: The recipe has too few steps, or does not fit.
+        RecipeError: There are too few steps, or the recipe is wrong.
         RunError: A run failed.
     """
     if steps <= WARM_UP:
-        raise RecipeError(f"{steps} steps, of which {WARM_UP} are warm-up", fix=f"--steps {WARM_UP + 4}")
+        raise RecipeError(f"{steps} steps are too few: {WARM_UP} are warm-up", fix=f"--steps {WARM_UP + 4}")
     require_text(recipe, "loratune bench")
     prepared = prepare(_few_steps(recipe, "fast", 1.0, "auto"), progress)
-    # the written recipe says all its settings, and a default that is written counts as wanted
+    # The recipe file of a run contains every setting, and a written default is no longer adapted to the model.
     data = recipe.data.model_copy(update={"max_length": prepared.recipe.data.max_length})
     measured = recipe.model_copy(update={"data": data})
     epochs = steps / num_steps_per_epoch(len(prepared.data.train), recipe.train.batch_size)
@@ -78,27 +78,26 @@ def bench(recipe: Recipe, *, rounds: int, steps: int, progress: Progress) -> Rec
                     f"{turn['peak_bytes'] / 2**30:.2f} GiB, first step after {turn['seconds_to_first_step']:.0f} s"
                 )
                 turns.append(turn)
-    rates = (
-        [] if prepared.data.stream else [_preparation(prepared) for _ in range(rounds)]
-    )  # a stream is prepared in the steps
+    # Streamed data is prepared during the steps.
+    rates = [] if prepared.data.stream else [_preparation(prepared) for _ in range(rounds)]
     return _record(prepared, turns, steps, rates)
 
 
 def _few_steps(recipe: Recipe, engine: str, epochs: float, output_dir: str) -> Recipe:
-    values = recipe.model_dump(mode="json", exclude_unset=True)  # a default becomes what the model allows
+    values = recipe.model_dump(mode="json", exclude_unset=True)  # unset defaults are adapted to the model
     for section in ("data", "evaluate", "train"):
         values.setdefault(section, {})
     values["data"]["eval"] = "none"
     values["evaluate"]["metric"] = "none"
     never = dict.fromkeys(("eval_every", "save_every", "log_every"), "never")
-    # An epoch's worth is too short to repay compilation; what is measured here is the steady state of a long run.
+    # A few steps do not repay compilation, but we measure the steady state of a long run.
     compiled = recipe.train.compile if engine == "fast" else False
     values["train"] |= {"engine": engine, "epochs": epochs, "output_dir": output_dir, "compile": compiled, **never}
     return Recipe.parse(values)
 
 
 def _turn(recipe: Recipe) -> Record:
-    """One run in a process of its own."""
+    """Run one engine in its own process."""
     file = Path(recipe.train.output_dir).with_suffix(".yaml")
     file.write_text(recipe.to_yaml(), encoding="utf-8")
     started = time.time()
@@ -121,8 +120,10 @@ def _turn(recipe: Recipe) -> Record:
 
 
 def _preparation(prepared: Preparation) -> dict[str, float | None]:
-    """Engine → rows/s from the conversations to labelled tokens, without a cache: of loratune, with the reading of the file and all
-    verification; of `SFTTrainer`, alone, and None where it refuses the rows."""
+    """Measure rows/s from conversations to labeled tokens, without a cache, by engine.
+
+    For loratune this includes reading the file and all verification. None for `SFTTrainer` if it refuses the rows.
+    """
     data, tokenizer = prepared.recipe.data, prepared.model.tokenizer
     max_length = int(data.max_length)
     reader = Reader(data, prepared.recipe.train.seed, NoProgress())
@@ -150,9 +151,7 @@ def _record(prepared: Preparation, turns: list[Record], steps: int, rates: list[
             "peak_bytes": statistics.median(turn["peak_bytes"] for turn in mine),
             "seconds_to_first_step": statistics.median(turn["seconds_to_first_step"] for turn in mine),
             "first_step_seconds": statistics.median(turn["first_step_seconds"] for turn in mine),
-            "rows_per_second": statistics.median(known)
-            if (known := [r for turn in rates if (r := turn[engine])])
-            else None,
+            "rows_per_second": _median_or_none([turn[engine] for turn in rates]),
             "losses": mine[0]["loss"],
         }
     fast, trl = (engines[name] for name in ENGINES)
@@ -187,8 +186,13 @@ def _record(prepared: Preparation, turns: list[Record], steps: int, rates: list[
     }
 
 
+def _median_or_none(rates: list[float | None]) -> float | None:
+    known = [rate for rate in rates if rate]
+    return statistics.median(known) if known else None
+
+
 def _peak_rate(prepared: Preparation) -> float:
-    """What this machine reaches in the model's own matrix products, forward and to the input, weighed by their work."""
+    """Measure FLOP/s of the model's own matrix products (forward, and gradient to the input), weighted by work."""
     recipe = prepared.recipe
     model = skeleton(load_config(prepared.model.base, recipe.model), trust_remote_code=recipe.model.trust_remote_code)
     shapes = Counter((m.in_features, m.out_features) for m in model.modules() if isinstance(m, torch.nn.Linear))
@@ -196,7 +200,7 @@ def _peak_rate(prepared: Preparation) -> float:
 
 
 def bench_table(record: Record) -> Table:
-    """The fast engine beside stock TRL, for a terminal."""
+    """Return a table that compares the fast engine and stock TRL."""
     table = Table("", "fast", "stock TRL", "ratio", box=None)
     for line in _lines(record):
         table.add_row(*line)
@@ -206,6 +210,7 @@ def bench_table(record: Record) -> Table:
 def _lines(record: Record) -> list[list[str]]:
     fast, trl = (record["engines"][name] for name in ENGINES)
     share = record["matmul"]["share"]
+    prepared = _rows_prepared(fast["rows_per_second"], trl["rows_per_second"])
 
     def row(name: str, key: str, scale: float, form: str) -> list[str]:
         a, b = fast[key] / scale, trl[key] / scale
@@ -217,7 +222,7 @@ def _lines(record: Record) -> list[list[str]]:
         row("peak memory, GiB", "peak_bytes", 2**30, ".2f"),
         row("seconds before the first step", "seconds_to_first_step", 1, ".1f"),
         row("seconds of the first step", "first_step_seconds", 1, ".1f"),
-        [f"rows/s prepared, of {record['settings']['rows']:,}", *_rows_prepared(fast["rows_per_second"], trl["rows_per_second"])],
+        [f"rows/s prepared ({record['settings']['rows']:,} rows)", *prepared],
         ["mean loss", f"{statistics.mean(fast['losses']):.4f}", f"{statistics.mean(trl['losses']):.4f}",
          f"differ by at most {record['loss']['largest_difference']:.4f}"],
     ]  # fmt: skip
@@ -225,5 +230,5 @@ def _lines(record: Record) -> list[list[str]]:
 
 def _rows_prepared(fast: float | None, trl: float | None) -> tuple[str, str, str]:
     if fast is None:
-        return "in the steps: streamed", "", ""
+        return "streamed, during the steps", "", ""
     return (f"{fast:,.0f}", f"{trl:,.0f}", f"{fast / trl:.2f}") if trl else (f"{fast:,.0f}", "refuses the rows", "")

@@ -223,7 +223,7 @@ def held_bytes(model: torch.nn.Module) -> int:
 
 
 def test_the_page_has_a_row_for_each_and_no_other() -> None:
-    table = PAGE.read_text(encoding="utf-8").partition("## Checkpoints that come quantised")[2]
+    table = PAGE.read_text(encoding="utf-8").partition("## Quantized checkpoints")[2]
     rows = dict(
         line.split(" | ")[:2] for line in table.splitlines() if line.startswith("| ") and "| format" not in line
     )

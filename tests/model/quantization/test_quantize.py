@@ -198,7 +198,7 @@ def test_the_plan_knows_bytes_and_explains_them(tiny_recipe: MakeRecipe, quantiz
     assert "uncompiled" in packed.choices["train.compile"].reason
     assert any(f"unpacking the {quantization} weights" in warning for warning in packed.notes.warnings)
     facts = Facts(packed)
-    assert "of float32" in SUMMARIES["model.quantization"](facts)
+    assert "in float32" in SUMMARIES["model.quantization"](facts)
     assert [row["quantization"] for row in TABLES["model.quantization"](facts)] == ["none", *PACKED]
 
 

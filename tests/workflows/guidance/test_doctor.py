@@ -37,7 +37,7 @@ def test_elsewhere_it_says_where_to_go(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert checks()["quickstart"].fix == f"cd {ROOT}"
 
 
-def test_each_missing_thing_comes_with_the_command_that_mends_it(
+def test_each_missing_thing_comes_with_the_command_that_fixes_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "recipes").mkdir()
@@ -53,7 +53,7 @@ def test_each_missing_thing_comes_with_the_command_that_mends_it(
     found = checks()
     missing = {name for name, check in found.items() if check.state == "missing"}
     assert missing == {
-        *("trl", "no-such-package", "memory", "disk, here", "disk, cache"),
+        *("trl", "no-such-package", "memory", "disk, current folder", "disk, cache"),
         *("quickstart's data", "quickstart's model"),
     }
     assert found["trl"].fix == "pip install 'trl>=99'"
@@ -62,18 +62,18 @@ def test_each_missing_thing_comes_with_the_command_that_mends_it(
 
 
 def test_every_extra_of_the_package_is_there_with_what_it_enables() -> None:
-    fixes = " ".join(fix for _, fix in doctor.EXTRAS.values())
+    fixes = " ".join(fix for _, fix in module.EXTRAS.values())
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert all(f"loratune[{name}]" in fixes for name in extras if name != "dev")
-    found = {check.name: check for check in doctor._extras()}
-    assert set(found) == set(doctor.EXTRAS)
+    found = {check.name: check for check in module._extras()}
+    assert set(found) == set(module.EXTRAS)
     assert all(check.fix.startswith("pip install") for check in found.values() if check.state == "optional")
 
 
 def test_a_machine_without_compiler_is_told_how_to_get_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
-    check = doctor._compiler()
+    check = module._compiler()
     assert (check.state, "install" in check.fix) == ("optional", True)
 
 
@@ -82,6 +82,6 @@ def test_a_hub_that_never_answers_is_waited_for_briefly(monkeypatch: pytest.Monk
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
         monkeypatch.setattr(module, "HUB_SECONDS", 0.5)
         started = time.perf_counter()
-        hub, _ = doctor._hub()
+        hub, _ = module._hub()
     assert hub.state == "optional"
     assert 0.5 <= time.perf_counter() - started < 2

@@ -1,4 +1,4 @@
-"""What explain promises is compared with what a run does."""
+"""The effects that `explain` computes are those of a run."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_learning_rates_steps_checkpoints_and_evaluations_are_those_of_a_run(tin
     keep = SUMMARIES["train.keep_checkpoints"](facts(recipe))
     state = (run.checkpoints / "8" / "optimizer.safetensors").stat().st_size
     weights = (run.checkpoints / "8" / "adapter_model.safetensors").stat().st_size
-    assert keep.startswith("3 stay, about 10.5 KiB each")
+    assert keep == "3 of 3 checkpoints kept, about 10.5 KiB each"
     assert 10.5 * 1024 <= state + weights < 10.5 * 1024 + 4096, "and the files' headers"
 
 
@@ -83,40 +83,48 @@ def test_what_a_limit_would_cut_is_what_it_cuts(tiny_recipe: MakeRecipe) -> None
     rows = {row["max_length"]: row for row in TABLES["data.max_length"](facts(tiny_recipe(data__max_length=64)))}
     assert set(rows) == {"64", "128"}
     cut, whole = facts(tiny_recipe(data__max_length=64)), facts(tiny_recipe(data__max_length=128))
-    assert rows["64"]["examples longer"] == f"{cut.prepared.data.report['train']['truncated']} of 20"
+    assert rows["64"]["longer examples"] == f"{cut.prepared.data.report['train']['truncated']} of 20"
     assert int(rows["64"]["tokens lost by truncate"]) == sum(whole.lengths) - sum(cut.lengths) > 0
     supervised = [f.prepared.as_plan()["data"]["num_supervised_tokens"] for f in (whole, cut)]
-    assert rows["64"]["of those that carry loss"].startswith(f"{supervised[0] - supervised[1]} ")
+    assert rows["64"]["trained tokens lost"].startswith(f"{supervised[0] - supervised[1]} ")
 
 
 def test_what_else_could_be_trained_on_is_counted_by_rendering_it(tiny_recipe: MakeRecipe) -> None:
-    rows = {row["train_on"]: row["tokens that carry loss"] for row in TABLES["data.train_on"](facts(tiny_recipe()))}
+    rows = {row["train_on"]: row["trained tokens"] for row in TABLES["data.train_on"](facts(tiny_recipe()))}
     for choice, words in rows.items():
         data = facts(tiny_recipe(data__train_on=choice)).prepared.as_plan()["data"]
         assert words.startswith(f"{data['num_supervised_tokens']:,} of {data['num_tokens']:,} ")
     assert len(set(rows.values())) == 3
 
 
-def test_trained_roles_are_counted_and_stand_beside_the_other_choices(tiny_recipe: MakeRecipe) -> None:
+def test_the_quantized_base_is_smaller_by_the_planned_share(tiny_recipe: MakeRecipe) -> None:
+    made = facts(tiny_recipe())
+    assert SUMMARIES["model.quantization"](made).endswith("100% of their size in float32")
+    rows = {row["quantization"]: row["frozen weights"] for row in TABLES["model.quantization"](made)}
+    assert rows["none"] in SUMMARIES["model.quantization"](made)
+    assert len(set(rows.values())) > 2
+
+
+def test_a_smaller_token_budget_means_more_micro_batches(tiny_recipe: MakeRecipe) -> None:
+    made = facts(tiny_recipe(train__token_budget=128))
+    numbers = [float(row["micro-batches per step"]) for row in TABLES["train.token_budget"](made)]
+    assert numbers == sorted(numbers, reverse=True)
+    assert SUMMARIES["train.token_budget"](made) == f"{numbers[2]:.1f} micro-batches per step"
+
+
+def test_trained_roles_are_counted_and_listed_with_the_other_choices(tiny_recipe: MakeRecipe) -> None:
     made = facts(tiny_recipe(data__train_on=["user"]))
-    rows = {row["train_on"]: row["tokens that carry loss"] for row in TABLES["data.train_on"](made)}
+    rows = {row["train_on"]: row["trained tokens"] for row in TABLES["data.train_on"](made)}
     assert list(rows) == ["assistant", "last", "all", "[user]"]
     words = SUMMARIES["data.train_on"](made)
-    assert words == f"{rows['[user]']}, in messages: 27 of user"
+    assert words == f"{rows['[user]']}, in messages: 27 user"
 
 
 def test_batch_size_and_epochs_give_the_steps_that_are_planned(tiny_recipe: MakeRecipe) -> None:
     rows = {row["batch_size"]: row["steps"] for row in TABLES["train.batch_size"](facts(tiny_recipe(train__epochs=3)))}
     assert list(rows) == ["2", "4", "8", "16", "32"]
     assert rows["16"] == str(facts(tiny_recipe(train__epochs=3, train__batch_size=16)).prepared.estimate.num_steps)
-    for row in TABLES["train.epochs"](facts(tiny_recipe())):
-        assert row["steps"] == str(math.ceil(3 * float(row["epochs"])))
-
-
-def test_references_that_do_not_fit_are_counted(tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
-    recipe = tiny_recipe(evaluate__metric="exact_match", evaluate__max_new_tokens=4)
-    assert "4 of 6 do not fit" in SUMMARIES["evaluate.max_new_tokens"](facts(recipe))
-    assert SUMMARIES["evaluate.max_new_tokens"](facts(tiny_recipe())) == "no answers are generated"
+    assert SUMMARIES["train.epochs"](facts(tiny_recipe(train__epochs=2.5))) == "8 steps, 3 per epoch"
 
 
 def test_plain_text_has_one_way_to_be_trained(tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
@@ -125,7 +133,7 @@ def test_plain_text_has_one_way_to_be_trained(tiny_recipe: MakeRecipe, tmp_path:
     assert [row["train_on"] for row in TABLES["data.train_on"](facts(recipe))] == ["all"]
 
 
-def test_every_number_belongs_to_a_field_and_every_field_can_be_explained(tiny_recipe: MakeRecipe) -> None:
+def test_every_effect_belongs_to_a_field_and_can_be_computed(tiny_recipe: MakeRecipe) -> None:
     assert set(SUMMARIES) | set(TABLES) <= set(all_fields())
     made = facts(tiny_recipe(evaluate__metric="exact_match"))
     assert all(summary(made) for summary in SUMMARIES.values())

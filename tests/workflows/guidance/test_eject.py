@@ -13,12 +13,14 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from loratune.planning.prepare import prepare
-from loratune.recipe.recipe import Recipe
+from loratune.recipe.recipe import Recipe, Source
 from loratune.run.directory import read_json
 from loratune.run.errors import RecipeError
 from loratune.run.progress import NoProgress
-from loratune.workflows.guidance import eject as module
-from loratune.workflows.guidance.eject import SUPPORTED_FIELDS, eject
+from loratune.workflows.guidance.eject import eject
+from loratune.workflows.guidance.eject_rows import builder, why_not_directly
+from loratune.workflows.guidance.eject_script import render_script
+from loratune.workflows.guidance.eject_support import SUPPORTED_FIELDS
 from loratune.workflows.train import train
 from tests.conftest import make_moe
 
@@ -157,11 +159,14 @@ def test_the_script_imports_the_libraries_of_the_seed_and_nothing_of_ours(recipe
 @pytest.mark.parametrize(
     ("settings", "why"),
     [
-        (["data.eval=0.2"], "part of the training data that loratune chose"),
+        (["data.eval=0.2"], "part of the training data, chosen by loratune"),
         (["data.train={name: TRAIN, weight: 2}"], "weight 2"),
         (["data.train=[TRAIN, TRAIN]"], "several sources"),
         (["data.max_length=40", "data.on_long=drop"], "TRL makes"),
-        (["data.train_on=[user]"], "data.train_on is [user], and TRL trains the assistant's answers or all tokens"),
+        (
+            ["data.train_on=[user]"],
+            "data.train_on is [user], but TRL trains either the assistant's answers or all tokens",
+        ),
         (["data.train_on=last"], "TRL's trained tokens differ, first in TRAIN:1"),
     ],
 )
@@ -180,7 +185,7 @@ def test_nothing_is_overwritten_unasked(recipe_file: Path, tmp_path: Path) -> No
     script = tmp_path / "script.py"
     script.write_text("mine")
     prepared = prepare(Recipe.load(recipe_file), NoProgress())
-    with pytest.raises(RecipeError, match="such a file already"):
+    with pytest.raises(RecipeError, match="already exists"):
         eject(prepared, script, overwrite=False, progress=NoProgress())
     assert script.read_text() == "mine"
     eject(prepared, script, overwrite=True, progress=NoProgress())
@@ -191,8 +196,8 @@ def test_nothing_is_overwritten_unasked(recipe_file: Path, tmp_path: Path) -> No
     ("setting", "why", "fix"),
     [
         ("train.on_bad_step=skip", "transformers' Trainer applies every step", "train.on_bad_step=error"),
-        ("lora.variant=loftq", "PEFT's own beginning is for CUDA", "lora.variant=plain"),
-        ("model.quantization=fp8", "PEFT alone has no layers for it", "leave model.quantization"),
+        ("lora.variant=loftq", "PEFT's own initialization needs CUDA", "lora.variant=plain"),
+        ("model.quantization=fp8", "PEFT has no layers for it", "use model.quantization"),
     ],
 )
 def test_what_stock_libraries_do_not_have_is_refused_with_its_reason(
@@ -203,7 +208,7 @@ def test_what_stock_libraries_do_not_have_is_refused_with_its_reason(
     field, _, value = rest.partition("=")
     part = getattr(prepared.recipe, section).model_copy(update={field: value})
     prepared = replace(prepared, recipe=prepared.recipe.model_copy(update={section: part}))
-    with pytest.raises(RecipeError, match=f"{section}.{field} is {value}, which a script .*: {why}") as refused:
+    with pytest.raises(RecipeError, match=f"{section}.{field} is {value}, which a plain TRL .*: {why}") as refused:
         eject(prepared, tmp_path / "script.py", overwrite=False, progress=NoProgress())
     assert refused.value.fix.startswith(fix)
 
@@ -211,7 +216,20 @@ def test_what_stock_libraries_do_not_have_is_refused_with_its_reason(
 def test_a_setting_that_the_script_cannot_follow_is_refused(
     recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(module.SUPPORTED_FIELDS, "lora", SUPPORTED_FIELDS["lora"] - {"dropout"})
+    monkeypatch.setitem(SUPPORTED_FIELDS, "lora", SUPPORTED_FIELDS["lora"] - {"dropout"})
     prepared = prepare(Recipe.load(recipe_file), NoProgress())
-    with pytest.raises(RecipeError, match=r"lora\.dropout is 0\.1, which a script"):
+    with pytest.raises(RecipeError, match=r"lora\.dropout is 0\.1, which a plain TRL"):
         eject(prepared, tmp_path / "script.py", overwrite=False, progress=NoProgress())
+
+
+def test_a_file_is_loaded_by_the_builder_of_its_suffix() -> None:
+    names = {"a.jsonl": "json", "b.CSV": "csv", "c.parquet": "parquet", "d.tsv": "csv"}
+    assert {name: builder(Source(name=name)) for name in names} == names
+
+
+def test_the_script_says_why_it_has_its_own_rows(recipe_file: Path, tmp_path: Path) -> None:
+    prepared = prepare(Recipe.load(recipe_file), NoProgress())
+    why = why_not_directly(prepared)
+    assert why
+    script = render_script(prepared, tmp_path / "script-rows", why)
+    assert " ".join(why.split()) in " ".join(script.replace("# ", "").split())

@@ -51,7 +51,7 @@ def test_every_setting_has_its_exact_origin(recipe_file: Path) -> None:
 def test_auto_says_what_it_became_and_why(recipe_file: Path) -> None:
     found = explained(recipe_file, ["data.eval=auto", "train.output_dir=auto", "train.device=auto", "model.dtype=auto"])
     assert found["data.format"].value == "messages"
-    assert found["data.format"].origin_in_words == "default: auto (what all 8 rows are)"
+    assert found["data.format"].origin_in_words == "default: auto (the format of all 8 rows)"
     assert found["data.eval"].value == "0.05"
     assert "held out" in found["data.eval"].reason
     assert found["data.max_length"].value == "512"
@@ -66,7 +66,7 @@ def test_a_field_is_explained_in_its_own_words_with_alternatives(recipe_file: Pa
     (item,) = explained(recipe_file, [], ("lora.r",)).values()
     assert item.words.startswith("The rank: the inner dimension of B·A.")
     assert len(item.alternatives) == 5
-    assert "896 trainable" in item.effect
+    assert "896 trainable parameters" in item.effect
     assert "1,792" in item.effect
     console = Console(width=100, record=True, file=io.StringIO())
     console.print(explanation_page(item))
@@ -82,12 +82,20 @@ def test_the_table_has_every_setting(recipe_file: Path) -> None:
     assert all(name in page for name in all_fields())
 
 
+def test_a_setting_without_a_computed_effect_shows_what_it_means(recipe_file: Path) -> None:
+    item = explained(recipe_file, [])["train.weight_decay"]
+    assert item.effect == ""
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(explanation_table([item]))
+    assert item.words.split(". ")[0].rstrip(".")[:40] in console.export_text()
+
+
 @pytest.mark.parametrize(
     ("word", "hint"),
-    [("lora.rank", "did you mean"), ("learning_rat", "learning_rate"), ("qqq", "shows all")],
+    [("lora.rank", "did you mean"), ("learning_rat", "learning_rate"), ("qqq", "lists all")],
 )
 def test_an_unknown_field_is_refused_with_the_nearest(word: str, hint: str) -> None:
-    with pytest.raises(RecipeError, match="is no setting") as error:
+    with pytest.raises(RecipeError, match="unknown setting") as error:
         full_name(word)
     assert hint in error.value.fix
 

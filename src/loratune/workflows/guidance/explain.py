@@ -1,4 +1,7 @@
-"""`explain`: every effective setting, where its value comes from, and what it does to this model and this data."""
+"""`explain`: every setting, its effective value, where the value came from, and what it does to this model and data.
+
+Settings with a computed effect are in `effects`; the others are explained by their docstring.
+"""
 
 from __future__ import annotations
 
@@ -23,18 +26,18 @@ from loratune.workflows.guidance.facts import AlternativeRow, Facts
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Explanation:
-    """One setting.
+    """A setting, explained.
 
     Attributes:
         name: `section.field`.
-        value: What the run would use.
+        value: The value that the run would use.
         origin: `default`, `FILE:LINE` or `command line`.
-        written: What was given there, where the run uses another: `auto`, or a default that the model cannot hold.
-        reason: Why it became `value`.
-        default: The default.
-        words: What the field is, from its docstring.
-        effect: What the value does here, in numbers; empty where there is nothing to count.
-        alternatives: What other values would do, a row each; only on a field's own page.
+        written: The value given at the origin, if the run uses another: `auto`, or a default too large for the model.
+        reason: Why `written` became `value`.
+        default: The default value.
+        words: The field's docstring.
+        effect: What the value does here, in numbers; empty for settings without a computed effect.
+        alternatives: What other values would do, one row each; only if the field was asked for by name.
     """
 
     name: str
@@ -49,13 +52,13 @@ class Explanation:
 
     @property
     def origin_in_words(self) -> str:
-        """`default`, or `default: auto (why)`."""
+        """The origin, with the written value and the reason if the run uses another value: `default: auto (why)`."""
         if not self.written:
             return self.origin
         return f"{self.origin}: {self.written}" + (f" ({self.reason})" if self.reason else "")
 
     def as_dict(self) -> Record:
-        """For `--json`."""
+        """Return the record that `--json` prints."""
         return asdict(self)
 
 
@@ -65,14 +68,13 @@ def explain(
     """Explain the settings of a run.
 
     Args:
-        recipe: As it was written.
-        prepared: What became of it.
-        origins: From `recipe.origins`.
-        fields: The settings to explain, with alternatives; `lora.r`, or `r` alone. Without any, all, without
-            alternatives.
+        recipe: The recipe as written.
+        prepared: The prepared run.
+        origins: The origin of each setting, from `recipe.origins`.
+        fields: Settings to explain with alternatives, as `lora.r` or `r`. If empty, all settings without alternatives.
 
     Raises:
-        RecipeError: There is no such field.
+        RecipeError: A setting does not exist.
     """
     facts = Facts(prepared)
     names = [full_name(field) for field in fields] or all_fields()
@@ -80,15 +82,15 @@ def explain(
 
 
 def all_fields() -> list[str]:
-    """Every `section.field`, in the order of the recipe."""
+    """Return every `section.field`, in the order of the recipe."""
     return [f"{section}.{field}" for section in Recipe.model_fields for field in _fields(section)]
 
 
 def full_name(field: str) -> str:
-    """`lora.r` for `lora.r` or `r`.
+    """Return the full name of a field: `lora.r` for `lora.r` or `r`.
 
     Raises:
-        RecipeError: No field, or more than one, has this name.
+        RecipeError: No field has this name, or several have.
     """
     known = all_fields()
     found = [name for name in known if field in (name, name.partition(".")[2])]
@@ -96,8 +98,9 @@ def full_name(field: str) -> str:
         return found[0]
     bare = [name.partition(".")[2] for name in known]
     near = found or difflib.get_close_matches(field, [*known, *bare], n=2)
-    fix = f"did you mean {' or '.join(near)}?" if near else "`loratune explain RECIPE` shows all"
-    raise RecipeError(f"{field} is no setting", fix=fix)
+    fix = f"did you mean {' or '.join(near)}?" if near else "`loratune explain RECIPE` lists all settings"
+    problem = f"several settings are named {field}" if found else f"unknown setting {field}"
+    raise RecipeError(problem, fix=fix)
 
 
 def _explain(
@@ -129,19 +132,18 @@ def _fields(section: str) -> dict[str, Any]:
 
 
 def _effective(name: str, prepared: Preparation) -> tuple[Any, str]:
-    """What the run uses, and why, where it was not the user's choice."""
+    """Return the value that the run uses, and why if the user did not choose it."""
     section, _, field = name.partition(".")
     value = getattr(getattr(prepared.recipe, section), field)
     report = prepared.data.report
     if name == "data.format" and value == "auto":
-        return report["train"]["format"], f"what all {report['train']['rows']:,} rows are"
+        return report["train"]["format"], f"the format of all {report['train']['rows']:,} rows"
     if name == "data.eval" and value == "auto":
         source = report["eval"]["sources"][0]
         if "held_out" in source:
-            return source["held_out"], "that part of the training conversations is held out"
-        return (
-            Source.model_validate({key: source[key] for key in Source.model_fields}),
-        ), "the data set has that split"
+            return source["held_out"], "this share of the training conversations is held out"
+        split = Source.model_validate({key: source[key] for key in Source.model_fields})
+        return (split,), "the data set has this split"
     if name == "train.output_dir":
         return value, "named after the model"
     choice = prepared.choices.get(name)
@@ -149,7 +151,7 @@ def _effective(name: str, prepared: Preparation) -> tuple[Any, str]:
 
 
 def shown(value: Any) -> str:
-    """A setting as the recipe would write it, in short."""
+    """Format a value as a recipe would write it, shortened."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -165,25 +167,27 @@ def shown(value: Any) -> str:
 
 
 def explanation_table(explanations: Sequence[Explanation]) -> Table:
-    """All settings, a row each; where one comes from stands below it, unless it is a default as it is."""
+    """Return a table of all settings, with the origin below each value that is not a plain default."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("setting and value, with its place where it is no default", overflow="fold", ratio=2)
-    table.add_column("what it does here", overflow="fold", ratio=3)
+    table.add_column("setting: value, and origin unless default", overflow="fold", ratio=2)
+    table.add_column("effect here, or meaning", overflow="fold", ratio=3)
     section = ""
     for item in explanations:
         before, section = section, item.name.partition(".")[0]
         if before and before != section:
             table.add_section()
-        origin = re.sub(r"^.*:(\d+)", r"line \1", item.origin_in_words)  # the file is the one that was asked about
+        origin = re.sub(r"^.*:(\d+)", r"line \1", item.origin_in_words)  # the file is the one on the command line
         below = "" if origin == "default" else f"\n  [dim]{escape(origin)}[/dim]"
-        table.add_row(f"{item.name}: [bold]{escape(item.value)}[/bold]{below}", escape(item.effect))
+        table.add_row(
+            f"{item.name}: [bold]{escape(item.value)}[/bold]{below}", escape(item.effect or _first_sentence(item.words))
+        )
     return table
 
 
 def explanation_page(item: Explanation) -> Group:
-    """One setting, on a page."""
+    """Return one setting in full: docstring, value, origin, effect and alternatives."""
     head = Table(show_header=False, box=None, padding=(0, 1))
-    rows = {"value": item.value, "from": item.origin_in_words, "default": item.default, "here": item.effect}
+    rows = {"value": item.value, "origin": item.origin_in_words, "default": item.default, "effect": item.effect}
     for name, text in rows.items():
         if text:
             head.add_row(f"[bold]{name}[/bold]", escape(text))
@@ -191,6 +195,10 @@ def explanation_page(item: Explanation) -> Group:
     if item.alternatives:
         parts += ["", _alternatives(item.alternatives)]
     return Group(*parts, "")
+
+
+def _first_sentence(text: str) -> str:
+    return re.split(r"(?<=[a-z)`])\. (?=[A-Z`])", text, maxsplit=1)[0].rstrip(".")
 
 
 def _alternatives(rows: Sequence[AlternativeRow]) -> Table:

@@ -1,4 +1,4 @@
-"""What the numbers of `explain` are computed from."""
+"""The facts that the effects in `explain` are computed from."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Facts:
-    """What the numbers are computed from; each of them once, and only when asked for.
+    """Facts about a prepared run, each computed once and only when needed.
 
     Attributes:
-        prepared: The run, as it would start.
+        prepared: The run as it would start.
     """
 
     prepared: Preparation
@@ -48,17 +48,17 @@ class Facts:
 
     @cached_property
     def lengths(self) -> list[int]:
-        """Tokens of each training example; of streamed data, those of the sample over and over."""
+        """Tokens of each training example; for streamed data the lengths of the sample, repeated."""
         data = self.prepared.data
         return np.resize([len(example.input_ids) for example in data.train], data.num_examples).tolist()
 
     @cached_property
     def learning_rates(self) -> np.ndarray:
-        """float64 [steps]: that of each optimizer step, by the schedule that training uses."""
+        """Learning rate of each optimizer step, float64 [steps], from the schedule that training uses."""
         return learning_rates(self.prepared.recipe.train, self.prepared.estimate.num_steps)
 
     def count(self, r: int) -> ParameterCount:
-        """The parameters at another rank."""
+        """Count parameters at another rank."""
         lora = self.prepared.recipe.lora.model_copy(update={"r": r})
         return count_parameters(self.model, self.prepared.adapter.targets, lora, self.head)
 
@@ -68,7 +68,7 @@ class Facts:
         return self.prepared.model.head
 
     def render_again(self, **settings: Any) -> list[Example]:
-        """The training examples under other settings of the data section."""
+        """Render the training examples again under other settings of the data section."""
         recipe = self.prepared.recipe
         data = DataSection.model_validate({**recipe.data.model_dump(), **settings})
         limit = NO_LIMIT if data.max_length == "auto" else int(data.max_length)
@@ -76,11 +76,11 @@ class Facts:
 
 
 def learning_rates(train: Any, steps: int) -> np.ndarray:
-    """float64 [steps]: the learning rate of each optimizer step.
+    """Compute the learning rate of each optimizer step, float64 [steps].
 
     Args:
         train: The recipe's train section.
-        steps: Optimizer steps of the run.
+        steps: Number of optimizer steps of the run.
     """
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=train.learning_rate)
     arguments = schedule_arguments(train, steps)
@@ -96,11 +96,11 @@ def learning_rates(train: Any, steps: int) -> np.ndarray:
 
 
 def nearby_powers(value: int) -> list[int]:
-    """A quarter, half, once, twice and four times a count."""
+    """Return a quarter, half, one, two and four times a count, without duplicates."""
     return sorted({max(1, value // 4), max(1, value // 2), value, 2 * value, 4 * value})
 
 
 def size(num_bytes: int) -> str:
-    """In MiB or KiB."""
+    """Format bytes in MiB or KiB."""
     unit, name = (MIB, "MiB") if num_bytes >= MIB else (2**10, "KiB")
     return f"{num_bytes / unit:,.1f} {name}"

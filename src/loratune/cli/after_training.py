@@ -1,0 +1,169 @@
+"""Verbs for a run that has been trained: read it, chat with it, export it.
+
+Typer reads a command's options from its parameters, so the limit on the number of parameters does not apply to verbs.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from loratune.cli.options import AsJson, ReportFile, RunFolder, RunFolders
+from loratune.cli.output import print_json, show_exported, show_publication, show_service
+from loratune.cli.shell import command_context
+from loratune.cli.terminal import SafeConsole
+
+if TYPE_CHECKING:
+    from loratune.workflows.serve import Service
+
+
+def report(run: RunFolder, out: ReportFile = None, as_json: AsJson = False) -> None:
+    """Write one HTML page about a run, finished, in progress or failed: RUN/report.html."""
+    with command_context(as_json):
+        from loratune.reporting.html import report
+
+        _show_file("report", report(run, out), as_json)
+
+
+def compare(runs: RunFolders, out: ReportFile = None, as_json: AsJson = False) -> None:
+    """Write one HTML page that compares several runs: compare.html."""
+    with command_context(as_json):
+        from loratune.reporting.html import compare
+
+        _show_file("comparison", compare(runs, out or "compare.html"), as_json)
+
+
+def diff(first: RunFolder, second: RunFolder, as_json: AsJson = False) -> None:
+    """Show how two runs differ: settings, model, template, data, trained tokens, versions, results."""
+    with command_context(as_json):
+        from loratune.reporting import run_diff
+        from loratune.run.directory import RunDir
+
+        one, other = RunDir.open(first), RunDir.open(second)
+        found = run_diff.diff(one, other)
+        if as_json:
+            print_json([item.as_dict() for item in found])
+        elif found:
+            SafeConsole(highlight=False).print(run_diff.difference_table(found, one, other))
+        else:
+            sys.stdout.write("no difference\n")
+
+
+def chat(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, or a merged folder.")],
+    temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature; 0: always the likeliest token.")] = 0,
+    top_p: Annotated[
+        float, typer.Option(min=0, max=1, help="Sample from the likeliest tokens with this total mass.")
+    ] = 1,
+    top_k: Annotated[int, typer.Option(min=0, help="Sample from this many likeliest tokens; 0: from all.")] = 0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 512,
+    seed: Annotated[int, typer.Option(min=0, help="Sampling seed.")] = 0,
+    system: Annotated[str, typer.Option(help="A system message.")] = "",
+) -> None:
+    """Chat with the base and the fine-tuned model, with the template and stop tokens of training.
+
+    Type /help for a list of commands.
+    """
+    with command_context(as_json=False) as progress:
+        from loratune.workflows.chat import Sampling, converse, open_chat
+
+        sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, max_new_tokens=max_new_tokens, seed=seed)
+        converse(
+            open_chat(run, sampling, progress=progress, system=system), SafeConsole(highlight=False, soft_wrap=True)
+        )
+
+
+def merge(
+    run: RunFolder,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to create.")],
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        typer.Option(help="Type of the weights. auto: as in the base's files; bfloat16 if they are a quantized GGUF."),
+    ] = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Merge the adapter into the base model, and verify that the result is the same model."""
+    with command_context(as_json) as progress:
+        from loratune.workflows import export as workflow
+
+        show_exported(workflow.merge(run, out, dtype=dtype, progress=progress), as_json)
+
+
+def export(
+    run: RunFolder,
+    to: Annotated[Literal["gguf", "ollama", "vllm"], typer.Option("--to", help="The format or program to export for.")],
+    merged: Annotated[
+        bool, typer.Option("--merged", help="Export the full model instead of the adapter alone.")
+    ] = False,
+    outtype: Annotated[
+        Literal["f16", "bf16", "q8_0"] | None, typer.Option(help="Type of a merged GGUF model; default: f16.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The folder to create; default: RUN/exports/….")] = None,
+    answers: Annotated[
+        int, typer.Option(min=0, help="Number of held-out prompts that llama.cpp answers in full, for comparison.")
+    ] = 20,
+    as_json: AsJson = False,
+) -> None:
+    """Export a run for llama.cpp (gguf), Ollama or vLLM, and verify that the result is the same model."""
+    with command_context(as_json) as progress:
+        from loratune.workflows import export as workflow
+
+        exported = workflow.export(
+            run, to=to, merged=merged, outtype=outtype, out=out, num_answers=answers, progress=progress
+        )
+        show_exported(exported, as_json)
+
+
+def serve(
+    run: RunFolder,
+    server: Annotated[
+        Literal["auto", "vllm", "transformers"], typer.Option(help="The server. auto: vLLM if it is installed.")
+    ] = "auto",
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; any but this machine's own needs a key.")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Port to listen on; default: 8000, or a free one.")
+    ] = None,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="LORATUNE_API_KEY", help="Key that requests must send; vLLM only.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Serve base and fine-tuned model through an OpenAI-compatible API (chat completions), until Ctrl-C."""
+    with command_context(as_json) as progress:
+        from loratune.workflows.serve import serve as start
+
+        def ready(service: Service) -> None:
+            show_service(service, as_json)
+
+        start(run, server=server, host=host, port=port, api_key=api_key, progress=progress, on_ready=ready)
+
+
+def push(
+    run: RunFolder,
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="OWNER/NAME on the Hub, or NAME under your own account.")],
+    public: Annotated[bool, typer.Option("--public", help="Make the repository public.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be uploaded.")] = False,
+    with_report: Annotated[
+        bool,
+        typer.Option("--report/--no-report", help="Include the report, which shows prompts, answers and examples."),
+    ] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Upload adapter, model card and report to the Hugging Face Hub; private unless --public is given."""
+    with command_context(as_json) as progress:
+        from loratune.workflows.push import push as send
+
+        done = send(run, repo, public=public, dry_run=dry_run, with_report=with_report, progress=progress)
+        show_publication(done, as_json)
+
+
+def _show_file(name: str, path: Path, as_json: bool) -> None:
+    if as_json:
+        print_json({name: str(path)})
+    else:
+        sys.stdout.write(f"{path}\n")

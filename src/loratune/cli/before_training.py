@@ -1,0 +1,192 @@
+"""Verbs for the time before training: write a recipe, see what it would do, check the machine.
+
+Typer reads a command's options from its parameters, so the limit on the number of parameters does not apply to verbs.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from loratune.cli.options import (
+    AsJson,
+    DeviceName,
+    DevicesSpec,
+    FieldsAndOverrides,
+    Html,
+    Interconnect,
+    OutFile,
+    Overrides,
+    OverwriteFile,
+    Price,
+    RealSteps,
+    RecipeFile,
+    Samples,
+)
+from loratune.cli.output import add_cost, print_json, print_record, show_plan, write_page
+from loratune.cli.shell import command_context
+from loratune.cli.terminal import SafeConsole
+from loratune.recipe.recipe import Recipe
+from loratune.recipe.recipe import origins as load_origins
+from loratune.run.errors import MachineError
+
+
+def init(
+    what: Annotated[
+        str | None,
+        typer.Argument(metavar="[DATA|NAME]", help="A data file, or a recipe's name: chat, quickstart, seed."),
+    ] = None,
+    out: OutFile = None,
+    overwrite: OverwriteFile = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a commented recipe to start from, chosen by the data's format and this machine."""
+    with command_context(as_json) as progress:
+        from loratune.workflows.guidance.init import init as write
+
+        path, starter = write(what, out, overwrite=overwrite)
+        if as_json:
+            print_json({"recipe": str(path), "title": starter.title, "settings": starter.as_dict()})
+            return
+        progress.line(f"{starter.title} Next: loratune plan {path}")
+        sys.stdout.write(f"{path}\n")
+
+
+def plan(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+    samples: Samples = 3,
+    html: Html = None,
+    device: DeviceName = None,
+    devices: DevicesSpec = None,
+    interconnect: Interconnect = None,
+    price_per_hour: Price = None,
+    probe: RealSteps = False,
+) -> None:
+    """Show what would be trained: parameters, memory, time, data, trained tokens.
+
+    Loads no weights without --probe.
+    """
+    with command_context(as_json) as progress:
+        loaded = Recipe.load(recipe, overrides or ())
+        if probe:
+            from loratune.workflows import plan as workflow
+
+            prepared = workflow.plan(
+                loaded, device=device, devices=devices, interconnect=interconnect or (), probe=True, progress=progress
+            )
+        else:
+            from loratune.planning.hardware.cluster import find_machine
+            from loratune.planning.prepare import prepare  # not workflows.plan, which imports the trainer
+
+            named, cluster = find_machine(device, devices, interconnect or ())
+            prepared = prepare(loaded, progress, named, cluster=cluster, weights=False)
+        record = prepared.as_plan()
+        if price_per_hour is not None:
+            add_cost(record, price_per_hour)
+        if html is not None:
+            write_page(html, prepared, samples)
+        if as_json:
+            print_record("plan", {**record, "data_report": prepared.data.report})
+        else:
+            show_plan(prepared, record, SafeConsole(highlight=False), samples, full=True)
+
+
+def explain(recipe: RecipeFile, words: FieldsAndOverrides = None, as_json: AsJson = False) -> None:
+    """Show every setting: its value, where the value came from, and what it does to this model and data."""
+    with command_context(as_json) as progress:
+        fields = [word for word in words or () if "=" not in word]
+        overrides = [word for word in words or () if "=" in word]
+        loaded, origins = Recipe.load(recipe, overrides), load_origins(recipe, overrides)
+        from loratune.planning.prepare import prepare
+        from loratune.workflows.guidance import explain as guide
+
+        fields = [guide.full_name(field) for field in fields]  # a typo is an error before the data is read
+        found = guide.explain(loaded, prepare(loaded, progress, weights=False), origins, fields)
+        if as_json:
+            print_json([item.as_dict() for item in found])
+            return
+        console = SafeConsole(highlight=False)
+        for part in [guide.explanation_page(item) for item in found] if fields else [guide.explanation_table(found)]:
+            console.print(part)
+
+
+def doctor(as_json: AsJson = False) -> None:
+    """Show what this machine can do, with the command that fixes what is missing.
+
+    Exits with 0 if the quickstart can run.
+    """
+    with command_context(as_json):
+        from loratune.workflows.guidance import doctor as workflow
+
+        checks = workflow.doctor()
+        missing = [check.name for check in checks if check.state == "missing"]
+        if as_json:
+            print_json({"quickstart_can_run": not missing, "checks": [check.as_dict() for check in checks]})
+        else:
+            SafeConsole(highlight=False).print(workflow.diagnosis_table(checks))
+        if missing:
+            raise MachineError(
+                f"the quickstart cannot run: {', '.join(missing)}", fix="run the commands shown next to ✗"
+            )
+
+
+def selftest(as_json: AsJson = False) -> None:
+    """Check on this machine, with a tiny model, that the optimizations change nothing.
+
+    Exits with 0 if every check passes, with 1 if not.
+    """
+    with command_context(as_json) as progress:
+        from loratune.workflows import selftest as tests
+
+        checks = tests.selftest(progress)
+        failed = [check.name for check in checks if not check.ok]
+        if as_json:
+            print_json({"ok": not failed, "checks": [check.as_dict() for check in checks]})
+            raise SystemExit(bool(failed))
+        SafeConsole(highlight=False).print(tests.selftest_table(checks))
+        if failed:
+            raise tests.failure(failed)
+
+
+def eject(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    out: OutFile = None,
+    overwrite: OverwriteFile = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write the same run as one plain script that needs only datasets, transformers, peft and trl."""
+    with command_context(as_json) as progress:
+        loaded = Recipe.load(recipe, overrides or ())
+        from loratune.planning.prepare import prepare
+        from loratune.workflows.guidance.eject import eject as write
+
+        target = out or Path(f"{recipe.stem}.py")
+        ejected = write(prepare(loaded, progress), target, overwrite=overwrite, progress=progress)
+        if as_json:
+            print_json(ejected.as_dict())
+            return
+        if ejected.rows is not None:
+            progress.warn(f"tokens and labels are in {ejected.rows}: {ejected.why_rows}")
+        else:
+            progress.line(
+                "the script reads your own rows: TRL turns them into the same tokens and labels (all compared)"
+            )
+        sys.stdout.write(f"{ejected.script}\n")
+
+
+def schema(
+    verb: Annotated[
+        str | None, typer.Argument(metavar="[VERB]", help="A verb, such as plan; without it, the schema of a recipe.")
+    ] = None,
+) -> None:
+    """Print the JSON schema of a recipe, for editors; or of what a verb prints with --json."""
+    with command_context(as_json=False):
+        from loratune.run.records.schemas import schema_of
+
+        print_json(Recipe.model_json_schema() if verb is None else schema_of(verb))

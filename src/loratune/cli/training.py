@@ -1,0 +1,165 @@
+"""Verbs that train: train, resume, evaluate, reproduce, bench.
+
+Typer reads a command's options from its parameters, so the limit on the number of parameters does not apply to verbs.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from loratune.cli.options import (
+    Address,
+    AsJson,
+    Engine,
+    MaxFailures,
+    Overrides,
+    Overwrite,
+    Processes,
+    RecipeFile,
+    RunFolder,
+    Storage,
+    Workers,
+)
+from loratune.cli.output import print_json, show_plan, show_result
+from loratune.cli.shell import check_engine, command_context, start_processes
+from loratune.cli.terminal import SafeConsole
+from loratune.recipe.recipe import Recipe
+from loratune.run.errors import RunError
+from loratune.run.processes import is_main
+
+if TYPE_CHECKING:
+    from loratune.planning.preparation import Preparation
+
+
+def train(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+    overwrite: Overwrite = False,
+    processes: Processes = 1,
+    engine: Engine = "torch",
+    workers: Workers = None,
+    address: Address = None,
+    storage: Storage = None,
+    max_failures: MaxFailures = None,
+) -> None:
+    """Plan, train, and compare base and fine-tuned model on held-out data."""
+    on_ray = engine == "ray"
+    if not on_ray:
+        start_processes(processes)
+    with command_context(as_json, together=not on_ray) as progress:
+        options = {"--workers": workers, "--address": address, "--storage": storage, "--max-failures": max_failures}
+        check_engine(engine, processes, options)
+        loaded = Recipe.load(recipe, overrides or ())
+        written = recipe.read_text(encoding="utf-8") if not overrides else loaded.to_yaml()
+        if on_ray:
+            from loratune.cli.ray import RayOptions, train_on_ray
+
+            ray = RayOptions(workers=workers or 1, address=address, storage=storage, max_failures=max_failures or 0)
+            result = train_on_ray(loaded, ray, written=written, overwrite=overwrite, progress=progress)
+            show_result(result, as_json)
+            return
+        from loratune.workflows import train as workflow
+
+        def show(prepared: Preparation) -> None:
+            show_plan(prepared, prepared.as_plan(), progress.console, samples=1, full=False)
+
+        result = workflow.train(loaded, written=written, overwrite=overwrite, progress=progress, on_plan=show)
+        if is_main():
+            show_result(result, as_json)
+
+
+def resume(run: RunFolder, as_json: AsJson = False, processes: Processes = 1) -> None:
+    """Resume an interrupted run."""
+    start_processes(processes)
+    with command_context(as_json, together=True) as progress:
+        from loratune.workflows import resume as workflow
+
+        result = workflow.resume(run, progress=progress)
+        if is_main():
+            show_result(result, as_json)
+
+
+def evaluate(
+    run: RunFolder,
+    gate: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME>=NUMBER", help="Exit with 1 unless this holds: json>=0.8, difference.nll.high<0. Repeatable."
+        ),
+    ] = None,
+    metric: Annotated[
+        str,
+        typer.Option(
+            metavar="FILE.py:FUNCTION", help="Your own metric: a function of answer and reference, returning 0 to 1."
+        ),
+    ] = "",
+    harness: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TASK", help="A task of lm-evaluation-harness: its name, or a YAML file. Repeatable."),
+    ] = None,
+    allow_code: Annotated[bool, typer.Option(help="Allow the code that --metric and --harness name to run.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Re-run the held-out evaluation of base and fine-tuned model."""
+    with command_context(as_json) as progress:
+        from loratune.evaluation.gates import check_gates
+        from loratune.workflows import evaluate as workflow
+
+        tasks = tuple(task for word in harness or () for task in word.split(","))
+        extras = workflow.Extras(metric=metric, harness=tasks, gates=tuple(gate or ()), allow_code=allow_code)
+        result = workflow.evaluate(run, extras=extras, progress=progress)
+        show_result(result, as_json)
+        try:
+            check_gates(result.evaluation or {})
+        except RunError as failed:
+            if not as_json:
+                raise
+            progress.warn(str(failed))  # stdout already has the record, gates included
+            raise SystemExit(failed.exit_code) from None
+
+
+def reproduce(
+    run: RunFolder,
+    out: Annotated[Path | None, typer.Option("--out", help="The new run directory; default: RUN-again.")] = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train a finished run again from the same inputs, and compare the adapters.
+
+    Exits with 0 if they are the same, bit for bit; with 1 if not.
+    """
+    with command_context(as_json) as progress:
+        from loratune.workflows import reproduce as workflow
+
+        result = workflow.reproduce(run, out, overwrite=overwrite, progress=progress)
+        if as_json:
+            print_json(result.as_dict())
+        if not result.equal:
+            raise result.as_error()
+        progress.line(f"the same adapter, bit for bit: {result.run.adapter}")
+
+
+def bench(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Number of runs of each engine.")] = 2,
+    steps: Annotated[
+        int, typer.Option("--steps", min=3, help="Optimizer steps per run; the first two are warm-up.")
+    ] = 8,
+    as_json: AsJson = False,
+) -> None:
+    """Benchmark the fast engine against stock TRL in alternating runs: speed, memory, losses."""
+    with command_context(as_json) as progress:
+        loaded = Recipe.load(recipe, overrides or ())
+        from loratune.workflows.bench import bench as run_bench
+        from loratune.workflows.bench import bench_table
+
+        record = run_bench(loaded, rounds=rounds, steps=steps, progress=progress)
+        if as_json:
+            print_json(record)
+            return
+        SafeConsole(highlight=False).print(bench_table(record))
