@@ -23,6 +23,7 @@ check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python tests/test_layout.py
 	$(BIN)/python docs/make_reference.py --check
 	$(BIN)/python docs/make_records.py --check
 	$(BIN)/python docs/make_lora_parameters.py --check

@@ -1,9 +1,10 @@
-"""Predicted beside measured peak memory of encoders on a CPU, each case a `loratune train` of three steps in a process of its own.
+"""Compare planned and measured peak memory of encoders on a CPU.
 
     python benchmarks/encoder_memory.py FOLDER [--cases bert-512-float32,…]
 
-Models of base size with random weights, texts of the same length but for one in eight, which has half of it. Prints the table of
-docs/results/memory.md. 3 GB of memory for the largest case.
+Each case is a `loratune train` of three steps in its own process, on a model of base size with random weights. All
+texts have the same length, except one in eight, which has half of it. Prints the table of docs/results/memory.md. The
+largest case needs 3 GB of memory.
 """
 
 from __future__ import annotations

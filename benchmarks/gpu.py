@@ -3,8 +3,8 @@
     python benchmarks/make_model.py /tmp/qwen2-1.5b
     python benchmarks/gpu.py /tmp/qwen2-1.5b > gpu.json
 
-Each case is `loratune bench` on generated conversations of the given length. Stock TRL runs with its defaults (bf16 autocast,
-gradient checkpointing).
+Each case is `loratune bench` on generated conversations of the given length. Stock TRL runs with its defaults (bf16
+autocast, gradient checkpointing).
 """
 
 from __future__ import annotations

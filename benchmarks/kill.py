@@ -3,10 +3,10 @@
     python benchmarks/kill.py recipes/quickstart.yaml --kills 20
     python benchmarks/kill.py RECIPE train.save_every=2 train.eval_every=3 lora.dropout=0.1 --kills 20 --seed 1
 
-Each process is killed by SIGKILL at a moment that the seed chooses: some time after its start, some steps on, while a
-checkpoint is written, or when the adapter stands. A run that comes to its end is compared with the one that was left alone
-(losses, gradient norms, learning rates and held-out losses in metrics.jsonl, the bytes of the adapter, evaluation.json), and
-the next one begins, until there were as many kills as wanted. Exit code 0: everything was the same.
+Each process is killed by SIGKILL at a moment that the seed chooses: some time after its start, after some steps, while
+a checkpoint is written, or once the adapter is written. A run that finishes is compared with the one that was left
+alone (losses, gradient norms, learning rates and held-out losses in metrics.jsonl, the bytes of the adapter,
+evaluation.json), and the next one starts, until the wanted number of kills is reached. Exit code 0: no difference.
 
 `--forked` imports everything once and forks a child for each start, which is as real to the run directory and ten times
 as quick; it needs a CPU.

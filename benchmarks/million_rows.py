@@ -1,12 +1,12 @@
-"""Time to the first step on a file of a million chats, and memory while its rows stream.
+"""Measure the time to the first step on a file of a million chats, and memory while its rows are streamed.
 
-    python benchmarks/million_rows.py [--rows 1000000] [--streamed 200000] [--part start|stream] [--folder FOLDER] [--json]
+    python benchmarks/million_rows.py [--rows 1000000] [--streamed 200000] [--part start|stream] [--folder F] [--json]
 
 Two runs of `loratune train`, each in a process of its own, on JSON lines that are made up:
 
     start     chats as in `preparation.py`, SmolLM2-135M, a handful of steps: seconds from the command to the first step
-    stream    short chats, a model of one narrow layer, so that most of the time goes into rows: resident memory of the run and
-              its helper process through all of it
+    stream    short chats, a model of one narrow layer, so that most of the time goes into rows: resident memory of the
+              run and its helper process over its whole length
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def main() -> None:
 
 
 def stream(common: list[str], folder: Path, rows: int, streamed: int) -> dict[str, Any]:
-    """The run that trains on many rows: its rate, and resident bytes, the median of each tenth of its time after the first step."""
+    """Train on many rows: return the rate, and resident bytes, the median of each tenth of the time after step 1."""
     write_model(folder / "narrow")
     settings = [
         f"model.name={folder / 'narrow'}",

@@ -2,8 +2,8 @@
 
     python benchmarks/preparation.py [--rows 30000] [--trl-rows 4000] [--rounds 3] [--json]
 
-Chats of 100 to 300 tokens, made up in the manner of GSM8K; SmolLM2's tokenizer, with its template marked with
-`{% generation %}`, which TRL needs for `assistant_only_loss`. loratune's time is all of `prepare_data`: reading the file,
+Chats of 100 to 300 tokens, made up in the manner of GSM8K; SmolLM2's tokenizer, with its template marked with `{%
+generation %}`, which TRL needs for `assistant_only_loss`. loratune's time is all of `prepare_data`: reading the file,
 validating, rendering, tokenising, verifying, the report, starting helper processes. TRL's is `SFTTrainer`'s preparation
 alone, of rows that are in memory already. TRL is given fewer rows, so that a round takes seconds; its first rows are
 compared with ours, token by token.
@@ -30,11 +30,13 @@ import numpy as np
 
 import loratune  # noqa: F401 - sets what the libraries read from the environment
 
-WORDS = """Natalia sold clips to friends in April and then half as many May how did altogether Weng earns an hour for
-babysitting yesterday she just minutes of earn Betty is saving money new wallet which costs has only the needs her parents
-decided give that purpose grandparents twice much more does need buy Julie reading page book was able read pages today if
-wants remaining tomorrow should James writes letter different week year garden flowers yellow there are purple percent green
-apples oranges bought store each total price discount students class teacher bus train miles speed hours dollars""".split()  # noqa: SIM905
+WORDS = """\
+Natalia sold clips to friends in April and then half as many May how did altogether Weng earns an hour for babysitting
+yesterday she just minutes of earn Betty is saving money new wallet which costs has only the needs her parents decided
+give that purpose grandparents twice much more does need buy Julie reading page book was able read pages today if
+wants remaining tomorrow should James writes letter different week year garden flowers yellow there are purple percent
+green apples oranges bought store each total price discount students class teacher bus train miles speed hours dollars
+""".split()  # noqa: SIM905
 
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 TEMPLATE = (
@@ -42,7 +44,8 @@ TEMPLATE = (
     + SYSTEM
     + "<|im_end|>\n' }}{% endif %}{{ '<|im_start|>' + message['role'] + '\n' }}{% if message['role'] == 'assistant' %}"
     "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{% else %}{{ message['content'] + "
-    "'<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "'<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
 

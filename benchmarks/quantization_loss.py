@@ -1,6 +1,6 @@
-"""What a quantised base costs: held-out loss before and after a short training, speed and memory, beside the whole base.
+"""Measure what a quantized base costs, against the full one: held-out loss before and after a short run, speed, memory.
 
-    python benchmarks/quantization_loss.py [--steps 20] [--held-out 100] [--recipe recipes/quickstart.yaml] [--dtype bfloat16] [--json]
+    python benchmarks/quantization_loss.py [--steps 20] [--held-out 100] [--recipe FILE] [--dtype bfloat16] [--json]
 
 One `loratune train` for each kind of base, in a process of its own, so that its peak is its own. Nothing but the base's
 type and quantisation differs: the same adapter at the start, the same examples in the same order.

@@ -1,10 +1,10 @@
-"""Stock TRL as a user gets it: `SFTTrainer` with a model folder, messages and a LoRA configuration, and TRL's own defaults.
+"""Run stock TRL as a user gets it: `SFTTrainer` with a model folder, messages, a LoRA configuration, TRL's defaults.
 
     python benchmarks/stock_trl.py benchmarks/gsm8k-64.jsonl --steps 6 [--assistant-only]
 
-TRL loads the weights in float32, multiplies them in bf16 autocast and checkpoints gradients; `loratune bench` compares with
-TRL on weights of the recipe's own type instead, which is faster. Prints JSON: rates of the steps in tokens/s without padding,
-peak bytes, losses.
+TRL loads the weights in float32, multiplies them in bf16 autocast and uses gradient checkpointing; `loratune bench`
+compares with TRL on weights of the recipe's own type instead, which is faster. Prints JSON: rates of the steps in
+tokens/s without padding, peak bytes, losses.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Write a small task in the format of the E2E data set (Novikova et al. 2017): a restaurant as attributes, and texts about it.
+"""Write a small task in the format of E2E (Novikova et al. 2017): a restaurant as attributes, and texts about it.
 
     python examples/e2e/make_data.py
 
-writes `train.csv` and `eval.csv` beside this file, the same bytes at every run. As in E2E's own files the columns are `mr`
-(meaning representation) and `ref` (one text about it), and an `mr` stands on as many rows as there are texts. All names and
-sentences are made up here; nothing is taken from E2E. No `mr` of `eval.csv` is in `train.csv`.
+writes `train.csv` and `eval.csv` next to this file, the same bytes in every run. As in E2E's own files the columns are
+`mr` (meaning representation) and `ref` (one text about it), and an `mr` has one row for each of its texts. All names
+and sentences are made up here; nothing is taken from E2E. No `mr` of `eval.csv` is in `train.csv`.
 """
 
 import csv

@@ -2,9 +2,9 @@
 
     python examples/intents/make_data.py
 
-writes `train.jsonl` and `eval.jsonl` beside this file, the same bytes at every run. A row has `text` and `label`, one of six
-intents. The held-out requests use phrasings, names and things that the training requests do not, so that remembering words is not
-enough. All sentences are made up here.
+writes `train.jsonl` and `eval.jsonl` next to this file, the same bytes in every run. A row has `text` and `label`, one
+of six intents. The held-out requests use phrasings, names and things that the training requests do not, so that
+remembering words is not enough. All sentences are made up here.
 """
 
 import json
