@@ -36,7 +36,7 @@ from loratune.model.adapter.attach import attach_adapter, trainable_parameters, 
 from loratune.model.device import choose_device
 from loratune.model.gguf_import import CACHE_VARIABLE
 from loratune.model.kernels.attention import packed_attention
-from loratune.model.kernels.cross_entropy import sum_cross_entropy
+from loratune.model.kernels.cross_entropy import Head, sum_cross_entropy
 from loratune.model.kernels.lora_linear import lora_linear
 from loratune.planning.prepare import prepare
 from loratune.recipe.recipe import Recipe
@@ -205,7 +205,7 @@ def _cross_entropy(device: str) -> float:
     hidden, weight = torch.randn(50, 16, generator=generator).to(device), torch.randn(99, 16, generator=generator)
     targets, weight = torch.randint(99, (50,), generator=generator).to(device), weight.to(device)
     return _with_gradients(
-        lambda hidden: sum_cross_entropy(hidden, weight, None, targets),
+        lambda hidden: sum_cross_entropy(hidden, Head(weight), targets),
         lambda hidden: F.cross_entropy(hidden @ weight.T, targets, reduction="sum"),
         (hidden,),
         torch.ones((), device=device),
