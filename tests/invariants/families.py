@@ -25,7 +25,8 @@ from loratune.exporting.gguf.architectures import family_of
 from loratune.exporting.merge_weights import write_merged
 from loratune.exporting.vllm import check_vllm
 from loratune.model.adapter.attach import attach_adapter, save_adapter, trainable_parameters
-from loratune.model.adapter.targets import PRESET_ROLES, resolve_targets
+from loratune.model.adapter.module_roles import PRESET_ROLES
+from loratune.model.adapter.targets import resolve_targets
 from loratune.recipe.recipe import LoraSection
 from loratune.run.errors import RecipeError
 from loratune.training.loss import make_loss

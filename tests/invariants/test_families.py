@@ -90,7 +90,7 @@ def test_a_window_that_stands_in_a_mask_only_is_kept_to(tmp_path: Path) -> None:
     settings = {"use_sliding_window": True, "sliding_window": 26}
     targets = resolve_targets(base_of("Qwen2 MoE", tmp_path / "0", **settings), "complete")
     model = adapted(base_of("Qwen2 MoE", tmp_path / "1", **settings), targets)
-    assert check_loss(model) == (True, "a mask alone keeps its attention to 26 tokens")
+    assert check_loss(model) == (True, "only a mask limits its attention to 26 tokens")
     model = adapted(base_of("Qwen2 MoE", tmp_path / "2", **settings), targets)
     loss, reason = make_loss(model, [example for example in examples() if len(example.input_ids) <= 26])
     assert (loss.longest_packed, reason) == (26, "")
@@ -116,14 +116,14 @@ def test_a_leak_that_hides_below_rounding_is_known_from_the_structure(tmp_path: 
     base = base_of("LFM 2", tmp_path, initializer_range=0.01).to(torch.bfloat16)
     loss, reason = make_loss(adapted(base, resolve_targets(base, "complete")), examples())
     assert not loss.packed
-    assert reason == "the state of Lfm2ShortConv would run on into the next example"
+    assert reason == "the state of Lfm2ShortConv would leak into the next example"
 
 
 def test_a_model_whose_losses_are_not_numbers_is_refused() -> None:
     base = AutoModelForCausalLM.from_config(LlamaConfig(**COMMON))
     torch.nn.init.constant_(base.model.norm.weight, float("nan"))
     model = attach_adapter(base, LoraSection(r=3), resolve_targets(base, "balanced"), base_name="tiny", seed=0)
-    with pytest.raises(RunError, match="differs from LlamaForCausalLM's own by nan"):
+    with pytest.raises(RunError, match="loss differs from LlamaForCausalLM's own by nan"):
         make_loss(model, examples())
 
 

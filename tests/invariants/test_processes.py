@@ -193,7 +193,7 @@ def test_sigterm_stops_all_processes_in_order(tiny_recipe: MakeRecipe, one: RunD
         output, _ = process.communicate(timeout=WAIT_SECONDS)
     assert process.returncode == 143, output
     assert output.count("Terminated") == 1, output
-    assert "which is saved" in output
+    assert "(checkpoint saved)" in output
     assert_same(one, resume(run.root).run, tolerance=1e-5)
 
 

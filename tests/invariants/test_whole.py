@@ -177,7 +177,7 @@ def test_in_bfloat16_small_steps_are_kept_and_what_is_saved_computes_the_same(
         ({"lora__modules_to_save": ["nrom"]}, "nrom matches no module"),
         (
             {"lora__modules_to_save": ["q_proj"]},
-            r"trains model.layers.0.self_attn.q_proj whole, and lora.targets adapts",
+            r"trains all of model.layers.0.self_attn.q_proj, but lora.targets adapts",
         ),
         ({"lora__modules_to_save": ["self_attn"]}, "lora.targets adapts"),
         ({"lora__modules_to_save": ["mlp", "up_proj"]}, "one inside the other"),

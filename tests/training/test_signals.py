@@ -51,12 +51,12 @@ def whole(tiny_model: Path, chat_files: tuple[Path, Path], tmp_path_factory: pyt
 def test_a_stop_is_in_order_whatever_was_under_way(tiny_recipe: MakeRecipe, whole: RunDir) -> None:
     """At a step that an evaluation belongs to, in that evaluation when it is made up for, at the last step: the same bits."""
     recipe = tiny_recipe(**SETTINGS)
-    with pytest.raises(Terminated, match="stopped after step 2 of 6, which is saved") as stopped:
+    with pytest.raises(Terminated, match=r"stopped after step 2 of 6 \(checkpoint saved\)") as stopped:
         train(recipe, progress=Moment("training", send(signal.SIGTERM), at=3))
     assert stopped.value.exit_code == 143
     run = RunDir.open(recipe.train.output_dir)
     assert [record["step"] for record in run.read_metrics()] == [1, 2], "who stops does not wait for an evaluation"
-    with pytest.raises(Interrupted, match="stopped after step 2 of 6") as stopped:
+    with pytest.raises(Interrupted, match=r"stopped after step 2 of 6") as stopped:
         resume(run.root, progress=Moment("held-out loss", send(signal.SIGINT), at=1))
     assert stopped.value.exit_code == 130
     with pytest.raises(Interrupted, match="stopped after step 4"):

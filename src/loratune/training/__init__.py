@@ -1,1 +1,1 @@
-"""The optimizer step, and everything around it: batches, loss, checkpoints, events."""
+"""The optimizer step and everything around it: micro-batches, loss, checkpoints, events. Start at `fast_trainer`."""

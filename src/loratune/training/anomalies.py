@@ -1,10 +1,10 @@
-"""Numbers that should not be: a loss or a gradient that is not finite, and a loss that leaps.
+"""Guards against a loss or gradient norm that is not finite, and warnings of loss spikes.
 
-A step whose loss or gradient is NaN or infinite is never applied. `train.on_bad_step` decides whether the run ends there, or
-goes on without the step, at most `train.max_skipped_steps` times.
+A step whose loss or gradient norm is NaN or infinite is never applied. `train.on_bad_step` decides whether the run ends
+there or skips the step, at most `train.max_skipped_steps` times.
 
-A loss is a spike when it lies above the median of the 50 steps before it by more than the median itself and by more than
-8 robust standard deviations (1.4826 times the median distance from the median; Rousseeuw & Croux 1993). It is a warning.
+A loss is a spike if it exceeds the median of the 50 steps before it by more than that median and by more than 8 robust
+standard deviations (1.4826 times the median absolute deviation; Rousseeuw & Croux 1993). A spike is only a warning.
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 WINDOW = 50
-"""Steps whose losses a new one is compared with."""
+"""Number of preceding steps that a loss is compared with."""
 
 LEAST = 20
-"""Steps before which nothing is called a spike."""
+"""Number of preceding steps without which no loss counts as a spike."""
 
 _DEVIATIONS = 8
-_MOST_EXAMPLES = 5
-_TEXT = 240
-"""Characters of an example's text that are shown."""
+_MAX_EXAMPLES = 5
+_MAX_CHARACTERS = 240
+"""Characters of an example's text that a message shows."""
 
 
 class AnomalyGuard:
-    """Looks at the loss and the gradient norm of each step, which are known anyway.
+    """Checks the loss and the gradient norm of each step, which are known anyway.
 
     Args:
-        train: The recipe's policy.
-        loss: Finds the examples that did it, one by one, when something is wrong.
-        tokenizer: Turns them into text.
-        events: Where it is told.
-        history: Of the steps before.
+        train: The recipe's section, with the policy for bad steps.
+        loss: Measures the step's examples one by one when something is wrong, to find the cause.
+        tokenizer: Decodes these examples for the message.
+        events: Where anomalies are reported.
+        history: What is known of the steps before a resume.
     """
 
     def __init__(
@@ -64,10 +64,10 @@ class AnomalyGuard:
         self._in_spike = False
 
     def check(self, name: str, value: float, examples: Sequence[Example]) -> bool:
-        """Whether a number is finite, so that the step may be applied.
+        """Tell whether a number is finite, so that the step may be applied; report it otherwise.
 
         Raises:
-            RunError: It is not, and the recipe says to stop, or too many steps were skipped.
+            RunError: It is not finite, and the recipe says to stop, or too many steps were skipped.
         """
         if math.isfinite(value):
             return True
@@ -75,13 +75,14 @@ class AnomalyGuard:
         problem = f"the {name} of step {self._events.step} is {value}\n{_in_words(suspects, num_examples)}"
         if self._train.on_bad_step == "error":
             raise RunError(
-                f"{problem}\n  the step is not applied; checkpoints written before are intact",
-                fix="look at the examples; lower train.learning_rate, set model.dtype: float32, or train.on_bad_step: skip",
+                f"{problem}\n  the step is not applied; earlier checkpoints are intact",
+                fix="check these examples; lower train.learning_rate, set model.dtype: float32, or "
+                "train.on_bad_step: skip",
             )
         self._num_skipped += 1
         if self._num_skipped > self._train.max_skipped_steps:
             raise RunError(
-                f"{problem}\n  {self._num_skipped} steps could not be applied, train.max_skipped_steps is "
+                f"{problem}\n  {self._num_skipped} steps could not be applied, but train.max_skipped_steps is "
                 f"{self._train.max_skipped_steps}",
                 fix="lower train.learning_rate, or set model.dtype: float32",
             )
@@ -89,15 +90,15 @@ class AnomalyGuard:
         return False
 
     def observe(self, loss: float, examples: Sequence[Example]) -> None:
-        """Warn when a loss leaps; of steps in a row that do, the first is told, and all are written down."""
+        """Record a loss spike; of several in a row, warn of the first only."""
         if is_spike(loss, self._losses):
             median = statistics.median(self._losses)
             suspects, num_examples = ([], 0) if self._in_spike else self._suspects(examples)
             self._events.emit(
                 "spike",
-                f"the loss of step {self._events.step} leaps to {loss:.4g}, the median of {len(self._losses)} steps before is "
-                f"{median:.4g}\n{_in_words(suspects, num_examples)}",
-                told=not self._in_spike,
+                f"the loss of step {self._events.step} jumps to {loss:.4g}; the median of the {len(self._losses)} steps "
+                f"before is {median:.4g}\n{_in_words(suspects, num_examples)}",
+                warn=not self._in_spike,
                 value=loss,
                 median=median,
                 examples=suspects,
@@ -108,9 +109,9 @@ class AnomalyGuard:
         self._losses.append(loss)
 
     def _suspects(self, examples: Sequence[Example]) -> tuple[list[Record], int]:
-        """The examples of the step with the worst losses, the not finite ones first, and how many it has in all processes."""
+        """Return the step's examples with the worst losses, worst first, and the number of its examples on all ranks."""
         losses = loss_of_each(self._loss, examples)
-        worst = sorted(range(len(examples)), key=lambda i: _badness(losses[i]))[:_MOST_EXAMPLES]
+        worst = sorted(range(len(examples)), key=lambda i: _badness(losses[i]))[:_MAX_EXAMPLES]
         mine = [
             {
                 "file": examples[i].origin.file,
@@ -120,19 +121,21 @@ class AnomalyGuard:
             }
             for i in worst
         ]
-        everybodys = processes.gather((mine, len(examples)))
-        suspects = sorted((item for items, _ in everybodys for item in items), key=lambda item: _badness(item["loss"]))
-        return suspects[:_MOST_EXAMPLES], sum(number for _, number in everybodys)
+        of_all_ranks = processes.gather((mine, len(examples)))
+        suspects = sorted(
+            (item for items, _ in of_all_ranks for item in items), key=lambda item: _badness(item["loss"])
+        )
+        return suspects[:_MAX_EXAMPLES], sum(number for _, number in of_all_ranks)
 
 
 def _badness(loss: float | str) -> tuple[bool, float]:
-    """By this the worst losses come first; equal ones stay in the order of the step."""
+    """Return a sort key that puts NaN and infinity first, then the highest losses."""
     finite = math.isfinite(float(loss))
     return finite, -float(loss) if finite else 0.0
 
 
 def is_spike(loss: float, before: Sequence[float]) -> bool:
-    """Whether a loss leaps out of those of the steps before it; see the head of this file."""
+    """Tell whether a loss is a spike compared with the losses before it, by the rule at the top of this file."""
     if len(before) < LEAST:
         return False
     median = statistics.median(before)
@@ -153,4 +156,5 @@ def _number(loss: float | str) -> str:
 
 
 def _shortened(text: str) -> str:
-    return text if len(text) <= _TEXT else f"{text[: _TEXT // 2]} … {text[-_TEXT // 2 :]}"
+    half = _MAX_CHARACTERS // 2
+    return text if len(text) <= _MAX_CHARACTERS else f"{text[:half]} … {text[-half:]}"

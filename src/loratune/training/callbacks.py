@@ -1,4 +1,4 @@
-"""What happens beside a step: the metrics file, the progress bar, when to evaluate, save and stop."""
+"""The callback around each step: metrics file, progress bar, and when to evaluate, save and stop."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from loratune.training.signals import StopRequest
 
 
 class RunCallback(TrainerCallback):
-    """Writes `metrics.jsonl`, moves the bar, prints a line when the recipe wants one, stops when asked.
+    """Writes `metrics.jsonl`, advances the progress bar, prints loss lines, and stops the run on request.
 
     What the recipe wants at the end of an epoch happens at the end of its last step: log, evaluate, save, in this order. So
-    whatever belongs to a step is written before its checkpoint is, and a run that goes on from there lacks nothing.
+    everything about a step is on disk before its checkpoint, and a run resumed from there lacks nothing.
 
     Args:
-        run: Where the metrics go.
-        progress: Who is told of lines and warnings.
-        task: The bar, of optimizer steps.
-        stop: Whether the user wants to stop.
+        run: The run directory, which gets the metrics.
+        progress: Receives lines and metrics.
+        task: The progress bar, in optimizer steps.
+        stop: The user's request to stop.
         num_per_epoch: Optimizer steps of an epoch.
 
     Attributes:
-        stopped_at: The step after which the run was stopped, and which is saved.
+        stopped_at: The step after which the run was stopped, which has a checkpoint; None: it was not stopped.
     """
 
     def __init__(self, run: RunDir, progress: Progress, task: Task, stop: StopRequest, num_per_epoch: int) -> None:
@@ -41,19 +41,19 @@ class RunCallback(TrainerCallback):
         self.stopped_at: int | None = None
 
     def watch(self, trainer: Any) -> None:
-        """Read the step's metrics from this trainer."""
+        """Take the metrics of each step from this trainer."""
         self._trainer = trainer
 
     def evaluate_if_owed(self) -> None:
-        """The evaluation that belongs to the step that is done, if the run was stopped before it.
+        """Run the evaluation of the last finished step if the run was stopped before it.
 
         Raises:
-            Interrupted: The user stops it again.
+            Interrupted: The user stops the run again.
         """
         args, state = self._trainer.args, self._trainer.state
         if state.global_step and state.global_step not in self._trainer.held_out and self._evaluates(args, state):
             self._trainer.evaluate()
-            if self._stop:  # with another step it would be forgotten that it is owed
+            if self._stop:  # before another step, after which nothing would show that this evaluation is missing
                 raise self._stop.after(state.global_step, state.max_steps, self._run)
 
     def on_train_begin(
@@ -70,16 +70,17 @@ class RunCallback(TrainerCallback):
         if self._stop:
             self.stopped_at = state.global_step
             control.should_save = True
-            control.should_evaluate = False  # who stops does not want to wait; `resume` makes up for it
+            control.should_evaluate = False  # the user does not want to wait; `resume` runs it first
             control.should_training_stop = True
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        # All of it happened in `on_step_end`, of the epoch's last step.
         control.should_log = control.should_evaluate = control.should_save = False
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self._stop:  # also where the stop came in an evaluation
+        if self._stop:  # the request may have come during the evaluation, after `on_step_end`
             self.stopped_at = state.global_step
             control.should_training_stop = True
 
@@ -95,7 +96,7 @@ class RunCallback(TrainerCallback):
 
     def _write(self, args: TrainingArguments, state: TrainerState) -> None:
         step: StepMetrics = self._trainer.step_metrics
-        if step.skipped:  # the line that says so is written
+        if step.skipped:  # its event is the line of this step
             self._task.advance(1, "skipped")
             return
         seconds = time.perf_counter() - step.started

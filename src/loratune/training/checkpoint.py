@@ -1,13 +1,14 @@
-"""Checkpoints: everything a run needs to go on as if nothing had happened, in plain files.
+"""Checkpoints: all that a run needs to resume bit-for-bit, in plain files.
 
     checkpoints/120/adapter_model.safetensors   the adapter, in PEFT's format
-                    optimizer.safetensors       tensors of the optimizer's state; the rest of it in state.json
-                    random.safetensors          torch's random states; Python's and NumPy's in state.json
-                    trainer_state.json          transformers' own record: step, epoch, history
+                    optimizer.safetensors       tensors of the optimizer's state
+                    random.safetensors          torch's RNG states
+                    state.json                  the rest: optimizer, learning-rate schedule, Python's and NumPy's RNG states
+                    trainer_state.json          transformers' own record: step, epoch
                     manifest.json               SHA-256 of every file; written last
 
-A checkpoint is written beside its place and renamed into it, so one that has its name is whole; one that goes is renamed
-before it is deleted. What a kill leaves under a name with a dot is nobody's. Nothing is pickled.
+A checkpoint is written under a temporary name and then renamed, so a folder with a step as its name is complete; one that is
+deleted is renamed first. What a killed run leaves has a name that begins with a dot, and is ignored. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import random
 import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,19 +36,9 @@ from loratune.run.errors import MachineError, RunError
 from loratune.run.progress import Progress
 from loratune.training.token_budget import random_state, set_random_state
 
-if TYPE_CHECKING:
-    pass
-
-
 TRAINER_STATE = "trainer_state.json"
-
-
 _ADAPTER, _OPTIMIZER, _RANDOM = "adapter_model.safetensors", "optimizer.safetensors", "random.safetensors"
-
-
 _STATE, _MANIFEST = "state.json", "manifest.json"
-
-
 _FILES = frozenset((_ADAPTER, _OPTIMIZER, _RANDOM, _STATE, TRAINER_STATE))
 
 
@@ -62,20 +53,20 @@ def save_checkpoint(
     held_out: Mapping[int, float | None],
     keep_too: Collection[int] = (),
 ) -> None:
-    """Write a checkpoint, whole or not at all, then drop the oldest beyond `keep`, but never the best.
+    """Write a checkpoint atomically, then delete the oldest beyond `keep`, but never the best one.
 
     Args:
         folder: `checkpoints/STEP`.
-        model: Its adapter is saved.
-        optimizer: Its state is saved.
-        scheduler: The learning-rate schedule.
+        model: The adapted model, whose adapter is saved.
+        optimizer: The optimizer, whose state is saved.
+        scheduler: The learning-rate schedule, whose state is saved.
         trainer_state: transformers' `TrainerState` as JSON.
-        keep: How many checkpoints to keep; None keeps all.
-        held_out: Step → held-out loss.
+        keep: Number of checkpoints to keep; None keeps all.
+        held_out: Step → held-out loss, None where the evaluation failed.
         keep_too: Steps whose checkpoints are kept in any case.
 
     Raises:
-        MachineError: The disk is full or cannot be written. Earlier checkpoints are intact.
+        MachineError: The disk is full or not writable. Earlier checkpoints are intact.
     """
     temporary = folder.with_name(f".{folder.name}.tmp")
     try:
@@ -98,8 +89,8 @@ def save_checkpoint(
 
 
 def remove_checkpoint(folder: Path) -> None:
-    """Delete a checkpoint, so that half of it is never taken for one."""
-    if folder.exists():
+    """Delete a checkpoint."""
+    if folder.exists():  # renamed first: a kill in the middle must not leave half of it under a valid name
         leaving = folder.with_name(f".{folder.name}.old.tmp")
         shutil.rmtree(leaving, ignore_errors=True)
         folder.rename(leaving)
@@ -107,20 +98,20 @@ def remove_checkpoint(folder: Path) -> None:
 
 
 def best_checkpoint(folder: Path, held_out: Mapping[int, float | None]) -> int | None:
-    """The step of the checkpoint with the lowest held-out loss, the earliest of equals; None where none was measured."""
+    """Return the step of the checkpoint with the lowest held-out loss, the earliest of equals; None if none has a loss."""
     steps = [int(path.name) for path in checkpoints_in(folder)]
     measured = [(loss, step) for step in steps if (loss := held_out.get(step)) is not None and math.isfinite(loss)]
     return min(measured)[1] if measured else None
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """All checkpoints, oldest first."""
+    """Return all checkpoints, oldest first."""
     found = [path for path in folder.iterdir() if path.is_dir() and path.name.isdigit()] if folder.is_dir() else []
     return sorted(found, key=lambda path: int(path.name))
 
 
 def latest_checkpoint(folder: Path) -> tuple[Path | None, dict[Path, str]]:
-    """The newest checkpoint whose files are as they were written, and any newer ones with what is wrong with them."""
+    """Return the newest undamaged checkpoint, and newer damaged ones with the damage of each."""
     damaged: dict[Path, str] = {}
     for path in reversed(checkpoints_in(folder)):
         problem = damage_of(path)
@@ -131,55 +122,58 @@ def latest_checkpoint(folder: Path) -> tuple[Path | None, dict[Path, str]]:
 
 
 def newest_valid_checkpoint(run: RunDir, progress: Progress) -> Path | None:
-    """The newest good one, None where there is none yet; damaged newer ones are deleted, or they would count among those that are
-    kept.
+    """Return the newest undamaged checkpoint of a run, None if it has none yet; delete newer damaged ones.
 
     Raises:
-        RunError: All are damaged.
+        RunError: All checkpoints are damaged.
     """
     checkpoint, damaged = latest_checkpoint(run.checkpoints)
     if checkpoint is None and damaged:
         problems = "; ".join(f"{path.name}: {problem}" for path, problem in damaged.items())
         raise RunError(
-            f"every checkpoint is damaged ({problems})", file=run.checkpoints, fix="train anew with --overwrite"
+            f"every checkpoint is damaged ({problems})", file=run.checkpoints, fix="train again with --overwrite"
         )
     for path, problem in damaged.items():
         progress.warn(f"checkpoint {path.name} is damaged ({problem}) and deleted; an earlier one is used")
-        remove_checkpoint(path)
+        remove_checkpoint(path)  # or it would count among the `train.keep_checkpoints` that are kept
     return checkpoint
 
 
 def load_adapter_weights(folder: Path, model: PeftModel) -> None:
-    """Put the adapter of a checkpoint into the model."""
-    _put(load_file(folder / _ADAPTER, device=str(model.device)), model)
+    """Load the adapter of a checkpoint into the model."""
+    _load_tensors(load_file(folder / _ADAPTER, device=str(model.device)), model)
 
 
 def load_mean(folders: Sequence[Path], model: PeftModel) -> None:
-    """Put the mean of the adapters of checkpoints into the model: of each weight, in double precision. A mean of A and of B is not the
-    mean of the updates B·A; of neighbouring checkpoints they are close."""
+    """Load the mean of several checkpoints' adapters into the model, weight by weight, computed in double precision.
+
+    The means of A and of B do not multiply to the mean of the updates B·A; for neighbouring checkpoints they are close.
+    """
     parts = [load_file(folder / _ADAPTER) for folder in folders]
     mean = {name: torch.stack([part[name].double() for part in parts]).mean(0) for name in parts[0]}
-    _put({name: weight.to(device=model.device, dtype=parts[0][name].dtype) for name, weight in mean.items()}, model)
+    _load_tensors(
+        {name: weight.to(device=model.device, dtype=parts[0][name].dtype) for name, weight in mean.items()}, model
+    )
 
 
-def _put(tensors: Mapping[str, torch.Tensor], model: PeftModel) -> None:
-    """`tensors`: as a checkpoint has them, each once."""
+def _load_tensors(tensors: Mapping[str, torch.Tensor], model: PeftModel) -> None:
+    """Load a checkpoint's tensors, which hold each tied tensor once, into the adapter."""
     own = get_peft_model_state_dict(model, save_embedding_layers=False)
     set_peft_model_state_dict(model, with_copies(tensors, own))
 
 
 def load_optimizer(folder: Path, optimizer: Any, scheduler: Any) -> None:
-    """Put optimizer and schedule back where they were."""
+    """Restore the optimizer and the learning-rate schedule."""
     state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
     optimizer.load_state_dict(_join_state(state["optimizer"], load_file(folder / _OPTIMIZER)))
     scheduler.load_state_dict(state["scheduler"])
 
 
 def load_random(folder: Path) -> None:
-    """Put every random generator back where it was.
+    """Restore the random generators of Python, NumPy and torch.
 
     Raises:
-        RunError: The checkpoint comes from a machine with another number of GPUs.
+        RunError: The checkpoint comes from a machine with a different number of GPUs.
     """
     state = json.loads((folder / _STATE).read_text(encoding="utf-8"))["random"]
     tensors = load_file(folder / _RANDOM)
@@ -189,12 +183,14 @@ def load_random(folder: Path) -> None:
     np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
     num_gpus = sum(name.startswith("cuda") for name in tensors)
     if num_gpus != torch.cuda.device_count():
-        raise RunError(f"the checkpoint has random states of {num_gpus} GPUs, here are {torch.cuda.device_count()}")
+        raise RunError(
+            f"the checkpoint has random states of {num_gpus} GPUs, but this machine has {torch.cuda.device_count()}"
+        )
     set_random_state(tensors)
 
 
 def _write_files(folder: Path, model: PeftModel, optimizer: Any, scheduler: Any, trainer_state: str) -> None:
-    # PEFT's "auto" asks the hub, at every save, whether the vocabulary was resized; we never resize it
+    # PEFT's "auto" would ask the hub at every save whether the vocabulary was resized; new rows are saved by themselves
     adapter = without_copies(get_peft_model_state_dict(model, save_embedding_layers=False))
     save_file(_contiguous(adapter), folder / _ADAPTER)
     structure, tensors = _split_state(optimizer.state_dict())
@@ -211,8 +207,10 @@ def _contiguous(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _split_state(state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """An optimizer's state as JSON (numbers) and tensors named `parameter.entry`, or `parameter.group/entry` where bitsandbytes
-    groups entries. Each has a copy of a table that several share."""
+    """Split an optimizer's state into what JSON can hold and tensors.
+
+    Tensors are named `parameter.entry`, or `parameter.group/entry` for the nested entries of bitsandbytes.
+    """
     numbers: dict[str, dict[str, Any]] = {}
     tensors: dict[str, torch.Tensor] = {}
     seen: set[int] = set()
@@ -221,6 +219,7 @@ def _split_state(state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, torch
         numbers[str(parameter)] = {k: v for k, v in flat.items() if not isinstance(v, torch.Tensor)}
         for name, value in flat.items():
             if isinstance(value, torch.Tensor):
+                # bitsandbytes shares its quantization tables between parameters; safetensors refuses shared memory
                 tensors[f"{parameter}.{name}"] = value.clone() if value.data_ptr() in seen else value
                 seen.add(value.data_ptr())
     return {"numbers": numbers, "param_groups": state["param_groups"]}, _contiguous(tensors)
@@ -263,7 +262,7 @@ def _write_manifest(folder: Path) -> None:
 
 
 def damage_of(folder: Path) -> str:
-    """What is wrong with a checkpoint's files; empty where they are as they were written."""
+    """Describe what is wrong with a checkpoint's files; "" if they are as they were written."""
     try:
         manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
         if not isinstance(manifest, dict) or manifest.keys() != _FILES:
@@ -275,7 +274,7 @@ def damage_of(folder: Path) -> str:
 
 
 def sync(path: Path) -> None:
-    """Have the disk hold a file, or the names in a folder, before going on."""
+    """Flush a file, or the names in a folder, to the disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -284,21 +283,23 @@ def sync(path: Path) -> None:
 
 
 def averaged_steps(train: TrainSection, *, last_step: int, num_steps: int, num_per_epoch: int) -> list[int]:
-    """The steps whose adapters are averaged in a run that ends after `last_step`: the last ones that `save_every` wants, and the
-    last step itself. What a stop saves beside does not count, so a run that goes on has the same mean.
+    """Return the steps whose adapters are averaged in a run that ends after `last_step`.
+
+    These are the last `train.average_checkpoints` steps among those that `train.save_every` saves and `last_step` itself.
 
     Args:
         train: The recipe's section.
-        last_step: Before the end of the run, the step so far: what a run that ended here would average.
-        num_steps: Optimizer steps of the whole run.
-        num_per_epoch: Of an epoch.
+        last_step: The last step of the run, or of the run so far.
+        num_steps: Optimizer steps of the complete run.
+        num_per_epoch: Optimizer steps of an epoch.
     """
     if train.average_checkpoints is None:
         return []
+    # From the recipe, not from the folder: a checkpoint saved by an interruption must not change the mean.
     wanted = trigger_steps(train.save_every, steps=num_steps, num_per_epoch=num_per_epoch)
     return [*(step for step in wanted if step < last_step), last_step][-train.average_checkpoints :]
 
 
 def resume_state(checkpoint: Path) -> int:
-    """The optimizer steps that a checkpoint has behind it."""
+    """Return the number of optimizer steps taken before a checkpoint."""
     return int(json.loads((checkpoint / TRAINER_STATE).read_text(encoding="utf-8"))["global_step"])

@@ -1,7 +1,7 @@
-"""Early stopping: when the held-out loss has gone long enough without falling.
+"""Early stopping: end a run after `patience` evaluations without a new lowest held-out loss.
 
-Everything follows from the held-out losses, which stand in `metrics.jsonl` and which all processes know. So a run that goes
-on stops where the uninterrupted one would have, and no process before another.
+The decision depends on the held-out losses alone, which are in `metrics.jsonl` and known to all ranks. So a resumed run
+stops where the uninterrupted one would have, and all ranks stop at the same step.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ EVENT = "early_stopping"
 
 
 def evaluations_without_improvement(held_out: Mapping[int, float | None]) -> int:
-    """Evaluations since the one with the lowest held-out loss, the earliest of equals: what transformers' `EarlyStoppingCallback`
-    counts with a threshold of 0. One that failed says nothing and does not count; a loss that is no number is not lower.
+    """Count the evaluations since the one with the lowest held-out loss, the earliest of equals.
+
+    This is what transformers' `EarlyStoppingCallback` counts with a threshold of 0. A failed evaluation does not count; a
+    loss of NaN counts as not lower.
 
     Args:
         held_out: Step → held-out loss, None where the evaluation failed.
@@ -32,29 +34,29 @@ def evaluations_without_improvement(held_out: Mapping[int, float | None]) -> int
 
 
 class Patience:
-    """Whether a run is to end before its last step.
+    """Decides whether a run ends before its last step.
 
     Args:
-        train: The recipe's section.
-        events: Where the end is told.
-        history: Of the steps before.
+        train: The recipe's section; `early_stopping` is the patience in evaluations, None for no early stopping.
+        events: Where the end is recorded.
+        history: What is known of the steps before a resume.
     """
 
     def __init__(self, train: TrainSection, events: EventLog, history: History) -> None:
-        self._most, self._events, self._told = train.early_stopping, events, history.stopped_early
+        self._patience, self._events, self._recorded = train.early_stopping, events, history.stopped_early
 
     def is_over(self, held_out: Mapping[int, float | None]) -> bool:
-        """Whether `train.early_stopping` evaluations went by without a lower loss; says so the first time."""
-        if self._most is None or evaluations_without_improvement(held_out) < self._most:
+        """Tell whether the patience is used up; record the event the first time."""
+        if self._patience is None or evaluations_without_improvement(held_out) < self._patience:
             return False
-        if not self._told:
-            self._told = True
+        if not self._recorded:
+            self._recorded = True
             best = min((loss, step) for step, loss in held_out.items() if loss is not None)
             self._events.emit(
                 EVENT,
-                f"training ends early, after step {self._events.step}: the held-out loss was lowest at step {best[1]} "
-                f"({best[0]:.4f}), and no lower in the {self._most} evaluations since",
-                told=False,
+                f"early stopping after step {self._events.step}: the held-out loss was lowest at step {best[1]} "
+                f"({best[0]:.4f}) and did not fall below that in the next {self._patience} evaluations",
+                warn=False,
                 lowest_at=best[1],
             )
         return True

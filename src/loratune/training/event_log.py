@@ -1,12 +1,12 @@
-"""What happens to a run beside its steps: told to the user, and a line in `metrics.jsonl` for the report and for `resume`.
+"""Events of a run besides its steps: a warning to the user, and a line in `metrics.jsonl` for the report and `resume`.
 
 {"step": 7, "time": …, "event": "skipped", "message": "the loss of step 7 is nan: …", "examples": […]}
 
 event               further fields
-out_of_memory       token_budget: the one that holds from here on
-skipped             examples: those of the step
-left_out            rows: of streamed data, that turned out to be no examples
-spike               loss, median; examples
+out_of_memory       token_budget: the new one
+skipped             examples: the worst of the step
+left_out            rows: rows of streamed data that cannot be trained on
+spike               value: the loss; median; examples: the worst of the step
 evaluation_failed
 tracker_failed
 early_stopping      lowest_at: the step with the lowest held-out loss
@@ -27,7 +27,13 @@ from loratune.run.progress import Progress
 
 @dataclass(slots=True)
 class StepMetrics:
-    """What is known about the step under way; `metrics.jsonl` gets it when the step is done."""
+    """Metrics of the current step, written to `metrics.jsonl` when the step is done.
+
+    Attributes:
+        started: `time.perf_counter()` at the start of the step.
+        skipped: Whether the step is not applied.
+        by_source: Source → its loss, if there are several sources.
+    """
 
     loss: float = math.nan
     grad_norm: float = math.nan
@@ -37,60 +43,59 @@ class StepMetrics:
     started: float = 0.0
     skipped: bool = False
     by_source: dict[str, float] = field(default_factory=dict)
-    """Source → its loss, where there are several."""
 
 
 class EventLog:
-    """Tells and writes down.
+    """Warns the user of events and records them.
 
     Args:
-        run: Whose `metrics.jsonl`.
-        progress: Who is told.
+        run: The run directory, whose `metrics.jsonl` gets the records.
+        progress: Receives the warnings.
 
     Attributes:
-        step: The optimizer step under way, counted from 1; the trainer keeps it.
+        step: The current optimizer step, counted from 1; set by the trainer.
     """
 
     step = 0
 
     def __init__(self, run: RunDir, progress: Progress) -> None:
         self._run, self._progress = run, progress
-        self._untold: list[Record] = []
+        self._pending: list[Record] = []
 
-    def emit(self, event: str, message: str, *, told: bool = True, **fields: Any) -> None:
-        """Write an event down; `told`: and warn the user."""
-        if told:
+    def emit(self, event: str, message: str, *, warn: bool = True, **fields: Any) -> None:
+        """Record an event, and warn the user of it unless `warn` is false."""
+        if warn:
             self._progress.warn(message)
         self._run.append_metrics({"step": self.step, "time": time.time(), "event": event, "message": message, **fields})
 
     def emit_local(self, event: str, message: str, **fields: Any) -> None:
-        """The same of an event that other processes do not see: the first process tells it when it hears of it."""
+        """Emit an event that happened on this rank only; other ranks than the first keep it until `drain`."""
         if processes.is_main():
             self.emit(event, message, **fields)
         else:
-            self._untold.append({"event": event, "message": f"process {processes.rank()}: {message}", **fields})
+            self._pending.append({"event": event, "message": f"process {processes.rank()}: {message}", **fields})
 
     def drain(self) -> list[Record]:
-        """What this process has to tell, and has not yet handed over."""
-        untold, self._untold = self._untold, []
-        return untold
+        """Return and clear the events of this rank that are yet to be sent to the others."""
+        pending, self._pending = self._pending, []
+        return pending
 
-    def replay(self, untold: Iterable[Record]) -> None:
-        """Tell what happened in other processes."""
-        for record in untold:
+    def replay(self, pending: Iterable[Record]) -> None:
+        """Emit the events of other ranks, which their `drain` returned."""
+        for record in pending:
             self.emit(**record)
 
 
 @dataclass(frozen=True, slots=True)
 class History:
-    """What a run that goes on knows of its earlier steps, from `metrics.jsonl`.
+    """What a resumed run knows of its earlier steps, from `metrics.jsonl`.
 
     Attributes:
-        losses: Of all steps, in their order.
+        losses: The losses of all applied steps, in order.
         held_out: Step → held-out loss, None where the evaluation failed.
-        num_skipped: Steps that were not applied.
-        token_budget: The one that the last out-of-memory error left; None where there was none.
-        stopped_early: Whether it was told that training ends before the last step.
+        num_skipped: Number of steps that were not applied.
+        token_budget: The budget after the last out-of-memory error; None: there was no such error.
+        stopped_early: Whether early stopping has been recorded.
     """
 
     losses: list[float]
@@ -101,7 +106,7 @@ class History:
 
     @classmethod
     def of(cls, metrics: Iterable[Record]) -> History:
-        """Read it from the lines."""
+        """Read the history from the lines of `metrics.jsonl`."""
         losses: list[float] = []
         held_out: dict[int, float | None] = {}
         num_skipped, token_budget, stopped_early = 0, None, False

@@ -1,11 +1,25 @@
-"""training.fast_trainer."""
+"""The optimizer step of the fast engine: a loop over micro-batches without padding.
+
+One step, in full (`FastTrainer.training_step`):
+
+    step = the examples of this rank                         # step_dataset: a function of seed and step number
+    n = supervised tokens of the step, over all ranks        # gradient_sync.StepTotals
+    for micro_batch in pack(step, token_budget):             # token_budget: halved when memory runs out
+        loss = loss_sum(micro_batch) / n                     # loss: a sum over supervised tokens, not a mean of means
+        loss.backward()
+    gradients = their sum over all ranks                     # gradient_sync: every rank then takes the same step
+    skip the step if loss or gradient norm is not finite     # anomalies
+    optimizer.step(), schedule, metrics, checkpoint          # transformers' loop, which calls `training_step`
+
+`examples/plain_loop.py` is the same mathematics as one flat loop.
+"""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
@@ -25,18 +39,15 @@ from loratune.training.step_dataset import HeldOutDataset, StepExamples
 from loratune.training.token_budget import random_state, set_random_state
 from loratune.training.trainer import RunTrainer, TrainerSetup
 
-if TYPE_CHECKING:
-    pass
-
 
 class FastTrainer(RunTrainer):
-    """One `training_step` is one optimizer step: it loops over the step's micro-batches."""
+    """The fast engine: one `training_step` is one optimizer step and loops over its micro-batches."""
 
     def __init__(self, setup: TrainerSetup) -> None:
         callbacks = self._set_up(setup)
         if processes.size() > 1:
-            logging.getLogger("transformers.training_args").addFilter(_is_no_advice_on_launching)
-        # The batch size of transformers' own arithmetic is in items of the data set, and an item is a whole step.
+            logging.getLogger("transformers.training_args").addFilter(_is_not_launch_advice)
+        # transformers counts batches in items of the data set, and one item here is a whole optimizer step
         args = TrainingArguments(
             **training_arguments(setup.train, setup.data, setup.run),
             per_device_train_batch_size=1,
@@ -58,30 +69,30 @@ class FastTrainer(RunTrainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], None]:
-        """The next step's examples.
+        """Return the examples of the next step.
 
         Raises:
-            LoratuneError: A row of streamed data cannot be trained on, and may not be left out.
+            LoratuneError: A row of streamed data cannot be trained on, and the recipe does not allow skipping it.
         """
         batches = [next(epoch_iterator) for _ in range(num_batches)]
         for batch in batches:
-            if isinstance(batch, LoratuneError):
+            if isinstance(batch, LoratuneError):  # raised in the loader's worker, which could only hand it over
                 raise batch
         return batches, None
 
-    def training_step(  # type: ignore[override] # a step's examples, not one batch
+    def training_step(  # type: ignore[override] # the examples of a step, not one batch
         self, model: Any, inputs: StepExamples, num_items_in_batch: Any = None
     ) -> torch.Tensor:
-        """Gradients of one optimizer step; returns its loss: the mean over the step's supervised tokens."""
+        """Compute the gradients of one optimizer step; return its loss, the mean over the step's supervised tokens."""
         started = time.perf_counter()
         model.train()
         self.events.step = self.state.global_step + 1
         self.current_step, examples = inputs, inputs.examples
         totals = StepTotals.over_all(inputs, self.sources, self.events)
-        self._tell_left_out(totals.left_out)
+        self._report_left_out(totals.left_out)
         seed_step(self.setup.train.seed, self.state.global_step)
         losses = self.budget.retry(
-            lambda: self._gradients(examples, totals.num_supervised_tokens), undo=model.zero_grad
+            lambda: self._accumulate_gradients(examples, totals.num_supervised_tokens), undo=model.zero_grad
         )
         losses = all_reduce_gradients(self.model, losses, self.setup.stop)
         return self._record_and_check(
@@ -91,19 +102,24 @@ class FastTrainer(RunTrainer):
             by_source=self.sources.means(losses[1:].tolist(), totals.by_source),
         )
 
-    def _tell_left_out(self, rows: Sequence[Rejected]) -> None:
-        if rows:
-            places = "; ".join(f"{row.origin}: {row.reason}" for row in rows)
-            listed = [{"file": row.origin.file, "line": row.origin.line, "reason": row.reason} for row in rows]
-            self.events.emit("left_out", f"left out of step {self.events.step}: {places}", rows=listed)
+    def _accumulate_gradients(self, examples: Sequence[Example], num_supervised_tokens: int) -> torch.Tensor:
+        """Run forward and backward over all micro-batches.
 
-    def _gradients(self, examples: Sequence[Example], num_supervised_tokens: int) -> torch.Tensor:
-        """Accumulates them; returns the loss of these examples, and the sum of the losses of each source's tokens."""
+        Args:
+            examples: This rank's share of the step.
+            num_supervised_tokens: Supervised tokens of the step over all ranks.
+
+        Returns:
+            float32 [1 + G]: this rank's part of the step's loss, then the summed loss of each of the G data sources.
+        """
         losses = torch.zeros(1 + len(self.sources), device=self.args.device)
         for chosen in self.budget.micro_batches(examples, range(len(examples))):
+            # A micro-batch may be empty where ranks share the base: all must call the model equally often.
             batch = collate([examples[i] for i in chosen] or [FILLER]).to(self.args.device)
             tally = self.sources.tally([examples[i] for i in chosen], self.args.device)
             each = None if tally is None else tally.each_S
+            # Dividing by the whole step's count makes the accumulated sum exact: a mean of micro-batch means would
+            # give a micro-batch of 10 supervised tokens the weight of one of 1,000.
             loss = self.setup.loss.sum(batch, each) * bool(chosen) / num_supervised_tokens
             self.accelerator.backward(loss)
             losses[0] += loss.detach()
@@ -112,23 +128,32 @@ class FastTrainer(RunTrainer):
         return losses
 
     def rehearse(self) -> None:
-        """Run the largest micro-batches of training and evaluation once, so that memory runs out now or not at all.
+        """Run the largest micro-batches of training and evaluation once, so that a lack of memory shows before step 1.
 
-        Gradients and random numbers are afterwards as they were, so the run is the same to the bit.
+        Gradients and random states are restored afterwards, so the run stays bit-for-bit the same.
         """
         setup, before = self.setup, random_state()
         self.events.step = self.state.global_step
         known = setup.data.known
         largest = [known[i] for i in self.budget.largest_micro_batch(known, setup.train.batch_size)]
         setup.model.train()
-        self.budget.retry(lambda: self._gradients(largest, 1), undo=setup.model.zero_grad)
+        self.budget.retry(lambda: self._accumulate_gradients(largest, 1), undo=setup.model.zero_grad)
         setup.model.zero_grad()
         if setup.data.eval:
             chosen = self.budget.largest_micro_batch(setup.data.eval, len(setup.data.eval))
             evaluate_nll(setup.loss, [setup.data.eval[i] for i in chosen], self.budget, NoProgress())
         set_random_state(before)
 
+    def _report_left_out(self, rows: Sequence[Rejected]) -> None:
+        if rows:
+            places = "; ".join(f"{row.origin}: {row.reason}" for row in rows)
+            listed = [{"file": row.origin.file, "line": row.origin.line, "reason": row.reason} for row in rows]
+            self.events.emit("left_out", f"left out of step {self.events.step}: {places}", rows=listed)
 
-def _is_no_advice_on_launching(record: logging.LogRecord) -> bool:
-    """That the process group is there while the trainer sees one process, which is how it is meant: see `world`."""
+
+def _is_not_launch_advice(record: logging.LogRecord) -> bool:
+    """Drop transformers' advice to use torchrun: the process group is hidden from the Trainer on purpose.
+
+    See `loratune.run.processes`.
+    """
     return "parallel_mode" not in record.getMessage()

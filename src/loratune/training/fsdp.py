@@ -1,10 +1,11 @@
-"""A base that several processes share (FSDP2): each keeps a part of every decoder layer, and all of one while it computes.
+"""A base sharded over several ranks (FSDP2): each holds a part of every decoder layer, and a full layer while it computes.
 
-The adapter, the embeddings and the head stay whole in every process: the adapter because its gradients are added up as those of a
-whole base are (`sharing`), so that a step is the same step; the others because the loss reads them outside of any module.
+Every rank holds all of the adapter, the embeddings and the output head: the adapter because its gradients are summed as
+without sharding (`gradient_sync`), so that a step stays the same step; the others because the loss reads their weights
+outside of any module's forward.
 
-A layer is gathered by all processes together, or by none. So all of them call the model equally often: who has fewer micro-batches
-calls it with `FILLER`, and nobody begins again in smaller ones, or gives up half-way, by itself.
+Gathering a layer needs all ranks. So all of them must call the model equally often: a rank with fewer micro-batches calls
+it with `FILLER`, and none may restart with smaller micro-batches, or give up halfway, on its own.
 """
 
 from __future__ import annotations
@@ -26,19 +27,19 @@ from loratune.training.packing_support import decoder_of
 FILLER = Example(
     input_ids=np.zeros(2, dtype=np.int32), supervised=np.array([False, True]), origin=Origin(file="filler", line=0)
 )
-"""Stands in a micro-batch that counts nothing."""
+"""The example of a micro-batch whose loss is multiplied by zero."""
 
 
 def is_sharded(recipe: Recipe) -> bool:
-    """Whether the processes that work together now share the base."""
+    """Tell whether the ranks running now share the base."""
     return recipe.train.strategy == "fsdp" and processes.size() > 1
 
 
 def shard_layers(model: PeftModel, device: str) -> None:
-    """Give each process its part of the decoder layers' frozen weights, layer by layer, and move the rest to its device.
+    """Shard the frozen weights of the decoder layers over the ranks, layer by layer, and move the rest to the device.
 
     Args:
-        model: The adapted model, whole and with the same weights in each process.
+        model: The adapted model, unsharded and with the same weights on each rank.
         device: cpu or cuda.
     """
     from torch.distributed.device_mesh import init_device_mesh
@@ -51,17 +52,17 @@ def shard_layers(model: PeftModel, device: str) -> None:
         fully_shard(layer, mesh=mesh, ignored_params=trained & set(layer.parameters()))
     within = {weight for layer in layers for weight in layer.parameters()}
     decoder: torch.nn.Module = decoder_of(model.get_base_model())
-    # It has nothing to shard itself; as the root it lets a layer arrive while the one before computes.
+    # The decoder has nothing left to shard; as FSDP's root it prefetches a layer while the one before computes.
     fully_shard(decoder, mesh=mesh, ignored_params=(set(decoder.parameters()) - within) | trained)
     model.to(device)
 
 
 @contextmanager
 def explain_lost_process() -> Iterator[None]:
-    """Where a layer cannot be gathered, another process is gone.
+    """Report a failure to gather a layer as what it means: another rank is gone.
 
     Raises:
-        LostError: It is.
+        LostPeerError: A collective operation failed.
     """
     try:
         yield

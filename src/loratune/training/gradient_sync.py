@@ -1,8 +1,9 @@
-"""What the processes of a run exchange at a step: its size before, the sum of their gradients after.
+"""What the ranks of a run exchange in a step: its number of tokens before, the sum of their gradients after.
 
-Each process has a share of the step's examples, and divides its losses by the supervised tokens of the whole step. So the sum of
-the gradients is that of one process with all examples, and every process takes the same step, to the bit. There are no hooks
-that send gradients while others are computed: an adapter has a thousandth of the model's weights, and is sent at once.
+Each rank has a share of the step's examples, and divides its losses by the supervised tokens of the whole step. So the sum
+of the gradients equals that of one process with all examples, and every rank takes bit-for-bit the same step. Gradients are
+not sent while others are still computed, as DDP does: an adapter has about a thousandth of the model's weights, so one
+message at the end costs little.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ from loratune.training.step_dataset import StepExamples
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepTotals:
-    """Of a step, over all processes.
+    """Totals of a step over all ranks.
 
     Attributes:
-        num_tokens: Of its examples.
-        num_supervised_tokens: Of them.
-        by_source: Supervised tokens of each source.
-        left_out: Rows of streamed data that turned out to be no examples.
+        num_tokens: Tokens of the step's examples.
+        num_supervised_tokens: Supervised tokens among them.
+        by_source: Supervised tokens of each data source.
+        left_out: Rows of streamed data that cannot be trained on.
     """
 
     num_tokens: int
@@ -43,12 +44,12 @@ class StepTotals:
 
     @classmethod
     def over_all(cls, share: StepExamples, sources: PerSourceLoss, events: EventLog) -> StepTotals:
-        """What the shares come to; the events that other processes had are told on the way."""
+        """Add up the shares of all ranks; the same message carries the events of the other ranks, reported here."""
         num_tokens = sum(len(example.input_ids) for example in share.examples)
         num_supervised_tokens = sum(map(num_supervised, share.examples))
         by_source = sources.count(share.examples)
         shares = processes.gather((num_tokens, num_supervised_tokens, by_source, share.left_out, events.drain()))
-        events.replay(record for *_, untold in shares for record in untold)
+        events.replay(record for *_, pending in shares for record in pending)
         return cls(
             num_tokens=sum(tokens for tokens, *_ in shares),
             num_supervised_tokens=sum(tokens for _, tokens, *_ in shares),
@@ -58,12 +59,12 @@ class StepTotals:
 
 
 def all_reduce_gradients(model: PeftModel, losses: torch.Tensor, stop: StopRequest) -> torch.Tensor:
-    """Replace the gradients by their sum over all processes, in one message; a process without examples adds nothing.
+    """Replace the gradients by their sum over all ranks, in one message; a rank without examples adds nothing.
 
     Args:
         model: The adapted model.
-        losses: Of this process's share of the step, one or more of them, [L].
-        stop: Whether this process was asked to stop; afterwards, whether any was.
+        losses: Losses of this rank's share of the step, [L].
+        stop: The request to stop of this rank; afterwards set on every rank if any was asked.
 
     Returns:
         The losses of the whole step, [L].
@@ -82,7 +83,7 @@ def all_reduce_gradients(model: PeftModel, losses: torch.Tensor, stop: StopReque
     processes.all_reduce_sum(bucket)
     *gradients, total, sums = torch.split(bucket, [*(w.numel() for w in weights), len(losses), len(flags)])
     num_int, num_term, num_trained = sums.tolist()
-    if num_trained:  # a step without any example changes nothing; with gradients of zero AdamW would
+    if num_trained:  # a step without examples must change nothing: with gradients of zero, AdamW would still decay
         for weight, gradient in zip(weights, gradients, strict=True):
             weight.grad = gradient.view_as(weight).to(weight.dtype)
     stop.agree([signal.SIGINT if num_int else 0, signal.SIGTERM if num_term else 0])
@@ -90,15 +91,17 @@ def all_reduce_gradients(model: PeftModel, losses: torch.Tensor, stop: StopReque
 
 
 def seed_step(seed: int, step: int) -> None:
-    """Of several processes, let each draw other dropout masks, that depend on the step and nothing before it: a run that
-    goes on needs no random states of theirs."""
+    """Seed each rank from (seed, step, rank), if there are several.
+
+    So dropout masks differ between ranks, and resuming needs no saved state of each rank.
+    """
     if processes.size() > 1:
         (drawn,) = np.random.SeedSequence([seed, step, processes.rank()]).generate_state(1, np.uint64)
         torch.manual_seed(int(drawn))
 
 
 def check_ranks_agree(model: PeftModel) -> None:
-    """Whether all processes have the same adapter, which they train each for itself.
+    """Check that all ranks have the same adapter, of which each trains its own copy.
 
     Raises:
         RunError: They do not.
@@ -109,6 +112,6 @@ def check_ranks_agree(model: PeftModel) -> None:
     others = [rank for rank, theirs in enumerate(processes.gather(sums)) if theirs != sums]
     if others:
         raise RunError(
-            f"process {processes.rank()} has another adapter than process {others[0]}: they computed different steps",
-            fix="the same versions and kind of device for all processes",
+            f"process {processes.rank()} has a different adapter from process {others[0]}: their steps differed",
+            fix="use the same package versions and the same kind of device for all processes",
         )

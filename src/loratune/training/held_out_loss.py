@@ -1,4 +1,4 @@
-"""The held-out loss: token-weighted, exact whatever the micro-batches."""
+"""The held-out loss: an average over tokens, independent of how the examples are split into micro-batches."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from loratune.training.signals import StopRequest
 from loratune.training.token_budget import TokenBudget
 
 Nll = list[tuple[float, int]]
-"""Per held-out example: the sum of -log p over its supervised tokens, in nats, and their number."""
+"""For each held-out example: the sum of -log p over its supervised tokens, in nats, and the number of these tokens."""
 
 
 def mean_nll(losses: Iterable[tuple[float, int]]) -> float:
-    """-log p of a supervised token, on average over all tokens of these examples."""
+    """Return the mean of -log p over all supervised tokens of these examples, in nats."""
     pairs = list(losses)
     return sum(total for total, _ in pairs) / max(1, sum(count for _, count in pairs))
 
 
 class EvaluationStoppedError(Exception):
-    """The user wants to stop, and did not want to wait for the end of an evaluation."""
+    """The user stopped the run during an evaluation."""
 
 
 def evaluate_nll(
@@ -38,17 +38,17 @@ def evaluate_nll(
     progress: Progress,
     stop: Callable[[], object] = bool,
 ) -> Nll:
-    """For each example the sum of -log p over its supervised tokens, in nats, and their number.
+    """Measure each example: the sum of -log p over its supervised tokens, in nats, and their number.
 
     Args:
-        loss: Of the model.
-        examples: To measure.
-        budget: Of a micro-batch; halved where memory runs out.
-        progress: Who is told how it goes.
-        stop: Asked between micro-batches whether to give up.
+        loss: The loss of the model.
+        examples: The examples to measure.
+        budget: Tokens of a micro-batch; halved when memory runs out.
+        progress: Shows the progress bar.
+        stop: Called between micro-batches; a true value ends the evaluation.
 
     Raises:
-        EvaluationStoppedError: `stop` said so.
+        EvaluationStoppedError: `stop` returned a true value.
         MachineError: One example does not fit into memory.
     """
     was_training = loss.model.training
@@ -67,17 +67,17 @@ def evaluate_on_all_ranks(
     stop: StopRequest,
     events: EventLog,
 ) -> Nll:
-    """`evaluate_nll` by all processes, each a share of the examples: all have all losses afterwards, or all fail or stop.
+    """Run `evaluate_nll` on a share of the examples per rank: all ranks get all losses, or all fail, or all stop.
 
     Raises:
-        EvaluationStoppedError: A process was asked to stop.
-        RunError: It failed in another process.
-        LostError: Another process is gone.
+        EvaluationStoppedError: A rank was asked to stop.
+        RunError: The evaluation failed on another rank.
+        LostPeerError: Another rank is gone.
     """
     if processes.size() == 1:
         return evaluate_nll(loss, examples, budget, progress, lambda: stop)
     by_length = sorted(range(len(examples)), key=lambda i: -len(examples[i].input_ids))
-    mine = by_length[processes.rank() :: processes.size()]
+    mine = by_length[processes.rank() :: processes.size()]  # by length, so that shares cost about the same
     found: dict[int, tuple[float, int]] = {}
     problem = ""
     try:
@@ -86,20 +86,20 @@ def evaluate_on_all_ranks(
         found = dict(zip(mine, losses, strict=True))
     except EvaluationStoppedError:
         pass
-    except Exception as error:  # the others wait for this share; they must hear of it, whatever it was
+    except Exception as error:  # whatever it was: the other ranks wait for this share and must learn that it failed
         if loss.sharded:
-            raise  # they wait for a layer, and hear that this process is gone
+            raise  # the others wait for a layer, and will notice that this rank is gone
         problem = f"process {processes.rank()}: {type(error).__name__}: {error}"
     parts = processes.gather((found, problem, stop.asked or 0, events.drain()))
-    events.replay(record for *_, untold in parts for record in untold)
+    events.replay(record for *_, pending in parts for record in pending)
     stop.agree(asked for _, _, asked, _ in parts)
     if stop:
         raise EvaluationStoppedError
     for _, problem, _, _ in parts:
         if problem:
             raise RunError(problem)
-    everything = {i: pair for part, *_ in parts for i, pair in part.items()}
-    return [everything[i] for i in range(len(examples))]
+    merged = {i: pair for part, *_ in parts for i, pair in part.items()}
+    return [merged[i] for i in range(len(examples))]
 
 
 def _measure(
@@ -125,7 +125,7 @@ def _measure(
 
 
 def loss_of_each(loss: SupervisedLoss, examples: Sequence[Example]) -> list[float]:
-    """The mean loss of each example, computed by itself, without dropout."""
+    """Return the mean loss of each example, computed alone and without dropout; 0 without supervised tokens."""
     was_training = loss.model.training
     loss.model.eval()
     num_calls = max(processes.gather(len(examples))) if loss.sharded else len(examples)

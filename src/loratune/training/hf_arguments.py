@@ -1,4 +1,4 @@
-"""What a trainer works on, and a recipe in the words of transformers' trainer."""
+"""A recipe translated into the arguments of transformers' and TRL's trainers, and the data that a trainer gets."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from loratune.run.directory import RunDir
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingData:
-    """What a trainer trains and evaluates on.
+    """The examples that a trainer trains and evaluates on.
 
     Attributes:
-        train: Training examples; of streamed data, the stream.
-        known: Training examples; of streamed data, a sample.
+        train: Training examples, or the stream of them.
+        known: Training examples, or a sample of the stream.
         eval: Held-out examples; may be empty.
-        eval_groups: Where they come from several sources: source → their numbers.
+        eval_groups: Source → indices of its held-out examples; empty if there is only one source.
         token_budget: Tokens per micro-batch, `auto` resolved.
-        source_of_file: Where training examples come from several sources: file → source.
+        source_of_file: File → source of its training examples; empty if there is only one source.
     """
 
     train: Sequence[Example] | Stream
@@ -44,14 +44,14 @@ OPTIMIZERS = {
     "adafactor": "adafactor",
     "sgd": "sgd",
 }
-"""Our name → transformers'; the others are `own_optimizer`'s."""
+"""Our name → transformers' name; `own_optimizer` has the others."""
 
 MIN_LR_RATE = 0.1
-"""Where `cosine_with_min_lr` ends, in parts of the highest rate."""
+"""The learning rate at the end of `cosine_with_min_lr`, as a fraction of the peak rate."""
 
 
 def schedule_arguments(train: TrainSection, steps: int) -> dict[str, Any]:
-    """The arguments of transformers' trainer that make the learning rates of this many steps."""
+    """Return the arguments of transformers' trainer for the learning-rate schedule of a run of `steps` steps."""
     name = "constant_with_warmup" if train.schedule == "constant" and train.warmup_fraction else train.schedule
     warmup = math.ceil(train.warmup_fraction * steps)
     arguments: dict[str, Any] = {"lr_scheduler_type": name, "warmup_steps": warmup}
@@ -64,9 +64,9 @@ def schedule_arguments(train: TrainSection, steps: int) -> dict[str, Any]:
 
 
 def own_optimizer(train: TrainSection) -> tuple[type[torch.optim.Optimizer], dict[str, Any]] | None:
-    """Class and arguments of an optimizer that transformers has no name for; the trainer takes them as they are.
+    """Return class and arguments of an optimizer that transformers has no name for; None for the others.
 
-    Muon scales its updates so that AdamW's rates fit (Liu et al. 2025, arXiv 2502.16982: 0.2·√(the larger side)).
+    Muon scales its updates so that AdamW's rates fit (Liu et al. 2025, arXiv 2502.16982: by 0.2·√max(d_out, d_in)).
     """
     if train.optimizer != "muon":
         return None
@@ -74,7 +74,7 @@ def own_optimizer(train: TrainSection) -> tuple[type[torch.optim.Optimizer], dic
 
 
 def training_arguments(train: TrainSection, data: TrainingData, run: RunDir) -> dict[str, Any]:
-    """The arguments of transformers' trainer that a recipe decides, the same for both engines."""
+    """Return the arguments of transformers' trainer that a recipe decides, the same for all engines."""
     steps = num_steps(len(data.train), train.batch_size, train.epochs)
     return {
         "output_dir": str(run.checkpoints),
@@ -89,23 +89,24 @@ def training_arguments(train: TrainSection, data: TrainingData, run: RunDir) -> 
         **_cadence("eval", train.eval_every if data.eval else "never"),
         **_cadence("save", train.save_every),
         **_cadence("logging", train.log_every),
-        "report_to": [],  # `trackers` runs them, so that one that fails stops nothing
+        "report_to": [],  # `trackers` calls them, so that one that fails does not stop the run
         "disable_tqdm": True,
         "dataloader_pin_memory": False,
-        "logging_nan_inf_filter": False,  # true would report the average of earlier losses in place of a NaN
+        "logging_nan_inf_filter": False,  # true would log the mean of earlier losses instead of a NaN
         "label_names": ["labels"],
     }
 
 
 def trl_arguments(train: TrainSection, data: TrainingData, run: RunDir, *, bf16: bool) -> dict[str, Any]:
-    """The arguments of TRL's `SFTConfig` on ready-made examples; the fast engine smooths labels and adds noise itself."""
+    """Return the arguments of TRL's `SFTConfig` for tokenized examples."""
+    # The fast engine smooths labels and adds noise itself (`loss`, `neftune`).
     only_here = {"neftune_noise_alpha": train.neftune_noise_alpha, "label_smoothing_factor": train.label_smoothing}
     return {
         **training_arguments(train, data, run),
         **{name: value for name, value in only_here.items() if value},
         "per_device_train_batch_size": train.batch_size,
-        "max_length": None,  # the examples are cut already, by the recipe's policy
-        "router_aux_loss_coef": 0.0,  # a product of means over a batch: no sum over tokens, so it would depend on the batching
+        "max_length": None,  # the examples are truncated already, by the recipe's policy
+        "router_aux_loss_coef": 0.0,  # a product of means over a batch, not a sum over tokens: depends on the batching
         "bf16": bf16,
     }
 

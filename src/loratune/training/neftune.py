@@ -8,18 +8,18 @@ import torch
 
 
 class EmbeddingNoise:
-    """Adds uniform noise of at most alpha / √(L·d) to each number of the embeddings, while their module is in training: L tokens of the
-    example, d the width.
+    """Uniform noise of at most alpha / √(L·d) on each element of the input embeddings, in training mode.
 
-    L is the example's own length, whatever it shares a micro-batch with. For an example alone this is transformers' `neftune_noise_alpha`,
-    number for number from the same random state; where transformers pads a batch, its L is the longest example's.
+    L is the example's own number of tokens, whatever it shares a micro-batch with, and d the embedding width. For an example
+    alone this equals transformers' `neftune_noise_alpha` bit for bit from the same random state; in a padded batch of
+    transformers, L is the length of the longest example.
 
     Args:
-        alpha: The strength.
-        embeddings: The model's module of input embeddings.
+        alpha: The strength; 5 to 15 in the paper.
+        embeddings: The model's input embedding, which gets a forward hook.
 
     Attributes:
-        lengths: int64 [E], the tokens of each example that the next call lays end to end; None: it is one example.
+        lengths: int64 [E], tokens of each packed example in the next call; None: the call is one example.
     """
 
     lengths: torch.Tensor | None = None
@@ -29,7 +29,7 @@ class EmbeddingNoise:
         embeddings.register_forward_hook(self._add)
 
     def _add(self, module: torch.nn.Module, inputs: Any, embedded: torch.Tensor) -> torch.Tensor:
-        """`embedded`: [1, T, d]."""
+        """Return the embeddings, [1, T, d], with noise."""
         if not module.training:
             return embedded
         _, num_tokens, width = embedded.shape

@@ -1,4 +1,4 @@
-"""Parameters that learn at rates of their own: LoRA+'s matrices B, and modules that a pattern names."""
+"""Parameter groups with their own learning rate: LoRA+'s matrices B, and modules named by a pattern."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from loratune.model.adapter.patterns import module_of, pattern_of
 
 
 def scale_b_learning_rate(optimizer: Any, model: nn.Module, ratio: float) -> None:
-    """Move the adapter's matrices B into groups of their own, with `ratio` times the learning rate (Hayou et al. 2024, arXiv
-    2402.12354).
+    """Move the adapter's matrices B into their own groups, with `ratio` times the learning rate (LoRA+).
 
-    The schedule multiplies the rate that each group has when it is made, so this comes before it. The groups of A stay in
-    front: the first one's rate is what is logged.
+    Source: Hayou et al. 2024, arXiv 2402.12354. Call it before the learning-rate schedule is created, which scales the rate
+    that each group then has.
 
     Args:
-        optimizer: Fresh, with groups as transformers makes them.
-        model: With the adapter.
-        ratio: Of the learning rates.
+        optimizer: A fresh optimizer, with transformers' groups.
+        model: The adapted model.
+        ratio: Learning rate of B over that of A.
     """
+    # New groups go to the end: transformers logs the rate of the first one, which stays A's.
     matrices_b = {id(weight) for name, weight in model.named_parameters() if ".lora_B." in name}
     for group in list(optimizer.param_groups):
         chosen = [weight for weight in group["params"] if id(weight) in matrices_b]
@@ -31,16 +31,16 @@ def scale_b_learning_rate(optimizer: Any, model: nn.Module, ratio: float) -> Non
 
 
 def apply_learning_rate_pattern(optimizer: Any, model: nn.Module, rates: Mapping[str, float]) -> None:
-    """Move the parameters of modules that a pattern names into groups of their own, with its learning rate.
+    """Move the parameters of modules that a pattern matches into their own groups, with its learning rate.
 
-    This comes before `scale_b_learning_rate`, which multiplies each group's rate, and before the schedule. The groups of the others stay in
-    front, empty where a pattern takes them all: the first one's rate is what is logged.
+    Call it before `scale_b_learning_rate`, which multiplies each group's rate, and before the schedule is created.
 
     Args:
-        optimizer: Fresh, with groups as transformers makes them.
-        model: With the adapter.
+        optimizer: A fresh optimizer, with transformers' groups.
+        model: The adapted model.
         rates: Pattern → learning rate.
     """
+    # The old groups stay in front even if patterns leave them empty: transformers logs the rate of the first one.
     wanted = {id(weight): pattern_of(rates, module_of(name)) for name, weight in model.named_parameters()}
     for group in list(optimizer.param_groups):
         everything = list(group["params"])

@@ -1,4 +1,4 @@
-"""Stopping in good order: what Ctrl-C and SIGTERM do while steps are taken."""
+"""A clean stop: what Ctrl-C and SIGTERM do during training."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from loratune.run.errors import Interrupted, Terminated
 from loratune.run.progress import Progress
 
 ONE_STOP_SECONDS = 3.0
-"""Of several processes each gets a Ctrl-C from the terminal, and the same once more from torchrun."""
+"""Signals within this time count as one: with several processes, each gets Ctrl-C from the terminal and from torchrun."""
 
 
 class StopRequest:
-    """Whether the user wants the run to stop.
+    """The user's request to stop the run; true once all ranks have agreed to stop.
 
     Attributes:
-        asked: The signal that asked this process; None while nothing did.
-        signal: The signal that all processes stop for; None while they do not.
+        asked: The signal that this process received; None: none so far.
+        signal: The signal for which all ranks stop; None: they do not stop.
     """
 
     asked: int | None = None
@@ -33,35 +33,34 @@ class StopRequest:
         return self.signal is not None
 
     def ask(self, number: int) -> None:
-        """A signal came. Of several processes none stops before all know, or the others would wait for it."""
+        """Record a signal to this process."""
         self.asked = number
+        # Several ranks stop only after `agree`: one that stopped alone would leave the others waiting for it.
         if processes.size() == 1:
             self.signal = number
 
     def agree(self, asked: Iterable[int]) -> None:
-        """Stop, if a process was asked to.
+        """Stop if any rank was asked to.
 
         Args:
-            asked: The signals that came to the processes; 0 is none.
+            asked: The signal that each rank received; 0 for none.
         """
         self.signal = max(asked, default=0) or self.signal
 
     def as_error(self, problem: str, run: RunDir) -> Interrupted:
-        """The error that ends the command with the signal's exit code."""
+        """Return the error that ends the command with the signal's exit code."""
         kind = Terminated if self.signal == signal.SIGTERM else Interrupted
-        return kind(problem, fix=f"`loratune resume {run.root}` goes on")
+        return kind(problem, fix=f"resume with `loratune resume {run.root}`")
 
     def after(self, step: int, num_steps: int, run: RunDir) -> Interrupted:
-        """The same, after a step that has a checkpoint."""
-        return self.as_error(f"stopped after step {step} of {num_steps}, which is saved", run)
+        """Return the same error for a stop after a step that has a checkpoint."""
+        return self.as_error(f"stopped after step {step} of {num_steps} (checkpoint saved)", run)
 
 
 @contextmanager
 def stop_after_step(stop: StopRequest, progress: Progress) -> Iterator[None]:
-    """While the context lasts, Ctrl-C and SIGTERM ask for a stop; a second one stops at once.
-
-    Signals reach the main thread only; elsewhere (a notebook's worker, a server) they are left alone.
-    """
+    """Make Ctrl-C and SIGTERM ask for a stop after the current step, and a second signal stop immediately."""
+    # Only the main thread may set handlers; in a notebook's worker or a server they stay as they are.
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -73,11 +72,11 @@ def stop_after_step(stop: StopRequest, progress: Progress) -> Iterator[None]:
         if stop.asked is not None:
             if processes.size() > 1 and time.monotonic() - asked_at < ONE_STOP_SECONDS:
                 return
-            # Neither is an Exception, so nothing that survives foreign code swallows them.
+            # Neither is an Exception: the handlers around trackers and evaluation, which catch those, let it pass.
             raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(Terminated.exit_code)
         asked_at = time.monotonic()
         stop.ask(number)
-        progress.warn("stopping after this step; once more to stop at once")
+        progress.warn("stopping after this step; press Ctrl-C again to stop immediately")
 
     before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -1,6 +1,7 @@
-"""Which examples a step has, as the data sets and samplers that transformers' trainer asks for.
+"""The examples of each step, as the data sets and samplers that transformers' trainer expects.
 
-Everything is an index into the step plan, so a run that goes on at step k asks for step k, and touches nothing before.
+A step is looked up by its number in the step plan (`data.steps`), so a run resumed at step k reads step k and nothing
+before it.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from loratune.run.errors import LoratuneError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepExamples:
-    """What an optimizer step works on in this process.
+    """This rank's part of an optimizer step.
 
     Attributes:
-        examples: In the order of the epoch's shuffle; of several processes, the share of this one.
-        left_out: Rows of streamed data that turned out to be no examples.
+        examples: In the order of the epoch's shuffle.
+        left_out: Rows of streamed data that cannot be trained on.
     """
 
     examples: list[Example]
@@ -36,12 +37,14 @@ class StepExamples:
 
 
 class StepDataset(Dataset[StepExamples | LoratuneError]):
-    """Step number, counted over the whole run from 0 → its examples. An error is handed over, since it may arise in a worker.
+    """A map from step number, counted from 0 over the entire run, to the step's examples on this rank.
+
+    An error is returned, not raised: it may occur in a worker of the data loader, which would wrap it.
 
     Args:
-        examples: Of the whole run.
+        examples: Training examples of the run, or the stream of them.
         train: The recipe's section.
-        token_budget: Of a micro-batch, the same in all processes: it decides which of them has which examples.
+        token_budget: Tokens of a micro-batch; the same on all ranks, since it decides which rank gets which examples.
     """
 
     def __init__(self, examples: Sequence[Example] | Stream, train: TrainSection, token_budget: int) -> None:
@@ -58,19 +61,19 @@ class StepDataset(Dataset[StepExamples | LoratuneError]):
             len(self._examples), batch_size=self._batch_size, seed=self._seed, epoch=epoch, index=index
         )
         try:
-            made = [self._examples[i] for i in self._share(numbers)]
+            rows = [self._examples[i] for i in self._share(numbers)]
         except LoratuneError as error:
             return error
         return StepExamples(
-            examples=[row for row in made if isinstance(row, Example)],
-            left_out=[row for row in made if isinstance(row, Rejected)],
+            examples=[row for row in rows if isinstance(row, Example)],
+            left_out=[row for row in rows if isinstance(row, Rejected)],
         )
 
     def _share(self, numbers: tuple[int, ...]) -> list[int]:
-        """Those of the examples that this process takes: as many tokens as the others; of streams, as many examples."""
+        """Return the step's examples of this rank: balanced by tokens, or by number of examples for streamed data."""
         if processes.size() == 1:
             return list(numbers)
-        if isinstance(self._examples, Stream):  # its lengths are found out by making the examples
+        if isinstance(self._examples, Stream):  # lengths would be known only after tokenizing every rank's examples
             return list(numbers[processes.rank() :: processes.size()])
         lengths = {i: len(self._examples[i].input_ids) for i in numbers}
         mine = {
@@ -81,7 +84,7 @@ class StepDataset(Dataset[StepExamples | LoratuneError]):
         return [i for i in numbers if i in mine]
 
     def loader(self, steps_done: Callable[[], int]) -> DataLoader[StepExamples | LoratuneError]:
-        """The steps of the epoch that the trainer is in. Streamed data is made examples in a process of its own, ahead."""
+        """Return a loader of the current epoch's steps; streamed data is tokenized ahead in a worker process."""
         ahead: dict[str, Any] = {}
         if isinstance(self._examples, Stream):
             ahead |= {"num_workers": 1, "prefetch_factor": 4}
@@ -91,12 +94,12 @@ class StepDataset(Dataset[StepExamples | LoratuneError]):
 
 
 def _as_worker(number: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that trains
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the training process handles Ctrl-C
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # threads of the tokenizer do not survive a fork
 
 
 class GlobalSteps(Sampler[int]):
-    """The numbers of the steps of the epoch that the trainer is in, counted over the whole run."""
+    """The numbers of the current epoch's steps, counted over the entire run."""
 
     def __init__(self, num_per_epoch: int, steps_done: Callable[[], int]) -> None:
         self._num_per_epoch = num_per_epoch
@@ -111,7 +114,7 @@ class GlobalSteps(Sampler[int]):
 
 
 class ExampleOrder(Sampler[int]):
-    """Example numbers of the epoch that the trainer is in, in the step plan's order."""
+    """The numbers of the current epoch's examples, in the step plan's order: what the plain engines train on."""
 
     def __init__(self, num_examples: int, train: TrainSection, steps_done: Callable[[], int]) -> None:
         self._num_examples, self._train, self._steps_done = num_examples, train, steps_done
@@ -125,7 +128,7 @@ class ExampleOrder(Sampler[int]):
 
 
 class HeldOutDataset(Dataset[Example]):
-    """The held-out examples, for transformers to see that there are some."""
+    """The held-out examples; transformers only checks that there are some, `RunTrainer.evaluate` measures them."""
 
     def __init__(self, examples: Sequence[Example]) -> None:
         self._examples = examples

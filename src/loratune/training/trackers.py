@@ -1,4 +1,4 @@
-"""Experiment trackers of transformers, kept from stopping a run."""
+"""transformers' experiment trackers, whose failures cannot stop a run."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from loratune.training.event_log import EventLog
 
 
 class Trackers(TrainerCallback):
-    """Hands every event of the trainer on to the trackers of the recipe. One that fails is told, and left out from then on.
+    """Passes every event of the trainer to the recipe's trackers; one that fails is reported once and not called again.
 
     Args:
-        names: `train.report_to`.
-        run: Where TensorBoard's files go: the folder for trackers.
-        events: Where failures are told.
+        names: The trackers of `train.report_to`.
+        run: The run directory, whose folder for trackers gets TensorBoard's files.
+        events: Where failures are reported.
     """
 
     def __init__(self, names: tuple[str, ...], run: RunDir, events: EventLog) -> None:
         self._events = events
         self._trackers: dict[str, Any] = {}
         for name in names:
-            made: list[Any] = []
-            if self._survives(name, lambda name=name, made=made: made.append(_make(name, run))):  # type: ignore[misc]
-                self._trackers[name] = made[0]
+            created: list[Any] = []
+            if self._survives(name, lambda name=name, created=created: created.append(_make(name, run))):  # type: ignore[misc]
+                self._trackers[name] = created[0]
 
-    def hand_on(
+    def dispatch(
         self, event: str, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Tell all trackers of an event."""
+        """Pass an event, by its name in `TrainerCallback`, to all trackers."""
         for name, tracker in list(self._trackers.items()):
             call = getattr(tracker, event)
             if not self._survives(name, lambda call=call: call(args, state, control, **kwargs)):  # type: ignore[misc]
@@ -41,31 +41,32 @@ class Trackers(TrainerCallback):
     def _survives(self, name: str, work: Callable[[], Any]) -> bool:
         try:
             work()
-        except Exception as error:  # noqa: BLE001 - a stranger's code, its server and its network; training needs none of them
+        except Exception as error:  # noqa: BLE001 - third-party code, a server and a network, none needed to train
             problem = f"{type(error).__name__}: {error}".partition("\n")[0]
-            self._events.emit("tracker_failed", f"{name} failed and is told nothing more: {problem}")
+            self._events.emit("tracker_failed", f"{name} failed and gets no more data: {problem}")
             return False
         return True
 
 
-def _handed_on(event: str) -> Callable[..., None]:
-    def hand_on(
+def _dispatcher(event: str) -> Callable[..., None]:
+    def dispatch(
         self: Trackers, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.hand_on(event, args, state, control, **kwargs)
+        self.dispatch(event, args, state, control, **kwargs)
 
-    return hand_on
+    return dispatch
 
 
+# All events, also those that later versions of transformers add.
 for _event in [name for name in dir(TrainerCallback) if name.startswith("on_")]:
-    setattr(Trackers, _event, _handed_on(_event))
+    setattr(Trackers, _event, _dispatcher(_event))
 
 
 def _make(name: str, run: RunDir) -> TrainerCallback:
-    if name == "tensorboard":  # into the run's directory for trackers instead of among the checkpoints
+    if name == "tensorboard":  # transformers' own would write among the checkpoints
         from torch.utils.tensorboard import SummaryWriter  # an optional package
 
         return TensorBoardCallback(SummaryWriter(str(run.trackers)))  # type: ignore[no-untyped-call]
     (callback,) = get_reporting_integration_callbacks([name])  # type: ignore[no-untyped-call]
-    made: TrainerCallback = callback()
-    return made
+    tracker: TrainerCallback = callback()
+    return tracker

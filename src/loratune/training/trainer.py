@@ -1,17 +1,12 @@
-"""transformers' trainer, told what a step is. Only this module and `stock` import trl.
+"""What both engines share around the step: transformers' `Trainer` with our order, checkpoints and evaluation.
 
-`FastTrainer` and `TrlTrainer` share everything but the step itself: optimizer, schedule, callbacks, trackers from
-transformers; order of the examples, checkpoints and evaluation from `RunTrainer`.
+    transformers.Trainer     the loop: optimizer, learning-rate schedule, gradient clipping, callbacks
+      └ RunTrainer           order of examples, events, anomalies, held-out loss, checkpoints      (this file)
+          ├ FastTrainer      the step as micro-batches without padding                             (fast_trainer)
+          ├ TrlTrainer       the step of stock SFTTrainer, the reference for texts                 (trl_trainer)
+          └ TrlClassifierTrainer   the step of stock Trainer, the reference for classes            (classifier_trainer)
 
-One optimizer step of `FastTrainer`, the whole of it:
-
-    for micro_batch in step:                     # as many as the token budget makes of the step's examples
-        loss = loss_sum(micro_batch) / step's supervised tokens
-        loss.backward()
-    gradients = their sum over all processes     # of which each has a share of the step's examples
-
-Around it: `budget` repeats the step in smaller micro-batches when memory runs out, `watch` keeps a step that is not finite
-from being applied.
+A subclass implements `training_step` and ends it with `_record_and_check`. Only trl_trainer and trl_dataset import trl.
 """
 
 from __future__ import annotations
@@ -62,18 +57,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainerSetup:
-    """What both engines need.
+    """Arguments of both engines.
 
     Attributes:
-        model: The adapted model.
-        tokenizer: Of the base model.
-        train: The recipe's section.
-        data: Examples and the token budget.
-        loss: Of the model.
-        run: Where everything is written.
-        stop: Whether the user wants to stop.
-        progress: Who is told.
-        callback: Writes the metrics.
+        model: The base model with its adapter.
+        tokenizer: The base model's tokenizer.
+        train: The recipe's `train` section.
+        data: Training and held-out examples, and the token budget.
+        loss: The loss that `model` is trained and evaluated with.
+        run: The run directory, where metrics and checkpoints go.
+        stop: The user's request to stop, if any.
+        progress: Receives progress lines and warnings.
+        callback: Writes `metrics.jsonl` (`callbacks.RunCallback`).
     """
 
     model: PeftModel
@@ -88,12 +83,20 @@ class TrainerSetup:
 
 
 class RunTrainer(Trainer):
-    """What both engines share: the order of the examples, checkpoints, token-weighted evaluation, faults."""
+    """A transformers `Trainer` with reproducible order, our checkpoints, token-weighted evaluation and fault handling.
+
+    Attributes:
+        row_losses: Set by the plain engines: the loss of each example of the step, summed over its supervised tokens;
+            None where the data has one source.
+        last_evaluation: The step of the last evaluation, and what `evaluate_nll` returned there.
+        evaluate_seconds: Seconds that the last evaluation took.
+        held_out: Step → held-out loss; None where the evaluation failed.
+    """
 
     setup: TrainerSetup
     events: EventLog
     budget: TokenBudget
-    watch: AnomalyGuard
+    anomaly_guard: AnomalyGuard
     patience: Patience
     held_out: dict[int, float | None]
     steps: StepDataset
@@ -101,27 +104,27 @@ class RunTrainer(Trainer):
     current_step: StepExamples
     step_metrics: StepMetrics
     row_losses: torch.Tensor | None = None
-    """Of the plain path: the loss of each example of a step, summed over its supervised tokens; None where nobody asks, or knows."""
     last_evaluation: tuple[int, Nll] = (-1, [])
-    """The step of the last evaluation, and what `evaluate_nll` returned there."""
     evaluate_seconds = 0.0
-    """That the last evaluation took."""
 
     def _set_up(self, setup: TrainerSetup) -> list[TrainerCallback]:
-        """Everything beside the step; returns the callbacks."""
+        """Create everything but the step itself; return the callbacks."""
+        # Rank 0's file decides: every rank must know the same history, or they would stop at different steps.
         history = processes.gather(History.of(setup.run.read_metrics()))[0]
         self.setup, self.step_metrics = setup, StepMetrics()
         self.events = EventLog(setup.run, setup.progress)
         self.budget = TokenBudget(
             history.token_budget or setup.data.token_budget, self.events, together=setup.loss.sharded
         )
-        self.watch = AnomalyGuard(setup.train, setup.loss, setup.tokenizer, self.events, history)
+        self.anomaly_guard = AnomalyGuard(setup.train, setup.loss, setup.tokenizer, self.events, history)
         self.held_out, self.patience = history.held_out, Patience(setup.train, self.events, history)
         self.sources = PerSourceLoss(setup.data.source_of_file)
         self.steps = StepDataset(setup.data.train, setup.train, setup.data.token_budget)
         trackers = setup.train.report_to if processes.is_main() else ()
         if len(self.sources) and setup.train.engine == "trl" and setup.train.label_smoothing:
-            setup.progress.line("TRL smooths labels in one loss for all sources; train.engine=fast has one of each")
+            setup.progress.line(
+                "no loss by source: TRL reports one smoothed loss for all sources; train.engine=fast reports each"
+            )
         return [setup.callback, Trackers(trackers, setup.run, self.events)]
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -133,17 +136,17 @@ class RunTrainer(Trainer):
         return optimizer
 
     def restore(self, checkpoint: Path) -> None:
-        """Be where a run is after its last step."""
+        """Load adapter and trainer state of the last step's checkpoint, as if the last step had just been taken."""
         load_adapter_weights(checkpoint, self.model)
         self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE))
 
     def ends_early(self) -> bool:
-        """Whether the held-out losses until now end the run before its last step."""
+        """Tell whether early stopping ends the run at the current step, before its last one."""
         self.events.step = self.state.global_step
         return self.state.global_step < self.state.max_steps and self.patience.is_over(self.held_out)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Token-weighted negative log-likelihood of the held-out examples; nothing where it fails or is stopped."""
+        """Return the token-weighted held-out loss; an empty dict if the evaluation failed or was interrupted."""
         setup = self.setup
         self.events.step = self.state.global_step
         started = time.perf_counter()
@@ -153,12 +156,12 @@ class RunTrainer(Trainer):
             )
         except processes.LostPeerError:
             raise
-        except EvaluationStoppedError:  # `resume` makes up for it
+        except EvaluationStoppedError:  # `resume` runs this evaluation first
             self.control.should_save = self.control.should_training_stop = True
             return {}
-        except Exception as error:  # a model's own code; hours of training must not end in a measurement
+        except Exception as error:  # from the model's own code; a measurement must not cost hours of training
             if setup.loss.sharded:
-                raise  # the other processes cannot go on without this one
+                raise  # the other ranks wait for this one in the middle of a layer
             problem = f"{type(error).__name__}: {error}".partition("\n  fix:")[0]
             self.held_out[self.state.global_step] = None
             self.events.emit("evaluation_failed", f"the held-out loss could not be measured: {problem}")
@@ -172,27 +175,31 @@ class RunTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         if self.ends_early():
             self.control.should_training_stop = True
-            self.control.should_save |= self.args.save_strategy != "no"  # as after the last step
+            self.control.should_save |= self.args.save_strategy != "no"  # as transformers does after the last step
         return metrics
 
     def nll_by_source(self) -> dict[str, float]:
-        """The last evaluation's loss of each source; nothing where there is one."""
+        """Return the last held-out loss of each source; an empty dict for data of one source."""
         _, losses = self.last_evaluation
         return {name: mean_nll(losses[i] for i in chosen) for name, chosen in self.setup.data.eval_groups.items()}
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         super().log(logs, *args, **kwargs)
-        self.state.log_history.clear()  # `metrics.jsonl` has it; here it would grow with the run, and each checkpoint too
+        # `metrics.jsonl` has it. Kept here too, it would be written into every checkpoint and grow with the run.
+        self.state.log_history.clear()
 
     def _stock_step(
         self, step: Callable[[], torch.Tensor], inputs: dict[str, torch.Tensor], tokens: tuple[int, int]
     ) -> torch.Tensor:
-        """A step of the plain path, whose batch cannot be made smaller.
+        """Take a step of a plain engine, whose batch cannot be split when memory runs out.
 
         Args:
-            step: Of the stock trainer; its loss.
-            inputs: Of that.
-            tokens: Of the step, and supervised ones of them.
+            step: Calls the stock trainer's `training_step` and returns its loss.
+            inputs: The batch of that call.
+            tokens: Tokens of the step without padding, and how many of them are supervised.
+
+        Raises:
+            MachineError: The batch does not fit into memory.
         """
         started = time.perf_counter()
         self.events.step = self.state.global_step + 1
@@ -205,8 +212,9 @@ class RunTrainer(Trainer):
             if not is_out_of_memory(error):
                 raise
             raise MachineError(
-                f"a batch of {inputs['input_ids'].numel():,} tokens with its padding does not fit into memory: {error}",
-                fix="train.engine: fast, which cuts a step into micro-batches, or a smaller train.batch_size",
+                f"a batch of {inputs['input_ids'].numel():,} tokens including padding does not fit into memory: "
+                f"{error}",
+                fix="train.engine: fast, which splits a step into micro-batches, or a smaller train.batch_size",
             ) from error
         by_source: dict[str, float] = {}
         if self.row_losses is not None:
@@ -218,7 +226,14 @@ class RunTrainer(Trainer):
     def _record_and_check(
         self, total: torch.Tensor, *, started: float, tokens: tuple[int, int], by_source: dict[str, float] | None = None
     ) -> torch.Tensor:
-        """The loss of the step under way, after a look at it; without gradients where it must not be applied."""
+        """Record the current step's loss and return it; drop its gradients if the loss is not finite.
+
+        Args:
+            total: The step's loss, a scalar: the mean over its supervised tokens.
+            started: `time.perf_counter()` at the start of the step.
+            tokens: Tokens of the step, and how many of them are supervised.
+            by_source: Source → mean loss of its supervised tokens.
+        """
         loss, examples = float(total), self.current_step.examples
         self.step_metrics = StepMetrics(
             loss=loss,
@@ -227,24 +242,28 @@ class RunTrainer(Trainer):
             started=started,
             by_source=by_source or {},
         )
-        if not self.watch.check("loss", loss, examples):
+        if not self.anomaly_guard.check("loss", loss, examples):
             self._skip()
+            # transformers adds what is returned here to its running sum; the mean so far leaves the mean unchanged
             since = self.state.global_step - self._globalstep_last_logged
-            return self._tr_loss / max(1, since)  # the mean of the steps since the last line, which it leaves as it is
-        self.watch.observe(loss, examples)
+            return self._tr_loss / max(1, since)
+        self.anomaly_guard.observe(loss, examples)
         return total
 
     def _skip(self) -> None:
-        """Each of the optimizers leaves a parameter without a gradient as it is, and its own state too."""
+        """Keep the current step from being applied."""
         self.step_metrics.skipped = True
+        # Not zeros: every optimizer here ignores a parameter whose gradient is None, and its state with it.
         self.setup.model.zero_grad(set_to_none=True)
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[no-untyped-call]
         metrics = self.step_metrics
         metrics.grad_norm, metrics.learning_rate = float(norm), self._get_learning_rate()
-        if not metrics.skipped and not self.watch.check("gradient norm", metrics.grad_norm, self.current_step.examples):
-            self._skip()
+        if not metrics.skipped:
+            examples = self.current_step.examples
+            if not self.anomaly_guard.check("gradient norm", metrics.grad_norm, examples):
+                self._skip()
         return norm
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any = None) -> None:
@@ -256,7 +275,7 @@ class RunTrainer(Trainer):
 
     def _write_checkpoint(self, folder: Path) -> None:
         run = self.setup.run
-        run.sync_metrics()  # a checkpoint that survives a power cut must find the lines before it
+        run.sync_metrics()  # a checkpoint that survives a power cut needs the metrics of the steps before it
         save_checkpoint(
             folder,
             model=self.model,
@@ -284,8 +303,9 @@ class RunTrainer(Trainer):
             load_optimizer(Path(checkpoint), self.optimizer, self.lr_scheduler)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        if checkpoint is not None and processes.size() == 1:  # several draw from the step's number
+        # Several ranks are seeded from the step number instead (`gradient_sync.seed_step`).
+        if checkpoint is not None and processes.size() == 1:
             load_random(Path(checkpoint))
 
     def floating_point_ops(self, inputs: Any) -> int:
-        return 0  # transformers' estimate would cost time, and planning knows better
+        return 0  # transformers' estimate would cost time; `planning` has a better one

@@ -1,4 +1,4 @@
-"""What stock TRL makes of a data set, found out by letting it: the check behind `eject`."""
+"""Examples in TRL's format, and the check behind `eject`: whether stock TRL prepares the same tokens and labels itself."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def check_trl_can_train(causal_lm: PreTrainedModel) -> None:
 
 
 def with_label_ids(examples: Sequence[Example]) -> HubDataset:
-    """Examples as TRL takes them ready-made: `input_ids`, and `labels` with -100 where nothing is trained."""
+    """Return examples in TRL's tokenized format: `input_ids`, and `labels` with -100 where nothing is trained."""
     rows = [
         {
             "input_ids": example.input_ids.tolist(),
@@ -56,24 +56,25 @@ def preparation_difference(
     max_length: int,
     assistant_only: bool,
 ) -> str:
-    """How the tokens or labels that `SFTTrainer` makes of the rows differ from the examples; empty when they are equal.
+    """Describe how the tokens or labels that `SFTTrainer` prepares differ from the examples; "" if they are equal.
 
-    Whether the first token is labelled makes no difference: nothing predicts it. The trainer is a real one, on a model of two thousand weights a token, so what is compared is what it would train.
+    A real trainer prepares the rows, with a tiny model, so what is compared is what it would train. The label of the first
+    token is ignored, since nothing predicts it.
 
     Args:
-        rows: As `load_dataset` gives them.
-        examples: What loratune trains.
-        tokenizer: Of the base model.
-        max_length: The longest example, in tokens.
+        rows: The rows as `load_dataset` returns them.
+        examples: The examples that loratune trains.
+        tokenizer: The base model's tokenizer.
+        max_length: Tokens of the longest example.
         assistant_only: TRL's `assistant_only_loss`.
     """
     try:
-        made, _ = _prepare(rows, tokenizer, max_length=max_length, assistant_only=assistant_only)
-    except (ValueError, KeyError, TypeError, RuntimeError) as error:  # what it raises on data it was not written for
+        prepared, _ = _prepare(rows, tokenizer, max_length=max_length, assistant_only=assistant_only)
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:  # what TRL raises on data it cannot handle
         return f"TRL refuses the rows: {str(error).partition('. ')[0]}"
-    if len(made) != len(examples):
-        return f"TRL makes {len(made):,} examples of the rows, loratune {len(examples):,}"
-    for number, (theirs, ours) in enumerate(zip(made, with_label_ids(examples), strict=True)):
+    if len(prepared) != len(examples):
+        return f"TRL makes {len(prepared):,} examples of the rows, loratune {len(examples):,}"
+    for number, (theirs, ours) in enumerate(zip(prepared, with_label_ids(examples), strict=True)):
         if theirs["input_ids"] != ours["input_ids"]:
             return f"TRL's tokens differ, first in {examples[number].origin}"
         if theirs["labels"][1:] != ours["labels"][1:]:
@@ -88,8 +89,10 @@ def preparation_difference(
 def trl_preparation_seconds(
     rows: HubDataset, tokenizer: PreTrainedTokenizerBase, *, max_length: int, assistant_only: bool
 ) -> float | None:
-    """How long `SFTTrainer` takes to render, tokenise and label rows, in one process, as is its default; None where it refuses
-    them. Arguments as in `preparation_difference`."""
+    """Measure the seconds that `SFTTrainer` takes to prepare rows in one process, its default; None if it refuses them.
+
+    Arguments as in `preparation_difference`.
+    """
     try:
         return _prepare(rows, tokenizer, max_length=max_length, assistant_only=assistant_only)[1]
     except (ValueError, KeyError, TypeError, RuntimeError):
@@ -99,7 +102,7 @@ def trl_preparation_seconds(
 def _prepare(
     rows: HubDataset, tokenizer: PreTrainedTokenizerBase, *, max_length: int, assistant_only: bool
 ) -> tuple[Any, float]:
-    """What `SFTTrainer` makes of the rows, and the seconds that it takes."""
+    """Have `SFTTrainer` prepare the rows; return its training data and the seconds that it took."""
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
     )

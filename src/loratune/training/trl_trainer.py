@@ -1,8 +1,8 @@
-"""training.trl_trainer."""
+"""The plain path of text generation: stock `SFTTrainer`, whose steps the fast engine must equal."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.utils.data import Sampler
@@ -16,12 +16,9 @@ from loratune.training.step_dataset import ExampleOrder
 from loratune.training.trainer import RunTrainer, TrainerSetup
 from loratune.training.trl_dataset import with_label_ids
 
-if TYPE_CHECKING:
-    pass
-
 
 class TrlTrainer(RunTrainer, SFTTrainer):
-    """The stock `SFTTrainer` on the same examples in the same order: the plain path that the fast one must equal."""
+    """Stock `SFTTrainer` on the same examples in the same order as `FastTrainer`."""
 
     def __init__(self, setup: TrainerSetup) -> None:
         callbacks, data = self._set_up(setup), setup.data
@@ -39,8 +36,9 @@ class TrlTrainer(RunTrainer, SFTTrainer):
             callbacks=callbacks,
             optimizer_cls_and_kwargs=own_optimizer(setup.train),
         )
+        # TRL casts adapters on a quantized base to bfloat16; put the float32 values back.
         for name, parameter in trainable_parameters(setup.model).items():
-            parameter.data = adapter[name]  # TRL rounds adapters on a quantised base to bfloat16
+            parameter.data = adapter[name]
         self.remove_callback(PrinterCallback)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
@@ -50,10 +48,11 @@ class TrlTrainer(RunTrainer, SFTTrainer):
         if not len(self.sources) or self.setup.train.label_smoothing:
             return super().compute_loss(model, inputs, *args, **kwargs)
 
-        def look(_: Any, __: Any, outputs: Any) -> None:
-            self.row_losses = -outputs.log_probs.detach().sum(1)  # zero where nothing is supervised
+        def record_row_losses(_: Any, __: Any, outputs: Any) -> None:
+            self.row_losses = -outputs.log_probs.detach().sum(1)  # log_probs are zero where nothing is supervised
 
-        hook = model.register_forward_hook(look)  # with `return_outputs` TRL would go forward once more
+        # A hook and not `return_outputs`, with which TRL would run a second forward pass.
+        hook = model.register_forward_hook(record_row_losses)
         try:
             return super().compute_loss(model, inputs, *args, **kwargs)
         finally:

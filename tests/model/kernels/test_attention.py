@@ -10,7 +10,7 @@ from loratune.model.kernels.attention import (
     _by_example,
     _window_as_mask,
     packed_attention,
-    record_untold_windows,
+    record_mask_only_windows,
 )
 
 LENGTHS = (5, 1, 9, 3)
@@ -107,13 +107,13 @@ def test_a_window_of_the_mask_that_a_layer_does_not_name_is_recorded() -> None:
     x = torch.randn(1, 2, 3, 4)
     whole = {"cu_seq_lens_q": torch.tensor([0, 3], dtype=torch.int32), "max_length_q": 3}
     assert PACKED not in AttentionMaskInterface().valid_keys()  # so transformers makes no mask, and asks for no value
-    with record_untold_windows() as untold:
+    with record_mask_only_windows() as windows:
         packed_attention(torch.nn.Module(), x, x, x, _window_as_mask(local_size=7), sliding_window=7, **whole)
         packed_attention(torch.nn.Module(), x, x, x, _window_as_mask(), **whole)
         assert PACKED in AttentionMaskInterface().valid_keys()
-        assert untold == set()
+        assert windows == set()
         packed_attention(torch.nn.Module(), x, x, x, _window_as_mask(local_size=7), **whole)
-    assert untold == {7}
+    assert windows == {7}
 
 
 def test_what_the_kernel_does_not_do_is_refused() -> None:

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from loratune.model.device import cpp_compiler
 from loratune.model.kernels import cross_entropy
-from loratune.model.kernels.cross_entropy import cross_entropy_per_token, sum_cross_entropy
+from loratune.model.kernels.cross_entropy import Head, cross_entropy_per_token, sum_cross_entropy
 
 
 def reference(
@@ -36,14 +36,14 @@ def test_sum_and_gradient_equal_torch(
     hidden = torch.randn(70, 24, requires_grad=True)
     weight, bias = torch.randn(101, 24), torch.randn(101) if with_bias else None
     targets = torch.randint(0, 101, (70,))
-    loss = sum_cross_entropy(hidden, weight, bias, targets, logit_scale=scale, softcap=softcap)
+    loss = sum_cross_entropy(hidden, Head(weight, bias, logit_scale=scale, softcap=softcap), targets)
     (gradient,) = torch.autograd.grad(3 * loss, hidden)
     per_token = reference(hidden, weight, bias, targets, scale, softcap)
     (expected,) = torch.autograd.grad(3 * per_token.sum(), hidden)
     # float32: sums of 24 products and a softmax over 101; both sides round differently by a few units in 2^-24
     torch.testing.assert_close(loss, per_token.sum(), rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=2e-5)
-    actual = cross_entropy_per_token(hidden, weight, bias, targets, logit_scale=scale, softcap=softcap)
+    actual = cross_entropy_per_token(hidden, Head(weight, bias, logit_scale=scale, softcap=softcap), targets)
     torch.testing.assert_close(actual, per_token.detach(), rtol=1e-5, atol=1e-4)
 
 
@@ -57,7 +57,7 @@ def test_a_trained_head_gets_torch_s_gradient(
     bias = torch.randn(101, requires_grad=True) if with_bias else None
     inputs = [hidden, weight, *([bias] if bias is not None else [])]
     targets = torch.randint(0, 101, (70,))
-    loss = sum_cross_entropy(hidden, weight, bias, targets, logit_scale=scale, softcap=softcap)
+    loss = sum_cross_entropy(hidden, Head(weight, bias, logit_scale=scale, softcap=softcap), targets)
     actual = torch.autograd.grad(3 * loss, inputs)
     expected = torch.autograd.grad(3 * reference(hidden, weight, bias, targets, scale, softcap).sum(), inputs)
     for one, other in zip(actual, expected, strict=True):
@@ -74,18 +74,14 @@ def test_trained_rows_of_a_frozen_head_get_torch_s_gradient(
     weight, numbers = torch.randn(101, 24), torch.tensor([5, 99, 100])
     targets = torch.randint(0, 101, (70,))
     targets[:9] = numbers.repeat(3)
-    loss = sum_cross_entropy(
-        hidden, weight, None, targets, logit_scale=scale, softcap=softcap, rows_NH=rows, numbers_N=numbers
-    )
+    loss = sum_cross_entropy(hidden, Head(weight, None, rows, numbers, scale, softcap), targets)
     actual = torch.autograd.grad(3 * loss, [hidden, rows])
     whole = weight.index_copy(0, numbers, rows)
     per_token = reference(hidden, whole, None, targets, scale, softcap)
     expected = torch.autograd.grad(3 * per_token.sum(), [hidden, rows])
     for one, other in zip(actual, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=5e-5)
-    alone = cross_entropy_per_token(
-        hidden, weight, None, targets, logit_scale=scale, softcap=softcap, rows_NH=rows, numbers_N=numbers
-    )
+    alone = cross_entropy_per_token(hidden, Head(weight, None, rows, numbers, scale, softcap), targets)
     torch.testing.assert_close(alone, per_token.detach(), rtol=1e-5, atol=1e-4)
 
 
@@ -93,9 +89,9 @@ def test_a_float32_head_is_computed_with_in_the_type_of_the_hidden_states() -> N
     torch.manual_seed(0)
     hidden = torch.randn(40, 64, dtype=torch.bfloat16, requires_grad=True)
     weight, targets = (torch.randn(200, 64) / 8).requires_grad_(), torch.randint(0, 200, (40,))
-    loss = sum_cross_entropy(hidden, weight, None, targets)
+    loss = sum_cross_entropy(hidden, Head(weight), targets)
     narrow = weight.detach().bfloat16()
-    torch.testing.assert_close(loss, sum_cross_entropy(hidden, narrow, None, targets), rtol=0, atol=0)
+    torch.testing.assert_close(loss, sum_cross_entropy(hidden, Head(narrow), targets), rtol=0, atol=0)
     (gradient,) = torch.autograd.grad(loss, weight)
     assert gradient.dtype == torch.float32
     exact = narrow.double().requires_grad_()
@@ -109,7 +105,7 @@ def test_bfloat16_stays_within_its_rounding() -> None:
     torch.manual_seed(0)
     hidden = torch.randn(40, 64, dtype=torch.bfloat16, requires_grad=True)
     weight, targets = torch.randn(200, 64, dtype=torch.bfloat16) / 8, torch.randint(0, 200, (40,))
-    loss = sum_cross_entropy(hidden, weight, None, targets)
+    loss = sum_cross_entropy(hidden, Head(weight), targets)
     (gradient,) = torch.autograd.grad(loss, hidden)
     exact = hidden.detach().double().requires_grad_()
     expected = F.cross_entropy(exact @ weight.double().T, targets, reduction="sum")
@@ -140,14 +136,14 @@ def test_smoothed_sum_and_gradient_equal_torch(
     hidden = torch.randn(70, 24, requires_grad=True)
     weight, bias = torch.randn(101, 24), torch.randn(101) if with_bias else None
     targets = torch.randint(0, 101, (70,))
-    settings = {"logit_scale": scale, "softcap": softcap}
-    loss = sum_cross_entropy(hidden, weight, bias, targets, smoothing=smoothing, compiled=compiled, **settings)
+    head = Head(weight, bias, logit_scale=scale, softcap=softcap)
+    loss = sum_cross_entropy(hidden, head, targets, smoothing=smoothing, compiled=compiled)
     (gradient,) = torch.autograd.grad(3 * loss, hidden)
     expected = reference(hidden, weight, bias, targets, scale, softcap, smoothing).sum()
     (expected_gradient,) = torch.autograd.grad(3 * expected, hidden)
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-4, atol=2e-5)
-    unsmoothed = sum_cross_entropy(hidden, weight, bias, targets, **settings)
+    unsmoothed = sum_cross_entropy(hidden, head, targets)
     assert loss.item() != pytest.approx(unsmoothed.item(), rel=1e-3)
 
 
@@ -157,7 +153,7 @@ def test_bfloat16_keeps_the_even_part_of_a_smoothed_target() -> None:
     weight = torch.randn(300, 32, dtype=torch.bfloat16)
     targets = torch.randint(0, 300, (20,))
     hidden = (weight[targets] * 2).clone().requires_grad_()
-    loss = sum_cross_entropy(hidden, weight, None, targets, smoothing=0.1)
+    loss = sum_cross_entropy(hidden, Head(weight), targets, smoothing=0.1)
     (gradient,) = torch.autograd.grad(loss, hidden)
     exact = hidden.detach().double().requires_grad_()
     expected = F.cross_entropy(exact @ weight.double().T, targets, reduction="sum", label_smoothing=0.1)
@@ -169,7 +165,7 @@ def test_bfloat16_keeps_the_even_part_of_a_smoothed_target() -> None:
 
 def test_no_supervised_position_is_a_loss_of_zero_with_a_gradient() -> None:
     hidden = torch.zeros(0, 8, requires_grad=True)
-    loss = sum_cross_entropy(hidden, torch.randn(5, 8), None, torch.zeros(0, dtype=torch.long))
+    loss = sum_cross_entropy(hidden, Head(torch.randn(5, 8)), torch.zeros(0, dtype=torch.long))
     loss.backward()
     assert loss == 0
     assert hidden.grad is not None
@@ -188,9 +184,9 @@ def test_what_is_summed_is_given_position_by_position_and_changes_no_bit(
         torch.randint(0, 101, (70,)),
     )
     each = torch.full((70,), float("nan"))
-    loss = sum_cross_entropy(hidden, weight, None, targets, smoothing=smoothing, each_S=each)
+    loss = sum_cross_entropy(hidden, Head(weight), targets, smoothing=smoothing, each_S=each)
     (gradient,) = torch.autograd.grad(loss, hidden)
-    plain = sum_cross_entropy(hidden, weight, None, targets, smoothing=smoothing)
+    plain = sum_cross_entropy(hidden, Head(weight), targets, smoothing=smoothing)
     (expected,) = torch.autograd.grad(plain, hidden)
     assert torch.equal(loss, plain)
     assert torch.equal(gradient, expected)

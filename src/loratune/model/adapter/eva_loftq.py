@@ -1,11 +1,14 @@
-"""How A and B begin where data or a quantised base decides it: `lora.variant` eva and loftq. Both end as a plain adapter.
+"""Initialization of A and B from data or from a quantized base: `lora.variant` eva and loftq.
 
-EVA (Paischer et al. 2024, arXiv 2410.07170): the rows of A are the directions along which the inputs of the matrix vary most on the
-run's own data, found by PEFT's incremental decomposition; B is zero. Ranks are not redistributed (rho 1), so that counts are exact.
+Both are plain adapters afterwards.
 
-LoftQ (Li et al. 2023, arXiv 2310.08659), with one step, since the base is quantised already: B·A begins as the nearest matrix of rank r
-to what quantisation took away, W - Q(W). PEFT's `replace_lora_weights_loftq` does so on CUDA alone, and for a scale of 1 alone: with
-another alpha/r the beginning is wrong by that factor.
+EVA (Paischer et al. 2024, arXiv 2410.07170): the rows of A are the directions in which the inputs of the matrix vary most on
+the run's own data, from PEFT's incremental SVD; B is zero. Ranks are not redistributed (rho 1), so that the planned number
+of parameters is exact.
+
+LoftQ (Li et al. 2023, arXiv 2310.08659), with one iteration, since the base is already quantized: B·A starts as the best
+approximation of rank r of the quantization error W - Q(W). PEFT's `replace_lora_weights_loftq` does this on CUDA only, and
+only for a scale of 1: with another alpha/r its initial values are wrong by that factor.
 """
 
 from __future__ import annotations
@@ -26,13 +29,21 @@ from loratune.model.safetensors_headers import stored_name
 from loratune.run.errors import RecipeError, RunError
 
 ITERATIONS = 16
-"""Of the subspace iteration that finds the largest singular values, as for PiSSA."""
+"""Subspace iterations that find the largest singular values, as for PiSSA."""
 
 Batch = dict[str, torch.Tensor]
 
 
 def batches_for_eva(examples: Sequence[Sequence[int]], *, r: int, batch_size: int, device: Any) -> list[Batch]:
-    """Token ids, padded, with their mask; at least `2 * r` tokens in each, since fewer rows have fewer directions.
+    """Return padded batches of token ids with their attention mask.
+
+    Each has at least `2 * r` tokens: the inputs of fewer than r tokens have fewer than r directions.
+
+    Args:
+        examples: Token ids of each example.
+        r: Rank of the adapter.
+        batch_size: Examples of a batch; more if they are short.
+        device: Where the batches go.
 
     Raises:
         RecipeError: All examples together are shorter.
@@ -47,7 +58,8 @@ def batches_for_eva(examples: Sequence[Sequence[int]], *, r: int, batch_size: in
         groups[-1] += last
     if sum(map(len, groups[-1])) < 2 * r:
         raise RecipeError(
-            f"lora.variant is eva, which needs {2 * r} tokens for rank {r}, and the training data has {sum(map(len, groups[-1]))}",
+            f"lora.variant is eva, which needs {2 * r} tokens for rank {r}, but the training data has "
+            f"{sum(map(len, groups[-1]))}",
             fix="lora.variant=plain, a smaller lora.r, or more data",
         )
     return [_padded(group, device) for group in groups]
@@ -63,7 +75,8 @@ def _padded(group: Sequence[Sequence[int]], device: Any) -> Batch:
 
 
 def init_eva(model: PeftModel, batches: Sequence[Batch]) -> None:
-    """Give A the directions of its inputs, by PEFT; the configuration is a plain adapter's afterwards."""
+    """Initialize A with PEFT's EVA."""
+    # PEFT changes the configuration to match; the saved one must be that of a plain adapter.
     config: Any = model.peft_config["default"]
     before = copy.copy(config)
     config.init_lora_weights, config.eva_config = "eva", EvaConfig(rho=1.0, use_label_mask=False)
@@ -74,15 +87,15 @@ def init_eva(model: PeftModel, batches: Sequence[Batch]) -> None:
 
 
 def init_loftq(model: PeftModel, base: Path, *, seed: int) -> None:
-    """Give B·A what nf4 took away.
+    """Initialize B·A with the best approximation of the quantization error of nf4.
 
     Args:
-        model: With a fresh adapter on a base in nf4.
-        base: The folder with the weights before quantisation.
-        seed: Of the iteration.
+        model: A base in nf4 with a fresh adapter.
+        base: The folder with the weights before quantization.
+        seed: Seed of the subspace iteration.
 
     Raises:
-        RunError: The base's files have no such weight.
+        RunError: The base's files lack an adapted weight.
     """
     layers = {
         name.removeprefix("base_model.model."): m for name, m in model.named_modules() if isinstance(m, LoraLayer)
@@ -92,15 +105,15 @@ def init_loftq(model: PeftModel, base: Path, *, seed: int) -> None:
         torch.manual_seed(seed)
         for name, weight in _weights(base, list(layers)):
             layer: Any = layers[name]
-            left = weight.float() - as_multiplied(weight, "nf4", dtype)
+            error = weight.float() - as_multiplied(weight, "nf4", dtype)
             a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-            u, s, v = torch.svd_lowrank(left.to(a.device), q=a.shape[0], niter=ITERATIONS)
+            u, s, v = torch.svd_lowrank(error.to(a.device), q=a.shape[0], niter=ITERATIONS)
             a.copy_((v * s.sqrt()).T)
             b.copy_(u * s.sqrt() / layer.scaling["default"])
 
 
 def _weights(folder: Path, modules: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Module and weight, one at a time."""
+    """Yield module names and weights, one at a time."""
     with ExitStack() as stack:
         files = [stack.enter_context(safe_open(file, framework="pt")) for file in sorted(folder.glob("*.safetensors"))]
         places = {name: file for file in files for name in file.keys()}  # noqa: SIM118 - no mapping

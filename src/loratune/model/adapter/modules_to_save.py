@@ -1,12 +1,13 @@
-"""What is trained beside the adapter's matrices: `lora.modules_to_save`, copies of modules that are trained whole.
+"""Modules that are trained in full beside the adapter's matrices: `lora.modules_to_save`.
 
-PEFT keeps the module as it was, trains a copy, and saves that. Three things are done otherwise here:
+PEFT keeps the original module, trains a copy of it, and saves the copy. Three things are different here:
 
-    names    PEFT takes a module whose name ends in the letters asked for (`norm` is also `input_layernorm`); here the last dotted
-             parts must be equal, and PEFT is told full names
-    tied     the output head that is tied to the embedding stays so: one matrix is trained for both (PEFT's `ensure_weight_tying`)
-    types    PEFT's copies have the base's type, in which small steps vanish; here they are float32, and computed with in the
-             base's type, so that what is saved and loaded into a base of that type computes the same
+    names    PEFT takes every module whose name ends in the given letters (`norm` also means `input_layernorm`); here the
+             last dotted parts must be equal, and PEFT gets full names
+    tied     an output head that is tied to the embedding stays tied: one matrix is trained for both (PEFT's
+             `ensure_weight_tying`)
+    types    PEFT's copies have the base's type, in which small updates vanish; here they are float32 and cast to the base's
+             type to compute, so that a base of that type with the saved adapter computes the same
 """
 
 from __future__ import annotations
@@ -24,21 +25,23 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from loratune.model.adapter.new_tokens import FastRows, numbers_of
+from loratune.model.kernels.cross_entropy import Head
+from loratune.model.patching import replace_class
 from loratune.recipe.recipe import LoraSection
 from loratune.run.errors import RecipeError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FullyTrained:
-    """One thing that is trained whole.
+    """A module trained in full beside the adapter (PEFT `modules_to_save`), or the new tokens' rows of one.
 
     Attributes:
         name: The module's full name.
-        shapes: Of its trained tensors.
-        saved: The names of the saved tensors and their shapes: for a tied embedding, that of the head too.
-        is_head: Whether logits are made with it.
-        is_embedding: Whether tokens are looked up in it.
-        is_rows: Whether it is the rows of new tokens alone.
+        shapes: Shapes of its trained tensors.
+        saved: Name and shape of each saved tensor; a tied embedding is saved under the head's name too.
+        is_head: Whether it computes logits.
+        is_embedding: Whether it is the input embedding.
+        is_rows: Whether only the rows of new tokens are trained.
     """
 
     name: str
@@ -50,12 +53,12 @@ class FullyTrained:
 
     @property
     def trainable(self) -> int:
-        """Its parameters."""
+        """Number of trained parameters."""
         return sum(map(_numel, self.shapes))
 
     @property
     def num_saved(self) -> int:
-        """Numbers in the adapter's file."""
+        """Number of parameters in the adapter's file."""
         return sum(_numel(shape) for _, shape in self.saved)
 
 
@@ -64,15 +67,15 @@ def _numel(shape: Sequence[int]) -> int:
 
 
 def fully_trained_modules(model: nn.Module, lora: LoraSection, targets: Sequence[str]) -> tuple[FullyTrained, ...]:
-    """The modules that are trained whole, in the order of their names.
+    """Return the modules that the recipe trains in full, ordered by name, then the rows of new tokens.
 
     Args:
         model: The base model, without an adapter. It may be on the meta device.
-        lora: Its `modules_to_save` and `new_tokens`.
+        lora: The recipe's section, with `modules_to_save` and `new_tokens`.
         targets: Full names of the adapted modules.
 
     Raises:
-        RecipeError: A name matches nothing, or a module that has no weights or is adapted as well.
+        RecipeError: A name matches nothing, or a module without weights, or one that is adapted as well.
     """
     if not lora.modules_to_save and not lora.new_tokens:
         return ()
@@ -84,51 +87,56 @@ def fully_trained_modules(model: nn.Module, lora: LoraSection, targets: Sequence
         found = (found | {embedding}) - {head}
     for name in sorted(found):
         _check(name, modules, found, targets)
-    whole = tuple(
-        _whole(
-            name, modules[name], name in (head, embedding if tied else head), name == embedding, head if tied else ""
+    full = tuple(
+        _fully_trained(
+            name,
+            modules[name],
+            is_head=name in (head, embedding if tied else head),
+            is_embedding=name == embedding,
+            tied_head=head if tied else "",
         )
         for name in sorted(found)
     )
     if not lora.new_tokens:
-        return whole
+        return full
     if clash := found & {embedding, head}:
         raise RecipeError(
-            f"lora.modules_to_save trains {min(clash)} whole, and lora.new_tokens trains rows of it alone",
+            f"lora.modules_to_save trains all of {min(clash)}, and lora.new_tokens only some of its rows",
             fix="leave one of them out",
         )
-    return whole + _rows(modules, embedding, head, len(lora.new_tokens), tied=tied)
+    return full + _new_token_rows(modules, embedding, head, len(lora.new_tokens), tied=tied)
 
 
 def head_modules(model: nn.Module, names: Sequence[str], targets: Sequence[str]) -> tuple[FullyTrained, ...]:
-    """A classifier's head, which is trained whole whatever the recipe says.
+    """Return a classifier's head, which is always trained in full.
 
     Args:
-        model: As above.
-        names: Of its modules.
+        model: The base model, without an adapter. It may be on the meta device.
+        names: Full names of the head's modules.
         targets: Full names of the adapted modules.
 
     Raises:
-        RecipeError: One of them is adapted as well.
+        RecipeError: A module of the head is adapted as well.
     """
     inside = [(target, name) for target in targets for name in names if _overlap(target, name)]
     if inside:
         raise RecipeError(
-            f"lora.targets adapts {inside[0][0]}, but {inside[0][1]} is a part of the head, which is trained whole",
+            f"lora.targets adapts {inside[0][0]}, but {inside[0][1]} is part of the head, which is trained in full",
             fix="leave it out of lora.targets",
         )
     return tuple(
-        _whole(name, model.get_submodule(name), is_head=True, is_embedding=False, tied_head="") for name in names
+        _fully_trained(name, model.get_submodule(name), is_head=True, is_embedding=False, tied_head="")
+        for name in names
     )
 
 
-def _rows(
+def _new_token_rows(
     modules: dict[str, nn.Module], embedding: str, head: str, count: int, *, tied: bool
 ) -> tuple[FullyTrained, ...]:
-    """The rows of new tokens: of the embedding, and of a head that is not tied to it."""
+    """Return the rows of new tokens in the embedding, and in the head unless it is tied to the embedding."""
     if not embedding or not head or getattr(modules[head], "bias", None) is not None:
         raise RecipeError(
-            "lora.new_tokens: this model has no output head without bias, of which PEFT trains single rows",
+            "lora.new_tokens: PEFT trains single rows only of an output head without bias, which this model lacks",
             fix="lora.new_tokens=[]",
         )
     table: Any = modules[embedding].weight
@@ -146,7 +154,7 @@ def _rows(
     )
 
 
-def _whole(name: str, module: nn.Module, is_head: bool, is_embedding: bool, tied_head: str) -> FullyTrained:
+def _fully_trained(name: str, module: nn.Module, *, is_head: bool, is_embedding: bool, tied_head: str) -> FullyTrained:
     shapes = {part: tuple(tensor.shape) for part, tensor in module.named_parameters()}
     saved = [(f"{name}.{part}", tuple(tensor.shape)) for part, tensor in module.state_dict().items()]
     if is_embedding and tied_head:
@@ -157,7 +165,7 @@ def _whole(name: str, module: nn.Module, is_head: bool, is_embedding: bool, tied
 
 
 def _ends(model: nn.Module, modules: dict[str, nn.Module]) -> tuple[str, str]:
-    """The names of the input embedding and the output head."""
+    """Return the names of the input embedding and the output head; empty strings where there is none."""
     if not isinstance(model, PreTrainedModel):
         return "", ""
     ends: tuple[Any, Any] = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[no-untyped-call]
@@ -182,17 +190,19 @@ def _check(name: str, modules: dict[str, nn.Module], found: set[str], targets: S
     if isinstance(module, nn.ModuleList | nn.ModuleDict) or next(module.parameters(), None) is None:
         raise RecipeError(
             f"lora.modules_to_save: {name} is a {type(module).__name__}, which has no weights of its own",
-            fix=f"leave {name.rpartition('.')[2]} out, or name modules inside it",
+            fix=f"leave out {name.rpartition('.')[2]}, or name modules inside it",
         )
     inside = [target for target in targets if _overlap(target, name)]
     if inside:
         raise RecipeError(
-            f"lora.modules_to_save trains {name} whole, and lora.targets adapts {inside[0]}",
+            f"lora.modules_to_save trains all of {name}, but lora.targets adapts {inside[0]}",
             fix="leave one of them out",
         )
     nested = [other for other in found if other != name and _overlap(other, name)]
     if nested:
-        raise RecipeError(f"lora.modules_to_save names {name} and {nested[0]}, one inside the other", fix="name one")
+        raise RecipeError(
+            f"lora.modules_to_save names {name} and {nested[0]}, one inside the other", fix="name only one of them"
+        )
     alike = [other for other in modules if other.endswith(name) and other != name]
     if alike:
         raise RecipeError(f"lora.modules_to_save: PEFT cannot tell {name} from {alike[0]}", fix="leave it out")
@@ -202,27 +212,27 @@ def _overlap(one: str, other: str) -> bool:
     return one == other or one.startswith(f"{other}.") or other.startswith(f"{one}.")
 
 
-def modules_to_save_arguments(whole: Sequence[FullyTrained], new_tokens: Sequence[int] = ()) -> dict[str, Any]:
-    """The arguments of PEFT's `LoraConfig`.
+def modules_to_save_arguments(full: Sequence[FullyTrained], new_tokens: Sequence[int] = ()) -> dict[str, Any]:
+    """Return the arguments of PEFT's `LoraConfig`.
 
     Args:
-        whole: From `fully_trained_modules`.
-        new_tokens: Their numbers.
+        full: What `fully_trained_modules` returned.
+        new_tokens: Token ids of `lora.new_tokens`.
     """
-    modules = [item for item in whole if not item.is_rows]
+    modules = [item for item in full if not item.is_rows]
     arguments: dict[str, Any] = {"modules_to_save": [item.name for item in modules]} if modules else {}
     if any(item.is_head and item.is_embedding for item in modules):
         arguments["ensure_weight_tying"] = True
     if new_tokens:
-        arguments["trainable_token_indices"] = {item.name: list(new_tokens) for item in whole if item.is_rows}
+        arguments["trainable_token_indices"] = {item.name: list(new_tokens) for item in full if item.is_rows}
     return arguments
 
 
-def fully_trained_in_words(whole: Sequence[FullyTrained]) -> str:
-    """What is trained whole: `lm_head, norm`, `2 rows of embed_tokens`."""
-    leaf = {item: item.name.rpartition(".")[2] for item in whole}
+def fully_trained_in_words(full: Sequence[FullyTrained]) -> str:
+    """Describe what is trained in full: `lm_head, norm`, `2 rows of embed_tokens`."""
+    leaf = {item: item.name.rpartition(".")[2] for item in full}
     return ", ".join(
-        dict.fromkeys(f"{item.shapes[0][0]} rows of {leaf[item]}" if item.is_rows else leaf[item] for item in whole)
+        dict.fromkeys(f"{item.shapes[0][0]} rows of {leaf[item]}" if item.is_rows else leaf[item] for item in full)
     )
 
 
@@ -230,8 +240,9 @@ def fully_trained_in_words(whole: Sequence[FullyTrained]) -> str:
 
 
 def keep_in_float32(model: PeftModel) -> None:
-    """Let the copies that are trained whole be float32, and compute in the type that they had."""
-    known: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}  # with what had the number, so that no other gets it
+    """Convert the copies that are trained in full to float32, and have them compute in the type that they had."""
+    # The old parameter is held too: once freed, its id could be given to another.
+    known: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
     for wrapper in model.modules():
         if not isinstance(wrapper, ModulesToSaveWrapper):
             continue
@@ -245,12 +256,13 @@ def keep_in_float32(model: PeftModel) -> None:
                     known[id(parameter)] = nn.Parameter(parameter.detach().float()), parameter
                 setattr(owner, name, known[id(parameter)][0])
         module.computes_in = dtype
-        kind: Any = type(module)
-        module.__class__ = _computing_class(kind)
+        replace_class(module, _float32_class(type(module)))
 
 
 @cache
-def _computing_class(kind: Any) -> Any:
+def _float32_class(kind: Any) -> Any:
+    """Return a subclass of a module's class with float32 weights that computes in the type `computes_in`."""
+
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         dtype = self.computes_in
         parameters = dict(self.named_parameters())
@@ -262,59 +274,46 @@ def _computing_class(kind: Any) -> Any:
     return type(f"Float32{kind.__name__}", (kind,), {"forward": forward})
 
 
-@dataclass(frozen=True, slots=True)
-class HeadWeights:
-    """The output head as it is now: with the adapter on, what is trained of it.
+def head_weights(layer: nn.Module) -> Head | None:
+    """Return the weights of an output head as they are now: with the adapter on, the trained ones.
 
-    Attributes:
-        weight: [V, H]; it has a gradient where the head is trained whole.
-        bias: [V] or None.
-        rows: [N, H]: what stands in the place of some rows, with a gradient; or None.
-        numbers: int64 [N]: which these are; or None.
+    Returns:
+        A `Head` without scale and soft cap; None if the layer is not linear or carries an adapter of another kind.
     """
-
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-    rows: torch.Tensor | None = None
-    numbers: torch.Tensor | None = None
-
-
-def head_weights(layer: nn.Module) -> HeadWeights | None:
-    """The weights of an output head; None where it is no linear layer, or is adapted in another way."""
     if isinstance(layer, ModulesToSaveWrapper):
         off = layer.disable_adapters or not layer.active_adapters
         layer = layer.original_module if off else layer.modules_to_save[layer.active_adapters[0]]
-        return HeadWeights(layer.weight, layer.bias) if isinstance(layer, nn.Linear) else None
+        return Head(layer.weight, layer.bias) if isinstance(layer, nn.Linear) else None
     if isinstance(layer, TrainableTokensWrapper):
         adapter: Any = layer.token_adapter
         base, off = adapter.base_layer, adapter.disable_adapters or not layer.active_adapters
         if not isinstance(base, nn.Linear) or base.bias is not None:
             return None
         if off:
-            return HeadWeights(base.weight, None)
+            return Head(base.weight)
         numbers = adapter.numbers if isinstance(adapter, FastRows) else numbers_of(adapter)
-        return HeadWeights(base.weight, None, adapter.trainable_tokens_delta["default"], numbers)
+        return Head(base.weight, None, adapter.trainable_tokens_delta["default"], numbers)
     if not isinstance(layer, nn.Linear) or layer.weight.requires_grad:
         return None
-    return HeadWeights(layer.weight, layer.bias)
+    return Head(layer.weight, layer.bias)
 
 
 def without_copies(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Each tensor once, by its first name: a tied head and its embedding are one."""
+    """Return each tensor once, under its first name: a tied head and its embedding share one."""
     return {name: tensors[name] for name, first in _first_names(tensors).items() if first == name}
 
 
 def with_copies(tensors: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Under all their names again, which PEFT asks for when it loads them.
+    """Return tensors under all their names again, which PEFT requires to load them.
 
     Args:
-        tensors: As `without_copies` left them.
-        own: The model's, by all their names.
+        tensors: What `without_copies` returned.
+        own: The model's own tensors, under all their names.
     """
     return {name: tensors[first] for name, first in _first_names(own).items() if first in tensors}
 
 
 def _first_names(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """Name → the first name of the same tensor."""
+    """Map each name to the first name of the same tensor."""
     seen: dict[tuple[int, torch.Size], str] = {}
     return {name: seen.setdefault((tensor.data_ptr(), tensor.shape), name) for name, tensor in tensors.items()}

@@ -1,8 +1,7 @@
-"""Ranks and scales of single matrices: `lora.rank_pattern`, `lora.alpha_pattern` and `train.learning_rate_pattern`, read as PEFT reads
-the first two.
+"""Ranks, scales and learning rates of single modules, by patterns with PEFT's meaning.
 
-A pattern is a regular expression that matches a module's full name, or its last dotted parts; of several that match, the first
-counts (`peft.utils.other.get_pattern_key`).
+These are `lora.rank_pattern`, `lora.alpha_pattern` and `train.learning_rate_pattern`. A pattern is a regular expression that
+matches a module's full name or its last dotted parts; the first that matches applies (`peft.utils.other.get_pattern_key`).
 """
 
 from __future__ import annotations
@@ -18,61 +17,67 @@ from loratune.run.errors import RecipeError
 
 
 def rank_of(lora: LoraSection, name: str) -> int:
-    """The rank of the matrix of this full name."""
+    """Return the rank of the matrix with this full name."""
     return lora.rank_pattern.get(pattern_of(lora.rank_pattern, name), lora.r)
 
 
 def alpha_of(lora: LoraSection, name: str) -> float:
-    """Its alpha."""
+    """Return the alpha of the matrix with this full name."""
     return lora.alpha_pattern.get(pattern_of(lora.alpha_pattern, name), lora.alpha)
 
 
 def highest_rank(lora: LoraSection) -> int:
-    """The largest rank that the recipe names."""
+    """Return the largest rank in the recipe."""
     return max(lora.r, *lora.rank_pattern.values()) if lora.rank_pattern else lora.r
 
 
 def check_patterns(lora: LoraSection, names: Sequence[str]) -> None:
-    """Whether each pattern decides about something.
+    """Check that each rank and alpha pattern applies to some module.
 
     Args:
-        lora: Of the recipe.
+        lora: The recipe's section.
         names: Full names of the adapted modules.
 
     Raises:
-        RecipeError: One matches no adapted module, or another one before it has all that it matches.
+        RecipeError: A pattern matches no adapted module, or an earlier pattern applies to all that it matches.
     """
     for field in ("rank_pattern", "alpha_pattern"):
         check_used(f"lora.{field}", getattr(lora, field), names, "adapted")
 
 
 def check_used(field: str, patterns: Mapping[str, float], names: Sequence[str], what: str) -> None:
-    """Whether each of one field's patterns decides about something.
+    """Check that each pattern of one field applies to some module.
+
+    Args:
+        field: The recipe's field, for messages.
+        patterns: Pattern → value.
+        names: Full names of the modules.
+        what: What the modules are, in a message: `adapted`, `trained`.
 
     Raises:
-        RecipeError: As `check_patterns`.
+        RecipeError: A pattern matches no module, or an earlier pattern applies to all that it matches.
     """
     used = {pattern_of(patterns, name) for name in names}
     unused = next((pattern for pattern in patterns if pattern not in used), None)
     if unused is None:
         return
-    problem = f"{field}: {unused} decides about none of the {what} modules"
+    problem = f"{field}: {unused} applies to none of the {what} modules"
     matching = [name for name in names if pattern_of({unused: 1}, name) == unused]
     if matching:
         before = pattern_of(patterns, matching[0])
         raise RecipeError(
-            f"{problem}: {before}, which stands before it, matches them all", fix=f"write {unused} before {before}"
+            f"{problem}: {before}, which comes before it, matches them all", fix=f"write {unused} before {before}"
         )
     known = sorted({name.rpartition(".")[2] for name in names})
     raise RecipeError(
         problem,
-        fix=f"{what} are {', '.join(known)}; a pattern is a regular expression of a module's last parts or whole name, such as "
-        f"{_example(names)}",
+        fix=f"{what} are {', '.join(known)}; a pattern is a regular expression for a module's full name or its last "
+        f"parts, such as {_example(names)}",
     )
 
 
 def module_of(parameter: str) -> str:
-    """The full name that the module of a trained parameter has in the base model."""
+    """Return the full name, in the base model, of the module of a trained parameter."""
     name = parameter.removeprefix("base_model.model.").replace(".base_layer", "")
     for inside in (".lora_", ".modules_to_save.", ".token_adapter."):
         name = name.partition(inside)[0]
@@ -80,7 +85,7 @@ def module_of(parameter: str) -> str:
 
 
 def matching_only(lora: LoraSection, names: Sequence[str]) -> LoraSection:
-    """Without the patterns that match none of these modules, of which PEFT would warn."""
+    """Return the section without patterns that match none of these modules, of which PEFT would warn."""
     changes = {
         field: {
             pattern: value
@@ -94,15 +99,15 @@ def matching_only(lora: LoraSection, names: Sequence[str]) -> LoraSection:
 
 @contextmanager
 def checked_patterns() -> Iterator[None]:
-    """Without PEFT's warning of patterns that match no module: it does not look at `target_parameters`, which they decide about as well,
-    and `check_patterns` does."""
+    """Silence PEFT's warning of patterns that match no module, after `check_patterns` has checked them."""
+    # PEFT warns although a pattern may apply to `target_parameters`, which it does not look at.
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match")
         yield
 
 
 def pattern_of(patterns: Mapping[str, float], name: str) -> str:
-    """The pattern that decides about the module of this full name; the name itself where none does."""
+    """Return the pattern that applies to the module with this full name; the name itself if none does."""
     return str(get_pattern_key(list(patterns), name))
 
 

@@ -1,4 +1,4 @@
-"""A saved adapter that training begins with, in place of a fresh one."""
+"""A saved adapter as the starting point of training, instead of a fresh one: `lora.start_from`."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from loratune.model.adapter.modules_to_save import FullyTrained
 from loratune.model.adapter.patterns import rank_of
 from loratune.model.adapter.targets import Matrix
 from loratune.model.gguf_import import file_sha256
+from loratune.model.hub import explain_hub_errors
 from loratune.recipe.recipe import LoraSection
-from loratune.run.errors import MachineError, RecipeError
+from loratune.run.errors import RecipeError
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX = "base_model.model."
@@ -24,11 +25,11 @@ _UNKNOWN = (
     *("target_parameters", "trainable_token_indices"),
     *("layer_replication", "lora_bias", "use_qalora", "alora_invocation_tokens", "arrow_config"),
 )
-"""Settings of PEFT's `LoraConfig` that the recipe has no word for: an adapter that uses one trains otherwise than it says."""
+"""Settings of PEFT's `LoraConfig` that no field of the recipe expresses: an adapter that uses one would train differently."""
 
 
 def locate_adapter(name: str) -> Path:
-    """The folder of a saved adapter: it itself, or the hub's files in the cache.
+    """Return the folder of a saved adapter; one on the hub is fetched into the cache.
 
     Raises:
         RecipeError: There is no such folder or hub adapter, or its weights are not safetensors.
@@ -40,7 +41,7 @@ def locate_adapter(name: str) -> Path:
             raise RecipeError(
                 f"lora.start_from is {name}: no such folder", fix="give the folder of an adapter, or a hub id"
             )
-        folder = _from_hub(name)
+        folder = _download(name)
     missing = [file for file in (CONFIG, WEIGHTS) if not (folder / file).is_file()]
     if missing:
         raise RecipeError(
@@ -51,18 +52,18 @@ def locate_adapter(name: str) -> Path:
 
 
 def check_adapter(
-    folder: Path, lora: LoraSection, matrices: Sequence[Matrix], whole: Sequence[FullyTrained] = ()
+    folder: Path, lora: LoraSection, matrices: Sequence[Matrix], full: Sequence[FullyTrained] = ()
 ) -> None:
-    """Whether the adapter is one that the recipe describes, by its configuration and the shapes in its header.
+    """Check that an adapter is the one that the recipe describes, by its configuration and the shapes in its header.
 
     Args:
-        folder: From `locate_adapter`.
-        lora: Rank, scale, variant.
-        matrices: That the recipe adapts.
-        whole: That it trains whole.
+        folder: What `locate_adapter` returned.
+        lora: The recipe's section, with rank, scale and variant.
+        matrices: The matrices that the recipe adapts.
+        full: The modules that the recipe trains in full.
 
     Raises:
-        RecipeError: It is not; what differs is named.
+        RecipeError: The adapter differs, and in what.
     """
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
@@ -87,16 +88,16 @@ def check_adapter(
                 file=folder / CONFIG,
                 fix=f"lora.{field}={value}",
             )
-    wanted = _expected(lora, matrices) | {f"{_PREFIX}{name}": shape for item in whole for name, shape in item.saved}
+    wanted = _expected(lora, matrices) | {f"{_PREFIX}{name}": shape for item in full for name, shape in item.saved}
     _check_shapes(shapes, wanted, folder)
 
 
 def base_notes(folder: Path, bases: Sequence[str]) -> tuple[str, ...]:
-    """That the adapter names another base, whose shapes happen to be the same.
+    """Return a note if the adapter names another base than this run's, with the same shapes.
 
     Args:
-        folder: Of an adapter that `check_adapter` has passed.
-        bases: What the base of this run is called.
+        folder: The folder of an adapter that `check_adapter` accepted.
+        bases: The names of this run's base: in the recipe, and its folder.
     """
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     theirs = str(config.get("base_model_name_or_path") or "")
@@ -106,20 +107,21 @@ def base_notes(folder: Path, bases: Sequence[str]) -> tuple[str, ...]:
 
 
 def adapter_fingerprint(folder: Path) -> dict[str, str]:
-    """The SHA-256 of the files that decide where training begins."""
+    """Return the SHA-256 of the adapter's files: file name → hexadecimal digits."""
     return {name: file_sha256(folder / name) for name in (CONFIG, WEIGHTS)}
 
 
 def load_weights_into(model: PeftModel, folder: Path) -> None:
-    """Give a fresh adapter the weights of a saved one that `check_adapter` has passed; they become float32."""
+    """Load the weights of an adapter that `check_adapter` accepted into a fresh one, as float32."""
     set_peft_model_state_dict(model, load_file(folder / WEIGHTS, device=str(model.device)))
 
 
 def _variant(config: dict[str, Any]) -> str:
-    """What it goes on as: PiSSA and OLoRA are saved as plain by us, and by PEFT with the base that they changed."""
-    beginning = config.get("init_lora_weights", True)
-    if isinstance(beginning, str) and beginning.startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
-        return beginning
+    """Return the recipe's variant that continues an adapter; for one that no variant continues, its initialization."""
+    initialization = config.get("init_lora_weights", True)
+    # PEFT saves these for a base that they changed. Ours are saved as plain adapters (`variants.save_as_plain`).
+    if isinstance(initialization, str) and initialization.startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
+        return initialization
     if config.get("use_dora"):
         return "dora+rslora" if config.get("use_rslora") else "dora"
     return "rslora" if config.get("use_rslora") else "plain"
@@ -154,20 +156,14 @@ def _check_shapes(found: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int
             raise fail(f"has {name.removeprefix(_PREFIX)} of {found[name]}, the model's is {shape}")
 
 
-def _from_hub(name: str) -> Path:
-    import httpx2
+def _download(name: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-    try:
+    with explain_hub_errors(
+        "lora.start_from",
+        name,
+        "adapter",
+        fix="check the id; for a gated adapter run `hf auth login`; or give a local folder",
+        offline_fix="connect, or give the folder of an adapter",
+    ):
         return Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS]))
-    except HfHubHTTPError as error:
-        raise RecipeError(
-            f"lora.start_from is {name}: the hub answers {error.response.status_code}",
-            fix="check the id; for a gated adapter run `hf auth login`; or give a local folder",
-        ) from error
-    except (httpx2.HTTPError, OSError, OfflineModeIsEnabled, LocalEntryNotFoundError) as error:
-        raise MachineError(
-            f"lora.start_from is {name}: the hub cannot be reached, and the adapter is not in the local cache",
-            fix="connect, or give the folder of an adapter",
-        ) from error

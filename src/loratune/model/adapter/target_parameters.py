@@ -1,7 +1,7 @@
-"""Parameters that are no linear module's weight and get an adapter all the same: `lora.target_parameters`.
+"""Adapters on parameters that are not the weight of a linear module: `lora.target_parameters`.
 
-Mixtures of experts keep the weights of all experts of a layer in one tensor of three dimensions. PEFT gives each expert matrices A
-and B of its own and adds their product to the tensor while the module runs (`ParamWrapper`).
+Mixtures of experts keep the weights of all experts of a layer in one tensor of three dimensions. PEFT gives each expert its
+own matrices A and B and adds their product to the tensor while the module runs (`ParamWrapper`).
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from loratune.run.errors import RecipeError
 
 
 def resolve_target_parameters(model: nn.Module, lora: LoraSection, targets: Sequence[str] = ()) -> tuple[Matrix, ...]:
-    """The adapted parameters by their full names, as matrices with a `count`.
+    """Find the adapted parameters; return them as matrices with a `count`, ordered by full name.
 
     Args:
         model: The base model, without an adapter. It may be on the meta device.
-        lora: Its `target_parameters` and `layers`.
+        lora: The recipe's section, with `target_parameters` and `layers`.
         targets: Full names of the adapted modules.
 
     Raises:
-        RecipeError: A name matches nothing, or what PEFT cannot adapt so.
+        RecipeError: A name matches nothing, or a parameter that PEFT cannot adapt this way.
     """
     if not lora.target_parameters:
         return ()
@@ -68,12 +68,12 @@ def _known(model: nn.Module) -> str:
     return (
         f"known here: {', '.join(known)}"
         if known
-        else "this model keeps no experts in one tensor: lora.targets names matrices"
+        else "this model has no experts in one tensor; name matrices in lora.targets"
     )
 
 
 def target_parameter_arguments(found: Sequence[Matrix], lora: LoraSection) -> dict[str, Any]:
-    """The argument of PEFT's `LoraConfig`: the names as they were given, or those in the chosen layers."""
+    """Return the argument of PEFT's `LoraConfig`: the names as given, or the full names in the chosen layers."""
     if not found:
         return {}
     return {
@@ -82,7 +82,7 @@ def target_parameter_arguments(found: Sequence[Matrix], lora: LoraSection) -> di
 
 
 def target_parameters_in_words(found: Sequence[Matrix]) -> str:
-    """What is adapted: `experts.gate_up_proj of 64 experts in 2 layers`."""
+    """Describe what is adapted: `experts.gate_up_proj of 64 experts in 2 layers`."""
     layers: dict[tuple[str, int], int] = {}
     for item in found:
         key = (".".join(item.name.split(".")[-2:]), item.count)

@@ -1,9 +1,9 @@
-"""Causal attention over examples that lie end to end in one row, which never look at each other.
+"""Causal attention over packed examples: they lie end to end in one row and never attend to each other.
 
-Registered with transformers under the name `PACKED`. The boundaries come through the model's forward as
+Registered with transformers under the name `PACKED`. The boundaries arrive through the model's forward as
 `cu_seq_lens_q` and `max_length_q`, the names that transformers uses for flash attention.
 
-Shapes: T tokens of all examples, H query heads, G key/value heads, D head width, E examples.
+Shapes: T tokens of all examples, H query heads, G key/value heads, D head width, V width of the values, E examples.
 """
 
 from __future__ import annotations
@@ -23,29 +23,30 @@ PACKED = "loratune_packed"
 
 
 class PackingUnsupportedError(RuntimeError):
-    """The architecture needs something of attention that the packed kernel does not do."""
+    """The architecture needs a feature of attention that the packed kernel does not support."""
 
 
-_untold: set[int] | None = None
-"""Where windows are collected; see `record_untold_windows`."""
+_mask_only_windows: set[int] | None = None
+"""Where `record_mask_only_windows` collects; None outside of it."""
 
 
 @contextmanager
-def record_untold_windows() -> Iterator[set[int]]:
-    """The windows and chunks, in tokens, that layers of the models that run meanwhile keep to by their mask alone.
+def record_mask_only_windows() -> Iterator[set[int]]:
+    """Collect the windows and chunks, in tokens, that layers enforce by their mask alone, of the models run meanwhile.
 
-    Packed attention has no masks: transformers makes none for an attention without a mask function. It has one here alone, because
-    before transformers calls it, it asks the device whether examples are packed, which a step must not wait for. A window is
-    kept to where the layer says so, as `sliding_window`.
+    Packed attention has no masks, so it would miss such a window. It applies one that the layer passes as
+    `sliding_window`.
     """
-    global _untold  # noqa: PLW0603 - transformers calls attention and masks, and passes nothing of ours
-    _untold = set()
+    global _mask_only_windows  # noqa: PLW0603 - transformers calls attention and masks, and passes nothing of ours
+    _mask_only_windows = set()
+    # Only here: with a mask function registered, transformers asks the device at each step whether examples are packed,
+    # and waits for the answer.
     AttentionMaskInterface.register(PACKED, _window_as_mask)
     try:
-        yield _untold
+        yield _mask_only_windows
     finally:
-        _untold = None
-        AttentionMaskInterface._global_mapping.pop(PACKED)  # there is no public way back
+        _mask_only_windows = None
+        AttentionMaskInterface._global_mapping.pop(PACKED)  # transformers has no public way to unregister
 
 
 def packed_attention(  # the signature is transformers'
@@ -64,40 +65,40 @@ def packed_attention(  # the signature is transformers'
     s_aux: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """An attention function for transformers' `AttentionInterface`.
+    """Compute attention as transformers' `AttentionInterface` asks for it.
 
     Args:
         module: The attention module that calls.
         query_1HTD: [1, H, T, D].
         key_1GTD: [1, G, T, D]; H is a multiple of G.
-        value_1GTD: [1, G, T, V]; V is D but for DeepSeek's latent attention.
-        attention_mask: None: no mask function is registered with it. While windows are recorded, the mask's window.
+        value_1GTD: [1, G, T, V]; V is D except in DeepSeek's latent attention.
+        attention_mask: None, or while windows are recorded a tensor with the window that the mask would enforce.
         scaling: Factor on query·key; 1/√D when None.
         dropout: Attention dropout, zero in the models that people fine-tune.
         cu_seq_lens_q: int32 [E + 1], the boundaries of the examples.
         max_length_q: Tokens of the longest example.
         sliding_window: A token sees itself and the `sliding_window - 1` before it.
         softcap: Scores become softcap · tanh(score / softcap).
-        s_aux: [H], attention sinks: a further score of each head, whose share of the softmax goes nowhere. Frozen.
-        **kwargs: What else the model passes; a position bias is refused.
+        s_aux: [H], frozen attention sinks: one more score per head, whose share of the softmax is discarded (gpt-oss).
+        **kwargs: Further arguments of the model; all are ignored but a position bias, which is refused.
 
     Returns:
         [1, T, H, V], and None for the weights.
 
     Raises:
-        PackingUnsupportedError: No boundaries arrived, or the architecture has a position bias or attention dropout, or its
-            sinks are trained.
+        PackingUnsupportedError: No boundaries arrived, or the architecture has a position bias, attention dropout or
+            trained sinks.
     """
     if cu_seq_lens_q is None or max_length_q is None:
-        raise PackingUnsupportedError("the model does not hand the examples' boundaries to its attention")
+        raise PackingUnsupportedError("the model does not pass the examples' boundaries to its attention")
     if kwargs.get("position_bias") is not None:
         raise PackingUnsupportedError("the model's attention has a position bias")
     if s_aux is not None and s_aux.requires_grad:
         raise PackingUnsupportedError("the sinks of the model's attention are trained")
     if dropout:
         raise PackingUnsupportedError(f"the model's attention has dropout {dropout}")
-    if _untold is not None and attention_mask is not None and int(attention_mask) != sliding_window:
-        _untold.add(int(attention_mask))
+    if _mask_only_windows is not None and attention_mask is not None and int(attention_mask) != sliding_window:
+        _mask_only_windows.add(int(attention_mask))
     window = sliding_window if sliding_window is not None and sliding_window < max_length_q else None
     if query_1HTD.device.type == "cpu":
         scale = query_1HTD.shape[-1] ** -0.5 if scaling is None else scaling
@@ -147,10 +148,11 @@ def _by_example(
     softcap: float | None,
     sinks_H: torch.Tensor | None,
 ) -> torch.Tensor:
+    """Attend example by example, on GPUs where `_varlen` does not apply; returns [1, T, H, V]."""
     lengths = [end - start for start, end in pairwise(boundaries.tolist())]
     grouped = query_1HTD.shape[1] != key_1GTD.shape[1]
     outs = []
-    # split, not slices: the gradient of a slice is a row of zeros as long as all examples together
+    # split, not slices: the gradient of each slice would be a tensor of zeros as long as all examples together
     for query, key, value in zip(
         *(torch.split(x, lengths, dim=2) for x in (query_1HTD, key_1GTD, value_1GTD)), strict=True
     ):
@@ -167,7 +169,7 @@ def _by_example(
 
 
 def _window_mask(length: int, window: int | None, device: torch.device) -> torch.Tensor:
-    """Boolean [length, length], true where a query (row) may see a key (column)."""
+    """Return a boolean [length, length], true where a query (row) may see a key (column)."""
     mask = torch.ones(length, length, dtype=torch.bool, device=device).tril()
     return mask if window is None else mask.triu(1 - window)
 
@@ -181,6 +183,7 @@ def _step_by_step(
     softcap: float | None,
     sinks_H: torch.Tensor | None,
 ) -> torch.Tensor:
+    """Attend within one example with the scores held in full, which soft cap and sinks need."""
     group = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
     scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
@@ -194,12 +197,12 @@ def _step_by_step(
 
 
 def _window_as_mask(*args: Any, local_size: int | None = None, **kwargs: Any) -> torch.Tensor | None:
-    """The boundaries say what a mask would; which window it has is told in its place."""
+    """Return the window of a mask in the mask's place; None for a mask without one, which the boundaries replace."""
     if local_size is None:
         return None
-    return torch.full((1, 1, 1, 1), local_size)  # with a mask's axes, which some models slice
+    return torch.full((1, 1, 1, 1), local_size)  # the axes of a mask, which some models slice
 
 
 def register() -> None:
-    """Make `PACKED` known to transformers."""
+    """Register `PACKED` with transformers."""
     AttentionInterface.register(PACKED, packed_attention)

@@ -1,11 +1,11 @@
 """Causal attention of packed examples on a CPU, in blocks of queries: two custom operators, forward and backward.
 
-torch's own CPU attention is slow backwards in bfloat16, and a loop over examples does not compile. These are batched matrix
-products over the key/value heads and a softmax; what is saved is query, key and value alone.
+torch's own CPU attention is slow in the bfloat16 backward pass, and a loop over examples does not compile. These are batched
+matrix products over the key/value heads and a softmax; only query, key and value are saved for the backward pass.
 
-Shapes: T tokens of all examples, H query heads, G key/value heads, D head width, R = T · H/G rows: the query heads that share
-a key/value head lie side by side, so that a block of queries is a slice; K keys that a block sees; V width of the values,
-which is D but for DeepSeek's latent attention.
+Shapes: T tokens of all examples, H query heads, G key/value heads, D head width, K keys that a block sees; V width of the
+values, which is D except in DeepSeek's latent attention; R = T · H/G rows: the query heads that share a key/value head lie
+side by side, so that a block of queries is a slice.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from typing import Any
 import torch
 
 BLOCK_QUERIES = 192
-"""The most queries of one block. Forward and backward of examples of 160, 512 and 1,024 tokens (9 heads of 64, bfloat16, two
-Zen 4 cores): blocks of 64 took 25, 39 and 44 ms, of 128 23, 41 and 38, of 256 20, 51 and 38; torch's attention 49, 57, 54."""
+"""Largest number of queries in a block. Forward and backward of examples of 160, 512 and 1,024 tokens (9 heads of 64,
+bfloat16, two Zen 4 cores) took 25, 39 and 44 ms in blocks of 64; 23, 41 and 38 ms in blocks of 128; 20, 51 and 38 ms in
+blocks of 256; torch's attention took 49, 57 and 54 ms."""
 
 
 def block_attention(
@@ -32,7 +33,7 @@ def block_attention(
     softcap: float | None = None,
     sinks_H: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attention of every example over itself, [1, T, H, V], with gradients to query, key and value.
+    """Attend within each example; return [1, T, H, V], with gradients to query, key and value.
 
     Scores are rounded to the type of the query, as in transformers' eager attention; the softmax is computed in float32.
 
@@ -44,7 +45,7 @@ def block_attention(
         scale: Factor on query·key.
         window: A token sees itself and the `window - 1` before it.
         softcap: Scores become softcap · tanh(score / softcap).
-        sinks_H: [H], frozen: a further score of each head, whose share of the softmax goes nowhere (gpt-oss).
+        sinks_H: [H], frozen: one more score per head, whose share of the softmax is discarded (gpt-oss).
     """
     _, heads, tokens, width = query_1HTD.shape
     groups = key_1GTD.shape[1]
@@ -67,7 +68,7 @@ def _forward(
     softcap: float,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Query [G, R, D], scaled; key [G, T, D], value [G, T, V]; `shared` = H/G → [G, R, V]."""
+    """Map query [G, R, D] (already scaled), key [G, T, D] and value [G, T, V] to [G, R, V]; `shared` is H/G."""
     query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
     out = query.new_empty(*query.shape[:2], value.shape[2])
     for start, stop in pairwise(boundaries.tolist()):
@@ -106,7 +107,7 @@ def _backward(
     grad, query, key, value = grad.contiguous(), query.contiguous(), key.contiguous(), value.contiguous()
     grad_query = torch.empty_like(query)
     longest = int(boundaries.diff().max())
-    # Blocks of one example add to the same keys: in float32 where the type is narrower.
+    # Several blocks of an example add to the same keys; in bfloat16 each addition would round.
     wide = torch.promote_types(query.dtype, torch.float32) if longest > BLOCK_QUERIES else query.dtype
     grad_key, grad_value = (torch.zeros_like(x, dtype=wide) for x in (key, value))
     for start, stop in pairwise(boundaries.tolist()):
@@ -151,7 +152,7 @@ _forward.register_autograd(_differentiate, setup_context=_keep)
 
 
 def _blocks(start: int, stop: int, shared: int, window: int) -> Iterator[tuple[slice, slice]]:
-    """The example's blocks, of about equal size: rows of queries, and the tokens whose keys they see."""
+    """Yield the blocks of an example, of about equal size: rows of queries, and the tokens whose keys they see."""
     num_blocks = -(-(stop - start) // BLOCK_QUERIES)
     for i in range(num_blocks):
         first, end = (start + (stop - start) * j // num_blocks for j in (i, i + 1))
@@ -162,7 +163,7 @@ def _blocks(start: int, stop: int, shared: int, window: int) -> Iterator[tuple[s
 def _probabilities(
     query: torch.Tensor, key: torch.Tensor, shared: int, window: int, softcap: float, sinks: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Attention of a block of the last queries of some keys, [G, R, K], and the slope of the soft cap where there is one."""
+    """Return the softmax of a block, whose queries are the last of its keys: [G, R, K]; and the soft cap's slope."""
     scores = torch.bmm(query, key.mT)
     slope = None
     if softcap:
@@ -183,7 +184,7 @@ def _probabilities(
 
 
 def _future(queries: int, dtype: torch.dtype) -> torch.Tensor:
-    """[queries, 1, queries]: -inf where the key comes after the query, else 0."""
+    """Return [queries, 1, queries]: -inf where the key comes after the query, else 0; a slice of a cached mask."""
     if dtype not in _FUTURE or _FUTURE[dtype].shape[0] < queries:
         _FUTURE[dtype] = torch.full((max(queries, BLOCK_QUERIES),) * 2, float("-inf"), dtype=dtype).triu(1)
     return _FUTURE[dtype][:queries, None, :queries]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from loratune.model.adapter.module_roles import reads_attention
 from loratune.model.adapter.modules_to_save import FullyTrained
 from loratune.model.adapter.patterns import rank_of
-from loratune.model.adapter.targets import Matrix, reads_attention
+from loratune.model.adapter.targets import Matrix
 from loratune.model.adapter.variants import changes_base, num_trainable
 from loratune.recipe.recipe import LoraSection
 

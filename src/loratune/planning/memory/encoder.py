@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from loratune.model.adapter.targets import Matrix, reads_attention
+from loratune.model.adapter.module_roles import reads_attention
+from loratune.model.adapter.targets import Matrix
 from loratune.planning.memory.adapter import saved_bytes
 from loratune.planning.memory.inputs import LayerBytes
 from loratune.recipe.recipe import LoraSection

@@ -1,7 +1,7 @@
-"""The loss of labelled examples: sum of -log p of their classes.
+"""The loss of labelled examples: the sum of -log p of their classes.
 
-Examples of decoders are laid end to end, as in `loss`, and the head reads the last token of each. Those of encoders are padded
-to the longest and go through the model's own forward.
+For decoders, examples are packed end to end as in `loss`, and the head reads the last token of each. For encoders, they are
+padded to the longest and go through the model's own forward.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from loratune.training.loss import CHECK_TOKENS, SupervisedLoss, fastest_loss
 
 
 class ClassificationLoss(SupervisedLoss):
-    """Losses of a classifier with an adapter. What `SupervisedLoss` says of supervised tokens is here of examples.
+    """The loss of a classifier with an adapter: `SupervisedLoss` with an example in place of a supervised token.
 
     Args:
         model: The adapted classifier.
-        packed: Whether examples share one forward without padding, which decoders can do. False: they are padded.
+        packed: Whether examples share one forward without padding, which decoders support. False: they are padded.
 
     Raises:
-        PackingUnsupportedError: They cannot be packed in this architecture.
+        PackingUnsupportedError: The architecture does not support packed examples.
     """
 
     def __init__(self, model: PeftModel, *, packed: bool = True) -> None:
@@ -42,7 +42,7 @@ class ClassificationLoss(SupervisedLoss):
         if packed:
             if not is_decoder(self._classifier):
                 raise PackingUnsupportedError(
-                    f"{type(self._classifier).__name__} is no decoder with a head on its last token"
+                    f"{type(self._classifier).__name__} is not a decoder with a head on its last token"
                 )
             register()
             self._classifier.set_attn_implementation(PACKED)
@@ -50,8 +50,12 @@ class ClassificationLoss(SupervisedLoss):
         self._pad_token_id: int = self._classifier.config.get_text_config().pad_token_id
 
     def sum(self, batch: MicroBatch, each: torch.Tensor | None = None) -> torch.Tensor:
-        """Sum of -log p of the classes of a micro-batch, a float32 scalar with a gradient; `each`, float32 [E], is filled with what
-        is summed."""
+        """Sum -log p of the classes of a micro-batch; return a float32 scalar with a gradient.
+
+        Args:
+            batch: The micro-batch.
+            each: float32 [E], filled with the loss of each example.
+        """
         losses = cross_entropy(self._logits(batch), _labels(batch), reduction="none")
         if each is not None:
             each.copy_(losses.detach())
@@ -59,12 +63,12 @@ class ClassificationLoss(SupervisedLoss):
 
     @torch.no_grad()
     def per_token(self, batch: MicroBatch) -> torch.Tensor:
-        """-log p of each example's class, float32 [E]."""
+        """Return -log p of each example's class, float32 [E]."""
         return cross_entropy(self._logits(batch), _labels(batch), reduction="none")
 
     @torch.no_grad()
     def logits(self, batch: MicroBatch) -> torch.Tensor:
-        """The logits of the classes of each example, float32 [E, C]."""
+        """Return the logits of the classes of each example, float32 [E, C]."""
         return self._logits(batch)
 
     def _logits(self, batch: MicroBatch) -> torch.Tensor:
@@ -76,7 +80,10 @@ class ClassificationLoss(SupervisedLoss):
         return logits
 
     def _last_tokens(self, batch: MicroBatch) -> torch.Tensor:
-        """int64 [E]: where transformers' own classifiers look: at the last token that is not the padding token."""
+        """Return the position of each example's last token that is not the padding token, int64 [E].
+
+        This is where transformers' own classifiers look, also if an example ends in the padding token.
+        """
         ids, ends = batch.input_ids[0], batch.boundaries.long()
         places = torch.arange(len(ids), device=ids.device)
         starts = ends[:-1].repeat_interleave(ends.diff())
@@ -101,14 +108,14 @@ class ClassificationLoss(SupervisedLoss):
 
 
 def make_classification_loss(model: PeftModel, examples: Sequence[Example]) -> tuple[ClassificationLoss, str]:
-    """The fastest loss that equals the plain one on this model, and a reason where a decoder's is not the packed one.
+    """Return the fastest loss that equals the plain one on this model, and why a decoder's does not pack if it does not.
 
     Args:
         model: The adapted classifier.
-        examples: The training examples; the beginnings of the first and the last are used for the comparison.
+        examples: The training examples; the beginnings of the first and the last are compared.
 
     Raises:
-        RunError: Neither way equals the model's own logits.
+        RunError: Neither packed nor padded examples reproduce the model's own logits.
     """
     heads = _heads_of(examples)
     plain = ClassificationLoss(model, packed=False)

@@ -18,7 +18,7 @@ from loratune.training.trainer import RunTrainer, TrainerSetup
 
 
 class TrlClassifierTrainer(RunTrainer):
-    """What the fast engine must equal: the stock forward, loss and batches of transformers."""
+    """Stock `Trainer` with transformers' own forward, loss and padded batches: the reference for the fast engine."""
 
     def __init__(self, setup: TrainerSetup) -> None:
         callbacks, data = self._set_up(setup), setup.data
@@ -61,7 +61,7 @@ class TrlClassifierTrainer(RunTrainer):
 
 
 def _rows(examples: Any) -> HubDataset:
-    """As transformers takes them: `input_ids`, `labels`, and `token_type_ids` where there are some."""
+    """Return examples in transformers' format: `input_ids`, `labels`, and `token_type_ids` if the tokenizer has them."""
     rows = []
     for example in examples:
         assert isinstance(example, LabelledExample)
