@@ -13,8 +13,6 @@ from loratune.planning.prepare import prepare
 from loratune.recipe.recipe import Recipe
 from loratune.run.directory import read_json
 from loratune.run.progress import NoProgress
-from loratune.workflows.guidance.effects import SUMMARIES
-from loratune.workflows.guidance.facts import Facts
 from loratune.workflows.train import train
 from tests.conftest import conversation, write_jsonl
 from tests.training.test_disk import Moment
@@ -38,8 +36,6 @@ def test_the_plan_counts_what_an_epoch_has_of_each_source(tiny_recipe: MakeRecip
         assert few[name] + many[name] == data[name]
     places = [(example.origin.file, example.origin.line) for example in prepared.data.train]
     assert sorted(map(places.count, set(places))) == [1] * 6 + [2] * 3 + [3] * 4
-    words = SUMMARIES["data.train"](Facts(prepared))
-    assert words.endswith(f"an epoch has 18 of {tmp_path}/few.jsonl, 6 of {tmp_path}/many.jsonl")
 
 
 def test_streamed_sources_are_counted_by_their_sample(tiny_recipe: MakeRecipe, tmp_path: Path) -> None:

@@ -14,14 +14,10 @@ import pytest
 from safetensors.torch import load_file
 from transformers import EarlyStoppingCallback, TrainerControl, TrainerState
 
-from loratune.planning.prepare import prepare
 from loratune.recipe.recipe import Recipe
 from loratune.run.directory import RunDir, read_json
 from loratune.run.errors import Interrupted, RecipeError
-from loratune.run.progress import NoProgress
 from loratune.training.early_stopping import evaluations_without_improvement
-from loratune.workflows.guidance.effects import SUMMARIES
-from loratune.workflows.guidance.facts import Facts
 from loratune.workflows.resume import resume
 from loratune.workflows.train import train
 from tests.conftest import write_jsonl
@@ -109,9 +105,6 @@ def test_a_run_ends_where_its_losses_say_with_the_best_adapter(worse: MakeRecipe
     assert (event["step"], event["lowest_at"]) == (last, lowest)
     assert (run.checkpoints / str(last)).is_dir(), "its last step is saved, as every run's is"
     assert read_json(run.plan)["time"]["is_upper_bound"]
-    assert SUMMARIES["train.early_stopping"](Facts(prepare(recipe, NoProgress()))) == (
-        "ends the run after step 3 of 12 at the earliest"
-    )
     # a checkpoint a step: the best of them is what the run ends with
     run = train(worse("each", train__save_every=1)).run
     kept = load_file(run.checkpoints / str(lowest) / "adapter_model.safetensors")

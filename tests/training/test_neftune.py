@@ -12,13 +12,9 @@ import torch
 from torch import nn
 from transformers.integrations.neftune import neftune_post_forward_hook
 
-from loratune.planning.prepare import prepare
 from loratune.recipe.recipe import Recipe
 from loratune.run.directory import read_json
-from loratune.run.progress import NoProgress
 from loratune.training.neftune import EmbeddingNoise
-from loratune.workflows.guidance.effects import SUMMARIES
-from loratune.workflows.guidance.facts import Facts
 from loratune.workflows.resume import resume
 from loratune.workflows.train import train
 from tests.invariants.test_same_mathematics import assert_same, trajectory
@@ -90,14 +86,3 @@ def test_both_engines_smooth_alike_and_evaluate_unsmoothed(tiny_recipe: MakeReci
     plain = train(tiny_recipe(**plain, train__output_dir=str(tmp_path / "plain"))).run
     assert trajectory(plain)[0][0] != pytest.approx(trajectory(fast)[0][0], abs=1e-2)
     assert read_json(plain.evaluation)["base"]["nll"] == read_json(fast.evaluation)["base"]["nll"]
-
-
-def test_explain_has_the_lowest_smoothed_loss_and_the_largest_noise(tiny_recipe: MakeRecipe) -> None:
-    facts = Facts(prepare(tiny_recipe(train__label_smoothing=0.1, train__neftune_noise_alpha=5.0), NoProgress()))
-    vocabulary = facts.model.config.vocab_size
-    target = torch.full((vocabulary,), 0.1 / vocabulary, dtype=torch.float64)
-    target[7] += 0.9
-    lowest = nn.functional.cross_entropy(target.log()[None], torch.tensor([7]), label_smoothing=0.1)
-    assert f"below {float(lowest):.3f}," in SUMMARIES["train.label_smoothing"](facts)
-    most = 5.0 / (32 * min(facts.lengths)) ** 0.5
-    assert f"at most {most:.2g} in the shortest" in SUMMARIES["train.neftune_noise_alpha"](facts)

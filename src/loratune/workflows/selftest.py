@@ -49,7 +49,7 @@ from loratune.workflows.train import train
 Tensors = Mapping[Any, torch.Tensor]
 
 FLOAT32 = 1e-4
-"""Sums of thousands of float32 products in another order differ by about 1e-6 of the largest, a wrong factor by more."""
+"""Sums of thousands of float32 products in another order differ by some 1e-6 of the largest, a wrong factor by more."""
 STEPS = 1e-4
 """For losses and weights after some AdamW steps, which divide gradients by their size and so amplify rounding."""
 EXACT = 0.0

@@ -297,7 +297,7 @@ def test_no_script_is_made_for_a_quantised_checkpoint(
     tiny_recipe: MakeRecipe, quantised: Callable[[str], Path], tmp_path: Path
 ) -> None:
     prepared = prepare(tiny_recipe(model__name=str(quantised("block_fp8")), train__epochs=1), NoProgress())
-    with pytest.raises(RecipeError, match=r"come quantised \(fp8\)"):
+    with pytest.raises(RecipeError, match=r"weights are quantized \(fp8\)"):
         eject(prepared, tmp_path / "script.py", overwrite=False, progress=NoProgress())
 
 

@@ -102,7 +102,7 @@ def test_the_quantized_base_is_smaller_by_the_planned_share(tiny_recipe: MakeRec
     assert SUMMARIES["model.quantization"](made).endswith("100% of their size in float32")
     rows = {row["quantization"]: row["frozen weights"] for row in TABLES["model.quantization"](made)}
     assert rows["none"] in SUMMARIES["model.quantization"](made)
-    assert len(set(rows.values())) > 2
+    assert rows["none"] not in {words for name, words in rows.items() if name != "none"}
 
 
 def test_a_smaller_token_budget_means_more_micro_batches(tiny_recipe: MakeRecipe) -> None:
@@ -117,7 +117,7 @@ def test_trained_roles_are_counted_and_listed_with_the_other_choices(tiny_recipe
     rows = {row["train_on"]: row["trained tokens"] for row in TABLES["data.train_on"](made)}
     assert list(rows) == ["assistant", "last", "all", "[user]"]
     words = SUMMARIES["data.train_on"](made)
-    assert words == f"{rows['[user]']}, in messages: 27 user"
+    assert words == f"{rows['[user]']} in 27 user messages"
 
 
 def test_batch_size_and_epochs_give_the_steps_that_are_planned(tiny_recipe: MakeRecipe) -> None:

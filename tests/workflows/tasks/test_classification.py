@@ -239,8 +239,8 @@ def test_the_page_and_the_card_speak_of_classes(finished: RunDir) -> None:
 def test_every_setting_is_explained(finished: RunDir) -> None:
     recipe = Recipe.load(finished.recipe)
     found = {item.name: item for item in explain(recipe, prepare(recipe, NoProgress()), {})}
-    assert "classifier" in found["model.task"].effect
-    assert "3 classes" in found["model.task"].effect
+    assert found["model.task"].value == "sequence_classification"
+    assert "label" in found["data.train_on"].effect
     pages = explain(recipe, prepare(recipe, NoProgress()), {}, ["lora.r", "lora.targets", "max_length", "optimizer"])
     assert all(page.alternatives for page in pages)
 

@@ -54,7 +54,7 @@ def _train_on(facts: Facts) -> str:
     if counts is None:
         return "the label of each text is trained, not its tokens"
     messages = " and ".join(f"{number:,} {role}" for role, number in counts.items())
-    return _trained_share(facts.prepared.data.train) + (f", in messages: {messages}" if messages else "")
+    return _trained_share(facts.prepared.data.train) + (f" in {messages} messages" if messages else "")
 
 
 def _train_on_table(facts: Facts) -> list[AlternativeRow]:
