@@ -231,7 +231,7 @@ def test_a_folder_that_cannot_be_written_is_a_warning(prepared: Prepare, heard: 
     data = prepared()
 
     assert len(data.train) == 9
-    assert any("not kept" in warning for warning in heard.warnings)
+    assert any("could not be cached" in warning for warning in heard.warnings)
 
 
 def test_the_entries_unused_for_longest_are_deleted(

@@ -33,7 +33,7 @@ def test_overlap_names_the_held_out_row_and_all_training_rows() -> None:
 
 
 def test_sizes_are_in_tokens() -> None:
-    side = ReadSide[str](sources=[], format="text", num_rows=4, items=["x"] * 3, keys=[1, 2, 3], rejected=[])
+    side: ReadSide[str] = ReadSide(sources=[], format="text", num_rows=4, items=["x"] * 3, keys=[1, 2, 3], rejected=[])
     report = size_report(side, [example(2), example(4), example(6)], num_turns=9, num_supervised=6)
     assert (report["rows"], report["conversations"], report["turns"], report["tokens"]) == (4, 3, 9, 12)
     assert (report["supervised_share"], report["length"]) == (0.5, {"p50": 4, "p95": 5, "max": 6})

@@ -122,7 +122,7 @@ def test_a_report_and_a_cache_that_cannot_be_written_are_told_and_stop_nothing(
     listener = Moment("tuned answers", lambda: limit(50_000))
     run = train(tiny_recipe(**SETTINGS), progress=listener, on_plan=lambda _: limit(-1)).run
     limit(-1)
-    assert any("the prepared examples are not kept" in line for line in listener.lines)
+    assert any("the prepared examples could not be cached" in line for line in listener.lines)
     assert any("no report was written: MachineError" in line for line in listener.lines)
     assert run.evaluation.is_file()
     assert not run.is_complete

@@ -185,7 +185,7 @@ def test_text_parts_are_joined_thoughts_are_kept_and_developers_speak_as_the_sys
         (chat(USER, {"role": "assistant", "tool_calls": [{"type": "function"}]}), "without a function name"),
         (
             chat(USER, {"role": "assistant", "tool_calls": [{"name": "f", "arguments": "x"}]}),
-            "arguments are a JSON object",
+            "arguments must be a JSON object",
         ),
         ({**chat(USER, ANSWER), "tools": "none"}, "not a list of function schemas"),
         ({**chat(USER, ANSWER), "tools": [{"name": ""}]}, "a function without a name"),

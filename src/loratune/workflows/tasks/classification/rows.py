@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from loratune.data.rows.hub import hub_class_names
@@ -208,4 +208,4 @@ def hold_out_texts(
         chosen = {largest[0]}
     train = [number for number, key in enumerate(side.keys) if key not in chosen]
     evaluation = [numbers[0] for key, numbers in groups.items() if key in chosen]
-    return side.choose(train), held_out_side(side, evaluation, fraction, seed)
+    return side.choose(train), replace(held_out_side(side, evaluation, fraction, seed), format="")
