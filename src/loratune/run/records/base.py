@@ -93,4 +93,5 @@ def _read_field(field: FieldInfo, value: Any) -> Any:
     inner = field.annotation
     if isinstance(inner, type) and issubclass(inner, BaseModel) and isinstance(value, dict):
         return read_valid_parts(inner, value)
-    return TypeAdapter(Annotated[inner, field]).validate_json(json.dumps(value), extra="ignore")
+    annotated: Any = Annotated[inner, field]
+    return TypeAdapter(annotated).validate_json(json.dumps(value), extra="ignore")
