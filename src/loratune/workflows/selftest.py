@@ -34,7 +34,7 @@ from loratune.model.adapter.attach import attach_adapter, trainable_parameters, 
 from loratune.model.device import choose_device
 from loratune.model.gguf_import import CACHE_VARIABLE
 from loratune.model.kernels.attention import packed_attention
-from loratune.model.kernels.cross_entropy import sum_cross_entropy
+from loratune.model.kernels.cross_entropy import Head, sum_cross_entropy
 from loratune.model.kernels.lora_linear import lora_linear
 from loratune.planning.prepare import prepare
 from loratune.recipe.recipe import Recipe
@@ -203,7 +203,7 @@ def _kernels(device: str) -> float:
         ("attention", attention, plain_attention, heads),
         (
             "cross-entropy",
-            lambda hidden: sum_cross_entropy(hidden, head, None, targets),
+            lambda hidden: sum_cross_entropy(hidden, Head(head), targets),
             lambda hidden: F.cross_entropy(hidden @ head.T, targets, reduction="sum"),
             [random(50, 16)],
         ),

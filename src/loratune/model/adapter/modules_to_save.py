@@ -256,7 +256,8 @@ def keep_in_float32(model: PeftModel) -> None:
                     known[id(parameter)] = nn.Parameter(parameter.detach().float()), parameter
                 setattr(owner, name, known[id(parameter)][0])
         module.computes_in = dtype
-        replace_class(module, _float32_class(type(module)))
+        kind: Any = type(module)
+        replace_class(module, _float32_class(kind))
 
 
 @cache

@@ -93,5 +93,5 @@ def _read_field(field: FieldInfo, value: Any) -> Any:
     inner = field.annotation
     if isinstance(inner, type) and issubclass(inner, BaseModel) and isinstance(value, dict):
         return read_valid_parts(inner, value)
-    adapter: TypeAdapter[Any] = TypeAdapter(Annotated[inner, field])  # type: ignore[arg-type] # a type made at run time
-    return adapter.validate_json(json.dumps(value), extra="ignore")
+    annotated: Any = Annotated[inner, field]
+    return TypeAdapter(annotated).validate_json(json.dumps(value), extra="ignore")
