@@ -12,7 +12,7 @@ from loratune.model.adapter.variants import PISSA_ITERATIONS, saved_rank, scale_
 from loratune.planning.memory.adapter import saved_bytes, variant_bytes
 from loratune.planning.parameters import count_parameters, skeleton
 from loratune.recipe.recipe import VARIANTS, LoraSection, ModelSection, Variant
-from loratune.workflows.guidance.facts import AlternativeRow, size
+from loratune.workflows.guidance.facts import AlternativeRow, bytes_in_words
 
 PAGE = Path(__file__).parent / "adapters.md"
 WHERE: dict[str, tuple[str, str]] = {
@@ -208,7 +208,7 @@ def _variant_row(variant: Variant, lora: LoraSection) -> AlternativeRow:
         "trainable": f"{count.trainable:,}",
         f"scale at alpha {lora.alpha:g}": f"{scale_of(other):.4g}",
         "saved rank": str(saved_rank(other)),
-        "adapter file": size(count.adapter_bytes),
+        "adapter file": bytes_in_words(count.adapter_bytes),
     }
 
 
@@ -218,8 +218,8 @@ def _memory(variant: Variant, lora: LoraSection) -> AlternativeRow:
     matrices = [item.matrix for item in count.per_module]
     return {
         "variant": variant,
-        "for the run": size(variant_bytes(matrices, other, 2)),
-        "for each token of a micro-batch": size(saved_bytes(matrices, other, 2)),
+        "for the run": bytes_in_words(variant_bytes(matrices, other, 2)),
+        "for each token of a micro-batch": bytes_in_words(saved_bytes(matrices, other, 2)),
     }
 
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from loratune.data.findings import Finding, check_conversations
 from loratune.data.masking.render import Rendered
 from loratune.data.prepare import PreparedData, prepare_data
-from loratune.data.prompt_checks import PromptCheck, check_prompts
+from loratune.data.prompt_checks import PromptCheck, compare_with_prompts
 from loratune.data.rows.conversation import Conversation, Origin
 from loratune.data.rows.formats import to_conversations
 from loratune.data.rows.row import Row
@@ -179,7 +179,7 @@ def test_prompts_that_a_template_starts_in_another_way_are_counted(
 
     def check(template: str) -> PromptCheck:
         tokenizer = with_template(template)
-        return check_prompts(rendered(rows, tokenizer).examples, rows, tokenizer, thinking="keep")
+        return compare_with_prompts(rendered(rows, tokenizer).examples, rows, tokenizer, thinking="keep")
 
     opened = check("qwen3_5_think")
     assert (opened.checked, opened.header, opened.history) == (2, 1, 0)

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from loratune.data.prepare import PreparedData, prepare_data
 from loratune.recipe.recipe import DataSection
 from loratune.run.errors import DataError
-from loratune.run.progress import NoProgress, Progress, Task
+from loratune.run.progress import NoProgress, Progress, ProgressTask
 
 Prepare = Callable[..., PreparedData]
 
@@ -196,7 +196,7 @@ class Heard(NoProgress):
         self.warnings: list[str] = []
 
     @contextmanager
-    def task(self, name: str, total: int | None, unit: str = "") -> Iterator[Task]:
+    def task(self, name: str, total: int | None, unit: str = "") -> Iterator[ProgressTask]:
         self.done[name] = (0, total)
         self._name = name
         yield self

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from loratune.recipe.roles import as_written, trained_in_words, trained_roles
+from loratune.recipe.roles import as_written, roles_in_words, trained_roles
 from loratune.recipe.validation_errors import shown
 from loratune.recipe.yaml import apply_override, hoist_task, read_yaml, refuse_secrets
 from loratune.run.errors import RecipeError
@@ -64,5 +64,5 @@ def test_values_are_shown_as_yaml_has_them_and_never_endless() -> None:
 def test_train_on_in_words() -> None:
     assert (trained_roles("last"), trained_roles("all"), trained_roles(("user",))) == (("assistant",), (), ("user",))
     assert as_written(("user", "tool")) == "[user, tool]"
-    assert trained_in_words(["user", "tool"]) == "all messages of user and tool"
-    assert trained_in_words("last") == "the last answer"
+    assert roles_in_words(["user", "tool"]) == "all messages of user and tool"
+    assert roles_in_words("last") == "the last answer"

@@ -11,7 +11,7 @@ from loratune.reporting.units import (
     as_number,
     as_ratio,
 )
-from loratune.run.records.evaluation import Difference
+from loratune.run.records.evaluation import DifferenceRecord
 
 
 @pytest.mark.parametrize(
@@ -33,8 +33,8 @@ from loratune.run.records.evaluation import Difference
         (as_measure("json", 0.256), "25.6%"),
         (as_measure("bleu", 25.6), "25.6"),
         (as_difference("json", -0.1), "-10.0 points"),
-        (as_interval("json", Difference(value=0.1, low=0.05, high=0.15)), "+5.0 to +15.0"),
-        (as_interval("nll", Difference(value=0.1)), ""),
+        (as_interval("json", DifferenceRecord(value=0.1, low=0.05, high=0.15)), "+5.0 to +15.0"),
+        (as_interval("nll", DifferenceRecord(value=0.1)), ""),
     ],
 )
 def test_numbers_are_written_with_their_units(shown: str, expected: str) -> None:

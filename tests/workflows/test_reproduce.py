@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from loratune.recipe.recipe import Recipe
 from loratune.run.directory import RunDir, read_json, write_json
 from loratune.run.errors import RecipeError
-from loratune.workflows.reproduce import compare, reproduce
+from loratune.workflows.reproduce import compare_adapters, reproduce
 from loratune.workflows.train import train
 from tests.conftest import conversation, write_jsonl
 
@@ -74,7 +74,7 @@ def test_one_other_weight_is_found_and_measured(run: RunDir, tmp_path: Path) -> 
     first = next(iter(weights))
     weights[first][0, 0] += 0.25
     save_file(weights, other.adapter_weights)
-    result = compare(run, other)
+    result = compare_adapters(run, other)
     assert not result.equal
     assert result.num_different == 1
     assert result.largest_difference == pytest.approx(0.25, abs=1e-6)

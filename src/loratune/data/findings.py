@@ -16,7 +16,7 @@ import numpy as np
 from loratune.data.examples import Example
 from loratune.data.masking.policy import trained_turns
 from loratune.data.masking.template import ChatTemplate
-from loratune.data.prompt_checks import PromptCheck, check_prompts, shared_prompts
+from loratune.data.prompt_checks import PromptCheck, compare_with_prompts, shared_prompts
 from loratune.data.prompts import stop_token_ids
 from loratune.data.rows.conversation import Conversation, Message
 from loratune.data.rows.row import Origin
@@ -101,7 +101,7 @@ def add_checks(
             f"training conversation, with another answer: {places([one for one, _ in shared])}."
         )
     asks = section.train_on == "all" or "assistant" in trained_roles(section.train_on)
-    check = check_prompts(*train, tokenizer, thinking=section.thinking) if asks else PromptCheck()
+    check = compare_with_prompts(*train, tokenizer, thinking=section.thinking) if asks else PromptCheck()
     report["prompts"] = check.as_record()
 
 

@@ -58,7 +58,7 @@ class PromptCheck:
         return {**counts, **place, "trained": self.trained, "served": self.served}
 
 
-def check_prompts(
+def compare_with_prompts(
     examples: Sequence[Example],
     conversations: Sequence[Conversation],
     tokenizer: PreTrainedTokenizerBase,

@@ -24,7 +24,7 @@ from loratune.data.prepare import PreparedData, assemble_data
 from loratune.data.rows.formats import rename_columns, to_conversations
 from loratune.data.rows.reading import Reader, apply_policy, held_out_sources
 from loratune.data.rows.row import Origin, Rejected, Row
-from loratune.data.rows.tables import Chain, Table, can_open, open_table
+from loratune.data.rows.tables import Chain, RowTable, can_open, open_table
 from loratune.recipe.recipe import DataSection, Source
 from loratune.run.errors import DataError, plural
 from loratune.run.progress import Progress
@@ -50,7 +50,7 @@ def can_stream(data: DataSection) -> bool:
     return len(set(data.train)) == len(data.train) and all(can_open(source) for source in data.train)
 
 
-def open_tables(data: DataSection, progress: Progress) -> dict[Source, Table]:
+def open_tables(data: DataSection, progress: Progress) -> dict[Source, RowTable]:
     """Open the rows of each training source of data for which `can_stream` is true.
 
     Raises:
@@ -74,7 +74,7 @@ class ExampleStream(Sequence[Example | Rejected]):
 
     def __init__(
         self,
-        parts: Sequence[tuple[Table, str]],
+        parts: Sequence[tuple[RowTable, str]],
         numbers: npt.NDArray[np.int64],
         renderer: Renderer,
         data: DataSection,
@@ -137,7 +137,7 @@ _DROPPED = ("longer than data.max_length", "nothing is left to train after data.
 
 def stream_data(
     data: DataSection,
-    tables: dict[Source, Table],
+    tables: dict[Source, RowTable],
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int,
@@ -192,7 +192,7 @@ def stream_data(
 class _Sample:
     """Random rows of each source, in proportion to its size, and at least a few."""
 
-    def __init__(self, tables: dict[Source, Table], size: int, seed: int) -> None:
+    def __init__(self, tables: dict[Source, RowTable], size: int, seed: int) -> None:
         total = sum(map(len, tables.values()))
         starts = accumulate((len(table) for table in tables.values()), initial=0)
         self.rows: dict[Source, list[Row]] = {}
@@ -207,7 +207,7 @@ class _Sample:
                 self.numbers[Origin(file=row.file, line=row.line)] = start + number
         self.size = sum(map(len, self.rows.values()))
 
-    def _choose(self, table: Table, wanted: int, seed: int) -> list[int]:
+    def _choose(self, table: RowTable, wanted: int, seed: int) -> list[int]:
         return sorted(random.Random(seed).sample(range(len(table)), wanted))  # noqa: S311 - no secret
 
 

@@ -21,7 +21,7 @@ TOKEN_LIMIT = 16_384
 """The most tokens of one batch, prompts and answers together, without a memory plan."""
 
 
-class Origin(Protocol):
+class OriginLike(Protocol):
     """The source of a conversation."""
 
     @property
@@ -35,7 +35,7 @@ class Origin(Protocol):
         ...
 
 
-class Prompt(Protocol):
+class PromptLike(Protocol):
     """A conversation up to the answer to generate."""
 
     @property
@@ -49,7 +49,7 @@ class Prompt(Protocol):
         ...
 
     @property
-    def origin(self) -> Origin:
+    def origin(self) -> OriginLike:
         """The source of the conversation."""
         ...
 
@@ -79,7 +79,7 @@ class Answer:
 def generate_answers(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[PromptLike],
     *,
     max_new_tokens: int,
     stop_token_ids: tuple[int, ...],

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from loratune.data.rows.sources import short_names
-from loratune.evaluation.generate import Answer, Prompt
+from loratune.evaluation.generate import Answer, PromptLike
 from loratune.evaluation.scoring import score
 from loratune.run.errors import plural
 
@@ -76,7 +76,7 @@ def paired_bootstrap(
 def evaluation_record(
     *,
     metric: str,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[PromptLike],
     base_answers: Sequence[Answer],
     tuned_answers: Sequence[Answer],
     base_nll: Sequence[NllPair],
@@ -226,7 +226,7 @@ def _perplexity(sums: Columns) -> Values:
 
 
 def _add_bleu(
-    record: dict[str, Any], prompts: Sequence[Prompt], base: Sequence[Answer], tuned: Sequence[Answer]
+    record: dict[str, Any], prompts: Sequence[PromptLike], base: Sequence[Answer], tuned: Sequence[Answer]
 ) -> list[dict[str, Any]]:
     """Add the BLEU of all answers together. Return the items, each with the BLEU of its own answers."""
     from loratune.evaluation.bleu import Bleu, corpus_bleu, signature  # an extra
@@ -256,12 +256,12 @@ def _best_of(rate: Callable[[str, str], float]) -> Rate:
 
 
 def _items(
-    rate: Rate, prompts: Sequence[Prompt], base: Sequence[Answer], tuned: Sequence[Answer]
+    rate: Rate, prompts: Sequence[PromptLike], base: Sequence[Answer], tuned: Sequence[Answer]
 ) -> list[dict[str, Any]]:
     return [_item(rate, *triple) for triple in zip(prompts, base, tuned, strict=True)]
 
 
-def _item(rate: Rate, prompt: Prompt, base: Answer, tuned: Answer) -> dict[str, Any]:
+def _item(rate: Rate, prompt: PromptLike, base: Answer, tuned: Answer) -> dict[str, Any]:
     several = {"references": list(prompt.references)} if len(prompt.references) > 1 else {}
     return {
         "file": prompt.origin.file,

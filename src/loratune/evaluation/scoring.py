@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from loratune.run.errors import DataError, MachineError
 
 if TYPE_CHECKING:
-    from loratune.evaluation.generate import Prompt
+    from loratune.evaluation.generate import PromptLike
 
 
 class _NotJsonError(ValueError):
@@ -47,7 +47,7 @@ def check_metric(metric: str) -> None:
         )
 
 
-def check_references(metric: str, prompts: Iterable[Prompt]) -> None:
+def check_references(metric: str, prompts: Iterable[PromptLike]) -> None:
     """Refuse references that no answer can match, or that every answer matches.
 
     Args:

@@ -173,7 +173,7 @@ def check_held_out(recipe: Any) -> None:
         )
 
 
-def check_quantization(recipe: Any) -> None:
+def check_quantization_settings(recipe: Any) -> None:
     """Check what `model.quantization` can be combined with.
 
     Args:

@@ -12,7 +12,7 @@ from typing import Any, Self
 import yaml
 from pydantic import ValidationError, model_validator
 
-from loratune.recipe.checks import check_beside, check_held_out, check_muon, check_quantization
+from loratune.recipe.checks import check_beside, check_held_out, check_muon, check_quantization_settings
 from loratune.recipe.sections.base import Section, Source
 from loratune.recipe.sections.data import SEED_DATASET, Column, DataSection
 from loratune.recipe.sections.evaluate import EvaluateSection
@@ -58,7 +58,7 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         check_task(self)
-        check_quantization(self)
+        check_quantization_settings(self)
         check_beside(self)
         check_muon(self)
         check_held_out(self)

@@ -18,7 +18,7 @@ def as_written(value: Any) -> str:
     return f"[{', '.join(value)}]" if isinstance(value, list | tuple) else str(value)
 
 
-def trained_in_words(train_on: Any) -> str:
+def roles_in_words(train_on: Any) -> str:
     """Describe which tokens carry loss.
 
     Args:

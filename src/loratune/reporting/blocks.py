@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, TypeVar
 if TYPE_CHECKING:
     from markupsafe import Markup
 
-    from loratune.reporting.word_diff import Piece
+    from loratune.reporting.word_diff import DiffPiece
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,11 +60,11 @@ class Charts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
+class AnswerText:
     """One model's answer in pieces; `verdict` is `correct`, `wrong` or empty."""
 
     title: str
-    pieces: tuple[Piece, ...]
+    pieces: tuple[DiffPiece, ...]
     verdict: str = ""
     remarks: tuple[str, ...] = ()
 
@@ -77,7 +77,7 @@ class Sample:
     title: str
     prompt: str
     prompt_label: str = "prompt"
-    answers: tuple[Answer, ...]
+    answers: tuple[AnswerText, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +89,7 @@ class TokenRun:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Tokens:
+class TokenText:
     """A training example, token by token."""
 
     kind: ClassVar[str] = "tokens"
@@ -115,11 +115,11 @@ class Fold:
     blocks: tuple[Block, ...]
 
 
-Block = Paragraph | Items | Table | Chart | Charts | Sample | Tokens | Code | Fold
+Block = Paragraph | Items | Table | Chart | Charts | Sample | TokenText | Code | Fold
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Section:
+class PageSection:
     """A section with a heading; `name` is its anchor."""
 
     name: str
@@ -145,7 +145,7 @@ class Page:
     badge: str = ""
     tone: str = "plain"
     figures: tuple[Figure, ...] = ()
-    sections: tuple[Section, ...] = field(default=())
+    sections: tuple[PageSection, ...] = field(default=())
     footer: str
 
 
@@ -158,7 +158,7 @@ Subject = TypeVar("Subject")
 
 def build_sections(
     parts: Sequence[tuple[str, str, Callable[[Subject], Iterator[Block]]]], subject: Subject, complaints: Iterable[str]
-) -> tuple[Section, ...]:
+) -> tuple[PageSection, ...]:
     """Build the sections in order, after one that says what is missing, if anything is.
 
     Args:
@@ -176,8 +176,10 @@ def build_sections(
             )
             continue
         if blocks:
-            sections.append(Section(name=name, title=title, blocks=blocks))
+            sections.append(PageSection(name=name, title=title, blocks=blocks))
     if missing:
         note = Paragraph(text="This page shows what could be read. Missing or damaged:", tone="warning")
-        sections.insert(0, Section(name="missing", title="Missing data", blocks=(note, Items(lines=tuple(missing)))))
+        sections.insert(
+            0, PageSection(name="missing", title="Missing data", blocks=(note, Items(lines=tuple(missing))))
+        )
     return tuple(sections)

@@ -129,7 +129,7 @@ def draw_bars(alt: str, bars: Sequence[Bar], *, x_label: str, ticks: Sequence[fl
     return _markup(svg)
 
 
-def describe(name: str, values: Sequence[float]) -> str:
+def describe_series(name: str, values: Sequence[float]) -> str:
     """Describe a curve in words: where it starts and ends, and its extremes."""
     if not values:
         return f"{name}: no values."

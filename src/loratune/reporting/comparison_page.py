@@ -9,8 +9,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from loratune.reporting.blocks import Answer, Block, Chart, Charts, Page, Paragraph, Sample, Table, build_sections
-from loratune.reporting.charts import Series, describe, draw_lines
+from loratune.reporting.blocks import AnswerText, Block, Chart, Charts, Page, Paragraph, Sample, Table, build_sections
+from loratune.reporting.charts import Series, describe_series, draw_lines
 from loratune.reporting.run_files import RunFiles
 from loratune.reporting.samples_section import answer_block, last_part, place_of, shorten
 from loratune.reporting.units import (
@@ -197,7 +197,7 @@ def _chart(title: str, unit: str, curves: Sequence[Series], runs: Runs) -> Itera
         return
     values = [value for curve in curves for value in curve.y]
     is_loss = unit.startswith("nats")
-    alt = " ".join(describe(f"{title} of {names(runs)[curve.colour]}", curve.y) for curve in curves)
+    alt = " ".join(describe_series(f"{title} of {names(runs)[curve.colour]}", curve.y) for curve in curves)
     svg = draw_lines(
         alt,
         curves,
@@ -255,7 +255,7 @@ def _answers(runs: Runs) -> Iterator[Block]:
             title=place_of(first),
             prompt=shorten(first.question),
             prompt_label=task.prompt,
-            answers=(Answer(title=task.reference, pieces=unmarked(reference)), *answers),
+            answers=(AnswerText(title=task.reference, pieces=unmarked(reference)), *answers),
         )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 from loratune.data.rows.sources import short_names
 from loratune.reporting.blocks import Block, Chart, Charts
-from loratune.reporting.charts import NUM_COLOURS, Series, describe, draw_lines
+from loratune.reporting.charts import NUM_COLOURS, Series, describe_series, draw_lines
 from loratune.reporting.run_files import RunFiles
 from loratune.run.errors import plural
 from loratune.run.records.metrics import StepLine
@@ -26,11 +26,11 @@ def _loss_chart(files: RunFiles) -> Chart:
         held_out.insert(0, (0, files.evaluation.base["nll"]))
     curves = [Series(x=[step.step for step in files.steps], y=losses)]
     legend = [(0, "training, every step")]
-    alt = describe("Training loss", losses)
+    alt = describe_series("Training loss", losses)
     if held_out:
         curves.append(Series(x=[x for x, _ in held_out], y=[y for _, y in held_out], colour=1, form="points"))
         legend.append((1, "held-out"))
-        alt += " " + describe("Held-out loss", [y for _, y in held_out])
+        alt += " " + describe_series("Held-out loss", [y for _, y in held_out])
     values = [value for curve in curves for value in curve.y]
     log = min(values) > 0 and max(values) > 10 * min(values)
     return Chart(
@@ -55,7 +55,9 @@ def _trained_by_source(files: RunFiles) -> Iterator[Chart]:
         for colour, name in enumerate(shown)
     ]
     labels = short_names(points)
-    alts = (describe(f"Training loss of {labels[name]}", curve.y) for name, curve in zip(shown, curves, strict=True))
+    alts = (
+        describe_series(f"Training loss of {labels[name]}", curve.y) for name, curve in zip(shown, curves, strict=True)
+    )
     more = plural(len(points) - len(shown), "more source is", "more sources are")
     yield Chart(
         title="Training loss of each source",
@@ -79,7 +81,7 @@ def _held_out_by_source(files: RunFiles) -> Iterator[Chart]:
         if name in base:
             points.insert(0, (0, base[name].base["nll"]))
         curves.append(Series(x=[x for x, _ in points], y=[y for _, y in points], colour=colour, form="points"))
-        alts.append(describe(f"Held-out loss of {labels[name]}", [y for _, y in points]))
+        alts.append(describe_series(f"Held-out loss of {labels[name]}", [y for _, y in points]))
     yield Chart(
         title="Held-out loss of each source",
         svg=draw_lines(" ".join(alts), curves, x_label="step", y_label=files.task.nats),
@@ -106,7 +108,7 @@ def _others(files: RunFiles) -> Iterator[Chart]:
             caption = f"Gradients with norm > {limit:g} are clipped: {plural(clipped, 'step')} of {len(values):,}."
             if clipped:
                 curves.append(Series(x=(steps[0], steps[-1]), y=(limit, limit), form="rule"))
-        svg = draw_lines(describe(title, values), curves, x_label="step", y_label=unit, from_zero=True)
+        svg = draw_lines(describe_series(title, values), curves, x_label="step", y_label=unit, from_zero=True)
         yield Chart(title=title, svg=svg, caption=caption)
 
 

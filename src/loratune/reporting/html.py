@@ -69,7 +69,7 @@ def report_or_warn(run: RunDir, progress: Progress) -> None:
         progress.warn(f"no report was written: {type(error).__name__}: {error}")
 
 
-def render(page: Page) -> str:
+def render_page(page: Page) -> str:
     """Return the page as HTML."""
     style = _style()
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
@@ -80,7 +80,7 @@ def _write(page: Page, out: Path) -> Path:
     if out.suffix not in (".html", ".htm"):
         raise RecipeError(f"{out} is not an HTML file", fix=f"--out {out.with_suffix('.html')}")
     # File names may hold bytes that are no text; Python keeps them as half characters, which no encoding can hold.
-    text = render(page).encode("utf-8", "backslashreplace").decode()
+    text = render_page(page).encode("utf-8", "backslashreplace").decode()
     write_text(out.expanduser(), text)
     return out
 

@@ -13,7 +13,7 @@ from loratune.reporting.task import ReportedTask, reported_task
 from loratune.reporting.units import as_difference, as_interval, as_measure, measure_in_words
 from loratune.run.directory import RunDir, write_text
 from loratune.run.errors import plural
-from loratune.run.records.evaluation import Comparison, EvaluationRecord
+from loratune.run.records.evaluation import ComparisonRecord, EvaluationRecord
 from loratune.run.records.files import read_record
 from loratune.run.records.lock import LockRecord
 from loratune.run.records.plan import PlanRecord
@@ -185,7 +185,7 @@ def _results(evaluation: EvaluationRecord, task: ReportedTask) -> Iterator[str]:
     yield ""
 
 
-def _loss_row(of_what: str, part: Comparison) -> str:
+def _loss_row(of_what: str, part: ComparisonRecord) -> str:
     difference = part.difference["nll"]
     return (
         f"| loss on {plural(part.num_examples, 'conversation')} of {of_what} | {part.base['nll']:.4g} | "

@@ -18,7 +18,7 @@ from loratune.reporting.units import (
     measure_in_words,
 )
 from loratune.run.errors import plural
-from loratune.run.records.evaluation import Comparison, Difference, EvaluationRecord, GateResult
+from loratune.run.records.evaluation import ComparisonRecord, DifferenceRecord, EvaluationRecord, GateResult
 
 _AXES = {"bleu": "BLEU, higher is better", "accuracy": "% of texts, higher is better", "f1": "%, higher is better"}
 _OTHER_DATA = {"nll": "loss, nats per token", "perplexity": "perplexity"}
@@ -79,7 +79,7 @@ def _measure_row(record: EvaluationRecord, name: str, task: ReportedTask) -> tup
     )
 
 
-def _by_source(sources: Mapping[str, Comparison]) -> Table:
+def _by_source(sources: Mapping[str, ComparisonRecord]) -> Table:
     labels = short_names(sources)
     return Table(
         caption="Loss by source, nats per token",
@@ -161,7 +161,7 @@ def _other_data(record: EvaluationRecord) -> Iterator[Block]:
     )
 
 
-def _number_row(label: str, base: float, tuned: float, difference: Difference) -> tuple[str, ...]:
+def _number_row(label: str, base: float, tuned: float, difference: DifferenceRecord) -> tuple[str, ...]:
     interval = ""
     if difference.low is not None and difference.high is not None:
         interval = f"\n{as_number(difference.low, '+')} to {as_number(difference.high, '+')}"

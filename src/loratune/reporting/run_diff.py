@@ -22,7 +22,7 @@ GROUPS = ("settings", "model", "template", "data", "mask", "adapter", "versions"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Difference:
+class RunDifference:
     """A value that differs between two runs.
 
     Attributes:
@@ -41,7 +41,7 @@ class Difference:
         return asdict(self)
 
 
-def diff(first: RunDir, second: RunDir) -> list[Difference]:
+def diff(first: RunDir, second: RunDir) -> list[RunDifference]:
     """Return everything in which two runs differ, group by group.
 
     Raises:
@@ -49,7 +49,7 @@ def diff(first: RunDir, second: RunDir) -> list[Difference]:
     """
     one, other = facts(first), facts(second)
     return [
-        Difference(group=group, name=name, first=one[group].get(name), second=other[group].get(name))
+        RunDifference(group=group, name=name, first=one[group].get(name), second=other[group].get(name))
         for group in GROUPS
         for name in dict.fromkeys([*one[group], *other[group]])
         if one[group].get(name) != other[group].get(name)
@@ -132,7 +132,7 @@ def _results(run: RunDir) -> dict[str, Any]:
     return results
 
 
-def difference_table(differences: list[Difference], first: RunDir, second: RunDir) -> Table:
+def difference_table(differences: list[RunDifference], first: RunDir, second: RunDir) -> Table:
     """Return a table with one row per difference; SHA-256 digests are shortened."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in ("", first.root.name, second.root.name, "change"):

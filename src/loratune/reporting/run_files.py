@@ -19,7 +19,7 @@ from loratune.run.records.certificate import CertificateRecord
 from loratune.run.records.data import DataRecord
 from loratune.run.records.evaluation import EvaluationRecord
 from loratune.run.records.lock import LockRecord
-from loratune.run.records.metrics import EvaluationLine, EventLine, StepLine, parse_line
+from loratune.run.records.metrics import EvaluationLine, EventLine, StepLine, parse_metrics_line
 from loratune.run.records.plan import PlanRecord
 from loratune.run.records.preview import PreviewRecord
 
@@ -187,7 +187,7 @@ def _read_lines(path: Path, complaints: list[str], *, growing: bool) -> list[Lin
 
 def _read_line(line: str) -> Line | None:
     try:
-        record = parse_line(line, lenient=True)
+        record = parse_metrics_line(line, lenient=True)
         return record if all(map(math.isfinite, _numbers(record))) else None
     except (ValueError, OverflowError):
         return None

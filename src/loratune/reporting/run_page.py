@@ -20,7 +20,7 @@ from loratune.reporting.blocks import (
     Paragraph,
     Table,
     TokenRun,
-    Tokens,
+    TokenText,
     build_sections,
 )
 from loratune.reporting.curves_section import curves
@@ -180,7 +180,7 @@ def _tokens(files: RunFiles) -> Iterator[Block]:
     )
     for example in files.preview.examples:
         runs = (TokenRun(text=piece.text, style=_style(piece)) for piece in example.pieces)
-        yield Tokens(title=example.title, runs=tuple(runs))
+        yield TokenText(title=example.title, runs=tuple(runs))
 
 
 def _style(piece: PreviewPiece) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from loratune.reporting.blocks import Answer, Block, Paragraph, Sample
+from loratune.reporting.blocks import AnswerText, Block, Paragraph, Sample
 from loratune.reporting.run_files import RunFiles
 from loratune.reporting.task import ReportedTask
 from loratune.reporting.units import is_graded
@@ -70,14 +70,14 @@ def _sample(number: int, item: Item, sides: tuple[str, ...], *, task: ReportedTa
         prompt=shorten(item.question),
         prompt_label=task.prompt,
         answers=(
-            Answer(title=task.reference, pieces=unmarked(reference)),
-            *(Answer(title="another reference", pieces=unmarked(text)) for text in others),
+            AnswerText(title=task.reference, pieces=unmarked(reference)),
+            *(AnswerText(title="another reference", pieces=unmarked(text)) for text in others),
             *(answer_block(side, answers[side], reference, graded=graded) for side in sides),
         ),
     )
 
 
-def answer_block(title: str, answer: AnswerRecord, reference: str, *, graded: bool = False) -> Answer:
+def answer_block(title: str, answer: AnswerRecord, reference: str, *, graded: bool = False) -> AnswerText:
     """Show one model's answer.
 
     Args:
@@ -88,7 +88,7 @@ def answer_block(title: str, answer: AnswerRecord, reference: str, *, graded: bo
     """
     text = shorten(answer.text)
     same = text.strip() == reference.strip()
-    return Answer(
+    return AnswerText(
         title=title,
         pieces=unmarked(text) if same else mark_differences(text, reference),
         verdict="" if graded else "correct" if answer.score else "wrong",

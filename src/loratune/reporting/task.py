@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import cast
 
-from loratune.recipe.roles import as_written, trained_in_words
+from loratune.recipe.roles import as_written, roles_in_words
 from loratune.recipe.tasks import TASKS, load_task
 from loratune.run.records.evaluation import EvaluationRecord
 from loratune.run.records.lock import LockRecord
@@ -38,7 +38,7 @@ class ReportedTask:
 
     def trained_on(self, lock: LockRecord) -> str:
         """Return what the loss is computed on, for the report."""
-        return trained_in_words(lock.recipe["data"]["train_on"])
+        return roles_in_words(lock.recipe["data"]["train_on"])
 
     def trained_on_with_counts(self, lock: LockRecord, data: PlannedData) -> str:
         """Return what the loss is computed on, for the model card."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from loratune.run.records.evaluation import Difference
+from loratune.run.records.evaluation import DifferenceRecord
 
 
 def as_bytes(number: float) -> str:
@@ -53,7 +53,7 @@ def as_difference(name: str, value: float) -> str:
     return as_number(value, "+") if name in _NUMBERS else f"{100 * value:+.1f} points"
 
 
-def as_interval(name: str, difference: Difference) -> str:
+def as_interval(name: str, difference: DifferenceRecord) -> str:
     """Format the interval of a difference: `-0.12 to +0.03`; empty if it has none."""
     if difference.low is None or difference.high is None:
         return ""

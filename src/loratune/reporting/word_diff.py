@@ -11,7 +11,7 @@ _MIN_COMMON_FRACTION = 0.3
 """Below this fraction of common words, marks would cover nearly everything."""
 
 
-class Piece(NamedTuple):
+class DiffPiece(NamedTuple):
     """Neighbouring words: `plain`, `extra` only in the answer, `missing` only in the reference."""
 
     text: str
@@ -23,12 +23,12 @@ def _count(words: list[str]) -> int:
     return sum(not word.isspace() for word in words)
 
 
-def unmarked(text: str) -> tuple[Piece, ...]:
+def unmarked(text: str) -> tuple[DiffPiece, ...]:
     """Return a text as one piece without marks."""
-    return (Piece(text, "plain"),) if text else ()
+    return (DiffPiece(text, "plain"),) if text else ()
 
 
-def mark_differences(answer: str, reference: str) -> tuple[Piece, ...]:
+def mark_differences(answer: str, reference: str) -> tuple[DiffPiece, ...]:
     """Return the answer in pieces, with the reference's words that it lacks in their places.
 
     Joined without the missing pieces it is the answer. An answer that has little in common with the reference is left
@@ -42,8 +42,8 @@ def mark_differences(answer: str, reference: str) -> tuple[Piece, ...]:
     pieces = []
     for operation, first, last, start, stop in matcher.get_opcodes():
         if operation == "equal":
-            pieces.append(Piece("".join(said[start:stop]), "plain"))
+            pieces.append(DiffPiece("".join(said[start:stop]), "plain"))
             continue
-        pieces += [Piece("".join(wanted[first:last]), "missing")] if last > first else []
-        pieces += [Piece("".join(said[start:stop]), "extra")] if stop > start else []
+        pieces += [DiffPiece("".join(wanted[first:last]), "missing")] if last > first else []
+        pieces += [DiffPiece("".join(said[start:stop]), "extra")] if stop > start else []
     return tuple(pieces)

@@ -24,7 +24,7 @@ from typing import Any
 
 from loratune.run import processes
 from loratune.run.errors import MachineError, RecipeError, RunError
-from loratune.run.records.metrics import parse_line
+from loratune.run.records.metrics import parse_metrics_line
 
 Record = dict[str, Any]
 _IN_USE = ".in_use"
@@ -259,7 +259,7 @@ class RunDir:
         if not processes.is_main():
             return
         line = json.dumps(record)
-        parse_line(line)
+        parse_metrics_line(line)
         with cannot_write(self.metrics), self.metrics.open("a", encoding="utf-8") as stream:
             stream.write(line + "\n")
 

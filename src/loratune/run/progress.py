@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 
-class Task(Protocol):
+class ProgressTask(Protocol):
     """A piece of work in progress."""
 
     def advance(self, amount: int = 1, note: str = "") -> None:
@@ -18,7 +18,7 @@ class Task(Protocol):
 class Progress(Protocol):
     """A listener: the terminal, a log, or none."""
 
-    def task(self, name: str, total: int | None, unit: str = "") -> AbstractContextManager[Task]:
+    def task(self, name: str, total: int | None, unit: str = "") -> AbstractContextManager[ProgressTask]:
         """Start a piece of work of `total` units; a context manager that yields the `Task`."""
 
     def line(self, text: str) -> None:
@@ -38,7 +38,7 @@ class NoProgress:
     """A listener that shows nothing."""
 
     @contextmanager
-    def task(self, name: str, total: int | None, unit: str = "") -> Iterator[Task]:  # noqa: ARG002
+    def task(self, name: str, total: int | None, unit: str = "") -> Iterator[ProgressTask]:  # noqa: ARG002
         yield self
 
     def advance(self, amount: int = 1, note: str = "") -> None:

@@ -10,7 +10,7 @@ from transformers.trainer_utils import IntervalStrategy
 
 from loratune.model.device import peak_bytes
 from loratune.run.directory import RunDir
-from loratune.run.progress import Progress, Task
+from loratune.run.progress import Progress, ProgressTask
 from loratune.training.event_log import StepMetrics
 from loratune.training.signals import StopRequest
 
@@ -32,7 +32,9 @@ class RunCallback(TrainerCallback):
         stopped_at: The step after which the run was stopped, which has a checkpoint; None: it was not stopped.
     """
 
-    def __init__(self, run: RunDir, progress: Progress, task: Task, stop: StopRequest, num_per_epoch: int) -> None:
+    def __init__(
+        self, run: RunDir, progress: Progress, task: ProgressTask, stop: StopRequest, num_per_epoch: int
+    ) -> None:
         self._run, self._progress, self._task = run, progress, task
         self._stop, self._num_per_epoch = stop, num_per_epoch
         self._trainer: Any = None

@@ -104,10 +104,10 @@ def reproduce(
 
     written = original.recipe.read_text(encoding="utf-8")
     result = train(recipe, written=written, overwrite=overwrite, progress=progress, on_plan=check)
-    return compare(original, result.run)
+    return compare_adapters(original, result.run)
 
 
-def compare(original: RunDir, run: RunDir) -> Reproduction:
+def compare_adapters(original: RunDir, run: RunDir) -> Reproduction:
     """Compare two runs' adapters weight by weight."""
     first, second = original.adapter_weights, run.adapter_weights
     one, other = load_file(first), load_file(second)

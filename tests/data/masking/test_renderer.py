@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from loratune.data.masking.notices import special_token_notices, template_notices
 from loratune.data.masking.policy import Policy, trained_turns
 from loratune.data.masking.renderer import Chunk, Renderer
-from loratune.data.masking.worker import serve
+from loratune.data.masking.worker import answer_requests
 from loratune.data.rows.conversation import Conversation
 from loratune.run.errors import DataError
 from tests.data.golden import CHAT, assistant, user
@@ -25,7 +25,7 @@ POLICY = Policy(train_on="assistant", thinking="keep", max_length=64, on_long="t
 def served(requests: io.BytesIO) -> list[Any]:
     """The answers of a worker."""
     answers = io.BytesIO()
-    serve(requests, answers)
+    answer_requests(requests, answers)
     end = answers.tell()
     answers.seek(0)
     found = []

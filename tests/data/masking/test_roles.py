@@ -22,7 +22,7 @@ from loratune.data.prepare import prepare_data
 from loratune.data.rows.conversation import Conversation
 from loratune.data.stream import open_tables, stream_data
 from loratune.recipe.recipe import DataSection, Recipe
-from loratune.recipe.roles import trained_in_words
+from loratune.recipe.roles import roles_in_words
 from loratune.run.errors import DataError, RecipeError
 from loratune.run.progress import NoProgress
 from tests.conftest import write_jsonl
@@ -350,5 +350,5 @@ def test_the_report_counts_trained_messages_and_rows_without_one_are_bad_rows(
 
 
 def test_it_is_said_in_words() -> None:
-    assert trained_in_words(["user", "tool"]) == "all messages of user and tool"
-    assert trained_in_words("last") == "the last answer"
+    assert roles_in_words(["user", "tool"]) == "all messages of user and tool"
+    assert roles_in_words("last") == "the last answer"

@@ -7,7 +7,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from loratune.model.adapter.attach import (
     attach_adapter,
     fallback_note,
-    short_names,
+    short_module_names,
     trainable_parameters,
     use_fast_layers,
 )
@@ -88,8 +88,8 @@ def test_fast_layers_equal_pefts_own_value_and_gradient(
 
 def test_saved_target_names_are_short_where_that_chooses_the_same() -> None:
     model = tiny()
-    assert short_names(model, resolve_targets(model, "balanced")) == ("q_proj", "v_proj")
-    assert short_names(model, ("model.layers.1.self_attn.q_proj",)) == ("model.layers.1.self_attn.q_proj",)
+    assert short_module_names(model, resolve_targets(model, "balanced")) == ("q_proj", "v_proj")
+    assert short_module_names(model, ("model.layers.1.self_attn.q_proj",)) == ("model.layers.1.self_attn.q_proj",)
 
 
 def test_conv1d_layers_keep_pefts_own_forward() -> None:

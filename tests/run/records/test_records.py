@@ -22,7 +22,7 @@ from loratune.run.records.data import DataRecord
 from loratune.run.records.evaluation import EvaluationRecord, Harness
 from loratune.run.records.files import read_record, write_record
 from loratune.run.records.lock import Fingerprints, LockRecord, StreamFingerprints
-from loratune.run.records.metrics import EvaluationLine, EventLine, StepLine, parse_line
+from loratune.run.records.metrics import EvaluationLine, EventLine, StepLine, parse_metrics_line
 from loratune.run.records.plan import Memory, PlanRecord
 from loratune.run.records.preview import PreviewRecord
 from loratune.training.event_log import EventLog
@@ -58,7 +58,7 @@ def check_files(run: RunDir, *missing: str) -> None:
     lines = run.metrics.read_text(encoding="utf-8").splitlines()
     assert lines
     for line in lines:
-        assert as_json(parse_line(line)) == json.loads(line)
+        assert as_json(parse_metrics_line(line)) == json.loads(line)
 
 
 def test_a_text_run_with_its_best_adapter_gates_and_a_merge(tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
@@ -66,7 +66,7 @@ def test_a_text_run_with_its_best_adapter_gates_and_a_merge(tiny_recipe: MakeRec
     run = train(tiny_recipe(evaluate__metric="exact_match", evaluate__max_new_tokens=4, **often)).run
     check_files(run, "parity.json")
     assert read_record(run.evaluation, EvaluationRecord).adapter.kind == "best"
-    kinds = [type(parse_line(line)) for line in run.metrics.read_text(encoding="utf-8").splitlines()]
+    kinds = [type(parse_metrics_line(line)) for line in run.metrics.read_text(encoding="utf-8").splitlines()]
     assert kinds.count(StepLine) == kinds.count(EvaluationLine) == 6
     evaluate(run.root, extras=Extras(gates=("nll<=50",)))
     merge(run.root, tmp_path / "merged")
@@ -188,7 +188,7 @@ def test_a_line_of_metrics_that_no_record_knows_is_not_written(finished_run: Run
     assert not run.metrics.exists()
     run.append_metrics(step)
     EventLog(run, NO_PROGRESS).emit("out_of_memory", "smaller from here on", token_budget=7)
-    assert isinstance(parse_line(run.metrics.read_text(encoding="utf-8").splitlines()[1]), EventLine)
+    assert isinstance(parse_metrics_line(run.metrics.read_text(encoding="utf-8").splitlines()[1]), EventLine)
 
 
 def test_the_tasks_of_the_harness_may_have_no_interval() -> None:

@@ -17,7 +17,7 @@ from loratune.workflows.guidance.explain import (
     explanation_page,
     explanation_table,
     full_name,
-    shown,
+    shown_value,
 )
 
 
@@ -107,5 +107,5 @@ def test_a_bare_name_is_enough_where_it_is_the_only_one() -> None:
 
 def test_values_are_shown_as_a_recipe_writes_them() -> None:
     sources = (Source(name="a", config="all", split="test"), Source(name="b", weight=0.5))
-    assert shown(sources) == "a:all:test, b × 0.5"
-    assert [shown(value) for value in (None, True, (), 5e-5, 3)] == ["null", "true", "none", "5e-05", "3"]
+    assert shown_value(sources) == "a:all:test, b × 0.5"
+    assert [shown_value(value) for value in (None, True, (), 5e-5, 3)] == ["null", "true", "none", "5e-05", "3"]

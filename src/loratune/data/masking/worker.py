@@ -11,7 +11,7 @@ from loratune.data.masking.renderer import Renderer
 from loratune.run.errors import LoratuneError
 
 
-def serve(requests: BinaryIO, answers: BinaryIO) -> None:
+def answer_requests(requests: BinaryIO, answers: BinaryIO) -> None:
     """Read a tokenizer and a policy, then lists of conversations; answer each with a `Chunk` until the input ends."""
     renderer = Renderer(*pickle.load(requests))  # noqa: S301 - from the process that started this one
     _send(None, answers)
@@ -35,4 +35,4 @@ if __name__ == "__main__":
     private = os.dup(sys.stdout.fileno())
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a library prints must not get between the pickles
     with os.fdopen(private, "wb") as stream:
-        serve(sys.stdin.buffer, stream)
+        answer_requests(sys.stdin.buffer, stream)

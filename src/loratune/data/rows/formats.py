@@ -10,7 +10,7 @@ from typing import Any
 from loratune.data.rows.conversation import Conversation, Message
 from loratune.data.rows.messages import (
     check_unicode,
-    describe,
+    describe_value,
     from_json,
     read_message,
     read_sharegpt_message,
@@ -56,7 +56,7 @@ def detect_format(rows: Iterable[Row], *, strict: bool = True) -> str:
     supported = "; ".join(f"{name} ({fields})" for name, fields in FORMATS.items())
     others = f"; {counts[best]} of {len(rows)} rows are {best}" if counts[best] else ""
     raise DataError(
-        f"the row matches no known format: {describe(odd.value)}{others}",
+        f"the row matches no known format: {describe_value(odd.value)}{others}",
         file=odd.file,
         line=odd.line,
         fix=f"formats are {supported}; map other column names with data.columns, correct the row, or leave such rows "
@@ -88,7 +88,7 @@ def check_columns(rows: Sequence[Row], columns: Mapping[Column, str]) -> None:
             raise DataError(
                 f"data.columns reads {field} from the column {column}, which no row has",
                 file=rows[0].file,
-                fix=f"the first row has {describe(rows[0].value)}",
+                fix=f"the first row has {describe_value(rows[0].value)}",
             )
 
 
@@ -109,7 +109,7 @@ def to_conversations(rows: Iterable[Row], format_name: str) -> tuple[list[Conver
         origin = Origin(file=row.file, line=row.line)
         try:
             if not isinstance(row.value, dict):
-                raise BadRow(f"a row must be an object with fields, but this is {describe(row.value)}")
+                raise BadRow(f"a row must be an object with fields, but this is {describe_value(row.value)}")
             conversations.append(convert(row.value, origin))
         except BadRow as bad:
             rejected.append(Rejected(origin=origin, reason=str(bad)))
@@ -161,7 +161,7 @@ def _read_sharegpt(value: dict[str, Any], origin: Origin) -> Conversation:
 def _read_prompt_completion(value: dict[str, Any], origin: Origin) -> Conversation:
     names = next((pair for pair in _PROMPT_FIELDS if _has(value, *pair)), None)
     if names is None:
-        raise BadRow(f"no prompt and completion among {describe(value)}")
+        raise BadRow(f"no prompt and completion among {describe_value(value)}")
     prompt, completion = (_turns_or_text(value[name], name) for name in names)
     turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     turns = turns + ([{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion)
@@ -171,10 +171,10 @@ def _read_prompt_completion(value: dict[str, Any], origin: Origin) -> Conversati
 def _read_alpaca(value: dict[str, Any], origin: Origin) -> Conversation:
     for name in ("instruction", "output"):
         if not isinstance(value.get(name), str):
-            raise BadRow(f"{name} is {describe(value.get(name))}, not text")
+            raise BadRow(f"{name} is {describe_value(value.get(name))}, not text")
     extra = value.get("input")
     if not isinstance(extra, str | None):
-        raise BadRow(f"input is {describe(extra)}, not text")
+        raise BadRow(f"input is {describe_value(extra)}, not text")
     request = f"{value['instruction']}\n\n{extra}" if extra and extra.strip() else value["instruction"]
     turns = [{"role": "user", "content": request}, {"role": "assistant", "content": value["output"]}]
     return _conversation([read_message(turn, number) for number, turn in enumerate(turns, start=1)], value, origin)
@@ -183,7 +183,9 @@ def _read_alpaca(value: dict[str, Any], origin: Origin) -> Conversation:
 def _read_text(value: dict[str, Any], origin: Origin) -> Conversation:
     text = value.get("text")
     if not isinstance(text, str):
-        raise BadRow(f"text is {describe(text)}, not text" if "text" in value else f"no text among {describe(value)}")
+        raise BadRow(
+            f"text is {describe_value(text)}, not text" if "text" in value else f"no text among {describe_value(value)}"
+        )
     if not text.strip():
         raise BadRow("text is empty")
     return Conversation(messages=(), tools=None, text=check_unicode(text, "text"), origin=origin)
@@ -204,7 +206,7 @@ def _conversation(messages: list[Message], value: dict[str, Any], origin: Origin
     if isinstance(system, str) and system.strip() and not any(m["role"] == "system" for m in messages):
         messages = [{"role": "system", "content": check_unicode(system, "system")}, *messages]
     elif not isinstance(system, str | None):
-        raise BadRow(f"system is {describe(system)}, not text")
+        raise BadRow(f"system is {describe_value(system)}, not text")
     if not messages:
         raise BadRow("no messages")
     if all(message["role"] == "system" for message in messages):
@@ -225,15 +227,15 @@ def _conversation(messages: list[Message], value: dict[str, Any], origin: Origin
 
 def _list_of_turns(value: dict[str, Any], name: str) -> list[Any]:
     if name not in value:
-        raise BadRow(f"no {name} among {describe(value)}")
+        raise BadRow(f"no {name} among {describe_value(value)}")
     turns = from_json(value[name])
     if not isinstance(turns, list):
-        raise BadRow(f"{name} is {describe(turns)}, not a list of messages")
+        raise BadRow(f"{name} is {describe_value(turns)}, not a list of messages")
     return turns
 
 
 def _turns_or_text(value: Any, name: str) -> str | list[Any]:
     value = from_json(value) if not isinstance(value, str) else value
     if not isinstance(value, str | list):
-        raise BadRow(f"{name} is {describe(value)}, neither text nor a list of messages")
+        raise BadRow(f"{name} is {describe_value(value)}, neither text nor a list of messages")
     return value

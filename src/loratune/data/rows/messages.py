@@ -35,7 +35,7 @@ _MAX_DEPTH = 50
 """Nested lists and objects in the arguments of a tool call; Python's own recursion limit is about 1,000 calls."""
 
 
-def describe(value: Any) -> str:
+def describe_value(value: Any) -> str:
     """Describe a value of a row in an error message."""
     if isinstance(value, dict):
         return f"fields {', '.join(map(str, value)) or '(none)'}"
@@ -80,16 +80,16 @@ def read_message(turn: Any, number: int) -> Message:
         BadRow: It cannot be trained on.
     """
     if not isinstance(turn, dict):
-        raise BadRow(f"message {number} is {describe(turn)}, not an object with role and content")
+        raise BadRow(f"message {number} is {describe_value(turn)}, not an object with role and content")
     if "role" not in turn:
-        raise BadRow(f"message {number} has no role; it has {describe(turn)}")
+        raise BadRow(f"message {number} has no role; it has {describe_value(turn)}")
     return _checked(_role(turn["role"], number), turn, turn.get("content"), number)
 
 
 def read_sharegpt_message(turn: Any, number: int) -> Message:
     """Read a message with from and value; arguments and errors as `read_message`."""
     if not isinstance(turn, dict) or "from" not in turn or "value" not in turn:
-        raise BadRow(f"message {number} has no from and value; it is {describe(turn)}")
+        raise BadRow(f"message {number} has no from and value; it is {describe_value(turn)}")
     role = _SHAREGPT_ROLES.get(str(turn["from"]).lower())
     if role is None:
         raise BadRow(f"message {number} is from {turn['from']!r}, which is not one of {', '.join(_SHAREGPT_ROLES)}")
@@ -120,7 +120,7 @@ def _checked(role: str, turn: dict[str, Any], content: Any, number: int) -> Mess
     thoughts = next((turn[name] for name in _REASONING_FIELDS if turn.get(name)), None) if role == "assistant" else None
     if thoughts is not None:
         if not isinstance(thoughts, str):
-            raise BadRow(f"{where} has thoughts that are {describe(thoughts)}, not text")
+            raise BadRow(f"{where} has thoughts that are {describe_value(thoughts)}, not text")
         message["reasoning_content"] = check_unicode(thoughts, where)
     if role == "assistant" and not calls and not message["content"].strip():
         raise BadRow(f"{where} is empty: nothing to train")
@@ -138,7 +138,7 @@ def _is_trained(turn: dict[str, Any], where: str) -> bool:
     flags = {name: turn[name] for name in ("train", "weight") if turn.get(name) is not None}
     for name, value in flags.items():
         if value not in (True, False):
-            raise BadRow(f"{where} has {name} {describe(value)}; it must be true or false")
+            raise BadRow(f"{where} has {name} {describe_value(value)}; it must be true or false")
     return all(flags.values())
 
 
@@ -156,7 +156,7 @@ def _content(content: Any, role: str, where: str, *, required: bool) -> str | No
         _check_json(content, where)
         content = json.dumps(content, ensure_ascii=False)  # tool results are often recorded as the objects they were
     if not isinstance(content, str):
-        raise BadRow(f"{where} has content {describe(content)}, not text")
+        raise BadRow(f"{where} has content {describe_value(content)}, not text")
     return check_unicode(content, where) if content or required else None
 
 
@@ -174,7 +174,7 @@ def _tool_calls(calls: Any, where: str) -> list[dict[str, Any]] | None:
     if not calls:
         return None
     if not isinstance(calls, list):
-        raise BadRow(f"{where} has tool_calls {describe(calls)}, not a list")
+        raise BadRow(f"{where} has tool_calls {describe_value(calls)}, not a list")
     check_unicode(json.dumps(calls, ensure_ascii=False, default=str), f"a tool call of {where}")
     return [_tool_call(call, where) for call in calls]
 
@@ -182,11 +182,13 @@ def _tool_calls(calls: Any, where: str) -> list[dict[str, Any]] | None:
 def _tool_call(call: Any, where: str) -> dict[str, Any]:
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise BadRow(f"{where} has a tool call without a function name: {describe(call)}")
+        raise BadRow(f"{where} has a tool call without a function name: {describe_value(call)}")
     arguments = from_json(function.get("arguments"))
     arguments = {} if arguments in (None, "") else arguments
     if not isinstance(arguments, dict):
-        raise BadRow(f"{where} calls {function['name']} with {describe(arguments)}; arguments must be a JSON object")
+        raise BadRow(
+            f"{where} calls {function['name']} with {describe_value(arguments)}; arguments must be a JSON object"
+        )
     _check_json([function["name"], arguments], f"a tool call of {where}")
     identity = {"id": check_unicode(call["id"], where)} if isinstance(call.get("id"), str) else {}
     return {"type": "function", **identity, "function": {"name": function["name"], "arguments": arguments}}
@@ -202,7 +204,7 @@ def read_tools(tools: Any) -> tuple[dict[str, Any], ...] | None:
     if not tools:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise BadRow(f"tools is {describe(tools)}, not a list of function schemas")
+        raise BadRow(f"tools is {describe_value(tools)}, not a list of function schemas")
     schemas = tuple(tool if "function" in tool else {"type": "function", "function": tool} for tool in tools)
     if not all(isinstance(schema["function"], dict) and schema["function"].get("name") for schema in schemas):
         raise BadRow("tools has a function without a name")
@@ -223,7 +225,7 @@ def _check_json(value: Any, where: str, depth: int = 0) -> None:
             _check_json(part, where, depth + 1)
         for name in value if isinstance(value, dict) else ():
             if not isinstance(name, str):
-                raise BadRow(f"{where} has a field whose name is {describe(name)}, not text")
+                raise BadRow(f"{where} has a field whose name is {describe_value(name)}, not text")
             check_unicode(name, where)
     elif value is not None and not isinstance(value, bool | int | float):
-        raise BadRow(f"{where} contains {describe(value)}, which JSON cannot represent")
+        raise BadRow(f"{where} contains {describe_value(value)}, which JSON cannot represent")

@@ -27,7 +27,7 @@ from loratune.run.errors import DataError
 SUFFIXES = (".jsonl", ".ndjson")
 
 
-class Table(Protocol):
+class RowTable(Protocol):
     """Rows by number, from 0."""
 
     def __len__(self) -> int: ...
@@ -54,7 +54,7 @@ def can_open(source: Source) -> bool:
     return not is_local(source) or all(path.suffix.lower() in SUFFIXES for path in local_files(source))
 
 
-def open_table(source: Source) -> Table:
+def open_table(source: Source) -> RowTable:
     """Open the rows of a source for which `can_open` is true.
 
     Raises:
@@ -141,7 +141,7 @@ class HubTable:
 class Chain:
     """Several tables, concatenated."""
 
-    def __init__(self, tables: Sequence[Table]) -> None:
+    def __init__(self, tables: Sequence[RowTable]) -> None:
         self._tables = tables
         self._starts = [0, *accumulate(len(table) for table in tables)]
         self.contents = {name: digest for table in tables for name, digest in table.contents.items()}

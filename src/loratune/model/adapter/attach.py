@@ -69,7 +69,7 @@ def attach_adapter(
         r=lora.r,
         lora_alpha=whole(lora.alpha),
         lora_dropout=lora.dropout,
-        target_modules=list(short_names(model, targets)),
+        target_modules=list(short_module_names(model, targets)),
         task_type=TaskType.CAUSAL_LM if classes is None else TaskType.SEQ_CLS,
         fan_in_fan_out=isinstance(model.get_submodule(targets[0]), Conv1D),
         **peft_arguments(lora),
@@ -90,7 +90,7 @@ def attach_adapter(
     return adapted
 
 
-def short_names(model: torch.nn.Module, targets: tuple[str, ...]) -> tuple[str, ...]:
+def short_module_names(model: torch.nn.Module, targets: tuple[str, ...]) -> tuple[str, ...]:
     """The last parts of the names where these choose the same modules, as servers such as vLLM expect; else the full
     names."""
     leaves = {name.rpartition(".")[2] for name in targets}

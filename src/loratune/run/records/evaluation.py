@@ -5,7 +5,7 @@ from __future__ import annotations
 from loratune.run.records.base import FileRecord, Part
 
 
-class Difference(Part):
+class DifferenceRecord(Part):
     """Fine-tuned minus base."""
 
     value: float
@@ -63,7 +63,7 @@ class Item(Part):
     """Answer of the fine-tuned model."""
 
 
-class Comparison(Part):
+class ComparisonRecord(Part):
     """Losses of base and fine-tuned model on some conversations."""
 
     num_examples: int
@@ -72,7 +72,7 @@ class Comparison(Part):
     """Measure → value of the base model."""
     tuned: dict[str, float]
     """Measure → value of the fine-tuned model."""
-    difference: dict[str, Difference]
+    difference: dict[str, DifferenceRecord]
     """Measure → fine-tuned minus base."""
 
 
@@ -92,7 +92,7 @@ class TaskMeasure(Part):
     """Value of the base model."""
     tuned: float
     """Value of the fine-tuned model."""
-    difference: Difference
+    difference: DifferenceRecord
     """Fine-tuned minus base."""
 
 
@@ -168,7 +168,7 @@ class EvaluationRecord(FileRecord):
     """Measure → value of the base model: `nll` (nats per supervised token), `perplexity`, and the metric."""
     tuned: dict[str, float]
     """The same of the fine-tuned model."""
-    difference: dict[str, Difference]
+    difference: dict[str, DifferenceRecord]
     """Measure → fine-tuned minus base."""
     signature: str | None = None
     """`bleu` only: sacreBLEU's signature."""
@@ -184,9 +184,9 @@ class EvaluationRecord(FileRecord):
     """How confidence intervals were computed."""
     items: tuple[Item, ...]
     """Held-out prompts with both answers."""
-    forgetting: Comparison | None = None
+    forgetting: ComparisonRecord | None = None
     """Losses on `evaluate.forgetting`."""
-    sources: dict[str, Comparison] | None = None
+    sources: dict[str, ComparisonRecord] | None = None
     """Several held-out sources only: source → losses on it."""
     adapter: FinalAdapter
     """Which adapter was evaluated."""

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 from loratune.run.directory import RunDir, read_json, write_json
 from loratune.run.errors import RunError
 from loratune.run.records.base import AnyPart, as_json, parse, parse_known
-from loratune.run.records.metrics import EvaluationLine, EventLine, StepLine, parse_line
+from loratune.run.records.metrics import EvaluationLine, EventLine, StepLine, parse_metrics_line
 
 
 def write_record(path: Path, model: type[BaseModel], values: Any) -> Any:
@@ -46,7 +46,7 @@ def read_metrics(run: RunDir) -> list[StepLine | EvaluationLine | EventLine]:
         RunError: A line is none.
     """
     try:
-        return [parse_line(json.dumps(line), lenient=True) for line in run.read_metrics()]
+        return [parse_metrics_line(json.dumps(line), lenient=True) for line in run.read_metrics()]
     except ValidationError as error:
         raise _other_version(run.metrics, error) from None
 

@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import ConfigDict
 
 from loratune.run.records.base import FileRecord, Part
-from loratune.run.records.plan import Choice
+from loratune.run.records.plan import ChoiceRecord
 
 
 class Fingerprints(Part):
@@ -83,7 +83,7 @@ class LockRecord(FileRecord):
 
     recipe: dict[str, dict[str, Any]]
     """The recipe with every `auto` resolved: section → field → value, as in `loratune schema`."""
-    choices: dict[str, Choice]
+    choices: dict[str, ChoiceRecord]
     """Setting → automatic choice."""
     inputs: Inputs
     """Fingerprints of everything that decides the run."""

@@ -108,7 +108,7 @@ def _adapter() -> TypeAdapter[StepLine | EvaluationLine | EventLine]:
     return TypeAdapter(MetricsLine)
 
 
-def parse_line(line: str, *, lenient: bool = False) -> StepLine | EvaluationLine | EventLine:
+def parse_metrics_line(line: str, *, lenient: bool = False) -> StepLine | EvaluationLine | EventLine:
     """Return the record of a line.
 
     Args:

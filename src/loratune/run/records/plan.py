@@ -182,7 +182,7 @@ class PlannedData(Part):
     """Classifiers only: number of classes."""
 
 
-class Choice(Part):
+class ChoiceRecord(Part):
     """A setting that was `auto`, or that was checked against the machine."""
 
     value: str
@@ -335,7 +335,7 @@ class PlanRecord(FileRecord):
     """Real steps that the time is based on; null without `--probe`."""
     data: PlannedData
     """Training data per epoch."""
-    choices: dict[str, Choice]
+    choices: dict[str, ChoiceRecord]
     """Setting → automatic choice."""
     warnings: tuple[str, ...]
     """What the user should read before starting."""

@@ -25,7 +25,7 @@ from loratune.planning.presets import count_presets
 from loratune.recipe.recipe import LoraSection, Optimizer
 from loratune.recipe.roles import TrainOn, as_written
 from loratune.run.errors import DataError
-from loratune.workflows.guidance.facts import AlternativeRow, Facts, nearby_powers, size
+from loratune.workflows.guidance.facts import AlternativeRow, Facts, bytes_in_words, nearby_powers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,7 +37,7 @@ def _quantization(facts: Facts) -> str:
     section, memory = facts.prepared.recipe.model, facts.prepared.estimate.memory
     unquantized = facts.base_parameters * torch_dtype(section.dtype).itemsize
     share = memory.weights_bytes / unquantized
-    return f"frozen weights take {size(memory.weights_bytes)}, {share:.0%} of their size in {section.dtype}"
+    return f"frozen weights take {bytes_in_words(memory.weights_bytes)}, {share:.0%} of their size in {section.dtype}"
 
 
 def _quantization_table(facts: Facts) -> list[AlternativeRow]:
@@ -46,7 +46,7 @@ def _quantization_table(facts: Facts) -> list[AlternativeRow]:
     kinds = [name for name in PACKED if name != "int4_weight_only" or fills_groups]
     sizes = {"none": facts.base_parameters * dtype_bytes}
     sizes |= {name: base_bytes(facts.model, name, dtype_bytes) for name in kinds}
-    return [{"quantization": name, "frozen weights": size(num_bytes)} for name, num_bytes in sizes.items()]
+    return [{"quantization": name, "frozen weights": bytes_in_words(num_bytes)} for name, num_bytes in sizes.items()]
 
 
 def _train_on(facts: Facts) -> str:
@@ -133,8 +133,8 @@ def rank_row(count: ParameterCount, lora: LoraSection, optimizer: Optimizer) -> 
         "r": str(lora.r),
         "trainable": f"{count.trainable:,}",
         "share": f"{count.trainable / count.total:.3%}",
-        "adapter file": size(count.adapter_bytes),
-        "while training": size(8 * count.trainable + state),
+        "adapter file": bytes_in_words(count.adapter_bytes),
+        "while training": bytes_in_words(8 * count.trainable + state),
         f"{scale_in_words(lora)} at alpha {lora.alpha:g}": f"{scale_of(lora):.4g}",
     }
 
@@ -165,7 +165,7 @@ def preset_rows(model: PreTrainedModel, lora: LoraSection, head: Sequence[str] =
                 "matrices": preset.targets_in_words,
                 "trainable": f"{count.trainable:,}",
                 "share": f"{count.trainable / count.total:.3%}",
-                "adapter file": size(count.adapter_bytes),
+                "adapter file": bytes_in_words(count.adapter_bytes),
             }
         )
     return rows
@@ -221,14 +221,14 @@ def _batch_size_table(facts: Facts) -> list[AlternativeRow]:
 
 
 def _optimizer(facts: Facts) -> str:
-    weights = size(4 * facts.prepared.adapter.parameters.trainable)
-    return f"state takes {size(_state_bytes(facts))}, next to {weights} of weights and as much of gradients"
+    weights = bytes_in_words(4 * facts.prepared.adapter.parameters.trainable)
+    return f"state takes {bytes_in_words(_state_bytes(facts))}, next to {weights} of weights and as much of gradients"
 
 
 def _optimizer_table(facts: Facts) -> list[AlternativeRow]:
     is_dora = facts.prepared.recipe.lora.variant == "dora"  # its magnitudes are vectors, which Muon cannot take
     names = [name for name in get_args(Optimizer) if not (is_dora and name == "muon")]
-    return [{"optimizer": name, "state": size(_state_bytes(facts, name))} for name in names]
+    return [{"optimizer": name, "state": bytes_in_words(_state_bytes(facts, name))} for name in names]
 
 
 def _state_bytes(facts: Facts, optimizer: Optimizer | None = None) -> int:
@@ -262,7 +262,7 @@ def _keep_checkpoints(facts: Facts) -> str:
     saves = count_occurrences(train.save_every, steps=facts.prepared.estimate.num_steps, epochs=train.epochs)
     kept = min(saves, train.keep_checkpoints or saves)
     best = " plus the best one" if kept < saves and train.eval_every != "never" else ""
-    return f"{kept:,} of {saves:,} checkpoints kept{best}, about {size(num_bytes)} each"
+    return f"{kept:,} of {saves:,} checkpoints kept{best}, about {bytes_in_words(num_bytes)} each"
 
 
 SUMMARIES: dict[str, Callable[[Facts], str]] = {

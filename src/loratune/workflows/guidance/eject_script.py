@@ -12,7 +12,7 @@ import jinja2
 from transformers.pytorch_utils import Conv1D
 
 from loratune.data.rows.sources import is_local
-from loratune.model.adapter.attach import short_names
+from loratune.model.adapter.attach import short_module_names
 from loratune.model.adapter.modules_to_save import modules_to_save_arguments
 from loratune.model.adapter.patterns import highest_rank
 from loratune.model.adapter.target_parameters import target_parameter_arguments
@@ -121,7 +121,7 @@ def _adapter_values(prepared: Preparation, model: Any) -> dict[str, Any]:
     extra |= target_parameter_arguments(parameters.stacks, lora)
     return {
         "lora": lora,
-        "targets": _literal(short_names(model, prepared.adapter.targets)),
+        "targets": _literal(short_module_names(model, prepared.adapter.targets)),
         "targets_in_words": prepared.adapter.targets_in_words,
         "trainable": f"{parameters.trainable:,}",
         "fan_in_fan_out": isinstance(model.get_submodule(prepared.adapter.targets[0]), Conv1D),

@@ -114,11 +114,11 @@ def _explain(
     summary, table = SUMMARIES.get(name), TABLES.get(name)
     return Explanation(
         name=name,
-        value=shown(value),
+        value=shown_value(value),
         origin=origins.get(name, "default"),
-        written="" if same else shown(written),
+        written="" if same else shown_value(written),
         reason="" if same else reason,
-        default=shown(declared.get_default(call_default_factory=True)),
+        default=shown_value(declared.get_default(call_default_factory=True)),
         words=" ".join((declared.description or "").split()),
         effect=summary(facts) if summary is not None else "",
         alternatives=tuple(table(facts)) if table is not None and with_alternatives else (),
@@ -150,7 +150,7 @@ def _effective(name: str, prepared: Preparation) -> tuple[Any, str]:
     return value, choice.reason if choice is not None else ""
 
 
-def shown(value: Any) -> str:
+def shown_value(value: Any) -> str:
     """Format a value as a recipe would write it, shortened."""
     if value is None:
         return "null"
@@ -160,9 +160,9 @@ def shown(value: Any) -> str:
         place = ":".join(part for part in (value.name, value.config, value.split) if part)
         return place if value.weight == 1 else f"{place} × {value.weight:g}"
     if isinstance(value, dict):
-        return ", ".join(f"{name}: {shown(item)}" for name, item in value.items()) or "none"
+        return ", ".join(f"{name}: {shown_value(item)}" for name, item in value.items()) or "none"
     if isinstance(value, tuple):
-        return ", ".join(shown(item) for item in value) or "none"
+        return ", ".join(shown_value(item) for item in value) or "none"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

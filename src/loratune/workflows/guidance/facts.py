@@ -100,7 +100,7 @@ def nearby_powers(value: int) -> list[int]:
     return sorted({max(1, value // 4), max(1, value // 2), value, 2 * value, 4 * value})
 
 
-def size(num_bytes: int) -> str:
+def bytes_in_words(num_bytes: int) -> str:
     """Format bytes in MiB or KiB."""
     unit, name = (MIB, "MiB") if num_bytes >= MIB else (2**10, "KiB")
     return f"{num_bytes / unit:,.1f} {name}"
