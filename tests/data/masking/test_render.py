@@ -303,7 +303,7 @@ def test_a_token_that_holds_header_and_answer_is_not_trained_and_counted(
 
     assert trained_texts(result.examples[0], tokenizer) == [" you<|end|>"]  # " Hello" begins with the header's blank
     assert result.counts["straddling"] == 1
-    assert any("1 token holds both" in notice for notice in result.notices)
+    assert any("1 token contains both" in notice for notice in result.notices)
 
 
 def test_the_tokenizer_is_left_as_it_was(with_template: WithTemplate, converse: Make, rendered: Render) -> None:
@@ -319,7 +319,7 @@ def test_a_tokenizer_without_offsets_is_refused(converse: Make, rendered: Render
     class Slow:
         is_fast = False
 
-    with pytest.raises(DataError, match="does not say where in the text its tokens are"):
+    with pytest.raises(DataError, match="does not report where in the text its tokens are"):
         rendered([converse(*CHAT)], Slow())
 
 

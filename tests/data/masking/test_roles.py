@@ -307,12 +307,13 @@ def test_a_role_that_nobody_has_is_an_error_and_of_a_sample_a_warning(
     with pytest.raises(DataError, match="names the role tool, which no message") as caught:
         prepare_data(section, smollm2_tokenizer, max_length=512, seed=0)
     assert caught.value.place == f"{rows}:1"
-    assert caught.value.fix == "the roles there are user, assistant: data.train_on=[assistant]"
+    assert caught.value.fix == "the data has the roles user, assistant: data.train_on=[assistant]"
     streamed = stream_data(
         section, open_tables(section, NoProgress()), smollm2_tokenizer, max_length=512, seed=0, progress=NoProgress()
     )
     assert any(
-        "names the role tool, which no message of the training data has that" in n for n in streamed.report["notices"]
+        "names the role tool, which no message of the training data has, as far" in n
+        for n in streamed.report["notices"]
     )
 
 

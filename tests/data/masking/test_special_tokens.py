@@ -104,7 +104,7 @@ def test_names_in_texts_forge_no_turn_and_no_trained_span(
     ]  # Qwen 3 writes empty ones
     assert without_thoughts == [f"{answer}{stop}" for answer in answers]
     assert kept.counts["special_tokens_in_text"] == 1
-    assert any("trained as the ordinary text" in notice for notice in kept.notices)
+    assert any("trained as ordinary text" in notice for notice in kept.notices)
 
     # as many special tokens as in the same conversation without their names
     harmless = converse(*({**m, "content": "x"} for m in conversation.messages))

@@ -120,7 +120,7 @@ def test_what_looks_wrong_is_said(tmp_path: Path) -> None:
     rows = [intent(n) for n in range(36)] + [{"text": "rain", "label": "odd"}, {"text": "rain", "label": "weather"}]
     rows += [rows[0]]
     notices = "\n".join(prepared(tmp_path, rows).report["notices"])
-    assert "1 training text stands there with several labels" in notices
+    assert "1 training text has several labels" in notices
     assert "odd has 1 training text," in notices
     assert "exact duplicate" in notices
 
