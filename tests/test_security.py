@@ -125,7 +125,7 @@ def test_code_in_a_model_folder_is_told_and_never_run(
     file = tmp_path / "recipe.yaml"
     file.write_text(recipe.to_yaml())
     result = CliRunner().invoke(app, ["train", str(file)])
-    assert "Python code comes with it" in result.output
+    assert "it contains Python code" in result.output
     assert "is not run" in result.output
     assert result.exit_code == 0, result.output
     assert not marker.exists()

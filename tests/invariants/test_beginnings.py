@@ -120,5 +120,5 @@ def test_modules_learn_at_rates_of_their_own_in_both_engines(tiny_recipe: MakeRe
 
 
 def test_a_rate_for_nothing_is_refused(tiny_recipe: MakeRecipe) -> None:
-    with pytest.raises(RecipeError, match=r"train\.learning_rate_pattern: o_proj decides about none of the trained"):
+    with pytest.raises(RecipeError, match=r"train\.learning_rate_pattern: o_proj applies to none of the trained"):
         prepare(tiny_recipe(train__learning_rate_pattern={"o_proj": 1e-3}), NoProgress())

@@ -128,7 +128,7 @@ def test_a_model_whose_losses_are_not_numbers_is_refused() -> None:
 
 
 def test_where_presets_find_nothing_the_refusal_names_what_there_is(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="no query matrix that loratune recognises") as refusal:
+    with pytest.raises(RecipeError, match="no query matrix that loratune recognizes") as refusal:
         resolve_targets(base_of("Mamba", tmp_path), "minimal")
     assert "in_proj, x_proj, dt_proj, out_proj" in str(refusal.value.fix)
 

@@ -193,7 +193,7 @@ def test_loss_and_gradients_are_those_of_the_stock_forward(tied: bool) -> None:
 @pytest.mark.parametrize(
     ("settings", "problem"),
     [
-        ({"lora__new_tokens": ["<|im_end|>"]}, "is a token of this model already"),
+        ({"lora__new_tokens": ["<|im_end|>"]}, "is already a token of this model"),
         ({"lora__new_tokens": ["x", "x"]}, "named twice"),
         ({"lora__new_tokens": ["a b"]}, "pattern"),
         ({"lora__new_tokens": ["<|a|>"], "lora__modules_to_save": ["lm_head"]}, "leave one of them out"),

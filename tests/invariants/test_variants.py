@@ -93,7 +93,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(
 
 
 def test_a_rank_that_a_matrix_does_not_have_is_refused(tiny_recipe: MakeRecipe) -> None:
-    with pytest.raises(RecipeError, match=r"has no rank over 16, but lora\.r is 17"):
+    with pytest.raises(RecipeError, match=r"has at most rank 16, but lora\.r is 17"):
         prepare(tiny_recipe(lora__variant="pissa", lora__r=17), NoProgress())
 
 

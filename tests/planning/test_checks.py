@@ -114,14 +114,14 @@ def test_resume_checks_what_plan_and_train_check(tiny_recipe: MakeRecipe, tiny_m
         ),
         (
             {"lora__r": 1000},
-            r"lora\.r is 1,000, far more than both sides of model.*q_proj, which has 32 × 32",
+            r"lora\.r is 1,000, far more than both sides of model.*q_proj, which is 32 × 32",
             "32 or less",
         ),
         ({"lora__rank_pattern": {"v_proj": 999}}, r"lora\.rank_pattern is 999, .*16 × 32", "16 or less"),
-        ({"lora__rank_pattern": {"k_proj": 2}}, "k_proj decides about none", "adapted are q_proj, v_proj"),
+        ({"lora__rank_pattern": {"k_proj": 2}}, "k_proj applies to none", "adapted are q_proj, v_proj"),
         (
             {"lora__rank_pattern": {"q_proj": 2, "0.self_attn.q_proj": 3}},
-            "0.self_attn.q_proj decides about none.*q_proj, which stands before it",
+            "0.self_attn.q_proj applies to none.*q_proj, which comes before it",
             "write 0.self_attn.q_proj before q_proj",
         ),
         ({"lora__modules_to_save": ["rotary_emb"]}, "rotary_emb is a LlamaRotaryEmbedding", "leave rotary_emb out"),

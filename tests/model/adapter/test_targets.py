@@ -277,15 +277,15 @@ def test_targets_are_described_in_words() -> None:
 def test_notes_tell_of_fused_matrices_frozen_experts_and_routers_and_nothing_else() -> None:
     assert target_notes(model_of("LlamaConfig"), "complete") == ()
     (fused,) = target_notes(model_of("Phi3Config"), "minimal")
-    assert fused == ("fused qkv_proj: query cannot be adapted without key and value, so the whole matrix is adapted")
+    assert fused == ("fused qkv_proj: query cannot be adapted without key and value, so all of the matrix is adapted")
     assert target_notes(model_of("Phi3Config"), "attention") == ()
     router, experts = target_notes(model_of("MixtralConfig"), "complete")
-    assert "(router_aux_loss_coef 0.001); it is left out" in router
+    assert "(router_aux_loss_coef 0.001), is left out" in router
     assert "experts" in experts
     assert target_notes(model_of("MixtralConfig"), ("q_proj",)) == (router,)
     assert target_notes(model_of("MixtralConfig", router_aux_loss_coef=0.0), ("q_proj",)) == ()
     jitter = target_notes(model_of("MixtralConfig", router_jitter_noise=0.1), ("q_proj",))[1]
-    assert "draw at random in training (router_jitter_noise 0.1)" in jitter
+    assert "are random in training (router_jitter_noise 0.1)" in jitter
 
 
 def test_layers_are_chosen_from_either_end_or_by_number() -> None:

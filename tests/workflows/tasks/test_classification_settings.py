@@ -142,7 +142,7 @@ def test_a_data_error_names_its_row(bases: Callable[[str], Path], tmp_path: Path
 
 @pytest.mark.parametrize(("kind", "target"), [("bert", "classifier"), ("bert-mlm", "pooler.dense"), ("llama", "score")])
 def test_the_head_is_not_adapted_as_well(kind: str, target: str, bases: Callable[[str], Path], tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=rf"lora\.targets adapts .*{target}, but .* is a part of the head"):
+    with pytest.raises(RecipeError, match=rf"lora\.targets adapts .*{target}, but .* is part of the head"):
         prepare(class_recipe(bases(kind), tmp_path, lora__targets=[target]), NoProgress())
 
 

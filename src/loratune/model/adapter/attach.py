@@ -1,4 +1,4 @@
-"""The LoRA adapter on a model, by PEFT."""
+"""The LoRA adapter on a model: PEFT attaches, loads and saves it, our kernels compute it."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ from loratune.model.adapter.new_tokens import resize_embeddings, resize_for_adap
 from loratune.model.adapter.patterns import checked_patterns
 from loratune.model.adapter.target_parameters import resolve_target_parameters, target_parameter_arguments
 from loratune.model.adapter.variants import (
+    as_int_if_whole,
     changes_base,
     has_changed_base,
-    keep_beginning,
+    keep_initial_values,
     peft_arguments,
     save_as_plain,
-    whole,
 )
 from loratune.model.classifier import BY_PEFT, Classes
 from loratune.model.kernels.fp8_linear import Fp8Linear
 from loratune.model.kernels.lora_linear import lora_linear, lora_update
+from loratune.model.patching import replace_class
 from loratune.recipe.recipe import LoraSection
 from loratune.run.errors import RecipeError
 
@@ -45,20 +46,19 @@ def attach_adapter(
     new_tokens: tuple[int, ...] = (),
     classes: Classes | None = None,
 ) -> PeftModel:
-    """Put a fresh adapter on the target modules; everything else is frozen.
+    """Attach a fresh adapter to the target modules and freeze everything else.
 
-    The model answers as before: B starts at zero, or B·A is taken out of the base's weights. What is drawn comes from a
-    generator seeded with `seed`, whatever was drawn before. Adapter weights are float32 whatever the base is (PEFT's
-    `autocast_adapter_dtype`).
+    The model's outputs do not change: B starts at zero, or the initial B·A is subtracted from the base's weights. Adapter
+    weights are float32 whatever the base's type (PEFT's `autocast_adapter_dtype`).
 
     Args:
-        model: The base; its weights are changed by some of the variants.
-        lora: Ranks, scales, dropout, variant.
+        model: The base model, whose weights some variants change (`variants.changes_base`).
+        lora: The recipe's section: ranks, scales, dropout, variant.
         targets: Full module names, from `resolve_targets`.
-        base_name: What `base_model_name_or_path` of the saved adapter says.
-        seed: Of the initial weights.
-        new_tokens: The numbers of `lora.new_tokens`, for which the model grows.
-        classes: Of a classifier, whose head is trained whole; None: the model writes text.
+        base_name: Becomes `base_model_name_or_path` in the saved adapter.
+        seed: Seed of the initial weights, independent of what was drawn before.
+        new_tokens: Ids of `lora.new_tokens`, for which embedding and head grow.
+        classes: The classes of a classifier, whose head is trained in full; None: a causal language model.
     """
     resize_embeddings(model, new_tokens)
     if classes is None:
@@ -67,7 +67,7 @@ def attach_adapter(
         beside = {"modules_to_save": [name for name in classes.head if name not in BY_PEFT] or None}
     config = LoraConfig(
         r=lora.r,
-        lora_alpha=whole(lora.alpha),
+        lora_alpha=as_int_if_whole(lora.alpha),
         lora_dropout=lora.dropout,
         target_modules=list(short_module_names(model, targets)),
         task_type=TaskType.CAUSAL_LM if classes is None else TaskType.SEQ_CLS,
@@ -84,39 +84,39 @@ def attach_adapter(
     keep_in_float32(adapted)
     if new_tokens:
         head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-        head.bias = None  # it has none, but PEFT's wrapper does not say so, and TRL's loss asks
+        head.bias = None  # TRL's loss reads it, and PEFT's wrapper lacks the attribute
     if changes_base(lora):
-        keep_beginning(adapted)
+        keep_initial_values(adapted)
     return adapted
 
 
 def short_module_names(model: torch.nn.Module, targets: tuple[str, ...]) -> tuple[str, ...]:
-    """The last parts of the names where these choose the same modules, as servers such as vLLM expect; else the full
-    names."""
+    """Return the last parts of the names if these match the same modules, as servers such as vLLM expect.
+
+    Otherwise return the full names.
+    """
     leaves = {name.rpartition(".")[2] for name in targets}
     chosen = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in leaves}
     return tuple(sorted(leaves)) if chosen == set(targets) else tuple(sorted(targets))
 
 
 def use_fast_layers(model: PeftModel) -> int:
-    """Let PEFT's plain LoRA layers compute with `kernels.lora_linear`; the number of layers that do.
+    """Make PEFT's plain LoRA layers compute with `kernels.lora_linear`; return how many do.
 
-    PEFT makes the update in three passes over each layer's output and in float32. The class of each layer object is
-    replaced by one with another `forward`; with the adapter off or merged, and for every other kind of layer, PEFT's own
-    runs.
+    PEFT computes the update in float32 and in three passes over each layer's output. PEFT's own `forward` still runs for
+    every other kind of layer, and while the adapter is off or merged.
     """
     use_fast_rows(model)
     layers = [module for module in model.modules() if _has_fast_class(type(module)) and _is_plain(module)]
     for layer in layers:
-        kind: Any = type(layer)
-        layer.__class__ = fast_class(kind)
+        replace_class(layer, fast_class(type(layer)))
     return len(layers)
 
 
 def fallback_note(model: PeftModel) -> str:
-    """That some of the adapted matrices run PEFT's own forward after `use_fast_layers`; empty where none does."""
+    """Return a note on adapted matrices that run PEFT's own forward despite `use_fast_layers`; "" if there are none."""
     if any(type(module) is TrainableTokensLayer for module in model.modules()):
-        return "the rows of new tokens run PEFT's own forward, which copies the whole embedding, not the fast one"
+        return "the rows of new tokens run PEFT's own forward, which copies the full embedding, not the fast one"
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     left = [layer for layer in layers if not getattr(layer, "is_fast", False)]
     if not left:
@@ -148,7 +148,7 @@ def _is_plain(layer: Any) -> bool:
 
 @cache
 def fast_class(kind: Any) -> Any:
-    """PEFT's layer class with the same parameters and state, computed by `kernels.lora_linear`."""
+    """Return a subclass of a PEFT layer class with the same parameters, computed by `kernels.lora_linear`."""
 
     def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self.disable_adapters or self.merged or self.active_adapters != ["default"]:
@@ -165,15 +165,15 @@ def fast_class(kind: Any) -> Any:
 
 
 def trainable_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """The parameters that the optimizer changes, by name."""
+    """Return the parameters that the optimizer updates, by name."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def adapter_file(folder: Path) -> Path:
-    """The weights of a saved adapter.
+    """Return the path of a saved adapter's weights.
 
     Raises:
-        RecipeError: They are not stored as safetensors.
+        RecipeError: The weights are not stored as safetensors.
     """
     file = folder / "adapter_model.safetensors"
     if not file.is_file():
@@ -186,12 +186,12 @@ def adapter_file(folder: Path) -> Path:
 
 
 def load_adapter(base: Any, folder: Path, **settings: Any) -> PeftModel:
-    """The model with a saved adapter, from safetensors only; it grows for the adapter's new tokens.
+    """Attach a saved adapter to a model, from safetensors only; embedding and head grow for its new tokens.
 
     Args:
         base: The base model.
-        folder: In PEFT's format.
-        settings: Of PEFT's own `from_pretrained`.
+        folder: The adapter, in PEFT's format.
+        settings: Arguments of PEFT's own `from_pretrained`.
 
     Raises:
         RecipeError: The adapter is not stored as safetensors.

@@ -99,7 +99,7 @@ def taken_by_peft(model: nn.Module) -> frozenset[str]:
         return leaf not in config.target_modules
 
     names = list(linear_modules(model))
-    taken = {leaf for name in names if is_taken(leaf := name.rpartition(".")[2])}
+    taken = {leaf for leaf in {name.rpartition(".")[2] for name in names} if is_taken(leaf)}
     return frozenset(name for name in names if name.rpartition(".")[2] in taken)
 
 

@@ -1,11 +1,15 @@
-"""The weight-only kinds of torchao: what each is made by, and the layers that hold them.
+"""torchao's weight-only quantization: the configuration of each kind, and layers that train on it.
 
-`int8_weight_only`: a byte a weight, a float for each output. `float8_weight_only`: an e4m3 float a weight, a float for each output.
-`int4_weight_only`: 4 bits a weight, symmetric, and a scale in the run's type for every 32. torchao's own packed int4 layouts exist for
-GPUs alone, and neither it nor PEFT passes a gradient through them; so its values of 4 bits (`IntxWeightOnlyConfig`), which it keeps in a byte
-each, are packed two to a byte here.
+    int8_weight_only     a byte per weight, a float32 scale per output
+    float8_weight_only   an e4m3 float per weight, a float32 scale per output
+    int4_weight_only     4 bits per weight, symmetric, a scale in the run's type per 32 weights
 
-Imports torchao: only for those who have it.
+torchao's own packed int4 layouts exist for GPUs only, and neither torchao nor PEFT passes a gradient through them. So its
+4-bit values (`IntxWeightOnlyConfig`), which it stores in a byte each, are packed two to a byte here.
+
+Imports torchao, an optional package: import this module only where it is needed.
+
+Shapes: O outputs, I inputs of a matrix.
 """
 
 from __future__ import annotations
@@ -22,15 +26,16 @@ from transformers import TorchAoConfig
 from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
 
 from loratune.model.kernels.packed_linear import PackedLinear, unpacked
+from loratune.model.patching import replace_class
 from loratune.model.quantization.kinds import GROUP
 
 
 class Int4Packed(TorchAOBaseTensor):
-    """A matrix in 4 bits, two neighbours of a row in a byte, the first in its lower half.
+    """A matrix in 4 bits per weight: two neighbors of a row in a byte, the first in its lower half.
 
     Args:
         qdata: [O, I / 2], int8.
-        scale: [O, I / GROUP], in the type of the matrix.
+        scale: [O, I / GROUP], in the type that the matrix had.
     """
 
     tensor_data_names = ["qdata", "scale"]  # noqa: RUF012 - as torchao declares them
@@ -46,13 +51,13 @@ class Int4Packed(TorchAOBaseTensor):
 
     @classmethod
     def of(cls, weight_OI: torch.Tensor) -> Int4Packed:
-        """The packed form of a matrix, whose rows are whole groups."""
-        made = IntxUnpackedToInt8Tensor.from_hp(weight_OI, (1, GROUP), torch.int4)  # type: ignore[attr-defined]
-        return cls((made.qdata[:, ::2] & 15) | (made.qdata[:, 1::2] << 4), made.scale)
+        """Pack a matrix whose number of inputs is a multiple of GROUP."""
+        loose = IntxUnpackedToInt8Tensor.from_hp(weight_OI, (1, GROUP), torch.int4)  # type: ignore[attr-defined]
+        return cls((loose.qdata[:, ::2] & 15) | (loose.qdata[:, 1::2] << 4), loose.scale)
 
     def dequantize(self) -> torch.Tensor:
-        """[O, I], in the type of the matrix."""
-        pairs = torch.stack(((self.qdata << 4) >> 4, self.qdata >> 4), -1)
+        """Return the matrix, [O, I], in the type that it had."""
+        pairs = torch.stack(((self.qdata << 4) >> 4, self.qdata >> 4), -1)  # shifts of int8 extend the sign
         values = pairs.view(*self.scale.shape, GROUP).to(self.dtype).mul_(self.scale[..., None])
         return values.view(self.shape)
 
@@ -66,7 +71,7 @@ def _int4_linear(func: Any, _types: Any, args: Any, kwargs: Any) -> torch.Tensor
 
 @dataclass
 class Int4PackedConfig(AOBaseConfig):
-    """What torchao's `quantize_` makes `Int4Packed` by."""
+    """The configuration with which torchao's `quantize_` creates `Int4Packed`."""
 
 
 @register_quantize_module_handler(Int4PackedConfig)  # type: ignore[untyped-decorator]
@@ -77,16 +82,16 @@ def _pack(module: torch.nn.Module, _config: Int4PackedConfig) -> torch.nn.Module
 
 
 class _TrainableQuantizer(TorchAoHfQuantizer):
-    """transformers goes by the name of the config, and lets its trainer take those with an 8 in it only."""
+    """transformers' quantizer for torchao, marked as trainable for our int4 too."""
 
-    is_trainable = True
+    is_trainable = True  # transformers decides by the config's name: only one with an 8 in it is trainable
 
 
 def settings(quantization: str) -> TorchAoConfig:
-    """What `from_pretrained` quantises by. Not the output head and not embeddings.
+    """Return the quantization config for `from_pretrained`; the output head and embeddings are not quantized.
 
     Args:
-        quantization: One of the three kinds.
+        quantization: One of `kinds.BY_TORCHAO`.
     """
     return TorchAoConfig(_config(quantization))
 
@@ -95,26 +100,27 @@ def _config(quantization: str) -> Any:
     if quantization == "int4_weight_only":
         return Int4PackedConfig()
     kinds = {"int8_weight_only": Int8WeightOnlyConfig, "float8_weight_only": Float8WeightOnlyConfig}
-    return kinds[quantization](set_inductor_config=False)  # which would change float32 products of the whole process
+    # `set_inductor_config` would change the precision of all float32 products of the process.
+    return kinds[quantization](set_inductor_config=False)
 
 
 def use_packed_layers(model: torch.nn.Module) -> int:
-    """Let linear layers whose weights are packed keep nothing else for the backward; the number of them."""
+    """Make linear layers with packed weights keep only these for the backward pass; return how many do."""
     layers = [m for m in model.modules() if type(m) is torch.nn.Linear and isinstance(m.weight, TorchAOBaseTensor)]
     for layer in layers:
-        layer.__class__ = PackedLinear
+        replace_class(layer, PackedLinear)
     quantizer: Any = getattr(model, "hf_quantizer", None)
     if type(quantizer) is TorchAoHfQuantizer and isinstance(quantizer.quantization_config.quant_type, Int4PackedConfig):
-        quantizer.__class__ = _TrainableQuantizer
+        replace_class(quantizer, _TrainableQuantizer)
     return len(layers)
 
 
 def quantize_round_trip(weight_OI: torch.Tensor, quantization: str) -> torch.Tensor:
-    """What a matrix is worth after quantisation, in float32.
+    """Quantize a matrix and return its values in float32.
 
     Args:
-        weight_OI: In the type in which it is quantised.
-        quantization: One of the three kinds.
+        weight_OI: The matrix, in the type in which it is quantized.
+        quantization: One of `kinds.BY_TORCHAO`.
     """
     layer = torch.nn.Linear(weight_OI.shape[1], weight_OI.shape[0], bias=False, device="meta")
     layer.weight = torch.nn.Parameter(weight_OI, requires_grad=False)
