@@ -76,4 +76,4 @@ def reported_task(lock: LockRecord | None) -> ReportedTask:
     """Return the task of a run; of a damaged lock, or of a task that this version does not have, the default."""
     recipe = getattr(lock, "recipe", {})
     name = recipe.get("model", {}).get("task")
-    return cast("ReportedTask", load_task(name)) if name in TASKS else ReportedTask()
+    return cast("ReportedTask", load_task(name)) if str(name) in TASKS else ReportedTask()

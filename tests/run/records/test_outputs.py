@@ -43,7 +43,9 @@ def check(verb: str, printed: Any) -> None:
 @pytest.fixture
 def recipe_file(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> Path:
     path = tmp_path / "recipe.yaml"
-    recipe = tiny_recipe(evaluate__metric="exact_match", evaluate__max_new_tokens=4, train__epochs=1)
+    recipe = tiny_recipe(
+        evaluate__metric="exact_match", evaluate__max_new_tokens=4, train__epochs=1, data__max_length=512
+    )
     path.write_text(recipe.to_yaml(), encoding="utf-8")
     return path
 
@@ -117,7 +119,8 @@ def test_every_field_of_every_schema_says_what_it_is(verb: str) -> None:
     for part in (schema, *schema.get("$defs", {}).values()):
         assert part["description"]
         for name, field in part.get("properties", {}).items():
-            assert field.get("description", "").endswith("."), f"{part['title']}.{name}"
+            # A field with the words of its own type has only the reference to it.
+            assert "$ref" in field or field.get("description", "").endswith("."), f"{part['title']}.{name}"
 
 
 def test_schemas_need_no_torch() -> None:
