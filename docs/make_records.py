@@ -34,8 +34,8 @@ file is written. `schema_version` is raised when a field changes its meaning or 
     data.json        the data report                          parity.json       certificates of exports
     preview.json     the first training examples
 
-`--json` prints the same records. `loratune schema VERB` prints the JSON schema of what a verb prints; `loratune schema`
-that of a recipe ([its reference](recipe.md)). Fields marked *optional* may be missing.
+`--json` prints the same records. `loratune schema VERB` prints the JSON schema of what a verb prints;
+`loratune schema` that of a recipe ([its reference](recipe.md)). Fields marked *optional* may be missing.
 """
 
 FILES: dict[str, tuple[type[BaseModel], ...]] = {

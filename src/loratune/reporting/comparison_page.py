@@ -184,8 +184,8 @@ def _curves(runs: Runs) -> Iterator[Block]:
         charts += _chart(title, unit, curves, runs)
     if charts:
         yield Paragraph(
-            text="Plotted over tokens processed, since steps of different runs may differ in size. The held-out loss at "
-            "0 is the base model's."
+            text="Plotted over tokens processed, since steps of different runs may differ in size. The held-out loss "
+            "at 0 is the base model's."
         )
         yield Charts(charts=tuple(charts))
 

@@ -67,8 +67,8 @@ class ReportedTask:
         cut = sum(not item.tuned.stopped for item in wrong)
         return (
             f"The fine-tuned model answers {len(wrong):,} of {len(record.items):,} prompts wrong; the base model "
-            f"answers {num_regressions:,} of these correctly. {cut:,} wrong {'answer' if cut == 1 else 'answers'} hit the "
-            f"limit of {limit}."
+            f"answers {num_regressions:,} of these correctly. {cut:,} wrong {'answer' if cut == 1 else 'answers'} hit "
+            f"the limit of {limit}."
         )
 
 
