@@ -22,10 +22,12 @@ Copy = Callable[..., RunDir]
 
 HARMLESS = """() => ({
   hacked: window.hacked ?? null,
-  elements: [...document.querySelectorAll('script, img, iframe, object, embed, link, base, form, input, a[href]:not([href^="#"])')]
+  elements: [...document.querySelectorAll(
+      'script, img, iframe, object, embed, link, base, form, input, a[href]:not([href^="#"])')]
     .map(element => element.outerHTML),
   handlers: [...document.querySelectorAll('*')].flatMap(element => [...element.attributes])
-    .filter(attribute => attribute.name.startsWith('on') || attribute.name === 'style').map(attribute => attribute.name),
+    .filter(attribute => attribute.name.startsWith('on') || attribute.name === 'style')
+    .map(attribute => attribute.name),
 })"""
 NOTHING = {"hacked": None, "elements": [], "handlers": []}
 
@@ -78,7 +80,10 @@ def test_the_policy_of_the_page_stops_what_an_escape_would_have_missed(
     finished_run: RunDir, open_page: Open, tmp_path: Path
 ) -> None:
     page = tmp_path / "worse.html"
-    harm = "<script>window.hacked=1</script><img src=https://example.org/x.png onerror='window.hacked=1'><style>h1{color:red}</style>"
+    harm = (
+        "<script>window.hacked=1</script><img src=https://example.org/x.png onerror='window.hacked=1'>"
+        "<style>h1{color:red}</style>"
+    )
     page.write_text(
         finished_run.report.read_text(encoding="utf-8").replace("<main>", f"<main>{harm}"), encoding="utf-8"
     )
@@ -144,7 +149,8 @@ def test_every_part_is_there_and_the_plots_have_data(finished_run: RunDir, open_
         assert curve["stroke"].startswith("rgb(")
     bars = opened.page.evaluate(
         """() => [...document.querySelectorAll('#data figure')].map(figure => [...figure.querySelectorAll('path')]
-             .filter(path => path.getAttribute('fill') === 'var(--series-0)' && path.getBoundingClientRect().height > 1).length)"""
+             .filter(path => path.getAttribute('fill') === 'var(--series-0)'
+                             && path.getBoundingClientRect().height > 1).length)"""
     )
     filled = [sum(map(bool, side["length"]["histogram"]["counts"])) for side in _sides(finished_run)]
     assert bars == filled
@@ -192,8 +198,10 @@ def test_light_and_dark_have_readable_contrast_and_print_is_light_with_everythin
       const luminance = colour => { const [r, g, b] = colour.match(/[\\d.]+/g).slice(0, 3).map(Number).map(v => v / 255)
         .map(v => v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4); return .2126 * r + .7152 * g + .0722 * b; };
       const ground = element => { for (let e = element; e; e = e.parentElement) {
-        const colour = getComputedStyle(e).backgroundColor; if (!colour.startsWith('rgba(0, 0, 0, 0')) return colour; } return 'rgb(255,255,255)'; };
-      return Math.min(...[...document.querySelectorAll('h1, h2, h3, p, th, td, dt, dd, li, ins, del, mark, .context, .verdict, .badge, summary, a, pre')]
+        const colour = getComputedStyle(e).backgroundColor;
+        if (!colour.startsWith('rgba(0, 0, 0, 0')) return colour; } return 'rgb(255,255,255)'; };
+      return Math.min(...[...document.querySelectorAll('h1, h2, h3, p, th, td, dt, dd, li, ins, del, mark, .context, '
+          + '.verdict, .badge, summary, a, pre')]
         .map(e => { const a = luminance(getComputedStyle(e).color), b = luminance(ground(e));
           return (Math.max(a, b) + .05) / (Math.min(a, b) + .05); })); }"""
     grounds = {}

@@ -1,6 +1,7 @@
 """Numbers → SVG inside a page: its colours are the page's variables, its text is text, nothing in it is styled inline.
 
-The drawings hold no text of users: names of runs are in the page's own legends, and in the description, which is escaped.
+The drawings hold no text of users: names of runs are in the page's own legends, and in the description, which is
+escaped.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from markupsafe import Markup
 
 NUM_COLOURS = 6
 MAX_POINTS = 400
-"""A longer series is drawn as the means of this many neighbouring stretches, with a band from the lowest to the highest value."""
+"""A longer series is drawn as the means of this many neighbouring stretches, with a band from lowest to highest."""
 
 _WIDTH, _HEIGHT = 324.0, 194.0
 _FONT = 11.5  # at 320 pixels, the narrowest phone, 9 pixels remain

@@ -184,8 +184,8 @@ def _curves(runs: Runs) -> Iterator[Block]:
         charts += _chart(title, unit, curves, runs)
     if charts:
         yield Paragraph(
-            text="Plotted over tokens processed, since steps of different runs may differ in size. The held-out loss at 0 is "
-            "the base model's."
+            text="Plotted over tokens processed, since steps of different runs may differ in size. The held-out loss "
+            "at 0 is the base model's."
         )
         yield Charts(charts=tuple(charts))
 
@@ -242,8 +242,8 @@ def _answers(runs: Runs) -> Iterator[Block]:
     split = [key for key in common if len({bool(column[key].tuned.score) for column in items}) > 1]
     task = runs[0].task
     yield Paragraph(
-        text=f"Of {plural(len(common), task.prompt)} in all evaluations, {len(split):,} were answered correctly by some runs and "
-        f"wrong by others{f'; the first {MAX_SAMPLES} of them' if len(split) > MAX_SAMPLES else ''}."
+        text=f"Of {plural(len(common), task.prompt)} in all evaluations, {len(split):,} were answered correctly by "
+        f"some runs and wrong by others{f'; the first {MAX_SAMPLES} of them' if len(split) > MAX_SAMPLES else ''}."
     )
     for key in split[:MAX_SAMPLES]:
         first = items[0][key]

@@ -83,8 +83,8 @@ def _length_chart(name: str, side: SideReport, example: str) -> Iterator[Chart]:
     yield Chart(
         title=f"Length, {name}",
         svg=draw_histogram(
-            f"Histogram of the lengths of {plural(side.conversations, example)}: median {length.p50} tokens, 95 % up to "
-            f"{length.p95}, longest {length.max}.",
+            f"Histogram of the lengths of {plural(side.conversations, example)}: median {length.p50} tokens, 95 % up "
+            f"to {length.p95}, longest {length.max}.",
             histogram.edges,
             histogram.counts,
             x_label=f"tokens per {example}",

@@ -20,7 +20,10 @@ from loratune.run.records.plan import PlanRecord
 
 _PLACEHOLDER = "path/of/this/folder"
 
-_RESIZE = "base.resize_token_embeddings(max(len(tokenizer), base.get_input_embeddings().num_embeddings))  # for the new tokens"
+_RESIZE = (
+    "base.resize_token_embeddings(max(len(tokenizer), base.get_input_embeddings().num_embeddings))"
+    "  # for the new tokens"
+)
 
 Recipe = dict[str, dict[str, Any]]
 
@@ -146,8 +149,8 @@ def _trained(lock: LockRecord, plan: PlanRecord, task: ReportedTask) -> Iterator
     sources = ", ".join(f"`{s['name'] if _is_hub_id(s) else last_part(s['name'])}`" for s in recipe["data"]["train"])
     yield (
         f"Trained on {plural(plan.data.num_examples, 'example')} of {sources} "
-        f"({task.trained_on_with_counts(lock, plan.data)}), {train['epochs']:g} epochs, {train['batch_size']} examples per "
-        f"step, learning rate {train['learning_rate']:g}."
+        f"({task.trained_on_with_counts(lock, plan.data)}), {train['epochs']:g} epochs, {train['batch_size']} examples "
+        f"per step, learning rate {train['learning_rate']:g}."
     )
     yield ""
     yield (
@@ -158,8 +161,8 @@ def _trained(lock: LockRecord, plan: PlanRecord, task: ReportedTask) -> Iterator
     if quantization != "none":
         yield ""
         yield (
-            f"Trained and evaluated on the base model in {quantization} (`model.quantization`); on the base model in another "
-            "type the answers differ."
+            f"Trained and evaluated on the base model in {quantization} (`model.quantization`); on the base model in "
+            "another type the answers differ."
         )
 
 
@@ -199,8 +202,8 @@ def _intended_use(lock: LockRecord, evaluation: EvaluationRecord | None, task: R
     return [
         "## Intended use",
         "",
-        f"For {task.example}s like those of {sources}{task.intended_use()}. Quality {measured}; other uses, safety and bias "
-        "were not examined. The base model's terms of use apply to the adapter too.",
+        f"For {task.example}s like those of {sources}{task.intended_use()}. Quality {measured}; other uses, safety and "
+        "bias were not examined. The base model's terms of use apply to the adapter too.",
         "",
     ]
 

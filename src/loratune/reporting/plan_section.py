@@ -80,7 +80,7 @@ def _memory_chart(memory: Memory, measured: Measured | None) -> Chart:
 
 
 def _memory_parts(memory: Memory) -> list[tuple[str, int]]:
-    """Split the planned peak into five named parts, one fewer than there are colours: the last colour is the actual peak's."""
+    """Split the planned peak into five named parts; the sixth colour is that of the actual peak."""
     adapter = memory.adapter_bytes + memory.optimizer_bytes + memory.variant_bytes
     process = memory.process_bytes + memory.allocator_bytes
     rest = memory.peak_bytes - memory.weights_bytes - adapter - memory.activation_bytes - process

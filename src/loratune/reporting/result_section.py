@@ -32,8 +32,8 @@ def result(files: RunFiles) -> Iterator[Block]:
     level = f"{record.interval.level:.0%}"
     measures = [name for name in dict.fromkeys((record.metric, "f1", "nll", "perplexity")) if name in record.tuned]
     yield Paragraph(
-        text=f"Measured on {plural(record.num_examples, f'held-out {files.task.example}')} that were not trained on. The "
-        f"interval contains the true difference with {level} confidence ({record.interval.method}, "
+        text=f"Measured on {plural(record.num_examples, f'held-out {files.task.example}')} that were not trained on. "
+        f"The interval contains the true difference with {level} confidence ({record.interval.method}, "
         f"{record.interval.resamples:,} resamples).{_which_adapter(record)}"
     )
     yield Table(

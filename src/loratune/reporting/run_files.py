@@ -31,8 +31,9 @@ AnyRecord = TypeVar("AnyRecord", bound=BaseModel)
 class RunFiles:
     """What the files of a run hold at one moment.
 
-    A record is None where its file is missing or unreadable. Of a file that is damaged in part, the other parts are there,
-    and reading a damaged one is an AttributeError: the section that needs it is left out of the page, which says so.
+    A record is None where its file is missing or unreadable. Of a file that is damaged in part, the other parts are
+    there, and reading a damaged one is an AttributeError: the section that needs it is left out of the page, which says
+    so.
 
     Attributes:
         run: The run.
@@ -154,7 +155,7 @@ def _read_values(path: Path, kind: type, words: str, complaints: list[str]) -> A
 
 
 def _encodable(value: Any) -> Any:
-    """Return JSON values with half characters (such as U+D800) spelled out: JSON can name them, no encoding can hold them."""
+    """Return JSON values with half characters (U+D800) spelled out: JSON can name them, no encoding can hold them."""
     if isinstance(value, str):
         return value.encode("utf-8", "backslashreplace").decode()
     if isinstance(value, dict):

@@ -204,8 +204,8 @@ def _reproduce(files: RunFiles) -> Iterator[Block]:
         text=f"loratune train recipe.yaml train.output_dir={again}",
     )
     yield Paragraph(
-        text="The lock.json of both runs must have the same inputs: fingerprints of model, template and examples. On the same "
-        "CPU the losses are then identical; elsewhere they agree up to floating-point noise."
+        text="The lock.json of both runs must have the same inputs: fingerprints of model, template and examples. On "
+        "the same CPU the losses are then identical; elsewhere they agree up to floating-point noise."
     )
     yield Code(title="Compare both runs on one page", text=f"loratune compare {first} {again}")
     yield Table(caption="Versions", rows=tuple(files.lock.versions.items()))
@@ -216,8 +216,8 @@ def _exports(files: RunFiles) -> Iterator[Block]:
     if not files.certificates:
         return
     yield Paragraph(
-        text="Each export was loaded back and compared with base + adapter in the code of training. The KL divergence is that "
-        "of next-token distributions (class distributions for a classifier), in nats; see parity.json for details."
+        text="Each export was loaded back and compared with base + adapter in the code of training. The KL divergence "
+        "is that of next-token distributions (class distributions for a classifier), in nats; see parity.json for details."
     )
     yield Table(
         caption="Certificates",

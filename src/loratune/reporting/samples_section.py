@@ -26,12 +26,12 @@ def samples(files: RunFiles) -> Iterator[Block]:
         return
     shown = record.items[:MAX_SAMPLES]
     marks = (
-        " Words that differ from the reference are marked: extra words are underlined, missing ones are struck through. "
-        "An answer that has little in common with the reference is left unmarked."
+        " Words that differ from the reference are marked: extra words are underlined, missing ones are struck "
+        "through. An answer that has little in common with the reference is left unmarked."
     )
     yield Paragraph(
-        text=f"The first {len(shown)} of {plural(len(record.items), f'held-out {files.task.prompt}')}, in the order of the data (not hand-picked)."
-        + (marks if files.task.marks_differences else "")
+        text=f"The first {len(shown)} of {plural(len(record.items), f'held-out {files.task.prompt}')}, in the order of "
+        "the data (not hand-picked)." + (marks if files.task.marks_differences else "")
     )
     graded = is_graded(record.metric)
     for number, item in enumerate(shown, 1):

@@ -66,9 +66,9 @@ class ReportedTask:
         wrong = [item for item in record.items if not item.tuned.score]
         cut = sum(not item.tuned.stopped for item in wrong)
         return (
-            f"The fine-tuned model answers {len(wrong):,} of {len(record.items):,} prompts wrong; the base model answers "
-            f"{num_regressions:,} of these correctly. {cut:,} wrong {'answer' if cut == 1 else 'answers'} hit the limit of "
-            f"{limit}."
+            f"The fine-tuned model answers {len(wrong):,} of {len(record.items):,} prompts wrong; the base model "
+            f"answers {num_regressions:,} of these correctly. {cut:,} wrong {'answer' if cut == 1 else 'answers'} hit "
+            f"the limit of {limit}."
         )
 
 

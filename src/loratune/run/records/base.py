@@ -1,8 +1,8 @@
 """What all records share: strict types, a version, and the way from and to JSON.
 
-Records are validated as JSON, in the form in which they are kept: a number in quotes, a missing field and a field that no
-model declares are errors when a file is written. Readers are lenient where it helps (`read_valid_parts`): a page about a
-damaged run shows what can still be read.
+Records are validated as JSON, in the form in which they are kept: a number in quotes, a missing field and a field that
+no model declares are errors when a file is written. Readers are lenient where it helps (`read_valid_parts`): a page
+about a damaged run shows what can still be read.
 """
 
 from __future__ import annotations

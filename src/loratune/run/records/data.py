@@ -184,7 +184,7 @@ class PromptReport(Part):
     history_differs: int = 0
     """Those that differ earlier, such as in the thinking of earlier answers."""
     boundary_differs: int = 0
-    """Those with the same text in other tokens: the tokenizer joins the end of the prompt with the start of the answer."""
+    """Those with the same text in other tokens: the tokenizer joins the prompt's end and the answer's start."""
     file: str | None = None
     """File of the first conversation that differs in text."""
     line: int | None = None
