@@ -2,8 +2,8 @@
 
     python benchmarks/fp8_loss.py [--conversations 16] [--steps 6] [--json]
 
-SmolLM2-135M on GSM8K conversations, every token trained. Runs on any machine: torch computes the same scaled products on a CPU,
-slowly, so nothing here says anything about speed.
+SmolLM2-135M on GSM8K conversations, every token trained. Runs on any machine: torch computes the same scaled products
+on a CPU, slowly, so nothing here says anything about speed.
 """
 
 from __future__ import annotations
@@ -100,7 +100,8 @@ def main() -> None:
         print(json.dumps(record, indent=2))
         return
     print(
-        f"{record['tokens']:,} tokens: mean loss {record['mean_loss']}, differences {difference.abs().max():.3f} at most"
+        f"{record['tokens']:,} tokens: mean loss {record['mean_loss']}, differences {difference.abs().max():.3f} "
+        "at most"
     )
     print(f"gradient of the adapter: {record['gradient']}")
     for number, (a, b) in enumerate(zip(plain["losses"], fp8["losses"], strict=True), start=1):

@@ -1,4 +1,5 @@
-"""The documentation works: commands and programs run on a tiny run, links and paths exist, options are those of the verbs.
+"""The documentation works: commands and programs run on a tiny run, links and paths exist, options are those of the
+verbs.
 
 Commands that are not run are listed below with the reason.
 """

@@ -1,4 +1,5 @@
-"""What docs/security.md promises: nothing of a stranger's runs, nothing is written outside, no secret is written down."""
+"""What docs/security.md promises: nothing of a stranger's runs, nothing is written outside, no secret is written
+down."""
 
 from __future__ import annotations
 

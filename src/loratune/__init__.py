@@ -19,13 +19,14 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 # Large pages for torch's tensors on a CPU: a step of SmolLM2-135M took a sixth less time.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-# Two caches of prepared products, one entry for each shape that occurs, 1,024 by default: where lengths vary, the quickstart grew
-# by 17 MiB a step with them, and with 256 entries did not, at the same speed.
+# Two caches of prepared products, one entry for each shape that occurs, 1,024 by default: where lengths vary, the
+# quickstart grew by 17 MiB a step with them, and with 256 entries did not, at the same speed.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 os.environ.setdefault("LRU_CACHE_CAPACITY", "256")
 
-# bitsandbytes says at every 8-bit product that its input is rounded, and at its import, which PEFT does wherever it is installed,
-# which kernel it does without; torchao, likewise imported, which of its files are for GPUs, and by torch that one of its calls is old.
+# bitsandbytes says at every 8-bit product that its input is rounded, and at its import, which PEFT does wherever it
+# is installed, which kernel it does without; torchao, likewise imported, which of its files are for GPUs, and by
+# torch that one of its calls is old.
 for _name in (
     "bitsandbytes.autograd._functions",
     "bitsandbytes.backends.cpu.ops",

@@ -1,4 +1,5 @@
-"""torchrun gets the command line, and its failures become exit codes. Real processes: tests/invariants/test_processes.py."""
+"""torchrun gets the command line, and its failures become exit codes. Real processes:
+tests/invariants/test_processes.py."""
 
 from __future__ import annotations
 

@@ -340,7 +340,8 @@ def plain_loss_and_gradients(model: torch.nn.Module) -> tuple[float, dict[str, t
 
 
 def check_loss(model: PeftModel) -> tuple[bool, str]:
-    """Whether examples are packed and why not, after a comparison of the loss and of every gradient with the plain ones."""
+    """Whether examples are packed and why not, after a comparison of the loss and of every gradient with the plain
+    ones."""
     expected, expected_gradients = plain_loss_and_gradients(model)
     loss, reason = make_loss(model, examples())
     total = loss.sum(collate(examples()))

@@ -1,4 +1,5 @@
-"""Every family of models that people fine-tune: the fast path equals the plain one, the merge the adapter; or it is said."""
+"""Every family of models that people fine-tune: the fast path equals the plain one, the merge the adapter; or it is
+said."""
 
 from __future__ import annotations
 

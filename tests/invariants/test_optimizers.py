@@ -26,8 +26,8 @@ RATES = {"adamw": 1e-2, "adamw_8bit": 1e-2, "lion": 3e-3, "muon": 1e-2, "adafact
 RANKS = {"adamw_8bit": 64}
 """Where the default of these tests is too small: matrices that are kept in 8 bits, and some that are not."""
 TOLERANCES = {"muon": 3e-4, "adamw_8bit": 5e-5}
-"""Newton-Schulz iterates in bfloat16: gradients that differ in their last bit make steps that differ by 2^-8 of themselves. A moment in
-8 bits may be rounded to its neighbour."""
+"""Newton-Schulz iterates in bfloat16: gradients that differ in their last bit make steps that differ by 2^-8 of
+themselves. A moment in 8 bits may be rounded to its neighbour."""
 OTHERS = [name for name in get_args(Optimizer) if name != "adamw"]
 SCHEDULES = [name for name in get_args(Schedule) if name not in ("linear", "constant")]
 
@@ -154,7 +154,8 @@ def test_the_plan_counts_what_the_optimizer_keeps(optimizer: str, variant: str, 
 
 
 def test_muon_makes_orthogonal_steps_at_rates_of_adamw(tiny_recipe: MakeRecipe) -> None:
-    """The first step moves B alone, by 0.2 · rate · √(its larger side) times a matrix whose singular values are about 1."""
+    """The first step moves B alone, by 0.2 · rate · √(its larger side) times a matrix whose singular values are about
+    1."""
     rate = 1e-3
     run = train(
         tiny_recipe(

@@ -1,4 +1,5 @@
-"""Streamed data takes the same steps as prepared data, also after a stop, and leaves out what cannot be trained on aloud."""
+"""Streamed data takes the same steps as prepared data, also after a stop, and leaves out what cannot be trained on
+aloud."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Disks that are full, may not be written to, or have a quota: told, nothing lost, and the run goes on to the same bits."""
+"""Disks that are full, may not be written to, or have a quota: told, nothing lost, and the run goes on to the same
+bits."""
 
 from __future__ import annotations
 
@@ -33,8 +34,8 @@ SETTINGS = {
 
 
 class Moment(NoProgress):
-    """Does something when a piece of work begins, or the n-th time it goes on; training goes on first by the steps that are
-    done already."""
+    """Does something when a piece of work begins, or the n-th time it goes on; training goes on first by the steps
+    that are done already."""
 
     def __init__(self, name: str, act: Callable[[], object], *, at: int = 0) -> None:
         self._name, self._act, self._at = name, act, at

@@ -1,8 +1,9 @@
 """A base model with a head that names classes: which of its modules are trained whole, and how it is loaded.
 
-transformers puts a fresh head on a base that was made for something else, and PEFT trains and saves `classifier` and `score`
-whole beside the adapter (TaskType.SEQ_CLS). Some architectures have more that no file holds, such as DistilBERT's
-`pre_classifier` or a pooler that masked language models lack; left frozen, it would stay random, so it is trained whole too.
+transformers puts a fresh head on a base that was made for something else, and PEFT trains and saves `classifier` and
+`score` whole beside the adapter (TaskType.SEQ_CLS). Some architectures have more that no file holds, such as
+DistilBERT's `pre_classifier` or a pooler that masked language models lack; left frozen, it would stay random, so it
+is trained whole too.
 """
 
 from __future__ import annotations
@@ -140,7 +141,8 @@ def load_classifier(
     dtype: torch.dtype,
     trust_remote_code: bool,
 ) -> PreTrainedModel:
-    """The base with its head, from safetensors only. What no file holds begins as `classes.seed` says, and is in float32.
+    """The base with its head, from safetensors only. What no file holds begins as `classes.seed` says, and is in
+    float32.
 
     Args:
         source: A folder, or a hub id.
@@ -217,12 +219,14 @@ def classifier_notes(model: PreTrainedModel, classes: Classes, stored: Collectio
     more = [name for name in classes.head if not name.endswith(BY_PEFT)]
     if more:
         notes.append(
-            f"no file of the model holds {', '.join(more)}: it begins at random, and is trained whole and saved beside the adapter"
+            f"no file of the model holds {', '.join(more)}: it begins at random, and is trained whole and saved "
+            "beside the adapter"
         )
     heads = [name for name in classes.head if name.endswith(BY_PEFT)]
     if any(_is_stored(name, model.get_submodule(name), prefix, stored) for name in heads):
         notes.append(
-            f"the model comes with a head of its own ({', '.join(heads)}); where it has as many classes training goes on from it, "
+            f"the model comes with a head of its own ({', '.join(heads)}); where it has as many classes training "
+            "goes on from it, "
             "else it is made anew"
         )
     return tuple(notes)

@@ -83,8 +83,8 @@ def device_here(wanted: str) -> str:
 def choose_dtype(wanted: str, device: str) -> Choice:
     """`float32`, `bfloat16` or `float16` for the frozen base weights.
 
-    On a CPU the two are timed, because what the processor's flags promise is not what it does: AVX512-BF16 was 2.6 times
-    as fast as float32 on a Zen 4 and 0.4 times on a Xeon without AMX.
+    On a CPU the two are timed, because what the processor's flags promise is not what it does: AVX512-BF16 was 2.6
+    times as fast as float32 on a Zen 4 and 0.4 times on a Xeon without AMX.
     """
     if wanted != "auto":
         return Choice(wanted)
@@ -118,7 +118,8 @@ def check_fp8(device: str) -> None:
 def no_fp8(here: str) -> MachineError:
     """What to say where there is no fp8."""
     return MachineError(
-        f"model.quantization is fp8, which needs an NVIDIA GPU of Hopper's generation (SM 9.0) or later; this is {here}",
+        "model.quantization is fp8, which needs an NVIDIA GPU of Hopper's generation (SM 9.0) or later; this is "
+        f"{here}",
         fix="model.quantization=none",
     )
 
@@ -193,7 +194,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def free_memory() -> None:
-    """Give back what nobody holds, on a CPU also the free pages of glibc's heap: half of the process after a training."""
+    """Give back what nobody holds, on a CPU also the free pages of glibc's heap: half of the process after a
+    training."""
     gc.collect()
     with suppress(AttributeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)

@@ -21,7 +21,8 @@ def check_weights(folder: Path, model: nn.Module, *, quantized: bool, without: S
     """Whether the files in a folder hold the weights of a model: some milliseconds, whatever its size.
 
     Args:
-        folder: With safetensors files; one without (a model on the hub, whose weights are fetched later) is passed over.
+        folder: With safetensors files; one without (a model on the hub, whose weights are fetched later) is passed
+            over.
         model: The model as its config describes it, on the meta device.
         quantized: Whether the files hold packed weights, whose shapes are not those of the model.
         without: Modules that the files need not hold.
@@ -74,8 +75,8 @@ def _parameters(model: nn.Module, without: Sequence[str]) -> dict[str, nn.Parame
 
 
 def bytes_to_convert(folder: Path, dtype: str | None, *, stored: Mapping[str, int], num_parameters: int) -> int:
-    """Bytes of the weights' files that are held beside the weights while these load; 0 where the files have their type, and
-    are mapped as they are.
+    """Bytes of the weights' files that are held beside the weights while these load; 0 where the files have their
+    type, and are mapped as they are.
 
     Args:
         folder: As in `check_weights`.
@@ -91,7 +92,8 @@ def bytes_to_convert(folder: Path, dtype: str | None, *, stored: Mapping[str, in
 
 
 def packed_bytes(folder: Path, model: nn.Module, dtype_bytes: int) -> int | None:
-    """Bytes of weights that are held as they are stored, but for those that are not packed; None where there are no files.
+    """Bytes of weights that are held as they are stored, but for those that are not packed; None where there are no
+    files.
 
     Args:
         folder: As in `check_weights`.
@@ -110,8 +112,8 @@ def packed_bytes(folder: Path, model: nn.Module, dtype_bytes: int) -> int | None
 
 
 def stored_name(tensor: str, stored: Container[str]) -> str | None:
-    """What files call a tensor, None where they do not have it. Checkpoints of bare decoders leave the first part of the names out;
-    others call it otherwise than transformers' classes do.
+    """What files call a tensor, None where they do not have it. Checkpoints of bare decoders leave the first part of
+    the names out; others call it otherwise than transformers' classes do.
 
     Args:
         tensor: Its name in the model.

@@ -16,7 +16,8 @@ NO_LIMIT = 2**31
 
 
 def free_device_bytes(device: str) -> int | None:
-    """Return this process's share of the memory that the processes of a machine share; None if it has the device to itself."""
+    """Return this process's share of the memory that the processes of a machine share; None if it has the device to
+    itself."""
     return None if processes.local_size() == 1 or device != "cpu" else free_bytes(device) // processes.local_size()
 
 

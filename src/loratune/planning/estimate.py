@@ -1,6 +1,8 @@
-"""Memory and time of a run, and whether it compiles: the formulas of `cost`, fed with what this machine was measured to do.
+"""Memory and time of a run, and whether it compiles: the formulas of `cost`, fed with what this machine was measured
+to do.
 
-`prepare` asks once for each way of spreading a run over devices (see `scaling.strategy_for`); `presets` scales the answer.
+`prepare` asks once for each way of spreading a run over devices (see `scaling.strategy_for`); `presets` scales the
+answer.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
     prepare = resolve_model → resolve_adapter → read_data → estimate_run → plan_notes
 
-Each part returns a small frozen record, checks what it can, and fails before the next one starts. The quickest checks come first.
+Each part returns a small frozen record, checks what it can, and fails before the next one starts. The quickest checks
+come first.
 """
 
 from __future__ import annotations

@@ -253,7 +253,6 @@ def scale(
         epochs=recipe.train.epochs,
     )
     bytes_per_weight = torch_dtype(place.dtype).itemsize
-    layer, _ = sharded_parameters(config, parameters)
     rows, too_few = [], []
     for part in cluster.doublings():
         try:
@@ -264,13 +263,7 @@ def scale(
             too_few.append(part.size)
             continue
         loads = simulate_loads(steps, token_budget=estimated.memory.token_budget, world_size=part.size)
-        rank = Rank(
-            token_seconds=(estimated.time.train_seconds - estimated.time.compile_seconds) / steps.tokens,
-            num_layers=config.num_hidden_layers,
-            num_recomputed=estimated.memory.num_recomputed,
-            layer_bytes=bytes_per_weight * layer,
-            gradient_bytes=GRADIENT_BYTES * parameters.trainable,
-        )
+        rank = _rank(config, parameters, estimated, steps, bytes_per_weight)
         memory = _rank_memory(recipe, config, parameters, estimated, loads)
         rows.append(predict(steps, loads, rank, estimated, memory, part.fabric, strategy))
     return Scaling(
@@ -285,6 +278,20 @@ def scale(
         batch_size=steps.batch_size,
         simulated_steps=loads.num_steps,
         is_epoch=loads.is_epoch,
+    )
+
+
+def _rank(
+    config: Any, parameters: ParameterCount, estimated: Estimate, steps: SimulatedSteps, bytes_per_weight: int
+) -> Rank:
+    """Return what a rank computes and sends, at the speed of one device."""
+    layer, _ = sharded_parameters(config, parameters)
+    return Rank(
+        token_seconds=(estimated.time.train_seconds - estimated.time.compile_seconds) / steps.tokens,
+        num_layers=config.num_hidden_layers,
+        num_recomputed=estimated.memory.num_recomputed,
+        layer_bytes=bytes_per_weight * layer,
+        gradient_bytes=GRADIENT_BYTES * parameters.trainable,
     )
 
 

@@ -83,7 +83,8 @@ class PlannedTask(RecipeTask):
     def read_data(
         self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, max_length: int, progress: Progress
     ) -> tuple[Choice, PreparedData]:
-        """Return whether rows are streamed, and the examples with their report. Not called if `resolve_model` had to read them."""
+        """Return whether rows are streamed, and the examples with their report. Not called if `resolve_model` had to
+        read them."""
 
     @abstractmethod
     def render_again(

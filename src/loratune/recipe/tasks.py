@@ -1,7 +1,7 @@
 """Tasks: what a model can learn, and the table that names the folder of each.
 
-A task is one implementation of `loratune.workflows.tasks.task.Task`. Each room declares what it asks of a task and knows
-nothing of the others:
+A task is one implementation of `loratune.workflows.tasks.task.Task`. Each room declares what it asks of a task and
+knows nothing of the others:
 
     recipe/tasks.py            which settings belong to the task           RecipeTask
     planning/task.py           inputs, costs, entries of plan and lock     PlannedTask(RecipeTask)

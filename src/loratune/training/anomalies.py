@@ -96,7 +96,8 @@ class AnomalyGuard:
             suspects, num_examples = ([], 0) if self._in_spike else self._suspects(examples)
             self._events.emit(
                 "spike",
-                f"the loss of step {self._events.step} jumps to {loss:.4g}; the median of the {len(self._losses)} steps "
+                f"the loss of step {self._events.step} jumps to {loss:.4g}; the median of the {len(self._losses)} "
+                "steps "
                 f"before is {median:.4g}\n{_in_words(suspects, num_examples)}",
                 warn=not self._in_spike,
                 value=loss,

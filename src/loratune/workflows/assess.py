@@ -35,7 +35,8 @@ def compare_base_and_tuned(
     tuned_nll: Nll | None = None,
     metric: UserMetric | None = None,
 ) -> Record:
-    """Measure base and fine-tuned model, which are the same loaded model with the adapter off and on, and write `evaluation.json`.
+    """Measure base and fine-tuned model, which are the same loaded model with the adapter off and on, and write
+    `evaluation.json`.
 
     Args:
         prepared: The prepared run.

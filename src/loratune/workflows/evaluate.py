@@ -1,4 +1,5 @@
-"""`loratune evaluate`: repeat the comparison of base and fine-tuned model of a finished run, with further metrics and gates."""
+"""`loratune evaluate`: repeat the comparison of base and fine-tuned model of a finished run, with further metrics and
+gates."""
 
 from __future__ import annotations
 

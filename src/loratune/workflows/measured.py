@@ -14,8 +14,9 @@ from loratune.run.records.plan import PlanRecord
 class RunTimer:
     """Time and peak memory of one process that works on a run; an interrupted run has had several.
 
-    The totals of earlier processes are in `plan.json` under `so_far`, until `measured` replaces them. A process that was
-    killed could not write its own; its steps count all the same, since their times are in `metrics.jsonl`. Only rank 0 counts.
+    The totals of earlier processes are in `plan.json` under `so_far`, until `measured` replaces them. A process that
+    was killed could not write its own; its steps count all the same, since their times are in `metrics.jsonl`. Only
+    rank 0 counts.
     """
 
     def __init__(self, run: RunDir, device: str) -> None:

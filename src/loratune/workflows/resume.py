@@ -18,7 +18,8 @@ from loratune.workflows.result import RunResult
 from loratune.workflows.steps import finish_trained_run, run_from_weights, settings_as_written
 
 _NEXT, _EVALUATE = "checkpoint", "evaluate"
-"""The key under which rank 0 stores the checkpoint to resume from, and the value that means: only the evaluation is left."""
+"""The key under which rank 0 stores the checkpoint to resume from, and the value that means: only the evaluation is
+left."""
 
 
 def resume(root: str | Path, *, progress: Progress = NO_PROGRESS) -> RunResult:

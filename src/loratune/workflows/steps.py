@@ -2,8 +2,8 @@
 
     load base → attach adapter and loss → train_steps → final adapter saved → base vs. fine-tuned → model card → report
 
-Every rank goes this way up to the last step. Then rank 0 saves and evaluates alone, unless the ranks share the base model
-(`training.fsdp`): they evaluate in step.
+Every rank goes this way up to the last step. Then rank 0 saves and evaluates alone, unless the ranks share the base
+model (`training.fsdp`): they evaluate in step.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """`train_on` by role: what is trained of every template that TRL bundles, or why it is refused.
 
-`role_outcomes.json` lists, for each template and each role, the trained strings of `CONVERSATION`, or why the row is rejected. It is
-read by people: read a line before you change it. A text whose end is not trained has no stop token of its own.
+`role_outcomes.json` lists, for each template and each role, the trained strings of `CONVERSATION`, or why the row is
+rejected. It is read by people: read a line before you change it. A text whose end is not trained has no stop token of
+its own.
 """
 
 from __future__ import annotations
@@ -63,7 +64,8 @@ CONVERSATION = [
 
 
 def for_template(role: str, found: dict[str, Any]) -> list[dict[str, Any]]:
-    """The conversation without what this template refuses: tools or a system message, unless they are what is asked for."""
+    """The conversation without what this template refuses: tools or a system message, unless they are what is asked
+    for."""
     left_out = {part for part in ("system", "tool") if part in found.get("without", ()) and part != role}
     return [m for m in CONVERSATION if m["role"] not in left_out and not ("tool" in left_out and m.get("tool_calls"))]
 
@@ -270,7 +272,8 @@ def test_a_text_that_the_template_drops_or_that_has_no_place_is_refused(
 def test_a_template_that_looks_into_a_text_makes_the_two_ways_disagree(
     with_template: WithTemplate, converse: Make, rendered: Render
 ) -> None:
-    """Which message it shows depends on the text of another: with another text in its place, everything after it moves."""
+    """Which message it shows depends on the text of another: with another text in its place, everything after it
+    moves."""
     nosy = SMOLLM2.replace(
         "{{'<|im_start|>' +", "{% if messages[0]['content'][:2] == 'Hi' %}{{ '!' }}{% endif %}{{'<|im_start|>' +"
     )

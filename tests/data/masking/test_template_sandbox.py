@@ -68,7 +68,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def rendering(source: str) -> str:
-    """As `ChatTemplate` does it: what the template raises becomes a rejected row, what the limits raise stops the run."""
+    """As `ChatTemplate` does it: what the template raises becomes a rejected row, what the limits raise stops the
+    run."""
     text, _ = render_template(compile_template(source), [{"role": "user", "content": "Hello"}], None)
     return text
 

@@ -1,7 +1,8 @@
 """Every chat template that TRL bundles: what is trained, or why it is refused.
 
-`template_outcomes.json` lists, for each template and each kind of conversation, the trained strings, or why the row is
-rejected, or, starting with "refused:", why the run does not start. It is written by people: read a line before you change it.
+`template_outcomes.json` lists, for each template and each kind of conversation, the trained strings, or why the row
+is rejected, or, starting with "refused:", why the run does not start. It is written by people: read a line before you
+change it.
 """
 
 from __future__ import annotations

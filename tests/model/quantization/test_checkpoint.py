@@ -1,4 +1,5 @@
-"""Checkpoints that come quantised: each trains alike by both engines, is planned and merges with a certificate; or it is refused at once."""
+"""Checkpoints that come quantised: each trains alike by both engines, is planned and merges with a certificate; or it
+is refused at once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""`task: sequence_classification`, from labelled rows to a merged classifier, each part against transformers and PEFT alone."""
+"""`task: sequence_classification`, from labelled rows to a merged classifier, each part against transformers and PEFT
+alone."""
 
 from __future__ import annotations
 
@@ -310,8 +311,8 @@ def test_what_writes_text_is_refused(finished: RunDir, tmp_path: Path) -> None:
 def test_losses_and_gradients_are_those_of_the_model_itself(
     kind: str, bases: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """A micro-batch of many lengths, of pairs where the model tells them apart, against the model's own forward with labels, one
-    example at a time."""
+    """A micro-batch of many lengths, of pairs where the model tells them apart, against the model's own forward with
+    labels, one example at a time."""
     rows = [intent(number) for number in range(24)]
     if kind == "bert":
         rows = [

@@ -1,4 +1,5 @@
-"""What a recipe may ask of `task: sequence_classification`: settings, targets, plans, rows, and what is refused by name."""
+"""What a recipe may ask of `task: sequence_classification`: settings, targets, plans, rows, and what is refused by
+name."""
 
 from __future__ import annotations
 

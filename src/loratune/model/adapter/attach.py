@@ -48,8 +48,8 @@ def attach_adapter(
 ) -> PeftModel:
     """Attach a fresh adapter to the target modules and freeze everything else.
 
-    The model's outputs do not change: B starts at zero, or the initial B·A is subtracted from the base's weights. Adapter
-    weights are float32 whatever the base's type (PEFT's `autocast_adapter_dtype`).
+    The model's outputs do not change: B starts at zero, or the initial B·A is subtracted from the base's weights.
+    Adapter weights are float32 whatever the base's type (PEFT's `autocast_adapter_dtype`).
 
     Args:
         model: The base model, whose weights some variants change (`variants.changes_base`).
@@ -103,8 +103,8 @@ def short_module_names(model: torch.nn.Module, targets: tuple[str, ...]) -> tupl
 def use_fast_layers(model: PeftModel) -> int:
     """Make PEFT's plain LoRA layers compute with `kernels.lora_linear`; return how many do.
 
-    PEFT computes the update in float32 and in three passes over each layer's output. PEFT's own `forward` still runs for
-    every other kind of layer, and while the adapter is off or merged.
+    PEFT computes the update in float32 and in three passes over each layer's output. PEFT's own `forward` still runs
+    for every other kind of layer, and while the adapter is off or merged.
     """
     use_fast_rows(model)
     layers = [module for module in model.modules() if _has_fast_class(type(module)) and _is_plain(module)]

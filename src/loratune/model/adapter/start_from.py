@@ -25,7 +25,8 @@ _UNKNOWN = (
     *("target_parameters", "trainable_token_indices"),
     *("layer_replication", "lora_bias", "use_qalora", "alora_invocation_tokens", "arrow_config"),
 )
-"""Settings of PEFT's `LoraConfig` that no field of the recipe expresses: an adapter that uses one would train differently."""
+"""Settings of PEFT's `LoraConfig` that no field of the recipe expresses: an adapter that uses one would train
+differently."""
 
 
 def locate_adapter(name: str) -> Path:

@@ -1,9 +1,10 @@
 """A frozen linear layer in 8-bit floats: y = x·Wᵀ + b, and the gradient to x, as two scaled products.
 
-The weight is quantised once, in the two layouts that the products need: rows of W with a scale for each output, rows of Wᵀ with
-a scale for each input. Inputs and gradients are quantised as they come, with a scale for each token, so a token's result
-does not depend on the others of its micro-batch. All in e4m3, which has a digit more than e5m2: its smaller range (Micikevicius
-et al. 2022, "FP8 Formats for Deep Learning") is no matter when every row has its own scale.
+The weight is quantised once, in the two layouts that the products need: rows of W with a scale for each output, rows
+of Wᵀ with a scale for each input. Inputs and gradients are quantised as they come, with a scale for each token, so a
+token's result does not depend on the others of its micro-batch. All in e4m3, which has a digit more than e5m2: its
+smaller range (Micikevicius et al. 2022, "FP8 Formats for Deep Learning") is no matter when every row has its own
+scale.
 
 Shapes: T tokens, I inputs, O outputs.
 """

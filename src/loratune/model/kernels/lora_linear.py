@@ -1,8 +1,8 @@
 """A frozen linear layer with a LoRA adapter, as one operation: y = x·Wᵀ + b + s/(1-p)·((x∘m)·Aᵀ)·Bᵀ, m the kept inputs.
 
 The update is added into the layer's own output while that is being written, and so is the adapter's part of the
-gradient to the input, instead of being made, scaled and added in passes of their own over [T, O]. What is saved is the input,
-which layers share, and one byte an element of the mask.
+gradient to the input, instead of being made, scaled and added in passes of their own over [T, O]. What is saved is
+the input, which layers share, and one byte an element of the mask.
 
 Shapes: T tokens, I inputs, O outputs, R rank.
 """
@@ -45,7 +45,8 @@ def lora_linear(
 def lora_update(
     x: torch.Tensor, a_RI: torch.Tensor, b_OR: torch.Tensor, scale: float, dropout: float = 0.0
 ) -> torch.Tensor:
-    """What the adapter adds to a layer that is no plain linear one: s/(1-p)·((x∘m)·Aᵀ)·Bᵀ; arguments as in `lora_linear`."""
+    """What the adapter adds to a layer that is no plain linear one: s/(1-p)·((x∘m)·Aᵀ)·Bᵀ; arguments as in
+    `lora_linear`."""
     kept = torch.where(keep_mask(x, dropout), x, 0) if dropout else x
     return F.linear(F.linear(kept, a_RI.to(x.dtype)), b_OR.to(x.dtype)) * (scale / (1 - dropout))
 
@@ -53,8 +54,9 @@ def lora_update(
 def keep_mask(x: torch.Tensor, dropout: float) -> torch.Tensor:
     """Boolean, shaped like `x`, true with probability 1 - `dropout`, from torch's default generator.
 
-    On a CPU, whose generator is a sequential one, a number is drawn for each row and for each column, and what an element gets is
-    a hash of the two. Compiled code makes the mask where it is used; in eager mode the same mask is made in pieces.
+    On a CPU, whose generator is a sequential one, a number is drawn for each row and for each column, and what an
+    element gets is a hash of the two. Compiled code makes the mask where it is used; in eager mode the same mask is
+    made in pieces.
     """
     if x.device.type != "cpu":
         return torch.rand(x.shape, device=x.device) >= dropout

@@ -1,7 +1,8 @@
 """A frozen linear layer whose weight is a packed tensor of torchao: y = x·Wᵀ + b, and the gradient to x.
 
-The output is torchao's own. Left to autograd, it would keep every unpacked weight from the forward until the backward, so that a
-step would hold the whole base in 16 or 32 bits; here the packed weight is kept, and unpacked again.
+The output is torchao's own. Left to autograd, it would keep every unpacked weight from the forward until the
+backward, so that a step would hold the whole base in 16 or 32 bits; here the packed weight is kept, and unpacked
+again.
 
 Shapes: T tokens, I inputs, O outputs.
 """
@@ -26,8 +27,8 @@ class PackedLinear(torch.nn.Linear):
 def unpacked(weight_OI: Any, dtype: torch.dtype) -> torch.Tensor:
     """What a packed weight is worth as torchao's product takes it: in float32 exactly, in another type rounded once.
 
-    Integers that share a scale in each row are multiplied first and scaled afterwards, with the scale in the weight's type; others are
-    unpacked to the weight's type.
+    Integers that share a scale in each row are multiplied first and scaled afterwards, with the scale in the weight's
+    type; others are unpacked to the weight's type.
 
     Args:
         weight_OI: [O, I], a tensor of torchao.

@@ -1,7 +1,7 @@
 """A frozen table of which a few rows are trained: `lora.new_tokens`, in the embedding and in the output head.
 
-PEFT copies the whole table at each forward and gets the gradient of the whole copy. Here the rows are looked up, or multiplied,
-beside the table, and only they get a gradient.
+PEFT copies the whole table at each forward and gets the gradient of the whole copy. Here the rows are looked up, or
+multiplied, beside the table, and only they get a gradient.
 
 Shapes: T tokens, V vocabulary, H width, N trained rows, whose numbers are in ascending order.
 """
@@ -31,7 +31,7 @@ def embed_with_trained_rows(
 def project_with_trained_rows(
     hidden: torch.Tensor, weight_VH: torch.Tensor, rows_NH: torch.Tensor, numbers_N: torch.Tensor
 ) -> torch.Tensor:
-    """The logits of a frozen head with trained rows, [..., V], with a gradient to `hidden` and the rows; arguments as in
-    `embed_with_trained_rows`."""
+    """The logits of a frozen head with trained rows, [..., V], with a gradient to `hidden` and the rows; arguments as
+    in `embed_with_trained_rows`."""
     logits = F.linear(hidden, weight_VH)
     return logits.index_copy(-1, numbers_N, F.linear(hidden, rows_NH.to(hidden.dtype)))

@@ -1,8 +1,9 @@
 """Checkpoints that come quantised: what they need, and whether their weights stay packed.
 
-Weights of bitsandbytes, torchao, GPTQ and AWQ are held as they are stored. Those of compressed-tensors, block-wise fp8 and mxfp4 are expanded
-to the run's type as they load: transformers trains no adapter on packed mxfp4, products with fp8 need kernels that it fetches from the hub, and
-compressed-tensors would expand its weights at the first forward anyway.
+Weights of bitsandbytes, torchao, GPTQ and AWQ are held as they are stored. Those of compressed-tensors, block-wise
+fp8 and mxfp4 are expanded to the run's type as they load: transformers trains no adapter on packed mxfp4, products
+with fp8 need kernels that it fetches from the hub, and compressed-tensors would expand its weights at the first
+forward anyway.
 """
 
 from __future__ import annotations

@@ -12,7 +12,8 @@ from loratune.run.errors import RecipeError
 def quantize_frozen_layers(model: PeftModel) -> int:
     """Let the frozen linear layers of the decoder compute in fp8; returns how many do.
 
-    The output head, embeddings, norms and adapters stay as they are, and so do layers whose sides are no multiples of 16.
+    The output head, embeddings, norms and adapters stay as they are, and so do layers whose sides are no multiples of
+    16.
 
     Args:
         model: The adapted model, in bfloat16.

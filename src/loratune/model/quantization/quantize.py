@@ -1,11 +1,14 @@
-"""The frozen base in 4 or 8 bits: how it is loaded, what it takes, what has to be there, and what its weights are worth.
+"""The frozen base in 4 or 8 bits: how it is loaded, what it takes, what has to be there, and what its weights are
+worth.
 
-`nf4` and `int8` are made by bitsandbytes while the weights load. `nf4` (Dettmers et al. 2023, "QLoRA") keeps 4 bits a weight, a
-byte of scale for every 64 weights, and a float for every 256 of these bytes; products are made with unpacked weights. `int8`
-(Dettmers et al. 2022, "LLM.int8()") keeps a byte a weight and a float for each output; inputs are rounded to 8 bits as well, with a scale for
-each token. Its separate treatment of outlying columns is off, since it would make a token's result depend on its micro-batch.
+`nf4` and `int8` are made by bitsandbytes while the weights load. `nf4` (Dettmers et al. 2023, "QLoRA") keeps 4 bits a
+weight, a byte of scale for every 64 weights, and a float for every 256 of these bytes; products are made with
+unpacked weights. `int8` (Dettmers et al. 2022, "LLM.int8()") keeps a byte a weight and a float for each output;
+inputs are rounded to 8 bits as well, with a scale for each token. Its separate treatment of outlying columns is off,
+since it would make a token's result depend on its micro-batch.
 
-Kinds that end in `_weight_only` are made by torchao (`packed.py`), likewise while the weights load; nothing but weights is rounded.
+Kinds that end in `_weight_only` are made by torchao (`packed.py`), likewise while the weights load; nothing but
+weights is rounded.
 """
 
 from __future__ import annotations
@@ -84,9 +87,10 @@ def load_settings(quantization: str, dtype: torch.dtype) -> Any:
 def keep_trainable(model: PreTrainedModel) -> None:
     """Let packed layers pass a gradient whatever ran before, and keep nothing unpacked for it.
 
-    On CPUs with AVX512-BF16, bitsandbytes packs a layer's weights anew when it first runs in evaluation mode, for good, and what
-    is packed so gives no gradient to its input. So a run that is evaluated before its first step would train nothing but its last
-    layers, without a word. Layers of torchao get another class: see `kernels.packed_linear`.
+    On CPUs with AVX512-BF16, bitsandbytes packs a layer's weights anew when it first runs in evaluation mode, for
+    good, and what is packed so gives no gradient to its input. So a run that is evaluated before its first step would
+    train nothing but its last layers, without a word. Layers of torchao get another class: see
+    `kernels.packed_linear`.
     """
     module: Any
     for module in model.modules():
@@ -207,8 +211,8 @@ def as_multiplied(weight_OI: torch.Tensor, quantization: str, dtype: torch.dtype
 
 
 def unpack_layers(model: PreTrainedModel) -> None:
-    """Make a checkpoint that came quantised a plain model: packed layers become plain ones, in float32, with the weights that training
-    multiplied with.
+    """Make a checkpoint that came quantised a plain model: packed layers become plain ones, in float32, with the
+    weights that training multiplied with.
 
     Args:
         model: As `load_model` gives it, on a CPU; changed in place.

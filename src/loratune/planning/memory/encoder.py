@@ -53,17 +53,10 @@ def encoder_layer_bytes(
     feed_forward = _first_setting(config, "intermediate_size", "hidden_dim") or 4 * hidden
     gated = hasattr(config, "hidden_activation")  # ModernBERT's name for it, whose feed-forward is gated
     on_cpu = device == "cpu"
-    num_dropouts = (
-        2
-        if _first_setting(config, "hidden_dropout_prob")
-        else 1
-        if _first_setting(config, "dropout", "mlp_dropout")
-        else 0
-    )
     probabilities = heads * longest
     saves_probabilities = on_cpu and bool(_first_setting(config, "attention_probs_dropout_prob", "attention_dropout"))
     saved = dtype_bytes * (2 * hidden + feed_forward * (3 if gated else 1)) + _NORM_STATISTICS_BYTES
-    saved += num_dropouts * hidden * (dtype_bytes if on_cpu else 1)  # a CPU saves masks in the base's type
+    saved += _num_dropouts(config) * hidden * (dtype_bytes if on_cpu else 1)  # a CPU saves masks in the base's type
     if saves_probabilities:
         # In float32, whatever the base's type: query, key and value, and each head's probability for each token of the
         # example before dropout, after it, and its mask.
@@ -83,6 +76,13 @@ def encoder_layer_bytes(
         cache=0,
         attention=0,
     )
+
+
+def _num_dropouts(config: Any) -> int:
+    """Return how many masks of the hidden width a layer saves."""
+    if _first_setting(config, "hidden_dropout_prob"):
+        return 2
+    return 1 if _first_setting(config, "dropout", "mlp_dropout") else 0
 
 
 def _first_setting(config: Any, *names: str) -> Any:

@@ -250,7 +250,10 @@ def _arguments(prepared: Preparation, *, direct: bool) -> list[str]:
             continue
         comment = words.get(f"train.{FIELD_OF.get(name, '')}", "")
         if name == "warmup_steps":
-            comment = f"{recipe.train.warmup_fraction:g} of {prepared.estimate.num_steps:,} steps: the learning rate rises from zero"
+            comment = (
+                f"{recipe.train.warmup_fraction:g} of {prepared.estimate.num_steps:,} steps: the learning "
+                "rate rises from zero"
+            )
         if name == "router_aux_loss_coef":
             comment = "no load-balancing loss of the routers, which would depend on which examples share a batch"
         line = f"{name}={_literal(value)},"

@@ -101,7 +101,8 @@ class Task(PlannedTask, ReportedTask):
 
     @abstractmethod
     def make_loss(self, model: PeftModel, examples: Sequence[Example]) -> tuple[SupervisedLoss, str]:
-        """Return the fastest loss that equals the plain one on these examples, and why it is not the fastest there is."""
+        """Return the fastest loss that equals the plain one on these examples, and why it is not the fastest there
+        is."""
 
     @abstractmethod
     def plain_loss(self, model: PeftModel) -> SupervisedLoss:

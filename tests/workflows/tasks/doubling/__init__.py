@@ -1,4 +1,5 @@
-"""A third task, as somebody would add it: a folder with a `TASK`. It trains all tokens of short examples by twice the usual loss."""
+"""A third task, as somebody would add it: a folder with a `TASK`. It trains all tokens of short examples by twice the
+usual loss."""
 
 from __future__ import annotations
 

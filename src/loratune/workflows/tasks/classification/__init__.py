@@ -48,7 +48,8 @@ _SUPPORTED = {
         *("max_skipped_steps", "report_to", "strategy"),
     },
 }
-"""Settings that classification supports. Every other one must have its default, so a new setting is refused until it is added here."""
+"""Settings that classification supports. Every other one must have its default, so a new setting is refused until it
+is added here."""
 
 _REFUSED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("data.streaming", (True,), "the names of the labels are found by reading all rows"),
@@ -174,7 +175,8 @@ class Classification(Task):
     def failures(self, record: EvaluationRecord, num_regressions: int, limit: str) -> str:
         num_wrong = sum(not item.tuned.score for item in record.items)
         return (
-            f"The fine-tuned model misclassifies {num_wrong:,} of {len(record.items):,} texts; the base model classifies "
+            f"The fine-tuned model misclassifies {num_wrong:,} of {len(record.items):,} texts; the base model "
+            "classifies "
             f"{num_regressions:,} of these correctly."
         )
 

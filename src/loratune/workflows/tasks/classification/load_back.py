@@ -13,7 +13,8 @@ from loratune.data.examples import LabelledExample
 
 
 class ClassifierReader:
-    """A folder with a classifier and its tokenizer, as a `Target` of the certificate: positions are examples, tokens are classes.
+    """A folder with a classifier and its tokenizer, as a `Target` of the certificate: positions are examples, tokens
+    are classes.
 
     Args:
         folder: The folder with model and tokenizer.

@@ -21,7 +21,10 @@ from loratune.workflows.tasks.classification.loss import ClassificationLoss
 MEASURES = ("accuracy", "f1", "nll")
 """The reported measures, in order."""
 
-UNTRAINED = "the base model's head was never trained on these classes, so its answers are random; the majority class is the line to beat"
+UNTRAINED = (
+    "the base model's head was never trained on these classes, so its answers are random; the majority "
+    "class is the line to beat"
+)
 _MOST_CLASSES = 20
 """The largest confusion matrix that a terminal shows."""
 
@@ -62,7 +65,8 @@ def class_logits(
 
 
 def nll_of_labels(logits: torch.Tensor, examples: Sequence[LabelledExample]) -> list[tuple[float, int]]:
-    """Return (-log p of its class, 1) for each example, in the form in which `evaluate_nll` counts tokens; `logits`: [n, C]."""
+    """Return (-log p of its class, 1) for each example, in the form in which `evaluate_nll` counts tokens; `logits`:
+    [n, C]."""
     labels = torch.tensor([example.label for example in examples])
     return [(nll, 1) for nll in torch.nn.functional.cross_entropy(logits.double(), labels, reduction="none").tolist()]
 
@@ -85,10 +89,10 @@ def classification_record(
         majority: The most frequent class of the training data.
 
     Returns:
-        `base` and `tuned`, each with `accuracy`, `f1` (macro: the mean over the classes that occur among labels or predictions)
-        and `nll` (nats per example); `difference` (tuned minus base) of each as `value`, `low`, `high`; `majority`, the scores of
-        always predicting the most frequent class; `classes`, precision, recall and F1 of each; `confusion`, a row a true class
-        with how often each class was predicted; `items`.
+        `base` and `tuned`, each with `accuracy`, `f1` (macro: the mean over the classes that occur among labels or
+        predictions) and `nll` (nats per example); `difference` (tuned minus base) of each as `value`, `low`, `high`;
+        `majority`, the scores of always predicting the most frequent class; `classes`, precision, recall and F1 of
+        each; `confusion`, a row a true class with how often each class was predicted; `items`.
     """
     labels = torch.tensor([example.label for example in examples])
     sides = [_Side(logits, labels, len(names)) for logits in (base, tuned)]
@@ -145,7 +149,8 @@ class _Side:
 
 
 def _counts(predicted: Any, labels: Any, num_classes: int) -> Numbers:
-    """Return float64 [n, 3·C]: for each class whether an example is a true positive, a false positive or a false negative."""
+    """Return float64 [n, 3·C]: for each class whether an example is a true positive, a false positive or a false
+    negative."""
     rows = np.arange(len(labels))
     counts = np.zeros((len(labels), 3, num_classes))
     right = predicted == labels

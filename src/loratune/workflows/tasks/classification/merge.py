@@ -1,4 +1,5 @@
-"""`loratune merge` for a classifier: base, adapter and head in one folder, with the same kind of certificate as any export."""
+"""`loratune merge` for a classifier: base, adapter and head in one folder, with the same kind of certificate as any
+export."""
 
 from __future__ import annotations
 
@@ -64,7 +65,8 @@ def merge_classifier(root: str | Path, target: Path, *, dtype: str, progress: Pr
         certificate = write_certificate(run, "merge", target, folder, certificate)
     record(run, certificate, progress)
     usage = (
-        f"python -c \"from transformers import pipeline; print(pipeline('text-classification', '{target.absolute()}')('TEXT'))\"",
+        "python -c \"from transformers import pipeline; print(pipeline('text-classification', "
+        f"'{target.absolute()}')('TEXT'))\"",
     )
     return Exported(folder=target.absolute(), certificate=certificate, usage=usage)
 
