@@ -113,7 +113,8 @@ def test_rotations_that_change_with_the_longest_example_are_each_examples_own(ki
 
 
 def test_a_leak_that_hides_below_rounding_is_known_from_the_structure(tmp_path: Path) -> None:
-    """In bfloat16 a convolution over three tokens may change the next example's losses by less than the check allows."""
+    """In bfloat16 a convolution over three tokens may change the next example's losses by less than the check
+    allows."""
     base = base_of("LFM 2", tmp_path, initializer_range=0.01).to(torch.bfloat16)
     loss, reason = make_loss(adapted(base, resolve_targets(base, "complete")), examples())
     assert not loss.packed
@@ -240,7 +241,8 @@ def test_the_ejected_script_of_a_mixture_of_experts_leaves_the_routers_loss_out_
     "name", ["Llama 4", "Qwen3.5", "Gemma 4", "gpt-oss", "DeepSeek V3, R1", "Falcon", "Jamba", "LFM 2", "Mamba"]
 )
 def test_a_whole_run_answers_and_merges(name: str, family_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
-    """With evaluation by answers, which takes the model's own attention and caches, and the certificate of the merge."""
+    """With evaluation by answers, which takes the model's own attention and caches, and the certificate of the
+    merge."""
     finished = train(family_recipe(name, evaluate__metric="exact_match", evaluate__max_new_tokens=4))
     assert finished.evaluation is not None
     assert finished.evaluation["tuned"]["nll"] != finished.evaluation["base"]["nll"]

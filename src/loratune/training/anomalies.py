@@ -110,7 +110,8 @@ class AnomalyGuard:
         self._losses.append(loss)
 
     def _suspects(self, examples: Sequence[Example]) -> tuple[list[Record], int]:
-        """Return the step's examples with the worst losses, worst first, and the number of its examples on all ranks."""
+        """Return the step's examples with the worst losses, worst first, and the number of its examples on all
+        ranks."""
         losses = loss_of_each(self._loss, examples)
         worst = sorted(range(len(examples)), key=lambda i: _badness(losses[i]))[:_MAX_EXAMPLES]
         mine = [

@@ -88,7 +88,8 @@ def saved_rank(lora: LoraSection) -> int:
 
 
 def num_trainable(lora: LoraSection, matrix: Matrix) -> int:
-    """Return the number of trained parameters for a matrix: count · r·(d_in + d_out), and d_out magnitudes with DoRA."""
+    """Return the number of trained parameters for a matrix: count · r·(d_in + d_out), and d_out magnitudes with
+    DoRA."""
     magnitudes = matrix.d_out if lora.variant == "dora" else 0
     return rank_of(lora, matrix.name) * matrix.count * (matrix.d_in + matrix.d_out) + magnitudes
 
