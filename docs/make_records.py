@@ -27,7 +27,8 @@ HEAD = """# The records of a run
 <!-- Written by docs/make_records.py from src/loratune/run/records/; `make docs` writes it again. -->
 
 Every file of a run directory has a fixed set of fields, listed here with types and units. They are checked when a
-file is written. `schema_version` is raised when a field changes its meaning or disappears; a new field does not raise it.
+file is written. `schema_version` is raised when a field changes its meaning or disappears; a new field does not
+raise it.
 
     plan.json        planned, and after the run measured      metrics.jsonl     one line per step, evaluation or event
     lock.json        everything effective                     evaluation.json   base vs. fine-tuned

@@ -38,9 +38,12 @@ def page() -> str:
 
 def _table(section: type[BaseModel]) -> str:
     rows = ["| field | values | default | meaning |", "|---|---|---|---|"]
+    properties = section.model_json_schema()["properties"]
     for name, field in section.model_fields.items():
         description = " ".join((field.description or "").split())
-        values = _type_in_words(field.annotation).replace("|", "\\|")
+        choices = properties[name].get("enum")  # also those that are only known at run time, such as the tasks
+        values = ", ".join(f"`{choice}`" for choice in choices) if choices else _type_in_words(field.annotation)
+        values = values.replace("|", "\\|")
         rows.append(f"| `{name}` | {values} | {_default(field)} | {description} |")
     return "\n".join(rows) + "\n"
 

@@ -217,8 +217,8 @@ def _exports(files: RunFiles) -> Iterator[Block]:
         return
     yield Paragraph(
         text="Each export was loaded back and compared with base + adapter in the code of training. The KL divergence "
-        "is that of next-token distributions (class distributions for a classifier), in nats; see parity.json "
-        "for details."
+        "is that of next-token distributions (of class distributions for a classifier), in nats; details are in "
+        "parity.json."
     )
     yield Table(
         caption="Certificates",
