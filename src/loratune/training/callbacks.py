@@ -18,8 +18,8 @@ from loratune.training.signals import StopRequest
 class RunCallback(TrainerCallback):
     """Writes `metrics.jsonl`, advances the progress bar, prints loss lines, and stops the run on request.
 
-    What the recipe wants at the end of an epoch happens at the end of its last step: log, evaluate, save, in this order. So
-    everything about a step is on disk before its checkpoint, and a run resumed from there lacks nothing.
+    What the recipe wants at the end of an epoch happens at the end of its last step: log, evaluate, save, in this
+    order. So everything about a step is on disk before its checkpoint, and a run resumed from there lacks nothing.
 
     Args:
         run: The run directory, which gets the metrics.

@@ -1,7 +1,7 @@
 """Compilation and gradient checkpointing of the repeated decoder layers, in training mode only.
 
-The call of each layer object is replaced, because both must happen outside the layer's own `forward`, and not in evaluation
-and generation, where compiling once more would cost more than it gains.
+The call of each layer object is replaced, because both must happen outside the layer's own `forward`, and not in
+evaluation and generation, where compiling once more would cost more than it gains.
 """
 
 from __future__ import annotations

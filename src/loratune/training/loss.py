@@ -5,8 +5,8 @@
                         supervised token
                       → output head and cross-entropy in chunks → one float32 scalar
 
-This is the fast path. Its reference is the model's own forward with labels, as `SFTTrainer` calls it; `make_loss` compares
-the two on the user's own model and data before a run starts, and packs only where they agree.
+This is the fast path. Its reference is the model's own forward with labels, as `SFTTrainer` calls it; `make_loss`
+compares the two on the user's own model and data before a run starts, and packs only where they agree.
 
 Shapes: T tokens of a micro-batch, S of them supervised, H hidden width, V vocabulary.
 """
@@ -35,10 +35,10 @@ CHECK_TOKENS = 24
 """Tokens of each of the two examples on which the fast path is compared with the plain one."""
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.03}
-"""Type of the frozen weights → largest accepted root mean square of the differences between the tokens' losses, in nats.
+"""Type of the frozen weights → largest accepted root mean square difference of the tokens' losses, in nats.
 
-With SmolLM2-135M in bfloat16 the plain path differs from float32 by 0.069, the packed one by 0.073, and the two differ by
-0.078: each rounds in its own way.
+With SmolLM2-135M in bfloat16 the plain path differs from float32 by 0.069, the packed one by 0.073, and the two differ
+by 0.078: each rounds in its own way.
 """
 
 
@@ -67,8 +67,8 @@ class SupervisedLoss:
 
     Args:
         model: The adapted model.
-        packed: Whether the examples of a micro-batch share one forward. False: one forward per example, with the model's
-            own attention.
+        packed: Whether the examples of a micro-batch share one forward. False: one forward per example, with the
+            model's own attention.
 
     Attributes:
         compiled: Whether the chunks of the cross-entropy run compiled.
@@ -97,7 +97,7 @@ class SupervisedLoss:
 
     @property
     def head(self) -> Head:
-        """The output head as it is now: switching the adapter off exchanges a head that is trained."""
+        """The current output head, which differs with the adapter on and off if it is trained."""
         return output_head(self.model.get_base_model())
 
     def sum(self, batch: MicroBatch, each: torch.Tensor | None = None) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """The training loss of each data source, from the losses of supervised tokens that the step computes anyway.
 
-No step waits for it: the sums stay on the device next to the step's loss, are reduced over ranks with it and read together
-with it. With a single source, nothing of this runs.
+No step waits for it: the sums stay on the device next to the step's loss, are reduced over ranks with it and read
+together with it. With a single source, nothing of this runs.
 
 Shapes: S supervised tokens of a micro-batch, G sources.
 """

@@ -10,9 +10,9 @@ import torch
 class EmbeddingNoise:
     """Uniform noise of at most alpha / √(L·d) on each element of the input embeddings, in training mode.
 
-    L is the example's own number of tokens, whatever it shares a micro-batch with, and d the embedding width. For an example
-    alone this equals transformers' `neftune_noise_alpha` bit for bit from the same random state; in a padded batch of
-    transformers, L is the length of the longest example.
+    L is the example's own number of tokens, whatever it shares a micro-batch with, and d the embedding width. For an
+    example alone this equals transformers' `neftune_noise_alpha` bit for bit from the same random state; in a padded
+    batch of transformers, L is the length of the longest example.
 
     Args:
         alpha: The strength; 5 to 15 in the paper.

@@ -1,8 +1,8 @@
 """The token budget of a micro-batch, and recovery when memory runs out all the same.
 
-The step is repeated on the same examples with the same random numbers, in smaller micro-batches. Its gradient is the same
-sum, so the run still takes the recipe's steps: without dropout they are equal up to float rounding; with dropout the masks
-differ but have the same distribution, since they are drawn per micro-batch.
+The step is repeated on the same examples with the same random numbers, in smaller micro-batches. Its gradient is the
+same sum, so the run still takes the recipe's steps: without dropout they are equal up to float rounding; with dropout
+the masks differ but have the same distribution, since they are drawn per micro-batch.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class TokenBudget:
             raise MachineError(
                 f"process {processes.rank()}: a micro-batch of {sum(lengths):,} tokens does not fit into memory: "
                 f"{reason}",
-                fix=f"a train.token_budget below {self.tokens:,}; with a shared base, one process cannot reduce it alone",
+                fix=f"a train.token_budget below {self.tokens:,}; with a shared base, no process can reduce it alone",
             )
         if len(lengths) < 2:
             what = f"one example of {lengths[0]:,} tokens" if lengths else "the work around the micro-batches"

@@ -48,8 +48,8 @@ def attach_adapter(
 ) -> PeftModel:
     """Attach a fresh adapter to the target modules and freeze everything else.
 
-    The model's outputs do not change: B starts at zero, or the initial B·A is subtracted from the base's weights. Adapter
-    weights are float32 whatever the base's type (PEFT's `autocast_adapter_dtype`).
+    The model's outputs do not change: B starts at zero, or the initial B·A is subtracted from the base's weights.
+    Adapter weights are float32 whatever the base's type (PEFT's `autocast_adapter_dtype`).
 
     Args:
         model: The base model, whose weights some variants change (`variants.changes_base`).
@@ -62,9 +62,9 @@ def attach_adapter(
     """
     resize_embeddings(model, new_tokens)
     if classes is None:
-        beside = modules_to_save_arguments(fully_trained_modules(model, lora, targets), new_tokens)
+        in_full = modules_to_save_arguments(fully_trained_modules(model, lora, targets), new_tokens)
     else:
-        beside = {"modules_to_save": [name for name in classes.head if name not in BY_PEFT] or None}
+        in_full = {"modules_to_save": [name for name in classes.head if name not in BY_PEFT] or None}
     config = LoraConfig(
         r=lora.r,
         lora_alpha=as_int_if_whole(lora.alpha),
@@ -74,7 +74,7 @@ def attach_adapter(
         fan_in_fan_out=isinstance(model.get_submodule(targets[0]), Conv1D),
         **peft_arguments(lora),
         **target_parameter_arguments(resolve_target_parameters(model, lora, targets), lora),
-        **beside,
+        **in_full,
     )
     model.name_or_path = base_name  # PEFT takes the base's name from here
     with torch.random.fork_rng(), checked_patterns():
@@ -103,8 +103,8 @@ def short_names(model: torch.nn.Module, targets: tuple[str, ...]) -> tuple[str, 
 def use_fast_layers(model: PeftModel) -> int:
     """Make PEFT's plain LoRA layers compute with `kernels.lora_linear`; return how many do.
 
-    PEFT computes the update in float32 and in three passes over each layer's output. PEFT's own `forward` still runs for
-    every other kind of layer, and while the adapter is off or merged.
+    PEFT computes the update in float32 and in three passes over each layer's output. PEFT's own `forward` still runs
+    for every other kind of layer, and while the adapter is off or merged.
     """
     use_fast_rows(model)
     layers = [module for module in model.modules() if _has_fast_class(type(module)) and _is_plain(module)]

@@ -2,13 +2,13 @@
 
 Both are plain adapters afterwards.
 
-EVA (Paischer et al. 2024, arXiv 2410.07170): the rows of A are the directions in which the inputs of the matrix vary most on
-the run's own data, from PEFT's incremental SVD; B is zero. Ranks are not redistributed (rho 1), so that the planned number
-of parameters is exact.
+EVA (Paischer et al. 2024, arXiv 2410.07170): the rows of A are the directions in which the inputs of the matrix vary
+most on the run's own data, from PEFT's incremental SVD; B is zero. Ranks are not redistributed (rho 1), so that the
+planned number of parameters is exact.
 
-LoftQ (Li et al. 2023, arXiv 2310.08659), with one iteration, since the base is already quantized: B·A starts as the best
-approximation of rank r of the quantization error W - Q(W). PEFT's `replace_lora_weights_loftq` does this on CUDA only, and
-only for a scale of 1: with another alpha/r its initial values are wrong by that factor.
+LoftQ (Li et al. 2023, arXiv 2310.08659), with one iteration, since the base is already quantized: B·A starts as the
+best approximation of rank r of the quantization error W - Q(W). PEFT's `replace_lora_weights_loftq` does this on CUDA
+only, and only for a scale of 1: with another alpha/r its initial values are wrong by that factor.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """What each linear module of a decoder layer is for: query, key, value, output, other attention, or feed-forward.
 
-Roles are read from the structure of the model. A candidate is a linear module inside the repeated layers of the decoder.
-Below a module that is called attention, its own name says what it projects (`q_proj`, `query`, `c_attn`, …). Everything else
-in a layer is feed-forward, except routers of experts, state-space mixers and the mixing coefficients of Gemma 3n.
-Embeddings and the output head lie outside of the layers and have no role.
+Roles are read from the structure of the model. A candidate is a linear module inside the repeated layers of the
+decoder. Below a module that is called attention, its own name says what it projects (`q_proj`, `query`, `c_attn`, …).
+Everything else in a layer is feed-forward, except routers of experts, state-space mixers and the mixing coefficients of
+Gemma 3n. Embeddings and the output head lie outside of the layers and have no role.
 
 A module counts as attention by its name, or by its class where a layer's mixer has the same name whatever it is.
 """
@@ -82,8 +82,8 @@ def taken_by_peft(model: nn.Module) -> frozenset[str]:
     """Return the linear modules whose names PEFT would replace by the experts' stacked parameters.
 
     Adapters of mixture-of-experts models saved with transformers 4 name the experts' matrices, which are stacked in
-    transformers 5. PEFT maps such names to the stacked parameters, also where a dense layer or a shared expert has a matrix
-    of that name, and would then adapt the experts instead of that matrix. This asks PEFT itself, name by name.
+    transformers 5. PEFT maps such names to the stacked parameters, also where a dense layer or a shared expert has a
+    matrix of that name, and would then adapt the experts instead of that matrix. This asks PEFT itself, name by name.
     """
     if not isinstance(model, PreTrainedModel) or not has_fused_experts(model):
         return frozenset()

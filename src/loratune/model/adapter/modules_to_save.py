@@ -1,13 +1,13 @@
-"""Modules that are trained in full beside the adapter's matrices: `lora.modules_to_save`.
+"""Modules that are trained in full, in addition to the adapter: `lora.modules_to_save`.
 
 PEFT keeps the original module, trains a copy of it, and saves the copy. Three things are different here:
 
-    names    PEFT takes every module whose name ends in the given letters (`norm` also means `input_layernorm`); here the
-             last dotted parts must be equal, and PEFT gets full names
+    names    PEFT takes every module whose name ends in the given letters (`norm` also means `input_layernorm`); here
+             the last dotted parts must be equal, and PEFT gets full names
     tied     an output head that is tied to the embedding stays tied: one matrix is trained for both (PEFT's
              `ensure_weight_tying`)
-    types    PEFT's copies have the base's type, in which small updates vanish; here they are float32 and cast to the base's
-             type to compute, so that a base of that type with the saved adapter computes the same
+    types    PEFT's copies have the base's type, in which small updates vanish; here they are float32 and cast to the
+             base's type to compute, so that a base of that type with the saved adapter computes the same
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from loratune.run.errors import RecipeError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FullyTrained:
-    """A module trained in full beside the adapter (PEFT `modules_to_save`), or the new tokens' rows of one.
+    """A module trained in full (PEFT `modules_to_save`), or the rows of new tokens in one.
 
     Attributes:
         name: The module's full name.

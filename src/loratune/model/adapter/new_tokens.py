@@ -1,8 +1,9 @@
 """New tokens: `lora.new_tokens`, each a trained row of the embedding and of the output head.
 
-They are added to the tokenizer as ordinary tokens, not special ones: they are recognized in texts and visible in answers.
-The embedding grows if it has no spare rows; many models have some. All new rows start as the mean of the others (Hewitt
-2021, nlp.stanford.edu/~johnhew/vocab-expansion.html), which changes the other tokens' probabilities least.
+They are added to the tokenizer as ordinary tokens, not special ones: they are recognized in texts and visible in
+answers. The embedding grows if it has no spare rows; many models have some. All new rows start as the mean of the
+others (Hewitt 2021, nlp.stanford.edu/~johnhew/vocab-expansion.html), which changes the other tokens' probabilities
+least.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
 """Causal attention of packed examples on a CPU, in blocks of queries: two custom operators, forward and backward.
 
-torch's own CPU attention is slow in the bfloat16 backward pass, and a loop over examples does not compile. These are batched
-matrix products over the key/value heads and a softmax; only query, key and value are saved for the backward pass.
+torch's own CPU attention is slow in the bfloat16 backward pass, and a loop over examples does not compile. These are
+batched matrix products over the key/value heads and a softmax; only query, key and value are saved for the backward
+pass.
 
-Shapes: T tokens of all examples, H query heads, G key/value heads, D head width, K keys that a block sees; V width of the
-values, which is D except in DeepSeek's latent attention; R = T · H/G rows: the query heads that share a key/value head lie
-side by side, so that a block of queries is a slice.
+Shapes: T tokens of all examples, H query heads, G key/value heads, D head width, K keys that a block sees; V width of
+the values, which is D except in DeepSeek's latent attention; R = T · H/G rows: the query heads that share a key/value
+head lie side by side, so that a block of queries is a slice.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ def block_attention(
 ) -> torch.Tensor:
     """Attend within each example; return [1, T, H, V], with gradients to query, key and value.
 
-    Scores are rounded to the type of the query, as in transformers' eager attention; the softmax is computed in float32.
+    Scores are rounded to the type of the query, as in transformers' eager attention; the softmax is computed in
+    float32.
 
     Args:
         query_1HTD: [1, H, T, D].

@@ -27,9 +27,11 @@ class Head(NamedTuple):
     A named tuple, since compiled code takes one apart without guards of its own.
 
     Attributes:
-        weight_VH: [V, H]. Of another type than the hidden states, it is cast to theirs; its gradient is summed in float32.
+        weight_VH: [V, H]. Of another type than the hidden states, it is cast to theirs; its gradient is summed in
+            float32.
         bias_V: [V] or None.
-        rows_NH: [N, H]: trained rows that replace some of a frozen head without bias (`lora.new_tokens`); None: no rows.
+        rows_NH: [N, H]: trained rows that replace some of a frozen head without bias (`lora.new_tokens`); None: no
+            rows.
         numbers_N: int64 [N], ascending: which rows of `weight_VH` these replace.
         logit_scale: Factor on the logits (Cohere, Granite).
         softcap: Soft cap of the logits (Gemma 2); None: no cap.
@@ -59,8 +61,8 @@ def sum_cross_entropy(
 ) -> torch.Tensor:
     """Sum the cross-entropy over all positions; return a float32 scalar with a gradient.
 
-    A position's loss is -log p(target), and with smoothing ε it is (1 - ε)·(-log p(target)) + ε·mean over the vocabulary
-    of -log p (Szegedy et al. 2016, arXiv 1512.00567, section 7).
+    A position's loss is -log p(target), and with smoothing ε it is (1 - ε)·(-log p(target)) + ε·mean over the
+    vocabulary of -log p (Szegedy et al. 2016, arXiv 1512.00567, section 7).
 
     The gradients with respect to the hidden states, and to the head where it is trained, follow from a chunk's logits
     alone. So the forward pass computes them while it has the logits, and then drops the logits.

@@ -4,8 +4,8 @@
     float8_weight_only   an e4m3 float per weight, a float32 scale per output
     int4_weight_only     4 bits per weight, symmetric, a scale in the run's type per 32 weights
 
-torchao's own packed int4 layouts exist for GPUs only, and neither torchao nor PEFT passes a gradient through them. So its
-4-bit values (`IntxWeightOnlyConfig`), which it stores in a byte each, are packed two to a byte here.
+torchao's own packed int4 layouts exist for GPUs only, and neither torchao nor PEFT passes a gradient through them. So
+its 4-bit values (`IntxWeightOnlyConfig`), which it stores in a byte each, are packed two to a byte here.
 
 Imports torchao, an optional package: import this module only where it is needed.
 
