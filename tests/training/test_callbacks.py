@@ -15,8 +15,7 @@ from loratune.training.signals import StopRequest
 
 
 def test_tokens_per_second_counts_all_tokens_of_a_step(tmp_path: Path) -> None:
-    """Prompts are computed too: supervised tokens alone would make the same step look slower the longer its prompts
-    are."""
+    """Prompts are computed too: by supervised tokens alone, a step would look slower the longer its prompts are."""
     run = RunDir.create(tmp_path / "run", overwrite=False)
     callback = RunCallback(run, NoProgress(), NoProgress(), StopRequest(), num_per_epoch=4)
     metrics = StepMetrics(loss=1.0, num_tokens=1000, num_supervised_tokens=10, started=time.perf_counter() - 20)

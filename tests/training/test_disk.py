@@ -1,5 +1,4 @@
-"""Disks that are full, may not be written to, or have a quota: told, nothing lost, and the run goes on to the same
-bits."""
+"""Disks that are full, read-only or have a quota: it is reported, nothing is lost, and the run resumes bit for bit."""
 
 from __future__ import annotations
 
@@ -34,8 +33,7 @@ SETTINGS = {
 
 
 class Moment(NoProgress):
-    """Does something when a piece of work begins, or the n-th time it goes on; training goes on first by the steps
-    that are done already."""
+    """Acts when a task begins, or at its n-th advance; training first advances by the steps that are already done."""
 
     def __init__(self, name: str, act: Callable[[], object], *, at: int = 0) -> None:
         self._name, self._act, self._at = name, act, at

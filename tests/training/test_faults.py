@@ -59,8 +59,7 @@ class Listener(NoProgress):
 
 @pytest.fixture
 def inject(monkeypatch: pytest.MonkeyPatch) -> Inject:
-    """Pass the result of each call of a kernel through `fault`, with the number of the call; returns the calls so
-    far."""
+    """Pass the result of each call of a kernel through `fault`, with the call's number; return the calls so far."""
 
     def patch(kernel: str, fault: Callable[[int, Any], Any]) -> list[int]:
         calls: list[int] = []

@@ -49,8 +49,7 @@ def whole(tiny_model: Path, chat_files: tuple[Path, Path], tmp_path_factory: pyt
 
 
 def test_a_stop_is_in_order_whatever_was_under_way(tiny_recipe: MakeRecipe, whole: RunDir) -> None:
-    """At a step that an evaluation belongs to, in that evaluation when it is made up for, at the last step: the same
-    bits."""
+    """At a step with an evaluation, in that evaluation after a resume, and at the last step: the same bits."""
     recipe = tiny_recipe(**SETTINGS)
     with pytest.raises(Terminated, match=r"stopped after step 2 of 6 \(checkpoint saved\)") as stopped:
         train(recipe, progress=Moment("training", send(signal.SIGTERM), at=3))

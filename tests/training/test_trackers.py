@@ -8,11 +8,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from transformers import TrainerCallback
 
 from loratune.recipe.recipe import Recipe
+from loratune.training.trackers import Trackers
 from loratune.workflows.train import train
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the trackers
+
+
+def test_trackers_get_every_event_that_transformers_has() -> None:
+    own = vars(Trackers)
+    assert all(name in own for name in dir(TrainerCallback) if name.startswith("on_"))
 
 
 @pytest.fixture

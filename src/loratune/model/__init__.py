@@ -1,1 +1,1 @@
-"""The base model: where it is found, how it loads, and what is attached to it."""
+"""The base model and what is attached to it: loading, device and types, adapter, quantization, kernels."""

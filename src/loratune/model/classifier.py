@@ -1,9 +1,9 @@
-"""A base model with a head that names classes: which of its modules are trained whole, and how it is loaded.
+"""A base model with a classification head: loading it, and the modules that are trained in full.
 
-transformers puts a fresh head on a base that was made for something else, and PEFT trains and saves `classifier` and
-`score` whole beside the adapter (TaskType.SEQ_CLS). Some architectures have more that no file holds, such as
-DistilBERT's `pre_classifier` or a pooler that masked language models lack; left frozen, it would stay random, so it
-is trained whole too.
+transformers puts a fresh head on a base that was trained for something else, and PEFT trains and saves `classifier` and
+`score` in full with the adapter (TaskType.SEQ_CLS). Some architectures have more modules that no file holds, such as
+DistilBERT's `pre_classifier`, or a pooler that masked language models lack. Frozen, these would stay random, so they
+are trained in full too.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 BY_PEFT = ("classifier", "score")
-"""What PEFT trains whole by itself with TaskType.SEQ_CLS, wherever a module's name ends so."""
+"""Endings of the names of modules that PEFT trains in full by itself with TaskType.SEQ_CLS."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Classes:
-    """What a classifier's head is made of.
+    """The classes of a classifier and its head.
 
     Attributes:
-        names: Of the classes, in order.
-        pad_token_id: What examples are padded with; decoders find an example's last token by it.
-        head: Modules that are trained whole: those whose weights no file holds among them.
-        seed: Of what they begin with.
+        names: The names of the classes, in order.
+        pad_token_id: Id of the padding token, by which decoders find an example's last token.
+        head: Full names of the modules that are trained in full, including those whose weights no file holds.
+        seed: Seed of the initial weights that no file holds.
     """
 
     names: tuple[str, ...]
@@ -47,7 +47,7 @@ class Classes:
 
 
 def with_classes(config: PreTrainedConfig, names: Collection[str], pad_token_id: int) -> PreTrainedConfig:
-    """The model's configuration with these classes."""
+    """Return a copy of the model's configuration with these classes."""
     own = copy.deepcopy(config)
     own.id2label = dict(enumerate(names))
     own.label2id = {name: number for number, name in enumerate(names)}
@@ -58,20 +58,20 @@ def with_classes(config: PreTrainedConfig, names: Collection[str], pad_token_id:
 
 
 def set_padding(tokenizer: PreTrainedTokenizerBase, *, name: str) -> int:
-    """Let the tokenizer pad at the right, with the token that ends texts where it has none of its own.
+    """Make the tokenizer pad on the right, with its end-of-text token if it has no padding token; return the id.
 
     Args:
-        tokenizer: Of the base model; it is changed, and saved so with the adapter.
-        name: The model's.
+        tokenizer: The base model's tokenizer, which is changed, and saved with the adapter that way.
+        name: The model's name, for messages.
 
     Raises:
-        RecipeError: There is no token to pad with.
+        RecipeError: The tokenizer has neither token.
     """
     tokenizer.padding_side = "right"
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
             raise RecipeError(
-                f"model.name is {name}: its tokenizer has neither a padding token nor one that ends texts",
+                f"model.name is {name}: its tokenizer has neither a padding token nor an end-of-text token",
                 fix="set pad_token in the model's tokenizer_config.json",
             )
         tokenizer.pad_token = tokenizer.eos_token
@@ -81,12 +81,13 @@ def set_padding(tokenizer: PreTrainedTokenizerBase, *, name: str) -> int:
 
 
 def usable_positions(model: PreTrainedModel, positions: int | None) -> int | None:
-    """The most tokens of a text: RoBERTa and its kin count positions from after the padding token's number.
+    """Return the largest number of tokens in a text; None if the configuration does not say.
 
     Args:
-        model: May be on the meta device.
-        positions: Of its configuration.
+        model: The model; may be on the meta device.
+        positions: Positions according to its configuration.
     """
+    # RoBERTa and its relatives count positions from after the padding token's id.
     tables = [
         module
         for name, module in model.named_modules()
@@ -97,16 +98,16 @@ def usable_positions(model: PreTrainedModel, positions: int | None) -> int | Non
 
 
 def is_decoder(model: Any) -> bool:
-    """Whether a classifier reads the last token of a decoder, in the way that transformers' decoders share."""
+    """Tell whether a classifier reads the last token of a decoder, as transformers' decoders do."""
     return isinstance(model, GenericForSequenceClassification)
 
 
 def head_names(model: PreTrainedModel, stored: Collection[str]) -> tuple[str, ...]:
-    """The modules that are trained whole.
+    """Return the full names of the modules that are trained in full.
 
     Args:
         model: The classifier; may be on the meta device.
-        stored: The names of the tensors in the base's files; names that are not known count as not there.
+        stored: Names of the tensors in the base's files; a tensor that is not among them counts as missing.
     """
     base = model.base_model
     prefix = model.base_model_prefix
@@ -128,7 +129,7 @@ def _is_stored(name: str, module: nn.Module, prefix: str, stored: Collection[str
 
 
 def stored_names(folder: Path) -> frozenset[str]:
-    """The names of all tensors in the files of a folder; none where there are no files."""
+    """Return the names of all tensors in the weight files of a folder; empty if it has none."""
     return frozenset(name for file in weight_files_of(folder) for name in read_header(file))
 
 
@@ -141,19 +142,18 @@ def load_classifier(
     dtype: torch.dtype,
     trust_remote_code: bool,
 ) -> PreTrainedModel:
-    """The base with its head, from safetensors only. What no file holds begins as `classes.seed` says, and is in
-    float32.
+    """Load the base with its head, from safetensors only; the head is in float32.
 
     Args:
         source: A folder, or a hub id.
-        config: Of the base.
-        classes: Of the head.
-        revision: Of a hub model.
-        dtype: Of everything else.
+        config: The base's configuration.
+        classes: The classes, with the seed of weights that no file holds.
+        revision: The revision of a hub model.
+        dtype: Type of everything but the head.
         trust_remote_code: Whether code that comes with the model may run.
 
     Raises:
-        RecipeError: The files lack more than the head, which would be random and stay so.
+        RecipeError: The files lack more than the head; it would stay random.
     """
     from transformers import AutoModelForSequenceClassification
 
@@ -166,7 +166,7 @@ def load_classifier(
             dtype=dtype,
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
-            ignore_mismatched_sizes=True,  # a head of other classes is made anew
+            ignore_mismatched_sizes=True,  # a head with another number of classes is replaced
             output_loading_info=True,
         )
     model: PreTrainedModel = loaded[0]
@@ -174,7 +174,7 @@ def load_classifier(
     odd = sorted(name for name in fresh if not name.startswith(tuple(f"{module}." for module in classes.head)))
     if odd:
         raise RecipeError(
-            f"the model's files do not hold {odd[0]}, which would be random and is not trained",
+            f"the model's files lack {odd[0]}, which would be random and is not trained",
             file=source,
             fix="use a complete model",
         )
@@ -185,7 +185,7 @@ def load_classifier(
 
 @contextmanager
 def _without_advice() -> Iterator[None]:
-    """Transformers advises to train the head, which is what will be done."""
+    """Silence transformers' advice to train the head, which is what happens next."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()
@@ -207,26 +207,25 @@ def _as_float32(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:  #
 
 
 def classifier_notes(model: PreTrainedModel, classes: Classes, stored: Collection[str]) -> tuple[str, ...]:
-    """What a user would not expect of the head, a sentence each, without a full stop.
+    """Return notes on what a user may not expect of the head, a sentence each, without a full stop.
 
     Args:
         model: The classifier; may be on the meta device.
-        classes: Of the head.
-        stored: The names of the tensors in the base's files.
+        classes: The classes and the head.
+        stored: Names of the tensors in the base's files.
     """
     notes = []
     prefix = model.base_model_prefix
     more = [name for name in classes.head if not name.endswith(BY_PEFT)]
     if more:
         notes.append(
-            f"no file of the model holds {', '.join(more)}: it begins at random, and is trained whole and saved "
-            "beside the adapter"
+            f"no file of the model holds {', '.join(more)}: it starts from random values, is trained in full and saved "
+            "with the adapter"
         )
     heads = [name for name in classes.head if name.endswith(BY_PEFT)]
     if any(_is_stored(name, model.get_submodule(name), prefix, stored) for name in heads):
         notes.append(
-            f"the model comes with a head of its own ({', '.join(heads)}); where it has as many classes training "
-            "goes on from it, "
-            "else it is made anew"
+            f"the model has a head of its own ({', '.join(heads)}): with the same number of classes training continues "
+            "from it, otherwise a new one replaces it"
         )
     return tuple(notes)

@@ -1,4 +1,4 @@
-"""Which device, and which type for the frozen weights, with the reason for each choice."""
+"""The device, the type of the frozen weights, and compilation: what `auto` becomes, and why."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ import torch
 from loratune.run.errors import MachineError
 
 _ALLOCATORS = ("can't allocate memory", "not enough memory", "out of memory")
-"""What the CPU's allocator and MPS say in a plain RuntimeError."""
+"""Phrases of the CPU's allocator and of MPS, which raise a plain RuntimeError."""
 
 FP8_CAPABILITY = (9, 0)
-"""CUDA's compute capability from which on scaled products have a scale for each row."""
+"""The lowest CUDA compute capability with scaled matrix products that take a scale per row."""
 
 FASTER = 1.2
-"""bfloat16 must multiply at least this much faster than float32 to be chosen on a CPU: it halves memory, but rounds."""
+"""How many times faster than float32 bfloat16 must multiply to be chosen on a CPU: it halves memory, but rounds."""
 
 COMPILE_SECONDS = 60
-"""What compiling takes on two CPU cores with nothing in the cache."""
+"""Seconds that compiling takes on two CPU cores with an empty cache."""
 
 CACHED_COMPILE_SECONDS = 15
-"""The same with everything in the cache: 10 to 20 s."""
+"""Seconds that compiling takes with a full cache: 10 to 20 s were measured."""
 
 COMPILE_SAVES = 0.25
-"""The part of the training time that compiled layers save: 310 against 410 tokens/s with SmolLM2-135M in bfloat16."""
+"""Fraction of the training time that compiled layers save: 410 vs. 310 tokens/s with SmolLM2-135M in bfloat16."""
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -46,7 +46,7 @@ class Choice:
 
     Attributes:
         value: The chosen setting.
-        reason: Why, in words for the user; empty when the user chose.
+        reason: The reason in words for the user; empty if the user chose.
     """
 
     value: str
@@ -54,16 +54,16 @@ class Choice:
 
 
 def choose_device(wanted: str) -> Choice:
-    """`cuda`, `mps` or `cpu`.
+    """Choose `cuda`, `mps` or `cpu`.
 
     Raises:
-        MachineError: The device that was asked for is not there.
+        MachineError: The recipe names a device that this machine does not have.
     """
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if wanted != "auto":
         if not available[wanted]:
             has = ", ".join(name for name, there in available.items() if there)
-            raise MachineError(f"device {wanted} is not available, this machine has {has}", fix="train.device=auto")
+            raise MachineError(f"device {wanted} is not available; this machine has {has}", fix="train.device=auto")
         return Choice(wanted)
     if available["cuda"]:
         return Choice("cuda", torch.cuda.get_device_name())
@@ -73,7 +73,7 @@ def choose_device(wanted: str) -> Choice:
 
 
 def device_here(wanted: str) -> str:
-    """The wanted device, or the best one where that is not on this machine: of a run that was trained elsewhere."""
+    """Return the wanted device, or the best one if this machine lacks it, as for a run trained elsewhere."""
     try:
         return choose_device(wanted).value
     except MachineError:
@@ -81,11 +81,7 @@ def device_here(wanted: str) -> str:
 
 
 def choose_dtype(wanted: str, device: str) -> Choice:
-    """`float32`, `bfloat16` or `float16` for the frozen base weights.
-
-    On a CPU the two are timed, because what the processor's flags promise is not what it does: AVX512-BF16 was 2.6
-    times as fast as float32 on a Zen 4 and 0.4 times on a Xeon without AMX.
-    """
+    """Choose `float32`, `bfloat16` or `float16` for the frozen base weights."""
     if wanted != "auto":
         return Choice(wanted)
     if device == "cuda":
@@ -95,13 +91,15 @@ def choose_dtype(wanted: str, device: str) -> Choice:
         return Choice("float32", f"CUDA SM {major}.{minor} has no bfloat16")
     if device == "mps":
         return Choice("float32", "bfloat16 is incomplete on MPS")
+    # Timed, since the processor's flags do not tell: with AVX512-BF16, bfloat16 was 2.6 × as fast as float32 on a Zen 4
+    # and 0.4 × on a Xeon without AMX.
     ratio = _matmul_seconds(torch.float32) / _matmul_seconds(torch.bfloat16)
     reason = f"this CPU multiplies bfloat16 {ratio:.1f} × as fast as float32"
     return Choice("bfloat16" if ratio >= FASTER else "float32", reason)
 
 
 def check_fp8(device: str) -> None:
-    """Whether this machine multiplies fp8 with a scale for each row.
+    """Check that this machine multiplies fp8 matrices with a scale per row.
 
     Raises:
         MachineError: It does not.
@@ -116,19 +114,23 @@ def check_fp8(device: str) -> None:
 
 
 def no_fp8(here: str) -> MachineError:
-    """What to say where there is no fp8."""
+    """Return the error for a device without fp8; `here` is its description."""
     return MachineError(
-        "model.quantization is fp8, which needs an NVIDIA GPU of Hopper's generation (SM 9.0) or later; this is "
-        f"{here}",
+        f"model.quantization is fp8, which needs an NVIDIA GPU, Hopper (SM 9.0) or later; this is {here}",
         fix="model.quantization=none",
     )
 
 
 def choose_compile(wanted: str | bool, *, device: str, train_seconds: float) -> Choice:
-    """`true` or `false`: whether to compile, given the seconds that training takes without.
+    """Choose `true` or `false` for compilation.
+
+    Args:
+        wanted: The recipe's `train.compile`.
+        device: cpu, cuda or mps.
+        train_seconds: Estimated seconds of training without compilation.
 
     Raises:
-        MachineError: Compilation was asked for and has no compiler.
+        MachineError: The recipe wants compilation, and there is no compiler.
     """
     missing = device == "cpu" and cpp_compiler() is None
     if wanted is True and missing:
@@ -147,24 +149,24 @@ def choose_compile(wanted: str | bool, *, device: str, train_seconds: float) -> 
 
 
 def compile_seconds() -> int:
-    """What compiling is going to take: less where torch has compiled before."""
+    """Estimate the seconds that compiling takes: fewer if torch's cache is not empty."""
     default = Path(tempfile.gettempdir()) / f"torchinductor_{getpass.getuser()}"
     folder = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or default)
     return CACHED_COMPILE_SECONDS if folder.is_dir() and any(folder.iterdir()) else COMPILE_SECONDS
 
 
 def cpp_compiler() -> str | None:
-    """The C++ compiler that compilation for a CPU needs at run time, or None."""
+    """Return the C++ compiler that torch needs to compile for a CPU; None if there is none."""
     return next(filter(None, (shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++"))), None)
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """The torch type of a name."""
+    """Return the torch type with this name."""
     return _DTYPES[name]
 
 
 def _matmul_seconds(dtype: torch.dtype) -> float:
-    """The best of several products at the size of a small model's feed-forward layer, in seconds."""
+    """Time the product of a small model's feed-forward layer; return the best of several, in seconds."""
     inputs, weights = torch.randn(1024, 768, dtype=dtype), torch.randn(2048, 768, dtype=dtype)
     best = float("inf")
     for _ in range(5):
@@ -175,11 +177,11 @@ def _matmul_seconds(dtype: torch.dtype) -> float:
 
 
 def peak_bytes(device: str) -> int:
-    """The most memory that this process has had on the device."""
+    """Return the largest number of bytes that this process has held on the device."""
     if device == "cuda":
         return int(torch.cuda.max_memory_allocated())
     status = Path("/proc/self/status")
-    if status.is_file():  # not getrusage: there a process starts with the peak of the one that started it
+    if status.is_file():  # not getrusage, where a process inherits the peak of its parent
         (line,) = (line for line in status.read_text(encoding="ascii").splitlines() if line.startswith("VmHWM:"))
         return int(line.split()[1]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes on macOS, kibibytes elsewhere
@@ -187,17 +189,17 @@ def peak_bytes(device: str) -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that there is no memory left."""
+    """Tell whether an error means that memory ran out."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _ALLOCATORS)
 
 
 def free_memory() -> None:
-    """Give back what nobody holds, on a CPU also the free pages of glibc's heap: half of the process after a
-    training."""
+    """Return unused memory to the system and the GPU."""
     gc.collect()
-    with suppress(AttributeError):  # another C library
+    with suppress(AttributeError):  # a C library other than glibc
+        # Free pages of the heap: half of the process's memory after a training on a CPU.
         ctypes.CDLL(None).malloc_trim(0)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -1,6 +1,6 @@
 """A GGUF file as base model: imported once into an ordinary folder of safetensors.
 
-The adapter then names a folder that PEFT and transformers load as it stands, and the second start takes seconds.
+The adapter then names a folder that PEFT and transformers load directly, and the next start takes seconds.
 """
 
 from __future__ import annotations
@@ -20,28 +20,32 @@ from loratune.run.progress import Progress
 
 CACHE_VARIABLE = "LORATUNE_CACHE"
 _MAGIC = b"GGUF"
-_HEADER_BYTES = 64 * 2**20  # more than a header with its vocabulary has
+_HEADER_BYTES = 64 * 2**20  # larger than any header with its vocabulary
 
 
 def cache_dir() -> Path:
-    """The folder for what can be made again: `$LORATUNE_CACHE`, else `~/.cache/loratune`."""
+    """Return the folder for files that can be recreated: `$LORATUNE_CACHE`, else `~/.cache/loratune`."""
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(os.environ.get(CACHE_VARIABLE) or f"{home}/loratune").expanduser()
 
 
 def file_sha256(path: Path) -> str:
-    """The SHA-256 of a file, as hexadecimal digits."""
+    """Return the SHA-256 of a file, as hexadecimal digits."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def imported_folder(file: Path) -> Path:
-    """Where the import of a GGUF file lies, whether it is there or not. Keyed by the file's content."""
+    """Return the folder of a GGUF file's import, whether or not it exists; its name depends on the file's content."""
     return cache_dir() / "models" / f"{file.stem}-{file_sha256(file)[:16]}"
 
 
 def check_gguf(file: Path) -> None:
-    """Raise `RecipeError` unless the file is GGUF."""
+    """Check that a file is GGUF.
+
+    Raises:
+        RecipeError: It is not.
+    """
     with file.open("rb") as stream:
         magic = stream.read(4)
     if magic != _MAGIC:
@@ -49,9 +53,7 @@ def check_gguf(file: Path) -> None:
 
 
 def describe_gguf(file: Path, progress: Progress) -> Path:
-    """A folder with config, tokenizer and chat template of a GGUF file, from its header alone; made if missing.
-
-    The folder of the import, where there is one already.
+    """Return a folder with config, tokenizer and chat template of a GGUF file; create it from its header if needed.
 
     Raises:
         RunError: transformers cannot read this GGUF file.
@@ -61,15 +63,15 @@ def describe_gguf(file: Path, progress: Progress) -> Path:
     folder = cache_dir() / "descriptions" / f"{file.stem}-{start.hexdigest()[:16]}"
     if (folder / "config.json").is_file():
         return folder
-    progress.line(f"reading the header of {file.name}; done once, takes some seconds")
+    progress.line(f"reading the header of {file.name}: only once, takes some seconds")
     _make(folder, file, _describe)
     return folder
 
 
 def import_gguf(file: Path, progress: Progress) -> Path:
-    """The folder with the model of a GGUF file in float32, its tokenizer and its chat template; made if missing.
+    """Return the folder with a GGUF file's model in float32, its tokenizer and chat template; create it if needed.
 
-    The quantised weights are expanded to float32, which holds each of their values exactly.
+    float32 holds every value of the quantized weights exactly.
 
     Raises:
         RunError: transformers cannot read this GGUF file.
@@ -77,13 +79,13 @@ def import_gguf(file: Path, progress: Progress) -> Path:
     folder = imported_folder(file)
     if (folder / "config.json").is_file():
         return folder
-    progress.line(f"importing {file.name} into {folder}; done once, takes about half a minute for 135 M parameters")
+    progress.line(f"importing {file.name} into {folder}: only once, takes about half a minute for 135 M parameters")
     _make(folder, file, _expand)
     return folder
 
 
 def _make(folder: Path, file: Path, fill: Callable[[Path, Path], None]) -> None:
-    """The folder, filled by a function of file and folder, whole or not at all."""
+    """Create a folder atomically, filled by a function of file and folder."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
         try:
@@ -95,11 +97,11 @@ def _make(folder: Path, file: Path, fill: Callable[[Path, Path], None]) -> None:
             ) from error
         try:
             Path(temporary).rename(folder)
-        except OSError:  # another process was first, with the same bytes
+        except OSError:  # another process was faster, with the same result
             if not (folder / "config.json").is_file():
                 raise
         else:
-            Path(temporary).mkdir()  # for TemporaryDirectory to remove
+            Path(temporary).mkdir()  # TemporaryDirectory removes it, and fails if it is missing
 
 
 def _describe(file: Path, folder: Path) -> None:
@@ -114,7 +116,7 @@ def _expand(file: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-    # The weights are expanded: the saved config must not claim that they are quantised.
+    # The weights are expanded now, and the saved config must not claim that they are quantized.
     del model.config.quantization_config
     model.hf_quantizer = None
     model.is_quantized = False

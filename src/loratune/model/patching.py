@@ -5,8 +5,8 @@ change the names of their parameters, and so the saved files; patching the libra
 the process. Replacing the class of one instance by a subclass of it does neither: parameters, hooks, names and
 `isinstance` stay as they are.
 
-After an upgrade of one of these libraries, read this list (and `data/masking/template_sandbox`, which does the same
-to the Jinja environment of a chat template):
+After an upgrade of one of these libraries, read this list (and `data/masking/template_sandbox`, which does the same to
+the Jinja environment of a chat template):
 
     object of                              new class                             relies on
     peft.tuners.lora.layer.Linear          adapter.attach.fast_class             base_layer, lora_A, lora_B, scaling,

@@ -1,4 +1,4 @@
-"""What the headers of safetensors files say, without reading a weight: whether all of the model is there, and whole."""
+"""The headers of safetensors files: whether a model is complete and undamaged, without reading its weights."""
 
 from __future__ import annotations
 
@@ -18,17 +18,16 @@ _COPY_AGAIN = "copy or download the model again"
 
 
 def check_weights(folder: Path, model: nn.Module, *, quantized: bool, without: Sequence[str] = ()) -> None:
-    """Whether the files in a folder hold the weights of a model: some milliseconds, whatever its size.
+    """Check that the files in a folder hold the weights of a model; takes milliseconds whatever its size.
 
     Args:
-        folder: With safetensors files; one without (a model on the hub, whose weights are fetched later) is passed
-            over.
+        folder: A folder with safetensors files. One without passes: a hub model's weights are fetched later.
         model: The model as its config describes it, on the meta device.
-        quantized: Whether the files hold packed weights, whose shapes are not those of the model.
+        quantized: Whether the files hold packed weights, whose shapes differ from the model's.
         without: Modules that the files need not hold.
 
     Raises:
-        RecipeError: A file is missing, cut short, or not of this model.
+        RecipeError: A file is missing, cut short, or belongs to another model.
     """
     files = weight_files_of(folder)
     if not files:
@@ -44,28 +43,34 @@ def check_weights(folder: Path, model: nn.Module, *, quantized: bool, without: S
                 file=folder,
                 fix=f"the two are of different models; {_COPY_AGAIN}",
             )
-    # By number, not by name: transformers renames and stacks tensors of many architectures when it loads them.
+    # Compared by number, not by name: transformers renames and stacks tensors of many architectures as it loads them.
     held, described = sum(map(math.prod, tensors.values())), sum(p.numel() for p in wanted.values())
     if held < 0.999 * described:
         raise RecipeError(
-            f"the weights hold {held:,} of the {described:,} parameters that config.json describes; the rest would be "
-            "random",
+            f"the weight files hold {held:,} of the {described:,} parameters that config.json describes; the rest "
+            "would be random",
             file=folder,
             fix=f"files are missing; {_COPY_AGAIN}",
         )
 
 
 def check_stored(stored: Mapping[str, int], model: nn.Module, *, name: str, without: Sequence[str] = ()) -> None:
-    """The same by the number of parameters, for weights that are on the hub.
+    """Check by the number of parameters that weights on the hub are complete.
+
+    Args:
+        stored: safetensors type → number of parameters on the hub.
+        model: The model as its config describes it, on the meta device.
+        name: The model's hub id.
+        without: Modules that the files need not hold.
 
     Raises:
-        RecipeError: Some are missing there.
+        RecipeError: Some parameters are missing.
     """
     held, described = sum(stored.values()), sum(p.numel() for p in _parameters(model, without).values())
     if held and set(stored) <= set(_TYPES.values()) and held < 0.999 * described:
         raise RecipeError(
             f"model.name is {name}: the hub holds {held:,} of the {described:,} parameters that config.json describes",
-            fix="another model.revision, or another model",
+            fix="use another model.revision, or another model",
         )
 
 
@@ -75,14 +80,16 @@ def _parameters(model: nn.Module, without: Sequence[str]) -> dict[str, nn.Parame
 
 
 def bytes_to_convert(folder: Path, dtype: str | None, *, stored: Mapping[str, int], num_parameters: int) -> int:
-    """Bytes of the weights' files that are held beside the weights while these load; 0 where the files have their
-    type, and are mapped as they are.
+    """Return the bytes of weight files that are held in addition to the weights while these load.
 
     Args:
         folder: As in `check_weights`.
-        dtype: Name of the type of the loaded weights; None: they are quantised while they load.
-        stored: The types of weights that are not in the folder.
-        num_parameters: Of the base.
+        dtype: Type of the loaded weights by name; None: they are quantized as they load.
+        stored: Types of weights that are not in the folder, as safetensors names them.
+        num_parameters: Parameters of the base model.
+
+    Returns:
+        0 if the files have the type of the weights already, and are mapped into memory.
     """
     files = weight_files_of(folder)
     types = set(stored) or {entry["dtype"] for file in files for entry in _header(file).values()}
@@ -92,13 +99,12 @@ def bytes_to_convert(folder: Path, dtype: str | None, *, stored: Mapping[str, in
 
 
 def packed_bytes(folder: Path, model: nn.Module, dtype_bytes: int) -> int | None:
-    """Bytes of weights that are held as they are stored, but for those that are not packed; None where there are no
-    files.
+    """Return the bytes in memory of a checkpoint that stays packed; None if the folder has no weight files.
 
     Args:
         folder: As in `check_weights`.
-        model: The model before quantisation, on the meta device.
-        dtype_bytes: Of a weight that is not packed.
+        model: The model before quantization, on the meta device.
+        dtype_bytes: Bytes of a weight that is not packed, which is cast to the run's type.
     """
     files = weight_files_of(folder)
     plain = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
@@ -112,22 +118,22 @@ def packed_bytes(folder: Path, model: nn.Module, dtype_bytes: int) -> int | None
 
 
 def stored_name(tensor: str, stored: Container[str]) -> str | None:
-    """What files call a tensor, None where they do not have it. Checkpoints of bare decoders leave the first part of
-    the names out; others call it otherwise than transformers' classes do.
+    """Return the name under which files store a tensor; None if they do not.
 
     Args:
-        tensor: Its name in the model.
+        tensor: The tensor's name in the model.
         stored: Names of the tensors in the files.
     """
+    # Checkpoints of bare decoders omit the first part of the names, or call it differently from transformers' classes.
     candidates = (tensor, tensor.partition(".")[2], f"model.{tensor}")
     return next((name for name in candidates if name in stored), None)
 
 
 def read_header(file: Path) -> dict[str, tuple[int, ...]]:
-    """The name and shape of every tensor of a safetensors file.
+    """Return the shape of every tensor of a safetensors file, by name.
 
     Raises:
-        RecipeError: It is not one, or shorter than its header says.
+        RecipeError: It is not a safetensors file, or is shorter than its header says.
     """
     return {name: tuple(entry["shape"]) for name, entry in _header(file).items()}
 
@@ -148,10 +154,10 @@ def _header(file: Path) -> dict[str, Any]:
 
 
 def weight_files_of(folder: Path) -> list[Path]:
-    """The files with the weights, those of the index where there is one; none where they are on the hub.
+    """Return the files with the weights, those of the index if there is one; an empty list if they are on the hub.
 
     Raises:
-        RecipeError: One of the index is missing.
+        RecipeError: A file of the index is missing.
     """
     index = folder / INDEX
     found = sorted(folder.glob("*.safetensors"))
@@ -169,13 +175,14 @@ def weight_files_of(folder: Path) -> list[Path]:
 
 
 def index_files(index: Path) -> list[str]:
-    """The names of the weight files in an index. They are names, not paths: merging writes files of the same names.
+    """Return the names of the weight files in an index.
 
     Raises:
-        RecipeError: It is damaged, or names a file outside of its folder.
+        RecipeError: The index is damaged, or names a file outside of its folder.
     """
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        # Merging writes files of the same names: a path here would let it write anywhere.
         outside = [name for name in names if Path(name).name != name]
     except (ValueError, KeyError, AttributeError, TypeError):
         raise RecipeError("damaged: no weight_map in it", file=index, fix=_COPY_AGAIN) from None

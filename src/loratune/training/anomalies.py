@@ -97,8 +97,7 @@ class AnomalyGuard:
             self._events.emit(
                 "spike",
                 f"the loss of step {self._events.step} jumps to {loss:.4g}; the median of the {len(self._losses)} "
-                "steps "
-                f"before is {median:.4g}\n{_in_words(suspects, num_examples)}",
+                f"steps before is {median:.4g}\n{_in_words(suspects, num_examples)}",
                 warn=not self._in_spike,
                 value=loss,
                 median=median,
@@ -110,8 +109,7 @@ class AnomalyGuard:
         self._losses.append(loss)
 
     def _suspects(self, examples: Sequence[Example]) -> tuple[list[Record], int]:
-        """Return the step's examples with the worst losses, worst first, and the number of its examples on all
-        ranks."""
+        """Return the step's examples with the worst losses, worst first, and the number of examples on all ranks."""
         losses = loss_of_each(self._loss, examples)
         worst = sorted(range(len(examples)), key=lambda i: _badness(losses[i]))[:_MAX_EXAMPLES]
         mine = [

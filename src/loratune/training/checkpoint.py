@@ -3,13 +3,13 @@
     checkpoints/120/adapter_model.safetensors   the adapter, in PEFT's format
                     optimizer.safetensors       tensors of the optimizer's state
                     random.safetensors          torch's RNG states
-                    state.json                  the rest: optimizer, learning-rate schedule, RNG states of Python, NumPy
+                    state.json                  the rest: optimizer, schedule, Python's and NumPy's RNG states
                     trainer_state.json          transformers' own record: step, epoch
                     manifest.json               SHA-256 of every file; written last
 
 A checkpoint is written under a temporary name and then renamed, so a folder with a step as its name is complete; one
-that is deleted is renamed first. What a killed run leaves has a name that begins with a dot, and is ignored. Nothing
-is pickled.
+that is deleted is renamed first. What a killed run leaves has a name that begins with a dot, and is ignored. Nothing is
+pickled.
 """
 
 from __future__ import annotations
@@ -99,8 +99,7 @@ def remove_checkpoint(folder: Path) -> None:
 
 
 def best_checkpoint(folder: Path, held_out: Mapping[int, float | None]) -> int | None:
-    """Return the step of the checkpoint with the lowest held-out loss, the earliest of equals; None if none has a
-    loss."""
+    """Return the step of the checkpoint with the lowest held-out loss, the earliest of equals; None if none has one."""
     steps = [int(path.name) for path in checkpoints_in(folder)]
     measured = [(loss, step) for step in steps if (loss := held_out.get(step)) is not None and math.isfinite(loss)]
     return min(measured)[1] if measured else None
@@ -149,7 +148,7 @@ def load_adapter_weights(folder: Path, model: PeftModel) -> None:
 def load_mean(folders: Sequence[Path], model: PeftModel) -> None:
     """Load the mean of several checkpoints' adapters into the model, weight by weight, computed in double precision.
 
-    The means of A and of B do not multiply to the mean of the updates B·A; for neighbouring checkpoints they are close.
+    The means of A and of B do not multiply to the mean of the updates B·A; for neighboring checkpoints they are close.
     """
     parts = [load_file(folder / _ADAPTER) for folder in folders]
     mean = {name: torch.stack([part[name].double() for part in parts]).mean(0) for name in parts[0]}

@@ -18,8 +18,8 @@ EVENT = "early_stopping"
 def evaluations_without_improvement(held_out: Mapping[int, float | None]) -> int:
     """Count the evaluations since the one with the lowest held-out loss, the earliest of equals.
 
-    This is what transformers' `EarlyStoppingCallback` counts with a threshold of 0. A failed evaluation does not
-    count; a loss of NaN counts as not lower.
+    This is what transformers' `EarlyStoppingCallback` counts with a threshold of 0. A failed evaluation does not count;
+    a loss of NaN counts as not lower.
 
     Args:
         held_out: Step → held-out loss, None where the evaluation failed.

@@ -1,7 +1,7 @@
 """What the ranks of a run exchange in a step: its number of tokens before, the sum of their gradients after.
 
-Each rank has a share of the step's examples, and divides its losses by the supervised tokens of the whole step. So
-the sum of the gradients equals that of one process with all examples, and every rank takes bit-for-bit the same step.
+Each rank has a share of the step's examples, and divides its losses by the supervised tokens of the whole step. So the
+sum of the gradients equals that of one process with all examples, and every rank takes bit-for-bit the same step.
 Gradients are not sent while others are still computed, as DDP does: an adapter has about a thousandth of the model's
 weights, so one message at the end costs little.
 """

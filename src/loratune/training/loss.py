@@ -35,11 +35,10 @@ CHECK_TOKENS = 24
 """Tokens of each of the two examples on which the fast path is compared with the plain one."""
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.03}
-"""Type of the frozen weights → largest accepted root mean square of the differences between the tokens' losses, in
-nats.
+"""Type of the frozen weights → largest accepted root mean square difference of the tokens' losses, in nats.
 
-With SmolLM2-135M in bfloat16 the plain path differs from float32 by 0.069, the packed one by 0.073, and the two
-differ by 0.078: each rounds in its own way.
+With SmolLM2-135M in bfloat16 the plain path differs from float32 by 0.069, the packed one by 0.073, and the two differ
+by 0.078: each rounds in its own way.
 """
 
 
@@ -98,7 +97,7 @@ class SupervisedLoss:
 
     @property
     def head(self) -> Head:
-        """The output head as it is now: switching the adapter off exchanges a head that is trained."""
+        """The current output head, which differs with the adapter on and off if it is trained."""
         return output_head(self.model.get_base_model())
 
     def sum(self, batch: MicroBatch, each: torch.Tensor | None = None) -> torch.Tensor:

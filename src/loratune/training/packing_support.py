@@ -1,8 +1,8 @@
 """Which models allow several examples in one forward, as far as a comparison on short examples cannot show it.
 
 `loss.make_loss` compares packed examples with separate ones, on 24 tokens of each and up to the rounding of the
-weights' type. A state that leaks into the next example may hide below that rounding, and a window of 4,096 tokens
-only shows on longer examples. Both can be read from the model's structure, and are here.
+weights' type. A state that leaks into the next example may hide below that rounding, and a window of 4,096 tokens only
+shows on longer examples. Both can be read from the model's structure, and are here.
 """
 
 from __future__ import annotations

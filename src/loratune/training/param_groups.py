@@ -13,8 +13,8 @@ from loratune.model.adapter.patterns import module_of, pattern_of
 def scale_b_learning_rate(optimizer: Any, model: nn.Module, ratio: float) -> None:
     """Move the adapter's matrices B into their own groups, with `ratio` times the learning rate (LoRA+).
 
-    Source: Hayou et al. 2024, arXiv 2402.12354. Call it before the learning-rate schedule is created, which scales
-        the rate
+    Source: Hayou et al. 2024, arXiv 2402.12354. Call it before the learning-rate schedule is created, which scales the
+        rate
     that each group then has.
 
     Args:

@@ -15,8 +15,7 @@ from loratune.run.errors import Interrupted, Terminated
 from loratune.run.progress import Progress
 
 ONE_STOP_SECONDS = 3.0
-"""Signals within this time count as one: with several processes, each gets Ctrl-C from the terminal and from
-torchrun."""
+"""Signals within this time count as one: each of several processes gets Ctrl-C from the terminal and from torchrun."""
 
 
 class StopRequest:

@@ -87,10 +87,7 @@ class TokenBudget:
             raise MachineError(
                 f"process {processes.rank()}: a micro-batch of {sum(lengths):,} tokens does not fit into memory: "
                 f"{reason}",
-                fix=(
-                    f"a train.token_budget below {self.tokens:,}; with a shared base, one process cannot reduce "
-                    "it alone"
-                ),
+                fix=f"a train.token_budget below {self.tokens:,}; with a shared base, no process can reduce it alone",
             )
         if len(lengths) < 2:
             what = f"one example of {lengths[0]:,} tokens" if lengths else "the work around the micro-batches"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -25,9 +26,10 @@ class Trackers(TrainerCallback):
         self._events = events
         self._trackers: dict[str, Any] = {}
         for name in names:
-            created: list[Any] = []
-            if self._survives(name, lambda name=name, created=created: created.append(_make(name, run))):  # type: ignore[misc]
-                self._trackers[name] = created[0]
+            self._survives(name, partial(self._create, name, run))
+
+    def _create(self, name: str, run: RunDir) -> None:
+        self._trackers[name] = _make(name, run)
 
     def dispatch(
         self, event: str, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -35,7 +37,7 @@ class Trackers(TrainerCallback):
         """Pass an event, by its name in `TrainerCallback`, to all trackers."""
         for name, tracker in list(self._trackers.items()):
             call = getattr(tracker, event)
-            if not self._survives(name, lambda call=call: call(args, state, control, **kwargs)):  # type: ignore[misc]
+            if not self._survives(name, partial(call, args, state, control, **kwargs)):
                 del self._trackers[name]
 
     def _survives(self, name: str, work: Callable[[], Any]) -> bool:

@@ -1,5 +1,4 @@
-"""Examples in TRL's format, and the check behind `eject`: whether stock TRL prepares the same tokens and labels
-itself."""
+"""Examples in TRL's format, and the check behind `eject`: whether stock TRL prepares the same tokens and labels."""
 
 from __future__ import annotations
 
@@ -81,8 +80,7 @@ def preparation_difference(
         if theirs["labels"][1:] != ours["labels"][1:]:
             trained = [sum(label != -100 for label in row["labels"][1:]) for row in (theirs, ours)]
             return (
-                f"TRL's trained tokens differ, first in {examples[number].origin}: TRL trains {trained[0]} tokens "
-                "of it, "
+                f"TRL's trained tokens differ, first in {examples[number].origin}: TRL trains {trained[0]} of it, "
                 f"loratune {trained[1]}"
             )
     return ""

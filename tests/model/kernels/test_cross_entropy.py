@@ -148,8 +148,7 @@ def test_smoothed_sum_and_gradient_equal_torch(
 
 
 def test_bfloat16_keeps_the_even_part_of_a_smoothed_target() -> None:
-    """ε/V lies below the digits that bfloat16 has beside a p near 1, and makes up the gradient where the model is
-    sure."""
+    """ε/V is below the resolution of bfloat16 at a p near 1, but is all of the gradient where the model is sure."""
     torch.manual_seed(0)
     weight = torch.randn(300, 32, dtype=torch.bfloat16)
     targets = torch.randint(0, 300, (20,))

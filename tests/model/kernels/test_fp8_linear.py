@@ -15,21 +15,21 @@ def layer(inputs: int, outputs: int, *, bias: bool) -> torch.nn.Linear:
 
 def test_a_row_is_known_to_a_sixteenth_whatever_its_size() -> None:
     x = torch.randn(50, 64) * torch.logspace(-20, 20, 50)[:, None]
-    quantised, scale = quantize_rows(x)
+    quantized, scale = quantize_rows(x)
     # e4m3 has three bits of fraction: half a unit of the last is 1/16 of the number, or of the row's smallest step
-    error = (quantised.float() * scale - x).abs()
+    error = (quantized.float() * scale - x).abs()
     assert (error <= x.abs() / 16 + scale * 2**-10).all()
-    assert (quantised.float().abs().amax(-1) == LARGEST).all()
+    assert (quantized.float().abs().amax(-1) == LARGEST).all()
 
 
 def test_a_row_of_zeros_stays_zero() -> None:
-    quantised, scale = quantize_rows(torch.zeros(2, 16))
-    assert torch.equal(quantised.float() * scale, torch.zeros(2, 16))
+    quantized, scale = quantize_rows(torch.zeros(2, 16))
+    assert torch.equal(quantized.float() * scale, torch.zeros(2, 16))
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_value_and_gradient_are_those_of_the_quantised_factors(*, bias: bool) -> None:
-    """Against products of the dequantised factors in float64; what remains is bfloat16's rounding of the result."""
+def test_value_and_gradient_are_those_of_the_quantized_factors(*, bias: bool) -> None:
+    """Against products of the dequantized factors in float64; what remains is bfloat16's rounding of the result."""
     plain = layer(48, 32, bias=bias)
     fast = Fp8Linear(plain)
     x = torch.randn(3, 7, 48).to(torch.bfloat16).requires_grad_()
@@ -37,14 +37,14 @@ def test_value_and_gradient_are_those_of_the_quantised_factors(*, bias: bool) ->
     y = fast(x)
     y.backward(upstream)
 
-    def dequantised(rows: torch.Tensor) -> torch.Tensor:
-        quantised, scale = quantize_rows(rows)
-        return quantised.double() * scale.double()
+    def dequantized(rows: torch.Tensor) -> torch.Tensor:
+        quantized, scale = quantize_rows(rows)
+        return quantized.double() * scale.double()
 
-    expected = dequantised(x.detach().view(-1, 48)) @ dequantised(plain.weight).T
+    expected = dequantized(x.detach().view(-1, 48)) @ dequantized(plain.weight).T
     if bias:
         expected = expected + plain.bias.double()
-    expected_grad = dequantised(upstream.view(-1, 32)) @ dequantised(plain.weight.T).T
+    expected_grad = dequantized(upstream.view(-1, 32)) @ dequantized(plain.weight.T).T
     torch.testing.assert_close(y.double().view(-1, 32), expected, rtol=2**-7, atol=2**-7)
     assert x.grad is not None
     torch.testing.assert_close(x.grad.double().view(-1, 48), expected_grad, rtol=2**-7, atol=2**-7)

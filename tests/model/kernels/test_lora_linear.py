@@ -80,8 +80,10 @@ def test_the_mask_of_compiled_code_is_the_same(shape: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("dropout", [0.05, 0.5])
 def test_elements_of_the_mask_are_independent(dropout: float) -> None:
-    """Its rows share the numbers of the columns, and its columns those of the rows; this must not be seen. Each
-    statistic has mean 0 and standard deviation 1 for independent draws."""
+    """Rows share the numbers drawn for columns, and columns those for rows, which must not show.
+
+    Each statistic has mean 0 and standard deviation 1 for independent draws.
+    """
     torch.manual_seed(0)
     variance = dropout * (1 - dropout)
     m = keep_mask(torch.empty(1000, 1536), dropout).double() - (1 - dropout)

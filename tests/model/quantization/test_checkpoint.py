@@ -1,5 +1,4 @@
-"""Checkpoints that come quantised: each trains alike by both engines, is planned and merges with a certificate; or it
-is refused at once."""
+"""Models published quantized: each trains alike in both engines, is planned, merges with a certificate, or refused."""
 
 from __future__ import annotations
 
@@ -184,7 +183,7 @@ ROUNDS_INPUTS = ("int8", "torchao_dynamic")
 
 
 @pytest.fixture(scope="session")
-def quantised(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def quantized(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Makes a checkpoint, once for each format."""
     made: dict[str, Path] = {}
 
@@ -224,7 +223,7 @@ def held_bytes(model: torch.nn.Module) -> int:
 
 
 def test_the_page_has_a_row_for_each_and_no_other() -> None:
-    table = PAGE.read_text(encoding="utf-8").partition("## Quantized checkpoints")[2]
+    table = PAGE.read_text(encoding="utf-8").partition("## Checkpoints that come quanti")[2]
     rows = dict(
         line.split(" | ")[:2] for line in table.splitlines() if line.startswith("| ") and "| format" not in line
     )
@@ -235,31 +234,31 @@ def test_the_page_has_a_row_for_each_and_no_other() -> None:
 
 @pytest.mark.parametrize("name", some(FORMATS, "int8", "torchao_float8", "compressed_int4", "mxfp4"))
 def test_the_plan_has_the_bytes_that_the_loaded_weights_take(
-    tiny_recipe: MakeRecipe, quantised: Callable[[str], Path], name: str
+    tiny_recipe: MakeRecipe, quantized: Callable[[str], Path], name: str
 ) -> None:
-    prepared = plan(tiny_recipe(model__name=str(quantised(name))))
+    prepared = plan(tiny_recipe(model__name=str(quantized(name))))
     # names of types and shapes are stored beside the tables of bitsandbytes
-    assert prepared.estimate.memory.weights_bytes == pytest.approx(held_bytes(loaded(quantised(name))), rel=0.01)
-    assert ("come quantised run uncompiled" in prepared.choices["train.compile"].reason) == (name in PACKED)
+    assert prepared.estimate.memory.weights_bytes == pytest.approx(held_bytes(loaded(quantized(name))), rel=0.01)
+    assert ("layers stored quantized run uncompiled" in prepared.choices["train.compile"].reason) == (name in PACKED)
     if name == "torchao_float8":
-        with pytest.raises(RecipeError, match=r"train\.compile is true, but layers that come quantised run uncompiled"):
-            plan(tiny_recipe(model__name=str(quantised(name)), train__compile=True))
+        with pytest.raises(RecipeError, match=r"train\.compile is true, but layers stored quantized run uncompiled"):
+            plan(tiny_recipe(model__name=str(quantized(name)), train__compile=True))
 
 
 @pytest.mark.parametrize("name", [name for name in FORMATS if name != "mxfp4"])
-def test_the_loaded_weights_are_near_to_those_before_quantisation(
-    tiny_model: Path, quantised: Callable[[str], Path], name: str
+def test_the_loaded_weights_are_near_to_those_before_quantization(
+    tiny_model: Path, quantized: Callable[[str], Path], name: str
 ) -> None:
     """A scale in the wrong place would be far off: rounding to 4 bits leaves a tenth, to 8 bits a hundredth."""
     layer = "model.layers.1.mlp.down_proj"
     weight = loaded(tiny_model).get_submodule(layer).weight
-    read = loaded(quantised(name)).get_submodule(layer)(torch.eye(weight.shape[1])).T
+    read = loaded(quantized(name)).get_submodule(layer)(torch.eye(weight.shape[1])).T
     assert 1e-4 < (read - weight).norm() / weight.norm() < (0.12 if name in ("nf4", "compressed_int4") else 0.04)
 
 
 @pytest.mark.parametrize("name", PACKED)
-def test_unpacked_layers_are_plain_and_have_the_values_of_training(quantised: Callable[[str], Path], name: str) -> None:
-    model, ids = loaded(quantised(name)), torch.arange(3, 40)[None]
+def test_unpacked_layers_are_plain_and_have_the_values_of_training(quantized: Callable[[str], Path], name: str) -> None:
+    model, ids = loaded(quantized(name)), torch.arange(3, 40)[None]
     kinds = {type(layer) for layer in model.modules() if isinstance(layer, torch.nn.Linear)}
     assert len(kinds) == 2, "the head and the packed ones"
     with torch.no_grad():
@@ -273,12 +272,12 @@ def test_unpacked_layers_are_plain_and_have_the_values_of_training(quantised: Ca
 
 @pytest.mark.parametrize("name", some(FORMATS, "compressed_int4"))
 def test_both_engines_train_alike_and_the_merge_is_certified(
-    tiny_recipe: MakeRecipe, quantised: Callable[[str], Path], tmp_path: Path, name: str
+    tiny_recipe: MakeRecipe, quantized: Callable[[str], Path], tmp_path: Path, name: str
 ) -> None:
     losses = {}
     for engine in ("fast", "trl"):
         recipe = tiny_recipe(
-            model__name=str(quantised(name)), train__engine=engine, train__output_dir=str(tmp_path / engine)
+            model__name=str(quantized(name)), train__engine=engine, train__output_dir=str(tmp_path / engine)
         )
         run = train(recipe).run
         losses[engine] = [line["loss"] for line in run.read_metrics() if "loss" in line]
@@ -289,46 +288,46 @@ def test_both_engines_train_alike_and_the_merge_is_certified(
     assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
     assert (done.certificate["tolerance"]["mean_kl"] > 1e-4) == (name in ROUNDS_INPUTS)
     if name == "compressed_int4":
-        with pytest.raises(RunError, match=r"quantized \(compressed-tensors\)") as error:
+        with pytest.raises(RunError, match=r"quanti[sz]ed \(compressed-tensors\)") as error:
             export(tmp_path / "fast", to="gguf", merged=True)
         assert "loratune merge" in str(error.value)
 
 
-def test_no_script_is_made_for_a_quantised_checkpoint(
-    tiny_recipe: MakeRecipe, quantised: Callable[[str], Path], tmp_path: Path
+def test_no_script_is_made_for_a_quantized_checkpoint(
+    tiny_recipe: MakeRecipe, quantized: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    prepared = prepare(tiny_recipe(model__name=str(quantised("block_fp8")), train__epochs=1), NoProgress())
-    with pytest.raises(RecipeError, match=r"weights are quantized \(fp8\)"):
+    prepared = prepare(tiny_recipe(model__name=str(quantized("block_fp8")), train__epochs=1), NoProgress())
+    with pytest.raises(RecipeError, match=r"come quanti[sz]ed \(fp8\)"):
         eject(prepared, tmp_path / "script.py", overwrite=False, progress=NoProgress())
 
 
 @pytest.mark.slow
 def test_eight_bits_of_bitsandbytes_are_planned_as_those_of_the_recipe(
-    tiny_recipe: MakeRecipe, quantised: Callable[[str], Path]
+    tiny_recipe: MakeRecipe, quantized: Callable[[str], Path]
 ) -> None:
-    ours, theirs = plan(tiny_recipe(model__quantization="int8")), plan(tiny_recipe(model__name=str(quantised("int8"))))
+    ours, theirs = plan(tiny_recipe(model__quantization="int8")), plan(tiny_recipe(model__name=str(quantized("int8"))))
     assert theirs.estimate.memory.activation_bytes == ours.estimate.memory.activation_bytes
 
 
 def test_eight_bits_of_bitsandbytes_are_not_recomputed(
-    tiny_recipe: MakeRecipe, quantised: Callable[[str], Path]
+    tiny_recipe: MakeRecipe, quantized: Callable[[str], Path]
 ) -> None:
     with pytest.raises(RecipeError, match=r"train\.recompute is 1, but the weights of .* keep their inputs"):
-        plan(tiny_recipe(model__name=str(quantised("int8")), train__recompute=1))
+        plan(tiny_recipe(model__name=str(quantized("int8")), train__recompute=1))
 
 
-def test_a_classifier_is_not_made_of_a_quantised_checkpoint(
-    tiny_recipe: MakeRecipe, quantised: Callable[[str], Path]
+def test_a_classifier_is_not_made_of_a_quantized_checkpoint(
+    tiny_recipe: MakeRecipe, quantized: Callable[[str], Path]
 ) -> None:
-    with pytest.raises(RecipeError, match=r"come quantised \(fp8\)"):
-        plan(tiny_recipe(model__name=str(quantised("block_fp8")), model__task="sequence_classification"))
+    with pytest.raises(RecipeError, match=r"come quanti[sz]ed \(fp8\)"):
+        plan(tiny_recipe(model__name=str(quantized("block_fp8")), model__task="sequence_classification"))
 
 
-def test_a_checkpoint_that_comes_quantised_is_not_quantised_again(
-    tiny_recipe: MakeRecipe, quantised: Callable[[str], Path]
+def test_a_checkpoint_that_comes_quantized_is_not_quantized_again(
+    tiny_recipe: MakeRecipe, quantized: Callable[[str], Path]
 ) -> None:
-    with pytest.raises(RecipeError, match="come quantised"):
-        plan(tiny_recipe(model__name=str(quantised("nf4")), model__quantization="int8"))
+    with pytest.raises(RecipeError, match="already quantized"):
+        plan(tiny_recipe(model__name=str(quantized("nf4")), model__quantization="int8"))
 
 
 @pytest.mark.parametrize(
@@ -366,7 +365,7 @@ def test_a_checkpoint_whose_package_is_missing_is_refused_before_weights_load(
                 "quant_method": "torchao",
                 "quant_type": {"default": {"_type": "Int4WeightOnlyConfig", "_version": 2, "_data": {}}},
             },
-            "trains no adapter on weights quantised by torchao",
+            "cannot train an adapter on weights quantized by torchao",
         ),
     ],
 )
@@ -378,7 +377,7 @@ def test_a_checkpoint_that_cannot_be_trained_here_is_refused_before_weights_load
 
 
 def claims(tiny_model: Path, tmp_path: Path, settings: dict[str, object]) -> Path:
-    """A folder whose config claims to be quantised."""
+    """A folder whose config claims to be quantized."""
     folder = tmp_path / "model"
     shutil.copytree(tiny_model, folder)
     config = json.loads((folder / "config.json").read_text())

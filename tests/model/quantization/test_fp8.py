@@ -20,14 +20,14 @@ from loratune.workflows.train import train
 TARGETS = ("model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj")
 
 
-def test_frozen_layers_of_the_decoder_are_quantised_and_nothing_else(tiny_model: Path) -> None:
+def test_frozen_layers_of_the_decoder_are_quantized_and_nothing_else(tiny_model: Path) -> None:
     base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16)
     model = attach_adapter(base, LoraSection(r=4), TARGETS, base_name="tiny", seed=0)
     assert quantize_frozen_layers(model) == 2 * 7
     kinds = {name: type(module) for name, module in model.named_modules() if "proj" in name or "head" in name}
-    quantised = {name for name, kind in kinds.items() if kind is Fp8Linear}
-    assert all("lora" not in name and "head" not in name for name in quantised)
-    assert any(name.endswith("q_proj.base_layer") for name in quantised)
+    quantized = {name for name, kind in kinds.items() if kind is Fp8Linear}
+    assert all("lora" not in name and "head" not in name for name in quantized)
+    assert any(name.endswith("q_proj.base_layer") for name in quantized)
     assert use_fast_layers(model) == 2
 
 

@@ -52,7 +52,7 @@ def held_bytes(layer: torch.nn.Module) -> int:
 
 
 @pytest.mark.parametrize("quantization", PACKED)
-def test_all_linear_layers_but_the_head_are_quantised_and_take_the_planned_bytes(
+def test_all_linear_layers_but_the_head_are_quantized_and_take_the_planned_bytes(
     tiny_model: Path, quantization: str
 ) -> None:
     model = loaded(tiny_model, quantization, "bfloat16")
@@ -65,8 +65,8 @@ def test_all_linear_layers_but_the_head_are_quantised_and_take_the_planned_bytes
     assert len(layers) == 2 * 7
     for name, layer in layers.items():
         assert held_bytes(layer) == matrix_bytes(quantization, *matrices[name].weight.shape, 2), name
-    quantised_names = {f"{name}.weight" for name in layers}
-    others = sum(p.nbytes for name, p in model.named_parameters() if name not in quantised_names)
+    quantized_names = {f"{name}.weight" for name in layers}
+    others = sum(p.nbytes for name, p in model.named_parameters() if name not in quantized_names)
     assert base_bytes(base, quantization, 2) == others + sum(map(held_bytes, layers.values()))
 
 

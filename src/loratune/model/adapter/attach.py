@@ -62,9 +62,9 @@ def attach_adapter(
     """
     resize_embeddings(model, new_tokens)
     if classes is None:
-        beside = modules_to_save_arguments(fully_trained_modules(model, lora, targets), new_tokens)
+        in_full = modules_to_save_arguments(fully_trained_modules(model, lora, targets), new_tokens)
     else:
-        beside = {"modules_to_save": [name for name in classes.head if name not in BY_PEFT] or None}
+        in_full = {"modules_to_save": [name for name in classes.head if name not in BY_PEFT] or None}
     config = LoraConfig(
         r=lora.r,
         lora_alpha=as_int_if_whole(lora.alpha),
@@ -74,7 +74,7 @@ def attach_adapter(
         fan_in_fan_out=isinstance(model.get_submodule(targets[0]), Conv1D),
         **peft_arguments(lora),
         **target_parameter_arguments(resolve_target_parameters(model, lora, targets), lora),
-        **beside,
+        **in_full,
     )
     model.name_or_path = base_name  # PEFT takes the base's name from here
     with torch.random.fork_rng(), checked_patterns():

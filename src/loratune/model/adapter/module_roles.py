@@ -2,8 +2,8 @@
 
 Roles are read from the structure of the model. A candidate is a linear module inside the repeated layers of the
 decoder. Below a module that is called attention, its own name says what it projects (`q_proj`, `query`, `c_attn`, …).
-Everything else in a layer is feed-forward, except routers of experts, state-space mixers and the mixing coefficients
-of Gemma 3n. Embeddings and the output head lie outside of the layers and have no role.
+Everything else in a layer is feed-forward, except routers of experts, state-space mixers and the mixing coefficients of
+Gemma 3n. Embeddings and the output head lie outside of the layers and have no role.
 
 A module counts as attention by its name, or by its class where a layer's mixer has the same name whatever it is.
 """

@@ -1,4 +1,4 @@
-"""Modules that are trained in full beside the adapter's matrices: `lora.modules_to_save`.
+"""Modules that are trained in full, in addition to the adapter: `lora.modules_to_save`.
 
 PEFT keeps the original module, trains a copy of it, and saves the copy. Three things are different here:
 
@@ -33,7 +33,7 @@ from loratune.run.errors import RecipeError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FullyTrained:
-    """A module trained in full beside the adapter (PEFT `modules_to_save`), or the new tokens' rows of one.
+    """A module trained in full (PEFT `modules_to_save`), or the rows of new tokens in one.
 
     Attributes:
         name: The module's full name.

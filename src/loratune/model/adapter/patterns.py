@@ -1,7 +1,7 @@
 """Ranks, scales and learning rates of single modules, by patterns with PEFT's meaning.
 
-These are `lora.rank_pattern`, `lora.alpha_pattern` and `train.learning_rate_pattern`. A pattern is a regular
-expression that matches a module's full name or its last dotted parts; the first that matches applies
+These are `lora.rank_pattern`, `lora.alpha_pattern` and `train.learning_rate_pattern`. A pattern is a regular expression
+that matches a module's full name or its last dotted parts; the first that matches applies
 (`peft.utils.other.get_pattern_key`).
 """
 

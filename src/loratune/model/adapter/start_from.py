@@ -25,8 +25,7 @@ _UNKNOWN = (
     *("target_parameters", "trainable_token_indices"),
     *("layer_replication", "lora_bias", "use_qalora", "alora_invocation_tokens", "arrow_config"),
 )
-"""Settings of PEFT's `LoraConfig` that no field of the recipe expresses: an adapter that uses one would train
-differently."""
+"""Settings of PEFT's `LoraConfig` without a field in the recipe: an adapter that uses one would train differently."""
 
 
 def locate_adapter(name: str) -> Path:
@@ -69,7 +68,8 @@ def check_adapter(
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         with safe_open(folder / WEIGHTS, framework="pt") as file:
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no mapping
+            names = list(file.keys())
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
     except (OSError, ValueError, SafetensorError) as error:
         raise RecipeError(f"lora.start_from: the adapter cannot be read: {error}", file=folder) from error
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":

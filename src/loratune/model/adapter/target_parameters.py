@@ -1,7 +1,7 @@
 """Adapters on parameters that are not the weight of a linear module: `lora.target_parameters`.
 
-Mixtures of experts keep the weights of all experts of a layer in one tensor of three dimensions. PEFT gives each
-expert its own matrices A and B and adds their product to the tensor while the module runs (`ParamWrapper`).
+Mixtures of experts keep the weights of all experts of a layer in one tensor of three dimensions. PEFT gives each expert
+its own matrices A and B and adds their product to the tensor while the module runs (`ParamWrapper`).
 """
 
 from __future__ import annotations

@@ -165,9 +165,8 @@ def _model_notes(model: PreTrainedModel) -> list[str]:
     coefficient = router_loss(config)
     if coefficient:
         notes.append(
-            f"the routers' load-balancing loss, which TRL adds by default (router_aux_loss_coef {coefficient:g}), "
-            "is left "
-            "out in both engines: it is not a sum over tokens, and the routers are frozen"
+            f"the routers' load-balancing loss, which TRL adds by default (router_aux_loss_coef {coefficient:g}), is "
+            "left out in both engines: it is not a sum over tokens, and the routers are frozen"
         )
     jitter = getattr(config.get_text_config(), "router_jitter_noise", None)
     if jitter:
@@ -253,8 +252,7 @@ def _output_head(model: nn.Module) -> nn.Module | None:
 
 
 def router_loss(config: PretrainedConfig) -> float:
-    """Return the coefficient of the routers' load-balancing loss that stock TRL adds for this model; 0 if it adds
-    none."""
+    """Return the coefficient of the routers' load-balancing loss that stock TRL adds for this model; 0 for none."""
     text_config = config.get_text_config()
     has_it = hasattr(text_config, "output_router_logits")  # TRL 1.16 checks this, whatever the value
     return float(getattr(text_config, "router_aux_loss_coef", None) or 0.0) if has_it else 0.0
@@ -265,8 +263,7 @@ def _layer_of(name: str, layers: Mapping[str, nn.Module]) -> str:
 
 
 def _short_name(name: str, layers: Mapping[str, nn.Module]) -> str:
-    """Return the last part of a name, with its parent if a layer has it twice (`mlp.c_proj`); outside layers, the
-    name."""
+    """Return the last part of a name, with its parent if a layer has it twice (`mlp.c_proj`)."""
     layer = _layer_of(name, layers)
     if not layer:
         return name

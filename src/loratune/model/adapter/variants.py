@@ -1,8 +1,8 @@
 """The effects of `lora.variant`: arguments for PEFT, scale and rank of a matrix, and saving adapters of a changed base.
 
 PiSSA (Meng et al. 2024, arXiv 2404.02948) takes A₀ and B₀ from the largest singular values of W, OLoRA (Büyükakyüz
-2024, arXiv 2406.01775) from its QR decomposition. Both train B·A on W - s·B₀·A₀, so that the first step starts from
-W. The saved adapter must fit the original W, since that is the base that users load it on:
+2024, arXiv 2406.01775) from its QR decomposition. Both train B·A on W - s·B₀·A₀, so that the first step starts from W.
+The saved adapter must fit the original W, since that is the base that users load it on:
 
     W - s·B₀·A₀ + s·B·A = W + s·[B, -B₀]·[A; A₀]
 
@@ -88,8 +88,7 @@ def saved_rank(lora: LoraSection) -> int:
 
 
 def num_trainable(lora: LoraSection, matrix: Matrix) -> int:
-    """Return the number of trained parameters for a matrix: count · r·(d_in + d_out), and d_out magnitudes with
-    DoRA."""
+    """Return the trained parameters of a matrix: count · r·(d_in + d_out), and d_out magnitudes with DoRA."""
     magnitudes = matrix.d_out if lora.variant == "dora" else 0
     return rank_of(lora, matrix.name) * matrix.count * (matrix.d_in + matrix.d_out) + magnitudes
 
@@ -106,9 +105,8 @@ def check_variant(lora: LoraSection, matrices: Sequence[Matrix], model: torch.nn
         most, r = min(matrix.d_in, matrix.d_out), rank_of(lora, matrix.name)
         if r > most:
             raise RecipeError(
-                f"lora.variant is {lora.variant}, which takes A or B from the matrix or its inputs; {matrix.name} "
-                "has at "
-                f"most rank {most}, but {'lora.r' if r == lora.r else 'its rank by lora.rank_pattern'} is {r}",
+                f"lora.variant is {lora.variant}, which takes A or B from the matrix or its inputs; {matrix.name} has "
+                f"at most rank {most}, but {'lora.r' if r == lora.r else 'its rank by lora.rank_pattern'} is {r}",
                 fix=f"{most} or less, or another variant",
             )
     if lora.variant == "olora" and isinstance(model.get_submodule(matrices[0].name), Conv1D):
@@ -130,8 +128,7 @@ def check_ranks(lora: LoraSection, matrices: Sequence[Matrix]) -> None:
         if r > 10 * max(matrix.d_in, matrix.d_out):
             raise RecipeError(
                 f"{'lora.r' if r == lora.r else 'lora.rank_pattern'} is {r:,}, far more than both sides of "
-                f"{matrix.name}, "
-                f"which is {matrix.d_out:,} × {matrix.d_in:,}",
+                f"{matrix.name}, which is {matrix.d_out:,} × {matrix.d_in:,}",
                 fix=f"{min(matrix.d_in, matrix.d_out):,} or less: the rank of B·A cannot exceed the shorter side; "
                 "8 to 64 are usual",
             )
@@ -153,9 +150,8 @@ def variant_notes(recipe: Recipe) -> tuple[str, ...]:
     """Return notes on what a user may not expect of the variant, a sentence each, without a full stop."""
     if recipe.lora.variant == "dora" and recipe.train.engine == "fast":
         return (
-            "lora.variant is dora: the adapted matrices run PEFT's own forward, which computes their full update "
-            "B·A in "
-            "every step, not the fast one",
+            "lora.variant is dora: the adapted matrices run PEFT's own forward, which computes their full update B·A "
+            "in every step, not the fast one",
         )
     if recipe.lora.variant == "eva":
         return (
@@ -164,8 +160,7 @@ def variant_notes(recipe: Recipe) -> tuple[str, ...]:
     if changes_base(recipe.lora):
         return (
             f"lora.variant is {recipe.lora.variant}: the adapter is saved as a plain one of rank "
-            f"{saved_rank(recipe.lora)} "
-            "and evaluated on the original base",
+            f"{saved_rank(recipe.lora)} and evaluated on the original base",
         )
     return ()
 

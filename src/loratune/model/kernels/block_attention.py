@@ -5,8 +5,7 @@ batched matrix products over the key/value heads and a softmax; only query, key 
 pass.
 
 Shapes: T tokens of all examples, H query heads, G key/value heads, D head width, K keys that a block sees; V width of
-    the
-values, which is D except in DeepSeek's latent attention; R = T · H/G rows: the query heads that share a key/value
+the values, which is D except in DeepSeek's latent attention; R = T · H/G rows: the query heads that share a key/value
 head lie side by side, so that a block of queries is a slice.
 """
 

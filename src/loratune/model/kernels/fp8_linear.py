@@ -1,9 +1,9 @@
 """A frozen linear layer in 8-bit floats: y = x·Wᵀ + b, and the gradient to x, as two scaled products.
 
-The weight is quantised once, in the two layouts that the products need: rows of W with a scale for each output, rows
-of Wᵀ with a scale for each input. Inputs and gradients are quantised as they come, with a scale for each token, so a
-token's result does not depend on the others of its micro-batch. All in e4m3, which has a digit more than e5m2: its
-smaller range (Micikevicius et al. 2022, "FP8 Formats for Deep Learning") is no matter when every row has its own
+The weight is quantized once, in the two layouts that the products need: rows of W with a scale per output, rows of Wᵀ
+with a scale per input. Inputs and gradients are quantized in each step with a scale per token, so a token's result does
+not depend on the other tokens of its micro-batch. All are e4m3, which has one bit of mantissa more than e5m2; its
+smaller range (Micikevicius et al. 2022, "FP8 Formats for Deep Learning") does not matter when every row has its own
 scale.
 
 Shapes: T tokens, I inputs, O outputs.
@@ -19,17 +19,17 @@ _E4M3 = torch.float8_e4m3fn
 LARGEST = torch.finfo(_E4M3).max
 
 MULTIPLE = 16
-"""Inputs and outputs must be multiples of it, for the scaled product of NVIDIA's libraries."""
+"""The scaled product of NVIDIA's libraries requires inputs and outputs to be multiples of this."""
 
 
 def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows in e4m3, and their float32 scales: row ≈ quantised · scale.
+    """Quantize rows to e4m3 with float32 scales: row ≈ quantized · scale.
 
     Args:
         x: [rows, columns].
 
     Returns:
-        [rows, columns] and [rows, 1].
+        The quantized rows, [rows, columns], and their scales, [rows, 1].
     """
     wide = x.float()
     scale = (wide.abs().amax(-1, keepdim=True) / LARGEST).clamp(min=torch.finfo(torch.float32).tiny)
@@ -37,10 +37,10 @@ def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class Fp8Linear(torch.nn.Module):
-    """Takes the place of a frozen `torch.nn.Linear` in bfloat16.
+    """An fp8 replacement of a frozen `torch.nn.Linear` in bfloat16.
 
     Args:
-        layer: The layer; its weight is not kept.
+        layer: The layer to replace; its weight is not kept.
     """
 
     def __init__(self, layer: torch.nn.Linear) -> None:
@@ -54,7 +54,7 @@ class Fp8Linear(torch.nn.Module):
         self.bias = layer.bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., I] → [..., O], in the type of `x`, with a gradient to `x`."""
+        """Map [..., I] to [..., O] in the type of `x`, with a gradient to `x`."""
         y: torch.Tensor = _Fp8Linear.apply(  # type: ignore[no-untyped-call]
             x.reshape(-1, self.in_features), self.rows_OI, self.rows_scale_O1, self.columns_IO, self.columns_scale_I1
         )
@@ -85,6 +85,6 @@ class _Fp8Linear(torch.autograd.Function):
 
 
 def _scaled_product(x: torch.Tensor, rows: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """X [T, K] times the transpose of `rows` [N, K], each row of which has a scale [N, 1]: [T, N] in bfloat16."""
-    quantised, token_scale_T1 = quantize_rows(x)
-    return torch._scaled_mm(quantised, rows.T, scale_a=token_scale_T1, scale_b=scale.T, out_dtype=torch.bfloat16)
+    """Multiply x, [T, K], by the transpose of `rows`, [N, K], whose rows have scales [N, 1]: [T, N] in bfloat16."""
+    quantized, token_scale_T1 = quantize_rows(x)
+    return torch._scaled_mm(quantized, rows.T, scale_a=token_scale_T1, scale_b=scale.T, out_dtype=torch.bfloat16)

@@ -1,10 +1,11 @@
-"""A frozen linear layer with a LoRA adapter, as one operation: y = x·Wᵀ + b + s/(1-p)·((x∘m)·Aᵀ)·Bᵀ, m the kept inputs.
+"""A frozen linear layer with a LoRA adapter, as one operation: y = x·Wᵀ + b + s/(1-p)·((x∘m)·Aᵀ)·Bᵀ.
 
-The update is added into the layer's own output while that is being written, and so is the adapter's part of the
-gradient to the input, instead of being made, scaled and added in passes of their own over [T, O]. What is saved is
-the input, which layers share, and one byte an element of the mask.
+s is the adapter's scale, p the dropout, and m the mask of kept inputs. The update is added into the layer's output by
+the product that computes it (`addmm_`), and so is the adapter's part of the gradient to the input, instead of in
+separate passes over [T, O] that compute, scale and add it. Saved for the backward pass are the input, which layers
+share, and one byte per element of the mask.
 
-Shapes: T tokens, I inputs, O outputs, R rank.
+Shapes: T tokens, I inputs, O outputs, R rank; 1 an axis kept for broadcasting.
 """
 
 from __future__ import annotations
@@ -24,16 +25,17 @@ def lora_linear(
     scale: float,
     dropout: float = 0.0,
 ) -> torch.Tensor:
-    """The layer's output, with gradients to `x`, A and B. W and b are frozen.
+    """Compute the layer's output, [..., O], with gradients to `x`, A and B; W and b are frozen.
 
     Args:
         x: [..., I], in the type of the frozen weight.
         weight_OI: [O, I].
         bias_O: [O] or None.
-        a_RI: [R, I], usually float32; multiplied in the type of `x`.
+        a_RI: [R, I], usually float32; cast to the type of `x`.
         b_OR: [O, R], likewise.
         scale: alpha / r.
-        dropout: The fraction of the adapter's inputs that is set to zero; the others count 1/(1 - dropout).
+        dropout: Fraction in [0, 1) of the adapter's inputs that are set to zero; the others are scaled by 1/(1 -
+            dropout).
     """
     keep = keep_mask(x, dropout) if dropout else None
     out: torch.Tensor = _LoraLinear.apply(  # type: ignore[no-untyped-call]
@@ -45,21 +47,20 @@ def lora_linear(
 def lora_update(
     x: torch.Tensor, a_RI: torch.Tensor, b_OR: torch.Tensor, scale: float, dropout: float = 0.0
 ) -> torch.Tensor:
-    """What the adapter adds to a layer that is no plain linear one: s/(1-p)·((x∘m)·Aᵀ)·Bᵀ; arguments as in
-    `lora_linear`."""
+    """Compute only the adapter's update, s/(1-p)·((x∘m)·Aᵀ)·Bᵀ, for a layer that is not a plain linear one.
+
+    Arguments as in `lora_linear`.
+    """
     kept = torch.where(keep_mask(x, dropout), x, 0) if dropout else x
     return F.linear(F.linear(kept, a_RI.to(x.dtype)), b_OR.to(x.dtype)) * (scale / (1 - dropout))
 
 
 def keep_mask(x: torch.Tensor, dropout: float) -> torch.Tensor:
-    """Boolean, shaped like `x`, true with probability 1 - `dropout`, from torch's default generator.
-
-    On a CPU, whose generator is a sequential one, a number is drawn for each row and for each column, and what an
-    element gets is a hash of the two. Compiled code makes the mask where it is used; in eager mode the same mask is
-    made in pieces.
-    """
+    """Return a boolean mask shaped like `x`, true with probability 1 - `dropout`, from torch's default generator."""
     if x.device.type != "cpu":
         return torch.rand(x.shape, device=x.device) >= dropout
+    # A CPU's generator is sequential, so only one number per row and per column is drawn, and an element gets a hash of
+    # the two. Compiled code fuses the hash into its use; eager mode computes the same mask in pieces that fit a cache.
     num_columns = x.shape[-1]
     drawn: torch.Tensor = _draw(x, x.numel() // num_columns + num_columns)
     by_column, by_row = drawn[:num_columns], drawn[num_columns:]
@@ -78,7 +79,7 @@ def _(x: torch.Tensor, number: int) -> torch.Tensor:
 
 
 _FACTORS = (-0x61C88647, -0x7A143589)
-"""Odd: 2³² over the golden ratio (Knuth, The Art of Computer Programming, section 6.4), and a prime of xxHash32."""
+"""Odd multipliers: 2³² over the golden ratio (Knuth, TAOCP, section 6.4), and a prime of xxHash32."""
 
 
 def _hash_mask(by_row_T1: torch.Tensor, by_column_I: torch.Tensor, threshold: int) -> torch.Tensor:
@@ -88,7 +89,7 @@ def _hash_mask(by_row_T1: torch.Tensor, by_column_I: torch.Tensor, threshold: in
 
 
 _PIECE = 2**16
-"""Elements of a piece, which stays in a core's cache."""
+"""Elements of a piece; its int32 numbers fit into the L2 cache of a core."""
 
 
 def _mask_in_pieces(by_row_T1: torch.Tensor, by_column_I: torch.Tensor, threshold: int) -> torch.Tensor:
@@ -146,5 +147,5 @@ class _LoraLinear(torch.autograd.Function):
 
 
 def _kept(x: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
-    """The adapter's input, [T, I], not yet scaled up."""
+    """Return the adapter's input, [T, I], with dropout applied but not yet scaled by 1/(1 - p)."""
     return (x if keep is None else torch.where(keep, x, 0)).reshape(-1, x.shape[-1])

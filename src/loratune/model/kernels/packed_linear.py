@@ -1,8 +1,7 @@
 """A frozen linear layer whose weight is a packed tensor of torchao: y = x·Wᵀ + b, and the gradient to x.
 
-The output is torchao's own. Left to autograd, it would keep every unpacked weight from the forward until the
-backward, so that a step would hold the whole base in 16 or 32 bits; here the packed weight is kept, and unpacked
-again.
+The output is torchao's own. Left to autograd, every unpacked weight would be kept from the forward to the backward
+pass, and a step would hold the entire base in 16 or 32 bits. Here the packed weight is kept, and unpacked again.
 
 Shapes: T tokens, I inputs, O outputs.
 """
@@ -16,24 +15,23 @@ import torch.nn.functional as F
 
 
 class PackedLinear(torch.nn.Linear):
-    """What the class of a `torch.nn.Linear` is replaced with once its weight is packed."""
+    """The class that a `torch.nn.Linear` gets once its weight is packed (`model.patching`)."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - the name of torch
-        """[..., I] → [..., O], in the type of `input`, with a gradient to it."""
+        """Map [..., I] to [..., O] in the type of `input`, with a gradient to it."""
         y: torch.Tensor = _PackedLinear.apply(input, self.weight, self.bias)  # type: ignore[no-untyped-call]
         return y
 
 
 def unpacked(weight_OI: Any, dtype: torch.dtype) -> torch.Tensor:
-    """What a packed weight is worth as torchao's product takes it: in float32 exactly, in another type rounded once.
-
-    Integers that share a scale in each row are multiplied first and scaled afterwards, with the scale in the weight's
-    type; others are unpacked to the weight's type.
+    """Return the values with which torchao's product multiplies: exact in float32, rounded once in another type.
 
     Args:
         weight_OI: [O, I], a tensor of torchao.
-        dtype: Of the result.
+        dtype: Type of the result.
     """
+    # torchao multiplies int8 with one scale per row first, and then scales with the scale in the weight's type. It
+    # unpacks all other kinds to the weight's type and multiplies.
     by_row = type(weight_OI).__name__ == "Int8Tensor" and weight_OI.block_size[-1] == weight_OI.shape[-1]
     if not by_row:
         values: torch.Tensor = weight_OI.dequantize().to(dtype)
@@ -44,7 +42,8 @@ def unpacked(weight_OI: Any, dtype: torch.dtype) -> torch.Tensor:
 class _PackedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> torch.Tensor:
-        ctx.weight_OI = weight_OI  # frozen, and no activation: saved tensors would be counted and offloaded as such
+        # Not `save_for_backward`, whose tensors are counted and offloaded as activations; this one is a frozen weight.
+        ctx.weight_OI = weight_OI
         return F.linear(x, weight_OI, bias_O)
 
     @staticmethod

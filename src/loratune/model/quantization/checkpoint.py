@@ -1,8 +1,8 @@
-"""Checkpoints that come quantised: what they need, and whether their weights stay packed.
+"""Base models that are published quantized: what they need, and whether their weights stay packed.
 
-Weights of bitsandbytes, torchao, GPTQ and AWQ are held as they are stored. Those of compressed-tensors, block-wise
-fp8 and mxfp4 are expanded to the run's type as they load: transformers trains no adapter on packed mxfp4, products
-with fp8 need kernels that it fetches from the hub, and compressed-tensors would expand its weights at the first
+Weights of bitsandbytes, torchao, GPTQ and AWQ stay as they are stored. Those of compressed-tensors, block-wise fp8 and
+mxfp4 are expanded to the run's type as they load: transformers cannot train an adapter on packed mxfp4, fp8 products
+need kernels that transformers fetches from the hub, and compressed-tensors would expand its weights in the first
 forward anyway.
 """
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 EXPANDED = ("compressed-tensors", "fp8", "mxfp4")
 """Methods whose weights are expanded as they load."""
+
+# Method → packages that it needs.
 _NEEDS = {
     "bitsandbytes": ("bitsandbytes",),
     "torchao": ("torchao",),
@@ -25,22 +27,23 @@ _NEEDS = {
     "gptq": ("optimum", "gptqmodel"),
     "awq": ("gptqmodel",),
 }
+# Package → what to install to get it, where that is an extra of ours.
 _EXTRAS = {
     "bitsandbytes": "'loratune[bitsandbytes]'",
     "torchao": "'loratune[torchao]'",
     "compressed_tensors": "'loratune[compressed-tensors]'",
 }
-_INSTEAD = "name the model as it was before quantisation"
+_INSTEAD = "use the model without quantization"
 
 
 def settings_of(config: PreTrainedConfig) -> Any:
-    """What a model's config says of its quantisation, as a mapping or an object; None: nothing."""
+    """Return the quantization config of a model, a mapping or an object; None if it is not quantized."""
     text: Any = config.get_text_config()
     return getattr(config, "quantization_config", None) or getattr(text, "quantization_config", None)
 
 
 def method_of(config: PreTrainedConfig) -> str | None:
-    """How the weights of a checkpoint come quantised; None: not at all."""
+    """Return the method by which a model is quantized, by transformers' name; None if it is not quantized."""
     settings = settings_of(config)
     if settings is None:
         return None
@@ -49,12 +52,12 @@ def method_of(config: PreTrainedConfig) -> str | None:
 
 
 def comes_packed(config: PreTrainedConfig) -> bool:
-    """Whether the weights come quantised and stay so."""
+    """Tell whether the weights are stored quantized and stay packed in memory."""
     return method_of(config) not in (None, *EXPANDED)
 
 
 def rounds_inputs(config: PreTrainedConfig) -> bool:
-    """Whether the layers of a checkpoint round the inputs of products as well."""
+    """Tell whether the layers of a quantized model round the inputs of products too, not only the weights."""
     settings = settings_of(config)
     if settings is None or not comes_packed(config):
         return False
@@ -63,7 +66,7 @@ def rounds_inputs(config: PreTrainedConfig) -> bool:
 
 
 def in_8_bits_by_bitsandbytes(config: PreTrainedConfig) -> bool:
-    """Whether a checkpoint is of the kind that `model.quantization: int8` makes."""
+    """Tell whether a model is quantized in the way of `model.quantization: int8`."""
     settings = settings_of(config)
     return bool(
         settings.get("load_in_8bit") if isinstance(settings, dict) else getattr(settings, "load_in_8bit", False)
@@ -71,7 +74,7 @@ def in_8_bits_by_bitsandbytes(config: PreTrainedConfig) -> bool:
 
 
 def dequantize_on_load(config: PreTrainedConfig) -> None:
-    """Let transformers expand the weights of a checkpoint as they load, where they do not stay packed."""
+    """Make transformers expand the weights of a quantized model as they load, unless they stay packed."""
     settings = settings_of(config)
     if method_of(config) not in EXPANDED:
         return
@@ -82,17 +85,17 @@ def dequantize_on_load(config: PreTrainedConfig) -> None:
 
 
 def check_checkpoint(config: PreTrainedConfig, quantization: str, *, name: str, device: str) -> None:
-    """Whether a checkpoint that comes quantised can be loaded and trained on here.
+    """Check that a model, if it is stored quantized, can be loaded and trained on here.
 
     Args:
-        config: Of the model; weights that are to be expanded are marked so.
-        quantization: The recipe's.
-        name: The model's, for messages.
+        config: The model's configuration; it is changed as by `dequantize_on_load`.
+        quantization: The recipe's `model.quantization`.
+        name: The model's name, for messages.
         device: cpu, cuda or mps.
 
     Raises:
-        RecipeError: It would be quantised twice, or transformers cannot train an adapter on it.
-        MachineError: What it needs is not on this machine.
+        RecipeError: It would be quantized twice, or transformers cannot train an adapter on it.
+        MachineError: This machine lacks a package or device that the model needs.
     """
     from transformers.quantizers.auto import AutoHfQuantizer
 
@@ -101,10 +104,10 @@ def check_checkpoint(config: PreTrainedConfig, quantization: str, *, name: str, 
         return
     if quantization != "none":
         raise RecipeError(
-            f"model.quantization is {quantization}, but the weights of {name} come quantised ({method})",
+            f"model.quantization is {quantization}, but the weights of {name} are already quantized ({method})",
             fix="model.quantization=none",
         )
-    what = f"model.name is {name}: its weights are quantised ({method})"
+    what = f"model.name is {name}: its weights are quantized ({method})"
     missing = [package for package in _NEEDS.get(method, ()) if find_spec(package) is None]
     if missing:
         packages = " ".join(_EXTRAS.get(package, package) for package in missing)
@@ -121,5 +124,5 @@ def check_checkpoint(config: PreTrainedConfig, quantization: str, *, name: str, 
         ) from error
     if method not in EXPANDED and not quantizer.is_trainable:
         raise RecipeError(
-            f"model.name is {name}: transformers trains no adapter on weights quantised by {method}", fix=_INSTEAD
+            f"model.name is {name}: transformers cannot train an adapter on weights quantized by {method}", fix=_INSTEAD
         )

@@ -1,35 +1,23 @@
-"""model.quantization.kinds."""
+"""The values of `model.quantization`: which package implements each, and how many weights share a scale."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
-
-
 BY_BITSANDBYTES = ("nf4", "int8")
-
-
 BY_TORCHAO = ("int8_weight_only", "int4_weight_only", "float8_weight_only")
 
-
 PACKED = (*BY_BITSANDBYTES, *BY_TORCHAO)
-"""The kinds whose weights are packed while they load."""
-
+"""The kinds whose weights are packed as they load; fp8 is converted afterwards (`fp8`)."""
 
 BLOCK = 64
-"""Weights that share a scale in nf4."""
-
+"""nf4: number of weights that share a scale."""
 
 NESTED_BLOCK = 256
-"""Scales that share a scale of their own."""
-
+"""nf4: number of scales that share a scale of their own (double quantization)."""
 
 GROUP = 32
-"""Weights that share a scale in int4_weight_only."""
+"""int4_weight_only: number of weights that share a scale."""
 
 
 def package_of(quantization: str) -> str | None:
-    """The package that quantises; None where none is needed."""
+    """Return the package that implements a kind of quantization; None if none is needed."""
     return "bitsandbytes" if quantization in BY_BITSANDBYTES else "torchao" if quantization in BY_TORCHAO else None

@@ -1,14 +1,13 @@
-"""The frozen base in 4 or 8 bits: how it is loaded, what it takes, what has to be there, and what its weights are
-worth.
+"""The frozen base in 4 or 8 bits: how it loads, its bytes, what must be installed, and the values of its weights.
 
-`nf4` and `int8` are made by bitsandbytes while the weights load. `nf4` (Dettmers et al. 2023, "QLoRA") keeps 4 bits a
-weight, a byte of scale for every 64 weights, and a float for every 256 of these bytes; products are made with
-unpacked weights. `int8` (Dettmers et al. 2022, "LLM.int8()") keeps a byte a weight and a float for each output;
-inputs are rounded to 8 bits as well, with a scale for each token. Its separate treatment of outlying columns is off,
-since it would make a token's result depend on its micro-batch.
+bitsandbytes quantizes to `nf4` and `int8` as the weights load. `nf4` (Dettmers et al. 2023, "QLoRA") stores 4 bits per
+weight, a byte of scale per 64 weights, and a float per 256 of these bytes; products use unpacked weights. `int8`
+(Dettmers et al. 2022, "LLM.int8()") stores a byte per weight and a float per output, and rounds inputs to 8 bits too,
+with a scale per token. Its separate treatment of outlier columns is off, since a token's result would depend on its
+micro-batch.
 
-Kinds that end in `_weight_only` are made by torchao (`packed.py`), likewise while the weights load; nothing but
-weights is rounded.
+torchao quantizes to the kinds that end in `_weight_only` (`torchao`), also as the weights load; only weights are
+rounded.
 """
 
 from __future__ import annotations
@@ -32,19 +31,19 @@ if TYPE_CHECKING:
 
 
 _TABLES = 4 * (16 + 256 + 1)
-"""Bytes that each nf4 matrix has beside its own: the 16 values of nf4, the 256 of its scales, and their mean."""
+"""Bytes of the tables of each nf4 matrix: the 16 values of nf4, the 256 values of its scales, and their mean."""
 
 
 def check_quantization(quantization: str, device: str, *, is_here: bool) -> None:
-    """Whether the package that quantises can run.
+    """Check that the package that quantizes can run.
 
     Args:
-        quantization: The recipe's.
+        quantization: The recipe's `model.quantization`.
         device: cpu, cuda or mps.
-        is_here: Whether the device is on this machine.
+        is_here: Whether the device is in this machine; the plan for another one needs no package.
 
     Raises:
-        MachineError: It is not installed, or its layers are not known to train on the device.
+        MachineError: The package is not installed, or does not train on the device.
     """
     package = package_of(quantization)
     if package is None:
@@ -62,15 +61,15 @@ def check_quantization(quantization: str, device: str, *, is_here: bool) -> None
 
 
 def uncompiled(quantization: str, config: PreTrainedConfig) -> str:
-    """Why the layers of a quantised base run uncompiled; empty where it is none of these."""
+    """Return why the layers of a quantized base run uncompiled; "" for a base whose layers can be compiled."""
     package = package_of(quantization)
     if package is not None:
         return f"the layers of {package} run uncompiled"
-    return "layers that come quantised run uncompiled" if comes_packed(config) else ""
+    return "layers stored quantized run uncompiled" if comes_packed(config) else ""
 
 
 def load_settings(quantization: str, dtype: torch.dtype) -> Any:
-    """What `from_pretrained` quantises by. Not the output head and not embeddings."""
+    """Return the quantization config for `from_pretrained`; the output head and embeddings are not quantized."""
     from transformers import BitsAndBytesConfig
 
     if quantization in BY_TORCHAO:
@@ -85,15 +84,12 @@ def load_settings(quantization: str, dtype: torch.dtype) -> Any:
 
 
 def keep_trainable(model: PreTrainedModel) -> None:
-    """Let packed layers pass a gradient whatever ran before, and keep nothing unpacked for it.
-
-    On CPUs with AVX512-BF16, bitsandbytes packs a layer's weights anew when it first runs in evaluation mode, for
-    good, and what is packed so gives no gradient to its input. So a run that is evaluated before its first step would
-    train nothing but its last layers, without a word. Layers of torchao get another class: see
-    `kernels.packed_linear`.
-    """
+    """Make packed layers pass a gradient whatever ran before, without keeping unpacked weights for it."""
     module: Any
     for module in model.modules():
+        # On CPUs with AVX512-BF16, bitsandbytes repacks a layer's weights for good when it first runs in evaluation
+        # mode, and gives no gradient to its input from then on. A run that is evaluated before its first step would
+        # silently train only its last layers.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     if getattr(model, "quantization_method", None) == "torchao":
@@ -103,13 +99,13 @@ def keep_trainable(model: PreTrainedModel) -> None:
 
 
 def quantized_matrices(model: PreTrainedModel) -> Iterator[tuple[str, torch.nn.Linear]]:
-    """The matrices that are packed: all linear layers but the output head and what is tied to it.
+    """Yield the matrices that are packed: all linear layers except the output head and what is tied to it.
 
     Args:
-        model: As it was before quantisation; may be on the meta device.
+        model: The model before quantization; may be on the meta device.
 
     Raises:
-        RecipeError: The architecture keeps its matrices transposed.
+        RecipeError: The architecture stores its matrices transposed.
     """
     spared = get_keys_to_not_convert(model)
     for name, module in model.named_modules():
@@ -117,21 +113,21 @@ def quantized_matrices(model: PreTrainedModel) -> Iterator[tuple[str, torch.nn.L
             continue
         if isinstance(module, Conv1D):
             raise RecipeError(
-                f"{name} is stored transposed, as in GPT-2, which is not quantised",
-                fix="model.quantization=none; of a checkpoint that comes quantised, the model as it was before",
+                f"{name} is stored transposed, as in GPT-2; such matrices cannot be quantized",
+                fix="model.quantization=none; for a model published quantized, use the one without quantization",
             )
         if type(module) is torch.nn.Linear:
             yield name, module
 
 
 def matrix_bytes(quantization: str, d_out: int, d_in: int, dtype_bytes: int) -> int:
-    """Bytes of one quantised matrix with all that belongs to it, exactly.
+    """Return the exact bytes of one quantized matrix with its scales and tables.
 
     Args:
         quantization: One of `PACKED`.
-        d_out: Outputs.
-        d_in: Inputs.
-        dtype_bytes: Of the run's type, in which int4_weight_only has its scales.
+        d_out: Outputs of the matrix.
+        d_in: Inputs of the matrix.
+        dtype_bytes: Bytes of the run's type, in which int4_weight_only stores its scales.
     """
     if quantization == "int8":
         return d_out * d_in + 4 * d_out
@@ -146,21 +142,21 @@ def matrix_bytes(quantization: str, d_out: int, d_in: int, dtype_bytes: int) -> 
 
 
 def base_bytes(model: PreTrainedModel, quantization: str, dtype_bytes: int) -> int:
-    """Bytes of the whole base: quantised matrices, and everything else in its type.
+    """Return the bytes of the entire base: quantized matrices, and everything else in the run's type.
 
     Args:
-        model: Before quantisation, on the meta device.
+        model: The model before quantization, on the meta device.
         quantization: One of `PACKED`.
-        dtype_bytes: Of a weight that is not quantised.
+        dtype_bytes: Bytes of a weight that is not quantized.
 
     Raises:
-        RecipeError: A matrix cannot be quantised so.
+        RecipeError: A matrix does not support this kind of quantization.
     """
     matrices = dict(quantized_matrices(model))
     odd = next((name for name, m in matrices.items() if m.in_features % GROUP), None)
     if quantization == "int4_weight_only" and odd is not None:
         raise RecipeError(
-            f"model.quantization is int4_weight_only, which takes groups of {GROUP} inputs, but {odd} has "
+            f"model.quantization is int4_weight_only, which needs a multiple of {GROUP} inputs, but {odd} has "
             f"{matrices[odd].in_features}",
             fix="model.quantization=nf4",
         )
@@ -170,29 +166,29 @@ def base_bytes(model: PreTrainedModel, quantization: str, dtype_bytes: int) -> i
 
 
 def unpacked_bytes(model: PreTrainedModel, quantization: str, dtype_bytes: int) -> int:
-    """Bytes of the largest matrix as it is unpacked for a product, with what is made on the way.
+    """Return the peak bytes of unpacking the largest matrix for a product.
 
     Args:
-        model: Before quantisation.
+        model: The model before quantization.
         quantization: One of `PACKED`.
-        dtype_bytes: Of the run's type.
+        dtype_bytes: Bytes of the run's type.
     """
-    a_weight = {
+    bytes_per_weight = {
         "int8_weight_only": dtype_bytes,  # converted, and scaled in place or after the product
         "int4_weight_only": 1 + dtype_bytes,  # a byte each, and converted
-        "float8_weight_only": 8
-        + (dtype_bytes if dtype_bytes < 4 else 0),  # float32, scaled, and rounded where the type is another
+        # in float32, its scaled copy, and one in the run's type if that is another
+        "float8_weight_only": 8 + (dtype_bytes if dtype_bytes < 4 else 0),
     }.get(quantization, 2 * dtype_bytes)  # values, and their scaled copy
-    return a_weight * max(module.weight.numel() for _, module in quantized_matrices(model))
+    return bytes_per_weight * max(module.weight.numel() for _, module in quantized_matrices(model))
 
 
 def as_multiplied(weight_OI: torch.Tensor, quantization: str, dtype: torch.dtype) -> torch.Tensor:
-    """What a weight is worth after quantisation: the values that training multiplied with, in float32.
+    """Quantize a weight and return the values that training multiplies with, in float32.
 
     Args:
-        weight_OI: As in the base's files.
+        weight_OI: The weight as in the base's files, [O, I].
         quantization: One of `PACKED`.
-        dtype: In which it was quantised: that of the run.
+        dtype: The run's type, in which the weight is quantized.
     """
     if quantization in BY_TORCHAO:
         from loratune.model.quantization.torchao import quantize_round_trip
@@ -211,11 +207,10 @@ def as_multiplied(weight_OI: torch.Tensor, quantization: str, dtype: torch.dtype
 
 
 def unpack_layers(model: PreTrainedModel) -> None:
-    """Make a checkpoint that came quantised a plain model: packed layers become plain ones, in float32, with the
-    weights that training multiplied with.
+    """Replace packed layers by plain ones in float32, with the values that training multiplies with.
 
     Args:
-        model: As `load_model` gives it, on a CPU; changed in place.
+        model: A model that is stored quantized, from `load_model`, on a CPU; it is changed in place.
     """
     from peft.utils.integrations import dequantize_module_weight
 
@@ -232,7 +227,7 @@ def unpack_layers(model: PreTrainedModel) -> None:
         if layer.bias is not None:
             plain.bias = torch.nn.Parameter(layer.bias.detach().float(), requires_grad=False)
         model.set_submodule(name, plain)
-    whole: Any = model
-    if hasattr(whole, "hf_quantizer"):
-        whole.hf_quantizer.remove_quantization_config(whole)
-    whole._weight_conversions = None  # those of loading, which transformers would reverse to save it: packed again
+    plain_model: Any = model
+    if hasattr(plain_model, "hf_quantizer"):
+        plain_model.hf_quantizer.remove_quantization_config(plain_model)
+    plain_model._weight_conversions = None  # transformers would reverse these to save the model, and pack it again

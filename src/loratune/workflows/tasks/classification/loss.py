@@ -1,7 +1,7 @@
-"""The loss of labelled examples: the sum of -log p of their classes.
+"""The loss of labeled examples: the sum of -log p of their classes.
 
-For decoders, examples are packed end to end as in `loss`, and the head reads the last token of each. For encoders,
-they are padded to the longest and go through the model's own forward.
+For decoders, examples are packed end to end as in `loss`, and the head reads the last token of each. For encoders, they
+are padded to the longest and go through the model's own forward.
 """
 
 from __future__ import annotations
@@ -108,8 +108,7 @@ class ClassificationLoss(SupervisedLoss):
 
 
 def make_classification_loss(model: PeftModel, examples: Sequence[Example]) -> tuple[ClassificationLoss, str]:
-    """Return the fastest loss that equals the plain one on this model, and why a decoder's does not pack if it does
-    not.
+    """Return the fastest loss that equals the plain one on this model, and why a decoder's does not pack, if so.
 
     Args:
         model: The adapted classifier.

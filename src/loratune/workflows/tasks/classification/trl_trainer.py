@@ -61,8 +61,7 @@ class TrlClassifierTrainer(RunTrainer):
 
 
 def _rows(examples: Any) -> HubDataset:
-    """Return examples in transformers' format: `input_ids`, `labels`, and `token_type_ids` if the tokenizer has
-    them."""
+    """Return examples in transformers' format: `input_ids`, `labels`, and `token_type_ids` if there are any."""
     rows = []
     for example in examples:
         assert isinstance(example, LabelledExample)

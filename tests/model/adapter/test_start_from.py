@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from loratune.model.adapter.attach import attach_adapter, save_adapter, trainable_parameters
+from loratune.model.adapter.start_from import check_adapter, load_weights_into, locate_adapter
+from loratune.model.adapter.targets import matrix, resolve_targets
+from loratune.recipe.recipe import LoraSection
+from loratune.run.errors import RecipeError
+from tests.model.adapter.test_attach import tiny
+
+LORA = LoraSection(r=4, alpha=8)
+
+
+def test_an_adapter_is_loaded_as_it_was_saved_or_refused_by_what_differs(tmp_path: Path) -> None:
+    base = tiny()
+    targets = resolve_targets(base, "balanced")
+    matrices = [matrix(name, base.get_submodule(name)) for name in targets]
+    saved = attach_adapter(base, LORA, targets, base_name="tiny", seed=1)
+    for parameter in trainable_parameters(saved).values():
+        torch.nn.init.normal_(parameter)
+    save_adapter(saved, tmp_path / "adapter")
+    folder = locate_adapter(str(tmp_path / "adapter"))
+
+    check_adapter(folder, LORA, matrices)
+    fresh = attach_adapter(tiny(), LORA, targets, base_name="tiny", seed=2)
+    load_weights_into(fresh, folder)
+    for one, other in zip(trainable_parameters(saved).values(), trainable_parameters(fresh).values(), strict=True):
+        assert torch.equal(one, other)
+
+    with pytest.raises(RecipeError, match=r"lora\.r is 8, but the adapter of lora\.start_from has 4"):
+        check_adapter(folder, LORA.model_copy(update={"r": 8}), matrices)
+    with pytest.raises(RecipeError, match="which the recipe does not train"):
+        check_adapter(folder, LORA, matrices[:-1])
+
+
+def test_a_folder_without_an_adapter_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"no adapter_config\.json in it"):
+        locate_adapter(str(tmp_path))
+    with pytest.raises(RecipeError, match="no such folder"):
+        locate_adapter(str(tmp_path / "nothing"))
