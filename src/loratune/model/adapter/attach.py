@@ -109,7 +109,8 @@ def use_fast_layers(model: PeftModel) -> int:
     use_fast_rows(model)
     layers = [module for module in model.modules() if _has_fast_class(type(module)) and _is_plain(module)]
     for layer in layers:
-        replace_class(layer, fast_class(type(layer)))
+        kind: Any = type(layer)
+        replace_class(layer, fast_class(kind))
     return len(layers)
 
 

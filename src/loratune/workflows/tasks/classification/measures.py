@@ -118,11 +118,8 @@ def classification_record(
     )
     common = torch.full_like(labels, list(names).index(majority))
     counts = _counts(common.numpy(), labels.numpy(), len(names)).sum(0, keepdims=True)
-    record["majority"] = {
-        "label": majority,
-        "accuracy": float((common == labels).double().mean()),
-        "f1": float(_f1(counts)[0]),
-    }
+    accuracy, f1 = float((common == labels).double().mean()), float(_f1(counts)[0])
+    record["majority"] = {"label": majority, "accuracy": accuracy, "f1": f1}
     record["note"] = UNTRAINED
     record["classes"] = list(_per_class(names, sides[1]))
     record["confusion"] = {
