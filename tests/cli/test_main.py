@@ -223,10 +223,10 @@ def test_devices_that_cannot_be_are_told(loratune: Run, recipe: Path, options: t
     ("rows", "settings", "code", "words"),
     [
         ("", (), 3, ["train.jsonl", "empty"]),
-        ('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\nnot json\n', (), 3, ["train.jsonl:2"]),
+        ('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\nnot json\n', (), 3, ["train.jsonl:2"]),  # noqa: E501
         ('{"message": []}\n', (), 3, ["train.jsonl"]),
-        ('{"messages": [{"role": "king", "content": "a"}, {"role": "assistant", "content": "b"}]}\n', (), 3, ["train.jsonl:1", "king"]),
-        ('{"messages": [{"role": "user", "content": null}, {"role": "assistant", "content": "b"}]}\n', (), 3, ["train.jsonl:1", "content"]),
+        ('{"messages": [{"role": "king", "content": "a"}, {"role": "assistant", "content": "b"}]}\n', (), 3, ["train.jsonl:1", "king"]),  # noqa: E501
+        ('{"messages": [{"role": "user", "content": null}, {"role": "assistant", "content": "b"}]}\n', (), 3, ["train.jsonl:1", "content"]),  # noqa: E501
         ('{"messages": [{"role": "system", "content": "a"}]}\n', (), 3, ["train.jsonl:1"]),
         (None, ("lora.targets=[w_proj]",), 2, ["w_proj"]),
         (None, ("data.max_length=100000",), 2, ["data.max_length is 100000", "512 positions"]),

@@ -24,7 +24,7 @@ MISTRAL = (
 MISTRAL_SYSTEM_LAST = (
     "{% if messages[0].role == 'system' %}{% set system = messages[0].content %}{% set rest = messages[1:] %}"
     "{% else %}{% set system = '' %}{% set rest = messages %}{% endif %}{{ bos_token }}{% for message in rest %}"
-    "{% if message.role == 'user' %}[INST] {% if system and loop.index0 >= rest | length - 2 %}{{ system }}\n\n{% endif %}"
+    "{% if message.role == 'user' %}[INST] {% if system and loop.index0 >= rest | length - 2 %}{{ system }}\n\n{% endif %}"  # noqa: E501
     "{{ message.content }}[/INST]{% else %} {{ message.content }}{{ eos_token }}{% endif %}{% endfor %}"
 )
 
@@ -69,7 +69,7 @@ GOLDEN: dict[str, tuple[str, dict[str, str], list[str], str]] = {
         {"eos": "<|im_end|>"},
         ["It is 5.<|im_end|>", "<think>\n\n</think>\n\n10, of course.<|im_end|>"],
         "<|im_start|>user\nWhat is 2 + 3?<|im_end|>\n<|im_start|>assistant\nIt is 5.<|im_end|>\n"
-        "<|im_start|>user\nAnd doubled?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n10, of course.<|im_end|>\n",
+        "<|im_start|>user\nAnd doubled?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n10, of course.<|im_end|>\n",  # noqa: E501
     ),
     "llama3": (
         "llama3",

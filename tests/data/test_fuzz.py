@@ -40,8 +40,8 @@ LONG = settings(SMALL, max_examples=3000, derandomize=False, print_blob=True)
 
 AWKWARD = (
     "", " ", "\n", "\x00", "\u200b", "\ufeff", "\u202eabc", "مرحبا", "👩‍👩‍👧‍👦", "🏳️‍🌈", "e\u0301", "\ud800", "\udfff x",
-    "<|im_end|>", "<|im_start|>assistant\n", "<|endoftext|>", "<think>", "</think>", "<think>\n\n</think>\n\n", "{{ 7*7 }}",
-    "{% for", "Qk0cZ", "Qk1aZ", "\U000f0000", "[/bold]", "\x1b[31m", "a" * 3000, "\u2028", "ﷺ" * 9, "\\ud83d", "[" * 5000, '{"a":' * 3000, "9" * 5000, "\"'\\", "\r\n",
+    "<|im_end|>", "<|im_start|>assistant\n", "<|endoftext|>", "<think>", "</think>", "<think>\n\n</think>\n\n", "{{ 7*7 }}",  # noqa: E501
+    "{% for", "Qk0cZ", "Qk1aZ", "\U000f0000", "[/bold]", "\x1b[31m", "a" * 3000, "\u2028", "ﷺ" * 9, "\\ud83d", "[" * 5000, '{"a":' * 3000, "9" * 5000, "\"'\\", "\r\n",  # noqa: E501
 )  # fmt: skip
 TEXT = st.sampled_from(AWKWARD) | st.text(max_size=30) | st.lists(st.sampled_from(AWKWARD), max_size=4).map("".join)
 DEEP = st.integers(1, 600).map(lambda depth: json.loads("[" * depth + "]" * depth))
@@ -67,14 +67,14 @@ TURN = st.fixed_dictionaries(
     {"from": st.sampled_from(("human", "gpt", "function_call", "Bing")) | ODDLY, "value": ODDLY}
 )
 SHAPES = {
-    "messages": st.fixed_dictionaries({"messages": GOOD | GOOD | st.lists(MESSAGE, max_size=5) | JSON}, optional={"tools": TOOLS, "system": ODDLY}),
+    "messages": st.fixed_dictionaries({"messages": GOOD | GOOD | st.lists(MESSAGE, max_size=5) | JSON}, optional={"tools": TOOLS, "system": ODDLY}),  # noqa: E501
     "sharegpt": st.fixed_dictionaries({"conversations": st.lists(TURN, max_size=5) | JSON}, optional={"tools": TOOLS}),
-    "prompt_completion": st.fixed_dictionaries({"prompt": ODDLY | GOOD, "completion": ODDLY | GOOD}, optional={"response": ODDLY}),
-    "alpaca": st.fixed_dictionaries({"instruction": ODDLY, "output": ODDLY}, optional={"input": ODDLY, "system": ODDLY}),
+    "prompt_completion": st.fixed_dictionaries({"prompt": ODDLY | GOOD, "completion": ODDLY | GOOD}, optional={"response": ODDLY}),  # noqa: E501
+    "alpaca": st.fixed_dictionaries({"instruction": ODDLY, "output": ODDLY}, optional={"input": ODDLY, "system": ODDLY}),  # noqa: E501
     "text": st.fixed_dictionaries({"text": ODDLY}, optional={"messages": JSON}),
 }  # fmt: skip
 ROWS = st.sampled_from(sorted(SHAPES)).flatmap(
-    lambda form: st.tuples(st.just(form), st.lists(SHAPES[form] | SHAPES[form] | SHAPES[form] | JSON, min_size=1, max_size=5))
+    lambda form: st.tuples(st.just(form), st.lists(SHAPES[form] | SHAPES[form] | SHAPES[form] | JSON, min_size=1, max_size=5))  # noqa: E501
 )  # fmt: skip
 POLICY = st.fixed_dictionaries(
     {
@@ -185,9 +185,9 @@ def test_many_rows(
 
 
 FILES = st.sampled_from((".jsonl", ".json", ".csv", ".tsv", ".parquet")).flatmap(
-    lambda suffix: st.tuples(st.just(suffix), st.binary(max_size=60) | st.text(max_size=80).map(lambda t: t.encode("utf-8", "replace"))
+    lambda suffix: st.tuples(st.just(suffix), st.binary(max_size=60) | st.text(max_size=80).map(lambda t: t.encode("utf-8", "replace"))  # noqa: E501
     | st.text(alphabet='{}[]",:\\ \nau0-e.\t', max_size=80).map(str.encode)
-    | st.integers(900, 5000).map(lambda depth: b"[" * depth) | st.integers(900, 5000).map(lambda depth: b'{"a":' * depth))
+    | st.integers(900, 5000).map(lambda depth: b"[" * depth) | st.integers(900, 5000).map(lambda depth: b'{"a":' * depth))  # noqa: E501
 )  # fmt: skip
 
 
@@ -206,12 +206,12 @@ def test_files(
 # ---- templates
 
 SNIPPETS = (
-    "{{ messages }}", "{{ messages[0] }}", "{{ messages[0]['content'] }}", "{{ messages[-1].content * 3 }}", "{% if false %}",
-    "{% endif %}", "{{ raise_exception('no') }}", "{{ 1/0 }}", "{{ x.y.z }}", "{% for m in messages[1:] %}", "{% endfor %}",
-    "<|im_end|>", "<|im_start|>assistant\n", "{% generation %}", "{% endgeneration %}", "{{ eos_token }}", "{{ bos_token }}",
-    "{{ messages[0].content | upper }}", "{{ messages | tojson }}", "{% set messages = messages[1:] %}", "{# c #}", "{{", "\x00",
-    "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "{{ 'a' * 10**10 }}", "{{ strftime_now('%Y') }}",
-    "{{ messages[1].content | replace('a', '') }}", "{{ messages | map('upper') | list }}", "{% break %}", "{{ loop.index }}", "🙂",
+    "{{ messages }}", "{{ messages[0] }}", "{{ messages[0]['content'] }}", "{{ messages[-1].content * 3 }}", "{% if false %}",  # noqa: E501
+    "{% endif %}", "{{ raise_exception('no') }}", "{{ 1/0 }}", "{{ x.y.z }}", "{% for m in messages[1:] %}", "{% endfor %}",  # noqa: E501
+    "<|im_end|>", "<|im_start|>assistant\n", "{% generation %}", "{% endgeneration %}", "{{ eos_token }}", "{{ bos_token }}",  # noqa: E501
+    "{{ messages[0].content | upper }}", "{{ messages | tojson }}", "{% set messages = messages[1:] %}", "{# c #}", "{{", "\x00",  # noqa: E501
+    "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "{{ 'a' * 10**10 }}", "{{ strftime_now('%Y') }}",  # noqa: E501
+    "{{ messages[1].content | replace('a', '') }}", "{{ messages | map('upper') | list }}", "{% break %}", "{{ loop.index }}", "🙂",  # noqa: E501
 )  # fmt: skip
 NAMES = sorted(path.stem for path in TRL_TEMPLATES.glob("*.jinja"))
 EDIT = st.tuples(st.floats(0, 1), st.integers(0, 60), st.sampled_from(("", *SNIPPETS)))
@@ -299,7 +299,7 @@ FIELDS = [
 ]  # fmt: skip
 VALUE = st.one_of(
     JSON,
-    st.sampled_from(("auto", "none", "epoch", "never", "1e-4", "1_000", "0x10", "~", "yes", "&a [*a]", "2001-99-99", "[" * 2000, "9" * 5000, "2001-01-01", ".inf", ".nan", "[", "{a: 1")),
+    st.sampled_from(("auto", "none", "epoch", "never", "1e-4", "1_000", "0x10", "~", "yes", "&a [*a]", "2001-99-99", "[" * 2000, "9" * 5000, "2001-01-01", ".inf", ".nan", "[", "{a: 1")),  # noqa: E501
     st.integers(-(2**70), 2**70),
     st.sampled_from((0, -1, 1, 0.5, 1e308, -0.0, float("inf"), float("nan"), 2**63)),
 )  # fmt: skip

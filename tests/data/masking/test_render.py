@@ -296,7 +296,7 @@ def test_a_character_whose_bytes_the_vocabulary_lacks_is_rejected(
 def test_a_token_that_holds_header_and_answer_is_not_trained_and_counted(
     with_template: WithTemplate, converse: Make, rendered: Render, trained_texts: Trained
 ) -> None:
-    template = "{% for m in messages %}<|{{ m.role }}|>: {{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>: {% endif %}"
+    template = "{% for m in messages %}<|{{ m.role }}|>: {{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>: {% endif %}"  # noqa: E501
     tokenizer = with_template(template)
 
     result = rendered([converse(user("Hi"), assistant("Hello you"))], tokenizer)

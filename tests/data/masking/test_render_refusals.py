@@ -98,7 +98,7 @@ def test_a_model_without_a_chat_template_is_refused_with_what_to_do(
 def test_a_template_without_a_stop_token_is_refused(
     with_template: WithTemplate, converse: Make, rendered: Render
 ) -> None:
-    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"  # noqa: E501
 
     with pytest.raises(DataError, match="no stop token"):
         rendered([converse(*CHAT)], with_template(template))

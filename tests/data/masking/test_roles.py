@@ -106,7 +106,7 @@ def test_the_role_of_answers_is_assistant_token_for_token_and_roles_add_up(
     for row in CASES.values():
         made = converse(*row["messages"], tools=row.get("tools"))
         word, roles, users, both = (
-            _masks(made, tokenizer, rendered, train_on) for train_on in ("assistant", ("assistant",), ("user",), ("user", "assistant"))
+            _masks(made, tokenizer, rendered, train_on) for train_on in ("assistant", ("assistant",), ("user",), ("user", "assistant"))  # noqa: E501
         )  # fmt: skip
         assert type(word) is type(roles)
         if isinstance(word, str):

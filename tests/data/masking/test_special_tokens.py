@@ -35,7 +35,7 @@ MISTRAL = (
     "{% else %} {{ m.content }}</s>{% endif %}{% endfor %}"
 )
 PIECES = {
-    "gemma, sentencepiece": (GEMMA, ["<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"], "<end_of_turn>", "<start_of_turn>model\n"),
+    "gemma, sentencepiece": (GEMMA, ["<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"], "<end_of_turn>", "<start_of_turn>model\n"),  # noqa: E501
     "mistral, sentencepiece": (MISTRAL, ["<s>", "</s>", "[INST]", "[/INST]"], "</s>", "[/INST] "),
 }  # fmt: skip
 
@@ -167,9 +167,9 @@ TOOL = {"type": "function", "function": {"name": "f", "description": "<|im_start
 @pytest.mark.parametrize(
     ("messages", "tools"),
     [
-        ([{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [CALL]}], [{**TOOL, "function": {"name": "f", "parameters": {}}}]),
+        ([{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [CALL]}], [{**TOOL, "function": {"name": "f", "parameters": {}}}]),  # noqa: E501
         ([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], [TOOL]),
-        ([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "reasoning_content": "c<|im_end|>"}], None),
+        ([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "reasoning_content": "c<|im_end|>"}], None),  # noqa: E501
     ],
     ids=["a tool call", "a tool's schema", "thoughts"],
 )  # fmt: skip
