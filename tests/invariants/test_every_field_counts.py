@@ -359,7 +359,7 @@ def _check_revision(values: dict[str, Any], tiny_model: Path, tmp_path: Path, mo
         prepare(with_settings(values, {"model.name": "tiny/llama", **revision}), NO_PROGRESS, weights=False)
         for revision in ({}, {"model.revision": "v2"})
     )
-    assert (first.base.revision, second.base.revision) == ("a" * 40, "b" * 40)
+    assert (first.model.base.revision, second.model.base.revision) == ("a" * 40, "b" * 40)
     assert first.data.train[0].input_ids.tolist() != second.data.train[0].input_ids.tolist()
 
 

@@ -78,8 +78,8 @@ def test_a_system_message_of_the_row_does_not_shift_which_answer_it_is(
 @pytest.mark.parametrize(
     ("messages", "why"),
     [
-        (without(ANSWERS[0], train="no"), 'has train str "no"; it is true or false'),
-        (without(ANSWERS[0], weight=0.5), r"has weight float 0\.5; it is true or false"),
+        (without(ANSWERS[0], train="no"), 'has train str "no"; it must be true or false'),
+        (without(ANSWERS[0], weight=0.5), r"has weight float 0\.5; it must be true or false"),
     ],
 )
 def test_what_cannot_be_followed_is_refused(messages: list[dict[str, object]], why: str) -> None:

@@ -223,7 +223,7 @@ def held_bytes(model: torch.nn.Module) -> int:
 
 
 def test_the_page_has_a_row_for_each_and_no_other() -> None:
-    table = PAGE.read_text(encoding="utf-8").partition("## Checkpoints that come quanti")[2]
+    table = PAGE.read_text(encoding="utf-8").partition("## Quantized checkpoints")[2]
     rows = dict(
         line.split(" | ")[:2] for line in table.splitlines() if line.startswith("| ") and "| format" not in line
     )
@@ -297,7 +297,7 @@ def test_no_script_is_made_for_a_quantized_checkpoint(
     tiny_recipe: MakeRecipe, quantized: Callable[[str], Path], tmp_path: Path
 ) -> None:
     prepared = prepare(tiny_recipe(model__name=str(quantized("block_fp8")), train__epochs=1), NoProgress())
-    with pytest.raises(RecipeError, match=r"come quanti[sz]ed \(fp8\)"):
+    with pytest.raises(RecipeError, match=r"are quantized \(fp8\)"):
         eject(prepared, tmp_path / "script.py", overwrite=False, progress=NoProgress())
 
 
@@ -319,7 +319,7 @@ def test_eight_bits_of_bitsandbytes_are_not_recomputed(
 def test_a_classifier_is_not_made_of_a_quantized_checkpoint(
     tiny_recipe: MakeRecipe, quantized: Callable[[str], Path]
 ) -> None:
-    with pytest.raises(RecipeError, match=r"come quanti[sz]ed \(fp8\)"):
+    with pytest.raises(RecipeError, match=r"are quantized \(fp8\)"):
         plan(tiny_recipe(model__name=str(quantized("block_fp8")), model__task="sequence_classification"))
 
 

@@ -50,7 +50,7 @@ def test_the_plan_refuses_machines_without_fp8(tiny_recipe: Callable[..., Recipe
 
 
 def test_it_is_made_from_bfloat16(tiny_recipe: Callable[..., Recipe]) -> None:
-    with pytest.raises(RecipeError, match="made from bfloat16"):
+    with pytest.raises(RecipeError, match="starts from bfloat16"):
         tiny_recipe(model__quantization="fp8", model__dtype="float32")
 
 

@@ -131,7 +131,7 @@ def test_both_engines_take_the_same_steps(
         lock = json.loads(run.lock.read_text())
         assert lock["recipe"]["model"]["quantization"] == quantization
         assert lock["versions"]["torchao" if quantization in BY_TORCHAO else "bitsandbytes"]
-        assert f"on the base in {quantization}" in (run.adapter / "README.md").read_text()
+        assert f"on the base model in {quantization}" in (run.adapter / "README.md").read_text()
     assert losses["fast"] == pytest.approx(losses["trl"], rel=closeness)
     assert losses["fast"][-1] < losses["fast"][0]
 
@@ -175,7 +175,7 @@ def test_four_bits_are_those_of_torchao(tiny_model: Path) -> None:
 def test_groups_that_do_not_fit_are_refused() -> None:
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig(hidden_size=16, intermediate_size=32, num_attention_heads=2, vocab_size=8))
-    with pytest.raises(RecipeError, match=r"takes groups of 32 inputs, but model.layers.0.self_attn.q_proj has 16"):
+    with pytest.raises(RecipeError, match=r"needs a multiple of 32 inputs, but model.layers.0.self_attn.q_proj has 16"):
         base_bytes(model, "int4_weight_only", 2)
 
 
