@@ -1,4 +1,4 @@
-"""LoRA fine-tuning that can be trusted: `from loratune import Recipe, plan, train, resume, evaluate`."""
+"""LoRA fine-tuning you can trust: `from loratune import Recipe, plan, train, resume, evaluate`."""
 
 from __future__ import annotations
 
