@@ -130,15 +130,15 @@ def test_each_process_keeps_a_part_of_the_layers(tiny_model: Path, tmp_path: Pat
     script.write_text(
         """
 import sys, torch
-from loratune import world
-from loratune.model.adapter import attach_adapter
-from loratune.model.targets import resolve_targets
-from loratune.recipe import LoraSection
-from loratune.training.compilation import decoder_layers
-from loratune.training.shards import shard_layers
+from loratune.model.adapter.attach import attach_adapter
+from loratune.model.adapter.targets import resolve_targets
+from loratune.recipe.recipe import LoraSection
+from loratune.run import processes
+from loratune.training.fsdp import shard_layers
+from loratune.training.layers import decoder_layers
 from transformers import AutoModelForCausalLM
 
-world.start()
+processes.start()
 base = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
 model = attach_adapter(base, LoraSection(r=2), resolve_targets(base, "complete"), base_name="x", seed=0)
 ids = torch.arange(3, 40)[None]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from loratune.planning.lock import differences, model_fingerprint
+from loratune.planning.lock import changed_inputs, model_fingerprint
 from loratune.recipe.recipe import Recipe
 from loratune.run.errors import RecipeError, Terminated
 from loratune.workflows.resume import resume
@@ -27,7 +27,7 @@ def test_added_removed_and_changed_files_are_differences(tmp_path: Path) -> None
     (tmp_path / "added.json").write_text("{}")
     (tmp_path / "notes.txt").write_text("decides nothing")
     now = {"inputs": {"model": model_fingerprint(tmp_path)}}
-    assert differences(before, now) == [f"inputs.model.{name}.json" for name in ("added", "changed", "removed")]
+    assert changed_inputs(before, now) == [f"inputs.model.{name}.json" for name in ("added", "changed", "removed")]
 
 
 def test_a_run_does_not_resume_on_a_model_with_more_files(
