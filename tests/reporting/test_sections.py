@@ -154,7 +154,8 @@ def test_the_parts_of_the_planned_memory_add_up_to_its_peak(files: RunFiles) -> 
     assert isinstance(chart, Chart)
     units = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
     sizes = [float(name.split()[-2].replace(",", "")) * units[name.split()[-1]] for _, name in chart.legend]
-    assert sum(sizes) == pytest.approx(files.plan.memory.peak_bytes, rel=1e-3)
+    rounding = 0.05 * units["GiB"] * len(sizes)  # sizes are printed with one decimal
+    assert sum(sizes) == pytest.approx(files.plan.memory.peak_bytes, abs=rounding)
 
 
 def test_samples_show_both_models_and_failures_the_fine_tuned_one(files: RunFiles) -> None:
