@@ -111,7 +111,7 @@ def test_pissa_takes_as_many_singular_values_as_each_rank_and_saves_twice_as_man
         ({"lora__rank_pattern": {"o_proj": 4}}, r"lora\.rank_pattern: o_proj applies to none"),
         ({"lora__alpha_pattern": {".*": 4, "q_proj": 8}}, r"lora\.alpha_pattern: q_proj applies to none"),
         ({"lora__rank_pattern": {"q_proj": 33}, "lora__variant": "pissa"}, r"its rank by lora\.rank_pattern is 33"),
-        ({"lora__rank_pattern": {"q(": 4}}, "no regular expression"),
+        ({"lora__rank_pattern": {"q(": 4}}, "not a regular expression"),
         ({"lora__rank_pattern": {"q_proj": 0}}, "greater than or equal to 1"),
     ],
 )
