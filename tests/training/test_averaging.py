@@ -57,7 +57,7 @@ def test_a_run_ends_with_the_mean_of_its_last_checkpoints(tiny_recipe: MakeRecip
     assert record["adapter"] == {"kind": "mean", "steps": [4, 6]}
     held_out = [line["eval_nll"] for line in run.read_metrics() if "eval_nll" in line]
     assert record["tuned"]["nll"] != pytest.approx(held_out[-1], abs=1e-6), "that of the last step is another one"
-    assert "the mean of those after steps 4, 6" in run.report.read_text()
+    assert "the mean of the checkpoints of steps 4, 6" in run.report.read_text()
     again = evaluate(run.root).evaluation
     assert again is not None
     assert again["adapter"] == record["adapter"]

@@ -240,7 +240,7 @@ def test_the_recipe_says_whether_a_bad_step_ends_the_run(
     assert "and 3 more" in error.value.problem
     assert "on_bad_step: skip" in error.value.fix
     if engine == "fast":
-        with pytest.raises(RunError, match=r"3 steps could not be applied, train\.max_skipped_steps is 2"):
+        with pytest.raises(RunError, match=r"3 steps could not be applied, but train\.max_skipped_steps is 2"):
             train(tiny_recipe(train__on_bad_step="skip", train__max_skipped_steps=2), overwrite=True)
 
 

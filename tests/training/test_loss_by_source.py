@@ -127,4 +127,4 @@ def test_one_source_has_no_line_of_its_own_and_what_trl_does_not_say_is_told(
     smoothed = mixed(train__engine="trl", train__epochs=0.4, train__label_smoothing=0.1)
     run = train(smoothed, progress=listener, overwrite=True).run
     assert not any("loss_by_source" in line for line in lines(run))
-    assert any("one loss for all sources" in line for line in listener.lines)
+    assert any("one smoothed loss for all sources" in line for line in listener.lines)

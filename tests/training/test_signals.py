@@ -93,7 +93,7 @@ def test_ctrl_c_in_the_last_evaluation_keeps_the_adapter(tiny_recipe: MakeRecipe
     def interrupt() -> None:
         raise KeyboardInterrupt
 
-    with pytest.raises(Interrupted, match="all steps are, and the adapter is saved"):
+    with pytest.raises(Interrupted, match="all steps are done, and the adapter is saved"):
         train(recipe, progress=Moment("tuned answers", interrupt))
     run = RunDir.open(recipe.train.output_dir)
     adapter = (run.adapter / "adapter_model.safetensors").stat().st_mtime_ns
