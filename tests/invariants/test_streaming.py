@@ -41,7 +41,7 @@ def test_another_file_is_not_gone_on_with(tiny_recipe: MakeRecipe, tmp_path: Pat
     done = train(tiny_recipe(data__train=str(path), data__streaming=True, train__save_every=2)).run
     shutil.rmtree(done.adapter)
     write_jsonl(path, [conversation(i) for i in range(21)])
-    with pytest.raises(RecipeError, match=r"changed since the run began: inputs.train"):
+    with pytest.raises(RecipeError, match=r"changed since the run started: inputs.train"):
         resume(done.root)
 
 

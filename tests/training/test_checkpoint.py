@@ -157,11 +157,11 @@ def test_resume_refuses_what_it_cannot_continue(tiny_recipe: MakeRecipe, tmp_pat
     shutil.rmtree(run.adapter)
     written = run.recipe.read_text()
     run.recipe.write_text(written.replace("learning_rate: 0.01", "learning_rate: 0.02"))
-    with pytest.raises(RecipeError, match=r"since the run began: train\.learning_rate \(0\.01 → 0\.02\)"):
+    with pytest.raises(RecipeError, match=r"since the run started: train\.learning_rate \(0\.01 → 0\.02\)"):
         resume(run.root)
     run.recipe.write_text(f"# a comment changes nothing\n{written}")
     data.write_text("\n".join(json.dumps(row) for row in rows[1:] + rows[:1]))
-    with pytest.raises(RecipeError, match=r"changed since the run began: inputs\.train"):
+    with pytest.raises(RecipeError, match=r"changed since the run started: inputs\.train"):
         resume(run.root)
     data.write_text("\n".join(json.dumps(row) for row in rows))
     for path in checkpoints_in(run.checkpoints):
