@@ -88,7 +88,7 @@ def test_stock_peft_and_the_merged_model_are_what_was_trained(run: RunDir, moe_m
         ({"lora__target_parameters": ["experts.up"]}, r"known here: mlp\.experts\.down_proj"),
         ({"lora__target_parameters": ["q_proj.weight"]}, r"lora\.targets=\[model\.layers\.0\.self_attn\.q_proj\]"),
         ({"lora__dropout": 0.1}, r"set lora\.dropout: 0"),
-        ({"lora__variant": "dora"}, r"goes with lora\.variant plain or rslora"),
+        ({"lora__variant": "dora"}, r"requires lora\.variant plain or rslora"),
         ({"train__compile": True}, r"train\.compile is true"),
     ],
 )

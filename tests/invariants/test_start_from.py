@@ -115,6 +115,6 @@ def test_what_is_no_safe_lora_adapter_or_would_be_overwritten_is_refused(
     assert not any(
         "trained on" in note for note in prepare(tiny_recipe(**settings(first)), NoProgress()).notes.warnings
     )
-    refused(first.adapter, "the run's own directory", train__output_dir=str(first.root))
+    refused(first.adapter, "inside the run directory", train__output_dir=str(first.root))
     with pytest.raises(RecipeError, match="pissa, which initializes A and B"):
         tiny_recipe(lora__variant="pissa", lora__start_from=str(first.adapter))
