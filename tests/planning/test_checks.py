@@ -124,7 +124,7 @@ def test_resume_checks_what_plan_and_train_check(tiny_recipe: MakeRecipe, tiny_m
             "0.self_attn.q_proj applies to none.*q_proj, which comes before it",
             "write 0.self_attn.q_proj before q_proj",
         ),
-        ({"lora__modules_to_save": ["rotary_emb"]}, "rotary_emb is a LlamaRotaryEmbedding", "leave rotary_emb out"),
+        ({"lora__modules_to_save": ["rotary_emb"]}, "rotary_emb is a LlamaRotaryEmbedding", "leave out rotary_emb"),
     ],
 )
 def test_settings_that_do_not_fit_this_model_and_data_are_refused(

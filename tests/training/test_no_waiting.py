@@ -51,7 +51,7 @@ def no_synchronisation() -> Iterator[None]:
 
 def watch_steps(monkeypatch: pytest.MonkeyPatch, watched: Callable[[], AbstractContextManager[Any]]) -> list[int]:
     """Each step's gradients are computed under the watch; returns a list that gets an entry a step."""
-    real, steps = FastTrainer._gradients, []
+    real, steps = FastTrainer._accumulate_gradients, []
 
     def gradients(self: FastTrainer, *args: Any) -> torch.Tensor:
         with watched():
@@ -59,7 +59,7 @@ def watch_steps(monkeypatch: pytest.MonkeyPatch, watched: Callable[[], AbstractC
         steps.append(self.state.global_step)
         return losses
 
-    monkeypatch.setattr(FastTrainer, "_gradients", gradients)
+    monkeypatch.setattr(FastTrainer, "_accumulate_gradients", gradients)
     return steps
 
 

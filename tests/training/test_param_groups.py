@@ -28,7 +28,7 @@ def test_lora_plus_scales_the_rate_of_b_alone(model: torch.nn.Module) -> None:
     optimizer = torch.optim.AdamW(trainable_parameters(model).values(), lr=0.1)
     scale_b_learning_rate(optimizer, model, 16)
     found = rates(optimizer, model)
-    assert {rate for name, rate in found.items() if ".lora_B." in name} == {pytest.approx(1.6)}
+    assert [rate for name, rate in found.items() if ".lora_B." in name] == pytest.approx([1.6] * (len(found) // 2))
     assert {rate for name, rate in found.items() if ".lora_A." in name} == {0.1}
     assert optimizer.param_groups[0]["lr"] == 0.1, "the first group's rate is logged"
 

@@ -64,7 +64,7 @@ def test_auto_says_what_it_became_and_why(recipe_file: Path) -> None:
 
 def test_a_field_is_explained_in_its_own_words_with_alternatives(recipe_file: Path) -> None:
     (item,) = explained(recipe_file, [], ("lora.r",)).values()
-    assert item.words.startswith("The rank: the inner dimension of B·A.")
+    assert item.words.startswith("The LoRA rank: the inner dimension of B·A.")
     assert len(item.alternatives) == 5
     assert "896 trainable parameters" in item.effect
     assert "1,792" in item.effect

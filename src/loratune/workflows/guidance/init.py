@@ -122,7 +122,7 @@ def _starter_of_task(name: str, rows: Sequence[Row], found: TaskStarter) -> Star
         **({"data.on_bad_row": _skipped(len(rows) - found.num_rows)} if found.num_rows < len(rows) else {}),
         **_training_settings(found.num_rows),
     }
-    title = f"LoRA on {name}: {plural(found.num_rows, found.unit)} of {found.of_what}."
+    title = f"LoRA on {name}: {plural(found.num_rows, found.unit)} in {found.of_what}."
     return StarterRecipe(title=title, settings=settings)
 
 

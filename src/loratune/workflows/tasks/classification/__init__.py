@@ -229,7 +229,7 @@ class Classification(Task):
         is_pair = any(text.second is not None for text in texts)
         columns = "sentence1, sentence2 and label" if is_pair else "text and label"
         classes = plural(len(labels), "class", "classes")
-        reason = f"the rows have {columns}, of {classes}"
+        reason = f"the rows have {columns}, with {classes}"
         return TaskStarter(
             settings={"model.task": (self.name, reason)},
             num_rows=len(texts),
