@@ -173,7 +173,7 @@ def test_it_learns(finished: RunDir) -> None:
     record = read_json(finished.evaluation)
     assert record["tuned"]["accuracy"] > max(record["majority"]["accuracy"], record["base"]["accuracy"]) + 0.2
     assert record["majority"]["accuracy"] == pytest.approx(1 / 3)
-    assert "chance" in record["note"]
+    assert "random" in record["note"]
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(finished: RunDir, tmp_path: Path) -> None:
