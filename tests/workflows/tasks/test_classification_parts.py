@@ -29,9 +29,11 @@ from loratune.workflows.tasks.classification.rows import labelled_texts
 from loratune.workflows.tasks.classification.trl_trainer import TrlClassifierTrainer
 from loratune.workflows.tasks.task import Comparison
 from loratune.workflows.train import train
-from tests.classifiers import class_recipe
+from tests.classifiers import bases, class_recipe
 
 Bases = Callable[[str], Path]
+
+__all__ = ["bases"]  # a fixture
 
 
 def example(label: int, *ids: int) -> LabelledExample:
@@ -48,7 +50,7 @@ def example(label: int, *ids: int) -> LabelledExample:
 
 def test_rows_without_a_text_or_a_label_are_rejected_by_line() -> None:
     rows = [
-        Row("a.jsonl", line, value)
+        Row(file="a.jsonl", line=line, value=value)
         for line, value in enumerate(({"text": "x", "label": "a"}, {"text": "y"}, {"label": "a"}), 1)
     ]
     texts, rejected = labelled_texts(rows)

@@ -70,7 +70,7 @@ def test_the_task_may_stand_alone(tmp_path: Path) -> None:
         Recipe.load(file)
     assert f"{file}:3" in str(wrong.value)
     file.write_text("task: causal_lm\nmodel: {task: causal_lm}\n")
-    with pytest.raises(RecipeError, match="one setting"):
+    with pytest.raises(RecipeError, match="the same setting"):
         Recipe.load(file)
     with pytest.raises(RecipeError, match=r"data.columns names label, which is for model.task"):
         Recipe.parse({"data": {"columns": {"label": "y"}}})
