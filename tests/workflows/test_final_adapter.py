@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 
 import pytest
@@ -25,8 +26,8 @@ def test_the_record_says_which_steps_the_adapter_is_of(
 ) -> None:
     recipe = tiny_recipe(train__save_every=2, train__eval_every=2, **settings)
     run = RunDir.create(recipe.train.output_dir, overwrite=False)
-    for step in range(1, 7):
-        run.append_metrics({"step": step, "loss": 1.0})
+    lines = [json.dumps({"step": step, "loss": 1.0}) for step in range(1, 7)]
+    run.metrics.write_text("\n".join(lines) + "\n", encoding="utf-8")
     if file == "best":
         write_json(run.best, {"step": 2, "eval_nll": 0.5, "checkpoint": "checkpoints/2"})
     elif file == "mean":

@@ -71,7 +71,7 @@ def test_a_field_is_explained_in_its_own_words_with_alternatives(recipe_file: Pa
     console = Console(width=100, record=True, file=io.StringIO())
     console.print(explanation_page(item))
     page = console.export_text()
-    for words in ("lora.r", "The rank", "recipe.yaml:7", "3,584"):
+    for words in ("lora.r", "The LoRA rank", "recipe.yaml:7", "3,584"):
         assert words in page
 
 
