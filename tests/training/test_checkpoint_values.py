@@ -251,7 +251,7 @@ def test_random_states_of_another_number_of_gpus_are_refused(model: PeftModel, t
     here = torch.cuda.device_count()
     tensors = load_file(folder / "random.safetensors")
     save_file({**tensors, f"cuda{here:03d}": torch.zeros(1)}, folder / "random.safetensors")
-    with pytest.raises(RunError, match=f"{here + 1} GPUs, here are {here}"):
+    with pytest.raises(RunError, match=f"{here + 1} GPUs, but this machine has {here}"):
         load_random(folder)
 
 

@@ -26,7 +26,8 @@ def test_the_lock_of_a_hub_model_knows_the_weights_that_are_fetched_after_the_pl
 
     def from_hub(recipe: Recipe, *args: Any) -> Preparation:
         prepared = prepare(recipe, *args)
-        return dataclasses.replace(prepared, base=dataclasses.replace(prepared.model.base, revision="0" * 40))
+        base = dataclasses.replace(prepared.model.base, revision="0" * 40)
+        return dataclasses.replace(prepared, model=dataclasses.replace(prepared.model, base=base))
 
     def fetch(prepared: Preparation, progress: Any) -> Any:
         late.append(prepared.model.base.path / "fetched_with_the_weights.json")
