@@ -85,7 +85,7 @@ def test_loftq_begins_nearer_to_the_weights_than_nf4_and_merges(
         left = weight - as_multiplied(weight, "nf4", torch.float32)
         update = 3 * layer.lora_B["default"].weight.detach() @ layer.lora_A["default"].weight.detach()
         best = torch.linalg.svdvals(left)[8:].norm()
-        assert float((left - update).norm()) == pytest.approx(float(best), rel=5e-3)  # 0.3 % on a CPU without AVX-512
+        assert float((left - update).norm()) == pytest.approx(float(best), rel=1e-3)
         assert float(best) < 0.8 * float(left.norm())
     run = train(recipe).run
     config = json.loads((run.adapter / "adapter_config.json").read_text())

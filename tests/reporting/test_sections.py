@@ -12,12 +12,13 @@ from loratune.reporting.blocks import Block, Chart, Charts, Fold, Items, Paragra
 from loratune.reporting.comparison_page import comparison_page
 from loratune.reporting.curves_section import curves
 from loratune.reporting.data_section import data
-from loratune.reporting.plan_section import planned_and_actual, planned_train_seconds
+from loratune.reporting.plan_section import _memory_parts, planned_and_actual, planned_train_seconds
 from loratune.reporting.result_section import MAX_CLASSES, result
 from loratune.reporting.run_files import RunFiles, read_run
 from loratune.reporting.run_page import run_page
 from loratune.reporting.samples_section import failures, samples
 from loratune.reporting.task import ReportedTask, reported_task
+from loratune.reporting.units import as_bytes
 from loratune.run.directory import RunDir
 from loratune.run.records.base import parse
 from loratune.run.records.data import RejectedRow
@@ -152,10 +153,12 @@ def test_the_parts_of_the_planned_memory_add_up_to_its_peak(files: RunFiles) -> 
     assert files.plan is not None
     (chart,) = [chart for block in planned_and_actual(files) if isinstance(block, Charts) for chart in block.charts]
     assert isinstance(chart, Chart)
-    units = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
-    sizes = [float(name.split()[-2].replace(",", "")) * units[name.split()[-1]] for _, name in chart.legend]
-    rounding = 0.05 * units["GiB"] * len(sizes)  # sizes are printed with one decimal
-    assert sum(sizes) == pytest.approx(files.plan.memory.peak_bytes, abs=rounding)
+    parts = _memory_parts(files.plan.memory)
+    assert sum(size for _, size in parts) == files.plan.memory.peak_bytes
+    assert all(size >= 0 for _, size in parts)
+    shown = [name for _, name in chart.legend]
+    assert [name for name, _ in parts] == [next(n for n, _ in parts if text.startswith(n)) for text in shown]
+    assert all(text.endswith(as_bytes(size)) for text, (_, size) in zip(shown, parts, strict=True))
 
 
 def test_samples_show_both_models_and_failures_the_fine_tuned_one(files: RunFiles) -> None:
