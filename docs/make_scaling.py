@@ -15,8 +15,8 @@ from pages import DEFAULT_MODEL, table, write_or_check
 from transformers import LlamaConfig, PreTrainedModel
 
 from loratune.data.examples import Example
-from loratune.data.prepare import PreparedData
-from loratune.data.rows.conversation import Origin
+from loratune.data.prepared import PreparedData
+from loratune.data.rows.row import Origin
 from loratune.model.adapter.targets import resolve_targets
 from loratune.planning.cost import sharded_parameters
 from loratune.planning.estimate import estimate

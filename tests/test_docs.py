@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from loratune.cli import main as cli
+from loratune import __main__ as cli
 from loratune.recipe.recipe import Recipe
 from loratune.run.directory import RunDir
 

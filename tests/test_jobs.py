@@ -18,7 +18,7 @@ import typer.main
 import yaml
 from torch.distributed.run import parse_args
 
-from loratune.cli.main import app
+from loratune.__main__ import app
 from loratune.recipe.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]

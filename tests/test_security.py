@@ -17,13 +17,12 @@ import yaml
 from rich.text import Text
 from typer.testing import CliRunner
 
-from loratune.cli.main import app
+from loratune.__main__ import app
 from loratune.cli.terminal import SafeConsole
 from loratune.model.safetensors_headers import index_files
 from loratune.recipe.recipe import Recipe
 from loratune.run.directory import RunDir
-from loratune.run.errors import LoratuneError, RecipeError
-from loratune.run.secrets import find_secret, without_secrets
+from loratune.run.errors import LoratuneError, RecipeError, find_secret, without_secrets
 from loratune.workflows import export
 from loratune.workflows.evaluate import evaluate
 from loratune.workflows.plan import plan

@@ -1,5 +1,52 @@
-"""`python -m loratune`, as torchrun calls it."""
+"""The verbs of `loratune`; also `python -m loratune`, as torchrun calls it."""
 
-from loratune.cli.main import main
+from __future__ import annotations
 
-main()
+import signal
+import warnings
+
+import typer
+
+from loratune.cli import after_training as after
+from loratune.cli import before_training as before
+from loratune.cli import training
+
+VERBS = {
+    "Before training": (
+        *(before.init, before.plan, before.explain, before.eject),
+        *(before.doctor, before.selftest, before.schema),
+    ),
+    "Training": (training.train, training.resume, training.evaluate, training.reproduce, training.bench),
+    "After training": (
+        *(after.report, after.compare, after.diff, after.chat),
+        *(after.merge, after.export, after.serve, after.push),
+    ),
+}  # fmt: skip
+"""Title in `loratune --help` → its verbs, in the order in which they are shown."""
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="LoRA fine-tuning you can trust.",
+    epilog="Exit codes: 0 done, 1 failed while running, 2 wrong recipe or arguments, 3 wrong data, "
+    "4 machine lacks memory, disk, device or network, 130 interrupted, 143 ended by SIGTERM.",
+)
+for _title, _verbs in VERBS.items():
+    for _verb in _verbs:
+        app.command(rich_help_panel=_title)(_verb)
+
+
+def main() -> None:
+    """Run the `loratune` command."""
+    # Libraries warn each other's developers; our users cannot act on it.
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="Could not find a config file")
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from loratune.cli import main as cli
+from loratune import __main__ as cli
 from loratune.cli import shell
 from loratune.run.directory import RunDir
 from tests.conftest import conversation, write_jsonl
@@ -77,7 +77,7 @@ def test_help_is_quick_and_names_every_verb() -> None:
     shown = subprocess.run([sys.executable, "-m", "loratune", "--help"], capture_output=True, text=True, check=True)
     assert all(verb in shown.stdout for verb in VERBS)
     modules = subprocess.run(
-        [sys.executable, "-c", "import sys, loratune.cli.main; print('torch' in sys.modules)"],
+        [sys.executable, "-c", "import sys, loratune.__main__; print('torch' in sys.modules)"],
         capture_output=True,
         text=True,
         check=True,

@@ -7,8 +7,8 @@ import inspect
 import pytest
 import typer
 
+from loratune.__main__ import VERBS, app
 from loratune.cli import after_training, before_training, options, training
-from loratune.cli.main import VERBS, app
 
 GROUP = typer.main.get_command(app)
 COMMANDS = GROUP.commands  # type: ignore[attr-defined]

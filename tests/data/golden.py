@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from loratune.data.masking.render import Rendered
-from loratune.data.rows.conversation import Origin
+from loratune.data.rows.row import Origin
 
 SMOLLM2 = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\n"

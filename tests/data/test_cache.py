@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerBase
 import loratune
 from loratune.data import cache as cache_module
 from loratune.data.cache import Cache, cache_key, code_files
-from loratune.data.prepare import PreparedData, prepare_data
+from loratune.data.prepare import prepare_data
+from loratune.data.prepared import PreparedData
 from loratune.recipe.recipe import DataSection
 from loratune.run.progress import NoProgress
 

@@ -12,11 +12,12 @@ from transformers import PreTrainedTokenizerBase
 
 from loratune.data.findings import Finding, check_conversations
 from loratune.data.masking.render import Rendered
-from loratune.data.prepare import PreparedData, prepare_data
+from loratune.data.prepare import prepare_data
+from loratune.data.prepared import PreparedData
 from loratune.data.prompt_checks import PromptCheck, compare_with_prompts
-from loratune.data.rows.conversation import Conversation, Origin
+from loratune.data.rows.conversation import Conversation
 from loratune.data.rows.formats import to_conversations
-from loratune.data.rows.row import Row
+from loratune.data.rows.row import Origin, Row
 from loratune.data.statistics import histogram, scripts
 from loratune.recipe.recipe import DataSection
 

@@ -24,7 +24,8 @@ from transformers import PreTrainedTokenizerBase
 
 from loratune.data.examples import Example
 from loratune.data.masking import template_sandbox
-from loratune.data.prepare import PreparedData, prepare_data
+from loratune.data.prepare import prepare_data
+from loratune.data.prepared import PreparedData
 from loratune.data.rows.conversation import split_thoughts
 from loratune.recipe.recipe import DataSection, Recipe
 from loratune.run.errors import LoratuneError, RecipeError

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from loratune.data.prepare import PreparedData, prepare_data
+from loratune.data.prepare import prepare_data
+from loratune.data.prepared import PreparedData
 from loratune.recipe.recipe import DataSection
 from loratune.run.errors import DataError
 from loratune.run.progress import NoProgress, Progress, ProgressTask

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from loratune.data.examples import Example
 from loratune.data.preview import MAX_TOKENS, preview
-from loratune.data.rows.conversation import Origin
+from loratune.data.rows.row import Origin
 
 
 def example(tokenizer: PreTrainedTokenizerBase, *parts: tuple[str, bool]) -> Example:

@@ -8,8 +8,9 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from loratune.data.examples import Example
-from loratune.data.prepare import PreparedData, prepare_data
-from loratune.data.rows.conversation import Rejected
+from loratune.data.prepare import prepare_data
+from loratune.data.prepared import PreparedData
+from loratune.data.rows.row import Rejected
 from loratune.data.stream import can_stream, open_tables, stream_data
 from loratune.recipe.recipe import DataSection
 from loratune.run.errors import DataError

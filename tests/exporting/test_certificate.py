@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from loratune.data.examples import Example
-from loratune.data.rows.conversation import Origin
+from loratune.data.rows.row import Origin
 from loratune.exporting.certificate import (
     EXACT,
     MAX_POSITIONS,

@@ -7,7 +7,8 @@ import copy
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from loratune.data.rows.conversation import Conversation, Origin
+from loratune.data.rows.conversation import Conversation
+from loratune.data.rows.row import Origin
 from loratune.exporting.ollama import modelfile, translate
 from loratune.run.errors import RecipeError
 

@@ -19,7 +19,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from loratune.data.batch import collate
 from loratune.data.examples import Example
-from loratune.data.rows.conversation import Origin
+from loratune.data.rows.row import Origin
 from loratune.exporting.adapter_matrices import read_adapter
 from loratune.exporting.gguf.architectures import family_of
 from loratune.exporting.merge_weights import write_merged

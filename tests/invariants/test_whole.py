@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 
 from loratune.data.batch import collate
 from loratune.data.examples import Example
-from loratune.data.rows.conversation import Origin
+from loratune.data.rows.row import Origin
 from loratune.model.adapter.attach import attach_adapter, trainable_parameters, use_fast_layers
 from loratune.planning.prepare import prepare
 from loratune.recipe.recipe import LoraSection, Recipe

@@ -9,9 +9,9 @@ import pytest
 from transformers import LlamaConfig
 
 from loratune.data.examples import Example
-from loratune.data.prepare import PreparedData
+from loratune.data.prepared import PreparedData
 from loratune.data.prompts import Prompt
-from loratune.data.rows.conversation import Origin
+from loratune.data.rows.row import Origin
 from loratune.planning.cost import num_answers, token_sizes, work_amounts
 from loratune.planning.speed import WorkAmounts
 from loratune.recipe.recipe import Recipe

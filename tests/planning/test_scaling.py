@@ -13,8 +13,8 @@ import pytest
 from transformers import LlamaConfig
 
 from loratune.data.examples import Example
-from loratune.data.prepare import PreparedData
-from loratune.data.rows.conversation import Origin
+from loratune.data.prepared import PreparedData
+from loratune.data.rows.row import Origin
 from loratune.data.steps import assign_to_ranks, epoch_order
 from loratune.model.adapter.targets import resolve_targets
 from loratune.planning import rank_loads

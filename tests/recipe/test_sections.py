@@ -6,9 +6,9 @@ from typing import Any, get_args
 
 import pytest
 
-from loratune.recipe.checks import Contradiction, check_data, check_once, check_train
+from loratune.recipe.checks import check_data, check_once, check_train
 from loratune.recipe.recipe import Recipe
-from loratune.recipe.sections.base import Source, as_sources_or_setting
+from loratune.recipe.sections.base import Contradiction, Source, as_sources_or_setting
 from loratune.recipe.sections.data import DataSection
 from loratune.recipe.sections.evaluate import EvaluateSection
 from loratune.recipe.sections.lora import VARIANTS, LoraSection

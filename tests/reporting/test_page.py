@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from loratune.cli.main import app
+from loratune.__main__ import app
 from loratune.reporting.html import compare, report
 from loratune.run.directory import RunDir
 from tests.reporting.conftest import PLANTED, Opened, rewrite

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from loratune.cli.main import app
+from loratune.__main__ import app
 from loratune.recipe.recipe import Recipe
 from loratune.reporting.html import compare, report, report_or_warn
 from loratune.reporting.run_files import read_run

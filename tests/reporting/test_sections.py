@@ -20,8 +20,7 @@ from loratune.reporting.samples_section import failures, samples
 from loratune.reporting.task import ReportedTask, reported_task
 from loratune.reporting.units import as_bytes
 from loratune.run.directory import RunDir
-from loratune.run.records.base import parse
-from loratune.run.records.data import RejectedRow
+from loratune.run.records.base import RejectedRow, parse
 from loratune.run.records.evaluation import (
     ClassMeasures,
     Confusion,

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from loratune.data.examples import Example
-from loratune.data.rows.conversation import Origin
+from loratune.data.rows.row import Origin
 from loratune.model.device import is_out_of_memory
 from loratune.planning.memory import memory
 from loratune.recipe.recipe import Recipe

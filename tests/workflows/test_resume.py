@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from loratune.planning import prepare_ranks
+from loratune.planning import prepare as preparing
 from loratune.planning.lock import changed_inputs
 from loratune.planning.preparation import Preparation
 from loratune.planning.prepare import prepare
@@ -35,7 +35,7 @@ def test_the_lock_of_a_hub_model_knows_the_weights_that_are_fetched_after_the_pl
         return load(prepared, progress)
 
     load = steps.load_base
-    monkeypatch.setattr(prepare_ranks, "prepare", from_hub)
+    monkeypatch.setattr(preparing, "prepare", from_hub)
     monkeypatch.setattr(steps, "load_base", fetch)
     recipe = tiny_recipe()
     try:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-import loratune.cli.main
+import loratune.__main__
 from loratune.model.adapter import attach
 from loratune.model.kernels import lora_linear as lora_kernel
 from loratune.training import trainer
@@ -22,7 +22,7 @@ def failed(checks: list[selftest.SelfCheck]) -> set[str]:
 
 
 def test_every_check_passes_here_and_the_exit_code_says_so() -> None:
-    result = CliRunner().invoke(loratune.cli.main.app, ["selftest", "--json"])
+    result = CliRunner().invoke(loratune.__main__.app, ["selftest", "--json"])
     record = json.loads(result.stdout)
     assert result.exit_code == 0, record
     assert record["ok"]
@@ -97,9 +97,9 @@ def test_a_planted_fault_is_noticed(fault: str, monkeypatch: pytest.MonkeyPatch)
 def test_a_failure_is_reported_and_ends_with_1(monkeypatch: pytest.MonkeyPatch) -> None:
     bad = selftest.SelfCheck(name="a [b] = c", difference=0.5, tolerance=1e-4, seconds=0.1, note="RunError: [red]no")
     monkeypatch.setattr(selftest, "selftest", lambda progress: [bad])
-    result = CliRunner().invoke(loratune.cli.main.app, ["selftest"])
+    result = CliRunner().invoke(loratune.__main__.app, ["selftest"])
     assert result.exit_code == 1
     for text in ("a [b] = c", "5.0e-01", "[red]no", "✗", "1 of the checks failed on this machine"):
         assert text in result.output
-    result = CliRunner().invoke(loratune.cli.main.app, ["selftest", "--json"])
+    result = CliRunner().invoke(loratune.__main__.app, ["selftest", "--json"])
     assert (result.exit_code, json.loads(result.stdout)["ok"]) == (1, False)

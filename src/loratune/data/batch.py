@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from loratune.data.examples import Example, LabelledExample
+from loratune.data.rows.row import Origin
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+FILLER = Example(
+    input_ids=np.zeros(2, dtype=np.int32), supervised=np.array([False, True]), origin=Origin(file="filler", line=0)
+)
+"""The example of a micro-batch whose loss is multiplied by zero."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -25,10 +25,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from loratune.recipe import roles
-from loratune.run.progress import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from loratune.run.progress import Progress
 
 Arrays = dict[str, npt.NDArray[Any]]
 

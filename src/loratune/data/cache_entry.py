@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from loratune.data.cache import Arrays
 from loratune.data.examples import Example
 from loratune.data.rows.conversation import Conversation
 from loratune.data.rows.row import Origin
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from loratune.data.cache import Arrays
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

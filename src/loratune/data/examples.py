@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import numpy as np
-import numpy.typing as npt
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
-from loratune.data.rows.row import Origin
+    import numpy as np
+    import numpy.typing as npt
+
+    from loratune.data.rows.row import Origin
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

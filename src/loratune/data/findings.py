@@ -7,26 +7,24 @@ should not be.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from loratune.data.examples import Example
 from loratune.data.masking.policy import trained_turns
 from loratune.data.masking.template import ChatTemplate
-from loratune.data.prompt_checks import PromptCheck, compare_with_prompts, shared_prompts
 from loratune.data.prompts import stop_token_ids
-from loratune.data.rows.conversation import Conversation, Message
-from loratune.data.rows.row import Origin
-from loratune.data.statistics import histogram, scripts
-from loratune.recipe.recipe import DataSection
 from loratune.recipe.roles import TrainOn, trained_roles
-from loratune.run.errors import plural
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
     from transformers import PreTrainedTokenizerBase
+
+    from loratune.data.examples import Example
+    from loratune.data.rows.conversation import Conversation, Message
+    from loratune.data.rows.row import Origin
 
 KINDS = {
     "think_tags": "answers with unbalanced think tags",
@@ -62,47 +60,6 @@ class Finding:
     def as_record(self) -> dict[str, Any]:
         """Return the finding as `data.json` holds it."""
         return {"kind": self.kind, **self.origin.as_record(), "what": self.what}
-
-
-def add_checks(
-    report: dict[str, Any],
-    section: DataSection,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    train: tuple[Sequence[Example], Sequence[Conversation]],
-    evaluation: tuple[Sequence[Example], Sequence[Conversation]],
-) -> None:
-    """Add histograms, scripts, findings, shared prompts and the comparison of prompts to the data report.
-
-    Args:
-        report: The data report; its notices get a line for each kind of finding.
-        section: The recipe's data section.
-        tokenizer: The tokenizer of the base model.
-        train: The examples, and all valid conversations, including those that became no example.
-        evaluation: The same for the held-out data; empty if there is none.
-    """
-    for side, (examples, conversations) in (("train", train), ("eval", evaluation)):
-        if not examples:
-            continue
-        findings = check_conversations(conversations, tokenizer)
-        findings += check_lengths(
-            examples, conversations, tokenizer, train_on=section.train_on, report=report, side=side
-        )
-        part = report[side]
-        part["length"] = {**part["length"], "histogram": histogram([len(example.input_ids) for example in examples])}
-        part["scripts"] = scripts(list(_all_text(conversations)))
-        part["findings"] = [finding.as_record() for finding in findings]
-        report["notices"] += findings_in_words(findings, side)
-    shared = shared_prompts(train[1], evaluation[1])
-    report["shared_prompts"] = [{"eval": one.as_record(), "train": other.as_record()} for one, other in shared]
-    if shared:
-        report["notices"].append(
-            f"{plural(len(shared), 'held-out conversation has', 'held-out conversations have')} the same prompt as a "
-            f"training conversation, with another answer: {places([one for one, _ in shared])}."
-        )
-    asks = section.train_on == "all" or "assistant" in trained_roles(section.train_on)
-    check = compare_with_prompts(*train, tokenizer, thinking=section.thinking) if asks else PromptCheck()
-    report["prompts"] = check.as_record()
 
 
 def check_conversations(conversations: Iterable[Conversation], tokenizer: PreTrainedTokenizerBase) -> list[Finding]:
@@ -251,10 +208,3 @@ def _cut(example: Example, stops: np.ndarray, num_answers: int, train_on: TrainO
     if inside:
         return f"{length}, inside an answer, which loses its stop token"
     return f"{length}: {missing} of {num_answers} answers are missing" if missing > 0 else ""
-
-
-def _all_text(conversations: Sequence[Conversation]) -> Iterator[str]:
-    for conversation in conversations:
-        yield conversation.text or ""
-        for message in conversation.messages:
-            yield message.get("content") or ""

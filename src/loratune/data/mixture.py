@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loratune.data.batch import num_supervised
-from loratune.data.examples import Example
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from loratune.data.examples import Example
 
 
 def held_out_groups(examples: Sequence[Example], report: dict[str, Any]) -> dict[str, list[int]]:

@@ -3,78 +3,32 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal
 
 from loratune.data.cache import Cache, cache_key
 from loratune.data.cache_entry import CachedData, from_arrays, to_arrays
-from loratune.data.examples import Example
-from loratune.data.findings import add_checks
+from loratune.data.findings import check_conversations, check_lengths, findings_in_words, places
 from loratune.data.masking.policy import Policy
 from loratune.data.masking.render import Rendered, render
-from loratune.data.masking.tokens import backend_of
-from loratune.data.prompts import Prompt
+from loratune.data.masking.tokenizer import backend_of
+from loratune.data.prepared import PreparedData
+from loratune.data.prompt_checks import PromptCheck, compare_with_prompts, shared_prompts
 from loratune.data.report import overlap_report, places_by_key, row_notices, row_report, size_report
 from loratune.data.rows.conversation import ROLES, Conversation
 from loratune.data.rows.reading import Reader, ReadSide, apply_policy, held_out_sources, hold_out
-from loratune.data.rows.row import Rejected
-from loratune.recipe.recipe import DataSection, Source
-from loratune.recipe.roles import as_written
+from loratune.data.statistics import histogram, scripts
+from loratune.recipe.roles import as_written, trained_roles
 from loratune.run.errors import DataError, plural
 from loratune.run.progress import NO_PROGRESS, Progress
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
+
     from transformers import PreTrainedTokenizerBase
 
-
-@runtime_checkable
-class Stream(Protocol):
-    """Training examples made on demand, or the reason why a row is not one; see `loratune.data.stream`."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Example | Rejected: ...
-
-    @property
-    def contents(self) -> dict[str, Any]:
-        """Fingerprints of all rows."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PreparedData:
-    """The data of a run.
-
-    Attributes:
-        train: Verified training examples, in the order of the sources; of streamed data, those of a random sample.
-        eval: Verified held-out examples; empty if `data.eval` is `none`.
-        eval_conversations: The conversation of each held-out example.
-        report: The data report: what was read, what it became, and what was left out, as JSON.
-        cached: Whether all of it came from the cache.
-        stream: All training examples, if `train` is only a sample.
-        prompts: The held-out prompts that base and fine-tuned model answer; empty without a metric.
-        forgetting: The examples of `evaluate.forgetting`; empty without it.
-    """
-
-    train: list[Example]
-    eval: list[Example]
-    eval_conversations: list[Conversation]
-    report: dict[str, Any]
-    cached: bool = False
-    stream: Stream | None = None
-    prompts: tuple[Prompt, ...] = ()
-    forgetting: tuple[Example, ...] = ()
-
-    @property
-    def num_examples(self) -> int:
-        """Number of training examples; of streamed data, of rows."""
-        return len(self.train if self.stream is None else self.stream)
-
-    @property
-    def scale(self) -> float:
-        """Number of training examples per example in `train`."""
-        return self.num_examples / len(self.train)
+    from loratune.data.examples import Example
+    from loratune.recipe.recipe import DataSection, Source
 
 
 def prepare_data(
@@ -196,7 +150,7 @@ def assemble_data(
         *absent,
         *row_notices(report, len(train.items), kind="conversation", measure="the held-out loss"),
     ]
-    add_checks(
+    _add_checks(
         report,
         data,
         tokenizer,
@@ -294,3 +248,51 @@ def _side_report(side: ReadSide[Conversation], rendered: Rendered) -> dict[str, 
 
 def _by_role(counts: dict[str, int], what: str) -> dict[str, int]:
     return {role: counts[f"{what} {role}"] for role in ROLES if f"{what} {role}" in counts}
+
+
+def _add_checks(
+    report: dict[str, Any],
+    section: DataSection,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    train: tuple[Sequence[Example], Sequence[Conversation]],
+    evaluation: tuple[Sequence[Example], Sequence[Conversation]],
+) -> None:
+    """Add histograms, scripts, findings, shared prompts and the comparison of prompts to the data report.
+
+    Args:
+        report: The data report; its notices get a line for each kind of finding.
+        section: The recipe's data section.
+        tokenizer: The tokenizer of the base model.
+        train: The examples, and all valid conversations, including those that became no example.
+        evaluation: The same for the held-out data; empty if there is none.
+    """
+    for side, (examples, conversations) in (("train", train), ("eval", evaluation)):
+        if not examples:
+            continue
+        findings = check_conversations(conversations, tokenizer)
+        findings += check_lengths(
+            examples, conversations, tokenizer, train_on=section.train_on, report=report, side=side
+        )
+        part = report[side]
+        part["length"] = {**part["length"], "histogram": histogram([len(example.input_ids) for example in examples])}
+        part["scripts"] = scripts(list(_all_text(conversations)))
+        part["findings"] = [finding.as_record() for finding in findings]
+        report["notices"] += findings_in_words(findings, side)
+    shared = shared_prompts(train[1], evaluation[1])
+    report["shared_prompts"] = [{"eval": one.as_record(), "train": other.as_record()} for one, other in shared]
+    if shared:
+        report["notices"].append(
+            f"{plural(len(shared), 'held-out conversation has', 'held-out conversations have')} the same prompt as a "
+            f"training conversation, with another answer: {places([one for one, _ in shared])}."
+        )
+    asks = section.train_on == "all" or "assistant" in trained_roles(section.train_on)
+    check = compare_with_prompts(*train, tokenizer, thinking=section.thinking) if asks else PromptCheck()
+    report["prompts"] = check.as_record()
+
+
+def _all_text(conversations: Sequence[Conversation]) -> Iterator[str]:
+    for conversation in conversations:
+        yield conversation.text or ""
+        for message in conversation.messages:
+            yield message.get("content") or ""

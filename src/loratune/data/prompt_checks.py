@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from loratune.data.examples import Example
-from loratune.data.masking.policy import Thinking
 from loratune.data.masking.template import ChatTemplate
 from loratune.data.prompts import render_prompts
-from loratune.data.rows.conversation import Conversation
-from loratune.data.rows.row import Origin
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from transformers import PreTrainedTokenizerBase
+
+    from loratune.data.examples import Example
+    from loratune.data.masking.policy import Thinking
+    from loratune.data.rows.conversation import Conversation
+    from loratune.data.rows.row import Origin
 
 PROMPTS_CHECKED = 64
 """Conversations whose prompt is compared with what was trained, spread evenly over the data."""

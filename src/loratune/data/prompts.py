@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from loratune.data.masking.policy import Thinking, check_tool_support, trained_turns, with_thinking
 from loratune.data.masking.special_tokens import special_token_in
 from loratune.data.masking.template import ChatTemplate
-from loratune.data.rows.conversation import BadRow, Conversation, Message, Origin, split_thoughts
-from loratune.run.errors import DataError
+from loratune.data.rows.conversation import Conversation, Message, split_thoughts
+from loratune.run.errors import BadRow, DataError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from transformers import PreTrainedTokenizerBase
+
+    from loratune.data.rows.row import Origin
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,14 +6,16 @@ Conversations and labelled texts share it: a side is a list of items with a key 
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from loratune.data.examples import Example
-from loratune.data.rows.reading import ReadSide
 from loratune.data.rows.row import Origin, Rejected
 from loratune.run.errors import plural
+
+if TYPE_CHECKING:
+    from loratune.data.examples import Example
+    from loratune.data.rows.reading import ReadSide
 
 _SHOWN = 10
 """Lines that a notice names before it counts the rest."""

@@ -19,18 +19,20 @@ import numpy.typing as npt
 from loratune.data.examples import Example
 from loratune.data.masking.policy import Policy
 from loratune.data.masking.renderer import Renderer
-from loratune.data.masking.tokens import backend_of
-from loratune.data.prepare import PreparedData, assemble_data
+from loratune.data.masking.tokenizer import backend_of
+from loratune.data.prepare import assemble_data
 from loratune.data.rows.formats import rename_columns, to_conversations
 from loratune.data.rows.reading import Reader, apply_policy, held_out_sources
 from loratune.data.rows.row import Origin, Rejected, Row
 from loratune.data.rows.tables import Chain, RowTable, can_open, open_table
-from loratune.recipe.recipe import DataSection, Source
 from loratune.run.errors import DataError, plural
-from loratune.run.progress import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from loratune.data.prepared import PreparedData
+    from loratune.recipe.recipe import DataSection, Source
+    from loratune.run.progress import Progress
 
 MANY_ROWS = 100_000
 """Rows from which `data.streaming: auto` streams. Preparing this many chats of 240 tokens takes two cores 17 s."""

@@ -6,10 +6,13 @@ counts, and the BLEU of any selection of answers, such as a resample, is compute
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from sacrebleu.metrics import BLEU
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 ORDER = 4
 Counts = np.ndarray[tuple[int, int], np.dtype[np.float64]]

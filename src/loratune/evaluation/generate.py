@@ -6,16 +6,18 @@ repetition penalty) are not used.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from loratune.model.device import free_memory, is_out_of_memory
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
 
 TOKEN_LIMIT = 16_384
 """The most tokens of one batch, prompts and answers together, without a memory plan."""

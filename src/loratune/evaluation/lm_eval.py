@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from loratune.evaluation.generate import as_generator
 from loratune.evaluation.record import paired_bootstrap
-from loratune.run.directory import Record
 from loratune.run.errors import MachineError, RecipeError, RunError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from peft import PeftModel
+
+    from loratune.run.directory import Record
 
 _CODE_IN_YAML = ("!function", "unsafe_code")
 

@@ -6,16 +6,18 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.table import Table
 from rich.text import Text
 
 from loratune.data.rows.sources import short_names
-from loratune.evaluation.generate import Answer, PromptLike
 from loratune.evaluation.scoring import score
 from loratune.run.errors import plural
+
+if TYPE_CHECKING:
+    from loratune.evaluation.generate import Answer, PromptLike
 
 LEVEL = 0.95
 RESAMPLES = 10_000

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
 from decimal import Decimal
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -11,6 +10,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from loratune.run.errors import DataError, MachineError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+
     from loratune.evaluation.generate import PromptLike
 
 

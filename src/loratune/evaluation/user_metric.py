@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from loratune.run.errors import RecipeError, RunError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 RESERVED_NAMES = ("nll", "perplexity", "none", "bleu")
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.utils.other import get_pattern_key
@@ -15,6 +14,9 @@ from safetensors.torch import load_file
 from loratune.model.adapter.attach import adapter_file
 from loratune.model.adapter.new_tokens import trained_numbers
 from loratune.run.errors import RunError
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 PREFIX = "base_model.model."
 _ROWS = ".token_adapter.trainable_tokens_delta"

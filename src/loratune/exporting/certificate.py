@@ -18,13 +18,14 @@ import torch
 from loratune.data.batch import collate
 from loratune.data.examples import Example
 from loratune.data.prompts import render_prompts, stop_token_ids
-from loratune.data.rows.conversation import Conversation
-from loratune.run.directory import Record
 from loratune.run.errors import RunError
-from loratune.training.loss import SupervisedLoss
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from loratune.data.rows.conversation import Conversation
+    from loratune.run.directory import Record
+    from loratune.training.loss import SupervisedLoss
 
 MAX_POSITIONS = 512
 """The most positions at which distributions are compared: 0.3 GB of log-probabilities for a vocabulary of 150,000."""

@@ -6,14 +6,17 @@ import importlib.metadata
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from loratune.data.prompts import render_prompts
-from loratune.data.rows.conversation import Conversation, Origin
-from loratune.exporting.adapter_matrices import LowRank
+from loratune.data.rows.conversation import Conversation
+from loratune.data.rows.row import Origin
+
+if TYPE_CHECKING:
+    from loratune.exporting.adapter_matrices import LowRank
 
 RenderPrompt = Callable[[Sequence[dict[str, Any]]], str]
 """Renders a conversation as text, up to where the answer begins."""

@@ -10,16 +10,19 @@ import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from safetensors import safe_open
 
-from loratune.exporting.adapter_matrices import LowRank, Replaced
 from loratune.model.safetensors_headers import index_files, stored_name
 from loratune.run.errors import RunError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from loratune.exporting.adapter_matrices import LowRank, Replaced
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _CODES = {

@@ -6,7 +6,6 @@ original on held-out conversations, and refused where the two differ.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,8 @@ from loratune.data.rows.conversation import Conversation
 from loratune.run.errors import RecipeError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
     from transformers import PreTrainedTokenizerBase
 
 # Message texts to probe a template with: found again in its output, since no template writes them itself.

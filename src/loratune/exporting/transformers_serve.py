@@ -10,15 +10,17 @@ from __future__ import annotations
 import re
 import shutil
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import transformers
 
 from loratune.exporting.merge_weights import copy_companions, weight_files
 from loratune.run.errors import RecipeError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
 
 BASE_NAME = "base"
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Collection, Mapping
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from loratune.exporting.adapter_matrices import PREFIX, LowRank
 from loratune.run.errors import RecipeError
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping
+    from pathlib import Path
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """The values that `--max-lora-rank` accepts (vLLM 0.11, `LoRAConfig`)."""

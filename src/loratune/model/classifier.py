@@ -9,10 +9,8 @@ are trained in full too.
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +21,9 @@ from loratune.model.safetensors_headers import read_header, weight_files_of
 from loratune.run.errors import RecipeError
 
 if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator
+    from pathlib import Path
+
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 BY_PEFT = ("classifier", "score")

@@ -9,14 +9,17 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable
 from contextlib import redirect_stderr
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loratune.run.errors import RecipeError, RunError
-from loratune.run.progress import Progress
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from loratune.run.progress import Progress
 
 CACHE_VARIABLE = "LORATUNE_CACHE"
 _MAGIC = b"GGUF"

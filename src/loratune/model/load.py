@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,13 +21,16 @@ from loratune.model.hub import explain_hub_errors, unreachable_errors
 from loratune.model.quantization.checkpoint import comes_packed, dequantize_on_load
 from loratune.model.quantization.kinds import PACKED
 from loratune.model.quantization.quantize import keep_trainable, load_settings
-from loratune.recipe.recipe import ModelSection
 from loratune.run.errors import MachineError, RecipeError
-from loratune.run.progress import Progress
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from loratune.recipe.recipe import ModelSection
+    from loratune.run.progress import Progress
 
 
 HUB_TIMEOUT_SECONDS = 5

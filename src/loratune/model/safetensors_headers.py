@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from loratune.run.errors import RecipeError
+
+if TYPE_CHECKING:
+    from collections.abc import Container, Mapping, Sequence
+
+    from torch import nn
 
 INDEX = "model.safetensors.index.json"
 _TYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}

@@ -5,14 +5,18 @@ Advice changes nothing. Each rule speaks only if it applies; a run that needs no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain
+from typing import TYPE_CHECKING
 
 from loratune.model.adapter.variants import saved_rank, scale_of
-from loratune.planning.advice_facts import AdviceFacts
 from loratune.planning.task import planned_task
 from loratune.recipe.roles import as_written, trained_roles
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from loratune.planning.advice_facts import AdviceFacts
 
 SCHULMAN = "Schulman et al. 2025, LoRA Without Regret, thinkingmachines.ai/blog/lora"
 

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from loratune.data.batch import num_supervised
-from loratune.data.prepare import PreparedData
 from loratune.data.prompts import stop_token_ids
 from loratune.model.load import generation_stops
-from loratune.planning.parts import RunParts
-from loratune.planning.presets import PresetCount, adapts_feed_forward
 from loratune.planning.task import planned_task
-from loratune.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
     from transformers import PreTrainedTokenizerBase
+
+    from loratune.data.prepared import PreparedData
+    from loratune.planning.parts import RunParts
+    from loratune.planning.presets import PresetCount
+    from loratune.recipe.recipe import Recipe
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +75,7 @@ def advice_facts(recipe: Recipe, parts: RunParts, presets: Sequence[PresetCount]
         num_supervised_tokens=round(data.scale * sum(num_supervised(example) for example in data.train)),
         num_cut=sum(finding["kind"] == "cut" for finding in data.report["train"]["findings"]),
         trainable=adapter.parameters.trainable,
-        feed_forward=adapts_feed_forward(adapter.targets, presets),
+        feed_forward=_adapts_feed_forward(adapter.targets, presets),
         architecture=type(model.skeleton).__name__,
         unknown_to_gguf=unknown_to_gguf(adapter.targets) if writes else (),
         stop_token=_stop_token(model.tokenizer, data) if writes else "",
@@ -119,3 +121,10 @@ def _template(name: str) -> str:
     """Return the name as the tables spell it: layers by number, experts as one, no towers of other modalities."""
     name = _EXPERT.sub(".experts.", name.replace("language_model.", ""))
     return _LAYER.sub(".{bid}.", name, count=1)
+
+
+def _adapts_feed_forward(targets: tuple[str, ...], presets: Sequence[PresetCount]) -> bool | None:
+    """Return whether feed-forward matrices are adapted; None if the model has none that is recognized."""
+    by_name = {preset.name: set(preset.targets) for preset in presets}
+    feed_forward = by_name["complete"] - by_name["attention"]
+    return bool(feed_forward & set(targets)) if feed_forward else None

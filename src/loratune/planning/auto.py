@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from loratune.model.device import Choice, choose_dtype
-from loratune.planning.hardware.devices import Device
 from loratune.planning.memory.memory import MemoryPlan, free_bytes
 from loratune.recipe.recipe import Recipe
 from loratune.run import processes
 from loratune.run.errors import RecipeError
+
+if TYPE_CHECKING:
+    from loratune.planning.hardware.devices import Device
 
 NO_LIMIT = 2**31
 """Stands for no limit of an example's tokens."""

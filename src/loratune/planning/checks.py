@@ -23,28 +23,31 @@ import importlib.metadata
 import netrc
 import os
 import shutil
-from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlparse
 
 from packaging.version import Version
 
-from loratune.data.examples import Example
-from loratune.data.prompts import Prompt
 from loratune.data.steps import count_occurrences, num_steps, num_steps_per_epoch, trigger_steps
-from loratune.model.adapter.modules_to_save import FullyTrained
-from loratune.model.adapter.patterns import check_patterns, check_used
+from loratune.model.adapter.pattern_checks import check_patterns, check_used
 from loratune.model.adapter.start_from import check_adapter, locate_adapter
 from loratune.model.adapter.variants import check_ranks, check_variant
-from loratune.model.load import BaseModel
 from loratune.model.quantization.checkpoint import method_of
 from loratune.model.safetensors_headers import check_stored, check_weights
 from loratune.planning.memory.optimizer import OF_BITSANDBYTES, state_bytes
-from loratune.planning.parameters import ParameterCount
-from loratune.recipe.recipe import Recipe, TrainSection
 from loratune.run.errors import DataError, MachineError, RecipeError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from loratune.data.examples import Example
+    from loratune.data.prompts import Prompt
+    from loratune.model.adapter.modules_to_save import FullyTrained
+    from loratune.model.load import BaseModel
+    from loratune.planning.parameters import ParameterCount
+    from loratune.recipe.recipe import Recipe, TrainSection
 
 OTHER_FILES_BYTES = 50 * 2**20
 """Allowance for everything else in a run directory: logs, report, evaluation. An estimate."""

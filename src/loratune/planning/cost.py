@@ -10,13 +10,10 @@ model; measures nothing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loratune.data.batch import num_supervised
-from loratune.data.prepare import PreparedData
-from loratune.data.prompts import Prompt
 from loratune.data.steps import count_occurrences, num_steps, padded_step_tokens, step_tokens
 from loratune.model.device import torch_dtype
 from loratune.planning.memory.adapter import (
@@ -31,10 +28,16 @@ from loratune.planning.memory.encoder import encoder_layer_bytes
 from loratune.planning.memory.inputs import ExecutionSetup, LayerBytes, MemorySettings, ModelSizes, TokenSizes
 from loratune.planning.memory.memory import MemoryPlan, plan_memory
 from loratune.planning.memory.optimizer import state_bytes
-from loratune.planning.parameters import ParameterCount
 from loratune.planning.speed import WorkAmounts, training_flops
 from loratune.planning.task import planned_task
-from loratune.recipe.recipe import Recipe
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from loratune.data.prepared import PreparedData
+    from loratune.data.prompts import Prompt
+    from loratune.planning.parameters import ParameterCount
+    from loratune.recipe.recipe import Recipe
 
 
 def token_sizes(recipe: Recipe, data: PreparedData, prompts: Sequence[Prompt], *, padded: bool = False) -> TokenSizes:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loratune.data.prompts import longest_answer
 from loratune.model.device import Choice, choose_compile, compile_seconds, torch_dtype
@@ -23,15 +23,17 @@ from loratune.planning.cost import (
     token_sizes,
     work_amounts,
 )
-from loratune.planning.hardware.devices import Device
-from loratune.planning.memory.inputs import ExecutionSetup, TokenSizes
-from loratune.planning.memory.memory import MemoryPlan
-from loratune.planning.parts import RunParts
 from loratune.planning.probe import probe
 from loratune.planning.speed import LayerTimings, TimePlan, matmul_rate, plan_time, rates_by_arithmetic
 from loratune.planning.task import StepCosts, planned_task
-from loratune.recipe.recipe import Recipe
 from loratune.run.errors import RecipeError
+
+if TYPE_CHECKING:
+    from loratune.planning.hardware.devices import Device
+    from loratune.planning.memory.inputs import ExecutionSetup, TokenSizes
+    from loratune.planning.memory.memory import MemoryPlan
+    from loratune.planning.parts import RunParts
+    from loratune.recipe.recipe import Recipe
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,9 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import platform
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,7 +14,12 @@ from loratune.model.gguf_import import file_sha256
 from loratune.model.quantization.kinds import package_of
 from loratune.planning.memory.optimizer import OF_BITSANDBYTES
 from loratune.run import processes
-from loratune.run.directory import Record
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from loratune.run.directory import Record
 
 PACKAGES = ("loratune", "torch", "transformers", "trl", "peft", "datasets", "accelerate", "tokenizers", "safetensors")
 

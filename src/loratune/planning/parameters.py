@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -19,8 +18,12 @@ from loratune.model.adapter.modules_to_save import (
 from loratune.model.adapter.target_parameters import resolve_target_parameters, target_parameters_in_words
 from loratune.model.adapter.targets import Matrix, describe_targets, matrix
 from loratune.model.adapter.variants import changes_base, num_trainable
-from loratune.recipe.recipe import LoraSection
 from loratune.run.errors import RecipeError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from loratune.recipe.recipe import LoraSection
 
 BYTES_PER_ADAPTER_PARAMETER = 4
 """Adapters are kept and saved in float32, whatever the type of the base."""

@@ -6,14 +6,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loratune.data.prepare import PreparedData
-from loratune.model.classifier import Classes
 from loratune.model.device import Choice
 from loratune.model.load import BaseModel
-from loratune.planning.parameters import ParameterCount
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from loratune.data.prepared import PreparedData
+    from loratune.model.classifier import Classes
+    from loratune.planning.parameters import ParameterCount
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from loratune.data.batch import num_supervised
 from loratune.data.mixture import mixture
-from loratune.data.prepare import PreparedData
 from loratune.model.adapter.start_from import adapter_fingerprint
-from loratune.model.device import Choice
-from loratune.planning.advice import Advice
-from loratune.planning.hardware.devices import Device
 from loratune.planning.lock import examples_fingerprint, make_lock, model_fingerprint, text_fingerprint
-from loratune.planning.memory.memory import MemoryPlan
-from loratune.planning.parts import RunAdapter, RunModel
-from loratune.planning.presets import PresetPlan
-from loratune.planning.scaling import Scaling
 from loratune.planning.speed import StepProbe, TimePlan, with_probe
 from loratune.planning.task import planned_task
-from loratune.recipe.recipe import Recipe
 from loratune.run import processes
-from loratune.run.directory import Record
+
+if TYPE_CHECKING:
+    from loratune.data.prepared import PreparedData
+    from loratune.model.device import Choice
+    from loratune.planning.advice import Advice
+    from loratune.planning.hardware.devices import Device
+    from loratune.planning.memory.memory import MemoryPlan
+    from loratune.planning.parts import RunAdapter, RunModel
+    from loratune.planning.presets import PresetPlan
+    from loratune.planning.scaling import Scaling
+    from loratune.recipe.recipe import Recipe
+    from loratune.run.directory import Record
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

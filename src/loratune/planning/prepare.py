@@ -8,13 +8,12 @@ come first.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from loratune.data.examples import Example
-from loratune.data.prepare import PreparedData, prepare_data
+from loratune.data.prepare import prepare_data
 from loratune.data.steps import num_steps
 from loratune.evaluation.scoring import check_metric, check_references
 from loratune.model.adapter.new_tokens import add_new_tokens, num_added_parameters, resize_embeddings, unseen_tokens
@@ -53,8 +52,8 @@ from loratune.planning.checks import (
     check_vocabulary,
 )
 from loratune.planning.estimate import Estimate, estimate
-from loratune.planning.hardware.cluster import Cluster
 from loratune.planning.hardware.devices import Device, device_notes
+from loratune.planning.lock import examples_fingerprint
 from loratune.planning.memory.inputs import ExecutionSetup
 from loratune.planning.memory.memory import resident_bytes
 from loratune.planning.memory.quantized import check_device_can_quantize, quantization_notes, quantized_setup
@@ -67,7 +66,15 @@ from loratune.planning.task import planned_task
 from loratune.recipe.recipe import Recipe
 from loratune.recipe.tasks import require_processes
 from loratune.run import processes
-from loratune.run.progress import Progress
+from loratune.run.errors import RecipeError, RunError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from loratune.data.examples import Example
+    from loratune.data.prepared import PreparedData
+    from loratune.planning.hardware.cluster import Cluster
+    from loratune.run.progress import Progress
 
 
 def prepare(
@@ -110,6 +117,32 @@ def prepare(
         estimate=costs,
         notes=plan_notes(effective, parts, costs, presets, num_devices=1 if cluster is None else cluster.size),
     )
+
+
+def prepare_on_all_ranks(recipe: Recipe, progress: Progress) -> Preparation:
+    """Run `prepare` on every rank. Rank 0 goes first: it decides what `auto` becomes, and fills the cache of examples.
+
+    Raises:
+        RunError: The ranks see different data.
+        LoratuneError: As `prepare`.
+    """
+    if processes.size() == 1:
+        return prepare(recipe, progress)
+    if recipe.train.engine == "trl":
+        raise RecipeError("train.engine is trl, which trains in one process here", fix="train.engine=fast")
+    require_processes(recipe, "training in several processes")
+    if processes.is_main():
+        prepared = prepare(recipe, progress)
+        processes.store_set("recipe", prepared.recipe.model_dump_json())
+    else:
+        prepared = prepare(Recipe.parse(json.loads(processes.store_wait("recipe"))), progress)
+    seen = processes.gather([examples_fingerprint(examples) for examples in (prepared.data.train, prepared.data.eval)])
+    if seen[processes.rank()] != seen[0]:
+        raise RunError(
+            f"process {processes.rank()} does not see the same examples as process 0",
+            fix="put the same files at the same paths on all machines",
+        )
+    return prepared
 
 
 def resolve_model(

@@ -5,20 +5,23 @@ Memory and time are those of `estimate` for the recipe's own targets, with the f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
-from loratune.data.prepare import PreparedData
 from loratune.model.adapter.targets import describe_targets, resolve_targets
 from loratune.planning.cost import run_flops, run_memory
-from loratune.planning.estimate import Estimate
 from loratune.planning.parameters import ParameterCount, count_parameters
 from loratune.recipe.recipe import TARGET_PRESETS, LoraSection, Recipe
-from loratune.run.directory import Record
 from loratune.run.errors import MachineError, RecipeError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import nn
+
+    from loratune.data.prepared import PreparedData
+    from loratune.planning.estimate import Estimate
+    from loratune.run.directory import Record
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,10 +119,3 @@ def plan_preset(
     clock = estimated.time
     seconds = clock.train_seconds * run_flops(recipe, config, model, count.parameters, data) / clock.flops
     return PresetPlan(count=count, peak_bytes=peak, train_seconds=seconds)
-
-
-def adapts_feed_forward(targets: tuple[str, ...], presets: Sequence[PresetCount]) -> bool | None:
-    """Return whether feed-forward matrices are adapted; None if the model has none that is recognized."""
-    by_name = {preset.name: set(preset.targets) for preset in presets}
-    feed_forward = by_name["complete"] - by_name["attention"]
-    return bool(feed_forward & set(targets)) if feed_forward else None

@@ -9,11 +9,9 @@ steps instead (`workflows.plan`).
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from loratune.model.adapter.attach import attach_adapter, use_fast_layers
@@ -23,8 +21,14 @@ from loratune.model.device import is_out_of_memory
 from loratune.model.kernels.attention import PACKED, PackingUnsupportedError, register
 from loratune.model.kernels.cross_entropy import Head, chunk_rows, cross_entropy_per_token, sum_cross_entropy
 from loratune.planning.speed import LayerTimings, best_seconds
-from loratune.recipe.recipe import LoraSection, Variant
 from loratune.run.errors import RecipeError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from peft import PeftModel
+
+    from loratune.recipe.recipe import LoraSection, Variant
 
 LAYERS = 2
 """Layers of the timed model."""

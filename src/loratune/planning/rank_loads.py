@@ -5,12 +5,15 @@ Uses the function that training uses (`data.steps.EpochPlan`). Called by `scalin
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from loratune.data.steps import EpochPlan, num_steps
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 MAX_SIMULATED_STEPS = 2000
 """The most steps of the first epoch that are simulated. An epoch is shuffled, so these represent the others."""

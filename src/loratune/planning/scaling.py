@@ -17,24 +17,27 @@ for every run, `scale` for `plan --devices`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from loratune.data.prepare import PreparedData
 from loratune.model.device import Choice, torch_dtype
 from loratune.planning.cost import run_memory, sharded_parameters
-from loratune.planning.estimate import Estimate
-from loratune.planning.hardware.cluster import Cluster
 from loratune.planning.hardware.communication import Rank, all_reduce_seconds, hiding_tokens, unhidden_gather_seconds
 from loratune.planning.hardware.interconnect import LINK_EFFICIENCY, Fabric, Link
-from loratune.planning.memory.inputs import ExecutionSetup
-from loratune.planning.memory.memory import MemoryPlan
-from loratune.planning.parameters import ParameterCount
 from loratune.planning.rank_loads import RankLoads, SimulatedSteps, simulate_loads
 from loratune.planning.speed import EAGER_EFFICIENCY
-from loratune.recipe.recipe import Recipe
 from loratune.run.errors import MachineError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from loratune.data.prepared import PreparedData
+    from loratune.planning.estimate import Estimate
+    from loratune.planning.hardware.cluster import Cluster
+    from loratune.planning.memory.inputs import ExecutionSetup
+    from loratune.planning.memory.memory import MemoryPlan
+    from loratune.planning.parameters import ParameterCount
+    from loratune.recipe.recipe import Recipe
 
 Strategy = Literal["ddp", "fsdp"]
 

@@ -10,11 +10,14 @@ Called by `estimate`. Knows no model and no recipe; times matrix products, and n
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
 
 EAGER_EFFICIENCY = 0.42
 """The fraction of the matmul rate that an uncompiled step reaches; the rest is element-wise work, attention and smaller

@@ -12,7 +12,7 @@ if TYPE_CHECKING:  # heavy: recipes are checked by their task before torch is ne
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from loratune.data.examples import Example
-    from loratune.data.prepare import PreparedData
+    from loratune.data.prepared import PreparedData
     from loratune.data.prompts import Prompt
     from loratune.model.classifier import Classes
     from loratune.model.device import Choice

@@ -6,19 +6,7 @@ import re
 from typing import Any
 
 from loratune.recipe.roles import as_written
-
-
-class Contradiction(ValueError):
-    """Settings that contradict each other; a `ValueError`, since pydantic collects these.
-
-    Args:
-        problem: The settings by their full names, and their values.
-        fix: What the user can do about it.
-    """
-
-    def __init__(self, problem: str, *, fix: str) -> None:
-        super().__init__(problem)
-        self.fix = fix
+from loratune.recipe.sections.base import Contradiction
 
 
 def check_regular_expressions(name: str, value: dict[str, Any]) -> dict[str, Any]:

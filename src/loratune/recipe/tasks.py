@@ -22,7 +22,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, GetJsonSchemaHandler
 from pydantic_core import CoreSchema
 
-from loratune.recipe.checks import Contradiction
+from loratune.recipe.sections.base import Contradiction
 from loratune.run.errors import RecipeError
 
 TASKS = {

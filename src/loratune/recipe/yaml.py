@@ -9,8 +9,7 @@ from typing import Any
 import yaml
 
 from loratune.recipe.validation_errors import shown
-from loratune.run.errors import RecipeError
-from loratune.run.secrets import find_secret
+from loratune.run.errors import RecipeError, find_secret
 
 
 class _Loader(yaml.SafeLoader):

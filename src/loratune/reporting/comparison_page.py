@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from itertools import accumulate
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
@@ -24,8 +24,10 @@ from loratune.reporting.units import (
 )
 from loratune.reporting.word_diff import unmarked
 from loratune.run.errors import plural
-from loratune.run.records.evaluation import EvaluationRecord, Item
-from loratune.run.records.metrics import StepLine
+
+if TYPE_CHECKING:
+    from loratune.run.records.evaluation import EvaluationRecord, Item
+    from loratune.run.records.metrics import StepLine
 
 MAX_SAMPLES = 20
 _NOT_SETTINGS = ("train.output_dir",)

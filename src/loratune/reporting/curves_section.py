@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 from loratune.data.rows.sources import short_names
 from loratune.reporting.blocks import Block, Chart, Charts
 from loratune.reporting.charts import NUM_COLOURS, Series, describe_series, draw_lines
-from loratune.reporting.run_files import RunFiles
 from loratune.run.errors import plural
-from loratune.run.records.metrics import StepLine
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from loratune.reporting.run_files import RunFiles
+    from loratune.run.records.metrics import StepLine
 
 
 def curves(files: RunFiles) -> Iterator[Block]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 from loratune.reporting.blocks import Block, Chart, Charts, Fold, Items, Paragraph, Table
 from loratune.reporting.charts import draw_histogram
-from loratune.reporting.run_files import RunFiles
 from loratune.reporting.samples_section import last_part, place_of
 from loratune.run.errors import plural
 from loratune.run.records.data import DataRecord, SideReport, SourceRead, SplitOff
+
+if TYPE_CHECKING:
+    from loratune.reporting.run_files import RunFiles
 
 _MAX_LINES = 20
 

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Sequence
 from functools import cache
 from importlib.resources import files as resources
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from loratune.reporting.blocks import Page
 from loratune.reporting.comparison_page import comparison_page
 from loratune.reporting.run_files import read_run
 from loratune.reporting.run_page import run_page
 from loratune.run.directory import RunDir, write_text
 from loratune.run.errors import RecipeError
-from loratune.run.progress import Progress
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from loratune.reporting.blocks import Page
+    from loratune.run.progress import Progress
 
 
 def report(root: str | Path, out: str | Path | None = None) -> Path:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -17,6 +16,9 @@ from loratune.run.records.evaluation import ComparisonRecord, EvaluationRecord
 from loratune.run.records.files import read_record
 from loratune.run.records.lock import LockRecord
 from loratune.run.records.plan import PlanRecord
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 _PLACEHOLDER = "path/of/this/folder"
 

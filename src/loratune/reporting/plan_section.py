@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from loratune.reporting.blocks import Block, Chart, Charts, Code, Paragraph, Table
 from loratune.reporting.charts import Bar, draw_bars
-from loratune.reporting.run_files import RunFiles
 from loratune.reporting.units import as_bytes, as_duration, as_ratio
-from loratune.run.records.plan import Measured, Memory, PlanRecord
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from loratune.reporting.run_files import RunFiles
+    from loratune.run.records.plan import Measured, Memory, PlanRecord
 
 Row = tuple[str, str, str, str]
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
 
 from loratune.data.rows.sources import short_names
 from loratune.reporting.blocks import Block, Chart, Charts, Paragraph, Table
 from loratune.reporting.charts import Bar, draw_bars
-from loratune.reporting.run_files import RunFiles
-from loratune.reporting.task import ReportedTask
 from loratune.reporting.units import (
     as_difference,
     as_interval,
@@ -18,7 +16,13 @@ from loratune.reporting.units import (
     measure_in_words,
 )
 from loratune.run.errors import plural
-from loratune.run.records.evaluation import ComparisonRecord, DifferenceRecord, EvaluationRecord, GateResult
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from loratune.reporting.run_files import RunFiles
+    from loratune.reporting.task import ReportedTask
+    from loratune.run.records.evaluation import ComparisonRecord, DifferenceRecord, EvaluationRecord, GateResult
 
 _AXES = {"bleu": "BLEU, higher is better", "accuracy": "% of texts, higher is better", "f1": "%, higher is better"}
 _OTHER_DATA = {"nll": "loss, nats per token", "perplexity": "perplexity"}

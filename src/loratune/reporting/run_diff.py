@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from loratune.run.directory import Record, RunDir
 from loratune.run.records.data import DataRecord, SideReport, SourceRead
 from loratune.run.records.evaluation import EvaluationRecord
 from loratune.run.records.files import read_metrics, read_record
 from loratune.run.records.lock import Fingerprints, Inputs, LockRecord
 from loratune.run.records.metrics import EvaluationLine, StepLine
 from loratune.run.records.plan import PlanRecord
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from loratune.run.directory import Record, RunDir
 
 GROUPS = ("settings", "model", "template", "data", "mask", "adapter", "versions", "machine", "results")
 

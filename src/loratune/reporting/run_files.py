@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel
 
@@ -22,6 +20,10 @@ from loratune.run.records.lock import LockRecord
 from loratune.run.records.metrics import EvaluationLine, EventLine, StepLine, parse_metrics_line
 from loratune.run.records.plan import PlanRecord
 from loratune.run.records.preview import PreviewRecord
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
 
 Line = StepLine | EvaluationLine | EventLine
 AnyRecord = TypeVar("AnyRecord", bound=BaseModel)

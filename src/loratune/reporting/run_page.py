@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import yaml
 from pydantic import BaseModel
@@ -27,13 +26,17 @@ from loratune.reporting.curves_section import curves
 from loratune.reporting.data_section import data
 from loratune.reporting.plan_section import planned_and_actual, planned_train_seconds
 from loratune.reporting.result_section import result
-from loratune.reporting.run_files import RunFiles
 from loratune.reporting.samples_section import failures, last_part, samples
 from loratune.reporting.units import as_bytes, as_duration, as_measure, measure_in_words
 from loratune.run.errors import plural
-from loratune.run.records.certificate import CertificateRecord
-from loratune.run.records.lock import Inputs, LockRecord
-from loratune.run.records.preview import PreviewPiece
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from loratune.reporting.run_files import RunFiles
+    from loratune.run.records.certificate import CertificateRecord
+    from loratune.run.records.lock import Inputs, LockRecord
+    from loratune.run.records.preview import PreviewPiece
 
 Built = TypeVar("Built")
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from loratune.reporting.blocks import AnswerText, Block, Paragraph, Sample
-from loratune.reporting.run_files import RunFiles
-from loratune.reporting.task import ReportedTask
 from loratune.reporting.units import is_graded
 from loratune.reporting.word_diff import mark_differences, unmarked
 from loratune.run.errors import plural
-from loratune.run.records.data import Place
-from loratune.run.records.evaluation import AnswerRecord, Item
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from loratune.reporting.run_files import RunFiles
+    from loratune.reporting.task import ReportedTask
+    from loratune.run.records.base import Place
+    from loratune.run.records.evaluation import AnswerRecord, Item
 
 MAX_SAMPLES = 20
 MAX_FAILURES = 100

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from loratune.recipe.roles import as_written, roles_in_words
 from loratune.recipe.tasks import TASKS, load_task
-from loratune.run.records.evaluation import EvaluationRecord
-from loratune.run.records.lock import LockRecord
-from loratune.run.records.plan import PlannedData
+
+if TYPE_CHECKING:
+    from loratune.run.records.evaluation import EvaluationRecord
+    from loratune.run.records.lock import LockRecord
+    from loratune.run.records.plan import PlannedData
 
 
 class ReportedTask:

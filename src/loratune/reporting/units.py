@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from loratune.run.records.evaluation import DifferenceRecord
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from loratune.run.records.evaluation import DifferenceRecord
 
 
 def as_bytes(number: float) -> str:

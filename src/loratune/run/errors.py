@@ -1,4 +1,4 @@
-"""The errors that loratune raises on purpose.
+"""The errors that loratune raises on purpose, and the secrets that none of them may show.
 
     LoratuneError                 exit code
     ├── RecipeError                   2      a setting is unknown, of the wrong type, or contradicts another
@@ -14,10 +14,16 @@ user is a bug in loratune.
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 
-from loratune.run.secrets import without_secrets
-
+_IN_ADDRESS = re.compile(r"(?<=://)[^\s/@]+(?=@)")
+_HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
+_SECRET_NAME = re.compile(r"(^|_)(TOKEN|API_?KEY|SECRET|PASSWORD|PASSWD|ACCESS_KEY)(_|$)")
+_SHORTEST = 8
+"""Minimum characters of a secret value; a shorter one may be any word."""
+HIDDEN = "•••"
 MAX_TEXT_LENGTH = 2000
 """Maximum characters of an error text, which may quote a row of many megabytes."""
 
@@ -109,6 +115,13 @@ class Terminated(Interrupted):
     exit_code = 143
 
 
+class BadRow(Exception):
+    """A row cannot be trained on, for the reason given; whoever reads the rows leaves it out or raises `DataError`."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(printable(reason))
+
+
 def plural(number: int, one: str, many: str = "") -> str:
     """Return a number with its noun: 1 step; 2,000 steps.
 
@@ -118,3 +131,37 @@ def plural(number: int, one: str, many: str = "") -> str:
         many: The plural, "rows were left out"; default: the singular with an s.
     """
     return f"{number:,} {one if number == 1 else many or one + 's'}"
+
+
+# ---- secrets: passwords in URLs, Hub tokens by their form, and the values of environment variables whose names say so
+
+
+def find_secret(text: str) -> tuple[int, str] | None:
+    """Return the position of the first secret in a text and what it is, without the secret itself."""
+    for pattern, what in ((_IN_ADDRESS, "a password or token in a URL"), (_HUB_TOKEN, "a Hub token")):
+        match = pattern.search(text)
+        if match:
+            return match.start(), what
+    for name, value in _in_environment():
+        place = text.find(value)
+        if place >= 0:
+            return place, f"the value of {name}"
+    return None
+
+
+def without_secrets(text: str) -> str:
+    """Return a text with every known secret hidden."""
+    text = _HUB_TOKEN.sub(HIDDEN, _IN_ADDRESS.sub(HIDDEN, text))
+    for _, value in _in_environment():
+        text = text.replace(value, HIDDEN)
+    return text
+
+
+def _in_environment() -> list[tuple[str, str]]:
+    """Return name and value of each environment variable that is a secret, the longest value first."""
+    found = [
+        (name, value)
+        for name, value in os.environ.items()
+        if len(value) >= _SHORTEST and _SECRET_NAME.search(name.upper())
+    ]
+    return sorted(found, key=lambda pair: -len(pair[1]))

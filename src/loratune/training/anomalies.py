@@ -12,20 +12,22 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from loratune.data.examples import Example
-from loratune.recipe.recipe import TrainSection
 from loratune.run import processes
-from loratune.run.directory import Record
 from loratune.run.errors import RunError
-from loratune.training.event_log import EventLog, History
 from loratune.training.held_out_loss import loss_of_each
-from loratune.training.loss import SupervisedLoss
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from transformers import PreTrainedTokenizerBase
+
+    from loratune.data.examples import Example
+    from loratune.recipe.recipe import TrainSection
+    from loratune.run.directory import Record
+    from loratune.training.event_log import EventLog, History
+    from loratune.training.loss import SupervisedLoss
 
 WINDOW = 50
 """Number of preceding steps that a loss is compared with."""

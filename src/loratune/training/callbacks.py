@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
 from loratune.model.device import peak_bytes
-from loratune.run.directory import RunDir
-from loratune.run.progress import Progress, ProgressTask
-from loratune.training.event_log import StepMetrics
-from loratune.training.signals import StopRequest
+
+if TYPE_CHECKING:
+    from loratune.run.directory import RunDir
+    from loratune.run.progress import Progress, ProgressTask
+    from loratune.training.event_log import StepMetrics
+    from loratune.training.signals import StopRequest
 
 
 class RunCallback(TrainerCallback):

@@ -19,9 +19,7 @@ import math
 import os
 import random
 import shutil
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -31,11 +29,16 @@ from safetensors.torch import load_file, save_file
 from loratune.data.steps import trigger_steps
 from loratune.model.adapter.modules_to_save import with_copies, without_copies
 from loratune.model.gguf_import import file_sha256
-from loratune.recipe.recipe import TrainSection
 from loratune.run.directory import RunDir, cannot_write
 from loratune.run.errors import MachineError, RunError
-from loratune.run.progress import Progress
 from loratune.training.token_budget import random_state, set_random_state
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator, Mapping, Sequence
+    from pathlib import Path
+
+    from loratune.recipe.recipe import TrainSection
+    from loratune.run.progress import Progress
 
 TRAINER_STATE = "trainer_state.json"
 _ADAPTER, _OPTIMIZER, _RANDOM = "adapter_model.safetensors", "optimizer.safetensors", "random.safetensors"

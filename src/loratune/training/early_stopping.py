@@ -7,10 +7,13 @@ stops where the uninterrupted one would have, and all ranks stop at the same ste
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-from loratune.recipe.recipe import TrainSection
-from loratune.training.event_log import EventLog, History
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from loratune.recipe.recipe import TrainSection
+    from loratune.training.event_log import EventLog, History
 
 EVENT = "early_stopping"
 

@@ -16,13 +16,16 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loratune.run import processes
-from loratune.run.directory import Record, RunDir
-from loratune.run.progress import Progress
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from loratune.run.directory import Record, RunDir
+    from loratune.run.progress import Progress
 
 
 @dataclass(slots=True)

@@ -18,26 +18,29 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils.data import DataLoader
 from transformers import PrinterCallback, TrainingArguments
 
-from loratune.data.batch import collate
-from loratune.data.examples import Example
-from loratune.data.rows.conversation import Rejected
+from loratune.data.batch import FILLER, collate
 from loratune.run import processes
 from loratune.run.errors import LoratuneError
 from loratune.run.progress import NoProgress
-from loratune.training.fsdp import FILLER
 from loratune.training.gradient_sync import StepTotals, all_reduce_gradients, seed_step
 from loratune.training.held_out_loss import evaluate_nll
 from loratune.training.hf_arguments import own_optimizer, training_arguments
 from loratune.training.step_dataset import HeldOutDataset, StepExamples
 from loratune.training.token_budget import random_state, set_random_state
 from loratune.training.trainer import RunTrainer, TrainerSetup
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from torch.utils.data import DataLoader
+
+    from loratune.data.examples import Example
+    from loratune.data.rows.row import Rejected
 
 
 class FastTrainer(RunTrainer):

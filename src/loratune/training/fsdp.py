@@ -5,29 +5,26 @@ without sharding (`gradient_sync`), so that a step stays the same step; the othe
 outside of any module's forward.
 
 Gathering a layer needs all ranks. So all of them must call the model equally often: a rank with fewer micro-batches
-calls it with `FILLER`, and none may restart with smaller micro-batches, or give up halfway, on its own.
+calls it with `data.batch.FILLER`, and none may restart with smaller micro-batches, or give up halfway, on its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
-from peft import PeftModel
 
-from loratune.data.examples import Example
-from loratune.data.rows.conversation import Origin
-from loratune.recipe.recipe import Recipe
 from loratune.run import processes
 from loratune.training.layers import decoder_layers
 from loratune.training.packing_support import decoder_of
 
-FILLER = Example(
-    input_ids=np.zeros(2, dtype=np.int32), supervised=np.array([False, True]), origin=Origin(file="filler", line=0)
-)
-"""The example of a micro-batch whose loss is multiplied by zero."""
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from peft import PeftModel
+
+    from loratune.recipe.recipe import Recipe
 
 
 def is_sharded(recipe: Recipe) -> bool:

@@ -9,21 +9,26 @@ weights, so one message at the end costs little.
 from __future__ import annotations
 
 import signal
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from peft import PeftModel
 
 from loratune.data.batch import num_supervised
-from loratune.data.rows.conversation import Rejected
 from loratune.run import processes
 from loratune.run.errors import RunError
-from loratune.training.event_log import EventLog
-from loratune.training.loss_by_source import PerSourceLoss
-from loratune.training.signals import StopRequest
-from loratune.training.step_dataset import StepExamples
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from peft import PeftModel
+
+    from loratune.data.rows.row import Rejected
+    from loratune.training.event_log import EventLog
+    from loratune.training.loss_by_source import PerSourceLoss
+    from loratune.training.signals import StopRequest
+    from loratune.training.step_dataset import StepExamples
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

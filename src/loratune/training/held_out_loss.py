@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
-from loratune.data.batch import collate, num_supervised
-from loratune.data.examples import Example
+from loratune.data.batch import FILLER, collate, num_supervised
 from loratune.run import processes
 from loratune.run.errors import RunError
-from loratune.run.progress import Progress
-from loratune.training.event_log import EventLog
-from loratune.training.fsdp import FILLER
-from loratune.training.loss import SupervisedLoss
-from loratune.training.signals import StopRequest
-from loratune.training.token_budget import TokenBudget
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from loratune.data.examples import Example
+    from loratune.run.progress import Progress
+    from loratune.training.event_log import EventLog
+    from loratune.training.loss import SupervisedLoss
+    from loratune.training.signals import StopRequest
+    from loratune.training.token_budget import TokenBudget
 
 Nll = list[tuple[float, int]]
 """For each held-out example: the sum of -log p over its supervised tokens, in nats, and the number of these tokens."""

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from loratune.data.examples import Example
-from loratune.data.prepare import Stream
 from loratune.data.steps import num_steps
 from loratune.recipe.recipe import DECAY_FRACTION, TrainSection
-from loratune.run.directory import RunDir
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from loratune.data.examples import Example
+    from loratune.data.prepared import Stream
+    from loratune.run.directory import RunDir
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,12 +6,15 @@ evaluation and generation, where compiling once more would cost more than it gai
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModel
 from torch.utils.checkpoint import checkpoint
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from peft import PeftModel
 
 
 def prepare_layers(model: PeftModel, *, compiled: bool, num_recomputed: int) -> None:

@@ -13,13 +13,11 @@ Shapes: T tokens of a micro-batch, S of them supervised, H hidden width, V vocab
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from peft import PeftModel
 
 from loratune.data.batch import MicroBatch, collate
 from loratune.data.examples import Example
@@ -28,8 +26,14 @@ from loratune.model.adapter.modules_to_save import head_weights
 from loratune.model.kernels.attention import PACKED, PackingUnsupportedError, record_mask_only_windows, register
 from loratune.model.kernels.cross_entropy import Head, cross_entropy_per_token, head_logits, sum_cross_entropy
 from loratune.run.errors import RunError
-from loratune.training.neftune import EmbeddingNoise
 from loratune.training.packing_support import decoder_of, longest_packed, obstacle
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from peft import PeftModel
+
+    from loratune.training.neftune import EmbeddingNoise
 
 CHECK_TOKENS = 24
 """Tokens of each of the two examples on which the fast path is compared with the plain one."""

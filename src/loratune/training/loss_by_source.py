@@ -8,14 +8,18 @@ Shapes: S supervised tokens of a micro-batch, G sources.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from loratune.data.batch import num_supervised
-from loratune.data.examples import Example
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from loratune.data.examples import Example
 
 
 @dataclass(frozen=True, slots=True)

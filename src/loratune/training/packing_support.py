@@ -7,11 +7,13 @@ shows on longer examples. Both can be read from the model's structure, and are h
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedModel
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
 
 _STATES = ("linear_attention", "conv", "mamba", "hybrid")
 """Layer types that pass a state from token to token, by the names of transformers' `ALLOWED_LAYER_TYPES`."""

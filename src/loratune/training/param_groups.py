@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from loratune.model.adapter.patterns import module_of, pattern_of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import nn
 
 
 def scale_b_learning_rate(optimizer: Any, model: nn.Module, ratio: float) -> None:

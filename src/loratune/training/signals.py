@@ -5,14 +5,18 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from types import FrameType
+from typing import TYPE_CHECKING
 
 from loratune.run import processes
-from loratune.run.directory import RunDir
 from loratune.run.errors import Interrupted, Terminated
-from loratune.run.progress import Progress
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+    from types import FrameType
+
+    from loratune.run.directory import RunDir
+    from loratune.run.progress import Progress
 
 ONE_STOP_SECONDS = 3.0
 """Signals within this time count as one: each of several processes gets Ctrl-C from the terminal and from torchrun."""

@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from loratune.data.examples import Example
-from loratune.data.prepare import Stream
-from loratune.data.rows.conversation import Rejected
+from loratune.data.prepared import Stream
+from loratune.data.rows.row import Rejected
 from loratune.data.steps import assign_to_ranks, epoch_order, num_steps_per_epoch, step_examples
-from loratune.recipe.recipe import TrainSection
 from loratune.run import processes
 from loratune.run.errors import LoratuneError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from loratune.recipe.recipe import TrainSection
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,18 +7,21 @@ the masks differ but have the same distribution, since they are drawn per micro-
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
-from loratune.data.examples import Example
 from loratune.data.steps import pack
 from loratune.model.device import free_memory, is_out_of_memory
 from loratune.run import processes
 from loratune.run.errors import MachineError
-from loratune.training.event_log import EventLog
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+    from loratune.data.examples import Example
+    from loratune.training.event_log import EventLog
 
 T = TypeVar("T")
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import TensorBoardCallback, get_reporting_integration_callbacks
 
-from loratune.run.directory import RunDir
-from loratune.training.event_log import EventLog
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from loratune.run.directory import RunDir
+    from loratune.training.event_log import EventLog
 
 
 class Trackers(TrainerCallback):

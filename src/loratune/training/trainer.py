@@ -13,21 +13,16 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from peft import PeftModel
 from transformers import Trainer, TrainerCallback, TrainerState
 
 from loratune.model.device import is_out_of_memory
-from loratune.recipe.recipe import TrainSection
 from loratune.run import processes
 from loratune.run.directory import RunDir, write_json
 from loratune.run.errors import MachineError
-from loratune.run.progress import Progress
 from loratune.training.anomalies import AnomalyGuard
 from loratune.training.checkpoint import (
     TRAINER_STATE,
@@ -42,17 +37,24 @@ from loratune.training.early_stopping import Patience
 from loratune.training.event_log import EventLog, History, StepMetrics
 from loratune.training.gradient_sync import check_ranks_agree
 from loratune.training.held_out_loss import EvaluationStoppedError, Nll, evaluate_on_all_ranks, mean_nll
-from loratune.training.hf_arguments import TrainingData
-from loratune.training.loss import SupervisedLoss
 from loratune.training.loss_by_source import PerSourceLoss
 from loratune.training.param_groups import apply_learning_rate_pattern, scale_b_learning_rate
-from loratune.training.signals import StopRequest
 from loratune.training.step_dataset import StepDataset, StepExamples
 from loratune.training.token_budget import TokenBudget
 from loratune.training.trackers import Trackers
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import torch
+    from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
+
+    from loratune.recipe.recipe import TrainSection
+    from loratune.run.progress import Progress
+    from loratune.training.hf_arguments import TrainingData
+    from loratune.training.loss import SupervisedLoss
+    from loratune.training.signals import StopRequest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,11 +12,14 @@ from datasets.utils.logging import disable_progress_bar, enable_progress_bar, is
 from transformers import LlamaConfig, LlamaForCausalLM
 from trl import SFTConfig, SFTTrainer
 
-from loratune.data.examples import Example
 from loratune.run.errors import RecipeError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from loratune.data.examples import Example
 
 
 def check_trl_can_train(causal_lm: PreTrainedModel) -> None:

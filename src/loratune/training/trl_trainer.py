@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils.data import Sampler
 from transformers import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
-from loratune.data.prepare import Stream
+from loratune.data.prepared import Stream
 from loratune.model.adapter.attach import trainable_parameters
 from loratune.training.hf_arguments import own_optimizer, trl_arguments
 from loratune.training.step_dataset import ExampleOrder
 from loratune.training.trainer import RunTrainer, TrainerSetup
 from loratune.training.trl_dataset import with_label_ids
+
+if TYPE_CHECKING:
+    from torch.utils.data import Sampler
 
 
 class TrlTrainer(RunTrainer, SFTTrainer):

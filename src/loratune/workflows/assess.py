@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import contextmanager
-
-from peft import PeftModel
+from typing import TYPE_CHECKING
 
 from loratune.data.mixture import held_out_groups
 from loratune.evaluation.record import nll_record
-from loratune.evaluation.user_metric import UserMetric
 from loratune.model.device import is_out_of_memory
-from loratune.planning.preparation import Preparation
 from loratune.run import processes
-from loratune.run.directory import Record, RunDir
 from loratune.run.errors import MachineError
-from loratune.run.progress import Progress
 from loratune.run.records.evaluation import EvaluationRecord
 from loratune.run.records.files import write_record
 from loratune.training.event_log import EventLog, History
-from loratune.training.held_out_loss import Nll
-from loratune.training.loss import SupervisedLoss
 from loratune.training.token_budget import TokenBudget
 from loratune.workflows.final_adapter import describe_final_adapter
 from loratune.workflows.tasks.task import Comparison, task_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from peft import PeftModel
+
+    from loratune.evaluation.user_metric import UserMetric
+    from loratune.planning.preparation import Preparation
+    from loratune.run.directory import Record, RunDir
+    from loratune.run.progress import Progress
+    from loratune.training.held_out_loss import Nll
+    from loratune.training.loss import SupervisedLoss
 
 
 def compare_base_and_tuned(

@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from datasets import Dataset as HubDataset
@@ -27,7 +28,6 @@ from loratune.data.steps import num_steps_per_epoch
 from loratune.model.device import torch_dtype
 from loratune.model.load import load_config
 from loratune.planning.parameters import skeleton
-from loratune.planning.preparation import Preparation
 from loratune.planning.prepare import prepare
 from loratune.planning.speed import matmul_rate_of
 from loratune.recipe.recipe import Recipe
@@ -36,6 +36,9 @@ from loratune.run.directory import Record, RunDir, read_json
 from loratune.run.errors import RecipeError, RunError
 from loratune.run.progress import NoProgress, Progress
 from loratune.training.trl_dataset import trl_preparation_seconds
+
+if TYPE_CHECKING:
+    from loratune.planning.preparation import Preparation
 
 WARM_UP = 2
 """Steps at the start of a run that are not counted, because they compile and fill caches."""

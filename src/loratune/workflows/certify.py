@@ -7,9 +7,8 @@ adapter in the training code, and renamed only where the two agree.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from loratune.evaluation.scoring import score
 from loratune.exporting.certificate import Load, Tolerance, certify, summary
@@ -19,11 +18,16 @@ from loratune.model.gguf_import import file_sha256
 from loratune.reporting.html import report_or_warn
 from loratune.run.directory import Record, RunDir, read_json
 from loratune.run.errors import DataError, RunError
-from loratune.run.progress import Progress
 from loratune.run.records.certificate import CertificateRecord, Certificates
 from loratune.run.records.files import write_record
-from loratune.workflows.finished import FinishedRun
 from loratune.workflows.reference import compute_reference
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from loratune.run.progress import Progress
+    from loratune.workflows.finished import FinishedRun
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel
-from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -22,7 +20,6 @@ from transformers.generation.streamers import BaseStreamer
 
 from loratune.data.masking.template import ChatTemplate
 from loratune.data.prompts import stop_token_ids
-from loratune.data.rows.conversation import BadRow
 from loratune.evaluation.generate import as_generator
 from loratune.model.adapter.attach import load_adapter
 from loratune.model.device import choose_device, device_here, torch_dtype
@@ -30,9 +27,14 @@ from loratune.model.load import load_model, load_tokenizer, locate_model, positi
 from loratune.recipe.recipe import ModelSection
 from loratune.recipe.tasks import require_text
 from loratune.run.directory import RunDir
-from loratune.run.errors import DataError, LoratuneError, MachineError, RecipeError
+from loratune.run.errors import BadRow, DataError, LoratuneError, MachineError, RecipeError
 from loratune.run.progress import NO_PROGRESS, Progress
 from loratune.workflows.finished import recipe_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from rich.console import Console
 
 BASE, TUNED = "base", "tuned"
 

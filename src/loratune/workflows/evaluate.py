@@ -4,7 +4,7 @@ gates."""
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from loratune.evaluation.gates import check_names, parse_gate, pass_gates
 from loratune.evaluation.lm_eval import check_harness, run_harness
@@ -24,6 +24,9 @@ from loratune.workflows.finished import recipe_of
 from loratune.workflows.load import load_trained
 from loratune.workflows.result import RunResult
 from loratune.workflows.tasks.task import task_of
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,8 +7,8 @@ write_served_layout   base and adapter side by side, for `transformers serve`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from loratune.exporting.certificate import EXACT, ROUNDED, Load, ReferenceOutputs, Target, Tolerance
 from loratune.exporting.gguf.adapter import check_plain
@@ -30,6 +30,9 @@ from loratune.workflows.export_vllm import VllmExport
 from loratune.workflows.finished import FinishedRun, open_finished, recipe_of
 from loratune.workflows.merged_folder import merged_bytes, write_merged_folder
 from loratune.workflows.tasks.task import task_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
 
 NUM_ANSWERS = 20
 """How many held-out prompts llama.cpp answers, to compare with the run's own answers."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -14,7 +15,9 @@ from loratune.exporting.gguf.model import GgufSource, is_quantized, write_gguf_m
 from loratune.exporting.load_back import LlamaCppReader, RenderPrompt, TransformersReader, has_llama_cpp
 from loratune.exporting.ollama import TemplateParts, modelfile
 from loratune.model.device import torch_dtype
-from loratune.workflows.finished import FinishedRun
+
+if TYPE_CHECKING:
+    from loratune.workflows.finished import FinishedRun
 
 DEFAULT_OUTTYPE = "f16"
 """The type of a merged GGUF model's matrices."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from loratune.exporting.certificate import EXACT, ROUNDED, Load, ReferenceOutputs, Target, Tolerance
 from loratune.exporting.load_back import TransformersReader
@@ -12,8 +12,12 @@ from loratune.exporting.merge_weights import copy_companions
 from loratune.exporting.vllm import check_vllm, serve_adapter, serve_merged, write_uniform
 from loratune.model.device import torch_dtype
 from loratune.run.directory import read_json
-from loratune.workflows.finished import FinishedRun
 from loratune.workflows.merged_folder import write_merged_folder
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from loratune.workflows.finished import FinishedRun
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

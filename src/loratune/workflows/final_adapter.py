@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import shutil
-
-from peft import PeftModel
+from typing import TYPE_CHECKING
 
 from loratune.data.steps import num_steps_per_epoch
 from loratune.model.adapter.attach import save_adapter
-from loratune.planning.preparation import Preparation
 from loratune.run import processes
 from loratune.run.directory import Record, RunDir, cannot_write, read_json, write_json
-from loratune.run.progress import Progress
 from loratune.training.checkpoint import averaged_steps, damage_of, load_adapter_weights, load_mean, sync
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+    from loratune.planning.preparation import Preparation
+    from loratune.run.progress import Progress
 
 
 def select_final_adapter(

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loratune.data.prompts import stop_token_ids
 from loratune.exporting.adapter_matrices import LowRank, Replaced, read_adapter, read_replaced
@@ -13,13 +11,18 @@ from loratune.exporting.merge_weights import weight_files
 from loratune.model.device import device_here
 from loratune.model.load import download_weights, gguf_file, load_config
 from loratune.planning.lock import changed_inputs
-from loratune.planning.preparation import Preparation
 from loratune.planning.prepare import prepare
 from loratune.recipe.recipe import Recipe
 from loratune.recipe.tasks import require_text
 from loratune.run.directory import RunDir, read_json
 from loratune.run.errors import RecipeError
-from loratune.run.progress import Progress
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from loratune.planning.preparation import Preparation
+    from loratune.run.progress import Progress
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from peft import PeftModel
+from typing import TYPE_CHECKING, Any
 
 from loratune.model.adapter.attach import attach_adapter, fallback_note, load_adapter
 from loratune.model.adapter.eva_loftq import batches_for_eva, init_eva, init_loftq
@@ -13,15 +11,19 @@ from loratune.model.adapter.start_from import load_weights_into
 from loratune.model.device import torch_dtype
 from loratune.model.load import download_weights, load_model
 from loratune.model.quantization.fp8 import quantize_frozen_layers
-from loratune.planning.preparation import Preparation
-from loratune.run.directory import RunDir
 from loratune.run.errors import RecipeError
-from loratune.run.progress import Progress
 from loratune.training.fsdp import is_sharded, shard_layers
 from loratune.training.layers import prepare_layers
-from loratune.training.loss import SupervisedLoss
 from loratune.training.neftune import EmbeddingNoise
 from loratune.workflows.tasks.task import task_of
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+    from loratune.planning.preparation import Preparation
+    from loratune.run.directory import RunDir
+    from loratune.run.progress import Progress
+    from loratune.training.loss import SupervisedLoss
 
 
 def load_base(prepared: Preparation, progress: Progress) -> Any:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,8 +18,12 @@ from loratune.model.quantization.checkpoint import method_of, rounds_inputs
 from loratune.model.quantization.kinds import PACKED
 from loratune.model.quantization.quantize import as_multiplied, quantized_matrices, unpack_layers
 from loratune.planning.parameters import skeleton
-from loratune.planning.preparation import Preparation
-from loratune.workflows.finished import FinishedRun
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from loratune.planning.preparation import Preparation
+    from loratune.workflows.finished import FinishedRun
 
 
 def merged_dtype(prepared: Preparation, dtype: str) -> torch.dtype | None:

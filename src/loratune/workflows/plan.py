@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from loratune.data.steps import examples_of_largest_step
 from loratune.model.device import peak_bytes
 from loratune.planning.hardware.cluster import find_machine
-from loratune.planning.preparation import Preparation
 from loratune.planning.prepare import prepare
 from loratune.planning.speed import StepProbe
-from loratune.recipe.recipe import Recipe
 from loratune.run.directory import RunDir
 from loratune.run.errors import RecipeError
 from loratune.run.progress import NO_PROGRESS, Progress
 from loratune.training.signals import StopRequest
 from loratune.workflows.load import attach_adapter_and_loss, load_base
 from loratune.workflows.steps import train_steps
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from loratune.planning.preparation import Preparation
+    from loratune.recipe.recipe import Recipe
 
 PROBE_STEPS = 3
 """Steps of `plan --probe`; the first one compiles and warms up."""

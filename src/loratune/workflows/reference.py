@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from loratune.exporting.certificate import ReferenceOutputs, choose_examples, choose_questions, reference_outputs
 from loratune.model.adapter.attach import load_adapter
 from loratune.model.device import torch_dtype
 from loratune.model.load import load_model
 from loratune.training.loss import make_loss
-from loratune.workflows.finished import FinishedRun
+
+if TYPE_CHECKING:
+    from loratune.workflows.finished import FinishedRun
 
 
 def compute_reference(finished: FinishedRun) -> ReferenceOutputs:

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file
 
 from loratune.model.gguf_import import file_sha256
 from loratune.planning.lock import changed_inputs, versions
-from loratune.planning.preparation import Preparation
 from loratune.recipe.recipe import Recipe
 from loratune.run import processes
 from loratune.run.directory import Record, RunDir, read_json
 from loratune.run.errors import RecipeError, RunError
 from loratune.run.progress import NO_PROGRESS, Progress
 from loratune.workflows.train import train
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from loratune.planning.preparation import Preparation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

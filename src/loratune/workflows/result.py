@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from loratune.run.directory import Record, RunDir
+if TYPE_CHECKING:
+    from loratune.run.directory import Record, RunDir
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from loratune.planning.lock import changed_inputs, changed_settings
-from loratune.planning.preparation import Preparation
-from loratune.planning.prepare_ranks import prepare_on_all_ranks
+from loratune.planning.prepare import prepare_on_all_ranks
 from loratune.recipe.recipe import Recipe
 from loratune.run import processes
 from loratune.run.directory import Record, RunDir, read_json
@@ -16,6 +15,11 @@ from loratune.training.checkpoint import newest_valid_checkpoint, resume_state
 from loratune.training.fsdp import is_sharded
 from loratune.workflows.result import RunResult
 from loratune.workflows.steps import finish_trained_run, run_from_weights, settings_as_written
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from loratune.planning.preparation import Preparation
 
 _NEXT, _EVALUATE = "checkpoint", "evaluate"
 """The key under which rank 0 stores the checkpoint to resume from, and the value that means: only the evaluation is

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,6 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from loratune.data.batch import collate
-from loratune.data.examples import Example
 from loratune.model.adapter.attach import attach_adapter, trainable_parameters, use_fast_layers
 from loratune.model.device import choose_device
 from loratune.model.gguf_import import CACHE_VARIABLE
@@ -45,6 +44,9 @@ from loratune.training.loss import SupervisedLoss
 from loratune.workflows.resume import resume
 from loratune.workflows.tiny_model import conversation, write_tiny_model
 from loratune.workflows.train import train
+
+if TYPE_CHECKING:
+    from loratune.data.examples import Example
 
 Tensors = Mapping[Any, torch.Tensor]
 

@@ -15,12 +15,11 @@ import subprocess
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from types import FrameType
+from typing import TYPE_CHECKING
 
 from loratune.exporting.transformers_serve import BASE_NAME, ServerCommand, served_name, transformers_command
 from loratune.exporting.vllm import serve_words
@@ -33,6 +32,10 @@ from loratune.run.errors import MachineError, RecipeError, RunError
 from loratune.run.progress import NO_PROGRESS, Progress
 from loratune.workflows.export import export, write_served_layout
 from loratune.workflows.finished import recipe_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from types import FrameType
 
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 DEFAULT_PORT = 8000

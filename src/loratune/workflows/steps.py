@@ -9,24 +9,21 @@ model (`training.fsdp`): they evaluate in step.
 from __future__ import annotations
 
 import time
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from peft import PeftModel
 
 from loratune.data.mixture import held_out_groups, source_of_file
 from loratune.data.steps import num_steps_per_epoch
 from loratune.model.adapter.variants import has_changed_base
 from loratune.model.device import free_memory
 from loratune.planning.memory.memory import wants_rehearsal
-from loratune.planning.preparation import Preparation
 from loratune.recipe.recipe import Recipe
 from loratune.reporting.html import report_or_warn
 from loratune.reporting.model_card import write_card
 from loratune.run import processes
 from loratune.run.directory import Record, RunDir, read_json
 from loratune.run.errors import Interrupted
-from loratune.run.progress import Progress
 from loratune.run.records.files import write_record
 from loratune.run.records.lock import LockRecord
 from loratune.training.callbacks import RunCallback
@@ -34,9 +31,7 @@ from loratune.training.checkpoint import resume_state
 from loratune.training.fast_trainer import FastTrainer
 from loratune.training.fsdp import explain_lost_process
 from loratune.training.gradient_sync import check_ranks_agree
-from loratune.training.held_out_loss import Nll
 from loratune.training.hf_arguments import TrainingData
-from loratune.training.loss import SupervisedLoss
 from loratune.training.signals import StopRequest, stop_after_step
 from loratune.training.trainer import TrainerSetup
 from loratune.workflows.assess import compare_base_and_tuned, explain_out_of_memory
@@ -45,6 +40,16 @@ from loratune.workflows.load import attach_adapter_and_loss, load_base, load_tra
 from loratune.workflows.measured import RunTimer
 from loratune.workflows.result import RunResult
 from loratune.workflows.tasks.task import task_of
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from peft import PeftModel
+
+    from loratune.planning.preparation import Preparation
+    from loratune.run.progress import Progress
+    from loratune.training.held_out_loss import Nll
+    from loratune.training.loss import SupervisedLoss
 
 _UNEVALUATED = "stopped before the evaluation; all steps are done, and the adapter is saved"
 

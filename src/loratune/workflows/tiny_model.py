@@ -5,12 +5,14 @@ It is made on the spot in a second, and everything runs on it as on a large mode
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 WORDS = ("red", "green", "blue", "small", "large", "round", "flat", "warm", "cold", "loud")
 TEMPLATE = (

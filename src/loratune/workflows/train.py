@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from loratune.data.preview import preview
 from loratune.planning.auto import output_dir
-from loratune.planning.preparation import Preparation
-from loratune.planning.prepare_ranks import prepare_on_all_ranks
-from loratune.recipe.recipe import Recipe
+from loratune.planning.prepare import prepare_on_all_ranks
 from loratune.run import processes
 from loratune.run.directory import RunDir, write_text
 from loratune.run.progress import NO_PROGRESS, Progress
@@ -16,9 +14,15 @@ from loratune.run.records.data import DataRecord
 from loratune.run.records.files import write_record
 from loratune.run.records.plan import PlanRecord
 from loratune.run.records.preview import PreviewRecord
-from loratune.workflows.result import RunResult
 from loratune.workflows.resume import continue_run, was_relaunched
 from loratune.workflows.steps import run_from_weights, write_lock
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from loratune.planning.preparation import Preparation
+    from loratune.recipe.recipe import Recipe
+    from loratune.workflows.result import RunResult
 
 PREVIEW_EXAMPLES = 5
 """Examples whose tokens are kept in the run directory."""

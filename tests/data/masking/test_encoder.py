@@ -9,8 +9,9 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from loratune.data.masking.encoder import Encoder
-from loratune.data.masking.special_tokens import SpecialText, any_of, special_names
-from loratune.data.masking.tokens import backend_of, exact_offsets
+from loratune.data.masking.spans import any_of
+from loratune.data.masking.special_tokens import SpecialText, special_names
+from loratune.data.masking.tokenizer import backend_of, exact_offsets
 from loratune.run.errors import DataError
 
 TEXTS = ["<|im_start|>user\nIt's  12 o'clock<|im_end|>\n", "", "日本 is “Japan”", "half 🙂 and half"]

@@ -12,7 +12,7 @@ from loratune.data.masking.spans_by_prompting import spans_by_difference, spans_
 from loratune.data.masking.spans_by_substitution import SubstitutionMatcher
 from loratune.data.masking.template import ChatTemplate
 from loratune.data.masking.template_layout import LayoutFinder, fill
-from loratune.data.rows.conversation import BadRow
+from loratune.run.errors import BadRow
 from tests.data.golden import CHAT, GOLDEN, SMOLLM2
 
 WithTemplate = Callable[..., PreTrainedTokenizerBase]

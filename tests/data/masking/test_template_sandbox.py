@@ -16,8 +16,8 @@ from loratune.data.masking import template_sandbox
 from loratune.data.masking.render import CHUNK, Rendered
 from loratune.data.masking.template import ChatTemplate
 from loratune.data.masking.template_sandbox import compile_template, limited, render_template
-from loratune.data.rows.conversation import BadRow, Conversation
-from loratune.run.errors import DataError
+from loratune.data.rows.conversation import Conversation
+from loratune.run.errors import BadRow, DataError
 from loratune.workflows.chat import Chat, Sampling
 
 CHATML = (

@@ -10,9 +10,9 @@ from transformers import PreTrainedTokenizerBase
 
 from loratune.data.masking.encoder import Encoder
 from loratune.data.masking.token_labels import LengthViolations, OnLong, RenderedText, TokenMask, TokenMasker
-from loratune.data.masking.tokens import backend_of
-from loratune.data.rows.row import BadRow, Origin
-from loratune.run.errors import DataError
+from loratune.data.masking.tokenizer import backend_of
+from loratune.data.rows.row import Origin
+from loratune.run.errors import BadRow, DataError
 
 ORIGIN = Origin(file="chats.jsonl", line=3)
 TEXT = "<|im_start|>assistant\nHello there<|im_end|>\n"

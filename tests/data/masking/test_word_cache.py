@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, pre_tokenizers
 from transformers import PreTrainedTokenizerBase
 
-from loratune.data.masking.tokens import exact_offsets
+from loratune.data.masking.tokenizer import exact_offsets
 from loratune.data.masking.word_cache import WordCachingEncoder
 
 # Of Llama 3 and of Qwen 2, as their tokenizer.json has them.

@@ -13,10 +13,9 @@ from loratune.data.rows.files import READERS, parse_line
 from loratune.data.rows.hub import hub_answers
 from loratune.data.rows.messages import read_message, read_sharegpt_message, read_tools
 from loratune.data.rows.reading import Reader, held_out_sources, hold_out
-from loratune.data.rows.row import BadRow
 from loratune.data.rows.sources import SUFFIXES
 from loratune.recipe.recipe import DataSection
-from loratune.run.errors import DataError
+from loratune.run.errors import BadRow, DataError
 from loratune.run.progress import NO_PROGRESS
 
 

@@ -14,7 +14,7 @@ import pytest
 from jsonschema import Draft202012Validator
 from typer.testing import CliRunner
 
-from loratune.cli.main import app
+from loratune.__main__ import app
 from loratune.cli.output import show_publication, show_service
 from loratune.recipe.recipe import Recipe
 from loratune.run.directory import RunDir

@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 import loratune
-from loratune.cli.main import app
+from loratune.__main__ import app
 from loratune.planning.task import planned_task
 from loratune.recipe.recipe import Recipe
 from loratune.recipe.tasks import TASKS

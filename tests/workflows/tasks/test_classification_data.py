@@ -9,7 +9,7 @@ import pytest
 
 from loratune.data.batch import collate, num_supervised
 from loratune.data.examples import LabelledExample, labels_fingerprint
-from loratune.data.prepare import PreparedData
+from loratune.data.prepared import PreparedData
 from loratune.recipe.recipe import DataSection
 from loratune.run.errors import DataError
 from loratune.workflows.tasks.classification.data import prepare_classified

@@ -6,7 +6,7 @@ import torch
 from rich.console import Console
 
 from loratune.data.examples import LabelledExample
-from loratune.data.rows.conversation import Origin
+from loratune.data.rows.row import Origin
 from loratune.evaluation.record import paired_bootstrap
 from loratune.workflows.tasks.classification.measures import (
     classification_record,

@@ -15,8 +15,7 @@ from transformers import AutoConfig
 from loratune.model.adapter.targets import resolve_targets
 from loratune.model.classifier import with_classes
 from loratune.planning.parameters import skeleton
-from loratune.planning.prepare import prepare
-from loratune.planning.prepare_ranks import prepare_on_all_ranks
+from loratune.planning.prepare import prepare, prepare_on_all_ranks
 from loratune.recipe.recipe import Recipe
 from loratune.run.errors import DataError, RecipeError
 from loratune.run.progress import NoProgress

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from loratune.data.masking.tokens import Tokens, exact_offsets
+from loratune.data.masking.tokenizer import exact_offsets
+from loratune.data.masking.tokens import Tokens
 from loratune.data.masking.word_cache import WordCachingEncoder
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from tokenizers import Tokenizer
 
 

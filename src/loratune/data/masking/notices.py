@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-from loratune.data.masking.template import ChatTemplate
 from loratune.recipe.roles import TrainOn, trained_roles
 from loratune.run.errors import plural
+
+if TYPE_CHECKING:
+    from collections import Counter
+    from collections.abc import Iterator
+
+    from loratune.data.masking.template import ChatTemplate
 
 
 def template_notices(counts: Counter[str], template: ChatTemplate, train_on: TrainOn) -> list[str]:

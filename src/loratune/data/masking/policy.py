@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
-from loratune.data.masking.template import ChatTemplate, Tools
-from loratune.data.masking.token_labels import OnLong
-from loratune.data.rows.conversation import BadRow, Conversation, Message, split_thoughts
-from loratune.recipe.recipe import DataSection
+from loratune.data.rows.conversation import Conversation, Message, has_text, split_thoughts
 from loratune.recipe.roles import TrainOn, as_written, trained_roles
+from loratune.run.errors import BadRow
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from loratune.data.masking.template import ChatTemplate, Tools
+    from loratune.data.masking.token_labels import OnLong
+    from loratune.recipe.recipe import DataSection
 
 Thinking = Literal["keep", "strip", "error"]
 SpecialTokensInText = Literal["error", "as_text"]
@@ -61,11 +65,6 @@ def trained_turns(messages: Sequence[Message], train_on: TrainOn, excluded: Sequ
         if message["role"] in roles and n not in excluded and (message["role"] == "assistant" or has_text(message))
     ]
     return turns[-1:] if train_on == "last" else turns
-
-
-def has_text(message: Message) -> bool:
-    """Whether a message has a text that is not blank."""
-    return bool(message.get("content", "").strip())
 
 
 def has_thoughts(message: Message) -> bool:

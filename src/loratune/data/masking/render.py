@@ -7,20 +7,23 @@ characters in two independent ways; `token_labels` turns both into token masks a
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from loratune.data.examples import Example
 from loratune.data.masking.notices import special_token_notices
-from loratune.data.masking.policy import Policy
 from loratune.data.masking.renderer import Renderer
 from loratune.data.masking.token_labels import LengthViolations
 from loratune.data.masking.workers import WorkerPool, num_workers
-from loratune.data.rows.conversation import Conversation, Rejected
+from loratune.data.rows.row import Rejected
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from transformers import PreTrainedTokenizerBase
+
+    from loratune.data.examples import Example
+    from loratune.data.masking.policy import Policy
+    from loratune.data.rows.conversation import Conversation
 
 CHUNK = 256
 """Conversations that are rendered and tokenized together, and that a worker is given at a time."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
@@ -22,18 +21,23 @@ from loratune.data.masking.policy import (
     trained_turns,
     with_thinking,
 )
-from loratune.data.masking.spans import Span
 from loratune.data.masking.spans_by_prompting import spans_by_difference, spans_by_markers, spans_by_prompting
 from loratune.data.masking.spans_by_substitution import Rendering, SubstitutionMatcher
 from loratune.data.masking.special_tokens import SpecialText, special_names, special_token_in
 from loratune.data.masking.template import ChatTemplate, Tools
 from loratune.data.masking.token_labels import LengthViolations, RenderedText, TokenMask, TokenMasker
-from loratune.data.masking.tokens import Tokens, backend_of
-from loratune.data.rows.conversation import BadRow, Conversation, Message
+from loratune.data.masking.tokenizer import backend_of
 from loratune.recipe.roles import trained_roles
+from loratune.run.errors import BadRow
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
     from transformers import PreTrainedTokenizerBase
+
+    from loratune.data.masking.spans import Span
+    from loratune.data.masking.tokens import Tokens
+    from loratune.data.rows.conversation import Conversation, Message
 
 P = ParamSpec("P")
 R = TypeVar("R")

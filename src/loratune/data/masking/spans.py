@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from typing import TYPE_CHECKING
 
-from loratune.data.masking.template import ChatTemplate, Tools
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from loratune.data.masking.template import ChatTemplate, Tools
+
+_EMPTY_THOUGHTS = r"<think>\s*(?:</think>\s*)?$"
 
 Span = tuple[int, int]
 """The first character, and the one after the last."""
@@ -47,3 +53,23 @@ def message_end(
 def blanks_before(text: str, start: int) -> int:
     """Return where a text starts including the blanks before it, which most tokenizers join with its first word."""
     return len(text[:start].rstrip(" "))
+
+
+def header_variants(prompt: str) -> list[str]:
+    """Return the forms in which a rendered prompt may occur in a rendered conversation, longest first.
+
+    A template whose prompt opens the thoughts (`…<think>⏎`) may write earlier or thoughtless answers without them, or
+    with an empty `<think></think>`.
+    """
+    return list(dict.fromkeys((prompt, prompt.rstrip(), without_thoughts(prompt))))
+
+
+def without_thoughts(prompt: str) -> str:
+    """Return a prompt without a `<think>` (open or empty) at its end."""
+    return re.sub(_EMPTY_THOUGHTS, "", prompt)
+
+
+def any_of(strings: Sequence[str] | set[str]) -> re.Pattern[str]:
+    """Return a pattern that matches any of the strings, the longest that fits."""
+    longest_first = sorted((s for s in strings if s), key=lambda s: (-len(s), s))
+    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")

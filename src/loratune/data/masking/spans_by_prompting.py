@@ -16,12 +16,16 @@ from __future__ import annotations
 import os
 import re
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
-from loratune.data.masking.policy import has_text
-from loratune.data.masking.spans import Span, blanks_before, first_stop, message_end
-from loratune.data.masking.template import ChatTemplate, Tools, header_variants, without_thoughts
-from loratune.data.rows.conversation import BadRow, Message
+from loratune.data.masking.spans import Span, blanks_before, first_stop, header_variants, message_end, without_thoughts
+from loratune.data.rows.conversation import Message, has_text
+from loratune.run.errors import BadRow
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from loratune.data.masking.template import ChatTemplate, Tools
 
 _ENDING, _COMPARED = 8, 4096  # last characters of a prompt: to search for, and to compare
 _OTHER_TEXTS = ("Qz", "Xw", "Kv", "Zg")

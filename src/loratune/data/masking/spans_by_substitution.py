@@ -21,12 +21,10 @@ the second, independent way.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from loratune.data.masking.policy import has_text
-from loratune.data.masking.spans import Span, blanks_before, first_stop, message_end
-from loratune.data.masking.template import ChatTemplate, Tools, header_variants, without_thoughts
+from loratune.data.masking.spans import Span, blanks_before, first_stop, header_variants, message_end, without_thoughts
 from loratune.data.masking.template_layout import (
     LayoutFinder,
     PromptEnd,
@@ -35,7 +33,13 @@ from loratune.data.masking.template_layout import (
     fill,
     in_json,
 )
-from loratune.data.rows.conversation import BadRow, Message, split_thoughts
+from loratune.data.rows.conversation import Message, has_text, split_thoughts
+from loratune.run.errors import BadRow
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from loratune.data.masking.template import ChatTemplate, Tools
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,18 +13,22 @@ there and as a token where the template wrote it, both get stand-ins of the same
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from tokenizers import AddedToken, Tokenizer
 
+from loratune.data.masking.spans import any_of
 from loratune.data.masking.tokens import Tokens
-from loratune.data.rows.conversation import BadRow, Conversation
+from loratune.run.errors import BadRow
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from transformers import PreTrainedTokenizerBase
+
+    from loratune.data.rows.conversation import Conversation
 
 T = TypeVar("T")
 
@@ -39,12 +43,6 @@ def special_names(tokenizer: PreTrainedTokenizerBase) -> set[str]:
     names = {token.content for token in added if token.special and token.content.strip()}
     names.update(token for token in tokenizer.all_special_tokens if token)
     return names - _THOUGHTS
-
-
-def any_of(strings: Sequence[str] | set[str]) -> re.Pattern[str]:
-    """Return a pattern that matches any of the strings, the longest that fits."""
-    longest_first = sorted((s for s in strings if s), key=lambda s: (-len(s), s))
-    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
 
 def texts_in(value: Any) -> Iterator[str]:

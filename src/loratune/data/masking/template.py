@@ -14,19 +14,20 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from loratune.data.masking.special_tokens import SpecialText, any_of, special_names
+from loratune.data.masking.spans import any_of, without_thoughts
+from loratune.data.masking.special_tokens import SpecialText, special_names
 from loratune.data.masking.template_sandbox import compile_template, describe, render_template
-from loratune.data.rows.conversation import BadRow, Message
-from loratune.run.errors import DataError, LoratuneError
+from loratune.run.errors import BadRow, DataError, LoratuneError
 
 if TYPE_CHECKING:
     from jinja2 import Template
     from transformers import PreTrainedTokenizerBase
 
+    from loratune.data.rows.conversation import Message
+
 Tools = Sequence[dict[str, Any]] | None
 
 _MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_EMPTY_THOUGHTS = r"<think>\s*(?:</think>\s*)?$"
 _PROBE_USER, _PROBE_ANSWER, _PROBE_THOUGHTS, _PROBE_ARGUMENT = "Qk0uZ", "Qk1aZ", "Qk2tZ", "Qk3vZ"
 _PROBE_TOOL = "qk4fz"
 
@@ -288,20 +289,6 @@ _PROBE_TOOLS: list[dict[str, Any]] = [
         },
     }
 ]
-
-
-def header_variants(prompt: str) -> list[str]:
-    """Return the forms in which a rendered prompt may occur in a rendered conversation, longest first.
-
-    A template whose prompt opens the thoughts (`…<think>⏎`) may write earlier or thoughtless answers without them, or
-    with an empty `<think></think>`.
-    """
-    return list(dict.fromkeys((prompt, prompt.rstrip(), without_thoughts(prompt))))
-
-
-def without_thoughts(prompt: str) -> str:
-    """Return a prompt without a `<think>` (open or empty) at its end."""
-    return re.sub(_EMPTY_THOUGHTS, "", prompt)
 
 
 def _message(role: str, content: str) -> Message:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from loratune.data.masking.policy import has_text
-from loratune.data.masking.template import ChatTemplate, Tools
-from loratune.data.rows.conversation import BadRow, Message, split_thoughts
+from loratune.data.rows.conversation import Message, has_text, split_thoughts
+from loratune.run.errors import BadRow
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from loratune.data.masking.template import ChatTemplate, Tools
 
 _SENTINEL = re.compile(r"Qk(\d+)([ct])Z")
 _CACHED_SHAPES = 512

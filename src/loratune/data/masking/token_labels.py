@@ -9,20 +9,23 @@ from __future__ import annotations
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from loratune.data.masking.spans import Span
-from loratune.data.masking.tokens import Tokens, backend_of
-from loratune.data.rows.conversation import BadRow, Origin
-from loratune.run.errors import DataError, plural
+from loratune.data.masking.tokenizer import backend_of
+from loratune.run.errors import BadRow, DataError, plural
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from transformers import PreTrainedTokenizerBase
+
+    from loratune.data.masking.spans import Span
+    from loratune.data.masking.tokens import Tokens
+    from loratune.data.rows.row import Origin
 
 OnLong = Literal["error", "truncate", "drop"]
 

@@ -12,7 +12,6 @@ import json
 import random
 import re
 import warnings
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -21,10 +20,12 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers.models import BPE
 
-from loratune.data.masking.special_tokens import any_of
+from loratune.data.masking.spans import any_of
 from loratune.data.masking.tokens import Tokens
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
     from tokenizers import Tokenizer
 
 _MAX_WORDS, _MAX_SEGMENTS = 200_000, 4_096

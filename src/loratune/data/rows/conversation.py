@@ -7,11 +7,10 @@ A message has `role` and `content`, and optionally `reasoning_content`, `tool_ca
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from loratune.data.rows.row import BadRow, Origin, Rejected
-
-__all__ = ["ROLES", "BadRow", "Conversation", "Message", "Origin", "Rejected", "split_thoughts"]
+if TYPE_CHECKING:
+    from loratune.data.rows.row import Origin
 
 Message = dict[str, Any]
 
@@ -48,3 +47,8 @@ def split_thoughts(content: str) -> tuple[str, str] | None:
     if opened.startswith("<think>"):
         return opened.removeprefix("<think>"), answer
     return None if "<think>" in before else (before, answer)
+
+
+def has_text(message: Message) -> bool:
+    """Whether a message has a text that is not blank."""
+    return bool(message.get("content", "").strip())

@@ -7,12 +7,14 @@ import csv
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loratune.data.rows.row import Row
 from loratune.run.errors import DataError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
 
 
 def read_bytes(path: Path) -> bytes:

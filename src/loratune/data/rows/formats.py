@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loratune.data.rows.conversation import Conversation, Message
 from loratune.data.rows.messages import (
@@ -16,9 +15,13 @@ from loratune.data.rows.messages import (
     read_sharegpt_message,
     read_tools,
 )
-from loratune.data.rows.row import BadRow, Origin, Rejected, Row
-from loratune.recipe.recipe import Column
-from loratune.run.errors import DataError
+from loratune.data.rows.row import Origin, Rejected, Row
+from loratune.run.errors import BadRow, DataError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+
+    from loratune.recipe.recipe import Column
 
 FORMATS = {
     "messages": "messages: [{role, content}, …]",

@@ -5,11 +5,13 @@ from __future__ import annotations
 import threading
 import urllib.error
 import urllib.request
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loratune.data.rows.row import Row
-from loratune.recipe.recipe import Source
 from loratune.run.errors import DataError, MachineError
+
+if TYPE_CHECKING:
+    from loratune.recipe.recipe import Source
 
 HUB_TIMEOUT_SECONDS = 6.0
 

@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 from loratune.data.rows.conversation import ROLES, Message
-from loratune.data.rows.row import BadRow
+from loratune.run.errors import BadRow
 
 _ROLE_ALIASES = {"developer": "system"}
 

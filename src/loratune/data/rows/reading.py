@@ -5,19 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from loratune.data.rows.conversation import Conversation
 from loratune.data.rows.formats import check_columns, detect_format, rename_columns, to_conversations
 from loratune.data.rows.hub import hub_has_split
-from loratune.data.rows.row import Rejected, Row
 from loratune.data.rows.sources import hash_files, hash_rows, is_local, read_rows
-from loratune.recipe.recipe import DataSection, Source
 from loratune.recipe.roles import as_written
 from loratune.run.errors import DataError, plural
-from loratune.run.progress import Progress
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Hashable, Sequence
+
+    from loratune.data.rows.conversation import Conversation
+    from loratune.data.rows.row import Rejected, Row
+    from loratune.recipe.recipe import DataSection, Source
+    from loratune.run.progress import Progress
 
 AUTO_EVAL_FRACTION = 0.05
 

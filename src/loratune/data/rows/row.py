@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from loratune.run.errors import printable
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
@@ -41,10 +39,3 @@ class Rejected:
 
     origin: Origin
     reason: str
-
-
-class BadRow(Exception):
-    """A row cannot be trained on, for the reason given."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(printable(reason))

@@ -7,14 +7,18 @@ import hashlib
 import json
 import random
 import re
-from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from loratune.data.rows.files import READERS, read_bytes
 from loratune.data.rows.hub import read_hub
-from loratune.data.rows.row import Row
-from loratune.recipe.recipe import Source
 from loratune.run.errors import DataError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from loratune.data.rows.row import Row
+    from loratune.recipe.recipe import Source
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv")
 

@@ -9,10 +9,8 @@ import hashlib
 import os
 from array import array
 from bisect import bisect_right
-from collections.abc import Sequence
 from itertools import accumulate
-from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -21,8 +19,13 @@ from loratune.data.rows.files import parse_line
 from loratune.data.rows.hub import hub_table
 from loratune.data.rows.row import Row
 from loratune.data.rows.sources import is_local, local_files
-from loratune.recipe.recipe import Source
 from loratune.run.errors import DataError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from loratune.recipe.recipe import Source
 
 SUFFIXES = (".jsonl", ".ndjson")
 

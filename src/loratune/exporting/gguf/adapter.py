@@ -6,9 +6,7 @@ weights of the base; their architecture must be that of the base's file.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from gguf import GGUFReader, GGUFType, GGUFWriter
@@ -16,6 +14,10 @@ from gguf import GGUFReader, GGUFType, GGUFWriter
 from loratune.exporting.adapter_matrices import LowRank
 from loratune.exporting.gguf.architectures import GgufLayout
 from loratune.run.errors import RecipeError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
 
 
 def write_gguf_adapter(updates: Mapping[str, LowRank], config: Any, file: Path, *, name: str) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, TensorNameMap, get_tensor_name_map
 
 from loratune.run.errors import RecipeError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import torch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,14 +19,18 @@ from gguf import (
     quantize,
 )
 
-from loratune.exporting.adapter_matrices import LowRank, Replaced
 from loratune.exporting.gguf.architectures import GgufLayout
 from loratune.exporting.gguf.tokenizer import add_tokenizer
 from loratune.exporting.merge_weights import MergedWeights, check_not_quantized
 from loratune.run.errors import RecipeError, RunError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
     from transformers import PreTrainedTokenizerBase
+
+    from loratune.exporting.adapter_matrices import LowRank, Replaced
 
 OUTTYPES: Mapping[str, tuple[GGMLQuantizationType, LlamaFileType]] = {
     "f32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),

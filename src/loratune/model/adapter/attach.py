@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,11 +28,14 @@ from loratune.model.classifier import BY_PEFT, Classes
 from loratune.model.kernels.fp8_linear import Fp8Linear
 from loratune.model.kernels.lora_linear import lora_linear, lora_update
 from loratune.model.patching import replace_class
-from loratune.recipe.recipe import LoraSection
 from loratune.run.errors import RecipeError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from transformers import PreTrainedModel
+
+    from loratune.recipe.recipe import LoraSection
 
 
 def attach_adapter(

@@ -14,10 +14,8 @@ only, and only for a scale of 1: with another alpha/r its initial values are wro
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import EvaConfig, PeftModel, initialize_lora_eva_weights
@@ -27,6 +25,10 @@ from safetensors import safe_open
 from loratune.model.quantization.quantize import as_multiplied
 from loratune.model.safetensors_headers import stored_name
 from loratune.run.errors import RecipeError, RunError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
 
 ITERATIONS = 16
 """Subspace iterations that find the largest singular values, as for PiSSA."""

@@ -10,11 +10,14 @@ A module counts as attention by its name, or by its class where a layer's mixer 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 QUERY, KEY, VALUE, OUTPUT, OTHER, FEED_FORWARD = "query", "key", "value", "output", "attention", "feed-forward"
 

@@ -13,13 +13,11 @@ PEFT keeps the original module, trains a copy of it, and saves the copy. Three t
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModel
 from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import nn
 from transformers import PreTrainedModel
@@ -27,8 +25,14 @@ from transformers import PreTrainedModel
 from loratune.model.adapter.new_tokens import FastRows, numbers_of
 from loratune.model.kernels.cross_entropy import Head
 from loratune.model.patching import replace_class
-from loratune.recipe.recipe import LoraSection
 from loratune.run.errors import RecipeError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from peft import PeftModel
+
+    from loratune.recipe.recipe import LoraSection
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

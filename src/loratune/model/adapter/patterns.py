@@ -8,13 +8,15 @@ that matches a module's full name or its last dotted parts; the first that match
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from peft.utils.other import get_pattern_key
 
-from loratune.recipe.recipe import LoraSection
-from loratune.run.errors import RecipeError
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from loratune.recipe.recipe import LoraSection
 
 
 def rank_of(lora: LoraSection, name: str) -> int:
@@ -30,51 +32,6 @@ def alpha_of(lora: LoraSection, name: str) -> float:
 def highest_rank(lora: LoraSection) -> int:
     """Return the largest rank in the recipe."""
     return max(lora.r, *lora.rank_pattern.values()) if lora.rank_pattern else lora.r
-
-
-def check_patterns(lora: LoraSection, names: Sequence[str]) -> None:
-    """Check that each rank and alpha pattern applies to some module.
-
-    Args:
-        lora: The recipe's section.
-        names: Full names of the adapted modules.
-
-    Raises:
-        RecipeError: A pattern matches no adapted module, or an earlier pattern applies to all that it matches.
-    """
-    for field in ("rank_pattern", "alpha_pattern"):
-        check_used(f"lora.{field}", getattr(lora, field), names, "adapted")
-
-
-def check_used(field: str, patterns: Mapping[str, float], names: Sequence[str], what: str) -> None:
-    """Check that each pattern of one field applies to some module.
-
-    Args:
-        field: The recipe's field, for messages.
-        patterns: Pattern → value.
-        names: Full names of the modules.
-        what: What the modules are, in a message: `adapted`, `trained`.
-
-    Raises:
-        RecipeError: A pattern matches no module, or an earlier pattern applies to all that it matches.
-    """
-    used = {pattern_of(patterns, name) for name in names}
-    unused = next((pattern for pattern in patterns if pattern not in used), None)
-    if unused is None:
-        return
-    problem = f"{field}: {unused} applies to none of the {what} modules"
-    matching = [name for name in names if pattern_of({unused: 1}, name) == unused]
-    if matching:
-        before = pattern_of(patterns, matching[0])
-        raise RecipeError(
-            f"{problem}: {before}, which comes before it, matches them all", fix=f"write {unused} before {before}"
-        )
-    known = sorted({name.rpartition(".")[2] for name in names})
-    raise RecipeError(
-        problem,
-        fix=f"{what} are {', '.join(known)}; a pattern is a regular expression for a module's full name or its last "
-        f"parts, such as {_example(names)}",
-    )
 
 
 def module_of(parameter: str) -> str:
@@ -110,7 +67,3 @@ def checked_patterns() -> Iterator[None]:
 def pattern_of(patterns: Mapping[str, float], name: str) -> str:
     """Return the pattern that applies to the module with this full name; the name itself if none does."""
     return str(get_pattern_key(list(patterns), name))
-
-
-def _example(names: Sequence[str]) -> str:
-    return ".".join(names[0].split(".")[-2:])

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peft import PeftModel, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from loratune.model.adapter.modules_to_save import FullyTrained
 from loratune.model.adapter.patterns import rank_of
-from loratune.model.adapter.targets import Matrix
 from loratune.model.gguf_import import file_sha256
 from loratune.model.hub import explain_hub_errors
-from loratune.recipe.recipe import LoraSection
 from loratune.run.errors import RecipeError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from loratune.model.adapter.modules_to_save import FullyTrained
+    from loratune.model.adapter.targets import Matrix
+    from loratune.recipe.recipe import LoraSection
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX = "base_model.model."

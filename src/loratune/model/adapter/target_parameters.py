@@ -6,15 +6,18 @@ its own matrices A and B and adds their product to the tensor while the module r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from loratune.model.adapter.targets import Matrix, in_chosen_layers
-from loratune.recipe.recipe import LoraSection
 from loratune.run.errors import RecipeError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from loratune.recipe.recipe import LoraSection
 
 
 def resolve_target_parameters(model: nn.Module, lora: LoraSection, targets: Sequence[str] = ()) -> tuple[Matrix, ...]:

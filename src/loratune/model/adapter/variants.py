@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
@@ -24,9 +22,14 @@ from safetensors.torch import save_file
 from transformers.pytorch_utils import Conv1D
 
 from loratune.model.adapter.patterns import alpha_of, highest_rank, rank_of
-from loratune.model.adapter.targets import Matrix
-from loratune.recipe.recipe import LoraSection, Recipe
 from loratune.run.errors import RecipeError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from loratune.model.adapter.targets import Matrix
+    from loratune.recipe.recipe import LoraSection, Recipe
 
 PISSA_ITERATIONS = 16
 """Subspace iterations that find the largest singular values; a full SVD takes minutes per matrix of a 7 B model."""

@@ -8,16 +8,18 @@ Shapes: T tokens of all examples, H query heads, G key/value heads, D head width
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from loratune.model.kernels.block_attention import block_attention
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 PACKED = "loratune_packed"
 

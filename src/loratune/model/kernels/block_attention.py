@@ -11,11 +11,13 @@ head lie side by side, so that a block of queries is a slice.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 BLOCK_QUERIES = 192
 """Largest number of queries in a block. Forward and backward of examples of 160, 512 and 1,024 tokens (9 heads of 64,

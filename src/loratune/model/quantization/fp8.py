@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
-from peft import PeftModel
 
 from loratune.model.kernels.fp8_linear import MULTIPLE, Fp8Linear
 from loratune.run.errors import RecipeError
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 def quantize_frozen_layers(model: PeftModel) -> int:

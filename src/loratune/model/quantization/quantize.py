@@ -12,7 +12,6 @@ rounded.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +26,8 @@ from loratune.model.quantization.kinds import BLOCK, BY_TORCHAO, GROUP, NESTED_B
 from loratune.run.errors import MachineError, RecipeError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from transformers import PreTrainedConfig, PreTrainedModel
 
 

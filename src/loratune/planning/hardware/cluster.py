@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from loratune.planning.hardware.devices import Device, find_device
 from loratune.planning.hardware.interconnect import LINKS, Fabric, find_link, usual_network
 from loratune.run.errors import RecipeError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 _SPEC = re.compile(r"(?:([1-9]\d*)x)?([1-9]\d*)x([a-z].*)", re.IGNORECASE)
 

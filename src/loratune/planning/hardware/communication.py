@@ -6,10 +6,12 @@ Arithmetic on the links of `interconnect`; no cluster has been measured. Called 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from loratune.planning.hardware.interconnect import Fabric
+if TYPE_CHECKING:
+    from loratune.planning.hardware.interconnect import Fabric
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from loratune.model.adapter.module_roles import reads_attention
-from loratune.model.adapter.modules_to_save import FullyTrained
 from loratune.model.adapter.patterns import rank_of
-from loratune.model.adapter.targets import Matrix
 from loratune.model.adapter.variants import changes_base, num_trainable
-from loratune.recipe.recipe import LoraSection
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from loratune.model.adapter.modules_to_save import FullyTrained
+    from loratune.model.adapter.targets import Matrix
+    from loratune.recipe.recipe import LoraSection
 
 
 def saved_bytes(matrices: Sequence[Matrix], lora: LoraSection, dtype_bytes: int, *, inputs: bool = True) -> int:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from loratune.model.adapter.targets import Matrix
 from loratune.model.kernels.block_attention import BLOCK_QUERIES
 from loratune.planning.memory.adapter import saved_bytes
 from loratune.planning.memory.inputs import LayerBytes
-from loratune.recipe.recipe import LoraSection
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from loratune.model.adapter.targets import Matrix
+    from loratune.recipe.recipe import LoraSection
 
 
 def decoder_layer_bytes(

@@ -7,14 +7,17 @@ size grows with the length of the examples.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loratune.model.adapter.module_roles import reads_attention
-from loratune.model.adapter.targets import Matrix
 from loratune.planning.memory.adapter import saved_bytes
 from loratune.planning.memory.inputs import LayerBytes
-from loratune.recipe.recipe import LoraSection
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from loratune.model.adapter.targets import Matrix
+    from loratune.recipe.recipe import LoraSection
 
 _NORM_STATISTICS_BYTES = 2 * 2 * 4
 """Bytes of a token's mean and deviation in float32, of two norms."""

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from loratune.model.adapter.patterns import rank_of
-from loratune.model.adapter.targets import Matrix
 from loratune.model.adapter.variants import num_trainable
-from loratune.recipe.recipe import LoraSection, Optimizer
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from loratune.model.adapter.targets import Matrix
+    from loratune.recipe.recipe import LoraSection, Optimizer
 
 STATE_BYTES_PER_NUMBER = 4
 """Bytes of one number of the state: float32, as the adapter."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from loratune.planning.memory.inputs import ExecutionSetup
+if TYPE_CHECKING:
+    from loratune.planning.memory.inputs import ExecutionSetup
 
 CONTEXT_BYTES = {"cuda": 600 * 2**20, "mps": 600 * 2**20}
 """Memory of a GPU before any weight is loaded: its context and the libraries' code. Estimates."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratune.model.device import check_fp8, no_fp8, torch_dtype
@@ -10,10 +9,13 @@ from loratune.model.quantization.checkpoint import comes_packed, in_8_bits_by_bi
 from loratune.model.quantization.kinds import PACKED
 from loratune.model.quantization.quantize import base_bytes, check_quantization, unpacked_bytes
 from loratune.model.safetensors_headers import packed_bytes
-from loratune.planning.hardware.devices import Device
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from transformers import PreTrainedModel
+
+    from loratune.planning.hardware.devices import Device
 
 
 def check_device_can_quantize(quantization: str, where: str, device: Device | None) -> None:

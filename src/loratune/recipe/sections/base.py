@@ -47,6 +47,19 @@ class Source(Section):
     seeded half of them a third time, the same half in every epoch."""
 
 
+class Contradiction(ValueError):
+    """Settings that contradict each other; a `ValueError`, since pydantic collects these.
+
+    Args:
+        problem: The settings by their full names, and their values.
+        fix: What the user can do about it.
+    """
+
+    def __init__(self, problem: str, *, fix: str) -> None:
+        super().__init__(problem)
+        self.fix = fix
+
+
 def as_source(value: Any) -> Any:
     """Turn a bare name into a source."""
     return {"name": value} if isinstance(value, str) else value

@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from loratune.recipe.checks import Contradiction, check_once, check_regular_expressions
-from loratune.recipe.sections.base import Float, Int, Section
+from loratune.recipe.checks import check_once, check_regular_expressions
+from loratune.recipe.sections.base import Contradiction, Float, Int, Section
 
 Variant = Literal["plain", "rslora", "dora", "pissa", "olora", "eva", "loftq"]
 TargetPreset = Literal["minimal", "balanced", "attention", "complete"]

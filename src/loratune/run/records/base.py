@@ -23,6 +23,22 @@ class Part(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", use_attribute_docstrings=True)
 
 
+class Place(Part):
+    """Where a row is."""
+
+    file: str
+    """File, or hub data set."""
+    line: int | None
+    """Line or row, counted from 1; null where rows have no number."""
+
+
+class RejectedRow(Place):
+    """A row that cannot be trained on."""
+
+    reason: str
+    """What is wrong with it."""
+
+
 class FileRecord(Part):
     """A record by itself: a file of a run, or what a verb prints."""
 

@@ -4,16 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from loratune.run.records.base import FileRecord, Part
-
-
-class Place(Part):
-    """Where a row is."""
-
-    file: str
-    """File, or hub data set."""
-    line: int | None
-    """Line or row, counted from 1; null where rows have no number."""
+from loratune.run.records.base import FileRecord, Part, Place, RejectedRow
 
 
 class SourceRead(Part):
@@ -66,13 +57,6 @@ class Lengths(Part):
     """Longest example, in tokens."""
     histogram: Histogram | None = None
     """Distribution of the lengths."""
-
-
-class RejectedRow(Place):
-    """A row that cannot be trained on."""
-
-    reason: str
-    """What is wrong with it."""
 
 
 class SuspiciousRow(Place):

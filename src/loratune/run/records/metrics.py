@@ -7,8 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import Discriminator, Tag, TypeAdapter
 
-from loratune.run.records.base import Part
-from loratune.run.records.data import Place, RejectedRow
+from loratune.run.records.base import Part, Place, RejectedRow
 
 
 class StepLine(Part):

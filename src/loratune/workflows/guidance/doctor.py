@@ -8,10 +8,9 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import psutil
 from packaging.requirements import Requirement
@@ -20,8 +19,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from loratune.recipe.recipe import Recipe, Source
-from loratune.run.directory import Record
 from loratune.run.errors import LoratuneError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from loratune.run.directory import Record
 
 State = Literal["good", "missing", "optional"]
 

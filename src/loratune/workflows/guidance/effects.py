@@ -5,13 +5,11 @@ The other settings are explained by their docstring alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 
 from loratune.data.batch import num_supervised
-from loratune.data.examples import Example
 from loratune.data.steps import EpochPlan, count_occurrences, num_steps, num_steps_per_epoch
 from loratune.model.adapter.variants import scale_in_words, scale_of
 from loratune.model.device import torch_dtype
@@ -20,7 +18,6 @@ from loratune.model.quantization.kinds import GROUP, PACKED
 from loratune.model.quantization.quantize import base_bytes, quantized_matrices
 from loratune.planning.auto import NO_LIMIT
 from loratune.planning.memory.optimizer import state_bytes
-from loratune.planning.parameters import ParameterCount
 from loratune.planning.presets import count_presets
 from loratune.recipe.recipe import LoraSection, Optimizer
 from loratune.recipe.roles import TrainOn, as_written
@@ -28,7 +25,12 @@ from loratune.run.errors import DataError
 from loratune.workflows.guidance.facts import AlternativeRow, Facts, bytes_in_words, nearby_powers
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from transformers import PreTrainedModel
+
+    from loratune.data.examples import Example
+    from loratune.planning.parameters import ParameterCount
 
 # ---- model and data
 

@@ -8,16 +8,20 @@ labels are written next to the script, and the script says why.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-from loratune.planning.preparation import Preparation
 from loratune.recipe.tasks import require_text
-from loratune.run.directory import Record
 from loratune.run.errors import MachineError, RecipeError
-from loratune.run.progress import Progress
 from loratune.workflows.guidance.eject_rows import why_not_directly, write_rows
 from loratune.workflows.guidance.eject_script import render_script
 from loratune.workflows.guidance.eject_support import check_supported
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from loratune.planning.preparation import Preparation
+    from loratune.run.directory import Record
+    from loratune.run.progress import Progress
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

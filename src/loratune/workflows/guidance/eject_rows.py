@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from datasets import load_dataset
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from datasets.utils.logging import disable_progress_bar
 
-from loratune.data.examples import Example
 from loratune.data.rows.sources import is_local
 from loratune.planning.auto import NO_LIMIT
-from loratune.planning.preparation import Preparation
 from loratune.recipe.recipe import Source
 from loratune.recipe.roles import as_written, trained_roles
 from loratune.training.trl_dataset import preparation_difference, with_label_ids
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from loratune.data.examples import Example
+    from loratune.planning.preparation import Preparation
 
 BUILDERS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
 """File suffix → the builder of `load_dataset` that reads it."""

@@ -6,7 +6,7 @@ import importlib.resources
 import json
 import textwrap
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 from transformers.pytorch_utils import Conv1D
@@ -23,13 +23,15 @@ from loratune.model.quantization.checkpoint import method_of
 from loratune.model.quantization.kinds import BY_BITSANDBYTES
 from loratune.planning.lock import versions
 from loratune.planning.parameters import skeleton
-from loratune.planning.preparation import Preparation
 from loratune.recipe.recipe import Recipe, TrainSection
 from loratune.run.directory import RunDir
 from loratune.run.errors import RecipeError
 from loratune.training.hf_arguments import TrainingData, own_optimizer, trl_arguments
 from loratune.training.trl_dataset import check_trl_can_train
 from loratune.workflows.guidance.eject_rows import builder, eval_sources
+
+if TYPE_CHECKING:
+    from loratune.planning.preparation import Preparation
 
 WIDTH = 118
 """Columns of the script's comments."""

@@ -7,21 +7,24 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
-from loratune.planning.preparation import Preparation
 from loratune.recipe.recipe import Recipe, Source
-from loratune.run.directory import Record
 from loratune.run.errors import RecipeError
 from loratune.workflows.guidance.effects import SUMMARIES, TABLES
 from loratune.workflows.guidance.facts import AlternativeRow, Facts
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from loratune.planning.preparation import Preparation
+    from loratune.run.directory import Record
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -13,15 +12,17 @@ from transformers import get_scheduler
 
 from loratune.planning.auto import NO_LIMIT
 from loratune.planning.parameters import ParameterCount, count_parameters
-from loratune.planning.preparation import Preparation
 from loratune.recipe.recipe import DataSection
 from loratune.training.hf_arguments import schedule_arguments
 from loratune.workflows.tasks.task import task_of
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from transformers import PreTrainedModel
 
     from loratune.data.examples import Example
+    from loratune.planning.preparation import Preparation
 
 AlternativeRow = dict[str, str]
 MIB = 2**20

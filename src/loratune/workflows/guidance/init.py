@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import textwrap
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import yaml
 
-from loratune.data.rows.conversation import Conversation
 from loratune.data.rows.formats import detect_format, to_conversations
 from loratune.data.rows.sources import read_rows
 from loratune.recipe.recipe import Recipe, Source
@@ -22,6 +20,9 @@ from loratune.run.errors import DataError, MachineError, RecipeError, plural
 from loratune.workflows.tasks.task import TaskStarter, task_named
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from loratune.data.rows.conversation import Conversation
     from loratune.data.rows.row import Row
 
 WIDTH = 118

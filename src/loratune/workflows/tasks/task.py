@@ -17,9 +17,7 @@ overrides what differs.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from loratune.planning.task import PlannedTask
@@ -27,6 +25,9 @@ from loratune.recipe.tasks import load_task
 from loratune.reporting.task import ReportedTask
 
 if TYPE_CHECKING:  # heavy: recipes are checked by their task before torch is needed
+    from collections.abc import Sequence
+    from pathlib import Path
+
     from peft import PeftModel
     from rich.console import RenderableType
 

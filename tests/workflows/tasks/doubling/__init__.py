@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from rich.console import RenderableType
 
-from loratune.data.prepare import PreparedData
+from loratune.data.prepared import PreparedData
 from loratune.planning.task import StepCosts
 from loratune.training.loss import SupervisedLoss
 from loratune.workflows.tasks.generation import TextGeneration

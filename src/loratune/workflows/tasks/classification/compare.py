@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from loratune.data.examples import LabelledExample
 from loratune.model.device import free_memory
-from loratune.workflows.tasks.classification.loss import ClassificationLoss
 from loratune.workflows.tasks.classification.measures import class_logits, classification_record, nll_of_labels
 from loratune.workflows.tasks.task import Compared, Comparison
+
+if TYPE_CHECKING:
+    from loratune.workflows.tasks.classification.loss import ClassificationLoss
 
 
 def compare_classes(comparison: Comparison) -> Compared:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,14 +15,14 @@ import numpy as np
 
 from loratune.data.examples import LabelledExample
 from loratune.data.findings import places
-from loratune.data.masking.special_tokens import any_of, special_names
+from loratune.data.masking.spans import any_of
+from loratune.data.masking.special_tokens import special_names
 from loratune.data.masking.token_labels import LengthViolations
-from loratune.data.prepare import PreparedData
+from loratune.data.prepared import PreparedData
 from loratune.data.report import Places, overlap_report, places_by_key, row_notices, row_report, size_report
 from loratune.data.rows.reading import Reader, ReadSide, apply_policy, held_out_sources
 from loratune.data.rows.row import Origin, Rejected
 from loratune.data.statistics import histogram, scripts
-from loratune.recipe.recipe import DataSection
 from loratune.run.errors import DataError, plural
 from loratune.run.progress import NO_PROGRESS, Progress
 from loratune.workflows.tasks.classification.rows import (
@@ -35,7 +34,11 @@ from loratune.workflows.tasks.classification.rows import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
     from transformers import PreTrainedTokenizerBase
+
+    from loratune.recipe.recipe import DataSection
 
 
 _CHUNK = 1024

@@ -6,13 +6,11 @@ are padded to the longest and go through the model's own forward.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModel
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
@@ -21,6 +19,11 @@ from loratune.data.examples import Example, LabelledExample
 from loratune.model.classifier import is_decoder
 from loratune.model.kernels.attention import PACKED, PackingUnsupportedError, register
 from loratune.training.loss import CHECK_TOKENS, SupervisedLoss, fastest_loss
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from peft import PeftModel
 
 
 class ClassificationLoss(SupervisedLoss):

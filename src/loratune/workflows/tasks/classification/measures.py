@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -11,12 +10,16 @@ from rich.table import Table
 from rich.text import Text
 
 from loratune.data.batch import collate
-from loratune.data.examples import Example, LabelledExample
 from loratune.evaluation.record import LEVEL, RESAMPLES, add_statistics
 from loratune.run.errors import plural
-from loratune.run.progress import Progress
-from loratune.training.token_budget import TokenBudget
-from loratune.workflows.tasks.classification.loss import ClassificationLoss
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from loratune.data.examples import Example, LabelledExample
+    from loratune.run.progress import Progress
+    from loratune.training.token_budget import TokenBudget
+    from loratune.workflows.tasks.classification.loss import ClassificationLoss
 
 MEASURES = ("accuracy", "f1", "nll")
 """The reported measures, in order."""

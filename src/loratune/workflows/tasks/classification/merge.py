@@ -4,8 +4,7 @@ export."""
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,14 +15,18 @@ from loratune.exporting.certificate import EXACT, ROUNDED, Question, ReferenceOu
 from loratune.exporting.staging import atomic_folder, check_target
 from loratune.model.adapter.attach import load_adapter
 from loratune.model.load import download_weights, load_config, load_model
-from loratune.planning.preparation import Preparation
 from loratune.run.directory import Record, RunDir, cannot_write
-from loratune.run.progress import Progress
 from loratune.workflows.certify import Exported, record, write_certificate
 from loratune.workflows.finished import open_run
 from loratune.workflows.load import load_trained
 from loratune.workflows.merged_folder import merged_dtype
 from loratune.workflows.tasks.classification.load_back import ClassifierReader
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from loratune.planning.preparation import Preparation
+    from loratune.run.progress import Progress
 
 MOST_EXAMPLES = 256
 """The most texts on which the merged model is compared with the trained one."""

@@ -18,13 +18,12 @@ from loratune.model.load import BaseModel, load_tokenizer, positions_of
 from loratune.model.quantization.checkpoint import method_of
 from loratune.planning.parameters import skeleton
 from loratune.planning.task import TaskModel
-from loratune.recipe.recipe import Recipe
 from loratune.run.errors import RecipeError
-from loratune.run.progress import Progress
 from loratune.workflows.tasks.classification.data import prepare_classified
 
 if TYPE_CHECKING:
-    pass
+    from loratune.recipe.recipe import Recipe
+    from loratune.run.progress import Progress
 
 
 def classifier_positions(recipe: Recipe, config: Any) -> int | None:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loratune.data.rows.hub import hub_class_names
 from loratune.data.rows.messages import check_unicode
 from loratune.data.rows.reading import Converted, Reader, ReadSide, held_out_side
-from loratune.data.rows.row import BadRow, Origin, Rejected, Row
+from loratune.data.rows.row import Origin, Rejected, Row
 from loratune.data.rows.sources import is_local
-from loratune.recipe.recipe import Source
-from loratune.run.errors import DataError, plural
+from loratune.run.errors import BadRow, DataError, plural
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from loratune.recipe.recipe import Source
 
 _SHOWN = 40
 """Maximum characters of a value in a message."""

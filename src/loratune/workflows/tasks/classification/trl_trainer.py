@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset as HubDataset
 from torch.nn.functional import cross_entropy
-from torch.utils.data import Sampler
 from transformers import DataCollatorWithPadding, PrinterCallback, Trainer, TrainingArguments
 
 from loratune.data.examples import LabelledExample
-from loratune.data.prepare import Stream
+from loratune.data.prepared import Stream
 from loratune.training.hf_arguments import training_arguments
 from loratune.training.step_dataset import ExampleOrder
 from loratune.training.trainer import RunTrainer, TrainerSetup
+
+if TYPE_CHECKING:
+    from torch.utils.data import Sampler
 
 
 class TrlClassifierTrainer(RunTrainer):

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratune.run.errors import RecipeError
 from loratune.workflows.tasks.task import Compared, Comparison, Task
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
     from peft import PeftModel
     from rich.console import RenderableType
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from loratune.data.examples import Example
-    from loratune.data.prepare import PreparedData
+    from loratune.data.prepared import PreparedData
     from loratune.data.prompts import Prompt
     from loratune.evaluation.user_metric import UserMetric
     from loratune.model.device import Choice
