@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
 from collections.abc import Callable, Iterable, Iterator
@@ -23,6 +24,7 @@ from transformers import (
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
 import loratune  # noqa: F401 - sets what the libraries read from the environment
+from loratune.planning import speed
 from loratune.recipe.recipe import Recipe
 from loratune.run.directory import RunDir
 from loratune.workflows.tiny_model import conversation, write_tiny_model
@@ -36,6 +38,21 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LORATUNE_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_waiting() -> Iterator[None]:
+    """Time once what the plan times for a while, and collect only the garbage of the tests.
+
+    A collection of all objects that the libraries created takes a second, and a training run asks for two.
+    """
+    gc.collect()
+    gc.freeze()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(speed, "TIMED_SECONDS", 0.0)
+        patch.setattr(speed, "FEWEST_REPETITIONS", 1)
+        yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

@@ -30,6 +30,9 @@ COMPILED_TIME_FRACTION = 0.75
 START_SECONDS = 8.0
 """Seconds from the weights to the first step, for a small model: 7.7 to 9.7 on two CPU cores, mostly imports."""
 
+TIMED_SECONDS, FEWEST_REPETITIONS = 0.15, 3
+"""How long, and at least how often, each operation is repeated to time it; the best repetition counts."""
+
 LOAD_BYTES_PER_SECOND = 1e9
 """Rate at which weights are read and converted. An estimate."""
 
@@ -263,10 +266,10 @@ def matmul_rate_of(shapes: Mapping[tuple[int, int], int], *, device: str, dtype:
     return flops / seconds
 
 
-def best_seconds(work: Callable[[], object], device: str, *, seconds: float = 0.15) -> float:
-    """Return the seconds of the fastest of the repetitions that fit in `seconds`, of at least three."""
-    best, deadline, runs = float("inf"), time.perf_counter() + seconds, 0
-    while runs < 3 or time.perf_counter() < deadline:
+def best_seconds(work: Callable[[], object], device: str) -> float:
+    """Return the seconds of the fastest of the repetitions that fit in `TIMED_SECONDS`, of at least `FEWEST_REPETITIONS`."""
+    best, deadline, runs = float("inf"), time.perf_counter() + TIMED_SECONDS, 0
+    while runs < FEWEST_REPETITIONS or time.perf_counter() < deadline:
         start = time.perf_counter()
         work()
         if device == "cuda":
@@ -285,5 +288,5 @@ def matmul_rate(*, device: str, dtype: torch.dtype, width: int) -> float:
     columns = 3 * width
     inputs = torch.randn(rows, width, dtype=dtype, device=device)
     weights = torch.randn(columns, width, dtype=dtype, device=device)
-    seconds = best_seconds(lambda: torch.nn.functional.linear(inputs, weights), device, seconds=0.3)
+    seconds = best_seconds(lambda: torch.nn.functional.linear(inputs, weights), device)
     return 2.0 * rows * width * columns / seconds
