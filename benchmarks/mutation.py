@@ -95,7 +95,7 @@ def mutants(source: str) -> Iterator[tuple[str, ast.Module]]:
             if field in ("annotation", "returns", "decorator_list") or isinstance(parent, ast.Raise | ast.JoinedStr):
                 continue
             for place, child in enumerate(value if isinstance(value, list) else [value]):
-                if not isinstance(child, ast.AST):
+                if not isinstance(child, ast.AST) or (isinstance(child, ast.If) and is_for_types(child)):
                     continue
                 for new in changes(child):
                     ast.copy_location(new, child)
@@ -106,6 +106,11 @@ def mutants(source: str) -> Iterator[tuple[str, ast.Module]]:
                 yield from visit(child)
 
     return visit(tree)
+
+
+def is_for_types(node: ast.If) -> bool:
+    """Whether a type checker alone reads a block."""
+    return isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
 
 
 def write(parent: ast.AST, field: str, place: int, node: ast.AST) -> None:

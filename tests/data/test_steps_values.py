@@ -116,6 +116,15 @@ def test_ranks_get_as_many_tokens_as_each_other() -> None:
     assert assign_to_ranks(lengths, 10, 2) == (((2, 5), (0,)), ((3, 4), (1,)))
 
 
+def test_a_rank_that_had_the_heavier_bin_gets_the_lighter_one_next() -> None:
+    # Bins of 10, 8, 7 and 1 tokens: 10 and 8 first, then 7 to the rank with 8, which leaves 1 for the one with 10.
+    assert assign_to_ranks({0: 10, 1: 8, 2: 7, 3: 1}, 10, 2) == (((0,), (3,)), ((1,), (2,)))
+
+
+def test_a_bin_may_be_exactly_full() -> None:
+    assert assign_to_ranks({0: 5, 1: 5, 2: 5, 3: 5}, 10, 2) == (((0, 2),), ((1, 3),))
+
+
 def test_more_ranks_than_examples_leave_some_without_any() -> None:
     assert assign_to_ranks({0: 8}, 10, 2) == (((0,),), ((),))
 
