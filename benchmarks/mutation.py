@@ -149,7 +149,7 @@ def run(name: str, file: Path, tree: ast.Module, tests: list[str], limit: float)
         # pytest warns of plugins that were imported before the fork, such as anyio: it cannot rewrite their assertions.
         quiet_warning = ["-W", "ignore::pytest.PytestAssertRewriteWarning"]
         try:
-            os._exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *quiet_warning, *tests]))
+            os._exit(pytest.main(["-x", "-q", *quiet_warning, *tests]))
         finally:
             os._exit(1)
     end = time.monotonic() + limit

