@@ -55,7 +55,7 @@ MUTANTS = (
             "as_duration(planned), as_duration(actual)",
             "as_duration(actual), as_duration(planned)",
         ),
-        ("tests/reporting/test_sections.py",),
+        ("tests/reporting/test_run_page.py", "-k", "swapped"),
     ),
     (
         "a best adapter is recorded as the last",
