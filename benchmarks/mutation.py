@@ -37,8 +37,8 @@ TESTS = {
     "model.kernels.cross_entropy": ["tests/model/kernels/test_cross_entropy.py"],
     "training.checkpoint": ["tests/training/test_checkpoint_values.py", "tests/training/test_checkpoint.py"],
     **{f"planning.memory.{name}": MEMORY for name in ("memory", "adapter", "encoder", "optimizer", "quantized")},
-    "planning.speed": ["tests/planning/test_speed.py"],
-    "planning.cost": ["tests/planning/test_cost.py"],
+    "planning.speed": ["tests/planning/test_speed_values.py", "tests/planning/test_speed.py"],
+    "planning.cost": ["tests/planning/test_cost.py", "tests/planning/test_cost_values.py"],
     "exporting.certificate": ["tests/exporting/test_certificate.py"],
 }
 """Module → the tests that are meant to see its changes, the quickest first."""
