@@ -33,7 +33,7 @@ def to_arrays(data: CachedData) -> Arrays | None:
     record = {
         "report": data.report,
         "eval_conversations": [
-            [c.messages, c.tools, c.text, c.origin.file, c.origin.line, c.excluded, c.forced_trained]
+            [c.messages, c.tools, c.text, c.origin.file, c.origin.line, c.excluded, c.forced_trained, c.given, c.started]
             for c in data.eval_conversations
         ],
         "files": list(dict.fromkeys(e.origin.file for e in [*data.train, *data.eval])),
@@ -87,6 +87,8 @@ def _conversations(record: dict[str, Any]) -> list[Conversation]:
             origin=Origin(file=file, line=line),
             excluded=tuple(excluded),
             forced_trained=tuple(forced_trained),
+            given=tuple(given),
+            started=None if started is None else (started[0], started[1]),
         )
-        for messages, tools, text, file, line, excluded, forced_trained in record["eval_conversations"]
+        for messages, tools, text, file, line, excluded, forced_trained, given, started in record["eval_conversations"]
     ]

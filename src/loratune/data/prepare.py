@@ -13,7 +13,16 @@ from loratune.data.masking.render import Rendered, render
 from loratune.data.masking.tokenizer import backend_of
 from loratune.data.prepared import PreparedData
 from loratune.data.prompt_checks import PromptCheck, compare_with_prompts, shared_prompts
-from loratune.data.report import overlap_report, places_by_key, row_notices, row_report, size_report
+from loratune.data.report import (
+    account_for_rows,
+    overlap_report,
+    places_by_key,
+    row_notices,
+    row_report,
+    size_report,
+    unread_notices,
+    unread_report,
+)
 from loratune.data.rows.conversation import ROLES, Conversation
 from loratune.data.rows.reading import Reader, ReadSide, apply_policy, held_out_sources, hold_out
 from loratune.data.statistics import histogram, scripts
@@ -148,6 +157,8 @@ def assemble_data(
     report["notices"] = [
         *rendered.notices,
         *absent,
+        *unread_notices(train, "train"),
+        *(unread_notices(evaluation, "eval") if evaluation else ()),
         *row_notices(report, len(train.items), kind="conversation", measure="the held-out loss"),
     ]
     _add_checks(
@@ -222,6 +233,8 @@ def _places(side: ReadSide[Conversation]) -> dict[Any, Any]:
 
 def _side_report(side: ReadSide[Conversation], rendered: Rendered) -> dict[str, Any]:
     counts = rendered.counts
+    rejected = [*side.rejected, *rendered.rejected]
+    dropped = counts.get("dropped_long", 0) + counts.get("dropped_empty", 0)
     return {
         **size_report(
             side,
@@ -230,7 +243,7 @@ def _side_report(side: ReadSide[Conversation], rendered: Rendered) -> dict[str, 
             num_supervised=sum(int(example.supervised.sum()) for example in rendered.examples),
         ),
         "truncated": counts.get("truncated", 0),
-        "dropped": counts.get("dropped_long", 0) + counts.get("dropped_empty", 0),
+        "dropped": dropped,
         "dropped_for_length": counts.get("dropped_long", 0),
         "dropped_with_nothing_to_train_after_truncation": counts.get("dropped_empty", 0),
         "verified": counts.get("verified", 0),
@@ -238,11 +251,14 @@ def _side_report(side: ReadSide[Conversation], rendered: Rendered) -> dict[str, 
         "answers_with_thoughts": counts.get("thoughts", 0),
         "answers_with_thoughts_put_back": counts.get("thoughts_restored", 0),
         "answers_not_trained": counts.get("answers_not_trained", 0),
+        "answers_in_prompts": counts.get("answers_in_prompts", 0),
         "trained_messages": _by_role(counts, "trained"),
         "trained_messages_without_stop_token": _by_role(counts, "without_stop_token"),
         "special_tokens_in_text": counts.get("special_tokens_in_text", 0),
         "conversations_without_last_answer": counts.get("unanswered", 0),
-        **row_report(_places(side), [*side.rejected, *rendered.rejected]),
+        **row_report(_places(side), rejected),
+        **account_for_rows(side, rendered.num_rows, num_rejected=len(rejected), num_dropped=dropped),
+        **unread_report(side),
     }
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from loratune.data.rows.fields import unread_in_words
 from loratune.data.rows.row import Origin, Rejected
 from loratune.run.errors import plural
 
@@ -76,6 +77,49 @@ def row_report(places: Places, rejected: Sequence[Rejected]) -> dict[str, Any]:
         "num_rejected": len(rejected),
         "rejected": [{**row.origin.as_record(), "reason": row.reason} for row in rejected],
     }
+
+
+def unread_report(side: ReadSide[Any]) -> dict[str, Any]:
+    """List what the sources have that is not read: fields with their numbers, and files of folders."""
+    return {
+        "unread_fields": [
+            {"place": place, "name": name, "count": count} for (place, name), count in side.unread.items()
+        ],
+        "files_left_out": side.left_out,
+    }
+
+
+def account_for_rows(side: ReadSide[Any], num_examples: int, *, num_rejected: int, num_dropped: int) -> dict[str, int]:
+    """Check that every row of a side is an example, or counted under the reason why it is not.
+
+    Args:
+        side: The side as it was read, after rows were held out.
+        num_examples: The rows that became examples.
+        num_rejected: The rows that cannot be trained on.
+        num_dropped: The rows left out for their length.
+
+    Returns:
+        The rows of the side that the held-out side has, and the further copies of these, which neither side has.
+    """
+    held_out, copies = side.num_held_out, side.num_held_out_copies
+    assert side.num_rows == num_examples + num_rejected + num_dropped + held_out + copies, (
+        f"{side.num_rows} rows, but {num_examples} examples, {num_rejected} rejected, {num_dropped} dropped, "
+        f"{held_out} held out and {copies} copies of these"
+    )
+    return {"held_out_rows": held_out, "copies_of_held_out_rows": copies}
+
+
+def unread_notices(side: ReadSide[Any], name: str) -> Iterator[str]:
+    """Yield notices about the fields and files of a side that are not read."""
+    if side.unread:
+        yield f"Not read ({name}): {unread_in_words(side.unread)}.{_advice(side)}"
+    if side.left_out:
+        yield f"Not read ({name}): {_few(side.left_out)}."
+
+
+def _advice(side: ReadSide[Any]) -> str:
+    names = [name for place, name in side.unread if place == "column" and name in ("context", "documents")]
+    return f" data.columns='{{input: {names[0]}}}' writes {names[0]} below the prompt." if names else ""
 
 
 def overlap_report(train: Places, evaluation: Places) -> list[dict[str, Any]]:

@@ -39,6 +39,14 @@ def data(files: RunFiles) -> Iterator[Block]:
     rejected = [f"{place_of(row)} ({name}): {row.reason}" for name, side in sides for row in side.rejected]
     if rejected:
         yield _fold(plural(len(rejected), "rejected row"), rejected)
+    unread = [
+        f"{field.place} {field.name} ({name}): {field.count:,}" for name, side in sides for field in side.unread_fields
+    ]
+    if unread:
+        yield _fold("Fields that are not read", unread)
+    left_out = [f"{file} ({name})" for name, side in sides for file in side.files_left_out]
+    if left_out:
+        yield _fold("Files that are not read", left_out)
     overlap = [f"{place_of(pair.eval)} = {', '.join(map(place_of, pair.train))}" for pair in record.overlap]
     if overlap:
         yield _fold(f"{plural(len(overlap), f'held-out {files.task.example}')} also in the training data", overlap)

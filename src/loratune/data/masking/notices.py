@@ -55,6 +55,12 @@ def _turn_notices(counts: Counter[str], train_on: TrainOn) -> Iterator[str]:
         yield plural(
             number, f"{what} has train: false and is not trained.", f"{what}s have train: false and are not trained."
         )
+    if (number := counts["answers_in_prompts"]) and train_on != "all":
+        yield plural(
+            number,
+            "answer is part of a prompt and is not trained.",
+            "answers are parts of prompts and are not trained.",
+        )
     if number := counts["unanswered"]:
         ends = plural(number, "conversation ends", "conversations end")
         yield f"{ends} with a message that has no answer."

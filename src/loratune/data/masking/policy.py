@@ -85,15 +85,18 @@ def check_train_flags(conversation: Conversation, train_on: TrainOn) -> None:
                 f"message {n + 1} ({messages[n]['role']}) has train true, but data.train_on is "
                 f"{as_written(train_on)}, which does not train it"
             )
-    if conversation.excluded and train_on == "all":
-        n = conversation.excluded[0]
+    flagged = [n for n in conversation.excluded if n not in conversation.given]
+    if flagged and train_on == "all":
+        n = flagged[0]
         raise BadRow(
             f"message {n + 1} ({messages[n]['role']}) has train false, but data.train_on is all, which trains every "
             "token"
         )
 
 
-def with_thinking(message: Message, thinking: Thinking, template: ChatTemplate, number: int) -> Message:
+def with_thinking(
+    message: Message, thinking: Thinking, template: ChatTemplate, number: int, *, trained: bool = True
+) -> Message:
     """Return the message under the `thinking` policy; thoughts move to the template's own field if it reads one.
 
     Args:
@@ -101,9 +104,11 @@ def with_thinking(message: Message, thinking: Thinking, template: ChatTemplate, 
         thinking: The policy.
         template: The chat template.
         number: The number of the message, from 1, for error messages.
+        trained: Whether the message is trained. In others, the template decides about thoughts.
 
     Raises:
-        BadRow: The thoughts do not end, are refused by the policy, or no answer follows them.
+        BadRow: The thoughts do not end, are refused by the policy, or no answer follows them; or the template has no
+            place for them in an answer of this kind.
     """
     if message["role"] != "assistant":
         return message
@@ -122,10 +127,19 @@ def with_thinking(message: Message, thinking: Thinking, template: ChatTemplate, 
     bare = {name: value for name, value in message.items() if name not in ("content", "reasoning_content")}
     if answer:
         bare["content"] = answer
-    if thinking == "strip" or (not thoughts.strip() and template.thoughts is not None):
+    calls = "tool_calls" in message
+    written = template.writes_thoughts(calls=calls)
+    if thinking == "strip" or (not thoughts.strip() and written):
         return bare
-    if template.thoughts is not None:
+    elsewhere = template.writes_thoughts(calls=not calls)
+    if written or (elsewhere and not trained):
         return {**bare, "reasoning_content": thoughts.strip()}
+    if elsewhere:
+        kinds = ("with tool calls", "without tool calls")
+        raise BadRow(
+            f"message {number} (assistant) has thoughts, and the chat template writes none in an answer "
+            f"{kinds[not calls]}, only in one {kinds[calls]}; data.thinking=strip trains without them"
+        )
     return message if inline else {**bare, "content": f"<think>\n{thoughts.strip()}\n</think>\n\n{answer}"}
 
 

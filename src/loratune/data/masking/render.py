@@ -39,6 +39,8 @@ class Rendered:
     """`verified`, `truncated`, `dropped_long`, `dropped_empty`, `straddling`, `thoughts`, `thoughts_restored`, …"""
     notices: list[str]
     """What the user should know, in sentences."""
+    num_rows: int
+    """Conversations that became examples."""
     method: str
     """How the trained spans were found and verified."""
 
@@ -85,6 +87,7 @@ def render(
             for number, reason in chunk.rejected
         ],
         counts=dict(counts),
+        num_rows=sum(len(set(chunk.kept.tolist())) for chunk in chunks),
         notices=[
             *special_token_notices(counts["special_tokens_in_text"], as_text=as_text),
             *(renderer.notices(counts) if templated else []),

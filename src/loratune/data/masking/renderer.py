@@ -21,12 +21,18 @@ from loratune.data.masking.policy import (
     trained_turns,
     with_thinking,
 )
-from loratune.data.masking.spans_by_prompting import spans_by_difference, spans_by_markers, spans_by_prompting
+from loratune.data.masking.spans_by_prompting import (
+    put_thoughts_back,
+    spans_by_difference,
+    spans_by_markers,
+    spans_by_prompting,
+)
 from loratune.data.masking.spans_by_substitution import Rendering, SubstitutionMatcher
 from loratune.data.masking.special_tokens import SpecialText, special_names, special_token_in
 from loratune.data.masking.template import ChatTemplate, Tools
 from loratune.data.masking.token_labels import LengthViolations, RenderedText, TokenMask, TokenMasker
 from loratune.data.masking.tokenizer import backend_of
+from loratune.data.masking.written import WrittenCheck, check_calls
 from loratune.recipe.roles import trained_roles
 from loratune.run.errors import BadRow
 
@@ -38,6 +44,9 @@ if TYPE_CHECKING:
     from loratune.data.masking.spans import Span
     from loratune.data.masking.tokens import Tokens
     from loratune.data.rows.conversation import Conversation, Message
+
+UNWRITTEN = "unwritten tool key "
+"""A count's name begins with it, and a key of tools that the chat template does not write follows."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -120,6 +129,10 @@ class Renderer:
         return SubstitutionMatcher(self.template)
 
     @cached_property
+    def _check_written(self) -> WrittenCheck:
+        return WrittenCheck(self.template)
+
+    @cached_property
     def _text_specials(self) -> SpecialText:
         return SpecialText(self._tokenizer, special_names(self._tokenizer))
 
@@ -177,13 +190,17 @@ class Renderer:
 
     def _render_chat(self, conversation: Conversation) -> RenderedText:
         template, tools = self.template, conversation.tools
-        messages = [with_thinking(m, self._thinking, template, n) for n, m in enumerate(conversation.messages, start=1)]
-        turns = trained_turns(messages, self._train_on, conversation.excluded)
+        turns = trained_turns(conversation.messages, self._train_on, conversation.excluded)
+        messages = [
+            with_thinking(m, self._thinking, template, n + 1, trained=n in turns) if m["role"] == "assistant" else m
+            for n, m in enumerate(conversation.messages)
+        ]
         check_train_flags(conversation, self._train_on)
         roles = trained_roles(self._train_on)
-        self._counts["answers_not_trained"] += sum(
-            conversation.messages[n]["role"] in roles for n in conversation.excluded
-        )
+        if conversation.excluded:
+            flagged = [n for n in conversation.excluded if n not in conversation.given]
+            self._counts["answers_not_trained"] += sum(messages[n]["role"] in roles for n in flagged)
+            self._counts["answers_in_prompts"] += len(conversation.given)
         if not turns and self._train_on != "all":
             raise BadRow(
                 "no assistant turn: nothing to train"
@@ -196,14 +213,22 @@ class Renderer:
             text, marked = template.render_marked(messages, tools)
         else:
             text = template.render(messages, tools)
-        _check_tools_written(text, conversation)
+        if tools or any("tool_calls" in message for message in messages):
+            for key in self._check_written(messages, tools):
+                self._counts[f"{UNWRITTEN}{key}"] += 1
         rendering = self._matcher(text, messages, tools, turns)
+        for (start, end), turn in zip(rendering.spans, turns, strict=True):
+            if "tool_calls" in messages[turn]:
+                check_calls(messages[turn], rendering.text[start:end], turn)
         self._count(rendering, messages, turns)
         spans: list[Span] | None = None
         check: list[Span] | None = None
         if self._train_on != "all":
             spans = rendering.spans
             second = _second_spans(text, marked, rendering, messages, tools, turns, template)
+            if conversation.started is not None:
+                begin = conversation.started
+                spans, second = (_after_start(rendering.text, found, turns, begin) for found in (spans, second))
             check = None if sorted(second) == sorted(spans) else second
         return RenderedText(
             text=rendering.text,
@@ -221,7 +246,7 @@ class Renderer:
         answers = [messages[turn] for turn in turns if messages[turn]["role"] == "assistant"]
         self._counts["answers"] += len(answers)
         self._counts["thoughts"] += sum(map(has_thoughts, answers))
-        self._counts["thoughts_restored"] += rendering.num_restored
+        self._counts["thoughts_restored"] += len(rendering.restored)
         self._counts["unanswered"] += messages[-1]["role"] != "assistant" and len(messages) - 1 not in turns
         for turn in turns if self._train_on != "all" else ():
             self._counts[f"trained {messages[turn]['role']}"] += 1
@@ -256,12 +281,12 @@ def _second_spans(
     turns: Sequence[int],
     template: ChatTemplate,
 ) -> list[Span]:
-    """Find the spans of the trained messages the second way; `text` and `marked` are the template's own rendering."""
+    """Find the spans of the trained messages the second way, from `text`, the template's own rendering."""
     trained = [turn for turn in turns if messages[turn]["role"] == "assistant"]
     others = [turn for turn in turns if turn not in trained]
     if not trained:
         second = []
-    elif template.has_markers and not rendering.num_restored:
+    elif template.has_markers and not rendering.restored:
         answers = trained_turns(messages, "assistant")
         found = spans_by_markers(text, marked, template)
         places = [
@@ -269,8 +294,36 @@ def _second_spans(
         ]  # from the end: some templates mark only the last
         second = [found[place] for place in places if -place <= len(found)]
     else:
-        second = spans_by_prompting(rendering.text, messages, tools, trained, template)
-    return second + spans_by_difference(rendering.text, text, messages, tools, others, template)
+        second = spans_by_prompting(text, messages, tools, trained, template)
+    second = second + spans_by_difference(text, messages, tools, others, template)
+    if not rendering.restored:
+        return second
+    by_turn = dict(zip([*trained, *others], second, strict=True))
+    whole, moved = put_thoughts_back(text, by_turn, rendering.restored, messages, tools, template)
+    if whole != rendering.text:
+        raise BadRow(
+            f"the chat template drops the thoughts of message {rendering.restored[0] + 1} (assistant), and two ways of "
+            "putting them back disagree; data.thinking=strip trains without them"
+        )
+    return list(moved.values())
+
+
+def _after_start(text: str, spans: Sequence[Span], turns: Sequence[int], started: tuple[int, str]) -> list[Span]:
+    """Return the spans without the beginning of an answer that belongs to its prompt.
+
+    Raises:
+        BadRow: The answer does not begin with it.
+    """
+    turn, beginning = started
+    if turn not in turns:
+        return list(spans)
+    number = turns.index(turn)
+    start, end = spans[number] if number < len(spans) else (0, 0)
+    place = text.find(beginning.strip(), start, end)
+    if place < 0 or text[start:place].strip():
+        raise BadRow(f"the chat template does not begin message {turn + 1} (assistant) with what its prompt ends with")
+    stop = min(place + len(beginning.lstrip()), end)
+    return [*spans[:number], (stop, end), *spans[number + 1 :]]
 
 
 def _result_or_reason(work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R | str:
@@ -280,8 +333,3 @@ def _result_or_reason(work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -
     except BadRow as bad:
         return str(bad)
 
-
-def _check_tools_written(text: str, conversation: Conversation) -> None:
-    for tool in conversation.tools or ():
-        if tool["function"]["name"] not in text:
-            raise BadRow(f"the chat template drops the tools: {tool['function']['name']} is not in its text")

@@ -18,12 +18,20 @@ import re
 from bisect import bisect_left
 from typing import TYPE_CHECKING
 
-from loratune.data.masking.spans import Span, blanks_before, first_stop, header_variants, message_end, without_thoughts
-from loratune.data.rows.conversation import Message, has_text
+from loratune.data.masking.spans import (
+    Span,
+    blanks_before,
+    first_stop,
+    header_variants,
+    message_end,
+    thoughts_before,
+    without_thoughts,
+)
+from loratune.data.rows.conversation import Message, has_text, split_thoughts
 from loratune.run.errors import BadRow
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from loratune.data.masking.template import ChatTemplate, Tools
 
@@ -43,6 +51,59 @@ def spans_by_prompting(
     prompts = _Prompts(text, messages, tools, template)
     starts = [prompts.end(turn) for turn in turns]
     return [(start, first_stop(text, start, len(text), template.stop_tokens) or len(text)) for start in starts]
+
+
+def put_thoughts_back(
+    text: str,
+    spans: Mapping[int, Span],
+    restored: Sequence[int],
+    messages: Sequence[Message],
+    tools: Tools,
+    template: ChatTemplate,
+) -> tuple[str, dict[int, Span]]:
+    """Put the thoughts that the template drops back into its own text, by rendering each answer as the last message.
+
+    Args:
+        text: The conversation as the template renders it.
+        spans: Index of each message to find → its span in the text.
+        restored: Indices of the answers whose thoughts are missing, which are among those to find.
+        messages: Its messages.
+        tools: Its tools.
+        template: The chat template.
+
+    Returns:
+        The text with all thoughts, and the spans in it.
+    """
+    prompts = _Prompts(text, messages, tools, template)
+    moved = dict(spans)
+    for turn in sorted(restored, key=lambda turn: spans[turn], reverse=True):  # from the end, so that places hold
+        start, stop = prompts.bare_end(turn), spans[turn][1]
+        new, inside = _with_thoughts(text[start:stop], messages[: turn + 1], tools, template)
+        text = text[:start] + new + text[stop:]
+        more = len(new) - (stop - start)
+        for other, (first, last) in moved.items():
+            if first >= stop:
+                moved[other] = first + more, last + more
+        moved[turn] = start + inside, start + len(new)
+    return text, moved
+
+
+def _with_thoughts(
+    answer: str, messages: Sequence[Message], tools: Tools, template: ChatTemplate
+) -> tuple[str, int]:
+    """Return the last message with its thoughts, and how much of it belongs to the prompt (an open `<think>`)."""
+    turn, message = len(messages) - 1, messages[-1]
+    if "reasoning_content" in message:
+        last = template.render(messages, tools)
+        prompts = _Prompts(last, messages, tools, template)
+        stop = first_stop(last, prompts.end(turn), len(last), template.stop_tokens) or len(last)
+        new = last[prompts.bare_end(turn) : stop]
+    else:
+        body = (split_thoughts(message["content"]) or ("", ""))[1].strip()
+        new = thoughts_before(message["content"], template) + answer[max(0, answer.find(body)) :]
+    prompt = template.render(messages[:-1], tools, prompt=True)
+    opened = prompt[len(without_thoughts(prompt)) :]
+    return new, next(len(variant) for variant in (opened, opened.rstrip(), "") if new.startswith(variant))
 
 
 class _Prompts:
@@ -118,13 +179,12 @@ def spans_by_markers(text: str, marked: Sequence[Span], template: ChatTemplate) 
 
 
 def spans_by_difference(
-    text: str, rendered: str, messages: Sequence[Message], tools: Tools, turns: Sequence[int], template: ChatTemplate
+    text: str, messages: Sequence[Message], tools: Tools, turns: Sequence[int], template: ChatTemplate
 ) -> list[Span]:
     """Find messages of other roles by rendering the conversation with another text in place of each.
 
     Args:
-        text: The conversation as it is trained.
-        rendered: The conversation as the template renders it, without the thoughts that were put back into answers.
+        text: The conversation as the template renders it.
         messages: Its messages.
         tools: Its tools.
         turns: Indices of the messages to find.
@@ -133,19 +193,14 @@ def spans_by_difference(
     Raises:
         BadRow: A prompt does not occur in the conversation.
     """
-    places = _Places(rendered, messages, tools, template)
-    prompts = _Prompts(rendered, messages, tools, template)
-    trained = prompts if text == rendered else _Prompts(text, messages, tools, template)
+    places = _Places(text, messages, tools, template)
+    prompts = _Prompts(text, messages, tools, template)
     spans: list[Span] = []
     for turn in turns:
         start, end = places[turn]
         limit = _limit(turn, messages, places, prompts)
-        stop = message_end(rendered, end, limit, _tail(messages[: turn + 1], tools, template), tools, template)
-        answer = next((n for n in range(turn + 1, len(messages)) if messages[n]["role"] == "assistant"), None)
-        moved = 0
-        if text != rendered:  # by the thoughts put back before the next answer's prompt, or before the end
-            moved = len(text) - len(rendered) if answer is None else trained.bare_end(answer) - prompts.bare_end(answer)
-        spans.append((blanks_before(rendered, start) + moved, (end if stop is None else stop) + moved))
+        stop = message_end(text, end, limit, _tail(messages[: turn + 1], tools, template), tools, template)
+        spans.append((blanks_before(text, start), end if stop is None else stop))
     return spans
 
 

@@ -20,14 +20,20 @@ the second, independent way.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from loratune.data.masking.spans import Span, blanks_before, first_stop, header_variants, message_end, without_thoughts
+from loratune.data.masking.spans import (
+    Span,
+    blanks_before,
+    first_stop,
+    header_variants,
+    message_end,
+    thoughts_before,
+    without_thoughts,
+)
 from loratune.data.masking.template_layout import (
     LayoutFinder,
-    PromptEnd,
     TemplateLayout,
     TextSlot,
     fill,
@@ -51,8 +57,8 @@ class Rendering:
     """The span of each trained message."""
     without_stop_token: frozenset[int]
     """Indices of the spans that end without a stop token."""
-    num_restored: int
-    """Answers whose thoughts the template dropped and which were put back."""
+    restored: tuple[int, ...]
+    """Indices of the answers whose thoughts the template dropped and which were put back."""
     num_controls: int
     """Special tokens that the template writes; any further ones would come from the texts."""
 
@@ -63,6 +69,7 @@ class _Draft:
 
     layout: TemplateLayout
     gaps: list[str]
+    slots: list[TextSlot]
     texts: list[str]
     starts: list[int] = field(default_factory=list)
 
@@ -107,7 +114,7 @@ class SubstitutionMatcher:
         """
         draft = self._match(text, messages, tools, turns)
         answers = [turn for turn in turns if messages[turn]["role"] == "assistant"]
-        num_restored = sum(_restore(draft, turn, messages[turn], self._template) for turn in answers)
+        restored = tuple(turn for turn in answers if self._restore(draft, turn, messages, tools))
         text = draft.join()
         spans: list[Span] = []
         without_stop_token: set[int] = set()
@@ -119,12 +126,12 @@ class SubstitutionMatcher:
                 start, end, has_stop = self._text_span(draft, text, turn, messages, tools)
                 without_stop_token |= set() if has_stop else {number}
             spans.append((start, end))
-        num_controls = self._template.special_text.count(text) if num_restored else draft.layout.num_controls
+        num_controls = self._template.special_text.count(text) if restored else draft.layout.num_controls
         return Rendering(
             text=text,
             spans=spans,
             without_stop_token=frozenset(without_stop_token),
-            num_restored=num_restored,
+            restored=restored,
             num_controls=num_controls,
         )
 
@@ -132,7 +139,7 @@ class SubstitutionMatcher:
         self, draft: _Draft, text: str, turn: int, messages: Sequence[Message], tools: Tools
     ) -> tuple[int, int, bool]:
         """Return the span of a message of another role, and whether a stop token ends it."""
-        index = draft.layout.slots.index(TextSlot(turn, thoughts=False))
+        index = draft.slots.index(TextSlot(turn, thoughts=False))
         end, limit = draft.end(index), _limit(draft, text, turn, messages)
         stop = message_end(text, end, limit, draft.layout.tails[turn], tools, self._template)
         return blanks_before(text, draft.starts[index]), end if stop is None else stop, stop is not None
@@ -147,7 +154,61 @@ class SubstitutionMatcher:
             _check_nothing_dropped(text, messages)
         if texts is None:
             raise BadRow("the chat template changes trained texts in a way that cannot be followed")
-        return _Draft(layout=layout, gaps=list(layout.gaps), texts=texts)
+        return _Draft(layout=layout, gaps=list(layout.gaps), slots=list(layout.slots), texts=texts)
+
+
+    def _restore(self, draft: _Draft, turn: int, messages: Sequence[Message], tools: Tools) -> bool:
+        """Put back the thoughts of an answer if the template dropped them; return whether it did."""
+        message = messages[turn]
+        if "reasoning_content" in message:
+            if TextSlot(turn, thoughts=True) in draft.slots:
+                return False
+            self._replace_by_last(draft, turn, messages[: turn + 1], tools)
+            return True
+        parts = split_thoughts(message.get("content", ""))
+        if parts is None:
+            return False
+        index = draft.slots.index(TextSlot(turn, thoughts=False))
+        if "</think>" in draft.texts[index]:
+            return False
+        draft.texts[index] = thoughts_before(message["content"], self._template) + draft.texts[index].lstrip()
+        return True
+
+    def _replace_by_last(self, draft: _Draft, turn: int, messages: Sequence[Message], tools: Tools) -> None:
+        """Replace an answer by what the template writes for it as the last message, which has its thoughts."""
+        text = self._template.render(messages, tools)
+        layout = self._layouts.cached(messages, tools, (turn,))
+        texts = fill(layout, text, messages)
+        if texts is None or TextSlot(turn, thoughts=True) not in layout.slots:
+            raise BadRow(
+                f"the chat template drops the thoughts of message {turn + 1} (assistant), and they cannot be put back; "
+                "data.thinking=strip trains without them"
+            )
+        last = _Draft(layout=layout, gaps=list(layout.gaps), slots=list(layout.slots), texts=texts)
+        first, after, end = self._place(draft, turn)
+        first_of_last, after_of_last, end_of_last = self._place(last, turn)
+        rest = draft.gaps[after][end:]
+        draft.gaps[first : after + 1] = last.gaps[first_of_last : after_of_last + 1]
+        at = first + after_of_last - first_of_last
+        draft.gaps[at] = draft.gaps[at][:end_of_last] + rest
+        draft.slots[first:after] = last.slots[first_of_last:after_of_last]
+        draft.texts[first:after] = last.texts[first_of_last:after_of_last]
+
+    def _place(self, draft: _Draft, turn: int) -> tuple[int, int, int]:
+        """Return the gap in which an answer starts, the one in which it ends, and where in that its stop token ends."""
+        prompt = draft.layout.prompts[turn]
+        first = _gap_after(draft, prompt.anchor)
+        variant = next((v for v in header_variants(prompt.tail) if draft.gaps[first].startswith(v)), None)
+        if variant is None:
+            raise BadRow(f"the chat template drops the thoughts of message {turn + 1}, and they cannot be put back")
+        after = first
+        while after < len(draft.slots) and draft.slots[after].message == turn:
+            after += 1
+        gap = draft.gaps[after]
+        end = first_stop(gap, len(variant) if after == first else 0, len(gap), self._template.stop_tokens)
+        if end is None:
+            raise _without_stop(turn, self._template.stop_tokens)
+        return first, after, end
 
 
 def _check_nothing_dropped(text: str, messages: Sequence[Message]) -> None:
@@ -160,53 +221,22 @@ def _check_nothing_dropped(text: str, messages: Sequence[Message]) -> None:
 # ---- answers
 
 
-def _restore(draft: _Draft, turn: int, message: Message, template: ChatTemplate) -> bool:
-    """Put back the thoughts of an answer if the template dropped them; return whether it did."""
-    if "reasoning_content" in message:
-        if TextSlot(turn, thoughts=True) in draft.layout.slots:
-            return False
-        _insert_thoughts(draft, turn, message["reasoning_content"].strip(), template)
-        return True
-    parts = split_thoughts(message.get("content", ""))
-    if parts is None:
-        return False
-    index = draft.layout.slots.index(TextSlot(turn, thoughts=False))
-    if "</think>" in draft.texts[index]:
-        return False
-    draft.texts[index] = join_thoughts(*parts) if template.opens_thoughts else message["content"]
-    return True
+def _gap_after(draft: _Draft, anchor: TextSlot | None) -> int:
+    return 0 if anchor is None else draft.slots.index(anchor) + 1
 
 
-def join_thoughts(thoughts: str, answer: str) -> str:
-    """Join thoughts and answer as reasoning models write them."""
-    return f"<think>\n{thoughts.strip()}\n</think>\n\n{answer.lstrip()}"
-
-
-def _insert_thoughts(draft: _Draft, turn: int, thoughts: str, template: ChatTemplate) -> None:
-    """Insert thoughts in the form in which the template writes those of a last answer."""
-    form = template.thoughts
-    assert form is not None
-    prompt = draft.layout.prompts[turn]
-    index = _gap_after(draft.layout, prompt)
-    start = without_thoughts(prompt.tail)
-    if not draft.gaps[index].startswith(start):
-        raise BadRow(f"the chat template drops the thoughts of message {turn + 1}, and they cannot be put back")
-    rest = draft.gaps[index][len(start) :]
-    if draft.layout.slots[index : index + 1] == (TextSlot(turn, thoughts=False),):
-        rest = ""  # everything between header and answer is the template's form of having no thoughts
-    rest = re.sub(r"^<think>\s*</think>\s*", "", rest)
-    draft.gaps[index] = f"{start}{form.before}{thoughts}{form.after}{rest}"
-
-
-def _gap_after(layout: TemplateLayout, prompt: PromptEnd) -> int:
-    return 0 if prompt.anchor is None else layout.slots.index(prompt.anchor) + 1
+def _without_stop(turn: int, stops: Sequence[str]) -> BadRow:
+    return BadRow(
+        f"the chat template ends message {turn + 1} (assistant) without a stop token ({' or '.join(stops)}); "
+        "training it would teach the model not to stop; data.train_on=last trains the last answer only"
+    )
 
 
 def _span(draft: _Draft, text: str, turn: int, message: Message, stops: Sequence[str]) -> Span:
     """Return the span from the end of the prompt over the texts of this message to the first stop token after them."""
-    slots = draft.layout.slots
+    slots = draft.slots
     prompt = draft.layout.prompts[turn]
-    first = _gap_after(draft.layout, prompt)
+    first = _gap_after(draft, prompt.anchor)
     base = 0 if first == 0 else draft.end(first - 1)
     variant = next((v for v in header_variants(prompt.tail) if text.startswith(v, base)), None)
     if variant is None:
@@ -221,17 +251,13 @@ def _span(draft: _Draft, text: str, turn: int, message: Message, stops: Sequence
     limit = draft.starts[after] if after < len(slots) else len(text)
     end = first_stop(text, max(start, body_end), limit, stops)
     if end is None:
-        raise BadRow(
-            f"the chat template ends message {turn + 1} (assistant) without a stop token ({' or '.join(stops)}); "
-            "training it would teach the model not to stop; data.train_on=last trains the last answer only"
-        )
-    _check_calls_written(message, text[start:end], turn)
+        raise _without_stop(turn, stops)
     return start, end
 
 
 def _limit(draft: _Draft, text: str, turn: int, messages: Sequence[Message]) -> int:
     """Return the first character after a message of another role: the start of the answer, or of the next text."""
-    slots, slot = draft.layout.slots, TextSlot(turn, thoughts=False)
+    slots, slot = draft.slots, TextSlot(turn, thoughts=False)
     index = slots.index(slot)
     limit = draft.starts[index + 1] if index + 1 < len(slots) else len(text)
     prompt = draft.layout.prompts.get(turn + 1)
@@ -256,8 +282,3 @@ def _refuse_header(answer: str, header: str, turn: int) -> None:
     if header and answer.startswith(header):
         raise BadRow(f"the chat template starts message {turn + 1} (assistant) with {header!r}, which its prompt lacks")
 
-
-def _check_calls_written(message: Message, answer: str, turn: int) -> None:
-    for call in message.get("tool_calls", ()):
-        if call["function"]["name"] not in answer:
-            raise BadRow(f"the chat template drops the tool call of message {turn + 1} ({call['function']['name']})")

@@ -10,11 +10,10 @@ import json
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from loratune.data.masking.spans import any_of, without_thoughts
+from loratune.data.masking.spans import any_of
 from loratune.data.masking.special_tokens import SpecialText, special_names
 from loratune.data.masking.template_sandbox import compile_template, describe, render_template
 from loratune.run.errors import BadRow, DataError, LoratuneError
@@ -30,14 +29,6 @@ Tools = Sequence[dict[str, Any]] | None
 _MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _PROBE_USER, _PROBE_ANSWER, _PROBE_THOUGHTS, _PROBE_ARGUMENT = "Qk0uZ", "Qk1aZ", "Qk2tZ", "Qk3vZ"
 _PROBE_TOOL = "qk4fz"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ThoughtFormat:
-    """What a template writes before and after the thoughts of an answer, between header and answer."""
-
-    before: str
-    after: str
 
 
 class ChatTemplate:
@@ -252,17 +243,21 @@ class ChatTemplate:
         inside = [m for m in self.control_tokens.finditer(self.prompt_tail) if m.start() < cut < m.end()]
         return self.prompt_tail[inside[0].start() if inside else cut :]
 
+    def writes_thoughts(self, *, calls: bool) -> bool:
+        """Whether the template writes the `reasoning_content` of a last answer, with tool calls or without."""
+        return self._writes_thoughts_of_calls if calls else self._writes_thoughts
+
     @cached_property
-    def thoughts(self) -> ThoughtFormat | None:
-        """How the template writes `reasoning_content`; None if it does not read that field."""
+    def _writes_thoughts(self) -> bool:
         answer = {**_message("assistant", _PROBE_ANSWER), "reasoning_content": _PROBE_THOUGHTS}
-        text = self.probe([_message("user", _PROBE_USER), answer])
-        after_user = text.partition(_PROBE_USER)[2]
-        start = without_thoughts(self.prompt_tail)
-        if _PROBE_THOUGHTS not in after_user or not after_user.startswith(start):
-            return None
-        before, _, rest = after_user[len(start) :].partition(_PROBE_THOUGHTS)
-        return ThoughtFormat(before=before, after=rest.partition(_PROBE_ANSWER)[0])
+        return _PROBE_THOUGHTS in self.probe([_message("user", _PROBE_USER), answer])
+
+    @cached_property
+    def _writes_thoughts_of_calls(self) -> bool:
+        if not self.supports_tools:
+            return False
+        user, call = self._tool_probe
+        return _PROBE_THOUGHTS in self.probe([user, {**call, "reasoning_content": _PROBE_THOUGHTS}], _PROBE_TOOLS)
 
     @cached_property
     def opens_thoughts(self) -> bool:

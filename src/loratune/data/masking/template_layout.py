@@ -63,7 +63,7 @@ class LayoutFinder:
 
     def cached(self, messages: Sequence[Message], tools: Tools, turns: Sequence[int]) -> TemplateLayout:
         """Return the layout of a conversation, with sentinels in place of all texts."""
-        key = (tuple(map(_shape, messages)), json.dumps(tools) if tools else "", tuple(turns))
+        key = (tuple(map(shape_of, messages)), json.dumps(tools) if tools else "", tuple(turns))
         layout = self._layouts.get(key)
         if layout is None:
             if len(self._layouts) >= _CACHED_SHAPES:
@@ -86,7 +86,7 @@ class LayoutFinder:
             BadRow: The template drops or repeats a text, or writes a prompt that does not occur in the conversation.
         """
         hidden = [
-            _hide(message, number) if message["role"] == "assistant" or number in turns or not trained_only else message
+            hide_texts(message, number) if message["role"] == "assistant" or number in turns or not trained_only else message
             for number, message in enumerate(messages)
         ]
         gaps, slots = _split(self._template.render(hidden, tools))
@@ -145,13 +145,13 @@ def in_json(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)[1:-1]
 
 
-def _shape(message: Message) -> object:
+def shape_of(message: Message) -> object:
     """Return everything in a message that may change what a template writes around its texts."""
     others = {name: value for name, value in message.items() if name not in ("role", "content", "reasoning_content")}
     return message["role"], has_text(message), "reasoning_content" in message, json.dumps(others) if others else ""
 
 
-def _hide(message: Message, number: int) -> Message:
+def hide_texts(message: Message, number: int) -> Message:
     """Replace the texts of a message by sentinels."""
     hidden = dict(message)
     if has_text(message):

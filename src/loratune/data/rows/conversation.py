@@ -29,9 +29,13 @@ class Conversation:
     """The text of a plain-text row, else None."""
     origin: Origin
     excluded: tuple[int, ...] = ()
-    """Indices of the messages that the row says not to train."""
+    """Indices of the messages that are not trained: by their own flag, or as a part of a prompt."""
     forced_trained: tuple[int, ...] = ()
     """Indices of the messages of other roles than the assistant's that the row says to train."""
+    given: tuple[int, ...] = ()
+    """Indices of the answers that are part of a prompt; all of them are excluded."""
+    started: tuple[int, str] | None = None
+    """Index of an answer whose beginning is part of the prompt, and that beginning."""
 
 
 def split_thoughts(content: str) -> tuple[str, str] | None:

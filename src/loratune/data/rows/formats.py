@@ -7,15 +7,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from loratune.data.rows.conversation import Conversation, Message
-from loratune.data.rows.messages import (
-    check_unicode,
-    describe_value,
-    from_json,
-    read_message,
-    read_sharegpt_message,
-    read_tools,
-)
+from loratune.data.rows.fields import PREFERENCE, Place, Unread, describe_value, is_preference_pair, says_nothing
+from loratune.data.rows.items import chat_messages
+from loratune.data.rows.messages import read_message, read_sharegpt_message
 from loratune.data.rows.row import Origin, Rejected, Row
+from loratune.data.rows.tools import account_for, check_unicode, from_json, read_tools, without_storage_nulls
 from loratune.run.errors import BadRow, DataError
 
 if TYPE_CHECKING:
@@ -56,15 +52,25 @@ def detect_format(rows: Iterable[Row], *, strict: bool = True) -> str:
     if counts[best] and not strict:
         return best
     odd = next(row for row, names in zip(rows, fitting, strict=True) if best not in names or not counts[best])
+    if isinstance(odd.value, dict) and is_preference_pair(odd.value):
+        raise DataError(f"the row {PREFERENCE}", file=odd.file, line=odd.line, fix="map the column, or use DPO: TRL")
     supported = "; ".join(f"{name} ({fields})" for name, fields in FORMATS.items())
     others = f"; {counts[best]} of {len(rows)} rows are {best}" if counts[best] else ""
     raise DataError(
         f"the row matches no known format: {describe_value(odd.value)}{others}",
         file=odd.file,
         line=odd.line,
-        fix=f"formats are {supported}; map other column names with data.columns, correct the row, or leave such rows "
-        "out with data.on_bad_row=skip",
+        fix=f"{_columns_advice(odd.value)}formats are {supported}; map other column names with data.columns, correct "
+        "the row, or leave such rows out with data.on_bad_row=skip",
     )
+
+
+def _columns_advice(value: Any) -> str:
+    """Name the setting that reads a row of two texts as prompt and completion."""
+    texts = [name for name, text in value.items() if isinstance(text, str)] if isinstance(value, dict) else []
+    if len(texts) != 2:
+        return ""
+    return f"data.columns='{{prompt: {texts[0]}, completion: {texts[1]}}}' reads these two; "
 
 
 def rename_columns(rows: Sequence[Row], columns: Mapping[Column, str]) -> list[Row]:
@@ -95,12 +101,15 @@ def check_columns(rows: Sequence[Row], columns: Mapping[Column, str]) -> None:
             )
 
 
-def to_conversations(rows: Iterable[Row], format_name: str) -> tuple[list[Conversation], list[Rejected]]:
+def to_conversations(
+    rows: Iterable[Row], format_name: str, unread: Unread | None = None
+) -> tuple[list[Conversation], list[Rejected]]:
     """Read rows of one format as conversations.
 
     Args:
         rows: The rows.
         format_name: A key of `FORMATS`.
+        unread: Receives the fields of the valid rows that are not read.
 
     Returns:
         The valid conversations, and the reason for each row that is not one.
@@ -110,12 +119,16 @@ def to_conversations(rows: Iterable[Row], format_name: str) -> tuple[list[Conver
     rejected: list[Rejected] = []
     for row in rows:
         origin = Origin(file=row.file, line=row.line)
+        found: list[tuple[Place, str]] = []
         try:
             if not isinstance(row.value, dict):
                 raise BadRow(f"a row must be an object with fields, but this is {describe_value(row.value)}")
-            conversations.append(convert(row.value, origin))
+            conversations.append(convert(row.value, origin, found))
         except BadRow as bad:
             rejected.append(Rejected(origin=origin, reason=str(bad)))
+        else:
+            if found and unread is not None:
+                unread.update(found)
     return conversations, rejected
 
 
@@ -135,7 +148,7 @@ def _first_turn(value: dict[str, Any], name: str) -> dict[str, Any]:
 def _fitting_formats(value: Any) -> set[str]:
     if not isinstance(value, dict):
         return set()
-    turn = _first_turn(value, "conversations")
+    turn = _first_turn(value, "conversations") if "conversations" in value else {}
     fits = {
         "messages": _has(value, "messages") or "role" in turn,
         "sharegpt": "from" in turn,
@@ -148,42 +161,86 @@ def _fitting_formats(value: Any) -> set[str]:
 
 # ---- conversion
 
+_Unread = list[tuple[Place, str]]
+_COMMON = frozenset(("system", "system_prompt", "tools", "functions"))
 
-def _read_messages(value: dict[str, Any], origin: Origin) -> Conversation:
+
+def _read_messages(value: dict[str, Any], origin: Origin, unread: _Unread) -> Conversation:
     name = "messages" if value.get("messages") is not None or "conversations" not in value else "conversations"
-    turns = _list_of_turns(value, name)
-    return _conversation([read_message(turn, number) for number, turn in enumerate(turns, start=1)], value, origin)
+    messages = _messages(_list_of_turns(value, name), unread)
+    return _conversation(messages, value, origin, unread, read=frozenset((name,)))
 
 
-def _read_sharegpt(value: dict[str, Any], origin: Origin) -> Conversation:
+def _read_sharegpt(value: dict[str, Any], origin: Origin, unread: _Unread) -> Conversation:
     turns = _list_of_turns(value, "conversations")
-    messages = [read_sharegpt_message(turn, number) for number, turn in enumerate(turns, start=1)]
-    return _conversation(messages, value, origin)
+    messages = [read_sharegpt_message(turn, number, unread) for number, turn in enumerate(turns, start=1)]
+    return _conversation(messages, value, origin, unread, read=frozenset(("conversations",)))
 
 
-def _read_prompt_completion(value: dict[str, Any], origin: Origin) -> Conversation:
+def _read_prompt_completion(value: dict[str, Any], origin: Origin, unread: _Unread) -> Conversation:
     names = next((pair for pair in _PROMPT_FIELDS if _has(value, *pair)), None)
     if names is None:
         raise BadRow(f"no prompt and completion among {describe_value(value)}")
     prompt, completion = (_turns_or_text(value[name], name) for name in names)
-    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    turns = turns + ([{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion)
-    return _conversation([read_message(turn, number) for number, turn in enumerate(turns, start=1)], value, origin)
+    turns = [{"role": "user", "content": _with_input(prompt, value)}] if isinstance(prompt, str) else prompt
+    answers = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
+    given = _messages(turns, unread)
+    messages = _continued(given, _messages(answers, unread, first=len(given) + 1))
+    read = frozenset((*names, "input") if isinstance(prompt, str) else names)
+    return _conversation(messages, value, origin, unread, read=read)
 
 
-def _read_alpaca(value: dict[str, Any], origin: Origin) -> Conversation:
-    for name in ("instruction", "output"):
-        if not isinstance(value.get(name), str):
-            raise BadRow(f"{name} is {describe_value(value.get(name))}, not text")
+def _continued(prompt: list[Message], completion: list[Message]) -> list[Message]:
+    """Join prompt and completion: answers in a prompt are context, and an answer that it starts goes on."""
+    if not prompt or not completion or prompt[-1]["role"] != "assistant" or completion[0]["role"] != "assistant":
+        return [*map(_as_given, prompt), *completion]
+    start, rest = prompt[-1], completion[0]
+    if start.keys() - {"role", "content", "train"} or "reasoning_content" in rest or "content" not in rest:
+        raise BadRow(
+            f"message {len(prompt)} (assistant) ends the prompt, and the completion cannot go on with it: only text "
+            "that is followed by text is one answer"
+        )
+    joined = {**rest, "content": start["content"] + rest["content"], "started": start["content"]}
+    return [*map(_as_given, prompt[:-1]), joined, *completion[1:]]
+
+
+def _as_given(message: Message) -> Message:
+    return {**message, "given": True} if message["role"] == "assistant" else message
+
+
+def _with_input(text: str, value: dict[str, Any]) -> str:
     extra = value.get("input")
     if not isinstance(extra, str | None):
         raise BadRow(f"input is {describe_value(extra)}, not text")
-    request = f"{value['instruction']}\n\n{extra}" if extra and extra.strip() else value["instruction"]
-    turns = [{"role": "user", "content": request}, {"role": "assistant", "content": value["output"]}]
-    return _conversation([read_message(turn, number) for number, turn in enumerate(turns, start=1)], value, origin)
+    return f"{text}\n\n{extra}" if extra and extra.strip() else text
 
 
-def _read_text(value: dict[str, Any], origin: Origin) -> Conversation:
+def _read_alpaca(value: dict[str, Any], origin: Origin, unread: _Unread) -> Conversation:
+    for name in ("instruction", "output"):
+        if not isinstance(value.get(name), str):
+            raise BadRow(f"{name} is {describe_value(value.get(name))}, not text")
+    turns = [*_history(value.get("history")), {"role": "user", "content": _with_input(value["instruction"], value)}]
+    messages = _messages([*turns, {"role": "assistant", "content": value["output"]}], unread)
+    return _conversation(messages, value, origin, unread, read=_ALPACA)
+
+
+_ALPACA = frozenset(("instruction", "input", "output", "history"))
+
+
+def _history(history: Any) -> list[Message]:
+    """Return the earlier turns of an Alpaca row: pairs of what the user and the assistant said."""
+    history = from_json(history)
+    if says_nothing(history):
+        return []
+    if not isinstance(history, list) or not all(
+        isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair) for pair in history
+    ):
+        raise BadRow(f"history is {describe_value(history)}, not a list of pairs of texts")
+    roles = ("user", "assistant")
+    return [{"role": role, "content": text} for pair in history for role, text in zip(roles, pair, strict=True)]
+
+
+def _read_text(value: dict[str, Any], origin: Origin, unread: _Unread) -> Conversation:
     text = value.get("text")
     if not isinstance(text, str):
         raise BadRow(
@@ -191,41 +248,69 @@ def _read_text(value: dict[str, Any], origin: Origin) -> Conversation:
         )
     if not text.strip():
         raise BadRow("text is empty")
+    unread += [("column", str(name)) for name, content in value.items() if name != "text" and not says_nothing(content)]
     return Conversation(messages=(), tools=None, text=check_unicode(text, "text"), origin=origin)
 
 
-_CONVERTERS: dict[str, Callable[[dict[str, Any], Origin], Conversation]] = {
+_CONVERTERS: dict[str, Callable[[dict[str, Any], Origin, _Unread], Conversation]] = {
     "messages": _read_messages,
     "sharegpt": _read_sharegpt,
     "prompt_completion": _read_prompt_completion,
     "alpaca": _read_alpaca,
     "text": _read_text,
 }
+_NOTES = frozenset(("train", "given", "started"))
+"""Keys by which the readers of messages say what templates do not know."""
 
 
-def _conversation(messages: list[Message], value: dict[str, Any], origin: Origin) -> Conversation:
-    """Add the row's own `system` and `tools`, and check the conversation as a unit."""
-    system = value.get("system")
-    if isinstance(system, str) and system.strip() and not any(m["role"] == "system" for m in messages):
-        messages = [{"role": "system", "content": check_unicode(system, "system")}, *messages]
-    elif not isinstance(system, str | None):
-        raise BadRow(f"system is {describe_value(system)}, not text")
+def _conversation(
+    messages: list[Message], value: dict[str, Any], origin: Origin, unread: _Unread, *, read: frozenset[str]
+) -> Conversation:
+    """Add the row's own system message and tools, and check the conversation as a unit."""
+    account_for("column", value, read | _COMMON, unread, "the row")
+    messages = _with_system(messages, value)
     if not messages:
         raise BadRow("no messages")
     if all(message["role"] == "system" for message in messages):
         raise BadRow("only a system message")
-    excluded, forced_trained = (
-        tuple(n for n, m in enumerate(messages) if m.get("train") is flag) for flag in (False, True)
-    )
-    messages = [{name: part for name, part in message.items() if name != "train"} for message in messages]
+    tools = _tools(value)
+    plain = [m if _NOTES.isdisjoint(m) else {k: part for k, part in m.items() if k not in _NOTES} for m in messages]
+    for number, message in enumerate(plain):
+        if "tool_calls" in message:
+            plain[number] = {**message, "tool_calls": [without_storage_nulls(c, tools) for c in message["tool_calls"]]}
+    given = tuple(n for n, message in enumerate(messages) if message.get("given"))
     return Conversation(
-        messages=tuple(messages),
-        tools=read_tools(value.get("tools")),
+        messages=tuple(plain),
+        tools=tools,
         text=None,
         origin=origin,
-        excluded=excluded,
-        forced_trained=forced_trained,
+        excluded=tuple(n for n, m in enumerate(messages) if m.get("train") is False or n in given),
+        forced_trained=tuple(n for n, m in enumerate(messages) if m.get("train") is True),
+        given=given,
+        started=next(((n, m["started"]) for n, m in enumerate(messages) if "started" in m), None),
     )
+
+
+def _with_system(messages: list[Message], value: dict[str, Any]) -> list[Message]:
+    for name in ("system", "system_prompt"):
+        text = value.get(name)
+        if not isinstance(text, str | None):
+            raise BadRow(f"{name} is {describe_value(text)}, not text")
+        if not text or not text.strip():
+            continue
+        own = next((m["content"] for m in messages if m["role"] == "system"), None)
+        if own is not None and own.strip() != text.strip():
+            raise BadRow(f"{name} is {describe_value(text)}, but the row has another system message")
+        if own is None:
+            messages = [{"role": "system", "content": check_unicode(text, name)}, *messages]
+    return messages
+
+
+def _tools(value: dict[str, Any]) -> tuple[dict[str, Any], ...] | None:
+    tools, functions = (read_tools(value[name]) if name in value else None for name in ("tools", "functions"))
+    if tools and functions and tools != functions:
+        raise BadRow("the row has both tools and functions, which differ")
+    return tools or functions
 
 
 def _list_of_turns(value: dict[str, Any], name: str) -> list[Any]:
@@ -237,8 +322,25 @@ def _list_of_turns(value: dict[str, Any], name: str) -> list[Any]:
     return turns
 
 
+def _messages(turns: list[Any], unread: _Unread, first: int = 1) -> list[Message]:
+    """Read messages of any form; `first` is the number of the first one."""
+    return [
+        (read_sharegpt_message if isinstance(turn, dict) and "from" in turn and "role" not in turn else read_message)(
+            turn, number, unread
+        )
+        for number, turn in enumerate(chat_messages(turns), start=first)
+    ]
+
+
 def _turns_or_text(value: Any, name: str) -> str | list[Any]:
-    value = from_json(value) if not isinstance(value, str) else value
-    if not isinstance(value, str | list):
+    parsed = from_json(value)
+    if isinstance(parsed, list) and (parsed is value or _are_turns(parsed)):
+        return parsed
+    if not isinstance(value, str):
         raise BadRow(f"{name} is {describe_value(value)}, neither text nor a list of messages")
     return value
+
+
+def _are_turns(value: list[Any]) -> bool:
+    """Whether a list that was parsed from text is one of messages: a prompt may be any JSON text."""
+    return bool(value) and all(isinstance(turn, dict) and ("role" in turn or "from" in turn) for turn in value)

@@ -1,4 +1,4 @@
-"""Datasets of the Hugging Face Hub."""
+"""Datasets of the Hugging Face Hub, and those that `datasets` saved to disk."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ import urllib.error
 import urllib.request
 from typing import TYPE_CHECKING, Any
 
-from loratune.data.rows.row import Row
+from loratune.data.rows.row import Row, without_nested_nulls
 from loratune.run.errors import DataError, MachineError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from loratune.recipe.recipe import Source
 
 HUB_TIMEOUT_SECONDS = 6.0
@@ -24,7 +26,50 @@ _LOCAL_FIX = (
 def read_hub(source: Source) -> list[Row]:
     """Read all rows of a Hub dataset; errors as `hub_table`."""
     place, table = hub_table(source)
-    return [Row(file=place, line=number, value=value) for number, value in enumerate(table, start=1)]
+    return _rows(place, table)
+
+
+def _rows(place: str, table: Any) -> list[Row]:
+    return [Row(file=place, line=n, value=without_nested_nulls(value)) for n, value in enumerate(table, start=1)]
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether `save_to_disk` of `datasets` wrote the folder."""
+    return (folder / "dataset_dict.json").is_file() or (
+        (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
+    )
+
+
+def read_saved(folder: Path, split: str | None) -> list[Row]:
+    """Read the rows of a dataset that `save_to_disk` wrote.
+
+    Args:
+        folder: The folder.
+        split: The split; None: `train`, or the only one.
+
+    Raises:
+        DataError: It cannot be read, or has no such split.
+    """
+    import datasets
+
+    try:
+        table = datasets.load_from_disk(str(folder))
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(
+            f"a dataset saved by datasets that cannot be loaded: {error}", file=folder, fix="save it again"
+        ) from None
+    if isinstance(table, datasets.DatasetDict):
+        names = list(table)
+        name = split or ("train" if "train" in names else names[0] if len(names) == 1 else "")
+        if name not in table:
+            raise DataError(
+                f"no split {name or 'train'} in this dataset; it has {', '.join(names)}", file=folder,
+                fix=f"name one: data.train='{{name: {folder}, split: {names[0]}}}'",
+            )  # fmt: skip
+        table = table[name]
+    elif split is not None:
+        raise DataError(f"split is {split}, but this dataset has none", file=folder, fix="remove split")
+    return _rows(str(folder), table)
 
 
 def hub_table(source: Source) -> tuple[str, Any]:

@@ -1,17 +1,20 @@
-"""One message of a row, its tool calls, and the row's tools: checked, and in the form that chat templates expect."""
+"""One message of a row, checked, and in the form that chat templates expect."""
 
 from __future__ import annotations
 
 import difflib
 import json
+from dataclasses import dataclass, field
 from typing import Any
 
-from loratune.data.rows.conversation import ROLES, Message
+from loratune.data.rows.conversation import ROLES, Message, split_thoughts
+from loratune.data.rows.fields import Place, describe_value, says_nothing
+from loratune.data.rows.tools import account_for, check_json, check_unicode, from_json, read_calls
 from loratune.run.errors import BadRow
 
-_ROLE_ALIASES = {"developer": "system"}
+_ROLE_ALIASES = {"developer": "system", "function": "tool", "tool_response": "tool"}
 
-# The names in ShareGPT files; `function_call` is an answer that calls a tool.
+# The names in ShareGPT files.
 _SHAREGPT_ROLES = {
     "system": "system",
     "human": "user",
@@ -23,58 +26,49 @@ _SHAREGPT_ROLES = {
     "bing": "assistant",
     "bard": "assistant",
     "function_call": "assistant",
+    "tool_call": "assistant",
     "tool": "tool",
     "tool_response": "tool",
     "function": "tool",
     "function_response": "tool",
     "observation": "tool",
 }
+_CALL_ROLES = ("function_call", "tool_call")
+"""Roles of answers whose whole content is a call."""
 
 _REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
-_MAX_DEPTH = 50
-"""Nested lists and objects in the arguments of a tool call; Python's own recursion limit is about 1,000 calls."""
+_TRAINED_FLAGS = ("train", "trainable", "training", "loss", "weight", "loss_mask", "loss_scale")
+_FLAGS = frozenset((*_TRAINED_FLAGS, "masked"))
+_FORCED = ("train", "trainable", "training", "loss")
+"""Flags that, if true on a message of another role than the assistant's, ask for what the recipe may not train."""
+_PLAIN = frozenset(("role", "content"))
+_READ = {
+    role: _PLAIN | _FLAGS | {"name", "tool_call_id", "call_id"} for role in ("system", "user", "tool", "assistant")
+}
+_READ["assistant"] |= {"tool_calls", "function_call", "reasoning_details", *_REASONING_FIELDS}
+_TEXT_PARTS = {
+    "text": ("text", "value", "content"),
+    "input_text": ("text",),
+    "output_text": ("text",),
+    "reasoning": ("value", "text", "reasoning"),
+    "thinking": ("thinking", "value", "text"),
+    "reasoning_text": ("text",),
+    "summary_text": ("text",),
+}
+"""Type of a content part → the keys that may hold its text."""
+_THOUGHT_PARTS = ("reasoning", "thinking", "reasoning_text", "summary_text")
+_MEDIA = ("image", "image_url", "input_image", "audio", "input_audio", "video", "video_url", "file", "input_file")
+
+Unnamed = list[tuple[Place, str]]
 
 
-def describe_value(value: Any) -> str:
-    """Describe a value of a row in an error message."""
-    if isinstance(value, dict):
-        return f"fields {', '.join(map(str, value)) or '(none)'}"
-    try:
-        text = json.dumps(value, ensure_ascii=False, default=str)
-    except (ValueError, RecursionError):
-        return f"a {type(value).__name__} that is too large or nested too deeply to show"
-    return f"{type(value).__name__} {text if len(text) <= 40 else text[:37] + '...'}"
-
-
-def from_json(value: Any) -> Any:
-    """Parse a list or object that a table stored as JSON text; return anything else unchanged."""
-    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
-        try:
-            return json.loads(value)
-        except (ValueError, RecursionError):
-            return value
-    return value
-
-
-def check_unicode(text: str, where: str) -> str:
-    """Return the text if it is valid Unicode.
-
-    Raises:
-        BadRow: It contains half a surrogate pair, which JSON can spell and no tokenizer can read.
-    """
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise BadRow(f"{where} is not valid Unicode: {text[error.start]!r} at character {error.start}") from None
-    return text
-
-
-def read_message(turn: Any, number: int) -> Message:
+def read_message(turn: Any, number: int, unread: Unnamed | None = None) -> Message:
     """Read a message with role and content.
 
     Args:
         turn: The message as the row has it.
         number: Its number, from 1, for error messages.
+        unread: Receives the fields that are not read.
 
     Raises:
         BadRow: It cannot be trained on.
@@ -83,20 +77,42 @@ def read_message(turn: Any, number: int) -> Message:
         raise BadRow(f"message {number} is {describe_value(turn)}, not an object with role and content")
     if "role" not in turn:
         raise BadRow(f"message {number} has no role; it has {describe_value(turn)}")
-    return _checked(_role(turn["role"], number), turn, turn.get("content"), number)
+    unread = [] if unread is None else unread
+    if turn["role"] in _CALL_ROLES:
+        return _read_call_turn(turn, "content", number, unread)
+    return _checked(_role(turn["role"], number), turn, number, unread)
 
 
-def read_sharegpt_message(turn: Any, number: int) -> Message:
+def read_sharegpt_message(turn: Any, number: int, unread: Unnamed | None = None) -> Message:
     """Read a message with from and value; arguments and errors as `read_message`."""
     if not isinstance(turn, dict) or "from" not in turn or "value" not in turn:
         raise BadRow(f"message {number} has no from and value; it is {describe_value(turn)}")
-    role = _SHAREGPT_ROLES.get(str(turn["from"]).lower())
+    name = str(turn["from"]).lower()
+    role = _SHAREGPT_ROLES.get(name)
     if role is None:
         raise BadRow(f"message {number} is from {turn['from']!r}, which is not one of {', '.join(_SHAREGPT_ROLES)}")
-    if turn["from"] == "function_call":
-        calls = from_json(turn["value"])
-        return _checked(role, {"tool_calls": calls if isinstance(calls, list) else [calls]}, None, number)
-    return _checked(role, turn, turn["value"], number)
+    unread = [] if unread is None else unread
+    if name in _CALL_ROLES:
+        return _read_call_turn(turn, "value", number, unread)
+    others = {key: value for key, value in turn.items() if key not in ("from", "value")}
+    for key in _PLAIN & others.keys():
+        if not says_nothing(others[key]):
+            raise BadRow(f"message {number} has {key} beside from and value")
+    return _checked(role, {**others, "content": turn["value"]}, number, unread)
+
+
+def _read_call_turn(turn: dict[str, Any], key: str, number: int, unread: Unnamed) -> Message:
+    """Read a turn whose whole text is a call, or a list of calls, after its thoughts."""
+    where = f"message {number} (assistant)"
+    value, others = turn[key], {name: part for name, part in turn.items() if name not in ("from", "role", key)}
+    if isinstance(value, str) and (parts := split_thoughts(value)) is not None:
+        others, value = {"reasoning_content": parts[0].strip(), **others}, parts[1]
+    calls = from_json(value.strip() if isinstance(value, str) else value)
+    if not isinstance(calls, dict | list) or not calls:
+        raise BadRow(f"{where} is a call, but its text is not a JSON object: {describe_value(value)}")
+    if not says_nothing(others.get("tool_calls")):
+        raise BadRow(f"{where} is a call that has tool_calls, too")
+    return _checked("assistant", {**others, "tool_calls": calls if isinstance(calls, list) else [calls]}, number, unread)
 
 
 def _role(role: Any, number: int) -> str:
@@ -108,124 +124,134 @@ def _role(role: Any, number: int) -> str:
     raise BadRow(f"message {number} has the unknown role {role!r}; {hint}")
 
 
-def _checked(role: str, turn: dict[str, Any], content: Any, number: int) -> Message:
+def _checked(role: str, turn: dict[str, Any], number: int, unread: Unnamed) -> Message:
     where = f"message {number} ({role})"
+    account_for("message key", turn, _READ[role], unread, where)
     message: Message = {"role": role}
-    calls = _tool_calls(turn.get("tool_calls"), where) if role == "assistant" else None
-    text = _content(content, role, where, required=not calls)
-    if text is not None:
-        message["content"] = text
+    said = _content(turn.get("content"), role, where, unread)
+    calls = [*read_calls(_calls_of(turn, where), where, unread), *said.calls] if role == "assistant" else []
+    if said.text is None and not calls:
+        missing = "" if role != "assistant" else " and no tool calls"
+        raise BadRow(f"{where} has content null{missing}")
+    if said.text is not None and (said.text or not calls):
+        message["content"] = check_unicode(said.text, where)
     if calls:
         message["tool_calls"] = calls
-    thoughts = next((turn[name] for name in _REASONING_FIELDS if turn.get(name)), None) if role == "assistant" else None
+    thoughts = _thoughts(turn, said.thoughts, where) if role == "assistant" else None
     if thoughts is not None:
-        if not isinstance(thoughts, str):
-            raise BadRow(f"{where} has thoughts that are {describe_value(thoughts)}, not text")
         message["reasoning_content"] = check_unicode(thoughts, where)
     if role == "assistant" and not calls and not message["content"].strip():
         raise BadRow(f"{where} is empty: nothing to train")
-    for name in ("name", "tool_call_id"):
-        if isinstance(turn.get(name), str):
-            message[name] = check_unicode(turn[name], where)
-    trained = _is_trained(turn, where)
-    if not trained or (turn.get("train") and role != "assistant"):
-        message["train"] = trained  # `formats` removes it again: templates do not know this field
+    message.update(_names(turn, where))
+    if not _FLAGS.isdisjoint(turn):
+        trained = _is_trained(turn, where)
+        if not trained or (role != "assistant" and any(turn.get(name) for name in _FORCED)):
+            message["train"] = trained  # `formats` removes it again: templates do not know this field
     return message
 
 
+def _names(turn: dict[str, Any], where: str) -> dict[str, str]:
+    names = {}
+    for key in ("name", "call_id", "tool_call_id"):
+        value = turn.get(key)
+        if says_nothing(value):
+            continue
+        if not isinstance(value, str):
+            raise BadRow(f"{where} has {key} {describe_value(value)}, not text")
+        names["tool_call_id" if key == "call_id" else key] = check_unicode(value, where)
+    return names
+
+
 def _is_trained(turn: dict[str, Any], where: str) -> bool:
-    """Return the message's own flag: `train`, or OpenAI's `weight`, which is 0 or 1."""
-    flags = {name: turn[name] for name in ("train", "weight") if turn.get(name) is not None}
+    """Return the message's own flag: `train`, OpenAI's `weight`, which is 0 or 1, or what means the same."""
+    flags = {name: turn[name] for name in _FLAGS if turn.get(name) is not None}
     for name, value in flags.items():
         if value not in (True, False):
             raise BadRow(f"{where} has {name} {describe_value(value)}; it must be true or false")
-    return all(flags.values())
+    return all(bool(value) is (name != "masked") for name, value in flags.items())
 
 
-def _content(content: Any, role: str, where: str, *, required: bool) -> str | None:
-    """Return the text of a message; None only for an answer that consists of tool calls."""
+def _calls_of(turn: dict[str, Any], where: str) -> Any:
+    legacy = from_json(turn.get("function_call"))
+    if says_nothing(legacy):
+        return turn.get("tool_calls")
+    if not says_nothing(from_json(turn.get("tool_calls"))):
+        raise BadRow(f"{where} has both tool_calls and function_call")
+    return [legacy]
+
+
+def _thoughts(turn: dict[str, Any], parts: list[str], where: str) -> str | None:
+    """Return the thoughts of an answer, which several fields may repeat."""
+    found = ["\n".join(parts)] if parts else []
+    for name in _REASONING_FIELDS:
+        thoughts = turn.get(name)
+        if says_nothing(thoughts):
+            continue
+        if not isinstance(thoughts, str):
+            raise BadRow(f"{where} has thoughts that are {describe_value(thoughts)}, not text")
+        found.append(thoughts)
+    if not says_nothing(turn.get("reasoning_details")):
+        found.append(_detailed_thoughts(turn["reasoning_details"], where))
+    if any(other.strip() != found[0].strip() for other in found[1:]):
+        raise BadRow(f"{where} has different thoughts in two fields: {found[0][:40]!r} and {found[1][:40]!r}")
+    return found[0] if found else None
+
+
+def _detailed_thoughts(details: Any, where: str) -> str:
+    details = from_json(details)
+    texts = [part.get("text") for part in details if isinstance(part, dict)] if isinstance(details, list) else []
+    if not texts or len(texts) != len(details) or not all(isinstance(text, str) and text for text in texts):
+        raise BadRow(f"{where} has reasoning_details without readable text: {describe_value(details)}")
+    return "\n".join(texts)
+
+
+# ---- content
+
+
+@dataclass(slots=True)
+class _Said:
+    """What the content of a message says."""
+
+    text: str | None
+    thoughts: list[str] = field(default_factory=list)
+    calls: list[dict[str, Any]] = field(default_factory=list)
+
+
+def _content(content: Any, role: str, where: str, unread: Unnamed) -> _Said:
+    if isinstance(content, str) or content is None:
+        return _Said(text=content)
     if isinstance(content, list) and content and all(isinstance(part, dict) and "type" in part for part in content):
-        content = "".join(_text_part(part, where) for part in content)
-    if content is None:
-        if required:
-            raise BadRow(
-                f"{where} has content null" if role != "assistant" else f"{where} has content null and no tool calls"
-            )
-        return None
-    if role == "tool" and not isinstance(content, str):
-        _check_json(content, where)
-        content = json.dumps(content, ensure_ascii=False)  # tool results are often recorded as the objects they were
-    if not isinstance(content, str):
-        raise BadRow(f"{where} has content {describe_value(content)}, not text")
-    return check_unicode(content, where) if content or required else None
+        known = {*_TEXT_PARTS, *_MEDIA, "tool_use", "refusal"}
+        if role != "tool" or all(part["type"] in known for part in content):
+            return _parts(content, role, where, unread)
+    if role == "tool":
+        check_json(content, where)
+        return _Said(text=json.dumps(content, ensure_ascii=False))  # results are often recorded as the objects they were
+    raise BadRow(f"{where} has content {describe_value(content)}, not text")
 
 
-def _text_part(part: dict[str, Any], where: str) -> str:
-    if part["type"] != "text" or not isinstance(part.get("text"), str):
-        raise BadRow(f"{where} has a part of type {part['type']!r}; only text can be trained")
-    return part["text"]
-
-
-# ---- tools
-
-
-def _tool_calls(calls: Any, where: str) -> list[dict[str, Any]] | None:
-    calls = from_json(calls)
-    if not calls:
-        return None
-    if not isinstance(calls, list):
-        raise BadRow(f"{where} has tool_calls {describe_value(calls)}, not a list")
-    check_unicode(json.dumps(calls, ensure_ascii=False, default=str), f"a tool call of {where}")
-    return [_tool_call(call, where) for call in calls]
-
-
-def _tool_call(call: Any, where: str) -> dict[str, Any]:
-    function = call.get("function", call) if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise BadRow(f"{where} has a tool call without a function name: {describe_value(call)}")
-    arguments = from_json(function.get("arguments"))
-    arguments = {} if arguments in (None, "") else arguments
-    if not isinstance(arguments, dict):
-        raise BadRow(
-            f"{where} calls {function['name']} with {describe_value(arguments)}; arguments must be a JSON object"
-        )
-    _check_json([function["name"], arguments], f"a tool call of {where}")
-    identity = {"id": check_unicode(call["id"], where)} if isinstance(call.get("id"), str) else {}
-    return {"type": "function", **identity, "function": {"name": function["name"], "arguments": arguments}}
-
-
-def read_tools(tools: Any) -> tuple[dict[str, Any], ...] | None:
-    """Read a row's function schemas; None if it has none.
-
-    Raises:
-        BadRow: They are not a list of named functions, or not JSON.
-    """
-    tools = from_json(tools)
-    if not tools:
-        return None
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise BadRow(f"tools is {describe_value(tools)}, not a list of function schemas")
-    schemas = tuple(tool if "function" in tool else {"type": "function", "function": tool} for tool in tools)
-    if not all(isinstance(schema["function"], dict) and schema["function"].get("name") for schema in schemas):
-        raise BadRow("tools has a function without a name")
-    _check_json(list(schemas), "tools")
-    if not all(isinstance(schema["function"]["name"], str) for schema in schemas):
-        raise BadRow("tools has a function whose name is not text")
-    return schemas
-
-
-def _check_json(value: Any, where: str, depth: int = 0) -> None:
-    """Check that a template can write a value as JSON: rows of tables hold dates, and rows of strangers anything."""
-    if isinstance(value, str):
-        check_unicode(value, where)
-    elif isinstance(value, dict | list):
-        if depth > _MAX_DEPTH:
-            raise BadRow(f"{where} is nested more than {_MAX_DEPTH} levels deep")
-        for part in value.values() if isinstance(value, dict) else value:
-            _check_json(part, where, depth + 1)
-        for name in value if isinstance(value, dict) else ():
-            if not isinstance(name, str):
-                raise BadRow(f"{where} has a field whose name is {describe_value(name)}, not text")
-            check_unicode(name, where)
-    elif value is not None and not isinstance(value, bool | int | float):
-        raise BadRow(f"{where} contains {describe_value(value)}, which JSON cannot represent")
+def _parts(parts: list[dict[str, Any]], role: str, where: str, unread: Unnamed) -> _Said:
+    """Join content parts. A template writes thoughts, then text, then calls, so they must stand in this order."""
+    said = _Said(text=None)
+    texts: list[str] = []
+    for part in parts:
+        kind = part["type"]
+        if kind == "tool_use" and role == "assistant":
+            said.calls += read_calls([part], where, unread)
+            continue
+        keys = _TEXT_PARTS.get(kind, ()) if isinstance(kind, str) else ()
+        found = [key for key in keys if isinstance(part.get(key), str)]
+        if not found or (kind in _THOUGHT_PARTS and role != "assistant"):
+            raise BadRow(f"{where} has a part of type {kind!r}; only text can be trained")
+        account_for("part key", part, frozenset(("type", found[0])), unread, f"a part of {where}")
+        text = part[found[0]]
+        if said.calls and text.strip():
+            raise BadRow(f"{where} has text after a tool call; make it a message of its own")
+        if kind in _THOUGHT_PARTS:
+            if "".join(texts).strip():
+                raise BadRow(f"{where} has thoughts after its text; make the rest a message of its own")
+            said.thoughts.append(text)
+        else:
+            texts.append(text)
+    said.text = "".join(texts) if texts else None
+    return said

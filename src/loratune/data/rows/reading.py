@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from dataclasses import dataclass, replace
+from collections import Counter
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from loratune.data.rows.formats import check_columns, detect_format, rename_columns, to_conversations
 from loratune.data.rows.hub import hub_has_split
-from loratune.data.rows.sources import hash_files, hash_rows, is_local, read_rows
+from loratune.data.rows.sources import files_left_out, hash_files, hash_rows, is_local, read_rows
 from loratune.recipe.roles import as_written
 from loratune.run.errors import DataError, plural
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Sequence
 
     from loratune.data.rows.conversation import Conversation
+    from loratune.data.rows.fields import Unread
     from loratune.data.rows.row import Rejected, Row
     from loratune.recipe.recipe import DataSection, Source
     from loratune.run.progress import Progress
@@ -40,6 +42,14 @@ class ReadSide(Generic[T]):
     keys: list[Any]
     """A hashable key of each item; equal for items with the same content."""
     rejected: list[Rejected]
+    unread: Unread = field(default_factory=Counter)
+    """The fields of the rows that are not read."""
+    left_out: list[str] = field(default_factory=list)
+    """The files of folders that are not read, each with the reason."""
+    num_held_out: int = 0
+    """Rows that were moved to the held-out side."""
+    num_held_out_copies: int = 0
+    """Further copies of these, which neither side has."""
 
     def choose(self, numbers: Sequence[int]) -> ReadSide[T]:
         """Return the side with these items only."""
@@ -53,6 +63,7 @@ class Converted(Generic[T]):
     format: str
     items: list[T]
     rejected: list[Rejected]
+    unread: Unread = field(default_factory=Counter)
 
 
 def held_out_sources(data: DataSection) -> tuple[Source, ...] | float:
@@ -92,8 +103,9 @@ class Reader:
 
         def convert(source: Source, rows: list[Row]) -> Converted[Conversation]:
             format_name = _format(rows, self.data, source)
-            good, bad = to_conversations(rows, format_name)
-            return Converted(format=format_name, items=good, rejected=bad)
+            unread: Unread = Counter()
+            good, bad = to_conversations(rows, format_name, unread)
+            return Converted(format=format_name, items=good, rejected=bad, unread=unread)
 
         return self.read(sources, convert, _content_key)
 
@@ -117,6 +129,8 @@ class Reader:
         described: list[dict[str, Any]] = []
         items: list[T] = []
         rejected: list[Rejected] = []
+        unread: Unread = Counter()
+        left_out: list[str] = []
         num_rows = 0
         for source in sources:
             rows = self.rows(source)
@@ -133,6 +147,8 @@ class Reader:
             )
             items += converted.items
             rejected += converted.rejected
+            unread.update(converted.unread)
+            left_out += files_left_out(source)
             num_rows += len(rows)
         apply_policy(rejected, self.data)
         return ReadSide(
@@ -142,6 +158,8 @@ class Reader:
             items=items,
             keys=[key(item) for item in items],
             rejected=rejected,
+            unread=unread,
+            left_out=list(dict.fromkeys(left_out)),
         )
 
     def contents(self, source: Source) -> dict[str, str]:
@@ -228,10 +246,13 @@ def hold_out(
     chosen = set(keys[:number])
     train = sorted(n for key, group in groups.items() if key not in chosen for n in group)
     evaluation = [group[0] for key, group in groups.items() if key in chosen]
-    return side.choose(train), held_out_side(side, evaluation, fraction, seed)
+    copies = len(side.items) - len(train) - len(evaluation)
+    kept = replace(side.choose(train), num_held_out=len(evaluation), num_held_out_copies=copies)
+    return kept, held_out_side(side, evaluation, fraction, seed)
 
 
 def held_out_side(side: ReadSide[T], numbers: Sequence[int], fraction: float, seed: int) -> ReadSide[T]:
     """Return the held-out side of items chosen from the training side."""
     note = [{"held_out": fraction, "seed": seed, "from": "train"}]
-    return replace(side.choose(numbers), sources=note, num_rows=len(numbers), rejected=[])
+    chosen = side.choose(numbers)
+    return replace(chosen, sources=note, num_rows=len(numbers), rejected=[], unread=Counter(), left_out=[])

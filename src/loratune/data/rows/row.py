@@ -18,6 +18,22 @@ class Row:
     """The record; normally a dictionary."""
 
 
+def without_nested_nulls(row: Any) -> Any:
+    """Return a row of a table without keys that are null, at any depth below its columns.
+
+    A table gives every object of a column the keys of all of them, and fills in null: such a key is absent.
+    """
+    if not isinstance(row, dict):
+        return row
+    return {name: _without_nulls(value) if isinstance(value, dict | list) else value for name, value in row.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(part) for key, part in value.items() if part is not None}
+    return [_without_nulls(part) for part in value] if isinstance(value, list) else value
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Origin:
     """Where an example was read."""

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loratune.data.rows.files import READERS, read_bytes
-from loratune.data.rows.hub import read_hub
+from loratune.data.rows.folders import COMPRESSED, data_suffix, select_files
+from loratune.data.rows.hub import is_saved, read_hub, read_saved
 from loratune.run.errors import DataError
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from loratune.data.rows.row import Row
     from loratune.recipe.recipe import Source
 
-SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv")
+SUFFIXES = tuple(READERS)
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
@@ -57,7 +58,7 @@ def short_names(names: Iterable[str]) -> dict[str, str]:
 def is_local(source: Source) -> bool:
     """Whether the source is a file or a folder (existing, or clearly meant as one), not the id of a Hub dataset."""
     name = source.name
-    if name.lower().endswith(SUFFIXES) or name.startswith(("/", "./", "../", "~")) or not _HUB_ID.fullmatch(name):
+    if name.lower().endswith((*SUFFIXES, *COMPRESSED)) or name.startswith(("/", "./", "../", "~")) or not _HUB_ID.fullmatch(name):
         return True
     return Path(name).exists()
 
@@ -68,6 +69,12 @@ def hash_files(source: Source) -> dict[str, str]:
     Raises:
         DataError: A file is missing or cannot be read.
     """
+    folder = Path(source.name).expanduser()
+    if is_saved(folder):
+        digest = hashlib.sha256()
+        for path in sorted(file for file in folder.rglob("*") if file.is_file()):
+            digest.update(path.read_bytes())
+        return {str(folder): digest.hexdigest()}
     return {str(path): hashlib.sha256(read_bytes(path)).hexdigest() for path in local_files(source)}
 
 
@@ -100,25 +107,22 @@ def local_files(source: Source) -> list[Path]:
         raise DataError("no such file or folder", file=source.name, fix="check the path in data.train or data.eval")
     if path.is_file():
         _refuse_hub_settings(source)
-        if path.suffix.lower() not in SUFFIXES:
+        if data_suffix(path) not in SUFFIXES:
             what = f"unsupported file type {path.suffix}" if path.suffix else "a file without a suffix"
             raise DataError(what, file=source.name, fix=f"supported types are {', '.join(SUFFIXES)}")
         return [path]
-    files = sorted(f for f in path.rglob("*") if f.is_file() and f.suffix.lower() in SUFFIXES and not _hidden(f, path))
     if source.config is not None:
         raise DataError(f"config is {source.config}, but a folder has none", file=source.name, fix="name its subfolder")
-    if source.split is not None:
-        files = [f for f in files if f.stem.startswith(source.split) or f.parent.name == source.split]
-    if not files:
-        what = f"of split {source.split} " if source.split else ""
-        raise DataError(
-            f"no data files {what}in this folder", file=source.name, fix=f"supported types are {', '.join(SUFFIXES)}"
-        )
-    return files
+    return select_files(path, source.split, SUFFIXES).files
 
 
-def _hidden(file: Path, folder: Path) -> bool:
-    return any(part.startswith(".") for part in file.relative_to(folder).parts)
+def files_left_out(source: Source) -> list[str]:
+    """Return the files of a folder that are not read, each with the reason."""
+    path = Path(source.name).expanduser()
+    if not is_local(source) or not path.is_dir() or is_saved(path):
+        return []
+    left_out = select_files(path, source.split, SUFFIXES).left_out
+    return [f"{source.name.rstrip('/')}/{name}" for name in left_out]
 
 
 def _refuse_hub_settings(source: Source) -> None:
@@ -132,7 +136,10 @@ def _refuse_hub_settings(source: Source) -> None:
 
 
 def _read_local(source: Source) -> list[Row]:
+    folder = Path(source.name).expanduser()
+    if is_saved(folder):
+        return read_saved(folder, source.split)
     rows: list[Row] = []
     for path in local_files(source):
-        rows.extend(READERS[path.suffix.lower()](path))
+        rows.extend(READERS[data_suffix(path)](path))
     return rows

@@ -10,24 +10,22 @@ import os
 from array import array
 from bisect import bisect_right
 from itertools import accumulate
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from loratune.data.rows.files import parse_line
-from loratune.data.rows.hub import hub_table
-from loratune.data.rows.row import Row
+from loratune.data.rows.files import is_plain_lines, not_utf8, parse_line
+from loratune.data.rows.hub import hub_table, is_saved
+from loratune.data.rows.row import Row, without_nested_nulls
 from loratune.data.rows.sources import is_local, local_files
 from loratune.run.errors import DataError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from loratune.recipe.recipe import Source
-
-SUFFIXES = (".jsonl", ".ndjson")
 
 
 class RowTable(Protocol):
@@ -54,7 +52,9 @@ def can_open(source: Source) -> bool:
     """
     if source.weight != 1:
         return False
-    return not is_local(source) or all(path.suffix.lower() in SUFFIXES for path in local_files(source))
+    if not is_local(source):
+        return True
+    return not is_saved(Path(source.name).expanduser()) and all(map(is_plain_lines, local_files(source)))
 
 
 def open_table(source: Source) -> RowTable:
@@ -116,13 +116,7 @@ class LineTable:
         try:
             text = data.decode("utf-8-sig" if line == 1 else "utf-8")
         except UnicodeDecodeError as error:
-            bad = data[error.start]
-            raise DataError(
-                f"not UTF-8: byte 0x{bad:02x}",
-                file=self._path,
-                line=line,
-                fix=f"convert it: iconv -f latin1 -t utf-8 {self._path.name}",
-            ) from None
+            raise not_utf8(self._path, line, data, error) from None
         return Row(file=str(self._path), line=line, value=parse_line(self._path, line, text))
 
 
@@ -138,7 +132,7 @@ class HubTable:
         return len(self._rows)
 
     def __getitem__(self, number: int) -> Row:
-        return Row(file=self._place, line=number + 1, value=self._rows[number])
+        return Row(file=self._place, line=number + 1, value=without_nested_nulls(self._rows[number]))
 
 
 class Chain:

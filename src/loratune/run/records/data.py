@@ -68,6 +68,17 @@ class SuspiciousRow(Place):
     """What is wrong with it, with the value."""
 
 
+class UnreadField(Part):
+    """A field that the rows have and nothing reads."""
+
+    place: str
+    """Where it stands: `column`, `message key`, `call key`, `tool key` or `part key`."""
+    name: str
+    """Its name."""
+    count: int
+    """Rows, messages, calls, tools or parts that have it."""
+
+
 class SideReport(Part):
     """One side of the data: training or held-out."""
 
@@ -109,6 +120,8 @@ class SideReport(Part):
     """Text generation only: those whose thinking block the chat template removed and `data.thinking` restored."""
     answers_not_trained: int | None = None
     """Text generation only: answers that a row excludes from training."""
+    answers_in_prompts: int | None = None
+    """Text generation only: answers that are part of a prompt, which are context."""
     trained_messages: dict[str, int] | None = None
     """Text generation only: role → messages that are trained."""
     trained_messages_without_stop_token: dict[str, int] | None = None
@@ -125,6 +138,14 @@ class SideReport(Part):
     """Rows left out because they cannot be trained on."""
     rejected: tuple[RejectedRow, ...]
     """These rows with their reasons."""
+    held_out_rows: int | None = None
+    """Text generation only: rows that were moved to the held-out side."""
+    copies_of_held_out_rows: int | None = None
+    """Text generation only: further copies of these, which neither side has."""
+    unread_fields: tuple[UnreadField, ...] = ()
+    """Fields of the rows that nothing reads."""
+    files_left_out: tuple[str, ...] = ()
+    """Files of folders that are not read, each with the reason."""
     scripts: dict[str, float]
     """Unicode script → fraction of the letters, 0 to 1."""
     findings: tuple[SuspiciousRow, ...]
