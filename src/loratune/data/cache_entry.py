@@ -33,7 +33,17 @@ def to_arrays(data: CachedData) -> Arrays | None:
     record = {
         "report": data.report,
         "eval_conversations": [
-            [c.messages, c.tools, c.text, c.origin.file, c.origin.line, c.excluded, c.forced_trained, c.given, c.started]
+            [
+                c.messages,
+                c.tools,
+                c.text,
+                c.origin.file,
+                c.origin.line,
+                c.excluded,
+                c.forced_trained,
+                c.given,
+                c.started,
+            ]
             for c in data.eval_conversations
         ],
         "files": list(dict.fromkeys(e.origin.file for e in [*data.train, *data.eval])),

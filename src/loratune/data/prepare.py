@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from loratune.data.cache import Cache, cache_key
 from loratune.data.cache_entry import CachedData, from_arrays, to_arrays
 from loratune.data.findings import check_conversations, check_lengths, findings_in_words, places
+from loratune.data.masking.notices import unwritten_keys
 from loratune.data.masking.policy import Policy
 from loratune.data.masking.render import Rendered, render
 from loratune.data.masking.tokenizer import backend_of
@@ -258,7 +259,7 @@ def _side_report(side: ReadSide[Conversation], rendered: Rendered) -> dict[str, 
         "conversations_without_last_answer": counts.get("unanswered", 0),
         **row_report(_places(side), rejected),
         **account_for_rows(side, rendered.num_rows, num_rejected=len(rejected), num_dropped=dropped),
-        **unread_report(side),
+        **unread_report(side, unwritten_keys(counts)),
     }
 
 

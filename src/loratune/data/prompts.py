@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from loratune.data.masking.policy import Thinking, check_tool_support, trained_turns, with_thinking
+from loratune.data.masking.spans import without_thoughts
 from loratune.data.masking.special_tokens import special_token_in
 from loratune.data.masking.template import ChatTemplate
 from loratune.data.rows.conversation import Conversation, Message, split_thoughts
@@ -81,9 +82,10 @@ def _by_prompt(conversations: Sequence[Conversation]) -> list[tuple[Conversation
         turns = trained_turns(conversation.messages, "last", conversation.excluded)
         if not turns or turns[-1] == 0:
             continue
-        key = json.dumps([conversation.messages[: turns[-1]], conversation.tools], sort_keys=True)
+        start = _started(conversation, turns[-1])
+        key = json.dumps([conversation.messages[: turns[-1]], conversation.tools, start], sort_keys=True)
         _, _, references = found.setdefault(key, (conversation, turns[-1], {}))
-        references[_reference(conversation.messages[turns[-1]])] = None
+        references[_reference(conversation.messages[turns[-1]], start)] = None
     return [(conversation, turn, tuple(references)) for conversation, turn, references in found.values()]
 
 
@@ -111,7 +113,9 @@ def _prompt_text(conversation: Conversation, turn: int, template: ChatTemplate, 
         if thinking == "strip":
             messages = tuple(with_thinking(m, thinking, template, n) for n, m in enumerate(messages, start=1))
         check_tool_support(messages, tools, template)
-        return template.render(messages, tools, prompt=True), hidden
+        prompt = template.render(messages, tools, prompt=True)
+        start = _started(conversation, turn)
+        return (f"{without_thoughts(prompt)}{start}" if start else prompt), hidden
     except BadRow as bad:
         raise _refusal(bad, conversation.origin) from None
 
@@ -131,8 +135,15 @@ def _question(messages: Sequence[Message]) -> str:
     return "\n".join(str(message.get("content") or "") for message in messages if message["role"] != "system")
 
 
-def _reference(message: Message) -> str:
+def _started(conversation: Conversation, turn: int) -> str:
+    """Return the beginning of an answer that belongs to its prompt."""
+    started = conversation.started
+    return started[1].rstrip() if started is not None and started[0] == turn else ""
+
+
+def _reference(message: Message, start: str) -> str:
     content = message.get("content", "")
+    content = content[len(start) :] if start else content
     parts = split_thoughts(content)
     return (parts[1] if parts else content).strip()
 

@@ -5,7 +5,7 @@ Conversations and labelled texts share it: a side is a list of items with a key 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -79,12 +79,16 @@ def row_report(places: Places, rejected: Sequence[Rejected]) -> dict[str, Any]:
     }
 
 
-def unread_report(side: ReadSide[Any]) -> dict[str, Any]:
-    """List what the sources have that is not read: fields with their numbers, and files of folders."""
+def unread_report(side: ReadSide[Any], unwritten: Mapping[str, int]) -> dict[str, Any]:
+    """List what the sources have that is not read: fields with their numbers, and files of folders.
+
+    Args:
+        side: The side as it was read.
+        unwritten: Keys of tools that the chat template does not write → conversations that have them.
+    """
+    fields = [*side.unread.items(), *((("tool key", name), count) for name, count in unwritten.items())]
     return {
-        "unread_fields": [
-            {"place": place, "name": name, "count": count} for (place, name), count in side.unread.items()
-        ],
+        "unread_fields": [{"place": place, "name": name, "count": count} for (place, name), count in fields],
         "files_left_out": side.left_out,
     }
 

@@ -11,9 +11,10 @@ from huggingface_hub import constants
 
 from loratune.data.rows.files import READERS, parse_line
 from loratune.data.rows.hub import hub_answers
-from loratune.data.rows.messages import read_message, read_sharegpt_message, read_tools
+from loratune.data.rows.messages import read_message, read_sharegpt_message
 from loratune.data.rows.reading import Reader, held_out_sources, hold_out
 from loratune.data.rows.sources import SUFFIXES
+from loratune.data.rows.tools import read_tools
 from loratune.recipe.recipe import DataSection
 from loratune.run.errors import BadRow, DataError
 from loratune.run.progress import NO_PROGRESS

@@ -66,7 +66,7 @@ def test_a_line_separator_inside_a_string_does_not_end_the_line(tmp_path: Path) 
     assert read(path) == [(1, {"text": "one\u2028two"})]
 
 
-def test_a_folder_gives_all_its_data_files_in_order_or_those_of_a_split(tmp_path: Path) -> None:
+def test_a_folder_gives_its_training_files_in_order_or_those_of_a_split(tmp_path: Path) -> None:
     (tmp_path / "test").mkdir()
     (tmp_path / ".cache").mkdir()
     jsonl(tmp_path / "train-1.jsonl", [{"n": 1}])
@@ -75,7 +75,7 @@ def test_a_folder_gives_all_its_data_files_in_order_or_those_of_a_split(tmp_path
     jsonl(tmp_path / ".cache" / "a.jsonl", [{"n": 3}])
     (tmp_path / "README.md").write_text("nothing")
 
-    assert [value["n"] for _, value in read(tmp_path)] == [2, 0, 1]  # type: ignore[index]
+    assert [value["n"] for _, value in read(tmp_path)] == [0, 1]  # type: ignore[index]
     assert [value["n"] for _, value in read(tmp_path, split="train")] == [0, 1]  # type: ignore[index]
     assert [value["n"] for _, value in read(tmp_path, split="test")] == [2]  # type: ignore[index]
 

@@ -9,9 +9,13 @@ from loratune.run.errors import plural
 
 if TYPE_CHECKING:
     from collections import Counter
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from loratune.data.masking.template import ChatTemplate
+
+
+UNWRITTEN = "unwritten tool key "
+"""A count's name begins with it, and a key of tools that the chat template does not write follows."""
 
 
 def template_notices(counts: Counter[str], template: ChatTemplate, train_on: TrainOn) -> list[str]:
@@ -77,7 +81,15 @@ def _turn_notices(counts: Counter[str], train_on: TrainOn) -> Iterator[str]:
         )
 
 
+def unwritten_keys(counts: Mapping[str, int]) -> dict[str, int]:
+    """Return the keys of tools that the chat template does not write → conversations that have them."""
+    return {name.removeprefix(UNWRITTEN): number for name, number in counts.items() if name.startswith(UNWRITTEN)}
+
+
 def _token_notices(counts: Counter[str], template: ChatTemplate) -> Iterator[str]:
+    if unwritten := unwritten_keys(counts):
+        keys = ", ".join(f"{name} ({number:,})" for name, number in unwritten.items())
+        yield f"The chat template does not write everything that the tools say: {keys}."
     if template.writes_date:
         yield "The chat template writes today's date into every conversation: tomorrow's tokens will differ."
     if counts["straddling"]:

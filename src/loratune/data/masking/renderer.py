@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from loratune.data.examples import Example
 from loratune.data.masking.encoder import Encoder
-from loratune.data.masking.notices import template_notices
+from loratune.data.masking.notices import UNWRITTEN, template_notices
 from loratune.data.masking.policy import (
     Policy,
     check_tool_support,
@@ -44,9 +44,6 @@ if TYPE_CHECKING:
     from loratune.data.masking.spans import Span
     from loratune.data.masking.tokens import Tokens
     from loratune.data.rows.conversation import Conversation, Message
-
-UNWRITTEN = "unwritten tool key "
-"""A count's name begins with it, and a key of tools that the chat template does not write follows."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -315,15 +312,15 @@ def _after_start(text: str, spans: Sequence[Span], turns: Sequence[int], started
         BadRow: The answer does not begin with it.
     """
     turn, beginning = started
-    if turn not in turns:
+    if turn not in turns or not beginning.strip():
         return list(spans)
     number = turns.index(turn)
     start, end = spans[number] if number < len(spans) else (0, 0)
     place = text.find(beginning.strip(), start, end)
     if place < 0 or text[start:place].strip():
         raise BadRow(f"the chat template does not begin message {turn + 1} (assistant) with what its prompt ends with")
-    stop = min(place + len(beginning.lstrip()), end)
-    return [*spans[:number], (stop, end), *spans[number + 1 :]]
+    begin = place + len(beginning.strip())  # most tokenizers join blanks with the word after them, which is trained
+    return [*spans[:number], (begin, end), *spans[number + 1 :]]
 
 
 def _result_or_reason(work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R | str:
@@ -332,4 +329,3 @@ def _result_or_reason(work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -
         return work(*args, **kwargs)
     except BadRow as bad:
         return str(bad)
-

@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from loratune.data.rows.conversation import split_thoughts
-
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -69,19 +67,6 @@ def header_variants(prompt: str) -> list[str]:
 def without_thoughts(prompt: str) -> str:
     """Return a prompt without a `<think>` (open or empty) at its end."""
     return re.sub(_EMPTY_THOUGHTS, "", prompt)
-
-
-def thoughts_before(content: str, template: ChatTemplate) -> str:
-    """Return what stands before the answer in a content with thoughts, as reasoning models write it.
-
-    A prompt that opens `<think>` determines the form; otherwise it is that of the data.
-    """
-    parts = split_thoughts(content)
-    assert parts is not None
-    thoughts, answer = parts
-    if template.opens_thoughts:
-        return f"<think>\n{thoughts.strip()}\n</think>\n\n"
-    return content[: len(content) - len(answer.lstrip())]
 
 
 def any_of(strings: Sequence[str] | set[str]) -> re.Pattern[str]:

@@ -18,16 +18,8 @@ import re
 from bisect import bisect_left
 from typing import TYPE_CHECKING
 
-from loratune.data.masking.spans import (
-    Span,
-    blanks_before,
-    first_stop,
-    header_variants,
-    message_end,
-    thoughts_before,
-    without_thoughts,
-)
-from loratune.data.rows.conversation import Message, has_text, split_thoughts
+from loratune.data.masking.spans import Span, blanks_before, first_stop, header_variants, message_end, without_thoughts
+from loratune.data.rows.conversation import Message, has_text, split_thoughts, thoughts_before
 from loratune.run.errors import BadRow
 
 if TYPE_CHECKING:
@@ -88,9 +80,7 @@ def put_thoughts_back(
     return text, moved
 
 
-def _with_thoughts(
-    answer: str, messages: Sequence[Message], tools: Tools, template: ChatTemplate
-) -> tuple[str, int]:
+def _with_thoughts(answer: str, messages: Sequence[Message], tools: Tools, template: ChatTemplate) -> tuple[str, int]:
     """Return the last message with its thoughts, and how much of it belongs to the prompt (an open `<think>`)."""
     turn, message = len(messages) - 1, messages[-1]
     if "reasoning_content" in message:
@@ -100,7 +90,7 @@ def _with_thoughts(
         new = last[prompts.bare_end(turn) : stop]
     else:
         body = (split_thoughts(message["content"]) or ("", ""))[1].strip()
-        new = thoughts_before(message["content"], template) + answer[max(0, answer.find(body)) :]
+        new = thoughts_before(message["content"], opened=template.opens_thoughts) + answer[max(0, answer.find(body)) :]
     prompt = template.render(messages[:-1], tools, prompt=True)
     opened = prompt[len(without_thoughts(prompt)) :]
     return new, next(len(variant) for variant in (opened, opened.rstrip(), "") if new.startswith(variant))

@@ -23,15 +23,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from loratune.data.masking.spans import (
-    Span,
-    blanks_before,
-    first_stop,
-    header_variants,
-    message_end,
-    thoughts_before,
-    without_thoughts,
-)
+from loratune.data.masking.spans import Span, blanks_before, first_stop, header_variants, message_end, without_thoughts
 from loratune.data.masking.template_layout import (
     LayoutFinder,
     TemplateLayout,
@@ -39,7 +31,7 @@ from loratune.data.masking.template_layout import (
     fill,
     in_json,
 )
-from loratune.data.rows.conversation import Message, has_text, split_thoughts
+from loratune.data.rows.conversation import Message, has_text, split_thoughts, thoughts_before
 from loratune.run.errors import BadRow
 
 if TYPE_CHECKING:
@@ -156,7 +148,6 @@ class SubstitutionMatcher:
             raise BadRow("the chat template changes trained texts in a way that cannot be followed")
         return _Draft(layout=layout, gaps=list(layout.gaps), slots=list(layout.slots), texts=texts)
 
-
     def _restore(self, draft: _Draft, turn: int, messages: Sequence[Message], tools: Tools) -> bool:
         """Put back the thoughts of an answer if the template dropped them; return whether it did."""
         message = messages[turn]
@@ -171,7 +162,9 @@ class SubstitutionMatcher:
         index = draft.slots.index(TextSlot(turn, thoughts=False))
         if "</think>" in draft.texts[index]:
             return False
-        draft.texts[index] = thoughts_before(message["content"], self._template) + draft.texts[index].lstrip()
+        draft.texts[index] = (
+            thoughts_before(message["content"], opened=self._template.opens_thoughts) + draft.texts[index].lstrip()
+        )
         return True
 
     def _replace_by_last(self, draft: _Draft, turn: int, messages: Sequence[Message], tools: Tools) -> None:
@@ -281,4 +274,3 @@ def _refuse_header(answer: str, header: str, turn: int) -> None:
     """Reject a span with a header: a template may leave it out of a prompt (after tool results) but write it."""
     if header and answer.startswith(header):
         raise BadRow(f"the chat template starts message {turn + 1} (assistant) with {header!r}, which its prompt lacks")
-

@@ -86,7 +86,9 @@ class LayoutFinder:
             BadRow: The template drops or repeats a text, or writes a prompt that does not occur in the conversation.
         """
         hidden = [
-            hide_texts(message, number) if message["role"] == "assistant" or number in turns or not trained_only else message
+            hide_texts(message, number)
+            if message["role"] == "assistant" or number in turns or not trained_only
+            else message
             for number, message in enumerate(messages)
         ]
         gaps, slots = _split(self._template.render(hidden, tools))

@@ -53,6 +53,19 @@ def split_thoughts(content: str) -> tuple[str, str] | None:
     return None if "<think>" in before else (before, answer)
 
 
+def thoughts_before(content: str, *, opened: bool) -> str:
+    """Return what stands before the answer in a content with thoughts, as reasoning models write it.
+
+    Args:
+        content: The content of an answer with thoughts.
+        opened: Whether the prompt opens `<think>`, which decides the form; otherwise it is that of the content.
+    """
+    parts = split_thoughts(content)
+    assert parts is not None
+    thoughts, answer = parts
+    return f"<think>\n{thoughts.strip()}\n</think>\n\n" if opened else content[: len(content) - len(answer.lstrip())]
+
+
 def has_text(message: Message) -> bool:
     """Whether a message has a text that is not blank."""
     return bool(message.get("content", "").strip())

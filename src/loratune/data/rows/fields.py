@@ -117,7 +117,7 @@ FIELDS: tuple[Field, ...] = (
     Field("column", ("input",), "Alpaca", "written below the instruction or the prompt"),
     Field("column", ("history",), "Alpaca of LLaMA-Factory, ms-swift", "earlier turns, trained like all answers"),
     Field("column", ("system", "system_prompt"), "ShareGPT, Alpaca, ms-swift", "the system message"),
-    Field("column", ("tools", "functions"), "OpenAI, TRL, LLaMA-Factory", "schemas of the functions that may be called"),
+    Field("column", ("tools", "functions"), "OpenAI, TRL, LLaMA-Factory", "the functions that may be called"),
     Field("column", ("text",), "mlx-lm, TRL, pretraining", "plain text, if the row has no other format"),
     Field("column", ("context", "documents"), "Dolly, SQuAD, retrieval", "not read; data.columns={input: context}"),
     Field("column", ("split",), "tables of several splits", "not read"),
@@ -146,7 +146,7 @@ FIELDS: tuple[Field, ...] = (
     Field("message key", ("refusal",), "OpenAI", "refused", _refusal),
     Field("message key", ("tool_plan",), "Cohere", "refused", _plan),
     Field("message key", ("channel",), "gpt-oss", "final only", _channel),
-    Field("message key", ("image", "images", "audio", "audios", "video", "videos"), "OpenAI, ms-swift", "refused", _media),
+    Field("message key", ("image", "images", "audio", "audios", "video", "videos"), "ms-swift", "refused", _media),
     Field("call key", ("function", "name", "type", "id", "call_id"), "OpenAI", "the call"),
     Field("call key", ("arguments", "parameters", "input"), "OpenAI, Llama, Anthropic", "object, or its JSON text"),
     Field("tool key", ("type", "function", "name", "description", "parameters", "input_schema"), "OpenAI, Anthropic",
@@ -160,9 +160,7 @@ for _field in FIELDS:
     _RULES.setdefault(_field.place, {}).update(dict.fromkeys(_field.names, _field))
 
 
-def refusal(
-    place: Place, fields: Mapping[str, Any], read: Collection[str], unread: list[tuple[Place, str]]
-) -> str:
+def refusal(place: Place, fields: Mapping[str, Any], read: Collection[str], unread: list[tuple[Place, str]]) -> str:
     """Apply the rules to every field that was not read, and name the others.
 
     Args:

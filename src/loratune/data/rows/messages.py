@@ -112,7 +112,8 @@ def _read_call_turn(turn: dict[str, Any], key: str, number: int, unread: Unnamed
         raise BadRow(f"{where} is a call, but its text is not a JSON object: {describe_value(value)}")
     if not says_nothing(others.get("tool_calls")):
         raise BadRow(f"{where} is a call that has tool_calls, too")
-    return _checked("assistant", {**others, "tool_calls": calls if isinstance(calls, list) else [calls]}, number, unread)
+    others["tool_calls"] = calls if isinstance(calls, list) else [calls]
+    return _checked("assistant", others, number, unread)
 
 
 def _role(role: Any, number: int) -> str:
@@ -225,8 +226,8 @@ def _content(content: Any, role: str, where: str, unread: Unnamed) -> _Said:
         if role != "tool" or all(part["type"] in known for part in content):
             return _parts(content, role, where, unread)
     if role == "tool":
-        check_json(content, where)
-        return _Said(text=json.dumps(content, ensure_ascii=False))  # results are often recorded as the objects they were
+        check_json(content, where)  # results are often recorded as the objects they were
+        return _Said(text=json.dumps(content, ensure_ascii=False))
     raise BadRow(f"{where} has content {describe_value(content)}, not text")
 
 

@@ -58,7 +58,11 @@ def short_names(names: Iterable[str]) -> dict[str, str]:
 def is_local(source: Source) -> bool:
     """Whether the source is a file or a folder (existing, or clearly meant as one), not the id of a Hub dataset."""
     name = source.name
-    if name.lower().endswith((*SUFFIXES, *COMPRESSED)) or name.startswith(("/", "./", "../", "~")) or not _HUB_ID.fullmatch(name):
+    if (
+        name.lower().endswith((*SUFFIXES, *COMPRESSED))
+        or name.startswith(("/", "./", "../", "~"))
+        or not _HUB_ID.fullmatch(name)
+    ):
         return True
     return Path(name).exists()
 
