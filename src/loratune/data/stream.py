@@ -49,6 +49,8 @@ def can_stream(data: DataSection) -> bool:
     Raises:
         DataError: A file or folder is missing.
     """
+    if data.on_long == "split":  # a row would be several examples, and steps are planned over rows
+        return False
     return len(set(data.train)) == len(data.train) and all(can_open(source) for source in data.train)
 
 
@@ -174,6 +176,8 @@ def stream_data(
     formats = [str(source["format"]) for source in prepared.report["train"]["sources"]]
     renderer = Renderer(tokenizer, Policy.of(data, max_length))
     stream = ExampleStream(list(zip(tables.values(), formats, strict=True)), numbers, renderer, data, max_length)
+    held_out_rows = len(prepared.eval_conversations) if isinstance(held_out, float) else 0
+    assert len(rows) == len(numbers) + held_out_rows + copies
     duplicates = len(rows.keys) - len(np.unique(rows.keys))
     report = prepared.report
     report["streamed"] = {

@@ -37,7 +37,7 @@ def mask(smollm2_tokenizer: PreTrainedTokenizerBase) -> Mask:
         masker = TokenMasker(smollm2_tokenizer, max_length=max_length, on_long=on_long)
         found = masker(text, Encoder(backend_of(smollm2_tokenizer))([text.text])[0])
         masker.too_long.raise_if_any(max_length)
-        return found
+        return found[0] if found else None
 
     return make
 
@@ -92,3 +92,23 @@ def test_violations_name_the_first_and_the_longest() -> None:
     violations.add(LengthViolations(count=2, first=Origin(file="b", line=1), longest=12))
     with pytest.raises(DataError, match=r"chats\.jsonl:3: 3 examples are longer than max_length 8; the longest has 12"):
         violations.raise_if_any(8)
+
+
+@pytest.mark.parametrize("max_length", [5, 7, 64])
+def test_a_document_goes_on_in_the_next_example(smollm2_tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+    document = replace(
+        RENDERED, text="One two three four five six seven eight nine ten.", spans=None, is_plain_text=True
+    )
+    (tokens,) = Encoder(backend_of(smollm2_tokenizer))([document.text])
+    whole = TokenMasker(smollm2_tokenizer, max_length=10**6, on_long="split")(document, tokens)[0]
+    masker = TokenMasker(smollm2_tokenizer, max_length=max_length, on_long="split")
+    parts = masker(document, tokens)
+
+    assert [token for ids, mask in parts for token in ids[mask]] == [*whole[0][whole[1]]], "each token once"
+    assert all(2 <= len(ids) <= max_length and not mask[0] for ids, mask in parts)
+    assert masker.counts["split"] == (len(parts) > 1) == (max_length < len(whole[0]))
+
+
+def test_a_conversation_is_never_split(mask: Mask) -> None:
+    with pytest.raises(DataError, match="longer than max_length 5"):
+        mask(RENDERED, max_length=5, on_long="split")

@@ -156,7 +156,10 @@ def called(name: str, **arguments: Any) -> dict[str, Any]:
             {"role": "user", "content": "Go"},
             {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": name, "arguments": arguments}}]},
         ],
-        "tools": [tool("rain", city={"type": "string"}), tool("add", a={"type": "number", "minimum": 0}, b={"type": "number"})],
+        "tools": [
+            tool("rain", city={"type": "string"}),
+            tool("add", a={"type": "number", "minimum": 0}, b={"type": "number"}),
+        ],
     }
 
 

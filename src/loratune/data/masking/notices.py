@@ -98,6 +98,15 @@ def _token_notices(counts: Counter[str], template: ChatTemplate) -> Iterator[str
         yield plural(counts["straddling"], one, many)
 
 
+def split_notices(number: int) -> list[str]:
+    """Return the notice about texts that are longer than an example.
+
+    Args:
+        number: How many there are.
+    """
+    return [f"{plural(number, 'text continues', 'texts continue')} in further examples."] if number else []
+
+
 def special_token_notices(number: int, *, as_text: bool) -> list[str]:
     """Return the notices about special tokens in texts.
 

@@ -10,7 +10,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from loratune.data.masking.notices import special_token_notices
+from loratune.data.masking.notices import special_token_notices, split_notices
 from loratune.data.masking.renderer import Renderer
 from loratune.data.masking.token_labels import LengthViolations
 from loratune.data.masking.workers import WorkerPool, num_workers
@@ -90,6 +90,7 @@ def render(
         num_rows=sum(len(set(chunk.kept.tolist())) for chunk in chunks),
         notices=[
             *special_token_notices(counts["special_tokens_in_text"], as_text=as_text),
+            *split_notices(counts["split"]),
             *(renderer.notices(counts) if templated else []),
         ],
         method=renderer.method if templated else "plain text: every token is trained",

@@ -105,7 +105,7 @@ class Renderer:
             else _result_or_reason(self._labelled, text, next(encoded) if text.hidden is None else None)
             for text in texts
         ]  # fmt: skip
-        kept = [(number, result) for number, result in enumerate(results) if isinstance(result, tuple)]
+        kept = [(number, part) for number, parts in enumerate(results) if isinstance(parts, list) for part in parts]
         return Chunk(
             input_ids=np.concatenate([np.empty(0, np.int32), *(ids for _, (ids, _) in kept)]),
             supervised=np.concatenate([np.empty(0, np.bool_), *(supervised for _, (_, supervised) in kept)]),
@@ -252,7 +252,7 @@ class Renderer:
 
     # ---- tokens
 
-    def _labelled(self, text: RenderedText, tokens: Tokens | None) -> TokenMask | None:
+    def _labelled(self, text: RenderedText, tokens: Tokens | None) -> list[TokenMask]:
         if tokens is None:
             assert text.hidden is not None
             tokens = self._specials(text).tokens(text.hidden)

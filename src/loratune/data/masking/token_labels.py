@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from loratune.data.masking.tokens import Tokens
     from loratune.data.rows.row import Origin
 
-OnLong = Literal["error", "truncate", "drop"]
+OnLong = Literal["error", "truncate", "drop", "split"]
 
 TokenMask = tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]
 """Token ids [T], and whether each carries loss [T]."""
@@ -101,15 +101,18 @@ class TokenMasker:
         self.counts: Counter[str] = Counter()
         self.too_long = LengthViolations()
 
-    def __call__(self, text: RenderedText, tokens: Tokens) -> TokenMask | None:
-        """Return token ids and mask; None if the example is left out for its length.
+    def __call__(self, text: RenderedText, tokens: Tokens) -> list[TokenMask]:
+        """Return token ids and mask of one example, or of the parts of a document; none if it is left out.
 
         Raises:
             BadRow: The text cannot be trained on.
             DataError: The two ways of finding the trained tokens disagree.
         """
         self._check_round_trip(text.text, tokens)
-        return self._fit(*self._label(text, tokens), text.origin)
+        ids, supervised = self._label(text, tokens)
+        if self._on_long == "split" and text.is_plain_text:
+            return self._parts(ids, supervised)
+        return self._fit(ids, supervised, text.origin)
 
     def _label(self, text: RenderedText, tokens: Tokens) -> TokenMask:
         ids = tokens.ids
@@ -155,23 +158,33 @@ class TokenMasker:
                     raise BadRow(f"the tokenizer cannot write it: {_difference(original, back)}")
             start = stop + 1
 
-    def _fit(self, ids: npt.NDArray[np.int32], supervised: npt.NDArray[np.bool_], origin: Origin) -> TokenMask | None:
-        """Apply `on_long`; return None if the example is left out."""
+    def _parts(self, ids: npt.NDArray[np.int32], supervised: npt.NDArray[np.bool_]) -> list[TokenMask]:
+        """Cut a document into examples. Each starts with the last token of the one before, which predicts its first."""
+        size = self._max_length
+        starts = range(0, max(1, len(ids) - 1), max(1, size - 1))
+        self.counts["split"] += len(ids) > size
+        parts = [(ids[start : start + size], supervised[start : start + size].copy()) for start in starts]
+        for _, mask in parts:
+            mask[:1] = False
+        return parts
+
+    def _fit(self, ids: npt.NDArray[np.int32], supervised: npt.NDArray[np.bool_], origin: Origin) -> list[TokenMask]:
+        """Apply `on_long`."""
         length = len(ids)
         if length <= self._max_length:
-            return ids, supervised
-        if self._on_long == "error":
+            return [(ids, supervised)]
+        if self._on_long in ("error", "split"):  # an answer has no second half
             self.too_long.add(LengthViolations(count=1, first=origin, longest=length))
-            return None
+            return []
         if self._on_long == "drop":
             self.counts["dropped_long"] += 1
-            return None
+            return []
         supervised = supervised[: self._max_length]
         if not supervised.any():
             self.counts["dropped_empty"] += 1
-            return None
+            return []
         self.counts["truncated"] += 1
-        return ids[: self._max_length], supervised
+        return [(ids[: self._max_length], supervised)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

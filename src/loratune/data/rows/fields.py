@@ -66,8 +66,8 @@ PREFERENCE = (
 
 def is_preference_pair(fields: Mapping[str, Any]) -> bool:
     """Whether a row has a better and a worse answer."""
-    rejected = not says_nothing(fields.get("rejected")) and not says_nothing(fields.get("chosen"))
-    return rejected or not says_nothing(fields.get("rejected_response"))
+    chosen = not says_nothing(fields.get("rejected")) and not says_nothing(fields.get("chosen"))
+    return chosen or any(not says_nothing(fields.get(name)) for name in ("rejected_response", "non_preferred_output"))
 
 
 def _pair(name: str, value: Any, fields: Mapping[str, Any]) -> str:  # noqa: ARG001 - the signature of all rules
@@ -121,7 +121,7 @@ FIELDS: tuple[Field, ...] = (
     Field("column", ("text",), "mlx-lm, TRL, pretraining", "plain text, if the row has no other format"),
     Field("column", ("context", "documents"), "Dolly, SQuAD, retrieval", "not read; data.columns={input: context}"),
     Field("column", ("split",), "tables of several splits", "not read"),
-    Field("column", ("chosen", "rejected", "rejected_response"), "DPO: TRL, LLaMA-Factory, ms-swift", "refused", _pair),
+    Field("column", ("chosen", "rejected", "rejected_response", "non_preferred_output"), "DPO", "refused", _pair),
     Field("column", ("label", "kto_tag"), "KTO: TRL, ms-swift, LLaMA-Factory", "false is refused", _bad_answer),
     Field("column", ("weight", "sample_weight", "loss_weight"), "tables of weighted rows", "1 only", _row_weight),
     Field("column", ("chat_template_kwargs",), "TRL, ms-swift", "refused", _kwargs),

@@ -53,7 +53,9 @@ def detect_format(rows: Iterable[Row], *, strict: bool = True) -> str:
         return best
     odd = next(row for row, names in zip(rows, fitting, strict=True) if best not in names or not counts[best])
     if isinstance(odd.value, dict) and is_preference_pair(odd.value):
-        raise DataError(f"the row {PREFERENCE}", file=odd.file, line=odd.line, fix="map the column, or use DPO: TRL")
+        raise DataError(
+            f"the row {PREFERENCE}", file=odd.file, line=odd.line, fix="to train preferences, use TRL's DPOTrainer"
+        )
     supported = "; ".join(f"{name} ({fields})" for name, fields in FORMATS.items())
     others = f"; {counts[best]} of {len(rows)} rows are {best}" if counts[best] else ""
     raise DataError(

@@ -55,9 +55,10 @@ class DataSection(Section):
     max_length: Int | Literal["auto"] = Field(default=1024, union_mode="left_to_right")
     """The maximum sequence length of an example, in tokens. `auto`: the model's context length."""
 
-    on_long: Literal["error", "truncate", "drop"] = "truncate"
+    on_long: Literal["error", "truncate", "drop", "split"] = "truncate"
     """What happens to examples longer than `max_length`: `error` refuses to start, `truncate` cuts off their end,
-    `drop` leaves them out. Truncated and dropped examples are counted and reported."""
+    `drop` leaves them out, `split` continues a plain text in the next example and refuses longer conversations.
+    Truncated and dropped examples are counted and reported."""
 
     on_bad_row: Literal["error", "skip"] = "error"
     """What happens to rows that cannot be trained on: `error` refuses to start, `skip` leaves them out and lists them

@@ -19,7 +19,16 @@ from loratune.data.masking.spans import any_of
 from loratune.data.masking.special_tokens import special_names
 from loratune.data.masking.token_labels import LengthViolations
 from loratune.data.prepared import PreparedData
-from loratune.data.report import Places, overlap_report, places_by_key, row_notices, row_report, size_report
+from loratune.data.report import (
+    Places,
+    overlap_report,
+    places_by_key,
+    row_notices,
+    row_report,
+    size_report,
+    unread_notices,
+    unread_report,
+)
 from loratune.data.rows.reading import Reader, ReadSide, apply_policy, held_out_sources
 from loratune.data.rows.row import Origin, Rejected
 from loratune.data.statistics import histogram, scripts
@@ -157,7 +166,7 @@ class _Encoder:
                         continue
                     if len(ids) > self.max_length:
                         long.append(text.origin)
-                        if self.data.on_long == "error":
+                        if self.data.on_long in ("error", "split"):
                             too_long.add(LengthViolations(count=1, first=text.origin, longest=len(ids)))
                         if self.data.on_long != "truncate":
                             continue
@@ -228,6 +237,7 @@ def _side_report(side: ReadSide[LabelledText], encoded: _Encoded, names: Sequenc
         **row_report(copies, [*side.rejected, *encoded.rejected]),
         "scripts": scripts([f"{text.text} {text.second or ''}" for text in side.items]),
         "findings": [],
+        **unread_report(side, {}),
     }
 
 
@@ -237,6 +247,7 @@ def _places(side: ReadSide[LabelledText]) -> Places:
 
 
 def _notices(report: dict[str, Any], train: ReadSide[LabelledText], encoded: _Encoded) -> Iterator[str]:
+    yield from unread_notices(train, "train")
     yield from row_notices(report, len(train.items), kind="text", measure="the accuracy")
     yield from _label_notices(report, train)
     for name in ("train", "eval"):

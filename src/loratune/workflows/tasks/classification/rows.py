@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from loratune.data.rows.fields import Unread, says_nothing
 from loratune.data.rows.hub import hub_class_names
-from loratune.data.rows.messages import check_unicode
 from loratune.data.rows.reading import Converted, Reader, ReadSide, held_out_side
 from loratune.data.rows.row import Origin, Rejected, Row
 from loratune.data.rows.sources import is_local
+from loratune.data.rows.tools import check_unicode
 from loratune.run.errors import BadRow, DataError, plural
 
 if TYPE_CHECKING:
@@ -64,9 +66,22 @@ def read_labelled(read: Reader, sources: Sequence[Source], refuse: Callable[[str
         classes = [] if is_local(source) else hub_class_names(source, read.data.columns.get("label", "label"))
         good, bad = labelled_texts(rows, refuse, classes)
         form = "" if not good else "text and label" if good[0].second is None else "sentence1, sentence2 and label"
-        return Converted(format=form, items=good, rejected=bad)
+        return Converted(format=form, items=good, rejected=bad, unread=_unread(rows, bad))
 
     return read.read(sources, convert, lambda text: text.key)
+
+
+def _unread(rows: Sequence[Row], rejected: Sequence[Rejected]) -> Unread:
+    """Count the columns of the valid rows that are not read."""
+    bad = {row.origin for row in rejected}
+    unread: Unread = Counter()
+    for row in rows:
+        if Origin(file=row.file, line=row.line) not in bad:
+            read = ("text", "label") if "text" in row.value else ("sentence1", "sentence2", "label")
+            unread.update(
+                ("column", name) for name, value in row.value.items() if name not in read and not says_nothing(value)
+            )
+    return unread
 
 
 def labelled_texts(
