@@ -32,7 +32,7 @@ CASES: dict[str, list[Case]] = {
         ("conversational prompt-completion", {"prompt": [USER], "completion": [ANSWER]}, {}),
         ("tool calling", {"messages": [USER, {"role": "assistant", "tool_calls": [{"type": "function", "function": CALL}]}], "tools": [{"type": "function", "function": TOOL}]}, {}),  # noqa: E501
         ("preference", {"prompt": "Rain?", "chosen": "Yes.", "rejected": "No."}, {}),
-        ("preference, chosen answers only", {"prompt": "Rain?", "chosen": "Yes.", "rejected": "No."}, {"completion": "chosen"}),
+        ("preference, chosen answers only", {"prompt": "Rain?", "chosen": "Yes.", "rejected": "No."}, {"completion": "chosen"}),  # noqa: E501
         ("unpaired preference", {"prompt": "Rain?", "completion": "No.", "label": False}, {}),
         ("vision", {"images": ["a.png"], "messages": [USER, ANSWER]}, {}),
     ],
@@ -40,7 +40,7 @@ CASES: dict[str, list[Case]] = {
         ("chat_template", {"messages": [USER, {**ANSWER, "training": False}, USER, ANSWER]}, {}),
         ("chat_template with train_detail", {"messages": [USER, {**ANSWER, "train_detail": [{"begin_offset": 0, "end_offset": 1, "train": False}]}]}, {}),  # noqa: E501
         ("alpaca", {"instruction": "Rain?", "input": "In Oslo.", "output": "Yes."}, {}),
-        ("sharegpt", {"conversations": [{"from": "human", "value": "Rain?"}, {"from": "gpt", "value": "Yes.", "weight": 1}]}, {}),
+        ("sharegpt", {"conversations": [{"from": "human", "value": "Rain?"}, {"from": "gpt", "value": "Yes.", "weight": 1}]}, {}),  # noqa: E501
         ("completion", {"text": "It rains."}, {}),
         ("alpaca_chat.load_qa", {"question": "Rain?", "answer": "Yes."}, {}),
     ],
@@ -70,15 +70,15 @@ CASES: dict[str, list[Case]] = {
         ("functions", {"messages": [USER, {"role": "assistant", "function_call": {"name": "rain", "arguments": '{"city": "Oslo"}'}}], "functions": [TOOL]}, {}),  # noqa: E501
         ("answers of the API", {"messages": [USER, {**ANSWER, "refusal": None, "annotations": []}]}, {}),
         ("Responses API", {"messages": [USER, {"type": "function_call", "call_id": "1", "name": "rain", "arguments": '{"city": "Oslo"}'}, {"type": "function_call_output", "call_id": "1", "output": "wet"}, ANSWER]}, {}),  # noqa: E501
-        ("preference", {"input": {"messages": [USER]}, "preferred_output": [ANSWER], "non_preferred_output": [ANSWER]}, {}),
+        ("preference", {"input": {"messages": [USER]}, "preferred_output": [ANSWER], "non_preferred_output": [ANSWER]}, {}),  # noqa: E501
     ],
     "Anthropic": [
         ("messages with tools", {"system": "Be brief.", "messages": [USER, {"role": "assistant", "content": [{"type": "thinking", "thinking": "Look.", "signature": "x"}, {"type": "tool_use", "id": "1", "name": "rain", "input": {"city": "Oslo"}}]}, {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "1", "content": "wet"}]}, ANSWER]}, {}),  # noqa: E501
     ],
     "Hub": [
-        ("Dolly", {"instruction": "Rain?", "context": "Oslo.", "response": "Yes.", "category": "qa"}, {"output": "response", "input": "context"}),
+        ("Dolly", {"instruction": "Rain?", "context": "Oslo.", "response": "Yes.", "category": "qa"}, {"output": "response", "input": "context"}),  # noqa: E501
         ("question, context, answer", {"question": "Rain?", "context": "Oslo.", "answer": "Yes."}, {}),
-        ("question, context, answer, mapped", {"question": "Rain?", "context": "Oslo.", "answer": "Yes."}, {"input": "context"}),
+        ("question, context, answer, mapped", {"question": "Rain?", "context": "Oslo.", "answer": "Yes."}, {"input": "context"}),  # noqa: E501
         ("other columns", {"Q": "Rain?", "A": "Yes."}, {}),
     ],
 }  # fmt: skip

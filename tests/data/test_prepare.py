@@ -161,6 +161,31 @@ def test_nothing_left_is_an_error_that_counts_the_reasons(tmp_path: Path, prepar
         prepared(train=long, eval="none", max_length=20, on_long="drop")
 
 
+def test_rows_and_fields_are_accounted_for_on_both_sides(tmp_path: Path, prepared: Prepare) -> None:
+    rows = [{**row(n % 15), "source": "x"} for n in range(30)]
+    part = prepared(
+        train=write(tmp_path / "a.jsonl", [*rows, {**row(99), "images": ["a.png"]}]), eval=0.2, on_bad_row="skip"
+    )
+    train, evaluation = part.report["train"], part.report["eval"]
+
+    assert (train["rows"], train["conversations"], train["num_rejected"]) == (31, 24, 1)
+    assert (train["held_out_rows"], train["copies_of_held_out_rows"]) == (3, 3)
+    assert (evaluation["rows"], evaluation["conversations"], evaluation["held_out_rows"]) == (3, 3, 0)
+    assert train["unread_fields"] == [{"place": "column", "name": "source", "count": 30}]
+    assert "Not read (train): columns source (30)." in part.report["notices"]
+
+
+def test_test_files_of_a_folder_are_not_trained_and_are_named(tmp_path: Path, prepared: Prepare) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    write(folder / "train.jsonl", [row(n) for n in range(5)])
+    write(folder / "test.jsonl", [row(n) for n in range(10, 13)])
+    part = prepared(train=str(folder), eval={"name": str(folder), "split": "test"})
+
+    assert (part.report["train"]["rows"], part.report["eval"]["rows"]) == (5, 3)
+    assert part.report["train"]["files_left_out"] == [f"{folder}/test.jsonl (split test)"]
+
+
 def test_lengths_are_counted(tmp_path: Path, prepared: Prepare) -> None:
     train = write(tmp_path / "train.jsonl", [row(1), row(2, answer="so " * 300)])
 

@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import replace
+
 import numpy as np
+import pytest
 
 from loratune.data.examples import Example
-from loratune.data.report import overlap_report, places_by_key, row_notices, row_report, size_report
+from loratune.data.report import (
+    account_for_rows,
+    overlap_report,
+    places_by_key,
+    row_notices,
+    row_report,
+    size_report,
+    unread_notices,
+    unread_report,
+)
 from loratune.data.rows.reading import ReadSide
 from loratune.data.rows.row import Origin, Rejected
 
@@ -54,3 +67,36 @@ def test_notices_name_ten_lines_and_count_the_rest() -> None:
     assert duplicates.startswith("12 of 30 training texts are exact duplicates: line 0 = line 100; line 1 = line 101;")
     assert duplicates.endswith("line 9 = line 109 and 2 more.")
     assert rejected == "1 train row was left out; data.json lists them with their reasons."
+
+
+SIDE: ReadSide[str] = ReadSide(
+    sources=[], format="text", num_rows=20, items=[], keys=[], rejected=[], num_held_out=3, num_held_out_copies=2,
+    unread=Counter({("column", "context"): 20, ("message key", "id"): 2}), left_out=["data/test.jsonl (split test)"],
+)  # fmt: skip
+
+
+def test_rows_add_up_or_the_run_stops() -> None:
+    rows = {"held_out_rows": 3, "copies_of_held_out_rows": 2}
+    assert account_for_rows(SIDE, 10, num_rejected=4, num_dropped=1) == rows
+    for wrong in ((11, 4, 1), (10, 3, 1), (10, 4, 0)):
+        with pytest.raises(AssertionError, match="20 rows, but"):
+            account_for_rows(SIDE, wrong[0], num_rejected=wrong[1], num_dropped=wrong[2])
+    with pytest.raises(AssertionError):
+        account_for_rows(replace(SIDE, num_held_out_copies=0), 10, num_rejected=4, num_dropped=1)
+
+
+def test_what_is_not_read_is_listed_and_said() -> None:
+    assert unread_report(SIDE, {"strict": 5}) == {
+        "unread_fields": [
+            {"place": "column", "name": "context", "count": 20},
+            {"place": "message key", "name": "id", "count": 2},
+            {"place": "tool key", "name": "strict", "count": 5},
+        ],
+        "files_left_out": ["data/test.jsonl (split test)"],
+    }
+    assert list(unread_notices(SIDE, "train")) == [
+        "Not read (train): columns context (20); message keys id (2). data.columns='{input: context}' writes context "
+        "below the prompt.",
+        "Not read (train): data/test.jsonl (split test).",
+    ]
+    assert not list(unread_notices(replace(SIDE, unread=Counter(), left_out=[]), "train"))

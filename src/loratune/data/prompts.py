@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from loratune.data.masking.policy import Thinking, check_tool_support, trained_turns, with_thinking
-from loratune.data.masking.spans import without_thoughts
 from loratune.data.masking.special_tokens import special_token_in
 from loratune.data.masking.template import ChatTemplate
 from loratune.data.rows.conversation import Conversation, Message, split_thoughts
@@ -106,6 +105,9 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
 def _prompt_text(conversation: Conversation, turn: int, template: ChatTemplate, thinking: Thinking) -> tuple[str, bool]:
     """Return the prompt, and whether names of special tokens in it are hidden."""
     messages, tools = conversation.messages[:turn], conversation.tools
+    start = _started(conversation, turn)
+    if start:
+        messages = (*messages, {"role": "assistant", "content": start})
     hidden = bool(special_token_in(conversation, template.special_text))
     try:
         if hidden:
@@ -113,11 +115,18 @@ def _prompt_text(conversation: Conversation, turn: int, template: ChatTemplate, 
         if thinking == "strip":
             messages = tuple(with_thinking(m, thinking, template, n) for n, m in enumerate(messages, start=1))
         check_tool_support(messages, tools, template)
-        prompt = template.render(messages, tools, prompt=True)
-        start = _started(conversation, turn)
-        return (f"{without_thoughts(prompt)}{start}" if start else prompt), hidden
+        text = template.render(messages, tools, prompt=not start)
+        return (_until(text, messages[-1]["content"].strip()) if start else text), hidden
     except BadRow as bad:
         raise _refusal(bad, conversation.origin) from None
+
+
+def _until(text: str, end: str) -> str:
+    """Return a text up to the last place of its end, where a server lets the model go on."""
+    place = text.rfind(end)
+    if place < 0:
+        raise BadRow("the chat template does not write the beginning of the answer that its prompt ends with")
+    return text[: place + len(end)]
 
 
 def _as_text_ids(text: str, conversation: Conversation, template: ChatTemplate) -> list[int]:

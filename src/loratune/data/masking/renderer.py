@@ -21,6 +21,7 @@ from loratune.data.masking.policy import (
     trained_turns,
     with_thinking,
 )
+from loratune.data.masking.spans import without_thoughts
 from loratune.data.masking.spans_by_prompting import (
     put_thoughts_back,
     spans_by_difference,
@@ -293,16 +294,18 @@ def _second_spans(
     else:
         second = spans_by_prompting(text, messages, tools, trained, template)
     second = second + spans_by_difference(text, messages, tools, others, template)
-    if not rendering.restored:
+    if len(second) != len(turns):  # markers may be missing, which the comparison finds
         return second
     by_turn = dict(zip([*trained, *others], second, strict=True))
+    if not rendering.restored:
+        return [by_turn[turn] for turn in turns]
     whole, moved = put_thoughts_back(text, by_turn, rendering.restored, messages, tools, template)
     if whole != rendering.text:
         raise BadRow(
             f"the chat template drops the thoughts of message {rendering.restored[0] + 1} (assistant), and two ways of "
             "putting them back disagree; data.thinking=strip trains without them"
         )
-    return list(moved.values())
+    return [moved[turn] for turn in turns]
 
 
 def _after_start(text: str, spans: Sequence[Span], turns: Sequence[int], started: tuple[int, str]) -> list[Span]:
@@ -317,7 +320,7 @@ def _after_start(text: str, spans: Sequence[Span], turns: Sequence[int], started
     number = turns.index(turn)
     start, end = spans[number] if number < len(spans) else (0, 0)
     place = text.find(beginning.strip(), start, end)
-    if place < 0 or text[start:place].strip():
+    if place < 0 or without_thoughts(text[start:place]).strip():
         raise BadRow(f"the chat template does not begin message {turn + 1} (assistant) with what its prompt ends with")
     begin = place + len(beginning.strip())  # most tokenizers join blanks with the word after them, which is trained
     return [*spans[:number], (begin, end), *spans[number + 1 :]]

@@ -82,10 +82,15 @@ def select_files(folder: Path, split: str | None, known: Collection[str]) -> Sel
         fix = f"it has the splits {names}" if names else f"supported types are {', '.join(known)}"
         raise DataError(f"no data files {what}in this folder", file=folder, fix=fix)
     files = [part.file for part in chosen]
-    others = {part.file: part for part in parts}
+    by_file = {part.file: part for part in parts}
+    others = [(f, by_file.get(f)) for f in found if f not in files]
     return Selection(
         files=files,
-        left_out=[f"{f.relative_to(folder)} ({_reason(others.get(f))})" for f in found if f not in files],
+        left_out=[
+            f"{file.relative_to(folder)} ({_reason(part)})"
+            for file, part in others
+            if split is None or part is None or not part.exact  # of the other splits, the recipe wants none
+        ],
     )
 
 
