@@ -253,3 +253,33 @@ def test_every_line_of_the_table_says_who_writes_the_field_and_what_it_means() -
     assert refusal("column", {"a": 1}, (), unread := []) == ""
     assert unread == [("column", "a")]
     assert {"loss_mask", "context", "function_call", "tool_plan", "chosen", "kto_tag", "images"} <= KNOWN
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [{"type": "reasoning", "value": "Hm."}, {"type": "text", "value": "Hello."}],
+        [{"type": "thinking", "thinking": "Hm."}, {"type": "text", "text": "Hello."}],
+        [{"type": "reasoning", "text": "Hm."}, {"type": "output_text", "text": "Hel"}, {"type": "text", "text": "lo."}],
+    ],
+)
+def test_parts_are_texts_and_thoughts_under_the_keys_of_several_projects(parts: list[dict[str, Any]]) -> None:
+    conversation, reason, unread = read({"messages": [USER, {"role": "assistant", "content": parts}]})
+    assert (reason, unread) == ("", {})
+    assert conversation.messages[1] == {**ANSWER, "reasoning_content": "Hm."}
+    assert "a part of type" in read({"messages": [{"role": "user", "content": parts}, ANSWER]})[1], (
+        "users have no thoughts"
+    )
+
+
+@pytest.mark.parametrize(
+    "result",
+    [[{"type": "rain", "mm": 3}], {"mm": 3}, [1, 2], [{"type": "rain", "mm": 3}, {"type": "text", "text": "x"}]],
+)
+def test_a_tool_result_may_be_any_object(result: Any) -> None:
+    turns = [USER, {"role": "assistant", "tool_calls": [CALL]}, {"role": "tool", "content": result}, ANSWER]
+    conversation, reason, _ = read({"messages": turns})
+    assert not reason
+    assert json.loads(conversation.messages[2]["content"]) == result
+    turns[2] = {"role": "tool", "content": [{"type": "image_url", "image_url": "x"}]}
+    assert "only text can be trained" in read({"messages": turns})[1]

@@ -222,8 +222,8 @@ def _content(content: Any, role: str, where: str, unread: Unnamed) -> _Said:
     if isinstance(content, str) or content is None:
         return _Said(text=content)
     if isinstance(content, list) and content and all(isinstance(part, dict) and "type" in part for part in content):
-        known = {*_TEXT_PARTS, *_MEDIA, "tool_use", "refusal"}
-        if role != "tool" or all(part["type"] in known for part in content):
+        kinds = [part["type"] for part in content]
+        if role != "tool" or all(kind in (*_TEXT_PARTS,) for kind in kinds) or any(kind in _MEDIA for kind in kinds):
             return _parts(content, role, where, unread)
     if role == "tool":
         check_json(content, where)  # results are often recorded as the objects they were
