@@ -9,7 +9,7 @@ import pytest
 from sacrebleu.metrics import BLEU
 
 from loratune.evaluation import scoring
-from loratune.evaluation.bleu import Bleu, corpus_bleu, signature
+from loratune.evaluation.bleu import Bleu, corpus_bleu, signature, tokenizer_for
 from loratune.evaluation.record import evaluation_record, evaluation_table, samples_table
 from loratune.evaluation.scoring import check_metric, check_references
 from loratune.run.errors import DataError, MachineError
@@ -139,3 +139,24 @@ def test_without_sacrebleu_the_plan_says_what_to_install(monkeypatch: pytest.Mon
 def test_an_empty_reference_among_several_is_refused() -> None:
     with pytest.raises(DataError, match="empty"):
         check_references("bleu", [TinyPrompt("which", "red", Place("eval.csv", 1), more=(" ",))])
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "tokenizer"),
+    [
+        ("It rains in Oslo.", "It rains in Bergen.", "13a"),
+        ("今天奥斯陆下雨了。", "今天卑尔根下雨了。", "zh"),
+        ("今日はオスロで雨が降っています。", "今日はベルゲンで雨が降っています。", "char"),
+        ("วันนี้ฝนตกที่ออสโล", "วันนี้ฝนตกที่เบอร์เกน", "char"),
+        ("오늘 오슬로에는 비가 옵니다", "오늘 베르겐에는 비가 옵니다", "13a"),
+        ("Сегодня в Осло идёт дождь.", "Сегодня в Бергене идёт дождь.", "13a"),
+        ("42", "41", "13a"),
+    ],
+)
+def test_words_are_split_by_the_script_of_the_references(answer: str, reference: str, tokenizer: str) -> None:
+    assert tokenizer_for([[reference]]) == tokenizer
+    assert f"tok:{tokenizer}|" in signature([[reference]], tokenizer)
+    bleu = Bleu(tokenizer)
+    assert bleu.one(answer, [reference]) < bleu.one(reference, [reference])
+    if tokenizer != "13a":
+        assert Bleu().one(answer, [reference]) == 0 < bleu.one(answer, [reference]), "one word, wrong as a whole"

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from sacrebleu.metrics import BLEU
 
+from loratune.data.statistics import scripts
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -19,12 +21,31 @@ Counts = np.ndarray[tuple[int, int], np.dtype[np.float64]]
 Values = np.ndarray[tuple[int], np.dtype[np.float64]]
 
 
-class Bleu:
-    """sacrebleu's BLEU with its defaults: tokenizer 13a, cased, exponential smoothing, n-grams up to 4."""
+_WITHOUT_SPACES = {"HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN"}
 
-    def __init__(self) -> None:
+
+def tokenizer_for(references: Sequence[Sequence[str]]) -> str:
+    """Return the name of sacrebleu's tokenizer for the script of the references.
+
+    13a splits at spaces: a Chinese or Thai answer would be one word, right or wrong as a whole. `zh` splits Chinese
+    characters; `char` splits all, since sacrebleu's tokenizers for Japanese and Korean need further programs.
+    """
+    shares = scripts([reference for each in references for reference in each])
+    if sum(shares.get(script, 0) for script in _WITHOUT_SPACES) > 0.1:
+        return "char"
+    return "zh" if shares.get("CJK", 0) > 0.5 else "13a"
+
+
+class Bleu:
+    """sacrebleu's BLEU with its defaults: cased, exponential smoothing, n-grams up to 4.
+
+    Args:
+        tokenize: sacrebleu's name of the tokenizer.
+    """
+
+    def __init__(self, tokenize: str = "13a") -> None:
         # The effective order is for single answers only; it does not change the counts.
-        self._single = BLEU(effective_order=True, max_ngram_order=ORDER)
+        self._single = BLEU(effective_order=True, max_ngram_order=ORDER, tokenize=tokenize)
 
     def counts(self, answer: str, references: Sequence[str]) -> list[int]:
         """Return the counts of one answer: [2 + 2·ORDER].
@@ -55,14 +76,15 @@ def _bleu(row: list[int]) -> float:
     return float(result.score)
 
 
-def signature(references: Sequence[Sequence[str]]) -> str:
+def signature(references: Sequence[Sequence[str]], tokenize: str = "13a") -> str:
     """Return sacrebleu's signature: only BLEU scores with equal signatures can be compared.
 
     Args:
         references: The references of each answer.
+        tokenize: sacrebleu's name of the tokenizer.
     """
     longest = max(map(len, references))
     streams = [[each[n] if n < len(each) else None for each in references] for n in range(longest)]
-    bleu = BLEU(max_ngram_order=ORDER)
+    bleu = BLEU(max_ngram_order=ORDER, tokenize=tokenize)
     bleu.corpus_score([""] * len(references), streams)
     return str(bleu.get_signature())

@@ -231,15 +231,17 @@ def _add_bleu(
     record: dict[str, Any], prompts: Sequence[PromptLike], base: Sequence[Answer], tuned: Sequence[Answer]
 ) -> list[dict[str, Any]]:
     """Add the BLEU of all answers together. Return the items, each with the BLEU of its own answers."""
-    from loratune.evaluation.bleu import Bleu, corpus_bleu, signature  # an extra
+    from loratune.evaluation.bleu import Bleu, corpus_bleu, signature, tokenizer_for  # an extra
 
-    bleu = Bleu()
+    references = [prompt.references for prompt in prompts]
+    tokenize = tokenizer_for(references)
+    bleu = Bleu(tokenize)
     base_counts, tuned_counts = (
         np.array([bleu.counts(a.text, p.references) for p, a in zip(prompts, answers, strict=True)], dtype=np.float64)
         for answers in (base, tuned)
     )
     add_statistics(record, base_counts, tuned_counts, {"bleu": corpus_bleu})
-    record["signature"] = signature([prompt.references for prompt in prompts])
+    record["signature"] = signature(references, tokenize)
     return _items(bleu.one, prompts, base, tuned)
 
 

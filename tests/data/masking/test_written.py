@@ -221,6 +221,17 @@ def test_thoughts_without_a_place_are_refused_or_left_to_the_template(
     assert trained_texts(example, tokenizer) == ["Two.<turn|>"]
 
 
+def test_thoughts_that_become_text_are_told(
+    with_template: Make, converse: Callable[..., Conversation], rendered: Render
+) -> None:
+    row = converse(user("A?"), assistant("One.", reasoning_content="Hm."))
+    result = rendered([row], with_template("qwen2_5", eos="<|im_end|>"))
+    assert any("no place for thoughts: those of 1 answer are" in notice for notice in result.notices)
+    for name, settings_ in (("qwen3", {}), ("qwen2_5", {"thinking": "strip"})):
+        result = rendered([row], with_template(name, eos="<|im_end|>"), **settings_)
+        assert not any("no place for thoughts" in notice for notice in result.notices)
+
+
 def test_what_stands_before_an_answer_keeps_the_form_of_the_data_or_takes_that_of_the_prompt() -> None:
     assert thoughts_before("<think>a</think> b", opened=False) == "<think>a</think> "
     assert thoughts_before("a</think>b", opened=True) == "<think>\na\n</think>\n\n"

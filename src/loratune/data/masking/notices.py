@@ -39,6 +39,11 @@ def _thought_notices(counts: Counter[str], template: ChatTemplate, train_on: Tra
             f"The chat template drops the thoughts of {plural(counts['thoughts_restored'], 'answer')}. They were put "
             "back and are trained (data.thinking=keep); data.thinking=strip trains without them."
         )
+    if number := counts["thoughts_as_tags"]:
+        yield (
+            f"The chat template has no place for thoughts: those of {plural(number, 'answer')} are trained as "
+            "<think>…</think> at the start of the text; data.thinking=strip trains without them."
+        )
     thoughtless = counts["answers"] - counts["thoughts"]
     if template.opens_thoughts and thoughtless and train_on != "all":
         yield (

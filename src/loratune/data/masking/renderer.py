@@ -194,6 +194,9 @@ class Renderer:
             for n, m in enumerate(conversation.messages)
         ]
         check_train_flags(conversation, self._train_on)
+        if self._thinking == "keep":
+            moved = [turn for turn in turns if "reasoning_content" in conversation.messages[turn]]
+            self._counts["thoughts_as_tags"] += sum("reasoning_content" not in messages[turn] for turn in moved)
         roles = trained_roles(self._train_on)
         if conversation.excluded:
             flagged = [n for n in conversation.excluded if n not in conversation.given]
