@@ -38,9 +38,10 @@ def test_an_interrupted_run_adds_up_its_processes(tiny_recipe: Callable[..., Rec
     first.note()
     so_far = read_json(run.plan)["so_far"]
     second = RunTimer(run, "cpu")
-    second.close(evaluate_seconds=5.0)
+    second.close(evaluate_seconds=5.0, packing=measured["packing"])
     record = read_json(run.plan)
     assert "so_far" not in record or record["so_far"] is None
+    assert record["measured"]["packing"] == {"packed": True, "why_unpacked": "", "slow_attention": ""}
     assert record["measured"]["total_seconds"] > so_far["total_seconds"] > 0
     assert record["measured"]["train_seconds"] == measured["train_seconds"]
     evaluations = sum(line["seconds"] for line in run.read_metrics() if "eval_nll" in line)

@@ -57,6 +57,8 @@ def summary_table(record: Record, *, model: str) -> Table:
         cost = record["cost"]
         each = f" for each of {record['scaling']['devices']} devices" if record["scaling"] else ""
         rows["cost"] = f"about {cost['cost']:,.2f} at {cost['price_per_hour']:g} per hour{each}"
+    if record.get("packing") and record["packing"]["why_unpacked"]:  # not in plans of earlier versions
+        rows["examples"] = f"not packed: {record['packing']['why_unpacked']}"
     if record["device"]:
         device = record["device"]
         rows["device"] = (
