@@ -26,7 +26,7 @@ from loratune.model.adapter.modules_to_save import head_weights
 from loratune.model.kernels.attention import PACKED, PackingUnsupportedError, observe_attention, register
 from loratune.model.kernels.cross_entropy import Head, cross_entropy_per_token, head_logits, sum_cross_entropy
 from loratune.run.errors import RunError
-from loratune.training.packing_support import decoder_of, longest_packed, obstacle
+from loratune.training.packing_support import decoder_of, longest_packed, obstacle, refuses_boundaries
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

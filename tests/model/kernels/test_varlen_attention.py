@@ -10,7 +10,7 @@ from torch.nn.attention import varlen as of_torch
 
 from loratune.model.kernels import varlen_attention
 from loratune.model.kernels.attention import observe_attention, packed_attention
-from loratune.model.kernels.varlen_attention import machine_obstacle, obstacle, takes_shared_heads
+from loratune.model.kernels.varlen_attention import machine_obstacle, takes_shared_heads, varlen_obstacle
 from tests.model.kernels.test_attention import BOUNDARIES, LENGTHS, reference
 from tests.model.kernels.varlen import SIGNATURES, pretend_gpu, varlen_2_11
 
@@ -47,14 +47,14 @@ def test_torch_s_own_signature_is_read() -> None:
 def test_what_flash_attention_lacks_is_named() -> None:
     plain: dict[str, Any] = {"softcap": None, "has_sinks": False}
     bfloat16 = torch.bfloat16
-    assert obstacle(bfloat16, 128, 128, **plain) == ""
-    assert obstacle(torch.float16, 256, 256, **plain) == ""
-    assert "has no float32" in obstacle(torch.float32, 128, 128, **plain)
-    assert "soft cap" in obstacle(bfloat16, 128, 128, softcap=50.0, has_sinks=False)
-    assert "sinks" in obstacle(bfloat16, 128, 128, softcap=None, has_sinks=True)
-    assert "queries are 192 wide and values 128" in obstacle(bfloat16, 192, 128, **plain)
-    assert "heads are 12 wide" in obstacle(bfloat16, 12, 12, **plain)
-    assert "heads are 512 wide" in obstacle(bfloat16, 512, 512, **plain)
+    assert varlen_obstacle(bfloat16, 128, 128, **plain) == ""
+    assert varlen_obstacle(torch.float16, 256, 256, **plain) == ""
+    assert "has no float32" in varlen_obstacle(torch.float32, 128, 128, **plain)
+    assert "soft cap" in varlen_obstacle(bfloat16, 128, 128, softcap=50.0, has_sinks=False)
+    assert "sinks" in varlen_obstacle(bfloat16, 128, 128, softcap=None, has_sinks=True)
+    assert "queries are 192 wide and values 128" in varlen_obstacle(bfloat16, 192, 128, **plain)
+    assert "heads are 12 wide" in varlen_obstacle(bfloat16, 12, 12, **plain)
+    assert "heads are 512 wide" in varlen_obstacle(bfloat16, 512, 512, **plain)
 
 
 def test_an_old_gpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

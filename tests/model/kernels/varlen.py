@@ -83,7 +83,9 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch, varlen: Callable[..., torch.Ten
     monkeypatch.setattr(varlen_attention, "varlen_attn", varlen)
     monkeypatch.setattr(varlen_attention, "_TAKES_SHARED_HEADS", varlen_attention.takes_shared_heads(varlen))
     if any_type:
-        real = varlen_attention.obstacle
+        real = varlen_attention.varlen_obstacle
         monkeypatch.setattr(
-            varlen_attention, "obstacle", lambda dtype, q, v, **form: real(torch.bfloat16, 64, 64 + v - q, **form)
+            varlen_attention,
+            "varlen_obstacle",
+            lambda dtype, q, v, **form: real(torch.bfloat16, 64, 64 + v - q, **form),
         )

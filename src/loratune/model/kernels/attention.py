@@ -111,44 +111,47 @@ def packed_attention(  # the signature is transformers'
     """
     if cu_seq_lens_q is None or max_length_q is None:
         raise PackingUnsupportedError("the model does not pass the examples' boundaries to its attention")
-    if kwargs.get("position_bias") is not None:
+    _check_supported(dropout, s_aux, kwargs.get("position_bias"))
+    if _observed is not None:
+        _observe_mask(_observed, attention_mask, sliding_window)
+    heads = (query_1HTD, key_1GTD, value_1GTD)
+    if _is_on_gpu(query_1HTD) and not _noted(_gpu_obstacle(query_1HTD, value_1GTD, softcap, s_aux)):
+        window = sliding_window
+        return varlen.varlen_attention(*heads, cu_seq_lens_q, max_length_q, scale=scaling, window=window), None
+    boundaries = cu_seq_lens_q if cu_seq_lens_k is None else cu_seq_lens_k
+    scale = query_1HTD.shape[-1] ** -0.5 if scaling is None else scaling
+    return block_attention(*heads, boundaries, scale=scale, window=sliding_window, softcap=softcap, sinks_H=s_aux), None
+
+
+def _check_supported(dropout: float, sinks_H: torch.Tensor | None, position_bias: torch.Tensor | None) -> None:
+    if position_bias is not None:
         raise PackingUnsupportedError("the model's attention has a position bias")
-    if s_aux is not None and s_aux.requires_grad:
+    if sinks_H is not None and sinks_H.requires_grad:
         raise PackingUnsupportedError("the sinks of the model's attention are trained")
     if dropout:
         raise PackingUnsupportedError(f"the model's attention has dropout {dropout}")
-    if _observed is not None and attention_mask is not None and int(attention_mask) != sliding_window:
-        _observed.mask_only_windows.add(int(attention_mask))
-    if _is_on_gpu(query_1HTD):
-        obstacle = _machine_obstacle or varlen.obstacle(
-            query_1HTD.dtype,
-            query_1HTD.shape[-1],
-            value_1GTD.shape[-1],
-            softcap=softcap,
-            has_sinks=s_aux is not None,
-        )
-        if not obstacle:
-            return varlen.varlen_attention(
-                query_1HTD,
-                key_1GTD,
-                value_1GTD,
-                cu_seq_lens_q,
-                max_length_q,
-                scale=scaling,
-                window=sliding_window,
-            ), None
-        if _observed is not None:
-            _observed.slow_because.add(obstacle)
-    return block_attention(
-        query_1HTD,
-        key_1GTD,
-        value_1GTD,
-        cu_seq_lens_q if cu_seq_lens_k is None else cu_seq_lens_k,
-        scale=query_1HTD.shape[-1] ** -0.5 if scaling is None else scaling,
-        window=sliding_window,
-        softcap=softcap,
-        sinks_H=s_aux,
-    ), None
+
+
+def _observe_mask(observed: Observed, attention_mask: torch.Tensor | None, sliding_window: int | None) -> None:
+    if attention_mask is not None and int(attention_mask) != sliding_window:
+        observed.mask_only_windows.add(int(attention_mask))
+
+
+def _gpu_obstacle(
+    query_1HTD: torch.Tensor, value_1GTD: torch.Tensor, softcap: float | None, sinks_H: torch.Tensor | None
+) -> str:
+    """Return why the varlen kernel cannot compute this attention on this machine; empty if it can."""
+    widths = query_1HTD.shape[-1], value_1GTD.shape[-1]
+    return _machine_obstacle or varlen.varlen_obstacle(
+        query_1HTD.dtype, *widths, softcap=softcap, has_sinks=sinks_H is not None
+    )
+
+
+def _noted(obstacle: str) -> str:
+    """Return the obstacle, and keep it while attention is observed."""
+    if obstacle and _observed is not None:
+        _observed.slow_because.add(obstacle)
+    return obstacle
 
 
 def _is_on_gpu(query_1HTD: torch.Tensor) -> bool:

@@ -43,7 +43,7 @@ def machine_obstacle() -> str:
     return ""
 
 
-def obstacle(dtype: torch.dtype, width: int, value_width: int, *, softcap: float | None, has_sinks: bool) -> str:
+def varlen_obstacle(dtype: torch.dtype, width: int, value_width: int, *, softcap: float | None, has_sinks: bool) -> str:
     """Return why the kernel cannot compute an attention of this form; empty if it can.
 
     Args:

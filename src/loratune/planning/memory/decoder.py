@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from loratune.model.kernels.block_attention import BLOCK_QUERIES, GPU_BLOCK_QUERIES
-from loratune.model.kernels.varlen_attention import obstacle
+from loratune.model.kernels.varlen_attention import varlen_obstacle
 from loratune.planning.memory.adapter import saved_bytes
 from loratune.planning.memory.inputs import LayerBytes
 
@@ -80,7 +80,7 @@ def _is_flash(config: Any, dtype_bytes: int, device: str) -> bool:
     """Tell whether attention runs in the varlen kernel, as far as a configuration shows it."""
     heads = getattr(config, "num_attention_heads", None) or 1
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return device == "cuda" and not obstacle(
+    return device == "cuda" and not varlen_obstacle(
         torch.float32 if dtype_bytes > 2 else torch.bfloat16,
         width,
         getattr(config, "v_head_dim", None) or width,
