@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from functools import partial
+from functools import cache, partial
 
 import pytest
 import torch
@@ -57,7 +57,7 @@ def test_on_a_gpu_too_one_graph_serves_all_layers_and_any_number_of_tokens(
     pretend_gpu(monkeypatch, SIGNATURES[signature])
     # Graphs are counted, not generated.
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-    monkeypatch.setattr(cross_entropy, "_compiled_chunk", cross_entropy._compiled_chunk.__wrapped__)
+    monkeypatch.setattr(cross_entropy, "_compiled_chunk", cache(cross_entropy._compiled_chunk.__wrapped__))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     torch.manual_seed(0)

@@ -63,7 +63,8 @@ def summary_table(record: Record, *, model: str) -> Table:
         device = record["device"]
         rows["device"] = (
             f"{device['name']}: estimated from published figures, {device['memory_bytes'] / 1e9:.0f} GB and "
-            f"{device['bf16_flops_per_second'] / 1e12:,.0f} TFLOP/s in bfloat16 ({device['source']})"
+            f"{device['bf16_flops_per_second'] / 1e12:,.0f} TFLOP/s in bfloat16 ({device['source']}); "
+            "loratune has never been measured on it"
         )
     table = Table(show_header=False, box=None, padding=(0, 1))
     for name, text in rows.items():
