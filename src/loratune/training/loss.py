@@ -95,6 +95,7 @@ class SupervisedLoss:
         longest_packed: Tokens of the longest example whose micro-batch may share one forward; None: no limit.
         why_unpacked: Why not all micro-batches share a forward; empty if they do.
         slow_attention: Why packed attention does not run in the device's fastest kernel; empty if it does.
+        pads: Whether examples that are not packed are padded to one length, and not taken one at a time.
         sharded: Whether ranks share the model's layers (`fsdp`), so that all must call it equally often.
     """
 
@@ -104,6 +105,7 @@ class SupervisedLoss:
     longest_packed: int | None = None
     why_unpacked = ""
     slow_attention = ""
+    pads = False
     sharded = False
 
     def __init__(self, model: PeftModel, *, packed: bool = True) -> None:

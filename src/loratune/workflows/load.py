@@ -96,10 +96,10 @@ def load_trained(prepared: Preparation, run: RunDir, progress: Progress) -> tupl
 def slow_notes(prepared: Preparation, loss: SupervisedLoss) -> Iterator[str]:
     """Yield why the loss is not the engine's fastest, and what that costs."""
     if loss.why_unpacked:
-        data, budget = prepared.data.train, prepared.estimate.memory.token_budget
-        mean = fmean(len(example.input_ids) for example in data)
-        cost = f"a forward pass has {mean:,.0f} tokens on average, where packed examples fill up to {budget:,}"
-        yield f"{loss.why_unpacked}; {cost if mean < budget else 'an example fills a forward pass here'}"
+        budget = prepared.estimate.memory.token_budget
+        mean = fmean(len(example.input_ids) for example in prepared.data.train)
+        cost = f"; a forward pass has {mean:,.0f} tokens on average, where packed examples fill up to {budget:,}"
+        yield loss.why_unpacked + (cost if not (loss.packed or loss.pads) and mean < budget else "")
     if loss.slow_attention:
         yield (
             f"attention runs in blocks of plain matrix products, not as flash attention: {loss.slow_attention}; "

@@ -37,6 +37,8 @@ class ClassificationLoss(SupervisedLoss):
         PackingUnsupportedError: The architecture does not support packed examples.
     """
 
+    pads = True
+
     def __init__(self, model: PeftModel, *, packed: bool = True) -> None:
         self._classifier: Any = model.get_base_model()
         self.model = model
