@@ -42,11 +42,11 @@ class OneLaunch(torch.autograd.Function):
         return torch.empty_like(heads[0])
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def backward(ctx: Any, _: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return tuple(map(torch.empty_like, ctx.saved_tensors))
 
 
-def varlen(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, enable_gqa: bool = False, **__: Any):  # noqa: ANN202
+def varlen(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, enable_gqa: bool = False, **__: Any):
     return OneLaunch.apply(query, key, value)
 
 
