@@ -18,14 +18,14 @@ bench: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4
 
-# The versions of a GPU machine on a CPU: Python 3.12 and torch 2.11, whose one build is for CUDA (7 GB on the disk) and
+# The versions of a GPU machine on a CPU: Python 3.12 and torch 2.11, whose one build is for CUDA (6 GB on the disk) and
 # also runs without a GPU. Not part of CI.
 PYTHON312 ?= python3.12
 GPU_VENV := .venv-gpu
 test-gpu-versions: $(GPU_VENV)/.installed
 	OMP_NUM_THREADS=1 $(GPU_VENV)/bin/python -m loratune selftest
-	OMP_NUM_THREADS=1 $(GPU_VENV)/bin/python -m pytest tests/model/kernels tests/training tests/invariants \
-	  tests/workflows/test_selftest.py
+	OMP_NUM_THREADS=1 $(GPU_VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 4 \
+	  tests/model/kernels tests/training tests/invariants tests/workflows/test_selftest.py
 
 $(GPU_VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON312) -m venv $(GPU_VENV)

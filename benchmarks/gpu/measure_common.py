@@ -114,13 +114,13 @@ def write_rows(name: str, tokens: int, rows: int, *, ragged: bool) -> Path:
 
 
 def recipe(
-    name: str, model: Path, *, tokens: int, batch: int, steps: int, ragged: bool = False, **sections: dict[str, Any]
+    name: str, folder: Path, *, tokens: int, batch: int, steps: int, ragged: bool = False, **sections: dict[str, Any]
 ) -> Recipe:
-    """Return a recipe on generated rows, by default without evaluation and checkpoints."""
+    """Return a recipe for the model in a folder on generated rows, by default without evaluation and checkpoints."""
     rows = write_rows(name, tokens, batch * steps, ragged=ragged)
     never = dict.fromkeys(("eval_every", "save_every", "log_every"), "never")
     values: dict[str, dict[str, Any]] = {
-        "model": {"name": str(model), "dtype": "bfloat16"},
+        "model": {"name": str(folder), "dtype": "bfloat16"},
         "data": {"train": str(rows), "eval": "none", "train_on": "all", "max_length": tokens},
         "lora": {},
         "evaluate": {"metric": "none"},

@@ -144,8 +144,8 @@ def out_of_memory() -> None:
     wanted = recipe(
         "oom",
         model,
-        tokens=2048,
-        batch=32,
+        tokens=2048 if ON_GPU else 256,
+        batch=32 if ON_GPU else 4,
         steps=3,
         lora={"dropout": 0.0},
         train={"token_budget": 10**6, "compile": False},
@@ -200,6 +200,9 @@ def case_recipe(name: str, *, steps: int) -> Recipe:
 
 
 def case(name: str) -> None:
+    if CASES[name].get("quantization") == "fp8" and not ON_GPU:
+        record(what=f"case {name}", ok="only a GPU has fp8 products")
+        return
     seen = run(case_recipe(name, steps=8 if ON_GPU else 3))
     length, wide = LENGTHS[name.partition("-")[0]], BIG["num_attention_heads"]
     record(case=name, length=length, heads=wide, flops_per_token=flops_per_token(length), **seen)
