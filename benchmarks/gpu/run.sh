@@ -44,7 +44,7 @@ measure waiting                40  training     waiting             # no synchro
 measure memory-runs-out        40  training     out-of-memory       # a step that is repeated in smaller micro-batches
 measure model                  40  training     model               # random weights in the shape of Qwen2 1.5B
 measure 4k                     90  training     case 4k             # the number that matters
-measure 4k-profile             70  training     profile 4k          # time by class of kernel, launches, gaps
+measure 4k-profile             70  training     profile 4k-steps    # time by class of kernel, launches, gaps
 measure 4k-trl                 80  training     case 4k-trl         # beside stock TRL
 measure 4k-eager               50  training     case 4k-eager       # what compiling gains
 measure attention              50  kernels      attention           # the fastest attention of this device
