@@ -297,7 +297,7 @@ def matmul_rate_of(shapes: Mapping[tuple[int, int], int], *, device: str, dtype:
 
 
 def best_seconds(work: Callable[[], object], device: str) -> float:
-    """Return the seconds of the fastest of the repetitions that fit in `TIMED_SECONDS`, at least `FEWEST_REPETITIONS`."""
+    """Return the seconds of the fastest of the repetitions in `TIMED_SECONDS`, of at least `FEWEST_REPETITIONS`."""
     best, deadline, runs = float("inf"), time.perf_counter() + TIMED_SECONDS, 0
     repeats = 10 if device == "cuda" else 1  # waiting for a GPU takes longer than many a product
     while runs < FEWEST_REPETITIONS or time.perf_counter() < deadline:
