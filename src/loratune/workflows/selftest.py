@@ -54,9 +54,10 @@ FLOAT32 = 1e-4
 """Sums of thousands of float32 products in another order differ by some 1e-6 of the largest, a wrong factor by more."""
 STEPS = 1e-4
 """For losses and weights after some AdamW steps, which divide gradients by their size and so amplify rounding."""
-NARROW = 0.04
-"""For bfloat16, whose steps are 0.4 % apart: sums of a few hundred products against float64, relative to the largest.
-Measured on a CPU: 0.008 for the kernels, 0.017 for a model's gradients."""
+NARROW = 0.03
+"""For a kernel in bfloat16, whose steps are up to 0.8 % apart, against float64; 0.008 was measured on a CPU."""
+NARROW_MODEL = 0.1
+"""For all layers of a model in bfloat16 against float32, where rounding adds up; 0.03 was measured on a CPU."""
 EXACT = 0.0
 
 
@@ -108,7 +109,11 @@ def selftest(progress: Progress = NO_PROGRESS) -> list[SelfCheck]:
             short = str(narrow).removeprefix("torch.")
             checks += [
                 (f"kernels in {short} = plain PyTorch in float64", partial(_kernels, device, narrow), NARROW),
-                (f"fast engine in {short} = plain path in float32", partial(tiny.fast_against_plain, narrow), NARROW),
+                (
+                    f"fast engine in {short} = plain path in float32",
+                    partial(tiny.fast_against_plain, narrow),
+                    NARROW_MODEL,
+                ),
             ]
         done = []
         with progress.task("selftest", len(checks), "checks") as task:
