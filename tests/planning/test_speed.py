@@ -67,17 +67,17 @@ def test_recomputed_layers_take_another_forward() -> None:
 def test_a_gpu_decodes_no_faster_than_it_reads_weights_or_launches() -> None:
     one = {"layer_parameters": 10**8, "head_parameters": 10**8, "flops_per_second": 1e15}
     elsewhere = rates_by_arithmetic(num_answers=1, **one)
-    on_gpu = rates_by_arithmetic(num_answers=1, gpu_bytes_per_second=1e12, **one)
+    on_gpu = rates_by_arithmetic(num_answers=1, gpu_bytes_per_second=1e11, **one)
     assert elsewhere.decode == pytest.approx(2e8 / (1e15 * EAGER_EFFICIENCY))
-    assert on_gpu.decode == on_gpu.head_decode == pytest.approx(2e8 / (1e12 * BANDWIDTH_EFFICIENCY))
+    assert on_gpu.decode == on_gpu.head_decode == pytest.approx(2e8 / (1e11 * BANDWIDTH_EFFICIENCY))
     assert on_gpu.train == elsewhere.train
-    many = rates_by_arithmetic(num_answers=10_000, gpu_bytes_per_second=1e12, **one)
+    many = rates_by_arithmetic(num_answers=10_000, gpu_bytes_per_second=1e11, **one)
     assert many.decode == pytest.approx(10_000 * elsewhere.decode)
-    small = rates_by_arithmetic(10**5, 10**5, 1, 1e15, gpu_bytes_per_second=1e12)
+    small = rates_by_arithmetic(10**5, 10**5, 1, 1e15, gpu_bytes_per_second=1e11)
     assert small.decode == LAUNCHES["decode"] * LAUNCH_SECONDS
     assert small.launch == LAUNCHES["train"] * LAUNCH_SECONDS
     assert elsewhere.launch == 0
-    in_float32 = rates_by_arithmetic(num_answers=1, gpu_bytes_per_second=1e12, weight_bytes=4, **one)
+    in_float32 = rates_by_arithmetic(num_answers=1, gpu_bytes_per_second=1e11, weight_bytes=4, **one)
     assert in_float32.decode == 2 * on_gpu.decode
 
 

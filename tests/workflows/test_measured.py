@@ -58,6 +58,7 @@ def test_an_interrupted_run_adds_up_its_processes(tiny_recipe: Callable[..., Rec
 
 def test_the_package_runs_as_a_module(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["loratune", "--help"])
+    monkeypatch.delitem(sys.modules, "loratune.__main__", raising=False)  # another test's, of which runpy would warn
     with pytest.raises(SystemExit) as stop:
         runpy.run_module("loratune.__main__", run_name="__main__")
     assert not stop.value.code
