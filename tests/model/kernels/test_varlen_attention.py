@@ -79,3 +79,16 @@ def test_what_goes_through_blocks_on_a_gpu_is_right_and_noted(monkeypatch: pytes
         assert observed.slow_because == {"flash attention has no float32"}
         packed_attention(torch.nn.Module(), *half, None, softcap=2.0, **whole)
     assert observed.slow_because == {"flash attention has no float32", "the scores have a soft cap"}
+
+
+@pytest.mark.parametrize("num_key_heads", [4, 2])
+@pytest.mark.parametrize("window", [None, 4])
+def test_the_installed_torch_accepts_what_it_is_given(num_key_heads: int, window: int | None) -> None:
+    """Its own function, on tensors without values: shapes and arguments of forward and backward are checked."""
+    query = torch.empty(1, 4, 18, 8, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    key, value = (torch.empty(1, num_key_heads, 18, 8, dtype=torch.bfloat16, device="meta") for _ in "kv")
+    heads = (query, key.requires_grad_(), value.requires_grad_())
+    out = varlen_attention.varlen_attention(*heads, BOUNDARIES.to("meta"), 9, scale=0.3, window=window)
+    assert out.shape == (1, 18, 4, 8)
+    gradients = torch.autograd.grad(out, heads, torch.empty_like(out))
+    assert [gradient.shape for gradient in gradients] == [head.shape for head in heads]
