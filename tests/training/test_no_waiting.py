@@ -181,8 +181,15 @@ def test_a_step_copies_no_frozen_weight(recipe: Recipe, monkeypatch: pytest.Monk
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_a_step_on_a_gpu_waits_for_nothing(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_step_on_a_gpu_waits_for_nothing(dtype: str, recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In flash attention, and in the blocks that float32 takes."""
     steps = watch_steps(monkeypatch, no_synchronisation)
-    on_gpu = recipe.model_copy(update={"train": recipe.train.model_copy(update={"device": "cuda"})})
+    on_gpu = recipe.model_copy(
+        update={
+            "train": recipe.train.model_copy(update={"device": "cuda"}),
+            "model": recipe.model.model_copy(update={"dtype": dtype}),
+        }
+    )
     train(on_gpu)
     assert len(steps) == 10
