@@ -2,7 +2,7 @@
 # Ten minutes on one NVIDIA GPU, offline: is every path right there, how fast is it, and where does the time go?
 #
 #     benchmarks/gpu/run.sh [RESULTS]                 # RESULTS: a folder, by default gpu-results
-#     benchmarks/gpu/run.sh --dry-run [RESULTS]       # the same steps and code in tiny sizes on the CPU
+#     benchmarks/gpu/run.sh --dry-run [RESULTS]       # the same code in tiny sizes on the CPU, each kind of step once
 #
 # Each step is a process with a time limit of its own. A step appends its results to RESULTS/results.jsonl as it gets
 # them, so one that fails or is cut off loses nothing before it, and the rest go on; what a step prints is in
@@ -34,6 +34,8 @@ step() { # NAME LIMIT COMMAND…
   fi
   echo "{\"step\": \"$name\", \"exit\": \"$code\", \"seconds\": $((SECONDS - started))}" | tee -a "$OUT/results.jsonl"
 }
+# A step whose code another step of the dry run has been through: only on a GPU.
+again() { [ $DEVICE = cpu ] || measure "$@"; }
 measure() { local name=$1 limit=$2; shift 2; step "$name" "$limit" "$PYTHON" "$HERE/measure_$1.py" "${@:2}"; }
 
 #       name                limit  script       arguments             what it answers
@@ -46,16 +48,16 @@ measure model                  40  training     model               # random wei
 measure 4k                     90  training     case 4k             # the number that matters
 measure 4k-profile             70  training     profile 4k-steps    # time by class of kernel, launches, gaps
 measure 4k-trl                 80  training     case 4k-trl         # beside stock TRL
-measure 4k-eager               50  training     case 4k-eager       # what compiling gains
+again   4k-eager               50  training     case 4k-eager       # what compiling gains
 measure attention              50  kernels      attention           # the fastest attention of this device
 measure chunks                 40  kernels      chunks              # rows of logits at a time
-measure 16k                    80  training     case 16k
-measure 1k                     50  training     case 1k
-measure 4k-complete            60  training     case 4k-complete
+again   16k                    80  training     case 16k
+again   1k                     50  training     case 1k
+again   4k-complete            60  training     case 4k-complete
 measure 16k-recomputed         80  training     case 16k-recomputed
-measure 4k-fp8                 70  training     case 4k-fp8
+again   4k-fp8                 70  training     case 4k-fp8
 measure 4k-nf4                 70  training     case 4k-nf4
 measure answers                60  training     answers             # 64 answers, and the certificate of a merge
 step    selftest               60  "$PYTHON" -m loratune selftest --json
-step    tests                  60  "$PYTHON" -m pytest -p no:cacheprovider -q "$HERE/../../tests/model/kernels"
+[ $DEVICE = cpu ] || step tests 60  "$PYTHON" -m pytest -p no:cacheprovider -q "$HERE/../../tests/model/kernels"
 "$PYTHON" "$HERE/results_table.py" "$OUT"
