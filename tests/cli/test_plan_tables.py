@@ -52,7 +52,8 @@ def test_the_summary_says_for_which_device_and_at_what_price(shown: tuple[Record
 
     text = " ".join(printed(plan_tables.summary_table(record, model="tiny")).split())
 
-    assert "l4: estimated from published figures, 24 GB and 121 TFLOP/s in bfloat16 (datasheet)" in text
+    assert "l4: estimated from published figures, 24 GB and 121 TFLOP/s in bfloat16 (datasheet); " in text
+    assert "loratune has never been measured on it" in text
     assert "about 1.25 at 2.5 per hour" in text
     assert "measured for a matrix product" not in text
 

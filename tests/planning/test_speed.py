@@ -1,17 +1,24 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import LlamaConfig
 
 from loratune.planning.probe import probe
 from loratune.planning.speed import (
+    BANDWIDTH_EFFICIENCY,
     COMPILED_TIME_FRACTION,
+    EAGER_EFFICIENCY,
+    LAUNCH_SECONDS,
+    LAUNCHES,
     LayerTimings,
     StepProbe,
     TimePlan,
     WorkAmounts,
     plan_time,
+    rates_by_arithmetic,
     with_probe,
 )
 from loratune.recipe.recipe import LoraSection
@@ -21,12 +28,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:Futu
 RATES = LayerTimings(train=1.0, forward=0.25, decode=2.0, head_train=10.0, head_forward=4.0, head_decode=3.0)
 
 
-def timed(*, compile_seconds: float | None = None, **changes: int) -> TimePlan:
+def timed(*, compile_seconds: float | None = None, launch: float = 0.0, **changes: int) -> TimePlan:
     amounts = {
         "num_layers": 5,
         "num_recomputed": 0,
         "tokens": 100,
         "supervised": 10,
+        "micro_batches": 4,
         "held_out_tokens": 40,
         "held_out_supervised": 4,
         "evaluations": 3,
@@ -36,7 +44,7 @@ def timed(*, compile_seconds: float | None = None, **changes: int) -> TimePlan:
     }
     return plan_time(
         WorkAmounts(**amounts | changes),
-        RATES,
+        replace(RATES, launch=launch),
         compile_seconds=compile_seconds,
         flops=1.0,
         flops_per_second=1.0,
@@ -54,6 +62,29 @@ def test_seconds_are_those_of_layers_and_head() -> None:
 
 def test_recomputed_layers_take_another_forward() -> None:
     assert timed(num_recomputed=2).train_seconds == timed().train_seconds + 100 * 2 * 0.25
+
+
+def test_a_gpu_decodes_no_faster_than_it_reads_weights_or_launches() -> None:
+    one = {"layer_parameters": 10**8, "head_parameters": 10**8, "flops_per_second": 1e15}
+    elsewhere = rates_by_arithmetic(num_answers=1, **one)
+    on_gpu = rates_by_arithmetic(num_answers=1, gpu_bytes_per_second=1e11, **one)
+    assert elsewhere.decode == pytest.approx(2e8 / (1e15 * EAGER_EFFICIENCY))
+    assert on_gpu.decode == on_gpu.head_decode == pytest.approx(2e8 / (1e11 * BANDWIDTH_EFFICIENCY))
+    assert on_gpu.train == elsewhere.train
+    many = rates_by_arithmetic(num_answers=10_000, gpu_bytes_per_second=1e11, **one)
+    assert many.decode == pytest.approx(10_000 * elsewhere.decode)
+    small = rates_by_arithmetic(10**5, 10**5, 1, 1e15, gpu_bytes_per_second=1e11)
+    assert small.decode == LAUNCHES["decode"] * LAUNCH_SECONDS
+    assert small.launch == LAUNCHES["train"] * LAUNCH_SECONDS
+    assert elsewhere.launch == 0
+    in_float32 = rates_by_arithmetic(num_answers=1, gpu_bytes_per_second=1e11, weight_bytes=4, **one)
+    assert in_float32.decode == 2 * on_gpu.decode
+
+
+def test_small_micro_batches_take_as_long_as_the_host_needs_to_launch_them() -> None:
+    assert timed(launch=20.0).train_seconds == timed().train_seconds == 600
+    assert timed(launch=40.0).train_seconds == 4 * 5 * 40
+    assert timed(launch=40.0, micro_batches=1).train_seconds == 600
 
 
 def test_compiling_costs_its_seconds_and_saves_its_share() -> None:

@@ -1,17 +1,22 @@
 from __future__ import annotations
 
+from functools import cache, partial
+
 import pytest
 import torch
+from transformers import MistralConfig, MistralForCausalLM
 
 from loratune.data.batch import collate
 from loratune.data.examples import Example
 from loratune.model.adapter.attach import attach_adapter, use_fast_layers
 from loratune.model.adapter.targets import resolve_targets
 from loratune.model.device import cpp_compiler
+from loratune.model.kernels import cross_entropy
 from loratune.recipe.recipe import LoraSection
 from loratune.training.layers import decoder_layers, prepare_layers
 from loratune.training.loss import SupervisedLoss
 from tests.model.adapter.test_attach import tiny
+from tests.model.kernels.varlen import SIGNATURES, pretend_gpu
 
 
 def example(length: int) -> Example:
@@ -42,6 +47,44 @@ def test_one_graph_serves_all_layers_and_any_number_of_tokens() -> None:
     counted = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert counted == 2  # the layer, and the chunk of the loss
     assert not torch._dynamo.utils.counters["graph_break"]
+
+
+@pytest.mark.parametrize("signature", SIGNATURES)
+def test_on_a_gpu_too_one_graph_serves_all_layers_and_any_number_of_tokens(
+    signature: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Grouped heads and a window that is longer than some of the examples and shorter than others."""
+    pretend_gpu(monkeypatch, SIGNATURES[signature])
+    # Graphs are counted, not generated.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    monkeypatch.setattr(cross_entropy, "_compiled_chunk", cache(cross_entropy._compiled_chunk.__wrapped__))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=60,
+        hidden_size=32,
+        intermediate_size=24,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        sliding_window=8,
+        pad_token_id=0,
+    )
+    base = MistralForCausalLM(config)
+    targets = resolve_targets(base, "complete")
+    model = attach_adapter(base, LoraSection(dropout=0.1), targets, base_name="tiny", seed=0)
+    use_fast_layers(model)
+    loss = SupervisedLoss(model)
+    prepare_layers(model, compiled=True, num_recomputed=0)
+    loss.compiled = True
+    model.train()
+    for lengths in ((9, 4), (12, 30, 2), (7,), (3, 3, 3, 5), (40,)):
+        loss.sum(collate([example(n) for n in lengths])).backward()
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] == 2  # the layer, and the chunk of the loss
+    assert not counters["graph_break"]
+    assert not counters["recompile_limit"]
 
 
 @pytest.mark.parametrize("recomputed", [0, 1, 3])

@@ -9,10 +9,12 @@ from peft import PeftModel
 from loratune.data.batch import collate
 from loratune.model.adapter.attach import attach_adapter
 from loratune.model.adapter.targets import resolve_targets
+from loratune.model.kernels import varlen_attention
 from loratune.recipe.recipe import LoraSection
 from loratune.run.errors import RunError
 from loratune.training.loss import SupervisedLoss, fastest_loss, make_loss, output_head
 from tests.model.adapter.test_attach import tiny
+from tests.model.kernels.varlen import SIGNATURES, pretend_gpu
 from tests.training.test_layers import example
 
 EXAMPLES = [example(20), example(15)]
@@ -49,3 +51,55 @@ def test_a_scale_that_the_model_s_own_forward_does_not_apply_is_refused() -> Non
     assert output_head(model.get_base_model()).logit_scale == 1.5
     with pytest.raises(RunError, match="differs from"):
         make_loss(model, EXAMPLES)
+
+
+@pytest.mark.parametrize("signature", SIGNATURES)
+def test_on_a_gpu_the_packed_loss_equals_the_model_s_own(signature: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_gpu(monkeypatch, SIGNATURES[signature])
+    loss, reason = make_loss(adapted(torch.bfloat16), EXAMPLES)
+    assert (loss.packed, reason, loss.slow_attention) == (True, "", "")
+
+
+def test_a_kernel_that_is_called_wrongly_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With torch 2.11's signature and the arguments of 2.12, every model used to train one example at a time."""
+    pretend_gpu(monkeypatch, SIGNATURES["torch 2.11"])
+    real = varlen_attention.varlen_attn
+    monkeypatch.setattr(varlen_attention, "varlen_attn", lambda *args, **given: real(*args, enable_gqa=False, **given))
+    with pytest.raises(TypeError, match="enable_gqa"):
+        make_loss(adapted(torch.bfloat16), EXAMPLES)
+
+
+def test_a_model_that_takes_no_boundaries_goes_one_example_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted(torch.float32)
+    decoder = model.get_base_model().base_model
+    real = decoder.forward
+
+    def narrow(input_ids: torch.Tensor, position_ids: torch.Tensor | None = None, use_cache: bool = True) -> object:
+        return real(input_ids=input_ids, position_ids=position_ids, use_cache=use_cache)
+
+    monkeypatch.setattr(decoder, "forward", narrow)
+    loss, reason = make_loss(model, EXAMPLES)
+    assert not loss.packed
+    assert reason.startswith("the model's code does not take the examples' boundaries: ")
+    assert "cu_seq_lens_q" in reason
+
+
+def test_an_attention_that_transformers_cannot_replace_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted(torch.float32)
+
+    def refuse(name: str) -> None:
+        if name == "loratune_packed":
+            raise ValueError("no such attention")
+
+    monkeypatch.setattr(model.get_base_model(), "set_attn_implementation", refuse)
+    loss, reason = make_loss(model, EXAMPLES)
+    assert not loss.packed
+    assert reason == "transformers cannot replace the model's attention: no such attention"
+
+
+def test_attention_that_flash_lacks_is_packed_and_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_gpu(monkeypatch, SIGNATURES["torch 2.11"], any_type=False)
+    loss, reason = make_loss(adapted(torch.float32), EXAMPLES)
+    assert (loss.packed, reason) == (True, "")
+    assert loss.slow_attention == "flash attention has no float32"
+    assert loss.packing == {"packed": True, "why_unpacked": "", "slow_attention": "flash attention has no float32"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from loratune.data.batch import MicroBatch
 from loratune.model.kernels import attention
 from loratune.recipe.recipe import Recipe
+from loratune.run.directory import read_json
+from loratune.training import loss
 from loratune.training.fast_trainer import FastTrainer
 from loratune.workflows.train import train
 from tests.conftest import conversation, write_jsonl
@@ -100,9 +104,92 @@ def test_the_watch_sees_a_value_that_is_asked_for(recipe: Recipe, monkeypatch: p
         train(recipe)
 
 
+def forbid_reading_boundaries(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """Make boundaries that were moved to the device unreadable; returns them."""
+    moved, real_to, real_tolist = [], MicroBatch.to, torch.Tensor.tolist
+
+    def to(self: MicroBatch, device: torch.device) -> MicroBatch:
+        batch = real_to(self, device)
+        moved.append(batch.boundaries.clone())
+        return replace(batch, boundaries=moved[-1])
+
+    def tolist(self: torch.Tensor) -> Any:
+        assert all(self.data_ptr() != other.data_ptr() for other in moved), "boundaries are read on the device"
+        return real_tolist(self)
+
+    monkeypatch.setattr(MicroBatch, "to", to)
+    monkeypatch.setattr(torch.Tensor, "tolist", tolist)
+    return moved
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_boundaries_are_read_on_the_host(packed: bool, recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In blocks of attention, which a GPU takes for float32, and where examples go one at a time."""
+    monkeypatch.setattr(loss, "obstacle", lambda model: "" if packed else "a test")
+    moved = forbid_reading_boundaries(monkeypatch)
+    result = train(recipe)
+    assert read_json(result.run.plan)["measured"]["packing"]["packed"] is packed
+    assert len(moved) > 10
+
+
+def test_the_watch_sees_boundaries_that_are_read_on_the_device(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    forbid_reading_boundaries(monkeypatch)
+    real = attention.packed_attention
+    monkeypatch.setattr(
+        attention,
+        "packed_attention",
+        lambda *args, **given: real(*args, **{**given, "cu_seq_lens_k": None}),
+    )
+    with pytest.raises(AssertionError, match="boundaries are read on the device"):
+        train(recipe)
+
+
+class NoCopiesOfWeights(TorchDispatchMode):
+    """Refuses to convert or copy a frozen weight, which is large and would be copied in every micro-batch."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.frozen = {p.data_ptr(): name for name, p in model.named_parameters() if not p.requires_grad and p.ndim > 1}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        copies = func in {torch.ops.aten._to_copy.default, torch.ops.aten.clone.default, torch.ops.aten.copy_.default}
+        source = args[-1] if copies and func is torch.ops.aten.copy_.default else args[0] if copies else None
+        assert source is None or source.data_ptr() not in self.frozen, f"copies {self.frozen[source.data_ptr()]}"
+        return func(*args, **kwargs or {})
+
+
+def test_a_step_copies_no_frozen_weight(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_bfloat16 = recipe.model_copy(update={"model": recipe.model.model_copy(update={"dtype": "bfloat16"})})
+    real, steps = FastTrainer._accumulate_gradients, []
+
+    def gradients(self: FastTrainer, *args: Any) -> torch.Tensor:
+        with NoCopiesOfWeights(self.model) as watch:
+            losses = real(self, *args)
+            if not steps:
+                weight = self.model.get_base_model().get_output_embeddings().weight
+                with pytest.raises(AssertionError, match="copies"):  # the watch sees one
+                    weight.float()
+        steps.append(len(watch.frozen))
+        return losses
+
+    monkeypatch.setattr(FastTrainer, "_accumulate_gradients", gradients)
+    train(in_bfloat16)
+    assert len(steps) == 10
+    assert steps[0] == 15  # seven matrices a layer, and the embedding, which is the head too
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_a_step_on_a_gpu_waits_for_nothing(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_step_on_a_gpu_waits_for_nothing(dtype: str, recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In flash attention, and in the blocks that float32 takes."""
     steps = watch_steps(monkeypatch, no_synchronisation)
-    on_gpu = recipe.model_copy(update={"train": recipe.train.model_copy(update={"device": "cuda"})})
+    on_gpu = recipe.model_copy(
+        update={
+            "train": recipe.train.model_copy(update={"device": "cuda"}),
+            "model": recipe.model.model_copy(update={"dtype": dtype}),
+        }
+    )
     train(on_gpu)
     assert len(steps) == 10

@@ -56,6 +56,7 @@ def test_a_missing_rate_is_explained() -> None:
 def test_the_engines_are_compared(tiny_recipe: MakeRecipe) -> None:
     record = bench(tiny_recipe(), rounds=1, steps=4, progress=NoProgress())
     assert record["loss"]["largest_difference"] < 1e-4
+    assert [engine["packing"]["packed"] for engine in record["engines"].values()] == [True, False]
     for engine in record["engines"].values():
         assert len(engine["losses"]) == 4
         assert engine["tokens_per_second"] > 0
@@ -64,4 +65,4 @@ def test_the_engines_are_compared(tiny_recipe: MakeRecipe) -> None:
     assert record["ratio"]["tokens_per_second"] == pytest.approx(
         record["engines"]["fast"]["tokens_per_second"] / record["engines"]["trl"]["tokens_per_second"]
     )
-    assert bench_table(record).row_count == 7
+    assert bench_table(record).row_count == 8

@@ -13,8 +13,10 @@ from typer.testing import CliRunner
 import loratune.__main__
 from loratune.model.adapter import attach
 from loratune.model.kernels import lora_linear as lora_kernel
+from loratune.model.kernels import varlen_attention
 from loratune.training import trainer
 from loratune.workflows import selftest
+from tests.model.kernels.varlen import SIGNATURES, pretend_gpu, varlen_2_12
 
 
 def failed(checks: list[selftest.SelfCheck]) -> set[str]:
@@ -26,7 +28,10 @@ def test_every_check_passes_here_and_the_exit_code_says_so() -> None:
     record = json.loads(result.stdout)
     assert result.exit_code == 0, record
     assert record["ok"]
-    assert [check["name"].partition(" ")[0] for check in record["checks"]] == ["kernels", "fast", "resumed", "saved"]
+    assert [check["name"].partition(" ")[0] for check in record["checks"]] == [
+        *("kernels", "fast", "resumed", "saved"),
+        *("kernels", "fast"),  # in bfloat16
+    ]
     assert all(0 <= check["difference"] <= check["tolerance"] for check in record["checks"])
     assert sum(check["seconds"] for check in record["checks"]) < 60
 
@@ -45,6 +50,12 @@ def sees_other_examples(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
     ends = kwargs["cu_seq_lens_q"]
     joined = torch.stack([ends[0], ends[-1]])
     return true_attention(*args, **{**kwargs, "cu_seq_lens_q": joined, "max_length_q": int(joined[-1])})
+
+
+def takes_the_first_head_s_keys(*args: Any, **kwargs: Any) -> torch.Tensor:
+    """What becomes of grouped heads if all read the keys of the first group; on the way of a GPU."""
+    query, key, value, *rest = args
+    return varlen_2_12(query, key[:, :1].expand_as(key), value, *rest, **kwargs)
 
 
 def loses_an_example(examples: Any) -> Any:
@@ -92,6 +103,33 @@ def test_a_planted_fault_is_noticed(fault: str, monkeypatch: pytest.MonkeyPatch)
     checks = selftest.selftest()
     assert failed(checks) == expected
     assert all(check.note for check in checks if fault == "a kernel that fails" and not check.ok)
+
+
+@pytest.mark.parametrize("signature", SIGNATURES)
+def test_the_narrow_checks_reach_the_kernel_of_a_gpu(signature: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_gpu(monkeypatch, SIGNATURES[signature], any_type=False)
+    calls = []
+    substitute = varlen_attention.varlen_attn
+
+    def counted(query: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        calls.append(query.dtype)
+        return substitute(query, *args, **kwargs)
+
+    monkeypatch.setattr(varlen_attention, "varlen_attn", counted)
+    real = selftest._measure
+
+    def measure(name: str, work: Callable[[], float], tolerance: float) -> selftest.SelfCheck:
+        return real(name, work if "bfloat16" in name else lambda: 0.0, tolerance)
+
+    monkeypatch.setattr(selftest, "_measure", measure)
+    checks = selftest.selftest()
+    assert failed(checks) == set(), checks
+    assert len(calls) == 4  # with a window and without; one in each layer of the model
+    assert set(calls) == {torch.bfloat16}
+
+    monkeypatch.setattr(varlen_attention, "_TAKES_SHARED_HEADS", True)
+    monkeypatch.setattr(varlen_attention, "varlen_attn", takes_the_first_head_s_keys)
+    assert failed(selftest.selftest()) == {"kernels", "fast"}
 
 
 def test_a_failure_is_reported_and_ends_with_1(monkeypatch: pytest.MonkeyPatch) -> None:

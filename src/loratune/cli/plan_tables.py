@@ -57,11 +57,14 @@ def summary_table(record: Record, *, model: str) -> Table:
         cost = record["cost"]
         each = f" for each of {record['scaling']['devices']} devices" if record["scaling"] else ""
         rows["cost"] = f"about {cost['cost']:,.2f} at {cost['price_per_hour']:g} per hour{each}"
+    if record.get("packing") and record["packing"]["why_unpacked"]:  # not in plans of earlier versions
+        rows["examples"] = f"not packed: {record['packing']['why_unpacked']}"
     if record["device"]:
         device = record["device"]
         rows["device"] = (
             f"{device['name']}: estimated from published figures, {device['memory_bytes'] / 1e9:.0f} GB and "
-            f"{device['bf16_flops_per_second'] / 1e12:,.0f} TFLOP/s in bfloat16 ({device['source']})"
+            f"{device['bf16_flops_per_second'] / 1e12:,.0f} TFLOP/s in bfloat16 ({device['source']}); "
+            "loratune has never been measured on it"
         )
     table = Table(show_header=False, box=None, padding=(0, 1))
     for name, text in rows.items():

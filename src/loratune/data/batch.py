@@ -29,6 +29,7 @@ class MicroBatch:
         input_ids: int64 [1, T].
         position_ids: int64 [1, T], restarting at 0 with each example.
         boundaries: int32 [E + 1]; example e occupies tokens boundaries[e] to boundaries[e + 1] - 1.
+        host_boundaries: The same, which stay on the host: reading them there does not wait for the device.
         max_length: Tokens of the longest example.
         predictors: int64 [S]; the positions whose output predicts a supervised token.
         targets: int64 [S]; these supervised tokens.
@@ -39,6 +40,7 @@ class MicroBatch:
     input_ids: torch.Tensor
     position_ids: torch.Tensor
     boundaries: torch.Tensor
+    host_boundaries: torch.Tensor
     max_length: int
     predictors: torch.Tensor
     targets: torch.Tensor
@@ -54,16 +56,23 @@ class MicroBatch:
         return self.targets.shape[0]
 
     def to(self, device: torch.device) -> MicroBatch:
-        """Return the micro-batch on another device."""
+        """Return the micro-batch on another device. The host does not wait for the copies."""
+
+        def moved(values: torch.Tensor) -> torch.Tensor:
+            # From memory that may be paged out, the host would wait for its part of the copy.
+            values = values.pin_memory() if device.type == "cuda" else values
+            return values.to(device, non_blocking=True)
+
         return MicroBatch(
-            input_ids=self.input_ids.to(device, non_blocking=True),
-            position_ids=self.position_ids.to(device, non_blocking=True),
-            boundaries=self.boundaries.to(device, non_blocking=True),
+            input_ids=moved(self.input_ids),
+            position_ids=moved(self.position_ids),
+            boundaries=moved(self.boundaries),
+            host_boundaries=self.host_boundaries,
             max_length=self.max_length,
-            predictors=self.predictors.to(device, non_blocking=True),
-            targets=self.targets.to(device, non_blocking=True),
-            labels=None if self.labels is None else self.labels.to(device, non_blocking=True),
-            token_types=None if self.token_types is None else self.token_types.to(device, non_blocking=True),
+            predictors=moved(self.predictors),
+            targets=moved(self.targets),
+            labels=None if self.labels is None else moved(self.labels),
+            token_types=None if self.token_types is None else moved(self.token_types),
         )
 
 
@@ -91,6 +100,7 @@ def collate(examples: Sequence[Example]) -> MicroBatch:
         input_ids=torch.from_numpy(input_ids)[None],
         position_ids=torch.from_numpy(np.concatenate([np.arange(n, dtype=np.int64) for n in lengths]))[None],
         boundaries=torch.from_numpy(boundaries),
+        host_boundaries=torch.from_numpy(boundaries),
         max_length=max(lengths),
         predictors=torch.from_numpy(targets_at - 1),
         targets=torch.from_numpy(input_ids[targets_at]),

@@ -195,10 +195,12 @@ def work_amounts(
     # The fine-tuned model is taken to stop where the longest reference does. The base is taken to go on to the limit,
     # as most models do that were not trained for the task.
     answer_tokens = section.max_new_tokens + min(longest_answer, section.max_new_tokens)
+    tokens = epochs * data.scale * sum(len(example.input_ids) for example in data.train)
     return WorkAmounts(
         num_layers=config.num_hidden_layers,
         num_recomputed=memory.num_recomputed,
-        tokens=epochs * data.scale * sum(len(example.input_ids) for example in data.train),
+        tokens=tokens,
+        micro_batches=max(steps, tokens / memory.token_budget),
         supervised=epochs * data.scale * sum(num_supervised(example) for example in data.train),
         held_out_tokens=sum(len(example.input_ids) for example in data.eval),
         held_out_supervised=sum(num_supervised(example) for example in data.eval),

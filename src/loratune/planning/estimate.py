@@ -147,7 +147,7 @@ def _timings(
     measured = None
     if device is not None:
         rate = device.bf16_flops_per_second
-        source = f"the published peak of {device.name}"
+        source = f"published figures of {device.name}, on which loratune has never been measured"
     else:
         dtype = torch_dtype(place.dtype)
         rate = matmul_rate(device=place.device, dtype=dtype, width=int(config.hidden_size))
@@ -165,7 +165,14 @@ def _timings(
             )
     if measured is not None:
         source = "two layers of this shape, run here"
-    timings = measured or rates_by_arithmetic(in_a_layer, in_the_head, answers, rate)
+    timings = measured or rates_by_arithmetic(
+        in_a_layer,
+        in_the_head,
+        answers,
+        rate,
+        gpu_bytes_per_second=device.memory_bytes_per_second if device is not None else None,
+        weight_bytes=torch_dtype(place.dtype).itemsize,
+    )
     if not costs.times_head:  # a head of a few classes takes nothing next to the layers
         timings = replace(timings, head_train=0.0, head_forward=0.0, head_decode=0.0)
     return rate, timings, source

@@ -12,6 +12,7 @@ from loratune.planning.lock import examples_fingerprint, make_lock, model_finger
 from loratune.planning.speed import StepProbe, TimePlan, with_probe
 from loratune.planning.task import planned_task
 from loratune.run import processes
+from loratune.training.packing_support import obstacle
 
 if TYPE_CHECKING:
     from loratune.data.prepared import PreparedData
@@ -111,6 +112,7 @@ class Preparation:
             "probe": probe and {**asdict(probe), "tokens_per_second": probe.tokens_per_second},
             "data": data,
             "choices": self._choices_record(),
+            "packing": self._packing_record(),
             "warnings": list(self.notes.warnings),
             "advice": [advice.as_record() for advice in self.notes.advice],
             "num_processes": processes.size(),
@@ -144,6 +146,14 @@ class Preparation:
             },
             adapter={"targets": self.adapter.targets_in_words, "trainable": self.adapter.parameters.trainable},
         )
+
+    def _packing_record(self) -> Record:
+        skeleton = self.model.skeleton
+        reason = "train.engine is trl" if self.recipe.train.engine == "trl" else ""
+        if not reason and planned_task(self.recipe).step_costs(skeleton).is_padded:
+            reason = "examples are padded"
+        reason = reason or obstacle(skeleton)
+        return {"packed": not reason, "why_unpacked": reason}
 
     def _choices_record(self) -> Record:
         return {name: {"value": choice.value, "reason": choice.reason} for name, choice in self.choices.items()}

@@ -135,7 +135,7 @@ def _layer_seconds(adapted: PeftModel, length: int, device: str) -> tuple[float,
         "max_length_q": length,
         "use_cache": False,
     }
-    batch |= {"cu_seq_lens_k": batch["cu_seq_lens_q"], "max_length_k": length}
+    batch |= {"cu_seq_lens_k": torch.arange(0, tokens + 1, length, dtype=torch.int32), "max_length_k": length}
 
     def train() -> None:
         causal_lm.base_model(**batch)[0].sum().backward()

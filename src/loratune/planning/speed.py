@@ -37,6 +37,18 @@ LOAD_BYTES_PER_SECOND = 1e9
 """Rate at which weights are read and converted. An estimate."""
 
 
+LAUNCHES = {"train": 144, "decode": 63}
+"""Operations of one layer that a GPU launches, uncompiled: forward and backward with an adapter on query and value and
+dropout, and one more token. Counted on the meta device for a layer of Qwen2, without views and allocations; 26 and 13
+of them are matrix products."""
+
+LAUNCH_SECONDS = 5e-6
+"""Seconds of the host for one operation in eager mode. An estimate: no GPU has run loratune."""
+
+BANDWIDTH_EFFICIENCY = 0.9
+"""The fraction of the published bandwidth that a copy reaches: 3.0 of 3.35 TB/s on an H100."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerTimings:
     """Seconds of one layer and of the output head, not compiled: timed by `probe`, or by arithmetic alone.
@@ -48,6 +60,8 @@ class LayerTimings:
         head_train: Seconds of a supervised token in the output head, with its loss and gradient.
         head_forward: The same without a gradient.
         head_decode: Seconds in the output head of one more token for a batch of answers.
+        launch: Seconds that the host needs for one layer of one micro-batch, forward and backward, however few tokens
+            it has; 0 where the timings include them.
     """
 
     train: float
@@ -56,6 +70,7 @@ class LayerTimings:
     head_train: float
     head_forward: float
     head_decode: float
+    launch: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +82,7 @@ class WorkAmounts:
         num_recomputed: How many of them run forward again during the backward pass.
         tokens: Tokens of all steps.
         supervised: Supervised tokens of all steps.
+        micro_batches: Micro-batches of all steps.
         held_out_tokens: Tokens of one evaluation of the held-out loss.
         held_out_supervised: Supervised tokens of one evaluation of the held-out loss.
         evaluations: How often the held-out loss is measured: for the base, and for the fine-tuned model.
@@ -79,6 +95,7 @@ class WorkAmounts:
     num_recomputed: int
     tokens: float
     supervised: float
+    micro_batches: float
     held_out_tokens: int
     held_out_supervised: int
     evaluations: int
@@ -133,27 +150,39 @@ class StepProbe:
 
 
 def rates_by_arithmetic(
-    layer_parameters: float, head_parameters: int, num_answers: int, flops_per_second: float
+    layer_parameters: float,
+    head_parameters: int,
+    num_answers: int,
+    flops_per_second: float,
+    *,
+    gpu_bytes_per_second: float | None = None,
+    weight_bytes: int = 2,
 ) -> LayerTimings:
     """Return the timings of a layer and a head that cannot be run: operations over a fraction of the matmul rate.
 
-    Too fast for decoding: a batch's next token reads every weight for a few rows only, and is bound by memory.
+    On a GPU, decoding is bound by reading every weight for a few rows, or by the host; and so is training on few tokens
+    by the host. Elsewhere these are left out, and decoding is planned too fast.
 
     Args:
         layer_parameters: Frozen parameters of a layer.
         head_parameters: Parameters of the output head.
         num_answers: Answers of a batch.
         flops_per_second: Rate of a matrix product.
+        gpu_bytes_per_second: Published bandwidth of a GPU's memory; None: not a GPU.
+        weight_bytes: Bytes of a frozen weight.
     """
     rate = flops_per_second * EAGER_EFFICIENCY
     layer, head = layer_parameters / rate, head_parameters / rate
+    read = weight_bytes / (gpu_bytes_per_second * BANDWIDTH_EFFICIENCY) if gpu_bytes_per_second else 0.0
+    launch = LAUNCH_SECONDS if gpu_bytes_per_second else 0.0
     return LayerTimings(
         train=4 * layer,
         forward=2 * layer,
-        decode=2 * layer * num_answers,
+        decode=max(2 * layer * num_answers, layer_parameters * read, LAUNCHES["decode"] * launch),
         head_train=4 * head,
         head_forward=2 * head,
-        head_decode=2 * head * num_answers,
+        head_decode=max(2 * head * num_answers, head_parameters * read),
+        launch=LAUNCHES["train"] * launch,
     )
 
 
@@ -210,6 +239,7 @@ def plan_time(
     """
     layers = amounts.num_layers * rates.train + amounts.num_recomputed * rates.forward
     train = amounts.tokens * layers + amounts.supervised * rates.head_train
+    train = max(train, amounts.micro_batches * amounts.num_layers * rates.launch)
     if compile_seconds is not None:
         train = train * COMPILED_TIME_FRACTION + compile_seconds
     forward = amounts.num_layers * rates.forward
@@ -267,14 +297,16 @@ def matmul_rate_of(shapes: Mapping[tuple[int, int], int], *, device: str, dtype:
 
 
 def best_seconds(work: Callable[[], object], device: str) -> float:
-    """Return the seconds of the fastest of the repetitions that fit in `TIMED_SECONDS`, of at least `FEWEST_REPETITIONS`."""
+    """Return the seconds of the fastest of the repetitions in `TIMED_SECONDS`, of at least `FEWEST_REPETITIONS`."""
     best, deadline, runs = float("inf"), time.perf_counter() + TIMED_SECONDS, 0
+    repeats = 10 if device == "cuda" else 1  # waiting for a GPU takes longer than many a product
     while runs < FEWEST_REPETITIONS or time.perf_counter() < deadline:
         start = time.perf_counter()
-        work()
+        for _ in range(repeats):
+            work()
         if device == "cuda":
             torch.cuda.synchronize()
-        best, runs = min(best, time.perf_counter() - start), runs + 1
+        best, runs = min(best, (time.perf_counter() - start) / repeats), runs + 1
     return best
 
 

@@ -23,16 +23,17 @@ from loratune.data.batch import MicroBatch, collate
 from loratune.data.examples import Example
 from loratune.model.adapter.attach import use_fast_layers
 from loratune.model.adapter.modules_to_save import head_weights
-from loratune.model.kernels.attention import PACKED, PackingUnsupportedError, record_mask_only_windows, register
+from loratune.model.kernels.attention import PACKED, PackingUnsupportedError, observe_attention, register
 from loratune.model.kernels.cross_entropy import Head, cross_entropy_per_token, head_logits, sum_cross_entropy
 from loratune.run.errors import RunError
-from loratune.training.packing_support import decoder_of, longest_packed, obstacle
+from loratune.training.packing_support import decoder_of, longest_packed, obstacle, refuses_boundaries
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from peft import PeftModel
 
+    from loratune.run.directory import Record
     from loratune.training.neftune import EmbeddingNoise
 
 CHECK_TOKENS = 24
@@ -66,6 +67,19 @@ def output_head(causal_lm: Any) -> Head:
     return weights._replace(logit_scale=float(scale), softcap=float(softcap) if softcap else None)
 
 
+def use_packed_attention(causal_lm: Any) -> None:
+    """Make a model's attention keep packed examples apart.
+
+    Raises:
+        PackingUnsupportedError: transformers cannot replace the model's attention.
+    """
+    register()
+    try:
+        causal_lm.set_attn_implementation(PACKED)
+    except ValueError as error:
+        raise PackingUnsupportedError(f"transformers cannot replace the model's attention: {error}") from error
+
+
 class SupervisedLoss:
     """The loss of a model with an adapter, for training (`sum`) and for measuring (`per_token`, `logits`).
 
@@ -79,6 +93,9 @@ class SupervisedLoss:
         smoothing: Label smoothing ε in [0, 1), in `sum` alone.
         noise: NEFTune noise on the embeddings while the model is in training mode; None: no noise.
         longest_packed: Tokens of the longest example whose micro-batch may share one forward; None: no limit.
+        why_unpacked: Why not all micro-batches share a forward; empty if they do.
+        slow_attention: Why packed attention does not run in the device's fastest kernel; empty if it does.
+        pads: Whether examples that are not packed are padded to one length, and not taken one at a time.
         sharded: Whether ranks share the model's layers (`fsdp`), so that all must call it equally often.
     """
 
@@ -86,6 +103,9 @@ class SupervisedLoss:
     smoothing = 0.0
     noise: EmbeddingNoise | None = None
     longest_packed: int | None = None
+    why_unpacked = ""
+    slow_attention = ""
+    pads = False
     sharded = False
 
     def __init__(self, model: PeftModel, *, packed: bool = True) -> None:
@@ -96,8 +116,12 @@ class SupervisedLoss:
         self.decoder: Any = decoder_of(causal_lm)
         self._own_attention = causal_lm.config._attn_implementation
         if packed:
-            register()
-            causal_lm.set_attn_implementation(PACKED)
+            use_packed_attention(causal_lm)
+
+    @property
+    def packing(self) -> Record:
+        """The record `packing` of plan.json."""
+        return {"packed": self.packed, "why_unpacked": self.why_unpacked, "slow_attention": self.slow_attention}
 
     @property
     def head(self) -> Head:
@@ -135,7 +159,7 @@ class SupervisedLoss:
         if self._shares_forward(batch):
             hidden = self._hidden(batch.input_ids, batch)
         else:
-            ends = batch.boundaries.tolist()
+            ends = batch.host_boundaries.tolist()
             examples = [batch.input_ids[:, a:b] for a, b in pairwise(ends)]
             hidden = torch.cat([self._hidden(ids) for ids in examples], dim=1)
         return hidden[0, batch.predictors]
@@ -159,7 +183,7 @@ class SupervisedLoss:
             boundaries = {
                 "position_ids": batch.position_ids,
                 "cu_seq_lens_q": batch.boundaries,
-                "cu_seq_lens_k": batch.boundaries,
+                "cu_seq_lens_k": batch.host_boundaries,
                 "max_length_q": batch.max_length,
                 "max_length_k": batch.max_length,
             }
@@ -215,7 +239,7 @@ def fastest_loss(
         may_pack: Whether to try the packed loss.
 
     Raises:
-        RunError: Neither loss computes what is expected.
+        RunError: Neither loss computes what is expected, or the packed one failed on a model that should support it.
     """
     base: Any = model.get_base_model()
     own_attention = base.config._attn_implementation
@@ -224,17 +248,23 @@ def fastest_loss(
     tolerance, reason = TOLERANCE[loss_dtype(model)], obstacle(base) if may_pack else ""
     if may_pack and not reason:
         try:
-            with record_mask_only_windows() as windows:
+            with observe_attention() as observed:
                 loss = kind(model, packed=True)
                 difference = _difference(loss, ask, batch, expected)
+            windows = observed.mask_only_windows
             if difference <= tolerance:
                 _rehearse(loss, batch)
+                loss.slow_attention = "; ".join(sorted(observed.slow_because))
                 loss.longest_packed, reason = longest_packed(base.config, windows)
                 return loss, reason if loss.longest_packed is not None and longest > loss.longest_packed else ""
             reason = longest_packed(base.config, windows)[1]
             reason = reason or f"packed examples differ from separate ones by {difference:.2g}"
-        except (PackingUnsupportedError, TypeError, ValueError) as error:
+        except PackingUnsupportedError as error:
             reason = str(error)
+        except TypeError as error:
+            if not refuses_boundaries(error):  # a fault of ours or of torch's: going on slowly would hide it
+                raise
+            reason = f"the model's code does not take the examples' boundaries: {error}"
         base.set_attn_implementation(own_attention)
     loss = kind(model, packed=False)
     difference = _difference(loss, ask, batch, expected)

@@ -7,6 +7,7 @@ shows on longer examples. Both can be read from the model's structure, and are h
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -51,12 +52,21 @@ def obstacle(causal_lm: PreTrainedModel) -> str:
     return ""
 
 
+def refuses_boundaries(error: TypeError) -> bool:
+    """Tell whether a model's own code does not accept the boundaries of packed examples as arguments.
+
+    Args:
+        error: What the model's forward raised with them.
+    """
+    return bool(re.search(r"unexpected keyword argument '(cu_seq_lens|max_length)_[qk]'", str(error)))
+
+
 def longest_packed(config: Any, windows: Collection[int]) -> tuple[int | None, str]:
     """Return the tokens of the longest example with which micro-batches may be packed, and why no longer one.
 
     Args:
         config: The model's configuration.
-        windows: Attention windows in tokens that only a mask enforces, from `record_mask_only_windows`.
+        windows: Attention windows in tokens that only a mask enforces, from `observe_attention`.
 
     Returns:
         None and an empty string if there is no limit.

@@ -111,12 +111,13 @@ def _turn(recipe: Recipe) -> Record:
         raise RunError(f"engine {recipe.train.engine} failed: {done.stderr.strip()[-2000:]}")
     run = RunDir.open(recipe.train.output_dir)
     metrics = [record for record in run.read_metrics() if "loss" in record]
-    first = metrics[0]
+    first, measured = metrics[0], read_json(run.plan)["measured"]
     return {
         "engine": recipe.train.engine,
         "loss": [step["loss"] for step in metrics],
         "tokens_per_second": [step["tokens_per_second"] for step in metrics[WARM_UP:]],
-        "peak_bytes": read_json(run.plan)["measured"]["peak_bytes"],
+        "peak_bytes": measured["peak_bytes"],
+        "packing": measured["packing"],
         "seconds_to_first_step": first["time"] - first["num_tokens"] / first["tokens_per_second"] - started,
         "first_step_seconds": first["num_tokens"] / first["tokens_per_second"],
     }
@@ -156,6 +157,7 @@ def _record(prepared: Preparation, turns: list[Record], steps: int, rates: list[
             "first_step_seconds": statistics.median(turn["first_step_seconds"] for turn in mine),
             "rows_per_second": _median_or_none([turn[engine] for turn in rates]),
             "losses": mine[0]["loss"],
+            "packing": mine[0]["packing"],
         }
     fast, trl = (engines[name] for name in ENGINES)
     differences = [abs(a - b) for a, b in zip(fast["losses"], trl["losses"], strict=True)]
@@ -228,7 +230,14 @@ def _lines(record: Record) -> list[list[str]]:
         [f"rows/s prepared ({record['settings']['rows']:,} rows)", *prepared],
         ["mean loss", f"{statistics.mean(fast['losses']):.4f}", f"{statistics.mean(trl['losses']):.4f}",
          f"differ by at most {record['loss']['largest_difference']:.4f}"],
+        ["examples", *(_packing(engine["packing"]) for engine in (fast, trl)), ""],
     ]  # fmt: skip
+
+
+def _packing(packing: Record) -> str:
+    if not packing["packed"]:
+        return f"not packed: {packing['why_unpacked']}"
+    return f"packed; attention is slow: {packing['slow_attention']}" if packing["slow_attention"] else "packed"
 
 
 def _rows_prepared(fast: float | None, trl: float | None) -> tuple[str, str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from loratune.model.adapter.attach import attach_adapter, fallback_note, load_adapter
@@ -18,6 +19,8 @@ from loratune.training.neftune import EmbeddingNoise
 from loratune.workflows.tasks.task import task_of
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from peft import PeftModel
 
     from loratune.planning.preparation import Preparation
@@ -67,11 +70,11 @@ def attach_adapter_and_loss(prepared: Preparation, base: Any, progress: Progress
         quantize_frozen_layers(model)
     if recipe.train.engine == "trl":
         task_of(recipe).check_reference(model.get_base_model())
-    loss, reason = _loss(prepared, model)
+    loss = _loss(prepared, model)
     if recipe.train.engine == "trl":
         return model, loss
-    if reason:
-        progress.warn(reason)
+    for words in slow_notes(prepared, loss):
+        progress.warn(words)
     note = fallback_note(model)
     if note and recipe.lora.variant != "dora":  # the plan has said so already
         progress.warn(note)
@@ -87,20 +90,37 @@ def load_trained(prepared: Preparation, run: RunDir, progress: Progress) -> tupl
     model = load_adapter(load_base(prepared, progress), run.adapter)
     if prepared.recipe.model.quantization == "fp8":
         quantize_frozen_layers(model)
-    return model, _loss(prepared, model)[0]
+    return model, _loss(prepared, model)
 
 
-def _loss(prepared: Preparation, model: PeftModel) -> tuple[SupervisedLoss, str]:
-    """Return the model's loss, and why it is not the engine's fastest; a base that processes share is sharded first.
+def slow_notes(prepared: Preparation, loss: SupervisedLoss) -> Iterator[str]:
+    """Yield why the loss is not the engine's fastest, and what that costs."""
+    if loss.why_unpacked:
+        budget = prepared.estimate.memory.token_budget
+        mean = fmean(len(example.input_ids) for example in prepared.data.train)
+        cost = f"; a forward pass has {mean:,.0f} tokens on average, where packed examples fill up to {budget:,}"
+        yield loss.why_unpacked + (cost if not (loss.packed or loss.pads) and mean < budget else "")
+    if loss.slow_attention:
+        yield (
+            f"attention runs in blocks of plain matrix products, not as flash attention: {loss.slow_attention}; "
+            "it takes several passes over memory, and more the longer the examples are"
+        )
+
+
+def _loss(prepared: Preparation, model: PeftModel) -> SupervisedLoss:
+    """Return the model's loss; a base that processes share is sharded first.
 
     Raises:
         RecipeError: The base is to be shared, and this model's examples cannot share a forward pass.
     """
     recipe, task = prepared.recipe, task_of(prepared.recipe)
     if recipe.train.engine == "trl":
-        return task.plain_loss(model), ""
+        loss = task.plain_loss(model)
+        loss.why_unpacked = "train.engine is trl"
+        return loss
     if not is_sharded(recipe):
-        return task.make_loss(model, prepared.data.train)
+        loss, loss.why_unpacked = task.make_loss(model, prepared.data.train)
+        return loss
     shard_layers(model, recipe.train.device)
     loss, reason = task.make_loss(model, prepared.data.train)
     if reason or loss.longest_packed is not None:
@@ -110,7 +130,7 @@ def _loss(prepared: Preparation, model: PeftModel) -> tuple[SupervisedLoss, str]
             fix="train.strategy=ddp",
         )
     loss.sharded = True
-    return loss, ""
+    return loss
 
 
 def _loadable_name(prepared: Preparation) -> str:

@@ -32,15 +32,16 @@ class RunTimer:
         record["so_far"] = self._so_far()
         write_record(self._run.plan, PlanRecord, record)
 
-    def close(self, *, evaluate_seconds: float) -> None:
+    def close(self, *, evaluate_seconds: float, packing: Record) -> None:
         """Record the totals of the complete run, and mark it complete.
 
         Args:
             evaluate_seconds: Seconds of the evaluation after training.
+            packing: Whether examples shared forward passes, from the loss.
         """
         record, metrics = read_json(self._run.plan), self._run.read_metrics()
         record.pop("so_far", None)
-        record["measured"] = {**self._so_far(), **step_totals(metrics)}
+        record["measured"] = {**self._so_far(), **step_totals(metrics), "packing": packing}
         record["measured"]["evaluate_seconds"] = evaluate_seconds + sum(
             line["seconds"] for line in metrics if "eval_nll" in line
         )

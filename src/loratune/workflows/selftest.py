@@ -30,7 +30,7 @@ from transformers.utils import logging as transformers_logging
 
 from loratune.data.batch import collate
 from loratune.model.adapter.attach import attach_adapter, trainable_parameters, use_fast_layers
-from loratune.model.device import choose_device
+from loratune.model.device import choose_device, choose_dtype, torch_dtype
 from loratune.model.gguf_import import CACHE_VARIABLE
 from loratune.model.kernels.attention import packed_attention
 from loratune.model.kernels.cross_entropy import Head, sum_cross_entropy
@@ -54,6 +54,10 @@ FLOAT32 = 1e-4
 """Sums of thousands of float32 products in another order differ by some 1e-6 of the largest, a wrong factor by more."""
 STEPS = 1e-4
 """For losses and weights after some AdamW steps, which divide gradients by their size and so amplify rounding."""
+NARROW = 0.03
+"""For a kernel in bfloat16, whose steps are up to 0.8 % apart, against float64; 0.008 was measured on a CPU."""
+NARROW_MODEL = 0.1
+"""For all layers of a model in bfloat16 against float32, where rounding adds up; 0.03 was measured on a CPU."""
 EXACT = 0.0
 
 
@@ -95,17 +99,34 @@ def selftest(progress: Progress = NO_PROGRESS) -> list[SelfCheck]:
         # Kernels of a GPU add in an order that may change from run to run.
         repeated = EXACT if device == "cpu" else STEPS
         checks: list[tuple[str, Callable[[], float], float]] = [
-            ("kernels = plain PyTorch, with gradients", partial(_kernels, device), FLOAT32),
+            ("kernels = plain PyTorch, with gradients", partial(_kernels, device, torch.float32), FLOAT32),
             ("fast engine = plain path, with gradients", tiny.fast_against_plain, FLOAT32),
             ("resumed run = uninterrupted run", tiny.resumed, repeated),
             ("saved adapter in PEFT = reported held-out loss", tiny.loaded_by_peft, FLOAT32),
         ]
+        narrow = _narrow_type(device)
+        if narrow is not None:  # on a GPU other kernels than float32's, and the ones that training takes
+            short = str(narrow).removeprefix("torch.")
+            checks += [
+                (f"kernels in {short} = plain PyTorch in float64", partial(_kernels, device, narrow), NARROW),
+                (
+                    f"fast engine in {short} = plain path in float32",
+                    partial(tiny.fast_against_plain, narrow),
+                    NARROW_MODEL,
+                ),
+            ]
         done = []
         with progress.task("selftest", len(checks), "checks") as task:
             for title, work, tolerance in checks:
                 done.append(_measure(title, work, tolerance))
                 task.advance(note=title)
     return done
+
+
+def _narrow_type(device: str) -> torch.dtype | None:
+    """Return the type in which this device trains if it is not float32; bfloat16 on any CPU."""
+    dtype = torch.bfloat16 if device == "cpu" else torch_dtype(choose_dtype("auto", device).value)
+    return None if dtype == torch.float32 else dtype
 
 
 def selftest_table(checks: Sequence[SelfCheck]) -> Table:
@@ -175,54 +196,73 @@ def _largest_difference(one: Tensors, other: Tensors, *, relative: bool) -> floa
 # ---- kernels
 
 
-def _kernels(device: str) -> float:
-    """Compare attention, cross-entropy and the LoRA layer with their definitions, in value and every gradient."""
+Function = Callable[..., torch.Tensor]
+
+
+def _kernels(device: str, dtype: torch.dtype) -> float:
+    """Compare attention, cross-entropy and the LoRA layer with their definitions, in value and every gradient.
+
+    The kernels run on the device in `dtype`, with adapters in float32 as in training; the definitions on the CPU in
+    float64, from the same numbers.
+    """
     generator = torch.Generator().manual_seed(1)
+    results: tuple[dict[Any, torch.Tensor], dict[Any, torch.Tensor]] = ({}, {})
+    for name, kernel, definition, inputs in (*_attentions(device), *_layers(device, dtype, generator)):
+        kept = [torch.float32 if name == "LoRA layer" and i else dtype for i in range(len(inputs))]
+        numbers = [torch.randn(shape, generator=generator).to(own) for shape, own in zip(inputs, kept, strict=True)]
+        exact = [tensor.double().requires_grad_() for tensor in numbers]
+        leaves = [tensor.to(device).requires_grad_() for tensor in numbers]
+        wanted = definition(*exact)
+        upstream = torch.randn(wanted.shape, generator=generator).to(dtype)
+        for found, out, its_leaves in zip(results, (kernel(*leaves), wanted), (leaves, exact), strict=True):
+            gradients = torch.autograd.grad(out, its_leaves, upstream.to(out))
+            found.update({(name, i): tensor.double().cpu() for i, tensor in enumerate((out.detach(), *gradients))})
+    return _largest_difference(*results, relative=True)
 
-    def random(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator).to(device)
 
+def _attentions(device: str) -> Iterator[tuple[str, Function, Function, list[tuple[int, ...]]]]:
+    """Yield attention without and with a window: name, kernel, definition and the shapes of its inputs."""
     lengths = torch.tensor([5, 1, 40, 300])
     total = int(lengths.sum())
     boundaries = torch.tensor([0, *lengths.cumsum(0).tolist()], dtype=torch.int32, device=device)
-    example = torch.repeat_interleave(torch.arange(len(lengths)), lengths).to(device)
-    visible = (example[:, None] == example[None]) & torch.ones(total, total, device=device).tril().bool()
+    example = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+    behind = torch.arange(total)[:, None] - torch.arange(total)[None]
+    visible = (example[:, None] == example[None]) & (behind >= 0)
 
-    def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        limits: Any = {"cu_seq_lens_q": boundaries, "max_length_q": int(lengths.max())}
+    def kernel(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None) -> torch.Tensor:
+        limits: Any = {"cu_seq_lens_q": boundaries, "max_length_q": int(lengths.max()), "sliding_window": window}
         return packed_attention(torch.nn.Module(), query, key, value, None, **limits)[0].transpose(1, 2)
 
-    def plain_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    def definition(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None) -> torch.Tensor:
         key, value = key.repeat_interleave(2, 1), value.repeat_interleave(2, 1)
         scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
-        return scores.masked_fill(~visible, -math.inf).softmax(-1) @ value
+        seen = visible if window is None else visible & (behind < window)
+        return scores.masked_fill(~seen, -math.inf).softmax(-1) @ value
 
-    head, targets = random(99, 16), torch.randint(99, (50,), generator=generator).to(device)
-    weight, bias = random(20, 12), random(20)
-    heads = [random(1, number, total, 16) for number in (4, 2, 2)]
-    results: tuple[dict[Any, torch.Tensor], dict[Any, torch.Tensor]] = ({}, {})
-    for name, kernel, definition, inputs in (
-        ("attention", attention, plain_attention, heads),
-        (
-            "cross-entropy",
-            lambda hidden: sum_cross_entropy(hidden, Head(head), targets),
-            lambda hidden: F.cross_entropy(hidden @ head.T, targets, reduction="sum"),
-            [random(50, 16)],
-        ),
-        (
-            "LoRA layer",
-            lambda x, a, b: lora_linear(x, weight, bias, a, b, 1.7),
-            lambda x, a, b: F.linear(x, weight, bias) + 1.7 * (x @ a.T @ b.T),
-            [random(2, 7, 12), random(4, 12), random(20, 4)],
-        ),
-    ):
-        upstream = random(*definition(*inputs).shape)
-        for found, function in zip(results, (kernel, definition), strict=True):
-            leaves = [tensor.clone().requires_grad_() for tensor in inputs]
-            out = function(*leaves)
-            gradients = torch.autograd.grad(out, leaves, upstream)
-            found.update({(name, i): tensor for i, tensor in enumerate((out.detach(), *gradients))})
-    return _largest_difference(*results, relative=True)
+    for window in (None, 7):
+        shapes = [(1, number, total, 16) for number in (4, 2, 2)]
+        yield f"attention, window {window}", partial(kernel, window=window), partial(definition, window=window), shapes
+
+
+def _layers(
+    device: str, dtype: torch.dtype, generator: torch.Generator
+) -> Iterator[tuple[str, Function, Function, list[tuple[int, ...]]]]:
+    """Yield cross-entropy and the LoRA layer: name, kernel, definition and the shapes of their inputs."""
+    head, weight, bias = (torch.randn(shape, generator=generator).to(dtype) for shape in ((99, 16), (20, 12), (20,)))
+    targets = torch.randint(99, (50,), generator=generator)
+    its_head, its_weight, its_bias, its_targets = (x.to(device) for x in (head, weight, bias, targets))
+    yield (
+        "cross-entropy",
+        lambda hidden: sum_cross_entropy(hidden, Head(its_head), its_targets),
+        lambda hidden: F.cross_entropy(hidden @ head.double().T, targets, reduction="sum"),
+        [(50, 16)],
+    )
+    yield (
+        "LoRA layer",
+        lambda x, a, b: lora_linear(x, its_weight, its_bias, a, b, 1.7),
+        lambda x, a, b: F.linear(x, weight.double(), bias.double()) + 1.7 * (x @ a.T @ b.T),
+        [(2, 7, 12), (4, 12), (20, 4)],
+    )
 
 
 # ---- runs
@@ -278,17 +318,27 @@ class _TinyRuns:
         num_tokens = sum(int(example.supervised.sum()) for example in examples)
         return abs(total / num_tokens - read_json(run.evaluation)["tuned"]["nll"])
 
-    def fast_against_plain(self) -> float:
-        """Compare the fast path on one micro-batch of all examples with the model's own forward of each example."""
+    def fast_against_plain(self, dtype: torch.dtype = torch.float32) -> float:
+        """Compare the fast path on one micro-batch of all examples with the model's own forward of each example.
+
+        Args:
+            dtype: Type of the frozen weights on the fast path; on the other one they have the same values in float32.
+        """
         prepared = prepare(self._recipe(), NO_PROGRESS)
         examples, lora = prepared.data.train, prepared.recipe.lora
         model = attach_adapter(self._base(), lora, prepared.adapter.targets, base_name="tiny", seed=1).eval()
         generator = torch.Generator().manual_seed(4)
+        adapter = trainable_parameters(model)
         with torch.no_grad():
-            for name, parameter in trainable_parameters(model).items():
+            for name, parameter in adapter.items():
                 if "lora_B" in name:  # B starts at zero, where a wrong scale would not show
                     parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+            frozen = [parameter for name, parameter in model.named_parameters() if name not in adapter]
+            for parameter in frozen:
+                parameter.copy_(parameter.to(dtype))
         plain = _loss_and_gradients(model, lambda: sum((_plain_loss(model, e) for e in examples), torch.zeros(())))
+        for parameter in frozen:
+            parameter.data = parameter.data.to(dtype)
         use_fast_layers(model)
         fast, batch = SupervisedLoss(model), collate(examples).to(torch.device(self._device))
         return _largest_difference(_loss_and_gradients(model, lambda: fast.sum(batch)), plain, relative=True)

@@ -132,7 +132,7 @@ def _finish(
     seconds = time.perf_counter() - started
     write_card(run)
     # `measured` is what makes a run complete, so everything that must exist is written before it.
-    timer.close(evaluate_seconds=seconds)
+    timer.close(evaluate_seconds=seconds, packing=loss.packing)
     report_or_warn(run, progress)
     return RunResult(run=run, evaluation=evaluation)
 

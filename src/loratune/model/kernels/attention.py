@@ -9,13 +9,13 @@ Shapes: T tokens of all examples, H query heads, G key/value heads, D head width
 from __future__ import annotations
 
 from contextlib import contextmanager
-from itertools import pairwise
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from loratune.model.kernels import varlen_attention as varlen
 from loratune.model.kernels.block_attention import block_attention
 
 if TYPE_CHECKING:
@@ -28,26 +28,42 @@ class PackingUnsupportedError(RuntimeError):
     """The architecture needs a feature of attention that the packed kernel does not support."""
 
 
-_mask_only_windows: set[int] | None = None
-"""Where `record_mask_only_windows` collects; None outside of it."""
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """What the packed attention of a model was seen to need.
+
+    Attributes:
+        mask_only_windows: Windows and chunks, in tokens, that layers enforce by their mask alone.
+        slow_because: Why layers cannot use the fastest kernel of this device; empty if all do.
+    """
+
+    mask_only_windows: set[int] = field(default_factory=set)
+    slow_because: set[str] = field(default_factory=set)
+
+
+_observed: Observed | None = None
+"""Where `observe_attention` collects; None outside of it."""
+
+_machine_obstacle = ""
+"""Why this machine's GPU does not run the varlen kernel, from `register`."""
 
 
 @contextmanager
-def record_mask_only_windows() -> Iterator[set[int]]:
-    """Collect the windows and chunks, in tokens, that layers enforce by their mask alone, of the models run meanwhile.
+def observe_attention() -> Iterator[Observed]:
+    """Collect what the attention of the models that run meanwhile needs.
 
-    Packed attention has no masks, so it would miss such a window. It applies one that the layer passes as
-    `sliding_window`.
+    Packed attention has no masks, so it would miss a window that only a mask enforces. It applies one that the layer
+    passes as `sliding_window`.
     """
-    global _mask_only_windows  # noqa: PLW0603 - transformers calls attention and masks, and passes nothing of ours
-    _mask_only_windows = set()
+    global _observed  # noqa: PLW0603 - transformers calls attention and masks, and passes nothing of ours
+    _observed = Observed()
     # Only here: with a mask function registered, transformers asks the device at each step whether examples are packed,
     # and waits for the answer.
     AttentionMaskInterface.register(PACKED, _window_as_mask)
     try:
-        yield _mask_only_windows
+        yield _observed
     finally:
-        _mask_only_windows = None
+        _observed = None
         AttentionMaskInterface._global_mapping.pop(PACKED)  # transformers has no public way to unregister
 
 
@@ -61,6 +77,7 @@ def packed_attention(  # the signature is transformers'
     scaling: float | None = None,
     dropout: float = 0.0,
     cu_seq_lens_q: torch.Tensor | None = None,
+    cu_seq_lens_k: torch.Tensor | None = None,
     max_length_q: int | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -78,6 +95,7 @@ def packed_attention(  # the signature is transformers'
         scaling: Factor on query·key; 1/√D when None.
         dropout: Attention dropout, zero in the models that people fine-tune.
         cu_seq_lens_q: int32 [E + 1], the boundaries of the examples.
+        cu_seq_lens_k: The same on the host, for kernels that read them there; None: they wait for `cu_seq_lens_q`.
         max_length_q: Tokens of the longest example.
         sliding_window: A token sees itself and the `sliding_window - 1` before it.
         softcap: Scores become softcap · tanh(score / softcap).
@@ -93,109 +111,52 @@ def packed_attention(  # the signature is transformers'
     """
     if cu_seq_lens_q is None or max_length_q is None:
         raise PackingUnsupportedError("the model does not pass the examples' boundaries to its attention")
-    if kwargs.get("position_bias") is not None:
+    _check_supported(dropout, s_aux, kwargs.get("position_bias"))
+    if _observed is not None:
+        _observe_mask(_observed, attention_mask, sliding_window)
+    heads = (query_1HTD, key_1GTD, value_1GTD)
+    if _is_on_gpu(query_1HTD) and not _noted(_gpu_obstacle(query_1HTD, value_1GTD, softcap, s_aux)):
+        window = sliding_window
+        return varlen.varlen_attention(*heads, cu_seq_lens_q, max_length_q, scale=scaling, window=window), None
+    boundaries = cu_seq_lens_q if cu_seq_lens_k is None else cu_seq_lens_k
+    scale = query_1HTD.shape[-1] ** -0.5 if scaling is None else scaling
+    return block_attention(*heads, boundaries, scale=scale, window=sliding_window, softcap=softcap, sinks_H=s_aux), None
+
+
+def _check_supported(dropout: float, sinks_H: torch.Tensor | None, position_bias: torch.Tensor | None) -> None:
+    if position_bias is not None:
         raise PackingUnsupportedError("the model's attention has a position bias")
-    if s_aux is not None and s_aux.requires_grad:
+    if sinks_H is not None and sinks_H.requires_grad:
         raise PackingUnsupportedError("the sinks of the model's attention are trained")
     if dropout:
         raise PackingUnsupportedError(f"the model's attention has dropout {dropout}")
-    if _mask_only_windows is not None and attention_mask is not None and int(attention_mask) != sliding_window:
-        _mask_only_windows.add(int(attention_mask))
-    window = sliding_window if sliding_window is not None and sliding_window < max_length_q else None
-    if query_1HTD.device.type == "cpu":
-        scale = query_1HTD.shape[-1] ** -0.5 if scaling is None else scaling
-        return block_attention(
-            query_1HTD, key_1GTD, value_1GTD, cu_seq_lens_q, scale=scale, window=window, softcap=softcap, sinks_H=s_aux
-        ), None
-    is_plain = softcap is None and s_aux is None and query_1HTD.shape[-1] == value_1GTD.shape[-1]
-    if query_1HTD.is_cuda and is_plain and query_1HTD.dtype in (torch.bfloat16, torch.float16):
-        return _varlen(query_1HTD, key_1GTD, value_1GTD, cu_seq_lens_q, max_length_q, scaling, window), None
-    return _by_example(query_1HTD, key_1GTD, value_1GTD, cu_seq_lens_q, scaling, window, softcap, s_aux), None
 
 
-def _varlen(
-    query_1HTD: torch.Tensor,
-    key_1GTD: torch.Tensor,
-    value_1GTD: torch.Tensor,
-    boundaries: torch.Tensor,
-    max_length: int,
-    scaling: float | None,
-    window: int | None,
-) -> torch.Tensor:
-    from torch.nn.attention.varlen import varlen_attn  # not in every build of torch
+def _observe_mask(observed: Observed, attention_mask: torch.Tensor | None, sliding_window: int | None) -> None:
+    if attention_mask is not None and int(attention_mask) != sliding_window:
+        observed.mask_only_windows.add(int(attention_mask))
 
-    out_THD = varlen_attn(
-        query_1HTD[0].transpose(0, 1),
-        key_1GTD[0].transpose(0, 1),
-        value_1GTD[0].transpose(0, 1),
-        boundaries,
-        boundaries,
-        max_length,
-        max_length,
-        scale=scaling,
-        window_size=(-1 if window is None else window - 1, 0),
-        enable_gqa=query_1HTD.shape[1] != key_1GTD.shape[1],
+
+def _gpu_obstacle(
+    query_1HTD: torch.Tensor, value_1GTD: torch.Tensor, softcap: float | None, sinks_H: torch.Tensor | None
+) -> str:
+    """Return why the varlen kernel cannot compute this attention on this machine; empty if it can."""
+    widths = query_1HTD.shape[-1], value_1GTD.shape[-1]
+    return _machine_obstacle or varlen.varlen_obstacle(
+        query_1HTD.dtype, *widths, softcap=softcap, has_sinks=sinks_H is not None
     )
-    assert isinstance(out_THD, torch.Tensor)
-    return out_THD[None]
 
 
-def _by_example(
-    query_1HTD: torch.Tensor,
-    key_1GTD: torch.Tensor,
-    value_1GTD: torch.Tensor,
-    boundaries: torch.Tensor,
-    scaling: float | None,
-    window: int | None,
-    softcap: float | None,
-    sinks_H: torch.Tensor | None,
-) -> torch.Tensor:
-    """Attend example by example, on GPUs where `_varlen` does not apply; returns [1, T, H, V]."""
-    lengths = [end - start for start, end in pairwise(boundaries.tolist())]
-    grouped = query_1HTD.shape[1] != key_1GTD.shape[1]
-    outs = []
-    # split, not slices: the gradient of each slice would be a tensor of zeros as long as all examples together
-    for query, key, value in zip(
-        *(torch.split(x, lengths, dim=2) for x in (query_1HTD, key_1GTD, value_1GTD)), strict=True
-    ):
-        length = query.shape[2]
-        if softcap is not None or sinks_H is not None:
-            out = _step_by_step(query, key, value, scaling, window, softcap, sinks_H)
-        else:
-            mask = None if window is None or window >= length else _window_mask(length, window, query.device)
-            out = F.scaled_dot_product_attention(
-                query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped
-            )
-        outs.append(out)
-    return torch.cat(outs, dim=2).transpose(1, 2)
+def _noted(obstacle: str) -> str:
+    """Return the obstacle, and keep it while attention is observed."""
+    if obstacle and _observed is not None:
+        _observed.slow_because.add(obstacle)
+    return obstacle
 
 
-def _window_mask(length: int, window: int | None, device: torch.device) -> torch.Tensor:
-    """Return a boolean [length, length], true where a query (row) may see a key (column)."""
-    mask = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-    return mask if window is None else mask.triu(1 - window)
-
-
-def _step_by_step(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    scaling: float | None,
-    window: int | None,
-    softcap: float | None,
-    sinks_H: torch.Tensor | None,
-) -> torch.Tensor:
-    """Attend within one example with the scores held in full, which soft cap and sinks need."""
-    group = query.shape[1] // key.shape[1]
-    key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
-    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(~_window_mask(query.shape[2], window, query.device), float("-inf"))
-    if sinks_H is not None:
-        scores = torch.cat([scores, sinks_H.to(scores.dtype)[:, None, None].expand(1, -1, query.shape[2], 1)], dim=-1)
-        return scores.softmax(-1, dtype=torch.float32).to(value.dtype)[..., :-1] @ value
-    return scores.softmax(-1, dtype=torch.float32).to(value.dtype) @ value
+def _is_on_gpu(query_1HTD: torch.Tensor) -> bool:
+    """Tell whether the varlen kernel is this device's fastest; tests replace it to reach that kernel without a GPU."""
+    return query_1HTD.is_cuda
 
 
 def _window_as_mask(*args: Any, local_size: int | None = None, **kwargs: Any) -> torch.Tensor | None:
@@ -206,5 +167,7 @@ def _window_as_mask(*args: Any, local_size: int | None = None, **kwargs: Any) ->
 
 
 def register() -> None:
-    """Register `PACKED` with transformers."""
+    """Register `PACKED` with transformers, and find out whether the GPU runs the varlen kernel."""
+    global _machine_obstacle  # noqa: PLW0603 - asked once, outside of compiled code
+    _machine_obstacle = varlen.machine_obstacle()
     AttentionInterface.register(PACKED, packed_attention)

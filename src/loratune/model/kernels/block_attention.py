@@ -1,8 +1,9 @@
-"""Causal attention of packed examples on a CPU, in blocks of queries: two custom operators, forward and backward.
+"""Causal attention of packed examples in blocks of queries: two custom operators, forward and backward.
 
-torch's own CPU attention is slow in the bfloat16 backward pass, and a loop over examples does not compile. These are
-batched matrix products over the key/value heads and a softmax; only query, key and value are saved for the backward
-pass.
+They serve a CPU, whose own attention in torch is slow in the bfloat16 backward pass, and on a GPU every attention that
+`varlen_attention` cannot compute: float32, soft caps, sinks, values of another width. A loop over examples does not
+compile, so it is inside the operators. These are batched matrix products over the key/value heads and a softmax; only
+query, key and value are saved for the backward pass, so memory grows with the longest example, not with its square.
 
 Shapes: T tokens of all examples, H query heads, G key/value heads, D head width, K keys that a block sees; V width of
 the values, which is D except in DeepSeek's latent attention; R = T · H/G rows: the query heads that share a key/value
@@ -23,6 +24,9 @@ BLOCK_QUERIES = 192
 """Largest number of queries in a block. Forward and backward of examples of 160, 512 and 1,024 tokens (9 heads of 64,
 bfloat16, two Zen 4 cores) took 25, 39 and 44 ms in blocks of 64; 23, 41 and 38 ms in blocks of 128; 20, 51 and 38 ms in
 blocks of 256; torch's attention took 49, 57 and 54 ms."""
+
+GPU_BLOCK_QUERIES = 512
+"""The same on a GPU, where each product is a launch. An estimate: no GPU has run it."""
 
 
 def block_attention(
@@ -45,7 +49,8 @@ def block_attention(
         query_1HTD: [1, H, T, D].
         key_1GTD: [1, G, T, D]; H is a multiple of G.
         value_1GTD: [1, G, T, V].
-        boundaries: int32 [examples + 1]; example e occupies tokens boundaries[e] to boundaries[e + 1].
+        boundaries: int32 [examples + 1]; example e occupies tokens boundaries[e] to boundaries[e + 1]. On the host, or
+            the host waits for the device.
         scale: Factor on query·key.
         window: A token sees itself and the `window - 1` before it.
         softcap: Scores become softcap · tanh(score / softcap).
@@ -74,9 +79,9 @@ def _forward(
 ) -> torch.Tensor:
     """Map query [G, R, D] (already scaled), key [G, T, D] and value [G, T, V] to [G, R, V]; `shared` is H/G."""
     query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
-    out = query.new_empty(*query.shape[:2], value.shape[2])
+    out, most = query.new_empty(*query.shape[:2], value.shape[2]), _most_queries(query.device)
     for start, stop in pairwise(boundaries.tolist()):
-        for rows, keys in _blocks(start, stop, shared, window):
+        for rows, keys in _blocks(start, stop, shared, window, most):
             probs, _ = _probabilities(query[:, rows], key[:, keys], shared, window, softcap, sinks)
             out[:, rows] = torch.bmm(probs, value[:, keys])
     return out
@@ -110,12 +115,12 @@ def _backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     grad, query, key, value = grad.contiguous(), query.contiguous(), key.contiguous(), value.contiguous()
     grad_query = torch.empty_like(query)
-    longest = int(boundaries.diff().max())
+    longest, most = int(boundaries.diff().max()), _most_queries(query.device)
     # Several blocks of an example add to the same keys; in bfloat16 each addition would round.
-    wide = torch.promote_types(query.dtype, torch.float32) if longest > BLOCK_QUERIES else query.dtype
+    wide = torch.promote_types(query.dtype, torch.float32) if longest > most else query.dtype
     grad_key, grad_value = (torch.zeros_like(x, dtype=wide) for x in (key, value))
     for start, stop in pairwise(boundaries.tolist()):
-        for rows, keys in _blocks(start, stop, shared, window):
+        for rows, keys in _blocks(start, stop, shared, window, most):
             probs, slope = _probabilities(query[:, rows], key[:, keys], shared, window, softcap, sinks)
             grad_value[:, keys] += torch.bmm(probs.mT, grad[:, rows])
             grad_probs = torch.bmm(grad[:, rows], value[:, keys].mT)
@@ -155,9 +160,13 @@ def _differentiate(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | Non
 _forward.register_autograd(_differentiate, setup_context=_keep)
 
 
-def _blocks(start: int, stop: int, shared: int, window: int) -> Iterator[tuple[slice, slice]]:
+def _most_queries(device: torch.device) -> int:
+    return BLOCK_QUERIES if device.type == "cpu" else GPU_BLOCK_QUERIES
+
+
+def _blocks(start: int, stop: int, shared: int, window: int, most: int) -> Iterator[tuple[slice, slice]]:
     """Yield the blocks of an example, of about equal size: rows of queries, and the tokens whose keys they see."""
-    num_blocks = -(-(stop - start) // BLOCK_QUERIES)
+    num_blocks = -(-(stop - start) // most)
     for i in range(num_blocks):
         first, end = (start + (stop - start) * j // num_blocks for j in (i, i + 1))
         seen = max(start, first - window + 1) if window else start
@@ -177,9 +186,9 @@ def _probabilities(
     groups, rows, keys = scores.shape
     queries = rows // shared
     by_query = scores.view(groups, queries, shared, keys)
-    by_query[..., keys - queries :] += _future(queries, scores.dtype)
+    by_query[..., keys - queries :] += _future(queries, scores.dtype, scores.device)
     if window and keys > window:
-        too_old = torch.full((queries, keys), float("-inf"), dtype=scores.dtype).tril(keys - queries - window)
+        too_old = scores.new_full((queries, keys), float("-inf")).tril(keys - queries - window)
         by_query += too_old[:, None]
     if sinks is not None:
         sink = sinks.to(scores.dtype).view(groups, 1, shared, 1).expand(-1, queries, -1, -1).reshape(groups, rows, 1)
@@ -187,11 +196,14 @@ def _probabilities(
     return scores.softmax(-1), slope
 
 
-def _future(queries: int, dtype: torch.dtype) -> torch.Tensor:
+def _future(queries: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Return [queries, 1, queries]: -inf where the key comes after the query, else 0; a slice of a cached mask."""
-    if dtype not in _FUTURE or _FUTURE[dtype].shape[0] < queries:
-        _FUTURE[dtype] = torch.full((max(queries, BLOCK_QUERIES),) * 2, float("-inf"), dtype=dtype).triu(1)
-    return _FUTURE[dtype][:queries, None, :queries]
+    kept = _FUTURE.get((dtype, device))
+    if kept is None or kept.shape[0] < queries:
+        size = max(queries, _most_queries(device))
+        kept = torch.full((size, size), float("-inf"), dtype=dtype, device=device).triu(1)
+        _FUTURE[dtype, device] = kept
+    return kept[:queries, None, :queries]
 
 
-_FUTURE: dict[torch.dtype, torch.Tensor] = {}
+_FUTURE: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}

@@ -12,11 +12,16 @@ from typing import Any, NamedTuple
 
 import torch
 
-CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20, "mps": 128 * 2**20}
+CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 2**30, "mps": 128 * 2**20}
 """Device type → bytes of one chunk's logits in float32. On two CPU cores 1,650 positions of a vocabulary of 49,152 took
-876, 682, 594 and 672 ms compiled with chunks of 8, 16, 32 and 64 MiB. The values for GPUs are estimates."""
+876, 682, 594 and 672 ms compiled with chunks of 8, 16, 32 and 64 MiB. The values for GPUs are estimates: the gradient
+of a chunk is a product of few rows, and needs thousands of them to occupy all 132 processors of an H100 in tiles of 128
+rows; `benchmarks/gpu/run.sh` times several sizes."""
 
 MIN_CHUNK_POSITIONS = 16
+
+TILE_ROWS = 128
+"""Rows of a tile in matrix products on a GPU; a chunk of another size computes its last tile in part for nothing."""
 
 Chunk = Callable[..., Any]
 
@@ -47,7 +52,10 @@ class Head(NamedTuple):
 
 def chunk_rows(vocab_size: int, device: str) -> int:
     """Return how many positions' logits are computed at once on a type of device."""
-    return max(MIN_CHUNK_POSITIONS, CHUNK_BYTES[device] // (4 * vocab_size))
+    rows = CHUNK_BYTES[device] // (4 * vocab_size)
+    if device == "cuda" and rows > TILE_ROWS:
+        rows -= rows % TILE_ROWS
+    return max(MIN_CHUNK_POSITIONS, rows)
 
 
 def sum_cross_entropy(

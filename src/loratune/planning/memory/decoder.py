@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from loratune.model.kernels.block_attention import BLOCK_QUERIES
+import torch
+
+from loratune.model.kernels.block_attention import BLOCK_QUERIES, GPU_BLOCK_QUERIES
+from loratune.model.kernels.varlen_attention import varlen_obstacle
 from loratune.planning.memory.adapter import saved_bytes
 from loratune.planning.memory.inputs import LayerBytes
 
@@ -56,7 +59,8 @@ def decoder_layer_bytes(
     # Compiled, the norms save their inputs in the base's type, and the activation is recomputed.
     norms = 2 * hidden * (dtype_bytes if compiled else 4)
     body = norms + dtype_bytes * (query + 2 * key_value + feed_forward * (2 if compiled else 3))
-    if device != "cpu":  # flash attention saves its output and one float32 a head (Dao 2023, arXiv 2307.08691)
+    queries = BLOCK_QUERIES if device == "cpu" else 0 if _is_flash(config, dtype_bytes, device) else GPU_BLOCK_QUERIES
+    if not queries:  # flash attention saves its output and one float32 a head (Dao 2023, arXiv 2307.08691)
         body += dtype_bytes * query + 4 * heads
     adapters = fully_trained_saved + saved_bytes(adapted, lora, dtype_bytes, inputs=not keeps_inputs)
     if keeps_inputs:
@@ -68,7 +72,20 @@ def decoder_layer_bytes(
         forward=dtype_bytes * (4 * feed_forward + hidden) + 4 * hidden,
         backward=dtype_bytes * (3 * feed_forward + hidden),
         cache=dtype_bytes * 2 * key_value,
-        attention=4 * dtype_bytes * heads * BLOCK_QUERIES if device == "cpu" else 0,
+        attention=4 * dtype_bytes * heads * queries,
+    )
+
+
+def _is_flash(config: Any, dtype_bytes: int, device: str) -> bool:
+    """Tell whether attention runs in the varlen kernel, as far as a configuration shows it."""
+    heads = getattr(config, "num_attention_heads", None) or 1
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return device == "cuda" and not varlen_obstacle(
+        torch.float32 if dtype_bytes > 2 else torch.bfloat16,
+        width,
+        getattr(config, "v_head_dim", None) or width,
+        softcap=getattr(config, "attn_logit_softcapping", None),
+        has_sinks=getattr(config, "model_type", "") == "gpt_oss",
     )
 
 

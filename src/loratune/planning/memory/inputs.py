@@ -18,7 +18,7 @@ class LayerBytes:
         forward: Bytes alive at the widest point of a forward pass without gradients.
         backward: Bytes of gradients alive at the widest point of the backward pass.
         cache: Bytes of keys and values that generation keeps.
-        attention: Bytes of a token's keys in one block of attention during the backward pass; 0 except on a CPU.
+        attention: Bytes of a token's keys in one block of attention during the backward pass; 0 in flash attention.
     """
 
     saved_for_backward: int

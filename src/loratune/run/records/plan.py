@@ -204,6 +204,24 @@ class AdviceGiven(Part):
     """Publication or measurement behind the reason; empty where it is arithmetic."""
 
 
+class PlannedPacking(Part):
+    """Whether the examples of a micro-batch share one forward pass, as far as the model's structure shows it."""
+
+    packed: bool
+    """Whether they do."""
+    why_unpacked: str
+    """Why not; empty if they do."""
+
+
+class Packing(PlannedPacking):
+    """Whether the examples of a micro-batch shared one forward pass."""
+
+    why_unpacked: str
+    """Why not all of them did; empty if they did."""
+    slow_attention: str
+    """Why packed attention did not run in the device's fastest kernel; empty if it did."""
+
+
 class PlannedDevice(Part):
     """The device that the plan is for (`--device`)."""
 
@@ -318,6 +336,8 @@ class Measured(SoFar):
     """Training speed, in tokens per second."""
     evaluate_seconds: float
     """Held-out losses and answers, during and after training, in seconds."""
+    packing: Packing | None = None
+    """Whether examples shared forward passes."""
 
 
 class PlanRecord(FileRecord):
@@ -337,6 +357,8 @@ class PlanRecord(FileRecord):
     """Training data per epoch."""
     choices: dict[str, ChoiceRecord]
     """Setting → automatic choice."""
+    packing: PlannedPacking | None = None
+    """Whether examples share forward passes."""
     warnings: tuple[str, ...]
     """What the user should read before starting."""
     advice: tuple[AdviceGiven, ...]

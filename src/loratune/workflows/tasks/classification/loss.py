@@ -17,8 +17,8 @@ from torch.nn.utils.rnn import pad_sequence
 from loratune.data.batch import MicroBatch, collate
 from loratune.data.examples import Example, LabelledExample
 from loratune.model.classifier import is_decoder
-from loratune.model.kernels.attention import PACKED, PackingUnsupportedError, register
-from loratune.training.loss import CHECK_TOKENS, SupervisedLoss, fastest_loss
+from loratune.model.kernels.attention import PackingUnsupportedError
+from loratune.training.loss import CHECK_TOKENS, SupervisedLoss, fastest_loss, use_packed_attention
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,6 +37,8 @@ class ClassificationLoss(SupervisedLoss):
         PackingUnsupportedError: The architecture does not support packed examples.
     """
 
+    pads = True
+
     def __init__(self, model: PeftModel, *, packed: bool = True) -> None:
         self._classifier: Any = model.get_base_model()
         self.model = model
@@ -47,8 +49,7 @@ class ClassificationLoss(SupervisedLoss):
                 raise PackingUnsupportedError(
                     f"{type(self._classifier).__name__} is not a decoder with a head on its last token"
                 )
-            register()
-            self._classifier.set_attn_implementation(PACKED)
+            use_packed_attention(self._classifier)
         self.decoder: Any = self._classifier.base_model
         self._pad_token_id: int = self._classifier.config.get_text_config().pad_token_id
 
@@ -95,7 +96,7 @@ class ClassificationLoss(SupervisedLoss):
         return ends[:-1].clone().scatter_reduce(0, numbers, seen, reduce="amax")
 
     def _padded(self, batch: MicroBatch) -> torch.Tensor:
-        places = list(pairwise(batch.boundaries.tolist()))
+        places = list(pairwise(batch.host_boundaries.tolist()))
 
         def rows(values: torch.Tensor, padding: int) -> torch.Tensor:
             return pad_sequence([values[0, a:b] for a, b in places], batch_first=True, padding_value=padding)
