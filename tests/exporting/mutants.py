@@ -1,6 +1,6 @@
 """Exports that are wrong, each in one way: what a certificate must never call the same model.
 
-`python -m tests.exporting.mutants` prints the table of docs/results/certificate.md.
+`python -m tests.exporting.mutants [RUN …]` prints the tables of docs/results/certificate.md.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from gguf import GGUFReader, GGUFValueType, GGUFWriter
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from loratune.exporting.adapter_matrices import LowRank
 from loratune.recipe.recipe import Recipe
@@ -25,15 +27,16 @@ from loratune.workflows.certify import certificate_of
 from loratune.workflows.export_gguf import GgufExport
 from loratune.workflows.finished import FinishedRun, open_finished
 from loratune.workflows.merged_folder import read_merged_folder, write_merged_folder
-from loratune.workflows.tiny_model import conversation, write_tiny_model
+from loratune.workflows.tiny_model import TEMPLATE, conversation, write_tiny_model
 from loratune.workflows.train import train
 
 TYPES = ("float32", "bfloat16", "float16", "gguf f16", "gguf bf16", "gguf q8_0")
 """What an export is written as: a merged folder, or a GGUF file."""
 LENGTHS: dict[str, dict[str, float]] = {
-    "5 steps at 5e-5": {"epochs": 2, "learning_rate": 5e-5},
-    "5 steps at 1e-3": {"epochs": 2, "learning_rate": 1e-3},
-    "30 steps at 1e-2": {"epochs": 12, "learning_rate": 1e-2},
+    "6 steps at 1e-6": {"epochs": 2, "learning_rate": 1e-6},
+    "6 steps at 5e-5": {"epochs": 2, "learning_rate": 5e-5},
+    "6 steps at 1e-3": {"epochs": 2, "learning_rate": 1e-3},
+    "36 steps at 1e-2": {"epochs": 12, "learning_rate": 1e-2},
 }
 """Run → its settings, shortest first."""
 
@@ -140,11 +143,28 @@ ONLY_FOLDERS = ("embeddings untied",)
 """Mutants that loratune's GGUF writer has no way to write."""
 
 
+def _tokenizer() -> PreTrainedTokenizerBase:
+    """Return a tokenizer of bytes with one merge, since a GGUF file needs some: small, so that files load at once."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {piece: number for number, piece in enumerate([*letters, "is"])}
+    core = Tokenizer(models.BPE(vocab=vocab, merges=[("i", "s")]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        additional_special_tokens=["<|im_start|>"],
+    )
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
 def finished(folder: Path, length: str, dtype: str) -> FinishedRun:
     """Train a tiny model for so long, and open the run."""
     base = folder / "base"
     if not base.exists():
-        write_tiny_model(base)
+        write_tiny_model(base, _tokenizer())
         _edit(base, lambda tensors: tensors.update({n: t.to(getattr(torch, dtype)) for n, t in tensors.items()}))
         _setting(dtype=dtype)(base)
     data = folder / "train.jsonl"
@@ -231,9 +251,9 @@ def cases() -> Iterator[tuple[str, str]]:
                 yield name, kind
 
 
-def table(folder: Path, dtype: str) -> Iterator[str]:
-    """Yield the lines of the table of verdicts."""
-    for length in LENGTHS:
+def table(folder: Path, lengths: Iterable[str], dtype: str) -> Iterator[str]:
+    """Yield the lines of the tables of verdicts, one a run."""
+    for length in lengths:
         run = finished(folder, length, dtype)
         yield f"\n### {length}, base in {dtype}\n"
         yield f"| | {' | '.join(TYPES)} |"
@@ -251,11 +271,10 @@ def table(folder: Path, dtype: str) -> Iterator[str]:
                     details = f" ({weights['kept']:.0%} kept, {found['mean_kl']:.1g} vs. {found['base_kl']:.1g})"
                 cells.append(record["verdict"] + details)
             yield f"| {name} | {' | '.join(cells)} |"
-            sys.stdout.flush()
 
 
 if __name__ == "__main__":
     for dtype in ("bfloat16", "float32"):
         with tempfile.TemporaryDirectory() as temporary:
-            for line in table(Path(temporary), dtype):
+            for line in table(Path(temporary), sys.argv[1:] or LENGTHS, dtype):
                 print(line, flush=True)  # noqa: T201

@@ -12,17 +12,9 @@ import torch
 
 from loratune.data.examples import Example
 from loratune.data.rows.row import Origin
-from loratune.exporting.certificate import (
-    EXACT,
-    Divergence,
-    ReferenceOutputs,
-    Target,
-    Tolerance,
-    Written,
-    certify,
-    summary,
-)
+from loratune.exporting.certificate import EXACT, Target, Tolerance, Written, certify, summary
 from loratune.exporting.places import Question
+from loratune.exporting.reference_outputs import Divergence, ReferenceOutputs
 from loratune.exporting.verdict import allowed_flips
 from loratune.run.directory import Record
 
@@ -91,9 +83,10 @@ def certificate(
     expected: ReferenceOutputs = EXPECTED,
     tolerance: Tolerance = EXACT,
     weights: Record | None = PROVEN,
+    rounding_known: bool = True,
     stops_required: bool = True,
 ) -> Record:
-    written = Written(load=lambda _: target, tolerance=tolerance, prove=lambda: weights)
+    written = Written(load=lambda _: target, tolerance=tolerance, prove=lambda: weights, rounding_known=rounding_known)
     return certify(expected, target, written, stops_required=stops_required)
 
 
@@ -164,6 +157,18 @@ def test_rounding_as_large_as_training_decides_nothing() -> None:
     record = certificate(Table(), expected=noisy, weights=lost)
     assert record["verdict"] == "undecided"
     assert record["tolerance"]["mean_kl"] == pytest.approx(0.8, rel=1e-3)
+
+
+def test_where_rounding_is_unknown_the_outputs_alone_say_same_or_nothing() -> None:
+    many = Divergence(kl=torch.full((30,), 0.5), same_top=torch.ones(30, dtype=torch.bool))
+    ten = replace(EXPECTED, examples=EXPECTED.examples * 10, logprobs=EXPECTED.logprobs * 10, base=many, rounded=many)
+    ten = replace(ten, rounded=replace(many, kl=torch.zeros(30)))
+    near = certificate(Table(LOGITS_SV * 1.05), expected=ten, weights=None, rounding_known=False)
+    assert near["verdict"] == "same"
+    assert certificate(Table(LOGITS_SV * 1.05), expected=ten, weights=None)["verdict"] == "different"
+    far = certificate(Table(LOGITS_SV * 0.5), expected=ten, weights=None, rounding_known=False)
+    assert far["verdict"] == "undecided"
+    assert "how its weights were rounded is unknown" in far["reason"]
 
 
 def test_three_positions_alone_decide_nothing() -> None:

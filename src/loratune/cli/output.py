@@ -108,7 +108,7 @@ def show_exported(exported: Exported, as_json: bool) -> None:
         print_record("export", {"folder": str(exported.folder), "certificate": certificate, "usage": usage})
         return
     console = SafeConsole(highlight=False, soft_wrap=True)
-    _print_verdict(exported.certificate, console)
+    console.print(escape(exported.summary))
     for path in sorted(exported.folder.iterdir()):
         console.print(f"  {escape(str(path))}  {path.stat().st_size / 2**20:,.1f} MiB")
     for command in exported.usage:
@@ -117,11 +117,16 @@ def show_exported(exported: Exported, as_json: bool) -> None:
 
 def show_certificate(certificate: Record, as_json: bool) -> None:
     """Print the certificate of files that were compared with a run, with what each proof measured."""
+    from loratune.exporting.certificate import summary
+
     if as_json:
         print_record("certify", certificate)
         return
     console = SafeConsole(highlight=False, soft_wrap=True)
-    _print_verdict(certificate, console)
+    console.print(escape(summary(certificate)))
+    if certificate["verdict"] != "same":
+        console.print(f"[yellow]{certificate['verdict']}[/yellow] {escape(certificate['reason'])}")
+        console.print(f"  fix: {escape(certificate['fix'])}")
     weights, found = certificate["weights"], certificate["distributions"]
     if weights is not None:
         console.print(
@@ -134,15 +139,6 @@ def show_certificate(certificate: Record, as_json: bool) -> None:
         f"  outputs: mean KL from the trained model {kl}; by rounding alone {found['rounding_kl']:.2g}; the base "
         f"without the adapter {found['base_kl']:.2g}"
     )
-
-
-def _print_verdict(certificate: Record, console: Console) -> None:
-    from loratune.exporting.certificate import summary
-
-    console.print(escape(summary(certificate)))
-    if certificate["verdict"] != "same":
-        console.print(f"[yellow]{certificate['verdict']}[/yellow] {escape(certificate['reason'])}")
-        console.print(f"  fix: {escape(certificate['fix'])}")
 
 
 def show_service(service: Service, as_json: bool) -> None:

@@ -14,34 +14,27 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 
-from loratune.data.batch import collate
-from loratune.data.prompts import stop_token_ids
+from loratune.exporting.reference_outputs import ReferenceOutputs, divergence_from
 from loratune.exporting.verdict import Decision, Evidence, allowed_flips, decide
-from loratune.model.arithmetic import Change, float32_arithmetic
-from loratune.run.errors import RunError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from transformers import PreTrainedTokenizerBase
-
-    from loratune.data.examples import Example
-    from loratune.exporting.places import Question
     from loratune.exporting.weights_proof import Rounding
     from loratune.run.directory import Record
-    from loratune.training.loss import SupervisedLoss
 
-BATCH_TOKENS = 2048
-"""The most tokens of a forward pass of the reference."""
 MORE_THAN_ROUNDING = 2.0
 """How many times the divergence of the rounded trained model a right export may have."""
+
+NEARER_THAN_BASE = 1 / 16
+"""How much nearer to the trained model than the base an export must be where its rounding is unknown: a quarter of the
+update, since the divergence is quadratic in it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,47 +55,6 @@ class Tolerance:
 EXACT = Tolerance(mean_kl=1e-6, margin=0.01, reason="float32 arithmetic on both sides, summed in a different order")
 ROUNDED = Tolerance(mean_kl=0.01, margin=0.25, reason="arithmetic in 16 bits on one side")
 QUANTIZED = Tolerance(mean_kl=0.03, margin=0.5, reason="products of 8 bits or fewer on one side")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Divergence:
-    """How far a model's next-token distributions are from those of the trained model.
-
-    Attributes:
-        kl: KL(trained ‖ model) of each position, in nats, float64 [P].
-        same_top: Whether both have the same likeliest token, [P].
-    """
-
-    kl: torch.Tensor
-    same_top: torch.Tensor
-
-    @property
-    def mean_kl(self) -> float | None:
-        """The mean, in nats; None where logits are not finite."""
-        return max(0.0, float(self.kl.mean())) if bool(self.kl.isfinite().all()) else None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReferenceOutputs:
-    """The outputs of base and adapter in the training code.
-
-    Attributes:
-        examples: Examples; their supervised tokens are the positions to compare.
-        logprobs: Per example float32 [positions, V].
-        questions: Prompts; none for plain text.
-        stop_token_ids: The tokens that end an answer.
-        base: The base without the adapter.
-        rounded: Base and adapter with weights rounded as the target's are.
-        compared_on: Where the examples are from: `held-out`, `training` or `held-out and training`.
-    """
-
-    examples: list[Example]
-    logprobs: list[torch.Tensor]
-    questions: list[Question]
-    stop_token_ids: tuple[int, ...]
-    base: Divergence
-    rounded: Divergence
-    compared_on: str = "held-out"
 
 
 class Target(Protocol):
@@ -136,6 +88,7 @@ class Written:
         load: Loads it back.
         tolerance: How far arithmetic alone may move its outputs.
         rounding: How its weights are rounded; None where they are the base's, or where that is unknown.
+        rounding_known: Whether `rounding` is all that happened to its weights.
         prove: Returns the proof by weights; None where there is none.
         settings: Returns the settings that differ from the base's, in words.
         way_out: What the user can do where rounding loses the update.
@@ -144,106 +97,10 @@ class Written:
     load: Load
     tolerance: Tolerance
     rounding: Rounding | None = None
+    rounding_known: bool = True
     prove: Callable[[], Record | None] = lambda: None
     settings: Callable[[], list[str]] = list
     way_out: str = "the adapter alone, without merging"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Places:
-    """Where training and an export are compared.
-
-    Attributes:
-        examples: Examples, whose supervised tokens are the positions to compare.
-        questions: Prompts.
-        compared_on: Where the examples are from.
-    """
-
-    examples: Sequence[Example]
-    questions: Sequence[Question] = field(default=())
-    compared_on: str = "held-out"
-
-
-def reference_outputs(
-    loss: SupervisedLoss,
-    places: Places,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    packed: bool,
-    change: Change | None,
-    progress: Callable[[int], None] = lambda _: None,
-) -> ReferenceOutputs:
-    """Run base and adapter in the training code, the base alone, and base and adapter rounded as the target is.
-
-    Args:
-        loss: The loss of the adapted model, in evaluation mode.
-        places: Where to compare.
-        tokenizer: The tokenizer of training.
-        packed: Whether the base's weights are packed, so that they cannot be computed with in float32.
-        change: Rounds the model's tensors as the target's are; None where they are not rounded.
-        progress: Called with the number of examples done.
-
-    Raises:
-        RunError: There are no examples to compare on.
-    """
-    if not places.examples:
-        raise RunError("the run has no answers to compare on", fix="train with data.eval")
-
-    def arithmetic(change: Change | None = None) -> AbstractContextManager[None]:
-        return nullcontext() if packed else float32_arithmetic(loss.model, change)
-
-    with arithmetic():
-        wanted = [logits.log_softmax(-1).cpu() for logits in _outputs(loss, places.examples, progress)]
-    with arithmetic(), loss.model.disable_adapter():
-        base = divergence_from(wanted, _outputs(loss, places.examples, progress))
-    rounded = Divergence(kl=torch.zeros_like(base.kl), same_top=torch.ones_like(base.same_top))
-    if change is not None and not packed:
-        with arithmetic(change):
-            rounded = divergence_from(wanted, _outputs(loss, places.examples, progress))
-    return ReferenceOutputs(
-        examples=list(places.examples),
-        logprobs=wanted,
-        questions=list(places.questions),
-        stop_token_ids=stop_token_ids(tokenizer),
-        base=base,
-        rounded=rounded,
-        compared_on=places.compared_on,
-    )
-
-
-def _outputs(
-    loss: SupervisedLoss, examples: Sequence[Example], progress: Callable[[int], None]
-) -> Iterator[torch.Tensor]:
-    """Yield the logits at each example's positions, float32 [positions, V]."""
-    batch: list[Example] = []
-    for example in [*examples, None]:
-        tokens = sum(len(other.input_ids) for other in batch)
-        if batch and (example is None or tokens + len(example.input_ids) > BATCH_TOKENS):
-            logits = loss.logits(collate(batch).to(loss.model.device))
-            labelled = len(logits) == len(batch)
-            counts = [1 if labelled else int(other.supervised[1:].sum()) for other in batch]
-            yield from logits.float().split(counts)
-            progress(len(batch))
-            batch = []
-        if example is not None:
-            batch.append(example)
-
-
-def divergence_from(wanted: Sequence[torch.Tensor], outputs: Iterator[torch.Tensor]) -> Divergence:
-    """Compare logits with the log-probabilities of the trained model.
-
-    Args:
-        wanted: Per example, the log-probabilities, [positions, V].
-        outputs: Per example, the logits, [positions, V']; targets may pad the vocabulary.
-    """
-    kl, same = [], []
-    for wanted_SV, logits_SV in zip(wanted, outputs, strict=True):
-        width = min(logits_SV.shape[1], wanted_SV.shape[1])
-        actual_SV = logits_SV[:, :width].cpu().double().log_softmax(-1)
-        trained_SV = wanted_SV[:, :width].double()
-        kl.append((trained_SV.exp() * (trained_SV - actual_SV)).sum(-1))
-        same.append(trained_SV.argmax(-1) == actual_SV.argmax(-1))
-    return Divergence(kl=torch.cat(kl), same_top=torch.cat(same))
 
 
 def certify(
@@ -265,7 +122,7 @@ def certify(
         progress: Called after each example.
     """
     template = _compare_prompts(expected, target)
-    distributions, limit = _compare_distributions(expected, target, written.tolerance, progress)
+    distributions, limit = _compare_distributions(expected, target, written, progress)
     missing = [token for token in expected.stop_token_ids if not target.ends_with(token)]
     weights = written.prove()
     decision = decide(
@@ -275,6 +132,7 @@ def certify(
             settings=written.settings(),
             distributions=distributions,
             limit=limit,
+            rounding_known=written.rounding_known,
             weights=weights,
             way_out=written.way_out,
         )
@@ -355,7 +213,7 @@ def _compare_prompts(expected: ReferenceOutputs, target: Target) -> Record:
 
 
 def _compare_distributions(
-    expected: ReferenceOutputs, target: Target, tolerance: Tolerance, progress: Callable[[], None]
+    expected: ReferenceOutputs, target: Target, written: Written, progress: Callable[[], None]
 ) -> tuple[Record, float]:
     """Return the record of the comparison, and the largest mean KL divergence that passes."""
 
@@ -366,10 +224,13 @@ def _compare_distributions(
 
     found = divergence_from(expected.logprobs, outputs())
     first_two_P2 = torch.cat([logprobs.double().topk(2).values for logprobs in expected.logprobs])
-    decided = first_two_P2[:, 0] - first_two_P2[:, 1] >= tolerance.margin
+    decided = first_two_P2[:, 0] - first_two_P2[:, 1] >= written.tolerance.margin
     num_decided = int(decided.sum())
     noise = expected.rounded.mean_kl
-    limit = MORE_THAN_ROUNDING * (noise or 0.0) + tolerance.mean_kl
+    base = expected.base.mean_kl or 0.0
+    limit = MORE_THAN_ROUNDING * (noise or 0.0) + written.tolerance.mean_kl
+    if not written.rounding_known:
+        limit = max(limit, NEARER_THAN_BASE * base)
     finite = found.mean_kl is not None
     record = {
         "num_examples": len(expected.examples),
@@ -381,7 +242,7 @@ def _compare_distributions(
         "decided_agreement": float(found.same_top[decided].double().mean()) if num_decided else 1.0,
         "mean_kl": found.mean_kl,
         "max_kl": float(found.kl.max()) if finite else None,
-        "base_kl": expected.base.mean_kl or 0.0,
+        "base_kl": base,
         "rounding_kl": noise or 0.0,
     }
     return record, limit

@@ -39,6 +39,7 @@ class Evidence:
         settings: Settings that differ from the base's, in words.
         distributions: The comparison of distributions.
         limit: The largest mean KL divergence that rounding and arithmetic explain, in nats.
+        rounding_known: Whether it is known how the target's weights were rounded.
         weights: The proof by weights; None where there is none.
         way_out: What the user can do where rounding loses the update.
     """
@@ -48,6 +49,7 @@ class Evidence:
     settings: list[str]
     distributions: Record
     limit: float
+    rounding_known: bool
     weights: Record | None
     way_out: str
 
@@ -81,12 +83,13 @@ def decide(evidence: Evidence) -> Decision:
         )
     found, weights = evidence.distributions, evidence.weights
     base_kl, positions = found["base_kl"], found["num_positions"]
-    if base_kl > evidence.limit and (weights is not None or positions >= FEW_POSITIONS):
+    near = found["mean_kl"] <= evidence.limit
+    if near and base_kl > evidence.limit and (weights is not None or positions >= FEW_POSITIONS):
         reason = (
             f"its mean KL divergence from the trained model is {found['mean_kl']:.2g} nats; the base's is {base_kl:.2g}"
         )
         return Decision(verdict="same", complaints=[], reason=reason, fix="")
-    if weights is not None and weights["relative_error"] <= KEPT_EXACTLY:
+    if near and weights is not None and weights["relative_error"] <= KEPT_EXACTLY:
         reason = f"its weights hold the trained update to {weights['relative_error']:.2g} of its size"
         return Decision(verdict="same", complaints=[], reason=reason, fix="")
     return _undecided(evidence)
@@ -133,7 +136,7 @@ def _complaints(evidence: Evidence) -> list[tuple[str, str]]:
         complaints += [(text, _fix_for(text)) for text in evidence.weights["problems"]]
     if found["mean_kl"] is None:
         complaints.append(("its logits are not finite", "another --dtype: float16 overflows where bfloat16 does not"))
-    elif not complaints:
+    elif not complaints and evidence.rounding_known:
         complaints += _far(evidence)
     return complaints
 
@@ -169,6 +172,13 @@ def _fix_for(problem: str) -> str:
 
 def _undecided(evidence: Evidence) -> Decision:
     found, weights = evidence.distributions, evidence.weights
+    if not evidence.rounding_known and found["mean_kl"] > evidence.limit:
+        reason = (
+            f"its mean KL divergence from the trained model is {found['mean_kl']:.2g} nats, the base's "
+            f"{found['base_kl']:.2g}, and how its weights were rounded is unknown"
+        )
+        fix = "certify a file that `loratune export` wrote, before it is rounded further"
+        return Decision(verdict="undecided", complaints=[], reason=reason, fix=fix)
     longer = "train longer, or at a higher learning rate"
     if weights is None and found["base_kl"] > evidence.limit:
         reason = f"only {found['num_positions']} positions could be compared, fewer than {FEW_POSITIONS}"

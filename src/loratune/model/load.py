@@ -302,7 +302,8 @@ def stored_dtype(config: PreTrainedConfig, section: ModelSection) -> torch.dtype
 
     if section.quantization in PACKED or method_of(config) is not None:
         return torch_dtype(section.dtype)
-    return config.dtype or torch.float32
+    stored: Any = config.dtype
+    return stored or torch.float32
 
 
 def positions_of(config: PreTrainedConfig) -> int | None:

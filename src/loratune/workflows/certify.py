@@ -125,13 +125,18 @@ def with_origin(run: RunDir, kind: str, path: Path, certificate: Record) -> Reco
 
 
 def record(run: RunDir, certificate: Record, progress: Progress) -> None:
-    """Add a certificate to the run's list, in place of an older one of the same folder, and update the report."""
+    """Add a certificate to the run's list, in place of an older one of the same folder, and update the report.
+
+    A verdict that is undecided is shown as a warning.
+    """
     others = [
         other
         for other in (read_json(run.parity) if run.parity.is_file() else [])
         if other["path"] != certificate["path"]
     ]
     write_record(run.parity, Certificates, [*others, certificate])
+    if certificate["verdict"] == "undecided":
+        progress.warn(f"undecided: {certificate['reason']}\n  fix: {certificate['fix']}")
     report_or_warn(run, progress)
 
 

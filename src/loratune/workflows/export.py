@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loratune.exporting.adapter_matrices import read_adapter, read_replaced
-from loratune.exporting.certificate import EXACT, ReferenceOutputs, Target, Written
+from loratune.exporting.certificate import EXACT, Target, Written
 from loratune.exporting.gguf.adapter import check_plain
 from loratune.exporting.gguf.architectures import GgufLayout
 from loratune.exporting.load_back import TransformersReader
 from loratune.exporting.ollama import translate
+from loratune.exporting.reference_outputs import ReferenceOutputs
 from loratune.exporting.staging import check_target
 from loratune.exporting.transformers_serve import check_transformers, model_folder, served_name, write_served
 from loratune.exporting.vllm import check_vllm, serve_merged

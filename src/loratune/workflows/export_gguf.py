@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from loratune.exporting.certificate import EXACT, QUANTIZED, ROUNDED, ReferenceOutputs, Target, Tolerance, Written
+from loratune.exporting.certificate import EXACT, QUANTIZED, ROUNDED, Target, Tolerance, Written
 from loratune.exporting.gguf.adapter import read_gguf_adapter, write_gguf_adapter
 from loratune.exporting.gguf.architectures import GgufLayout
 from loratune.exporting.gguf.model import GgufSource, is_quantized, write_gguf_model
 from loratune.exporting.load_back import LlamaCppReader, RenderPrompt, TransformersReader, has_llama_cpp
 from loratune.exporting.merge_weights import MergedWeights
 from loratune.exporting.ollama import TemplateParts, modelfile
+from loratune.exporting.reference_outputs import ReferenceOutputs
 from loratune.exporting.structure import gguf_differences
 from loratune.exporting.weights_proof import prove_adapter, prove_weights
 from loratune.exporting.written_tensors import GgufTensors, gguf_rounding
@@ -97,10 +98,12 @@ class GgufExport:
             with MergedWeights(finished.base, finished.updates, replaced=finished.replaced) as weights:
                 return prove_weights(weights, tensors, base_name=finished.prepared.recipe.model.name)
 
+        rounding = None if tensors.kind is None else gguf_rounding(tensors.kind)
         return Written(
             load=load,
             tolerance=self._tolerance(),
-            rounding=None if tensors.kind is None else gguf_rounding(tensors.kind),
+            rounding=rounding,
+            rounding_known=rounding is not None,
             prove=prove,
             settings=lambda: gguf_differences(file, finished.config, layout, finished.source),
             way_out="--outtype f16 rounds less than q8_0, `loratune export --to gguf` writes the adapter alone",

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoConfig
 
-from loratune.exporting.certificate import EXACT, QUANTIZED, ROUNDED, ReferenceOutputs, Target, Tolerance, Written
+from loratune.exporting.certificate import EXACT, QUANTIZED, ROUNDED, Target, Tolerance, Written
 from loratune.exporting.gguf.model import is_quantized
 from loratune.exporting.load_back import TransformersReader
 from loratune.exporting.merge_weights import DTYPES, MergedWeights, Values, copy_companions, write_merged
+from loratune.exporting.reference_outputs import ReferenceOutputs
 from loratune.exporting.structure import config_differences
 from loratune.exporting.weights_proof import prove_weights
 from loratune.exporting.written_tensors import FolderTensors, rounding_to
@@ -106,6 +107,7 @@ def read_merged_folder(finished: FinishedRun, folder: Path) -> Written:
         load=load,
         tolerance=_tolerance(finished),
         rounding=None if dtype is None else rounding_to(dtype),
+        rounding_known=dtype is not None,
         prove=prove,
         settings=settings,
         way_out=f"loratune merge {finished.run.root} OUT --dtype float32, or export the adapter alone",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from loratune.exporting.certificate import Places, ReferenceOutputs, reference_outputs
 from loratune.exporting.places import choose_examples, choose_questions
+from loratune.exporting.reference_outputs import Places, ReferenceOutputs, reference_outputs
 from loratune.exporting.weights_proof import Rounding, trained_weight
 from loratune.model.adapter.attach import load_adapter
 from loratune.model.load import is_packed, load_model, stored_dtype

@@ -12,17 +12,9 @@ import torch
 
 from loratune.data.examples import Example, LabelledExample
 from loratune.exporting.adapter_matrices import read_adapter
-from loratune.exporting.certificate import (
-    EXACT,
-    ROUNDED,
-    Places,
-    ReferenceOutputs,
-    Written,
-    certify,
-    reference_outputs,
-    with_decision,
-)
+from loratune.exporting.certificate import EXACT, ROUNDED, Written, certify, with_decision
 from loratune.exporting.places import Question
+from loratune.exporting.reference_outputs import Places, ReferenceOutputs, reference_outputs
 from loratune.exporting.staging import atomic_folder, check_target
 from loratune.exporting.verdict import Decision
 from loratune.exporting.written_tensors import rounding_to
