@@ -19,7 +19,7 @@ VERBS = {
     "Training": (training.train, training.resume, training.evaluate, training.reproduce, training.bench),
     "After training": (
         *(after.report, after.compare, after.diff, after.chat),
-        *(after.merge, after.export, after.serve, after.push),
+        *(after.merge, after.export, after.certify, after.serve, after.push),
     ),
 }  # fmt: skip
 """Title in `loratune --help` → its verbs, in the order in which they are shown."""

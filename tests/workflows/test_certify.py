@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
 
-from loratune.exporting.certificate import Load, Tolerance
+from loratune.exporting.certificate import Written
 from loratune.run.directory import RunDir, read_json
 from loratune.run.errors import RunError
 from loratune.run.progress import NoProgress
@@ -34,10 +34,10 @@ def finished(finished_run: RunDir) -> FinishedRun:
     return open_finished(finished_run.root, Warnings())
 
 
-def without_stop_tokens(finished: FinishedRun) -> Callable[[Path], tuple[Load, Tolerance]]:
+def without_stop_tokens(finished: FinishedRun) -> Callable[[Path], Written]:
     """Writes a merged folder that ends answers elsewhere than training."""
 
-    def write(folder: Path) -> tuple[Load, Tolerance]:
+    def write(folder: Path) -> Written:
         result = write_merged_folder(finished, folder, "auto")
         file = folder / "generation_config.json"
         file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token_id": 5}))
@@ -76,7 +76,7 @@ def test_a_newer_certificate_of_the_same_folder_replaces_the_older(finished: Fin
 
 
 def test_the_reference_is_base_and_adapter_at_the_supervised_tokens(finished: FinishedRun) -> None:
-    expected = compute_reference(finished)
+    expected = compute_reference(finished, None)
     adapted = AutoPeftModelForCausalLM.from_pretrained(str(finished.run.adapter)).eval()
     assert len(expected.examples) == len(expected.questions) == 6
     for example, logprobs in zip(expected.examples, expected.logprobs, strict=True):

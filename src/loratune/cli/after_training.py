@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from loratune.cli.options import AsJson, ReportFile, RunFolder, RunFolders
-from loratune.cli.output import print_json, show_exported, show_publication, show_service
+from loratune.cli.output import print_json, show_certificate, show_exported, show_publication, show_service
 from loratune.cli.shell import command_context
 from loratune.cli.terminal import SafeConsole
 
 if TYPE_CHECKING:
+    from loratune.run.directory import Record
     from loratune.workflows.serve import Service
 
 
@@ -89,7 +90,9 @@ def merge(
     with command_context(as_json) as progress:
         from loratune.workflows import export as workflow
 
-        show_exported(workflow.merge(run, out, dtype=dtype, progress=progress), as_json)
+        exported = workflow.merge(run, out, dtype=dtype, progress=progress)
+        show_exported(exported, as_json)
+        _require_same(exported.certificate)
 
 
 def export(
@@ -115,6 +118,26 @@ def export(
             run, to=to, merged=merged, outtype=outtype, out=out, num_answers=answers, progress=progress
         )
         show_exported(exported, as_json)
+        _require_same(exported.certificate)
+
+
+def certify(
+    run: RunFolder,
+    target: Annotated[
+        Path, typer.Argument(metavar="TARGET", help="A merged folder, a GGUF file, or an adapter's folder.")
+    ],
+    as_json: AsJson = False,
+) -> None:
+    """Compare files, whoever wrote them, with the model that was trained: same, different or undecided.
+
+    Exits with 0 only if they are the same.
+    """
+    with command_context(as_json) as progress:
+        from loratune.workflows.certify_target import certify_target
+
+        certificate = certify_target(run, target, progress=progress)
+        show_certificate(certificate, as_json)
+        _require_same(certificate)
 
 
 def serve(
@@ -160,6 +183,12 @@ def push(
 
         done = send(run, repo, public=public, dry_run=dry_run, with_report=with_report, progress=progress)
         show_publication(done, as_json)
+
+
+def _require_same(certificate: Record) -> None:
+    """Exit with 1 unless the verdict is `same`."""
+    if certificate["verdict"] != "same":
+        raise SystemExit(1)
 
 
 def _show_file(name: str, path: Path, as_json: bool) -> None:

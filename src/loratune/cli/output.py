@@ -115,6 +115,32 @@ def show_exported(exported: Exported, as_json: bool) -> None:
         console.print(f"[bold]$[/bold] {escape(command)}")
 
 
+def show_certificate(certificate: Record, as_json: bool) -> None:
+    """Print the certificate of files that were compared with a run, with what each proof measured."""
+    from loratune.exporting.certificate import summary
+
+    if as_json:
+        print_record("certify", certificate)
+        return
+    console = SafeConsole(highlight=False, soft_wrap=True)
+    console.print(escape(summary(certificate)))
+    if certificate["verdict"] != "same":
+        console.print(f"[yellow]{certificate['verdict']}[/yellow] {escape(certificate['reason'])}")
+        console.print(f"  fix: {escape(certificate['fix'])}")
+    weights, found = certificate["weights"], certificate["distributions"]
+    if weights is not None:
+        console.print(
+            f"  weights: {weights['kept']:.1%} of the update kept ({weights['least_kept']:.1%} in "
+            f"{escape(str(weights['least_kept_tensor']))}), relative error {weights['relative_error']:.2g}, in "
+            f"{weights['num_changed']} of {weights['num_changed'] + weights['num_unchanged']} tensors"
+        )
+    kl = "not finite" if found["mean_kl"] is None else f"{found['mean_kl']:.2g} nats"
+    console.print(
+        f"  outputs: mean KL from the trained model {kl}; by rounding alone {found['rounding_kl']:.2g}; the base "
+        f"without the adapter {found['base_kl']:.2g}"
+    )
+
+
 def show_service(service: Service, as_json: bool) -> None:
     """Print where a server listens, and how to call it."""
     if as_json:

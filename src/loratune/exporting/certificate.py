@@ -1,8 +1,13 @@
-"""The certificate: evidence that an exported model computes what base and adapter compute in the training code.
+"""The certificate: evidence that an exported model is the one that was trained.
 
-Three things are compared on held-out conversations: the token ids of prompts, rendered by the target's own template and
-tokenized by its own tokenizer; the tokens that end an answer; and the distributions of the next token at the positions
-of answers.
+Three proofs, each of which can fail (`verdict` combines them):
+
+- prompts, stop tokens and settings: the token ids of prompts, rendered by the target's own template and tokenized by
+  its own tokenizer; the tokens that end an answer; the configuration of the model (`structure`).
+- weights (`weights_proof`): written minus base against the trained update, tensor by tensor, where they can be read.
+- distributions of the next token at positions of answers: KL(trained ‖ target) against two yardsticks at the same
+  positions: KL(trained ‖ base), and KL(trained ‖ trained), the latter with weights rounded as the target's are, in
+  training's own code. Arithmetic is float32 on both sides, since how 16-bit sums round is no property of an export.
 """
 
 from __future__ import annotations
@@ -15,70 +20,41 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import torch
 
-from loratune.data.batch import collate
-from loratune.data.examples import Example
-from loratune.data.prompts import render_prompts, stop_token_ids
-from loratune.run.errors import RunError
+from loratune.exporting.reference_outputs import ReferenceOutputs, divergence_from
+from loratune.exporting.verdict import Decision, Evidence, allowed_flips, decide
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from collections.abc import Iterator
 
-    from loratune.data.rows.conversation import Conversation
+    from loratune.exporting.weights_proof import Rounding
     from loratune.run.directory import Record
-    from loratune.training.loss import SupervisedLoss
 
-MAX_POSITIONS = 512
-"""The most positions at which distributions are compared: 0.3 GB of log-probabilities for a vocabulary of 150,000."""
-POSITIONS_PER_EXAMPLE = 32
-MAX_PROMPTS = 32
+MORE_THAN_ROUNDING = 2.0
+"""How many times the divergence of the rounded trained model a right export may have."""
+
+NEARER_THAN_BASE = 1 / 16
+"""How much nearer to the trained model than the base an export must be where its rounding is unknown: a quarter of the
+update, since the divergence is quadratic in it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tolerance:
-    """How far an exported model may differ from training.
+    """How far arithmetic alone may move the outputs of a right export.
 
     Attributes:
-        mean_kl: The largest mean KL(training ‖ target) over all positions, in nats.
+        mean_kl: The mean KL(training ‖ target) that arithmetic explains, in nats.
         margin: The lead of the top token over the second, in nats, from which a position counts as decided.
-        top1: The smallest share of decided positions where both have the same top token, 0 to 1.
         reason: Why the two may differ.
     """
 
     mean_kl: float
     margin: float
-    top1: float
     reason: str
 
 
-EXACT = Tolerance(mean_kl=1e-5, margin=0.01, top1=1.0, reason="float32 on both sides, summed in a different order")
-ROUNDED = Tolerance(mean_kl=0.01, margin=0.25, top1=0.99, reason="weights or arithmetic in 16 bits")
-QUANTIZED = Tolerance(mean_kl=0.03, margin=0.5, top1=0.98, reason="weights or arithmetic in 8 bits or fewer")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Question:
-    """A held-out conversation up to its last answer, with the token ids that training gives it."""
-
-    messages: tuple[dict[str, Any], ...]
-    tools: tuple[dict[str, Any], ...] | None
-    input_ids: list[int]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReferenceOutputs:
-    """The outputs of base and adapter in the training code.
-
-    Attributes:
-        examples: Held-out examples; their supervised tokens are the positions to compare.
-        logprobs: Per example float32 [positions, V].
-        questions: Prompts; none for plain text.
-        stop_token_ids: The tokens that end an answer.
-    """
-
-    examples: list[Example]
-    logprobs: list[torch.Tensor]
-    questions: list[Question]
-    stop_token_ids: tuple[int, ...]
+EXACT = Tolerance(mean_kl=1e-6, margin=0.01, reason="float32 arithmetic on both sides, summed in a different order")
+ROUNDED = Tolerance(mean_kl=0.01, margin=0.25, reason="arithmetic in 16 bits on one side")
+QUANTIZED = Tolerance(mean_kl=0.03, margin=0.5, reason="products of 8 bits or fewer on one side")
 
 
 class Target(Protocol):
@@ -104,130 +80,120 @@ Load = Callable[[ReferenceOutputs], Target]
 """Loads an export back; gets what will be compared, to size its context by."""
 
 
-def choose_examples(held_out: Sequence[Example]) -> list[Example]:
-    """Choose the positions to compare: evenly over each example's supervised tokens, including the first and last.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Written:
+    """An export that was written, and how to prove it.
 
-    Returns:
-        The examples, cut after their last chosen position, with only the chosen tokens supervised.
+    Attributes:
+        load: Loads it back.
+        tolerance: How far arithmetic alone may move its outputs.
+        rounding: How its weights are rounded; None where they are the base's, or where that is unknown.
+        rounding_known: Whether `rounding` is all that happened to its weights.
+        prove: Returns the proof by weights; None where there is none.
+        settings: Returns the settings that differ from the base's, in words.
+        way_out: What the user can do where rounding loses the update.
     """
-    chosen: list[Example] = []
-    left = MAX_POSITIONS
-    for example in held_out:
-        supervised = np.flatnonzero(example.supervised[1:]) + 1
-        count = min(len(supervised), POSITIONS_PER_EXAMPLE, left)
-        if count == 0:
-            continue
-        mask = np.zeros_like(example.supervised)
-        mask[supervised[np.linspace(0, len(supervised) - 1, count).round().astype(int)]] = True
-        end = int(np.flatnonzero(mask)[-1]) + 1
-        chosen.append(Example(input_ids=example.input_ids[:end], supervised=mask[:end], origin=example.origin))
-        left -= count
-    return chosen
 
-
-def choose_questions(
-    conversations: Sequence[Conversation], tokenizer: PreTrainedTokenizerBase, limit: int = MAX_PROMPTS
-) -> list[Question]:
-    """Return prompts for the last answers of held-out conversations, as training renders them."""
-    questions: list[Question] = []
-    for conversation in conversations:
-        for prompt in render_prompts([conversation], tokenizer):
-            roles = [message["role"] for message in conversation.messages]
-            turn = len(roles) - 1 - roles[::-1].index("assistant")
-            questions.append(
-                Question(messages=conversation.messages[:turn], tools=conversation.tools, input_ids=prompt.input_ids)
-            )
-        if len(questions) == limit:
-            break
-    return questions
-
-
-def reference_outputs(
-    loss: SupervisedLoss,
-    held_out: Sequence[Example],
-    questions: Sequence[Question],
-    tokenizer: PreTrainedTokenizerBase,
-    progress: Callable[[], None] = lambda: None,
-) -> ReferenceOutputs:
-    """Run base and adapter in the training code.
-
-    Args:
-        loss: The loss of the adapted model, in evaluation mode.
-        held_out: Examples from `choose_examples`.
-        questions: Prompts from `choose_questions`.
-        tokenizer: The tokenizer of training.
-        progress: Called after each example.
-
-    Raises:
-        RunError: There are no examples to compare on.
-    """
-    if not held_out:
-        raise RunError("the run has no held-out answers to compare on", fix="train with data.eval")
-    logprobs = []
-    for example in held_out:
-        logits = loss.logits(collate([example]).to(loss.model.device))
-        logprobs.append(logits.log_softmax(-1).cpu())
-        progress()
-    return ReferenceOutputs(
-        examples=list(held_out),
-        logprobs=logprobs,
-        questions=list(questions),
-        stop_token_ids=stop_token_ids(tokenizer),
-    )
+    load: Load
+    tolerance: Tolerance
+    rounding: Rounding | None = None
+    rounding_known: bool = True
+    prove: Callable[[], Record | None] = lambda: None
+    settings: Callable[[], list[str]] = list
+    way_out: str = "the adapter alone, without merging"
 
 
 def certify(
     expected: ReferenceOutputs,
     target: Target,
-    tolerance: Tolerance,
+    written: Written,
     *,
     stops_required: bool,
     progress: Callable[[], None] = lambda: None,
 ) -> Record:
-    """Compare an export with training. Return the record `parity.json`, whose `passed` gives the verdict.
+    """Compare an export with training. Return the record `parity.json`, whose `verdict` gives the result.
 
     Args:
         expected: The outputs of training.
         target: The export, loaded back.
-        tolerance: How far the two may differ.
+        written: How to prove it.
         stops_required: Whether the target itself must stop where training does. False for an adapter, which cannot
             change where its base stops.
         progress: Called after each example.
     """
     template = _compare_prompts(expected, target)
-    distributions = _compare_distributions(expected, target, tolerance, progress)
+    distributions, limit = _compare_distributions(expected, target, written, progress)
     missing = [token for token in expected.stop_token_ids if not target.ends_with(token)]
-    complaints = _complaints(template, distributions, tolerance)
-    if missing and stops_required:
-        complaints.append(f"answers do not end at the tokens {missing}")
+    weights = written.prove()
+    decision = decide(
+        Evidence(
+            template=template,
+            missing_stops=missing if stops_required else [],
+            settings=written.settings(),
+            distributions=distributions,
+            limit=limit,
+            rounding_known=written.rounding_known,
+            weights=weights,
+            way_out=written.way_out,
+        )
+    )
+    decided, allowed = distributions["num_decided"], distributions.pop("num_allowed")
     return {
-        "passed": not complaints,
-        "complaints": complaints,
+        **with_decision(decision),
         "checked_with": target.checked_with,
         "template": template,
         "stop_tokens": {"ids": list(expected.stop_token_ids), "missing": missing},
         "distributions": distributions,
-        "tolerance": asdict(tolerance),
+        "weights": weights,
+        "tolerance": {
+            **asdict(written.tolerance),
+            "mean_kl": limit,
+            "top1": 1 - allowed / decided if decided else 0.0,
+        },
+        "compared_on": expected.compared_on,
         "loratune": importlib.metadata.version("loratune"),
+    }
+
+
+def with_decision(decision: Decision) -> Record:
+    """Return the fields of a certificate that state its verdict."""
+    return {
+        "verdict": decision.verdict,
+        "passed": decision.verdict == "same",
+        "complaints": decision.complaints,
+        "reason": decision.reason,
+        "fix": decision.fix,
     }
 
 
 def summary(certificate: Record) -> str:
     """Return the certificate in one line for people."""
     template, distributions = certificate["template"], certificate["distributions"]
-    verdict = "same" if certificate["passed"] else "NOT the same"
+    verdict = {"same": "same", "different": "NOT the same", "undecided": "UNDECIDED whether the same"}[
+        certificate["verdict"]
+    ]
     if certificate.get("compares") == "classes":
         return (
             f"verified with {certificate['checked_with']}: {verdict} classifier; same token ids for "
             f"{template['same_token_ids']} of {template['num_prompts']} texts, same class for "
-            f"{distributions['top1_agreement']:.1%}, mean KL {distributions['mean_kl']:.2g} nats"
+            f"{distributions['top1_agreement']:.1%}, {_divergence(distributions)}"
         )
     return (
         f"verified with {certificate['checked_with']}: {verdict} model; same token ids for "
         f"{template['same_token_ids']} of {template['num_prompts']} prompts, same top token at "
-        f"{distributions['top1_agreement']:.1%} of {distributions['num_positions']} positions, mean KL "
-        f"{distributions['mean_kl']:.2g} nats{_answers(certificate.get('answers'))}"
+        f"{distributions['top1_agreement']:.1%} of {distributions['num_positions']} positions, "
+        f"{_divergence(distributions)}{_answers(certificate.get('answers'))}{_weights(certificate.get('weights'))}"
     )
+
+
+def _divergence(distributions: Record) -> str:
+    kl = distributions["mean_kl"]
+    shown = "not finite" if kl is None else f"{kl:.2g} nats"
+    return f"mean KL {shown} (the base's {distributions['base_kl']:.2g})"
+
+
+def _weights(weights: Record | None) -> str:
+    return "" if weights is None else f", {weights['kept']:.0%} of the update in the weights"
 
 
 def _compare_prompts(expected: ReferenceOutputs, target: Target) -> Record:
@@ -247,50 +213,39 @@ def _compare_prompts(expected: ReferenceOutputs, target: Target) -> Record:
 
 
 def _compare_distributions(
-    expected: ReferenceOutputs, target: Target, tolerance: Tolerance, progress: Callable[[], None]
-) -> Record:
-    divergences, agreements, leads = [], [], []
-    for example, wanted in zip(expected.examples, expected.logprobs, strict=True):
-        positions = (np.flatnonzero(example.supervised) - 1).tolist()
-        logits_SV = target.logits(example.input_ids.tolist(), positions)
-        width = min(logits_SV.shape[1], wanted.shape[1])  # targets may pad the vocabulary
-        actual_SV = logits_SV[:, :width].cpu().double().log_softmax(-1)
-        wanted_SV = wanted[:, :width].double()
-        divergences.append((wanted_SV.exp() * (wanted_SV - actual_SV)).sum(-1))
-        agreements.append(wanted_SV.argmax(-1) == actual_SV.argmax(-1))
-        first_two_S2 = wanted_SV.topk(2).values
-        leads.append(first_two_S2[:, 0] - first_two_S2[:, 1])
-        progress()
-    kl, agree, decided = torch.cat(divergences), torch.cat(agreements), torch.cat(leads) >= tolerance.margin
-    return {
+    expected: ReferenceOutputs, target: Target, written: Written, progress: Callable[[], None]
+) -> tuple[Record, float]:
+    """Return the record of the comparison, and the largest mean KL divergence that passes."""
+
+    def outputs() -> Iterator[torch.Tensor]:
+        for example in expected.examples:
+            yield target.logits(example.input_ids.tolist(), (np.flatnonzero(example.supervised) - 1).tolist())
+            progress()
+
+    found = divergence_from(expected.logprobs, outputs())
+    first_two_P2 = torch.cat([logprobs.double().topk(2).values for logprobs in expected.logprobs])
+    decided = first_two_P2[:, 0] - first_two_P2[:, 1] >= written.tolerance.margin
+    num_decided = int(decided.sum())
+    noise = expected.rounded.mean_kl
+    base = expected.base.mean_kl or 0.0
+    limit = MORE_THAN_ROUNDING * (noise or 0.0) + written.tolerance.mean_kl
+    if not written.rounding_known:
+        limit = max(limit, NEARER_THAN_BASE * base)
+    finite = found.mean_kl is not None
+    record = {
         "num_examples": len(expected.examples),
-        "num_positions": len(kl),
-        "top1_agreement": float(agree.double().mean()),
-        "num_decided": int(decided.sum()),
-        "decided_agreement": float(agree[decided].double().mean()) if bool(decided.any()) else 1.0,
-        "mean_kl": max(0.0, float(kl.mean())) if bool(kl.isfinite().all()) else None,
-        "max_kl": float(kl.max()) if bool(kl.isfinite().all()) else None,
+        "num_positions": len(found.kl),
+        "top1_agreement": float(found.same_top.double().mean()),
+        "num_decided": num_decided,
+        "num_flipped": int((~found.same_top[decided]).sum()),
+        "num_allowed": allowed_flips(num_decided, int((~expected.rounded.same_top[decided]).sum())),
+        "decided_agreement": float(found.same_top[decided].double().mean()) if num_decided else 1.0,
+        "mean_kl": found.mean_kl,
+        "max_kl": float(found.kl.max()) if finite else None,
+        "base_kl": base,
+        "rounding_kl": noise or 0.0,
     }
-
-
-def _complaints(template: Record, distributions: Record, tolerance: Tolerance) -> list[str]:
-    complaints = []
-    other = template["num_prompts"] - template["same_token_ids"]
-    if other:
-        complaints.append(
-            f"{other} of {template['num_prompts']} prompts have different token ids: {template['first_difference']}"
-        )
-    kl, agreement = distributions["mean_kl"], distributions["decided_agreement"]
-    if kl is None:
-        complaints.append("its logits are not finite")
-    elif kl > tolerance.mean_kl:
-        complaints.append(f"the mean KL divergence is {kl:.2g} nats, more than {tolerance.mean_kl:g}")
-    if agreement < tolerance.top1:
-        complaints.append(
-            f"the top token is the same at {agreement:.1%} of {distributions['num_decided']} positions where it leads "
-            f"clearly, less than {tolerance.top1:.1%}"
-        )
-    return complaints
+    return record, limit
 
 
 def _answers(record: Record | None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ import torch
 from loratune.data.prompts import render_prompts
 from loratune.data.rows.conversation import Conversation
 from loratune.data.rows.row import Origin
+from loratune.model.arithmetic import float32_arithmetic
 
 if TYPE_CHECKING:
     from loratune.exporting.adapter_matrices import LowRank
@@ -27,7 +29,7 @@ class TransformersReader:
 
     Args:
         folder: The folder with the model and its tokenizer.
-        dtype: The type to compute in.
+        dtype: The type to load weights in; `auto`: as they are stored. Arithmetic is float32.
         device: The device to compute on.
         gguf_file: The name of a GGUF file in the folder; None for safetensors.
         adapter: A folder in PEFT's format with its own tokenizer and template.
@@ -64,6 +66,8 @@ class TransformersReader:
         if adapter is not None:
             model = load_adapter(model, Path(adapter))
         self._model = model.to(device).eval()
+        self._rounds = self._model.dtype in (torch.float16, torch.bfloat16)
+        self._arithmetic = ExitStack()
         self._render = render
         names = ["transformers", *(["peft"] if adapter else []), *(["gguf"] if gguf_file else [])]
         self.checked_with = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
@@ -93,7 +97,13 @@ class TransformersReader:
     @torch.no_grad()
     def logits(self, input_ids: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
         ids = torch.tensor([list(input_ids)], device=self._model.device)
-        output: torch.Tensor = self._model(input_ids=ids, use_cache=False).logits[0]
+        if self._rounds:  # the first time as it will be served, since float16 can overflow where float32 does not
+            output: torch.Tensor = self._model(input_ids=ids, use_cache=False).logits[0]
+            if not bool(output.isfinite().all()):
+                return output[torch.tensor(positions, device=output.device)].float()
+            self._rounds = False
+            self._arithmetic.enter_context(float32_arithmetic(self._model))
+        output = self._model(input_ids=ids, use_cache=False).logits[0]
         return output[torch.tensor(positions, device=output.device)].float()
 
     def ends_with(self, token_id: int) -> bool:

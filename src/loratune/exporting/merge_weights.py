@@ -104,15 +104,19 @@ class MergedWeights:
             raise RunError(f"tensor {name} has type {code}", file=self._base, fix="use the model before quantization")
         return _TYPES[code]
 
+    def base(self, name: str) -> torch.Tensor:
+        """Return a tensor of the base, with the values that training multiplied with."""
+        weight: torch.Tensor = self._shards[self._file_of[name]].get_tensor(name)
+        return self._values_of[name](weight) if name in self._values_of else weight
+
+    def update(self, name: str) -> LowRank | Replaced | None:
+        """Return what the adapter does to a tensor; None if it leaves it as it is."""
+        return self._replaced_in_files.get(name) or self._update_of.get(name)
+
     def tensor(self, name: str) -> torch.Tensor:
         """Return a merged tensor: in float32 if the adapter changes it, otherwise unchanged."""
-        weight: torch.Tensor = self._shards[self._file_of[name]].get_tensor(name)
-        if name in self._values_of:
-            weight = self._values_of[name](weight)
-        if name in self._replaced_in_files:
-            return self._replaced_in_files[name].applied_to(weight)
-        update = self._update_of.get(name)
-        return weight if update is None else update.applied_to(weight)
+        update = self.update(name)
+        return self.base(name) if update is None else update.applied_to(self.base(name))
 
     def _slice(self, name: str) -> Any:
         return self._shards[self._file_of[name]].get_slice(name)

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratune.model.classifier import Classes, load_classifier
+from loratune.model.device import torch_dtype
 from loratune.model.gguf_import import check_gguf, describe_gguf, import_gguf, imported_folder
 from loratune.model.hub import explain_hub_errors, unreachable_errors
-from loratune.model.quantization.checkpoint import comes_packed, dequantize_on_load
+from loratune.model.quantization.checkpoint import comes_packed, dequantize_on_load, method_of
 from loratune.model.quantization.kinds import PACKED
 from loratune.model.quantization.quantize import keep_trainable, load_settings
 from loratune.run.errors import MachineError, RecipeError
@@ -285,6 +286,24 @@ def _placement(quantization: str, config: PreTrainedConfig, dtype: torch.dtype, 
     if quantization not in PACKED:
         return {"device_map": {"": device}} if comes_packed(config) else {}
     return {"quantization_config": load_settings(quantization, dtype), "device_map": {"": device}}
+
+
+def is_packed(config: PreTrainedConfig, section: ModelSection) -> bool:
+    """Return whether the weights stay packed in memory, so that their products are the packed layers'."""
+    return section.quantization in PACKED or comes_packed(config)
+
+
+def stored_dtype(config: PreTrainedConfig, section: ModelSection) -> torch.dtype:
+    """Return the type in which a base is loaded to be compared with: that of its files, to whose values a merge adds.
+
+    The weights of a quantized base are what training made of them, in the run's type.
+    """
+    import torch
+
+    if section.quantization in PACKED or method_of(config) is not None:
+        return torch_dtype(section.dtype)
+    stored: Any = config.dtype
+    return stored or torch.float32
 
 
 def positions_of(config: PreTrainedConfig) -> int | None:

@@ -237,7 +237,7 @@ def _certificate_row(record: CertificateRecord) -> tuple[str, ...]:
     template, distributions, answers = record.template, record.distributions, record.answers
     return (
         f"{last_part(record.path)}\n{record.kind}",
-        "yes" if record.passed else "no",
+        {"same": "yes", "different": "no"}.get(record.verdict, record.verdict),
         f"{template.same_token_ids} of {template.num_prompts}",
         f"{distributions.top1_agreement:.1%}",
         "–" if distributions.mean_kl is None else f"{distributions.mean_kl:.2g}",

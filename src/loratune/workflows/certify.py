@@ -1,7 +1,7 @@
-"""Give an export its certificate, or discard it.
+"""Give an export its certificate, or discard it; and compare any files with a run.
 
 Every export is written under a temporary name, loaded back with the code that will serve it, compared with base and
-adapter in the training code, and renamed only where the two agree.
+adapter in the training code, and renamed only where nothing differs.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from loratune.evaluation.scoring import score
-from loratune.exporting.certificate import Load, Tolerance, certify, summary
+from loratune.exporting.certificate import Written, certify, summary
 from loratune.exporting.load_back import LlamaCppReader
 from loratune.exporting.staging import atomic_folder
 from loratune.model.gguf_import import file_sha256
@@ -54,17 +54,19 @@ def export_with_certificate(
     finished: FinishedRun,
     kind: str,
     target: Path,
-    write: Callable[[Path], tuple[Load, Tolerance]],
+    write: Callable[[Path], Written],
     usage: tuple[str, ...],
     num_answers: int = 0,
 ) -> Exported:
     """Write an export, load it back, compare it with training, and only then rename it to `target`.
 
+    An export that is undecided is kept, with a warning: nothing is wrong with it, but the proof has no power.
+
     Args:
         finished: The run.
         kind: What is written, such as `gguf merged`.
         target: The folder to write.
-        write: Writes the export into a folder; returns how to load it back, and how far it may differ.
+        write: Writes the export into a folder; returns how to prove it.
         usage: Shell commands that use the export.
         num_answers: How many held-out prompts llama.cpp answers in full.
 
@@ -72,9 +74,8 @@ def export_with_certificate(
         RunError: The export differs from the model that was trained; nothing is kept.
     """
     with atomic_folder(target) as folder:
-        load, tolerance = write(folder)
-        certificate = _certificate(
-            finished, load, tolerance, stops_required="adapter" not in kind, num_answers=num_answers
+        certificate = certificate_of(
+            finished, write(folder), stops_required="adapter" not in kind, num_answers=num_answers
         )
         certificate = write_certificate(finished.run, kind, target, folder, certificate)
     missing = certificate["stop_tokens"]["missing"]
@@ -98,46 +99,54 @@ def write_certificate(run: RunDir, kind: str, target: Path, folder: Path, certif
         certificate: The record from `certify`.
 
     Raises:
-        RunError: The certificate did not pass.
+        RunError: The verdict is `different`.
     """
-    certificate = {
-        "kind": kind,
-        "run": str(run.root),
-        "path": str(target.absolute()),
-        "adapter_sha256": file_sha256(run.adapter_weights),
-        **certificate,
-    }
-    certificate = write_record(folder / "parity.json", CertificateRecord, certificate)
-    if not certificate["passed"]:
+    certificate = write_record(
+        folder / "parity.json", CertificateRecord, with_origin(run, kind, target.absolute(), certificate)
+    )
+    if certificate["verdict"] == "different":
         raise RunError(
             f"the exported model differs from base and adapter: {'; '.join(certificate['complaints'])}",
             file=target,
-            fix="nothing was kept; serve base and adapter with PEFT, and report this as a bug of loratune",
+            fix=f"nothing was kept; {certificate['fix']}",
         )
     return certificate
 
 
+def with_origin(run: RunDir, kind: str, path: Path, certificate: Record) -> Record:
+    """Add to a certificate what was compared with which run."""
+    return {
+        "kind": kind,
+        "run": str(run.root),
+        "path": str(path),
+        "adapter_sha256": file_sha256(run.adapter_weights),
+        **certificate,
+    }
+
+
 def record(run: RunDir, certificate: Record, progress: Progress) -> None:
-    """Add a certificate to the run's list, in place of an older one of the same folder, and update the report."""
+    """Add a certificate to the run's list, in place of an older one of the same folder, and update the report.
+
+    A verdict that is undecided is shown as a warning.
+    """
     others = [
         other
         for other in (read_json(run.parity) if run.parity.is_file() else [])
         if other["path"] != certificate["path"]
     ]
     write_record(run.parity, Certificates, [*others, certificate])
+    if certificate["verdict"] == "undecided":
+        progress.warn(f"undecided: {certificate['reason']}\n  fix: {certificate['fix']}")
     report_or_warn(run, progress)
 
 
-def _certificate(
-    finished: FinishedRun, load: Load, tolerance: Tolerance, *, stops_required: bool, num_answers: int
-) -> Record:
+def certificate_of(finished: FinishedRun, written: Written, *, stops_required: bool, num_answers: int) -> Record:
     """Compare the export with training, with one model in memory at a time."""
-    expected = compute_reference(finished)
+    expected = compute_reference(finished, written.rounding)
     gc.collect()
-    reader = load(expected)
+    reader = written.load(expected)
     with finished.progress.task("checking the export", len(expected.examples), "examples") as task:
-        certificate = certify(expected, reader, tolerance, stops_required=stops_required, progress=task.advance)
-    certificate["compared_on"] = "held-out" if finished.prepared.data.eval else "training"
+        certificate = certify(expected, reader, written, stops_required=stops_required, progress=task.advance)
     if isinstance(reader, LlamaCppReader):
         certificate["answers"] = _compare_answers(finished, reader, num_answers)
         reader.close()

@@ -10,18 +10,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loratune.exporting.certificate import EXACT, ROUNDED, Load, ReferenceOutputs, Target, Tolerance
+from loratune.exporting.adapter_matrices import read_adapter, read_replaced
+from loratune.exporting.certificate import EXACT, Target, Written
 from loratune.exporting.gguf.adapter import check_plain
 from loratune.exporting.gguf.architectures import GgufLayout
 from loratune.exporting.load_back import TransformersReader
 from loratune.exporting.ollama import translate
+from loratune.exporting.reference_outputs import ReferenceOutputs
 from loratune.exporting.staging import check_target
 from loratune.exporting.transformers_serve import check_transformers, model_folder, served_name, write_served
 from loratune.exporting.vllm import check_vllm, serve_merged
-from loratune.model.device import torch_dtype
+from loratune.exporting.weights_proof import prove_adapter
+from loratune.model.load import stored_dtype
 from loratune.model.quantization.kinds import PACKED
 from loratune.recipe.tasks import require_text
-from loratune.run.directory import RunDir
+from loratune.run.directory import Record, RunDir
 from loratune.run.errors import RecipeError
 from loratune.run.progress import NO_PROGRESS, Progress
 from loratune.workflows.certify import Exported, export_with_certificate
@@ -136,18 +139,23 @@ def write_served_layout(root: str | Path, target: Path, *, progress: Progress = 
     recipe = finished.prepared.recipe
     name = served_name(finished.name)
 
-    def write(folder: Path) -> tuple[Load, Tolerance]:
+    def write(folder: Path) -> Written:
         write_served(finished.base, finished.run.adapter, folder, name=name, stop_token_ids=finished.stops)
+
+        served = model_folder(folder, name)
 
         def load(_: ReferenceOutputs) -> Target:
             return TransformersReader(
-                model_folder(folder, name),
-                dtype=torch_dtype(recipe.model.dtype),
+                served,
+                dtype=stored_dtype(finished.config, recipe.model),
                 device=recipe.train.device,
                 architecture=architecture,
             )
 
-        return load, EXACT if recipe.model.dtype == "float32" else ROUNDED
+        def prove() -> Record:
+            return prove_adapter(finished.updates, read_adapter(served), finished.replaced, read_replaced(served))
+
+        return Written(load=load, tolerance=EXACT, prove=prove)
 
     return export_with_certificate(finished, "served adapter", target, write, ())
 

@@ -9,14 +9,21 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from loratune.exporting.certificate import QUANTIZED, ROUNDED, Load, ReferenceOutputs, Target, Tolerance
+from loratune.exporting.certificate import EXACT, QUANTIZED, ROUNDED, Target, Tolerance, Written
 from loratune.exporting.gguf.adapter import read_gguf_adapter, write_gguf_adapter
+from loratune.exporting.gguf.architectures import GgufLayout
 from loratune.exporting.gguf.model import GgufSource, is_quantized, write_gguf_model
 from loratune.exporting.load_back import LlamaCppReader, RenderPrompt, TransformersReader, has_llama_cpp
+from loratune.exporting.merge_weights import MergedWeights
 from loratune.exporting.ollama import TemplateParts, modelfile
-from loratune.model.device import torch_dtype
+from loratune.exporting.reference_outputs import ReferenceOutputs
+from loratune.exporting.structure import gguf_differences
+from loratune.exporting.weights_proof import prove_adapter, prove_weights
+from loratune.exporting.written_tensors import GgufTensors, gguf_rounding
+from loratune.model.load import stored_dtype
 
 if TYPE_CHECKING:
+    from loratune.run.directory import Record
     from loratune.workflows.finished import FinishedRun
 
 DEFAULT_OUTTYPE = "f16"
@@ -55,8 +62,8 @@ class GgufExport:
         base = source or "BASE.gguf"
         return (f"llama-cli -m {base} --lora {file} --jinja", f"llama-server -m {base} --lora {file} --jinja")
 
-    def write(self, folder: Path) -> tuple[Load, Tolerance]:
-        """Write the files; return how to load them back, and how far they may differ from training."""
+    def write(self, folder: Path) -> Written:
+        """Write the files; return how to prove them."""
         finished = self.finished
         file = folder / self.file_name
         if self.outtype is not None:
@@ -68,7 +75,39 @@ class GgufExport:
             here = f"./{self.file_name}"
             model, adapter = (here, None) if self.outtype else (str(finished.source), here)
             (folder / "Modelfile").write_text(modelfile(model, adapter, self.template, stops), encoding="utf-8")
-        return (lambda expected: self._load(file, expected)), self._tolerance()
+        return self.read(file)
+
+    def read(self, file: Path) -> Written:
+        """Return how to prove that a GGUF file holds the run's model or adapter."""
+        finished = self.finished
+        layout = GgufLayout(finished.config)
+
+        def load(expected: ReferenceOutputs) -> Target:
+            return self._load(file, expected)
+
+        if self.outtype is None:
+
+            def prove_lora() -> Record:
+                return prove_adapter(finished.updates, read_gguf_adapter(file, finished.config, finished.updates))
+
+            return Written(load=load, tolerance=self._tolerance(), prove=prove_lora)
+        tied = bool(finished.config.tie_word_embeddings)
+        tensors = GgufTensors(file, layout, tied=tied)
+
+        def prove() -> Record | None:
+            with MergedWeights(finished.base, finished.updates, replaced=finished.replaced) as weights:
+                return prove_weights(weights, tensors, base_name=finished.prepared.recipe.model.name)
+
+        rounding = None if tensors.kind is None else gguf_rounding(tensors.kind)
+        return Written(
+            load=load,
+            tolerance=self._tolerance(),
+            rounding=rounding,
+            rounding_known=rounding is not None,
+            prove=prove,
+            settings=lambda: gguf_differences(file, finished.config, layout, finished.source),
+            way_out="--outtype f16 rounds less than q8_0, `loratune export --to gguf` writes the adapter alone",
+        )
 
     def _write_model(self, file: Path, outtype: str, *, adapted: bool) -> None:
         finished = self.finished
@@ -93,12 +132,14 @@ class GgufExport:
         recipe = self.finished.prepared.recipe
         reader = TransformersReader(
             self.finished.base,
-            dtype=torch_dtype(recipe.model.dtype),
+            dtype=stored_dtype(self.finished.config, recipe.model),
             device=recipe.train.device,
             adapter=self.finished.run.adapter,
             render=render,
         )
-        reader.replace_adapter(read_gguf_adapter(file, self.finished.config, self.finished.updates))
+        known = self.finished.updates
+        found = read_gguf_adapter(file, self.finished.config, known)
+        reader.replace_adapter({module: update for module, update in found.items() if module in known})
         return reader
 
     def _load_with_llama_cpp(
@@ -118,6 +159,8 @@ class GgufExport:
             return LlamaCppReader(base, adapter=file, num_tokens=max(lengths), render=render)
 
     def _tolerance(self) -> Tolerance:
+        if not has_llama_cpp():
+            return EXACT
         source = self.finished.source
         from_quantized = self.outtype is None and source is not None and is_quantized(source)
         return QUANTIZED if from_quantized or self.outtype == "q8_0" else ROUNDED

@@ -6,17 +6,21 @@ import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from loratune.exporting.certificate import EXACT, ROUNDED, Load, ReferenceOutputs, Target, Tolerance
+from loratune.exporting.adapter_matrices import read_adapter, read_replaced
+from loratune.exporting.certificate import EXACT, Target, Written
 from loratune.exporting.load_back import TransformersReader
 from loratune.exporting.merge_weights import copy_companions
+from loratune.exporting.reference_outputs import ReferenceOutputs
 from loratune.exporting.vllm import check_vllm, serve_adapter, serve_merged, write_uniform
-from loratune.model.device import torch_dtype
+from loratune.exporting.weights_proof import prove_adapter
+from loratune.model.load import stored_dtype
 from loratune.run.directory import read_json
 from loratune.workflows.merged_folder import write_merged_folder
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from loratune.run.directory import Record
     from loratune.workflows.finished import FinishedRun
 
 
@@ -52,17 +56,16 @@ class VllmExport:
         )
         return (command,)
 
-    def write(self, folder: Path) -> tuple[Load, Tolerance]:
-        """Write the files; return how to load them back, and how far they may differ from training."""
-        load, tolerance = write_merged_folder(self.finished, folder, "auto") if self.merged else self._copy(folder)
+    def write(self, folder: Path) -> Written:
+        """Write the files; return how to prove them."""
+        written = write_merged_folder(self.finished, folder, "auto") if self.merged else self._copy(folder)
         script = folder / "serve.sh"
         script.write_text(f"#!/bin/sh\nexec {self.usage[0]}\n", encoding="utf-8")
         script.chmod(0o755)
-        return load, tolerance
+        return written
 
-    def _copy(self, folder: Path) -> tuple[Load, Tolerance]:
+    def _copy(self, folder: Path) -> Written:
         finished = self.finished
-        recipe = finished.prepared.recipe
         config = read_json(finished.run.adapter / "adapter_config.json")
         if config.get("rank_pattern") or config.get("alpha_pattern"):
             write_uniform(finished.updates, config, folder)
@@ -70,14 +73,25 @@ class VllmExport:
             for name in ("adapter_config.json", "adapter_model.safetensors"):
                 shutil.copyfile(finished.run.adapter / name, folder / name)
         copy_companions(finished.base, finished.run.adapter, folder, finished.stops)
+        return read_adapter_folder(finished, folder)
 
-        def load(_: ReferenceOutputs) -> Target:
-            return TransformersReader(
-                finished.base,
-                dtype=torch_dtype(recipe.model.dtype),
-                device=recipe.train.device,
-                adapter=folder,
-                trust_remote_code=recipe.model.trust_remote_code,
-            )
 
-        return load, EXACT if recipe.model.dtype == "float32" else ROUNDED
+def read_adapter_folder(finished: FinishedRun, folder: Path) -> Written:
+    """Return how to prove that a folder in PEFT's format holds the adapter of a run."""
+    recipe = finished.prepared.recipe
+
+    def load(_: ReferenceOutputs) -> Target:
+        return TransformersReader(
+            finished.base,
+            dtype=stored_dtype(finished.config, recipe.model),
+            device=recipe.train.device,
+            adapter=folder,
+            trust_remote_code=recipe.model.trust_remote_code,
+        )
+
+    def prove() -> Record | None:
+        if finished.prepared.adapter.parameters.stacks:
+            return None
+        return prove_adapter(finished.updates, read_adapter(folder), finished.replaced, read_replaced(folder))
+
+    return Written(load=load, tolerance=EXACT, prove=prove)

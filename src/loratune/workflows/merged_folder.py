@@ -6,14 +6,19 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import AutoConfig
 
-from loratune.exporting.certificate import EXACT, QUANTIZED, ROUNDED, Load, ReferenceOutputs, Target, Tolerance
+from loratune.exporting.certificate import EXACT, QUANTIZED, ROUNDED, Target, Tolerance, Written
 from loratune.exporting.gguf.model import is_quantized
 from loratune.exporting.load_back import TransformersReader
-from loratune.exporting.merge_weights import DTYPES, Values, copy_companions, write_merged
+from loratune.exporting.merge_weights import DTYPES, MergedWeights, Values, copy_companions, write_merged
+from loratune.exporting.reference_outputs import ReferenceOutputs
+from loratune.exporting.structure import config_differences
+from loratune.exporting.weights_proof import prove_weights
+from loratune.exporting.written_tensors import FolderTensors, rounding_to
 from loratune.model.adapter.attach import load_adapter
 from loratune.model.device import torch_dtype
-from loratune.model.load import gguf_file, load_model
+from loratune.model.load import gguf_file, is_packed, load_model
 from loratune.model.quantization.checkpoint import method_of, rounds_inputs
 from loratune.model.quantization.kinds import PACKED
 from loratune.model.quantization.quantize import as_multiplied, quantized_matrices, unpack_layers
@@ -23,6 +28,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from loratune.planning.preparation import Preparation
+    from loratune.run.directory import Record
     from loratune.workflows.finished import FinishedRun
 
 
@@ -48,8 +54,8 @@ def merged_bytes(finished: FinishedRun, dtype: str) -> int:
     return finished.prepared.adapter.parameters.total * wanted.itemsize
 
 
-def write_merged_folder(finished: FinishedRun, folder: Path, dtype: str) -> tuple[Load, Tolerance]:
-    """Write a merged folder; return how to load it back, and how far it may differ from training."""
+def write_merged_folder(finished: FinishedRun, folder: Path, dtype: str) -> Written:
+    """Write a merged folder; return how to prove it."""
     recipe = finished.prepared.recipe
     wanted = merged_dtype(finished.prepared, dtype)
     method = method_of(finished.config)
@@ -67,26 +73,61 @@ def write_merged_folder(finished: FinishedRun, folder: Path, dtype: str) -> tupl
         finished.progress.line(
             f"the base's files are quantized ({method}); all weights are written unpacked, with the values of training"
         )
-    if method is not None or finished.prepared.adapter.parameters.stacks:
+    if _needs_peft(finished):
         _merge_with_peft(finished, folder, wanted)
     else:
         write_merged(finished.base, finished.updates, folder, dtype=wanted, frozen=frozen, replaced=finished.replaced)
     copy_companions(finished.base, finished.run.adapter, folder, finished.stops)
 
-    def load(_: ReferenceOutputs) -> Target:
-        return TransformersReader(
-            folder,
-            dtype="auto",
-            device=recipe.train.device,
-            trust_remote_code=recipe.model.trust_remote_code,
-        )
+    return read_merged_folder(finished, folder)
 
+
+def read_merged_folder(finished: FinishedRun, folder: Path) -> Written:
+    """Return how to prove that a folder holds base and adapter of a run, merged."""
+    recipe = finished.prepared.recipe
+    trust = recipe.model.trust_remote_code
+    tied = bool(finished.config.get_text_config().tie_word_embeddings)
+    with FolderTensors(folder, tied=tied) as tensors:
+        dtype = tensors.dtype
+
+    def load(_: ReferenceOutputs) -> Target:
+        return TransformersReader(folder, dtype="auto", device=recipe.train.device, trust_remote_code=trust)
+
+    def prove() -> Record | None:
+        if _needs_peft(finished):  # whose tensors only transformers can name or unpack
+            return None
+        weights = MergedWeights(finished.base, finished.updates, _trained_values(finished), finished.replaced)
+        with weights, FolderTensors(folder, tied=tied) as written:
+            return prove_weights(weights, written, base_name=recipe.model.name)
+
+    def settings() -> list[str]:
+        return config_differences(finished.config, AutoConfig.from_pretrained(folder, trust_remote_code=trust))
+
+    return Written(
+        load=load,
+        tolerance=_tolerance(finished),
+        rounding=None if dtype is None else rounding_to(dtype),
+        rounding_known=dtype is not None,
+        prove=prove,
+        settings=settings,
+        way_out=f"loratune merge {finished.run.root} OUT --dtype float32, or export the adapter alone",
+    )
+
+
+def _needs_peft(finished: FinishedRun) -> bool:
+    """Return whether the base's files cannot be merged into tensor by tensor."""
+    return method_of(finished.config) is not None or bool(finished.prepared.adapter.parameters.stacks)
+
+
+def _tolerance(finished: FinishedRun) -> Tolerance:
+    """Return how far arithmetic alone may move a merged model from training."""
+    recipe = finished.prepared.recipe
+    if not is_packed(finished.config, recipe.model):
+        return EXACT
     # Training also rounded the inputs of products to 8 bits, which the merged model does not.
     if recipe.model.quantization == "int8" or rounds_inputs(finished.config):
-        return load, QUANTIZED
-    types = {str(parameter) for parameter in (wanted, torch_dtype(recipe.model.dtype)) if parameter}
-    exact = types == {"torch.float32"} and (wanted is not None or finished.config.dtype == torch.float32)
-    return load, EXACT if exact else ROUNDED
+        return QUANTIZED
+    return EXACT if recipe.model.dtype == "float32" else ROUNDED
 
 
 def _merge_with_peft(finished: FinishedRun, folder: Path, dtype: torch.dtype | None) -> None:

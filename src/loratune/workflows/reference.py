@@ -4,27 +4,68 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from loratune.exporting.certificate import ReferenceOutputs, choose_examples, choose_questions, reference_outputs
+from loratune.exporting.places import choose_examples, choose_questions
+from loratune.exporting.reference_outputs import Places, ReferenceOutputs, reference_outputs
+from loratune.exporting.weights_proof import Rounding, trained_weight
 from loratune.model.adapter.attach import load_adapter
-from loratune.model.device import torch_dtype
-from loratune.model.load import load_model
+from loratune.model.load import is_packed, load_model, stored_dtype
 from loratune.training.loss import make_loss
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import torch
+
+    from loratune.exporting.adapter_matrices import LowRank
+    from loratune.model.arithmetic import Change
     from loratune.workflows.finished import FinishedRun
 
+_PEFT = "base_model.model."
 
-def compute_reference(finished: FinishedRun) -> ReferenceOutputs:
-    """Run base and adapter on held-out examples in the training code. The model is freed on return."""
+
+def compute_reference(finished: FinishedRun, rounding: Rounding | None) -> ReferenceOutputs:
+    """Run base and adapter in the training code. The model is freed on return.
+
+    Args:
+        finished: The run.
+        rounding: How the export's weights are rounded; None where they are the base's.
+    """
     prepared = finished.prepared
     recipe = prepared.recipe
-    held_out = choose_examples(prepared.data.eval or prepared.data.train)
-    base = load_model(
-        prepared.model.base, recipe.model, dtype=torch_dtype(recipe.model.dtype), device=recipe.train.device
-    )
+    examples, compared_on = choose_examples(prepared.data.eval, prepared.data.train)
+    dtype = stored_dtype(finished.config, recipe.model)
+    base = load_model(prepared.model.base, recipe.model, dtype=dtype, device=recipe.train.device)
     model = load_adapter(base, finished.run.adapter)
     loss, _ = make_loss(model, prepared.data.train)
     model.eval()
     questions = choose_questions(prepared.data.eval_conversations, prepared.model.tokenizer)
-    with finished.progress.task("running base and adapter", len(held_out), "examples") as task:
-        return reference_outputs(loss, held_out, questions, prepared.model.tokenizer, task.advance)
+    times = 2 if rounding is None else 3
+    with finished.progress.task("running base and adapter", times * len(examples), "examples") as task:
+        return reference_outputs(
+            loss,
+            Places(examples=examples, questions=questions, compared_on=compared_on),
+            prepared.model.tokenizer,
+            packed=is_packed(finished.config, recipe.model),
+            change=None if rounding is None else as_rounded(finished.updates, rounding),
+            progress=task.advance,
+        )
+
+
+def as_rounded(updates: Mapping[str, LowRank], rounding: Rounding) -> Change:
+    """Return a change that makes a model with an adapter compute as if merged and rounded.
+
+    The adapter stays beside the weights. Each of them moves by the error that rounding leaves on weight and update
+    together.
+    """
+
+    def change(name: str, values: torch.Tensor) -> torch.Tensor:
+        if ".lora_" in name or ".original_module." in name or not name.endswith((".weight", ".bias")):
+            return values
+        module = name.removeprefix(_PEFT).replace(".base_layer", "").removesuffix(".weight")
+        update = updates.get(module) if name.endswith(".weight") else None
+        if update is None:
+            return rounding(values)
+        trained = trained_weight(values, update)
+        return values + (rounding(trained) - trained)
+
+    return change

@@ -16,7 +16,7 @@ from loratune.exporting.gguf.architectures import GgufLayout
 from loratune.run.errors import RecipeError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
     from pathlib import Path
 
 
@@ -52,19 +52,25 @@ def write_gguf_adapter(updates: Mapping[str, LowRank], config: Any, file: Path, 
     writer.close()
 
 
-def read_gguf_adapter(file: Path, config: Any, modules: Mapping[str, LowRank]) -> dict[str, LowRank]:
-    """Read the updates of `modules` from a GGUF LoRA file, as llama.cpp applies them."""
+def read_gguf_adapter(file: Path, config: Any, modules: Iterable[str]) -> dict[str, LowRank]:
+    """Read the updates from a GGUF LoRA file, as llama.cpp applies them.
+
+    Args:
+        file: The GGUF file.
+        config: transformers' configuration of the base.
+        modules: The modules whose names in the file are known; what else it adapts keeps the file's name.
+    """
     layout = GgufLayout(config)
     reader = GGUFReader(file)
     field = reader.get_field("adapter.lora.alpha")
     assert field is not None
     alpha = float(field.contents())
     tensors = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in reader.tensors}
+    module_of = {_weight_name(layout, module): module for module in modules}
     updates = {}
-    for module in modules:
-        name = _weight_name(layout, module)
-        a, b = tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"]
-        updates[module] = LowRank(a=a, b=layout.rows_back(name, b), scale=alpha / b.shape[1])
+    for name in sorted(tensor.removesuffix(".lora_a") for tensor in tensors if tensor.endswith(".lora_a")):
+        a, b = tensors[f"{name}.lora_a"].float(), tensors[f"{name}.lora_b"].float()
+        updates[module_of.get(name, name)] = LowRank(a=a, b=layout.rows_back(name, b), scale=alpha / b.shape[1])
     return updates
 
 

@@ -39,7 +39,7 @@ OUTTYPES: Mapping[str, tuple[GGMLQuantizationType, LlamaFileType]] = {
     "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
 }
 _Q8_BLOCK = 32
-_ROPE_FACTORS = "rope_freqs.weight"
+ROPE_FACTORS = "rope_freqs.weight"
 _WRITTEN_HERE = ("GGUF.", "general.architecture", "general.file_type", "general.quantization_version")
 
 
@@ -95,7 +95,7 @@ def write_gguf_model(source: GgufSource, file: Path, *, outtype: str) -> None:
         else:
             writer.add_type(GGUFType.MODEL)
             writer.add_name(source.name)
-            extra = _add_hyperparameters(writer, source.config, layout)
+            extra = add_hyperparameters(writer, source.config, layout)
             rows = next(weights.shape(n)[0] for n in weights.names if layout.name(n) == "token_embd.weight")
             add_tokenizer(writer, source.tokenizer, vocab_size=rows, stop_token_ids=source.stop_token_ids)
         _write(writer, weights, _names(weights, layout, source.config), layout, kind, extra)
@@ -133,7 +133,7 @@ def _write(
     kinds = {}
     for tensor, name in names.items():
         shape = weights.shape(tensor)
-        kinds[name] = _kind(shape, kind)
+        kinds[name] = kind_of_shape(shape, kind)
         stored = quant_shape_to_byte_shape(shape, kinds[name]) if kinds[name] in _AS_BYTES else tuple(shape)
         dtype = {GGMLQuantizationType.F32: np.float32, GGMLQuantizationType.F16: np.float16}.get(kinds[name], np.uint8)
         size = int(np.prod(stored)) * np.dtype(dtype).itemsize
@@ -156,7 +156,7 @@ def _write(
 _AS_BYTES = (GGMLQuantizationType.BF16, GGMLQuantizationType.Q8_0)
 
 
-def _kind(shape: Sequence[int], wanted: GGMLQuantizationType) -> GGMLQuantizationType:
+def kind_of_shape(shape: Sequence[int], wanted: GGMLQuantizationType) -> GGMLQuantizationType:
     if len(shape) < 2:
         return GGMLQuantizationType.F32
     if wanted is GGMLQuantizationType.Q8_0 and shape[-1] % _Q8_BLOCK:
@@ -179,10 +179,10 @@ def _copy_metadata(writer: GGUFWriter, reader: GGUFReader, layout: GgufLayout) -
         writer.add_key_value(
             entry.name, entry.contents(), kind, sub_type=entry.types[-1] if kind is GGUFValueType.ARRAY else None
         )
-    return {tensor.name: tensor.data.astype(np.float32) for tensor in reader.tensors if tensor.name == _ROPE_FACTORS}
+    return {tensor.name: tensor.data.astype(np.float32) for tensor in reader.tensors if tensor.name == ROPE_FACTORS}
 
 
-def _add_hyperparameters(writer: GGUFWriter, config: Any, layout: GgufLayout) -> dict[str, np.ndarray[Any, Any]]:
+def add_hyperparameters(writer: GGUFWriter, config: Any, layout: GgufLayout) -> dict[str, np.ndarray[Any, Any]]:
     """Write the model's hyperparameters; return the tensors that its rotary positions need."""
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -258,7 +258,7 @@ def _add_positions(writer: GGUFWriter, config: Any) -> dict[str, np.ndarray[Any,
     elif kind == "llama3":
         stretched, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
         plain = theta ** -(torch.arange(len(stretched), dtype=torch.float64) / len(stretched))
-        return {_ROPE_FACTORS: (plain / stretched.double()).float().numpy()}
+        return {ROPE_FACTORS: (plain / stretched.double()).float().numpy()}
     elif kind != "default":
         raise RecipeError(
             f"loratune does not write rotary positions of type {kind} to GGUF", fix="use `loratune merge`"

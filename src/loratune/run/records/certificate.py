@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import RootModel
 
 from loratune.run.records.base import FileRecord, Part
@@ -36,8 +38,14 @@ class DistributionParity(Part):
     """Positions compared."""
     top1_agreement: float
     """Fraction of positions with the same most likely token, 0 to 1."""
+    base_kl: float = 0.0
+    """Mean of KL(training ‖ base without the adapter) at the same positions, in nats."""
+    rounding_kl: float = 0.0
+    """Mean of KL(training ‖ training with weights rounded as the target's are), in nats; 0 where none are rounded."""
     num_decided: int
     """Positions where the most likely token leads by at least the tolerance's margin."""
+    num_flipped: int = 0
+    """Those of them where the most likely token differs."""
     decided_agreement: float
     """Fraction of these with the same most likely token, 0 to 1."""
     mean_kl: float | None
@@ -46,15 +54,38 @@ class DistributionParity(Part):
     """Largest of these, in nats."""
 
 
+class WeightsProof(Part):
+    """Weights of the target vs. base and update; B base, D update, W written, all in float32."""
+
+    num_changed: int
+    """Tensors that the adapter changes."""
+    num_unchanged: int
+    """Tensors that it does not change."""
+    types: tuple[str, ...]
+    """Types in which tensors were written."""
+    relative_error: float
+    """‖W − B − D‖ / ‖D‖, over all changed tensors."""
+    kept: float
+    """Share of the update that survived rounding: ⟨W − rounded(B), D⟩ / ‖D‖², over all changed tensors."""
+    least_kept: float
+    """The same of the tensor that kept least."""
+    least_kept_tensor: str | None
+    """Name of that tensor; null if no tensor was changed."""
+    largest_deviation: float
+    """Largest ‖W − rounded(B + D)‖ / ‖rounded(B + D) − rounded(B)‖ of a tensor: 0 is right, 1 a lost update."""
+    problems: tuple[str, ...]
+    """What is missing, too much, of another base, or another update."""
+
+
 class ToleranceUsed(Part):
     """Largest differences that pass."""
 
     mean_kl: float
-    """Largest mean KL divergence, in nats."""
+    """Largest mean KL divergence, in nats: twice `rounding_kl`, and what arithmetic explains."""
     margin: float
     """Lead of the most likely token, in nats, below which a swap does not count."""
     top1: float
-    """Smallest agreement at the decided positions, 0 to 1."""
+    """Smallest agreement at the decided positions, 0 to 1: fewer differing tokens than a binomial bound."""
     reason: str
     """Where the differences come from."""
 
@@ -86,7 +117,13 @@ class CertificateRecord(FileRecord):
     adapter_sha256: str
     """SHA-256 of the adapter's weights."""
     passed: bool
-    """Whether it is the same model."""
+    """Whether it is the same model: `verdict` is `same`."""
+    verdict: Literal["same", "different", "undecided"] = "same"
+    """`undecided`: nothing differs, but the base without the adapter would have passed, too."""
+    reason: str = ""
+    """What the verdict rests on, or why there is none."""
+    fix: str = ""
+    """What to do about it; empty for `same`."""
     complaints: tuple[str, ...]
     """What differs by more than the tolerance."""
     checked_with: str
@@ -97,12 +134,14 @@ class CertificateRecord(FileRecord):
     """Comparison of stop tokens."""
     distributions: DistributionParity
     """Comparison of distributions."""
+    weights: WeightsProof | None = None
+    """Comparison of weights; null where they cannot be compared."""
     tolerance: ToleranceUsed
     """Largest differences that pass."""
     loratune: str
     """Version of loratune."""
     compared_on: str
-    """`held-out` or `training` examples."""
+    """`held-out`, `training` or `held-out and training` examples."""
     compares: str | None = None
     """Classifiers only: `classes`."""
     answers: AnswerParity | None = None

@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from loratune.run.errors import RecipeError
+from loratune.run.records.certificate import CertificateRecord
 from loratune.run.records.outputs import (
     ComparisonOutput,
     DiffOutput,
@@ -27,6 +28,7 @@ OUTPUTS: Mapping[str, type[BaseModel]] = {
     "evaluate": ResultOutput,
     "merge": ExportOutput,
     "export": ExportOutput,
+    "certify": CertificateRecord,
     "report": ReportOutput,
     "compare": ComparisonOutput,
     "diff": DiffOutput,

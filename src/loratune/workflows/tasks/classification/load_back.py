@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib.metadata
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from loratune.model.arithmetic import float32_arithmetic
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -40,6 +43,8 @@ class ClassifierReader:
         options = {"trust_remote_code": trust_remote_code}
         model: Any = AutoModelForSequenceClassification.from_pretrained(folder, dtype="auto", **options)
         self._model = model.to(device).eval()
+        self._arithmetic = ExitStack()
+        self._arithmetic.enter_context(float32_arithmetic(self._model))
         self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, **options)
         self._max_length = max_length
         self._types = {tuple(example.input_ids.tolist()): example.token_types for example in examples}

@@ -4,22 +4,28 @@ export."""
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from loratune.data.batch import collate
 from loratune.data.examples import Example, LabelledExample
-from loratune.exporting.certificate import EXACT, ROUNDED, Question, ReferenceOutputs, Tolerance, certify
+from loratune.exporting.adapter_matrices import read_adapter
+from loratune.exporting.certificate import EXACT, ROUNDED, Written, certify, with_decision
+from loratune.exporting.places import Question
+from loratune.exporting.reference_outputs import Places, ReferenceOutputs, reference_outputs
 from loratune.exporting.staging import atomic_folder, check_target
+from loratune.exporting.verdict import Decision
+from loratune.exporting.written_tensors import rounding_to
 from loratune.model.adapter.attach import load_adapter
-from loratune.model.load import download_weights, load_config, load_model
+from loratune.model.load import download_weights, is_packed, load_config, load_model
 from loratune.run.directory import Record, RunDir, cannot_write
 from loratune.workflows.certify import Exported, record, write_certificate
 from loratune.workflows.finished import open_run
 from loratune.workflows.load import load_trained
 from loratune.workflows.merged_folder import merged_dtype
+from loratune.workflows.reference import as_rounded
 from loratune.workflows.tasks.classification.load_back import ClassifierReader
 
 if TYPE_CHECKING:
@@ -51,7 +57,7 @@ def merge_classifier(root: str | Path, target: Path, *, dtype: str, progress: Pr
     own: Any = load_config(prepared.model.base, prepared.recipe.model).dtype
     wanted = merged_dtype(prepared, dtype) or own or torch.float32
     check_target(target, needed_bytes=prepared.adapter.parameters.total * wanted.itemsize)
-    expected, examples = _expect(prepared, run, progress)
+    expected, examples = _expect(prepared, run, wanted, progress)
     with atomic_folder(target) as folder:
         progress.line(f"merging {len(prepared.adapter.targets)} matrices in float32, written in {wanted}")
         _write(prepared, run, folder, wanted)
@@ -63,8 +69,7 @@ def merge_classifier(root: str | Path, target: Path, *, dtype: str, progress: Pr
             device=recipe.train.device,
             trust_remote_code=recipe.model.trust_remote_code,
         )
-        exact = recipe.model.dtype == "float32" and wanted == torch.float32
-        certificate = _certificate(prepared, expected, reader, EXACT if exact else ROUNDED)
+        certificate = _certificate(prepared, expected, reader, run)
         certificate = write_certificate(run, "merge", target, folder, certificate)
     record(run, certificate, progress)
     usage = (
@@ -74,17 +79,14 @@ def merge_classifier(root: str | Path, target: Path, *, dtype: str, progress: Pr
     return Exported(folder=target.absolute(), certificate=certificate, usage=usage)
 
 
-def _expect(prepared: Preparation, run: RunDir, progress: Progress) -> tuple[ReferenceOutputs, list[LabelledExample]]:
+def _expect(
+    prepared: Preparation, run: RunDir, dtype: torch.dtype, progress: Progress
+) -> tuple[ReferenceOutputs, list[LabelledExample]]:
     """Return the trained model's logits, by training's own code, and the examples. The model is freed afterwards."""
     known = prepared.data.eval or prepared.data.train
     chosen = [example for example in known if isinstance(example, LabelledExample)][:MOST_EXAMPLES]
     model, loss = load_trained(prepared, run, progress)
     model.eval()
-    logprobs = []
-    with progress.task("running base + adapter", len(chosen), "examples") as task:
-        for example in chosen:
-            logprobs.append(loss.logits(collate([example]).to(model.device)).log_softmax(-1).cpu())
-            task.advance()
     questions = [
         Question(
             messages=tuple({"role": "text", "content": text} for text in example.texts),
@@ -93,10 +95,21 @@ def _expect(prepared: Preparation, run: RunDir, progress: Progress) -> tuple[Ref
         )
         for example in chosen
     ]
-    expected = ReferenceOutputs(
-        examples=[_one_place(example) for example in chosen], logprobs=logprobs, questions=questions, stop_token_ids=()
-    )
-    return expected, chosen
+    config = load_config(prepared.model.base, prepared.recipe.model)
+    with progress.task("running base + adapter", 3 * len(chosen), "examples") as task:
+        expected = reference_outputs(
+            loss,
+            Places(
+                examples=chosen,
+                questions=questions,
+                compared_on="held-out" if prepared.data.eval else "training",
+            ),
+            prepared.model.tokenizer,
+            packed=is_packed(config, prepared.recipe.model),
+            change=as_rounded(read_adapter(run.adapter), rounding_to(dtype)),
+            progress=task.advance,
+        )
+    return replace(expected, examples=[_one_place(example) for example in chosen], stop_token_ids=()), chosen
 
 
 def _one_place(example: LabelledExample) -> Example:
@@ -119,14 +132,15 @@ def _write(prepared: Preparation, run: RunDir, folder: Path, dtype: torch.dtype)
             shutil.copyfile(path, folder / path.name)
 
 
-def _certificate(
-    prepared: Preparation, expected: ReferenceOutputs, reader: ClassifierReader, tolerance: Tolerance
-) -> Record:
-    certificate = certify(expected, reader, tolerance, stops_required=False)
+def _certificate(prepared: Preparation, expected: ReferenceOutputs, reader: ClassifierReader, run: RunDir) -> Record:
+    packed = is_packed(load_config(prepared.model.base, prepared.recipe.model), prepared.recipe.model)
+    way_out = f"loratune merge {run.root} OUT --dtype float32"
+    written = Written(load=lambda _: reader, tolerance=ROUNDED if packed else EXACT, way_out=way_out)
+    certificate = certify(expected, reader, written, stops_required=False)
     certificate["compares"] = "classes"
-    certificate["compared_on"] = "held-out" if prepared.data.eval else "training"
     names = list(prepared.data.report["labels"])
     if reader.names != names:
-        certificate["passed"] = False
-        certificate["complaints"].append(f"its classes are {reader.names}, those of training {names}")
+        complaint = f"its classes are {reader.names}, those of training {names}"
+        fix = "use the base's own configuration"
+        certificate |= with_decision(Decision(verdict="different", complaints=[complaint], reason=complaint, fix=fix))
     return certificate

@@ -1,0 +1,292 @@
+"""The proof by weights: what an export's tensors say about the adapter, tensor by tensor, exactly, without any data.
+
+For each tensor, in float32: B, the base's values in training; D, the update that was trained; W, what was written; and
+round(x), x rounded to the type it was written in. A right export has W = round(B + D) where the adapter changes a
+tensor and W = round(B) elsewhere. One that dropped the update has W = round(B), so the proof measures W on the way from
+round(B) to round(B + D); how much of D is left of that way is the rounding's doing, not the export's.
+
+The update is computed here by its own formula, not by the merge's, so that a mistake in one does not hide in the other.
+One tensor is in memory at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from loratune.exporting.adapter_matrices import LowRank, Replaced
+
+if TYPE_CHECKING:
+    from loratune.exporting.merge_weights import MergedWeights
+    from loratune.run.directory import Record
+
+Rounding = Callable[[torch.Tensor], torch.Tensor]
+"""Rounds float32 values to the type that they are written in; returns float32."""
+
+MOST_DEVIATION = 0.25
+"""The largest deviation of a right tensor from the rounded update, as a fraction of it. A dropped update has 1, half an
+update 0.5 or more; libraries that add in 16 bits, and so round twice, stay below 0.2."""
+
+
+class WrittenTensors(Protocol):
+    """The tensors of an export, read one at a time."""
+
+    def find(self, name: str) -> str | None:
+        """Return the name in the export of one of the model's tensors; None if the export has none."""
+        ...
+
+    def names(self) -> Iterable[str]:
+        """Return all names in the export."""
+        ...
+
+    def read(self, name: str) -> tuple[torch.Tensor, Rounding | None, str]:
+        """Return values in float32, how their type rounds (None if that is unknown), and the type's name."""
+        ...
+
+    def arranged(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Return a tensor of the model in the export's layout; `name` is the export's."""
+        ...
+
+
+@dataclass(slots=True, kw_only=True)
+class _Sums:
+    """Totals over all tensors, and the names of those that are not right."""
+
+    update: float = 0.0
+    error: float = 0.0
+    kept: float = 0.0
+    least_kept: tuple[float, str] | None = None
+    deviation: tuple[float, str] = (0.0, "")
+    changed: int = 0
+    unchanged: int = 0
+    types: set[str] = field(default_factory=set)
+    foreign: list[str] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)
+    other: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    infinite: list[str] = field(default_factory=list)
+
+
+def trained_weight(weight: torch.Tensor, update: LowRank | Replaced) -> torch.Tensor:
+    """Return a weight as training computes with it, in float32: base and update together."""
+    if isinstance(update, Replaced):
+        return update.applied_to(weight)
+    a, b = update.a.to(weight.device), update.b.to(weight.device)
+    delta = torch.einsum("or,ri->io" if update.transposed else "or,ri->oi", b, a).mul_(update.scale)
+    trained = weight.float() + delta
+    if update.magnitude is None:
+        return trained
+    along = 0 if update.transposed else 1
+    factor = update.magnitude.to(weight.device) / trained.square().sum(along).sqrt()
+    return trained * factor.unsqueeze(along)
+
+
+def prove_weights(intended: MergedWeights, written: WrittenTensors, *, base_name: str) -> Record | None:
+    """Compare an export's tensors with those of base and update.
+
+    Args:
+        intended: The base's tensors and what the adapter does to each.
+        written: The export's tensors.
+        base_name: The base, for messages.
+
+    Returns:
+        The record of the proof; None if the export's tensors have other names or an unknown type.
+    """
+    sums = _Sums()
+    found = {name: written.find(name) for name in intended.names}
+    if not any(found.values()):
+        return None
+    for name, stored in found.items():
+        if stored is None:
+            # Old checkpoints store what the configuration says.
+            sums.missing += [] if name.endswith("rotary_emb.inv_freq") else [name]
+            continue
+        values, rounding, kind = written.read(stored)
+        if rounding is None:
+            return None
+        sums.types.add(kind)
+        _compare(sums, name, intended, values, partial(_arrange, written, stored), rounding)
+    extra = sorted(set(written.names()) - set(found.values()))
+    return _record(sums, _problems(sums, extra, base_name))
+
+
+def prove_adapter(
+    wanted: Mapping[str, LowRank],
+    written: Mapping[str, LowRank],
+    replaced: Mapping[str, Replaced] = MappingProxyType({}),
+    written_replaced: Mapping[str, Replaced] = MappingProxyType({}),
+) -> Record:
+    """Compare the updates of a written adapter with the run's, as products of their matrices.
+
+    Args:
+        wanted: Module name → the run's update.
+        written: The same of the written adapter.
+        replaced: Tensor name → the values that the run's adapter replaces it with.
+        written_replaced: The same of the written adapter.
+    """
+    names, others = {*wanted, *replaced}, {*written, *written_replaced}
+    sums = _Sums(types={"F32"}, missing=sorted(names - others))
+    for name in sorted(wanted.keys() & written.keys()):
+        one, other = wanted[name], written[name]
+        if (other.b.shape[0], other.a.shape[1]) != (one.b.shape[0], one.a.shape[1]):
+            sums.other.append(name)
+            continue
+        zero = torch.zeros(one.b.shape[0], one.a.shape[1])
+        products = [trained_weight(zero, LowRank(a=each.a, b=each.b, scale=each.scale)) for each in (one, other)]
+        _add(sums, name, base=zero, trained=products[0], rounded=products[0], values=products[1])
+        if not _same_values(one.magnitude, other.magnitude):
+            sums.other.append(name)
+    for name in sorted(replaced.keys() & written_replaced.keys()):
+        sums.changed += 1
+        if not _same_values(replaced[name].values, written_replaced[name].values):
+            sums.other.append(name)
+    return _record(sums, _problems(sums, sorted(others - names), ""))
+
+
+def _same_values(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return one.shape == other.shape and torch.allclose(one, other, rtol=1e-2)
+
+
+def _arrange(written: WrittenTensors, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    return written.arranged(name, tensor.float())
+
+
+def _compare(
+    sums: _Sums,
+    name: str,
+    intended: MergedWeights,
+    values: torch.Tensor,
+    arranged: Callable[[torch.Tensor], torch.Tensor],
+    rounding: Rounding,
+) -> None:
+    """Compare one tensor with what it should be."""
+    weight, update = intended.base(name), intended.update(name)
+    if not weight.is_floating_point():
+        sums.unchanged += 1
+        sums.foreign += [] if torch.equal(values, weight.float()) else [name]
+        return
+    base = arranged(weight)
+    if update is None:
+        sums.unchanged += 1
+        if values.shape != base.shape:
+            sums.foreign.append(name)
+            return
+        rounded = rounding(base)
+        if not bool(base.isfinite().all()):  # a base with NaN where no token ever reads
+            sums.foreign += [] if torch.allclose(values, rounded, rtol=1e-2, equal_nan=True) else [name]
+        elif not bool(values.isfinite().all()):
+            sums.infinite.append(name)
+        # The margin is for the ties of other quantizers; a type that holds the base's values leaves none.
+        elif _norm(values - rounded) > MOST_DEVIATION * max(_norm(rounded - base), 1e-6 * _norm(base)):
+            sums.foreign.append(name)
+        return
+    trained = arranged(trained_weight(weight, update))
+    if values.shape != trained.shape or not bool(values.isfinite().all()):
+        (sums.other if values.shape != trained.shape else sums.infinite).append(name)
+        return
+    if base.shape != trained.shape:  # new rows
+        grown = trained.new_zeros(trained.shape)
+        grown[: base.shape[0]] = base
+        base = grown
+    _add(sums, name, base=rounding(base), trained=trained, rounded=rounding(trained), values=values, exact=base)
+
+
+def _add(
+    sums: _Sums,
+    name: str,
+    *,
+    base: torch.Tensor,
+    trained: torch.Tensor,
+    rounded: torch.Tensor,
+    values: torch.Tensor,
+    exact: torch.Tensor | None = None,
+) -> None:
+    """Add one changed tensor to the totals.
+
+    Args:
+        sums: The totals.
+        name: The tensor's name.
+        base: The base's values, rounded to the written type.
+        trained: Base and update, not rounded.
+        rounded: Base and update, rounded to the written type: what should have been written.
+        values: What was written.
+        exact: The base's values, not rounded; None if `base` is.
+    """
+    update = trained - (base if exact is None else exact)
+    size = _norm(update)
+    sums.changed += 1
+    if size == 0:  # the adapter was never trained here
+        sums.other += [] if _norm(values - rounded) <= 1e-6 * _norm(rounded) else [name]
+        return
+    kept = float((values - base).double().flatten() @ update.double().flatten())
+    sums.update += size**2
+    sums.error += _norm(values - trained) ** 2
+    sums.kept += kept
+    share = kept / size**2
+    if sums.least_kept is None or share < sums.least_kept[0]:
+        sums.least_kept = (share, name)
+    way = _norm(rounded - base)
+    off = _norm(values - rounded)
+    deviation = off / way if way else (0.0 if off == 0 else off / size)
+    if deviation > sums.deviation[0]:
+        sums.deviation = (deviation, name)
+    if deviation > MOST_DEVIATION:
+        gone = way > 0 and _norm(values - base) <= MOST_DEVIATION * way
+        (sums.dropped if gone else sums.other).append(name)
+
+
+def _norm(tensor: torch.Tensor) -> float:
+    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
+
+
+def _problems(sums: _Sums, extra: Sequence[str], base_name: str) -> list[str]:
+    problems = []
+    if sums.missing:
+        problems.append(f"{_count(sums.missing, sums)} are missing (the first: {sums.missing[0]})")
+    if extra:
+        problems.append(f"it holds {extra[0]}, which base and adapter do not have")
+    if sums.infinite:
+        problems.append(
+            f"{_count(sums.infinite, sums)} hold values that are not finite (the first: {sums.infinite[0]})"
+        )
+    if sums.foreign:
+        problems.append(
+            f"{len(sums.foreign)} of {sums.unchanged} tensors that the adapter does not change are not those of "
+            f"{base_name} (the first: {sums.foreign[0]})"
+        )
+    if sums.dropped:
+        problems.append(
+            f"{len(sums.dropped)} of {sums.changed} matrices lack their update (the first: {sums.dropped[0]})"
+        )
+    if sums.other:
+        problems.append(
+            f"{len(sums.other)} of {sums.changed} matrices hold another update than the adapter's (the first: "
+            f"{sums.other[0]})"
+        )
+    return problems
+
+
+def _count(names: Sequence[str], sums: _Sums) -> str:
+    return f"{len(names)} of {sums.changed + sums.unchanged + len(sums.missing)} tensors"
+
+
+def _record(sums: _Sums, problems: Sequence[str]) -> Record:
+    kept, least = (sums.kept / sums.update, sums.least_kept) if sums.update else (1.0, None)
+    return {
+        "num_changed": sums.changed,
+        "num_unchanged": sums.unchanged,
+        "types": sorted(sums.types),
+        "relative_error": (sums.error / sums.update) ** 0.5 if sums.update else 0.0,
+        "kept": kept,
+        "least_kept": least[0] if least else 1.0,
+        "least_kept_tensor": least[1] if least else None,
+        "largest_deviation": sums.deviation[0],
+        "problems": list(problems),
+    }

@@ -1,0 +1,20 @@
+"""The bound on differing tokens is the binomial one."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from loratune.exporting.verdict import RIGHT_FLIPS, SURPRISE, allowed_flips
+
+
+@pytest.mark.parametrize("num_decided", [1, 20, 66, 445, 512])
+def test_a_right_export_exceeds_the_bound_once_in_a_thousand_times_at_most(num_decided: int) -> None:
+    draws = np.random.default_rng(0).binomial(num_decided, max(RIGHT_FLIPS, 1 / (num_decided + 2)), size=200_000)
+    allowed = allowed_flips(num_decided, 0)
+    assert float((draws > allowed).mean()) <= 1.3 * SURPRISE
+    assert float((draws > allowed - 1).mean()) > SURPRISE / 2, "a smaller bound would refuse right ones"
+
+
+def test_nothing_decided_allows_nothing() -> None:
+    assert allowed_flips(0, 0) == 0
