@@ -24,7 +24,7 @@ from loratune.planning.cost import (
     work_amounts,
 )
 from loratune.planning.probe import probe
-from loratune.planning.speed import LayerTimings, TimePlan, matmul_rate, plan_time, rates_by_arithmetic
+from loratune.planning.speed import LayerTimings, TimePlan, matmul_rate, plan_time, rates_by_arithmetic, with_latencies
 from loratune.planning.task import StepCosts, planned_task
 from loratune.run.errors import RecipeError
 
@@ -166,6 +166,16 @@ def _timings(
     if measured is not None:
         source = "two layers of this shape, run here"
     timings = measured or rates_by_arithmetic(in_a_layer, in_the_head, answers, rate)
+    if device is not None:
+        width = torch_dtype(place.dtype).itemsize
+        step = recipe.train.batch_size * fmean(len(example.input_ids) for example in data.train)
+        timings = with_latencies(
+            timings,
+            micro_batch_tokens=min(step, memory.token_budget),
+            layer_bytes=memory.weights_bytes / int(config.num_hidden_layers),
+            head_bytes=in_the_head * width,
+            bytes_per_second=device.bytes_per_second,
+        )
     if not costs.times_head:  # a head of a few classes takes nothing next to the layers
         timings = replace(timings, head_train=0.0, head_forward=0.0, head_decode=0.0)
     return rate, timings, source

@@ -33,6 +33,12 @@ START_SECONDS = 8.0
 TIMED_SECONDS, FEWEST_REPETITIONS = 0.15, 3
 """How long, and at least how often, each operation is repeated to time it; the best repetition counts."""
 
+LAUNCH_SECONDS = 7e-6
+"""Seconds to launch a kernel on a GPU from eager PyTorch. An estimate: 5 to 10 µs are usual."""
+
+KERNELS_PER_LAYER = 60
+"""Kernels of one layer with LoRA, forward. An estimate: seven projections of three products each, and the rest."""
+
 LOAD_BYTES_PER_SECOND = 1e9
 """Rate at which weights are read and converted. An estimate."""
 
@@ -154,6 +160,35 @@ def rates_by_arithmetic(
         head_train=4 * head,
         head_forward=2 * head,
         head_decode=2 * head * num_answers,
+    )
+
+
+def with_latencies(
+    timings: LayerTimings,
+    *,
+    micro_batch_tokens: float,
+    layer_bytes: float,
+    head_bytes: float,
+    bytes_per_second: float,
+) -> LayerTimings:
+    """Return timings by arithmetic that also count what a GPU waits for: launches of kernels, and reads of weights.
+
+    Small models and single tokens are bound by these, not by the rate of products.
+
+    Args:
+        timings: From `rates_by_arithmetic`.
+        micro_batch_tokens: Tokens of a usual micro-batch, which share the launches.
+        layer_bytes: Bytes of a layer's weights.
+        head_bytes: Bytes of the output head.
+        bytes_per_second: Bandwidth of the device's memory.
+    """
+    launches = KERNELS_PER_LAYER * LAUNCH_SECONDS
+    return replace(
+        timings,
+        train=max(timings.train, 3 * launches / micro_batch_tokens),  # forward, and twice as many kernels backward
+        forward=max(timings.forward, launches / micro_batch_tokens),
+        decode=max(timings.decode, launches, layer_bytes / bytes_per_second),
+        head_decode=max(timings.head_decode, 2 * LAUNCH_SECONDS, head_bytes / bytes_per_second),
     )
 
 

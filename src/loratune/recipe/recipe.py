@@ -42,6 +42,7 @@ __all__ = [
     "TargetPreset",
     "TrainSection",
     "Variant",
+    "as_recipe",
     "origins",
 ]
 
@@ -104,6 +105,15 @@ class Recipe(Section):
     def to_yaml(self) -> str:
         """Return all settings as YAML that `load` reads back."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def as_recipe(recipe: Recipe | str | Path) -> Recipe:
+    """Return a recipe, read from its file if it is given as a path.
+
+    Raises:
+        RecipeError: See `Recipe.load`.
+    """
+    return recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
 
 
 def origins(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import codecs
 import csv
 import json
 import re
@@ -32,8 +33,9 @@ def read_bytes(path: Path) -> bytes:
 def _read_text(path: Path) -> str:
     """Return the file as text, without a byte order mark."""
     data = read_bytes(path)
+    encoding = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
     try:
-        text = data.decode("utf-8-sig")
+        text = data.decode(encoding)
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         bad = data[error.start]
@@ -149,7 +151,7 @@ def _read_parquet(path: Path) -> list[Row]:
 def _read_csv(path: Path) -> list[Row]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     lines = _read_text(path).splitlines(keepends=True)
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else _delimiter(lines[0])
     reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
     rows: list[Row] = []
     line = 2  # a quoted field may span lines: a record starts after the line where the last one ended
@@ -163,6 +165,12 @@ def _read_csv(path: Path) -> list[Row]:
             f"not CSV: {error}", file=path, line=line, fix="quote fields that contain quotes or commas"
         ) from None
     return rows
+
+
+def _delimiter(header: str) -> str:
+    """Return what separates the columns: a comma, unless the header has none and one of the others."""
+    unquoted = re.sub(r'"[^"]*"', "", header)
+    return next((mark for mark in ",;\t|" if mark in unquoted), ",")
 
 
 def _check_columns(path: Path, line: int, record: dict[str | Any, Any]) -> None:

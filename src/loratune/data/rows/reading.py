@@ -40,6 +40,8 @@ class ReadSide(Generic[T]):
     keys: list[Any]
     """A hashable key of each item; equal for items with the same content."""
     rejected: list[Rejected]
+    num_copies: int = 0
+    """Held-out side only: further copies of its items, which are left out of both sides."""
 
     def choose(self, numbers: Sequence[int]) -> ReadSide[T]:
         """Return the side with these items only."""
@@ -234,4 +236,7 @@ def hold_out(
 def held_out_side(side: ReadSide[T], numbers: Sequence[int], fraction: float, seed: int) -> ReadSide[T]:
     """Return the held-out side of items chosen from the training side."""
     note = [{"held_out": fraction, "seed": seed, "from": "train"}]
-    return replace(side.choose(numbers), sources=note, num_rows=len(numbers), rejected=[])
+    held_out = side.choose(numbers)
+    chosen = set(held_out.keys)
+    num_copies = sum(key in chosen for key in side.keys) - len(numbers)
+    return replace(held_out, sources=note, num_rows=len(numbers), rejected=[], num_copies=num_copies)

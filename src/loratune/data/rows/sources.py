@@ -102,7 +102,10 @@ def local_files(source: Source) -> list[Path]:
         _refuse_hub_settings(source)
         if path.suffix.lower() not in SUFFIXES:
             what = f"unsupported file type {path.suffix}" if path.suffix else "a file without a suffix"
-            raise DataError(what, file=source.name, fix=f"supported types are {', '.join(SUFFIXES)}")
+            fix = f"supported types are {', '.join(SUFFIXES)}"
+            if path.suffix.lower() in (".xlsx", ".xls", ".ods"):
+                fix = "save the sheet as CSV (UTF-8)"
+            raise DataError(what, file=source.name, fix=fix)
         return [path]
     files = sorted(f for f in path.rglob("*") if f.is_file() and f.suffix.lower() in SUFFIXES and not _hidden(f, path))
     if source.config is not None:

@@ -117,6 +117,8 @@ class SideReport(Part):
     """Special tokens that occur inside messages."""
     conversations_without_last_answer: int | None = None
     """Text generation only: conversations that end before an answer."""
+    copies_left_out: int | None = None
+    """Held-out side of a split only: further copies of its conversations, which are in neither side."""
     duplicates: int
     """Exact copies of earlier examples."""
     duplicate_rows: tuple[tuple[Place, ...], ...]
