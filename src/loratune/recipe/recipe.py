@@ -102,6 +102,17 @@ class Recipe(Section):
         except ValidationError as error:
             raise translate_validation_error(error, cls, Source, file, lines or {}) from None
 
+    def replace(self, **sections: dict[str, Any]) -> Self:
+        """Return the recipe with other settings: `recipe.replace(train={"epochs": 1}, lora={"r": 8})`.
+
+        Raises:
+            RecipeError: A setting is unknown, of the wrong type, or contradicts another.
+        """
+        values = self.model_dump(mode="json", exclude_unset=True)
+        for name, settings in sections.items():
+            values[name] = {**values.get(name, {}), **settings}
+        return self.parse(values)
+
     def to_yaml(self) -> str:
         """Return all settings as YAML that `load` reads back."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

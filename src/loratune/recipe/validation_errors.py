@@ -78,7 +78,7 @@ def _translate(
     return RecipeError(
         f"{name} is {shown(first['input'])}: {said}",
         line=line,
-        fix=" ".join(filter(None, (_suggestion(name, first["input"], said), description))),
+        fix=" ".join(filter(None, (_suggestion(name, first["input"], said) or _example(name, field), description))),
     )
 
 
@@ -91,6 +91,14 @@ def _suggestion(name: str, value: Any, said: str) -> str:
     if near:
         return f"Did you mean {near[0]}?"
     return f"Write {name}: [{value}], a list with one entry." if said == "Input should be a list" else ""
+
+
+def _example(name: str, field: Any) -> str:
+    """Return the default as an example of a value that is valid."""
+    default = getattr(field, "default", None)
+    if not isinstance(default, str | int | float) or name.count(".") != 1:
+        return ""
+    return f"For example {name}={shown(default) if isinstance(default, bool) else default}, the default."
 
 
 def _innermost(recipe: type[BaseModel], source: type[BaseModel], location: list[str]) -> tuple[Any, str]:

@@ -115,7 +115,7 @@ def _verdict(files: RunFiles) -> Iterator[Block]:
         found = verdict_on(files.evaluation)
         text = f"{found.sentence[0].upper()}{found.sentence[1:]}."
         yield Paragraph(text=text, tone="plain" if found.outcome == "better" else "warning")
-    elif files.is_trained and files.state == "finished":
+    elif files.lock is not None and files.is_trained and files.lock.recipe["data"]["eval"] == "none":
         yield Paragraph(text="Not measured: the run has no held-out data (data.eval).", tone="note")
 
 
