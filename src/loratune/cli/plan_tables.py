@@ -57,7 +57,8 @@ def summary_table(record: Record, *, model: str) -> Table:
     if "cost" in record:
         cost = record["cost"]
         each = f" for each of {record['scaling']['devices']} devices" if record["scaling"] else ""
-        rows["cost"] = f"about {cost['cost']:,.2f} at {cost['price_per_hour']:g} per hour{each}"
+        shown = f"about {cost['cost']:,.2f}" if cost["cost"] >= 0.01 else "less than 0.01"
+        rows["cost"] = f"{shown} at {cost['price_per_hour']:g} per hour{each}"
     if record["device"]:
         device = record["device"]
         rows["device"] = (

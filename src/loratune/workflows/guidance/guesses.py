@@ -97,7 +97,7 @@ def answer_tokens(answers: Sequence[str], most: int) -> int:
         answers: Answers of the data; a token has about four characters, or two to be safe.
         most: The largest limit to return.
     """
-    longest = max(map(len, answers), default=most)
+    longest = max(map(len, answers), default=2 * most)
     return min(most, 16 * -(-max(longest // 2, 16) // 16))
 
 
