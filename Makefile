@@ -49,6 +49,7 @@ check: $(VENV)/.installed-dev
 	$(BIN)/python tests/test_layout.py
 	$(BIN)/python docs/make_reference.py --check
 	$(BIN)/python docs/make_records.py --check
+	$(BIN)/python docs/make_coming_from.py --check
 	$(BIN)/python docs/make_lora_parameters.py --check
 	$(BIN)/python docs/make_adapters.py --check
 	$(BIN)/python docs/make_scaling.py --check
@@ -57,6 +58,7 @@ check: $(VENV)/.installed-dev
 docs: $(VENV)/.installed-dev
 	$(BIN)/python docs/make_reference.py
 	$(BIN)/python docs/make_records.py
+	$(BIN)/python docs/make_coming_from.py
 	$(BIN)/python docs/make_lora_parameters.py
 	$(BIN)/python docs/make_adapters.py
 	$(BIN)/python docs/make_architectures.py

@@ -23,6 +23,7 @@ import typer
 from loratune import __main__ as cli
 from loratune.recipe.recipe import Recipe
 from loratune.run.directory import RunDir
+from loratune.workflows.train import train
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -138,11 +139,12 @@ TEXTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS.glob("*.md"), *(ROO
 def test_the_programs_of_the_readme_work(
     tiny_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In a folder where recipes/quickstart.yaml is on the tiny model."""
+    """In a folder where recipes/quickstart.yaml is on the tiny model, after `make demo`, which stands before them."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipes").mkdir()
     recipe = tiny_recipe(data__max_length="auto", train__output_dir="__models/quickstart")
     (tmp_path / "recipes" / "quickstart.yaml").write_text(recipe.to_yaml())
+    train("recipes/quickstart.yaml")
     programs = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
     assert len(programs) == 2
     for program in programs:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+import inspect
 import logging
 import os
+import warnings
 from typing import TYPE_CHECKING, Any
 
 # The libraries read these once, when they are imported: no telemetry, no advertisements.
@@ -52,6 +55,7 @@ _ROOMS = {
     "resume": "workflows.resume",
     "serve": "workflows.serve",
     "train": "workflows.train",
+    "NO_PROGRESS": "run.progress",
     "Recipe": "recipe.recipe",
 }
 """Name → the module that has it."""
@@ -60,6 +64,7 @@ if TYPE_CHECKING:
     from loratune.recipe.recipe import Recipe
     from loratune.reporting.html import compare, report
     from loratune.reporting.run_diff import diff
+    from loratune.run.progress import NO_PROGRESS
     from loratune.workflows.evaluate import evaluate
     from loratune.workflows.export import export, merge
     from loratune.workflows.guidance.doctor import doctor
@@ -74,6 +79,7 @@ if TYPE_CHECKING:
     from loratune.workflows.train import train
 
 __all__ = [
+    "NO_PROGRESS",
     "Recipe",
     "__version__",
     "compare",
@@ -99,5 +105,28 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> Any:
     """Import on first use: `loratune --help` must not wait for torch."""
     if name in _ROOMS:
-        return getattr(importlib.import_module(f"loratune.{_ROOMS[name]}"), name)
+        found = getattr(importlib.import_module(f"loratune.{_ROOMS[name]}"), name)
+        globals()[name] = found if name in ("Recipe", "NO_PROGRESS") else _showing_progress(found)
+        return globals()[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """Return the public names, so that they can be completed before they are imported."""
+    return sorted({*globals(), *__all__})
+
+
+def _showing_progress(verb: Any) -> Any:
+    """Return a verb that shows its progress on stderr unless it is told otherwise, as by `progress=NO_PROGRESS`."""
+    if "progress" not in inspect.signature(verb).parameters:
+        return verb
+
+    @functools.wraps(verb)
+    def run(*arguments: Any, **options: Any) -> Any:
+        if "progress" not in options:
+            options["progress"] = importlib.import_module("loratune.cli.terminal").TerminalProgress()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning)  # for the developers of other libraries
+            return verb(*arguments, **options)
+
+    return run

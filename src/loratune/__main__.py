@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import signal
+import sys
 import warnings
+from typing import Annotated
 
 import typer
 
+from loratune import __version__
 from loratune.cli import after_training as after
 from loratune.cli import before_training as before
 from loratune.cli import training
+from loratune.cli.verb import Verb, as_verb
 
 VERBS = {
     "Before training": (
         *(before.init, before.plan, before.explain, before.eject),
         *(before.doctor, before.selftest, before.schema),
     ),
-    "Training": (training.train, training.resume, training.evaluate, training.reproduce, training.bench),
+    "Training": (
+        *(training.train, training.resume, training.runs, training.evaluate, training.reproduce, training.bench),
+    ),
     "After training": (
         *(after.report, after.compare, after.diff, after.chat),
         *(after.merge, after.export, after.certify, after.serve, after.push),
@@ -26,7 +32,7 @@ VERBS = {
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["--help", "-h"]},
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     help="LoRA fine-tuning you can trust.",
@@ -35,7 +41,22 @@ app = typer.Typer(
 )
 for _title, _verbs in VERBS.items():
     for _verb in _verbs:
-        app.command(rich_help_panel=_title)(_verb)
+        app.command(cls=Verb, rich_help_panel=_title)(as_verb(_verb))
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        sys.stdout.write(f"loratune {__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", "-V", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Fine-tune language models with LoRA."""
 
 
 def main() -> None:

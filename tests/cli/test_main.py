@@ -418,4 +418,4 @@ def test_a_missing_ray_is_told_before_the_recipe_is_read(
     monkeypatch.setattr(shell, "find_spec", lambda name: None)
     code, _, told = loratune("train", tmp_path / "no.yaml", "--engine", "ray")
     assert code == 4
-    assert "pip install 'loratune[ray]'" in told
+    assert "pip install 'ray[train]>=" in told

@@ -152,8 +152,6 @@ class Listener:
         pass
 
     def line(self, text: str) -> None:
-        if "are in the cache" in text:  # the second run of the same settings says so
-            return
         self.lines.append(text.rpartition(" · ")[0] if "tokens/s" in text else text)
 
     def warn(self, text: str) -> None:

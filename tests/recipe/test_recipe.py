@@ -167,3 +167,19 @@ def test_the_schema_names_every_setting() -> None:
 def test_layers_are_all_or_counted_from_an_end(layers: str) -> None:
     with pytest.raises(RecipeError, match=rf"lora\.layers is {layers}\n  fix: use all"):
         Recipe.parse({"lora": {"layers": layers}})
+
+
+def test_settings_are_replaced_with_the_checks_of_a_file() -> None:
+    recipe = Recipe.parse({"train": {"epochs": 2, "seed": 7}, "model": {"name": "a"}})
+    other = recipe.replace(train={"epochs": 1}, lora={"r": 8})
+    assert (other.train.epochs, other.train.seed, other.lora.r, other.model.name) == (1, 7, 8, "a")
+    assert recipe.train.epochs == 2
+    with pytest.raises(RecipeError, match=r"unknown setting train\.lr"):
+        recipe.replace(train={"lr": 1})
+
+
+@pytest.mark.parametrize(("value", "fix"), [("three", "train.epochs=3, the default"), (-1, "train.epochs=3")])
+def test_the_fix_of_a_wrong_value_shows_a_right_one(value: object, fix: str) -> None:
+    with pytest.raises(RecipeError) as told:
+        Recipe.parse({"train": {"epochs": value}})
+    assert f"For example {fix}" in told.value.fix

@@ -121,13 +121,14 @@ def test_every_part_is_there_and_the_plots_have_data(finished_run: RunDir, open_
     opened = open_page(finished_run.report, viewport={"width": 1200, "height": 900})
     titles = opened.page.locator("h2").all_text_contents()
     assert titles == [
+        "Verdict",
+        "Samples",
         "Base vs. fine-tuned",
         "Curves",
         "Model, data, settings",
         "Planned vs. actual",
         "Data",
         "Which tokens were trained",
-        "Samples",
         "Failures",
         "Reproduce",
     ]
@@ -263,3 +264,38 @@ def test_several_runs_stand_on_one_page(finished_run: RunDir, a_copy: Copy, open
     assert opened.page.locator("#answers article").count() == 1
     assert opened.page.locator("#answers .verdict").all_inner_texts() == ["✗ wrong", "✓ correct"]
     assert (opened.requests, opened.complaints) == ([page.as_uri()], [])
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_eight_runs_are_legible_and_the_caption_stays_in_sight(
+    finished_run: RunDir, a_copy: Copy, open_page: Open, tmp_path: Path, width: int
+) -> None:
+    runs = [finished_run]
+    for number in range(7):
+        run = a_copy(f"run-{number}-with-a-longer-name")
+        rate = 0.0001 * (number + 1)
+        rewrite(
+            run.lock,
+            lambda lock, rate=rate: {
+                **lock,
+                "recipe": {**lock["recipe"], "train": {**lock["recipe"]["train"], "learning_rate": rate}},
+            },
+        )
+        runs.append(run)
+    page = compare([run.root for run in runs], tmp_path / "eight.html")
+    opened = open_page(page, viewport={"width": width, "height": 900})
+    assert opened.page.evaluate("document.documentElement.scrollWidth") <= width
+    broken = opened.page.evaluate(
+        """[...document.querySelectorAll('.wide td')].filter(cell => {
+             const lines = cell.textContent.split('\\n').length, style = getComputedStyle(cell);
+             const height = cell.getBoundingClientRect().height - parseFloat(style.paddingTop) * 2;
+             return /^[0-9.e-]+$/.test(cell.textContent) && height > 1.7 * lines * parseFloat(style.lineHeight);
+           }).map(cell => cell.textContent)"""
+    )
+    assert broken == [], "numbers that are cut into two lines"
+    assert opened.page.locator(".wide").count() >= 3
+    ends = opened.page.eval_on_selector_all(
+        ".wide caption:not(.unseen) span", "all => all.map(span => span.getBoundingClientRect().right)"
+    )
+    assert ends
+    assert max(ends) <= width

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 
 from loratune.evaluation.gates import check_gates
+from loratune.planning.prepare import prepare
 from loratune.recipe.recipe import Recipe
 from loratune.run.directory import RunDir, read_json
 from loratune.run.errors import RecipeError, RunError
+from loratune.run.progress import NO_PROGRESS
 from loratune.workflows.evaluate import Extras, evaluate
 from loratune.workflows.train import train
 from tests.conftest import write_jsonl
@@ -61,3 +63,34 @@ def test_a_gate_with_a_wrong_name_costs_no_evaluation(finished_run: RunDir) -> N
     with pytest.raises(RecipeError, match="no number exact_mach"):
         evaluate(finished_run.root, extras=Extras(gates=("exact_mach>=0.5",)))
     assert finished_run.evaluation.stat().st_mtime_ns == before
+
+
+def test_a_run_without_a_metric_shows_answers_and_can_be_scored_later(
+    tiny_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loratune.planning.prepare.UNSCORED_ANSWERS", 4)
+    trained = train(tiny_recipe(evaluate__samples=100, evaluate__max_new_tokens=3, train__epochs=0.5))
+    assert trained.evaluation is not None
+    assert len(trained.evaluation["items"]) == 4
+    assert {item[side]["score"] for item in trained.evaluation["items"] for side in ("base", "tuned")} == {None}
+    page = trained.run.report.read_text(encoding="utf-8")
+    assert page.count('class="sample"') == 4
+    assert ">Failures<" not in page
+    assert trained.verdict.split(":")[0] in ("better", "not better", "worse")
+    record = evaluate(trained.run.root, extras=Extras(metric="contains", gates=("contains>=0",))).evaluation
+    assert record is not None
+    assert record["metric"] == "contains"
+    assert len(record["items"]) == 6, "with a metric every prompt is answered"
+    assert all(item["tuned"]["score"] in (0.0, 1.0) for item in record["items"])
+    with pytest.raises(RecipeError, match="neither a metric of loratune nor a function") as told:
+        evaluate(trained.run.root, extras=Extras(metric="exact"))
+    assert "exact_match" in told.value.fix
+
+
+def test_no_answers_if_none_are_wanted_or_none_fit(tiny_recipe: Callable[..., Recipe]) -> None:
+    assert prepare(tiny_recipe(evaluate__samples=0), NO_PROGRESS).data.prompts == ()
+    long = prepare(tiny_recipe(evaluate__samples=3, evaluate__max_new_tokens=512), NO_PROGRESS)
+    assert long.data.prompts == ()
+    assert any("none leaves room for evaluate.max_new_tokens=512" in note for note in long.notes.warnings)
+    user = prepare(tiny_recipe(evaluate__samples=3, evaluate__max_new_tokens=4, data__train_on=["user"]), NO_PROGRESS)
+    assert user.data.prompts == (), "a model that does not learn to answer is not asked"

@@ -15,7 +15,7 @@ from loratune.run.errors import RecipeError
 from loratune.run.progress import NO_PROGRESS
 from loratune.workflows.chat import Sampling, open_chat
 from loratune.workflows.evaluate import evaluate
-from loratune.workflows.finished import open_finished, open_run, recipe_of
+from loratune.workflows.finished import open_finished, open_run, recipe_here, recipe_of
 from loratune.workflows.push import push
 from loratune.workflows.reproduce import reproduce
 from loratune.workflows.serve import serve
@@ -36,6 +36,21 @@ def test_a_finished_run_is_opened_with_its_base_adapter_and_stops(finished_run: 
     assert 2 in finished.stops
     assert "model.layers.0.self_attn.q_proj" in finished.updates
     assert finished.prepared.recipe == recipe_of(finished_run)
+
+
+def test_a_run_is_used_on_a_machine_without_what_only_training_needs(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock = read_json(run.lock)
+    lock["recipe"]["train"] |= {"report_to": ["wandb"], "optimizer": "lion", "device": "cuda", "compile": True}
+    lock["recipe"]["lora"]["start_from"] = "/elsewhere/adapter"
+    run.lock.write_text(json.dumps(lock))
+    for name in ("loratune.planning.checks.find_spec", "loratune.model.device.cpp_compiler"):
+        monkeypatch.setattr(name, lambda *_: None)
+    recipe = recipe_here(run)
+    assert recipe.train.report_to == ()
+    assert open_run(run.root, NO_PROGRESS)[1].recipe.train.device == recipe.train.device
+    assert evaluate(run.root).evaluation is not None
 
 
 def test_the_recipe_is_the_effective_one_by_run_or_by_path(finished_run: RunDir) -> None:

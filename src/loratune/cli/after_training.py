@@ -6,6 +6,7 @@ Typer reads a command's options from its parameters, so the limit on the number 
 from __future__ import annotations
 
 import sys
+import webbrowser
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -21,20 +22,32 @@ if TYPE_CHECKING:
     from loratune.workflows.serve import Service
 
 
-def report(run: RunFolder, out: ReportFile = None, as_json: AsJson = False) -> None:
+def report(
+    run: RunFolder,
+    out: ReportFile = None,
+    show: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
+    as_json: AsJson = False,
+) -> None:
     """Write one HTML page about a run, finished, in progress or failed: RUN/report.html."""
-    with command_context(as_json):
+    with command_context(as_json) as progress:
         from loratune.reporting.html import report
 
-        _show_file("report", report(run, out), as_json)
+        page = report(run, out)
+        _show_file("report", page, as_json)
+        if show and not webbrowser.open(page.resolve().as_uri()):
+            progress.warn("no browser was found here; copy the file to a machine with one")
 
 
 def compare(runs: RunFolders, out: ReportFile = None, as_json: AsJson = False) -> None:
-    """Write one HTML page that compares several runs: compare.html."""
+    """Compare several runs: a table, the best first, and an HTML page, compare.html."""
     with command_context(as_json):
         from loratune.reporting.html import compare
+        from loratune.reporting.run_list import ranked_table
 
-        _show_file("comparison", compare(runs, out or "compare.html"), as_json)
+        page = compare(runs, out or "compare.html")
+        if not as_json:
+            SafeConsole(highlight=False).print(ranked_table(runs))
+        _show_file("comparison", page, as_json)
 
 
 def diff(first: RunFolder, second: RunFolder, as_json: AsJson = False) -> None:

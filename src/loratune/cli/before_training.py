@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
 
+from loratune.cli.next_steps import command, missing_packages
 from loratune.cli.options import (
     AsJson,
     DeviceName,
     DevicesSpec,
+    EveryTable,
     FieldsAndOverrides,
     Html,
     Interconnect,
@@ -29,7 +31,7 @@ from loratune.cli.options import (
 from loratune.cli.output import add_cost, print_json, print_record, show_plan, write_page
 from loratune.cli.shell import command_context
 from loratune.cli.terminal import SafeConsole
-from loratune.recipe.recipe import Recipe
+from loratune.recipe.recipe import Column, Recipe
 from loratune.recipe.recipe import origins as load_origins
 from loratune.run.errors import MachineError
 
@@ -37,22 +39,54 @@ from loratune.run.errors import MachineError
 def init(
     what: Annotated[
         str | None,
-        typer.Argument(metavar="[DATA|NAME]", help="A data file, or a recipe's name: chat, quickstart, seed."),
+        typer.Argument(
+            metavar="[DATA|NAME]",
+            help="A data file, or a recipe's name: chat, classify, e2e, quickstart (the default), seed.",
+        ),
     ] = None,
     out: OutFile = None,
+    columns: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FIELD=COLUMN,...", help="Which column is what, such as prompt=Question,completion=Answer."
+        ),
+    ] = None,
     overwrite: OverwriteFile = False,
     as_json: AsJson = False,
 ) -> None:
     """Write a commented recipe to start from, chosen by the data's format and this machine."""
     with command_context(as_json) as progress:
+        from loratune.workflows.guidance.guesses import read_columns
         from loratune.workflows.guidance.init import init as write
 
-        path, starter = write(what, out, overwrite=overwrite)
+        path, starter = write(
+            what,
+            out,
+            columns=read_columns(columns, get_args(Column)) if columns else None,
+            ask=_ask_columns if sys.stdin.isatty() and not as_json else None,
+            overwrite=overwrite,
+        )
         if as_json:
             print_json({"recipe": str(path), "title": starter.title, "settings": starter.as_dict()})
             return
-        progress.line(f"{starter.title} Next: loratune plan {path}")
+        progress.line(starter.title)
         sys.stdout.write(f"{path}\n")
+        model = str(starter.settings["model.name"][0])
+        for line in (*missing_packages(model), command("plan", path), command("train", path)):
+            progress.line(f"$ {line}")
+
+
+def _ask_columns(names: list[str]) -> dict[Column, str]:
+    """Ask on the terminal which column holds prompts and which answers."""
+
+    def known(name: str) -> str:
+        if name.strip() not in names:
+            raise typer.BadParameter(f"{name} is not a column; there are {', '.join(names)}")
+        return name.strip()
+
+    typer.echo(f"columns: {', '.join(names)}", err=True)
+    prompt = typer.prompt("column of the prompts", value_proc=known, err=True)
+    return {"prompt": prompt, "completion": typer.prompt("column of the answers", value_proc=known, err=True)}
 
 
 def plan(
@@ -60,6 +94,7 @@ def plan(
     overrides: Overrides = None,
     as_json: AsJson = False,
     samples: Samples = 3,
+    every: EveryTable = False,
     html: Html = None,
     device: DeviceName = None,
     devices: DevicesSpec = None,
@@ -93,7 +128,9 @@ def plan(
         if as_json:
             print_record("plan", {**record, "data_report": prepared.data.report})
         else:
-            show_plan(prepared, record, SafeConsole(highlight=False), samples, full=True)
+            show_plan(prepared, record, SafeConsole(highlight=False), samples, full=every)
+            if not every:
+                progress.line("--all adds the tables of memory, matrices, presets and data")
 
 
 def explain(recipe: RecipeFile, words: FieldsAndOverrides = None, as_json: AsJson = False) -> None:
@@ -187,6 +224,7 @@ def schema(
 ) -> None:
     """Print the JSON schema of a recipe, for editors; or of what a verb prints with --json."""
     with command_context(as_json=False):
+        from loratune.recipe.schema import recipe_schema
         from loratune.run.records.schemas import schema_of
 
-        print_json(Recipe.model_json_schema() if verb is None else schema_of(verb))
+        print_json(recipe_schema() if verb is None else schema_of(verb))

@@ -17,6 +17,7 @@ Overrides = Annotated[
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory (its train.output_dir).")]
 RunFolders = Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="Two or more run directories.")]
 ReportFile = Annotated[Path | None, typer.Option("--out", metavar="FILE", help="The HTML file to write.")]
+RunsFolder = Annotated[Path, typer.Argument(metavar="[FOLDER]", help="Where to look for runs, in its subfolders too.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Delete the run in the output directory first.")]
 Processes = Annotated[
@@ -25,6 +26,9 @@ Processes = Annotated[
 ]
 Samples = Annotated[
     int, typer.Option("--samples", "--examples", min=0, help="Number of examples to show token by token.")
+]
+EveryTable = Annotated[
+    bool, typer.Option("--all", help="Also show memory by component, matrices by shape, presets and data.")
 ]
 Html = Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write the examples as an HTML page.")]
 DeviceName = Annotated[

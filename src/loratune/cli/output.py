@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def show_plan(prepared: Preparation, record: Record, console: Console, samples: int, *, full: bool) -> None:
-    """Print what would be trained; with `full` also the tables of memory, modules, presets and data."""
+    """Print what would be trained: examples, warnings and advice, what it costs; with `full` every table."""
     from loratune.cli import plan_tables
     from loratune.data.preview import preview
 
@@ -37,7 +37,15 @@ def show_plan(prepared: Preparation, record: Record, console: Console, samples: 
             "r": recipe.lora.r,
         },
     }
+    if samples:
+        console.print(preview(prepared.data.train, prepared.model.tokenizer, samples))
+    for note in plan_tables.notes(shown):
+        console.print(note, soft_wrap=not console.is_terminal)  # one line per note where a program reads it
     console.print(plan_tables.summary_table(shown, model=f"{recipe.model.name} → {prepared.model.base.path}"))
+    if record["scaling"]:
+        console.print(*plan_tables.scaling_tables(shown), sep="\n")
+        for line in plan_tables.scaling_lines(shown):
+            console.print(line, soft_wrap=True)
     if full:
         console.print(
             plan_tables.memory_table(shown),
@@ -45,15 +53,7 @@ def show_plan(prepared: Preparation, record: Record, console: Console, samples: 
             plan_tables.presets_table(shown),
             sep="\n",
         )
-        if record["scaling"]:
-            console.print(*plan_tables.scaling_tables(shown), sep="\n")
-            for line in plan_tables.scaling_lines(shown):
-                console.print(line, soft_wrap=True)
         console.print(plan_tables.data_table(prepared.data.report))
-    for note in plan_tables.notes(shown):
-        console.print(note, soft_wrap=not console.is_terminal)  # one line per note where a program reads it
-    if samples:
-        console.print(preview(prepared.data.train, prepared.model.tokenizer, samples))
 
 
 def add_cost(record: Record, price_per_hour: float) -> None:
@@ -84,21 +84,28 @@ def write_page(path: Path, prepared: Preparation, samples: int) -> None:
 
 
 def show_result(result: RunResult, as_json: bool) -> None:
-    """Print the evaluation, and planned vs. actual time, speed and memory."""
+    """Print the evaluation, planned vs. actual time, speed and memory, the verdict, and what to do next."""
+    from loratune.cli.next_steps import next_commands
     from loratune.cli.plan_tables import measured_line
     from loratune.run.directory import read_json
-    from loratune.workflows.tasks.task import task_named
+    from loratune.workflows.finished import recipe_of
+    from loratune.workflows.tasks.task import task_of
 
     if as_json:
         plan_record = read_json(result.run.plan)
         print_record("train", {"run": str(result.run.root), "plan": plan_record, "evaluation": result.evaluation})
         return
     console = SafeConsole(highlight=False)
+    recipe = recipe_of(result.run)
     if result.evaluation is not None:
-        task = read_json(result.run.lock)["recipe"]["model"].get("task", "causal_lm")
-        console.print(*task_named(task).tables(result.evaluation), sep="\n")
+        console.print(*task_of(recipe).tables(result.evaluation), sep="\n")
     console.print(measured_line(read_json(result.run.plan)), soft_wrap=True)
     console.print(f"adapter: {escape(str(result.run.adapter))}", soft_wrap=True)
+    console.print(escape(result.verdict), style="bold", soft_wrap=True)
+    steps = next_commands(result.run, recipe)
+    width = max(len(line) for line, _ in steps)
+    for line, what in steps:
+        console.print(f"[bold]$[/bold] {escape(line):{width}}  [dim]# {escape(what)}[/dim]", soft_wrap=True)
 
 
 def show_exported(exported: Exported, as_json: bool) -> None:

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from loratune.reporting.units import as_ratio
 from loratune.run.directory import Record
+from loratune.run.errors import plural
 
 GIB, MIB = 2**30, 2**20
 _MOST_CLASSES = 20
@@ -42,7 +43,7 @@ def summary_table(record: Record, *, model: str) -> Table:
         + f"; {data['num_eval_examples']:,} held out",
         **({"mixture": _mixture(data["sources"])} if len(data["sources"]) > 1 else {}),
         "steps": f"{clock['num_steps']:,} (batch size {record['recipe']['batch_size']}, "
-        f"{record['recipe']['epochs']:g} epochs)",
+        f"{plural(record['recipe']['epochs'], 'epoch')})",
         "memory": f"peak about {memory['peak_bytes'] / GIB:.1f} GiB",
         "time on one device" if record["scaling"] else "time": _time(clock),
         "output": record["recipe"]["output_dir"],
@@ -56,7 +57,8 @@ def summary_table(record: Record, *, model: str) -> Table:
     if "cost" in record:
         cost = record["cost"]
         each = f" for each of {record['scaling']['devices']} devices" if record["scaling"] else ""
-        rows["cost"] = f"about {cost['cost']:,.2f} at {cost['price_per_hour']:g} per hour{each}"
+        shown = f"about {cost['cost']:,.2f}" if cost["cost"] >= 0.01 else "less than 0.01"
+        rows["cost"] = f"{shown} at {cost['price_per_hour']:g} per hour{each}"
     if record.get("packing") and record["packing"]["why_unpacked"]:  # not in plans of earlier versions
         rows["examples"] = f"not packed: {record['packing']['why_unpacked']}"
     if record["device"]:

@@ -13,6 +13,7 @@ from loratune.cli.output import print_json
 from loratune.cli.terminal import SafeConsole, TerminalProgress
 from loratune.run import processes
 from loratune.run.errors import Interrupted, LoratuneError, MachineError, RecipeError, RunError
+from loratune.run.extras import pip_install
 
 
 def start_processes(number: int) -> None:
@@ -41,7 +42,7 @@ def check_engine(engine: str, processes: int, only_ray: Mapping[str, object]) ->
             raise RecipeError(f"{given} is only for Ray", fix=f"add --engine ray, or remove {given}")
         return
     if find_spec("ray") is None:
-        raise MachineError("Ray is not installed", fix="pip install 'loratune[ray]'")
+        raise MachineError("Ray is not installed", fix=pip_install("ray"))
     if processes > 1:
         raise RecipeError(f"--processes {processes} is only for torchrun", fix=f"--engine ray --workers {processes}")
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.markup import escape
@@ -24,6 +24,7 @@ from rich.progress import (
 from rich.segment import Segment
 
 from loratune.run.errors import printable
+from loratune.run.progress import ProgressTask
 
 # Characters that move the cursor, change the title or reverse the direction of writing; tabs and line ends stay.
 _CONTROLS = [*range(9), *range(11, 32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
@@ -54,13 +55,21 @@ class TerminalProgress:
 
     Args:
         console: Where to print; stderr by default.
+
+    Attributes:
+        quiet: Whether only warnings are shown; the same for the whole process, as `--quiet` is.
     """
+
+    quiet: ClassVar[bool] = False
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or SafeConsole(file=sys.stderr, highlight=False, soft_wrap=True)
 
     @contextmanager
-    def task(self, name: str, total: int | None, unit: str = "") -> Iterator[_Bar | _Lines]:
+    def task(self, name: str, total: int | None, unit: str = "") -> Iterator[ProgressTask]:
+        if self.quiet:
+            yield _Nothing()
+            return
         if not self.console.is_terminal:
             yield _Lines(self, name, total, unit)
             return
@@ -68,6 +77,8 @@ class TerminalProgress:
             yield _Bar(bars, bars.add_task(name, total=total, unit=unit, note=""))
 
     def line(self, text: str) -> None:
+        if self.quiet:
+            return
         self.console.print(escape(printable(text)))
 
     def warn(self, text: str) -> None:
@@ -93,6 +104,11 @@ def _columns(width: int) -> list[ProgressColumn]:
         TimeRemainingColumn(),
         TextColumn("left"),
     ]
+
+
+class _Nothing:
+    def advance(self, amount: int = 1, note: str = "") -> None:
+        pass
 
 
 class _Bar:

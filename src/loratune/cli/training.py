@@ -5,6 +5,7 @@ Typer reads a command's options from its parameters, so the limit on the number 
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,6 +21,7 @@ from loratune.cli.options import (
     Processes,
     RecipeFile,
     RunFolder,
+    RunsFolder,
     Storage,
     Workers,
 )
@@ -83,6 +85,20 @@ def resume(run: RunFolder, as_json: AsJson = False, processes: Processes = 1) ->
             show_result(result, as_json)
 
 
+def runs(folder: RunsFolder = Path("__models"), as_json: AsJson = False) -> None:
+    """List the runs in a folder, newest first: their state, and whether they are better than their base."""
+    with command_context(as_json):
+        from loratune.reporting.run_list import list_runs, runs_table
+
+        found = list_runs(folder)
+        if as_json:
+            print_json([item.as_dict() for item in found])
+        elif found:
+            SafeConsole(highlight=False).print(runs_table(found))
+        else:
+            sys.stdout.write(f"no runs in {folder}\n")
+
+
 def evaluate(
     run: RunFolder,
     gate: Annotated[
@@ -94,14 +110,15 @@ def evaluate(
     metric: Annotated[
         str,
         typer.Option(
-            metavar="FILE.py:FUNCTION", help="Your own metric: a function of answer and reference, returning 0 to 1."
+            metavar="NAME|FILE.py:FUNCTION",
+            help="exact_match, json, contains or bleu; or your own function of answer and reference, returning 0 to 1.",
         ),
     ] = "",
     harness: Annotated[
         list[str] | None,
         typer.Option(metavar="TASK", help="A task of lm-evaluation-harness: its name, or a YAML file. Repeatable."),
     ] = None,
-    allow_code: Annotated[bool, typer.Option(help="Allow the code that --metric and --harness name to run.")] = False,
+    allow_code: Annotated[bool, typer.Option(help="Allow the code that --metric or --harness names to run.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Re-run the held-out evaluation of base and fine-tuned model."""

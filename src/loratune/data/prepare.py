@@ -87,16 +87,13 @@ def prepare_data(
         }
         return cache_key(tokenizer, {"policy": policy, "contents": [read.contents(source) for source in sources]})
 
-    return assemble() if cache is None else _load_or_store(Cache(cache, progress), key, assemble, progress)
+    return assemble() if cache is None else _load_or_store(Cache(cache, progress), key, assemble)
 
 
-def _load_or_store(
-    cache: Cache, key: Callable[[], str], assemble: Callable[[], PreparedData], progress: Progress
-) -> PreparedData:
+def _load_or_store(cache: Cache, key: Callable[[], str], assemble: Callable[[], PreparedData]) -> PreparedData:
     key_before = key()
     arrays = cache.load(key_before)
     if arrays is not None:
-        progress.line(f"the prepared examples are in the cache: {cache.path(key_before)}")
         found = from_arrays(arrays)
         return PreparedData(
             train=found.train,

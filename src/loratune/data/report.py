@@ -158,6 +158,10 @@ def row_notices(report: dict[str, Any], num_train: int, *, kind: str, measure: s
         number = report["train"]["duplicates"]
         are = "is an exact duplicate" if number == 1 else "are exact duplicates"
         yield f"{number:,} of {plural(num_train, f'training {kind}')} {are}: {_few(groups, separator='; ')}."
+    copies = report["train"].get("copies_of_held_out_rows", 0)
+    if copies:
+        were = plural(copies, f"further copy of a held-out {kind} was", f"further copies of held-out {kind}s were")
+        yield f"{were} left out: the training data must not contain them."
     for name in ("train", "eval"):
         side = report[name]
         if side and side["num_rejected"]:

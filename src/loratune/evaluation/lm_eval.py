@@ -13,6 +13,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from loratune.evaluation.generate import as_generator
 from loratune.evaluation.record import paired_bootstrap
 from loratune.run.errors import MachineError, RecipeError, RunError
+from loratune.run.extras import pip_install
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -36,7 +37,7 @@ def check_harness(tasks: Sequence[str], *, allow_code: bool) -> None:
         RecipeError: A file is missing, or would run code.
     """
     if find_spec("lm_eval") is None:
-        raise MachineError("lm-evaluation-harness is not installed", fix="pip install 'loratune[harness]'")
+        raise MachineError("lm-evaluation-harness is not installed", fix=pip_install("harness"))
     for task in tasks:
         file = Path(task).expanduser()
         if not is_file(task):

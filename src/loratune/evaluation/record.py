@@ -88,7 +88,7 @@ def evaluation_record(
     """Build the record of `evaluation.json`.
 
     Args:
-        metric: The metric's name; `none` for no answers and no items. `bleu` is computed over all answers together, 0
+        metric: The metric's name; `none` for answers without a score. `bleu` is computed over all answers together, 0
             to 100; any other is a mean over answers, 0 to 1.
         prompts: The prompts that were answered.
         base_answers: One answer per prompt, without the adapter.
@@ -117,6 +117,8 @@ def evaluation_record(
         rate = _best_of(scorer or partial(score, metric))
         items = _items(rate, prompts, base_answers, tuned_answers)
         _add_scores(record, metric, items)
+    else:
+        items = _items(_unscored, prompts, base_answers, tuned_answers)
     record["interval"] = {"level": LEVEL, "method": "paired bootstrap", "resamples": RESAMPLES}
     record["items"] = items
     return record
@@ -251,8 +253,12 @@ def _add_scores(record: dict[str, Any], metric: str, items: Sequence[Mapping[str
     record["difference"][metric] = paired_bootstrap(base, tuned).as_dict()
 
 
-Rate = Callable[[str, Sequence[str]], float]
-"""Scores an answer against all its references."""
+Rate = Callable[[str, Sequence[str]], float | None]
+"""Scores an answer against all its references; None where there is no metric."""
+
+
+def _unscored(_answer: str, _references: Sequence[str]) -> None:
+    return None
 
 
 def _best_of(rate: Callable[[str, str], float]) -> Rate:
@@ -307,6 +313,8 @@ def _interval(difference: float, resampled: Values, level: float) -> Interval:
 
 def _scored(answer: Mapping[str, Any], *, graded: bool) -> Text:
     mark = Text("✓ ", style="green") if answer["score"] else Text("✗ ", style="red")
+    if answer["score"] is None:
+        mark = Text("")
     if graded:
         mark = Text(f"{answer['score']:.1f} ", style="bold")
     return mark + _plain(answer["text"] if answer["stopped"] else f"{answer['text']} … (hit the token limit)")

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from loratune.run.errors import DataError, MachineError
+from loratune.run.extras import pip_install
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -43,9 +44,7 @@ def check_metric(metric: str) -> None:
         MachineError: It is not.
     """
     if metric == "bleu" and find_spec("sacrebleu") is None:
-        raise MachineError(
-            "evaluate.metric is bleu, but sacrebleu is not installed", fix="pip install 'loratune[bleu]'"
-        )
+        raise MachineError("evaluate.metric is bleu, but sacrebleu is not installed", fix=pip_install("bleu"))
 
 
 def check_references(metric: str, prompts: Iterable[PromptLike]) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from loratune.recipe.sections.evaluate import METRICS
 from loratune.run.errors import RecipeError, RunError
 
 if TYPE_CHECKING:
@@ -62,7 +63,10 @@ def load_metric(text: str, *, allow_code: bool) -> UserMetric:
     path, colon, name = text.rpartition(":")
     file = Path(path).expanduser()
     if not colon or not name.isidentifier():
-        raise RecipeError(f"--metric {text} is not a function", fix="--metric path/to/file.py:function")
+        raise RecipeError(
+            f"--metric {text} is neither a metric of loratune nor a function",
+            fix=f"one of {', '.join(METRICS)}, or path/to/file.py:function",
+        )
     if not allow_code:
         raise RecipeError(
             f"--metric {text} would run the code in {file} on this machine, with your permissions",

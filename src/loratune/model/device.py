@@ -6,7 +6,6 @@ import ctypes
 import gc
 import getpass
 import os
-import resource
 import shutil
 import sys
 import tempfile
@@ -15,9 +14,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
 
-from loratune.run.errors import MachineError
+from loratune.run.errors import MachineError, plural
 
 _ALLOCATORS = ("can't allocate memory", "not enough memory", "out of memory")
 """Phrases of the CPU's allocator and of MPS, which raise a plain RuntimeError."""
@@ -69,7 +69,7 @@ def choose_device(wanted: str) -> Choice:
         return Choice("cuda", torch.cuda.get_device_name())
     if available["mps"]:
         return Choice("mps", "Apple GPU, no CUDA")
-    return Choice("cpu", f"no GPU, {torch.get_num_threads()} threads")
+    return Choice("cpu", f"no GPU, {plural(torch.get_num_threads(), 'thread')}")
 
 
 def device_here(wanted: str) -> str:
@@ -184,6 +184,10 @@ def peak_bytes(device: str) -> int:
     if status.is_file():  # not getrusage, where a process inherits the peak of its parent
         (line,) = (line for line in status.read_text(encoding="ascii").splitlines() if line.startswith("VmHWM:"))
         return int(line.split()[1]) * 1024
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
     unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes on macOS, kibibytes elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -198,7 +202,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 def free_memory() -> None:
     """Return unused memory to the system and the GPU."""
     gc.collect()
-    with suppress(AttributeError):  # a C library other than glibc
+    with suppress(AttributeError, TypeError):  # a C library other than glibc; Windows
         # Free pages of the heap: half of the process's memory after a training on a CPU.
         ctypes.CDLL(None).malloc_trim(0)
     if torch.cuda.is_available():

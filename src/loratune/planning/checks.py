@@ -38,6 +38,7 @@ from loratune.model.quantization.checkpoint import method_of
 from loratune.model.safetensors_headers import check_stored, check_weights
 from loratune.planning.memory.optimizer import OF_BITSANDBYTES, state_bytes
 from loratune.run.errors import DataError, MachineError, RecipeError
+from loratune.run.extras import pip_install
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -138,7 +139,7 @@ def check_optimizer(recipe: Recipe, device: str, *, is_here: bool) -> None:
         return
     if find_spec("bitsandbytes") is None:
         raise MachineError(
-            f"train.optimizer is {name}, but bitsandbytes is not installed", fix="pip install 'loratune[bitsandbytes]'"
+            f"train.optimizer is {name}, but bitsandbytes is not installed", fix=pip_install("bitsandbytes")
         )
     have = importlib.metadata.version("bitsandbytes")
     if device == "cpu" and Version(have) < FIRST_ON_CPUS:

@@ -12,6 +12,7 @@ from loratune.planning.lock import examples_fingerprint, make_lock, model_finger
 from loratune.planning.speed import StepProbe, TimePlan, with_probe
 from loratune.planning.task import planned_task
 from loratune.run import processes
+from loratune.run.errors import plural
 from loratune.training.packing_support import obstacle
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ class RunNotes:
     advice: tuple[Advice, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Preparation:
     """Everything that is known of a run before the weights load. Training reads the first five fields.
 
@@ -84,6 +85,15 @@ class Preparation:
     data: PreparedData = field(repr=False)
     estimate: RunEstimate
     notes: RunNotes
+
+    def __repr__(self) -> str:
+        """Return a line with what matters: the fields hold every token of the data."""
+        parameters, costs = self.adapter.parameters, self.estimate
+        return (
+            f"Preparation({self.recipe.model.name}: {parameters.trainable:,} of {parameters.total:,} parameters, "
+            f"{plural(self.data.num_examples, 'example')}, {plural(costs.num_steps, 'step')}, "
+            f"{costs.memory.peak_bytes / 2**30:.1f} GiB, {costs.time.total_seconds:,.0f} s; .as_plan() is the record)"
+        )
 
     def with_probe(self, probe: StepProbe) -> Preparation:
         """Return the same with the times that measured steps make."""

@@ -64,15 +64,18 @@ from loratune.planning.presets import PresetCount, count_presets, plan_preset
 from loratune.planning.scaling import scale, strategy_choice, strategy_for
 from loratune.planning.task import planned_task
 from loratune.recipe.recipe import Recipe
+from loratune.recipe.roles import trained_roles
+from loratune.recipe.sections.evaluate import UNSCORED_ANSWERS
 from loratune.recipe.tasks import require_processes
 from loratune.run import processes
-from loratune.run.errors import RecipeError, RunError
+from loratune.run.errors import DataError, RecipeError, RunError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from loratune.data.examples import Example
     from loratune.data.prepared import PreparedData
+    from loratune.data.prompts import Prompt
     from loratune.planning.hardware.cluster import Cluster
     from loratune.run.progress import Progress
 
@@ -225,10 +228,33 @@ def read_data(recipe: Recipe, model: RunModel, progress: Progress) -> tuple[Choi
     forgetting = _read_forgetting(recipe, model, max_length, progress)
     check_vocabulary([*data.train, *data.eval, *forgetting], model.skeleton)
     check_cadence(recipe.train, data.num_examples)
-    prompts = () if recipe.evaluate.metric == "none" else task.prompts(recipe, data, model.tokenizer)
-    check_references(recipe.evaluate.metric, prompts)
-    check_prompts(recipe, prompts, model.positions)
+    if recipe.evaluate.metric == "none":
+        prompts, notices = _unscored_prompts(recipe, model, data)
+        data = replace(data, report={**data.report, "notices": [*data.report["notices"], *notices]})
+    else:
+        prompts = task.prompts(recipe, data, model.tokenizer)
+        check_references(recipe.evaluate.metric, prompts)
+        check_prompts(recipe, prompts, model.positions)
     return streaming, replace(data, prompts=prompts, forgetting=forgetting)
+
+
+def _unscored_prompts(recipe: Recipe, model: RunModel, data: PreparedData) -> tuple[tuple[Prompt, ...], list[str]]:
+    """Return the prompts that are answered to be looked at, and notices; a run does not fail for want of them."""
+    if not recipe.evaluate.samples or "assistant" not in (trained_roles(recipe.data.train_on) or ("assistant",)):
+        return (), []
+    try:
+        prompts = planned_task(recipe).prompts(recipe, data, model.tokenizer)
+    except DataError as error:
+        return (), [f"No held-out prompt will be answered: {error.problem}."]
+    room = None if model.positions is None else model.positions - recipe.evaluate.max_new_tokens
+    fitting = tuple(prompt for prompt in prompts if room is None or len(prompt.input_ids) <= room)
+    notices = []
+    if prompts and not fitting:
+        notices.append(
+            "No held-out prompt will be answered: none leaves room for evaluate.max_new_tokens="
+            f"{recipe.evaluate.max_new_tokens} in the model's {model.positions:,} positions."
+        )
+    return fitting[:UNSCORED_ANSWERS], notices
 
 
 def _read_forgetting(recipe: Recipe, model: RunModel, max_length: int, progress: Progress) -> tuple[Example, ...]:

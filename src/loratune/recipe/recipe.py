@@ -42,6 +42,7 @@ __all__ = [
     "TargetPreset",
     "TrainSection",
     "Variant",
+    "as_recipe",
     "origins",
 ]
 
@@ -101,9 +102,29 @@ class Recipe(Section):
         except ValidationError as error:
             raise translate_validation_error(error, cls, Source, file, lines or {}) from None
 
+    def replace(self, **sections: dict[str, Any]) -> Self:
+        """Return the recipe with other settings: `recipe.replace(train={"epochs": 1}, lora={"r": 8})`.
+
+        Raises:
+            RecipeError: A setting is unknown, of the wrong type, or contradicts another.
+        """
+        values = self.model_dump(mode="json", exclude_unset=True)
+        for name, settings in sections.items():
+            values[name] = {**values.get(name, {}), **settings}
+        return self.parse(values)
+
     def to_yaml(self) -> str:
         """Return all settings as YAML that `load` reads back."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def as_recipe(recipe: Recipe | str | Path) -> Recipe:
+    """Return a recipe, read from its file if it is given as a path.
+
+    Raises:
+        RecipeError: See `Recipe.load`.
+    """
+    return recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
 
 
 def origins(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> dict[str, str]:

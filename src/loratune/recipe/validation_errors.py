@@ -9,7 +9,11 @@ from typing import Any, get_origin
 
 from pydantic import BaseModel, ValidationError
 
+from loratune.recipe.other_names import named_here, value_here
 from loratune.run.errors import RecipeError
+
+ON_COMMAND_LINE = 0
+"""The line of a setting that was overridden, and is in no file."""
 
 _SETTING = re.compile(r"\b[a-z]+\.[a-z_]+")
 """The full name of a setting in a message."""
@@ -40,8 +44,17 @@ def translate_validation_error(
         recipe: The model that was validated, whose fields are sections.
         source: The model of the values below a section's field: a data source.
         file: The file to name in the message.
-        lines: The line of each `section.field`.
+        lines: The line of each `section.field`; `ON_COMMAND_LINE` for one that was overridden.
     """
+    told = _translate(error, recipe, source, lines)
+    line = told.line
+    file, line = ("command line", None) if line == ON_COMMAND_LINE else (file, line)
+    return RecipeError(told.problem, file=file, line=line, fix=told.fix)
+
+
+def _translate(
+    error: ValidationError, recipe: type[BaseModel], source: type[BaseModel], lines: dict[str, int]
+) -> RecipeError:
     first = error.errors()[0]
     location = [str(part) for part in first["loc"]]
     name = ".".join(location[:2])
@@ -50,12 +63,13 @@ def translate_validation_error(
         known = _known_names(recipe, source, location[:-1])
         near = difflib.get_close_matches(location[-1], known, n=1)
         fix = f"did you mean {near[0]}?" if near else f"known here: {', '.join(sorted(known))}"
-        return RecipeError(f"unknown setting {'.'.join(location)}", file=file, line=line, fix=fix)
+        fix = named_here(location[-1]) or fix
+        return RecipeError(f"unknown setting {'.'.join(location)}", line=line, fix=fix)
     if first["type"] == "value_error":
         raised = first["ctx"]["error"]
         mentioned = [lines[setting] for setting in _SETTING.findall(str(raised)) if setting in lines]
         return RecipeError(
-            str(raised), file=file, line=next(iter(mentioned), line), fix=getattr(raised, "fix", "see docs/recipe.md")
+            str(raised), line=next(iter(mentioned), line), fix=getattr(raised, "fix", "see docs/recipe.md")
         )
     problems = {item["msg"] for item in error.errors() if [str(p) for p in item["loc"]][:2] == location[:2]}
     field, name = _innermost(recipe, source, location)
@@ -63,19 +77,28 @@ def translate_validation_error(
     said = "; or ".join(sorted(problems)).replace("a valid tuple", "a list").replace("a valid dictionary", "a mapping")
     return RecipeError(
         f"{name} is {shown(first['input'])}: {said}",
-        file=file,
         line=line,
-        fix=" ".join(filter(None, (_suggestion(name, first["input"], said), description))),
+        fix=" ".join(filter(None, (_suggestion(name, first["input"], said) or _example(name, field), description))),
     )
 
 
 def _suggestion(name: str, value: Any, said: str) -> str:
     if not isinstance(value, str):
         return ""
+    if here := value_here(name, value):
+        return f"{name}={here}."
     near = difflib.get_close_matches(value.lower(), re.findall(r"'([^']+)'", said), n=1)
     if near:
         return f"Did you mean {near[0]}?"
     return f"Write {name}: [{value}], a list with one entry." if said == "Input should be a list" else ""
+
+
+def _example(name: str, field: Any) -> str:
+    """Return the default as an example of a value that is valid."""
+    default = getattr(field, "default", None)
+    if not isinstance(default, str | int | float) or name.count(".") != 1:
+        return ""
+    return f"For example {name}={shown(default) if isinstance(default, bool) else default}, the default."
 
 
 def _innermost(recipe: type[BaseModel], source: type[BaseModel], location: list[str]) -> tuple[Any, str]:

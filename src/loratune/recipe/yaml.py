@@ -8,7 +8,8 @@ from typing import Any
 
 import yaml
 
-from loratune.recipe.validation_errors import shown
+from loratune.recipe.other_names import named_here
+from loratune.recipe.validation_errors import ON_COMMAND_LINE, shown
 from loratune.run.errors import RecipeError, find_secret
 
 
@@ -120,7 +121,8 @@ def apply_override(values: dict[str, Any], override: str, lines: dict[str, int])
     name = "model.task" if name.strip() == "task" else name
     section, dot, field = name.strip().partition(".")
     if not equals or not dot:
-        raise RecipeError(f"{override!r} is not a setting", fix="write section.field=value, such as train.epochs=1")
+        fix = named_here(section) or "write section.field=value, such as train.epochs=1"
+        raise RecipeError(f"{override!r} is not a setting", fix=fix)
     try:
         _, value = _parse_yaml(text)
     except (yaml.YAMLError, ValueError, RecursionError, OverflowError):
@@ -129,7 +131,7 @@ def apply_override(values: dict[str, Any], override: str, lines: dict[str, int])
     if not isinstance(target, dict):
         raise RecipeError(f"section {section} is {shown(target)}, not a mapping of settings", line=lines.get(section))
     target[field] = value
-    lines.pop(f"{section}.{field}", None)
+    lines[f"{section}.{field}"] = ON_COMMAND_LINE
 
 
 def refuse_secrets(text: str, path: Path | None) -> None:

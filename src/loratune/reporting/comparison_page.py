@@ -19,7 +19,7 @@ from loratune.reporting.units import (
     as_duration,
     as_interval,
     as_measure,
-    is_graded,
+    is_marked,
     measure_in_words,
 )
 from loratune.reporting.word_diff import unmarked
@@ -69,9 +69,19 @@ def _results(runs: Runs) -> Iterator[Block]:
     yield Table(
         caption="Fine-tuned; difference to base; interval of the difference",
         columns=("measure", *names(runs)),
-        rows=tuple((measure_in_words(name), *(_result(record, name) for record in records)) for name in measures),
+        rows=tuple((measure_in_words(name), *_result_row(records, name)) for name in measures),
         numeric=True,
     )
+
+
+def _result_row(records: Sequence[EvaluationRecord | None], name: str) -> Iterator[str]:
+    """Yield the cell of each run; the best one says so."""
+    values = [record.tuned[name] for record in records if record is not None and name in record.tuned]
+    best = (min if name in ("nll", "perplexity") else max)(values)
+    for record in records:
+        cell = _result(record, name)
+        is_best = record is not None and record.tuned.get(name) == best and len(set(values)) > 1
+        yield f"{cell}\nbest" if is_best else cell
 
 
 def _result(record: EvaluationRecord | None, name: str) -> str:
@@ -235,7 +245,7 @@ def _held_out_curve(run: RunFiles, number: int) -> Series:
 
 def _answers(runs: Runs) -> Iterator[Block]:
     records = [run.evaluation for run in runs]
-    if any(record is not None and is_graded(record.metric) for record in records):
+    if any(record is not None and not is_marked(record.metric) for record in records):
         return
     items = [{_key(item): item for item in record.items} if record is not None else {} for record in records]
     common = [key for key in items[0] if all(key in other for other in items[1:])]

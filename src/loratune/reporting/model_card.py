@@ -151,8 +151,8 @@ def _trained(lock: LockRecord, plan: PlanRecord, task: ReportedTask) -> Iterator
     sources = ", ".join(f"`{s['name'] if _is_hub_id(s) else last_part(s['name'])}`" for s in recipe["data"]["train"])
     yield (
         f"Trained on {plural(plan.data.num_examples, 'example')} of {sources} "
-        f"({task.trained_on_with_counts(lock, plan.data)}), {train['epochs']:g} epochs, {train['batch_size']} examples "
-        f"per step, learning rate {train['learning_rate']:g}."
+        f"({task.trained_on_with_counts(lock, plan.data)}), {plural(train['epochs'], 'epoch')}, "
+        f"{plural(train['batch_size'], 'example')} per step, learning rate {train['learning_rate']:g}."
     )
     yield ""
     yield (

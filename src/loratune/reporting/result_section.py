@@ -12,7 +12,7 @@ from loratune.reporting.units import (
     as_interval,
     as_measure,
     as_number,
-    is_graded,
+    is_marked,
     measure_in_words,
 )
 from loratune.run.errors import plural
@@ -50,7 +50,7 @@ def result(files: RunFiles) -> Iterator[Block]:
         yield _by_source(record.sources)
     charts = [_measure_chart(record, name, files.task, level) for name in measures if name != "perplexity"]
     yield Charts(charts=tuple(charts))
-    if record.items and not is_graded(record.metric):
+    if record.items and is_marked(record.metric):
         yield _correct_and_wrong(record)
     if record.confusion is not None:
         yield from _classes(record)

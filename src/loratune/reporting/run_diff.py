@@ -9,6 +9,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from loratune.run.directory import RunDir
 from loratune.run.records.data import DataRecord, SideReport, SourceRead
 from loratune.run.records.evaluation import EvaluationRecord
 from loratune.run.records.files import read_metrics, read_record
@@ -18,8 +19,9 @@ from loratune.run.records.plan import PlanRecord
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+    from pathlib import Path
 
-    from loratune.run.directory import Record, RunDir
+    from loratune.run.directory import Record
 
 GROUPS = ("settings", "model", "template", "data", "mask", "adapter", "versions", "machine", "results")
 
@@ -44,13 +46,18 @@ class RunDifference:
         return asdict(self)
 
 
-def diff(first: RunDir, second: RunDir) -> list[RunDifference]:
+def diff(first: RunDir | str | Path, second: RunDir | str | Path) -> list[RunDifference]:
     """Return everything in which two runs differ, group by group.
 
+    Args:
+        first: A run, or its folder.
+        second: The other one.
+
     Raises:
+        RecipeError: A folder is not a run.
         RunError: A file of a run is missing, damaged or of another version.
     """
-    one, other = facts(first), facts(second)
+    one, other = (facts(run if isinstance(run, RunDir) else RunDir.open(run)) for run in (first, second))
     return [
         RunDifference(group=group, name=name, first=one[group].get(name), second=other[group].get(name))
         for group in GROUPS

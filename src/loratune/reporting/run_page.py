@@ -28,6 +28,7 @@ from loratune.reporting.plan_section import planned_and_actual, planned_train_se
 from loratune.reporting.result_section import result
 from loratune.reporting.samples_section import failures, last_part, samples
 from loratune.reporting.units import as_bytes, as_duration, as_measure, measure_in_words
+from loratune.reporting.verdict import verdict_on
 from loratune.run.errors import plural
 
 if TYPE_CHECKING:
@@ -108,6 +109,16 @@ def _figures(files: RunFiles) -> Iterator[Figure]:
         )
 
 
+def _verdict(files: RunFiles) -> Iterator[Block]:
+    """Say in one sentence whether the fine-tuned model is better."""
+    if files.evaluation is not None:
+        found = verdict_on(files.evaluation)
+        text = f"{found.sentence[0].upper()}{found.sentence[1:]}."
+        yield Paragraph(text=text, tone="plain" if found.outcome == "better" else "warning")
+    elif files.lock is not None and files.is_trained and files.lock.recipe["data"]["eval"] == "none":
+        yield Paragraph(text="Not measured: the run has no held-out data (data.eval).", tone="note")
+
+
 def _settings(files: RunFiles) -> Iterator[Block]:
     lock = files.lock
     if lock is None:
@@ -147,7 +158,7 @@ def _facts(files: RunFiles, lock: LockRecord) -> Iterator[tuple[str, str]]:
     held_out = data["eval"]
     yield "held-out data", ", ".join(s["name"] for s in held_out) if isinstance(held_out, list) else str(held_out)
     yield "trained on", files.task.trained_on(lock)
-    yield "length", f"{train['epochs']:g} epochs, {train['batch_size']} examples per step"
+    yield "length", f"{plural(train['epochs'], 'epoch')}, {plural(train['batch_size'], 'example')} per step"
     yield (
         "learning rate",
         f"{train['learning_rate']:g}, {train['schedule']} schedule, warm-up over {train['warmup_fraction']:.0%} of the "
@@ -262,6 +273,8 @@ def _events(files: RunFiles) -> Iterator[Block]:
 
 
 _PARTS: tuple[tuple[str, str, Callable[[RunFiles], Iterator[Block]]], ...] = (
+    ("verdict", "Verdict", _verdict),
+    ("samples", "Samples", samples),
     ("result", "Base vs. fine-tuned", result),
     ("curves", "Curves", curves),
     ("events", "What happened", _events),
@@ -269,7 +282,6 @@ _PARTS: tuple[tuple[str, str, Callable[[RunFiles], Iterator[Block]]], ...] = (
     ("plan", "Planned vs. actual", planned_and_actual),
     ("data", "Data", data),
     ("tokens", "Which tokens were trained", _tokens),
-    ("samples", "Samples", samples),
     ("failures", "Failures", failures),
     ("exports", "Exports", _exports),
     ("reproduce", "Reproduce", _reproduce),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from loratune.reporting.blocks import AnswerText, Block, Paragraph, Sample
-from loratune.reporting.units import is_graded
+from loratune.reporting.units import is_graded, is_marked
 from loratune.reporting.word_diff import mark_differences, unmarked
 from loratune.run.errors import plural
 
@@ -45,7 +45,7 @@ def samples(files: RunFiles) -> Iterator[Block]:
 def failures(files: RunFiles) -> Iterator[Block]:
     """Build the section of the prompts that the fine-tuned model answers wrong; regressions come first."""
     record = files.evaluation
-    if record is None or not record.items or is_graded(record.metric):
+    if record is None or not record.items or not is_marked(record.metric):
         return
     wrong = [(number, item) for number, item in enumerate(record.items, 1) if not item.tuned.score]
     if not wrong:
@@ -95,9 +95,9 @@ def answer_block(title: str, answer: AnswerRecord, reference: str, *, graded: bo
     return AnswerText(
         title=title,
         pieces=unmarked(text) if same else mark_differences(text, reference),
-        verdict="" if graded else "correct" if answer.score else "wrong",
+        verdict="" if graded or answer.score is None else "correct" if answer.score else "wrong",
         remarks=(
-            *((f"score {answer.score:.1f}",) if graded else ()),
+            *((f"score {answer.score:.1f}",) if graded and answer.score is not None else ()),
             *(() if answer.stopped else ("hit the token limit",)),
         ),
     )

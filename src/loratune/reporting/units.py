@@ -46,6 +46,11 @@ def is_graded(metric: str) -> bool:
     return metric == "bleu"
 
 
+def is_marked(metric: str) -> bool:
+    """Return whether the metric calls answers correct or wrong."""
+    return metric != "none" and not is_graded(metric)
+
+
 def as_measure(name: str, value: float) -> str:
     """Format a fraction as a percentage, a loss or BLEU as a number."""
     return as_number(value) if name in _NUMBERS else f"{value:.1%}"

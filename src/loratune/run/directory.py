@@ -12,7 +12,6 @@ RUN/mean.json          the checkpoints averaged by train.average_checkpoints
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -24,6 +23,7 @@ from typing import Any
 
 from loratune.run import processes
 from loratune.run.errors import MachineError, RecipeError, RunError
+from loratune.run.locks import lock_file
 from loratune.run.records.metrics import parse_metrics_line
 
 Record = dict[str, Any]
@@ -128,7 +128,7 @@ class RunDir:
         """Whether a process is working on the run."""
         try:
             with (self.root / _IN_USE).open("rb") as stream:
-                fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                lock_file(stream, shared=True)
         except FileNotFoundError:
             return False
         except OSError:
@@ -190,7 +190,7 @@ class RunDir:
             raise RecipeError(
                 "the output directory already contains a run",
                 file=run.root,
-                fix=f"{resume}--overwrite to start over, or {other}",
+                fix=f"{resume}--overwrite (in Python: overwrite=True) to start over, or {other}",
             )
         return run
 
@@ -235,7 +235,7 @@ class RunDir:
             stream = (self.root / _IN_USE).open("a+")
         with stream:
             try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock_file(stream)
             except OSError:
                 stream.seek(0)
                 raise RecipeError(

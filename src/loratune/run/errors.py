@@ -122,15 +122,16 @@ class BadRow(Exception):
         super().__init__(printable(reason))
 
 
-def plural(number: int, one: str, many: str = "") -> str:
-    """Return a number with its noun: 1 step; 2,000 steps.
+def plural(number: float, one: str, many: str = "") -> str:
+    """Return a number with its noun: 1 step; 2,000 steps; 1.5 epochs.
 
     Args:
         number: The number.
         one: The singular, with any words that change along: "row was left out".
         many: The plural, "rows were left out"; default: the singular with an s.
     """
-    return f"{number:,} {one if number == 1 else many or one + 's'}"
+    shown = f"{number:,}" if isinstance(number, int) else f"{number:,g}"
+    return f"{shown} {one if number == 1 else many or one + 's'}"
 
 
 # ---- secrets: passwords in URLs, Hub tokens by their form, and the values of environment variables whose names say so

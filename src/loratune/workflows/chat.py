@@ -254,10 +254,10 @@ def converse(chat: Chat, console: Console, lines: Iterator[str] | None = None) -
     console.print(f"[dim]chatting with {' and '.join(chat.sides)}; /help lists the commands[/dim]")
     for line in lines if lines is not None else _typed(console):
         try:
+            if line in ("exit", "quit") or line.split()[0] in ("/exit", "/quit"):
+                return
             if not line.startswith("/"):
                 _exchange(chat, console, asked, line)
-            elif line.split()[0] in ("/exit", "/quit"):
-                return
             else:
                 asked = _command(chat, console, asked, line)
         except LoratuneError as error:
@@ -338,7 +338,8 @@ def _typed(console: Console) -> Iterator[str]:
     """Yield lines from the terminal, with a prompt and history, or from a pipe."""
     interactive = sys.stdin.isatty()
     if interactive:
-        import readline  # noqa: F401 - gives `input` its history and its keys
+        with suppress(ImportError):  # Windows has none
+            import readline  # noqa: F401 - gives `input` its history and its keys
     while True:
         try:
             line = input("> " if interactive else "").strip()

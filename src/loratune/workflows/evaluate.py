@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 
 from loratune.evaluation.gates import check_names, parse_gate, pass_gates
 from loratune.evaluation.lm_eval import check_harness, run_harness
-from loratune.evaluation.user_metric import load_metric
+from loratune.evaluation.user_metric import UserMetric, load_metric
 from loratune.planning.checks import check_prompts
 from loratune.planning.prepare import prepare
+from loratune.recipe.recipe import Recipe
+from loratune.recipe.sections.evaluate import METRICS, EvaluateSection
 from loratune.recipe.tasks import require_text
 from loratune.reporting.html import report_or_warn
 from loratune.reporting.model_card import write_card
@@ -20,7 +22,7 @@ from loratune.run.progress import NO_PROGRESS, Progress
 from loratune.run.records.evaluation import EvaluationRecord
 from loratune.run.records.files import write_record
 from loratune.workflows.assess import compare_base_and_tuned, explain_out_of_memory
-from loratune.workflows.finished import recipe_of
+from loratune.workflows.finished import recipe_here
 from loratune.workflows.load import load_trained
 from loratune.workflows.result import RunResult
 from loratune.workflows.tasks.task import task_of
@@ -34,7 +36,7 @@ class Extras:
     """What an evaluation measures besides what the recipe says.
 
     Attributes:
-        metric: `path/to/file.py:function`, instead of the recipe's metric; empty for the recipe's.
+        metric: A metric of `evaluate.metric`, or `path/to/file.py:function`; empty for the recipe's.
         harness: Tasks of lm-evaluation-harness, by name or as YAML files.
         gates: Thresholds such as `json>=0.8`.
         allow_code: Whether Python code that metric and tasks name may run.
@@ -62,10 +64,10 @@ def evaluate(root: str | Path, *, extras: Extras = _NOTHING_MORE, progress: Prog
     """
     run = RunDir.open(root)
     run.require_adapter()
-    recipe = recipe_of(run)
+    recipe = recipe_here(run)
     if recipe.data.eval == "none":
         raise RecipeError("data.eval of this run is none: there is nothing to evaluate on", file=run.lock)
-    own = load_metric(extras.metric, allow_code=extras.allow_code) if extras.metric else None
+    recipe, own = _with_metric(recipe, extras)
     gates = [parse_gate(text) for text in extras.gates]
     task = task_of(recipe)
     if extras.harness:
@@ -95,3 +97,21 @@ def evaluate(root: str | Path, *, extras: Extras = _NOTHING_MORE, progress: Prog
     write_card(run)
     report_or_warn(run, progress)
     return RunResult(run=run, evaluation=evaluation)
+
+
+def _with_metric(recipe: Recipe, extras: Extras) -> tuple[Recipe, UserMetric | None]:
+    """Return the recipe with the built-in metric that the extras name, or else their own metric.
+
+    Raises:
+        RecipeError: The metric is neither, or the model writes no text for a built-in one to score.
+    """
+    if not extras.metric:
+        return recipe, None
+    changes: dict[str, object] = {} if recipe.evaluate.samples else {"samples": EvaluateSection().samples}
+    own = None
+    if extras.metric in METRICS:
+        require_text(recipe, f"--metric {extras.metric}", "leave --metric out; a classifier has its own measures")
+        changes["metric"] = extras.metric
+    else:
+        own = load_metric(extras.metric, allow_code=extras.allow_code)
+    return recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update=changes)}), own

@@ -11,6 +11,7 @@ from loratune.exporting.merge_weights import weight_files
 from loratune.model.device import device_here
 from loratune.model.load import download_weights, gguf_file, load_config
 from loratune.planning.lock import changed_inputs
+from loratune.planning.memory.optimizer import OF_BITSANDBYTES
 from loratune.planning.prepare import prepare
 from loratune.recipe.recipe import Recipe
 from loratune.recipe.tasks import require_text
@@ -72,6 +73,27 @@ def recipe_of(run: RunDir | str | Path) -> Recipe:
     return Recipe.parse(read_json(run.lock)["recipe"], file=run.lock)
 
 
+def recipe_here(run: RunDir) -> Recipe:
+    """Return the recipe of a finished run for use on this machine, which may be another one than it was trained on.
+
+    What only training needs is not asked for again: trackers, the optimizer's package, the adapter to start from, the
+    device, a compiler.
+    """
+    recipe = recipe_of(run)
+    device = device_here(recipe.train.device)
+    changes: dict[str, Any] = {"device": device, "report_to": (), "output_dir": str(run.root)}
+    if device != recipe.train.device:
+        changes["compile"] = False
+    if recipe.train.optimizer in OF_BITSANDBYTES:
+        changes["optimizer"] = "adamw"
+    return recipe.model_copy(
+        update={
+            "train": recipe.train.model_copy(update=changes),
+            "lora": recipe.lora.model_copy(update={"start_from": None}),
+        }
+    )
+
+
 def open_run(root: str | Path, progress: Progress) -> tuple[RunDir, Preparation]:
     """Open a finished run and prepare its data again, on the device of this machine.
 
@@ -80,9 +102,7 @@ def open_run(root: str | Path, progress: Progress) -> tuple[RunDir, Preparation]
     """
     run = RunDir.open(root)
     run.require_adapter()
-    recipe = recipe_of(run)
-    here = recipe.train.model_copy(update={"device": device_here(recipe.train.device)})
-    prepared = prepare(recipe.model_copy(update={"train": here}), progress)
+    prepared = prepare(recipe_here(run), progress)
     # Files that were added to the model's folder after the run began are not in its lock, and were not trained with.
     changed = changed_inputs(read_json(run.lock), prepared.as_lock(), keys=("model", "template"), known_only=True)
     if changed:

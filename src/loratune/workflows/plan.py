@@ -12,6 +12,7 @@ from loratune.model.device import peak_bytes
 from loratune.planning.hardware.cluster import find_machine
 from loratune.planning.prepare import prepare
 from loratune.planning.speed import StepProbe
+from loratune.recipe.recipe import as_recipe
 from loratune.run.directory import RunDir
 from loratune.run.errors import RecipeError
 from loratune.run.progress import NO_PROGRESS, Progress
@@ -30,7 +31,7 @@ PROBE_STEPS = 3
 
 
 def plan(
-    recipe: Recipe,
+    recipe: Recipe | str | Path,
     *,
     device: str | None = None,
     devices: str | None = None,
@@ -41,7 +42,7 @@ def plan(
     """Find out what would be trained, whether it fits, and how long it takes. `.as_plan()` is the record.
 
     Args:
-        recipe: What to do.
+        recipe: What to do: a recipe, or its file.
         device: A GPU of `loratune.planning.hardware.devices` to plan for; None for this machine.
         devices: Several of them: `8xh100-80gb`, or `2x8xh100-80gb` for two nodes.
         interconnect: The links between them, from `loratune.planning.hardware.interconnect`; empty for the usual ones.
@@ -56,7 +57,7 @@ def plan(
     named, cluster = find_machine(device, devices, interconnect)
     if probe and named is not None:
         raise RecipeError(f"--probe runs steps here, and {named.name} is not here", fix="leave one of them out")
-    prepared = prepare(recipe, progress, named, cluster=cluster, weights=probe)
+    prepared = prepare(as_recipe(recipe), progress, named, cluster=cluster, weights=probe)
     return prepared.with_probe(_probe(prepared, progress)) if probe else prepared
 
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from loratune.reporting.verdict import verdict_on
+from loratune.run.records.base import parse_known
+from loratune.run.records.evaluation import EvaluationRecord
+
 if TYPE_CHECKING:
     from loratune.run.directory import Record, RunDir
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class RunResult:
     """A run that has ended.
 
@@ -20,3 +24,14 @@ class RunResult:
 
     run: RunDir
     evaluation: Record | None
+
+    @property
+    def verdict(self) -> str:
+        """Whether the fine-tuned model is better than its base, in one sentence."""
+        if self.evaluation is None:
+            return "not measured: no data was held out (data.eval)"
+        return verdict_on(parse_known(EvaluationRecord, self.evaluation)).sentence
+
+    def __repr__(self) -> str:
+        """Return the run's folder and the verdict: the evaluation holds every answer."""
+        return f"RunResult({str(self.run.root)!r}: {self.verdict})"

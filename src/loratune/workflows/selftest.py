@@ -288,6 +288,7 @@ class _TinyRuns:
                 "data": data,
                 "lora": {"r": 4, "dropout": 0.1, "targets": "complete"},
                 "train": {**settings, **place},
+                "evaluate": {"samples": 0},
             }
         )
 

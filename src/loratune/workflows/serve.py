@@ -29,6 +29,7 @@ from loratune.planning.lock import model_fingerprint
 from loratune.recipe.tasks import require_text
 from loratune.run.directory import RunDir, read_json
 from loratune.run.errors import MachineError, RecipeError, RunError
+from loratune.run.extras import pip_install
 from loratune.run.progress import NO_PROGRESS, Progress
 from loratune.workflows.export import export, write_served_layout
 from loratune.workflows.finished import recipe_of
@@ -152,7 +153,7 @@ def choose_server(wanted: str) -> str:
     if missing:
         raise MachineError(
             f"no server is installed: transformers serve needs {', '.join(missing)}",
-            fix="pip install 'loratune[serve]'",
+            fix=pip_install("serve"),
         )
     return "transformers"
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loratune.data.preview import preview
 from loratune.planning.auto import output_dir
 from loratune.planning.prepare import prepare_on_all_ranks
+from loratune.recipe.recipe import Recipe, as_recipe
 from loratune.run import processes
 from loratune.run.directory import RunDir, write_text
 from loratune.run.progress import NO_PROGRESS, Progress
@@ -21,7 +23,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from loratune.planning.preparation import Preparation
-    from loratune.recipe.recipe import Recipe
     from loratune.workflows.result import RunResult
 
 PREVIEW_EXAMPLES = 5
@@ -29,7 +30,7 @@ PREVIEW_EXAMPLES = 5
 
 
 def train(
-    recipe: Recipe,
+    recipe: Recipe | str | Path,
     *,
     written: str | None = None,
     overwrite: bool = False,
@@ -39,7 +40,7 @@ def train(
     """Fine-tune, and compare base and fine-tuned model on held-out data.
 
     Args:
-        recipe: What to do.
+        recipe: What to do: a recipe, or its file.
         written: The recipe as the user wrote it, which is kept in the run directory.
         overwrite: Whether an existing run in the output directory may be deleted.
         progress: Shows how far the run is.
@@ -51,6 +52,9 @@ def train(
         RunError: It failed while running.
     """
     processes.start()
+    if not isinstance(recipe, Recipe):
+        written = Path(recipe).read_text(encoding="utf-8") if written is None and Path(recipe).is_file() else written
+        recipe = as_recipe(recipe)
     root = output_dir(recipe)
     if was_relaunched(RunDir.at(root)):
         return continue_run(RunDir.open(root), progress)

@@ -33,6 +33,8 @@ def test_copies_of_a_conversation_go_to_the_same_side(tmp_path: Path) -> None:
     train, held_out = hold_out(side, 0.25, seed=1)
     assert not set(train.keys) & set(held_out.keys)
     assert (len(train.items), len(held_out.items)) == (12, 2), "of a held-out conversation one copy is enough"
+    assert train.num_held_out_copies == 2, "the other copies are in neither side, and counted"
+    assert len(train.items) + len(held_out.items) + train.num_held_out_copies == 16
     assert hold_out(side, 0.25, seed=1)[1].items == held_out.items
     assert hold_out(side, 0.25, seed=2)[1].items != held_out.items
     assert held_out.sources == [{"held_out": 0.25, "seed": 1, "from": "train"}]

@@ -9,7 +9,7 @@ from loratune.model.patching import replace_class
 
 
 def test_value_and_gradient_are_those_of_the_unpacked_weight() -> None:
-    pytest.importorskip("torchao", reason="torchao is not installed: pip install 'loratune[torchao]'")
+    pytest.importorskip("torchao", reason="torchao is not installed: pip install torchao")
     from loratune.model.quantization.torchao import Int4Packed
 
     torch.manual_seed(0)

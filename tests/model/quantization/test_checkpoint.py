@@ -19,6 +19,7 @@ from loratune.model.quantization.quantize import unpack_layers
 from loratune.planning.prepare import prepare
 from loratune.recipe.recipe import ModelSection, Recipe
 from loratune.run.errors import MachineError, RecipeError, RunError
+from loratune.run.extras import pip_install
 from loratune.run.progress import NoProgress
 from loratune.workflows.export import export, merge
 from loratune.workflows.guidance.eject import eject
@@ -335,9 +336,9 @@ def test_a_checkpoint_that_comes_quantized_is_not_quantized_again(
     [
         ({"quant_method": "gptq", "bits": 4, "group_size": 128}, "pip install optimum gptqmodel"),
         ({"quant_method": "awq", "bits": 4, "group_size": 128}, "pip install gptqmodel"),
-        ({"quant_method": "compressed-tensors"}, "pip install 'loratune[compressed-tensors]'"),
-        ({"quant_method": "torchao"}, "pip install 'loratune[torchao]'"),
-        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "pip install 'loratune[bitsandbytes]'"),
+        ({"quant_method": "compressed-tensors"}, pip_install("compressed-tensors")),
+        ({"quant_method": "torchao"}, pip_install("torchao")),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, pip_install("bitsandbytes")),
     ],
 )
 def test_a_checkpoint_whose_package_is_missing_is_refused_before_weights_load(

@@ -20,6 +20,7 @@ from loratune.planning.parameters import skeleton
 from loratune.planning.prepare import prepare
 from loratune.recipe.recipe import LoraSection, ModelSection, Recipe
 from loratune.run.errors import MachineError, RecipeError
+from loratune.run.extras import pip_install
 from loratune.run.progress import NoProgress
 from loratune.workflows.export import export, merge
 from loratune.workflows.guidance.effects import SUMMARIES, TABLES
@@ -230,7 +231,7 @@ def test_without_the_package_the_plan_says_what_to_install(
     monkeypatch.setattr(quantize, "find_spec", lambda _: None)
     with pytest.raises(MachineError, match=f"{package} is not installed") as error:
         plan(tiny_recipe(model__quantization=quantization))
-    assert f"pip install 'loratune[{package}]'" in str(error.value)
+    assert pip_install(package) in str(error.value)
     plan(tiny_recipe(model__quantization=quantization), device="a100-80gb")  # it has to be there, not here
 
 

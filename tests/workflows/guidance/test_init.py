@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 
 import pytest
+from jsonschema import Draft202012Validator
 
 from loratune.recipe.recipe import Recipe
+from loratune.recipe.yaml import read_yaml
 from loratune.run.errors import DataError, RecipeError
-from loratune.workflows.guidance.init import init, shipped_recipes, starter_for_data
+from loratune.workflows.guidance.init import init, starter_for_data
+from loratune.workflows.guidance.shipped import shipped_recipes
 from tests.conftest import conversation, write_jsonl
 
 ROWS = {
@@ -71,7 +75,7 @@ def test_rows_that_cannot_be_trained_on_are_skipped_and_counted(tmp_path: Path) 
 def test_large_data_gets_larger_steps(tmp_path: Path) -> None:
     rows = [{"prompt": f"q{i}", "completion": "a"} for i in range(2000)]
     starter = starter_for_data(str(write_jsonl(tmp_path / "large.jsonl", rows)))
-    assert starter.settings["train.batch_size"] == (32, "63 steps per epoch")
+    assert starter.settings["train.batch_size"] == (32, "60 steps per epoch"), "100 rows are held out"
 
 
 LABELLED = {
@@ -112,6 +116,53 @@ def test_nothing_is_overwritten_without_being_asked() -> None:
     assert Path("chat.yaml").read_text() == "mine"
     init("chat", None, overwrite=True)
     assert Recipe.load("chat.yaml").lora.targets == "complete"
+
+
+@pytest.mark.parametrize("mark", [",", ";", "\t", "|"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_table_with_usual_columns_is_read_as_it_is(mark: str, encoding: str, tmp_path: Path) -> None:
+    answer = "Für vieles, für das man Zahlen braucht, und für mehr."
+    data = tmp_path / "my faq.csv"
+    with data.open("w", encoding=encoding, newline="") as stream:
+        table = csv.writer(stream, delimiter=mark)
+        table.writerow(["Frage", "Antwort"])
+        table.writerows([f"Wofür ist {n}?", answer] for n in range(30))
+    path, starter = init(str(data))
+    recipe = Recipe.load(path)
+    assert recipe.data.columns == {"prompt": "Frage", "completion": "Antwort"}
+    assert recipe.train.output_dir == "__models/my faq", "named after the data, not the model"
+    assert starter.settings["train.batch_size"][1] == "4 steps per epoch", "two of 30 are held out"
+    assert recipe.evaluate.metric == "none"
+    assert recipe.evaluate.max_new_tokens == 32
+
+
+def test_unusual_columns_are_named_asked_for_or_told_how_to_name(tmp_path: Path) -> None:
+    data = tmp_path / "t.csv"
+    data.write_text("left,right\n" + "".join(f"l{n},r{n}\n" for n in range(30)))
+    with pytest.raises(DataError, match="columns left, right have no usual names") as told:
+        init(str(data))
+    assert told.value.fix == f"loratune init {data} --columns prompt=COLUMN,completion=COLUMN"
+    found, _ = init(str(data), columns={"prompt": "left", "completion": "right"})
+    asked: list[list[str]] = []
+    again, _ = init(
+        str(data), "again.yaml", ask=lambda names: asked.append(names) or {"prompt": "left", "completion": "right"}
+    )
+    assert asked == [["left", "right"]]
+    assert Recipe.load(found).data == Recipe.load(again).data
+    with pytest.raises(DataError, match="reads prompt from the column top"):
+        init(str(data), columns={"prompt": "top"}, overwrite=True)
+
+
+@pytest.mark.parametrize("name", [*sorted(shipped_recipes()), *ROWS])
+def test_editors_accept_what_is_written(name: str, tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path / "mine.jsonl", [ROWS[name](i) for i in range(30)]) if name in ROWS else name
+    path, _ = init(str(data))
+    first, *_ = path.read_text(encoding="utf-8").splitlines()
+    schema = json.loads(path.with_name(first.rpartition("$schema=")[2]).read_text(encoding="utf-8"))
+    written = json.loads(json.dumps(read_yaml(path)[0]))
+    Draft202012Validator(schema).validate(written)
+    written["train"]["epoch"] = 1
+    assert not Draft202012Validator(schema).is_valid(written)
 
 
 def test_a_name_that_is_neither_recipe_nor_data_is_refused() -> None:

@@ -276,11 +276,11 @@ def _read_csv(path: Path) -> list[Row]:
 
 
 def _delimiter(path: Path, text: str) -> str:
-    """Return what separates the columns: the one of comma, semicolon and tab that the header has, the comma first."""
+    """Return what separates the columns: the first of comma, semicolon, tab and bar that the header has."""
     if path.name.lower().removesuffix(".gz").removesuffix(".zst").endswith(".tsv"):
         return "\t"
     header = text.lstrip("\r\n").split("\n", 1)[0]
-    return next((mark for mark in ",;\t" if mark in re.sub('"[^"]*"', "", header)), ",")
+    return next((mark for mark in ",;\t|" if mark in re.sub('"[^"]*"', "", header)), ",")
 
 
 def _read_document(path: Path) -> list[Row]:

@@ -113,7 +113,10 @@ def local_files(source: Source) -> list[Path]:
         _refuse_hub_settings(source)
         if data_suffix(path) not in SUFFIXES:
             what = f"unsupported file type {path.suffix}" if path.suffix else "a file without a suffix"
-            raise DataError(what, file=source.name, fix=f"supported types are {', '.join(SUFFIXES)}")
+            fix = f"supported types are {', '.join(SUFFIXES)}"
+            if path.suffix.lower() in (".xlsx", ".xls", ".ods"):
+                fix = "save the sheet as CSV (UTF-8)"
+            raise DataError(what, file=source.name, fix=fix)
         return [path]
     if source.config is not None:
         raise DataError(f"config is {source.config}, but a folder has none", file=source.name, fix="name its subfolder")

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from loratune.run.errors import MachineError, RecipeError
+from loratune.run.extras import pip_install
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -27,12 +28,8 @@ _NEEDS = {
     "gptq": ("optimum", "gptqmodel"),
     "awq": ("gptqmodel",),
 }
-# Package → what to install to get it, where that is an extra of ours.
-_EXTRAS = {
-    "bitsandbytes": "'loratune[bitsandbytes]'",
-    "torchao": "'loratune[torchao]'",
-    "compressed_tensors": "'loratune[compressed-tensors]'",
-}
+_EXTRAS = ("bitsandbytes", "torchao", "compressed_tensors")
+"""Packages whose version an extra of the same name states."""
 _INSTEAD = "use the model without quantization"
 
 
@@ -110,9 +107,11 @@ def check_checkpoint(config: PreTrainedConfig, quantization: str, *, name: str, 
     what = f"model.name is {name}: its weights are quantized ({method})"
     missing = [package for package in _NEEDS.get(method, ()) if find_spec(package) is None]
     if missing:
-        packages = " ".join(_EXTRAS.get(package, package) for package in missing)
+        command = (
+            pip_install(missing[0].replace("_", "-")) if missing[0] in _EXTRAS else f"pip install {' '.join(missing)}"
+        )
         raise MachineError(
-            f"{what}, which needs {' and '.join(missing)}: not installed", fix=f"pip install {packages}, or {_INSTEAD}"
+            f"{what}, which needs {' and '.join(missing)}: not installed", fix=f"{command}, or {_INSTEAD}"
         )
     dequantize_on_load(config)
     try:

@@ -24,6 +24,7 @@ from loratune.model.kernels.packed_linear import PackedLinear, unpacked
 from loratune.model.quantization.checkpoint import comes_packed
 from loratune.model.quantization.kinds import BLOCK, BY_TORCHAO, GROUP, NESTED_BLOCK, package_of
 from loratune.run.errors import MachineError, RecipeError
+from loratune.run.extras import pip_install
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -57,7 +58,7 @@ def check_quantization(quantization: str, device: str, *, is_here: bool) -> None
     if is_here and find_spec(package) is None:
         raise MachineError(
             f"model.quantization is {quantization}, but {package} is not installed",
-            fix=f"pip install 'loratune[{package}]'",
+            fix=pip_install(package),
         )
 
 

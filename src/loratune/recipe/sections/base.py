@@ -79,4 +79,7 @@ def as_sources_or_setting(value: Any) -> Any:
     return as_sources(value)
 
 
-Sources = Annotated[tuple[Source, ...], BeforeValidator(as_sources)]
+WrittenSources = str | Source | tuple[str | Source, ...]
+"""What a recipe may write for sources, for the JSON schema: a name, a source, or a list of these."""
+
+Sources = Annotated[tuple[Source, ...], BeforeValidator(as_sources, json_schema_input_type=WrittenSources)]

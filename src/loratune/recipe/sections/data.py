@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from loratune.recipe.checks import check_data
 from loratune.recipe.roles import TrainOn
-from loratune.recipe.sections.base import Float, Int, Section, Source, Sources, as_sources_or_setting
+from loratune.recipe.sections.base import Float, Int, Section, Source, Sources, WrittenSources, as_sources_or_setting
 
 SEED_DATASET = Source(name="HuggingFaceTB/smoltalk", config="all", split="train")
 
@@ -24,9 +24,10 @@ class DataSection(Section):
     train: Sources = (SEED_DATASET,)
     """The training data: one source, or a list of sources with weights (a data mixture)."""
 
-    eval: Annotated[Literal["auto", "none"] | Float | tuple[Source, ...], BeforeValidator(as_sources_or_setting)] = (
-        "auto"
-    )
+    eval: Annotated[
+        Literal["auto", "none"] | Float | tuple[Source, ...],
+        BeforeValidator(as_sources_or_setting, json_schema_input_type=float | WrittenSources),
+    ] = "auto"
     """The held-out (validation) data: a source, the fraction of the training conversations to hold out, or `none`.
     `auto`: the `test` split of a Hub dataset that is named with a config or split and has one, else a fraction of 0.05.
     """

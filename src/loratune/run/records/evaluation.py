@@ -32,8 +32,8 @@ class AnswerRecord(Part):
 
     text: str
     """The answer; of a classifier, the predicted class."""
-    score: float
-    """Score by the metric: 0 to 1; by `bleu`, 0 to 100."""
+    score: float | None
+    """Score by the metric: 0 to 1; by `bleu`, 0 to 100; null without a metric."""
     num_tokens: int
     """Length of the answer, in tokens."""
     stopped: bool
@@ -159,7 +159,7 @@ class EvaluationRecord(FileRecord):
     """`evaluation.json`: base vs. fine-tuned."""
 
     metric: str
-    """Metric of the answers; `none` without answers."""
+    """Metric of the answers; `none` where they are not scored."""
     task: str | None = None
     """Classifiers only: `sequence_classification`."""
     num_examples: int

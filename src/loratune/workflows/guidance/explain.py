@@ -15,13 +15,18 @@ from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
-from loratune.recipe.recipe import Recipe, Source
+from loratune.planning.prepare import prepare
+from loratune.recipe.other_names import named_here
+from loratune.recipe.recipe import Recipe, Source, as_recipe
+from loratune.recipe.recipe import origins as origins_of
 from loratune.run.errors import RecipeError
+from loratune.run.progress import NO_PROGRESS, Progress
 from loratune.workflows.guidance.effects import SUMMARIES, TABLES
 from loratune.workflows.guidance.facts import AlternativeRow, Facts
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
     from loratune.planning.preparation import Preparation
     from loratune.run.directory import Record
@@ -66,21 +71,30 @@ class Explanation:
 
 
 def explain(
-    recipe: Recipe, prepared: Preparation, origins: Mapping[str, str], fields: Sequence[str] = ()
+    recipe: Recipe | str | Path,
+    prepared: Preparation | None = None,
+    origins: Mapping[str, str] | None = None,
+    fields: Sequence[str] = (),
+    *,
+    progress: Progress = NO_PROGRESS,
 ) -> list[Explanation]:
     """Explain the settings of a run.
 
     Args:
-        recipe: The recipe as written.
-        prepared: The prepared run.
-        origins: The origin of each setting, from `recipe.origins`.
+        recipe: The recipe as written, or its file.
+        prepared: The prepared run; None to prepare it.
+        origins: The origin of each setting, from `recipe.origins`; None to find it in the recipe's file.
         fields: Settings to explain with alternatives, as `lora.r` or `r`. If empty, all settings without alternatives.
+        progress: Shows how far preparation is.
 
     Raises:
         RecipeError: A setting does not exist.
     """
-    facts = Facts(prepared)
     names = [full_name(field) for field in fields] or all_fields()
+    if origins is None:
+        origins = {} if isinstance(recipe, Recipe) else origins_of(recipe)
+    recipe = as_recipe(recipe)
+    facts = Facts(prepared or prepare(recipe, progress, weights=False))
     return [_explain(name, recipe, facts, origins, with_alternatives=bool(fields)) for name in names]
 
 
@@ -102,6 +116,7 @@ def full_name(field: str) -> str:
     bare = [name.partition(".")[2] for name in known]
     near = found or difflib.get_close_matches(field, [*known, *bare], n=2)
     fix = f"did you mean {' or '.join(near)}?" if near else "`loratune explain RECIPE` lists all settings"
+    fix = fix if found else named_here(field) or fix
     problem = f"several settings are named {field}" if found else f"unknown setting {field}"
     raise RecipeError(problem, fix=fix)
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shlex
 import textwrap
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,11 +14,14 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import yaml
 
-from loratune.data.rows.formats import detect_format, to_conversations
+from loratune.data.rows.formats import check_columns, detect_format, rename_columns, to_conversations
 from loratune.data.rows.sources import read_rows
-from loratune.recipe.recipe import Recipe, Source
+from loratune.recipe.recipe import Column, EvaluateSection, Recipe, Source
+from loratune.recipe.schema import EDITOR_LINE, SCHEMA_FILE, recipe_schema
 from loratune.recipe.tasks import TASKS
 from loratune.run.errors import DataError, MachineError, RecipeError, plural
+from loratune.workflows.guidance.guesses import answer_tokens, guess_columns, suggest_metric
+from loratune.workflows.guidance.shipped import copy_rows, shipped_recipes
 from loratune.workflows.tasks.task import TaskStarter, task_named
 
 if TYPE_CHECKING:
@@ -36,6 +41,8 @@ MODELS = (
 CPU_MODEL = MODELS[-1][1]
 FEW = 20
 """Below this number of conversations nothing is held out."""
+HELD_OUT = 0.05
+"""Share of the conversations to hold out."""
 ENOUGH = 2000
 """From this number of conversations on, batches of 32 examples still make 60 steps per epoch."""
 
@@ -63,7 +70,11 @@ class StarterRecipe:
     def to_yaml(self) -> str:
         """Return the recipe as YAML, each setting below its field's docstring."""
         Recipe.parse(_nested(self.settings))  # never write a recipe that cannot be read
-        lines = [*_comment(self.title), *_comment("`loratune explain` shows what each setting does to your model.")]
+        lines = [
+            EDITOR_LINE,
+            *_comment(self.title),
+            *_comment("`loratune explain` shows what each setting does to your model."),
+        ]
         for section, info in Recipe.model_fields.items():
             part: Any = info.annotation
             fields = [field for field in part.model_fields if f"{section}.{field}" in self.settings]
@@ -80,17 +91,30 @@ class StarterRecipe:
         return "\n".join(lines) + "\n"
 
 
-def starter_for_data(name: str) -> StarterRecipe:
+AskColumns = Callable[[list[str]], dict[Column, str]]
+"""Asks the user which column is what, given the names of all columns; nothing if the user does not say."""
+
+
+def starter_for_data(
+    name: str, columns: Mapping[Column, str] | None = None, ask: AskColumns | None = None
+) -> StarterRecipe:
     """Choose a recipe for these rows on this machine.
 
     Args:
         name: A file, a folder, or the id of a Hub data set.
+        columns: `data.columns`, if the user said which column is what.
+        ask: Called if the columns have no usual names.
 
     Raises:
         DataError: The rows cannot be read, or match no format.
         MachineError: The Hub does not answer.
     """
     rows = read_rows(Source(name=name))
+    if columns:
+        check_columns(rows, columns)
+    else:
+        columns = _find_columns(name, rows, ask)
+    rows = rename_columns(rows, columns)
     for task in map(task_named, TASKS):
         if found := task.starter_settings(rows):
             return _starter_of_task(name, rows, found)
@@ -106,12 +130,38 @@ def starter_for_data(name: str) -> StarterRecipe:
     settings: Settings = {
         "model.name": choose_model(),
         **_data_settings(name, form, rows, conversations, len(rejected)),
-        **_training_settings(len(conversations)),
+        **({"data.columns": (dict(columns), "")} if columns else {}),
+        **_training_settings(name, len(conversations)),
         **_evaluation_settings(conversations),
     }
     return StarterRecipe(
         title=f"LoRA on {name}: {plural(len(conversations), 'conversation')} in {form} format.", settings=settings
     )
+
+
+def _find_columns(name: str, rows: Sequence[Row], ask: AskColumns | None) -> dict[Column, str]:
+    """Return `data.columns` for rows that match no format as they are; empty if they match one.
+
+    Raises:
+        DataError: No columns have usual names, and there is nobody to ask.
+    """
+    try:
+        detect_format(rows, strict=False)
+    except DataError:
+        found = guess_columns(rows)
+        first = rows[0].value
+        if not found and isinstance(first, dict) and rows[0].file.lower().endswith((".csv", ".tsv", ".parquet")):
+            found = ask([*map(str, first)]) if ask is not None else {}
+            if not found:
+                raise DataError(
+                    f"the columns {', '.join(map(str, first))} have no usual names, such as prompt and completion",
+                    file=rows[0].file,
+                    fix=shlex.join(["loratune", "init", name, "--columns", "prompt=COLUMN,completion=COLUMN"]),
+                ) from None
+        if not found:
+            raise
+        return found
+    return {}
 
 
 def _starter_of_task(name: str, rows: Sequence[Row], found: TaskStarter) -> StarterRecipe:
@@ -121,7 +171,7 @@ def _starter_of_task(name: str, rows: Sequence[Row], found: TaskStarter) -> Star
         **_sources(name, found.num_rows, found.unit),
         "data.max_length": ("auto", ""),
         **({"data.on_bad_row": _skipped(len(rows) - found.num_rows)} if found.num_rows < len(rows) else {}),
-        **_training_settings(found.num_rows),
+        **_training_settings(name, found.num_rows),
     }
     title = f"LoRA on {name}: {plural(found.num_rows, found.unit)} in {found.of_what}."
     return StarterRecipe(title=title, settings=settings)
@@ -138,19 +188,21 @@ def starter_from_recipe(path: Path) -> StarterRecipe:
     return StarterRecipe(title=f"The recipe {path.stem}.", settings=settings)
 
 
-def shipped_recipes() -> dict[str, Path]:
-    """Return the files of the shipped recipes, by name."""
-    installed = Path(__file__).resolve().parents[2] / "recipes"
-    checkout = Path(__file__).resolve().parents[4] / "recipes"
-    return {path.stem: path for path in sorted((installed if installed.is_dir() else checkout).glob("*.yaml"))}
-
-
-def init(what: str | None, out: Path | None, *, overwrite: bool = False) -> tuple[Path, StarterRecipe]:
-    """Write a recipe to start from.
+def init(
+    what: str | Path | None = None,
+    out: str | Path | None = None,
+    *,
+    columns: Mapping[Column, str] | None = None,
+    ask: AskColumns | None = None,
+    overwrite: bool = False,
+) -> tuple[Path, StarterRecipe]:
+    """Write a recipe to start from, the schema by which editors check it, and the data of a shipped recipe.
 
     Args:
         what: A data file, folder or Hub data set, or the name of a shipped recipe; None: `quickstart`.
         out: Path of the recipe; None: `NAME.yaml` in the current folder.
+        columns: Field of a format → the column of the data to read it from, as for `data.columns`.
+        ask: Asks for them if the columns have no usual names; see `starter_for_data`.
         overwrite: Whether an existing file may be overwritten.
 
     Returns:
@@ -161,18 +213,21 @@ def init(what: str | None, out: Path | None, *, overwrite: bool = False) -> tupl
         DataError, MachineError: The data cannot be read.
     """
     shipped = shipped_recipes()
-    name = what or "quickstart"
-    path = out or Path(f"{Path(name).stem or 'recipe'}.yaml")
+    name = str(what or "quickstart")
+    path = Path(out or f"{Path(name).stem or 'recipe'}.yaml")
     if path.exists() and not overwrite:
         raise RecipeError("file already exists", file=path, fix="use --overwrite, or --out FILE")
     if name not in shipped and not Path(name).exists() and "/" not in name and not Path(name).suffix:
         raise RecipeError(
             f"{name} is neither a recipe nor a data file", fix=f"recipes: {', '.join(shipped)}; or give a data file"
         )
-    starter = starter_from_recipe(shipped[name]) if name in shipped else starter_for_data(name)
+    starter = starter_from_recipe(shipped[name]) if name in shipped else starter_for_data(name, columns, ask)
+    if name in shipped:
+        copy_rows(Recipe.load(shipped[name]))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(starter.to_yaml(), encoding="utf-8")
+        path.with_name(SCHEMA_FILE).write_text(json.dumps(recipe_schema()), encoding="utf-8")
     except OSError as error:
         raise MachineError(f"cannot write: {error}", file=path, fix="choose another place with --out FILE") from error
     return path, starter
@@ -212,23 +267,25 @@ def _data_settings(
 def _sources(name: str, number: int, what: str) -> Settings:
     if number < FEW:
         return {"data.train": (name, ""), "data.eval": ("none", f"{plural(number, what)} are too few to hold any out")}
-    return {"data.train": (name, ""), "data.eval": (0.05, f"one {what} in twenty is held out")}
+    return {"data.train": (name, ""), "data.eval": (HELD_OUT, f"one {what} in twenty is held out")}
 
 
 def _skipped(num_rejected: int) -> Value:
     return "skip", f"{plural(num_rejected, 'row')} cannot be trained on; `error` would stop at the first one"
 
 
-def _training_settings(num_conversations: int) -> Settings:
-    batch_size, epochs = (32, 2) if num_conversations >= ENOUGH else (8, 3)
+def _training_settings(name: str, number: int) -> Settings:
+    batch_size, epochs = (32, 2) if number >= ENOUGH else (8, 3)
+    trained = number - max(1, round(HELD_OUT * number)) if number >= FEW else number
     return {
+        "train.output_dir": (f"__models/{Path(name).stem}", ""),
         "lora.r": (16, ""),
         "lora.alpha": (32, ""),
         "lora.dropout": (0.0, ""),
         "lora.targets": ("complete", ""),
         "train.epochs": (epochs, ""),
         "train.learning_rate": (2e-4, ""),
-        "train.batch_size": (batch_size, f"{plural(-(-num_conversations // batch_size), 'step')} per epoch"),
+        "train.batch_size": (batch_size, f"{plural(-(-trained // batch_size), 'step')} per epoch"),
         "train.schedule": ("cosine", ""),
         "train.warmup_fraction": (0.03, ""),
         "train.eval_every": (0.1, ""),
@@ -239,18 +296,17 @@ def _training_settings(num_conversations: int) -> Settings:
 
 
 def _evaluation_settings(conversations: Sequence[Conversation]) -> Settings:
-    """Return a metric if all answers have a form that can be scored."""
-    answers = [c.messages[-1].get("content", "") for c in conversations if c.messages]
-    if len(conversations) < FEW or not answers or not all(map(_is_json, answers)):
+    """Return a metric if all answers have a form that can be scored, and how long answers may be."""
+    answers = [str(c.messages[-1].get("content") or "") for c in conversations if c.messages]
+    if len(conversations) < FEW or not answers:
         return {}
-    return {"evaluate.metric": ("json", "every last answer is a JSON object or list")}
-
-
-def _is_json(text: str) -> bool:
-    try:
-        return isinstance(json.loads(text), dict | list)
-    except json.JSONDecodeError:
-        return False
+    settings: Settings = {}
+    if metric := suggest_metric(answers):
+        settings["evaluate.metric"] = metric
+    most = EvaluateSection().max_new_tokens
+    if (limit := answer_tokens(answers, most)) < most:
+        settings["evaluate.max_new_tokens"] = (limit, f"the longest answer has {max(map(len, answers)):,} characters")
+    return settings
 
 
 def _nested(settings: Settings) -> dict[str, dict[str, Any]]:

@@ -56,7 +56,7 @@ def _measure(comparison: Comparison, name: str, known: Nll | None = None) -> tup
         if loss.sharded:
             raise MachineError(
                 f"process {processes.rank()}: {message}, which processes that share the base cannot do alone",
-                fix="a smaller evaluate.max_new_tokens, or evaluate.metric=none",
+                fix="a smaller evaluate.max_new_tokens, or evaluate.samples=0",
             )
         comparison.events.emit("smaller_answer_batches", message)
 

@@ -1,0 +1,51 @@
+"""What every verb of the command line has: `--quiet`, and errors about its arguments as JSON with `--json`."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, get_type_hints
+
+import typer
+from typer.core import TyperCommand
+
+from loratune.cli.output import print_json
+from loratune.cli.terminal import TerminalProgress
+from loratune.run.errors import RecipeError
+
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print results, warnings and errors only.")]
+
+_UsageError: type[Exception] = typer.BadParameter.__bases__[0]  # typer's own copy of click's, or click's
+
+
+def as_verb(function: Callable[..., None]) -> Callable[..., None]:
+    """Return the function with a further option `--quiet`."""
+
+    @functools.wraps(function)
+    def run(*, quiet: bool = False, **options: Any) -> None:
+        TerminalProgress.quiet = quiet
+        function(**options)
+
+    types = get_type_hints(function, include_extras=True)
+    parameters = inspect.signature(function).parameters.values()
+    option = inspect.Parameter("quiet", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Quiet)
+    typed: Any = run  # typer reads both
+    typed.__signature__ = inspect.Signature([*(p.replace(annotation=types[p.name]) for p in parameters), option])
+    typed.__annotations__ = {**types, "quiet": Quiet}
+    return run
+
+
+class Verb(TyperCommand):
+    """A command that prints errors about its arguments as JSON if `--json` is among them."""
+
+    def make_context(self, info_name: str | None, args: Sequence[str], parent: Any = None, **extra: Any) -> Any:
+        """Read the arguments."""
+        words = list(args)
+        try:
+            return super().make_context(info_name, list(args), parent, **extra)
+        except _UsageError as error:
+            if "--json" in words:
+                problem: Any = error
+                print_json(RecipeError(problem.format_message(), fix=f"loratune {info_name} --help").as_dict())
+            raise

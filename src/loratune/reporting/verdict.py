@@ -1,0 +1,72 @@
+"""The verdict on a run in one sentence: whether the fine-tuned model is better than the base, by how much, what to try.
+
+The terminal, the report page and `loratune runs` say it in the same words.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from loratune.reporting.units import as_difference, as_interval, as_measure, is_graded, measure_in_words
+from loratune.run.errors import plural
+
+if TYPE_CHECKING:
+    from loratune.run.records.evaluation import EvaluationRecord
+
+Outcome = Literal["better", "not better", "worse"]
+
+_LOWER_IS_BETTER = ("nll", "perplexity")
+_TRY: dict[Outcome, str] = {
+    "better": "",
+    "not better": "try more epochs (train.epochs), a higher train.learning_rate, or more data",
+    "worse": "try fewer epochs (train.epochs) or a lower train.learning_rate",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What the evaluation says.
+
+    Attributes:
+        outcome: `better` or `worse` if the interval of the difference lies on one side of zero.
+        sentence: The outcome with its numbers, and what to try if it is not better.
+    """
+
+    outcome: Outcome
+    sentence: str
+
+
+def verdict_on(record: EvaluationRecord) -> Verdict:
+    """Return the verdict by the run's metric; without one, by the held-out loss."""
+    name = record.metric if record.metric in record.tuned else "nll"
+    outcome = _outcome(record, name)
+    words = f"{outcome}: {_numbers(record, name)}"
+    if name != "nll" and outcome != "better" and _outcome(record, "nll") == "better":
+        words += f"; but the {_numbers(record, 'nll', interval=False)}"
+    advice = f"; {_TRY[outcome]}" if _TRY[outcome] else ""
+    return Verdict(outcome=outcome, sentence=f"{words}{advice}")
+
+
+def _outcome(record: EvaluationRecord, name: str) -> Outcome:
+    difference = record.difference[name]
+    low = difference.value if difference.low is None else difference.low
+    high = difference.value if difference.high is None else difference.high
+    if name in _LOWER_IS_BETTER:
+        low, high = -high, -low
+    return "better" if low > 0 else "worse" if high < 0 else "not better"
+
+
+def _numbers(record: EvaluationRecord, name: str, *, interval: bool = True) -> str:
+    """Return `JSON correct 2.0% → 82.0%, +70.0 to +88.0 points (100 answers)`."""
+    words = f"{measure_in_words(name)} {as_measure(name, record.base[name])} → {as_measure(name, record.tuned[name])}"
+    if not interval:
+        return words
+    difference = record.difference[name]
+    ends = as_interval(name, difference) or as_difference(name, difference.value)
+    if "points" in as_difference(name, 0.0):
+        ends = f"{ends.removesuffix(' points')} points"
+    unit = "answer" if name == record.metric and (is_graded(name) or record.confusion is None) else "example"
+    number = len(record.items) if unit == "answer" else record.num_examples
+    level = f"{record.interval.level:.0%} interval"
+    return f"{words}, {ends} ({level}; {plural(number, f'held-out {unit}')})"

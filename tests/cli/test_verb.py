@@ -1,0 +1,66 @@
+"""What every verb has: --quiet, -h, errors as JSON; and the options of `loratune` itself."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+
+from loratune import __main__ as cli
+from loratune import __version__
+from loratune.cli.terminal import TerminalProgress
+from loratune.cli.verb import as_verb
+
+
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *words: str) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["loratune", *words])
+    with pytest.raises(SystemExit) as stop:
+        cli.app()
+    captured = capsys.readouterr()
+    return int(stop.value.code or 0), captured.out, captured.err
+
+
+@pytest.mark.parametrize("option", ["--version", "-V"])
+def test_the_version(option: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run(capsys, monkeypatch, option) == (0, f"loratune {__version__}\n", "")
+
+
+@pytest.mark.parametrize("words", [("-h",), ("train", "-h"), ("runs", "--help")])
+def test_help_has_a_short_form_and_every_verb_is_quiet_on_request(
+    words: tuple[str, ...], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, out, _ = run(capsys, monkeypatch, *words)
+    assert code == 0
+    assert "Usage" in out
+    assert words[0] == "-h" or "--quiet" in out
+
+
+@pytest.mark.parametrize("words", [("train", "--json"), ("plan", "a.yaml", "--nope", "--json")])
+def test_a_wrong_argument_is_json_where_json_is_asked_for(
+    words: tuple[str, ...], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, out, _ = run(capsys, monkeypatch, *words)
+    record = json.loads(out)
+    assert code == record["exit_code"] == 2
+    assert "RECIPE" in record["problem"] or "--nope" in record["problem"]
+    assert record["fix"] == f"loratune {words[0]} --help"
+    code, out, err = run(capsys, monkeypatch, *(word for word in words if word != "--json"))
+    assert (code, out) == (2, "")
+    assert err
+
+
+def test_quiet_leaves_warnings(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TerminalProgress, "quiet", False)
+
+    def work() -> None:
+        progress = TerminalProgress()
+        progress.line("a line")
+        progress.warn("a warning")
+        with progress.task("counting", 3) as task:
+            task.advance()
+
+    as_verb(work)(quiet=True)
+    assert capsys.readouterr().err == "! a warning\n"
+    as_verb(work)()
+    assert "a line" in capsys.readouterr().err
