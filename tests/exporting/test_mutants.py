@@ -20,10 +20,8 @@ SHORTEST, SHORT, _, LONGEST = LENGTHS
 NOW = [
     ("adapter dropped", "bfloat16"),
     ("adapter halved", "gguf q8_0"),
-    ("two layers swapped", "float32"),
     ("another base", "float16"),
     ("rotary positions", "bfloat16"),
-    ("embeddings untied", "bfloat16"),
 ]
 
 Runs = Callable[[str, str], FinishedRun]

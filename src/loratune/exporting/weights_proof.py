@@ -134,6 +134,7 @@ def prove_adapter(
     for name in sorted(wanted.keys() & written.keys()):
         one, other = wanted[name], written[name]
         if (other.b.shape[0], other.a.shape[1]) != (one.b.shape[0], one.a.shape[1]):
+            sums.changed += 1
             sums.other.append(name)
             continue
         zero = torch.zeros(one.b.shape[0], one.a.shape[1])
@@ -189,6 +190,7 @@ def _compare(
         return
     trained = arranged(trained_weight(weight, update))
     if values.shape != trained.shape or not bool(values.isfinite().all()):
+        sums.changed += 1
         (sums.other if values.shape != trained.shape else sums.infinite).append(name)
         return
     if base.shape != trained.shape:  # new rows

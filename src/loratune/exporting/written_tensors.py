@@ -134,21 +134,18 @@ def rounding_to(dtype: torch.dtype) -> Rounding:
 
 
 def gguf_rounding(kind: GGMLQuantizationType) -> Rounding | None:
-    """Return how a GGUF type rounds matrices; None for a type that the `gguf` package reads and does not write."""
-    if kind.name in _FLOATS:
-        return rounding_to(_FLOATS[kind.name])
-    try:
-        quantize(torch.zeros(1, 256).numpy(), kind)
-    except NotImplementedError:
-        return None
+    """Return how tensors of a GGUF file with matrices of this type are rounded; None if the `gguf` package cannot."""
+    if kind.name not in _FLOATS:
+        try:
+            quantize(torch.zeros(1, 256).numpy(), kind)
+        except NotImplementedError:
+            return None
 
     def rounded(tensor: torch.Tensor) -> torch.Tensor:
         own = kind_of_shape(tensor.shape, kind)
-        if own is not kind:
-            other = gguf_rounding(own)
-            assert other is not None
-            return other(tensor)
+        if own.name in _FLOATS:
+            return tensor.to(_FLOATS[own.name]).float()
         values = tensor.detach().cpu().float().contiguous().numpy()
-        return torch.from_numpy(dequantize(quantize(values, kind), kind)).reshape(tensor.shape).to(tensor.device)
+        return torch.from_numpy(dequantize(quantize(values, own), own)).reshape(tensor.shape).to(tensor.device)
 
     return rounded
