@@ -74,6 +74,7 @@ def test_plan_train_resume_evaluate_and_merge(recipe_file: Path, tmp_path: Path)
 
 def test_export(finished_run: RunDir, tmp_path: Path) -> None:
     check("export", call("export", finished_run.root, "--to", "vllm", "--out", tmp_path / "vllm"))
+    check("certify", call("certify", finished_run.root, tmp_path / "vllm"))
 
 
 def test_report_compare_and_diff(finished_run: RunDir, tmp_path: Path) -> None:
