@@ -36,7 +36,7 @@ def test_each_way_finds_a_users_message_with_its_end(with_template: WithTemplate
     text = GOLDEN["smollm2"][3]
 
     rendering = SubstitutionMatcher(template)(text, list(CHAT), None, [0, 2])
-    spans = spans_by_difference(text, text, list(CHAT), None, [0, 2], template)
+    spans = spans_by_difference(text, list(CHAT), None, [0, 2], template)
 
     assert rendering.spans == spans
     assert [text[start:end] for start, end in spans] == ["What is 2 + 3?<|im_end|>", "And doubled?<|im_end|>"]

@@ -277,9 +277,13 @@ def _conversation(
         raise BadRow("only a system message")
     tools = _tools(value)
     plain = [m if _NOTES.isdisjoint(m) else {k: part for k, part in m.items() if k not in _NOTES} for m in messages]
-    for number, message in enumerate(plain):
-        if "tool_calls" in message:
-            plain[number] = {**message, "tool_calls": [without_storage_nulls(c, tools) for c in message["tool_calls"]]}
+    if tools:
+        for number, message in enumerate(plain):
+            if "tool_calls" in message:
+                calls = [without_storage_nulls(call, tools) for call in message["tool_calls"]]
+                plain[number] = {**message, "tool_calls": calls}
+    if all(map(_NOTES.isdisjoint, messages)):
+        return Conversation(messages=tuple(plain), tools=tools, text=None, origin=origin)
     given = tuple(n for n, message in enumerate(messages) if message.get("given"))
     return Conversation(
         messages=tuple(plain),

@@ -77,6 +77,15 @@ def read_message(turn: Any, number: int, unread: Unnamed | None = None) -> Messa
         raise BadRow(f"message {number} is {describe_value(turn)}, not an object with role and content")
     if "role" not in turn:
         raise BadRow(f"message {number} has no role; it has {describe_value(turn)}")
+    role, content = turn["role"], turn.get("content")
+    if (
+        turn.keys() == _PLAIN
+        and isinstance(content, str)
+        and role in ROLES
+        and (role != "assistant" or content.strip())
+    ):
+        check_unicode(content, f"message {number} ({role})")  # most messages of most data: nothing else to read
+        return {"role": role, "content": content}
     unread = [] if unread is None else unread
     if turn["role"] in _CALL_ROLES:
         return _read_call_turn(turn, "content", number, unread)
