@@ -59,6 +59,7 @@ def test_nothing_at_all_is_a_table_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_all_steps_run_on_a_cpu(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHON": sys.executable}
     command = [str(SCRIPTS / "run.sh"), "--dry-run", str(tmp_path)]

@@ -74,8 +74,16 @@ def test_a_model_that_takes_no_boundaries_goes_one_example_at_a_time(monkeypatch
     decoder = model.get_base_model().base_model
     real = decoder.forward
 
-    def narrow(input_ids: torch.Tensor, position_ids: torch.Tensor | None = None, use_cache: bool = True) -> object:
-        return real(input_ids=input_ids, position_ids=position_ids, use_cache=use_cache)
+    def narrow(
+        *,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: object = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool = True,
+    ) -> object:
+        return real(input_ids=input_ids, use_cache=use_cache)
 
     monkeypatch.setattr(decoder, "forward", narrow)
     loss, reason = make_loss(model, EXAMPLES)

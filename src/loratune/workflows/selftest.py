@@ -220,7 +220,7 @@ def _kernels(device: str, dtype: torch.dtype) -> float:
     return _largest_difference(*results, relative=True)
 
 
-def _attentions(device: str) -> Iterator[tuple[str, Function, Function, list[tuple[int, ...]]]]:
+def _attentions(device: str) -> Iterator[tuple[str, Function, Function, Sequence[tuple[int, ...]]]]:
     """Yield attention without and with a window: name, kernel, definition and the shapes of its inputs."""
     lengths = torch.tensor([5, 1, 40, 300])
     total = int(lengths.sum())
@@ -246,7 +246,7 @@ def _attentions(device: str) -> Iterator[tuple[str, Function, Function, list[tup
 
 def _layers(
     device: str, dtype: torch.dtype, generator: torch.Generator
-) -> Iterator[tuple[str, Function, Function, list[tuple[int, ...]]]]:
+) -> Iterator[tuple[str, Function, Function, Sequence[tuple[int, ...]]]]:
     """Yield cross-entropy and the LoRA layer: name, kernel, definition and the shapes of their inputs."""
     head, weight, bias = (torch.randn(shape, generator=generator).to(dtype) for shape in ((99, 16), (20, 12), (20,)))
     targets = torch.randint(99, (50,), generator=generator)

@@ -14,20 +14,79 @@ import torch
 from loratune.model.kernels import attention, varlen_attention
 
 
-def by_definition(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ends: torch.Tensor, scale: float | None, left: int
-) -> torch.Tensor:
-    """Causal attention of [T, H, D] tensors; `left` is how far back a token sees, -1 without a limit."""
-    shared = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(shared, 1), value.repeat_interleave(shared, 1)
+def probabilities(query: torch.Tensor, key: torch.Tensor, ends: torch.Tensor, scale: float, left: int) -> torch.Tensor:
+    """The causal softmax of [T, H, D] tensors, [H, T, T]; `left` is how far back a token sees, -1 without a limit."""
     place = torch.arange(query.shape[0])
     example = torch.bucketize(place, ends[1:], right=True)
-    visible = (example[:, None] == example[None]) & (place[:, None] >= place[None])
-    if left >= 0:
-        visible = visible & (place[:, None] - place[None] <= left)
-    scores = torch.einsum("qhd,khd->hqk", query, key) * (query.shape[-1] ** -0.5 if scale is None else scale)
-    weights = scores.masked_fill(~visible, float("-inf")).softmax(-1)
-    return torch.einsum("hqk,khd->qhd", weights, value)
+    behind = place[:, None] - place[None]
+    visible = (example[:, None] == example[None]) & (behind >= 0) & ((behind <= left) | (left < 0))
+    scores = torch.einsum("qhd,khd->hqk", query, key) * scale
+    return scores.masked_fill(~visible, float("-inf")).softmax(-1)
+
+
+def expanded(x: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+    return x.repeat_interleave(query.shape[1] // x.shape[1], 1)
+
+
+@torch.library.custom_op("loratune_tests::varlen", mutates_args=())
+def opaque(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    ends: torch.Tensor,
+    longest: int,
+    scale: float,
+    left: int,
+) -> torch.Tensor:
+    """An operator as torch's own: the compiler sees shapes and an integer, and nothing of what is inside."""
+    weights = probabilities(query, expanded(key, query), ends, scale, left)
+    return torch.einsum("hqk,khd->qhd", weights, expanded(value, query))
+
+
+@torch.library.custom_op("loratune_tests::varlen_backward", mutates_args=())
+def opaque_backward(
+    grad: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    ends: torch.Tensor,
+    scale: float,
+    left: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    keys, values = expanded(key, query), expanded(value, query)
+    weights = probabilities(query, keys, ends, scale, left)
+    grad_weights = torch.einsum("qhd,khd->hqk", grad, values)
+    grad_scores = weights * (grad_weights - (weights * grad_weights).sum(-1, keepdim=True)) * scale
+    grad_keys = torch.einsum("hqk,qhd->khd", grad_scores, query)
+    grad_values = torch.einsum("hqk,qhd->khd", weights, grad)
+    shape = (*key.shape[:2], -1, key.shape[2])  # the heads that share a key: their gradients add up
+    return (
+        torch.einsum("hqk,khd->qhd", grad_scores, keys),
+        grad_keys.view(shape).sum(2),
+        grad_values.view(shape).sum(2),
+    )
+
+
+@opaque.register_fake
+def _(query: torch.Tensor, *_: Any) -> torch.Tensor:
+    return torch.empty_like(query)
+
+
+@opaque_backward.register_fake
+def _(grad: torch.Tensor, *inputs: Any) -> tuple[torch.Tensor, ...]:
+    return tuple(torch.empty_like(x) for x in inputs[:3])
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    ctx.save_for_backward(*inputs[:4])
+    ctx.settings = inputs[5:]
+
+
+def _differentiate(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    return (*opaque_backward(grad, *ctx.saved_tensors, *ctx.settings), None, None, None, None)
+
+
+opaque.register_autograd(_differentiate, setup_context=_keep)
 
 
 def varlen_2_11(
@@ -46,7 +105,8 @@ def varlen_2_11(
     assert query.shape == key.shape == value.shape, "2.11 documents no shared heads"
     assert window_size[1] == 0, "not causal"
     assert cu_seq_q.dtype == torch.int32
-    return by_definition(query, key, value, cu_seq_q, scale, window_size[0])
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return opaque(query, key, value, cu_seq_q, max_q, scale, window_size[0])
 
 
 def varlen_2_12(
@@ -66,7 +126,8 @@ def varlen_2_12(
 ) -> torch.Tensor:
     assert enable_gqa or query.shape[1] == key.shape[1], "fewer key/value heads, and enable_gqa is not set"
     assert window_size[1] == 0, "not causal"
-    return by_definition(query, key, value, cu_seq_q, scale, window_size[0])
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return opaque(query, key, value, cu_seq_q, max_q, scale, window_size[0])
 
 
 SIGNATURES: dict[str, Callable[..., torch.Tensor]] = {"torch 2.11": varlen_2_11, "torch 2.12": varlen_2_12}
