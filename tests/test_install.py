@@ -17,9 +17,15 @@ IMPORT_ALL = """
 import importlib, pkgutil, sys
 import datasets, gguf, peft, torch, torch.distributed.run, transformers, transformers.trainer
 import trl, trl.trainer.sft_trainer
+optional = ("bitsandbytes", "lm_eval", "ray.train", "sacrebleu", "torchao")  # which may need these modules themselves
+for name in optional:
+    try:
+        importlib.import_module(name)
+    except ImportError:
+        pass
 sys.modules["fcntl"] = sys.modules["resource"] = sys.modules["readline"] = None  # an import of these fails
 import loratune
-needs = {"ray", "torchao", "lm_eval", "sacrebleu", "bitsandbytes"}
+needs = {name.partition(".")[0] for name in optional}
 number = 0
 for module in pkgutil.walk_packages(loratune.__path__, "loratune."):
     try:

@@ -222,7 +222,7 @@ def test_the_slurm_script_trains_with_the_real_torchrun(
     recipe = checkout / "tiny.yaml"
     recipe.write_text(
         f"model:\n  name: {tiny_model}\n  dtype: float32\ndata:\n  train: {chat_files[0]}\n  eval: {chat_files[1]}\n"
-        "train:\n  epochs: 1\n  device: cpu\n  batch_size: 4\nevaluate:\n  metric: none\n"
+        "train:\n  epochs: 1\n  device: cpu\n  batch_size: 4\nevaluate:\n  samples: 0\n"
     )
     with socket.socket() as free:
         free.bind(("localhost", 0))

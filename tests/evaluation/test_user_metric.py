@@ -49,7 +49,7 @@ def test_what_goes_wrong_in_it_is_told_with_its_file(file: Path, name: str, word
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("own.py", "is not a function"),
+        ("own.py", "neither a metric of loratune nor a function"),
         ("no_such_file.py:f", "does not exist"),
         ("FILE:missing", "no function missing"),
         ("FILE:nll", "name of another measure"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -30,9 +31,9 @@ def folder(finished_run: RunDir, tmp_path: Path) -> Path:
 
 
 def shown(table: object) -> str:
-    console = Console(width=300, record=True, quiet=True)
+    console = Console(width=300, file=io.StringIO())
     console.print(table)
-    return console.export_text()
+    return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
 
 
 def test_every_run_is_listed_with_its_state_and_result(folder: Path) -> None:

@@ -55,7 +55,7 @@ def test_the_recipe_on_the_page_is_the_recipe_of_the_run(finished_run: RunDir) -
 
 def rows_of(page: str, caption: str) -> dict[str, list[str]]:
     """First cell → other cells of a table."""
-    table = page[page.index(f">{caption}</caption>") :].partition("</table>")[0]
+    table = page[page.index(f">{caption}</span></caption>") :].partition("</table>")[0]
     cells = [
         re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, re.DOTALL)
         for row in re.findall(r"<tr>(.*?)</tr>", table, re.DOTALL)
