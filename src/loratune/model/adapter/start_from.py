@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from loratune.model.adapter.patterns import rank_of
 from loratune.model.gguf_import import file_sha256
 from loratune.model.hub import explain_hub_errors
+from loratune.model.weight_facts import first_not_finite
 from loratune.run.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def check_adapter(
         full: The modules that the recipe trains in full.
 
     Raises:
-        RecipeError: The adapter differs, and in what.
+        RecipeError: The adapter differs, and in what; or it has weights that are NaN or infinite.
     """
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
@@ -94,6 +95,13 @@ def check_adapter(
             )
     wanted = _expected(lora, matrices) | {f"{_PREFIX}{name}": shape for item in full for name, shape in item.saved}
     _check_shapes(shapes, wanted, folder)
+    if (name := first_not_finite(folder / WEIGHTS)) is not None:
+        raise RecipeError(
+            f"lora.start_from: the adapter has weights that are NaN or infinite, the first in "
+            f"{name.removeprefix(_PREFIX)}",
+            file=folder / WEIGHTS,
+            fix="start from an earlier checkpoint of it, or leave lora.start_from out",
+        )
 
 
 def base_notes(folder: Path, bases: Sequence[str]) -> tuple[str, ...]:
