@@ -17,6 +17,7 @@ import torch
 from safetensors import safe_open
 
 from loratune.model.safetensors_headers import stored_name, weight_files_of, weight_index_of
+from loratune.model.weight_facts import has_own_head
 from loratune.run.errors import RunError
 
 if TYPE_CHECKING:
@@ -213,6 +214,11 @@ def write_merged(
     if dtype is not None:
         config.pop("torch_dtype", None)
         config["dtype"] = str(dtype).removeprefix("torch.")
+    if has_own_head(base):  # else what reads the flag would drop the head that was trained with
+        for part in (config, config.get("text_config") or {}):
+            if part.get("tie_word_embeddings"):
+                part["tie_word_embeddings"] = False
+        config["tie_word_embeddings"] = False
     grown = max((item.num_rows for item in replaced.values()), default=0)
     for part in (config, config.get("text_config") or {}):
         if part.get("vocab_size", grown) < grown:

@@ -18,8 +18,8 @@ from loratune.planning.cost import (
     head_parameters,
     num_answers,
     run_flops,
-    sharded_parameters,
     run_memory,
+    sharded_parameters,
     token_sizes,
     work_amounts,
 )

@@ -13,6 +13,7 @@ from loratune.run.errors import RecipeError, RunError
 from loratune.run.progress import NO_PROGRESS, Progress
 from loratune.training.checkpoint import newest_valid_checkpoint, resume_state
 from loratune.training.fsdp import is_sharded
+from loratune.workflows.locked_recipe import located
 from loratune.workflows.result import RunResult
 from loratune.workflows.steps import finish_trained_run, run_from_weights, settings_as_written
 
@@ -62,7 +63,7 @@ def continue_run(run: RunDir, progress: Progress) -> RunResult:
         if processes.is_main():
             run.clean()
             _refuse(changed_settings(lock["written"], settings_as_written(run)), run.recipe)
-        prepared = prepare_on_all_ranks(Recipe.parse(lock["recipe"], file=run.lock), progress)
+        prepared = prepare_on_all_ranks(Recipe.parse(located(lock), file=run.lock), progress)
         if not processes.is_main():
             return _follow_main(prepared, run, progress)
         _refuse(_changed_inputs(lock, prepared, run), run.lock)

@@ -149,7 +149,7 @@ def _load(
 
 def write_lock(prepared: Preparation, run: RunDir) -> None:
     """Write `lock.json`."""
-    written = {"written": settings_as_written(run), "launch": processes.launch_id()}
+    written = {"written": settings_as_written(run), "launch": processes.launch_id(), "folder": str(Path.cwd())}
     write_record(run.lock, LockRecord, {**prepared.as_lock(), **written})
 
 
