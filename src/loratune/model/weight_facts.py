@@ -27,8 +27,8 @@ _ROWS_AT_A_TIME = 4096
 def correct_tied(config: Any, folder: Path) -> None:
     """Set a configuration's `tie_word_embeddings` to False if the files hold a head that differs from the embedding.
 
-    transformers keeps such a head when it loads the model, but ties it again where it resizes embeddings, and everything
-    that reads config.json takes the two for one matrix.
+    transformers keeps such a head when it loads the model, but ties it again where it resizes embeddings, and what
+    reads config.json takes the two for one matrix.
 
     Args:
         config: transformers' configuration of the model; it is changed in place.

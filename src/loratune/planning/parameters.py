@@ -119,9 +119,9 @@ def count_parameters(
 
 
 def _num_outside(model: nn.Module) -> int:
-    ends: list[Any] = (
-        [model.get_input_embeddings(), model.get_output_embeddings()] if isinstance(model, PreTrainedModel) else []
-    )
+    if not isinstance(model, PreTrainedModel):
+        return 0
+    ends: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]  # type: ignore[no-untyped-call]
     weights = {id(layer.weight): layer.weight.numel() for layer in ends if layer is not None}  # tied: one
     return sum(weights.values())
 

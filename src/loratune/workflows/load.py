@@ -125,7 +125,7 @@ def check_forward(model: PeftModel, examples: Sequence[Example], *, started: boo
 
 
 def _is_finite(model: PeftModel, tokens: torch.Tensor) -> bool:
-    return bool(model.get_base_model()(input_ids=tokens, use_cache=False).logits.isfinite().all())
+    return bool(model.get_base_model()(input_ids=tokens).logits.isfinite().all())
 
 
 def load_trained(prepared: Preparation, run: RunDir, progress: Progress) -> tuple[PeftModel, SupervisedLoss]:

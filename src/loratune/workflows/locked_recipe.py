@@ -36,7 +36,8 @@ def located(lock: Record) -> dict[str, Any]:
     name, base = str(model["name"]), lock["inputs"].get("model_path")
     if Path(name).expanduser().exists() or name.startswith("package:") or not base:
         return recipe
-    if Path(base).name == Path(name).name and not _is_of_the_hub(lock):
+    # The hub's cache keeps a model at …/snapshots/COMMIT, an imported GGUF file lies in loratune's: other names.
+    if Path(base).name == Path(name).name:
         if not Path(base).exists():
             raise RecipeError(
                 f"model.name is {name}: the run began with {base}, which is not there any more",
@@ -44,11 +45,6 @@ def located(lock: Record) -> dict[str, Any]:
             )
         model["name"] = base  # a run of a version that did not record its folder
     return recipe
-
-
-def _is_of_the_hub(lock: Record) -> bool:
-    # The hub's cache keeps a model at …/snapshots/COMMIT, which is not the model's name.
-    return Path(lock["inputs"]["model_path"]).parent.name == "snapshots"
 
 
 def _paths(recipe: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:

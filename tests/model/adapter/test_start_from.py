@@ -42,3 +42,17 @@ def test_a_folder_without_an_adapter_is_refused(tmp_path: Path) -> None:
         locate_adapter(str(tmp_path))
     with pytest.raises(RecipeError, match="no such folder"):
         locate_adapter(str(tmp_path / "nothing"))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_an_adapter_with_weights_that_are_not_finite_is_refused_by_name(tmp_path: Path, value: float) -> None:
+    base = tiny()
+    targets = resolve_targets(base, "balanced")
+    saved = attach_adapter(base, LORA, targets, base_name="tiny", seed=1)
+    name, parameter = list(trainable_parameters(saved).items())[1]
+    with torch.no_grad():
+        parameter[0, -1] = value
+    save_adapter(saved, tmp_path / "adapter")
+    with pytest.raises(RecipeError, match="weights that are NaN or infinite, the first in ") as error:
+        check_adapter(tmp_path / "adapter", LORA, [matrix(name, base.get_submodule(name)) for name in targets])
+    assert name.removeprefix("base_model.model.").replace(".default", "") in str(error.value)
