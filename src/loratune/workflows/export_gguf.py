@@ -116,7 +116,7 @@ class GgufExport:
         rows = skeleton.get_input_embeddings().weight.shape[0]  # type: ignore[no-untyped-call]
         if finished.source is None and (beyond := tokens_without_row(tokenizer, rows)):
             finished.progress.warn(
-                f"the model has only {rows:,} rows, none for {', '.join(beyond[:5])}: tokens without a row are left out "
+                f"the model has only {rows:,} rows, none for {', '.join(beyond[:5])}: these are left out "
                 "of the GGUF file"
             )
         source = GgufSource(
