@@ -37,12 +37,21 @@ def resume(root: str | Path, *, progress: Progress = NO_PROGRESS) -> RunResult:
     processes.start()
     run = RunDir.open(root)
     if run.is_complete:
-        raise RecipeError(
-            "the run is finished",
-            file=run.root,
-            fix=f"`loratune evaluate {root}`, or start over with `loratune train … --overwrite`",
-        )
+        raise _finished(run)
     return continue_run(run, progress)
+
+
+def _finished(run: RunDir) -> RecipeError:
+    """Return the refusal of a finished run, which names the way to train its adapter further."""
+    now = settings_as_written(run)
+    changed = changed_settings(read_json(run.lock).get("written", now), now)
+    edited = f"; what was changed in its recipe since is not trained: {', '.join(changed)}" if changed else ""
+    more = f"loratune train {run.recipe} lora.start_from={run.adapter} train.output_dir={run.root}-more"
+    return RecipeError(
+        f"the run is finished{edited}",
+        file=run.root,
+        fix=f"train its adapter further as a new run, `{more}`; or compare it again, `loratune evaluate {run.root}`",
+    )
 
 
 def was_relaunched(run: RunDir) -> bool:

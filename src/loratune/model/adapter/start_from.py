@@ -31,6 +31,9 @@ _UNKNOWN = (
 )
 """Settings of PEFT's `LoraConfig` without a field in the recipe: an adapter that uses one would train differently."""
 
+_IN_MEMORY = {"_orig_mod.": "from a compiled model", "default.": "with the names that PEFT has in memory"}
+"""Parts of names that a saved adapter lacks, and where they come from."""
+
 
 def locate_adapter(name: str) -> Path:
     """Return the folder of a saved adapter; one on the hub is fetched into the cache.
@@ -159,6 +162,14 @@ def _check_shapes(found: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int
             fix="lora.targets and lora.layers as it was trained with, and its own base model",
         )
 
+    for part, origin in _IN_MEMORY.items():
+        renamed = {name.replace(part, "") for name in found}
+        if renamed != set(found) and renamed == set(wanted):
+            raise RecipeError(
+                f"lora.start_from: the adapter was saved {origin}: its tensors have {part} in their names",
+                file=folder / WEIGHTS,
+                fix=f"load it with safetensors.torch.load_file, take {part} out of every name, save it with save_file",
+            )
     if missing := [name for name in wanted if name not in found]:
         raise fail(f"lacks {missing[0].removeprefix(_PREFIX)}, which the recipe trains")
     if more := [name for name in found if name not in wanted]:
