@@ -52,21 +52,21 @@ def test_a_run_is_used_from_elsewhere_moved_and_without_its_training_rows(
     project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = project / "runs" / "a"
-    before = read_json(run / "evaluation.json")["nll"]
+    before = read_json(run / "evaluation.json")["tuned"]["nll"]
     assert evaluate(run).evaluation is not None
-    assert read_json(run / "evaluation.json")["nll"] == before
+    assert read_json(run / "evaluation.json")["tuned"]["nll"] == pytest.approx(before)
     assert open_chat(run, Sampling()) is not None
 
     (project / "train.jsonl").unlink()
     assert recipe_here(RunDir.open(run)).data.train == recipe_of(run).data.eval
     evaluate(run)
-    assert read_json(run / "evaluation.json")["nll"] == before
+    assert read_json(run / "evaluation.json")["tuned"]["nll"] == pytest.approx(before)
     assert merge(run, tmp_path / "merged") is not None
 
     moved = Path(shutil.move(project, tmp_path / "elsewhere"))
     monkeypatch.chdir(moved)
     evaluate(Path("runs/a"))
-    assert read_json(moved / "runs/a/evaluation.json")["nll"] == before
+    assert read_json(moved / "runs/a/evaluation.json")["tuned"]["nll"] == pytest.approx(before)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(RecipeError, match=r"model.name is model: the run began with .*project/model, which is not"):
         evaluate(moved / "runs" / "a")
