@@ -56,26 +56,26 @@ def has_own_head(folder: Path) -> bool:
 
     Reads both matrices, up to the first block of rows that differs.
     """
-    shapes = {name: (file, shape) for file in weight_files_of(folder) for name, shape in read_header(file).items()}
-    head = next((name for name in shapes if _is_part(name, _HEADS)), None)
-    embeddings = [
-        name
-        for name, (_, shape) in shapes.items()
-        if name != head and len(shape) == 2 and _is_embedding(name) and shape == shapes.get(head or "", (None, ()))[1]
-    ]
-    if head is None or not embeddings:
+    found = {name: (file, shape) for file in weight_files_of(folder) for name, shape in read_header(file).items()}
+    head = next((name for name in found if _is_part(name, _HEADS)), None)
+    if head is None:
         return False
+    file, shape = found[head]
+    embeddings = [name for name in found if name != head and _is_embedding(name) and found[name][1] == shape]
+    return bool(embeddings) and not any(_are_equal((file, head), (found[name][0], name)) for name in embeddings)
+
+
+def _are_equal(one: tuple[Path, str], other: tuple[Path, str]) -> bool:
+    """Compare two matrices of the same shape, each given by its file and name."""
     with ExitStack() as stack:
-        first, *others = (
-            stack.enter_context(safe_open(shapes[name][0], framework="pt")).get_slice(name)
-            for name in (head, *embeddings)
+        first, second = (
+            stack.enter_context(safe_open(file, framework="pt")).get_slice(name) for file, name in (one, other)
         )
-        rows = range(0, shapes[head][1][0], _ROWS_AT_A_TIME)
-        return not any(
-            all(torch.equal(first[start : start + _ROWS_AT_A_TIME], other[start : start + _ROWS_AT_A_TIME])
-                for start in rows)
-            for other in others
-        )  # fmt: skip
+        starts = range(0, first.get_shape()[0], _ROWS_AT_A_TIME)
+        return all(
+            torch.equal(first[start : start + _ROWS_AT_A_TIME], second[start : start + _ROWS_AT_A_TIME])
+            for start in starts
+        )
 
 
 def _is_part(name: str, leaves: Iterable[str]) -> bool:
