@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-_HEADS = ("lm_head", "embed_out", "proj_out", "output_projection")
+_HEADS = (
+    *("lm_head", "embed_out", "proj_out", "output_projection", "head", "output", "lm_loss", "generator_lm_head"),
+    *("decoder", "pred_layer.proj"),
+)
 """Last parts of the names under which transformers' causal language models store an output head that may be tied."""
 
 _ROWS_AT_A_TIME = 4096
@@ -57,12 +60,13 @@ def has_own_head(folder: Path) -> bool:
     Reads both matrices, up to the first block of rows that differs.
     """
     found = {name: (file, shape) for file in weight_files_of(folder) for name, shape in read_header(file).items()}
-    head = next((name for name in found if _is_part(name, _HEADS)), None)
-    if head is None:
-        return False
-    file, shape = found[head]
-    embeddings = [name for name in found if name != head and _is_embedding(name) and found[name][1] == shape]
-    return bool(embeddings) and not any(_are_equal((file, head), (found[name][0], name)) for name in embeddings)
+    for head, (file, shape) in found.items():
+        if not _is_part(head, _HEADS) or len(shape) != 2:
+            continue
+        embeddings = [name for name in found if name != head and _is_embedding(name) and found[name][1] == shape]
+        if embeddings:
+            return not any(_are_equal((file, head), (found[name][0], name)) for name in embeddings)
+    return False
 
 
 def _are_equal(one: tuple[Path, str], other: tuple[Path, str]) -> bool:
