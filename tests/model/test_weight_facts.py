@@ -17,6 +17,7 @@ from loratune.model import weight_facts
 from loratune.model.load import load_config, load_model, locate_model
 from loratune.model.weight_facts import (
     check_finite,
+    correct_dtype,
     correct_tied,
     correct_tied_as_loaded,
     first_not_finite,
@@ -156,6 +157,23 @@ def test_a_weight_too_large_for_float16_is_told_from_a_damaged_one(folder: Path)
     assert error.value.fix.startswith("model.dtype=float32")
     check_finite(load_model(base, section, dtype=torch.bfloat16, device="cpu"), folder)
     assert first_not_finite(folder / "model.safetensors") is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_type_is_that_of_most_of_the_weights(folder: Path, dtype: torch.dtype) -> None:
+    def narrow(tensors: Tensors) -> None:
+        for name in tensors:
+            if "norm" not in name:
+                tensors[name] = tensors[name].to(dtype)
+
+    assert AutoConfig.from_pretrained(folder).dtype == torch.float32
+    change(folder, narrow)
+    config = load_config(locate_model(ModelSection(name=str(folder)), NO_PROGRESS), ModelSection())
+    assert config.dtype == dtype
+    for file in folder.glob("*.safetensors"):
+        file.unlink()
+    correct_dtype(config, folder)
+    assert config.dtype == dtype, "without files, nothing is known"
 
 
 def test_what_config_says_is_not_changed_on_the_disk(folder: Path) -> None:

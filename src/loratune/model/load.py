@@ -22,7 +22,7 @@ from loratune.model.hub import explain_hub_errors, unreachable_errors
 from loratune.model.quantization.checkpoint import comes_packed, dequantize_on_load, method_of
 from loratune.model.quantization.kinds import PACKED
 from loratune.model.quantization.quantize import keep_trainable, load_settings
-from loratune.model.weight_facts import check_finite, correct_tied, correct_tied_as_loaded
+from loratune.model.weight_facts import check_finite, correct_dtype, correct_tied, correct_tied_as_loaded
 from loratune.run.errors import MachineError, RecipeError
 from loratune.run.extras import install_package
 
@@ -204,8 +204,7 @@ def _describe_by_hub(section: ModelSection) -> BaseModel:
 def load_config(base: BaseModel, section: ModelSection) -> PreTrainedConfig:
     """Load the model's configuration, marked so that transformers expands quantized weights that cannot stay packed.
 
-    Where its files hold an output head of its own, it says that head and embedding are not tied, whatever config.json
-    says.
+    Type, and whether head and embedding are tied, are those of the files, whatever config.json says.
 
     Raises:
         RecipeError: The architecture is unknown, or its code is not trusted.
@@ -216,6 +215,7 @@ def load_config(base: BaseModel, section: ModelSection) -> PreTrainedConfig:
         config: PreTrainedConfig = AutoConfig.from_pretrained(base.path, trust_remote_code=section.trust_remote_code)
     dequantize_on_load(config)
     correct_tied(config, base.path)
+    correct_dtype(config, base.path)
     return config
 
 

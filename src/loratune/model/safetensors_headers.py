@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,6 +99,20 @@ def bytes_to_convert(folder: Path, dtype: str | None, *, stored: Mapping[str, in
     if dtype is not None and types <= {_TYPES[dtype]}:
         return 0
     return sum(file.stat().st_size for file in files) or num_parameters * (4 if "F32" in types else 2)
+
+
+def stored_type(folder: Path) -> str | None:
+    """Return the type by name that most of a model's parameters are stored in; None if it is not a plain one.
+
+    Args:
+        folder: As in `check_weights`.
+    """
+    counts: Counter[str] = Counter()
+    for file in weight_files_of(folder):
+        for entry in _header(file).values():
+            counts[entry["dtype"]] += math.prod(entry["shape"])
+    most = max(counts, key=counts.__getitem__, default="")
+    return next((name for name, code in _TYPES.items() if code == most), None)
 
 
 def packed_bytes(folder: Path, model: nn.Module, dtype_bytes: int) -> int | None:

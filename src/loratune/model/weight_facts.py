@@ -1,4 +1,7 @@
-"""What the weights themselves say, whatever config.json says: an output head of its own, values that are not finite."""
+"""What the weights themselves say, whatever config.json says.
+
+Their type, an output head that differs from the embedding, and values that are not finite.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import safe_open
 
-from loratune.model.safetensors_headers import read_header, stored_name, weight_files_of
+from loratune.model.safetensors_headers import read_header, stored_name, stored_type, weight_files_of
 from loratune.run.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -39,6 +42,12 @@ def correct_tied(config: Any, folder: Path) -> None:
     """
     if config.get_text_config().tie_word_embeddings and has_own_head(folder):
         untie(config)
+
+
+def correct_dtype(config: Any, folder: Path) -> None:
+    """Set a configuration's `dtype` to the type that most of the files' parameters have; packed ones leave it."""
+    if (name := stored_type(folder)) is not None:
+        config.dtype = getattr(torch, name)
 
 
 def correct_tied_as_loaded(model: Any) -> None:
