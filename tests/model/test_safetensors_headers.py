@@ -34,7 +34,7 @@ def split(folder: Path) -> tuple[Path, Path]:
     parts = folder / "model-00001-of-00002.safetensors", folder / "model-00002-of-00002.safetensors"
     halves = names[::2], names[1::2]
     for part, half in zip(parts, halves, strict=True):
-        save_file({name: tensors[name] for name in half}, part)
+        save_file({name: tensors[name] for name in half}, part, metadata={"format": "pt"})
     weight_map = {name: part.name for part, half in zip(parts, halves, strict=True) for name in half}
     (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
     whole.unlink()
@@ -95,7 +95,7 @@ def both(folder: Path) -> list[str]:
     own = (folder / "model.safetensors").read_bytes()
     parts = split(folder)
     for part in parts:
-        save_file({name: tensor + 1 for name, tensor in load_file(part).items()}, part)
+        save_file({name: tensor + 1 for name, tensor in load_file(part).items()}, part, metadata={"format": "pt"})
     (folder / "model.safetensors").write_bytes(own)
     return [part.name for part in parts]
 

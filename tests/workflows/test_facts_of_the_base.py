@@ -13,6 +13,7 @@ from gguf import GGUFReader
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from loratune.model.adapter.attach import attach_adapter
 from loratune.planning.prepare import prepare
 from loratune.recipe.recipe import Recipe
 from loratune.run.errors import RunError
@@ -54,7 +55,7 @@ def test_a_head_of_its_own_is_trained_merged_and_exported(
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert not merged.config.tie_word_embeddings
     assert torch.equal(merged.lm_head.weight[: len(head)], head)
-    export(run.root, to="gguf", merged=True, out=tmp_path / "gguf")
+    export(run.root, to="gguf", merged=True, outtype="f32", out=tmp_path / "gguf")
     (file,) = (tmp_path / "gguf").glob("*.gguf")
     assert "output.weight" in {tensor.name for tensor in GGUFReader(file).tensors}
 
@@ -82,7 +83,7 @@ def test_tokens_without_a_row_are_left_out_of_a_gguf_file(folder: Path, tiny_rec
     tokenizer.add_tokens(["<|x|>"])
     tokenizer.save_pretrained(folder)
     run = train(tiny_recipe(model__name=str(folder), train__epochs=1, evaluate__metric="none")).run
-    export(run.root, to="gguf", merged=True, out=tmp_path / "gguf")
+    export(run.root, to="gguf", merged=True, outtype="f32", out=tmp_path / "gguf")
     (file,) = (tmp_path / "gguf").glob("*.gguf")
     reader = GGUFReader(file)
     tokens, pad = reader.get_field("tokenizer.ggml.tokens"), reader.get_field("tokenizer.ggml.padding_token_id")
@@ -109,7 +110,8 @@ def test_a_forward_that_overflows_is_named_as_such(folder: Path, tiny_recipe: Ma
 
 def test_an_adapter_that_overflows_is_told_from_the_base(tiny_recipe: Make) -> None:
     prepared = prepare(tiny_recipe(evaluate__metric="none"), NO_PROGRESS)
-    model, _ = attach_adapter_and_loss(prepared, load_base(prepared, NO_PROGRESS), NO_PROGRESS)
+    base = load_base(prepared, NO_PROGRESS)
+    model = attach_adapter(base, prepared.recipe.lora, prepared.adapter.targets, base_name="tiny", seed=0)
     check_forward(model, prepared.data.train, started=True)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -40,7 +40,6 @@ def project(
         "data__eval": chat_files[1].name,
         "train__output_dir": "runs/a",
         "train__epochs": 1,
-        "train__report_to": ["tensorboard"],
         "evaluate__metric": "none",
     }
     train(tiny_recipe(**settings))
