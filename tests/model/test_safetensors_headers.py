@@ -36,7 +36,7 @@ def split(folder: Path) -> tuple[Path, Path]:
     for part, half in zip(parts, halves, strict=True):
         save_file({name: tensors[name] for name in half}, part, metadata={"format": "pt"})
     weight_map = {name: part.name for part, half in zip(parts, halves, strict=True) for name in half}
-    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     whole.unlink()
     return parts
 

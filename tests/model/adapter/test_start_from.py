@@ -59,6 +59,7 @@ def test_an_adapter_with_names_of_the_memory_is_told_from_one_of_other_modules(
 ) -> None:
     base = tiny()
     targets = resolve_targets(base, "balanced")
+    matrices = [matrix(name, base.get_submodule(name)) for name in targets]
     save_adapter(attach_adapter(base, LORA, targets, base_name="tiny", seed=1), tmp_path)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     renamed = {
@@ -67,7 +68,7 @@ def test_an_adapter_with_names_of_the_memory_is_told_from_one_of_other_modules(
     }
     save_file(renamed, tmp_path / "adapter_model.safetensors")
     with pytest.raises(RecipeError, match=said) as error:
-        check_adapter(tmp_path, LORA, [matrix(name, base.get_submodule(name)) for name in targets])
+        check_adapter(tmp_path, LORA, matrices)
     assert ("lora.targets" in error.value.fix) == (said.startswith("lacks"))
 
 
@@ -75,11 +76,12 @@ def test_an_adapter_with_names_of_the_memory_is_told_from_one_of_other_modules(
 def test_an_adapter_with_weights_that_are_not_finite_is_refused_by_name(tmp_path: Path, value: float) -> None:
     base = tiny()
     targets = resolve_targets(base, "balanced")
+    matrices = [matrix(name, base.get_submodule(name)) for name in targets]
     saved = attach_adapter(base, LORA, targets, base_name="tiny", seed=1)
     name, parameter = list(trainable_parameters(saved).items())[1]
     with torch.no_grad():
         parameter[0, -1] = value
     save_adapter(saved, tmp_path / "adapter")
     with pytest.raises(RecipeError, match="weights that are NaN or infinite, the first in ") as error:
-        check_adapter(tmp_path / "adapter", LORA, [matrix(name, base.get_submodule(name)) for name in targets])
+        check_adapter(tmp_path / "adapter", LORA, matrices)
     assert name.removeprefix("base_model.model.").replace(".default", "") in str(error.value)
