@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from loratune.model.safetensors_headers import INDEX, check_weights
+from loratune.model.safetensors_headers import INDEX, check_weights, weight_files_of, weight_index_of, weight_notes
 from loratune.planning.parameters import skeleton
 from loratune.run.errors import RecipeError
 
@@ -34,9 +34,9 @@ def split(folder: Path) -> tuple[Path, Path]:
     parts = folder / "model-00001-of-00002.safetensors", folder / "model-00002-of-00002.safetensors"
     halves = names[::2], names[1::2]
     for part, half in zip(parts, halves, strict=True):
-        save_file({name: tensors[name] for name in half}, part)
+        save_file({name: tensors[name] for name in half}, part, metadata={"format": "pt"})
     weight_map = {name: part.name for part, half in zip(parts, halves, strict=True) for name in half}
-    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     whole.unlink()
     return parts
 
@@ -88,3 +88,52 @@ def test_weights_that_lack_a_part_are_told(folder: Path, model: PreTrainedModel)
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(RecipeError, match="the rest would be random"):
         check_weights(folder, model, quantized=False)
+
+
+def both(folder: Path) -> list[str]:
+    """Put the files of another model, with their index, beside the model's own single file."""
+    own = (folder / "model.safetensors").read_bytes()
+    parts = split(folder)
+    for part in parts:
+        save_file({name: tensor + 1 for name, tensor in load_file(part).items()}, part, metadata={"format": "pt"})
+    (folder / "model.safetensors").write_bytes(own)
+    return [part.name for part in parts]
+
+
+def loaded(folder: Path) -> torch.Tensor:
+    return AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True).model.norm.weight
+
+
+@pytest.mark.parametrize("kind", ["single", "sharded", "both", "dead index", "named"])
+def test_the_weight_files_are_those_that_transformers_loads(folder: Path, model: PreTrainedModel, kind: str) -> None:
+    if kind == "sharded":
+        split(folder)
+    elif kind != "single":
+        both(folder)
+    if kind == "dead index":
+        for part in folder.glob("model-*.safetensors"):
+            part.unlink()
+    if kind == "named":
+        settings = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**settings, "transformers_weights": INDEX}))
+    tensors = {name: tensor for file in weight_files_of(folder) for name, tensor in load_file(file).items()}
+    assert torch.equal(tensors["model.norm.weight"], loaded(folder))
+    check_weights(folder, model, quantized=False)
+    assert (weight_index_of(folder) is not None) == (kind in ("sharded", "named"))
+    assert len(weight_notes(folder)) == (kind in ("both", "named"))
+
+
+def test_the_checked_file_is_the_loaded_one(folder: Path, model: PreTrainedModel) -> None:
+    both(folder)
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(RecipeError, match="cut short"):
+        check_weights(folder, model, quantized=False)
+
+
+def test_weights_that_transformers_would_not_find_are_told(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "weights.safetensors")
+    with pytest.raises(RecipeError, match=r"transformers loads model.safetensors or model.safetensors.index.json"):
+        weight_files_of(folder)
+    with pytest.raises(OSError, match=r"no file named model.safetensors"):
+        loaded(folder)

@@ -13,7 +13,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from loratune.model.adapter.targets import resolve_targets
 from loratune.model.kernels.cross_entropy import chunk_rows
 from loratune.planning.cost import (
-    layer_parameters,
     resident_parameters,
     run_flops,
     run_memory,
@@ -76,7 +75,7 @@ def test_layers_are_what_embeddings_and_head_leave(tied: bool) -> None:
     assert outside == table * (1 if tied else 2)
     in_layer = sum(weight.numel() for weight in model.model.layers[0].parameters())
     assert layer == in_layer + HIDDEN // LAYERS, "the last norm is counted with the layers"
-    assert layer_parameters(model.config, model, parameters) == layer
+    assert parameters.outside == outside
 
 
 @pytest.mark.parametrize(("shards", "part"), [(2, 2), (3, 3)])
@@ -135,8 +134,8 @@ def test_operations_are_those_of_layers_head_and_adapter(tied: bool) -> None:
     layers = sum(weight.numel() for weight in model.model.layers.parameters()) + HIDDEN  # and the last norm
     tokens, supervised = sum(20 + n for n in range(12)), 12 * 5
     expected = 4 * layers * tokens + 4 * table * supervised + 6 * parameters.trainable * tokens
-    assert run_flops(made, model.config, model, parameters, DATA) == 2 * expected, "two epochs"
-    assert run_flops(made, model.config, model, parameters, replace(DATA, stream=Rows(36))) == 2 * 3 * expected
+    assert run_flops(made, model, parameters, DATA) == 2 * expected, "two epochs"
+    assert run_flops(made, model, parameters, replace(DATA, stream=Rows(36))) == 2 * 3 * expected
 
 
 def test_modules_trained_in_full_have_gradients_of_their_own() -> None:
@@ -148,4 +147,4 @@ def test_modules_trained_in_full_have_gradients_of_their_own() -> None:
     assert norms >= HIDDEN
     expected = 4 * frozen * tokens + 4 * VOCABULARY * HIDDEN * supervised + 6 * parameters.in_adapter * tokens
     expected += 2 * VOCABULARY * HIDDEN * supervised + 2 * norms * tokens
-    assert run_flops(made, model.config, model, parameters, DATA) == 2 * expected
+    assert run_flops(made, model, parameters, DATA) == 2 * expected

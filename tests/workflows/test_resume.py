@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ from loratune.planning.lock import changed_inputs
 from loratune.planning.preparation import Preparation
 from loratune.planning.prepare import prepare
 from loratune.recipe.recipe import Recipe
-from loratune.run.directory import read_json
+from loratune.run.directory import RunDir, read_json
+from loratune.run.errors import RecipeError
 from loratune.run.progress import NoProgress
 from loratune.workflows import steps
+from loratune.workflows.resume import resume
 from loratune.workflows.train import train
 
 
@@ -45,3 +48,18 @@ def test_the_lock_of_a_hub_model_knows_the_weights_that_are_fetched_after_the_pl
         assert not changed_inputs(lock, from_hub(recipe, NoProgress()).as_lock())
     finally:
         late[0].unlink()
+
+
+def test_a_finished_run_names_the_way_to_train_its_adapter_further(finished_run: RunDir, tmp_path: Path) -> None:
+    run = RunDir(Path(shutil.copytree(finished_run.root, tmp_path / "run")))
+    with pytest.raises(RecipeError) as error:
+        resume(run.root)
+    assert error.value.problem == "the run is finished"
+    command = error.value.fix.split("`")[1].split()
+    assert command[:2] == ["loratune", "train"]
+    prepared = prepare(Recipe.load(command[2], command[3:]), NoProgress())
+    assert prepared.adapter.start == run.adapter
+
+    run.recipe.write_text(run.recipe.read_text().replace("epochs: 6", "epochs: 9"))
+    with pytest.raises(RecipeError, match=r"is not trained: train\.epochs \(6 → 9\)"):
+        resume(run.root)

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from safetensors import safe_open
 
-from loratune.model.safetensors_headers import index_files, stored_name
+from loratune.model.safetensors_headers import stored_name, weight_files_of, weight_index_of
+from loratune.model.weight_facts import has_own_head
 from loratune.run.errors import RunError
 
 if TYPE_CHECKING:
@@ -165,11 +166,7 @@ def weight_files(folder: Path) -> list[str]:
     Raises:
         RunError: There are none.
     """
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        return index_files(index)
-    found = ["model.safetensors"] if (folder / "model.safetensors").is_file() else []
-    found = found or sorted(path.name for path in folder.glob("*.safetensors"))
+    found = [path.name for path in weight_files_of(folder)]
     if not found:
         raise RunError("no safetensors weights in the base's folder", file=folder, fix="download the model completely")
     return found
@@ -217,13 +214,18 @@ def write_merged(
     if dtype is not None:
         config.pop("torch_dtype", None)
         config["dtype"] = str(dtype).removeprefix("torch.")
+    if has_own_head(base):  # else what reads the flag would drop the head that was trained with
+        for part in (config, config.get("text_config") or {}):
+            if part.get("tie_word_embeddings"):
+                part["tie_word_embeddings"] = False
+        config["tie_word_embeddings"] = False
     grown = max((item.num_rows for item in replaced.values()), default=0)
     for part in (config, config.get("text_config") or {}):
         if part.get("vocab_size", grown) < grown:
             part["vocab_size"] = grown
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    index = base / "model.safetensors.index.json"
-    if index.is_file():
+    index = weight_index_of(base)
+    if index is not None:
         record = json.loads(index.read_text(encoding="utf-8"))
         record["metadata"] = {"total_size": sum((out / file).stat().st_size for file in weights.files)}
         (out / index.name).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

@@ -22,6 +22,7 @@ from loratune.model.hub import explain_hub_errors, unreachable_errors
 from loratune.model.quantization.checkpoint import comes_packed, dequantize_on_load, method_of
 from loratune.model.quantization.kinds import PACKED
 from loratune.model.quantization.quantize import keep_trainable, load_settings
+from loratune.model.weight_facts import check_finite, correct_dtype, correct_tied, correct_tied_as_loaded
 from loratune.run.errors import MachineError, RecipeError
 from loratune.run.extras import install_package
 
@@ -203,6 +204,8 @@ def _describe_by_hub(section: ModelSection) -> BaseModel:
 def load_config(base: BaseModel, section: ModelSection) -> PreTrainedConfig:
     """Load the model's configuration, marked so that transformers expands quantized weights that cannot stay packed.
 
+    Type, and whether head and embedding are tied, are those of the files, whatever config.json says.
+
     Raises:
         RecipeError: The architecture is unknown, or its code is not trusted.
     """
@@ -211,6 +214,8 @@ def load_config(base: BaseModel, section: ModelSection) -> PreTrainedConfig:
     with _explained(base):
         config: PreTrainedConfig = AutoConfig.from_pretrained(base.path, trust_remote_code=section.trust_remote_code)
     dequantize_on_load(config)
+    correct_tied(config, base.path)
+    correct_dtype(config, base.path)
     return config
 
 
@@ -242,7 +247,8 @@ def load_model(
         classes: The classes of a classifier, which gets a head; None: a causal language model.
 
     Raises:
-        RecipeError: There are no safetensors weights, or the model's code is not trusted.
+        RecipeError: There are no safetensors weights, the model's code is not trusted, or a weight is NaN, infinite,
+            or too large for the type.
         MachineError: The weights cannot be read or fetched.
     """
     from transformers import AutoModelForCausalLM
@@ -262,6 +268,7 @@ def load_model(
                 trust_remote_code=section.trust_remote_code,
             )
         model.config.use_cache = False
+        check_finite(model, base.path)
         return model.to(device)  # type: ignore[arg-type]
     with _explained(base):
         model = AutoModelForCausalLM.from_pretrained(
@@ -274,6 +281,8 @@ def load_model(
             **_placement(section.quantization, config, dtype, device),
         )
     model.config.use_cache = False
+    correct_tied_as_loaded(model)
+    check_finite(model, base.path)
     if getattr(model, "is_quantized", False):
         keep_trainable(model)
         return model

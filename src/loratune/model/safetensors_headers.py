@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-INDEX = "model.safetensors.index.json"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _TYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _COPY_AGAIN = "copy or download the model again"
 
@@ -100,6 +101,20 @@ def bytes_to_convert(folder: Path, dtype: str | None, *, stored: Mapping[str, in
     return sum(file.stat().st_size for file in files) or num_parameters * (4 if "F32" in types else 2)
 
 
+def stored_type(folder: Path) -> str | None:
+    """Return the type by name that most of a model's parameters are stored in; None if it is not a plain one.
+
+    Args:
+        folder: As in `check_weights`.
+    """
+    counts: Counter[str] = Counter()
+    for file in weight_files_of(folder):
+        for entry in _header(file).values():
+            counts[entry["dtype"]] += math.prod(entry["shape"])
+    most = max(counts, key=counts.__getitem__, default="")
+    return next((name for name, code in _TYPES.items() if code == most), None)
+
+
 def packed_bytes(folder: Path, model: nn.Module, dtype_bytes: int) -> int | None:
     """Return the bytes in memory of a checkpoint that stays packed; None if the folder has no weight files.
 
@@ -156,16 +171,19 @@ def _header(file: Path) -> dict[str, Any]:
 
 
 def weight_files_of(folder: Path) -> list[Path]:
-    """Return the files with the weights, those of the index if there is one; an empty list if they are on the hub.
+    """Return the files that transformers loads a model from; an empty list if they are on the hub.
+
+    transformers' own rule (`modeling_utils._get_resolved_checkpoint_files`): the file that `transformers_weights` of
+    config.json names, else `model.safetensors`, else the files of the index. Everything that reads weights asks here,
+    so that a folder with two sets of weights is one model to all.
 
     Raises:
-        RecipeError: A file of the index is missing.
+        RecipeError: A file is missing, or there are safetensors files and none that transformers loads.
     """
-    index = folder / INDEX
-    found = sorted(folder.glob("*.safetensors"))
-    if not found or not index.is_file():
-        return [path for path in found if path.name == "model.safetensors"] or found
-    names = index_files(index)
+    source = _weight_source(folder)
+    if source is None:
+        return []
+    names = index_files(source) if source.name.endswith(".index.json") else [source.name]
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise RecipeError(
@@ -174,6 +192,43 @@ def weight_files_of(folder: Path) -> list[Path]:
             fix=_COPY_AGAIN,
         )
     return [folder / name for name in names]
+
+
+def weight_index_of(folder: Path) -> Path | None:
+    """Return the index of the files that transformers loads a model from; None if it loads one file."""
+    source = _weight_source(folder)
+    return source if source is not None and source.name.endswith(".index.json") else None
+
+
+def weight_notes(folder: Path) -> tuple[str, ...]:
+    """Return a note if the folder holds safetensors files besides those that are loaded."""
+    loaded = {path.name for path in weight_files_of(folder)}
+    others = sorted({path.name for path in folder.glob("*.safetensors")} - loaded)
+    if not loaded or not others:
+        return ()
+    return (
+        f"model.name: {folder} holds other weights too ({_first(others)}), which are not read; transformers loads "
+        f"{_first(sorted(loaded))}",
+    )
+
+
+def _first(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+
+
+def _weight_source(folder: Path) -> Path | None:
+    """Return the weight file or the index that transformers loads; None if the folder has no safetensors."""
+    config = folder / "config.json"
+    named = json.loads(config.read_text(encoding="utf-8")).get("transformers_weights") if config.is_file() else None
+    candidates = [named] if isinstance(named, str) else [SINGLE, INDEX]
+    found = [folder / name for name in candidates if Path(name).name == name and (folder / name).is_file()]
+    if found or not any(folder.glob("*.safetensors")):
+        return found[0] if found else None
+    raise RecipeError(
+        f"transformers loads {' or '.join(candidates)}, and neither is here",
+        file=folder,
+        fix=f"rename a single weight file to {SINGLE}; for several files, {INDEX} must be there",
+    )
 
 
 def index_files(index: Path) -> list[str]:

@@ -162,8 +162,8 @@ def resident_parameters(config: Any, parameters: ParameterCount, shards: int) ->
 
 def sharded_parameters(config: Any, parameters: ParameterCount) -> tuple[int, int]:
     """Return the frozen parameters of one decoder layer, and those outside of the layers (embeddings and head)."""
-    outside = config.vocab_size * config.hidden_size * (1 if getattr(config, "tie_word_embeddings", False) else 2)
-    return (parameters.total - parameters.trainable - outside) // int(config.num_hidden_layers), outside
+    in_layers = parameters.total - parameters.trainable - parameters.outside
+    return in_layers // int(config.num_hidden_layers), parameters.outside
 
 
 def work_amounts(
@@ -219,17 +219,10 @@ def num_answers(prompts: Sequence[Prompt], memory: MemoryPlan, max_new_tokens: i
     return max(1, min(len(prompts), memory.generation_tokens // longest))
 
 
-def layer_parameters(config: Any, model: Any, parameters: ParameterCount) -> int:
-    """Return the frozen parameters of one layer. `model` may be on the meta device."""
-    return (parameters.total - parameters.trainable - _embedding_parameters(config, model)) // int(
-        config.num_hidden_layers
-    )
-
-
-def run_flops(recipe: Recipe, config: Any, model: Any, parameters: ParameterCount, data: PreparedData) -> float:
+def run_flops(recipe: Recipe, model: Any, parameters: ParameterCount, data: PreparedData) -> float:
     """Return the floating-point operations of all steps; `model` may be on the meta device."""
     per_epoch = training_flops(
-        matmul_parameters=parameters.total - parameters.trainable - _embedding_parameters(config, model),
+        matmul_parameters=parameters.total - parameters.trainable - parameters.outside,
         head_parameters=head_parameters(model),
         trainable_parameters=parameters.in_adapter,
         num_tokens=sum(len(example.input_ids) for example in data.train),
@@ -244,10 +237,3 @@ def head_parameters(model: Any) -> int:
     """Return the parameters of the output head; 0 for a classifier, whose head is small."""
     head = model.get_output_embeddings()
     return head.weight.numel() if head is not None else 0
-
-
-def _embedding_parameters(config: Any, model: Any) -> int:
-    """Return the parameters of input and output embeddings; for a classifier, those of the input's."""
-    if model.get_output_embeddings() is None:
-        return int(model.get_input_embeddings().weight.numel())
-    return head_parameters(model) * (1 if getattr(config, "tie_word_embeddings", False) else 2)

@@ -16,10 +16,10 @@ from loratune.model.device import Choice, choose_compile, compile_seconds, torch
 from loratune.model.quantization.quantize import uncompiled
 from loratune.planning.cost import (
     head_parameters,
-    layer_parameters,
     num_answers,
     run_flops,
     run_memory,
+    sharded_parameters,
     token_sizes,
     work_amounts,
 )
@@ -77,7 +77,7 @@ def estimate(recipe: Recipe, parts: RunParts, *, place: ExecutionSetup, device: 
     place = replace(place, compiled=wanted is True)
     memory = run_memory(recipe, config, parameters, work, place)
     rate, timings, source = _timings(recipe, parts, costs, memory, place=place, device=device)
-    flops = run_flops(recipe, config, model.skeleton, parameters, data)
+    flops = run_flops(recipe, model.skeleton, parameters, data)
 
     def clock(memory: MemoryPlan, *, compiled: bool) -> TimePlan:
         return plan_time(
@@ -142,7 +142,7 @@ def _timings(
     """Return operations per second of a matrix product, seconds of a layer and the head, and where these come from."""
     model, data, parameters = parts.model, parts.data, parts.adapter.parameters
     config = model.text_config
-    in_a_layer, in_the_head = layer_parameters(config, model.skeleton, parameters), head_parameters(model.skeleton)
+    (in_a_layer, _), in_the_head = sharded_parameters(config, parameters), head_parameters(model.skeleton)
     answers = num_answers(data.prompts, memory, recipe.evaluate.max_new_tokens if data.prompts else 0)
     measured = None
     if device is not None:

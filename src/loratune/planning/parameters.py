@@ -49,6 +49,7 @@ class ParameterCount:
         per_module: Every adapted matrix, in the order of the target names, and then every stack of matrices.
         whole: Modules trained in full.
         num_stacks: How many of `per_module` are stacks, named by `lora.target_parameters`.
+        outside: Parameters outside of the layers: of the input embedding, and of an output head that is not tied to it.
     """
 
     trainable: int
@@ -57,6 +58,7 @@ class ParameterCount:
     per_module: tuple[MatrixCount, ...]
     whole: tuple[FullyTrained, ...] = ()
     num_stacks: int = 0
+    outside: int = 0
 
     @property
     def matrices(self) -> list[Matrix]:
@@ -112,7 +114,16 @@ def count_parameters(
         per_module=per_module,
         whole=whole,
         num_stacks=len(shapes) - len(target_names),
+        outside=_num_outside(model),
     )
+
+
+def _num_outside(model: nn.Module) -> int:
+    if not isinstance(model, PreTrainedModel):
+        return 0
+    ends: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]  # type: ignore[no-untyped-call]
+    weights = {id(layer.weight): layer.weight.numel() for layer in ends if layer is not None}  # tied: one
+    return sum(weights.values())
 
 
 def trained_in_words(model: nn.Module, lora: LoraSection, count: ParameterCount) -> str:

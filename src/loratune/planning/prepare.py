@@ -18,14 +18,14 @@ from loratune.data.steps import num_steps
 from loratune.evaluation.scoring import check_metric, check_references
 from loratune.model.adapter.new_tokens import add_new_tokens, num_added_parameters, resize_embeddings, unseen_tokens
 from loratune.model.adapter.start_from import base_notes
-from loratune.model.adapter.targets import resolve_targets, target_notes
+from loratune.model.adapter.targets import resolve_targets, target_notes, unreached_notes
 from loratune.model.adapter.variants import rank_notes, variant_notes
 from loratune.model.device import Choice, choose_device, free_memory, torch_dtype
 from loratune.model.gguf_import import cache_dir
 from loratune.model.load import load_config, locate_model
 from loratune.model.quantization.checkpoint import check_checkpoint
 from loratune.model.quantization.kinds import PACKED
-from loratune.model.safetensors_headers import bytes_to_convert
+from loratune.model.safetensors_headers import bytes_to_convert, weight_notes
 from loratune.planning.advice import give_advice
 from loratune.planning.advice_facts import advice_facts
 from loratune.planning.auto import (
@@ -349,7 +349,9 @@ def plan_notes(
     return RunNotes(
         warnings=(
             *model.notes,
+            *weight_notes(base.path),
             *target_notes(model.skeleton, lora.targets, lora.target_parameters),
+            *unreached_notes(model.skeleton, adapter.targets),
             *variant_notes(recipe),
             *rank_notes(lora, adapter.parameters.matrices),
             *cadence_notes(recipe.train, data.num_examples),

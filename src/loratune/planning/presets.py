@@ -117,5 +117,5 @@ def plan_preset(
     except MachineError:
         peak = None
     clock = estimated.time
-    seconds = clock.train_seconds * run_flops(recipe, config, model, count.parameters, data) / clock.flops
+    seconds = clock.train_seconds * run_flops(recipe, model, count.parameters, data) / clock.flops
     return PresetPlan(count=count, peak_bytes=peak, train_seconds=seconds)

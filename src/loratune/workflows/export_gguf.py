@@ -13,6 +13,7 @@ from loratune.exporting.certificate import EXACT, QUANTIZED, ROUNDED, Target, To
 from loratune.exporting.gguf.adapter import read_gguf_adapter, write_gguf_adapter
 from loratune.exporting.gguf.architectures import GgufLayout
 from loratune.exporting.gguf.model import GgufSource, is_quantized, write_gguf_model
+from loratune.exporting.gguf.tokenizer import tokens_without_row
 from loratune.exporting.load_back import LlamaCppReader, RenderPrompt, TransformersReader, has_llama_cpp
 from loratune.exporting.merge_weights import MergedWeights
 from loratune.exporting.ollama import TemplateParts, modelfile
@@ -111,6 +112,13 @@ class GgufExport:
 
     def _write_model(self, file: Path, outtype: str, *, adapted: bool) -> None:
         finished = self.finished
+        skeleton, tokenizer = finished.prepared.model.skeleton, finished.prepared.model.tokenizer
+        rows = skeleton.get_input_embeddings().weight.shape[0]  # type: ignore[no-untyped-call]
+        if finished.source is None and (beyond := tokens_without_row(tokenizer, rows)):
+            finished.progress.warn(
+                f"the model has only {rows:,} rows, none for {', '.join(beyond[:5])}: these are left out "
+                "of the GGUF file"
+            )
         source = GgufSource(
             base=finished.base,
             config=finished.config,

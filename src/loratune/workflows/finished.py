@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratune.data.prompts import stop_token_ids
+from loratune.data.rows.sources import is_local
 from loratune.exporting.adapter_matrices import LowRank, Replaced, read_adapter, read_replaced
 from loratune.exporting.merge_weights import weight_files
 from loratune.model.device import device_here
@@ -17,12 +19,13 @@ from loratune.recipe.recipe import Recipe
 from loratune.recipe.tasks import require_text
 from loratune.run.directory import RunDir, read_json
 from loratune.run.errors import RecipeError
+from loratune.workflows.locked_recipe import located
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
     from loratune.planning.preparation import Preparation
+    from loratune.recipe.recipe import DataSection
     from loratune.run.progress import Progress
 
 
@@ -70,18 +73,24 @@ def recipe_of(run: RunDir | str | Path) -> Recipe:
         RecipeError: The folder is not a run.
     """
     run = run if isinstance(run, RunDir) else RunDir.open(run)
-    return Recipe.parse(read_json(run.lock)["recipe"], file=run.lock)
+    return Recipe.parse(located(read_json(run.lock)), file=run.lock)
 
 
 def recipe_here(run: RunDir) -> Recipe:
     """Return the recipe of a finished run for use on this machine, which may be another one than it was trained on.
 
     What only training needs is not asked for again: trackers, the optimizer's package, the adapter to start from, the
-    device, a compiler.
+    device, a compiler, room for checkpoints, and the training rows where the held-out ones have files of their own.
     """
     recipe = recipe_of(run)
     device = device_here(recipe.train.device)
-    changes: dict[str, Any] = {"device": device, "report_to": (), "output_dir": str(run.root)}
+    changes: dict[str, Any] = {
+        "device": device,
+        "report_to": (),
+        "output_dir": str(run.root),
+        "save_every": "never",
+        "average_checkpoints": None,
+    }
     if device != recipe.train.device:
         changes["compile"] = False
     if recipe.train.optimizer in OF_BITSANDBYTES:
@@ -90,8 +99,21 @@ def recipe_here(run: RunDir) -> Recipe:
         update={
             "train": recipe.train.model_copy(update=changes),
             "lora": recipe.lora.model_copy(update={"start_from": None}),
+            "data": _readable(recipe),
         }
     )
+
+
+def _readable(recipe: Recipe) -> DataSection:
+    """Return the data section; if training files are gone, with the held-out rows in their place.
+
+    A classifier's classes come from its training rows, so it needs them.
+    """
+    data = recipe.data
+    gone = [source for source in data.train if is_local(source) and not Path(source.name).expanduser().exists()]
+    if gone and isinstance(data.eval, tuple) and recipe.model.task == "causal_lm":
+        return data.model_copy(update={"train": data.eval})
+    return data
 
 
 def open_run(root: str | Path, progress: Progress) -> tuple[RunDir, Preparation]:

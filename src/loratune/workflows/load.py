@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from loratune.model.adapter.attach import attach_adapter, fallback_note, load_adapter
 from loratune.model.adapter.eva_loftq import batches_for_eva, init_eva, init_loftq
@@ -12,21 +15,25 @@ from loratune.model.adapter.start_from import load_weights_into
 from loratune.model.device import torch_dtype
 from loratune.model.load import download_weights, load_model
 from loratune.model.quantization.fp8 import quantize_frozen_layers
-from loratune.run.errors import RecipeError
+from loratune.run.errors import RecipeError, RunError
 from loratune.training.fsdp import is_sharded, shard_layers
 from loratune.training.layers import prepare_layers
 from loratune.training.neftune import EmbeddingNoise
 from loratune.workflows.tasks.task import task_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from peft import PeftModel
 
+    from loratune.data.examples import Example
     from loratune.planning.preparation import Preparation
     from loratune.run.directory import RunDir
     from loratune.run.progress import Progress
     from loratune.training.loss import SupervisedLoss
+
+
+_CHECKED_TOKENS = 24
 
 
 def load_base(prepared: Preparation, progress: Progress) -> Any:
@@ -68,6 +75,8 @@ def attach_adapter_and_loss(prepared: Preparation, base: Any, progress: Progress
         load_weights_into(model, prepared.adapter.start)
     if recipe.model.quantization == "fp8":
         quantize_frozen_layers(model)
+    if not is_sharded(recipe):  # else it may be on a CPU, and too large to run there
+        check_forward(model, prepared.data.train, started=prepared.adapter.start is not None)
     if recipe.train.engine == "trl":
         task_of(recipe).check_reference(model.get_base_model())
     loss = _loss(prepared, model)
@@ -83,6 +92,40 @@ def attach_adapter_and_loss(prepared: Preparation, base: Any, progress: Progress
         loss.noise = EmbeddingNoise(recipe.train.neftune_noise_alpha, model.get_base_model().get_input_embeddings())
     prepare_layers(model, compiled=loss.compiled, num_recomputed=int(recipe.train.recompute))
     return model, loss
+
+
+def check_forward(model: PeftModel, examples: Sequence[Example], *, started: bool) -> None:
+    """Check that the model's own forward is finite before anything is compared with it.
+
+    Args:
+        model: The adapted model, as it begins.
+        examples: Training examples, of which the beginning of the first is run.
+        started: Whether the adapter is one of `lora.start_from`, so that it changes the model already.
+
+    Raises:
+        RunError: The forward overflows or is NaN.
+    """
+    tokens = torch.from_numpy(examples[0].input_ids[:_CHECKED_TOKENS]).long()[None].to(model.device)
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        finite = _is_finite(model, tokens)
+        with model.disable_adapter() if started and not finite else nullcontext():
+            base_is_finite = finite or (started and _is_finite(model, tokens))
+    model.train(was_training)
+    if finite:
+        return
+    dtype = str(model.get_base_model().dtype).removeprefix("torch.")
+    wider = "model.dtype=float32" + (", or bfloat16" if dtype == "float16" else "")
+    whose = "base with the adapter of lora.start_from" if base_is_finite else "base model's own forward"
+    raise RunError(
+        f"the {whose} gives NaN or infinity in {dtype}, before any training, although its weights are finite",
+        fix=wider if dtype != "float32" else "choose another adapter" if base_is_finite else "choose another model",
+    )
+
+
+def _is_finite(model: PeftModel, tokens: torch.Tensor) -> bool:
+    return bool(model.get_base_model()(input_ids=tokens).logits.isfinite().all())
 
 
 def load_trained(prepared: Preparation, run: RunDir, progress: Progress) -> tuple[PeftModel, SupervisedLoss]:

@@ -13,6 +13,7 @@ from loratune.run.errors import RecipeError, RunError
 from loratune.run.progress import NO_PROGRESS, Progress
 from loratune.training.checkpoint import newest_valid_checkpoint, resume_state
 from loratune.training.fsdp import is_sharded
+from loratune.workflows.locked_recipe import located
 from loratune.workflows.result import RunResult
 from loratune.workflows.steps import finish_trained_run, run_from_weights, settings_as_written
 
@@ -36,12 +37,21 @@ def resume(root: str | Path, *, progress: Progress = NO_PROGRESS) -> RunResult:
     processes.start()
     run = RunDir.open(root)
     if run.is_complete:
-        raise RecipeError(
-            "the run is finished",
-            file=run.root,
-            fix=f"`loratune evaluate {root}`, or start over with `loratune train … --overwrite`",
-        )
+        raise _finished(run)
     return continue_run(run, progress)
+
+
+def _finished(run: RunDir) -> RecipeError:
+    """Return the refusal of a finished run, which names the way to train its adapter further."""
+    now = settings_as_written(run)
+    changed = changed_settings(read_json(run.lock).get("written", now), now)
+    edited = f"; what was changed in its recipe since is not trained: {', '.join(changed)}" if changed else ""
+    more = f"loratune train {run.recipe} lora.start_from={run.adapter} train.output_dir={run.root}-more"
+    return RecipeError(
+        f"the run is finished{edited}",
+        file=run.root,
+        fix=f"train its adapter further as a new run, `{more}`; or compare it again, `loratune evaluate {run.root}`",
+    )
 
 
 def was_relaunched(run: RunDir) -> bool:
@@ -62,7 +72,7 @@ def continue_run(run: RunDir, progress: Progress) -> RunResult:
         if processes.is_main():
             run.clean()
             _refuse(changed_settings(lock["written"], settings_as_written(run)), run.recipe)
-        prepared = prepare_on_all_ranks(Recipe.parse(lock["recipe"], file=run.lock), progress)
+        prepared = prepare_on_all_ranks(Recipe.parse(located(lock), file=run.lock), progress)
         if not processes.is_main():
             return _follow_main(prepared, run, progress)
         _refuse(_changed_inputs(lock, prepared, run), run.lock)

@@ -9,6 +9,7 @@ model (`training.fsdp`): they evaluate in step.
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -42,8 +43,6 @@ from loratune.workflows.result import RunResult
 from loratune.workflows.tasks.task import task_of
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from peft import PeftModel
 
     from loratune.planning.preparation import Preparation
@@ -149,7 +148,7 @@ def _load(
 
 def write_lock(prepared: Preparation, run: RunDir) -> None:
     """Write `lock.json`."""
-    written = {"written": settings_as_written(run), "launch": processes.launch_id()}
+    written = {"written": settings_as_written(run), "launch": processes.launch_id(), "folder": str(Path.cwd())}
     write_record(run.lock, LockRecord, {**prepared.as_lock(), **written})
 
 

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers import models as architectures
 
-from loratune.model.adapter.targets import describe_targets, matrix, resolve_targets, target_notes
+from loratune.model.adapter.targets import describe_targets, matrix, resolve_targets, target_notes, unreached_notes
 from loratune.run.errors import RecipeError
 
 SIZES = {
@@ -179,6 +179,32 @@ def test_the_vision_tower_of_a_multimodal_model_is_left_alone() -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     assert resolve_targets(model, "minimal") == ("model.language_model.layers.0.self_attn.q_proj",)
+    assert not unreached_notes(model, resolve_targets(model, "complete"))
+
+
+@pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ("out_proj",), ("fc1", "down_proj")])
+def test_modules_of_a_tower_that_text_never_reaches_are_named(targets: tuple[str, ...]) -> None:
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+    text = {**SIZES, "num_hidden_layers": 1, "head_dim": 8}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(architectures.Gemma3Config(text_config=text, vision_config=vision))
+    names = resolve_targets(model, targets)
+    inside = [name for name in names if name.startswith("model.vision_tower.")]
+    (note,) = unreached_notes(model, names)
+    assert len(inside) >= 3
+    assert f"{len(inside)} matrices of model.vision_tower, which text alone never reaches" in note
+    assert "lora.layers='first 1'" in note
+    assert not unreached_notes(model, [name for name in names if name not in inside])
+    if targets != ("out_proj",):  # the decoder has none of that name
+        assert not unreached_notes(model, resolve_targets(model, targets, "first 1"))
+
+
+@pytest.mark.parametrize("name", ["LlamaConfig", "GPT2Config", "Qwen3MoeConfig"])
+def test_a_model_of_text_alone_has_no_unreached_modules(name: str) -> None:
+    sizes = {} if name == "GPT2Config" else {**SIZES, "num_hidden_layers": 1}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(getattr(architectures, name)(**sizes))
+    assert not unreached_notes(model, resolve_targets(model, "complete"))
 
 
 def test_a_model_that_is_not_from_transformers_works_by_structure() -> None:

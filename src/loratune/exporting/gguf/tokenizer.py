@@ -31,7 +31,8 @@ def add_tokenizer(
     Args:
         writer: The writer of the GGUF file.
         tokenizer: A fast tokenizer.
-        vocab_size: The number of rows of the embedding; rows without a piece are written as unused.
+        vocab_size: The number of rows of the embedding; rows without a piece are written as unused, and tokens without
+            a row, which no model can read or write, are left out (`tokens_without_row`), as llama.cpp's converter does.
         stop_token_ids: The tokens that end an answer, the most important first.
 
     Raises:
@@ -56,7 +57,7 @@ def add_tokenizer(
         writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]])
     writer.add_token_list(pieces)
     writer.add_token_types(types)
-    _add_special(writer, tokenizer, stop_token_ids)
+    _add_special(writer, tokenizer, [index for index in stop_token_ids if index < vocab_size], vocab_size)
     if tokenizer.chat_template:
         writer.add_chat_template(tokenizer.get_chat_template())
 
@@ -92,6 +93,8 @@ def _pieces(record: Mapping[str, Any], vocab_size: int) -> tuple[list[str], list
     pieces = [f"[PAD{index}]" for index in range(vocab_size)]
     types = [TokenType.UNUSED] * vocab_size
     for piece, index in model["vocab"].items():
+        if index >= vocab_size:
+            continue
         pieces[index] = piece
         is_byte = model.get("byte_fallback") and len(piece) == 6 and piece.startswith("<0x")
         types[index] = TokenType.BYTE if is_byte else TokenType.NORMAL
@@ -99,6 +102,8 @@ def _pieces(record: Mapping[str, Any], vocab_size: int) -> tuple[list[str], list
             types[index] = TokenType.UNKNOWN
     for token in record["added_tokens"]:
         index = token["id"]
+        if index >= vocab_size:
+            continue
         pieces[index] = token["content"]
         if types[index] is not TokenType.UNKNOWN:
             types[index] = TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED
@@ -122,7 +127,15 @@ def _adds_space(record: Mapping[str, Any]) -> bool:
     return '"Prepend"' in text or '"prepend_scheme": "first"' in text or '"prepend_scheme": "always"' in text
 
 
-def _add_special(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, stop_token_ids: Sequence[int]) -> None:
+def tokens_without_row(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> list[str]:
+    """Return the tokens whose ids are beyond the embedding of `vocab_size` rows, in the order of their ids."""
+    beyond = sorted((index, token) for token, index in tokenizer.get_vocab().items() if index >= vocab_size)
+    return [token for _, token in beyond]
+
+
+def _add_special(
+    writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, stop_token_ids: Sequence[int], vocab_size: int
+) -> None:
     known: Any = tokenizer
     ids = {
         writer.add_bos_token_id: known.bos_token_id,
@@ -130,10 +143,11 @@ def _add_special(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, stop_to
         writer.add_pad_token_id: known.pad_token_id,
     }
     for add, index in ids.items():
-        if index is not None:
+        if index is not None and index < vocab_size:
             add(index)
     # llama.cpp has one token for the end of the sequence, of the turn, and of the message; each ends an answer.
-    eos = known.eos_token_id if known.eos_token_id is not None else stop_token_ids[0]
+    own = known.eos_token_id
+    eos = own if own is not None and own < vocab_size else stop_token_ids[0]
     writer.add_eos_token_id(eos)
     others = [index for index in stop_token_ids if index != eos]
     if others:

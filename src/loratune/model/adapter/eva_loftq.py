@@ -23,7 +23,7 @@ from peft.tuners.lora.layer import LoraLayer
 from safetensors import safe_open
 
 from loratune.model.quantization.quantize import as_multiplied
-from loratune.model.safetensors_headers import stored_name
+from loratune.model.safetensors_headers import stored_name, weight_files_of
 from loratune.run.errors import RecipeError, RunError
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def init_loftq(model: PeftModel, base: Path, *, seed: int) -> None:
 def _weights(folder: Path, modules: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield module names and weights, one at a time."""
     with ExitStack() as stack:
-        files = [stack.enter_context(safe_open(file, framework="pt")) for file in sorted(folder.glob("*.safetensors"))]
+        files = [stack.enter_context(safe_open(file, framework="pt")) for file in weight_files_of(folder)]
         places = {name: file for file in files for name in file.keys()}  # noqa: SIM118 - no mapping
         for module in modules:
             found = stored_name(f"{module}.weight", places)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from loratune.model.adapter.patterns import rank_of
 from loratune.model.gguf_import import file_sha256
 from loratune.model.hub import explain_hub_errors
+from loratune.model.weight_facts import first_not_finite
 from loratune.run.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -29,6 +30,9 @@ _UNKNOWN = (
     *("layer_replication", "lora_bias", "use_qalora", "alora_invocation_tokens", "arrow_config"),
 )
 """Settings of PEFT's `LoraConfig` without a field in the recipe: an adapter that uses one would train differently."""
+
+_IN_MEMORY = {"_orig_mod.": "from a compiled model", "default.": "with the names that PEFT has in memory"}
+"""Parts of names that a saved adapter lacks, and where they come from."""
 
 
 def locate_adapter(name: str) -> Path:
@@ -66,7 +70,7 @@ def check_adapter(
         full: The modules that the recipe trains in full.
 
     Raises:
-        RecipeError: The adapter differs, and in what.
+        RecipeError: The adapter differs, and in what; or it has weights that are NaN or infinite.
     """
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
@@ -94,6 +98,13 @@ def check_adapter(
             )
     wanted = _expected(lora, matrices) | {f"{_PREFIX}{name}": shape for item in full for name, shape in item.saved}
     _check_shapes(shapes, wanted, folder)
+    if (name := first_not_finite(folder / WEIGHTS)) is not None:
+        raise RecipeError(
+            f"lora.start_from: the adapter has weights that are NaN or infinite, the first in "
+            f"{name.removeprefix(_PREFIX)}",
+            file=folder / WEIGHTS,
+            fix="start from an earlier checkpoint of it, or leave lora.start_from out",
+        )
 
 
 def base_notes(folder: Path, bases: Sequence[str]) -> tuple[str, ...]:
@@ -151,6 +162,14 @@ def _check_shapes(found: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int
             fix="lora.targets and lora.layers as it was trained with, and its own base model",
         )
 
+    for part, origin in _IN_MEMORY.items():
+        renamed = {name.replace(part, "") for name in found}
+        if renamed != set(found) and renamed == set(wanted):
+            raise RecipeError(
+                f"lora.start_from: the adapter was saved {origin}: its tensors have {part} in their names",
+                file=folder / WEIGHTS,
+                fix=f"load it with safetensors.torch.load_file, take {part} out of every name, save it with save_file",
+            )
     if missing := [name for name in wanted if name not in found]:
         raise fail(f"lacks {missing[0].removeprefix(_PREFIX)}, which the recipe trains")
     if more := [name for name in found if name not in wanted]:

@@ -28,7 +28,7 @@ from loratune.model.adapter.module_roles import (
 from loratune.run.errors import RecipeError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,6 +160,39 @@ def target_notes(model: nn.Module, targets: str | tuple[str, ...], stacked: tupl
     if missing:
         notes.append(f"this model has no {_list(missing)} matrix inside its layers")
     return tuple(notes)
+
+
+def unreached_notes(model: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
+    """Return a note on adapted modules outside of the text decoder, such as a vision tower's, which text never reaches.
+
+    Args:
+        model: The base model. It may be on the meta device.
+        names: Full names of the adapted modules.
+    """
+    if not isinstance(model, PreTrainedModel):
+        return ()
+    decoder: nn.Module = model.get_decoder()  # type: ignore[no-untyped-call]
+    prefix = next((name for name, module in model.named_modules() if module is decoder), "")
+    # A tower is a model of its own beside the decoder; what is not (a head, a projection of text) may be reached.
+    towers = [
+        name
+        for name, module in model.named_modules()
+        if name and isinstance(module, PreTrainedModel) and not f"{prefix}.".startswith(f"{name}.")
+        and not f"{name}.".startswith(f"{prefix}.")
+    ]  # fmt: skip
+    found: dict[str, int] = {}
+    for name in names:
+        tower = next((tower for tower in towers if prefix and name.startswith(f"{tower}.")), None)
+        if tower is not None:
+            found[tower] = found.get(tower, 0) + 1
+    if not found:
+        return ()
+    where = ", ".join(f"{count} matrices of {tower}" for tower, count in found.items())
+    return (
+        f"lora.targets also matches {where}, which text alone never reaches: their adapters get no gradient and are "
+        f"saved as they began; a preset such as lora.targets=attention, or lora.layers='first "
+        f"{len(repeated_layers(model))}', leaves them out",
+    )
 
 
 def _model_notes(model: PreTrainedModel) -> list[str]:

@@ -97,3 +97,5 @@ class LockRecord(FileRecord):
     """The recipe as written, with `auto`: section → field → value."""
     launch: str
     """Identity of the launch, the same when torchrun restarts the processes; empty without a launcher."""
+    folder: str = ""
+    """The working folder in which the run began, from which relative paths of its recipe start."""

@@ -1,0 +1,103 @@
+"""A run is used from another working folder than the one it began in."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loratune.recipe.recipe import Recipe
+from loratune.run.directory import RunDir, read_json
+from loratune.run.errors import RecipeError
+from loratune.workflows.chat import Sampling, open_chat
+from loratune.workflows.evaluate import evaluate
+from loratune.workflows.export import merge
+from loratune.workflows.finished import recipe_here, recipe_of
+from loratune.workflows.locked_recipe import located
+from loratune.workflows.train import train
+
+
+@pytest.fixture
+def project(
+    tiny_model: Path,
+    chat_files: tuple[Path, Path],
+    tiny_recipe: Callable[..., Recipe],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Path:
+    """A folder with model, data and a run, all by relative paths; the tests start beside it."""
+    folder = tmp_path / "project"
+    shutil.copytree(tiny_model, folder / "model")
+    for file in chat_files:
+        shutil.copy(file, folder / file.name)
+    monkeypatch.chdir(folder)
+    settings: dict[str, Any] = {
+        "model__name": "model",
+        "data__train": chat_files[0].name,
+        "data__eval": chat_files[1].name,
+        "train__output_dir": "runs/a",
+        "train__epochs": 1,
+        "evaluate__metric": "none",
+    }
+    train(tiny_recipe(**settings))
+    monkeypatch.chdir(tmp_path)
+    return folder
+
+
+def test_a_run_is_used_from_elsewhere_moved_and_without_its_training_rows(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = project / "runs" / "a"
+    before = read_json(run / "evaluation.json")["tuned"]["nll"]
+    assert evaluate(run).evaluation is not None
+    assert read_json(run / "evaluation.json")["tuned"]["nll"] == pytest.approx(before)
+    assert open_chat(run, Sampling()) is not None
+
+    (project / "train.jsonl").unlink()
+    assert recipe_here(RunDir.open(run)).data.train == recipe_of(run).data.eval
+    evaluate(run)
+    assert read_json(run / "evaluation.json")["tuned"]["nll"] == pytest.approx(before)
+    assert merge(run, tmp_path / "merged") is not None
+
+    moved = Path(shutil.move(project, tmp_path / "elsewhere"))
+    monkeypatch.chdir(moved)
+    evaluate(Path("runs/a"))
+    assert read_json(moved / "runs/a/evaluation.json")["tuned"]["nll"] == pytest.approx(before)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RecipeError, match=r"model.name is model: the run began with .*project/model, which is not"):
+        evaluate(moved / "runs" / "a")
+
+
+def lock(folder: Path, **parts: Any) -> dict[str, Any]:
+    recipe = {"model": {"name": "model"}, "data": {"train": [{"name": "rows.jsonl"}], "eval": "auto"}, "lora": {}}
+    return {"recipe": {**recipe, **parts}, "folder": str(folder), "inputs": {"model_path": str(folder / "model")}}
+
+
+def test_a_path_from_here_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for place in ("then", "now"):
+        (tmp_path / place / "model").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "now")
+    (tmp_path / "then" / "rows.jsonl").touch()
+    found = located(lock(tmp_path / "then"))
+    assert found["model"]["name"] == "model"
+    assert found["data"]["train"][0]["name"] == str(tmp_path / "then" / "rows.jsonl")
+
+
+@pytest.mark.parametrize("name", ["model", "org/model"])
+def test_a_hub_id_and_a_package_stay_what_they_are(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    record = lock(tmp_path, model={"name": name}, lora={"start_from": "me/adapter"})
+    record["inputs"]["model_path"] = str(tmp_path / "hub" / "snapshots" / "0123")
+    assert located(record) == record["recipe"]
+
+
+def test_a_run_that_did_not_record_its_folder_has_its_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "then" / "model").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    record = lock(tmp_path / "then")
+    del record["folder"]
+    assert located(record)["model"]["name"] == str(tmp_path / "then" / "model")
+    assert record["recipe"]["model"]["name"] == "model", "the lock itself stays as it is"
