@@ -22,6 +22,7 @@ from loratune.model.kernels import cross_entropy
 from loratune.model.kernels.attention import observe_attention, packed_attention, register
 from loratune.model.kernels.block_attention import block_attention
 from loratune.model.kernels.cross_entropy import Head, sum_cross_entropy
+from loratune.model.kernels.dropout import AdapterDropout
 from loratune.model.kernels.fp8_linear import Fp8Linear
 from loratune.model.kernels.lora_linear import lora_linear
 
@@ -138,8 +139,9 @@ def _lora(
 def _dropout_case(compiled: bool) -> None:
     """The mean of what dropout keeps, from ones through an adapter of ones."""
     x, a, b = normal(4096, 256) * 0 + 1, torch.ones(8, 256, device=DEVICE), torch.ones(16, 8, device=DEVICE)
+    drop = AdapterDropout(0.05, "q_proj", 256, x.device)
     function = torch.compile(lora_linear, dynamic=True) if compiled else lora_linear
-    out = function(x, torch.zeros(16, 256, device=DEVICE, dtype=BF16), None, a, b, 1.0, 0.05)
+    out = function(x, torch.zeros(16, 256, device=DEVICE, dtype=BF16), None, a, b, 1.0, drop)
     mean = float(out.double().mean()) / (256 * 8)
     record(what=f"mean of dropout, {'compiled' if compiled else 'eager'}", ok=abs(mean - 1) < 0.01, errors=[mean - 1])
 

@@ -32,6 +32,7 @@ SETTINGS = {
     "train__save_every": 2,
     "train__eval_every": 2,
     "lora__targets": "complete",
+    "lora__dropout": 0.05,
     "evaluate__metric": "exact_match",
     "evaluate__max_new_tokens": 4,
 }
@@ -107,7 +108,7 @@ def test_several_processes_take_the_steps_of_one(
 def test_with_dropout_a_resumed_run_of_two_is_the_uninterrupted_one_to_the_bit(
     tiny_recipe: MakeRecipe, tmp_path: Path
 ) -> None:
-    run = trained(2, tiny_recipe(**SETTINGS, lora__dropout=0.1), tmp_path)
+    run = trained(2, tiny_recipe(**{**SETTINGS, "lora__dropout": 0.1}), tmp_path)
     whole = RunDir(tmp_path / "whole")
     shutil.copytree(run.root, whole.root)
     lose_the_end(run)

@@ -93,7 +93,7 @@ def test_so_they_do_with(
 def test_with_dropout_a_resumed_run_is_the_uninterrupted_one_to_the_bit(
     tiny_recipe: MakeRecipe, tmp_path: Path
 ) -> None:
-    file, run = write_recipe(tiny_recipe(**SHARDED, lora__dropout=0.1), tmp_path, "shared")
+    file, run = write_recipe(tiny_recipe(**{**SHARDED, "lora__dropout": 0.1}), tmp_path, "shared")
     done = command([*TORCHRUN, "--nproc-per-node=2", "-m", "loratune", "train", file])
     assert done.returncode == 0, done.stderr
     whole = RunDir(tmp_path / "whole")

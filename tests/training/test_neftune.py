@@ -35,7 +35,7 @@ def noise_of(lengths: list[int], alpha: float, *, seed: int) -> torch.Tensor:
     return added
 
 
-def test_an_example_alone_gets_the_noise_of_transformers_number_for_number() -> None:
+def test_outside_of_steps_an_example_alone_gets_the_noise_of_transformers_number_for_number() -> None:
     torch.manual_seed(3)
     module, embedded = SimpleNamespace(training=True, neftune_noise_alpha=5.0), torch.zeros(1, 30, WIDTH)
     expected = neftune_post_forward_hook(module, None, embedded)[0]
@@ -52,8 +52,18 @@ def test_each_example_of_a_micro_batch_gets_the_noise_of_its_own_length() -> Non
         assert float(example.var()) == pytest.approx(most**2 / 3, rel=0.2)
 
 
-def test_both_engines_train_with_the_same_noise_and_evaluate_without(tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
-    """With one example a step there is nothing that TRL could pad, and both draw the same numbers."""
+def one_pattern(tensor: torch.Tensor, low: float, high: float) -> torch.Tensor:
+    """In place of `uniform_`: the same numbers for every tensor of a shape."""
+    drawn = torch.rand(tensor.shape, generator=torch.Generator().manual_seed(0))
+    return tensor.copy_(low + (high - low) * drawn)
+
+
+def test_both_engines_train_with_the_same_noise_and_evaluate_without(
+    tiny_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With one example a step there is nothing that TRL could pad; here both get the same numbers."""
+    monkeypatch.setattr(torch.Tensor, "uniform_", one_pattern)
+    monkeypatch.setattr(EmbeddingNoise, "_unit", lambda self, x: torch.empty_like(x).uniform_(-1, 1))
     settings = {"train__batch_size": 1, "train__epochs": 0.4, "lora__targets": "complete"}
     noisy = {**settings, "train__neftune_noise_alpha": 20.0}
     fast = train(tiny_recipe(**noisy)).run

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from itertools import count
 from typing import Any
 
 import pytest
@@ -14,7 +15,8 @@ import loratune.__main__
 from loratune.model.adapter import attach
 from loratune.model.kernels import lora_linear as lora_kernel
 from loratune.model.kernels import varlen_attention
-from loratune.training import trainer
+from loratune.model.kernels.dropout import row_numbers
+from loratune.training import fast_trainer, trainer
 from loratune.workflows import selftest
 from tests.model.kernels.varlen import SIGNATURES, pretend_gpu, varlen_2_12
 
@@ -68,6 +70,13 @@ true_cross_entropy, true_attention, true_collate = (
     selftest.collate,
 )
 
+calls = count()
+
+
+def rows_by_call(seed: int, step: int, *rest: Any) -> torch.Tensor:
+    return row_numbers(seed, next(calls), *rest)
+
+
 # fault: what is replaced by what, and the checks that must fail
 FAULTS: dict[str, tuple[list[tuple[Any, str, Callable[..., Any]]], set[str]]] = {
     "a wrong scale": (
@@ -78,7 +87,7 @@ FAULTS: dict[str, tuple[list[tuple[Any, str, Callable[..., Any]]], set[str]]] = 
     "attention across examples": ([(selftest, "packed_attention", sees_other_examples)], {"kernels"}),
     "a micro-batch without an example": ([(selftest, "collate", loses_an_example)], {"fast"}),
     "a kernel that fails": ([(selftest, "lora_linear", lambda *args: 1 / 0)], {"kernels"}),
-    "random states not restored": ([(trainer, "load_random", lambda folder: None)], {"resumed"}),
+    "dropout that counts calls, not steps": ([(fast_trainer, "row_numbers", rows_by_call)], {"resumed"}),
     "an optimizer that starts over": ([(trainer, "load_optimizer", lambda *args: None)], {"resumed"}),
     "an adapter that PEFT loads wrongly": (
         [(selftest.PeftModel, "from_pretrained", lambda base, folder: base)],

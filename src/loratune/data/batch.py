@@ -35,6 +35,7 @@ class MicroBatch:
         targets: int64 [S]; these supervised tokens.
         labels: int64 [E]; the classes of labelled examples, else None.
         token_types: int64 [1, T]; which text of a pair each token belongs to, if the tokenizer says so, else None.
+        rows: int32 [T]; each token's number for dropout and noise (`kernels.dropout.row_numbers`), None outside steps.
     """
 
     input_ids: torch.Tensor
@@ -46,6 +47,7 @@ class MicroBatch:
     targets: torch.Tensor
     labels: torch.Tensor | None = None
     token_types: torch.Tensor | None = None
+    rows: torch.Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -73,6 +75,7 @@ class MicroBatch:
             targets=moved(self.targets),
             labels=None if self.labels is None else moved(self.labels),
             token_types=None if self.token_types is None else moved(self.token_types),
+            rows=None if self.rows is None else moved(self.rows),
         )
 
 

@@ -18,12 +18,14 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PrinterCallback, TrainingArguments
 
 from loratune.data.batch import FILLER, collate
+from loratune.model.kernels.dropout import row_numbers
 from loratune.run import processes
 from loratune.run.errors import LoratuneError
 from loratune.run.progress import NoProgress
@@ -39,7 +41,6 @@ if TYPE_CHECKING:
 
     from torch.utils.data import DataLoader
 
-    from loratune.data.examples import Example
     from loratune.data.rows.row import Rejected
 
 
@@ -90,12 +91,12 @@ class FastTrainer(RunTrainer):
         started = time.perf_counter()
         model.train()
         self.events.step = self.state.global_step + 1
-        self.current_step, examples = inputs, inputs.examples
+        self.current_step = inputs
         totals = StepTotals.over_all(inputs, self.sources, self.events)
         self._report_left_out(totals.left_out)
         seed_step(self.setup.train.seed, self.state.global_step)
         losses = self.budget.retry(
-            lambda: self._accumulate_gradients(examples, totals.num_supervised_tokens), undo=model.zero_grad
+            lambda: self._accumulate_gradients(inputs, totals.num_supervised_tokens), undo=model.zero_grad
         )
         losses = all_reduce_gradients(self.model, losses, self.setup.stop)
         return self._record_and_check(
@@ -105,20 +106,24 @@ class FastTrainer(RunTrainer):
             by_source=self.sources.means(losses[1:].tolist(), totals.by_source),
         )
 
-    def _accumulate_gradients(self, examples: Sequence[Example], num_supervised_tokens: int) -> torch.Tensor:
+    def _accumulate_gradients(self, share: StepExamples, num_supervised_tokens: int) -> torch.Tensor:
         """Run forward and backward over all micro-batches.
 
         Args:
-            examples: This rank's share of the step.
+            share: This rank's share of the step.
             num_supervised_tokens: Supervised tokens of the step over all ranks.
 
         Returns:
             float32 [1 + G]: this rank's part of the step's loss, then the summed loss of each of the G data sources.
         """
+        examples, train = share.examples, self.setup.train
         losses = torch.zeros(1 + len(self.sources), device=self.args.device)
         for chosen in self.budget.micro_batches(examples, range(len(examples))):
             # A micro-batch may be empty where ranks share the base: all must call the model equally often.
-            batch = collate([examples[i] for i in chosen] or [FILLER]).to(self.args.device)
+            together, numbers = [examples[i] for i in chosen] or [FILLER], [share.numbers[i] for i in chosen] or [0]
+            lengths = [len(example.input_ids) for example in together]
+            rows = row_numbers(train.seed, self.state.global_step, numbers, lengths)
+            batch = replace(collate(together), rows=rows).to(self.args.device)
             tally = self.sources.tally([examples[i] for i in chosen], self.args.device)
             each = None if tally is None else tally.each_S
             # Dividing by the whole step's count makes the accumulated sum exact: a mean of micro-batch means would
@@ -138,7 +143,8 @@ class FastTrainer(RunTrainer):
         setup, before = self.setup, random_state()
         self.events.step = self.state.global_step
         known = setup.data.known
-        largest = [known[i] for i in self.budget.largest_micro_batch(known, setup.train.batch_size)]
+        chosen = self.budget.largest_micro_batch(known, setup.train.batch_size)
+        largest = StepExamples(examples=[known[i] for i in chosen], numbers=chosen, left_out=[])
         setup.model.train()
         self.budget.retry(lambda: self._accumulate_gradients(largest, 1), undo=setup.model.zero_grad)
         setup.model.zero_grad()
@@ -146,6 +152,9 @@ class FastTrainer(RunTrainer):
             chosen = self.budget.largest_micro_batch(setup.data.eval, len(setup.data.eval))
             evaluate_nll(setup.loss, [setup.data.eval[i] for i in chosen], self.budget, NoProgress())
         set_random_state(before)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Do nothing: dropout and noise need no generator, and what a model draws itself is seeded for each step."""
 
     def _report_left_out(self, rows: Sequence[Rejected]) -> None:
         if rows:

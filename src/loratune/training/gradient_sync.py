@@ -96,13 +96,12 @@ def all_reduce_gradients(model: PeftModel, losses: torch.Tensor, stop: StopReque
 
 
 def seed_step(seed: int, step: int) -> None:
-    """Seed each rank from (seed, step, rank), if there are several.
+    """Seed torch's generators from (seed, step, rank), for models that have dropout of their own.
 
-    So dropout masks differ between ranks, and resuming needs no saved state of each rank.
+    So resuming needs no saved random state. The adapter's dropout and NEFTune's noise use no generator.
     """
-    if processes.size() > 1:
-        (drawn,) = np.random.SeedSequence([seed, step, processes.rank()]).generate_state(1, np.uint64)
-        torch.manual_seed(int(drawn))
+    (drawn,) = np.random.SeedSequence([seed, step, processes.rank()]).generate_state(1, np.uint64)
+    torch.manual_seed(int(drawn))
 
 
 def check_ranks_agree(model: PeftModel) -> None:

@@ -6,10 +6,13 @@ evaluation and generation, where compiling once more would cost more than it gai
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
+
+from loratune.model.kernels.dropout import current_rows, rows_of_forward
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -47,7 +50,10 @@ def _in_training(layer: torch.nn.Module, call: Callable[..., Any], *, recompute:
         if not layer.training:
             return original(*args, **kwargs)
         if recompute:
-            return checkpoint(call, *args, use_reentrant=False, **kwargs)
+            rows = current_rows()  # by the backward pass, another example may have had its forward
+            return checkpoint(
+                call, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), rows_of_forward(rows)), **kwargs
+            )
         return call(*args, **kwargs)
 
     return run

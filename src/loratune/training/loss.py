@@ -25,6 +25,7 @@ from loratune.model.adapter.attach import use_fast_layers
 from loratune.model.adapter.modules_to_save import head_weights
 from loratune.model.kernels.attention import PACKED, PackingUnsupportedError, observe_attention, register
 from loratune.model.kernels.cross_entropy import Head, cross_entropy_per_token, head_logits, sum_cross_entropy
+from loratune.model.kernels.dropout import rows_of_forward
 from loratune.run.errors import RunError
 from loratune.training.packing_support import decoder_of, longest_packed, obstacle, refuses_boundaries
 
@@ -160,8 +161,9 @@ class SupervisedLoss:
             hidden = self._hidden(batch.input_ids, batch)
         else:
             ends = batch.host_boundaries.tolist()
+            rows = [None if batch.rows is None else batch.rows[a:b] for a, b in pairwise(ends)]
             examples = [batch.input_ids[:, a:b] for a, b in pairwise(ends)]
-            hidden = torch.cat([self._hidden(ids) for ids in examples], dim=1)
+            hidden = torch.cat([self._hidden(ids, rows=own) for ids, own in zip(examples, rows, strict=True)], dim=1)
         return hidden[0, batch.predictors]
 
     def _shares_forward(self, batch: MicroBatch) -> bool:
@@ -176,10 +178,13 @@ class SupervisedLoss:
             causal_lm.set_attn_implementation(attention)
         return shares
 
-    def _hidden(self, input_ids: torch.Tensor, batch: MicroBatch | None = None) -> torch.Tensor:
-        """Run the decoder; `batch` gives the boundaries of packed examples, None is one example alone."""
+    def _hidden(
+        self, input_ids: torch.Tensor, batch: MicroBatch | None = None, *, rows: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Run the decoder; `batch` gives the boundaries of packed examples, None is one example alone with `rows`."""
         boundaries: dict[str, Any] = {}
         if batch is not None:
+            rows = batch.rows
             boundaries = {
                 "position_ids": batch.position_ids,
                 "cu_seq_lens_q": batch.boundaries,
@@ -189,7 +194,8 @@ class SupervisedLoss:
             }
         if self.noise is not None:
             self.noise.lengths = batch.boundaries.diff().long() if batch is not None else None
-        hidden: torch.Tensor = self.decoder(input_ids=input_ids, use_cache=False, **boundaries)[0]
+        with rows_of_forward(rows):
+            hidden: torch.Tensor = self.decoder(input_ids=input_ids, use_cache=False, **boundaries)[0]
         return hidden
 
 

@@ -6,13 +6,15 @@ from typing import Any
 
 import torch
 
+from loratune.model.kernels.dropout import column_numbers, current_rows, uniform
+
 
 class EmbeddingNoise:
     """Uniform noise of at most alpha / √(L·d) on each element of the input embeddings, in training mode.
 
     L is the example's own number of tokens, whatever it shares a micro-batch with, and d the embedding width. For an
-    example alone this equals transformers' `neftune_noise_alpha` bit for bit from the same random state; in a padded
-    batch of transformers, L is the length of the longest example.
+    example alone the law is that of transformers' `neftune_noise_alpha`; in a padded batch of transformers, L is the
+    length of the longest example. The numbers are those of `kernels.dropout`: a function of the recipe, not of the cut.
 
     Args:
         alpha: The strength; 5 to 15 in the paper.
@@ -26,6 +28,7 @@ class EmbeddingNoise:
 
     def __init__(self, alpha: float, embeddings: torch.nn.Module) -> None:
         self._alpha = alpha
+        self._columns: torch.Tensor | None = None
         embeddings.register_forward_hook(self._add)
 
     def _add(self, module: torch.nn.Module, inputs: Any, embedded: torch.Tensor) -> torch.Tensor:
@@ -38,4 +41,13 @@ class EmbeddingNoise:
             lengths = torch.tensor([num_tokens], device=embedded.device)
         most = self._alpha / (lengths * width).sqrt()
         most = torch.repeat_interleave(most, lengths, output_size=num_tokens).to(embedded.dtype)
-        return embedded + torch.empty_like(embedded).uniform_(-1, 1) * most[None, :, None]
+        return embedded + self._unit(embedded) * most[None, :, None]
+
+    def _unit(self, embedded: torch.Tensor) -> torch.Tensor:
+        """Return numbers in [-1, 1], shaped like the embeddings and of their type."""
+        rows = current_rows()
+        if rows is None:  # not in a step
+            return torch.empty_like(embedded).uniform_(-1, 1)
+        if self._columns is None:
+            self._columns = column_numbers("neftune", embedded.shape[-1]).to(embedded.device)
+        return uniform(rows, self._columns).to(embedded.dtype)[None]

@@ -32,10 +32,12 @@ class StepExamples:
 
     Attributes:
         examples: In the order of the epoch's shuffle.
+        numbers: Index of each in the training data.
         left_out: Rows of streamed data that cannot be trained on.
     """
 
     examples: list[Example]
+    numbers: list[int]
     left_out: list[Rejected]
 
 
@@ -64,12 +66,13 @@ class StepDataset(Dataset[StepExamples | LoratuneError]):
             len(self._examples), batch_size=self._batch_size, seed=self._seed, epoch=epoch, index=index
         )
         try:
-            rows = [self._examples[i] for i in self._share(numbers)]
+            rows = {i: self._examples[i] for i in self._share(numbers)}
         except LoratuneError as error:
             return error
         return StepExamples(
-            examples=[row for row in rows if isinstance(row, Example)],
-            left_out=[row for row in rows if isinstance(row, Rejected)],
+            examples=[row for row in rows.values() if isinstance(row, Example)],
+            numbers=[i for i, row in rows.items() if isinstance(row, Example)],
+            left_out=[row for row in rows.values() if isinstance(row, Rejected)],
         )
 
     def _share(self, numbers: tuple[int, ...]) -> list[int]:

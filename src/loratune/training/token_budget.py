@@ -1,8 +1,8 @@
 """The token budget of a micro-batch, and recovery when memory runs out all the same.
 
-The step is repeated on the same examples with the same random numbers, in smaller micro-batches. Its gradient is the
-same sum, so the run still takes the recipe's steps: without dropout they are equal up to float rounding; with dropout
-the masks differ but have the same distribution, since they are drawn per micro-batch.
+The step is repeated on the same examples in smaller micro-batches. Its gradient is the same sum, with the same dropout
+masks (`kernels.dropout`), so the run still takes the recipe's steps, equal up to float rounding. Random states are put
+back for models that have dropout of their own, whose masks then differ but have the same distribution.
 """
 
 from __future__ import annotations

@@ -305,8 +305,7 @@ class RunTrainer(Trainer):
             load_optimizer(Path(checkpoint), self.optimizer, self.lr_scheduler)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        # Several ranks are seeded from the step number instead (`gradient_sync.seed_step`).
-        if checkpoint is not None and processes.size() == 1:
+        if checkpoint is not None:
             load_random(Path(checkpoint))
 
     def floating_point_ops(self, inputs: Any) -> int:

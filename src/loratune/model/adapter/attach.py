@@ -25,6 +25,7 @@ from loratune.model.adapter.variants import (
     save_as_plain,
 )
 from loratune.model.classifier import BY_PEFT, Classes
+from loratune.model.kernels.dropout import AdapterDropout
 from loratune.model.kernels.fp8_linear import Fp8Linear
 from loratune.model.kernels.lora_linear import lora_linear, lora_update
 from loratune.model.patching import replace_class
@@ -109,11 +110,23 @@ def use_fast_layers(model: PeftModel) -> int:
     for every other kind of layer, and while the adapter is off or merged.
     """
     use_fast_rows(model)
+    use_repeatable_dropout(model)
     layers = [module for module in model.modules() if _has_fast_class(type(module)) and _is_plain(module)]
     for layer in layers:
         kind: Any = type(layer)
         replace_class(layer, fast_class(kind))
     return len(layers)
+
+
+def use_repeatable_dropout(model: PeftModel) -> None:
+    """Replace the dropout of every LoRA layer, of PEFT's own forward too, by one that needs no random generator."""
+    for name, layer in model.get_base_model().named_modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        drop = dict(layer.lora_dropout.items()).get("default")
+        if type(drop) is torch.nn.Dropout:
+            device = layer.get_base_layer().weight.device
+            layer.lora_dropout["default"] = AdapterDropout(drop.p, name, layer.in_features, device).train(drop.training)
 
 
 def fallback_note(model: PeftModel) -> str:
@@ -158,11 +171,11 @@ def fast_class(kind: Any) -> Any:
             out: torch.Tensor = kind.forward(self, x, *args, **kwargs)
             return out
         base, drop = self.base_layer, self.lora_dropout["default"]
-        dropout = drop.p if self.training and isinstance(drop, torch.nn.Dropout) else 0.0
+        drop = drop if self.training and isinstance(drop, AdapterDropout) else None
         a, b, scale = self.lora_A["default"].weight, self.lora_B["default"].weight, self.scaling["default"]
         if type(base) is not torch.nn.Linear:
-            return base(x) + lora_update(x, a, b, scale, dropout)
-        return lora_linear(x, base.weight, base.bias, a, b, scale, dropout)
+            return base(x) + lora_update(x, a, b, scale, drop)
+        return lora_linear(x, base.weight, base.bias, a, b, scale, drop)
 
     return type(f"Fast{kind.__name__}", (kind,), {"forward": forward, "is_fast": True})
 

@@ -10,10 +10,15 @@ Shapes: T tokens, I inputs, O outputs, R rank; 1 an axis kept for broadcasting.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+
+from loratune.model.kernels.dropout import keep_mask
+
+if TYPE_CHECKING:
+    from loratune.model.kernels.dropout import AdapterDropout
 
 
 def lora_linear(
@@ -23,7 +28,7 @@ def lora_linear(
     a_RI: torch.Tensor,
     b_OR: torch.Tensor,
     scale: float,
-    dropout: float = 0.0,
+    drop: AdapterDropout | None = None,
 ) -> torch.Tensor:
     """Compute the layer's output, [..., O], with gradients to `x`, A and B; W and b are frozen.
 
@@ -34,77 +39,25 @@ def lora_linear(
         a_RI: [R, I], usually float32; cast to the type of `x`.
         b_OR: [O, R], likewise.
         scale: alpha / r.
-        dropout: Fraction in [0, 1) of the adapter's inputs that are set to zero; the others are scaled by 1/(1 -
-            dropout).
+        drop: The dropout of the adapter's input; None: there is none.
     """
-    keep = keep_mask(x, dropout) if dropout else None
+    keep = None if drop is None else keep_mask(x, drop.columns, drop.p)
     out: torch.Tensor = _LoraLinear.apply(  # type: ignore[no-untyped-call]
-        x, keep, weight_OI, bias_O, a_RI, b_OR, scale / (1 - dropout)
+        x, keep, weight_OI, bias_O, a_RI, b_OR, scale if drop is None else scale / (1 - drop.p)
     )
     return out
 
 
 def lora_update(
-    x: torch.Tensor, a_RI: torch.Tensor, b_OR: torch.Tensor, scale: float, dropout: float = 0.0
+    x: torch.Tensor, a_RI: torch.Tensor, b_OR: torch.Tensor, scale: float, drop: AdapterDropout | None = None
 ) -> torch.Tensor:
     """Compute only the adapter's update, s/(1-p)·((x∘m)·Aᵀ)·Bᵀ, for a layer that is not a plain linear one.
 
     Arguments as in `lora_linear`.
     """
-    kept = torch.where(keep_mask(x, dropout), x, 0) if dropout else x
-    return F.linear(F.linear(kept, a_RI.to(x.dtype)), b_OR.to(x.dtype)) * (scale / (1 - dropout))
-
-
-def keep_mask(x: torch.Tensor, dropout: float) -> torch.Tensor:
-    """Return a boolean mask shaped like `x`, true with probability 1 - `dropout`, from torch's default generator."""
-    if x.device.type != "cpu":
-        return torch.rand(x.shape, device=x.device) >= dropout
-    # A CPU's generator is sequential, so only one number per row and per column is drawn, and an element gets a hash of
-    # the two. Compiled code fuses the hash into its use; eager mode computes the same mask in pieces that fit a cache.
-    num_columns = x.shape[-1]
-    drawn: torch.Tensor = _draw(x, x.numel() // num_columns + num_columns)
-    by_column, by_row = drawn[:num_columns], drawn[num_columns:]
-    mask = _hash_mask if torch.compiler.is_compiling() else _mask_in_pieces
-    return mask(by_row[:, None], by_column, round(dropout * 2**32) - 2**31).view(x.shape)
-
-
-@torch.library.custom_op("loratune::draw", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
-def _draw(x: torch.Tensor, number: int) -> torch.Tensor:
-    return torch.empty(number, dtype=torch.int32, device=x.device).random_(-(2**31), 2**31)
-
-
-@_draw.register_fake
-def _(x: torch.Tensor, number: int) -> torch.Tensor:
-    return x.new_empty(number, dtype=torch.int32)
-
-
-_FACTORS = (-0x61C88647, -0x7A143589)
-"""Odd multipliers: 2³² over the golden ratio (Knuth, TAOCP, section 6.4), and a prime of xxHash32."""
-
-
-def _hash_mask(by_row_T1: torch.Tensor, by_column_I: torch.Tensor, threshold: int) -> torch.Tensor:
-    hashed = (by_row_T1 ^ by_column_I) * _FACTORS[0]
-    hashed = (hashed ^ ((hashed >> 15) & 0x1FFFF)) * _FACTORS[1]
-    return hashed >= threshold
-
-
-_PIECE = 2**16
-"""Elements of a piece; its int32 numbers fit into the L2 cache of a core."""
-
-
-def _mask_in_pieces(by_row_T1: torch.Tensor, by_column_I: torch.Tensor, threshold: int) -> torch.Tensor:
-    num_rows, num_columns = by_row_T1.shape[0], by_column_I.shape[0]
-    step = max(1, _PIECE // num_columns)
-    mask = torch.empty(num_rows, num_columns, dtype=torch.bool)
-    hashed = torch.empty(min(step, num_rows), num_columns, dtype=torch.int32)
-    shifted = torch.empty_like(hashed)
-    for start in range(0, num_rows, step):
-        rows = slice(start, min(start + step, num_rows))
-        h, s = hashed[: rows.stop - start], shifted[: rows.stop - start]
-        torch.bitwise_xor(by_row_T1[rows], by_column_I, out=h).mul_(_FACTORS[0])
-        torch.bitwise_right_shift(h, 15, out=s).bitwise_and_(0x1FFFF)
-        torch.ge(h.bitwise_xor_(s).mul_(_FACTORS[1]), threshold, out=mask[rows])
-    return mask
+    if drop is not None:
+        x, scale = torch.where(keep_mask(x, drop.columns, drop.p), x, 0), scale / (1 - drop.p)
+    return F.linear(F.linear(x, a_RI.to(x.dtype)), b_OR.to(x.dtype)) * scale
 
 
 class _LoraLinear(torch.autograd.Function):

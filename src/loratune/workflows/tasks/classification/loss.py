@@ -18,6 +18,7 @@ from loratune.data.batch import MicroBatch, collate
 from loratune.data.examples import Example, LabelledExample
 from loratune.model.classifier import is_decoder
 from loratune.model.kernels.attention import PackingUnsupportedError
+from loratune.model.kernels.dropout import rows_of_forward
 from loratune.training.loss import CHECK_TOKENS, SupervisedLoss, fastest_loss, use_packed_attention
 
 if TYPE_CHECKING:
@@ -107,7 +108,9 @@ class ClassificationLoss(SupervisedLoss):
         }
         if batch.token_types is not None:
             inputs["token_type_ids"] = rows(batch.token_types, 0)
-        logits: torch.Tensor = self._classifier(**inputs).logits
+        numbers = None if batch.rows is None else rows(batch.rows[None], 0)
+        with rows_of_forward(numbers):
+            logits: torch.Tensor = self._classifier(**inputs).logits
         return logits
 
 
