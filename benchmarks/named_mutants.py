@@ -73,9 +73,9 @@ MUTANTS = (
         ("tests/workflows/test_changed_inputs.py", "-k", "differences"),
     ),
     (
-        "every rank draws the same dropout",
-        ("training/gradient_sync.py", "[seed, step, processes.rank()]", "[seed, step]"),
-        ("tests/training/test_gradient_sync.py",),
+        "every step has the same dropout",
+        ("model/kernels/dropout.py", "seed * _GOLDEN + step + 1", "seed * _GOLDEN + 1"),
+        ("tests/model/kernels/test_dropout.py",),
     ),
     (
         "a stop token of several tokens is trained in part",

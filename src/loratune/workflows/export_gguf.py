@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -113,7 +113,8 @@ class GgufExport:
     def _write_model(self, file: Path, outtype: str, *, adapted: bool) -> None:
         finished = self.finished
         skeleton, tokenizer = finished.prepared.model.skeleton, finished.prepared.model.tokenizer
-        rows = skeleton.get_input_embeddings().weight.shape[0]  # type: ignore[no-untyped-call]
+        embeddings: Any = skeleton.get_input_embeddings()
+        rows = int(embeddings.weight.shape[0])
         if finished.source is None and (beyond := tokens_without_row(tokenizer, rows)):
             finished.progress.warn(
                 f"the model has only {rows:,} rows, none for {', '.join(beyond[:5])}: these are left out "

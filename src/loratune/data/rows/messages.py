@@ -209,8 +209,9 @@ def _thoughts(turn: dict[str, Any], parts: list[str], where: str) -> str | None:
 
 def _detailed_thoughts(details: Any, where: str) -> str:
     details = from_json(details)
-    texts = [part.get("text") for part in details if isinstance(part, dict)] if isinstance(details, list) else []
-    if not texts or len(texts) != len(details) or not all(isinstance(text, str) and text for text in texts):
+    parts = details if isinstance(details, list) else []
+    texts = [part["text"] for part in parts if isinstance(part, dict) and isinstance(part.get("text"), str)]
+    if not texts or len(texts) != len(parts) or not all(texts):
         raise BadRow(f"{where} has reasoning_details without readable text: {describe_value(details)}")
     return "\n".join(texts)
 
