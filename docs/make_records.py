@@ -6,7 +6,7 @@ import sys
 import types
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin
 
 from pages import write_or_check
 from pydantic import BaseModel, RootModel
@@ -103,6 +103,8 @@ def _type_in_words(annotation: Any) -> str:
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin in (Union, types.UnionType):
         return " or ".join(_type_in_words(part) for part in arguments)
+    if origin is Literal:
+        return " or ".join(f"`{value}`" for value in arguments)
     if origin is tuple:
         return f"list of {_type_in_words(arguments[0])}"
     if origin is dict:
