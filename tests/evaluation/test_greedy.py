@@ -42,9 +42,9 @@ def plain_answers(model: PreTrainedModel) -> list[list[int]]:
         ]
 
 
-def our_answers(model: PreTrainedModel, stops: tuple[int, ...], token_limit: int) -> list[list[int]]:
+def our_answers(model: PreTrainedModel, stops: tuple[int, ...], num_rows: int) -> list[list[int]]:
     with as_generator(model, SETTINGS):
-        rows = greedy_rows(model, prompts(), max_new_tokens=NEW_TOKENS, stop_token_ids=stops, token_limit=token_limit)
+        rows = greedy_rows(model, prompts(), max_new_tokens=NEW_TOKENS, stop_token_ids=stops, num_rows=num_rows)
         answers = dict(rows)
     return [answers[index] for index in range(len(prompts()))]
 
@@ -62,8 +62,8 @@ def test_answers_are_those_of_transformers_token_for_token(family: str, tmp_path
     stops = (rows[0][4], rows[3][1])
     expected = [until(stops, row) for row in rows]
     assert len(set(map(len, expected))) > 1, "rows end at different steps"
-    for token_limit in (1, 170, 10_000):  # one row, three that are replaced, all at once
-        assert our_answers(model, stops, token_limit) == expected
+    for num_rows in (1, 3, 100):
+        assert our_answers(model, stops, num_rows) == expected
 
 
 def test_a_shared_beginning_goes_through_the_model_once(tmp_path: Path) -> None:
@@ -72,7 +72,7 @@ def test_a_shared_beginning_goes_through_the_model_once(tmp_path: Path) -> None:
     model.register_forward_pre_hook(lambda _, __, inputs: seen.append(inputs["input_ids"].numel()), with_kwargs=True)
     shared = [beginning + end for beginning, end in zip(random_tokens(30) * 4, random_tokens(4, 4, 4, 4), strict=True)]
     with as_generator(model, SETTINGS):
-        assert len(list(greedy_rows(model, shared, max_new_tokens=1, stop_token_ids=(), token_limit=1000))) == 4
+        assert len(list(greedy_rows(model, shared, max_new_tokens=1, stop_token_ids=(), num_rows=4))) == 4
     assert seen == [30, 4 * 3, 4]
 
 
@@ -84,8 +84,8 @@ def test_rows_that_stop_leave_the_batch_and_others_take_their_place(tmp_path: Pa
         lambda _, __, inputs: rows.append(len(inputs["input_ids"])) if inputs["input_ids"].shape[1] == 1 else None,
         with_kwargs=True,
     )
-    answers = our_answers(model, (stop,), 170)
-    assert max(rows) == fitting_rows(len(prompts()), len(prompts()[0]) + NEW_TOKENS, 170) < len(prompts())
+    answers = our_answers(model, (stop,), 3)
+    assert max(rows) == 3 < len(prompts())
     # A pass over the one-token prompt or over one new token of a prompt may add a row or two.
     assert sum(map(len, answers)) <= sum(rows) <= sum(map(len, answers)) + 3
 
@@ -100,12 +100,13 @@ def test_the_cache_holds_no_more_tokens_than_planned(tmp_path: Path, monkeypatch
             made.append(self)
 
     monkeypatch.setattr(greedy, "SlotCache", Watched)
-    for token_limit in (170, 300, 10_000):
+    longest = len(prompts()[0]) + NEW_TOKENS
+    for token_limit in (2 * longest, 170, 300, 10_000):
         made.clear()
-        our_answers(model, (), token_limit)
-        held = made[0].layers[0].keys
-        assert held is not None
-        assert held.shape[0] * held.shape[2] <= token_limit
+        our_answers(model, (), fitting_rows(len(prompts()), longest, token_limit))
+        held = [cache.layers[0].keys for cache in made]
+        assert len(held) == 2, "the rows, and the beginning that they share"
+        assert sum(keys.shape[0] * keys.shape[2] for keys in held if keys is not None) <= token_limit
 
 
 def test_what_cannot_be_shared_says_why(tmp_path: Path) -> None:

@@ -178,25 +178,26 @@ def _row_by_row(
 ) -> Iterator[tuple[int, list[int]]]:
     """Yield the index of each prompt and its new tokens, in the order in which the answers end."""
     left = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index]), index))
+    longest = len(prompts[left[0]]) + settings.max_new_tokens if left else 0
+    num_rows = fitting_rows(len(left), longest, token_limit)
     while left:
         answered: set[int] = set()
-        longest = len(prompts[left[0]]) + settings.max_new_tokens
-        num_rows = fitting_rows(len(left), longest, token_limit)
         try:
             for place, row in greedy_rows(
                 model,
                 [prompts[index] for index in left],
                 max_new_tokens=settings.max_new_tokens,
                 stop_token_ids=tuple(settings.eos_token_id or ()),
-                token_limit=token_limit,
+                num_rows=num_rows,
             ):
                 answered.add(left[place])
                 yield left[place], row
         except (MemoryError, RuntimeError) as error:
+            num_rows = min(num_rows, len(left))
             if num_rows == 1 or not is_out_of_memory(error):
                 raise
             warn(_splitting(num_rows))
-            token_limit = num_rows * longest // 2
+            num_rows //= 2
         free_memory()
         left = [index for index in left if index not in answered]
 

@@ -46,16 +46,17 @@ def cannot_share(model: PreTrainedModel) -> str | None:
 
 
 def fitting_rows(num_prompts: int, longest: int, token_limit: int) -> int:
-    """Return how many prompts are answered at a time.
+    """Return how many prompts can be answered at a time.
 
     Args:
         num_prompts: All prompts.
         longest: Tokens of the longest row, its answer included.
-        token_limit: As for `greedy_rows`.
+        token_limit: The most tokens in memory, unless a single row needs more.
     """
-    if num_prompts * longest <= token_limit:
+    room = token_limit - longest  # a shared beginning is kept once more
+    if num_prompts * longest <= room:
         return num_prompts
-    return max(1, min(num_prompts, token_limit // (longest + SPARE_COLUMNS)))
+    return max(1, min(num_prompts, room // (longest + SPARE_COLUMNS)))
 
 
 @torch.no_grad()
@@ -65,7 +66,7 @@ def greedy_rows(
     *,
     max_new_tokens: int,
     stop_token_ids: tuple[int, ...],
-    token_limit: int,
+    num_rows: int,
 ) -> Iterator[tuple[int, list[int]]]:
     """Yield the index of each prompt and the tokens of its answer, stop token included, as soon as it is complete.
 
@@ -74,11 +75,11 @@ def greedy_rows(
         prompts: The tokens of the prompts, the longest first.
         max_new_tokens: The longest answer, in tokens.
         stop_token_ids: The tokens that end an answer.
-        token_limit: The most tokens in memory at a time, if one row is not longer.
+        num_rows: The most prompts that are answered at a time.
     """
     if not prompts:
         return
-    num_rows = fitting_rows(len(prompts), len(prompts[0]) + max_new_tokens, token_limit)
+    num_rows = min(num_rows, len(prompts))
     spare = SPARE_COLUMNS if 1 < num_rows < len(prompts) else 0
     cache = SlotCache(model.config, Slots(num_rows, len(prompts[0]) + max_new_tokens + spare))
     waiting = _Waiting(model, prompts)
