@@ -23,7 +23,7 @@ from transformers.cache_utils import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from transformers.configuration_utils import PreTrainedConfig
 
@@ -62,8 +62,12 @@ class SlotCache(Cache):
 
     def __init__(self, config: PreTrainedConfig, slots: Slots) -> None:
         self.slots = slots
-        layers = DynamicCache(config=config).layers
-        super().__init__(layers=[x if isinstance(x, DummyLayer) else _SlotLayer(slots, x.is_sliding) for x in layers])
+        super().__init__(
+            layers=[
+                _SlotLayer(slots, layer.is_sliding) if isinstance(layer, DynamicLayer) else layer
+                for layer in DynamicCache(config=config).layers
+            ]
+        )
 
     def fill(self, lengths: Sequence[int], beginning: SlotCache | None = None) -> None:
         """Prepare a pass over the tokens of new rows, padded on the right.
@@ -75,8 +79,9 @@ class SlotCache(Cache):
         slots = self.slots
         self._move_end(max(slots.end if slots.lengths else 0, *lengths))
         slots.filling, slots.beginning = lengths, 0 if beginning is None else beginning.slots.end
-        for index, layer in self._own():
-            layer.beginning = None if beginning is None else beginning.layers[index]
+        firsts = [None] * len(self._own()) if beginning is None else beginning._own()
+        for layer, first in zip(self._own(), firsts, strict=True):
+            layer.beginning = first
 
     def step(self) -> None:
         """Prepare a pass over one more token of every row."""
@@ -98,7 +103,7 @@ class SlotCache(Cache):
         last = self.slots.lengths.pop()
         if row < len(self.slots.lengths):
             columns = slice(self.slots.end - last, self.slots.end)
-            for _, layer in self._own():
+            for layer in self._own():
                 for held in (layer.keys, layer.values):
                     held[row, :, columns] = held[len(self.slots.lengths), :, columns]
             self.slots.lengths[row] = last
@@ -106,24 +111,24 @@ class SlotCache(Cache):
     def _move_end(self, end: int) -> None:
         slots = self.slots
         if slots.lengths and end != slots.end:
-            for _, layer in self._own():
+            for layer in self._own():
                 for held in (layer.keys, layer.values):
                     rows = held[: len(slots.lengths)]
                     rows[:, :, end - slots.width : end] = rows[:, :, slots.end - slots.width : slots.end].clone()
         slots.end = end
 
-    def _own(self) -> Iterator[tuple[int, _SlotLayer]]:
-        return ((index, layer) for index, layer in enumerate(self.layers) if isinstance(layer, _SlotLayer))
+    def _own(self) -> list[_SlotLayer]:
+        return [layer for layer in self.layers if isinstance(layer, _SlotLayer)]
 
 
-class _SlotLayer(CacheLayerMixin):
+class _SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """Keys and values [R, H, C, D] of one layer."""
 
     keys: torch.Tensor
     values: torch.Tensor
 
     def __init__(self, slots: Slots, is_sliding: bool) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.slots, self.is_sliding = slots, is_sliding
         self.beginning: _SlotLayer | None = None
 
