@@ -78,6 +78,11 @@ MUTANTS = (
         ("tests/model/kernels/test_dropout.py",),
     ),
     (
+        "dropout masks depend on the place in the micro-batch",
+        ("training/fast_trainer.py", "[share.numbers[i] for i in chosen] or [0]", "[*range(len(chosen))] or [0]"),
+        ("tests/invariants/test_same_mathematics.py", "-k", "token_budget and complete and 64"),
+    ),
+    (
         "a stop token of several tokens is trained in part",
         ("data/masking/token_labels.py", "if ended and int(tokens.ids[last]) not in self._stops", "if False"),
         ("tests/data/masking/test_token_labels.py",),
