@@ -12,13 +12,15 @@ from __future__ import annotations
 
 import zlib
 from contextlib import contextmanager
+from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch.utils._triton import has_triton
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _WORD = 2**64 - 1
@@ -94,8 +96,8 @@ def keep_mask(x: torch.Tensor, columns_I: torch.Tensor, dropout: float) -> torch
     elif rows.numel() != num_rows:
         counted = torch.arange(num_rows, dtype=torch.int32, device=x.device)
         rows = _hash(_hash(counted) ^ rows.sum(dtype=torch.int64).to(torch.int32))
-    in_pieces = x.device.type == "cpu" and not torch.compiler.is_compiling()
-    mask = _mask_in_pieces if in_pieces else _hash_mask
+    # Compiled code fuses the hash into its use; eager mode computes the same bits in pieces that fit a cache.
+    mask = _hash_mask if torch.compiler.is_compiling() else _mask_on(x.device.type)
     return mask(rows.reshape(-1, 1), columns_I, round(dropout * 2**32) - 2**31).view(x.shape)
 
 
@@ -115,6 +117,15 @@ def _hash(number: torch.Tensor) -> torch.Tensor:
 
 def _hash_mask(by_row_T1: torch.Tensor, by_column_I: torch.Tensor, threshold: int) -> torch.Tensor:
     return _hash(by_row_T1 ^ by_column_I) >= threshold
+
+
+@cache
+def _mask_on(device: str) -> Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]:
+    """Return how eager code computes the mask on a device."""
+    if device == "cpu":
+        return _mask_in_pieces
+    # Seven passes over memory would cost more than drawing the mask.
+    return torch.compile(_hash_mask, dynamic=True) if device == "cuda" and has_triton() else _hash_mask
 
 
 _PIECE = 2**16
