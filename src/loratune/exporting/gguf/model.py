@@ -97,6 +97,7 @@ def write_gguf_model(source: GgufSource, file: Path, *, outtype: str) -> None:
             writer.add_name(source.name)
             extra = add_hyperparameters(writer, source.config, layout)
             rows = next(weights.shape(n)[0] for n in weights.names if layout.name(n) == "token_embd.weight")
+            writer.add_vocab_size(rows)
             add_tokenizer(writer, source.tokenizer, vocab_size=rows, stop_token_ids=source.stop_token_ids)
         _write(writer, weights, _names(weights, layout, source.config), layout, kind, extra)
 
@@ -195,7 +196,6 @@ def add_hyperparameters(writer: GGUFWriter, config: Any, layout: GgufLayout) -> 
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
     if layout.family.interleaved:
         writer.add_rope_dimension_count(head_dim)
     if layout.family.name in ("gemma2", "gemma3"):
