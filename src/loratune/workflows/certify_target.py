@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gguf import GGUFReader
 
-from loratune.exporting.certificate import Written
 from loratune.run.errors import RecipeError
 from loratune.run.progress import NO_PROGRESS, Progress
 from loratune.run.records.base import as_json, parse
@@ -21,6 +19,9 @@ from loratune.workflows.finished import open_finished
 from loratune.workflows.merged_folder import read_merged_folder
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from loratune.exporting.certificate import Written
     from loratune.run.directory import Record
     from loratune.workflows.finished import FinishedRun
 

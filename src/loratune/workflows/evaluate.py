@@ -11,7 +11,6 @@ from loratune.evaluation.lm_eval import check_harness, run_harness
 from loratune.evaluation.user_metric import UserMetric, load_metric
 from loratune.planning.checks import check_prompts
 from loratune.planning.prepare import prepare
-from loratune.recipe.recipe import Recipe
 from loratune.recipe.sections.evaluate import METRICS, EvaluateSection
 from loratune.recipe.tasks import require_text
 from loratune.reporting.html import report_or_warn
@@ -29,6 +28,8 @@ from loratune.workflows.tasks.task import task_of
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from loratune.recipe.recipe import Recipe
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,7 +16,6 @@ from loratune.exporting.gguf.adapter import check_plain
 from loratune.exporting.gguf.architectures import GgufLayout
 from loratune.exporting.load_back import TransformersReader
 from loratune.exporting.ollama import translate
-from loratune.exporting.reference_outputs import ReferenceOutputs
 from loratune.exporting.staging import check_target
 from loratune.exporting.transformers_serve import check_transformers, model_folder, served_name, write_served
 from loratune.exporting.vllm import check_vllm, serve_merged
@@ -36,6 +35,8 @@ from loratune.workflows.tasks.task import task_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+
+    from loratune.exporting.reference_outputs import ReferenceOutputs
 
 NUM_ANSWERS = 20
 """How many held-out prompts llama.cpp answers, to compare with the run's own answers."""

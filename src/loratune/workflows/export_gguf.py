@@ -17,13 +17,13 @@ from loratune.exporting.gguf.tokenizer import tokens_without_row
 from loratune.exporting.load_back import LlamaCppReader, RenderPrompt, TransformersReader, has_llama_cpp
 from loratune.exporting.merge_weights import MergedWeights
 from loratune.exporting.ollama import TemplateParts, modelfile
-from loratune.exporting.reference_outputs import ReferenceOutputs
 from loratune.exporting.structure import gguf_differences
 from loratune.exporting.weights_proof import prove_adapter, prove_weights
 from loratune.exporting.written_tensors import GgufTensors, gguf_rounding
 from loratune.model.load import stored_dtype
 
 if TYPE_CHECKING:
+    from loratune.exporting.reference_outputs import ReferenceOutputs
     from loratune.run.directory import Record
     from loratune.workflows.finished import FinishedRun
 

@@ -10,7 +10,6 @@ from loratune.exporting.adapter_matrices import read_adapter, read_replaced
 from loratune.exporting.certificate import EXACT, Target, Written
 from loratune.exporting.load_back import TransformersReader
 from loratune.exporting.merge_weights import copy_companions
-from loratune.exporting.reference_outputs import ReferenceOutputs
 from loratune.exporting.vllm import check_vllm, serve_adapter, serve_merged, write_uniform
 from loratune.exporting.weights_proof import prove_adapter
 from loratune.model.load import stored_dtype
@@ -20,6 +19,7 @@ from loratune.workflows.merged_folder import write_merged_folder
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from loratune.exporting.reference_outputs import ReferenceOutputs
     from loratune.run.directory import Record
     from loratune.workflows.finished import FinishedRun
 

@@ -12,7 +12,6 @@ from loratune.exporting.certificate import EXACT, QUANTIZED, ROUNDED, Target, To
 from loratune.exporting.gguf.model import is_quantized
 from loratune.exporting.load_back import TransformersReader
 from loratune.exporting.merge_weights import DTYPES, MergedWeights, Values, copy_companions, write_merged
-from loratune.exporting.reference_outputs import ReferenceOutputs
 from loratune.exporting.structure import config_differences
 from loratune.exporting.weights_proof import prove_weights
 from loratune.exporting.written_tensors import FolderTensors, rounding_to
@@ -27,6 +26,7 @@ from loratune.planning.parameters import skeleton
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from loratune.exporting.reference_outputs import ReferenceOutputs
     from loratune.planning.preparation import Preparation
     from loratune.run.directory import Record
     from loratune.workflows.finished import FinishedRun
