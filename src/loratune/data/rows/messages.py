@@ -213,7 +213,7 @@ def _detailed_thoughts(details: Any, where: str) -> str:
     texts = [part["text"] for part in parts if isinstance(part, dict) and isinstance(part.get("text"), str)]
     if not texts or len(texts) != len(parts) or not all(texts):
         raise BadRow(f"{where} has reasoning_details without readable text: {describe_value(details)}")
-    return "\n".join(texts)
+    return "\n".join(map(str, texts))
 
 
 # ---- content
