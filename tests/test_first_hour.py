@@ -60,7 +60,7 @@ def test_from_a_csv_to_ten_answers(
 
     planned, _ = shell(commands(told)["plan"])
     assert planned.index("⟦") < planned.index("base model") < planned.index("memory"), "rows first, costs next"
-    assert "12 held out" in planned
+    assert "12 held out" in " ".join(planned.split())
 
     result, _ = shell(commands(told)["train"])
     assert re.search(r"^(better|not better|worse): held-out loss .* → ", result, re.MULTILINE), result
