@@ -52,7 +52,7 @@ def test_each_example_of_a_micro_batch_gets_the_noise_of_its_own_length() -> Non
         assert float(example.var()) == pytest.approx(most**2 / 3, rel=0.2)
 
 
-def one_pattern(tensor: torch.Tensor, low: float, high: float) -> torch.Tensor:
+def one_pattern(tensor: torch.Tensor, low: float = 0, high: float = 1, generator: object = None) -> torch.Tensor:
     """In place of `uniform_`: the same numbers for every tensor of a shape."""
     drawn = torch.rand(tensor.shape, generator=torch.Generator().manual_seed(0))
     return tensor.copy_(low + (high - low) * drawn)
