@@ -122,7 +122,8 @@ def reference_outputs(
         examples=list(places.examples),
         logprobs=wanted,
         questions=list(places.questions),
-        stop_token_ids=stop_token_ids(tokenizer),
+        # A classifier's tokenizer may have neither.
+        stop_token_ids=stop_token_ids(tokenizer) if tokenizer.chat_template or tokenizer.eos_token else (),
         base=base,
         rounded=rounded,
         compared_on=places.compared_on,

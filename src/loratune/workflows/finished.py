@@ -89,6 +89,7 @@ def recipe_here(run: RunDir) -> Recipe:
         "report_to": (),
         "output_dir": str(run.root),
         "save_every": "never",
+        "final_adapter": "last",
         "average_checkpoints": None,
     }
     if device != recipe.train.device:

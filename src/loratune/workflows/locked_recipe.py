@@ -51,8 +51,9 @@ def _paths(recipe: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
     """Yield the settings that may be a path, as the part of the recipe and the key in it."""
     data, evaluation = recipe.get("data", {}), recipe.get("evaluate", {})
     places = [(recipe.get("model", {}), "name"), (recipe.get("lora", {}), "start_from")]
-    for sources in (data.get("train"), data.get("eval"), evaluation.get("forgetting")):
-        places += [(source, "name") for source in sources or () if isinstance(source, dict)]
+    read = (data.get("train"), data.get("eval"), evaluation.get("forgetting"))
+    for sources in (value for value in read if isinstance(value, list)):  # not a fraction, `auto` or `none`
+        places += [(source, "name") for source in sources if isinstance(source, dict)]
     for part, key in places:
         if isinstance(part.get(key), str) and not Path(part[key]).is_absolute():
             yield part, key

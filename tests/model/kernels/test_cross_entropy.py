@@ -196,8 +196,8 @@ def test_what_is_summed_is_given_position_by_position_and_changes_no_bit(
 
 
 def test_a_gpu_gets_full_tiles_of_rows() -> None:
-    assert cross_entropy.chunk_rows(151_936, "cuda") == 1664  # 1,766 fit
-    assert cross_entropy.chunk_rows(32_000, "cuda") == 8320
-    assert cross_entropy.chunk_rows(3_000_000, "cuda") == 89  # less than a tile fits
+    assert cross_entropy.chunk_rows(151_936, "cuda") == 768  # 883 fit
+    assert cross_entropy.chunk_rows(32_000, "cuda") == 4096
+    assert cross_entropy.chunk_rows(3_000_000, "cuda") == 44  # less than a tile fits
     assert cross_entropy.chunk_rows(49_152, "cpu") == 170
     assert cross_entropy.chunk_rows(10**9, "cpu") == 16

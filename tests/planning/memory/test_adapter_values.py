@@ -43,8 +43,8 @@ def test_dropout_saves_a_byte_for_each_element_of_each_input() -> None:
 @pytest.mark.parametrize(
     ("dropout", "dtype_bytes", "expected"),
     [
-        (0.1, 2, 4 * (2 * 64 + 2 * 32 + 4)),  # the mask and its product beside input, output and update
-        (0.1, 4, 4 * (2 * 64 + 2 * 32 + 4)),
+        (0.1, 2, 4 * (64 + 2 * 32 + 4) + 64),  # a byte of mask an element, its product, output and update
+        (0.1, 4, 4 * (64 + 2 * 32 + 4) + 64),
         (0.0, 2, 4 * 64 + (4 + 2) * 32 + 4 * 4),  # a float32 copy of the input
         (0.0, 4, 4 * 64 + (4 + 4) * 32 + 4 * 4),  # the input itself
     ],

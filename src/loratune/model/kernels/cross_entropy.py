@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 2**30, "mps": 128 * 2**20}
+CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 2**29, "mps": 128 * 2**20}
 """Device type → bytes of one chunk's logits in float32. On two CPU cores 1,650 positions of a vocabulary of 49,152 took
 876, 682, 594 and 672 ms compiled with chunks of 8, 16, 32 and 64 MiB. The values for GPUs are estimates: the gradient
 of a chunk is a product of few rows, and needs thousands of them to occupy all 132 processors of an H100 in tiles of 128

@@ -97,6 +97,6 @@ def _input_bytes(matrices: Sequence[Matrix], dtype_bytes: int) -> int:
 def _saved_by_dora(matrix: Matrix, lora: LoraSection, dtype_bytes: int) -> int:
     r = rank_of(lora, matrix.name)
     if lora.dropout:
-        return 4 * (2 * matrix.d_in + 2 * matrix.d_out + r)
+        return 4 * (matrix.d_in + 2 * matrix.d_out + r) + matrix.d_in
     cast = 4 * matrix.d_in if dtype_bytes < 4 else 0
     return cast + (4 + dtype_bytes) * matrix.d_out + 4 * r
