@@ -193,6 +193,7 @@ def test_weights_outside_of_the_model_are_refused(
 ) -> None:
     folder = tmp_path / "model"
     shutil.copytree(tiny_model, folder)
+    (folder / "model.safetensors").rename(folder / "part.safetensors")  # beside the former an index is not read
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
     with pytest.raises(RecipeError, match="outside of its folder"):
