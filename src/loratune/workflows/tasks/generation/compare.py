@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from loratune.data.prompts import stop_token_ids
 from loratune.evaluation.generate import Answer, generate_answers
-from loratune.evaluation.greedy import cannot_share
 from loratune.evaluation.record import evaluation_record, nll_record
 from loratune.model.device import free_memory
 from loratune.run import processes
@@ -22,9 +21,6 @@ def compare_answers(comparison: Comparison) -> Compared:
     metric = comparison.metric
     model.eval()
     free_memory()
-    reason = cannot_share(model.get_base_model()) if data.prompts else None
-    if reason:
-        comparison.progress.line(f"answers compute what prompts have in common once per prompt: {reason}")
     with model.disable_adapter():
         base_nll, base_other, base_answers = _measure(comparison, "base")
     tuned_nll, tuned_other, tuned_answers = _measure(comparison, "tuned", comparison.tuned_nll)
