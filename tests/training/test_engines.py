@@ -16,7 +16,6 @@ SHARED = (
     "_save_checkpoint",
     "_load_from_checkpoint",
     "_load_optimizer_and_scheduler",
-    "_load_rng_state",
     "floating_point_ops",
 )
 
