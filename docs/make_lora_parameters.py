@@ -71,15 +71,15 @@ The fraction of A's inputs that is set to zero at each training step, for the ad
 default {dropout:g}, {dropped:,.0f} of the {hidden:,} inputs of q_proj are zero on average, and the others are
 scaled by 1/(1 − {dropout:g}) = {dropout_scale:.3f}. It reduces overfitting on small data.
 
-Which inputs are dropped is a function of `train.seed`, the step, the example, the token's position in it, the matrix and
-the column, in integer arithmetic. It does not depend on `train.token_budget`, packing, the number of processes,
+Which inputs are dropped is a function of `train.seed`, the step, the example, the token's position in it, the matrix
+and the column, in integer arithmetic. It does not depend on `train.token_budget`, packing, the number of processes,
 `train.recompute`, `train.compile`, a step repeated for lack of memory, or resuming. The same holds for the noise of
 `train.neftune_noise_alpha`. It does not hold for:
 
 - `train.engine: trl`, where stock TRL draws from torch's generator;
 - dropout of the base model itself, as in BERT and in GPT-2 as published;
-- modules whose rows are not the tokens of the micro-batch, such as vision towers, and experts that are linear modules of
-  their own: their masks depend on what shares the micro-batch.
+- modules whose rows are not the tokens of the micro-batch, such as vision towers, and experts that are linear modules
+  of their own: their masks depend on what shares the micro-batch.
 
 On GPUs, the masks have not been compared with those of a CPU yet.
 

@@ -187,7 +187,10 @@ def recipe_maker(tiny_model: Path, chat_files: tuple[Path, Path], folder: Path) 
         for name, value in settings.items():
             section, _, field = name.partition("__")
             values.setdefault(section, {})[field] = value
-        if values.get("evaluate", {}).get("metric", "none") == "none":  # answers that no test looks at take time
+        answers = values.get("model", {}).get("task", "causal_lm") == "causal_lm"
+        if (
+            answers and values.get("evaluate", {}).get("metric", "none") == "none"
+        ):  # answers that no test looks at take time
             values.setdefault("evaluate", {}).setdefault("samples", 0)
         return Recipe.parse(values)
 

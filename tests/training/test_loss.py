@@ -82,6 +82,9 @@ def test_a_model_that_takes_no_boundaries_goes_one_example_at_a_time(monkeypatch
         past_key_values: object = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool = True,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
     ) -> object:
         return real(input_ids=input_ids, use_cache=use_cache)
 

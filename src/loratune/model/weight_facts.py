@@ -115,6 +115,8 @@ def check_finite(model: nn.Module, folder: Path) -> None:
     for name, parameter in model.named_parameters():
         if parameter.is_meta or parameter.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
             continue
+        if type(parameter.detach()) is not torch.Tensor:  # packed by torchao, which shows another type than it holds
+            continue
         if parameter.numel() == 0 or _is_finite(parameter.detach()):
             continue
         dtype = str(parameter.dtype).removeprefix("torch.")

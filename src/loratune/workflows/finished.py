@@ -16,7 +16,7 @@ from loratune.planning.lock import changed_inputs
 from loratune.planning.memory.optimizer import OF_BITSANDBYTES
 from loratune.planning.prepare import prepare
 from loratune.recipe.recipe import Recipe
-from loratune.recipe.tasks import require_text
+from loratune.recipe.tasks import load_task, require_text
 from loratune.run.directory import RunDir, read_json
 from loratune.run.errors import RecipeError
 from loratune.workflows.locked_recipe import located
@@ -112,7 +112,7 @@ def _readable(recipe: Recipe) -> DataSection:
     """
     data = recipe.data
     gone = [source for source in data.train if is_local(source) and not Path(source.name).expanduser().exists()]
-    if gone and isinstance(data.eval, tuple) and recipe.model.task == "causal_lm":
+    if gone and isinstance(data.eval, tuple) and load_task(recipe.model.task).writes_text:
         return data.model_copy(update={"train": data.eval})
     return data
 

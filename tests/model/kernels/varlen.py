@@ -40,7 +40,7 @@ def opaque(
 ) -> torch.Tensor:
     """An operator as torch's own: the compiler sees shapes and an integer, and nothing of what is inside."""
     weights = probabilities(query, expanded(key, query), ends, scale, left)
-    return torch.einsum("hqk,khd->qhd", weights, expanded(value, query))
+    return torch.einsum("hqk,khd->qhd", weights, expanded(value, query)).contiguous()
 
 
 @torch.library.custom_op("loratune_tests::varlen_backward", mutates_args=())
@@ -61,9 +61,9 @@ def opaque_backward(
     grad_values = torch.einsum("hqk,qhd->khd", weights, grad)
     shape = (*key.shape[:2], -1, key.shape[2])  # the heads that share a key: their gradients add up
     return (
-        torch.einsum("hqk,khd->qhd", grad_scores, keys),
-        grad_keys.view(shape).sum(2),
-        grad_values.view(shape).sum(2),
+        torch.einsum("hqk,khd->qhd", grad_scores, keys).contiguous(),
+        grad_keys.reshape(shape).sum(2).contiguous(),
+        grad_values.reshape(shape).sum(2).contiguous(),
     )
 
 

@@ -125,7 +125,7 @@ def use_repeatable_dropout(model: PeftModel) -> None:
             continue
         drop = dict(layer.lora_dropout.items()).get("default")
         if type(drop) is torch.nn.Dropout:
-            device = layer.get_base_layer().weight.device
+            device = next(layer.parameters()).device
             layer.lora_dropout["default"] = AdapterDropout(drop.p, name, layer.in_features, device).train(drop.training)
 
 
