@@ -188,9 +188,7 @@ def recipe_maker(tiny_model: Path, chat_files: tuple[Path, Path], folder: Path) 
             section, _, field = name.partition("__")
             values.setdefault(section, {})[field] = value
         answers = values.get("model", {}).get("task", "causal_lm") == "causal_lm"
-        if (
-            answers and values.get("evaluate", {}).get("metric", "none") == "none"
-        ):  # answers that no test looks at take time
+        if answers and values.get("evaluate", {}).get("metric", "none") == "none":  # that no test looks at
             values.setdefault("evaluate", {}).setdefault("samples", 0)
         return Recipe.parse(values)
 
