@@ -89,7 +89,7 @@ def test_a_file_added_to_the_model_since_the_run_is_ignored_and_a_changed_one_is
     assert changed_inputs(lock, now, known_only=True) == []
     opened, prepared = open_run(run.root, NO_PROGRESS)
     assert opened == run
-    assert prepared.recipe == recipe_of(run)
+    assert prepared.recipe.model == recipe_of(run).model
     model["config.json"] = "0" * 64
     run.lock.write_text(json.dumps(lock))
     assert changed_inputs(lock, now, known_only=True) == ["inputs.model.config.json"]
