@@ -290,7 +290,7 @@ def test_the_hub_out_of_reach_says_how_to_use_a_local_folder(tmp_path: Path) -> 
     )
     assert done.returncode == 4, done.stderr
     assert "model.name=/path/to/folder" in done.stderr
-    assert time.perf_counter() - started < 45  # 10 on an idle machine
+    assert time.perf_counter() - started < 20  # 10 on an idle machine
 
 
 def test_ctrl_c_saves_and_resume_goes_on_to_the_same_end(recipe: Path, tmp_path: Path, loratune: Run) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from loratune.data.rows.row import Origin
 from loratune.exporting.places import (
     ENOUGH_POSITIONS,
     MAX_POSITIONS,
@@ -30,13 +33,15 @@ def test_positions_are_spread_over_each_example_up_to_a_total() -> None:
 
 
 def test_training_examples_are_added_where_held_out_ones_are_few() -> None:
-    few = example([False, True, True])
+    few = replace(example([False, True, True]), origin=Origin(file="held_out.jsonl", line=9))
     chosen, where = choose_examples([few], [LONG] * 100)
     assert where == "held-out and training"
     assert sum(int(item.supervised.sum()) for item in chosen) == MAX_POSITIONS
     assert choose_examples([], [LONG])[1] == "training"
     enough = [example([False, True])] * ENOUGH_POSITIONS
     assert choose_examples(enough, [LONG])[1] == "held-out"
+    once, where = choose_examples([few], [few])
+    assert (len(once), where) == (1, "held-out"), "an example is compared once"
 
 
 def test_without_held_out_conversations_the_template_is_tried_on_one_of_ours(

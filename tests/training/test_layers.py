@@ -50,7 +50,7 @@ def test_one_graph_serves_all_layers_and_any_number_of_tokens() -> None:
 
 
 @pytest.mark.parametrize("signature", SIGNATURES)
-def test_on_a_gpu_too_few_graphs_serve_all_layers_and_any_number_of_tokens(
+def test_on_a_gpu_too_one_graph_serves_all_layers_and_any_number_of_tokens(
     signature: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Grouped heads and a window that is longer than some of the examples and shorter than others."""
@@ -82,9 +82,7 @@ def test_on_a_gpu_too_few_graphs_serve_all_layers_and_any_number_of_tokens(
     for lengths in ((9, 4), (12, 30, 2), (7,), (3, 3, 3, 5), (40,)):
         loss.sum(collate([example(n) for n in lengths])).backward()
     counters = torch._dynamo.utils.counters
-    # The layer, the chunk of the loss, and one more that was counted once for a reason not found yet: it may be the
-    # substitute's, which was not an operator then.
-    assert 2 <= counters["stats"]["unique_graphs"] <= 3
+    assert counters["stats"]["unique_graphs"] == 2, "the layer, and the chunk of the loss"
     assert not counters["graph_break"]
     assert not counters["recompile_limit"]
 

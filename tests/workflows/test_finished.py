@@ -47,7 +47,7 @@ def test_a_run_is_used_on_a_machine_without_what_only_training_needs(
     run.lock.write_text(json.dumps(lock))
     for name in ("loratune.planning.checks.find_spec", "loratune.model.device.cpp_compiler"):
         monkeypatch.setattr(name, lambda *_: None)
-    recipe = recipe_here(run)
+    recipe = recipe_here(run, NO_PROGRESS)
     assert recipe.train.report_to == ()
     assert open_run(run.root, NO_PROGRESS)[1].recipe.train.device == recipe.train.device
     assert evaluate(run.root).evaluation is not None
@@ -89,7 +89,9 @@ def test_a_file_added_to_the_model_since_the_run_is_ignored_and_a_changed_one_is
     assert changed_inputs(lock, now, known_only=True) == []
     opened, prepared = open_run(run.root, NO_PROGRESS)
     assert opened == run
-    assert prepared.recipe.model == recipe_of(run).model
+    written = recipe_of(run)
+    here = written.train.model_copy(update={"output_dir": str(run.root)})
+    assert prepared.recipe == written.model_copy(update={"train": here})
     model["config.json"] = "0" * 64
     run.lock.write_text(json.dumps(lock))
     assert changed_inputs(lock, now, known_only=True) == ["inputs.model.config.json"]

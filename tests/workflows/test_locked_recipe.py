@@ -12,6 +12,7 @@ import pytest
 from loratune.recipe.recipe import Recipe
 from loratune.run.directory import RunDir, read_json
 from loratune.run.errors import RecipeError
+from loratune.run.progress import NoProgress
 from loratune.workflows.chat import Sampling, open_chat
 from loratune.workflows.evaluate import evaluate
 from loratune.workflows.export import merge
@@ -47,6 +48,14 @@ def project(
     return folder
 
 
+class Heard(NoProgress):
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
+
+
 def test_a_run_is_used_from_elsewhere_moved_and_without_its_training_rows(
     project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -57,7 +66,9 @@ def test_a_run_is_used_from_elsewhere_moved_and_without_its_training_rows(
     assert open_chat(run, Sampling()) is not None
 
     (project / "train.jsonl").unlink()
-    assert recipe_here(RunDir.open(run)).data.train == recipe_of(run).data.eval
+    heard = Heard()
+    assert recipe_here(RunDir.open(run), heard).data.train == recipe_of(run).data.eval
+    assert "train.jsonl is not there any more: the held-out rows stand in" in heard.warnings[0]
     evaluate(run)
     assert read_json(run / "evaluation.json")["tuned"]["nll"] == pytest.approx(before)
     assert merge(run, tmp_path / "merged") is not None

@@ -48,9 +48,16 @@ def choose_examples(held_out: Sequence[Example], training: Sequence[Example] = (
     """
     chosen = _choose(held_out, MAX_POSITIONS)
     found = sum(int(example.supervised.sum()) for example in chosen)
-    added = _choose(training, MAX_POSITIONS - found) if found < ENOUGH_POSITIONS else []
-    sides = [name for name, examples in (("held-out", chosen), ("training", added)) if examples]
-    return chosen + added, " and ".join(sides)
+    # Of a run whose training files are gone, the held-out rows stand in for them.
+    known = {example.origin for example in held_out}
+    others = [example for example in training if example.origin not in known]
+    added = _choose(others, MAX_POSITIONS - found) if found < ENOUGH_POSITIONS else []
+    return chosen + added, sides_of(chosen, added)
+
+
+def sides_of(held_out: Sequence[object], training: Sequence[object]) -> str:
+    """Return where examples are from: `held-out`, `training` or `held-out and training`."""
+    return " and ".join(name for name, examples in (("held-out", held_out), ("training", training)) if examples)
 
 
 def _choose(examples: Sequence[Example], left: int) -> list[Example]:

@@ -65,7 +65,7 @@ def evaluate(root: str | Path, *, extras: Extras = _NOTHING_MORE, progress: Prog
     """
     run = RunDir.open(root)
     run.require_adapter()
-    recipe = recipe_here(run)
+    recipe = recipe_here(run, progress)
     if recipe.data.eval == "none":
         raise RecipeError("data.eval of this run is none: there is nothing to evaluate on", file=run.lock)
     recipe, own = _with_metric(recipe, extras)

@@ -76,7 +76,7 @@ def recipe_of(run: RunDir | str | Path) -> Recipe:
     return Recipe.parse(located(read_json(run.lock)), file=run.lock)
 
 
-def recipe_here(run: RunDir) -> Recipe:
+def recipe_here(run: RunDir, progress: Progress) -> Recipe:
     """Return the recipe of a finished run for use on this machine, which may be another one than it was trained on.
 
     What only training needs is not asked for again: trackers, the optimizer's package, the adapter to start from, the
@@ -100,12 +100,12 @@ def recipe_here(run: RunDir) -> Recipe:
         update={
             "train": recipe.train.model_copy(update=changes),
             "lora": recipe.lora.model_copy(update={"start_from": None}),
-            "data": _readable(recipe),
+            "data": _readable(recipe, progress),
         }
     )
 
 
-def _readable(recipe: Recipe) -> DataSection:
+def _readable(recipe: Recipe, progress: Progress) -> DataSection:
     """Return the data section; if training files are gone, with the held-out rows in their place.
 
     A classifier's classes come from its training rows, so it needs them.
@@ -113,6 +113,7 @@ def _readable(recipe: Recipe) -> DataSection:
     data = recipe.data
     gone = [source for source in data.train if is_local(source) and not Path(source.name).expanduser().exists()]
     if gone and isinstance(data.eval, tuple) and load_task(recipe.model.task).writes_text:
+        progress.warn(f"{gone[0].name} is not there any more: the held-out rows stand in for the training rows")
         return data.model_copy(update={"train": data.eval})
     return data
 
@@ -125,7 +126,7 @@ def open_run(root: str | Path, progress: Progress) -> tuple[RunDir, Preparation]
     """
     run = RunDir.open(root)
     run.require_adapter()
-    prepared = prepare(recipe_here(run), progress)
+    prepared = prepare(recipe_here(run, progress), progress)
     # Files that were added to the model's folder after the run began are not in its lock, and were not trained with.
     changed = changed_inputs(read_json(run.lock), prepared.as_lock(), keys=("model", "template"), known_only=True)
     if changed:

@@ -13,7 +13,7 @@ import torch
 from loratune.data.examples import Example, LabelledExample
 from loratune.exporting.adapter_matrices import read_adapter
 from loratune.exporting.certificate import EXACT, ROUNDED, Written, certify, with_decision
-from loratune.exporting.places import Question
+from loratune.exporting.places import ENOUGH_POSITIONS, Question, sides_of
 from loratune.exporting.reference_outputs import Places, ReferenceOutputs, reference_outputs
 from loratune.exporting.staging import atomic_folder, check_target
 from loratune.exporting.verdict import Decision
@@ -83,8 +83,12 @@ def _expect(
     prepared: Preparation, run: RunDir, dtype: torch.dtype, progress: Progress
 ) -> tuple[ReferenceOutputs, list[LabelledExample]]:
     """Return the trained model's logits, by training's own code, and the examples. The model is freed afterwards."""
-    known = prepared.data.eval or prepared.data.train
-    chosen = [example for example in known if isinstance(example, LabelledExample)][:MOST_EXAMPLES]
+    held_out, training = (
+        [example for example in side if isinstance(example, LabelledExample)][:MOST_EXAMPLES]
+        for side in (prepared.data.eval, prepared.data.train)
+    )
+    added = training if len(held_out) < ENOUGH_POSITIONS else []
+    chosen = [*held_out, *added][:MOST_EXAMPLES]
     model, loss = load_trained(prepared, run, progress)
     model.eval()
     questions = [
@@ -102,7 +106,7 @@ def _expect(
             Places(
                 examples=chosen,
                 questions=questions,
-                compared_on="held-out" if prepared.data.eval else "training",
+                compared_on=sides_of(held_out, added),
             ),
             prepared.model.tokenizer,
             packed=is_packed(config, prepared.recipe.model),
