@@ -64,7 +64,7 @@ MUTANTS = (
     ),
     (
         "missing stop tokens pass the certificate",
-        ("exporting/certificate.py", "if missing and stops_required", "if False and stops_required"),
+        ("exporting/certificate.py", "missing_stops=missing if stops_required else []", "missing_stops=[]"),
         ("tests/exporting/test_certificate.py",),
     ),
     (

@@ -31,7 +31,7 @@ FEW_POSITIONS = 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evidence:
-    """Everything that a certificate evidence.
+    """Everything that a certificate weighs.
 
     Attributes:
         template: The comparison of prompts.
