@@ -114,8 +114,12 @@ class Recipe(Section):
         return self.parse(values)
 
     def to_yaml(self) -> str:
-        """Return all settings as YAML that `load` reads back."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        """Return the settings that were given as YAML that `load` reads back.
+
+        Defaults stay out: a default that a small model cannot hold gives way (`data.max_length`), a setting does not.
+        """
+        given = self.model_dump(mode="json", exclude_unset=True)
+        return yaml.safe_dump(given, sort_keys=False, allow_unicode=True)
 
 
 def as_recipe(recipe: Recipe | str | Path) -> Recipe:

@@ -92,7 +92,12 @@ def test_a_setting_without_a_computed_effect_shows_what_it_means(recipe_file: Pa
 
 @pytest.mark.parametrize(
     ("word", "hint"),
-    [("lora.rank", "did you mean"), ("learning_rat", "learning_rate"), ("qqq", "lists all")],
+    [
+        ("lora.rank", "here it is lora.r"),
+        ("lora.alpa", "did you mean lora.alpha"),
+        ("learning_rat", "learning_rate"),
+        ("qqq", "lists all"),
+    ],
 )
 def test_an_unknown_field_is_refused_with_the_nearest(word: str, hint: str) -> None:
     with pytest.raises(RecipeError, match="unknown setting") as error:
