@@ -85,11 +85,15 @@ def changed_inputs(before: Record, now: Record, keys: Sequence[str] = INPUTS, *,
 def changed_settings(before: Record, now: Record) -> list[str]:
     """Return the settings that changed between two recipes as written, as `train.learning_rate (0.01 → 0.02)`."""
     return [
-        f"{section}.{field} ({before.get(section, {}).get(field)} → {now.get(section, {}).get(field)})"
+        f"{section}.{field} ({_shown(before.get(section, {}).get(field))} → {_shown(now.get(section, {}).get(field))})"
         for section in sorted({*before, *now})
         for field in sorted({*before.get(section, {}), *now.get(section, {})})
         if before.get(section, {}).get(field) != now.get(section, {}).get(field)
     ]
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.12g}" if isinstance(value, float) else str(value)  # 6 epochs, not 6.0
 
 
 def make_lock(
