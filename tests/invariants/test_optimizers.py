@@ -25,7 +25,7 @@ MakeRecipe = Callable[..., Recipe]
 RATES = {"adamw": 1e-2, "adamw_8bit": 1e-2, "lion": 3e-3, "muon": 1e-2, "adafactor": 1e-2, "sgd": 1.0}
 RANKS = {"adamw_8bit": 64}
 """Where the default of these tests is too small: matrices that are kept in 8 bits, and some that are not."""
-TOLERANCES = {"muon": 3e-4, "adamw_8bit": 5e-5}
+TOLERANCES = {"muon": 3e-4, "adamw_8bit": 1e-4}
 """Newton-Schulz iterates in bfloat16: gradients that differ in their last bit make steps that differ by 2^-8 of
 themselves. A moment in 8 bits may be rounded to its neighbour."""
 OTHERS = [name for name in get_args(Optimizer) if name != "adamw"]

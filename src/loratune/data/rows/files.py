@@ -14,6 +14,7 @@ import re
 import sys
 from typing import TYPE_CHECKING, Any
 
+from loratune.data.rows.json_text import DECODER, parse_json
 from loratune.data.rows.row import Row, without_nested_nulls
 from loratune.run.errors import DataError
 
@@ -101,7 +102,7 @@ def parse_line(path: Path, number: int, line: str) -> Any:
         DataError: It is not JSON.
     """
     try:
-        return json.loads(line)
+        return parse_json(line)
     except json.JSONDecodeError as error:
         shown = line if len(line) <= 60 else f"{line[:57]}..."
         fix = "each line of a .jsonl file must be one complete JSON object"
@@ -113,7 +114,7 @@ def parse_line(path: Path, number: int, line: str) -> Any:
 
 
 def _unreadable_json(path: Path, line: int, error: Exception) -> DataError:
-    """Report well-formed JSON that Python cannot read: a number of thousands of digits, a thousand levels of lists."""
+    """Report JSON that means nothing here: a key twice, a number of thousands of digits, a thousand levels of lists."""
     return DataError(f"unreadable JSON: {error}", file=path, line=line, fix="correct or remove this row")
 
 
@@ -139,7 +140,7 @@ def _read_json(path: Path) -> list[Row]:
     if text[start] == "[":
         return list(_array_items(path, text, start))
     try:
-        value, end = json.JSONDecoder().raw_decode(text, start)
+        value, end = DECODER.raw_decode(text, start)
     except json.JSONDecodeError as error:
         raise DataError(f"not JSON: {error.msg}", file=path, line=error.lineno, fix="check this line") from None
     except (ValueError, RecursionError) as error:
@@ -176,7 +177,6 @@ def _array_items(path: Path, text: str, start: int) -> Iterator[Row]:
         DataError: It is not one complete array, with a comma between any two items and nothing after it.
     """
     newlines = [match.start() for match in re.finditer("\n", text)]
-    decoder = json.JSONDecoder()
     position, first = start + 1, True
     while True:
         position = _after_blanks(text, position)
@@ -188,7 +188,7 @@ def _array_items(path: Path, text: str, start: int) -> Iterator[Row]:
             break
         line = bisect.bisect_left(newlines, position) + 1
         try:
-            value, position = decoder.raw_decode(text, position)
+            value, position = DECODER.raw_decode(text, position)
         except json.JSONDecodeError as error:
             raise _not_an_array(path, text, error.pos, error.msg) from None
         except (ValueError, RecursionError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -143,7 +144,10 @@ def _has(value: dict[str, Any], *names: str) -> bool:
 
 
 def _first_turn(value: dict[str, Any], name: str) -> dict[str, Any]:
-    turns = from_json(value.get(name))
+    try:
+        turns = from_json(value.get(name))
+    except BadRow:  # a key twice, which is told when the row is read
+        turns = json.loads(value[name])
     return turns[0] if isinstance(turns, list) and turns and isinstance(turns[0], dict) else {}
 
 

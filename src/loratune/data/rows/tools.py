@@ -6,6 +6,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from loratune.data.rows.fields import Place, describe_value, refusal, says_nothing
+from loratune.data.rows.json_text import RepeatedKey, parse_json
 from loratune.run.errors import BadRow
 
 if TYPE_CHECKING:
@@ -22,10 +23,16 @@ _VALUES = frozenset(("default", "const", "example"))
 
 
 def from_json(value: Any) -> Any:
-    """Parse a list or object that a table stored as JSON text; return anything else unchanged."""
+    """Parse a list or object that a table stored as JSON text; return anything else unchanged.
+
+    Raises:
+        BadRow: An object of the text has a key twice.
+    """
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
-            return json.loads(value)
+            return parse_json(value)
+        except RepeatedKey as error:
+            raise BadRow(str(error)) from None
         except (ValueError, RecursionError):
             return value
     return value
@@ -146,7 +153,9 @@ def _decoded(value: Any) -> Any:
         if not isinstance(value, str):
             break
         try:
-            value = json.loads(value)
+            value = parse_json(value)
+        except RepeatedKey as error:
+            raise BadRow(f"arguments: {error}") from None
         except (ValueError, RecursionError):
             return value if value.strip() else None
     return value
