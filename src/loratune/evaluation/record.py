@@ -12,8 +12,8 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
-from loratune.data.rows.sources import short_names
 from loratune.evaluation.scoring import score
+from loratune.recipe.short_names import short_names
 from loratune.run.errors import plural
 
 if TYPE_CHECKING:

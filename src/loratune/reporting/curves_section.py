@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from loratune.data.rows.sources import short_names
+from loratune.recipe.short_names import short_names
 from loratune.reporting.blocks import Block, Chart, Charts
 from loratune.reporting.charts import NUM_COLOURS, Series, describe_series, draw_lines
 from loratune.run.errors import plural

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from loratune.data.rows.sources import short_names
+from loratune.recipe.short_names import short_names
 from loratune.reporting.blocks import Block, Chart, Charts, Paragraph, Table
 from loratune.reporting.charts import Bar, draw_bars
 from loratune.reporting.units import (

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from loratune.data.rows.dataset_card import declared_splits
 from loratune.run.errors import DataError
 
 if TYPE_CHECKING:
@@ -56,25 +57,25 @@ def data_suffix(path: Path) -> str:
     return suffixes[-1] if suffixes else ""
 
 
-def select_files(folder: Path, split: str | None, known: Collection[str]) -> Selection:
+def select_files(folder: Path, split: str | None, known: Collection[str], config: str | None = None) -> Selection:
     """Choose the files of a split; without one, those for training.
 
-    A file or folder whose name says `test` or `validation` is never chosen unless asked for by its split.
+    What the folder's `README.md` declares comes first. Else names decide: a file or folder whose name says `test` or
+    `validation` is never chosen unless asked for by its split.
 
     Args:
         folder: The folder.
         split: The split that the recipe names.
         known: The suffixes of data files.
+        config: The configuration that the recipe names; folders have some only if their `README.md` declares them.
 
     Raises:
         DataError: There is none, or it cannot be said which.
     """
+    declared = declared_splits(folder, config)
     found = sorted(f for f in folder.rglob("*") if f.is_file() and not _hidden(f, folder))
     found = [f for f in found if f.name not in _METADATA and f.suffix.lower() not in _ABOUT and f.suffix]
-    data = [f for f in found if data_suffix(f) in known]
-    if any(data_suffix(f) != ".txt" for f in data):
-        data = [f for f in data if data_suffix(f) != ".txt"]  # licences and notes beside the data
-    parts = [_part(file, folder) for file in data]
+    parts = _named_parts(folder, found, known) if declared is None else _declared_parts(folder, declared, known)
     chosen = _of_split(parts, split) if split is not None else _for_training(parts, folder)
     if not chosen:
         what = f"of split {split} " if split else ""
@@ -87,16 +88,35 @@ def select_files(folder: Path, split: str | None, known: Collection[str]) -> Sel
     return Selection(
         files=files,
         left_out=[
-            f"{file.relative_to(folder)} ({_reason(part)})"
+            f"{file.relative_to(folder)} ({_reason(part, declared is not None)})"
             for file, part in others
             if split is None or part is None or not part.exact  # of the other splits, the recipe wants none
         ],
     )
 
 
-def _reason(part: _Part | None) -> str:
+def _named_parts(folder: Path, found: list[Path], known: Collection[str]) -> list[_Part]:
+    data = [f for f in found if data_suffix(f) in known]
+    if any(data_suffix(f) != ".txt" for f in data):
+        data = [f for f in data if data_suffix(f) != ".txt"]  # licences and notes beside the data
+    return [_part(file, folder) for file in data]
+
+
+def _declared_parts(folder: Path, declared: dict[str, list[Path]], known: Collection[str]) -> list[_Part]:
+    parts = [_Part(f, _SPLITS.get(split, split), exact=True) for split, files in declared.items() for f in files]
+    for part in parts:
+        if data_suffix(part.file) not in known:
+            raise DataError(
+                f"its README.md names {part.file.relative_to(folder)}, a file of an unsupported type",
+                file=folder,
+                fix=f"supported types are {', '.join(known)}",
+            )
+    return parts
+
+
+def _reason(part: _Part | None, declared: bool) -> str:
     if part is None:
-        return "not a data file"
+        return "not named in README.md" if declared else "not a data file"
     if not part.split:
         return "of no split"
     return f"split {part.split}" if part.exact else f"its name is not {part.split} alone"

@@ -16,8 +16,6 @@ from loratune.data.rows.hub import is_saved, read_hub, read_saved
 from loratune.run.errors import DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from loratune.data.rows.row import Row
     from loratune.recipe.recipe import Source
 
@@ -41,18 +39,6 @@ def read_rows(source: Source, *, seed: int = 42) -> list[Row]:
     if not rows:
         raise DataError("the source has no rows", file=source.name, fix="provide a file with rows")
     return _weigh(rows, source.weight, seed)
-
-
-def short_names(names: Iterable[str]) -> dict[str, str]:
-    """Shorten each name to its last part, or to as many last parts as distinguish it from the others."""
-    parts = {name: name.rstrip("/").split("/") for name in names}
-    count = dict.fromkeys(parts, 1)
-    for name, own in parts.items():
-        while count[name] < len(own) and any(
-            other[-count[name] :] == own[-count[name] :] for key, other in parts.items() if key != name
-        ):
-            count[name] += 1
-    return {name: "/".join(own[-count[name] :]) for name, own in parts.items()}
 
 
 def is_local(source: Source) -> bool:
@@ -118,9 +104,7 @@ def local_files(source: Source) -> list[Path]:
                 fix = "save the sheet as CSV (UTF-8)"
             raise DataError(what, file=source.name, fix=fix)
         return [path]
-    if source.config is not None:
-        raise DataError(f"config is {source.config}, but a folder has none", file=source.name, fix="name its subfolder")
-    return select_files(path, source.split, SUFFIXES).files
+    return select_files(path, source.split, SUFFIXES, source.config).files
 
 
 def files_left_out(source: Source) -> list[str]:
@@ -128,7 +112,7 @@ def files_left_out(source: Source) -> list[str]:
     path = Path(source.name).expanduser()
     if not is_local(source) or not path.is_dir() or is_saved(path):
         return []
-    left_out = select_files(path, source.split, SUFFIXES).left_out
+    left_out = select_files(path, source.split, SUFFIXES, source.config).left_out
     return [f"{source.name.rstrip('/')}/{name}" for name in left_out]
 
 
