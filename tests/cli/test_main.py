@@ -280,7 +280,7 @@ def test_the_hub_out_of_reach_says_how_to_use_a_local_folder(tmp_path: Path) -> 
     """The seed's own recipe on a machine without network."""
     environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
     recipe = Path(__file__).parents[2] / "recipes" / "seed.yaml"
-    started = time.perf_counter()
+    started, before = time.perf_counter(), os.times()
     done = subprocess.run(
         [sys.executable, "-m", "loratune", "plan", str(recipe)],
         capture_output=True,
@@ -290,7 +290,9 @@ def test_the_hub_out_of_reach_says_how_to_use_a_local_folder(tmp_path: Path) -> 
     )
     assert done.returncode == 4, done.stderr
     assert "model.name=/path/to/folder" in done.stderr
-    assert time.perf_counter() - started < 20  # 10 on an idle machine
+    after = os.times()
+    computing = after.children_user + after.children_system - before.children_user - before.children_system
+    assert time.perf_counter() - started - computing < 12, "it waits for a hub that does not answer"
 
 
 def test_ctrl_c_saves_and_resume_goes_on_to_the_same_end(recipe: Path, tmp_path: Path, loratune: Run) -> None:
