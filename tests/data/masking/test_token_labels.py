@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerBase
 
 from loratune.data.masking.encoder import Encoder
-from loratune.data.masking.token_labels import LengthViolations, OnLong, RenderedText, TokenMask, TokenMasker
+from loratune.data.masking.token_labels import (
+    LengthViolations,
+    OnLong,
+    RenderedText,
+    TokenMask,
+    TokenMasker,
+    _tokens_of,
+)
 from loratune.data.masking.tokenizer import backend_of
+from loratune.data.masking.tokens import Tokens
 from loratune.data.rows.row import Origin
 from loratune.run.errors import BadRow, DataError
 
@@ -112,3 +122,46 @@ def test_a_document_goes_on_in_the_next_example(smollm2_tokenizer: PreTrainedTok
 def test_a_conversation_is_never_split(mask: Mask) -> None:
     with pytest.raises(DataError, match="longer than max_length 5"):
         mask(RENDERED, max_length=5, on_long="split")
+
+
+def counted(tokenizer: PreTrainedTokenizerBase, text: RenderedText, max_length: int, on_long: OnLong) -> dict[str, int]:
+    masker = TokenMasker(tokenizer, max_length=max_length, on_long=on_long)
+    (tokens,) = Encoder(backend_of(tokenizer))([text.text])
+    for _ in range(3):
+        masker(text, tokens)
+    return {**masker.counts, "too_long": masker.too_long.count}
+
+
+def test_what_happened_is_counted_for_each_example(smollm2_tokenizer: PreTrainedTokenizerBase) -> None:
+    length = len(smollm2_tokenizer(TEXT)["input_ids"])
+    start, end = SPAN
+    straddling = replace(RENDERED, spans=[(start + 2, end)])
+    always = {"verified": 3, "straddling": 0}
+    assert counted(smollm2_tokenizer, RENDERED, length, "error") == always | {"too_long": 0}, "as long as the limit"
+    assert counted(smollm2_tokenizer, RENDERED, length - 1, "error") == always | {"too_long": 3}
+    assert counted(smollm2_tokenizer, RENDERED, length - 1, "drop") == always | {"dropped_long": 3, "too_long": 0}
+    assert counted(smollm2_tokenizer, RENDERED, length - 1, "truncate") == always | {"truncated": 3, "too_long": 0}
+    assert counted(smollm2_tokenizer, RENDERED, 2, "truncate") == always | {"dropped_empty": 3, "too_long": 0}
+    assert counted(smollm2_tokenizer, straddling, length, "drop") == {"verified": 3, "straddling": 3, "too_long": 0}
+
+
+def test_plain_text_ends_with_the_end_of_text_where_the_tokenizer_has_one(
+    smollm2_tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    text = replace(RENDERED, text="One two", spans=None, is_plain_text=True)
+    without = copy.deepcopy(smollm2_tokenizer)
+    without.eos_token = None
+    words = smollm2_tokenizer("One two")["input_ids"]
+    for tokenizer, end in ((smollm2_tokenizer, [smollm2_tokenizer.eos_token_id]), (without, [])):
+        (tokens,) = Encoder(backend_of(tokenizer))([text.text])
+        ((ids, mask),) = TokenMasker(tokenizer, max_length=64, on_long="error")(text, tokens)
+        assert ids.tolist() == [*words, *end]
+        assert mask.tolist() == [False, *[True] * (len(ids) - 1)]
+
+
+def test_the_last_token_of_a_span_is_the_one_with_its_last_character() -> None:
+    text, ids = "ab", np.arange(3, dtype=np.int32)
+    tokens = Tokens(ids=ids, starts=np.array([0, 1, 2]), ends=np.array([1, 2, 2]), decoded=None)
+    assert _tokens_of(tokens, text, 0, 1, "it") == (0, 0, False)
+    assert _tokens_of(tokens, text, 0, 2, "it") == (0, 1, False)
+    assert _tokens_of(tokens, text, 1, 2, "it") == (1, 1, False)
