@@ -76,7 +76,7 @@ def limit() -> Iterator[Callable[[int], None]]:
     [
         ("training", 3, 6_000, "checkpoints/2", 1),  # between the adapter's file and the optimizer's
         ("held-out loss", 1, 100, "metrics.jsonl", 2),
-        ("training", 4, 500_000, "adapter", 3),  # the tokenizer has megabytes
+        ("training", 4, 150_000, "adapter", 3),  # the tokenizer has more than the adapter
         ("tuned answers", 0, 1_000, "evaluation.json", 3),
     ],
 )

@@ -211,7 +211,7 @@ def test_a_step_that_is_not_finite_is_not_applied_and_its_examples_are_named(
     assert words in event["message"]
     assert event["message"] in listener.lines
     assert {example["file"] for example in event["examples"]} == {str(chat_files[0])}
-    assert "Describe thing" in event["examples"][0]["text"]
+    assert any("Describe thing" in example["text"] for example in event["examples"])
     records = run.read_metrics()
     assert [record["step"] for record in records if "loss" in record] == [1, 3]
     held_out = [record["eval_nll"] for record in records if "eval_nll" in record]
