@@ -24,7 +24,7 @@ from rich.table import Table
 
 from loratune.data.prepare import prepare_data
 from loratune.data.rows.reading import Reader
-from loratune.data.steps import num_steps_per_epoch
+from loratune.data.steps import epochs_of, num_steps_per_epoch
 from loratune.model.device import torch_dtype
 from loratune.model.load import load_config
 from loratune.planning.parameters import skeleton
@@ -70,7 +70,7 @@ def bench(recipe: Recipe, *, rounds: int, steps: int, progress: Progress) -> Rec
     # The recipe file of a run contains every setting, and a written default is no longer adapted to the model.
     data = recipe.data.model_copy(update={"max_length": prepared.recipe.data.max_length})
     measured = recipe.model_copy(update={"data": data})
-    epochs = steps / num_steps_per_epoch(len(prepared.data.train), recipe.train.batch_size)
+    epochs = epochs_of(steps, num_steps_per_epoch(len(prepared.data.train), recipe.train.batch_size))
     turns: list[Record] = []
     with tempfile.TemporaryDirectory() as folder:
         for number in range(rounds):
@@ -95,7 +95,8 @@ def _few_steps(recipe: Recipe, engine: str, epochs: float, output_dir: str) -> R
     never = dict.fromkeys(("eval_every", "save_every", "log_every"), "never")
     # A few steps do not repay compilation, but we measure the steady state of a long run.
     compiled = recipe.train.compile if engine == "fast" else False
-    values["train"] |= {"engine": engine, "epochs": epochs, "output_dir": output_dir, "compile": compiled, **never}
+    length = {"epochs": epochs, "max_steps": None}
+    values["train"] |= {"engine": engine, **length, "output_dir": output_dir, "compile": compiled, **never}
     return Recipe.parse(values)
 
 
