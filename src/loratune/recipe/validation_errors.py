@@ -56,6 +56,8 @@ def _translate(
     error: ValidationError, recipe: type[BaseModel], source: type[BaseModel], lines: dict[str, int]
 ) -> RecipeError:
     first = error.errors()[0]
+    if first["type"] == "missing":  # probably because it is misspelt, which says more
+        first = next((item for item in error.errors() if item["type"] == "extra_forbidden"), first)
     location = [str(part) for part in first["loc"]]
     name = ".".join(location[:2])
     line = lines.get(".".join(location), lines.get(name))

@@ -43,7 +43,10 @@ from loratune.workflows.result import RunResult
 from loratune.workflows.tasks.task import task_of
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from peft import PeftModel
+    from transformers import TrainerCallback
 
     from loratune.planning.preparation import Preparation
     from loratune.run.progress import Progress
@@ -58,7 +61,13 @@ def settings_as_written(run: RunDir) -> Record:
     return Recipe.load(run.recipe).model_dump(mode="json")
 
 
-def run_from_weights(prepared: Preparation, run: RunDir, checkpoint: Path | None, progress: Progress) -> RunResult:
+def run_from_weights(
+    prepared: Preparation,
+    run: RunDir,
+    checkpoint: Path | None,
+    progress: Progress,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> RunResult:
     """Train from the loaded weights on, evaluate, and write everything that follows.
 
     Args:
@@ -66,13 +75,16 @@ def run_from_weights(prepared: Preparation, run: RunDir, checkpoint: Path | None
         run: Its directory.
         checkpoint: The checkpoint to resume from; None for the first step.
         progress: Shows how far the run is.
+        callbacks: The user's own callbacks.
     """
     timer = RunTimer(run, prepared.recipe.train.device)
     model, loss = _load(prepared, run, checkpoint, progress)
     stop = StopRequest()
     try:
         with explain_out_of_memory(run), explain_lost_process():
-            last_step, tuned_nll = train_steps(prepared, run, model, loss, checkpoint, stop, progress)
+            last_step, tuned_nll = train_steps(
+                prepared, run, model, loss, checkpoint, stop, progress, callbacks
+            )
         if loss.sharded:
             stop.agree(processes.gather(stop.asked or 0))
         else:
@@ -160,6 +172,7 @@ def train_steps(
     checkpoint: Path | None,
     stop: StopRequest,
     progress: Progress,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> tuple[int, Nll | None]:
     """Take all optimizer steps; return the number of the last one, and its held-out losses if it was evaluated.
 
@@ -191,6 +204,7 @@ def train_steps(
             stop=stop,
             progress=progress,
             callback=callback,
+            more_callbacks=callbacks,
         )
         is_fast = recipe.train.engine == "fast"
         trainer = FastTrainer(setup) if is_fast else task_of(recipe).reference_trainer(setup)

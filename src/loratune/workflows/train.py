@@ -20,7 +20,9 @@ from loratune.workflows.resume import continue_run, was_relaunched
 from loratune.workflows.steps import run_from_weights, write_lock
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
+
+    from transformers import TrainerCallback
 
     from loratune.planning.preparation import Preparation
     from loratune.workflows.result import RunResult
@@ -36,6 +38,7 @@ def train(
     overwrite: bool = False,
     progress: Progress = NO_PROGRESS,
     on_plan: Callable[[Preparation], None] | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> RunResult:
     """Fine-tune, and compare base and fine-tuned model on held-out data.
 
@@ -45,6 +48,8 @@ def train(
         overwrite: Whether an existing run in the output directory may be deleted.
         progress: Shows how far the run is.
         on_plan: Called with the `Preparation` before the weights load.
+        callbacks: transformers' `TrainerCallback`s, called after ours at every event of the trainer. They may stop the
+            run, evaluate or save by the trainer's control flags.
 
     Raises:
         RecipeError, DataError, MachineError: Nothing was started.
@@ -57,12 +62,12 @@ def train(
         recipe = as_recipe(recipe)
     root = output_dir(recipe)
     if was_relaunched(RunDir.at(root)):
-        return continue_run(RunDir.open(root), progress)
+        return continue_run(RunDir.open(root), progress, callbacks)
     if processes.is_main():
         RunDir.check(root, overwrite=overwrite)
     prepared = prepare_on_all_ranks(recipe, progress)
     if not processes.is_main():
-        return run_from_weights(prepared, RunDir.at(root), None, progress)
+        return run_from_weights(prepared, RunDir.at(root), None, progress, callbacks)
     if on_plan is not None:
         on_plan(prepared)
     run = RunDir.create(root, overwrite=overwrite)
@@ -73,4 +78,4 @@ def train(
         write_record(run.preview, PreviewRecord, examples.as_record())
         write_record(run.plan, PlanRecord, prepared.as_plan())
         write_lock(prepared, run)
-        return run_from_weights(prepared, run, None, progress)
+        return run_from_weights(prepared, run, None, progress, callbacks)

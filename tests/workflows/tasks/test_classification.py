@@ -28,7 +28,7 @@ from loratune.run.errors import LoratuneError, RecipeError
 from loratune.run.progress import NoProgress
 from loratune.workflows.bench import bench
 from loratune.workflows.chat import Sampling, open_chat
-from loratune.workflows.evaluate import Extras, evaluate
+from loratune.workflows.evaluate import evaluate
 from loratune.workflows.export import export, merge
 from loratune.workflows.guidance.eject import eject
 from loratune.workflows.guidance.explain import explain
@@ -214,14 +214,14 @@ def test_a_head_of_other_classes_is_made_anew(finished: RunDir, tmp_path: Path) 
 def test_gates_hold_the_accuracy(finished: RunDir, tmp_path: Path) -> None:
     run = RunDir(shutil.copytree(finished.root, tmp_path / "run"))
     record = evaluate(
-        run.root, extras=Extras(gates=("accuracy>=0.1", "f1>=0.999", "difference.accuracy.low>-1"))
+        run.root, gates=("accuracy>=0.1", "f1>=0.999", "difference.accuracy.low>-1")
     ).evaluation
     assert record is not None
     assert [gate["passed"] for gate in record["gates"]] == [True, record["tuned"]["f1"] >= 0.999, True]
     with pytest.raises(RecipeError, match="no number accuracies"):
-        evaluate(run.root, extras=Extras(gates=("accuracies>=0.1",)))
+        evaluate(run.root, gates=("accuracies>=0.1",))
     with pytest.raises(RecipeError, match="--harness is for models that write text"):
-        evaluate(run.root, extras=Extras(harness=("arc",)))
+        evaluate(run.root, harness=("arc",))
 
 
 def test_the_page_and_the_card_speak_of_classes(finished: RunDir) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from loratune.data.rows.files import READERS, read_bytes
 from loratune.data.rows.folders import COMPRESSED, data_suffix, select_files
 from loratune.data.rows.hub import is_saved, read_hub, read_saved
+from loratune.recipe.given_rows import missing_rows_fix
 from loratune.run.errors import DataError
 
 if TYPE_CHECKING:
@@ -94,7 +95,8 @@ def local_files(source: Source) -> list[Path]:
     """
     path = Path(source.name).expanduser()
     if not path.exists():
-        raise DataError("no such file or folder", file=source.name, fix="check the path in data.train or data.eval")
+        fix = missing_rows_fix(path) or "check the path in data.train or data.eval"
+        raise DataError("no such file or folder", file=source.name, fix=fix)
     if path.is_file():
         _refuse_hub_settings(source)
         if data_suffix(path) not in SUFFIXES:
