@@ -112,9 +112,9 @@ def test_a_run_from_rows_in_memory_with_callbacks(tiny_model: Path, tmp_path: Pa
         with model.disable_adapter():
             assert not torch.equal(model(**ids).logits, tuned)
     assert tokenizer.chat_template
-    assert loratune.evaluate(result.run.root, metric="contains", progress=loratune.NO_PROGRESS).evaluation["metric"] == (
-        "contains"
-    )
+    assert loratune.evaluate(result.run.root, metric="contains", progress=loratune.NO_PROGRESS).evaluation[
+        "metric"
+    ] == ("contains")
     assert [Path(listed.run) for listed in loratune.runs(tmp_path)] == [result.run.root]
 
 
@@ -131,5 +131,5 @@ def test_metrics_are_records_where_pandas_is_not_installed(
 
 
 def test_open_result_needs_a_finished_run(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="is not a run directory|no such"):
+    with pytest.raises(RecipeError, match=r"is not a run directory|no such"):
         loratune.open_result(tmp_path)

@@ -23,9 +23,9 @@ def test_the_notebook_runs_and_shows_plan_progress_and_verdict(tmp_path: Path) -
 
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     planned, trained, metrics, samples, answer = (_shown(cell) for cell in code[1:])
-    assert "<td>8</td>" in planned, "the steps"
-    assert '<progress value="8" max="8">' in trained
-    assert "training: 8/8 steps" in trained
+    assert "<td>4</td>" in planned, "the steps"
+    assert '<progress value="4" max="4">' in trained
+    assert "training: 4/4 steps" in trained
     assert "JSON correct" in trained
     assert (tmp_path / "__models" / "notebook" / "report.html").is_file()
     assert "tokens_per_second" in metrics

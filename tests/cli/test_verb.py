@@ -1,9 +1,11 @@
-"""What every verb has: --quiet, -h, errors as JSON; and the options of `loratune` itself."""
+"""What every verb has: --quiet, --verbose, -h, errors as JSON; and the options of `loratune` itself."""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
+import warnings
 
 import pytest
 
@@ -33,7 +35,7 @@ def test_help_has_a_short_form_and_every_verb_is_quiet_on_request(
     code, out, _ = run(capsys, monkeypatch, *words)
     assert code == 0
     assert "Usage" in out
-    assert words[0] == "-h" or "--quiet" in out
+    assert words[0] == "-h" or ("--quiet" in out and "--verbose" in out)
 
 
 @pytest.mark.parametrize("words", [("train", "--json"), ("plan", "a.yaml", "--nope", "--json")])
@@ -64,3 +66,29 @@ def test_quiet_leaves_warnings(capsys: pytest.CaptureFixture[str], monkeypatch: 
     assert capsys.readouterr().err == "! a warning\n"
     as_verb(work)()
     assert "a line" in capsys.readouterr().err
+
+
+def test_verbose_shows_where_an_error_arose_and_what_libraries_say(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY", "HF_HUB_VERBOSITY"):
+        monkeypatch.setenv(name, "warning")
+    monkeypatch.setattr(TerminalProgress, "verbose", False)
+    with warnings.catch_warnings():
+        code, _, err = run(capsys, monkeypatch, "runs", "no-such-folder", "-v")
+        assert not any(action == "ignore" for action, *_ in warnings.filters)
+    assert code == 2
+    assert "Traceback" in err
+    assert "in list_runs" in err
+    assert err.rstrip().splitlines()[-2].startswith("RecipeError no-such-folder: no such folder")
+    assert os.environ["TRANSFORMERS_VERBOSITY"] == "info"
+    code, _, err = run(capsys, monkeypatch, "runs", "no-such-folder")
+    assert code == 2
+    assert "Traceback" not in err
+
+
+def test_a_schema_that_does_not_exist_is_an_error_as_json(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, out, _ = run(capsys, monkeypatch, "schema", "nothing")
+    assert code == json.loads(out)["exit_code"] == 2

@@ -116,3 +116,18 @@ def test_what_cannot_be_written_is_refused_before_anything_is(
     with pytest.raises(RecipeError, match=words):
         export(finished_run.root, **options)
     assert written() == before
+
+
+def test_the_target_has_a_default_only_where_the_base_is_a_gguf_file(
+    finished_run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(RecipeError, match="the base is not a GGUF file") as error:
+        export(finished_run.root)
+    assert error.value.fix == "--to gguf, --to ollama or --to vllm"
+    run = RunDir(Path(shutil.copytree(finished_run.root, tmp_path / "run")))
+    lock = read_json(run.lock)
+    lock["recipe"]["model"]["name"] = str(tmp_path / "base.gguf")
+    run.lock.write_text(json.dumps(lock))
+    (tmp_path / "base.gguf").write_text("GGUF")
+    with pytest.raises(RecipeError, match="but a folder is written"):
+        export(run.root, out="adapter.gguf")  # so it is gguf that was chosen

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import json
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,7 @@ def test_a_recipe_file_has_no_rows_in_it(tmp_path: Path, cache: Path) -> None:
     assert not cache.exists()
 
 
-@pytest.mark.parametrize("value", [datetime.date(2026, 1, 2), float("nan"), b"bytes"])
+@pytest.mark.parametrize("value", [dt.date(2026, 1, 2), float("nan"), b"bytes"])
 def test_what_json_has_not_is_refused_with_the_number_of_its_row(value: Any) -> None:
     with pytest.raises(DataError, match=r"row 2 of data\.train cannot be written as JSON"):
         Recipe(data={"train": [ROWS[0], {"prompt": value}]})

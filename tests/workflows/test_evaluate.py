@@ -38,12 +38,12 @@ def test_forgetting_a_metric_of_ones_own_and_gates_in_one_evaluation(
     assert "forgetting" in read_json(trained.run.lock)["inputs"]
 
     (tmp_path / "own.py").write_text("def longer(answer, reference):\n    return len(answer) > len(reference)\n")
-    asked: Record = dict(
+    record = evaluate(
+        trained.run.root,
         metric=f"{tmp_path / 'own.py'}:longer",
         gates=("longer>=0", "forgetting.difference.nll.high<-50", "nll<99"),
         allow_code=True,
-    )
-    record = evaluate(trained.run.root, **asked).evaluation
+    ).evaluation
     assert record is not None
     assert record["forgetting"]["base"]["nll"] == pytest.approx(first["base"]["nll"], rel=1e-6)
     assert record["metric"] == "longer"

@@ -51,7 +51,7 @@ def init(
         typer.Option(
             "--from",
             metavar="FILE",
-            help="Translate a file of another tool: YAML of Axolotl, LLaMA-Factory or mlx-lm, or TRL arguments as JSON.",
+            help="Translate another tool's file: YAML of Axolotl, LLaMA-Factory or mlx-lm, or TRL arguments as JSON.",
         ),
     ] = None,
     columns: Annotated[
@@ -237,7 +237,7 @@ def schema(
     ] = None,
 ) -> None:
     """Print the JSON schema of a recipe, for editors; or of what a verb prints with --json."""
-    with command_context(as_json=False):
+    with command_context(as_json=True):
         from loratune.recipe.schema import recipe_schema
         from loratune.run.records.schemas import schema_of
 

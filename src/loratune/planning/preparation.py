@@ -100,7 +100,10 @@ class Preparation:
         """Return a table of what matters, for notebooks."""
         parameters, costs, data = self.adapter.parameters, self.estimate, self._data_record()
         rows = [
-            ("trained", f"{parameters.trainable:,} of {parameters.total:,} parameters: {self.adapter.targets_in_words}"),
+            (
+                "trained",
+                f"{parameters.trainable:,} of {parameters.total:,} parameters: {self.adapter.targets_in_words}",
+            ),
             ("examples", f"{data['num_examples']:,}, and {data['num_eval_examples']:,} held out"),
             ("tokens", f"{data['num_tokens']:,}, of which {data['num_supervised_tokens']:,} are trained"),
             ("steps", f"{costs.num_steps:,}"),

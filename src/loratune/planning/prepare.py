@@ -21,7 +21,6 @@ from loratune.model.adapter.start_from import base_notes
 from loratune.model.adapter.targets import resolve_targets, target_notes, unreached_notes
 from loratune.model.adapter.variants import rank_notes, variant_notes
 from loratune.model.device import Choice, choose_device, free_memory, torch_dtype
-from loratune.run.cache_folder import cache_dir
 from loratune.model.load import load_config, locate_model
 from loratune.model.quantization.checkpoint import check_checkpoint
 from loratune.model.quantization.kinds import PACKED
@@ -69,6 +68,7 @@ from loratune.recipe.roles import trained_roles
 from loratune.recipe.sections.evaluate import UNSCORED_ANSWERS
 from loratune.recipe.tasks import require_processes
 from loratune.run import processes
+from loratune.run.cache_folder import cache_dir
 from loratune.run.errors import DataError, RecipeError, RunError
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from typing import Any, Self
 import yaml
 from pydantic import ValidationError, model_validator
 
-from loratune.recipe.given_rows import with_rows_in_files
 from loratune.recipe.checks import check_beside, check_held_out, check_muon, check_quantization_settings
+from loratune.recipe.given_rows import with_rows_in_files
 from loratune.recipe.sections.base import Section, Source
 from loratune.recipe.sections.data import SEED_DATASET, Column, DataSection
 from loratune.recipe.sections.evaluate import EvaluateSection

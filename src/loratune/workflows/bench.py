@@ -46,9 +46,7 @@ WARM_UP = 2
 ENGINES = ("fast", "trl")
 
 
-def bench(
-    recipe: Recipe | str | Path, *, rounds: int = 2, steps: int = 8, progress: Progress = NO_PROGRESS
-) -> Record:
+def bench(recipe: Recipe | str | Path, *, rounds: int = 2, steps: int = 8, progress: Progress = NO_PROGRESS) -> Record:
     """Run both engines in alternation and compare them.
 
     Args:

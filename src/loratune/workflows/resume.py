@@ -11,6 +11,7 @@ from loratune.run import processes
 from loratune.run.directory import Record, RunDir, read_json
 from loratune.run.errors import RecipeError, RunError
 from loratune.run.progress import NO_PROGRESS, Progress
+from loratune.run.run_log import RunLog
 from loratune.training.checkpoint import newest_valid_checkpoint, resume_state
 from loratune.training.fsdp import is_sharded
 from loratune.workflows.locked_recipe import located
@@ -48,7 +49,8 @@ def resume(
     run = RunDir.open(root)
     if run.is_complete:
         raise _finished(run)
-    return continue_run(run, progress, callbacks)
+    with RunLog(progress, run.log) as log:
+        return continue_run(run, log, callbacks)
 
 
 def _finished(run: RunDir) -> RecipeError:

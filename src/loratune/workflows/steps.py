@@ -27,6 +27,7 @@ from loratune.run.directory import Record, RunDir, read_json
 from loratune.run.errors import Interrupted
 from loratune.run.records.files import write_record
 from loratune.run.records.lock import LockRecord
+from loratune.run.run_log import RunLog
 from loratune.training.callbacks import RunCallback
 from loratune.training.checkpoint import resume_state
 from loratune.training.fast_trainer import FastTrainer
@@ -82,9 +83,7 @@ def run_from_weights(
     stop = StopRequest()
     try:
         with explain_out_of_memory(run), explain_lost_process():
-            last_step, tuned_nll = train_steps(
-                prepared, run, model, loss, checkpoint, stop, progress, callbacks
-            )
+            last_step, tuned_nll = train_steps(prepared, run, model, loss, checkpoint, stop, progress, callbacks)
         if loss.sharded:
             stop.agree(processes.gather(stop.asked or 0))
         else:
@@ -145,7 +144,10 @@ def _finish(
     # `measured` is what makes a run complete, so everything that must exist is written before it.
     timer.close(evaluate_seconds=seconds, packing=loss.packing)
     report_or_warn(run, progress)
-    return RunResult(run=run, evaluation=evaluation)
+    result = RunResult(run=run, evaluation=evaluation)
+    if isinstance(progress, RunLog):
+        progress.note(result.verdict)  # the terminal says it below the tables
+    return result
 
 
 def _load(

@@ -16,6 +16,7 @@ from loratune.run.records.data import DataRecord
 from loratune.run.records.files import write_record
 from loratune.run.records.plan import PlanRecord
 from loratune.run.records.preview import PreviewRecord
+from loratune.run.run_log import RunLog
 from loratune.workflows.resume import continue_run, was_relaunched
 from loratune.workflows.steps import run_from_weights, write_lock
 
@@ -60,9 +61,23 @@ def train(
     if not isinstance(recipe, Recipe):
         written = Path(recipe).read_text(encoding="utf-8") if written is None and Path(recipe).is_file() else written
         recipe = as_recipe(recipe)
+    if was_relaunched(RunDir.at(output_dir(recipe))):
+        return continue_run(RunDir.open(output_dir(recipe)), progress, callbacks)
+    written = written if written is not None else recipe.to_yaml()
+    with RunLog(progress) as log:
+        return _train(recipe, written, log, overwrite=overwrite, on_plan=on_plan, callbacks=callbacks)
+
+
+def _train(
+    recipe: Recipe,
+    written: str,
+    progress: RunLog,
+    *,
+    overwrite: bool,
+    on_plan: Callable[[Preparation], None] | None,
+    callbacks: Sequence[TrainerCallback],
+) -> RunResult:
     root = output_dir(recipe)
-    if was_relaunched(RunDir.at(root)):
-        return continue_run(RunDir.open(root), progress, callbacks)
     if processes.is_main():
         RunDir.check(root, overwrite=overwrite)
     prepared = prepare_on_all_ranks(recipe, progress)
@@ -71,8 +86,9 @@ def train(
     if on_plan is not None:
         on_plan(prepared)
     run = RunDir.create(root, overwrite=overwrite)
+    progress.begin(run.log)
     with run.exclusive():
-        write_text(run.recipe, written if written is not None else recipe.to_yaml())
+        write_text(run.recipe, written)
         write_record(run.data, DataRecord, prepared.data.report)
         examples = preview(prepared.data.train, prepared.model.tokenizer, PREVIEW_EXAMPLES)
         write_record(run.preview, PreviewRecord, examples.as_record())

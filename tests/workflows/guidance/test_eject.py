@@ -62,7 +62,10 @@ def losses_of_script(folder: Path) -> list[float]:
             pytest.param(kind, marks=pytest.mark.slow)
             for kind in ("rslora", "pissa", "whole", "lion", "adamw_8bit", "sgd")
         ),
-        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("layers", "inverse_sqrt", "stacks", "olora-mean", "steps")),
+        *(
+            pytest.param(kind, marks=pytest.mark.slow)
+            for kind in ("layers", "inverse_sqrt", "stacks", "olora-mean", "steps")
+        ),
     ],
 )
 def test_the_script_trains_to_the_same_losses_and_the_same_adapter(

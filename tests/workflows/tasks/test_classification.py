@@ -213,9 +213,7 @@ def test_a_head_of_other_classes_is_made_anew(finished: RunDir, tmp_path: Path) 
 
 def test_gates_hold_the_accuracy(finished: RunDir, tmp_path: Path) -> None:
     run = RunDir(shutil.copytree(finished.root, tmp_path / "run"))
-    record = evaluate(
-        run.root, gates=("accuracy>=0.1", "f1>=0.999", "difference.accuracy.low>-1")
-    ).evaluation
+    record = evaluate(run.root, gates=("accuracy>=0.1", "f1>=0.999", "difference.accuracy.low>-1")).evaluation
     assert record is not None
     assert [gate["passed"] for gate in record["gates"]] == [True, record["tuned"]["f1"] >= 0.999, True]
     with pytest.raises(RecipeError, match="no number accuracies"):

@@ -102,8 +102,8 @@ def local_files(source: Source) -> list[Path]:
         if data_suffix(path) not in SUFFIXES:
             what = f"unsupported file type {path.suffix}" if path.suffix else "a file without a suffix"
             fix = f"supported types are {', '.join(SUFFIXES)}"
-            if path.suffix.lower() in (".xlsx", ".xls", ".ods"):
-                fix = "save the sheet as CSV (UTF-8)"
+            if path.suffix.lower() in (".xls", ".ods"):
+                fix = "save it as .xlsx, or as CSV (UTF-8)"
             raise DataError(what, file=source.name, fix=fix)
         return [path]
     return select_files(path, source.split, SUFFIXES, source.config).files

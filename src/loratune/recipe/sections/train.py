@@ -28,8 +28,8 @@ class TrainSection(Section):
     """The number of passes over the training data. May be fractional."""
 
     max_steps: Int | None = Field(default=None, ge=1)
-    """The number of optimizer steps; if set, it overrides `epochs`, and the learning-rate schedule ends with it. `null`:
-    as many as `epochs` makes."""
+    """The number of optimizer steps; if set, it overrides `epochs`, and the learning-rate schedule ends with it.
+    `null`: as many as `epochs` makes."""
 
     learning_rate: Float = Field(default=5e-5, gt=0)
     """The peak learning rate (LR) of the schedule."""

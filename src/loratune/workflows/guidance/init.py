@@ -155,7 +155,8 @@ def _find_columns(name: str, rows: Sequence[Row], ask: AskColumns | None) -> dic
     except DataError:
         found = guess_columns(rows)
         first = rows[0].value
-        if not found and isinstance(first, dict) and rows[0].file.lower().endswith((".csv", ".tsv", ".parquet")):
+        is_table = rows[0].file.lower().endswith((".csv", ".tsv", ".parquet", ".xlsx"))
+        if not found and isinstance(first, dict) and is_table:
             found = ask([*map(str, first)]) if ask is not None else {}
             if not found:
                 raise DataError(

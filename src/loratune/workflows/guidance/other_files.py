@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -23,7 +21,8 @@ from loratune.run.errors import RecipeError
 from loratune.workflows.guidance.other_data import AXOLOTL_KEYS, axolotl_datasets, factory_datasets, hub_split
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
 
 Answer = dict[str, Any] | str
 """What a setting becomes, as `section.field` → value; or why it becomes nothing."""
@@ -322,7 +321,10 @@ def _schedule(value: Any, everything: Everything) -> Answer:
     if not isinstance(value, dict):
         return {"train.schedule": _value("train.schedule", value)}
     warmup = _warmup_steps(value.get("warmup"), everything)
-    return {"train.schedule": _value("train.schedule", value.get("name")), **(warmup if isinstance(warmup, dict) else {})}
+    return {
+        "train.schedule": _value("train.schedule", value.get("name")),
+        **(warmup if isinstance(warmup, dict) else {}),
+    }
 
 
 def _is_off(reason: str) -> Callable[[Any, Everything], Answer]:
