@@ -186,9 +186,8 @@ def train_steps(
     torch.manual_seed(recipe.train.seed)
     with progress.task("training", prepared.estimate.num_steps, "steps") as task, stop_after_step(stop, progress):
         task.advance(done)
-        callback = RunCallback(
-            run, progress, task, stop, num_steps_per_epoch(data.num_examples, recipe.train.batch_size)
-        )
+        per_epoch = num_steps_per_epoch(data.num_examples, recipe.train.batch_size)
+        callback = RunCallback(run, progress, task, stop, per_epoch)
         setup = TrainerSetup(
             model=model,
             tokenizer=prepared.model.tokenizer,
@@ -208,8 +207,7 @@ def train_steps(
             callback=callback,
             more_callbacks=callbacks,
         )
-        is_fast = recipe.train.engine == "fast"
-        trainer = FastTrainer(setup) if is_fast else task_of(recipe).reference_trainer(setup)
+        trainer = FastTrainer(setup) if recipe.train.engine == "fast" else task_of(recipe).reference_trainer(setup)
         callback.watch(trainer)
         check_ranks_agree(model)
         over = False

@@ -35,6 +35,7 @@ from loratune.workflows.guidance.explain import explain
 from loratune.workflows.load import load_trained
 from loratune.workflows.push import push
 from loratune.workflows.reproduce import reproduce
+from loratune.workflows.result import open_result
 from loratune.workflows.resume import resume
 from loratune.workflows.serve import serve
 from loratune.workflows.train import train
@@ -206,6 +207,14 @@ def test_a_head_of_other_classes_is_made_anew(finished: RunDir, tmp_path: Path) 
     assert (2, 16) in prepared.adapter.parameters.whole_shapes
     assert any("head of its own" in warning for warning in prepared.notes.warnings)
     assert train(prepared.recipe).run.has_adapter
+
+
+def test_the_result_loads_the_classifier(finished: RunDir) -> None:
+    result = open_result(finished.root)
+    model, tokenizer = result.model(), result.tokenizer()
+    logits = model(**tokenizer("please play some music", return_tensors="pt")).logits
+    assert logits.shape == (1, model.config.num_labels)
+    assert "<td>accuracy</td>" in result._repr_html_()
 
 
 # ---- evaluation
