@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 
@@ -92,3 +93,36 @@ def test_a_schema_that_does_not_exist_is_an_error_as_json(
 ) -> None:
     code, out, _ = run(capsys, monkeypatch, "schema", "nothing")
     assert code == json.loads(out)["exit_code"] == 2
+
+
+WRONG = {
+    "init": "nothing",
+    **dict.fromkeys(("plan", "explain", "eject", "train", "bench"), "no.yaml"),
+    **dict.fromkeys(("resume", "runs", "evaluate", "reproduce", "report", "export", "serve"), "no-run"),
+    "merge": "no-run out",
+    "certify": "no-run target",
+    "push": "no-run owner/name",
+    **dict.fromkeys(("compare", "diff"), "no-run other"),
+}
+"""Verb → arguments that are wrong."""
+NEVER_WRONG = {"doctor", "selftest"}
+"""Verbs with `--json` whose arguments cannot be wrong."""
+
+
+def test_every_verb_that_prints_json_is_asked_for_an_error() -> None:
+    verbs = [verb for group in cli.VERBS.values() for verb in group]
+    assert {verb.__name__ for verb in verbs if "as_json" in verb.__annotations__} == {*WRONG, *NEVER_WRONG}
+
+
+@pytest.mark.parametrize("verb", WRONG)
+def test_an_error_is_json_on_stdout_and_words_on_stderr(
+    verb: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(TerminalProgress, "quiet", False)
+    code, out, err = run(capsys, monkeypatch, verb, *WRONG[verb].split(), "--json", "--quiet")
+    record = json.loads(out)
+    assert code == record["exit_code"] == 2
+    assert record["error"] == "RecipeError"
+    assert record["fix"]
+    assert record["problem"] in err
