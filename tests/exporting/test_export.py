@@ -20,6 +20,8 @@ def test_a_merged_folder_answers_as_the_adapter_on_its_base(finished_run: RunDir
     exported = merge(finished_run.root, tmp_path / "merged")
     certificate = json.loads((tmp_path / "merged" / "parity.json").read_text())
     assert certificate == exported.certificate
+    assert repr(exported) == f"Exported({str(exported.folder)!r}: {exported.summary})"
+    assert len(repr(exported)) < 500
     assert certificate["passed"]
     assert certificate["template"]["same_token_ids"] == certificate["template"]["num_prompts"] == 6
     assert certificate["distributions"]["mean_kl"] < 1e-6

@@ -30,8 +30,7 @@ def load_model_of(run: RunDir, progress: Progress) -> Any:
     recipe = _recipe(run)
     device = device_here(recipe.train.device)
     if not load_task(recipe.model.task).writes_text:
-        loaded: Any = AutoPeftModelForSequenceClassification.from_pretrained(run.adapter)
-        return loaded.to(device).eval()
+        return _load_classifier(run).to(device).eval()
     base = locate_model(recipe.model, progress)
     model = load_model(base, recipe.model, dtype=torch_dtype(recipe.model.dtype), device=device)
     return load_adapter(model, run.adapter).eval()
@@ -48,6 +47,16 @@ def load_tokenizer_of(run: RunDir, progress: Progress) -> Any:
         return AutoTokenizer.from_pretrained(run.adapter)
     base = locate_model(recipe.model, progress)
     return load_tokenizer(replace(base, path=run.adapter), ModelSection(name=str(run.adapter)))
+
+
+def _load_classifier(run: RunDir) -> Any:
+    """Load the base with the run's classes, its head and its adapter."""
+    names = dict(enumerate(read_json(run.lock)["inputs"]["labels"]))
+    numbers = {name: number for number, name in names.items()}
+    padding = AutoTokenizer.from_pretrained(run.adapter).pad_token_id
+    return AutoPeftModelForSequenceClassification.from_pretrained(
+        run.adapter, id2label=names, label2id=numbers, pad_token_id=padding
+    )
 
 
 def _recipe(run: RunDir) -> Recipe:

@@ -213,7 +213,9 @@ def test_the_result_loads_the_classifier(finished: RunDir) -> None:
     result = open_result(finished.root)
     model, tokenizer = result.model(), result.tokenizer()
     logits = model(**tokenizer("please play some music", return_tensors="pt")).logits
-    assert logits.shape == (1, model.config.num_labels)
+    labels = tuple(read_json(finished.lock)["inputs"]["labels"])
+    assert logits.shape == (1, len(labels))
+    assert tuple(model.config.id2label.values()) == labels
     assert "<td>accuracy</td>" in result._repr_html_()
 
 
