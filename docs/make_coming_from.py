@@ -26,6 +26,19 @@ Four things are different in kind:
 - **Only answers are trained** (`data.train_on: assistant`), and which tokens these are is verified before the run.
 - **Nothing is padded**, so there is no packing to switch on and no grouping by length.
 - **Every run measures its base model too**, on held-out data: there is no separate evaluation script.
+
+## A file of another tool as a recipe
+
+    loratune init --from axolotl.yaml                  # writes axolotl-loratune.yaml
+    loratune init chats.jsonl --from sft.yaml          # the settings of sft.yaml, on other data
+    loratune init --from arguments.json                # of SFTConfig, LoraConfig, TrainingArguments
+
+Reads YAML of Axolotl, LLaMA-Factory and mlx-lm, and arguments of TRL, PEFT and transformers as JSON or YAML. Batch
+sizes are multiplied (examples per device × accumulated steps; times the number of your devices, which no file says),
+steps of a warm-up become a fraction where the number of steps is known, names in LLaMA-Factory's `dataset_info.json`
+are looked up. What has no counterpart is printed, and stands in a comment of the recipe with the reason. A value that
+is not valid here is such a setting too. What the file does not set has loratune's defaults, which may be others than
+that tool's. Only supervised fine-tuning is translated.
 """
 
 

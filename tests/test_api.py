@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
+from typing import Any
 
+import pandas as pd
 import pytest
+import torch
+from transformers import TrainerCallback, TrainerControl
 
 import loratune
 from loratune.cli.terminal import TerminalProgress
 from loratune.run.directory import RunDir
 from loratune.run.errors import RecipeError
+from tests.conftest import conversation
 
 
 def test_every_public_name_is_listed_and_can_be_imported() -> None:
@@ -67,3 +73,63 @@ def test_progress_is_the_terminals_unless_another_is_given(finished_run: RunDir)
     assert not TerminalProgress.quiet
     assert loratune.report.__module__ == "loratune.reporting.html", "a verb without progress is not wrapped"
     assert loratune.report(str(finished_run.root)) == finished_run.report
+
+
+class Counting(TrainerCallback):
+    """Counts steps, and ends the run after some of them."""
+
+    def __init__(self, last: int) -> None:
+        self.last, self.seen = last, 0
+
+    def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> TrainerControl:
+        self.seen += 1
+        control.should_training_stop |= state.global_step >= self.last
+        return control
+
+
+def test_a_run_from_rows_in_memory_with_callbacks(tiny_model: Path, tmp_path: Path) -> None:
+    recipe = loratune.Recipe(
+        model={"name": str(tiny_model), "dtype": "float32"},
+        data={"train": [conversation(i) for i in range(12)], "eval": [conversation(i) for i in range(20, 24)]},
+        train={"output_dir": str(tmp_path / "run"), "max_steps": 4, "batch_size": 4, "device": "cpu"},
+        evaluate={"samples": 2, "max_new_tokens": 3},
+    )
+    assert "<td>4</td>" in loratune.plan(recipe)._repr_html_()
+    counting = Counting(last=3)
+    result = loratune.train(recipe, callbacks=[counting], progress=loratune.NO_PROGRESS)
+    assert counting.seen == 3
+    assert result.metrics["loss"].count() == 3
+    assert len(result.samples) == 2
+    assert f"<b>{result.run.root}: " in result._repr_html_()
+    assert "<td>held-out loss</td>" in result._repr_html_()
+
+    again = loratune.open_result(str(result.run.root))
+    assert repr(again) == repr(result)
+    model, tokenizer = again.model(), again.tokenizer()
+    ids = tokenizer("Colour?", return_tensors="pt")
+    with torch.no_grad():
+        tuned = model(**ids).logits
+        with model.disable_adapter():
+            assert not torch.equal(model(**ids).logits, tuned)
+    assert tokenizer.chat_template
+    assert loratune.evaluate(result.run.root, metric="contains", progress=loratune.NO_PROGRESS).evaluation[
+        "metric"
+    ] == ("contains")
+    assert [Path(listed.run) for listed in loratune.runs(tmp_path)] == [result.run.root]
+
+
+def test_metrics_are_records_where_pandas_is_not_installed(
+    finished_run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = loratune.open_result(finished_run.root)
+    frame = result.metrics
+    assert isinstance(frame, pd.DataFrame)
+    monkeypatch.delitem(sys.modules, "pandas")
+    monkeypatch.setattr("loratune.workflows.result.find_spec", lambda name: None)
+    assert result.metrics == finished_run.read_metrics()
+    assert len(result.metrics) == len(frame)
+
+
+def test_open_result_needs_a_finished_run(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"is not a run directory|no such"):
+        loratune.open_result(tmp_path)

@@ -149,6 +149,10 @@ def test_the_programs_of_the_readme_work(
     assert len(programs) == 2
     for program in programs:
         exec(program, {})  # noqa: S102 - our own page
+    together: dict[str, object] = {}
+    for program in re.findall(r"```python\n(.*?)```", (DOCS / "python.md").read_text("utf-8"), flags=re.DOTALL):
+        exec(program, together)  # noqa: S102 - our own page
+    assert len(together["rows"]) == 40  # type: ignore[arg-type]
 
 
 def test_the_readme_has_a_caption_for_every_folder_of_the_package() -> None:

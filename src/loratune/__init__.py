@@ -39,6 +39,8 @@ for _name in (
     logging.getLogger(_name).setLevel(logging.ERROR)
 
 _ROOMS = {
+    "bench": "workflows.bench",
+    "certify": "workflows.certify_target:certify_target",
     "compare": "reporting.html",
     "export": "workflows.export",
     "merge": "workflows.export",
@@ -50,21 +52,29 @@ _ROOMS = {
     "evaluate": "workflows.evaluate",
     "plan": "workflows.plan",
     "push": "workflows.push",
+    "open_result": "workflows.result",
     "report": "reporting.html",
     "reproduce": "workflows.reproduce",
     "resume": "workflows.resume",
+    "runs": "reporting.run_list:list_runs",
+    "schema": "recipe.schema:recipe_schema",
+    "selftest": "workflows.selftest",
     "serve": "workflows.serve",
     "train": "workflows.train",
     "NO_PROGRESS": "run.progress",
     "Recipe": "recipe.recipe",
 }
-"""Name → the module that has it."""
+"""Name → the module that has it, with its name there where that is another."""
 
 if TYPE_CHECKING:
     from loratune.recipe.recipe import Recipe
+    from loratune.recipe.schema import recipe_schema as schema
     from loratune.reporting.html import compare, report
     from loratune.reporting.run_diff import diff
+    from loratune.reporting.run_list import list_runs as runs
     from loratune.run.progress import NO_PROGRESS
+    from loratune.workflows.bench import bench
+    from loratune.workflows.certify_target import certify_target as certify
     from loratune.workflows.evaluate import evaluate
     from loratune.workflows.export import export, merge
     from loratune.workflows.guidance.doctor import doctor
@@ -74,7 +84,9 @@ if TYPE_CHECKING:
     from loratune.workflows.plan import plan
     from loratune.workflows.push import push
     from loratune.workflows.reproduce import reproduce
+    from loratune.workflows.result import open_result
     from loratune.workflows.resume import resume
+    from loratune.workflows.selftest import selftest
     from loratune.workflows.serve import serve
     from loratune.workflows.train import train
 
@@ -82,6 +94,8 @@ __all__ = [
     "NO_PROGRESS",
     "Recipe",
     "__version__",
+    "bench",
+    "certify",
     "compare",
     "diff",
     "doctor",
@@ -91,11 +105,15 @@ __all__ = [
     "export",
     "init",
     "merge",
+    "open_result",
     "plan",
     "push",
     "report",
     "reproduce",
     "resume",
+    "runs",
+    "schema",
+    "selftest",
     "serve",
     "train",
 ]
@@ -105,7 +123,8 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> Any:
     """Import on first use: `loratune --help` must not wait for torch."""
     if name in _ROOMS:
-        found = getattr(importlib.import_module(f"loratune.{_ROOMS[name]}"), name)
+        module, _, other = _ROOMS[name].partition(":")
+        found = getattr(importlib.import_module(f"loratune.{module}"), other or name)
         globals()[name] = found if name in ("Recipe", "NO_PROGRESS") else _showing_progress(found)
         return globals()[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -124,7 +143,7 @@ def _showing_progress(verb: Any) -> Any:
     @functools.wraps(verb)
     def run(*arguments: Any, **options: Any) -> Any:
         if "progress" not in options:
-            options["progress"] = importlib.import_module("loratune.cli.terminal").TerminalProgress()
+            options["progress"] = importlib.import_module("loratune.cli.notebook").progress_here()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=FutureWarning)  # for the developers of other libraries
             return verb(*arguments, **options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -98,12 +99,17 @@ def test_plan_shows_counts_and_trained_tokens_and_writes_nothing(loratune: Run, 
 def test_train_leaves_a_run_directory_that_evaluate_reads(loratune: Run, recipe: Path, tmp_path: Path) -> None:
     code, out, err = loratune("train", recipe)
     assert code == 0, err
-    assert "exact_match" in out
+    assert "exact match" in out
     run = tmp_path / "run"
     records = ("lock.json", "data.json", "preview.json", "plan.json", "metrics.jsonl", "evaluation.json")
     for name in ("recipe.yaml", *records, "report.html"):
         assert (run / name).is_file(), name
     assert (run / "recipe.yaml").read_text() == recipe.read_text()
+    log = [line[21:] for line in (run / "log.txt").read_text().splitlines()]
+    bars = [line for line in log if re.fullmatch(r"[a-z -]+: .*\d s", line)]  # a bar that took a while
+    assert all(line in err for line in log[:-1] if line not in bars), "what the terminal said"
+    assert log[-1] in out, "the verdict"
+    assert any(line.startswith("report: ") for line in log)
     assert {"README.md", "adapter_model.safetensors", "adapter_config.json", "chat_template.jinja"} <= {
         path.name for path in (run / "adapter").iterdir()
     }

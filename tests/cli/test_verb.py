@@ -1,9 +1,12 @@
-"""What every verb has: --quiet, -h, errors as JSON; and the options of `loratune` itself."""
+"""What every verb has: --quiet, --verbose, -h, errors as JSON; and the options of `loratune` itself."""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
+import warnings
+from pathlib import Path
 
 import pytest
 
@@ -33,7 +36,7 @@ def test_help_has_a_short_form_and_every_verb_is_quiet_on_request(
     code, out, _ = run(capsys, monkeypatch, *words)
     assert code == 0
     assert "Usage" in out
-    assert words[0] == "-h" or "--quiet" in out
+    assert words[0] == "-h" or ("--quiet" in out and "--verbose" in out)
 
 
 @pytest.mark.parametrize("words", [("train", "--json"), ("plan", "a.yaml", "--nope", "--json")])
@@ -64,3 +67,62 @@ def test_quiet_leaves_warnings(capsys: pytest.CaptureFixture[str], monkeypatch: 
     assert capsys.readouterr().err == "! a warning\n"
     as_verb(work)()
     assert "a line" in capsys.readouterr().err
+
+
+def test_verbose_shows_where_an_error_arose_and_what_libraries_say(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY", "HF_HUB_VERBOSITY"):
+        monkeypatch.setenv(name, "warning")
+    monkeypatch.setattr(TerminalProgress, "verbose", False)
+    with warnings.catch_warnings():
+        code, _, err = run(capsys, monkeypatch, "runs", "no-such-folder", "-v")
+        assert not any(action == "ignore" for action, *_ in warnings.filters)
+    assert code == 2
+    assert "Traceback" in err
+    assert "in list_runs" in err
+    assert err.rstrip().splitlines()[-2].startswith("RecipeError no-such-folder: no such folder")
+    assert os.environ["TRANSFORMERS_VERBOSITY"] == "info"
+    code, _, err = run(capsys, monkeypatch, "runs", "no-such-folder")
+    assert code == 2
+    assert "Traceback" not in err
+
+
+def test_a_schema_that_does_not_exist_is_an_error_as_json(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, out, _ = run(capsys, monkeypatch, "schema", "nothing")
+    assert code == json.loads(out)["exit_code"] == 2
+
+
+WRONG = {
+    "init": "nothing",
+    **dict.fromkeys(("plan", "explain", "eject", "train", "bench"), "no.yaml"),
+    **dict.fromkeys(("resume", "runs", "evaluate", "reproduce", "report", "export", "serve"), "no-run"),
+    "merge": "no-run out",
+    "certify": "no-run target",
+    "push": "no-run owner/name",
+    **dict.fromkeys(("compare", "diff"), "no-run other"),
+}
+"""Verb → arguments that are wrong."""
+NEVER_WRONG = {"doctor", "selftest"}
+"""Verbs with `--json` whose arguments cannot be wrong."""
+
+
+def test_every_verb_that_prints_json_is_asked_for_an_error() -> None:
+    verbs = [verb for group in cli.VERBS.values() for verb in group]
+    assert {verb.__name__ for verb in verbs if "as_json" in verb.__annotations__} == {*WRONG, *NEVER_WRONG}
+
+
+@pytest.mark.parametrize("verb", WRONG)
+def test_an_error_is_json_on_stdout_and_words_on_stderr(
+    verb: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(TerminalProgress, "quiet", False)
+    code, out, err = run(capsys, monkeypatch, verb, *WRONG[verb].split(), "--json", "--quiet")
+    record = json.loads(out)
+    assert code == record["exit_code"] == 2
+    assert record["error"] == "RecipeError"
+    assert record["fix"]
+    assert record["problem"] in err

@@ -79,7 +79,7 @@ def test_each_source_has_its_held_out_loss(tiny_recipe: MakeRecipe, tmp_path: Pa
     console = Console(width=300)
     with console.capture() as printed:
         console.print(evaluation_table(record))
-    assert f"NLL of {Path(names[1]).name} (5 conversations)" in printed.get()
+    assert f"held-out loss of {Path(names[1]).name} (5 conversations)" in printed.get()
     page = run.report.read_text()
     assert "eval-1.jsonl" in page
     assert "Missing data" not in page, "lines with losses of sources are read"

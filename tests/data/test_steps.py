@@ -4,7 +4,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loratune.data.steps import EpochPlan, assign_to_ranks, epoch_order, num_steps_per_epoch, pack, step_tokens
+from loratune.data.steps import (
+    EpochPlan,
+    assign_to_ranks,
+    epoch_order,
+    epochs_of,
+    num_steps,
+    num_steps_per_epoch,
+    pack,
+    step_tokens,
+)
 
 lengths_of_examples = st.lists(st.integers(1, 400), min_size=1, max_size=60)
 
@@ -95,3 +104,9 @@ def test_tokens_are_balanced_over_ranks() -> None:
 def test_a_step_that_is_a_little_more_than_the_budget_is_shared_evenly() -> None:
     first, second = assign_to_ranks(dict.fromkeys(range(24), 100), 2000, 2)
     assert [len(chosen) for chosen in first] == [len(chosen) for chosen in second] == [12]
+
+
+@given(st.integers(1, 10**7), st.integers(1, 10**7), st.integers(1, 512))
+def test_the_epochs_of_a_number_of_steps_make_just_these_steps(steps: int, num_examples: int, batch_size: int) -> None:
+    epochs = epochs_of(steps, num_steps_per_epoch(num_examples, batch_size))
+    assert num_steps(num_examples, batch_size, epochs) == steps

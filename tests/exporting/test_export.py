@@ -20,6 +20,8 @@ def test_a_merged_folder_answers_as_the_adapter_on_its_base(finished_run: RunDir
     exported = merge(finished_run.root, tmp_path / "merged")
     certificate = json.loads((tmp_path / "merged" / "parity.json").read_text())
     assert certificate == exported.certificate
+    assert repr(exported) == f"Exported({str(exported.folder)!r}: {exported.summary})"
+    assert len(repr(exported)) < 500
     assert certificate["passed"]
     assert certificate["template"]["same_token_ids"] == certificate["template"]["num_prompts"] == 6
     assert certificate["distributions"]["mean_kl"] < 1e-6
@@ -116,3 +118,18 @@ def test_what_cannot_be_written_is_refused_before_anything_is(
     with pytest.raises(RecipeError, match=words):
         export(finished_run.root, **options)
     assert written() == before
+
+
+def test_the_target_has_a_default_only_where_the_base_is_a_gguf_file(
+    finished_run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(RecipeError, match="the base is not a GGUF file") as error:
+        export(finished_run.root)
+    assert error.value.fix == "--to gguf, --to ollama or --to vllm"
+    run = RunDir(Path(shutil.copytree(finished_run.root, tmp_path / "run")))
+    lock = read_json(run.lock)
+    lock["recipe"]["model"]["name"] = str(tmp_path / "base.gguf")
+    run.lock.write_text(json.dumps(lock))
+    (tmp_path / "base.gguf").write_text("GGUF")
+    with pytest.raises(RecipeError, match="but a folder is written"):
+        export(run.root, out="adapter.gguf")  # so it is gguf that was chosen

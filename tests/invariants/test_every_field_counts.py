@@ -79,6 +79,7 @@ OTHER: dict[str, Any] = {
     "lora.target_parameters": ["mlp.experts.down_proj"],
     "train.output_dir": "FOLDER",
     "train.epochs": 2,
+    "train.max_steps": 3,
     "train.learning_rate": 1e-3,
     "train.batch_size": 5,
     "train.optimizer": "adafactor",

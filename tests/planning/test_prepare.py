@@ -179,3 +179,25 @@ def test_tensorboard_gets_losses_and_held_out_losses(tiny_recipe: MakeRecipe) ->
     assert logged == pytest.approx(losses, rel=1e-5)
     held_out = [record["eval_nll"] for record in run.read_metrics() if "eval_nll" in record]
     assert [event.value for event in events.Scalars("eval/nll")] == pytest.approx(held_out, rel=1e-5)
+
+
+def test_max_steps_overrides_the_epochs_and_whatever_depends_on_them(tiny_recipe: MakeRecipe) -> None:
+    """20 examples in steps of 8: three steps an epoch."""
+    by_steps = plan(tiny_recipe(train__max_steps=5, train__epochs=9))
+    assert by_steps.estimate.num_steps == 5
+    assert by_steps.recipe.train.epochs == pytest.approx(5 / 3)
+    assert by_steps.choices["train.epochs"].reason == "train.max_steps is 5, which overrides 9"
+    again = plan(Recipe.parse(by_steps.as_lock()["recipe"]))
+    assert again.recipe == by_steps.recipe
+    assert again.choices["train.epochs"].reason == "train.max_steps is 5"
+    by_epochs = plan(tiny_recipe(train__epochs=5 / 3))
+    assert by_epochs.estimate.num_steps == 5
+    assert "train.epochs" not in by_epochs.choices
+    assert plan(tiny_recipe(train__max_steps=6)).estimate.time.flops > by_steps.estimate.time.flops
+    with pytest.raises(RecipeError, match="a run of 2 steps") as error:
+        plan(tiny_recipe(train__max_steps=2, train__average_checkpoints=3))
+    assert error.value.fix.startswith("train.max_steps=3, or")
+
+
+def test_a_probe_takes_its_own_steps(tiny_recipe: MakeRecipe) -> None:
+    assert plan(tiny_recipe(train__max_steps=1), probe=True).estimate.num_steps == 1

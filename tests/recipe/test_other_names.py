@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -75,6 +76,20 @@ def test_on_the_command_line_in_yaml_and_in_python(written: str, fix: str, tmp_p
     with pytest.raises(RecipeError) as told:
         Recipe.parse({section: {field: 3}} if section else {field: 3})
     assert told.value.fix.startswith(fix)
+
+
+@pytest.mark.parametrize(
+    ("values", "fix"),
+    [
+        ({"max_steps": 10}, "here it is train.max_steps"),
+        ({"train": {"r": 8}}, "here it is lora.r"),
+        ({"train": {"iters": 8}}, "here it is train.max_steps; it counts optimizer steps"),
+    ],
+)
+def test_our_own_name_in_the_wrong_place_is_answered_with_the_right_one(values: dict[str, Any], fix: str) -> None:
+    with pytest.raises(RecipeError) as told:
+        Recipe.parse(values)
+    assert told.value.fix == fix
 
 
 def test_a_misspelling_of_ours_is_still_answered_by_the_nearest_name(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import re
 from xml.etree import ElementTree as ET
 
@@ -54,3 +55,16 @@ def test_a_long_curve_is_drawn_as_means_with_a_band_that_holds_every_value() -> 
     edges = [float(part) for part in re.findall(r"[-\d.]+", outline.attrib["d"])][1::2]
     assert max(edges) - min(edges) > 80
     assert len(svg) < 60_000
+
+
+@pytest.mark.parametrize(("first", "last"), [(1, 75), (1, 76), (1, 7), (0, 129_500), (3, 3)])
+def test_the_last_step_has_a_label_and_no_labels_touch(first: int, last: int) -> None:
+    svg = draw_lines("a", [Series(x=[first, last], y=[1.0, 2.0])], x_label="step", y_label="")
+    root = ET.fromstring(svg)  # noqa: S314 - drawn just now
+    labels = [
+        (float(t.attrib["x"]), t.text or "") for t in root.iter("text") if t.attrib.get("text-anchor") == "middle"
+    ]
+    ticks = [(place, text) for place, text in labels if text != "step"]
+    assert f"{last:,}" in [text for _, text in ticks]
+    for (left, one), (right, other) in itertools.pairwise(sorted(ticks)):
+        assert right - left > 6 * (len(one) + len(other)) / 2, "six units are the width of a digit"

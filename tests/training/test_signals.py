@@ -105,7 +105,7 @@ def test_ctrl_c_in_the_last_evaluation_keeps_the_adapter(tiny_recipe: MakeRecipe
 
 
 def test_a_kill_before_the_first_checkpoint_begins_again(tiny_recipe: MakeRecipe) -> None:
-    recipe = tiny_recipe(train__save_every="never", train__epochs=1, lora__dropout=0.1)
+    recipe = tiny_recipe(train__save_every="never", train__max_steps=3, train__epochs=9, lora__dropout=0.1)
     run = train(recipe).run
     before, weights = run.read_metrics(), (run.adapter / "adapter_model.safetensors").read_bytes()
     for path in (run.adapter, run.root / "evaluation.json"):

@@ -14,7 +14,7 @@ from loratune.recipe.recipe import Recipe
 from loratune.run.directory import RunDir, read_json
 from loratune.run.errors import RecipeError, RunError
 from loratune.run.progress import NO_PROGRESS
-from loratune.workflows.evaluate import Extras, evaluate
+from loratune.workflows.evaluate import evaluate
 from loratune.workflows.train import train
 from tests.conftest import write_jsonl
 
@@ -38,12 +38,12 @@ def test_forgetting_a_metric_of_ones_own_and_gates_in_one_evaluation(
     assert "forgetting" in read_json(trained.run.lock)["inputs"]
 
     (tmp_path / "own.py").write_text("def longer(answer, reference):\n    return len(answer) > len(reference)\n")
-    extras = Extras(
+    record = evaluate(
+        trained.run.root,
         metric=f"{tmp_path / 'own.py'}:longer",
         gates=("longer>=0", "forgetting.difference.nll.high<-50", "nll<99"),
         allow_code=True,
-    )
-    record = evaluate(trained.run.root, extras=extras).evaluation
+    ).evaluation
     assert record is not None
     assert record["forgetting"]["base"]["nll"] == pytest.approx(first["base"]["nll"], rel=1e-6)
     assert record["metric"] == "longer"
@@ -61,7 +61,7 @@ def test_forgetting_a_metric_of_ones_own_and_gates_in_one_evaluation(
 def test_a_gate_with_a_wrong_name_costs_no_evaluation(finished_run: RunDir) -> None:
     before = finished_run.evaluation.stat().st_mtime_ns
     with pytest.raises(RecipeError, match="no number exact_mach"):
-        evaluate(finished_run.root, extras=Extras(gates=("exact_mach>=0.5",)))
+        evaluate(finished_run.root, gates=("exact_mach>=0.5",))
     assert finished_run.evaluation.stat().st_mtime_ns == before
 
 
@@ -77,13 +77,13 @@ def test_a_run_without_a_metric_shows_answers_and_can_be_scored_later(
     assert page.count('class="sample"') == 4
     assert ">Failures<" not in page
     assert trained.verdict.split(":")[0] in ("better", "not better", "worse")
-    record = evaluate(trained.run.root, extras=Extras(metric="contains", gates=("contains>=0",))).evaluation
+    record = evaluate(trained.run.root, metric="contains", gates=("contains>=0",)).evaluation
     assert record is not None
     assert record["metric"] == "contains"
     assert len(record["items"]) == 6, "with a metric every prompt is answered"
     assert all(item["tuned"]["score"] in (0.0, 1.0) for item in record["items"])
     with pytest.raises(RecipeError, match="neither a metric of loratune nor a function") as told:
-        evaluate(trained.run.root, extras=Extras(metric="exact"))
+        evaluate(trained.run.root, metric="exact")
     assert "exact_match" in told.value.fix
 
 

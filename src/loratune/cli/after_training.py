@@ -16,6 +16,7 @@ from loratune.cli.options import AsJson, ReportFile, RunFolder, RunFolders
 from loratune.cli.output import print_json, show_certificate, show_exported, show_publication, show_service
 from loratune.cli.shell import command_context
 from loratune.cli.terminal import SafeConsole
+from loratune.run.errors import RecipeError
 
 if TYPE_CHECKING:
     from loratune.run.directory import Record
@@ -110,14 +111,20 @@ def merge(
 
 def export(
     run: RunFolder,
-    to: Annotated[Literal["gguf", "ollama", "vllm"], typer.Option("--to", help="The format or program to export for.")],
+    folder: Annotated[
+        Path | None, typer.Argument(metavar="[OUT]", help="The folder to create; default: RUN/exports/….")
+    ] = None,
+    to: Annotated[
+        Literal["gguf", "ollama", "vllm"] | None,
+        typer.Option("--to", help="The format or program to export for; default: gguf where the base is a GGUF file."),
+    ] = None,
     merged: Annotated[
         bool, typer.Option("--merged", help="Export the full model instead of the adapter alone.")
     ] = False,
     outtype: Annotated[
         Literal["f16", "bf16", "q8_0"] | None, typer.Option(help="Type of a merged GGUF model; default: f16.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="The folder to create; default: RUN/exports/….")] = None,
+    out: Annotated[Path | None, typer.Option(help="The same as OUT.")] = None,
     answers: Annotated[
         int, typer.Option(min=0, help="Number of held-out prompts that llama.cpp answers in full, for comparison.")
     ] = 20,
@@ -127,8 +134,10 @@ def export(
     with command_context(as_json) as progress:
         from loratune.workflows import export as workflow
 
+        if folder is not None and out is not None:
+            raise RecipeError(f"the folder to create is {folder} and --out {out}", fix="leave one of them out")
         exported = workflow.export(
-            run, to=to, merged=merged, outtype=outtype, out=out, num_answers=answers, progress=progress
+            run, to=to, merged=merged, outtype=outtype, out=folder or out, num_answers=answers, progress=progress
         )
         show_exported(exported, as_json)
         _require_same(exported.certificate)

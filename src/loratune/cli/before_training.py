@@ -6,6 +6,7 @@ Typer reads a command's options from its parameters, so the limit on the number 
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, get_args
 
@@ -45,6 +46,14 @@ def init(
         ),
     ] = None,
     out: OutFile = None,
+    source: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            metavar="FILE",
+            help="Translate another tool's file: YAML of Axolotl, LLaMA-Factory or mlx-lm, or TRL arguments as JSON.",
+        ),
+    ] = None,
     columns: Annotated[
         str | None,
         typer.Option(
@@ -62,14 +71,19 @@ def init(
         path, starter = write(
             what,
             out,
+            source=source,
             columns=read_columns(columns, get_args(Column)) if columns else None,
             ask=_ask_columns if sys.stdin.isatty() and not as_json else None,
             overwrite=overwrite,
         )
         if as_json:
-            print_json({"recipe": str(path), "title": starter.title, "settings": starter.as_dict()})
+            left_out = [asdict(item) for item in starter.left_out]
+            settings = starter.as_dict()
+            print_json({"recipe": str(path), "title": starter.title, "settings": settings, "left_out": left_out})
             return
         progress.line(starter.title)
+        for item in starter.left_out:
+            progress.line(f"not taken over: {item}")
         sys.stdout.write(f"{path}\n")
         model = str(starter.settings["model.name"][0])
         for line in (*missing_packages(model), command("plan", path), command("train", path)):
@@ -223,7 +237,7 @@ def schema(
     ] = None,
 ) -> None:
     """Print the JSON schema of a recipe, for editors; or of what a verb prints with --json."""
-    with command_context(as_json=False):
+    with command_context(as_json=True):
         from loratune.recipe.schema import recipe_schema
         from loratune.run.records.schemas import schema_of
 

@@ -92,8 +92,8 @@ def show_result(result: RunResult, as_json: bool) -> None:
     from loratune.workflows.tasks.task import task_of
 
     if as_json:
-        plan_record = read_json(result.run.plan)
-        print_record("train", {"run": str(result.run.root), "plan": plan_record, "evaluation": result.evaluation})
+        values = {"run": str(result.run.root), "verdict": result.verdict, "evaluation": result.evaluation}
+        print_record("train", {**values, "plan": read_json(result.run.plan)})
         return
     console = SafeConsole(highlight=False)
     recipe = recipe_of(result.run)

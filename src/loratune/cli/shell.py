@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -89,5 +90,7 @@ def _print_error(error: LoratuneError, as_json: bool) -> int:
     colour = "yellow" if isinstance(error, Interrupted) else "red"
     where = "" if processes.is_main() else f"process {processes.rank()}: "
     console = TerminalProgress().console
+    if TerminalProgress.verbose:
+        console.print(escape("".join(traceback.format_exception(error))), style="dim")
     console.print(f"[{colour}]{type(error).__name__}[/{colour}] {where}{escape(str(error))}")
     return error.exit_code

@@ -58,9 +58,11 @@ class TerminalProgress:
 
     Attributes:
         quiet: Whether only warnings are shown; the same for the whole process, as `--quiet` is.
+        verbose: Whether an error is shown with where in the code it arose.
     """
 
     quiet: ClassVar[bool] = False
+    verbose: ClassVar[bool] = False
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or SafeConsole(file=sys.stderr, highlight=False, soft_wrap=True)

@@ -127,8 +127,9 @@ def evaluate(
         from loratune.workflows import evaluate as workflow
 
         tasks = tuple(task for word in harness or () for task in word.split(","))
-        extras = workflow.Extras(metric=metric, harness=tasks, gates=tuple(gate or ()), allow_code=allow_code)
-        result = workflow.evaluate(run, extras=extras, progress=progress)
+        result = workflow.evaluate(
+            run, metric=metric, harness=tasks, gates=gate or (), allow_code=allow_code, progress=progress
+        )
         show_result(result, as_json)
         try:
             check_gates(result.evaluation or {})

@@ -1,9 +1,11 @@
-"""What every verb of the command line has: `--quiet`, and errors about its arguments as JSON with `--json`."""
+"""What every verb of the command line has: `--quiet`, `--verbose`, and errors about its arguments as JSON."""
 
 from __future__ import annotations
 
 import functools
 import inspect
+import os
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, get_type_hints
 
@@ -16,24 +18,41 @@ from loratune.run.errors import RecipeError
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print results, warnings and errors only.")]
 
+Verbose = Annotated[
+    bool,
+    typer.Option("--verbose", "-v", help="Also show what the libraries report, and where in the code an error arose."),
+]
+
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]  # typer's own copy of click's, or click's
 
 
 def as_verb(function: Callable[..., None]) -> Callable[..., None]:
-    """Return the function with a further option `--quiet`."""
+    """Return the function with two further options, `--quiet` and `--verbose`."""
 
     @functools.wraps(function)
-    def run(*, quiet: bool = False, **options: Any) -> None:
-        TerminalProgress.quiet = quiet
+    def run(*, quiet: bool = False, verbose: bool = False, **options: Any) -> None:
+        TerminalProgress.quiet, TerminalProgress.verbose = quiet, verbose
+        if verbose:
+            show_library_reports()
         function(**options)
 
     types = get_type_hints(function, include_extras=True)
     parameters = inspect.signature(function).parameters.values()
-    option = inspect.Parameter("quiet", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Quiet)
+    ours = {"quiet": Quiet, "verbose": Verbose}
+    options = [
+        inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=t) for n, t in ours.items()
+    ]
     typed: Any = run  # typer reads both
-    typed.__signature__ = inspect.Signature([*(p.replace(annotation=types[p.name]) for p in parameters), option])
-    typed.__annotations__ = {**types, "quiet": Quiet}
+    typed.__signature__ = inspect.Signature([*(p.replace(annotation=types[p.name]) for p in parameters), *options])
+    typed.__annotations__ = {**types, **ours}
     return run
+
+
+def show_library_reports() -> None:
+    """Let the libraries say what they do, and warn; to be called before they are imported, when they read this."""
+    os.environ["TRANSFORMERS_VERBOSITY"] = os.environ["DATASETS_VERBOSITY"] = os.environ["HF_HUB_VERBOSITY"] = "info"
+    warnings.resetwarnings()
+    warnings.simplefilter("default")
 
 
 class Verb(TyperCommand):

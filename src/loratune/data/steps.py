@@ -84,6 +84,14 @@ def num_steps(num_examples: int, batch_size: int, epochs: float) -> int:
     return math.ceil(epochs * num_steps_per_epoch(num_examples, batch_size))
 
 
+def epochs_of(steps: int, per_epoch: int) -> float:
+    """Return the epochs of a run of so many steps, such that `num_steps` returns these steps again."""
+    epochs = steps / per_epoch
+    while math.ceil(epochs * per_epoch) > steps:  # the product is rounded, possibly upwards
+        epochs = math.nextafter(epochs, 0)
+    return epochs
+
+
 def count_occurrences(every: str | float, *, steps: int, epochs: float, at_end: bool = True) -> int:
     """Count how often something with this cadence happens in a run.
 

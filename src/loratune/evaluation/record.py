@@ -14,6 +14,7 @@ from rich.text import Text
 
 from loratune.evaluation.scoring import score
 from loratune.recipe.short_names import short_names
+from loratune.reporting.units import measure_in_words
 from loratune.run.errors import plural
 
 if TYPE_CHECKING:
@@ -139,26 +140,26 @@ def evaluation_table(record: Mapping[str, Any]) -> Table:
         table.add_column(column, justify="right")
     metric = record["metric"]
     if metric == "bleu" and metric in record["base"]:
-        label = f"bleu ({plural(len(record['items']), 'answer')})"
+        label = f"{measure_in_words(metric)} ({plural(len(record['items']), 'answer')})"
         _add_row(table, label, record["base"][metric], record["tuned"][metric], record["difference"][metric])
     elif metric in record["base"]:
         points = {name: 100 * value for name, value in record["difference"][metric].items()}
         table.add_row(
-            f"{metric} ({plural(len(record['items']), 'answer')})",
+            f"{measure_in_words(metric)} ({plural(len(record['items']), 'answer')})",
             f"{record['base'][metric]:.1%}",
             f"{record['tuned'][metric]:.1%}",
             f"{points['value']:+.1f} points",
             f"{points['low']:+.1f} to {points['high']:+.1f}",
         )
-    for name, label in (("nll", "NLL per token"), ("perplexity", "perplexity")):
-        _add_row(table, label, record["base"][name], record["tuned"][name], record["difference"][name])
+    for name in ("nll", "perplexity"):
+        _add_row(table, measure_in_words(name), record["base"][name], record["tuned"][name], record["difference"][name])
     labels = short_names(record.get("sources", {}))
     for name, part in record.get("sources", {}).items():
-        source = _plain(f"NLL of {labels[name]} ({plural(part['num_examples'], 'conversation')})")
+        source = _plain(f"held-out loss of {labels[name]} ({plural(part['num_examples'], 'conversation')})")
         _add_row(table, source, part["base"]["nll"], part["tuned"]["nll"], part["difference"]["nll"])
     if "forgetting" in record:
         other = record["forgetting"]
-        title = f"other data: NLL per token ({plural(other['num_examples'], 'conversation')})"
+        title = f"loss on other data ({plural(other['num_examples'], 'conversation')})"
         _add_row(table, title, other["base"]["nll"], other["tuned"]["nll"], other["difference"]["nll"])
     for task, measures in record.get("harness", {}).get("tasks", {}).items():
         for name, values in measures.items():

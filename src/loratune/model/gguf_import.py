@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import tempfile
 from contextlib import redirect_stderr
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loratune.run.cache_folder import cache_dir
 from loratune.run.errors import RecipeError, RunError
 
 if TYPE_CHECKING:
@@ -21,15 +21,8 @@ if TYPE_CHECKING:
 
     from loratune.run.progress import Progress
 
-CACHE_VARIABLE = "LORATUNE_CACHE"
 _MAGIC = b"GGUF"
 _HEADER_BYTES = 64 * 2**20  # larger than any header with its vocabulary
-
-
-def cache_dir() -> Path:
-    """Return the folder for files that can be recreated: `$LORATUNE_CACHE`, else `~/.cache/loratune`."""
-    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(os.environ.get(CACHE_VARIABLE) or f"{home}/loratune").expanduser()
 
 
 def file_sha256(path: Path) -> str:

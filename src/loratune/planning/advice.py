@@ -217,7 +217,7 @@ def _num_steps(facts: AdviceFacts) -> Iterator[Advice]:
     elif facts.num_steps < 30 and train.batch_size > 8:
         yield Advice(
             about="train.batch_size",
-            text="train.batch_size=8, or more train.epochs",
+            text=f"train.batch_size=8, or more train.{'epochs' if train.max_steps is None else 'max_steps'}",
             reason=f"{facts.num_steps} optimizer steps are probably too few; each step uses {train.batch_size} of "
             f"{facts.num_examples:,} examples",
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from loratune.data.steps import epochs_of, num_steps_per_epoch
 from loratune.model.device import Choice, choose_dtype
 from loratune.planning.memory.memory import MemoryPlan, free_bytes
 from loratune.recipe.recipe import Recipe
@@ -55,6 +56,18 @@ def choose_max_length(recipe: Recipe, positions: int | None) -> Choice:
             fix=f"data.max_length={positions} or auto",
         )
     return Choice(str(wanted))
+
+
+def with_epochs(recipe: Recipe, num_examples: int) -> tuple[Recipe, dict[str, Choice]]:
+    """Return the recipe with the epochs that `train.max_steps` makes, and what they became; unchanged without it."""
+    train = recipe.train
+    if train.max_steps is None:
+        return recipe, {}
+    epochs = epochs_of(train.max_steps, num_steps_per_epoch(num_examples, train.batch_size))
+    overridden = "epochs" in train.model_fields_set and train.epochs != epochs
+    reason = f"train.max_steps is {train.max_steps}" + (f", which overrides {train.epochs:g}" if overridden else "")
+    changed = recipe.model_copy(update={"train": train.model_copy(update={"epochs": epochs})})
+    return changed, {"train.epochs": Choice(f"{epochs:g}", reason)}
 
 
 def budget_reason(recipe: Recipe, memory: MemoryPlan) -> str:

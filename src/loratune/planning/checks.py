@@ -295,7 +295,8 @@ def check_cadence(train: TrainSection, num_examples: int) -> None:
         return
     steps = num_steps(num_examples, train.batch_size, train.epochs)
     closer = max(1, steps // wanted)
-    possible = f"train.save_every={closer}" if steps >= wanted else "more epochs"
+    longer = "more epochs" if train.max_steps is None else f"train.max_steps={wanted}"
+    possible = f"train.save_every={closer}" if steps >= wanted else longer
     fewer = f"train.average_checkpoints={saves}" if saves > 1 else "leave train.average_checkpoints out"
     raise RecipeError(
         f"train.average_checkpoints is {wanted}, but a run of {steps:,} steps with train.save_every "

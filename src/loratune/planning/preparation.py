@@ -13,6 +13,7 @@ from loratune.planning.speed import StepProbe, TimePlan, with_probe
 from loratune.planning.task import planned_task
 from loratune.run import processes
 from loratune.run.errors import plural
+from loratune.run.html_table import html_table
 from loratune.training.packing_support import obstacle
 
 if TYPE_CHECKING:
@@ -94,6 +95,23 @@ class Preparation:
             f"{plural(self.data.num_examples, 'example')}, {plural(costs.num_steps, 'step')}, "
             f"{costs.memory.peak_bytes / 2**30:.1f} GiB, {costs.time.total_seconds:,.0f} s; .as_plan() is the record)"
         )
+
+    def _repr_html_(self) -> str:
+        """Return a table of what matters, for notebooks."""
+        parameters, costs, data = self.adapter.parameters, self.estimate, self._data_record()
+        rows = [
+            (
+                "trained",
+                f"{parameters.trainable:,} of {parameters.total:,} parameters: {self.adapter.targets_in_words}",
+            ),
+            ("examples", f"{data['num_examples']:,}, and {data['num_eval_examples']:,} held out"),
+            ("tokens", f"{data['num_tokens']:,}, of which {data['num_supervised_tokens']:,} are trained"),
+            ("steps", f"{costs.num_steps:,}"),
+            ("memory", f"{costs.memory.peak_bytes / 2**30:.1f} GiB"),
+            ("time", f"{costs.time.total_seconds:,.0f} s"),
+            *(("warning", warning) for warning in self.notes.warnings),
+        ]
+        return html_table(self.recipe.model.name, rows)
 
     def with_probe(self, probe: StepProbe) -> Preparation:
         """Return the same with the times that measured steps make."""

@@ -21,7 +21,6 @@ from loratune.model.adapter.start_from import base_notes
 from loratune.model.adapter.targets import resolve_targets, target_notes, unreached_notes
 from loratune.model.adapter.variants import rank_notes, variant_notes
 from loratune.model.device import Choice, choose_device, free_memory, torch_dtype
-from loratune.model.gguf_import import cache_dir
 from loratune.model.load import load_config, locate_model
 from loratune.model.quantization.checkpoint import check_checkpoint
 from loratune.model.quantization.kinds import PACKED
@@ -36,6 +35,7 @@ from loratune.planning.auto import (
     output_dir,
     recompute_reason,
     resolve_auto,
+    with_epochs,
 )
 from loratune.planning.checks import (
     cadence_notes,
@@ -68,6 +68,7 @@ from loratune.recipe.roles import trained_roles
 from loratune.recipe.sections.evaluate import UNSCORED_ANSWERS
 from loratune.recipe.tasks import require_processes
 from loratune.run import processes
+from loratune.run.cache_folder import cache_dir
 from loratune.run.errors import DataError, RecipeError, RunError
 
 if TYPE_CHECKING:
@@ -105,6 +106,8 @@ def prepare(
     model = resolve_model(recipe, progress, device, cluster=cluster, weights=weights)
     adapter = resolve_adapter(recipe, model)
     streaming, data = read_data(recipe, model, progress)
+    recipe, length = with_epochs(recipe, data.num_examples)
+    check_cadence(recipe.train, data.num_examples)
     parts = RunParts(model=model, adapter=adapter, data=data)
     presets = count_presets(model.skeleton, recipe.lora, model.head)
     choices, costs = estimate_run(recipe, parts, presets, device, cluster)
@@ -113,7 +116,7 @@ def prepare(
     check_disk(effective, adapter.parameters, data.num_examples)
     return Preparation(
         recipe=effective,
-        choices={name: choice for name, choice in choices.items() if choice.reason},
+        choices={name: choice for name, choice in (choices | length).items() if choice.reason},
         model=model,
         adapter=adapter,
         data=data,
@@ -217,7 +220,7 @@ def read_data(recipe: Recipe, model: RunModel, progress: Progress) -> tuple[Choi
 
     Raises:
         DataError: The data cannot be trained or evaluated on.
-        RecipeError: The tokenizer is another model's, or evaluation and checkpoints would come more often than steps.
+        RecipeError: The tokenizer is another model's.
     """
     task = planned_task(recipe)
     max_length = int(model.max_length.value)
@@ -227,7 +230,6 @@ def read_data(recipe: Recipe, model: RunModel, progress: Progress) -> tuple[Choi
         streaming, data = task.read_data(recipe, model.tokenizer, max_length, progress)
     forgetting = _read_forgetting(recipe, model, max_length, progress)
     check_vocabulary([*data.train, *data.eval, *forgetting], model.skeleton)
-    check_cadence(recipe.train, data.num_examples)
     if recipe.evaluate.metric == "none":
         prompts, notices = _unscored_prompts(recipe, model, data)
         data = replace(data, report={**data.report, "notices": [*data.report["notices"], *notices]})

@@ -13,6 +13,7 @@ import yaml
 from pydantic import ValidationError, model_validator
 
 from loratune.recipe.checks import check_beside, check_held_out, check_muon, check_quantization_settings
+from loratune.recipe.given_rows import with_rows_in_files
 from loratune.recipe.sections.base import Section, Source
 from loratune.recipe.sections.data import SEED_DATASET, Column, DataSection
 from loratune.recipe.sections.evaluate import EvaluateSection
@@ -48,13 +49,38 @@ __all__ = [
 
 
 class Recipe(Section):
-    """All settings of a run. Load one with `Recipe.load`."""
+    """All settings of a run. Load one with `Recipe.load`, or give the sections as keywords.
+
+    `Recipe(model={"name": "folder"}, data={"train": rows}, train={"epochs": 1})`: a section is a dictionary of its
+    settings. `data.train`, `data.eval` and `evaluate.forgetting` also take rows: a list of dictionaries, a
+    `datasets.Dataset` or a data frame.
+    """
 
     model: ModelSection = ModelSection()
     data: DataSection = DataSection()
     lora: LoraSection = LoraSection()
     train: TrainSection = TrainSection()
     evaluate: EvaluateSection = EvaluateSection()
+
+    def __init__(self, **sections: Any) -> None:
+        """Validate the sections.
+
+        Args:
+            sections: The settings of each section, or `task`.
+
+        Raises:
+            RecipeError: A setting is unknown, of the wrong type, or contradicts another.
+            DataError: Rows among the settings cannot be written.
+        """
+        values = with_rows_in_files(sections)
+        refuse_secrets(shown(values, max_characters=1_000_000), None)
+        try:
+            super().__init__(**hoist_task(values, {}))
+        except ValidationError as error:
+            raise translate_validation_error(error, type(self), Source, None, {}) from None
+
+    # Else pydantic would call it from `model_validate`, which knows the file and the lines for the errors.
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -86,7 +112,7 @@ class Recipe(Section):
     def parse(
         cls, values: dict[str, Any], *, file: str | Path | None = None, lines: dict[str, int] | None = None
     ) -> Self:
-        """Validate nested dictionaries, as they come from YAML or JSON.
+        """Validate nested dictionaries, as they come from YAML or JSON; without a file, rows may be among them.
 
         Args:
             values: Sections with their fields.
@@ -96,6 +122,7 @@ class Recipe(Section):
         Raises:
             RecipeError: A setting is unknown, of the wrong type, or contradicts another.
         """
+        values = values if file is not None else with_rows_in_files(values)
         refuse_secrets(shown(values, max_characters=1_000_000), None)
         try:
             return cls.model_validate(hoist_task(values, lines or {}))

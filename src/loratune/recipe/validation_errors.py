@@ -56,6 +56,8 @@ def _translate(
     error: ValidationError, recipe: type[BaseModel], source: type[BaseModel], lines: dict[str, int]
 ) -> RecipeError:
     first = error.errors()[0]
+    if first["type"] == "missing":  # probably because it is misspelt, which says more
+        first = next((item for item in error.errors() if item["type"] == "extra_forbidden"), first)
     location = [str(part) for part in first["loc"]]
     name = ".".join(location[:2])
     line = lines.get(".".join(location), lines.get(name))
@@ -63,7 +65,7 @@ def _translate(
         known = _known_names(recipe, source, location[:-1])
         near = difflib.get_close_matches(location[-1], known, n=1)
         fix = f"did you mean {near[0]}?" if near else f"known here: {', '.join(sorted(known))}"
-        fix = named_here(location[-1]) or fix
+        fix = named_here(location[-1]) or _home(recipe, location) or fix
         return RecipeError(f"unknown setting {'.'.join(location)}", line=line, fix=fix)
     if first["type"] == "value_error":
         raised = first["ctx"]["error"]
@@ -80,6 +82,13 @@ def _translate(
         line=line,
         fix=" ".join(filter(None, (_suggestion(name, first["input"], said) or _example(name, field), description))),
     )
+
+
+def _home(recipe: type[BaseModel], location: list[str]) -> str:
+    """Return where a setting belongs that was written at the top or in another section; empty if it is unknown."""
+    sections = {name: _section_of(recipe, name) for name in recipe.model_fields} if len(location) <= 2 else {}
+    homes = [f"{name}.{location[-1]}" for name, part in sections.items() if part and location[-1] in part.model_fields]
+    return f"here it is {' or '.join(homes)}" if homes else ""
 
 
 def _suggestion(name: str, value: Any, said: str) -> str:

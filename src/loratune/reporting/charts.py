@@ -88,7 +88,8 @@ def draw_lines(
         low, high = 0.0, 1.08 * max(ys) or 1.0
     else:
         low, high = _widened(min(ys), max(ys))
-    svg, x, y = _frame(alt, _widened(min(xs), max(xs)), (low, high), x_label=x_label, y_label=y_label, log=log)
+    x_range = _widened(min(xs), max(xs))
+    svg, x, y = _frame(alt, x_range, (low, high), x_label=x_label, y_label=y_label, log=log, last=max(xs))
     for curve in series:
         _draw_curve(svg, curve, x, y)
     return _markup(svg)
@@ -151,8 +152,9 @@ def _frame(
     x_label: str,
     y_label: str,
     log: bool = False,
+    last: float = math.inf,
 ) -> tuple[ET.Element, _Axis, _Axis]:
-    """Draw both axes and the grid; return the drawing and the axes."""
+    """Draw both axes and the grid, with a label at the x-value `last`; return the drawing and the axes."""
     top, bottom = 1.7 * _LINE if y_label else 0.7 * _LINE, _HEIGHT - 2.5 * _LINE
     y = _Axis(low=y_range[0], high=y_range[1], start=bottom, end=top, log=log)
     y_ticks = _log_ticks(*y_range) if log else _ticks(*y_range, most=6)
@@ -164,7 +166,7 @@ def _frame(
     for tick in y_ticks:
         ET.SubElement(svg, "path", {"d": f"M{left:.1f} {y(tick)} L{x.end} {y(tick)}", "stroke": _GRID})
         _text(svg, _number(tick), left - 5, y(tick), anchor="end")
-    _draw_x_axis(svg, x, bottom, x_label)
+    _draw_x_axis(svg, x, bottom, x_label, _with_last(_x_ticks(x), last, x))
     return svg, x, y
 
 
@@ -246,6 +248,17 @@ def _x_ticks(x: _Axis) -> list[float]:
         if sum(len(_number(tick)) + 2 for tick in ticks) * _CHARACTER < x.end - x.start:
             break
     return ticks
+
+
+def _with_last(ticks: list[float], last: float, x: _Axis) -> list[float]:
+    """Return the ticks with the last whole value, a run's last step, in place of those whose labels would touch it."""
+    if not math.isfinite(last) or last != math.floor(last):
+        return ticks
+
+    def room(tick: float) -> float:
+        return _CHARACTER * (len(_number(tick)) + len(_number(last)) + 2) / 2
+
+    return [*(tick for tick in ticks if x(last) - x(tick) >= room(tick)), last]
 
 
 def _log_ticks(low: float, high: float) -> list[float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -19,7 +20,6 @@ from loratune.run.errors import RecipeError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
-    from pathlib import Path
 
     from loratune.reporting.run_files import RunFiles
     from loratune.run.directory import Record
@@ -48,12 +48,13 @@ class ListedRun:
         return asdict(self)
 
 
-def list_runs(folder: Path) -> list[ListedRun]:
+def list_runs(folder: str | Path = "__models") -> list[ListedRun]:
     """Return the runs in a folder and its subfolders, the one changed last first.
 
     Raises:
         RecipeError: There is no such folder.
     """
+    folder = Path(folder)
     if not folder.is_dir():
         raise RecipeError("no such folder", file=folder, fix="name the folder that holds your runs")
     found = [(_last_change(path), _listed(path)) for path in sorted(folder.rglob("lock.json"))]

@@ -19,8 +19,8 @@ Outcome = Literal["better", "not better", "worse"]
 _LOWER_IS_BETTER = ("nll", "perplexity")
 _TRY: dict[Outcome, str] = {
     "better": "",
-    "not better": "try more epochs (train.epochs), a higher train.learning_rate, or more data",
-    "worse": "try fewer epochs (train.epochs) or a lower train.learning_rate",
+    "not better": "try more epochs (train.epochs, or train.max_steps), a higher train.learning_rate, or more data",
+    "worse": "try fewer epochs (train.epochs, or train.max_steps) or a lower train.learning_rate",
 }
 
 

@@ -7,6 +7,7 @@ RUN/checkpoints/STEP/  to resume from          RUN/adapter/          PEFT format
 RUN/preview.json       examples by token       RUN/report.html       the report for people
 RUN/parity.json        certificates of merged and exported models
 RUN/best.json          the checkpoint with the lowest held-out loss
+RUN/log.txt            what the terminal said
 RUN/mean.json          the checkpoints averaged by train.average_checkpoints
 """
 
@@ -101,6 +102,10 @@ class RunDir:
         return self.root / "parity.json"
 
     @property
+    def log(self) -> Path:
+        return self.root / "log.txt"
+
+    @property
     def trackers(self) -> Path:
         return self.root / "trackers"
 
@@ -138,7 +143,8 @@ class RunDir:
     @property
     def _never_began(self) -> bool:
         """Whether the directory holds only what is written before the first step, as after a kill."""
-        early = {_IN_USE, *(path.name for path in (self.recipe, self.data, self.preview, self.plan, self.checkpoints))}
+        files = (self.recipe, self.data, self.preview, self.plan, self.checkpoints, self.log)
+        early = {_IN_USE, *(path.name for path in files)}
         names = {path.name for path in self.root.iterdir() if not _is_leftover(path)}
         return names <= early and not any(self.checkpoints.glob("*"))
 

@@ -81,7 +81,7 @@ def training_arguments(train: TrainSection, data: TrainingData, run: RunDir) -> 
     steps = num_steps(len(data.train), train.batch_size, train.epochs)
     return {
         "output_dir": str(run.checkpoints),
-        "num_train_epochs": train.epochs,
+        **({"num_train_epochs": train.epochs} if train.max_steps is None else {"max_steps": train.max_steps}),
         "learning_rate": train.learning_rate,
         **schedule_arguments(train, steps),
         "weight_decay": train.weight_decay,

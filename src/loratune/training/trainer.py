@@ -44,7 +44,7 @@ from loratune.training.token_budget import TokenBudget
 from loratune.training.trackers import Trackers
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     import torch
     from peft import PeftModel
@@ -71,6 +71,7 @@ class TrainerSetup:
         stop: The user's request to stop, if any.
         progress: Receives progress lines and warnings.
         callback: Writes `metrics.jsonl` (`callbacks.RunCallback`).
+        more_callbacks: The user's own, which are called after ours.
     """
 
     model: PeftModel
@@ -82,6 +83,7 @@ class TrainerSetup:
     stop: StopRequest
     progress: Progress
     callback: TrainerCallback
+    more_callbacks: Sequence[TrainerCallback] = ()
 
 
 class RunTrainer(Trainer):
@@ -127,7 +129,7 @@ class RunTrainer(Trainer):
             setup.progress.line(
                 "no loss by source: TRL reports one smoothed loss for all sources; train.engine=fast reports each"
             )
-        return [setup.callback, Trackers(trackers, setup.run, self.events)]
+        return [setup.callback, Trackers(trackers, setup.run, self.events), *setup.more_callbacks]
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)

@@ -24,17 +24,17 @@ from rich.table import Table
 
 from loratune.data.prepare import prepare_data
 from loratune.data.rows.reading import Reader
-from loratune.data.steps import num_steps_per_epoch
+from loratune.data.steps import epochs_of, num_steps_per_epoch
 from loratune.model.device import torch_dtype
 from loratune.model.load import load_config
 from loratune.planning.parameters import skeleton
 from loratune.planning.prepare import prepare
 from loratune.planning.speed import matmul_rate_of
-from loratune.recipe.recipe import Recipe
+from loratune.recipe.recipe import Recipe, as_recipe
 from loratune.recipe.tasks import require_text
 from loratune.run.directory import Record, RunDir, read_json
 from loratune.run.errors import RecipeError, RunError
-from loratune.run.progress import NoProgress, Progress
+from loratune.run.progress import NO_PROGRESS, NoProgress, Progress
 from loratune.training.trl_dataset import trl_preparation_seconds
 
 if TYPE_CHECKING:
@@ -46,11 +46,11 @@ WARM_UP = 2
 ENGINES = ("fast", "trl")
 
 
-def bench(recipe: Recipe, *, rounds: int, steps: int, progress: Progress) -> Record:
+def bench(recipe: Recipe | str | Path, *, rounds: int = 2, steps: int = 8, progress: Progress = NO_PROGRESS) -> Record:
     """Run both engines in alternation and compare them.
 
     Args:
-        recipe: The recipe; evaluation, checkpoints and number of steps are set by the benchmark.
+        recipe: The recipe, or its file; evaluation, checkpoints and number of steps are set by the benchmark.
         rounds: Number of runs of each engine; the engine that runs first alternates.
         steps: Optimizer steps per run, of which the first two are not counted.
         progress: Receives one line per run.
@@ -65,12 +65,13 @@ def bench(recipe: Recipe, *, rounds: int, steps: int, progress: Progress) -> Rec
     """
     if steps <= WARM_UP:
         raise RecipeError(f"{steps} steps are too few: {WARM_UP} are warm-up", fix=f"--steps {WARM_UP + 4}")
+    recipe = as_recipe(recipe)
     require_text(recipe, "loratune bench")
     prepared = prepare(_few_steps(recipe, "fast", 1.0, "auto"), progress)
     # The recipe file of a run contains every setting, and a written default is no longer adapted to the model.
     data = recipe.data.model_copy(update={"max_length": prepared.recipe.data.max_length})
     measured = recipe.model_copy(update={"data": data})
-    epochs = steps / num_steps_per_epoch(len(prepared.data.train), recipe.train.batch_size)
+    epochs = epochs_of(steps, num_steps_per_epoch(len(prepared.data.train), recipe.train.batch_size))
     turns: list[Record] = []
     with tempfile.TemporaryDirectory() as folder:
         for number in range(rounds):
@@ -95,7 +96,8 @@ def _few_steps(recipe: Recipe, engine: str, epochs: float, output_dir: str) -> R
     never = dict.fromkeys(("eval_every", "save_every", "log_every"), "never")
     # A few steps do not repay compilation, but we measure the steady state of a long run.
     compiled = recipe.train.compile if engine == "fast" else False
-    values["train"] |= {"engine": engine, "epochs": epochs, "output_dir": output_dir, "compile": compiled, **never}
+    length = {"epochs": epochs, "max_steps": None}
+    values["train"] |= {"engine": engine, **length, "output_dir": output_dir, "compile": compiled, **never}
     return Recipe.parse(values)
 
 

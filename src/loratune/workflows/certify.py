@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from loratune.workflows.finished import FinishedRun
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Exported:
     """A finished export.
 
@@ -48,6 +48,10 @@ class Exported:
     def summary(self) -> str:
         """The certificate in one line."""
         return summary(self.certificate)
+
+    def __repr__(self) -> str:
+        """Return the folder and the verdict: the certificate has a line for every tensor."""
+        return f"Exported({str(self.folder)!r}: {self.summary})"
 
 
 def export_with_certificate(

@@ -3,7 +3,7 @@ gates."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from loratune.evaluation.gates import check_names, parse_gate, pass_gates
@@ -27,38 +27,35 @@ from loratune.workflows.result import RunResult
 from loratune.workflows.tasks.task import task_of
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from loratune.recipe.recipe import Recipe
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Extras:
-    """What an evaluation measures besides what the recipe says.
-
-    Attributes:
-        metric: A metric of `evaluate.metric`, or `path/to/file.py:function`; empty for the recipe's.
-        harness: Tasks of lm-evaluation-harness, by name or as YAML files.
-        gates: Thresholds such as `json>=0.8`.
-        allow_code: Whether Python code that metric and tasks name may run.
-    """
-
-    metric: str = ""
-    harness: tuple[str, ...] = ()
-    gates: tuple[str, ...] = ()
-    allow_code: bool = False
-
-
-_NOTHING_MORE = Extras()
-
-
-def evaluate(root: str | Path, *, extras: Extras = _NOTHING_MORE, progress: Progress = NO_PROGRESS) -> RunResult:
+def evaluate(
+    root: str | Path,
+    *,
+    metric: str = "",
+    harness: Sequence[str] = (),
+    gates: Sequence[str] = (),
+    allow_code: bool = False,
+    progress: Progress = NO_PROGRESS,
+) -> RunResult:
     """Compare base and fine-tuned model of a finished run again, and rewrite `evaluation.json`, model card and report.
 
     The record says whether the gates were passed; `evaluation.gates.check_gates` raises if one was not.
 
+    Args:
+        root: The run directory.
+        metric: A metric of `evaluate.metric`, or `path/to/file.py:function`; empty for the recipe's.
+        harness: Tasks of lm-evaluation-harness, by name or as YAML files.
+        gates: Thresholds such as `json>=0.8`.
+        allow_code: Whether Python code that metric and tasks name may run.
+        progress: Shows how far it is.
+
     Raises:
-        RecipeError: The run is not finished, has no held-out data, or the extras do not fit.
+        RecipeError: The run is not finished, has no held-out data, or metric, tasks or gates do not fit.
         DataError: No held-out conversation has an answer for the metric, or its prompt leaves no room for one.
         MachineError: lm-evaluation-harness is asked for and not installed.
         RunError: The metric or a task fails.
@@ -68,16 +65,16 @@ def evaluate(root: str | Path, *, extras: Extras = _NOTHING_MORE, progress: Prog
     recipe = recipe_here(run, progress)
     if recipe.data.eval == "none":
         raise RecipeError("data.eval of this run is none: there is nothing to evaluate on", file=run.lock)
-    recipe, own = _with_metric(recipe, extras)
-    gates = [parse_gate(text) for text in extras.gates]
+    recipe, own = _with_metric(recipe, metric, allow_code=allow_code)
+    parsed = [parse_gate(text) for text in gates]
     task = task_of(recipe)
-    if extras.harness:
+    if harness:
         require_text(recipe, "--harness", "--gate accuracy>=0.9, or f1")
     measures = task.measures(recipe, own)
     forgets = recipe.evaluate.forgetting != "none"
-    check_names(gates, measures, forgetting=forgets, harness=bool(extras.harness))
-    if extras.harness:
-        check_harness(extras.harness, allow_code=extras.allow_code)
+    check_names(parsed, measures, forgetting=forgets, harness=bool(harness))
+    if harness:
+        check_harness(harness, allow_code=allow_code)
     prepared = prepare(recipe, progress)
     if own is not None:
         prompts = task.prompts(recipe, prepared.data, prepared.model.tokenizer)
@@ -88,31 +85,29 @@ def evaluate(root: str | Path, *, extras: Extras = _NOTHING_MORE, progress: Prog
     model, loss = load_trained(prepared, run, progress)
     with explain_out_of_memory(run):
         evaluation = compare_base_and_tuned(prepared, run, model, loss, progress, metric=own)
-    if extras.harness:
-        progress.line(f"lm-evaluation-harness: {', '.join(extras.harness)}")
-        evaluation["harness"] = run_harness(
-            model, prepared.model.tokenizer, extras.harness, allow_code=extras.allow_code
-        )
-    pass_gates(gates, evaluation)
+    if harness:
+        progress.line(f"lm-evaluation-harness: {', '.join(harness)}")
+        evaluation["harness"] = run_harness(model, prepared.model.tokenizer, harness, allow_code=allow_code)
+    pass_gates(parsed, evaluation)
     evaluation = write_record(run.evaluation, EvaluationRecord, evaluation)
     write_card(run)
     report_or_warn(run, progress)
     return RunResult(run=run, evaluation=evaluation)
 
 
-def _with_metric(recipe: Recipe, extras: Extras) -> tuple[Recipe, UserMetric | None]:
-    """Return the recipe with the built-in metric that the extras name, or else their own metric.
+def _with_metric(recipe: Recipe, metric: str, *, allow_code: bool) -> tuple[Recipe, UserMetric | None]:
+    """Return the recipe with the built-in metric of this name, or else the user's own metric.
 
     Raises:
         RecipeError: The metric is neither, or the model writes no text for a built-in one to score.
     """
-    if not extras.metric:
+    if not metric:
         return recipe, None
     changes: dict[str, object] = {} if recipe.evaluate.samples else {"samples": EvaluateSection().samples}
     own = None
-    if extras.metric in METRICS:
-        require_text(recipe, f"--metric {extras.metric}", "leave --metric out; a classifier has its own measures")
-        changes["metric"] = extras.metric
+    if metric in METRICS:
+        require_text(recipe, f"--metric {metric}", "leave --metric out; a classifier has its own measures")
+        changes["metric"] = metric
     else:
-        own = load_metric(extras.metric, allow_code=extras.allow_code)
+        own = load_metric(metric, allow_code=allow_code)
     return recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update=changes)}), own

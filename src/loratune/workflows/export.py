@@ -20,7 +20,7 @@ from loratune.exporting.staging import check_target
 from loratune.exporting.transformers_serve import check_transformers, model_folder, served_name, write_served
 from loratune.exporting.vllm import check_vllm, serve_merged
 from loratune.exporting.weights_proof import prove_adapter
-from loratune.model.load import stored_dtype
+from loratune.model.load import gguf_file, stored_dtype
 from loratune.model.quantization.kinds import PACKED
 from loratune.recipe.tasks import require_text
 from loratune.run.directory import Record, RunDir
@@ -78,7 +78,7 @@ def merge_text_model(root: str | Path, target: Path, *, dtype: str, progress: Pr
 def export(
     root: str | Path,
     *,
-    to: str,
+    to: str | None = None,
     merged: bool = False,
     outtype: str | None = None,
     out: str | Path | None = None,
@@ -89,7 +89,7 @@ def export(
 
     Args:
         root: The run directory.
-        to: `gguf`, `ollama` or `vllm`.
+        to: `gguf`, `ollama` or `vllm`; None for `gguf`, where the base is a GGUF file.
         merged: Whether to write the full model, not the adapter alone.
         outtype: The type of a merged GGUF model's matrices: `f16` (the default), `bf16` or `q8_0`.
         out: The folder to create; default `RUN/exports/TO` or `RUN/exports/TO-merged`.
@@ -101,8 +101,11 @@ def export(
         MachineError: The disk is too small.
         RunError: The certificate fails; nothing is kept.
     """
-    if (to, merged) not in _CHECKS:
-        raise RecipeError(f"cannot export to {to!r}", fix="choose gguf, ollama or vllm")
+    if to is None:
+        to = "gguf" if gguf_file(recipe_of(root).model) is not None else None
+    if to is None or (to, merged) not in _CHECKS:
+        problem = f"cannot export to {to!r}" if to else "the base is not a GGUF file, so the target must be named"
+        raise RecipeError(problem, fix="--to gguf, --to ollama or --to vllm")
     if outtype is not None and (to == "vllm" or not merged):
         raise RecipeError(
             f"--outtype {outtype} is for merged GGUF models; an adapter is written in float32",

@@ -69,6 +69,7 @@ def _probe(prepared: Preparation, progress: Progress) -> StepProbe:
     # The data of one step is all the data of this short run, so an epoch is a step.
     changes = {
         "epochs": PROBE_STEPS,
+        "max_steps": None,
         "eval_every": "never",
         "save_every": "never",
         "log_every": "never",

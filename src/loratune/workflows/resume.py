@@ -11,6 +11,7 @@ from loratune.run import processes
 from loratune.run.directory import Record, RunDir, read_json
 from loratune.run.errors import RecipeError, RunError
 from loratune.run.progress import NO_PROGRESS, Progress
+from loratune.run.run_log import RunLog
 from loratune.training.checkpoint import newest_valid_checkpoint, resume_state
 from loratune.training.fsdp import is_sharded
 from loratune.workflows.locked_recipe import located
@@ -18,7 +19,10 @@ from loratune.workflows.result import RunResult
 from loratune.workflows.steps import finish_trained_run, run_from_weights, settings_as_written
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
+
+    from transformers import TrainerCallback
 
     from loratune.planning.preparation import Preparation
 
@@ -27,8 +31,15 @@ _NEXT, _EVALUATE = "checkpoint", "evaluate"
 left."""
 
 
-def resume(root: str | Path, *, progress: Progress = NO_PROGRESS) -> RunResult:
+def resume(
+    root: str | Path, *, progress: Progress = NO_PROGRESS, callbacks: Sequence[TrainerCallback] = ()
+) -> RunResult:
     """Resume an interrupted run: from its newest valid checkpoint, or with the evaluation if all steps are done.
+
+    Args:
+        root: The run directory.
+        progress: Shows how far the run is.
+        callbacks: As for `train`; a run does not remember those it began with.
 
     Raises:
         RecipeError: The run is finished, or its recipe, model, template or data changed since it started.
@@ -38,7 +49,8 @@ def resume(root: str | Path, *, progress: Progress = NO_PROGRESS) -> RunResult:
     run = RunDir.open(root)
     if run.is_complete:
         raise _finished(run)
-    return continue_run(run, progress)
+    with RunLog(progress, run.log) as log:
+        return continue_run(run, log, callbacks)
 
 
 def _finished(run: RunDir) -> RecipeError:
@@ -60,7 +72,7 @@ def was_relaunched(run: RunDir) -> bool:
     return processes.gather(bool(launch) and run.lock.is_file() and read_json(run.lock).get("launch") == launch)[0]
 
 
-def continue_run(run: RunDir, progress: Progress) -> RunResult:
+def continue_run(run: RunDir, progress: Progress, callbacks: Sequence[TrainerCallback] = ()) -> RunResult:
     """Resume on every rank: check what changed, agree on a checkpoint, and go on from it."""
     lock = read_json(run.lock)
     if "written" not in lock:
@@ -74,7 +86,7 @@ def continue_run(run: RunDir, progress: Progress) -> RunResult:
             _refuse(changed_settings(lock["written"], settings_as_written(run)), run.recipe)
         prepared = prepare_on_all_ranks(Recipe.parse(located(lock), file=run.lock), progress)
         if not processes.is_main():
-            return _follow_main(prepared, run, progress)
+            return _follow_main(prepared, run, progress, callbacks)
         _refuse(_changed_inputs(lock, prepared, run), run.lock)
         if run.has_adapter:
             processes.store_set(_NEXT, _EVALUATE)
@@ -90,10 +102,12 @@ def continue_run(run: RunDir, progress: Progress) -> RunResult:
             progress.line("no checkpoint yet: starting again with the first step")
         else:
             progress.line(f"resuming after step {step}")
-        return run_from_weights(prepared, run, checkpoint, progress)
+        return run_from_weights(prepared, run, checkpoint, progress, callbacks)
 
 
-def _follow_main(prepared: Preparation, run: RunDir, progress: Progress) -> RunResult:
+def _follow_main(
+    prepared: Preparation, run: RunDir, progress: Progress, callbacks: Sequence[TrainerCallback]
+) -> RunResult:
     """Do on the other ranks what rank 0 decided."""
     name = processes.store_wait(_NEXT)
     if name == _EVALUATE and is_sharded(prepared.recipe):
@@ -106,7 +120,7 @@ def _follow_main(prepared: Preparation, run: RunDir, progress: Progress) -> RunR
         raise RunError(
             "the checkpoint is not on this machine", file=checkpoint, fix="use a folder that all machines share"
         )
-    return run_from_weights(prepared, run, checkpoint, progress)
+    return run_from_weights(prepared, run, checkpoint, progress, callbacks)
 
 
 def _changed_inputs(lock: Record, prepared: Preparation, run: RunDir) -> list[str]:

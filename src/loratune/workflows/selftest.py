@@ -31,12 +31,12 @@ from transformers.utils import logging as transformers_logging
 from loratune.data.batch import collate
 from loratune.model.adapter.attach import attach_adapter, trainable_parameters, use_fast_layers
 from loratune.model.device import choose_device, choose_dtype, torch_dtype
-from loratune.model.gguf_import import CACHE_VARIABLE
 from loratune.model.kernels.attention import packed_attention
 from loratune.model.kernels.cross_entropy import Head, sum_cross_entropy
 from loratune.model.kernels.lora_linear import lora_linear
 from loratune.planning.prepare import prepare
 from loratune.recipe.recipe import Recipe
+from loratune.run.cache_folder import CACHE_VARIABLE
 from loratune.run.directory import Record, RunDir, read_json
 from loratune.run.errors import RunError
 from loratune.run.progress import NO_PROGRESS, Progress

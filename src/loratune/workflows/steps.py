@@ -27,6 +27,7 @@ from loratune.run.directory import Record, RunDir, read_json
 from loratune.run.errors import Interrupted
 from loratune.run.records.files import write_record
 from loratune.run.records.lock import LockRecord
+from loratune.run.run_log import RunLog
 from loratune.training.callbacks import RunCallback
 from loratune.training.checkpoint import resume_state
 from loratune.training.fast_trainer import FastTrainer
@@ -43,7 +44,10 @@ from loratune.workflows.result import RunResult
 from loratune.workflows.tasks.task import task_of
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from peft import PeftModel
+    from transformers import TrainerCallback
 
     from loratune.planning.preparation import Preparation
     from loratune.run.progress import Progress
@@ -58,7 +62,13 @@ def settings_as_written(run: RunDir) -> Record:
     return Recipe.load(run.recipe).model_dump(mode="json")
 
 
-def run_from_weights(prepared: Preparation, run: RunDir, checkpoint: Path | None, progress: Progress) -> RunResult:
+def run_from_weights(
+    prepared: Preparation,
+    run: RunDir,
+    checkpoint: Path | None,
+    progress: Progress,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> RunResult:
     """Train from the loaded weights on, evaluate, and write everything that follows.
 
     Args:
@@ -66,13 +76,14 @@ def run_from_weights(prepared: Preparation, run: RunDir, checkpoint: Path | None
         run: Its directory.
         checkpoint: The checkpoint to resume from; None for the first step.
         progress: Shows how far the run is.
+        callbacks: The user's own callbacks.
     """
     timer = RunTimer(run, prepared.recipe.train.device)
     model, loss = _load(prepared, run, checkpoint, progress)
     stop = StopRequest()
     try:
         with explain_out_of_memory(run), explain_lost_process():
-            last_step, tuned_nll = train_steps(prepared, run, model, loss, checkpoint, stop, progress)
+            last_step, tuned_nll = train_steps(prepared, run, model, loss, checkpoint, stop, progress, callbacks)
         if loss.sharded:
             stop.agree(processes.gather(stop.asked or 0))
         else:
@@ -133,7 +144,10 @@ def _finish(
     # `measured` is what makes a run complete, so everything that must exist is written before it.
     timer.close(evaluate_seconds=seconds, packing=loss.packing)
     report_or_warn(run, progress)
-    return RunResult(run=run, evaluation=evaluation)
+    result = RunResult(run=run, evaluation=evaluation)
+    if isinstance(progress, RunLog):
+        progress.note(result.verdict)  # the terminal says it below the tables
+    return result
 
 
 def _load(
@@ -160,6 +174,7 @@ def train_steps(
     checkpoint: Path | None,
     stop: StopRequest,
     progress: Progress,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> tuple[int, Nll | None]:
     """Take all optimizer steps; return the number of the last one, and its held-out losses if it was evaluated.
 
@@ -171,9 +186,8 @@ def train_steps(
     torch.manual_seed(recipe.train.seed)
     with progress.task("training", prepared.estimate.num_steps, "steps") as task, stop_after_step(stop, progress):
         task.advance(done)
-        callback = RunCallback(
-            run, progress, task, stop, num_steps_per_epoch(data.num_examples, recipe.train.batch_size)
-        )
+        per_epoch = num_steps_per_epoch(data.num_examples, recipe.train.batch_size)
+        callback = RunCallback(run, progress, task, stop, per_epoch)
         setup = TrainerSetup(
             model=model,
             tokenizer=prepared.model.tokenizer,
@@ -191,9 +205,9 @@ def train_steps(
             stop=stop,
             progress=progress,
             callback=callback,
+            more_callbacks=callbacks,
         )
-        is_fast = recipe.train.engine == "fast"
-        trainer = FastTrainer(setup) if is_fast else task_of(recipe).reference_trainer(setup)
+        trainer = FastTrainer(setup) if recipe.train.engine == "fast" else task_of(recipe).reference_trainer(setup)
         callback.watch(trainer)
         check_ranks_agree(model)
         over = False

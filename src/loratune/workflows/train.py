@@ -16,11 +16,14 @@ from loratune.run.records.data import DataRecord
 from loratune.run.records.files import write_record
 from loratune.run.records.plan import PlanRecord
 from loratune.run.records.preview import PreviewRecord
+from loratune.run.run_log import RunLog
 from loratune.workflows.resume import continue_run, was_relaunched
 from loratune.workflows.steps import run_from_weights, write_lock
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
+
+    from transformers import TrainerCallback
 
     from loratune.planning.preparation import Preparation
     from loratune.workflows.result import RunResult
@@ -36,6 +39,7 @@ def train(
     overwrite: bool = False,
     progress: Progress = NO_PROGRESS,
     on_plan: Callable[[Preparation], None] | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> RunResult:
     """Fine-tune, and compare base and fine-tuned model on held-out data.
 
@@ -45,6 +49,8 @@ def train(
         overwrite: Whether an existing run in the output directory may be deleted.
         progress: Shows how far the run is.
         on_plan: Called with the `Preparation` before the weights load.
+        callbacks: transformers' `TrainerCallback`s, called after ours at every event of the trainer. They may stop the
+            run, evaluate or save by the trainer's control flags.
 
     Raises:
         RecipeError, DataError, MachineError: Nothing was started.
@@ -55,22 +61,37 @@ def train(
     if not isinstance(recipe, Recipe):
         written = Path(recipe).read_text(encoding="utf-8") if written is None and Path(recipe).is_file() else written
         recipe = as_recipe(recipe)
+    if was_relaunched(RunDir.at(output_dir(recipe))):
+        return continue_run(RunDir.open(output_dir(recipe)), progress, callbacks)
+    written = written if written is not None else recipe.to_yaml()
+    with RunLog(progress) as log:
+        return _train(recipe, written, log, overwrite=overwrite, on_plan=on_plan, callbacks=callbacks)
+
+
+def _train(
+    recipe: Recipe,
+    written: str,
+    progress: RunLog,
+    *,
+    overwrite: bool,
+    on_plan: Callable[[Preparation], None] | None,
+    callbacks: Sequence[TrainerCallback],
+) -> RunResult:
     root = output_dir(recipe)
-    if was_relaunched(RunDir.at(root)):
-        return continue_run(RunDir.open(root), progress)
     if processes.is_main():
         RunDir.check(root, overwrite=overwrite)
     prepared = prepare_on_all_ranks(recipe, progress)
     if not processes.is_main():
-        return run_from_weights(prepared, RunDir.at(root), None, progress)
+        return run_from_weights(prepared, RunDir.at(root), None, progress, callbacks)
     if on_plan is not None:
         on_plan(prepared)
     run = RunDir.create(root, overwrite=overwrite)
+    progress.begin(run.log)
     with run.exclusive():
-        write_text(run.recipe, written if written is not None else recipe.to_yaml())
+        write_text(run.recipe, written)
         write_record(run.data, DataRecord, prepared.data.report)
         examples = preview(prepared.data.train, prepared.model.tokenizer, PREVIEW_EXAMPLES)
         write_record(run.preview, PreviewRecord, examples.as_record())
         write_record(run.plan, PlanRecord, prepared.as_plan())
         write_lock(prepared, run)
-        return run_from_weights(prepared, run, None, progress)
+        return run_from_weights(prepared, run, None, progress, callbacks)

@@ -155,6 +155,22 @@ def test_answers_without_thoughts_under_a_prompt_that_opens_them_are_reported(
     assert any("opens <think>, but 2 of 2 trained answers have no thoughts" in notice for notice in result.notices)
 
 
+def test_empty_thoughts_that_the_template_adds_are_reported(
+    with_template: WithTemplate, converse: Make, rendered: Render, trained_texts: Trained
+) -> None:
+    tokenizer = with_template("qwen3", eos="<|im_end|>")
+
+    result = rendered([converse(*CHAT)], tokenizer)
+
+    assert [text.startswith("<think>\n\n</think>") for text in trained_texts(result.examples[0], tokenizer)] == [
+        False,
+        True,
+    ]
+    assert any("empty thoughts (<think></think>) at the start of 1 of 2 trained answers" in n for n in result.notices)
+    own = rendered([converse(user("5 doubled?"), assistant("<think>Twice.</think>10."))], tokenizer)
+    assert not any("empty thoughts" in notice for notice in own.notices)
+
+
 def test_strip_removes_thoughts_and_error_rejects_them(
     with_template: WithTemplate, converse: Make, rendered: Render, trained_texts: Trained
 ) -> None:

@@ -26,7 +26,7 @@ from loratune.run.records.metrics import EvaluationLine, EventLine, StepLine, pa
 from loratune.run.records.plan import Memory, PlanRecord
 from loratune.run.records.preview import PreviewRecord
 from loratune.training.event_log import EventLog
-from loratune.workflows.evaluate import Extras, evaluate
+from loratune.workflows.evaluate import evaluate
 from loratune.workflows.export import merge
 from loratune.workflows.resume import resume
 from loratune.workflows.train import train
@@ -68,7 +68,7 @@ def test_a_text_run_with_its_best_adapter_gates_and_a_merge(tiny_recipe: MakeRec
     assert read_record(run.evaluation, EvaluationRecord).adapter.kind == "best"
     kinds = [type(parse_metrics_line(line)) for line in run.metrics.read_text(encoding="utf-8").splitlines()]
     assert kinds.count(StepLine) == kinds.count(EvaluationLine) == 6
-    evaluate(run.root, extras=Extras(gates=("nll<=50",)))
+    evaluate(run.root, gates=("nll<=50",))
     merge(run.root, tmp_path / "merged")
     check_files(run)
     evaluation = read_record(run.evaluation, EvaluationRecord)

@@ -62,7 +62,10 @@ def losses_of_script(folder: Path) -> list[float]:
             pytest.param(kind, marks=pytest.mark.slow)
             for kind in ("rslora", "pissa", "whole", "lion", "adamw_8bit", "sgd")
         ),
-        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("layers", "inverse_sqrt", "stacks", "olora-mean")),
+        *(
+            pytest.param(kind, marks=pytest.mark.slow)
+            for kind in ("layers", "inverse_sqrt", "stacks", "olora-mean", "steps")
+        ),
     ],
 )
 def test_the_script_trains_to_the_same_losses_and_the_same_adapter(
@@ -83,6 +86,7 @@ def test_the_script_trains_to_the_same_losses_and_the_same_adapter(
         "layers": ["lora.layers=[1]", "lora.targets=complete"],
         "inverse_sqrt": ["train.schedule=inverse_sqrt"],
         "stacks": [],
+        "steps": ["train.max_steps=3", "train.epochs=9"],
         "whole": ["lora.modules_to_save=[lm_head, norm]"],
         "rows": [],
         "noise": noise,

@@ -28,13 +28,14 @@ from loratune.run.errors import LoratuneError, RecipeError
 from loratune.run.progress import NoProgress
 from loratune.workflows.bench import bench
 from loratune.workflows.chat import Sampling, open_chat
-from loratune.workflows.evaluate import Extras, evaluate
+from loratune.workflows.evaluate import evaluate
 from loratune.workflows.export import export, merge
 from loratune.workflows.guidance.eject import eject
 from loratune.workflows.guidance.explain import explain
 from loratune.workflows.load import load_trained
 from loratune.workflows.push import push
 from loratune.workflows.reproduce import reproduce
+from loratune.workflows.result import open_result
 from loratune.workflows.resume import resume
 from loratune.workflows.serve import serve
 from loratune.workflows.train import train
@@ -208,20 +209,28 @@ def test_a_head_of_other_classes_is_made_anew(finished: RunDir, tmp_path: Path) 
     assert train(prepared.recipe).run.has_adapter
 
 
+def test_the_result_loads_the_classifier(finished: RunDir) -> None:
+    result = open_result(finished.root)
+    model, tokenizer = result.model(), result.tokenizer()
+    logits = model(**tokenizer("please play some music", return_tensors="pt")).logits
+    labels = tuple(read_json(finished.lock)["inputs"]["labels"])
+    assert logits.shape == (1, len(labels))
+    assert tuple(model.config.id2label.values()) == labels
+    assert "<td>accuracy</td>" in result._repr_html_()
+
+
 # ---- evaluation
 
 
 def test_gates_hold_the_accuracy(finished: RunDir, tmp_path: Path) -> None:
     run = RunDir(shutil.copytree(finished.root, tmp_path / "run"))
-    record = evaluate(
-        run.root, extras=Extras(gates=("accuracy>=0.1", "f1>=0.999", "difference.accuracy.low>-1"))
-    ).evaluation
+    record = evaluate(run.root, gates=("accuracy>=0.1", "f1>=0.999", "difference.accuracy.low>-1")).evaluation
     assert record is not None
     assert [gate["passed"] for gate in record["gates"]] == [True, record["tuned"]["f1"] >= 0.999, True]
     with pytest.raises(RecipeError, match="no number accuracies"):
-        evaluate(run.root, extras=Extras(gates=("accuracies>=0.1",)))
+        evaluate(run.root, gates=("accuracies>=0.1",))
     with pytest.raises(RecipeError, match="--harness is for models that write text"):
-        evaluate(run.root, extras=Extras(harness=("arc",)))
+        evaluate(run.root, harness=("arc",))
 
 
 def test_the_page_and_the_card_speak_of_classes(finished: RunDir) -> None:

@@ -50,6 +50,12 @@ def _thought_notices(counts: Counter[str], template: ChatTemplate, train_on: Tra
             f"The chat template's generation prompt opens <think>, but {thoughtless} of {counts['answers']} trained "
             "answers have no thoughts: in use, the model is prompted for thoughts it was not trained to have."
         )
+    if (number := counts["empty_thoughts"]) and train_on != "all":
+        yield (
+            f"The chat template writes empty thoughts (<think></think>) at the start of {number} of "
+            f"{plural(counts['answers'], 'trained answer')}, and they are trained: the model learns to answer without "
+            "thinking first."
+        )
     if template.forbids_thoughts and counts["thoughts"]:
         have = plural(counts["thoughts"], "trained answer has", "trained answers have")
         yield (

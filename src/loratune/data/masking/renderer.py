@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -48,6 +49,9 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+_NO_THOUGHTS = re.compile(r"\s*<think>\s*</think>")
+"""What some templates write at the start of an answer that has no thoughts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -248,6 +252,8 @@ class Renderer:
         self._counts["answers"] += len(answers)
         self._counts["thoughts"] += sum(map(has_thoughts, answers))
         self._counts["thoughts_restored"] += len(rendering.restored)
+        written = (rendering.text[start:end] for start, end in rendering.spans)
+        self._counts["empty_thoughts"] += sum(bool(_NO_THOUGHTS.match(text)) for text in written)
         self._counts["unanswered"] += messages[-1]["role"] != "assistant" and len(messages) - 1 not in turns
         for turn in turns if self._train_on != "all" else ():
             self._counts[f"trained {messages[turn]['role']}"] += 1

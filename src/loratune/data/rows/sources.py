@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from loratune.data.rows.files import READERS, read_bytes
 from loratune.data.rows.folders import COMPRESSED, data_suffix, select_files
 from loratune.data.rows.hub import is_saved, read_hub, read_saved
+from loratune.recipe.given_rows import missing_rows_fix
 from loratune.run.errors import DataError
 
 if TYPE_CHECKING:
@@ -94,14 +95,15 @@ def local_files(source: Source) -> list[Path]:
     """
     path = Path(source.name).expanduser()
     if not path.exists():
-        raise DataError("no such file or folder", file=source.name, fix="check the path in data.train or data.eval")
+        fix = missing_rows_fix(path) or "check the path in data.train or data.eval"
+        raise DataError("no such file or folder", file=source.name, fix=fix)
     if path.is_file():
         _refuse_hub_settings(source)
         if data_suffix(path) not in SUFFIXES:
             what = f"unsupported file type {path.suffix}" if path.suffix else "a file without a suffix"
             fix = f"supported types are {', '.join(SUFFIXES)}"
-            if path.suffix.lower() in (".xlsx", ".xls", ".ods"):
-                fix = "save the sheet as CSV (UTF-8)"
+            if path.suffix.lower() in (".xls", ".ods"):
+                fix = "save it as .xlsx, or as CSV (UTF-8)"
             raise DataError(what, file=source.name, fix=fix)
         return [path]
     return select_files(path, source.split, SUFFIXES, source.config).files

@@ -33,8 +33,8 @@ class Source(Section):
     """Where rows come from."""
 
     name: str
-    """A file (`.jsonl`, `.json`, `.parquet`, `.csv`, `.tsv`), a folder of such files, or the id of a Hugging Face Hub
-    dataset."""
+    """A file (`.jsonl`, `.json`, `.parquet`, `.csv`, `.tsv`, `.xlsx`), a folder of such files, or the id of a Hugging
+    Face Hub dataset."""
 
     config: str | None = None
     """The configuration (subset) of a Hub dataset: the `name` argument of `load_dataset`."""

@@ -27,6 +27,10 @@ class TrainSection(Section):
     epochs: Float = Field(default=3, gt=0)
     """The number of passes over the training data. May be fractional."""
 
+    max_steps: Int | None = Field(default=None, ge=1)
+    """The number of optimizer steps; if set, it overrides `epochs`, and the learning-rate schedule ends with it.
+    `null`: as many as `epochs` makes."""
+
     learning_rate: Float = Field(default=5e-5, gt=0)
     """The peak learning rate (LR) of the schedule."""
 

@@ -36,10 +36,12 @@ class ResultOutput(FileRecord):
 
     run: str
     """Run directory."""
-    plan: PlanRecord
-    """`plan.json`, with what was measured."""
+    verdict: str
+    """Whether the fine-tuned model is better than its base, in one sentence."""
     evaluation: EvaluationRecord | None
     """`evaluation.json`; null without held-out data."""
+    plan: PlanRecord
+    """`plan.json`, with what was measured."""
 
 
 class ExportOutput(FileRecord):

@@ -180,7 +180,7 @@ def _memory() -> Check:
 
 
 def _disks() -> Iterator[Check]:
-    from loratune.model.gguf_import import cache_dir
+    from loratune.run.cache_folder import cache_dir
 
     for name, folder in (("disk, current folder", Path.cwd()), ("disk, cache", cache_dir())):
         existing = folder

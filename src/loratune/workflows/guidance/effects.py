@@ -198,6 +198,8 @@ def _learning_rate_table(facts: Facts) -> list[AlternativeRow]:
 def _batch_size(facts: Facts) -> str:
     train = facts.prepared.recipe.train
     tokens = sum(facts.lengths) / num_steps_per_epoch(len(facts.lengths), train.batch_size)
+    if train.max_steps is not None:
+        return f"{tokens:,.0f} tokens per step"
     double = num_steps(len(facts.lengths), 2 * train.batch_size, train.epochs)
     return (
         f"{tokens:,.0f} tokens per step; batch_size {2 * train.batch_size} would take {double:,} steps "
@@ -214,7 +216,7 @@ def _batch_size_table(facts: Facts) -> list[AlternativeRow]:
         rows.append(
             {
                 "batch_size": str(batch_size),
-                "steps": f"{num_steps(len(facts.lengths), batch_size, train.epochs):,}",
+                "steps": f"{train.max_steps or num_steps(len(facts.lengths), batch_size, train.epochs):,}",
                 "tokens per step": f"{sum(facts.lengths) / per_epoch:,.0f}",
                 "trained tokens per step": f"{supervised / per_epoch:,.0f}",
             }
@@ -275,6 +277,7 @@ SUMMARIES: dict[str, Callable[[Facts], str]] = {
     "lora.alpha": _alpha,
     "lora.targets": _targets,
     "train.epochs": _epochs,
+    "train.max_steps": _epochs,
     "train.learning_rate": _learning_rate,
     "train.optimizer": _optimizer,
     "train.batch_size": _batch_size,

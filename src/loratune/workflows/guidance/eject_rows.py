@@ -78,7 +78,8 @@ def _why_not_one_source(sources: Sequence[Source]) -> str:
     if sources[0].weight != 1:
         return f"has the weight {sources[0].weight:g}"
     if is_local(sources[0]) and Path(sources[0].name).suffix.lower() not in BUILDERS:
-        return "is a folder of files"
+        path = Path(sources[0].name).expanduser()
+        return "is a folder of files" if path.is_dir() else f"is a {path.suffix} file, which load_dataset does not read"
     return ""
 
 

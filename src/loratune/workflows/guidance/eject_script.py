@@ -42,6 +42,7 @@ NOT_WRITTEN = {"output_dir", "disable_tqdm"}
 
 FIELD_OF = {
     "num_train_epochs": "epochs",
+    "max_steps": "max_steps",
     "optim": "optimizer",
     "lr_scheduler_type": "schedule",
     "warmup_steps": "warmup_fraction",

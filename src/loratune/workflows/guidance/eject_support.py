@@ -28,7 +28,7 @@ SUPPORTED_FIELDS = {
         "new_tokens",
     },
     "train": {
-        *("output_dir", "epochs", "learning_rate", "batch_size", "warmup_fraction", "weight_decay"),
+        *("output_dir", "epochs", "max_steps", "learning_rate", "batch_size", "warmup_fraction", "weight_decay"),
         *("optimizer", "lora_plus_ratio", "schedule"),
         *("max_grad_norm", "seed", "engine", "device", "token_budget", "eval_every", "save_every", "log_every"),
         *("keep_checkpoints", "report_to", "neftune_noise_alpha", "label_smoothing"),

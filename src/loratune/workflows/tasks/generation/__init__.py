@@ -68,7 +68,7 @@ class TextGeneration(Task):
         from loratune.data.prepare import prepare_data
         from loratune.data.stream import MANY_ROWS, can_stream, open_tables, stream_data
         from loratune.model.device import Choice
-        from loratune.model.gguf_import import cache_dir
+        from loratune.run.cache_folder import cache_dir
 
         section, seed, wanted = recipe.data, recipe.train.seed, recipe.data.streaming
         possible = recipe.train.engine == "fast" and can_stream(section)
