@@ -1,4 +1,4 @@
-"""Verbs that train: train, resume, evaluate, reproduce, bench.
+"""Verbs that train, and watch it: train, resume, watch, runs, evaluate, reproduce, bench.
 
 Typer reads a command's options from its parameters, so the limit on the number of parameters does not apply to verbs.
 """
@@ -29,6 +29,7 @@ from loratune.cli.output import print_json, show_plan, show_result
 from loratune.cli.shell import check_engine, command_context, start_processes
 from loratune.cli.terminal import SafeConsole
 from loratune.recipe.recipe import Recipe
+from loratune.run.directory import RunDir
 from loratune.run.errors import RunError
 from loratune.run.processes import is_main
 
@@ -83,6 +84,20 @@ def resume(run: RunFolder, as_json: AsJson = False, processes: Processes = 1) ->
         result = workflow.resume(run, progress=progress)
         if is_main():
             show_result(result, as_json)
+
+
+def watch(
+    run: RunFolder,
+    once: Annotated[bool, typer.Option("--once", help="Print the run as it is now, and end.")] = False,
+) -> None:
+    """Show a run while another process works on it: loss, speed, time left, memory, held-out loss.
+
+    Ends when the run ends. Without a terminal, prints a line whenever something changed.
+    """
+    with command_context(as_json=False):
+        from loratune.reporting.watch import show_run
+
+        show_run(RunDir.open(run), SafeConsole(highlight=False), once=once)
 
 
 def runs(folder: RunsFolder = Path("__models"), as_json: AsJson = False) -> None:
