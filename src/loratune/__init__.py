@@ -54,6 +54,7 @@ _ROOMS = {
     "reproduce": "workflows.reproduce",
     "resume": "workflows.resume",
     "serve": "workflows.serve",
+    "sweep": "workflows.search.sweep",
     "train": "workflows.train",
     "NO_PROGRESS": "run.progress",
     "Recipe": "recipe.recipe",
@@ -75,6 +76,7 @@ if TYPE_CHECKING:
     from loratune.workflows.push import push
     from loratune.workflows.reproduce import reproduce
     from loratune.workflows.resume import resume
+    from loratune.workflows.search.sweep import sweep
     from loratune.workflows.serve import serve
     from loratune.workflows.train import train
 
@@ -97,6 +99,7 @@ __all__ = [
     "reproduce",
     "resume",
     "serve",
+    "sweep",
     "train",
 ]
 __version__ = "0.1.0"

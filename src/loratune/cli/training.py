@@ -1,4 +1,4 @@
-"""Verbs that train, and watch it: train, resume, watch, runs, evaluate, reproduce, bench.
+"""Verbs that train, and watch it: train, sweep, tune, resume, watch, runs, evaluate, reproduce, bench.
 
 Typer reads a command's options from its parameters, so the limit on the number of parameters does not apply to verbs.
 """
@@ -14,18 +14,22 @@ import typer
 from loratune.cli.options import (
     Address,
     AsJson,
+    Budget,
     Engine,
     MaxFailures,
     Overrides,
     Overwrite,
+    OverwriteSweep,
     Processes,
     RecipeFile,
     RunFolder,
     RunsFolder,
     Storage,
+    SweptSettings,
     Workers,
+    as_seconds,
 )
-from loratune.cli.output import print_json, show_plan, show_result
+from loratune.cli.output import print_json, show_plan, show_result, show_sweep
 from loratune.cli.shell import check_engine, command_context, start_processes
 from loratune.cli.terminal import SafeConsole
 from loratune.recipe.recipe import Recipe
@@ -73,6 +77,41 @@ def train(
         result = workflow.train(loaded, written=written, overwrite=overwrite, progress=progress, on_plan=show)
         if is_main():
             show_result(result, as_json)
+
+
+def sweep(
+    recipe: RecipeFile,
+    settings: SweptSettings,
+    trials: Annotated[
+        int | None,
+        typer.Option("--trials", min=2, help="Trials to draw at random; default: every combination of lists."),
+    ] = None,
+    budget: Budget = None,
+    halving: Annotated[
+        bool, typer.Option(help="Drop trials that are worse before their end; --no-halving trains all of them.")
+    ] = True,
+    as_json: AsJson = False,
+    overwrite: OverwriteSweep = False,
+) -> None:
+    """Train with different settings, drop what is worse early, and rank the rest with intervals.
+
+    The same command continues a sweep that was stopped. It is written to the run directory's name with `-sweep`.
+    """
+    with command_context(as_json) as progress:
+        loaded = Recipe.load(recipe)
+        from loratune.workflows.search.sweep import sweep as run_sweep
+
+        seconds = None if budget is None else as_seconds(budget)
+        result = run_sweep(
+            loaded,
+            settings,
+            trials=trials,
+            budget=seconds,
+            halving=halving,
+            overwrite=overwrite,
+            progress=progress,
+        )
+        show_sweep(result.record, as_json)
 
 
 def resume(run: RunFolder, as_json: AsJson = False, processes: Processes = 1) -> None:

@@ -147,7 +147,9 @@ def _memory(files: RunFiles) -> str:
         planned = files.plan.memory.peak_bytes if files.plan is not None else 0
     except UNEXPECTED:  # a damaged plan
         planned = 0
-    return f"peak {as_bytes(peak)}" + (f" of {as_bytes(planned)} planned ({as_ratio(peak, planned)})" if planned else "")
+    return f"peak {as_bytes(peak)}" + (
+        f" of {as_bytes(planned)} planned ({as_ratio(peak, planned)})" if planned else ""
+    )
 
 
 def _samples(files: RunFiles) -> Iterator[tuple[str, str]]:
@@ -162,7 +164,10 @@ def _samples(files: RunFiles) -> Iterator[tuple[str, str]]:
             yield "base", _short(item.base.text)
             yield "tuned", _short(item.tuned.text)
         if len(record.items) > SHOWN_SAMPLES:
-            yield "", f"{plural(len(record.items) - SHOWN_SAMPLES, 'further answer')}: `loratune report {files.run.root}`"
+            yield (
+                "",
+                f"{plural(len(record.items) - SHOWN_SAMPLES, 'further answer')}: `loratune report {files.run.root}`",
+            )
     except UNEXPECTED:  # a damaged evaluation; the report names it
         return
 

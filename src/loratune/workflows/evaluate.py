@@ -87,7 +87,7 @@ def evaluate(root: str | Path, *, extras: Extras = _NOTHING_MORE, progress: Prog
         check_prompts(recipe, prepared.data.prompts, prepared.model.positions)
     model, loss = load_trained(prepared, run, progress)
     with explain_out_of_memory(run):
-        evaluation = compare_base_and_tuned(prepared, run, model, loss, progress, metric=own)
+        evaluation, _ = compare_base_and_tuned(prepared, run, model, loss, progress, metric=own)
     if extras.harness:
         progress.line(f"lm-evaluation-harness: {', '.join(extras.harness)}")
         evaluation["harness"] = run_harness(

@@ -15,7 +15,7 @@ from loratune.training.checkpoint import newest_valid_checkpoint, resume_state
 from loratune.training.fsdp import is_sharded
 from loratune.workflows.locked_recipe import located
 from loratune.workflows.result import RunResult
-from loratune.workflows.steps import finish_trained_run, run_from_weights, settings_as_written
+from loratune.workflows.steps import WHOLE, Leg, finish_trained_run, run_from_weights, settings_as_written
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -60,8 +60,15 @@ def was_relaunched(run: RunDir) -> bool:
     return processes.gather(bool(launch) and run.lock.is_file() and read_json(run.lock).get("launch") == launch)[0]
 
 
-def continue_run(run: RunDir, progress: Progress) -> RunResult:
-    """Resume on every rank: check what changed, agree on a checkpoint, and go on from it."""
+def continue_run(run: RunDir, progress: Progress, prepared: Preparation | None = None, leg: Leg = WHOLE) -> RunResult:
+    """Resume on every rank: check what changed, agree on a checkpoint, and go on from it.
+
+    Args:
+        run: The run.
+        progress: Shows how far it is.
+        prepared: What `prepare` found out of the recipe in the run's lock; None: it is found out now.
+        leg: How far to go.
+    """
     lock = read_json(run.lock)
     if "written" not in lock:
         raise RecipeError(
@@ -72,7 +79,7 @@ def continue_run(run: RunDir, progress: Progress) -> RunResult:
         if processes.is_main():
             run.clean()
             _refuse(changed_settings(lock["written"], settings_as_written(run)), run.recipe)
-        prepared = prepare_on_all_ranks(Recipe.parse(located(lock), file=run.lock), progress)
+        prepared = prepared or prepare_on_all_ranks(Recipe.parse(located(lock), file=run.lock), progress)
         if not processes.is_main():
             return _follow_main(prepared, run, progress)
         _refuse(_changed_inputs(lock, prepared, run), run.lock)
@@ -81,7 +88,7 @@ def continue_run(run: RunDir, progress: Progress) -> RunResult:
             if not is_sharded(prepared.recipe):
                 processes.stop()
             progress.line("all steps are done and the adapter is saved; resuming with the evaluation")
-            return finish_trained_run(prepared, run, progress)
+            return finish_trained_run(prepared, run, progress, leg)
         checkpoint = newest_valid_checkpoint(run, progress)
         step = resume_state(checkpoint) if checkpoint is not None else 0
         run.rewind_metrics(step)
@@ -90,7 +97,7 @@ def continue_run(run: RunDir, progress: Progress) -> RunResult:
             progress.line("no checkpoint yet: starting again with the first step")
         else:
             progress.line(f"resuming after step {step}")
-        return run_from_weights(prepared, run, checkpoint, progress)
+        return run_from_weights(prepared, run, checkpoint, progress, leg)
 
 
 def _follow_main(prepared: Preparation, run: RunDir, progress: Progress) -> RunResult:

@@ -17,7 +17,7 @@ from loratune.run.records.files import write_record
 from loratune.run.records.plan import PlanRecord
 from loratune.run.records.preview import PreviewRecord
 from loratune.workflows.resume import continue_run, was_relaunched
-from loratune.workflows.steps import run_from_weights, write_lock
+from loratune.workflows.steps import WHOLE, Leg, run_from_weights, write_lock
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -65,12 +65,28 @@ def train(
         return run_from_weights(prepared, RunDir.at(root), None, progress)
     if on_plan is not None:
         on_plan(prepared)
-    run = RunDir.create(root, overwrite=overwrite)
+    written = written if written is not None else recipe.to_yaml()
+    return start_run(prepared, RunDir.create(root, overwrite=overwrite), written, progress)
+
+
+def start_run(prepared: Preparation, run: RunDir, written: str, progress: Progress, leg: Leg = WHOLE) -> RunResult:
+    """Write what was planned into the empty run directory, and train.
+
+    Args:
+        prepared: The prepared run.
+        run: Its directory.
+        written: The recipe as the user wrote it.
+        progress: Shows how far the run is.
+        leg: How far to go.
+
+    Raises:
+        Paused: The leg ends before the run does.
+    """
     with run.exclusive():
-        write_text(run.recipe, written if written is not None else recipe.to_yaml())
+        write_text(run.recipe, written)
         write_record(run.data, DataRecord, prepared.data.report)
         examples = preview(prepared.data.train, prepared.model.tokenizer, PREVIEW_EXAMPLES)
         write_record(run.preview, PreviewRecord, examples.as_record())
         write_record(run.plan, PlanRecord, prepared.as_plan())
         write_lock(prepared, run)
-        return run_from_weights(prepared, run, None, progress)
+        return run_from_weights(prepared, run, None, progress, leg)

@@ -20,6 +20,7 @@ from loratune.run.records.outputs import (
     ResultOutput,
     ServiceOutput,
 )
+from loratune.run.records.sweep import SweepRecord
 
 OUTPUTS: Mapping[str, type[BaseModel]] = {
     "plan": PlanOutput,
@@ -35,6 +36,7 @@ OUTPUTS: Mapping[str, type[BaseModel]] = {
     "reproduce": ReproductionOutput,
     "serve": ServiceOutput,
     "push": PushOutput,
+    "sweep": SweepRecord,
 }
 """Verb → what it prints."""
 
