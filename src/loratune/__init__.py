@@ -56,6 +56,7 @@ _ROOMS = {
     "serve": "workflows.serve",
     "sweep": "workflows.search.sweep",
     "train": "workflows.train",
+    "tune": "workflows.search.tune",
     "NO_PROGRESS": "run.progress",
     "Recipe": "recipe.recipe",
 }
@@ -77,6 +78,7 @@ if TYPE_CHECKING:
     from loratune.workflows.reproduce import reproduce
     from loratune.workflows.resume import resume
     from loratune.workflows.search.sweep import sweep
+    from loratune.workflows.search.tune import tune
     from loratune.workflows.serve import serve
     from loratune.workflows.train import train
 
@@ -101,6 +103,7 @@ __all__ = [
     "serve",
     "sweep",
     "train",
+    "tune",
 ]
 __version__ = "0.1.0"
 

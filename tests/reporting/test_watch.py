@@ -6,6 +6,7 @@ import io
 import json
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -76,22 +77,27 @@ def test_a_running_run_is_followed_from_another_process_until_it_ends(finished_r
     )
     assert writer.stdout is not None
     assert writer.stdout.readline() == "locked\n"
-    watcher = subprocess.Popen(
-        [sys.executable, "-m", "loratune", "watch", str(part.root)], stdout=subprocess.PIPE, text=True
-    )
-    lines: list[str] = []
-    assert watcher.stdout is not None
-    while not any(f"step {total}/{total}" in line for line in lines):
-        lines.append(watcher.stdout.readline())
-        assert lines[-1], "it ended before the run did"
-    assert watcher.poll() is None
-    assert "running" in lines[0]
+    console = Console(file=io.StringIO(), width=100)
+    watcher = threading.Thread(target=show_run, args=(part, console), kwargs={"seconds": 0.05})
+    watcher.start()
+
+    def shown() -> str:
+        return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
+
+    deadline = time.monotonic() + 60
+    while f"step {total}/{total}" not in shown():
+        assert watcher.is_alive(), "it ended before the run did"
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    lines = shown().splitlines()
+    assert all("running" in line for line in lines)
+    assert len(lines) > 2
     assert "evaluating" in lines[-1]  # no step is left
     writer.communicate("done\n")
-    rest, _ = watcher.communicate(timeout=60)
-    assert watcher.returncode == 0
-    assert f"stopped · step {total}/{total}" in rest
-    assert "memory" in rest
+    watcher.join(timeout=60)
+    assert not watcher.is_alive()
+    assert f"stopped · step {total}/{total}" in shown()
+    assert "memory" in shown()
 
 
 def test_time_left_is_that_of_the_last_steps(part: RunDir) -> None:

@@ -104,6 +104,9 @@ SweptSettings = Annotated[
     ),
 ]
 Budget = Annotated[
+    str, typer.Option("--budget", metavar="TIME", help="Time for all trials together, such as 90s, 30m or 2h.")
+]
+BudgetIfAny = Annotated[
     str | None, typer.Option("--budget", metavar="TIME", help="Time for all trials together, such as 90s, 30m or 2h.")
 ]
 OverwriteSweep = Annotated[bool, typer.Option("--overwrite", help="Delete the sweep in the folder first.")]

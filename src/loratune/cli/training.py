@@ -15,6 +15,7 @@ from loratune.cli.options import (
     Address,
     AsJson,
     Budget,
+    BudgetIfAny,
     Engine,
     MaxFailures,
     Overrides,
@@ -29,7 +30,7 @@ from loratune.cli.options import (
     Workers,
     as_seconds,
 )
-from loratune.cli.output import print_json, show_plan, show_result, show_sweep
+from loratune.cli.output import print_json, show_plan, show_result, show_sweep, show_tuned
 from loratune.cli.shell import check_engine, command_context, start_processes
 from loratune.cli.terminal import SafeConsole
 from loratune.recipe.recipe import Recipe
@@ -86,7 +87,7 @@ def sweep(
         int | None,
         typer.Option("--trials", min=2, help="Trials to draw at random; default: every combination of lists."),
     ] = None,
-    budget: Budget = None,
+    budget: BudgetIfAny = None,
     halving: Annotated[
         bool, typer.Option(help="Drop trials that are worse before their end; --no-halving trains all of them.")
     ] = True,
@@ -112,6 +113,25 @@ def sweep(
             progress=progress,
         )
         show_sweep(result.record, as_json)
+
+
+def tune(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    budget: Budget = "15m",
+    as_json: AsJson = False,
+    overwrite: OverwriteSweep = False,
+) -> None:
+    """Choose learning rate, rank and target modules within a time budget, with a reason for each.
+
+    The same command continues where it was stopped. Trials are written to the run directory's name with `-tune`.
+    """
+    with command_context(as_json) as progress:
+        seconds = as_seconds(budget)
+        loaded = Recipe.load(recipe, overrides or ())
+        from loratune.workflows.search.tune import tune as run_tune
+
+        show_tuned(run_tune(loaded, budget=seconds, overwrite=overwrite, progress=progress), as_json)
 
 
 def resume(run: RunFolder, as_json: AsJson = False, processes: Processes = 1) -> None:

@@ -87,8 +87,6 @@ def _difference(trial: TrialResult) -> str:
 
 def _result(record: SweepRecord) -> Iterator[Block]:
     yield Items(lines=record.sentences)
-    if record.reasons:
-        yield Items(lines=record.reasons)
     yield Table(caption="Trials, the best first", columns=_columns(record), rows=tuple(_rows(record)), numeric=True)
     yield Paragraph(
         text=f"Losses are nats per trained token of {plural(record.num_examples, 'held-out row')}. A trial is compared "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from typing import TYPE_CHECKING
@@ -107,7 +108,7 @@ def sparkline(values: Sequence[float], width: int) -> str:
     finite = [value for value in values if math.isfinite(value)]
     columns = min(width, len(finite))
     bounds = [len(finite) * number // columns for number in range(columns + 1)] if columns else []
-    means = [math.fsum(finite[a:b]) / (b - a) for a, b in zip(bounds, bounds[1:], strict=False)]
+    means = [math.fsum(finite[a:b]) / (b - a) for a, b in itertools.pairwise(bounds)]
     low, high = min(means, default=0.0), max(means, default=0.0)
     scale = (len(BLOCKS) - 1) / (high - low) if high > low else 0.0
     return "".join(BLOCKS[round((mean - low) * scale)] for mean in means)

@@ -71,7 +71,8 @@ class Leg:
         until: The step after which the run is paused, with a checkpoint; None: it goes to its end.
         dropped: The step of an earlier pause at which the recipe saves no checkpoint; its own is deleted when the run
             has gone on. None: there is no such checkpoint.
-        on_losses: Called with the held-out losses at the pause and its step, or with those of the final adapter and None.
+        on_losses: Called with a step and the held-out losses there, at the pause; with None and those of the final
+            adapter, at the end.
     """
 
     load: Callable[[Preparation, Progress], Any] | None = None

@@ -5,28 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loratune.data.preview import preview
 from loratune.planning.auto import output_dir
 from loratune.planning.prepare import prepare_on_all_ranks
 from loratune.recipe.recipe import Recipe, as_recipe
 from loratune.run import processes
-from loratune.run.directory import RunDir, write_text
+from loratune.run.directory import RunDir
 from loratune.run.progress import NO_PROGRESS, Progress
-from loratune.run.records.data import DataRecord
-from loratune.run.records.files import write_record
-from loratune.run.records.plan import PlanRecord
-from loratune.run.records.preview import PreviewRecord
 from loratune.workflows.resume import continue_run, was_relaunched
-from loratune.workflows.steps import WHOLE, Leg, run_from_weights, write_lock
+from loratune.workflows.start import start_run
+from loratune.workflows.steps import run_from_weights
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from loratune.planning.preparation import Preparation
     from loratune.workflows.result import RunResult
-
-PREVIEW_EXAMPLES = 5
-"""Examples whose tokens are kept in the run directory."""
 
 
 def train(
@@ -67,26 +60,3 @@ def train(
         on_plan(prepared)
     written = written if written is not None else recipe.to_yaml()
     return start_run(prepared, RunDir.create(root, overwrite=overwrite), written, progress)
-
-
-def start_run(prepared: Preparation, run: RunDir, written: str, progress: Progress, leg: Leg = WHOLE) -> RunResult:
-    """Write what was planned into the empty run directory, and train.
-
-    Args:
-        prepared: The prepared run.
-        run: Its directory.
-        written: The recipe as the user wrote it.
-        progress: Shows how far the run is.
-        leg: How far to go.
-
-    Raises:
-        Paused: The leg ends before the run does.
-    """
-    with run.exclusive():
-        write_text(run.recipe, written)
-        write_record(run.data, DataRecord, prepared.data.report)
-        examples = preview(prepared.data.train, prepared.model.tokenizer, PREVIEW_EXAMPLES)
-        write_record(run.preview, PreviewRecord, examples.as_record())
-        write_record(run.plan, PlanRecord, prepared.as_plan())
-        write_lock(prepared, run)
-        return run_from_weights(prepared, run, None, progress, leg)

@@ -10,7 +10,7 @@ import pytest
 from loratune.evaluation.record import nll_record, paired_differences
 from loratune.run.records.sweep import SweepRecord, TrialLosses
 from loratune.workflows.search.halving import choose_survivors, level_for, mean_loss, plan_rungs, step_of
-from loratune.workflows.search.results import Measured, rank_trials, sensitivity
+from loratune.workflows.search.results import TrialSoFar, rank_trials, sensitivity
 
 ROWS = 60
 
@@ -22,7 +22,7 @@ def rows(shift: float, *, noise: float = 0.05, seed: int = 0) -> list[tuple[floa
     return [(float(10 * (a + b)), 10) for a, b in zip(difficulty, own, strict=True)]
 
 
-def measured(number: int, *shifts: float, is_final: bool = False, problem: str = "", **settings: str) -> Measured:
+def measured(number: int, *shifts: float, is_final: bool = False, problem: str = "", **settings: str) -> TrialSoFar:
     rungs = [
         TrialLosses(
             step=4 * 2**i,
@@ -34,7 +34,7 @@ def measured(number: int, *shifts: float, is_final: bool = False, problem: str =
     ]
     if problem:
         rungs.append(TrialLosses(step=0, is_final=False, losses=(), seconds=1.0, problem=problem))
-    return Measured(number=number, settings=settings, run=f"trials/{number:02}", rungs=tuple(rungs))
+    return TrialSoFar(number=number, settings=settings, run=f"trials/{number:02}", rungs=tuple(rungs))
 
 
 def test_rungs_double_up_to_the_whole_run() -> None:

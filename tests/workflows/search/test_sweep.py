@@ -15,18 +15,26 @@ from typing import Any
 
 import pytest
 import torch
+from jsonschema import Draft202012Validator
+from typer.testing import CliRunner
 
+from loratune.__main__ import app
+from loratune.cli.output import show_sweep
 from loratune.planning.prepare import prepare
 from loratune.recipe.recipe import Recipe
 from loratune.run.directory import RunDir, read_json
 from loratune.run.errors import RecipeError, RunError
 from loratune.run.progress import NO_PROGRESS
+from loratune.run.records.schemas import schema_of
 from loratune.workflows.load import attach_adapter_and_loss
+from loratune.workflows.resume import resume
 from loratune.workflows.search import sweep as module
 from loratune.workflows.search.folder import SweepDir
 from loratune.workflows.search.shared_base import SharedBase
 from loratune.workflows.search.sweep import SweepResult, sweep
+from loratune.workflows.start import PREVIEW_EXAMPLES
 from loratune.workflows.train import train
+from tests.conftest import recipe_maker, some
 
 SETTINGS = ("train.learning_rate=1e-4,2e-2", "lora.r=2,4")
 
@@ -54,8 +62,6 @@ def checkpoints(run: RunDir) -> list[str]:
 @pytest.fixture(scope="module")
 def swept(tiny_model: Path, chat_files: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A sweep of four trials of nine steps, whose rungs are neither evaluated nor saved by the recipe."""
-    from tests.conftest import recipe_maker
-
     make = recipe_maker(tiny_model, chat_files, tmp_path_factory.mktemp("sweep"))
     recipe = make(
         train__epochs=3,
@@ -82,6 +88,7 @@ def test_a_trial_is_the_run_of_train_with_its_settings_alone(swept: tuple[Recipe
     assert read_json(trial.evaluation) == read_json(alone.evaluation)
     assert checkpoints(trial) == checkpoints(alone) == ["4", "8", "9"]
     assert read_json(trial.best) == read_json(alone.best)
+    assert len(read_json(trial.preview)["examples"]) == PREVIEW_EXAMPLES
     locks = [read_json(run.lock) for run in (trial, alone)]
     assert locks[0]["inputs"] == locks[1]["inputs"]
     for lock in locks:
@@ -94,9 +101,8 @@ def test_a_trial_is_the_run_of_train_with_its_settings_alone(swept: tuple[Recipe
     assert other["recipe"] != locks[1]["recipe"]
 
 
+@pytest.mark.slow
 def test_a_dropped_trial_goes_on_to_the_end_as_any_run(swept: tuple[Recipe, SweepResult], tmp_path: Path) -> None:
-    from loratune.workflows.resume import resume
-
     recipe, result = swept
     lost = result.record.trials[-1]
     assert lost.state == "dropped"
@@ -142,11 +148,31 @@ def test_the_same_call_again_changes_nothing_and_another_one_is_refused(swept: t
         sweep(recipe, ["lora.r=2,4"])
 
 
+def test_the_command_prints_the_record_or_the_table(
+    swept: tuple[Recipe, SweepResult], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, result = swept
+    file = tmp_path / "recipe.yaml"
+    file.write_text(recipe.to_yaml(), encoding="utf-8")
+    done = CliRunner().invoke(app, ["sweep", str(file), *SETTINGS, "--json"])
+    assert done.exit_code == 0, done.output
+    printed = json.loads(done.stdout)
+    Draft202012Validator(schema_of("sweep")).validate(printed)
+    assert printed["best"] == result.record.best
+    show_sweep(result.record, as_json=False)
+    shown = capsys.readouterr().out
+    assert "is best: held-out loss" in shown
+    assert f"$ loratune train {result.record.recipe}" in shown
+    refused = CliRunner().invoke(app, ["sweep", str(file), "lora.r=2,4", "--budget", "soon"])
+    assert refused.exit_code == 2
+    assert "30m" in refused.stderr
+
+
 class Killed(BaseException):
     """Nothing catches it, as nothing catches a kill."""
 
 
-@pytest.mark.parametrize("writes", [7, 26, 61])
+@pytest.mark.parametrize("writes", some([2, 7, 15, 26, 33], 26))
 def test_a_sweep_that_was_killed_ends_with_the_same_table(
     swept: tuple[Recipe, SweepResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writes: int
 ) -> None:
@@ -164,9 +190,8 @@ def test_a_sweep_that_was_killed_ends_with_the_same_table(
 
     with monkeypatch.context() as patch:
         patch.setattr(RunDir, "append_metrics", write)
-        if writes < 40:
-            with pytest.raises(Killed):
-                sweep(recipe, SETTINGS)
+        with pytest.raises(Killed):
+            sweep(recipe, SETTINGS)
     assert table(sweep(recipe, SETTINGS)) == table(result)
 
 
@@ -175,7 +200,6 @@ def test_trials_share_the_weights_of_one_base_and_leave_them_alone(tiny_recipe: 
     recipes = [
         tiny_recipe(lora__targets="complete", lora__modules_to_save=["lm_head"]),
         tiny_recipe(lora__variant="dora", lora__new_tokens=["<|tool|>"]),
-        tiny_recipe(lora__variant="eva"),
     ]
     plain = prepare(tiny_recipe(), NO_PROGRESS)
     before = {name: value.clone() for name, value in shared(plain, NO_PROGRESS).state_dict().items()}

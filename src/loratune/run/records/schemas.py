@@ -20,7 +20,7 @@ from loratune.run.records.outputs import (
     ResultOutput,
     ServiceOutput,
 )
-from loratune.run.records.sweep import SweepRecord
+from loratune.run.records.sweep import SweepRecord, TuneRecord
 
 OUTPUTS: Mapping[str, type[BaseModel]] = {
     "plan": PlanOutput,
@@ -37,6 +37,7 @@ OUTPUTS: Mapping[str, type[BaseModel]] = {
     "serve": ServiceOutput,
     "push": PushOutput,
     "sweep": SweepRecord,
+    "tune": TuneRecord,
 }
 """Verb → what it prints."""
 

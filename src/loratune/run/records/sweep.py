@@ -127,5 +127,20 @@ class SweepRecord(FileRecord):
     """Settings, the one that matters most first."""
     sentences: tuple[str, ...]
     """The result in words."""
-    reasons: tuple[str, ...] = ()
-    """`loratune tune` only: why each setting was chosen."""
+
+
+class TuneRecord(FileRecord):
+    """`loratune tune`: the settings that were chosen, and why."""
+
+    folder: str
+    """Folder of both sweeps."""
+    recipe: str
+    """Recipe with the chosen settings."""
+    settings: dict[str, str]
+    """Chosen settings."""
+    reasons: tuple[str, ...]
+    """Why each was chosen."""
+    rates: SweepRecord
+    """Learning rates, compared."""
+    shapes: SweepRecord | None
+    """Ranks and target modules, compared at the best rate; null where no time was left."""

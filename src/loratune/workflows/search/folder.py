@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loratune.run.directory import RunDir, cannot_write
@@ -17,6 +16,7 @@ from loratune.run.errors import RecipeError
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
+    from pathlib import Path
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +52,10 @@ class SweepDir:
     def losses(self, number: int, rung: int) -> Path:
         """Return the file of a trial's losses at a rung, counted from 0."""
         return self.root / "losses" / f"{number:02}-{rung}.json"
+
+    def all_losses(self) -> list[Path]:
+        """Return the files of all losses."""
+        return sorted((self.root / "losses").glob("*.json"))
 
     @classmethod
     def create(cls, root: Path, *, overwrite: bool) -> SweepDir:

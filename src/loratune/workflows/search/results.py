@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -24,7 +25,7 @@ MAX_SENTENCES = 6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Measured:
+class TrialSoFar:
     """A trial as far as it was taken.
 
     Attributes:
@@ -56,14 +57,14 @@ class Measured:
         return (bool(self.problem), -len(self.measured), mean_loss(self.measured[-1].losses), self.number)
 
 
-def rank_trials(trials: Sequence[Measured], waiting: Collection[int]) -> Record:
+def rank_trials(trials: Sequence[TrialSoFar], waiting: Collection[int]) -> Record:
     """Return `state`, `best`, `level`, `trials`, `sensitivity` and `sentences` of a sweep's record.
 
     Args:
         trials: The trials.
         waiting: Numbers of the trials for which there was no time.
     """
-    ranked = sorted(trials, key=Measured.rank)
+    ranked = sorted(trials, key=TrialSoFar.rank)
     best = ranked[0] if ranked[0].measured and not ranked[0].problem else None
     level = level_for(len(trials))
     differences = {} if best is None else _differences(best, ranked[1:], level)
@@ -94,7 +95,7 @@ def rank_trials(trials: Sequence[Measured], waiting: Collection[int]) -> Record:
     }
 
 
-def _state(trial: Measured, waiting: Collection[int]) -> str:
+def _state(trial: TrialSoFar, waiting: Collection[int]) -> str:
     if trial.problem:
         return "failed"
     if trial.rungs and trial.rungs[-1].is_final:
@@ -102,10 +103,10 @@ def _state(trial: Measured, waiting: Collection[int]) -> str:
     return "waiting" if trial.number in waiting else "dropped"
 
 
-def _differences(best: Measured, others: Iterable[Measured], level: float) -> dict[int, Record]:
+def _differences(best: TrialSoFar, others: Iterable[TrialSoFar], level: float) -> dict[int, Record]:
     """Return trial → difference to the best one, where the trial got to."""
     found: dict[int, Record] = {}
-    groups: dict[int, list[Measured]] = {}
+    groups: dict[int, list[TrialSoFar]] = {}
     for trial in others:
         groups.setdefault(len(trial.measured), []).append(trial)
     for length, group in groups.items():
@@ -118,7 +119,7 @@ def _differences(best: Measured, others: Iterable[Measured], level: float) -> di
     return found
 
 
-def sensitivity(trials: Sequence[Measured]) -> list[Record]:
+def sensitivity(trials: Sequence[TrialSoFar]) -> list[Record]:
     """Return how much each setting matters: the mean loss of the trials with each value, at the first rung.
 
     There all trials are in. A setting with many values, as from a range, is taken in thirds.
@@ -151,11 +152,11 @@ def _groups(values: Sequence[str]) -> dict[str, str]:
     if 2 * len(different) <= len(values) or len(different) <= 6:
         return {value: value for value in numbers}
     bounds = [len(numbers) * third // 3 for third in range(4)]
-    parts = [numbers[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+    parts = [numbers[a:b] for a, b in itertools.pairwise(bounds)]
     return {value: f"{part[0]} to {part[-1]}" for part in parts for value in part}
 
 
-def _sentences(best: Measured, ranked: Sequence[Measured], differences: dict[int, Record]) -> Iterable[str]:
+def _sentences(best: TrialSoFar, ranked: Sequence[TrialSoFar], differences: dict[int, Record]) -> Iterable[str]:
     name, last = short_name(best.settings), best.measured[-1]
     yield f"{name} is best: held-out loss {mean_loss(last.losses):.4f} nats per token after step {last.step}."
     beaten = [trial for trial in ranked if trial.number in differences and differences[trial.number]["low"] > 0]

@@ -31,8 +31,7 @@ class SharedBase:
         """Return the base model for a run, without an adapter."""
         recipe = prepared.recipe
         if changes_base(recipe.lora) or recipe.model.quantization != "none":
-            self._base = None  # there may be no room for two
-            free_memory()
+            self.release()  # there may be no room for two
             return load_base(prepared, progress)
         if self._base is None:
             self._base = load_base(prepared, progress)
@@ -41,6 +40,11 @@ class SharedBase:
             self._base = None
             return base
         return with_shared_weights(base)
+
+    def release(self) -> None:
+        """Forget the loaded model; the next run loads it again."""
+        self._base = None
+        free_memory()
 
 
 def with_shared_weights(model: torch.nn.Module) -> Any:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loratune.data.steps import num_steps_per_epoch, trigger_steps
@@ -22,6 +21,7 @@ from loratune.planning.prepare import prepare
 from loratune.recipe.recipe import Recipe, as_recipe
 from loratune.reporting.html import save_page
 from loratune.reporting.sweep_page import sweep_page
+from loratune.run import processes
 from loratune.run.directory import RunDir, read_json, write_text
 from loratune.run.errors import Interrupted, RecipeError, RunError, plural
 from loratune.run.progress import NO_PROGRESS, Progress
@@ -31,7 +31,7 @@ from loratune.workflows.locked_recipe import located
 from loratune.workflows.resume import continue_run
 from loratune.workflows.search.folder import SweepDir
 from loratune.workflows.search.halving import choose_survivors, plan_rungs, step_of
-from loratune.workflows.search.results import Measured, rank_trials
+from loratune.workflows.search.results import TrialSoFar, rank_trials
 from loratune.workflows.search.settings import (
     Settings,
     as_words,
@@ -41,11 +41,12 @@ from loratune.workflows.search.settings import (
     with_settings,
 )
 from loratune.workflows.search.shared_base import SharedBase
+from loratune.workflows.start import start_run
 from loratune.workflows.steps import Leg, Paused
-from loratune.workflows.train import start_run
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence
+    from pathlib import Path
 
     from loratune.planning.preparation import Preparation
     from loratune.training.held_out_loss import Nll
@@ -116,6 +117,7 @@ def sweep(
         Interrupted: The user stopped it.
         RunError: All trials failed.
     """
+    processes.start()
     fixed, swept = parse_settings(settings)
     base = with_settings(as_recipe(recipe), fixed)
     drawn = draw_trials(swept, trials, base.train.seed)
@@ -147,7 +149,7 @@ def prepare_trials(folder: SweepDir, base: Recipe, drawn: Sequence[Settings], pr
     with progress.task("preparing", len(drawn), "trials") as task:
         for number, settings in enumerate(drawn, 1):
             run = folder.trial(number)
-            recipe = with_settings(base, [*as_words(settings), f"train.output_dir={run.root}"])
+            recipe = with_settings(base, as_words(settings)).replace(train={"output_dir": str(run.root)})
             prepared = _prepare(recipe, run, found[0].prepared if found else None, dtype, progress)
             dtype = prepared.recipe.model.dtype
             found.append(Trial(number=number, settings=settings, recipe=recipe, prepared=prepared, run=run))
@@ -169,20 +171,20 @@ def _prepare(
         raise RecipeError("no data is held out, so trials cannot be compared", fix="data.eval=FILE, or data.eval=0.1")
     if prepared.data.stream is not None:
         raise RecipeError("a sweep reads the data once, and streamed rows are read anew", fix="data.streaming=false")
-    if first is not None and not same_rows:
-        if examples_fingerprint(first.data.eval) != examples_fingerprint(prepared.data.eval):
-            raise RecipeError(
-                "train.seed decides which rows are held out, so its trials cannot be compared", fix="data.eval=FILE"
-            )
+    if (
+        first is not None
+        and not same_rows
+        and examples_fingerprint(first.data.eval) != examples_fingerprint(prepared.data.eval)
+    ):
+        raise RecipeError(
+            "train.seed decides which rows are held out, so its trials cannot be compared", fix="data.eval=FILE"
+        )
     return prepared
 
 
 def _plan(
     folder: SweepDir, base: Recipe, trials: Sequence[Trial], *, halving: bool, budget: float | None
 ) -> SweepPlanRecord:
-    """Return what the sweep does, written down when it starts."""
-    if folder.plan.is_file():
-        return read_record(folder.plan, SweepPlanRecord)
     rungs = [1.0]
     if halving:
         rungs = plan_rungs(
@@ -191,13 +193,19 @@ def _plan(
             run_seconds=max(trial.prepared.estimate.time.train_seconds for trial in trials),
             budget=budget,
         )
-    record = {
-        "recipe": base.model_dump(mode="json", exclude_unset=True),
-        "trials": [trial.settings for trial in trials],
-        "rungs": rungs,
-        "dtype": trials[0].prepared.recipe.model.dtype,
-    }
-    write_record(folder.plan, SweepPlanRecord, record)
+    return write_plan(folder, base, trials, rungs)
+
+
+def write_plan(folder: SweepDir, base: Recipe, trials: Sequence[Trial], rungs: Sequence[float]) -> SweepPlanRecord:
+    """Write down what a sweep does when it starts; return what was written, now or then."""
+    if not folder.plan.is_file():
+        record = {
+            "recipe": base.model_dump(mode="json", exclude_unset=True),
+            "trials": [trial.settings for trial in trials],
+            "rungs": list(rungs),
+            "dtype": trials[0].prepared.recipe.model.dtype,
+        }
+        write_record(folder.plan, SweepPlanRecord, record)
     return read_record(folder.plan, SweepPlanRecord)
 
 
@@ -245,12 +253,12 @@ class Legs:
     def __init__(self, folder: SweepDir, plan: SweepPlanRecord, base: SharedBase, progress: Progress) -> None:
         self._folder, self._plan, self._base, self._progress = folder, plan, base, progress
 
-    def measured(self, trial: Trial) -> Measured:
+    def measured(self, trial: Trial) -> TrialSoFar:
         """Return a trial as far as it was taken."""
         rungs = list(self._recorded(trial))
         if rungs and rungs[-1].is_final:  # early stopping may end a run before the last rung
             rungs += [rungs[-1]] * (len(self._plan.rungs) - len(rungs))
-        return Measured(number=trial.number, settings=trial.settings, run=str(trial.run.root), rungs=tuple(rungs))
+        return TrialSoFar(number=trial.number, settings=trial.settings, run=str(trial.run.root), rungs=tuple(rungs))
 
     def _recorded(self, trial: Trial) -> Iterator[TrialLosses]:
         for rung in range(len(self._plan.rungs)):
@@ -262,30 +270,29 @@ class Legs:
                     yield losses
 
     def affordable(self, trials: Sequence[Trial], rung: int, budget: float | None) -> list[Trial]:
-        """Return the first of the trials that can be taken to a rung in what is left of the budget."""
+        """Return the trials that are at a rung already, and those that the rest of the budget takes there."""
         if budget is None:
             return list(trials)
-        spent = math.fsum(losses.seconds for path in self._all_files() for losses in [read_record(path, TrialLosses)])
+        spent = math.fsum(read_record(path, TrialLosses).seconds for path in self._folder.all_losses())
         chosen = []
         for trial in trials:
-            spent += self._expected_seconds(trial, rung)
-            if spent > budget:
-                break
-            chosen.append(trial)
+            needed = self._expected_seconds(trial, rung)
+            spent += needed
+            if not needed or spent <= budget:
+                chosen.append(trial)
         return chosen
-
-    def _all_files(self) -> list[Path]:
-        return sorted((self._folder.root / "losses").glob("*.json"))
 
     def _expected_seconds(self, trial: Trial, rung: int) -> float:
         """Return the seconds that a trial needs to a rung: at its own speed so far, or else at the plan's."""
         known = list(self._recorded(trial))
         if len(known) > rung or (known and known[-1].is_final):
             return 0.0
-        steps = (step_of(self._plan.rungs[rung], trial.num_steps) or trial.num_steps) - (known[-1].step if known else 0)
+        planned, until = trial.prepared.estimate.time, step_of(self._plan.rungs[rung], trial.num_steps)
+        steps = (until or trial.num_steps) - (known[-1].step if known else 0)
+        evaluation = planned.evaluate_seconds if until is None else 0.0
         if known:
-            return steps * math.fsum(losses.seconds for losses in known) / known[-1].step
-        return steps / trial.num_steps * trial.prepared.estimate.time.train_seconds
+            return evaluation + steps * math.fsum(losses.seconds for losses in known) / known[-1].step
+        return evaluation + steps / trial.num_steps * planned.train_seconds
 
     def take(self, trial: Trial, rung: int) -> TrialLosses:
         """Take a trial to a rung, unless it was there already, and return its losses."""
@@ -353,7 +360,7 @@ class Legs:
 
 
 def write_result(
-    folder: SweepDir, plan: SweepPlanRecord, trials: Sequence[Measured], waiting: Collection[int], **more: object
+    folder: SweepDir, plan: SweepPlanRecord, trials: Sequence[TrialSoFar], waiting: Collection[int]
 ) -> SweepResult:
     """Write result, page and the best recipe.
 
@@ -367,7 +374,7 @@ def write_result(
     best = with_settings(Recipe.parse(plan.recipe), as_words(plan.trials[values["best"] - 1]))
     write_text(folder.best, best.to_yaml())
     where = {"folder": str(folder.root), "recipe": str(folder.best), "page": str(folder.page)}
-    write_record(folder.result, SweepRecord, {**values, **where, **more, "rungs": list(plan.rungs)})
+    write_record(folder.result, SweepRecord, {**values, **where, "rungs": list(plan.rungs)})
     result = read_record(folder.result, SweepRecord)
     save_page(sweep_page(result), folder.page)
     return SweepResult(folder=folder.root, record=result)
