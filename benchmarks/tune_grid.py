@@ -43,7 +43,7 @@ def main() -> None:
     progress = TerminalProgress()
 
     started = time.monotonic()
-    tuned = tune(recipe, budget=as_seconds(asked.budget), progress=progress)
+    tuned = tune(recipe, budget=as_seconds(asked.budget), progress=progress).record
     tune_seconds = time.monotonic() - started
 
     ranks = [f"{r}" for r in asked.ranks.split(",")]

@@ -131,7 +131,7 @@ def tune(
         loaded = Recipe.load(recipe, overrides or ())
         from loratune.workflows.search.tune import tune as run_tune
 
-        show_tuned(run_tune(loaded, budget=seconds, overwrite=overwrite, progress=progress), as_json)
+        show_tuned(run_tune(loaded, budget=seconds, overwrite=overwrite, progress=progress).record, as_json)
 
 
 def resume(run: RunFolder, as_json: AsJson = False, processes: Processes = 1) -> None:

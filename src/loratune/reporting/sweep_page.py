@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -179,5 +180,5 @@ def _next(record: SweepRecord) -> Iterator[Block]:
 
 def next_lines(record: SweepRecord, best: TrialResult) -> Sequence[str]:
     """Return the commands that use the best settings."""
-    first = f"loratune report {best.run}" if best.state == "finished" else f"loratune resume {best.run}"
-    return (first, f"loratune train {record.recipe}")
+    first = ["report" if best.state == "finished" else "resume", best.run]
+    return tuple(shlex.join(["loratune", *words]) for words in (first, ["train", str(record.recipe)]))

@@ -130,7 +130,9 @@ def test_the_table_says_which_rates_lose_and_by_how_much(swept: tuple[Recipe, Sw
         assert trial.to_best.step == trial.rungs[-1].step
     assert any("beats learning_rate=1e-4" in sentence for sentence in record.sentences)
     assert any("6 held-out rows, which are few" in sentence for sentence in record.sentences)
-    best = Recipe.load(str(record.recipe))
+    assert "r=" in repr(result)
+    assert len(repr(result)) < 300
+    best = Recipe.load(result.recipe)
     assert best.train.learning_rate == 2e-2
     assert best.train.output_dir.endswith("run")
     page = Path(record.page).read_text(encoding="utf-8")

@@ -69,8 +69,10 @@ def test_alpha_follows_the_rank() -> None:
 @pytest.mark.slow
 def test_a_recipe_is_tuned_and_written_and_the_same_call_finds_the_same(tiny_recipe: Callable[..., Recipe]) -> None:
     recipe = tiny_recipe(train__epochs=3, train__learning_rate=1e-5, evaluate__metric="exact_match")
-    found = tune(recipe, budget=3600)
-    tuned = Recipe.load(found.recipe)
+    result = tune(recipe, budget=3600)
+    assert "tuned.yaml" in repr(result)
+    found = result.record
+    tuned = Recipe.load(result.recipe)
     assert tuned.train.learning_rate == float(found.settings["train.learning_rate"]) >= 1e-3
     assert tuned.lora.r == int(found.settings["lora.r"])
     assert tuned.lora.alpha / tuned.lora.r == recipe.lora.alpha / recipe.lora.r
@@ -80,9 +82,9 @@ def test_a_recipe_is_tuned_and_written_and_the_same_call_finds_the_same(tiny_rec
     assert found.rates.state == "finished"
     assert found.shapes is not None
     assert Path(found.rates.page).is_file()
-    again = tune(recipe, budget=3600)
+    again = tune(recipe, budget=3600).record
     assert again.settings == found.settings
     assert again.reasons == found.reasons
-    short = tune(recipe.replace(train={"output_dir": recipe.train.output_dir + "2"}), budget=1e-6)
+    short = tune(recipe.replace(train={"output_dir": recipe.train.output_dir + "2"}), budget=1e-6).record
     assert short.shapes is None
     assert "no time was left" in short.reasons[1]

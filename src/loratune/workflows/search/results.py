@@ -127,7 +127,7 @@ def sensitivity(trials: Sequence[TrialSoFar]) -> list[Record]:
     first = [(trial.settings, mean_loss(trial.rungs[0].losses)) for trial in trials if trial.measured]
     if not first:
         return []
-    effects = []
+    effects: list[Record] = []
     for name in first[0][0]:
         groups: dict[str, list[float]] = {}
         of_value = _groups([settings[name] for settings, _ in first])
@@ -139,7 +139,7 @@ def sensitivity(trials: Sequence[TrialSoFar]) -> list[Record]:
         ]
         means = [math.fsum(losses) / len(losses) for losses in groups.values()]
         effects.append({"setting": name, "spread": max(means) - min(means), "values": values})
-    return sorted(effects, key=lambda effect: -float(str(effect["spread"])))
+    return sorted(effects, key=lambda effect: -effect["spread"])
 
 
 def _groups(values: Sequence[str]) -> dict[str, str]:

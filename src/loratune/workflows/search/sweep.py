@@ -76,7 +76,7 @@ class Trial:
         return self.prepared.estimate.num_steps
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class SweepResult:
     """A sweep that has ended.
 
@@ -87,6 +87,15 @@ class SweepResult:
 
     folder: Path
     record: SweepRecord
+
+    @property
+    def recipe(self) -> Path:
+        """The recipe with the settings of the best trial."""
+        return SweepDir(self.folder).best
+
+    def __repr__(self) -> str:
+        """Return the folder and the best trial: the record holds all of them."""
+        return f"SweepResult({str(self.folder)!r}: {self.record.sentences[0]})"
 
 
 def sweep(

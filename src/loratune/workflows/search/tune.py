@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,9 +42,26 @@ UNSCORED = ("evaluate.metric=none", "evaluate.samples=0")
 """Trials are compared by their held-out loss, so none of them answers prompts."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class TuneResult:
+    """Settings that were found.
+
+    Attributes:
+        recipe: The recipe with these settings.
+        record: What `--json` prints.
+    """
+
+    recipe: Path
+    record: TuneRecord
+
+    def __repr__(self) -> str:
+        """Return the recipe's file and the settings: the record holds all trials."""
+        return f"TuneResult({str(self.recipe)!r}: {short_name(self.record.settings)})"
+
+
 def tune(
     recipe: Recipe | str | Path, *, budget: float = 900.0, overwrite: bool = False, progress: Progress = NO_PROGRESS
-) -> TuneRecord:
+) -> TuneResult:
     """Find a learning rate, a rank and target modules for a recipe, and write it with them.
 
     The same call goes on where an earlier one was stopped.
@@ -96,7 +114,7 @@ def tune(
         "shapes": None if found is None else found.model_dump(mode="json"),
     }
     write_record(root / "tune.json", TuneRecord, record)
-    return read_record(root / "tune.json", TuneRecord)
+    return TuneResult(recipe=file, record=read_record(root / "tune.json", TuneRecord))
 
 
 def _stage(
