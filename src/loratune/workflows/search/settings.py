@@ -68,7 +68,8 @@ def parse_settings(words: Iterable[str]) -> tuple[list[str], list[SweptSetting]]
     Raises:
         RecipeError: A word has another form, no setting has several values, or trials must share a setting.
     """
-    fixed, swept = [], []
+    fixed: list[str] = []
+    swept: list[SweptSetting] = []
     for word in words:
         name, equals, text = word.partition("=")
         if not equals:
