@@ -60,7 +60,9 @@ _ROOMS = {
     "schema": "recipe.schema:recipe_schema",
     "selftest": "workflows.selftest",
     "serve": "workflows.serve",
+    "sweep": "workflows.search.sweep",
     "train": "workflows.train",
+    "tune": "workflows.search.tune",
     "NO_PROGRESS": "run.progress",
     "Recipe": "recipe.recipe",
 }
@@ -86,6 +88,8 @@ if TYPE_CHECKING:
     from loratune.workflows.reproduce import reproduce
     from loratune.workflows.result import open_result
     from loratune.workflows.resume import resume
+    from loratune.workflows.search.sweep import sweep
+    from loratune.workflows.search.tune import tune
     from loratune.workflows.selftest import selftest
     from loratune.workflows.serve import serve
     from loratune.workflows.train import train
@@ -115,7 +119,9 @@ __all__ = [
     "schema",
     "selftest",
     "serve",
+    "sweep",
     "train",
+    "tune",
 ]
 __version__ = "0.1.0"
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+
+from loratune.run.errors import RecipeError
 
 RecipeFile = Annotated[
     Path, typer.Argument(metavar="RECIPE", help="A recipe in YAML; recipes/ holds complete examples.")
@@ -92,3 +95,30 @@ Storage = Annotated[
 MaxFailures = Annotated[
     int | None, typer.Option("--max-failures", min=0, help="How often Ray restarts the workers after losing one.")
 ]
+SweptSettings = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="SECTION.FIELD=VALUE,VALUE...",
+        help="Settings to vary: lists such as lora.r=8,32, or ranges such as train.learning_rate=1e-5..1e-3; a setting "
+        "with one value overrides the recipe.",
+    ),
+]
+Budget = Annotated[
+    str, typer.Option("--budget", metavar="TIME", help="Time for all trials together, such as 90s, 30m or 2h.")
+]
+BudgetIfAny = Annotated[
+    str | None, typer.Option("--budget", metavar="TIME", help="Time for all trials together, such as 90s, 30m or 2h.")
+]
+OverwriteSweep = Annotated[bool, typer.Option("--overwrite", help="Delete the sweep in the folder first.")]
+
+
+def as_seconds(text: str) -> float:
+    """Return a time such as 90s, 30m or 2h in seconds.
+
+    Raises:
+        RecipeError: It has another form.
+    """
+    found = re.fullmatch(r"(\d+\.?\d*)\s*(s|m|min|h)", text.strip())
+    if found is None or not float(found[1]):
+        raise RecipeError(f"--budget {text}: not a time", fix="a number with its unit: 90s, 30m or 2h")
+    return float(found[1]) * {"s": 1, "m": 60, "min": 60, "h": 3600}[found[2]]

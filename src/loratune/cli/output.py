@@ -16,6 +16,7 @@ from loratune.run.errors import MachineError
 if TYPE_CHECKING:
     from loratune.planning.preparation import Preparation
     from loratune.run.directory import Record
+    from loratune.run.records.sweep import SweepRecord, TuneRecord
     from loratune.workflows.certify import Exported
     from loratune.workflows.push import Publication
     from loratune.workflows.result import RunResult
@@ -106,6 +107,39 @@ def show_result(result: RunResult, as_json: bool) -> None:
     width = max(len(line) for line, _ in steps)
     for line, what in steps:
         console.print(f"[bold]$[/bold] {escape(line):{width}}  [dim]# {escape(what)}[/dim]", soft_wrap=True)
+
+
+def show_sweep(record: SweepRecord, as_json: bool) -> None:
+    """Print the ranked trials, the result in words, and what to do next."""
+    from loratune.reporting.sweep_page import next_lines, trial_table
+
+    if as_json:
+        print_json(record.model_dump(mode="json"))
+        return
+    console = SafeConsole(highlight=False)
+    console.print(trial_table(record))
+    for sentence in record.sentences:
+        console.print(escape(sentence), soft_wrap=True)
+    console.print(f"page: {escape(record.page)}", soft_wrap=True)
+    best = next(trial for trial in record.trials if trial.number == record.best)
+    for line in next_lines(record, best):
+        console.print(f"[bold]$[/bold] {escape(line)}", soft_wrap=True)
+
+
+def show_tuned(record: TuneRecord, as_json: bool) -> None:
+    """Print both comparisons, what was chosen and why, and what to do next."""
+    from loratune.reporting.sweep_page import trial_table
+
+    if as_json:
+        print_json(record.model_dump(mode="json"))
+        return
+    console = SafeConsole(highlight=False)
+    for part in (record.rates, record.shapes):
+        if part is not None:
+            console.print(trial_table(part))
+    for reason in record.reasons:
+        console.print(escape(reason), soft_wrap=True)
+    console.print(f"[bold]$[/bold] loratune train {escape(record.recipe)}", soft_wrap=True)
 
 
 def show_exported(exported: Exported, as_json: bool) -> None:

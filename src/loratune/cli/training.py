@@ -1,4 +1,4 @@
-"""Verbs that train: train, resume, evaluate, reproduce, bench.
+"""Verbs that train, and watch it: train, sweep, tune, resume, watch, runs, evaluate, reproduce, bench.
 
 Typer reads a command's options from its parameters, so the limit on the number of parameters does not apply to verbs.
 """
@@ -14,21 +14,27 @@ import typer
 from loratune.cli.options import (
     Address,
     AsJson,
+    Budget,
+    BudgetIfAny,
     Engine,
     MaxFailures,
     Overrides,
     Overwrite,
+    OverwriteSweep,
     Processes,
     RecipeFile,
     RunFolder,
     RunsFolder,
     Storage,
+    SweptSettings,
     Workers,
+    as_seconds,
 )
-from loratune.cli.output import print_json, show_plan, show_result
+from loratune.cli.output import print_json, show_plan, show_result, show_sweep, show_tuned
 from loratune.cli.shell import check_engine, command_context, start_processes
 from loratune.cli.terminal import SafeConsole
 from loratune.recipe.recipe import Recipe
+from loratune.run.directory import RunDir
 from loratune.run.errors import RunError
 from loratune.run.processes import is_main
 
@@ -74,6 +80,60 @@ def train(
             show_result(result, as_json)
 
 
+def sweep(
+    recipe: RecipeFile,
+    settings: SweptSettings,
+    trials: Annotated[
+        int | None,
+        typer.Option("--trials", min=2, help="Trials to draw at random; default: every combination of lists."),
+    ] = None,
+    budget: BudgetIfAny = None,
+    halving: Annotated[
+        bool, typer.Option(help="Drop trials that are worse before their end; --no-halving trains all of them.")
+    ] = True,
+    as_json: AsJson = False,
+    overwrite: OverwriteSweep = False,
+) -> None:
+    """Train with different settings, drop what is worse early, and rank the rest with intervals.
+
+    The same command continues a sweep that was stopped. It is written to the run directory's name with `-sweep`.
+    """
+    with command_context(as_json) as progress:
+        loaded = Recipe.load(recipe)
+        from loratune.workflows.search.sweep import sweep as run_sweep
+
+        seconds = None if budget is None else as_seconds(budget)
+        result = run_sweep(
+            loaded,
+            settings,
+            trials=trials,
+            budget=seconds,
+            halving=halving,
+            overwrite=overwrite,
+            progress=progress,
+        )
+        show_sweep(result.record, as_json)
+
+
+def tune(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    budget: Budget = "15m",
+    as_json: AsJson = False,
+    overwrite: OverwriteSweep = False,
+) -> None:
+    """Choose learning rate, rank and target modules within a time budget, with a reason for each.
+
+    The same command continues where it was stopped. Trials are written to the run directory's name with `-tune`.
+    """
+    with command_context(as_json) as progress:
+        seconds = as_seconds(budget)
+        loaded = Recipe.load(recipe, overrides or ())
+        from loratune.workflows.search.tune import tune as run_tune
+
+        show_tuned(run_tune(loaded, budget=seconds, overwrite=overwrite, progress=progress).record, as_json)
+
+
 def resume(run: RunFolder, as_json: AsJson = False, processes: Processes = 1) -> None:
     """Resume an interrupted run."""
     start_processes(processes)
@@ -83,6 +143,20 @@ def resume(run: RunFolder, as_json: AsJson = False, processes: Processes = 1) ->
         result = workflow.resume(run, progress=progress)
         if is_main():
             show_result(result, as_json)
+
+
+def watch(
+    run: RunFolder,
+    once: Annotated[bool, typer.Option("--once", help="Print the run as it is now, and end.")] = False,
+) -> None:
+    """Show a run while another process works on it: loss, speed, time left, memory, held-out loss.
+
+    Ends when the run ends. Without a terminal, prints a line whenever something changed.
+    """
+    with command_context(as_json=False):
+        from loratune.reporting.watch import show_run
+
+        show_run(RunDir.open(run), SafeConsole(highlight=False), once=once)
 
 
 def runs(folder: RunsFolder = Path("__models"), as_json: AsJson = False) -> None:

@@ -132,6 +132,29 @@ def nll_record(base: Sequence[NllPair], tuned: Sequence[NllPair]) -> dict[str, A
     return record
 
 
+def paired_differences(losses: Sequence[Sequence[NllPair]], *, level: float = LEVEL) -> list[Interval]:
+    """Return by how much the loss of each further model exceeds that of the first, in nats per supervised token.
+
+    Rows are drawn with replacement, each with the losses of all models, so that a row's difficulty cancels out.
+
+    Args:
+        losses: Of each model the loss of every held-out example, in the same order; two models at least.
+        level: The confidence level of each interval, 0 to 1.
+
+    Raises:
+        ValueError: The models were not measured on the same rows.
+    """
+    table = np.asarray(losses, dtype=np.float64)  # [models, rows, 2]
+    counts = table[0, :, 1]
+    if table.ndim != 3 or not (table[:, :, 1] == counts).all():
+        raise ValueError("the models were measured on different rows")
+    columns = np.column_stack([*table[:, :, 0], counts])
+    resampled = np.vstack([columns.sum(axis=0, keepdims=True), _resampled_sums(columns, seed=0, samples=RESAMPLES)])
+    means = resampled[:, :-1] / resampled[:, -1:]
+    differences = means[:, 1:] - means[:, :1]
+    return [_interval(float(column[0]), column[1:], level) for column in differences.T]
+
+
 def evaluation_table(record: Mapping[str, Any]) -> Table:
     """Return a table with base, fine-tuned, and their difference with its interval: one row per measure."""
     table = Table(title=f"Held-out: {plural(record['num_examples'], 'conversation')}")

@@ -88,6 +88,7 @@ def prepare(
     *,
     cluster: Cluster | None = None,
     weights: bool = True,
+    like: Preparation | None = None,
 ) -> Preparation:
     """Find out everything that can be known before the weights load.
 
@@ -97,15 +98,21 @@ def prepare(
         device: The device to plan for; None for this machine's own.
         cluster: Several of that device to plan for.
         weights: Whether the weights will be loaded later; if not, the header of a GGUF file is enough.
+        like: A prepared run of the same model and data, whose tokenizer and examples are taken.
 
     Raises:
         RecipeError: A setting does not fit the model, or the model's files are incomplete.
         DataError: The data cannot be trained on.
         MachineError: The run does not fit the machine, or the hub cannot be reached.
     """
-    model = resolve_model(recipe, progress, device, cluster=cluster, weights=weights)
+    model = resolve_model(recipe, progress, device, cluster=cluster, weights=weights) if like is None else like.model
     adapter = resolve_adapter(recipe, model)
-    streaming, data = read_data(recipe, model, progress)
+    if like is None:
+        streaming, data = read_data(recipe, model, progress)
+    else:
+        streaming, data = Choice(str(like.recipe.data.streaming).lower()), like.data
+        check_trackers(recipe)
+        check_optimizer(recipe, model.device.value, is_here=True)
     recipe, length = with_epochs(recipe, data.num_examples)
     check_cadence(recipe.train, data.num_examples)
     parts = RunParts(model=model, adapter=adapter, data=data)

@@ -40,7 +40,7 @@ def report(root: str | Path, out: str | Path | None = None) -> Path:
         MachineError: The file cannot be written.
     """
     run = RunDir.open(root)
-    return _write(run_page(read_run(run)), run.report if out is None else Path(out))
+    return save_page(run_page(read_run(run)), run.report if out is None else Path(out))
 
 
 def compare(roots: Sequence[str | Path], out: str | Path = "compare.html") -> Path:
@@ -62,7 +62,7 @@ def compare(roots: Sequence[str | Path], out: str | Path = "compare.html") -> Pa
         raise RecipeError(
             f"nothing to compare: {', '.join(map(str, roots))}", fix="give two or more different run directories"
         )
-    return _write(comparison_page([read_run(run) for run in runs]), Path(out))
+    return save_page(comparison_page([read_run(run) for run in runs]), Path(out))
 
 
 def report_or_warn(run: RunDir, progress: Progress) -> None:
@@ -80,7 +80,13 @@ def render_page(page: Page) -> str:
     return _environment().get_template("page.html").render(page=page, style=Markup(style), style_hash=digest)  # noqa: S704 - our own file
 
 
-def _write(page: Page, out: Path) -> Path:
+def save_page(page: Page, out: Path) -> Path:
+    """Write a page, and return its file.
+
+    Raises:
+        RecipeError: `out` is not an HTML file.
+        MachineError: The file cannot be written.
+    """
     if out.suffix not in (".html", ".htm"):
         raise RecipeError(f"{out} is not an HTML file", fix=f"--out {out.with_suffix('.html')}")
     # File names may hold bytes that are no text; Python keeps them as half characters, which no encoding can hold.

@@ -32,7 +32,10 @@ class RunCallback(TrainerCallback):
 
     Attributes:
         stopped_at: The step after which the run was stopped, which has a checkpoint; None: it was not stopped.
+        pause_after: The step after which to pause the run, with a checkpoint; None: it is not paused.
     """
+
+    pause_after: int | None = None
 
     def __init__(
         self, run: RunDir, progress: Progress, task: ProgressTask, stop: StopRequest, num_per_epoch: int
@@ -67,10 +70,13 @@ class RunCallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._write(args, state)
+        self._trainer.drop_checkpoint()
         if self._ends_epoch(state):
             control.should_log |= args.logging_strategy == IntervalStrategy.EPOCH
             control.should_save |= args.save_strategy == "epoch"
         control.should_evaluate = self._evaluates(args, state)
+        if state.global_step == self.pause_after:
+            control.should_save = control.should_training_stop = True
         if self._stop:
             self.stopped_at = state.global_step
             control.should_save = True

@@ -31,6 +31,7 @@ from loratune.training.checkpoint import (
     load_adapter_weights,
     load_optimizer,
     load_random,
+    remove_checkpoint,
     save_checkpoint,
 )
 from loratune.training.early_stopping import Patience
@@ -93,6 +94,7 @@ class RunTrainer(Trainer):
         row_losses: Set by the plain engines: the loss of each example of the step, summed over its supervised tokens;
             None where the data has one source.
         last_evaluation: The step of the last evaluation, and what `evaluate_nll` returned there.
+        dropped: The step whose checkpoint is deleted after the next step; None: there is none.
         evaluate_seconds: Seconds that the last evaluation took.
         held_out: Step → held-out loss; None where the evaluation failed.
     """
@@ -109,6 +111,7 @@ class RunTrainer(Trainer):
     step_metrics: StepMetrics
     row_losses: torch.Tensor | None = None
     last_evaluation: tuple[int, Nll] = (-1, [])
+    dropped: int | None = None
     evaluate_seconds = 0.0
 
     def _set_up(self, setup: TrainerSetup) -> list[TrainerCallback]:
@@ -295,7 +298,20 @@ class RunTrainer(Trainer):
                 num_per_epoch=self.steps.num_per_epoch,
             ),
         )
-        best = best_checkpoint(run.checkpoints, self.held_out)
+        self._write_best()
+
+    def drop_checkpoint(self) -> None:
+        """Delete the checkpoint at which a sweep had paused the run, if the recipe saves none there."""
+        if self.dropped is None or not processes.is_main():
+            return
+        remove_checkpoint(self.setup.run.checkpoints / str(self.dropped))
+        self.dropped = None
+        self.setup.run.best.unlink(missing_ok=True)
+        self._write_best()
+
+    def _write_best(self) -> None:
+        """Name the checkpoint with the lowest held-out loss, if there is one."""
+        run, best = self.setup.run, best_checkpoint(self.setup.run.checkpoints, self.held_out)
         if best is not None:
             write_json(run.best, {"step": best, "eval_nll": self.held_out[best], "checkpoint": f"checkpoints/{best}"})
 

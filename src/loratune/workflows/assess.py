@@ -38,9 +38,9 @@ def compare_base_and_tuned(
     progress: Progress,
     tuned_nll: Nll | None = None,
     metric: UserMetric | None = None,
-) -> Record:
+) -> tuple[Record, Nll]:
     """Measure base and fine-tuned model, which are the same loaded model with the adapter off and on, and write
-    `evaluation.json`.
+    `evaluation.json`; return it, and the held-out losses of the fine-tuned model.
 
     Args:
         prepared: The prepared run.
@@ -75,7 +75,7 @@ def compare_base_and_tuned(
     record["adapter"] = describe_final_adapter(prepared, run)
     if processes.is_main():
         record = write_record(run.evaluation, EvaluationRecord, record)
-    return record
+    return record, compared.tuned_nll
 
 
 @contextmanager

@@ -84,7 +84,7 @@ def evaluate(
         check_prompts(recipe, prepared.data.prompts, prepared.model.positions)
     model, loss = load_trained(prepared, run, progress)
     with explain_out_of_memory(run):
-        evaluation = compare_base_and_tuned(prepared, run, model, loss, progress, metric=own)
+        evaluation, _ = compare_base_and_tuned(prepared, run, model, loss, progress, metric=own)
     if harness:
         progress.line(f"lm-evaluation-harness: {', '.join(harness)}")
         evaluation["harness"] = run_harness(model, prepared.model.tokenizer, harness, allow_code=allow_code)

@@ -22,7 +22,7 @@ from loratune.training.neftune import EmbeddingNoise
 from loratune.workflows.tasks.task import task_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from peft import PeftModel
 
@@ -128,9 +128,14 @@ def _is_finite(model: PeftModel, tokens: torch.Tensor) -> bool:
     return bool(model.get_base_model()(input_ids=tokens).logits.isfinite().all())
 
 
-def load_trained(prepared: Preparation, run: RunDir, progress: Progress) -> tuple[PeftModel, SupervisedLoss]:
-    """Load the base model with the run's adapter, and its loss."""
-    model = load_adapter(load_base(prepared, progress), run.adapter)
+def load_trained(
+    prepared: Preparation,
+    run: RunDir,
+    progress: Progress,
+    load: Callable[[Preparation, Progress], Any] | None = None,
+) -> tuple[PeftModel, SupervisedLoss]:
+    """Load the base model, by `load_base` or another function, with the run's adapter, and its loss."""
+    model = load_adapter((load or load_base)(prepared, progress), run.adapter)
     if prepared.recipe.model.quantization == "fp8":
         quantize_frozen_layers(model)
     return model, _loss(prepared, model)

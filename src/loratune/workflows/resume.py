@@ -16,7 +16,7 @@ from loratune.training.checkpoint import newest_valid_checkpoint, resume_state
 from loratune.training.fsdp import is_sharded
 from loratune.workflows.locked_recipe import located
 from loratune.workflows.result import RunResult
-from loratune.workflows.steps import finish_trained_run, run_from_weights, settings_as_written
+from loratune.workflows.steps import WHOLE, Leg, finish_trained_run, run_from_weights, settings_as_written
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -50,7 +50,7 @@ def resume(
     if run.is_complete:
         raise _finished(run)
     with RunLog(progress, run.log) as log:
-        return continue_run(run, log, callbacks)
+        return continue_run(run, log, leg=Leg(callbacks=callbacks))
 
 
 def _finished(run: RunDir) -> RecipeError:
@@ -72,8 +72,15 @@ def was_relaunched(run: RunDir) -> bool:
     return processes.gather(bool(launch) and run.lock.is_file() and read_json(run.lock).get("launch") == launch)[0]
 
 
-def continue_run(run: RunDir, progress: Progress, callbacks: Sequence[TrainerCallback] = ()) -> RunResult:
-    """Resume on every rank: check what changed, agree on a checkpoint, and go on from it."""
+def continue_run(run: RunDir, progress: Progress, prepared: Preparation | None = None, leg: Leg = WHOLE) -> RunResult:
+    """Resume on every rank: check what changed, agree on a checkpoint, and go on from it.
+
+    Args:
+        run: The run.
+        progress: Shows how far it is.
+        prepared: What `prepare` found out of the recipe in the run's lock; None: it is found out now.
+        leg: How far to go.
+    """
     lock = read_json(run.lock)
     if "written" not in lock:
         raise RecipeError(
@@ -84,16 +91,16 @@ def continue_run(run: RunDir, progress: Progress, callbacks: Sequence[TrainerCal
         if processes.is_main():
             run.clean()
             _refuse(changed_settings(lock["written"], settings_as_written(run)), run.recipe)
-        prepared = prepare_on_all_ranks(Recipe.parse(located(lock), file=run.lock), progress)
+        prepared = prepared or prepare_on_all_ranks(Recipe.parse(located(lock), file=run.lock), progress)
         if not processes.is_main():
-            return _follow_main(prepared, run, progress, callbacks)
+            return _follow_main(prepared, run, progress, leg)
         _refuse(_changed_inputs(lock, prepared, run), run.lock)
         if run.has_adapter:
             processes.store_set(_NEXT, _EVALUATE)
             if not is_sharded(prepared.recipe):
                 processes.stop()
             progress.line("all steps are done and the adapter is saved; resuming with the evaluation")
-            return finish_trained_run(prepared, run, progress)
+            return finish_trained_run(prepared, run, progress, leg)
         checkpoint = newest_valid_checkpoint(run, progress)
         step = resume_state(checkpoint) if checkpoint is not None else 0
         run.rewind_metrics(step)
@@ -102,16 +109,14 @@ def continue_run(run: RunDir, progress: Progress, callbacks: Sequence[TrainerCal
             progress.line("no checkpoint yet: starting again with the first step")
         else:
             progress.line(f"resuming after step {step}")
-        return run_from_weights(prepared, run, checkpoint, progress, callbacks)
+        return run_from_weights(prepared, run, checkpoint, progress, leg)
 
 
-def _follow_main(
-    prepared: Preparation, run: RunDir, progress: Progress, callbacks: Sequence[TrainerCallback]
-) -> RunResult:
+def _follow_main(prepared: Preparation, run: RunDir, progress: Progress, leg: Leg) -> RunResult:
     """Do on the other ranks what rank 0 decided."""
     name = processes.store_wait(_NEXT)
     if name == _EVALUATE and is_sharded(prepared.recipe):
-        return finish_trained_run(prepared, run, progress)
+        return finish_trained_run(prepared, run, progress, leg)
     if name == _EVALUATE:
         processes.stop()
         return RunResult(run=run, evaluation=None)
@@ -120,7 +125,7 @@ def _follow_main(
         raise RunError(
             "the checkpoint is not on this machine", file=checkpoint, fix="use a folder that all machines share"
         )
-    return run_from_weights(prepared, run, checkpoint, progress, callbacks)
+    return run_from_weights(prepared, run, checkpoint, progress, leg)
 
 
 def _changed_inputs(lock: Record, prepared: Preparation, run: RunDir) -> list[str]:

@@ -1,4 +1,4 @@
-"""The spine of a run, from the weights to the report; `train` and `resume` differ only in where they enter it.
+"""The spine of a run, from the weights to the report; `train`, `resume` and `sweep` differ only in where they enter it.
 
     load base → attach adapter and loss → train_steps → final adapter saved → base vs. fine-tuned → model card → report
 
@@ -9,8 +9,9 @@ model (`training.fsdp`): they evaluate in step.
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -33,6 +34,7 @@ from loratune.training.checkpoint import resume_state
 from loratune.training.fast_trainer import FastTrainer
 from loratune.training.fsdp import explain_lost_process
 from loratune.training.gradient_sync import check_ranks_agree
+from loratune.training.held_out_loss import EvaluationStoppedError, evaluate_on_all_ranks
 from loratune.training.hf_arguments import TrainingData
 from loratune.training.signals import StopRequest, stop_after_step
 from loratune.training.trainer import TrainerSetup
@@ -44,7 +46,7 @@ from loratune.workflows.result import RunResult
 from loratune.workflows.tasks.task import task_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from peft import PeftModel
     from transformers import TrainerCallback
@@ -53,8 +55,38 @@ if TYPE_CHECKING:
     from loratune.run.progress import Progress
     from loratune.training.held_out_loss import Nll
     from loratune.training.loss import SupervisedLoss
+    from loratune.training.trainer import RunTrainer
 
 _UNEVALUATED = "stopped before the evaluation; all steps are done, and the adapter is saved"
+
+
+class Paused(Interrupted):
+    """A run has reached the end of its `Leg`, and has a checkpoint to go on from."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Leg:
+    """How far a call takes a run. A run in several legs ends as the one that was never paused.
+
+    Attributes:
+        load: Loads the base model without an adapter, as `load_base` does; None for that. Runs may share a base.
+        until: The step after which the run is paused, with a checkpoint; None: it goes to its end.
+        dropped: The step of an earlier pause at which the recipe saves no checkpoint; its own is deleted when the run
+            has gone on. None: there is no such checkpoint.
+        on_losses: Called with a step and the held-out losses there, at the pause; with None and those of the final
+            adapter, at the end.
+        callbacks: The user's own callbacks of the trainer.
+    """
+
+    load: Callable[[Preparation, Progress], Any] | None = None
+    until: int | None = None
+    dropped: int | None = None
+    on_losses: Callable[[int | None, Nll], None] | None = None
+    callbacks: Sequence[TrainerCallback] = ()
+
+
+WHOLE = Leg()
+"""From where a run is to its end."""
 
 
 def settings_as_written(run: RunDir) -> Record:
@@ -63,11 +95,7 @@ def settings_as_written(run: RunDir) -> Record:
 
 
 def run_from_weights(
-    prepared: Preparation,
-    run: RunDir,
-    checkpoint: Path | None,
-    progress: Progress,
-    callbacks: Sequence[TrainerCallback] = (),
+    prepared: Preparation, run: RunDir, checkpoint: Path | None, progress: Progress, leg: Leg = WHOLE
 ) -> RunResult:
     """Train from the loaded weights on, evaluate, and write everything that follows.
 
@@ -76,14 +104,17 @@ def run_from_weights(
         run: Its directory.
         checkpoint: The checkpoint to resume from; None for the first step.
         progress: Shows how far the run is.
-        callbacks: The user's own callbacks.
+        leg: How far to go.
+
+    Raises:
+        Paused: The leg ends before the run does.
     """
     timer = RunTimer(run, prepared.recipe.train.device)
-    model, loss = _load(prepared, run, checkpoint, progress)
+    model, loss = _load(prepared, run, checkpoint, progress, leg)
     stop = StopRequest()
     try:
         with explain_out_of_memory(run), explain_lost_process():
-            last_step, tuned_nll = train_steps(prepared, run, model, loss, checkpoint, stop, progress, callbacks)
+            last_step, tuned_nll = train_steps(prepared, run, model, loss, checkpoint, stop, progress, leg)
         if loss.sharded:
             stop.agree(processes.gather(stop.asked or 0))
         else:
@@ -103,20 +134,20 @@ def run_from_weights(
     if has_changed_base(model):  # the comparison is with the base that everybody has, and this variant changed it
         del model, loss
         free_memory()
-        model, loss = load_trained(prepared, run, progress)
+        model, loss = load_trained(prepared, run, progress, leg.load)
         tuned_nll = None
-    return _finish(prepared, run, model, loss, timer, progress, tuned_nll)
+    return _finish(prepared, run, model, loss, timer, progress, leg, tuned_nll)
 
 
-def finish_trained_run(prepared: Preparation, run: RunDir, progress: Progress) -> RunResult:
+def finish_trained_run(prepared: Preparation, run: RunDir, progress: Progress, leg: Leg = WHOLE) -> RunResult:
     """Evaluate a run whose adapter is saved, or only write its report if that is done too."""
     timer = RunTimer(run, prepared.recipe.train.device)
     if "measured" in read_json(run.plan):
         if processes.is_main():
             report_or_warn(run, progress)
         return RunResult(run=run, evaluation=read_json(run.evaluation) if prepared.data.eval else None)
-    model, loss = load_trained(prepared, run, progress)
-    return _finish(prepared, run, model, loss, timer, progress)
+    model, loss = load_trained(prepared, run, progress, leg.load)
+    return _finish(prepared, run, model, loss, timer, progress, leg)
 
 
 def _finish(
@@ -126,6 +157,7 @@ def _finish(
     loss: SupervisedLoss,
     timer: RunTimer,
     progress: Progress,
+    leg: Leg,
     tuned_nll: Nll | None = None,
 ) -> RunResult:
     """Evaluate, and write model card, measurements and report."""
@@ -133,7 +165,9 @@ def _finish(
     try:
         with explain_out_of_memory(run), explain_lost_process():
             if prepared.data.eval:
-                evaluation = compare_base_and_tuned(prepared, run, model, loss, progress, tuned_nll)
+                evaluation, losses = compare_base_and_tuned(prepared, run, model, loss, progress, tuned_nll)
+                if leg.on_losses is not None:
+                    leg.on_losses(None, losses)
     except KeyboardInterrupt:
         timer.note()
         raise StopRequest().as_error(_UNEVALUATED, run) from None
@@ -151,10 +185,10 @@ def _finish(
 
 
 def _load(
-    prepared: Preparation, run: RunDir, checkpoint: Path | None, progress: Progress
+    prepared: Preparation, run: RunDir, checkpoint: Path | None, progress: Progress, leg: Leg
 ) -> tuple[PeftModel, SupervisedLoss]:
     """Load the base model, and attach a fresh adapter and the loss."""
-    base = load_base(prepared, progress)
+    base = (leg.load or load_base)(prepared, progress)
     if checkpoint is None and prepared.model.base.revision and processes.is_main():
         write_lock(prepared, run)  # with the fingerprints of weights that were only now downloaded
     return attach_adapter_and_loss(prepared, base, progress)
@@ -174,55 +208,98 @@ def train_steps(
     checkpoint: Path | None,
     stop: StopRequest,
     progress: Progress,
-    callbacks: Sequence[TrainerCallback] = (),
+    leg: Leg = WHOLE,
 ) -> tuple[int, Nll | None]:
     """Take all optimizer steps; return the number of the last one, and its held-out losses if it was evaluated.
 
     Raises:
         Interrupted: The user stopped it.
+        Paused: The leg ends here.
     """
-    recipe, data = prepared.recipe, prepared.data
+    recipe, total = prepared.recipe, prepared.estimate.num_steps
     done = resume_state(checkpoint) if checkpoint is not None else 0
     torch.manual_seed(recipe.train.seed)
-    with progress.task("training", prepared.estimate.num_steps, "steps") as task, stop_after_step(stop, progress):
+    with progress.task("training", total, "steps") as task, stop_after_step(stop, progress):
         task.advance(done)
-        per_epoch = num_steps_per_epoch(data.num_examples, recipe.train.batch_size)
+        per_epoch = num_steps_per_epoch(prepared.data.num_examples, recipe.train.batch_size)
         callback = RunCallback(run, progress, task, stop, per_epoch)
-        setup = TrainerSetup(
-            model=model,
-            tokenizer=prepared.model.tokenizer,
-            train=recipe.train,
-            data=TrainingData(
-                train=data.train if data.stream is None else data.stream,
-                known=data.train,
-                eval=data.eval,
-                eval_groups=held_out_groups(data.eval, data.report),
-                token_budget=prepared.estimate.memory.token_budget,
-                source_of_file=source_of_file(data.report),
-            ),
-            loss=loss,
-            run=run,
-            stop=stop,
-            progress=progress,
-            callback=callback,
-            more_callbacks=callbacks,
-        )
-        trainer = FastTrainer(setup) if recipe.train.engine == "fast" else task_of(recipe).reference_trainer(setup)
+        callback.pause_after = leg.until
+        setup = _trainer_setup(prepared, run, model, loss, stop, progress, callback, leg.callbacks)
+        is_fast = recipe.train.engine == "fast"
+        trainer = FastTrainer(setup) if is_fast else task_of(recipe).reference_trainer(setup)
         callback.watch(trainer)
+        trainer.dropped = leg.dropped
         check_ranks_agree(model)
         over = False
-        if checkpoint is not None and (done == prepared.estimate.num_steps or recipe.train.early_stopping is not None):
+        if checkpoint is not None and (done in (total, leg.until) or recipe.train.early_stopping is not None):
             trainer.restore(checkpoint)
             callback.evaluate_if_owed()
-            over = done == prepared.estimate.num_steps or trainer.ends_early()
+            over = done in (total, leg.until) or trainer.ends_early()
         if not over:
             if isinstance(trainer, FastTrainer) and wants_rehearsal(prepared.estimate.memory, recipe.train.device):
                 trainer.rehearse()
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
         check_ranks_agree(model)
+        last_step = trainer.state.global_step
+        if callback.stopped_at is None and last_step == leg.until and last_step < total:
+            _report_losses(trainer, leg)
+            raise Paused(f"paused after step {last_step} of {total} (checkpoint saved)")
     if callback.stopped_at is not None:
-        raise stop.after(callback.stopped_at, prepared.estimate.num_steps, run)
-    last_step, (step, losses) = trainer.state.global_step, trainer.last_evaluation
-    if last_step < prepared.estimate.num_steps:
-        progress.line(f"training ended early, after step {last_step} of {prepared.estimate.num_steps}")
+        raise stop.after(callback.stopped_at, total, run)
+    step, losses = trainer.last_evaluation
+    if last_step < total:
+        progress.line(f"training ended early, after step {last_step} of {total}")
     return last_step, losses if step == last_step else None
+
+
+def _trainer_setup(
+    prepared: Preparation,
+    run: RunDir,
+    model: PeftModel,
+    loss: SupervisedLoss,
+    stop: StopRequest,
+    progress: Progress,
+    callback: RunCallback,
+    more_callbacks: Sequence[TrainerCallback],
+) -> TrainerSetup:
+    """Return the arguments of the trainer."""
+    data = prepared.data
+    return TrainerSetup(
+        model=model,
+        tokenizer=prepared.model.tokenizer,
+        train=prepared.recipe.train,
+        data=TrainingData(
+            train=data.train if data.stream is None else data.stream,
+            known=data.train,
+            eval=data.eval,
+            eval_groups=held_out_groups(data.eval, data.report),
+            token_budget=prepared.estimate.memory.token_budget,
+            source_of_file=source_of_file(data.report),
+        ),
+        loss=loss,
+        run=run,
+        stop=stop,
+        progress=progress,
+        callback=callback,
+        more_callbacks=more_callbacks,
+    )
+
+
+def _report_losses(trainer: RunTrainer, leg: Leg) -> None:
+    """Hand over the held-out losses at a pause, measured now if the recipe does not evaluate at this step.
+
+    Raises:
+        Interrupted: The user stopped it.
+    """
+    setup, step = trainer.setup, trainer.state.global_step
+    evaluated, losses = trainer.last_evaluation
+    if leg.on_losses is None:
+        return
+    if evaluated != step:
+        try:
+            losses = evaluate_on_all_ranks(
+                setup.loss, setup.data.eval, trainer.budget, setup.progress, setup.stop, trainer.events
+            )
+        except EvaluationStoppedError:
+            raise setup.stop.after(step, trainer.state.max_steps, setup.run) from None
+    leg.on_losses(step, losses)

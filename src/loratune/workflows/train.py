@@ -5,20 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loratune.data.preview import preview
 from loratune.planning.auto import output_dir
 from loratune.planning.prepare import prepare_on_all_ranks
 from loratune.recipe.recipe import Recipe, as_recipe
 from loratune.run import processes
-from loratune.run.directory import RunDir, write_text
+from loratune.run.directory import RunDir
 from loratune.run.progress import NO_PROGRESS, Progress
-from loratune.run.records.data import DataRecord
-from loratune.run.records.files import write_record
-from loratune.run.records.plan import PlanRecord
-from loratune.run.records.preview import PreviewRecord
 from loratune.run.run_log import RunLog
 from loratune.workflows.resume import continue_run, was_relaunched
-from loratune.workflows.steps import run_from_weights, write_lock
+from loratune.workflows.start import start_run
+from loratune.workflows.steps import Leg, run_from_weights
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -27,9 +23,6 @@ if TYPE_CHECKING:
 
     from loratune.planning.preparation import Preparation
     from loratune.workflows.result import RunResult
-
-PREVIEW_EXAMPLES = 5
-"""Examples whose tokens are kept in the run directory."""
 
 
 def train(
@@ -61,11 +54,12 @@ def train(
     if not isinstance(recipe, Recipe):
         written = Path(recipe).read_text(encoding="utf-8") if written is None and Path(recipe).is_file() else written
         recipe = as_recipe(recipe)
+    leg = Leg(callbacks=callbacks)
     if was_relaunched(RunDir.at(output_dir(recipe))):
-        return continue_run(RunDir.open(output_dir(recipe)), progress, callbacks)
+        return continue_run(RunDir.open(output_dir(recipe)), progress, leg=leg)
     written = written if written is not None else recipe.to_yaml()
     with RunLog(progress) as log:
-        return _train(recipe, written, log, overwrite=overwrite, on_plan=on_plan, callbacks=callbacks)
+        return _train(recipe, written, log, overwrite=overwrite, on_plan=on_plan, leg=leg)
 
 
 def _train(
@@ -75,23 +69,16 @@ def _train(
     *,
     overwrite: bool,
     on_plan: Callable[[Preparation], None] | None,
-    callbacks: Sequence[TrainerCallback],
+    leg: Leg,
 ) -> RunResult:
     root = output_dir(recipe)
     if processes.is_main():
         RunDir.check(root, overwrite=overwrite)
     prepared = prepare_on_all_ranks(recipe, progress)
     if not processes.is_main():
-        return run_from_weights(prepared, RunDir.at(root), None, progress, callbacks)
+        return run_from_weights(prepared, RunDir.at(root), None, progress, leg)
     if on_plan is not None:
         on_plan(prepared)
     run = RunDir.create(root, overwrite=overwrite)
     progress.begin(run.log)
-    with run.exclusive():
-        write_text(run.recipe, written)
-        write_record(run.data, DataRecord, prepared.data.report)
-        examples = preview(prepared.data.train, prepared.model.tokenizer, PREVIEW_EXAMPLES)
-        write_record(run.preview, PreviewRecord, examples.as_record())
-        write_record(run.plan, PlanRecord, prepared.as_plan())
-        write_lock(prepared, run)
-        return run_from_weights(prepared, run, None, progress, callbacks)
+    return start_run(prepared, run, written, progress, leg)

@@ -9,6 +9,7 @@ metrics       metrics.jsonl: one line per optimizer step, evaluation or event
 evaluation    evaluation.json: base vs. fine-tuned
 certificate   parity.json: proofs that what was exported is the trained model
 preview       preview.json: the first training examples, token by token
+sweep         what a sweep tries, and its result
 outputs       what the verbs print with --json
 schemas       verb → JSON schema
 

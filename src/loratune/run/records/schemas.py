@@ -20,6 +20,7 @@ from loratune.run.records.outputs import (
     ResultOutput,
     ServiceOutput,
 )
+from loratune.run.records.sweep import SweepRecord, TuneRecord
 
 OUTPUTS: Mapping[str, type[BaseModel]] = {
     "plan": PlanOutput,
@@ -35,6 +36,8 @@ OUTPUTS: Mapping[str, type[BaseModel]] = {
     "reproduce": ReproductionOutput,
     "serve": ServiceOutput,
     "push": PushOutput,
+    "sweep": SweepRecord,
+    "tune": TuneRecord,
 }
 """Verb → what it prints."""
 

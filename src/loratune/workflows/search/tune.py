@@ -1,0 +1,232 @@
+"""`loratune tune`: choose learning rate, rank and target modules within a time budget, with a reason for each.
+
+    learning-rate range test → ranks and targets at the best rate → the smallest adapter that no other one beats
+
+Both are sweeps of the same recipe: the same seed, the same rows in the same order, losers dropped early.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from loratune.planning.auto import output_dir
+from loratune.planning.prepare import prepare
+from loratune.recipe.recipe import Recipe, as_recipe
+from loratune.run import processes
+from loratune.run.directory import RunDir, read_json, write_text
+from loratune.run.errors import MachineError, RecipeError
+from loratune.run.progress import NO_PROGRESS, Progress
+from loratune.run.records.files import read_record, write_record
+from loratune.run.records.sweep import SweepPlanRecord, SweepRecord, TrialResult, TuneRecord
+from loratune.workflows.search.folder import SweepDir
+from loratune.workflows.search.halving import plan_rungs
+from loratune.workflows.search.settings import Settings, as_words, short_name, with_settings
+from loratune.workflows.search.shared_base import SharedBase
+from loratune.workflows.search.sweep import Trial, prepare_trials, run_sweep, write_plan
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+RATES = ("1e-5", "3e-5", "1e-4", "3e-4", "1e-3", "3e-3", "1e-2")
+"""Learning rates of the range test, about half a decade apart."""
+RANKS = (8, 32)
+TARGETS = ("attention", "complete")
+"""What is tried beside the recipe's own rank and targets."""
+RATE_SHARE = 0.5
+"""The share of the budget that the range test may take."""
+UNSCORED = ("evaluate.metric=none", "evaluate.samples=0")
+"""Trials are compared by their held-out loss, so none of them answers prompts."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class TuneResult:
+    """Settings that were found.
+
+    Attributes:
+        recipe: The recipe with these settings.
+        record: What `--json` prints.
+    """
+
+    recipe: Path
+    record: TuneRecord
+
+    def __repr__(self) -> str:
+        """Return the recipe's file and the settings: the record holds all trials."""
+        return f"TuneResult({str(self.recipe)!r}: {short_name(self.record.settings)})"
+
+
+def tune(
+    recipe: Recipe | str | Path, *, budget: float = 900.0, overwrite: bool = False, progress: Progress = NO_PROGRESS
+) -> TuneResult:
+    """Find a learning rate, a rank and target modules for a recipe, and write it with them.
+
+    The same call goes on where an earlier one was stopped.
+
+    Args:
+        recipe: The recipe, or its file.
+        budget: Seconds for all trials together.
+        overwrite: Whether earlier results in the folder may be deleted.
+        progress: Shows how far it is.
+
+    Raises:
+        RecipeError, DataError, MachineError: Nothing was started, or the machine cannot do a trial.
+        Interrupted: The user stopped it.
+        RunError: All trials failed.
+    """
+    processes.start()
+    started = time.monotonic()
+    given = as_recipe(recipe)
+    own = output_dir(given)
+    root = own.with_name(f"{own.name}-tune").expanduser().resolve()
+    bare, shared = with_settings(given, UNSCORED), SharedBase()
+
+    progress.line(f"range test of the learning rate: {', '.join(RATES)}")
+    drawn: list[Settings] = [{"train.learning_rate": rate} for rate in RATES]
+    rates = _stage(root / "rates", bare, drawn, shared, RATE_SHARE * budget, overwrite=overwrite, progress=progress)
+    best_rate = _best(rates).settings["train.learning_rate"]
+    reasons = [_reason_for_rate(rates)]
+
+    shared.release()  # or the plans of the next trials would count it as somebody else's memory
+    fast = with_settings(bare, [f"train.learning_rate={best_rate}"])
+    shapes = _fitting(fast, _shapes(given), progress)
+    spent = max(time.monotonic() - started, _seconds(rates))
+    chosen = _best(rates).settings
+    found = None
+    if len(shapes) > 1 and spent < budget:
+        progress.line(f"ranks and targets at learning rate {best_rate}: {len(shapes)} trials")
+        found = _stage(root / "shapes", fast, shapes, shared, budget - spent, overwrite=overwrite, progress=progress)
+        shape, reason = _choose_shape(found)
+        chosen, reasons = {**chosen, **shape}, [*reasons, reason]
+    else:
+        reasons.append("lora.r and lora.targets stay as they are: no time was left to compare others.")
+    file = root / "tuned.yaml"
+    write_text(file, with_settings(given, as_words(chosen)).to_yaml())
+    record = {
+        "folder": str(root),
+        "recipe": str(file),
+        "settings": chosen,
+        "reasons": reasons,
+        "rates": rates.model_dump(mode="json"),
+        "shapes": None if found is None else found.model_dump(mode="json"),
+    }
+    write_record(root / "tune.json", TuneRecord, record)
+    return TuneResult(recipe=file, record=read_record(root / "tune.json", TuneRecord))
+
+
+def _stage(
+    root: Path,
+    base: Recipe,
+    drawn: Sequence[Settings],
+    shared: SharedBase,
+    budget: float,
+    *,
+    overwrite: bool,
+    progress: Progress,
+) -> SweepRecord:
+    """Run a sweep of these trials."""
+    folder = SweepDir.create(root, overwrite=overwrite)
+    with folder.exclusive():
+        trials = prepare_trials(folder, base, drawn, progress)
+        plan = _plan(folder, base, trials, budget)
+        return run_sweep(folder, plan, trials, base=shared, budget=budget, progress=progress).record
+
+
+def _plan(folder: SweepDir, base: Recipe, trials: Sequence[Trial], budget: float) -> SweepPlanRecord:
+    rungs = plan_rungs(
+        len(trials),
+        min(trial.num_steps for trial in trials),
+        run_seconds=max(trial.prepared.estimate.time.train_seconds for trial in trials),
+        budget=budget,
+    )
+    return write_plan(folder, base, trials, rungs)
+
+
+def _best(record: SweepRecord) -> TrialResult:
+    return next(trial for trial in record.trials if trial.number == record.best)
+
+
+def _seconds(record: SweepRecord) -> float:
+    return math.fsum(rung.seconds for trial in record.trials for rung in trial.rungs)
+
+
+# ---- the learning rate
+
+
+def diverging_rates(record: SweepRecord) -> list[str]:
+    """Return the rates at which training failed, or left the model worse than the lowest rate did.
+
+    The lowest rate barely moves the weights in so few steps, so what is worse than that has destroyed something.
+    """
+    by_rate = sorted(record.trials, key=lambda trial: float(trial.settings["train.learning_rate"]))
+    lowest = next((trial.rungs[0].nll for trial in by_rate if trial.rungs), math.inf)
+    return [
+        trial.settings["train.learning_rate"]
+        for trial in by_rate
+        if trial.problem or (trial.rungs and trial.rungs[0].nll > lowest)
+    ]
+
+
+def _reason_for_rate(record: SweepRecord) -> str:
+    best, diverging = _best(record), diverging_rates(record)
+    rate = best.settings["train.learning_rate"]
+    tied = [trial for trial in record.trials if trial.to_best is not None and trial.to_best.low <= 0 and trial.rungs]
+    words = f"train.learning_rate={rate}: the lowest held-out loss of {len(record.trials)} rates, "
+    words += f"{best.rungs[-1].nll:.4f} nats after step {best.rungs[-1].step}"
+    if tied:
+        words += f"; {', '.join(trial.settings['train.learning_rate'] for trial in tied)} cannot be told apart from it"
+    if diverging:
+        words += f"; training gets worse at {', '.join(diverging)}"
+    if rate in (RATES[0], RATES[-1]):
+        words += "; this is the end of the range, and the best rate may lie beyond"
+    return f"{words}."
+
+
+# ---- rank and targets
+
+
+def _shapes(recipe: Recipe) -> list[Settings]:
+    """Return ranks and targets to try, the recipe's own first. alpha/r stays, or each rank would need its own rate."""
+    lora = recipe.lora
+    ranks = dict.fromkeys((lora.r, *RANKS))
+    own = lora.targets if isinstance(lora.targets, str) else f"[{', '.join(lora.targets)}]"
+    return [
+        {"lora.r": str(r), "lora.alpha": f"{lora.alpha * r / lora.r:g}", "lora.targets": targets}
+        for targets in dict.fromkeys((own, *TARGETS))
+        for r in ranks
+    ]
+
+
+def _fitting(base: Recipe, shapes: Sequence[Settings], progress: Progress) -> list[Settings]:
+    """Return those that this model and this machine can train."""
+    first, found = prepare(base, progress), []
+    for settings in shapes:
+        try:
+            prepare(with_settings(base, as_words(settings)), progress, like=first)
+        except (RecipeError, MachineError) as error:
+            progress.line(f"{short_name(settings)} is left out: {error.problem}")
+        else:
+            found.append(settings)
+    return found
+
+
+def _choose_shape(record: SweepRecord) -> tuple[Settings, str]:
+    """Return the smallest adapter of those that cannot be told apart from the best, and why."""
+    best = _best(record)
+    tied = [trial for trial in record.trials if trial.to_best is not None and trial.to_best.low <= 0 and trial.rungs]
+    furthest = [trial for trial in tied if trial.rungs[-1].step == best.rungs[-1].step and not trial.problem]
+    chosen = min([best, *furthest], key=_adapter_size)
+    words = f"{', '.join(as_words(chosen.settings))}: "
+    if chosen is best:
+        words += f"the lowest held-out loss of {len(record.trials)} adapters, {best.rungs[-1].nll:.4f} nats"
+    else:
+        words += f"the smallest adapter that cannot be told apart from the best one ({short_name(best.settings)})"
+    return chosen.settings, f"{words}, after step {best.rungs[-1].step}."
+
+
+def _adapter_size(trial: TrialResult) -> int:
+    """Return the trained parameters of a trial."""
+    return int(read_json(RunDir(Path(trial.run)).plan)["parameters"]["trainable"])
