@@ -74,6 +74,7 @@ PROVEN = {
     "least_kept_tensor": "q",
     "largest_deviation": 0.0,
     "problems": [],
+    "fixes": [],
 }
 
 
@@ -184,11 +185,11 @@ def test_right_weights_that_answer_otherwise_are_different_and_a_bug_of_ours() -
     assert "report this as a bug" in record["fix"]
 
 
-def test_a_known_cause_is_named_and_is_no_bug_of_ours() -> None:
-    wrong = {**PROVEN, "problems": ["2 of 2 matrices lack their update (the first: q)"]}
+def test_a_known_cause_is_named_with_its_own_fix_and_is_no_bug_of_ours() -> None:
+    wrong = {**PROVEN, "problems": ["whatever it says", "another"], "fixes": ["do this", "do that"]}
     record = certificate(Table(LOGITS_SV.roll(1, dims=1)), weights=wrong)
     assert record["complaints"] == wrong["problems"]
-    assert "bug" not in record["fix"]
+    assert record["fix"] == "do this; do that"
 
 
 def test_logits_that_are_not_finite_fail() -> None:

@@ -351,7 +351,7 @@ def plan_notes(
             *model.notes,
             *weight_notes(base.path),
             *target_notes(model.skeleton, lora.targets, lora.target_parameters),
-            *unreached_notes(model.skeleton, adapter.targets),
+            *unreached_notes(model.skeleton, (*adapter.targets, *(item.name for item in adapter.parameters.whole))),
             *variant_notes(recipe),
             *rank_notes(lora, adapter.parameters.matrices),
             *cadence_notes(recipe.train, data.num_examples),

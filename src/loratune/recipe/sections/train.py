@@ -72,7 +72,7 @@ class TrainSection(Section):
 
     token_budget: Int | Literal["auto"] = Field(default="auto", union_mode="left_to_right")
     """The maximum number of tokens per micro-batch (micro-batch size); a longer example is a micro-batch of its own.
-    Affects memory and speed, never the result."""
+    Affects memory and speed; losses stay the same up to rounding."""
 
     compile: bool | Literal["auto"] = "auto"
     """Whether to run the decoder layers and the loss through `torch.compile`. `auto`: if the run is long enough to
