@@ -31,7 +31,7 @@ def rows(text: str) -> list[dict[str, str]]:
 
 
 @cache
-def tests_of(file: Path) -> dict[str, bool]:
+def named_tests(file: Path) -> dict[str, bool]:
     """Return the tests of a file, and whether all of a test's cases are slow."""
     functions = [node for node in ast.parse(file.read_text(encoding="utf-8")).body if isinstance(node, ast.FunctionDef)]
     return {
@@ -53,9 +53,9 @@ def problems_of(row: dict[str, str]) -> list[str]:
         file = ROOT / name
         if not file.is_file():
             found.append(f"no {name}")
-        elif test and test not in tests_of(file):
+        elif test and test not in named_tests(file):
             found.append(f"no {test} in {name}")
-        slow |= file.is_file() and tests_of(file).get(test, False)
+        slow |= file.is_file() and named_tests(file).get(test, False)
     found += [f"no docs/{name}" for name in measured if not (ROOT / "docs" / name).is_file()]
     dated = re.search(r"\d{4}-\d\d-\d\d", row["last result"]) is not None
     if slow and not dated:

@@ -118,12 +118,13 @@ def reference_outputs(
     if change is not None and not packed:
         with arithmetic(change):
             rounded = divergence_from(wanted, _outputs(loss, places.examples, progress))
+    # A classifier's tokenizer may have neither; a token without a row in the head can end no answer.
+    stops = stop_token_ids(tokenizer) if tokenizer.chat_template or tokenizer.eos_token else ()
     return ReferenceOutputs(
         examples=list(places.examples),
         logprobs=wanted,
         questions=list(places.questions),
-        # A classifier's tokenizer may have neither.
-        stop_token_ids=stop_token_ids(tokenizer) if tokenizer.chat_template or tokenizer.eos_token else (),
+        stop_token_ids=tuple(token for token in stops if token < wanted[0].shape[1]),
         base=base,
         rounded=rounded,
         compared_on=places.compared_on,

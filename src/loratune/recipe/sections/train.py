@@ -112,7 +112,7 @@ class TrainSection(Section):
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
     """How several processes share the base model: `ddp`, each holds a full copy; `fsdp`, each holds a shard of every
     decoder layer and gathers one layer at a time. `auto`: `ddp` if a device can hold the base. Affects memory and
-    speed, never the result."""
+    speed; losses stay the same up to rounding."""
 
     report_to: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()
     """Experiment trackers to log to."""
