@@ -198,6 +198,12 @@ def test_logits_that_are_not_finite_fail() -> None:
     assert record["distributions"]["mean_kl"] is None
 
 
+def test_a_rounding_error_larger_than_the_update_is_not_shown_as_a_share_of_it() -> None:
+    noisy = {**PROVEN, "relative_error": 37.0, "kept": 1.31}
+    assert "a rounding error of 37 times the update in the weights" in summary(certificate(Table(), weights=noisy))
+    assert "100% of the update in the weights" in summary(certificate(Table()))
+
+
 def test_a_padded_vocabulary_is_the_same_model() -> None:
     padded = torch.cat([LOGITS_SV, torch.full((3, 2), 9.0)], dim=1)
     assert certificate(Table(padded))["passed"]

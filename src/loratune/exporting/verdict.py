@@ -182,7 +182,7 @@ def _undecided(evidence: Evidence) -> Decision:
     if weights is None:
         return Decision(verdict="undecided", complaints=[], reason=reason, fix=longer)
     reason = (
-        f"rounding to {' and '.join(weights['types'])} left {weights['kept']:.0%} of the update and added an error of "
+        f"rounding to {' and '.join(weights['types'])} left {weights['kept']:.0%} of the update, with an error of "
         f"{weights['relative_error']:.2g} times its size; {reason}"
     )
     return Decision(verdict="undecided", complaints=[], reason=reason, fix=f"{evidence.way_out}, or {longer}")
