@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from loratune.cli.plan_tables import summary_table
-from loratune.planning.intervals import Interval, memory_interval, time_interval
+from loratune.planning.intervals import Bounds, memory_interval, time_interval
 from loratune.planning.prepare import prepare
 from loratune.recipe.recipe import Recipe
 from loratune.run.progress import NO_PROGRESS
@@ -31,7 +31,7 @@ def columns(page: str, *names: str) -> list[tuple[float, ...]]:
     return found
 
 
-def share_inside(interval: Interval | None, ratios: list[float]) -> tuple[int, int]:
+def share_inside(interval: Bounds | None, ratios: list[float]) -> tuple[int, int]:
     assert interval is not None
     inside = sum(interval.low <= ratio <= interval.high for ratio in ratios)
     assert interval.source.startswith(f"{inside} of {len(ratios)} ")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Interval:
+class Bounds:
     """Bounds of a measured number.
 
     Attributes:
@@ -25,12 +25,12 @@ class Interval:
     source: str
 
 
-_DECODER_MEMORY = Interval(low=0.90, high=1.05, source="24 of 25 runs on a CPU, 135M to 1.8B parameters")
-_ENCODER_MEMORY = Interval(low=0.84, high=1.13, source="5 of 5 runs of BERT and ModernBERT on a CPU")
-_DECODER_TIME = Interval(low=0.85, high=1.30, source="7 of 7 times of 5 runs on two quiet CPU cores")
+_DECODER_MEMORY = Bounds(low=0.90, high=1.05, source="24 of 25 runs on a CPU, 135M to 1.8B parameters")
+_ENCODER_MEMORY = Bounds(low=0.84, high=1.13, source="5 of 5 runs of BERT and ModernBERT on a CPU")
+_DECODER_TIME = Bounds(low=0.85, high=1.30, source="7 of 7 times of 5 runs on two quiet CPU cores")
 
 
-def memory_interval(device: str, *, is_encoder: bool) -> Interval | None:
+def memory_interval(device: str, *, is_encoder: bool) -> Bounds | None:
     """Return the interval of the peak memory; None where no run was measured.
 
     Args:
@@ -42,7 +42,7 @@ def memory_interval(device: str, *, is_encoder: bool) -> Interval | None:
     return _ENCODER_MEMORY if is_encoder else _DECODER_MEMORY
 
 
-def time_interval(device: str, *, is_encoder: bool) -> Interval | None:
+def time_interval(device: str, *, is_encoder: bool) -> Bounds | None:
     """Return the interval of the total time on a machine that does nothing else; None where no run was measured.
 
     Args:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from loratune.model.device import Choice
     from loratune.planning.advice import Advice
     from loratune.planning.hardware.devices import Device
-    from loratune.planning.intervals import Interval
+    from loratune.planning.intervals import Bounds
     from loratune.planning.memory.memory import MemoryPlan
     from loratune.planning.parts import RunAdapter, RunModel
     from loratune.planning.presets import PresetPlan
@@ -166,7 +166,7 @@ class Preparation:
             adapter={"targets": self.adapter.targets_in_words, "trainable": self.adapter.parameters.trainable},
         )
 
-    def _interval(self, find: Callable[..., Interval | None], planned: float) -> Record | None:
+    def _interval(self, find: Callable[..., Bounds | None], planned: float) -> Record | None:
         """Return the bounds between which a planned number lies; None where no run was measured."""
         device = self.estimate.device
         costs = planned_task(self.recipe).step_costs(self.model.skeleton)

@@ -29,7 +29,8 @@ def without_gradient(model: nn.Module) -> list[str]:
     stacks = {name: module for name, module in model.named_modules() if isinstance(module, ParamWrapper)}
     reached: dict[str, bool] = {}
     for name, weight in model.named_parameters():
-        if weight.requires_grad:
+        # Rows of new tokens are left out: a step need not have any, and the plan names those that no example has.
+        if weight.requires_grad and ".token_adapter." not in name:
             # One of the two matrices is enough: while B is zero, A's gradient is zero as well.
             for part, has_gradient in _parts(name, weight, stacks.get(name.partition(".lora_")[0])):
                 reached[part] = reached.get(part, False) or has_gradient
