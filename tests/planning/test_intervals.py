@@ -40,11 +40,11 @@ def share_inside(interval: Bounds | None, ratios: list[float]) -> tuple[int, int
 
 def test_the_range_of_memory_holds_for_the_runs_of_the_page() -> None:
     runs = columns("memory.md", "predicted", "measured")
-    decoders, encoders = runs[:18], runs[18:]
+    decoders, encoders = runs[:19], runs[19:]
     decoders += columns("quantization.md", "peak, planned", "peak")
     decoders += [pair for pair in columns("qwen2-1.5b-cpu.md", "planned", "measured") if pair[0] < 10]
     inside, number = share_inside(memory_interval("cpu", is_encoder=False), [m / p for p, m in decoders])
-    assert number == 25
+    assert number == 26
     assert inside >= 0.9 * number
     inside, number = share_inside(memory_interval("cpu", is_encoder=True), [m / p for p, m in encoders])
     assert inside >= 0.9 * number
@@ -66,7 +66,7 @@ def test_where_nothing_was_measured_there_is_no_interval(device: str) -> None:
 def test_the_plan_has_the_interval_around_its_numbers_and_shows_it(tiny_recipe: Callable[..., Recipe]) -> None:
     prepared = prepare(tiny_recipe(evaluate__metric="none"), NO_PROGRESS)
     plan = prepared.as_plan()
-    assert plan["memory"]["interval"]["low"] == pytest.approx(0.9 * plan["memory"]["peak_bytes"])
+    assert plan["memory"]["interval"]["low"] == pytest.approx(0.88 * plan["memory"]["peak_bytes"])
     assert plan["time"]["interval"]["high"] == pytest.approx(1.3 * plan["time"]["total_seconds"])
     record = {**plan, "recipe": {"batch_size": 8, "epochs": 1, "output_dir": "out"}}
     cells = " ".join(str(cell) for column in summary_table(record, model="m").columns for cell in column.cells)

@@ -160,7 +160,8 @@ def divergence_from(wanted: Sequence[torch.Tensor], outputs: Iterator[torch.Tens
     for wanted_SV, logits_SV in zip(wanted, outputs, strict=True):
         width = min(logits_SV.shape[1], wanted_SV.shape[1])
         actual_SV = logits_SV[:, :width].cpu().double().log_softmax(-1)
-        trained_SV = wanted_SV[:, :width].double()
+        # Normalized again: a float32 sum over a large vocabulary is off by 1e-5, which all of a divergence would show.
+        trained_SV = wanted_SV[:, :width].double().log_softmax(-1)
         kl.append((trained_SV.exp() * (trained_SV - actual_SV)).sum(-1))
         same.append(trained_SV.argmax(-1) == actual_SV.argmax(-1))
     return Divergence(kl=torch.cat(kl), same_top=torch.cat(same))
