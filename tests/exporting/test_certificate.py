@@ -74,6 +74,7 @@ PROVEN = {
     "least_kept_tensor": "q",
     "largest_deviation": 0.0,
     "problems": [],
+    "fixes": [],
 }
 
 
@@ -184,17 +185,23 @@ def test_right_weights_that_answer_otherwise_are_different_and_a_bug_of_ours() -
     assert "report this as a bug" in record["fix"]
 
 
-def test_a_known_cause_is_named_and_is_no_bug_of_ours() -> None:
-    wrong = {**PROVEN, "problems": ["2 of 2 matrices lack their update (the first: q)"]}
+def test_a_known_cause_is_named_with_its_own_fix_and_is_no_bug_of_ours() -> None:
+    wrong = {**PROVEN, "problems": ["whatever it says", "another"], "fixes": ["do this", "do that"]}
     record = certificate(Table(LOGITS_SV.roll(1, dims=1)), weights=wrong)
     assert record["complaints"] == wrong["problems"]
-    assert "bug" not in record["fix"]
+    assert record["fix"] == "do this; do that"
 
 
 def test_logits_that_are_not_finite_fail() -> None:
     record = certificate(Table(torch.full_like(LOGITS_SV, torch.nan)))
     assert "its logits are not finite" in record["complaints"]
     assert record["distributions"]["mean_kl"] is None
+
+
+def test_a_rounding_error_larger_than_the_update_is_not_shown_as_a_share_of_it() -> None:
+    noisy = {**PROVEN, "relative_error": 37.0, "kept": 1.31}
+    assert "a rounding error of 37 times the update in the weights" in summary(certificate(Table(), weights=noisy))
+    assert "100% of the update in the weights" in summary(certificate(Table()))
 
 
 def test_a_padded_vocabulary_is_the_same_model() -> None:

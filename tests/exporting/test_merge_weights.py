@@ -165,3 +165,31 @@ def test_the_generation_config_is_carried_and_stops_where_training_does(tmp_path
     copy_companions(base, adapter, out, (5, 2))
     assert json.loads((out / "generation_config.json").read_text()) == {"temperature": 0.6, "eos_token_id": [2, 5]}
     assert {path.name for path in out.iterdir()} == {"generation_config.json", "tokenizer.json", "chat_template.jinja"}
+
+
+@pytest.mark.parametrize(
+    "left", ["shards of another model", "an index alone", "another single file", "the single file"]
+)
+def test_of_two_sets_of_weights_the_one_that_transformers_loads_is_merged(tmp_path: Path, left: str) -> None:
+    """What an earlier save left beside the model is not the model."""
+    model, base, adapter = saved(tmp_path, AutoModelForCausalLM.from_config(LlamaConfig(**COMMON)))
+    own, index = load_file(base / "model.safetensors"), base / "model.safetensors.index.json"
+    other = {name: tensor + 0.5 for name, tensor in own.items()}
+    shard = "model-00001-of-00001.safetensors"
+    match left:
+        case "shards of another model":
+            save_file(other, base / shard, metadata={"format": "pt"})
+            index.write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(own, shard)}))
+        case "an index alone":
+            index.write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(own, shard)}))
+        case "another single file":
+            save_file(other, base / "weights.safetensors", metadata={"format": "pt"})
+        case "the single file":  # config.json names the index, so the single file is what is left
+            (base / "model.safetensors").rename(base / shard)
+            save_file(other, base / "model.safetensors", metadata={"format": "pt"})
+            index.write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(own, shard)}))
+            settings = json.loads((base / "config.json").read_text())
+            (base / "config.json").write_text(json.dumps({**settings, "transformers_weights": index.name}))
+    loaded = AutoModelForCausalLM.from_pretrained(base)
+    assert torch.equal(loaded.model.norm.weight, own["model.norm.weight"])
+    torch.testing.assert_close(merged_logits(base, adapter, tmp_path / "merged"), logits_of(model))

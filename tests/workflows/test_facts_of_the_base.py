@@ -6,12 +6,13 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from gguf import GGUFReader
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from loratune.model.adapter.attach import attach_adapter
 from loratune.planning.prepare import prepare
@@ -76,20 +77,52 @@ def test_two_sets_of_weights_are_named_and_the_loaded_one_is_merged(
     assert torch.equal(merged.model.norm.weight, own["model.norm.weight"])
 
 
-def test_tokens_without_a_row_are_left_out_of_a_gguf_file(folder: Path, tiny_recipe: Make, tmp_path: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    rows = len(tokenizer)
+def add_pad(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
     tokenizer.add_tokens(["<|x|>"])
+
+
+def add_ordinary(tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.add_tokens(["<|x|>", "<|y|>"])
+
+
+def add_stop(tokenizer: PreTrainedTokenizerBase) -> None:
+    """No model can answer with it, so no export must stop at it."""
+    tokenizer.add_special_tokens({"eos_token": "<|end|>"})
+
+
+@pytest.mark.parametrize(
+    ("change", "settings"),
+    [
+        (add_pad, {"to": "gguf", "merged": True, "outtype": "f32"}),
+        (add_stop, {"to": "gguf", "merged": True, "outtype": "f16"}),
+        pytest.param(add_stop, {}, marks=pytest.mark.slow),
+        pytest.param(add_ordinary, {"to": "gguf"}, marks=pytest.mark.slow),
+        pytest.param(add_pad, {"to": "ollama", "merged": True}, marks=pytest.mark.slow),
+    ],
+)
+def test_tokens_without_a_row_are_left_out_of_an_export(
+    folder: Path,
+    tiny_recipe: Make,
+    tmp_path: Path,
+    change: Callable[[PreTrainedTokenizerBase], None],
+    settings: dict[str, Any],
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rows = len(tokenizer)
+    change(tokenizer)
     tokenizer.save_pretrained(folder)
     run = train(tiny_recipe(model__name=str(folder), train__epochs=1, evaluate__metric="none")).run
-    export(run.root, to="gguf", merged=True, outtype="f32", out=tmp_path / "gguf")
-    (file,) = (tmp_path / "gguf").glob("*.gguf")
-    reader = GGUFReader(file)
-    tokens, pad = reader.get_field("tokenizer.ggml.tokens"), reader.get_field("tokenizer.ggml.padding_token_id")
-    assert tokens is not None
-    assert len(tokens.contents()) == rows
-    assert pad is None
+    out = tmp_path / "out"
+    exported = export(run.root, **settings, out=out) if settings else merge(run.root, out, dtype="float32")
+    assert exported.certificate["verdict"] == "same"
+    assert all(token < rows for token in exported.certificate["stop_tokens"]["ids"])
+    for file in out.glob("*.gguf") if settings.get("merged") else ():
+        reader = GGUFReader(file)
+        tokens, pad = reader.get_field("tokenizer.ggml.tokens"), reader.get_field("tokenizer.ggml.padding_token_id")
+        assert tokens is not None
+        assert len(tokens.contents()) == rows
+        assert pad is None or pad.contents() < rows
 
 
 @pytest.mark.parametrize("engine", ["fast", "trl"])

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from loratune.planning.lock import changed_inputs
+from loratune.recipe.recipe import Recipe
 from loratune.run.directory import RunDir, read_json
 from loratune.run.errors import RecipeError
 from loratune.run.progress import NO_PROGRESS
 from loratune.workflows.chat import Sampling, open_chat
 from loratune.workflows.evaluate import evaluate
+from loratune.workflows.export import merge
 from loratune.workflows.finished import open_finished, open_run, recipe_here, recipe_of
 from loratune.workflows.push import push
 from loratune.workflows.reproduce import reproduce
 from loratune.workflows.serve import serve
+from loratune.workflows.train import train
 
 
 @pytest.fixture
@@ -51,6 +56,23 @@ def test_a_run_is_used_on_a_machine_without_what_only_training_needs(
     assert recipe.train.report_to == ()
     assert open_run(run.root, NO_PROGRESS)[1].recipe.train.device == recipe.train.device
     assert evaluate(run.root).evaluation is not None
+
+
+def test_a_run_that_reported_to_tensorboard_is_used_without_it(
+    tiny_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tensorboard")
+    run = train(tiny_recipe(train__report_to=["tensorboard"], train__epochs=1, evaluate__metric="none")).run
+    for name in [name for name in sys.modules if name.partition(".")[0] == "tensorboard"]:
+        monkeypatch.delitem(sys.modules, name)
+    for name in ("tensorboard", "torch.utils.tensorboard"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ImportError):
+        importlib.import_module("torch.utils.tensorboard")
+    before = read_json(run.evaluation)["tuned"]["nll"]
+    assert evaluate(run.root).evaluation is not None
+    assert read_json(run.evaluation)["tuned"]["nll"] == pytest.approx(before)
+    assert merge(run.root, tmp_path / "merged", dtype="float32").certificate["verdict"] == "same"
 
 
 def test_the_recipe_is_the_effective_one_by_run_or_by_path(finished_run: RunDir) -> None:

@@ -112,3 +112,42 @@ def test_a_run_that_did_not_record_its_folder_has_its_base(tmp_path: Path, monke
     del record["folder"]
     assert located(record)["model"]["name"] == str(tmp_path / "then" / "model")
     assert record["recipe"]["model"]["name"] == "model", "the lock itself stays as it is"
+
+
+@pytest.mark.parametrize("name", ["model", "model.gguf", "models/tiny"])
+def test_a_base_by_any_relative_path_is_found_where_the_run_began(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """A GGUF file is imported into the cache, so the recorded folder has another name."""
+    base = tmp_path / "then" / name
+    base.parent.mkdir(parents=True, exist_ok=True)
+    base.touch() if name.endswith(".gguf") else base.mkdir()
+    monkeypatch.chdir(tmp_path)
+    record = lock(tmp_path / "then", model={"name": name})
+    if name.endswith(".gguf"):
+        record["inputs"]["model_path"] = str(tmp_path / "cache" / "model-0123")
+    assert located(record)["model"]["name"] == str(base)
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "find"),
+    [
+        ("data", {"eval": [{"name": "held-out.jsonl"}]}, lambda r: r["data"]["eval"][0]["name"]),
+        ("data", {"train": [{"name": "../rows.jsonl"}]}, lambda r: r["data"]["train"][0]["name"]),
+        ("evaluate", {"forgetting": [{"name": "general.jsonl"}]}, lambda r: r["evaluate"]["forgetting"][0]["name"]),
+        ("lora", {"start_from": "runs/a/adapter"}, lambda r: r["lora"]["start_from"]),
+    ],
+)  # fmt: skip
+def test_every_other_relative_path_is_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str, value: dict[str, Any], find: Callable[[Any], str]
+) -> None:
+    began = tmp_path / "one" / "then"
+    (began / "model").mkdir(parents=True)
+    record = lock(began, **{part: value})
+    there = began / find(record["recipe"])
+    there.parent.mkdir(parents=True, exist_ok=True)
+    there.touch()
+    monkeypatch.chdir(tmp_path)
+    assert Path(find(located(record))).samefile(there)
+    there.unlink()
+    assert find(located(record)) == find(record["recipe"]), "what is gone keeps the name that the recipe has"

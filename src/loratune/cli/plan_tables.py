@@ -44,7 +44,8 @@ def summary_table(record: Record, *, model: str) -> Table:
         **({"mixture": _mixture(data["sources"])} if len(data["sources"]) > 1 else {}),
         "steps": f"{clock['num_steps']:,} (batch size {record['recipe']['batch_size']}, "
         f"{plural(record['recipe']['epochs'], 'epoch')})",
-        "memory": f"peak about {memory['peak_bytes'] / GIB:.1f} GiB",
+        "memory": f"peak about {memory['peak_bytes'] / GIB:.1f} GiB, "
+        + _interval(memory, lambda low, high: f"{low / GIB:.1f} to {high / GIB:.1f}"),
         "time on one device" if record["scaling"] else "time": _time(clock),
         "output": record["recipe"]["output_dir"],
     }
@@ -312,10 +313,17 @@ def _actual(what: str, shown: Callable[[float], str], measured: float, planned: 
 
 def _time(clock: Record) -> str:
     return (
-        f"{'at most ' if clock['is_upper_bound'] else ''}about {duration(clock['total_seconds'])}: "
+        f"{'at most ' if clock['is_upper_bound'] else ''}about {duration(clock['total_seconds'])}, "
+        f"{_interval(clock, lambda low, high: f'{duration(low)} to {duration(high)} on a quiet machine')}: "
         f"training {duration(clock['train_seconds'])} at {clock['tokens_per_second']:,.0f} tokens/s, "
         f"evaluation {duration(clock['evaluate_seconds'])}; from {clock['source']}"
     )
+
+
+def _interval(planned: Record, shown: Callable[[float, float], str]) -> str:
+    """Return the bounds of a planned number; that there are none where no run was measured."""
+    interval = planned.get("interval")
+    return shown(interval["low"], interval["high"]) if interval else "not calibrated by any run"
 
 
 def duration(seconds: float) -> str:

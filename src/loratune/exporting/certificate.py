@@ -193,7 +193,11 @@ def _divergence(distributions: Record) -> str:
 
 
 def _weights(weights: Record | None) -> str:
-    return "" if weights is None else f", {weights['kept']:.0%} of the update in the weights"
+    if weights is None:
+        return ""
+    if weights["relative_error"] > 1:  # a share of the update that is mostly rounding would say nothing
+        return f", a rounding error of {weights['relative_error']:.2g} times the update in the weights"
+    return f", {weights['kept']:.0%} of the update in the weights"
 
 
 def _compare_prompts(expected: ReferenceOutputs, target: Target) -> Record:

@@ -118,12 +118,13 @@ def reference_outputs(
     if change is not None and not packed:
         with arithmetic(change):
             rounded = divergence_from(wanted, _outputs(loss, places.examples, progress))
+    # A classifier's tokenizer may have neither; a token without a row in the head can end no answer.
+    stops = stop_token_ids(tokenizer) if tokenizer.chat_template or tokenizer.eos_token else ()
     return ReferenceOutputs(
         examples=list(places.examples),
         logprobs=wanted,
         questions=list(places.questions),
-        # A classifier's tokenizer may have neither.
-        stop_token_ids=stop_token_ids(tokenizer) if tokenizer.chat_template or tokenizer.eos_token else (),
+        stop_token_ids=tuple(token for token in stops if token < wanted[0].shape[1]),
         base=base,
         rounded=rounded,
         compared_on=places.compared_on,
@@ -159,7 +160,8 @@ def divergence_from(wanted: Sequence[torch.Tensor], outputs: Iterator[torch.Tens
     for wanted_SV, logits_SV in zip(wanted, outputs, strict=True):
         width = min(logits_SV.shape[1], wanted_SV.shape[1])
         actual_SV = logits_SV[:, :width].cpu().double().log_softmax(-1)
-        trained_SV = wanted_SV[:, :width].double()
+        # Normalized again: a float32 sum over a large vocabulary is off by 1e-5, which all of a divergence would show.
+        trained_SV = wanted_SV[:, :width].double().log_softmax(-1)
         kl.append((trained_SV.exp() * (trained_SV - actual_SV)).sum(-1))
         same.append(trained_SV.argmax(-1) == actual_SV.argmax(-1))
     return Divergence(kl=torch.cat(kl), same_top=torch.cat(same))

@@ -10,9 +10,10 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from gguf import GGUFReader, GGUFWriter
 
-from loratune.exporting.gguf.model import add_hyperparameters
+from loratune.exporting.gguf.model import ROPE_FACTORS, add_hyperparameters
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -29,6 +30,14 @@ _FREE = {
 """Settings that do not change what is computed, or that other parts of the certificate compare."""
 
 _NOT_COMPUTED = ("context_length", "vocab_size", "block_count")
+
+_UNLESS_GIVEN = {
+    "rope.freq_base": 10000.0,
+    "rope.freq_base_swa": 10000.0,
+    "rope.scaling.type": "none",
+    "rope.scaling.factor": 1.0,
+}
+"""Settings that a GGUF file may lack → what llama.cpp then computes with. Others follow from the model's sizes."""
 
 
 def config_differences(base: Any, written: Any) -> list[str]:
@@ -69,24 +78,37 @@ def gguf_differences(file: Path, config: Any, layout: GgufLayout, source: Path |
         layout: The architecture's layout.
         source: The GGUF file that the base was imported from; None for any other base.
     """
-    written = _values(file)
+    written, factors = _read(file)
     name = layout.family.name
     if written.get("general.architecture") != name:
         return [f"general.architecture is {written.get('general.architecture')!r}, and {name!r} in the base"]
     if source is not None:
-        wanted = _values(source)
+        wanted, wanted_factors = _read(source)
     else:
         writer = GGUFWriter(None, name)
-        add_hyperparameters(writer, config, layout)
+        wanted_factors = add_hyperparameters(writer, config, layout).get(ROPE_FACTORS)
         wanted = {key: value.value for values in writer.kv_data for key, value in values.items()}
-    return [
-        f"{key} is {written[key]!r}, and {wanted[key]!r} in the base"
-        for key in sorted(wanted)
-        if key.startswith(f"{name}.") and key in written and not key.endswith(_NOT_COMPUTED)
-        if not _equal(wanted[key], written[key])
-    ]
+    differences = []
+    for key in sorted(wanted.keys() | written.keys()):
+        if key.startswith(f"{name}.") and not key.endswith(_NOT_COMPUTED):
+            unless_given = _UNLESS_GIVEN.get(key.removeprefix(f"{name}."))
+            one, other = wanted.get(key, unless_given), written.get(key, unless_given)
+            if one is not None and other is not None and not _equal(one, other):
+                differences.append(f"{key} is {other!r}, and {one!r} in the base")
+    if not _same_factors(factors, wanted_factors):
+        differences.append(f"the factors of rotary positions ({ROPE_FACTORS}) are not the base's")
+    return differences
 
 
-def _values(file: Path) -> dict[str, Any]:
-    fields = GGUFReader(file).fields.values()
-    return {field.name: field.contents() for field in fields if not field.name.startswith("tokenizer.")}
+def _same_factors(one: np.ndarray[Any, Any] | None, other: np.ndarray[Any, Any] | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return one.shape == other.shape and np.allclose(one, other, rtol=1e-3)  # other converters compute them in float32
+
+
+def _read(file: Path) -> tuple[dict[str, Any], np.ndarray[Any, Any] | None]:
+    """Return a GGUF file's metadata without the tokenizer, and its factors of rotary positions; None if it has none."""
+    reader = GGUFReader(file)
+    values = {entry.name: entry.contents() for entry in reader.fields.values()}
+    factors = next((tensor.data for tensor in reader.tensors if tensor.name == ROPE_FACTORS), None)
+    return {name: value for name, value in values.items() if not name.startswith("tokenizer.")}, factors

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import transformers
 
 from loratune.exporting.merge_weights import copy_companions, weight_files
+from loratune.model.safetensors_headers import weight_index_of
 from loratune.run.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -82,9 +83,9 @@ def write_served(base: Path, adapter: Path, folder: Path, *, name: str, stop_tok
     for model in (BASE_NAME, name):
         target = model_folder(folder, model)
         target.mkdir(parents=True)
-        index = base / "model.safetensors.index.json"
+        index = weight_index_of(base)
         shutil.copyfile(base / "config.json", target / "config.json")
-        for file in [*weight_files(base), *([index.name] if index.is_file() else [])]:
+        for file in [*weight_files(base), *([] if index is None else [index.name])]:
             (target / file).symlink_to((base / file).resolve())
         copy_companions(base, adapter, target, stop_token_ids)
         _list_in_cache(folder / "hub", model, target / "config.json")

@@ -133,7 +133,7 @@ def _complaints(evidence: Evidence) -> list[tuple[str, str]]:
         )
     complaints += [(text, "use the base's own configuration") for text in evidence.settings]
     if evidence.weights is not None:
-        complaints += [(text, _fix_for(text)) for text in evidence.weights["problems"]]
+        complaints += zip(evidence.weights["problems"], evidence.weights["fixes"], strict=True)
     if found["mean_kl"] is None:
         complaints.append(("its logits are not finite", "another --dtype: float16 overflows where bfloat16 does not"))
     elif not complaints and evidence.rounding_known:
@@ -162,14 +162,6 @@ def _base(found: Record) -> str:
     return f"and {found['base_kl']:.2g} for the base without the adapter"
 
 
-def _fix_for(problem: str) -> str:
-    if "are not those of" in problem:
-        return "merge into the base that the run was trained on"
-    if "lack their update" in problem or "another update" in problem:
-        return "merge again with `loratune merge`, which adds this run's adapter to every matrix that it changes"
-    return "export again; check that the copy is complete"
-
-
 def _undecided(evidence: Evidence) -> Decision:
     found, weights = evidence.distributions, evidence.weights
     if not evidence.rounding_known and found["mean_kl"] > evidence.limit:
@@ -190,7 +182,7 @@ def _undecided(evidence: Evidence) -> Decision:
     if weights is None:
         return Decision(verdict="undecided", complaints=[], reason=reason, fix=longer)
     reason = (
-        f"rounding to {' and '.join(weights['types'])} left {weights['kept']:.0%} of the update and added an error of "
+        f"rounding to {' and '.join(weights['types'])} left {weights['kept']:.0%} of the update, with an error of "
         f"{weights['relative_error']:.2g} times its size; {reason}"
     )
     return Decision(verdict="undecided", complaints=[], reason=reason, fix=f"{evidence.way_out}, or {longer}")

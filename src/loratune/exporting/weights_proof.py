@@ -33,6 +33,11 @@ MOST_DEVIATION = 0.25
 update 0.5 or more; libraries that add in 16 bits, and so round twice, stay below 0.2."""
 
 
+_EXPORT_AGAIN = "export again; check that the copy is complete"
+_OTHER_BASE = "merge into the base that the run was trained on"
+_OTHER_UPDATE = "merge again with `loratune merge`, which adds this run's adapter to every matrix that it changes"
+
+
 class WrittenTensors(Protocol):
     """The tensors of an export, read one at a time."""
 
@@ -248,30 +253,28 @@ def _norm(tensor: torch.Tensor) -> float:
     return float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
 
 
-def _problems(sums: _Sums, extra: Sequence[str], base_name: str) -> list[str]:
-    problems = []
+def _problems(sums: _Sums, extra: Sequence[str], base_name: str) -> dict[str, str]:
+    """Return what is wrong, in words → what to do about it."""
+    problems = {}
     if sums.missing:
-        problems.append(f"{_count(sums.missing, sums)} are missing (the first: {sums.missing[0]})")
+        problems[f"{_count(sums.missing, sums)} are missing (the first: {sums.missing[0]})"] = _EXPORT_AGAIN
     if extra:
-        problems.append(f"it holds {extra[0]}, which base and adapter do not have")
+        problems[f"it holds {extra[0]}, which base and adapter do not have"] = _EXPORT_AGAIN
     if sums.infinite:
-        problems.append(
-            f"{_count(sums.infinite, sums)} hold values that are not finite (the first: {sums.infinite[0]})"
-        )
+        found = f"{_count(sums.infinite, sums)} hold values that are not finite (the first: {sums.infinite[0]})"
+        problems[found] = _EXPORT_AGAIN
     if sums.foreign:
-        problems.append(
+        found = (
             f"{len(sums.foreign)} of {sums.unchanged} tensors that the adapter does not change are not those of "
             f"{base_name} (the first: {sums.foreign[0]})"
         )
+        problems[found] = _OTHER_BASE
     if sums.dropped:
-        problems.append(
-            f"{len(sums.dropped)} of {sums.changed} matrices lack their update (the first: {sums.dropped[0]})"
-        )
+        found = f"{len(sums.dropped)} of {sums.changed} matrices lack their update (the first: {sums.dropped[0]})"
+        problems[found] = _OTHER_UPDATE
     if sums.other:
-        problems.append(
-            f"{len(sums.other)} of {sums.changed} matrices hold another update than the adapter's (the first: "
-            f"{sums.other[0]})"
-        )
+        found = f"{len(sums.other)} of {sums.changed} matrices hold another update than the adapter's (the first: "
+        problems[f"{found}{sums.other[0]})"] = _OTHER_UPDATE
     return problems
 
 
@@ -279,7 +282,7 @@ def _count(names: Sequence[str], sums: _Sums) -> str:
     return f"{len(names)} of {sums.changed + sums.unchanged + len(sums.missing)} tensors"
 
 
-def _record(sums: _Sums, problems: Sequence[str]) -> Record:
+def _record(sums: _Sums, problems: Mapping[str, str]) -> Record:
     kept, least = (sums.kept / sums.update, sums.least_kept) if sums.update else (1.0, None)
     return {
         "num_changed": sums.changed,
@@ -291,4 +294,5 @@ def _record(sums: _Sums, problems: Sequence[str]) -> Record:
         "least_kept_tensor": least[1] if least else None,
         "largest_deviation": sums.deviation[0],
         "problems": list(problems),
+        "fixes": list(problems.values()),
     }

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from loratune.data.batch import num_supervised
 from loratune.data.mixture import mixture
 from loratune.model.adapter.start_from import adapter_fingerprint
+from loratune.planning.intervals import memory_interval, time_interval
 from loratune.planning.lock import examples_fingerprint, make_lock, model_fingerprint, text_fingerprint
 from loratune.planning.speed import StepProbe, TimePlan, with_probe
 from loratune.planning.task import planned_task
@@ -17,10 +18,13 @@ from loratune.run.html_table import html_table
 from loratune.training.packing_support import obstacle
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from loratune.data.prepared import PreparedData
     from loratune.model.device import Choice
     from loratune.planning.advice import Advice
     from loratune.planning.hardware.devices import Device
+    from loratune.planning.intervals import Bounds
     from loratune.planning.memory.memory import MemoryPlan
     from loratune.planning.parts import RunAdapter, RunModel
     from loratune.planning.presets import PresetPlan
@@ -130,9 +134,14 @@ class Preparation:
         return {
             "parameters": self._parameters_record(),
             "presets": {preset.count.name: preset.as_record() for preset in costs.presets},
-            "memory": {"peak_bytes": memory.peak_bytes, **asdict(memory)},
+            "memory": {
+                "peak_bytes": memory.peak_bytes,
+                **asdict(memory),
+                "interval": self._interval(memory_interval, memory.peak_bytes),
+            },
             "time": {
                 **asdict(costs.time),
+                "interval": self._interval(time_interval, costs.time.total_seconds),
                 "tokens_per_second": self.recipe.train.epochs * data["num_tokens"] / costs.time.train_seconds,
                 "num_steps": costs.num_steps,
                 "is_upper_bound": self.recipe.train.early_stopping is not None,
@@ -174,6 +183,13 @@ class Preparation:
             },
             adapter={"targets": self.adapter.targets_in_words, "trainable": self.adapter.parameters.trainable},
         )
+
+    def _interval(self, find: Callable[..., Bounds | None], planned: float) -> Record | None:
+        """Return the bounds between which a planned number lies; None where no run was measured."""
+        device = self.estimate.device
+        costs = planned_task(self.recipe).step_costs(self.model.skeleton)
+        found = find(self.model.device.value if device is None else device.name, is_encoder=costs.is_padded)
+        return found and {"low": found.low * planned, "high": found.high * planned, "source": found.source}
 
     def _packing_record(self) -> Record:
         skeleton = self.model.skeleton

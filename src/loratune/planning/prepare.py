@@ -348,6 +348,12 @@ def _execution_setup(recipe: Recipe, parts: RunParts, dtype: str, device: Device
     )
 
 
+def _trained_names(adapter: RunAdapter) -> tuple[str, ...]:
+    """Return the names of everything that is adapted, or trained in full."""
+    stacks = (item.name for item in adapter.parameters.stacks)
+    return (*adapter.targets, *stacks, *(item.name for item in adapter.parameters.whole))
+
+
 def plan_notes(
     recipe: Recipe, parts: RunParts, costs: RunEstimate, presets: tuple[PresetCount, ...], *, num_devices: int
 ) -> RunNotes:
@@ -360,7 +366,7 @@ def plan_notes(
             *model.notes,
             *weight_notes(base.path),
             *target_notes(model.skeleton, lora.targets, lora.target_parameters),
-            *unreached_notes(model.skeleton, adapter.targets),
+            *unreached_notes(model.skeleton, _trained_names(adapter)),
             *variant_notes(recipe),
             *rank_notes(lora, adapter.parameters.matrices),
             *cadence_notes(recipe.train, data.num_examples),

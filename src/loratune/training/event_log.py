@@ -9,6 +9,7 @@ left_out            rows: rows of streamed data that cannot be trained on
 spike               value: the loss; median; examples: the worst of the step
 evaluation_failed
 tracker_failed
+unreached           modules: trained modules and experts without a gradient in the first step
 early_stopping      lowest_at: the step with the lowest held-out loss
 """
 

@@ -43,6 +43,7 @@ from loratune.training.param_groups import apply_learning_rate_pattern, scale_b_
 from loratune.training.step_dataset import StepDataset, StepExamples
 from loratune.training.token_budget import TokenBudget
 from loratune.training.trackers import Trackers
+from loratune.training.unreached import unreached_in_words, without_gradient
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -93,6 +94,7 @@ class RunTrainer(Trainer):
     Attributes:
         row_losses: Set by the plain engines: the loss of each example of the step, summed over its supervised tokens;
             None where the data has one source.
+        reach_is_known: Whether the modules without a gradient have been reported, which the run's first step does.
         last_evaluation: The step of the last evaluation, and what `evaluate_nll` returned there.
         dropped: The step whose checkpoint is deleted after the next step; None: there is none.
         evaluate_seconds: Seconds that the last evaluation took.
@@ -110,6 +112,7 @@ class RunTrainer(Trainer):
     current_step: StepExamples
     step_metrics: StepMetrics
     row_losses: torch.Tensor | None = None
+    reach_is_known = False
     last_evaluation: tuple[int, Nll] = (-1, [])
     dropped: int | None = None
     evaluate_seconds = 0.0
@@ -124,6 +127,7 @@ class RunTrainer(Trainer):
             history.token_budget or setup.data.token_budget, self.events, together=setup.loss.sharded
         )
         self.anomaly_guard = AnomalyGuard(setup.train, setup.loss, setup.tokenizer, self.events, history)
+        self.reach_is_known = bool(history.losses)
         self.held_out, self.patience = history.held_out, Patience(setup.train, self.events, history)
         self.sources = PerSourceLoss(setup.data.source_of_file)
         self.steps = StepDataset(setup.data.train, setup.train, setup.data.token_budget)
@@ -271,7 +275,16 @@ class RunTrainer(Trainer):
             examples = self.current_step.examples
             if not self.anomaly_guard.check("gradient norm", metrics.grad_norm, examples):
                 self._skip()
+            elif not self.reach_is_known:
+                self._report_unreached()
         return norm
+
+    def _report_unreached(self) -> None:
+        """Warn of trained modules that the run's first step left without a gradient."""
+        self.reach_is_known = True
+        names = without_gradient(self.setup.model)
+        if names:
+            self.events.emit("unreached", unreached_in_words(names), modules=names)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any = None) -> None:
         setup, run, step = self.setup, self.setup.run, self.state.global_step

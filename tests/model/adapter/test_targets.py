@@ -192,7 +192,7 @@ def test_modules_of_a_tower_that_text_never_reaches_are_named(targets: tuple[str
     inside = [name for name in names if name.startswith("model.vision_tower.")]
     (note,) = unreached_notes(model, names)
     assert len(inside) >= 3
-    assert f"{len(inside)} matrices of model.vision_tower, which text alone never reaches" in note
+    assert f"{len(inside)} modules of model.vision_tower, which text alone never reaches" in note
     assert "lora.layers='first 1'" in note
     assert not unreached_notes(model, [name for name in names if name not in inside])
     if targets != ("out_proj",):  # the decoder has none of that name

@@ -163,11 +163,11 @@ def target_notes(model: nn.Module, targets: str | tuple[str, ...], stacked: tupl
 
 
 def unreached_notes(model: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
-    """Return a note on adapted modules outside of the text decoder, such as a vision tower's, which text never reaches.
+    """Return a note on trained modules outside of the text decoder, such as a vision tower's, which text never reaches.
 
     Args:
         model: The base model. It may be on the meta device.
-        names: Full names of the adapted modules.
+        names: Full names of the modules that are adapted, or trained in full.
     """
     if not isinstance(model, PreTrainedModel):
         return ()
@@ -187,11 +187,11 @@ def unreached_notes(model: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
             found[tower] = found.get(tower, 0) + 1
     if not found:
         return ()
-    where = ", ".join(f"{count} matrices of {tower}" for tower, count in found.items())
+    where = ", ".join(f"{count} modules of {tower}" for tower, count in found.items())
     return (
-        f"lora.targets also matches {where}, which text alone never reaches: their adapters get no gradient and are "
-        f"saved as they began; a preset such as lora.targets=attention, or lora.layers='first "
-        f"{len(repeated_layers(model))}', leaves them out",
+        f"the recipe also trains {where}, which text alone never reaches: they get no gradient and are saved as they "
+        f"began; a preset such as lora.targets=attention, lora.layers='first {len(repeated_layers(model))}', or full "
+        "names leave them out",
     )
 
 

@@ -27,8 +27,9 @@ class ModelSection(Section):
     ] = "none"
     """Quantizes the frozen linear layers; the adapter stays in float32. By bitsandbytes: `nf4` (4-bit QLoRA) and `int8`
     (8-bit weights and activations, LLM.int8). By torchao, weights only: `int8_weight_only`, `int4_weight_only` and
-    `float8_weight_only`. `fp8`: matrix products in 8-bit floats on NVIDIA Hopper GPUs and later, for speed; it keeps
-    each weight in two layouts, so it needs as much memory as bfloat16."""
+    `float8_weight_only`. `fp8`: matrix products in 8-bit floats on NVIDIA Hopper GPUs and later, meant for speed;
+    experimental, since it has never run on one. It keeps each weight in two layouts, so it needs as much memory as
+    bfloat16."""
 
     trust_remote_code: bool = False
     """Whether Python files that come with the model may run on this machine, with your rights."""

@@ -76,7 +76,7 @@ class TrainSection(Section):
 
     token_budget: Int | Literal["auto"] = Field(default="auto", union_mode="left_to_right")
     """The maximum number of tokens per micro-batch (micro-batch size); a longer example is a micro-batch of its own.
-    Affects memory and speed, never the result."""
+    Affects memory and speed; losses stay the same up to rounding."""
 
     compile: bool | Literal["auto"] = "auto"
     """Whether to run the decoder layers and the loss through `torch.compile`. `auto`: if the run is long enough to
@@ -116,7 +116,7 @@ class TrainSection(Section):
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
     """How several processes share the base model: `ddp`, each holds a full copy; `fsdp`, each holds a shard of every
     decoder layer and gathers one layer at a time. `auto`: `ddp` if a device can hold the base. Affects memory and
-    speed, never the result."""
+    speed; losses stay the same up to rounding."""
 
     report_to: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()
     """Experiment trackers to log to."""

@@ -75,6 +75,8 @@ class WeightsProof(Part):
     """Largest ‖W − rounded(B + D)‖ / ‖rounded(B + D) − rounded(B)‖ of a tensor: 0 is right, 1 a lost update."""
     problems: tuple[str, ...]
     """What is missing, too much, of another base, or another update."""
+    fixes: tuple[str, ...] = ()
+    """What to do about each of the problems, in the same order."""
 
 
 class ToleranceUsed(Part):

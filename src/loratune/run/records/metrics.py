@@ -70,7 +70,7 @@ class EventLine(Part):
     """Seconds since 1970-01-01 UTC."""
     event: str
     """Kind: `out_of_memory`, `skipped`, `left_out`, `spike`, `evaluation_failed`, `tracker_failed`, `early_stopping`,
-    `smaller_answer_batches`."""
+    `smaller_answer_batches`, `unreached`."""
     message: str
     """What happened, in words."""
     token_budget: int | None = None
@@ -83,6 +83,8 @@ class EventLine(Part):
     """`spike` only: the loss, in nats."""
     median: float | None = None
     """`spike` only: median loss of the steps before, in nats."""
+    modules: tuple[str, ...] | None = None
+    """`unreached` only: trained modules, and experts of stacks, that got no gradient in the first step."""
     lowest_at: int | None = None
     """`early_stopping` only: step with the lowest held-out loss."""
 

@@ -67,11 +67,24 @@ class Preset(Part):
     """Training time, in seconds."""
 
 
+class PlannedInterval(Part):
+    """Bounds of a planned number, from measured runs."""
+
+    low: float
+    """Lower bound."""
+    high: float
+    """Upper bound."""
+    source: str
+    """Measured runs, and how many of them lie inside, in words."""
+
+
 class Memory(Part):
     """Planned memory by component, in bytes."""
 
     peak_bytes: int
     """Peak: the largest of loading, training and evaluation."""
+    interval: PlannedInterval | None = None
+    """Bounds of the peak, in bytes; null where no run was measured, as on a GPU."""
     weights_bytes: int
     """Frozen base weights."""
     adapter_bytes: int
@@ -117,6 +130,8 @@ class Clock(Part):
     """Held-out losses and answers, during and after training, in seconds."""
     total_seconds: float
     """From loading to the end, in seconds."""
+    interval: PlannedInterval | None = None
+    """Bounds of `total_seconds` on a machine that does nothing else; null where no run was measured."""
     flops: float
     """Floating-point operations of all steps."""
     flops_per_second: float
