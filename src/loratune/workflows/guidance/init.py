@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import shlex
 import textwrap
@@ -58,10 +59,12 @@ class StarterRecipe:
     Attributes:
         title: First line of the file.
         settings: Settings that the recipe sets.
+        head: Comment lines that take the title's place in the file; none for a recipe that was made for data.
     """
 
     title: str
     settings: Settings
+    head: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Return the settings for `--json`."""
@@ -72,7 +75,7 @@ class StarterRecipe:
         Recipe.parse(_nested(self.settings))  # never write a recipe that cannot be read
         lines = [
             EDITOR_LINE,
-            *_comment(self.title),
+            *(self.head or _comment(self.title)),
             *_comment("`loratune explain` shows what each setting does to your model."),
         ]
         for section, info in Recipe.model_fields.items():
@@ -177,15 +180,17 @@ def _starter_of_task(name: str, rows: Sequence[Row], found: TaskStarter) -> Star
     return StarterRecipe(title=title, settings=settings)
 
 
-def starter_from_recipe(path: Path) -> StarterRecipe:
-    """Return a shipped recipe, to be written with comments."""
+def starter_from_recipe(path: Path, written_as: Path) -> StarterRecipe:
+    """Return a shipped recipe, to be written with comments below its own head, in which it has its new path."""
     recipe = Recipe.load(path)
+    lines = path.read_text(encoding="utf-8").replace(f"recipes/{path.name}", shlex.quote(str(written_as))).splitlines()
+    head = tuple(itertools.takewhile(lambda line: line.startswith("#"), lines))
     settings: Settings = {}
     for section in Recipe.model_fields:
         part = getattr(recipe, section)
         for field in sorted(part.model_fields_set, key=list(type(part).model_fields).index):
             settings[f"{section}.{field}"] = (part.model_dump(mode="json")[field], "")
-    return StarterRecipe(title=f"The recipe {path.stem}.", settings=settings)
+    return StarterRecipe(title=f"The recipe {path.stem}.", settings=settings, head=head)
 
 
 def init(
@@ -221,7 +226,7 @@ def init(
         raise RecipeError(
             f"{name} is neither a recipe nor a data file", fix=f"recipes: {', '.join(shipped)}; or give a data file"
         )
-    starter = starter_from_recipe(shipped[name]) if name in shipped else starter_for_data(name, columns, ask)
+    starter = starter_from_recipe(shipped[name], path) if name in shipped else starter_for_data(name, columns, ask)
     if name in shipped:
         copy_rows(Recipe.load(shipped[name]))
     try:
