@@ -30,6 +30,7 @@ from tests.recipe.published import PUBLISHED
 PAGE = Path(__file__).parent / "hardware.md"
 RECIPES = Path(__file__).parents[1] / "recipes"
 LENGTHS = (1024, 4096)
+NO_BREAK = "\u00a0"
 KINDS = (("none", "LoRA"), ("nf4", "QLoRA"))
 SIZES = sorted({device.memory_bytes for device in DEVICES.values()})
 """Bytes of the GPUs in the plan's table."""
@@ -38,8 +39,8 @@ TEXT = """# Which hardware for which model
 
 <!-- Written by docs/make_hardware.py, which computes every number; run `make docs` to update it. -->
 
-A GPU is chosen by its memory. `loratune plan` tells what a recipe needs before anything is downloaded but a few
-kilobytes of configuration, on any machine:
+What decides is the memory of the GPU. `loratune plan` says what a recipe needs, on any machine; of the model it
+downloads only configuration and tokenizer:
 
     loratune plan my.yaml                          # here
     loratune plan my.yaml --device rtx4090         # on a GPU that is not here
@@ -47,9 +48,9 @@ kilobytes of configuration, on any machine:
 
 ## Models people use
 
-> **Planned, not measured**: no run of these sizes was made, and no GPU has run loratune. The numbers come from the formulas behind
-> `loratune plan`, for the recipes of these names in `recipes/`: r 16 on every linear layer (gpt-oss: on the
-> attention), AdamW.
+> **Planned, not measured**: no run of these sizes was made, and no GPU has run loratune. The numbers come from the
+> formulas behind `loratune plan`, for the recipes of these names (`loratune init llama-3.1-8b` writes one): r 16 on
+> every linear layer (gpt-oss: on the attention), AdamW.
 
 The least memory of a GPU that can train, in GiB, and the smallest GPU that has it, for two lengths of the longest
 example: every layer recomputes its activations (gradient checkpointing), one example at a time. A fifth of the memory
@@ -174,7 +175,7 @@ def page() -> str:
     """Return the page."""
     least, fast = [], []
     for name in names():
-        first = {"recipe": f"`{name}`", "model": Recipe.load(RECIPES / f"{name}.yaml").model.name}
+        first = {"recipe": f"`{name}`"}
         least.append(first | {f"{word}, {n:,} tokens": _cell(name, kind, n) for kind, word in KINDS for n in LENGTHS})
         fast.append(first | {word: _cell(name, kind, LENGTHS[0], recompute=False) for kind, word in KINDS})
     by_size = [
@@ -194,7 +195,7 @@ def _cell(name: str, kind: str, length: int, *, recompute: bool = True) -> str:
     if kind not in kinds(name):
         return "no"
     needed = needed_bytes(name, kind, length, recompute=recompute)
-    return f"{needed / 2**30:.1f} → {smallest_gpu(needed)}"
+    return f"{needed / 2**30:.1f} → {smallest_gpu(needed)}".replace(" ", NO_BREAK)
 
 
 def main() -> int:

@@ -104,7 +104,7 @@ def starter_for_data(
     """Choose a recipe for these rows on this machine.
 
     Args:
-        name: A file, a folder, or the id of a Hub data set.
+        name: A file, a folder, or the id of a Hub dataset.
         columns: `data.columns`, if the user said which column is what.
         ask: Called if the columns have no usual names.
 
@@ -204,7 +204,7 @@ def init(
     """Write a recipe to start from, the schema by which editors check it, and the data of a shipped recipe.
 
     Args:
-        what: A data file, folder or Hub data set, or the name of a shipped recipe; None: `quickstart`.
+        what: A data file, folder or Hub dataset, or the name of a shipped recipe; None: `quickstart`.
         out: Path of the recipe; None: `NAME.yaml` in the current folder.
         columns: Field of a format → the column of the data to read it from, as for `data.columns`.
         ask: Asks for them if the columns have no usual names; see `starter_for_data`.
