@@ -113,6 +113,10 @@ def test_a_shipped_recipe_keeps_its_settings(name: str) -> None:
     assert ("'my own.yaml'" in text) == (f"recipes/{name}.yaml" in shipped)
 
 
+def test_the_file_has_the_name_of_the_recipe() -> None:
+    assert init("qwen2.5-7b")[0] == Path("qwen2.5-7b.yaml"), "a dot in a recipe's name begins no suffix"
+
+
 def test_nothing_is_overwritten_without_being_asked() -> None:
     Path("chat.yaml").write_text("mine")
     with pytest.raises(RecipeError, match="already exists"):

@@ -219,7 +219,7 @@ def init(
     """
     shipped = shipped_recipes()
     name = str(what or "quickstart")
-    path = Path(out or f"{Path(name).stem or 'recipe'}.yaml")
+    path = Path(out or f"{name if name in shipped else Path(name).stem or 'recipe'}.yaml")
     if path.exists() and not overwrite:
         raise RecipeError("file already exists", file=path, fix="use --overwrite, or --out FILE")
     if name not in shipped and not Path(name).exists() and "/" not in name and not Path(name).suffix:
