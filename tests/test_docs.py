@@ -35,7 +35,7 @@ DOCS = ROOT / "docs"
 PAGES = ("use-your-model.md", "report.md")
 GUIDES = (
     *("first-adapter.md", "tool-calling.md", "thinking.md", "bigger-than-memory.md", "worse.md", "how-many-rows.md"),
-    *("hardware.md", "containers.md"),
+    *("hardware.md", "containers.md", "quickstart.md", "before-you-train.md"),
 )
 """Pages whose commands take a minute; they are run by a slow test."""
 NOT_RUN = {
@@ -47,6 +47,7 @@ NOT_RUN = {
     "loratune serve": "runs until Ctrl-C: tests/workflows/test_serve.py",
     "LORATUNE_API_KEY=… loratune serve": "needs vLLM: tests/workflows/test_serve.py has its command line",
     "loratune push RUN OWNER/NAME": "needs a hub: tests/workflows/test_push.py",
+    "make demo": "takes minutes; README shows what it printed",
     "docker": "there is no Docker where the tests run: tests/test_containers.py",
     "loratune export RUN --to ollama": "needs a base that is a GGUF file: tests/exporting/test_gguf.py",
 }
@@ -85,7 +86,7 @@ def run_command(
 ) -> Run:
     """Run a command of a page in a folder that has what the pages mention."""
     models = tmp_path / "__models"
-    for name in ("quickstart", "balanced"):
+    for name in ("quickstart", "balanced", "a", "b"):
         shutil.copytree(finished_run.root, models / name, ignore=shutil.ignore_patterns("exports"))
     (tmp_path / "own.py").write_text("def longer(answer, reference):\n    return len(answer) > len(reference)\n")
     (tmp_path / "colours.jsonl").write_text(
@@ -101,7 +102,7 @@ def run_command(
 
     def run(command: str) -> None:
         words = shlex.split(command)
-        replaced = {"RUN": "__models/quickstart", "FOLDER": "OUT"}
+        replaced = {"RUN": "__models/quickstart", "FOLDER": "OUT", "RECIPE": "my.yaml"}
         monkeypatch.setattr(sys, "argv", [replaced.get(word, word) for word in words])
         monkeypatch.setattr(sys, "stdin", io.StringIO("Describe thing 7\n/both\nShorter.\n"))
         before = signal.getsignal(signal.SIGPIPE)
@@ -119,6 +120,7 @@ def copy_data(folder: Path) -> None:
     tool = {"name": "get_weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}
     rows: dict[str, Callable[[int], dict[str, Any]]] = {
         "rows": conversation,
+        "chats": conversation,
         "thoughts": lambda i: {
             "messages": [
                 {"role": "user", "content": f"What is {i} plus 1?"},
@@ -139,6 +141,8 @@ def copy_data(folder: Path) -> None:
         write_jsonl(folder / f"{name}.jsonl", [row(i) for i in range(40)])
     lines = ["question;answer", *(f"What comes after {i}?;{i + 1} is what comes next" for i in range(40))]
     (folder / "faq.csv").write_text("\n".join(lines), encoding="utf-8")
+    lines[0] = "Left;Right"
+    (folder / "table.csv").write_text("\n".join(lines), encoding="utf-8")
 
 
 @pytest.fixture
@@ -156,7 +160,9 @@ def guided(
     monkeypatch.setattr(init, "choose_model", lambda: (str(model), "tiny, for a test"))
     monkeypatch.setattr("webbrowser.open", lambda address: True)
     recipe = tiny_recipe(data__train=str(tmp_path / "rows.jsonl"), data__max_length="auto")
-    (tmp_path / "my.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    (tmp_path / "recipes").mkdir()
+    for path in ("my.yaml", "recipes/quickstart.yaml"):
+        (tmp_path / path).write_text(recipe.to_yaml(), encoding="utf-8")
     return run_command
 
 
