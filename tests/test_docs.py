@@ -16,18 +16,28 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import trl
 import typer
 
 from loratune import __main__ as cli
 from loratune.recipe.recipe import Recipe
 from loratune.run.directory import RunDir
+from loratune.workflows.guidance import init
+from loratune.workflows.tiny_model import conversation
 from loratune.workflows.train import train
+from tests.conftest import write_jsonl
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = ("use-your-model.md", "report.md")
+GUIDES = (
+    *("first-adapter.md", "tool-calling.md", "thinking.md", "bigger-than-memory.md", "worse.md", "how-many-rows.md"),
+    *("hardware.md", "containers.md", "quickstart.md", "before-you-train.md"),
+)
+"""Pages whose commands take a minute; they are run by a slow test."""
 NOT_RUN = {
     "pip install": "installing is the reader's",
     "hf auth login": "asks for a token",
@@ -37,6 +47,8 @@ NOT_RUN = {
     "loratune serve": "runs until Ctrl-C: tests/workflows/test_serve.py",
     "LORATUNE_API_KEY=… loratune serve": "needs vLLM: tests/workflows/test_serve.py has its command line",
     "loratune push RUN OWNER/NAME": "needs a hub: tests/workflows/test_push.py",
+    "make demo": "takes minutes; README shows what it printed",
+    "docker": "there is no Docker where the tests run: tests/test_containers.py",
     "loratune export RUN --to ollama": "needs a base that is a GGUF file: tests/exporting/test_gguf.py",
 }
 """Commands, or their beginning, that are not run → why."""
@@ -74,7 +86,7 @@ def run_command(
 ) -> Run:
     """Run a command of a page in a folder that has what the pages mention."""
     models = tmp_path / "__models"
-    for name in ("quickstart", "balanced"):
+    for name in ("quickstart", "balanced", "a", "b"):
         shutil.copytree(finished_run.root, models / name, ignore=shutil.ignore_patterns("exports"))
     (tmp_path / "own.py").write_text("def longer(answer, reference):\n    return len(answer) > len(reference)\n")
     (tmp_path / "colours.jsonl").write_text(
@@ -86,10 +98,11 @@ def run_command(
         'doc_to_target: "{{answer}}"\nmetric_list: [{metric: acc}]\n'
     )
     monkeypatch.chdir(tmp_path)
+    copy_data(tmp_path)
 
     def run(command: str) -> None:
         words = shlex.split(command)
-        replaced = {"RUN": "__models/quickstart", "FOLDER": "OUT"}
+        replaced = {"RUN": "__models/quickstart", "FOLDER": "OUT", "RECIPE": "my.yaml"}
         monkeypatch.setattr(sys, "argv", [replaced.get(word, word) for word in words])
         monkeypatch.setattr(sys, "stdin", io.StringIO("Describe thing 7\n/both\nShorter.\n"))
         before = signal.getsignal(signal.SIGPIPE)
@@ -99,6 +112,70 @@ def run_command(
         assert not stop.value.code, f"{command}\n{capsys.readouterr().err}"
 
     return run
+
+
+def copy_data(folder: Path) -> None:
+    """Write the rows that the guides have."""
+    called = {"function": {"name": "get_weather", "arguments": {"city": "Oslo"}}, "type": "function"}
+    tool = {"name": "get_weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}
+    rows: dict[str, Callable[[int], dict[str, Any]]] = {
+        "rows": conversation,
+        "chats": conversation,
+        "thoughts": lambda i: {
+            "messages": [
+                {"role": "user", "content": f"What is {i} plus 1?"},
+                {"role": "assistant", "reasoning_content": f"{i} and 1 make {i + 1}.", "content": f"{i + 1}"},
+            ]
+        },
+        "tools": lambda i: {
+            "messages": [
+                {"role": "user", "content": f"How warm is it in Oslo at {i}?"},
+                {"role": "assistant", "content": "", "tool_calls": [called]},
+                {"role": "tool", "name": "get_weather", "content": f"{i} C"},
+                {"role": "assistant", "content": f"It is {i} degrees in Oslo."},
+            ],
+            "tools": [{"type": "function", "function": tool}],
+        },
+    }
+    for name, row in rows.items():
+        write_jsonl(folder / f"{name}.jsonl", [row(i) for i in range(40)])
+    lines = ["question;answer", *(f"What comes after {i}?;{i + 1} is what comes next" for i in range(40))]
+    (folder / "faq.csv").write_text("\n".join(lines), encoding="utf-8")
+    lines[0] = "Left;Right"
+    (folder / "table.csv").write_text("\n".join(lines), encoding="utf-8")
+
+
+@pytest.fixture
+def guided(
+    run_command: Run,
+    tiny_model: Path,
+    tiny_recipe: Callable[..., Recipe],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Run:
+    """As `run_command`, with a recipe, and a model whose template knows tools and thoughts."""
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    template = Path(trl.__file__).parent / "chat_templates" / "qwen3.jinja"
+    (model / "chat_template.jinja").write_text(template.read_text(encoding="utf-8"), encoding="utf-8")
+    monkeypatch.setattr(init, "choose_model", lambda: (str(model), "tiny, for a test"))
+    monkeypatch.setattr("webbrowser.open", lambda address: True)
+    recipe = tiny_recipe(data__train=str(tmp_path / "rows.jsonl"), data__max_length="auto")
+    (tmp_path / "recipes").mkdir()
+    for path in ("my.yaml", "recipes/quickstart.yaml"):
+        (tmp_path / path).write_text(recipe.to_yaml(), encoding="utf-8")
+    return run_command
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", GUIDES)
+def test_the_commands_of_a_guide_work_in_their_order(page: str, guided: Run) -> None:
+    ran = [guided(command) for command in commands(page) if not reason_not_to_run(command)]
+    assert ran
+
+
+def test_the_home_page_shows_commands_of_the_first_guide() -> None:
+    assert set(commands("index.md")) <= set(commands("first-adapter.md"))
+    assert commands("index.md")
 
 
 @pytest.mark.filterwarnings("ignore")  # of the harness and its packages
@@ -126,10 +203,10 @@ def test_the_exports_of_a_page_work(run_command: Run) -> None:
 
 
 def test_every_command_is_run_or_has_a_reason() -> None:
-    for page in PAGES:
+    for page in (*PAGES, *GUIDES):
         for command in commands(page):
             assert command.startswith("loratune") or reason_not_to_run(command), f"{page}: {command}"
-    shown = "\n".join(command for page in PAGES for command in commands(page))
+    shown = "\n".join(command for page in (*PAGES, *GUIDES) for command in commands(page))
     assert all(start in shown or start == "pip install" for start in NOT_RUN), "a reason for a command that is gone"
 
 

@@ -161,6 +161,19 @@ def test_the_record_holds_means_differences_and_every_item() -> None:
     assert json.loads(json.dumps(made, allow_nan=False)) == made
 
 
+@pytest.mark.parametrize("metric", ["exact_match", "bleu"])
+def test_thoughts_are_no_part_of_what_is_scored(metric: str) -> None:
+    """References have none: `render_prompts` takes the thoughts of held-out answers away."""
+    plain = [answer(f"right {i} and some more words") for i in range(4)]
+    prompts = [TinyPrompt(f"request {i}", a.text, Place("eval.jsonl", i + 1)) for i, a in enumerate(plain)]
+    thinking = [answer(f"<think>\n\n</think>\n\n{a.text}") for a in plain]
+    cut = [answer(f"<think>\nis it {a.text}", stopped=False) for a in plain]
+    compared = record(metric=metric, prompts=prompts, base_answers=cut, tuned_answers=thinking)
+    assert compared["tuned"][metric] == pytest.approx(100 if metric == "bleu" else 1)
+    assert compared["base"][metric] < compared["tuned"][metric]
+    assert compared["items"][0]["tuned"]["text"].startswith("<think>"), "shown as it is"
+
+
 def test_without_a_metric_only_the_loss_is_compared() -> None:
     made = record(metric="none", prompts=[], base_answers=[], tuned_answers=[])
     assert set(made["base"]) == {"nll", "perplexity"}

@@ -218,6 +218,23 @@ def test_the_fast_engine_takes_the_steps_of_stock_trl(
     assert max(float(parameter.abs().max()) for name, parameter in adapter.items() if "lora_B" in name) > 1e-3
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["Llama 2, 3", "Qwen2, 2.5", "Qwen3", "Mistral", "Gemma 3", "Phi 3, 4"])
+def test_the_families_with_recipes_can_be_trained_as_qlora(
+    name: str, family_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    """The head of each recipe says so; the base in 4 bits must be another one than that in float32."""
+    prepared = prepare(family_recipe(name, model__quantization="nf4"), NoProgress())
+    losses, adapter = trained(prepared)
+    section = prepared.recipe.train.model_copy(update={"engine": "trl", "output_dir": str(tmp_path / "trl")})
+    stock = prepared.recipe.model_copy(update={"train": section})
+    stock_losses, stock_adapter = trained(replace(prepared, recipe=stock))
+    assert losses == pytest.approx(stock_losses, abs=1e-4)  # products of unpacked weights in float32
+    assert adapter.keys() == stock_adapter.keys()
+    whole, _ = trained(prepare(family_recipe(name, train__output_dir=str(tmp_path / "whole")), NoProgress()))
+    assert losses[0] != pytest.approx(whole[0], abs=1e-3)
+
+
 def test_where_stock_trl_cannot_train_a_model_its_engine_and_the_ejected_script_say_so(
     family_recipe: Callable[..., Recipe], tmp_path: Path
 ) -> None:

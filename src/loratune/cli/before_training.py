@@ -35,6 +35,7 @@ from loratune.cli.terminal import SafeConsole
 from loratune.recipe.recipe import Column, Recipe
 from loratune.recipe.recipe import origins as load_origins
 from loratune.run.errors import MachineError
+from loratune.workflows.guidance.shipped import shipped_recipes
 
 
 def init(
@@ -42,7 +43,7 @@ def init(
         str | None,
         typer.Argument(
             metavar="[DATA|NAME]",
-            help="A data file, or a recipe's name: chat, classify, e2e, quickstart (the default), seed.",
+            help=f"A data file, or a shipped recipe, by default quickstart: {', '.join(shipped_recipes())}.",
         ),
     ] = None,
     out: OutFile = None,

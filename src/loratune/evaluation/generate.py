@@ -28,7 +28,7 @@ class OriginLike(Protocol):
 
     @property
     def file(self) -> str:
-        """The file or data set."""
+        """The file or dataset."""
         ...
 
     @property

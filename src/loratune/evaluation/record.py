@@ -12,6 +12,7 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
+from loratune.data.rows.conversation import split_thoughts
 from loratune.evaluation.scoring import score
 from loratune.recipe.short_names import short_names
 from loratune.reporting.units import measure_in_words
@@ -263,7 +264,10 @@ def _add_bleu(
     tokenize = tokenizer_for(references)
     bleu = Bleu(tokenize)
     base_counts, tuned_counts = (
-        np.array([bleu.counts(a.text, p.references) for p, a in zip(prompts, answers, strict=True)], dtype=np.float64)
+        np.array(
+            [bleu.counts(_said(answer), prompt.references) for prompt, answer in zip(prompts, answers, strict=True)],
+            dtype=np.float64,
+        )
         for answers in (base, tuned)
     )
     add_statistics(record, base_counts, tuned_counts, {"bleu": corpus_bleu})
@@ -312,10 +316,16 @@ def _item(rate: Rate, prompt: PromptLike, base: Answer, tuned: Answer) -> dict[s
 def _scored_answer(rate: Rate, answer: Answer, references: Sequence[str]) -> dict[str, Any]:
     return {
         "text": answer.text,
-        "score": rate(answer.text, references),
+        "score": rate(_said(answer), references),
         "num_tokens": answer.num_tokens,
         "stopped": answer.stopped,
     }
+
+
+def _said(answer: Answer) -> str:
+    """Return what an answer says without its thoughts, as references are read; an unfinished thought stays."""
+    parts = split_thoughts(answer.text)
+    return answer.text if parts is None else parts[1]
 
 
 def _resampled_sums(columns: Columns, *, seed: int, samples: int) -> Columns:

@@ -51,7 +51,7 @@ class FastTrainer(RunTrainer):
         callbacks = self._set_up(setup)
         if processes.size() > 1:
             logging.getLogger("transformers.training_args").addFilter(_is_not_launch_advice)
-        # transformers counts batches in items of the data set, and one item here is a whole optimizer step
+        # transformers counts batches in items of the dataset, and one item here is a whole optimizer step
         args = TrainingArguments(
             **training_arguments(setup.train, setup.data, setup.run),
             per_device_train_batch_size=1,

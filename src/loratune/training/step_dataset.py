@@ -1,4 +1,4 @@
-"""The examples of each step, as the data sets and samplers that transformers' trainer expects.
+"""The examples of each step, as the datasets and samplers that transformers' trainer expects.
 
 A step is looked up by its number in the step plan (`data.steps`), so a run resumed at step k reads step k and nothing
 before it.

@@ -105,8 +105,16 @@ def test_texts_whose_labels_never_come_again_are_texts(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", sorted(shipped_recipes()))
 def test_a_shipped_recipe_keeps_its_settings(name: str) -> None:
-    path, _ = init(name, None)
+    path, _ = init(name, "my own.yaml")
     assert Recipe.load(path) == Recipe.load(shipped_recipes()[name])
+    text, shipped = path.read_text(encoding="utf-8"), shipped_recipes()[name].read_text(encoding="utf-8")
+    assert shipped.splitlines()[0] in text, "what is known about the recipe comes along"
+    assert "recipes/" not in text
+    assert ("'my own.yaml'" in text) == (f"recipes/{name}.yaml" in shipped)
+
+
+def test_the_file_has_the_name_of_the_recipe() -> None:
+    assert init("qwen2.5-7b")[0] == Path("qwen2.5-7b.yaml"), "a dot in a recipe's name begins no suffix"
 
 
 def test_nothing_is_overwritten_without_being_asked() -> None:

@@ -33,7 +33,7 @@ class Selection:
 
     Attributes:
         files: Those that are read, in a fixed order.
-        left_out: Those that are not, each with the reason; without what describes the data set.
+        left_out: Those that are not, each with the reason; without what describes the dataset.
     """
 
     files: list[Path]

@@ -27,7 +27,7 @@ class Place(Part):
     """Where a row is."""
 
     file: str
-    """File, or hub data set."""
+    """File, or Hub dataset."""
     line: int | None
     """Line or row, counted from 1; null where rows have no number."""
 

@@ -11,11 +11,11 @@ class SourceRead(Part):
     """A source that was read."""
 
     name: str
-    """File, folder or hub data set, as in the recipe."""
+    """File, folder or Hub dataset, as in the recipe."""
     config: str | None
-    """Configuration of a hub data set."""
+    """Configuration of a Hub dataset."""
     split: str | None
-    """Split of a hub data set."""
+    """Split of a Hub dataset."""
     weight: float
     """Times that the rows are seen per epoch."""
     format: str

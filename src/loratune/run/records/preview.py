@@ -6,7 +6,7 @@ from loratune.run.records.base import FileRecord, Part
 
 
 class PreviewPiece(Part):
-    """Neighbouring tokens of one kind."""
+    """Neighboring tokens of one kind."""
 
     text: str
     """Their text."""

@@ -161,7 +161,7 @@ def _effective(name: str, prepared: Preparation) -> tuple[Any, str]:
         if "held_out" in source:
             return source["held_out"], "this share of the training conversations is held out"
         split = Source.model_validate({key: source[key] for key in Source.model_fields})
-        return (split,), "the data set has this split"
+        return (split,), "the dataset has this split"
     if name == "train.output_dir":
         return value, "named after the model"
     choice = prepared.choices.get(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import shlex
 import textwrap
@@ -61,11 +62,13 @@ class StarterRecipe:
         title: First line of the file.
         settings: Settings that the recipe sets.
         left_out: What was not taken over from another tool's file.
+        head: The comments at the top of a shipped recipe, which then stand in place of the title.
     """
 
     title: str
     settings: Settings
     left_out: tuple[LeftOut, ...] = ()
+    head: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Return the settings for `--json`."""
@@ -76,7 +79,7 @@ class StarterRecipe:
         Recipe.parse(_nested(self.settings))  # never write a recipe that cannot be read
         lines = [
             EDITOR_LINE,
-            *_comment(self.title),
+            *(self.head or _comment(self.title)),
             *_comment("`loratune explain` shows what each setting does to your model."),
             *(line for item in self.left_out for line in _comment(f"Not taken over: {item}")),
         ]
@@ -106,7 +109,7 @@ def starter_for_data(
     """Choose a recipe for these rows on this machine.
 
     Args:
-        name: A file, a folder, or the id of a Hub data set.
+        name: A file, a folder, or the id of a Hub dataset.
         columns: `data.columns`, if the user said which column is what.
         ask: Called if the columns have no usual names.
 
@@ -183,15 +186,17 @@ def _starter_of_task(name: str, rows: Sequence[Row], found: TaskStarter) -> Star
     return StarterRecipe(title=title, settings=settings)
 
 
-def starter_from_recipe(path: Path) -> StarterRecipe:
-    """Return a shipped recipe, to be written with comments."""
+def starter_from_recipe(path: Path, written_as: Path) -> StarterRecipe:
+    """Return a shipped recipe, to be written with comments below its own head, in which it has its new path."""
     recipe = Recipe.load(path)
+    lines = path.read_text(encoding="utf-8").replace(f"recipes/{path.name}", shlex.quote(str(written_as))).splitlines()
+    head = tuple(itertools.takewhile(lambda line: line.startswith("#"), lines))
     settings: Settings = {}
     for section in Recipe.model_fields:
         part = getattr(recipe, section)
         for field in sorted(part.model_fields_set, key=list(type(part).model_fields).index):
             settings[f"{section}.{field}"] = (part.model_dump(mode="json")[field], "")
-    return StarterRecipe(title=f"The recipe {path.stem}.", settings=settings)
+    return StarterRecipe(title=f"The recipe {path.stem}.", settings=settings, head=head)
 
 
 def starter_from_other_tool(
@@ -243,7 +248,7 @@ def init(
     """Write a recipe to start from, the schema by which editors check it, and the data of a shipped recipe.
 
     Args:
-        what: A data file, folder or Hub data set, or the name of a shipped recipe; None: `quickstart`.
+        what: A data file, folder or Hub dataset, or the name of a shipped recipe; None: `quickstart`.
         out: Path of the recipe; None: `NAME.yaml` in the current folder.
         source: A file of another tool to translate; `what` then replaces the data that it names.
         columns: Field of a format → the column of the data to read it from, as for `data.columns`.
@@ -259,12 +264,15 @@ def init(
     """
     shipped = shipped_recipes()
     name = str(what or "quickstart")
-    usual = f"{Path(name).stem or 'recipe'}.yaml" if source is None else f"{Path(source).stem}-loratune.yaml"
-    path = Path(out or usual)
+    usual = f"{name if name in shipped else Path(name).stem or 'recipe'}.yaml"
+    path = Path(out or (usual if source is None else f"{Path(source).stem}-loratune.yaml"))
     if path.exists() and not overwrite:
         raise RecipeError("file already exists", file=path, fix="use --overwrite, or --out FILE")
     if source is not None:
         starter = starter_from_other_tool(Path(source), None if what is None else str(what), columns)
+    elif name in shipped:
+        starter = starter_from_recipe(shipped[name], path)
+        copy_rows(Recipe.load(shipped[name]))
     else:
         starter = _starter(name, shipped, columns, ask)
     try:
@@ -279,11 +287,11 @@ def init(
 def _starter(
     name: str, shipped: Mapping[str, Path], columns: Mapping[Column, str] | None, ask: AskColumns | None
 ) -> StarterRecipe:
-    """Return a shipped recipe, with its rows copied here, or one for data."""
-    if name in shipped:
-        starter = starter_from_recipe(shipped[name])
-        copy_rows(Recipe.load(shipped[name]))
-        return starter
+    """Return a recipe for data.
+
+    Raises:
+        RecipeError: There is no such data.
+    """
     if not Path(name).exists() and "/" not in name and not Path(name).suffix:
         raise RecipeError(
             f"{name} is neither a recipe nor a data file", fix=f"recipes: {', '.join(shipped)}; or give a data file"

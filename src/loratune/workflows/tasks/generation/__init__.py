@@ -75,7 +75,7 @@ class TextGeneration(Task):
         if wanted is True and not possible:
             raise RecipeError(
                 "data.streaming is true, but the rows of data.train cannot be read one by one",
-                fix="give .jsonl files or hub data sets without weights, or data.streaming=auto",
+                fix="give .jsonl files or Hub datasets without weights, or data.streaming=auto",
             )
         if possible and wanted is not False:
             tables = open_tables(section, progress)
