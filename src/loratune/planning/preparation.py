@@ -189,7 +189,9 @@ class Preparation:
         device = self.estimate.device
         costs = planned_task(self.recipe).step_costs(self.model.skeleton)
         found = find(self.model.device.value if device is None else device.name, is_encoder=costs.is_padded)
-        return found and {"low": found.low * planned, "high": found.high * planned, "source": found.source}
+        if found is None:
+            return None
+        return {"low": found.low * planned, "high": found.high * planned, "source": found.source}
 
     def _packing_record(self) -> Record:
         skeleton = self.model.skeleton

@@ -15,7 +15,7 @@ from loratune.planning.task import StepCosts
 from loratune.training.loss import SupervisedLoss
 from loratune.workflows.tasks.generation import TextGeneration
 
-MOST_TOKENS = 60
+MOST_TOKENS = 90
 
 
 class DoubledLoss(SupervisedLoss):
