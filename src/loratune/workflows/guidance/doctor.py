@@ -49,6 +49,7 @@ EXTRAS = {
     "compressed_tensors": ("checkpoints of compressed-tensors", "compressed-tensors"),
     "torchao": ("model.quantization: kinds ending in _weight_only", "torchao"),
     "sacrebleu": ("evaluate.metric: bleu", "bleu"),
+    "openpyxl": ("data in .xlsx files", "excel"),
     "ray": ("loratune train --engine ray", "ray"),
     "lm_eval": ("loratune evaluate --harness", "harness"),
 }
