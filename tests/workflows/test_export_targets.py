@@ -71,5 +71,5 @@ def test_the_command_for_vllm_serves_the_adapter_on_its_base_or_the_merged_folde
 def test_an_unknown_program_is_refused(finished_run: RunDir, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="cannot export to 'onnx'") as error:
         export(finished_run.root, to="onnx", out=tmp_path / "out")
-    assert "gguf, ollama or vllm" in error.value.fix
+    assert all(f"--to {program}" in error.value.fix for program in ("gguf", "ollama", "vllm"))
     assert list(tmp_path.iterdir()) == []

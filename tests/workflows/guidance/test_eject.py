@@ -109,7 +109,7 @@ def test_the_script_trains_to_the_same_losses_and_the_same_adapter(
     run = train(Recipe.load(recipe_file, [*settings, "train.engine=trl"])).run
     losses = [record["loss"] for record in run.read_metrics() if "loss" in record]
     assert losses_of_script(ejected) == losses
-    assert len(losses) == 3
+    assert len(losses) == (2 if kind == "early" else 3), "of 9 steps, the second is worse"
     one, other = (folder / "adapter_model.safetensors" for folder in (ejected, run.adapter))
     assert one.read_bytes() == other.read_bytes(), "the adapters differ"
     if kind == "best":
