@@ -284,7 +284,7 @@ def test_a_sweep_killed_ten_times_at_random_ends_with_the_same_table(
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         assert process.stdout is not None
         folder = tmp_path / "run-sweep"
-        lines = _lines(folder) + chance.randint(1, 6)
+        lines = _lines(folder) + chance.randint(1, 3)
         while process.poll() is None and _lines(folder) < lines:
             time.sleep(0.02)
         time.sleep(chance.random() * 0.3)
@@ -296,7 +296,8 @@ def test_a_sweep_killed_ten_times_at_random_ends_with_the_same_table(
             break
     if process.returncode != 0:
         out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert kills >= 3
+    assert kills >= 5, "it was over before it was killed"
+    print(f"{kills} kills")  # noqa: T201
     assert json.loads(out)["best"] == result.record.best
     assert table(sweep(recipe, SETTINGS)) == table(result)
 
