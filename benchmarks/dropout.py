@@ -33,7 +33,7 @@ from loratune.recipe.recipe import LoraSection
 from loratune.training.layers import prepare_layers
 from loratune.training.loss import SupervisedLoss, make_loss
 
-NUM_EXAMPLES, LENGTH, NUM_TRAINED, NUM_LAYERS = 4, 128, 16, 4
+NUM_EXAMPLES, LENGTH, NUM_TRAINED, NUM_LAYERS = 4, 128, 16, 2
 
 
 def example(seed: int) -> Example:

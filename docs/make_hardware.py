@@ -39,8 +39,8 @@ TEXT = """# Which hardware for which model
 
 <!-- Written by docs/make_hardware.py, which computes every number; run `make docs` to update it. -->
 
-What decides is the memory of the GPU. `loratune plan` says what a recipe needs, on any machine; of the model it
-downloads only configuration and tokenizer:
+What decides is the memory of the GPU. `loratune plan` says what a recipe needs, also where there is no GPU; of the
+model it downloads only configuration and tokenizer:
 
     loratune plan my.yaml                          # here
     loratune plan my.yaml --device rtx4090         # on a GPU that is not here
