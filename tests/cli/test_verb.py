@@ -97,7 +97,8 @@ def test_a_schema_that_does_not_exist_is_an_error_as_json(
 
 WRONG = {
     "init": "nothing",
-    **dict.fromkeys(("plan", "explain", "eject", "train", "bench"), "no.yaml"),
+    **dict.fromkeys(("plan", "explain", "eject", "train", "tune", "bench"), "no.yaml"),
+    "sweep": "no.yaml train.learning_rate=1e-4,1e-3",
     **dict.fromkeys(("resume", "runs", "evaluate", "reproduce", "report", "export", "serve"), "no-run"),
     "merge": "no-run out",
     "certify": "no-run target",
