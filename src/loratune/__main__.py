@@ -21,8 +21,8 @@ VERBS = {
         *(before.doctor, before.selftest, before.schema),
     ),
     "Training": (
-        *(training.train, training.sweep, training.tune, training.resume, training.watch, training.runs),
-        *(training.evaluate, training.reproduce, training.bench),
+        *(training.train, training.sweep, training.tune, training.resume, training.extend, training.watch),
+        *(training.runs, training.evaluate, training.reproduce, training.bench),
     ),
     "After training": (
         *(after.report, after.compare, after.diff, after.chat),

@@ -26,6 +26,7 @@ OUTPUTS: Mapping[str, type[BaseModel]] = {
     "plan": PlanOutput,
     "train": ResultOutput,
     "resume": ResultOutput,
+    "extend": ResultOutput,
     "evaluate": ResultOutput,
     "merge": ExportOutput,
     "export": ExportOutput,
