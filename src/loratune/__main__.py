@@ -10,9 +10,9 @@ from typing import Annotated
 import typer
 
 from loratune import __version__
+from loratune.cli import adapter, training
 from loratune.cli import after_training as after
 from loratune.cli import before_training as before
-from loratune.cli import training
 from loratune.cli.verb import Verb, as_verb
 
 VERBS = {
@@ -43,6 +43,7 @@ app = typer.Typer(
 for _title, _verbs in VERBS.items():
     for _verb in _verbs:
         app.command(cls=Verb, rich_help_panel=_title)(as_verb(_verb))
+app.add_typer(adapter.app, name="adapter", rich_help_panel="After training")
 
 
 def _print_version(asked: bool) -> None:
