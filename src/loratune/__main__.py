@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import warnings
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,7 +15,10 @@ from loratune.cli import after_training as after
 from loratune.cli import before_training as before
 from loratune.cli.verb import Verb, as_verb
 
-VERBS = {
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+VERBS: Mapping[str, tuple[Callable[..., None], ...]] = {
     "Before training": (
         *(before.init, before.plan, before.explain, before.eject),
         *(before.doctor, before.selftest, before.schema),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shlex
 import shutil
@@ -10,12 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from jsonschema import validate
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
+from loratune.__main__ import app
 from loratune.recipe.recipe import Recipe, TrainSection
 from loratune.run.directory import Record, RunDir, read_json, write_json
 from loratune.run.errors import Interrupted, RecipeError, RunError
 from loratune.run.progress import NoProgress
+from loratune.run.records.schemas import schema_of
 from loratune.training import trainer
 from loratune.training.checkpoint import load_optimizer
 from loratune.training.hf_arguments import branch_step, fraction_of, steps_in_common
@@ -75,6 +80,7 @@ def test_one_epoch_extended_to_two_is_the_run_of_two_to_the_bit(short: RunDir, t
     assert (lineage["run"], lineage["step"], lineage["exact"]) == (str(short.root), 3, True)
     assert lineage["differs"] == ["train.epochs (1 → 2)"]
     assert f"Extends {short.root}" in run.recipe.read_text()
+    assert "as if planned longer" in run.report.read_text()
     assert Recipe.load(run.recipe).train.warmup_fraction < 0.3  # of twice the steps: one step still
 
 
@@ -172,6 +178,9 @@ def test_other_data_begin_a_new_schedule_and_what_is_forgotten_is_measured(
     assert read_json(result.run.lock)["extends"]["exact"] is False
     lock = read_json(result.run.lock)["inputs"]
     assert lock["forgetting"] == read_json(short.lock)["inputs"]["eval"]
+    card = (result.run.adapter / "README.md").read_text()
+    assert "of `new.jsonl`" in card
+    assert "Before that, it was trained on `train.jsonl`." in card
     assert len([line for line in result.run.read_metrics() if "loss" in line]) == 1  # 8 examples, one epoch
 
 
@@ -294,3 +303,16 @@ def test_a_fraction_gives_its_number_of_steps() -> None:
         for count in range(1, 2 * steps + 1):
             assert math.ceil(fraction_of(count, steps) * steps) == count
     assert (fraction_of(6, 3), fraction_of(1, 4)) == (2.0, 0.2)
+
+
+def test_the_verbs_of_the_command_line(short: RunDir, tmp_path: Path) -> None:
+    refused = CliRunner().invoke(app, ["resume", str(short.root), "train.epochs=2"])
+    assert refused.exit_code == 2
+    assert f"loratune extend {short.root} train.epochs=2" in " ".join(refused.stderr.split())
+    words = ["extend", str(short.root), "train.epochs=1.4", "--out", str(tmp_path / "more"), "--json"]
+    shown = CliRunner().invoke(app, words)
+    assert shown.exit_code == 0, shown.stderr
+    record = json.loads(shown.stdout)
+    validate(record, schema_of("extend"))
+    assert record["run"] == str(tmp_path / "more")
+    assert max(line["step"] for line in RunDir(tmp_path / "more").read_metrics()) == 5  # 1.4 of three steps

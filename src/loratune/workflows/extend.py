@@ -141,10 +141,17 @@ def _write(extension: Extension, beginning: Beginning, new: RunDir) -> None:
         "step": step,
         "adapter": file_sha256(checkpoint / "adapter_model.safetensors"),
         "exact": beginning.exact,
+        "trained_on": _trained_on(extension.lock),
         "differs": list(beginning.differs),
         "command": extension.command,
     }
     write_lock(prepared, new, extends=lineage)
+
+
+def _trained_on(lock: Record) -> list[str]:
+    """Return the names of the data that a run, and those that it extends, were trained on."""
+    earlier = lock["extends"]["trained_on"] if "extends" in lock else []
+    return list(dict.fromkeys([*earlier, *(source["name"] for source in lock["recipe"]["data"]["train"])]))
 
 
 def _wanted(parent: RunDir, beginning: Beginning, new: RunDir) -> dict[int, Path]:

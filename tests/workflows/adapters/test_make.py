@@ -93,6 +93,7 @@ def test_two_rslora_adapters_of_other_ranks_are_their_weighted_sum_and_pefts_ans
     assert relative(theirs, wanted) == pytest.approx(24**0.5 - 1, rel=1e-4)  # √(8 + 16) times too large
 
 
+@pytest.mark.filterwarnings("ignore:Adapter 'default'")  # PEFT takes the bias of B for an incomplete matrix
 def test_patterns_and_added_biases_are_summed_too(make_adapter: MakeAdapter, tmp_path: Path) -> None:
     from transformers import Qwen2Config, Qwen2ForCausalLM
 

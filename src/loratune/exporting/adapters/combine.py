@@ -43,18 +43,7 @@ def combine(
     Raises:
         RecipeError: An adapter is more than updates and biases, or the method cannot take them.
     """
-    for adapter in adapters:
-        adapter.require_plain("combine")
-        if adapter.whole and len(adapters) > 1:
-            raise RecipeError(
-                f"the adapter replaces {next(iter(adapter.whole))} as a whole (modules_to_save), which has no sum",
-                file=adapter.path,
-                fix="combine merged models, or adapters without modules_to_save",
-            )
-    if len(weights) != len(adapters):
-        raise RecipeError(
-            f"{len(weights)} weights for {len(adapters)} adapters", fix=f"--weights {','.join(['1'] * len(adapters))}"
-        )
+    _require_summable(adapters, weights)
     modules = sorted({module for adapter in adapters for module in adapter.updates})
     rank = rank or max(update.rank for adapter in adapters for update in adapter.updates.values())
     updates: dict[str, LowRank] = {}
@@ -80,6 +69,22 @@ def combine(
         whole=adapters[0].whole,
     )
     return result, losses
+
+
+def _require_summable(adapters: Sequence[Adapter], weights: Sequence[float]) -> None:
+    """Refuse adapters that have no sum, and another number of weights."""
+    for adapter in adapters:
+        adapter.require_plain("combine")
+        if adapter.whole and len(adapters) > 1:
+            raise RecipeError(
+                f"the adapter replaces {next(iter(adapter.whole))} as a whole (modules_to_save), which has no sum",
+                file=adapter.path,
+                fix="combine merged models, or adapters without modules_to_save",
+            )
+    if len(weights) != len(adapters):
+        raise RecipeError(
+            f"{len(weights)} weights for {len(adapters)} adapters", fix=f"--weights {','.join(['1'] * len(adapters))}"
+        )
 
 
 def _combined(

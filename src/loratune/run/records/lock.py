@@ -89,6 +89,8 @@ class Lineage(Part):
     """SHA-256 of the adapter in that checkpoint."""
     exact: bool
     """Whether this run is, on a CPU to the bit, the one that trains its recipe from the first step."""
+    trained_on: tuple[str, ...]
+    """Names of the data that it, and the runs that it extends, were trained on."""
     differs: tuple[str, ...]
     """What this run has otherwise: settings as `train.epochs (1 → 2)`, and inputs."""
     command: str

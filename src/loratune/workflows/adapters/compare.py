@@ -109,16 +109,14 @@ def diff_adapters(one: str | Path, other: str | Path) -> Record:
     for adapter in (first, second):
         adapter.require_plain("diff")
     require_one_base([first, second], None)
-    rows, total = [], [0.0, 0.0, 0.0]
-    for module in sorted({*first.updates, *second.updates}):
-        parts = [adapter.updates.get(module) for adapter in (first, second)]
-        squares = [0.0 if part is None else norm(part) ** 2 for part in parts]
-        product = 0.0 if None in parts else inner_product(first.updates[module], second.updates[module])
-        total = [had + new for had, new in zip(total, (*squares, product), strict=True)]
-        if None not in parts:
-            rows.append({"name": module, **_difference(*squares, product)})
+    squares = [{module: norm(update) ** 2 for module, update in adapter.updates.items()} for adapter in (first, second)]
+    both = sorted(first.updates.keys() & second.updates.keys())
+    products = {module: inner_product(first.updates[module], second.updates[module]) for module in both}
+    rows = [
+        {"name": module, **_difference(squares[0][module], squares[1][module], products[module])} for module in both
+    ]
     return {
-        **_difference(*total),
+        **_difference(sum(squares[0].values()), sum(squares[1].values()), sum(products.values())),
         "only_first": sorted(first.updates.keys() - second.updates.keys()),
         "only_second": sorted(second.updates.keys() - first.updates.keys()),
         "matrices": rows,
