@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shlex
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -209,7 +211,7 @@ def test_an_extension_that_is_stopped_is_resumed_to_the_same_end(
     real = spine.train_steps
 
     def stopped(*arguments: Any) -> Any:
-        arguments[5].asked = 2  # as Ctrl-C sets it: ends after one step
+        arguments[5].ask(signal.SIGINT)  # ends after one step
         return real(*arguments)
 
     monkeypatch.setattr(spine, "train_steps", stopped)
@@ -248,7 +250,7 @@ def test_resume_of_a_finished_run_and_of_an_edited_recipe_point_here(short: RunD
     with pytest.raises(RecipeError) as error:
         resume(run.root)
     assert f"`loratune extend {run.root} train.epochs=2`" in error.value.fix
-    run.recipe.write_text(run.recipe.read_text().replace("epochs: 1.0", "epochs: 2"))
+    run.recipe.write_text(run.recipe.read_text().replace("epochs: 1", "epochs: 2"))
     with pytest.raises(RecipeError, match=r"is not trained: train\.epochs \(1 → 2\)") as error:
         resume(run.root)
     assert f"`loratune extend {run.root}`" in error.value.fix
@@ -266,7 +268,7 @@ def test_a_run_ended_by_early_stopping_needs_more_patience(short: RunDir, tmp_pa
     for part in ("recipe", "written"):
         lock[part]["train"]["early_stopping"] = 1
     write_json(run.lock, lock)
-    run.recipe.write_text(run.recipe.read_text().replace("epochs: 1.0", "epochs: 1.0\n  early_stopping: 1"))
+    run.recipe.write_text(re.sub(r"( *)(epochs: .*)", r"\1\2\n\1early_stopping: 1", run.recipe.read_text()))
     run.append_metrics({"step": 3, "time": 0.0, "event": "early_stopping", "message": "over", "lowest_at": 1})
     with pytest.raises(RecipeError, match="would end a longer one at the same step"):
         extend(run.root, ["train.epochs=2"])

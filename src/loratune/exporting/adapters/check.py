@@ -105,16 +105,16 @@ def check_logits(base: Path, written: Path, wanted: ClosedForm, adapter: Adapter
     by_peft = _logits(adapted, tokens)
     model = adapted.unload()
     with torch.no_grad():
+        for name, tensor in adapter.biases.items():
+            model.get_parameter(name).copy_(tensor)
+        for name, item in adapter.whole.items():
+            model.get_parameter(name).copy_(item.applied_to(model.get_parameter(name)))
         for module, make in wanted.items():
             layer = model.get_submodule(module)
             update = make().float()
             layer.weight += update.T if adapter.updates[module].transposed else update
             if module in adapter.added_biases:
                 layer.bias += adapter.added_biases[module]
-        for name, tensor in adapter.biases.items():
-            model.get_parameter(name).copy_(tensor)
-        for name, item in adapter.whole.items():
-            model.get_parameter(name).copy_(item.applied_to(model.get_parameter(name)))
     exact = _logits(model, tokens)
     largest = float(exact.abs().max())
     difference, change = (float((exact - other).abs().max()) / largest for other in (by_peft, alone))

@@ -152,7 +152,7 @@ def _replaced(adapter: Adapter, base: Path) -> dict[str, Replaced]:
     found = {**adapter.whole, **{name: Replaced(values=tensor) for name, tensor in adapter.biases.items()}}
     added = {f"{module}.bias": tensor for module, tensor in adapter.added_biases.items()}
     named = Adapter(path=adapter.path, config={}, updates={}, biases=added)
-    own = biases_of(base, [named])
+    own = {**biases_of(base, [named]), **adapter.biases}
     return {**found, **{name: Replaced(values=own[name].float() + tensor) for name, tensor in added.items()}}
 
 
