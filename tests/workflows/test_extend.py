@@ -86,6 +86,7 @@ def test_one_epoch_extended_to_two_is_the_run_of_two_to_the_bit(short: RunDir, t
     assert Recipe.load(run.recipe).train.warmup_fraction < 0.3  # of twice the steps: one step still
 
 
+@pytest.mark.slow
 def test_without_the_optimizers_state_it_would_be_another_run(
     short: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -186,6 +187,7 @@ def test_other_data_begin_a_new_schedule_and_what_is_forgotten_is_measured(
     assert len([line for line in result.run.read_metrics() if "loss" in line]) == 1  # 8 examples, one epoch
 
 
+@pytest.mark.slow
 def test_a_file_with_more_rows_is_other_data(tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
     rows = [conversation(i) for i in range(10)]
     file = write_jsonl(tmp_path / "rows.jsonl", rows)
@@ -204,6 +206,7 @@ def test_a_file_with_more_rows_is_other_data(tiny_recipe: MakeRecipe, tmp_path: 
         resume(run.root)
 
 
+@pytest.mark.slow
 def test_an_extension_that_is_stopped_is_resumed_to_the_same_end(
     short: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -262,6 +265,7 @@ def test_resume_of_a_finished_run_and_of_an_edited_recipe_point_here(short: RunD
     assert f"`loratune extend {run.root}`" in error.value.fix
 
 
+@pytest.mark.slow
 def test_a_run_ended_by_early_stopping_needs_more_patience(short: RunDir, tmp_path: Path) -> None:
     run = RunDir(Path(shutil.copytree(short.root, tmp_path / "run")))
     lock = read_json(run.lock)
