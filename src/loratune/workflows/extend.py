@@ -25,13 +25,14 @@ from loratune.run import processes
 from loratune.run.directory import RunDir, read_json
 from loratune.run.errors import RecipeError, plural
 from loratune.run.progress import NO_PROGRESS, Progress
+from loratune.run.run_log import RunLog
 from loratune.training.checkpoint import adopt_checkpoint, averaged_steps, best_checkpoint
 from loratune.training.early_stopping import EVENT
 from loratune.training.event_log import History
 from loratune.workflows.extension import Beginning, Extension, as_if_planned_longer, with_new_schedule
 from loratune.workflows.resume import continue_run, was_relaunched
+from loratune.workflows.start import write_beginning
 from loratune.workflows.steps import write_lock
-from loratune.workflows.train import write_beginning
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -75,12 +76,26 @@ def extend(
     if not processes.is_main():
         return continue_run(RunDir.open(processes.store_wait("extended")), progress)
     RunDir.check(new.root, overwrite=overwrite)
+    with RunLog(progress) as log:
+        return _begin_and_train(extension, log, rewarm=rewarm, overwrite=overwrite, on_plan=on_plan)
+
+
+def _begin_and_train(
+    extension: Extension,
+    progress: RunLog,
+    *,
+    rewarm: bool,
+    overwrite: bool,
+    on_plan: Callable[[Preparation], None] | None,
+) -> RunResult:
+    """Decide how the new run begins, write its directory, and train it."""
     beginning = (None if rewarm else as_if_planned_longer(extension, progress)) or with_new_schedule(
         extension, progress, rewarm=rewarm
     )
     if on_plan is not None:
         on_plan(beginning.prepared)
-    new = RunDir.create(new.root, overwrite=overwrite)
+    new = RunDir.create(extension.out, overwrite=overwrite)
+    progress.begin(new.log)
     with new.exclusive():
         _write(extension, beginning, new)
     processes.store_set("extended", str(new.root))
