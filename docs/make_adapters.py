@@ -127,8 +127,8 @@ routers' load-balancing loss is left out, in both engines ([architectures](archi
 ## Starting from a saved adapter
 
 `lora.start_from` names a folder in PEFT's format or a Hub id, safetensors only. Rank, alpha, variant and adapted
-matrices must match the recipe; dropout may differ. Optimizer and schedule start over (`loratune resume` continues
-them). The base in the evaluation is still the base model without any adapter. PiSSA and OLoRA adapters made by
+matrices must match the recipe; dropout may differ. Optimizer and schedule start over (`loratune resume` and `extend`
+continue them). The base in the evaluation is still the base model without any adapter. PiSSA and OLoRA adapters made by
 `loratune train` are plain ones of rank 2r and continue as such.
 
 ## LoRA+

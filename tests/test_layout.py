@@ -46,7 +46,7 @@ EXCEPTIONS: set[str] = set()
 
 # Their functions are typer commands: a parameter is an option of the command line, and the name is the verb's, as
 # that of the function that does the work. Only `__main__` imports them.
-COMMANDS = {f"loratune.cli.{name}" for name in ("before_training", "training", "after_training")}
+COMMANDS = {f"loratune.cli.{name}" for name in ("before_training", "training", "after_training", "adapter")}
 FOREIGN_SIGNATURES = {"loratune.model.kernels", *COMMANDS}  # operators have the signatures of torch and transformers
 
 

@@ -55,6 +55,7 @@ _ROOMS = {
     "open_result": "workflows.result",
     "report": "reporting.html",
     "reproduce": "workflows.reproduce",
+    "extend": "workflows.extend",
     "resume": "workflows.resume",
     "runs": "reporting.run_list:list_runs",
     "schema": "recipe.schema:recipe_schema",
@@ -79,6 +80,7 @@ if TYPE_CHECKING:
     from loratune.workflows.certify_target import certify_target as certify
     from loratune.workflows.evaluate import evaluate
     from loratune.workflows.export import export, merge
+    from loratune.workflows.extend import extend
     from loratune.workflows.guidance.doctor import doctor
     from loratune.workflows.guidance.eject import eject
     from loratune.workflows.guidance.explain import explain
@@ -107,6 +109,7 @@ __all__ = [
     "evaluate",
     "explain",
     "export",
+    "extend",
     "init",
     "merge",
     "open_result",

@@ -5,24 +5,27 @@ from __future__ import annotations
 import signal
 import sys
 import warnings
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from loratune import __version__
+from loratune.cli import adapter, training
 from loratune.cli import after_training as after
 from loratune.cli import before_training as before
-from loratune.cli import training
 from loratune.cli.verb import Verb, as_verb
 
-VERBS = {
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+VERBS: Mapping[str, tuple[Callable[..., None], ...]] = {
     "Before training": (
         *(before.init, before.plan, before.explain, before.eject),
         *(before.doctor, before.selftest, before.schema),
     ),
     "Training": (
-        *(training.train, training.sweep, training.tune, training.resume, training.watch, training.runs),
-        *(training.evaluate, training.reproduce, training.bench),
+        *(training.train, training.sweep, training.tune, training.resume, training.extend, training.watch),
+        *(training.runs, training.evaluate, training.reproduce, training.bench),
     ),
     "After training": (
         *(after.report, after.compare, after.diff, after.chat),
@@ -43,6 +46,7 @@ app = typer.Typer(
 for _title, _verbs in VERBS.items():
     for _verb in _verbs:
         app.command(cls=Verb, rich_help_panel=_title)(as_verb(_verb))
+app.add_typer(adapter.app, name="adapter", rich_help_panel="After training")
 
 
 def _print_version(asked: bool) -> None:

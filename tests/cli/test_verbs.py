@@ -20,7 +20,7 @@ def test_every_function_of_the_verb_modules_is_a_command() -> None:
     for module in (before_training, training, after_training):
         own = [f for name, f in inspect.getmembers(module, inspect.isfunction) if f.__module__ == module.__name__]
         assert {f for f in own if not f.__name__.startswith("_")} <= set(listed)
-    assert list(COMMANDS) == [verb.__name__ for verb in listed]
+    assert list(COMMANDS) == [*(verb.__name__ for verb in listed), "adapter"]  # a group of its own
 
 
 @pytest.mark.parametrize("name", COMMANDS)

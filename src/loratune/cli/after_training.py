@@ -115,7 +115,7 @@ def export(
         Path | None, typer.Argument(metavar="[OUT]", help="The folder to create; default: RUN/exports/….")
     ] = None,
     to: Annotated[
-        Literal["gguf", "ollama", "vllm"] | None,
+        Literal["gguf", "ollama", "vllm", "mlx"] | None,
         typer.Option("--to", help="The format or program to export for; default: gguf where the base is a GGUF file."),
     ] = None,
     merged: Annotated[
@@ -130,7 +130,7 @@ def export(
     ] = 20,
     as_json: AsJson = False,
 ) -> None:
-    """Export a run for llama.cpp (gguf), Ollama or vLLM, and verify that the result is the same model."""
+    """Export a run for llama.cpp (gguf), Ollama, vLLM or MLX, and verify that the result is the same model."""
     with command_context(as_json) as progress:
         from loratune.workflows import export as workflow
 

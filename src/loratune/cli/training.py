@@ -1,10 +1,11 @@
-"""Verbs that train, and watch it: train, sweep, tune, resume, watch, runs, evaluate, reproduce, bench.
+"""Verbs that train, and watch it: train, sweep, tune, resume, extend, watch, runs, evaluate, reproduce, bench.
 
 Typer reads a command's options from its parameters, so the limit on the number of parameters does not apply to verbs.
 """
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -35,7 +36,7 @@ from loratune.cli.shell import check_engine, command_context, start_processes
 from loratune.cli.terminal import SafeConsole
 from loratune.recipe.recipe import Recipe
 from loratune.run.directory import RunDir
-from loratune.run.errors import RunError
+from loratune.run.errors import RecipeError, RunError
 from loratune.run.processes import is_main
 
 if TYPE_CHECKING:
@@ -134,13 +135,45 @@ def tune(
         show_tuned(run_tune(loaded, budget=seconds, overwrite=overwrite, progress=progress).record, as_json)
 
 
-def resume(run: RunFolder, as_json: AsJson = False, processes: Processes = 1) -> None:
-    """Resume an interrupted run."""
+def resume(run: RunFolder, overrides: Overrides = None, as_json: AsJson = False, processes: Processes = 1) -> None:
+    """Resume an interrupted run, as it was planned."""
     start_processes(processes)
     with command_context(as_json, together=True) as progress:
+        if overrides:
+            raise RecipeError(
+                f"resume ends a run as it was planned, without {' '.join(overrides)}",
+                fix=f"`{shlex.join(['loratune', 'extend', str(run), *overrides])}`, which trains it further",
+            )
         from loratune.workflows import resume as workflow
 
         result = workflow.resume(run, progress=progress)
+        if is_main():
+            show_result(result, as_json)
+
+
+def extend(
+    run: RunFolder,
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option("--out", help="The new run directory; default: RUN-extended.")] = None,
+    rewarm: Annotated[
+        bool,
+        typer.Option("--rewarm", help="Begin a new learning-rate schedule, with a warm-up."),
+    ] = False,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+    processes: Processes = 1,
+) -> None:
+    """Train a run further as a new run: for more epochs (train.epochs=6), on more or other data (data.train=FILE)."""
+    start_processes(processes)
+    with command_context(as_json, together=True) as progress:
+        from loratune.workflows import extend as workflow
+
+        def show(prepared: Preparation) -> None:
+            show_plan(prepared, prepared.as_plan(), progress.console, samples=1, full=False)
+
+        result = workflow.extend(
+            run, overrides or (), out=out, rewarm=rewarm, overwrite=overwrite, progress=progress, on_plan=show
+        )
         if is_main():
             show_result(result, as_json)
 

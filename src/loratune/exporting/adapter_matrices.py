@@ -110,10 +110,10 @@ def _is_stack(name: str, config: dict[str, Any]) -> bool:
     return any(module == owner or module.endswith(f".{owner}") for owner in owners)
 
 
-def read_adapter(folder: Path) -> dict[str, LowRank]:
+def read_adapter(folder: Path, *, without_biases: bool = False) -> dict[str, LowRank]:
     """Read the low-rank updates from a folder in PEFT's format, by module name.
 
-    Updates of stacked matrices (`lora.target_parameters`) are left out.
+    Updates of stacked matrices (`lora.target_parameters`) are left out; biases, which no recipe trains, if asked for.
 
     Raises:
         RunError: The adapter holds anything but low-rank updates of matrices.
@@ -124,6 +124,7 @@ def read_adapter(folder: Path) -> dict[str, LowRank]:
         name: tensor
         for name, tensor in tensors.items()
         if not _is_replaced(name, config) and not _is_stack(name, config)
+        if not (without_biases and name.endswith(".bias"))
     }
     modules = [name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")]
     updates: dict[str, LowRank] = {}

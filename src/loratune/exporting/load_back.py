@@ -85,14 +85,19 @@ class TransformersReader:
         )
         return render_prompts([conversation], self._tokenizer)[0].input_ids
 
-    def replace_adapter(self, updates: Mapping[str, LowRank]) -> None:
-        """Overwrite the adapter's values with those read back from another file."""
+    def replace_adapter(self, updates: Mapping[str, LowRank], why: str) -> None:
+        """Overwrite the adapter's values with those read back from another file.
+
+        Args:
+            updates: Module → its update in the file.
+            why: Why its own program does not load the file, for `checked_with`.
+        """
         for module, update in updates.items():
             layer = self._model.get_base_model().get_submodule(module)
-            layer.lora_A["default"].weight.data.copy_(update.a)
-            layer.lora_B["default"].weight.data.copy_(update.b)
+            layer.lora_A["default"].weight.data = update.a.to(layer.lora_A["default"].weight).contiguous()
+            layer.lora_B["default"].weight.data = update.b.to(layer.lora_B["default"].weight).contiguous()
             layer.scaling["default"] = update.scale
-        self.checked_with += f", gguf {importlib.metadata.version('gguf')} (llama-cpp-python is not installed)"
+        self.checked_with += f" ({why})"
 
     @torch.no_grad()
     def logits(self, input_ids: Sequence[int], positions: Sequence[int]) -> torch.Tensor:

@@ -344,7 +344,7 @@ def check_disk(recipe: Recipe, parameters: ParameterCount, num_examples: int) ->
     saves = count_occurrences(recipe.train.save_every, steps=steps, epochs=recipe.train.epochs)
     # Besides the newest, the best is kept, and a new checkpoint is written before the oldest is deleted.
     newest = (recipe.train.keep_checkpoints or saves) + (recipe.train.average_checkpoints or 0)
-    kept = min(saves, newest + 1) + 1
+    kept = min(saves, newest + 1) + 1 + (recipe.train.schedule == "warmup_stable_decay")  # `branch_step`
     matrices = [count.matrix for count in parameters.per_module]
     state = state_bytes(recipe.train.optimizer, matrices, recipe.lora, parameters.whole_shapes)
     checkpoint = 4 * parameters.trainable + state  # the adapter in float32

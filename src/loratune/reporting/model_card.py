@@ -18,7 +18,7 @@ from loratune.run.records.lock import LockRecord
 from loratune.run.records.plan import PlanRecord
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 _PLACEHOLDER = "path/of/this/folder"
 
@@ -104,7 +104,8 @@ def shared_recipe(recipe: Recipe) -> Recipe:
 
 
 def _metadata(lock: LockRecord, evaluation: EvaluationRecord | None, name: str, task: ReportedTask) -> ModelCardData:
-    sets = sorted({source["name"] for source in lock.recipe["data"]["train"] if _is_hub_id(source)})
+    earlier = [{"name": name} for name in lock.extends.trained_on] if lock.extends is not None else []
+    sets = sorted({source["name"] for source in (*lock.recipe["data"]["train"], *earlier) if _is_hub_id(source)})
     return ModelCardData(
         base_model=lock.recipe["model"]["name"] if lock.inputs.model_revision is not None else None,
         datasets=sets or None,
@@ -148,12 +149,15 @@ _VARIANTS = {
 def _trained(lock: LockRecord, plan: PlanRecord, task: ReportedTask) -> Iterator[str]:
     recipe = lock.recipe
     train, lora = recipe["train"], recipe["lora"]
-    sources = ", ".join(f"`{s['name'] if _is_hub_id(s) else last_part(s['name'])}`" for s in recipe["data"]["train"])
+    sources = _in_words(recipe["data"]["train"])
     yield (
         f"Trained on {plural(plan.data.num_examples, 'example')} of {sources} "
         f"({task.trained_on_with_counts(lock, plan.data)}), {plural(train['epochs'], 'epoch')}, "
         f"{plural(train['batch_size'], 'example')} per step, learning rate {train['learning_rate']:g}."
     )
+    if lock.extends is not None and not lock.extends.exact:
+        yield ""
+        yield f"Before that, it was trained on {_in_words([{'name': name} for name in lock.extends.trained_on])}."
     yield ""
     yield (
         f"{_VARIANTS.get(lora.get('variant', 'plain'), '')}Rank {lora['r']}, alpha {lora['alpha']:g}, "
@@ -166,6 +170,10 @@ def _trained(lock: LockRecord, plan: PlanRecord, task: ReportedTask) -> Iterator
             f"Trained and evaluated on the base model in {quantization} (`model.quantization`); on the base model in "
             "another type the answers differ."
         )
+
+
+def _in_words(sources: Sequence[dict[str, Any]]) -> str:
+    return ", ".join(f"`{s['name'] if _is_hub_id(s) else last_part(s['name'])}`" for s in sources)
 
 
 def _results(evaluation: EvaluationRecord, task: ReportedTask) -> Iterator[str]:

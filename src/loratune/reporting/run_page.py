@@ -164,6 +164,9 @@ def _facts(files: RunFiles, lock: LockRecord) -> Iterator[tuple[str, str]]:
         f"{train['learning_rate']:g}, {train['schedule']} schedule, warm-up over {train['warmup_fraction']:.0%} of the "
         "steps",
     )
+    if lock.extends is not None:
+        way = "as if planned longer" if lock.extends.exact else "with a new schedule"
+        yield "extends", f"{lock.extends.run} from its step {lock.extends.step:,}, {way}"
     yield "device", f"{train['device']}, weights in {model['dtype']}, engine {train['engine']}, seed {train['seed']}"
     yield "machine", lock.machine.platform
 

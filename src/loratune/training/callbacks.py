@@ -33,9 +33,11 @@ class RunCallback(TrainerCallback):
     Attributes:
         stopped_at: The step after which the run was stopped, which has a checkpoint; None: it was not stopped.
         pause_after: The step after which to pause the run, with a checkpoint; None: it is not paused.
+        branch: A step that gets a checkpoint whatever the cadence (`branch_step`); None for none.
     """
 
     pause_after: int | None = None
+    branch: int | None = None
 
     def __init__(
         self, run: RunDir, progress: Progress, task: ProgressTask, stop: StopRequest, num_per_epoch: int
@@ -77,6 +79,7 @@ class RunCallback(TrainerCallback):
         control.should_evaluate = self._evaluates(args, state)
         if state.global_step == self.pause_after:
             control.should_save = control.should_training_stop = True
+        control.should_save |= state.global_step == self.branch
         if self._stop:
             self.stopped_at = state.global_step
             control.should_save = True

@@ -55,7 +55,7 @@ def save_checkpoint(
     trainer_state: str,
     keep: int | None,
     held_out: Mapping[int, float | None],
-    keep_too: Collection[int] = (),
+    keep_too: Collection[int | None] = (),
 ) -> None:
     """Write a checkpoint atomically, then delete the oldest beyond `keep`, but never the best one.
 
@@ -90,6 +90,43 @@ def save_checkpoint(
     except MachineError:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def adopt_checkpoint(source: Path, folder: Path, train: TrainSection, *, num_steps: int) -> None:
+    """Copy a checkpoint of another run, as if the run of `folder` had saved it at the step that `folder` names.
+
+    At step 0 it is the beginning of a run: its adapter and the optimizer's moments stay; learning rates, schedule and
+    order of the examples are those of a run that has taken no step.
+
+    Args:
+        source: The other run's checkpoint.
+        folder: `checkpoints/STEP` of the run that gets it.
+        train: The recipe's section of that run.
+        num_steps: Optimizer steps of that run.
+
+    Raises:
+        MachineError: The disk is full or not writable.
+    """
+    step, temporary = int(folder.name), folder.with_name(f".{folder.name}.tmp")
+    with cannot_write(folder):
+        shutil.copytree(source, temporary)
+        trainer = json.loads((source / TRAINER_STATE).read_text(encoding="utf-8"))
+        cadences = {"eval_steps": train.eval_every, "save_steps": train.save_every, "logging_steps": train.log_every}
+        trainer |= {
+            name: math.ceil(num_steps * every) if every < 1 else int(every)
+            for name, every in cadences.items()
+            if not isinstance(every, str)
+        }
+        trainer |= {"max_steps": num_steps, "num_train_epochs": math.ceil(train.epochs)}
+        if not step:
+            trainer |= {"global_step": 0, "epoch": 0.0}
+            state = json.loads((source / _STATE).read_text(encoding="utf-8"))
+            (temporary / _STATE).write_text(json.dumps({**state, "scheduler": None}), encoding="utf-8")
+        (temporary / TRAINER_STATE).write_text(json.dumps(trainer, indent=2), encoding="utf-8")
+        (temporary / _MANIFEST).unlink()
+        _write_manifest(temporary)
+        temporary.rename(folder)
+        sync(folder.parent)
 
 
 def remove_checkpoint(folder: Path) -> None:
@@ -169,7 +206,11 @@ def _load_tensors(tensors: Mapping[str, torch.Tensor], model: PeftModel) -> None
 def load_optimizer(folder: Path, optimizer: Any, scheduler: Any) -> None:
     """Restore the optimizer and the learning-rate schedule."""
     state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
-    optimizer.load_state_dict(_join_state(state["optimizer"], load_file(folder / _OPTIMIZER)))
+    found = _join_state(state["optimizer"], load_file(folder / _OPTIMIZER))
+    if state["scheduler"] is None:  # another run's, adopted: its moments, under this run's rates and schedule
+        optimizer.load_state_dict({**found, "param_groups": optimizer.state_dict()["param_groups"]})
+        return
+    optimizer.load_state_dict(found)
     scheduler.load_state_dict(state["scheduler"])
 
 

@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import get_scheduler
 
 from loratune.data.steps import num_steps
 from loratune.recipe.recipe import DECAY_FRACTION, TrainSection
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from loratune.data.examples import Example
     from loratune.data.prepared import Stream
@@ -61,9 +62,64 @@ def schedule_arguments(train: TrainSection, steps: int) -> dict[str, Any]:
     if name == "cosine_with_min_lr":
         arguments["lr_scheduler_kwargs"] = {"min_lr_rate": MIN_LR_RATE}
     if name == "warmup_stable_decay":
-        decay = min(math.ceil(DECAY_FRACTION * steps), steps - warmup)
-        arguments["lr_scheduler_kwargs"] = {"num_decay_steps": decay, "decay_type": "1-sqrt"}
+        arguments["lr_scheduler_kwargs"] = {
+            "num_decay_steps": steps - _stable_steps(train, steps),
+            "decay_type": "1-sqrt",
+        }
     return arguments
+
+
+def learning_rate_factor(train: TrainSection, steps: int) -> Callable[[int], float]:
+    """Return the schedule of a run of `steps` steps: steps taken → the next one's fraction of the peak rate."""
+    arguments = schedule_arguments(train, steps)
+    schedule = get_scheduler(
+        arguments["lr_scheduler_type"],
+        torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0),
+        num_warmup_steps=arguments["warmup_steps"],
+        num_training_steps=steps,
+        scheduler_specific_kwargs=arguments.get("lr_scheduler_kwargs"),
+    )
+    factor: Callable[[int], float] = schedule.lr_lambdas[0]
+    return factor
+
+
+def branch_step(train: TrainSection, steps: int) -> int | None:
+    """Return the step after which a run can still become a longer one, since its learning rate only falls from there.
+
+    None where the schedule has no such step, or no checkpoints are wanted.
+    """
+    if train.schedule != "warmup_stable_decay" or train.save_every == "never":
+        return None
+    return _stable_steps(train, steps)
+
+
+def steps_in_common(one: tuple[TrainSection, int], other: tuple[TrainSection, int]) -> int:
+    """Return after how many steps two runs part, by their learning rates: up to then they are the same, bit for bit.
+
+    Args:
+        one: A run's section of the recipe, and its optimizer steps.
+        other: The same of the other run.
+    """
+    first, second = learning_rate_factor(*one), learning_rate_factor(*other)
+    peaks = one[0].learning_rate, other[0].learning_rate
+    for done in range(min(one[1], other[1]) + 1):  # the rate of the step after the last one is in its checkpoint too
+        if peaks[0] * first(done) != peaks[1] * second(done):
+            return max(0, done - 1)
+    return min(one[1], other[1])
+
+
+def fraction_of(count: int, steps: int) -> float:
+    """Return the shortest decimal of which `ceil(fraction * steps)` is `count`."""
+    for digits in range(18):
+        fraction = math.floor(count * 10**digits / steps) / 10**digits
+        if fraction and math.ceil(fraction * steps) == count:
+            return fraction
+    raise AssertionError(f"{count} of {steps} steps are no fraction")
+
+
+def _stable_steps(train: TrainSection, steps: int) -> int:
+    """Return the steps of `warmup_stable_decay` before its decay."""
+    return steps - min(math.ceil(DECAY_FRACTION * steps), steps - math.ceil(train.warmup_fraction * steps))
 
 
 def own_optimizer(train: TrainSection) -> tuple[type[torch.optim.Optimizer], dict[str, Any]] | None:

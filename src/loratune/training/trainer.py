@@ -74,6 +74,7 @@ class TrainerSetup:
         progress: Receives progress lines and warnings.
         callback: Writes `metrics.jsonl` (`callbacks.RunCallback`).
         more_callbacks: The user's own, which are called after ours.
+        branch: A step whose checkpoint is always kept (`hf_arguments.branch_step`); None for none.
     """
 
     model: PeftModel
@@ -86,6 +87,7 @@ class TrainerSetup:
     progress: Progress
     callback: TrainerCallback
     more_callbacks: Sequence[TrainerCallback] = ()
+    branch: int | None = None
 
 
 class RunTrainer(Trainer):
@@ -304,12 +306,15 @@ class RunTrainer(Trainer):
             trainer_state=json.dumps(asdict(self.state), indent=2),
             keep=self.setup.train.keep_checkpoints,
             held_out=self.held_out,
-            keep_too=averaged_steps(
-                self.setup.train,
-                last_step=int(folder.name),
-                num_steps=self.state.max_steps,
-                num_per_epoch=self.steps.num_per_epoch,
-            ),
+            keep_too={
+                self.setup.branch,
+                *averaged_steps(
+                    self.setup.train,
+                    last_step=int(folder.name),
+                    num_steps=self.state.max_steps,
+                    num_per_epoch=self.steps.num_per_epoch,
+                ),
+            },
         )
         self._write_best()
 

@@ -1,7 +1,7 @@
 """Export a finished run, each export with a certificate.
 
 merge                 the adapter into the base, as a folder that transformers, vLLM and others load
-export                for llama.cpp (gguf), Ollama or vLLM: the merged model, or the adapter alone
+export                for llama.cpp (gguf), Ollama, vLLM or MLX: the merged model, or the adapter alone
 write_served_layout   base and adapter side by side, for `transformers serve`
 """
 
@@ -15,6 +15,7 @@ from loratune.exporting.certificate import EXACT, Target, Written
 from loratune.exporting.gguf.adapter import check_plain
 from loratune.exporting.gguf.architectures import GgufLayout
 from loratune.exporting.load_back import TransformersReader
+from loratune.exporting.mlx import check_mlx
 from loratune.exporting.ollama import translate
 from loratune.exporting.staging import check_target
 from loratune.exporting.transformers_serve import check_transformers, model_folder, served_name, write_served
@@ -28,6 +29,7 @@ from loratune.run.errors import RecipeError
 from loratune.run.progress import NO_PROGRESS, Progress
 from loratune.workflows.certify import Exported, export_with_certificate
 from loratune.workflows.export_gguf import DEFAULT_OUTTYPE, GgufExport
+from loratune.workflows.export_mlx import MlxExport
 from loratune.workflows.export_vllm import VllmExport
 from loratune.workflows.finished import FinishedRun, open_finished, recipe_of
 from loratune.workflows.merged_folder import merged_bytes, write_merged_folder
@@ -89,7 +91,7 @@ def export(
 
     Args:
         root: The run directory.
-        to: `gguf`, `ollama` or `vllm`; None for `gguf`, where the base is a GGUF file.
+        to: `gguf`, `ollama`, `vllm` or `mlx`; None for `gguf`, where the base is a GGUF file.
         merged: Whether to write the full model, not the adapter alone.
         outtype: The type of a merged GGUF model's matrices: `f16` (the default), `bf16` or `q8_0`.
         out: The folder to create; default `RUN/exports/TO` or `RUN/exports/TO-merged`.
@@ -105,8 +107,8 @@ def export(
         to = "gguf" if gguf_file(recipe_of(root).model) is not None else None
     if to is None or (to, merged) not in _CHECKS:
         problem = f"cannot export to {to!r}" if to else "the base is not a GGUF file, so the target must be named"
-        raise RecipeError(problem, fix="--to gguf, --to ollama or --to vllm")
-    if outtype is not None and (to == "vllm" or not merged):
+        raise RecipeError(problem, fix="--to gguf, --to ollama, --to vllm or --to mlx")
+    if outtype is not None and (to in ("vllm", "mlx") or not merged):
         raise RecipeError(
             f"--outtype {outtype} is for merged GGUF models; an adapter is written in float32",
             fix="leave it out, or add --merged",
@@ -121,7 +123,7 @@ def export(
         check(finished)
     planned = _plan_export(finished, target.absolute(), to, merged=merged, outtype=outtype)
     # An adapter in GGUF may need a temporary GGUF file of the base to be checked with.
-    check_target(target, needed_bytes=0 if to == "vllm" and not merged else finished.base_bytes)
+    check_target(target, needed_bytes=0 if to in ("vllm", "mlx") and not merged else finished.base_bytes)
     progress.line(f"exporting {'the merged model' if merged else 'the adapter'} for {to}")
     kind = f"{to} {'merged' if merged else 'adapter'}"
     return export_with_certificate(finished, kind, target, planned.write, planned.usage, num_answers)
@@ -166,7 +168,9 @@ def write_served_layout(root: str | Path, target: Path, *, progress: Progress = 
 
 def _plan_export(
     finished: FinishedRun, target: Path, to: str, *, merged: bool, outtype: str | None
-) -> GgufExport | VllmExport:
+) -> GgufExport | VllmExport | MlxExport:
+    if to == "mlx":
+        return MlxExport(finished=finished, target=target, merged=merged)
     if to == "vllm":
         return VllmExport(finished=finished, target=target, merged=merged)
     prepared = finished.prepared
@@ -206,6 +210,11 @@ def _check_vllm_adapter(finished: FinishedRun) -> None:
     check_vllm(finished.updates, finished.config)
 
 
+def _check_mlx_adapter(finished: FinishedRun) -> None:
+    _check_matrices_alone(finished, "an adapter for mlx-lm")
+    check_mlx(finished.updates)
+
+
 def _check_architecture(finished: FinishedRun) -> None:
     GgufLayout(finished.config)
 
@@ -239,6 +248,8 @@ _GGUF_ADAPTER = (_check_full_base, _check_architecture, _check_gguf_adapter, _ch
 _CHECKS: Mapping[tuple[str, bool], tuple[Callable[[FinishedRun], None], ...]] = {
     ("vllm", True): (),  # a merged folder holds the values that training multiplied with
     ("vllm", False): (_check_full_base, _check_vllm_adapter),
+    ("mlx", True): (),
+    ("mlx", False): (_check_full_base, _check_mlx_adapter),
     ("gguf", True): _GGUF_MODEL,
     ("gguf", False): _GGUF_ADAPTER,
     ("ollama", True): _GGUF_MODEL,

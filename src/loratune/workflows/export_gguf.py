@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -148,7 +149,8 @@ class GgufExport:
         )
         known = self.finished.updates
         found = read_gguf_adapter(file, self.finished.config, known)
-        reader.replace_adapter({module: update for module, update in found.items() if module in known})
+        read_by = f"read by gguf {importlib.metadata.version('gguf')}, since llama-cpp-python is not installed"
+        reader.replace_adapter({module: update for module, update in found.items() if module in known}, read_by)
         return reader
 
     def _load_with_llama_cpp(

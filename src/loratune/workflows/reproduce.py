@@ -85,6 +85,14 @@ def reproduce(
     original = RunDir.open(root)
     original.require_adapter()
     lock = read_json(original.lock)
+    lineage = lock.get("extends")
+    if lineage is not None and not lineage["exact"]:
+        raise RecipeError(
+            f"the run began with the adapter and the optimizer's state of {lineage['run']}, which a run of its recipe "
+            "alone would not have",
+            file=original.lock,
+            fix=f"extend that run again, `{lineage['command']}` with another --out, and compare the adapters",
+        )
     target = Path(out) if out is not None else original.root.with_name(f"{original.root.name}-again")
     if target.resolve() == original.root:
         raise RecipeError(

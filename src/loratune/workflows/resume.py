@@ -12,7 +12,7 @@ from loratune.run.directory import Record, RunDir, read_json
 from loratune.run.errors import RecipeError, RunError
 from loratune.run.progress import NO_PROGRESS, Progress
 from loratune.run.run_log import RunLog
-from loratune.training.checkpoint import newest_valid_checkpoint, resume_state
+from loratune.training.checkpoint import checkpoints_in, newest_valid_checkpoint, resume_state
 from loratune.training.fsdp import is_sharded
 from loratune.workflows.locked_recipe import located
 from loratune.workflows.result import RunResult
@@ -54,16 +54,23 @@ def resume(
 
 
 def _finished(run: RunDir) -> RecipeError:
-    """Return the refusal of a finished run, which names the way to train its adapter further."""
+    """Return the refusal of a finished run, which names the way to train it further."""
     now = settings_as_written(run)
     changed = changed_settings(read_json(run.lock).get("written", now), now)
     edited = f"; what was changed in its recipe since is not trained: {', '.join(changed)}" if changed else ""
-    more = f"loratune train {run.recipe} lora.start_from={run.adapter} train.output_dir={run.root}-more"
+    more = f"loratune extend {run.root}" + ("" if changed else f" train.epochs={2 * now['train']['epochs']:g}")
+    if not checkpoints_in(run.checkpoints):  # and so no state of the optimizer
+        more = start_from_command(run)
     return RecipeError(
         f"the run is finished{edited}",
         file=run.root,
-        fix=f"train its adapter further as a new run, `{more}`; or compare it again, `loratune evaluate {run.root}`",
+        fix=f"train it further as a new run, `{more}`; or compare it again, `loratune evaluate {run.root}`",
     )
+
+
+def start_from_command(run: RunDir) -> str:
+    """Return the command that trains a run's adapter further, with a new optimizer."""
+    return f"loratune train {run.recipe} lora.start_from={run.adapter} train.output_dir={run.root}-more"
 
 
 def was_relaunched(run: RunDir) -> bool:
@@ -90,7 +97,8 @@ def continue_run(run: RunDir, progress: Progress, prepared: Preparation | None =
     with run.exclusive():
         if processes.is_main():
             run.clean()
-            _refuse(changed_settings(lock["written"], settings_as_written(run)), run.recipe)
+            changed = changed_settings(lock["written"], settings_as_written(run))
+            _refuse(changed, run.recipe, f"restore it; or `loratune extend {run.root}`, which trains with the change")
         prepared = prepared or prepare_on_all_ranks(Recipe.parse(located(lock), file=run.lock), progress)
         if not processes.is_main():
             return _follow_main(prepared, run, progress, leg)
@@ -102,6 +110,7 @@ def continue_run(run: RunDir, progress: Progress, prepared: Preparation | None =
             progress.line("all steps are done and the adapter is saved; resuming with the evaluation")
             return finish_trained_run(prepared, run, progress, leg)
         checkpoint = newest_valid_checkpoint(run, progress)
+        _require_beginning(lock, checkpoint, run)
         step = resume_state(checkpoint) if checkpoint is not None else 0
         run.rewind_metrics(step)
         processes.store_set(_NEXT, checkpoint.name if checkpoint is not None else "")
@@ -134,10 +143,19 @@ def _changed_inputs(lock: Record, prepared: Preparation, run: RunDir) -> list[st
     return changed_inputs(lock, prepared.as_lock(), known_only=known_only)
 
 
-def _refuse(changed: list[str], file: Path) -> None:
-    if changed:
-        raise RecipeError(
-            f"changed since the run started: {', '.join(changed)}",
-            file=file,
-            fix="restore it, or start over with `loratune train … --overwrite`",
+def _require_beginning(lock: Record, checkpoint: Path | None, run: RunDir) -> None:
+    """Refuse to start an extended run without the checkpoint that it began with."""
+    lineage = lock.get("extends")
+    if checkpoint is None and lineage is not None and not lineage["exact"]:
+        raise RunError(
+            f"the checkpoint is gone that this run began with, of {lineage['run']}",
+            file=run.checkpoints,
+            fix=f"`{lineage['command']} --overwrite`",
         )
+
+
+def _refuse(
+    changed: list[str], file: Path, fix: str = "restore it, or start over with `loratune train … --overwrite`"
+) -> None:
+    if changed:
+        raise RecipeError(f"changed since the run started: {', '.join(changed)}", file=file, fix=fix)

@@ -35,10 +35,15 @@ def start_run(prepared: Preparation, run: RunDir, written: str, progress: Progre
         Paused: The leg ends before the run does.
     """
     with run.exclusive():
-        write_text(run.recipe, written)
-        write_record(run.data, DataRecord, prepared.data.report)
-        examples = preview(prepared.data.train, prepared.model.tokenizer, PREVIEW_EXAMPLES)
-        write_record(run.preview, PreviewRecord, examples.as_record())
-        write_record(run.plan, PlanRecord, prepared.as_plan())
+        write_beginning(prepared, run, written)
         write_lock(prepared, run)
         return run_from_weights(prepared, run, None, progress, leg)
+
+
+def write_beginning(prepared: Preparation, run: RunDir, written: str) -> None:
+    """Write what a run begins with, but for the lock: the recipe as written, data report, first examples and plan."""
+    write_text(run.recipe, written)
+    write_record(run.data, DataRecord, prepared.data.report)
+    examples = preview(prepared.data.train, prepared.model.tokenizer, PREVIEW_EXAMPLES)
+    write_record(run.preview, PreviewRecord, examples.as_record())
+    write_record(run.plan, PlanRecord, prepared.as_plan())

@@ -35,7 +35,7 @@ from loratune.training.fast_trainer import FastTrainer
 from loratune.training.fsdp import explain_lost_process
 from loratune.training.gradient_sync import check_ranks_agree
 from loratune.training.held_out_loss import EvaluationStoppedError, evaluate_on_all_ranks
-from loratune.training.hf_arguments import TrainingData
+from loratune.training.hf_arguments import TrainingData, branch_step
 from loratune.training.signals import StopRequest, stop_after_step
 from loratune.training.trainer import TrainerSetup
 from loratune.workflows.assess import compare_base_and_tuned, explain_out_of_memory
@@ -194,10 +194,11 @@ def _load(
     return attach_adapter_and_loss(prepared, base, progress)
 
 
-def write_lock(prepared: Preparation, run: RunDir) -> None:
-    """Write `lock.json`."""
+def write_lock(prepared: Preparation, run: RunDir, extends: Record | None = None) -> None:
+    """Write `lock.json`; `extends` is its record of the run that this one extends (`Lineage`)."""
     written = {"written": settings_as_written(run), "launch": processes.launch_id(), "folder": str(Path.cwd())}
-    write_record(run.lock, LockRecord, {**prepared.as_lock(), **written})
+    lineage = {"extends": extends} if extends is not None else {}
+    write_record(run.lock, LockRecord, {**prepared.as_lock(), **written, **lineage})
 
 
 def train_steps(
@@ -224,6 +225,7 @@ def train_steps(
         per_epoch = num_steps_per_epoch(prepared.data.num_examples, recipe.train.batch_size)
         callback = RunCallback(run, progress, task, stop, per_epoch)
         callback.pause_after = leg.until
+        callback.branch = branch_step(recipe.train, total)
         setup = _trainer_setup(prepared, run, model, loss, stop, progress, callback, leg.callbacks)
         is_fast = recipe.train.engine == "fast"
         trainer = FastTrainer(setup) if is_fast else task_of(recipe).reference_trainer(setup)
@@ -282,6 +284,7 @@ def _trainer_setup(
         progress=progress,
         callback=callback,
         more_callbacks=more_callbacks,
+        branch=callback.branch,
     )
 
 

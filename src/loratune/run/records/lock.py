@@ -78,6 +78,25 @@ class Machine(Part):
     """Processes of the run."""
 
 
+class Lineage(Part):
+    """The run that this one extends."""
+
+    run: str
+    """Its directory."""
+    step: int
+    """Its optimizer step whose checkpoint this run begins with."""
+    adapter: str
+    """SHA-256 of the adapter in that checkpoint."""
+    exact: bool
+    """Whether this run is, on a CPU to the bit, the one that trains its recipe from the first step."""
+    trained_on: tuple[str, ...]
+    """Names of the data that it, and the runs that it extends, were trained on."""
+    differs: tuple[str, ...]
+    """What this run has otherwise: settings as `train.epochs (1 → 2)`, and inputs."""
+    command: str
+    """The command that extends it in this way."""
+
+
 class LockRecord(FileRecord):
     """`lock.json`: every effective setting, and the fingerprints of all inputs."""
 
@@ -99,3 +118,5 @@ class LockRecord(FileRecord):
     """Identity of the launch, the same when torchrun restarts the processes; empty without a launcher."""
     folder: str = ""
     """The working folder in which the run began, from which relative paths of its recipe start."""
+    extends: Lineage | None = None
+    """Extended runs only (`loratune extend`): the run that this one extends."""

@@ -32,7 +32,7 @@ class PlanOutput(PlanRecord):
 
 
 class ResultOutput(FileRecord):
-    """`loratune train`, `resume` and `evaluate`: the run's results."""
+    """`loratune train`, `resume`, `extend` and `evaluate`: the run's results."""
 
     run: str
     """Run directory."""

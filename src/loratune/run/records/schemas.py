@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from loratune.run.errors import RecipeError
+from loratune.run.records.adapters import AdapterDiffOutput, AdapterOutput, AdapterProofOutput, InspectOutput
 from loratune.run.records.certificate import CertificateRecord
 from loratune.run.records.outputs import (
     ComparisonOutput,
@@ -26,6 +27,7 @@ OUTPUTS: Mapping[str, type[BaseModel]] = {
     "plan": PlanOutput,
     "train": ResultOutput,
     "resume": ResultOutput,
+    "extend": ResultOutput,
     "evaluate": ResultOutput,
     "merge": ExportOutput,
     "export": ExportOutput,
@@ -38,6 +40,10 @@ OUTPUTS: Mapping[str, type[BaseModel]] = {
     "push": PushOutput,
     "sweep": SweepRecord,
     "tune": TuneRecord,
+    "adapter inspect": InspectOutput,
+    **dict.fromkeys(("adapter combine", "adapter resize", "adapter extract", "adapter convert"), AdapterOutput),
+    **dict.fromkeys(("adapter merge", "adapter certify"), AdapterProofOutput),
+    "adapter diff": AdapterDiffOutput,
 }
 """Verb → what it prints."""
 

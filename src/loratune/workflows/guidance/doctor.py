@@ -43,6 +43,7 @@ EXTRAS = {
     "mlflow": ("train.report_to: [mlflow]", "pip install mlflow"),
     "trackio": ("train.report_to: [trackio]", "pip install trackio"),
     "llama_cpp": ("verifying GGUF exports with llama.cpp itself", "gguf"),
+    "mlx_lm": ("verifying MLX exports with MLX itself", "pip install 'mlx-lm>=0.32' 'mlx[cpu]'"),
     "fastapi": ("loratune serve with transformers serve", "serve"),
     "vllm": ("loratune serve with vLLM", "pip install vllm  # in a separate environment: it pins torch"),
     "bitsandbytes": ("model.quantization: nf4, int8", "bitsandbytes"),

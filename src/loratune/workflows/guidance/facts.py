@@ -7,18 +7,14 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from transformers import get_scheduler
 
 from loratune.planning.auto import NO_LIMIT
 from loratune.planning.parameters import ParameterCount, count_parameters
 from loratune.recipe.recipe import DataSection
-from loratune.training.hf_arguments import schedule_arguments
+from loratune.training.hf_arguments import learning_rate_factor
 from loratune.workflows.tasks.task import task_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from transformers import PreTrainedModel
 
     from loratune.data.examples import Example
@@ -83,16 +79,7 @@ def learning_rates(train: Any, steps: int) -> np.ndarray:
         train: The recipe's train section.
         steps: Number of optimizer steps of the run.
     """
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=train.learning_rate)
-    arguments = schedule_arguments(train, steps)
-    scheduler = get_scheduler(
-        arguments["lr_scheduler_type"],
-        optimizer,
-        num_warmup_steps=arguments["warmup_steps"],
-        num_training_steps=steps,
-        scheduler_specific_kwargs=arguments.get("lr_scheduler_kwargs"),
-    )
-    factor: Callable[[int], float] = scheduler.lr_lambdas[0]
+    factor = learning_rate_factor(train, steps)
     return train.learning_rate * np.array([factor(step) for step in range(steps)])
 
 

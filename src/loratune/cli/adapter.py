@@ -1,0 +1,238 @@
+"""`loratune adapter`: verbs for adapters of any origin, in PEFT's format.
+
+Typer reads a command's options from its parameters, so the limit on the number of parameters does not apply to verbs.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from loratune.cli.options import AsJson
+from loratune.cli.output import print_record
+from loratune.cli.shell import command_context
+from loratune.cli.terminal import SafeConsole
+from loratune.cli.verb import Verb, as_verb
+from loratune.run.errors import RecipeError
+
+if TYPE_CHECKING:
+    from loratune.run.directory import Record
+
+AdapterFolder = Annotated[Path, typer.Argument(metavar="ADAPTER", help="An adapter's folder in PEFT's format.")]
+NewFolder = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to create.")]
+Base = Annotated[
+    Path | None, typer.Option("--base", help="The base's folder; default: the one that the adapter names.")
+]
+Rank = Annotated[int | None, typer.Option("--rank", min=1, help="The highest rank of the result.")]
+Energy = Annotated[
+    float | None,
+    typer.Option("--energy", min=0, max=1, help="Share of each update's squared norm to keep; ranks differ by matrix."),
+]
+
+app = typer.Typer(no_args_is_help=True, help="Inspect, combine, resize, extract, convert, merge and compare adapters.")
+
+
+def inspect(adapter: AdapterFolder, base: Base = None, as_json: AsJson = False) -> None:
+    """Show what an adapter is: type, base, and rank, norm and effective rank of each update."""
+    with command_context(as_json):
+        from loratune.workflows.adapters.compare import inspect_adapter
+
+        record = inspect_adapter(adapter, base=base)
+        if as_json:
+            print_record("adapter inspect", record)
+            return
+        console = SafeConsole(highlight=False, soft_wrap=True)
+        console.print(f"{escape(record['adapter'])}: {record['kind']}, {record['num_parameters']:,} parameters")
+        console.print(f"base: {escape(record['base'] or 'none named')}")
+        table = Table("module", "rank", "scale", "norm", "effective rank", "99 % of its square in")
+        for row in record["matrices"]:
+            numbers = (f"{row['rank']}", f"{row['scale']:.4g}", f"{row['norm']:.4g}", f"{row['effective_rank']:.1f}")
+            table.add_row(escape(row["name"]), *numbers, f"{row['rank_of_99_percent']}")
+        console.print(table)
+        if record["other"]:
+            console.print(f"and {escape(', '.join(record['other']))}")
+
+
+def combine(
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="ADAPTER... OUT", help="Adapters of one base, and the folder to create.")
+    ],
+    weights: Annotated[str, typer.Option(metavar="W,W,…", help="A factor for each adapter; default: 1 for each.")] = "",
+    method: Annotated[
+        Literal["concat", "svd", "linear", "ties", "dare_linear", "dare_ties"],
+        typer.Option(help="concat: the exact sum, of the sum of the ranks. The others approximate it, by PEFT."),
+    ] = "concat",
+    rank: Rank = None,
+    density: Annotated[float, typer.Option(min=0, max=1, help="Share of elements that ties and dare keep.")] = 0.5,
+    base: Base = None,
+    as_json: AsJson = False,
+) -> None:
+    """Add adapters of one base, with weights, to one adapter; exactly, and proven to be the sum."""
+    with command_context(as_json) as progress:
+        from loratune.workflows.adapters.make import combine_adapters
+
+        *adapters, out = folders
+        if not adapters:
+            raise RecipeError("nothing to combine", fix="loratune adapter combine ADAPTER ADAPTER OUT")
+        record = combine_adapters(
+            adapters,
+            out,
+            weights=_numbers(weights),
+            method=method,
+            rank=rank,
+            density=density,
+            base=base,
+            progress=progress,
+        )
+        _show_written("adapter combine", record, as_json)
+
+
+def resize(
+    adapter: AdapterFolder,
+    out: NewFolder,
+    rank: Rank = None,
+    energy: Energy = None,
+    base: Base = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write the best approximation of an adapter of lower rank, and show what it discards."""
+    with command_context(as_json) as progress:
+        from loratune.workflows.adapters.make import resize_adapter
+
+        record = resize_adapter(adapter, out, rank=rank, energy=energy, base=base, progress=progress)
+        _show_written("adapter resize", record, as_json)
+
+
+def extract(
+    tuned: Annotated[Path, typer.Argument(metavar="TUNED", help="A fully fine-tuned model's folder.")],
+    base: Annotated[Path, typer.Argument(metavar="BASE", help="Its base's folder.")],
+    out: NewFolder,
+    rank: Rank = None,
+    energy: Energy = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write as an adapter what a full fine-tune changed in its base, by SVD of each matrix."""
+    with command_context(as_json) as progress:
+        from loratune.workflows.adapters.make import extract_adapter
+
+        record = extract_adapter(tuned, base, out, rank=rank, energy=energy, progress=progress)
+        _show_written("adapter extract", record, as_json)
+
+
+def convert(adapter: AdapterFolder, out: NewFolder, base: Base = None, as_json: AsJson = False) -> None:
+    """Write an adapter as plain LoRA of scale 1, for programs that do not know its variant or patterns."""
+    with command_context(as_json) as progress:
+        from loratune.workflows.adapters.make import convert_adapter
+
+        _show_written("adapter convert", convert_adapter(adapter, out, base=base, progress=progress), as_json)
+
+
+def merge(
+    adapter: AdapterFolder,
+    out: NewFolder,
+    base: Base = None,
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="Type of the weights. auto: the base's.")
+    ] = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Merge an adapter into its base, and verify the written weights."""
+    with command_context(as_json) as progress:
+        from loratune.workflows.adapters.compare import merge_adapter
+
+        record = merge_adapter(adapter, out, base=base, dtype=dtype, progress=progress)
+        _show_proof("adapter merge", record, as_json)
+
+
+def certify(
+    adapter: AdapterFolder,
+    target: Annotated[Path, typer.Argument(metavar="TARGET", help="A merged folder, or another adapter's folder.")],
+    base: Base = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare a merged model, or another adapter, with an adapter on its base, tensor by tensor.
+
+    Exits with 0 only if they are the same.
+    """
+    with command_context(as_json) as progress:
+        from loratune.workflows.adapters.compare import certify_adapter
+
+        record = certify_adapter(adapter, target, base=base, progress=progress)
+        _show_proof("adapter certify", record, as_json)
+        if record["verdict"] != "same":
+            raise SystemExit(1)
+
+
+def diff(
+    adapter: AdapterFolder,
+    other: Annotated[Path, typer.Argument(metavar="ADAPTER", help="The other adapter's folder.")],
+    as_json: AsJson = False,
+) -> None:
+    """Show how far apart the updates of two adapters are, in size and in direction."""
+    with command_context(as_json):
+        from loratune.workflows.adapters.compare import diff_adapters
+
+        record = diff_adapters(adapter, other)
+        if as_json:
+            print_record("adapter diff", record)
+            return
+        console = SafeConsole(highlight=False, soft_wrap=True)
+        table = Table("module", "relative difference", "cosine")
+        for row in sorted(record["matrices"], key=lambda row: -row["relative_difference"]):
+            table.add_row(escape(row["name"]), f"{row['relative_difference']:.4g}", f"{row['cosine']:.4f}")
+        table.add_row("all", f"{record['relative_difference']:.4g}", f"{record['cosine']:.4f}")
+        console.print(table)
+        for side in ("first", "second"):
+            if record[f"only_{side}"]:
+                console.print(f"only the {side} adapts {escape(', '.join(record[f'only_{side}']))}")
+
+
+for _verb in (inspect, combine, resize, extract, convert, merge, certify, diff):
+    app.command(cls=Verb)(as_verb(_verb))
+
+
+def _numbers(text: str) -> list[float]:
+    """Read the factors of `--weights`."""
+    try:
+        return [float(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise RecipeError(f"--weights {text} are not numbers", fix="--weights 0.7,0.3") from None
+
+
+def _show_written(verb: str, record: Record, as_json: bool) -> None:
+    """Print what was written, what it discards, and the proof."""
+    if as_json:
+        print_record(verb, record)
+        return
+    console = SafeConsole(highlight=False, soft_wrap=True)
+    lowest, highest = record["ranks"]
+    ranks = f"rank {lowest}" if lowest == highest else f"ranks {lowest} to {highest}"
+    console.print(f"{escape(record['folder'])}: {ranks}, {record['num_parameters']:,} parameters")
+    if record["worst_matrix"] is not None:
+        console.print(
+            f"discarded: {record['discarded_share']:.3%} of the squared norm; at most {record['worst_share']:.3%}, in "
+            f"{escape(record['worst_matrix'])}"
+        )
+    check = record["check"]
+    console.print(f"updates: {check['relative_error']:.2g} off the closed form (relative)")
+    if check["logits_difference"] is not None:
+        console.print(
+            f"logits by PEFT: {check['logits_difference']:.2g} of the largest off the closed form; the base alone "
+            f"{check['logits_change']:.2g}"
+        )
+
+
+def _show_proof(verb: str, record: Record, as_json: bool) -> None:
+    """Print whether files are those of base and adapter."""
+    if as_json:
+        print_record(verb, record)
+        return
+    console = SafeConsole(highlight=False, soft_wrap=True)
+    console.print(f"{escape(record['folder'])}: [bold]{record['verdict']}[/bold]")
+    for problem in record["problems"]:
+        console.print(f"  {escape(problem)}")
+    console.print(f"  {record['kept']:.1%} of the update kept, in {', '.join(record['types'])}")

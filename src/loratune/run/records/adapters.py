@@ -1,0 +1,116 @@
+"""What `loratune adapter` prints with `--json`."""
+
+from __future__ import annotations
+
+from loratune.run.records.base import FileRecord, Part
+
+
+class MatrixRecord(Part):
+    """The update of one matrix."""
+
+    name: str
+    """The module."""
+    rank: int
+    """Rank of its factors."""
+    scale: float
+    """What B·A is multiplied by: alpha/r, or alpha/√r with rank-stabilized LoRA."""
+    norm: float
+    """Frobenius norm of the update."""
+    effective_rank: float
+    """Exponential of the entropy of the normalized singular values (Roy & Vetterli 2007)."""
+    rank_of_99_percent: int
+    """Singular values that hold 99 % of the squared norm."""
+
+
+class InspectOutput(FileRecord):
+    """`loratune adapter inspect`: what an adapter is."""
+
+    adapter: str
+    """Its folder."""
+    kind: str
+    """`LoRA`, `rank-stabilized LoRA` or `DoRA`."""
+    base: str
+    """The base that it names; empty if it names none."""
+    base_sha256: dict[str, str] | None
+    """Weight file of the base → SHA-256; null if the base is not on this machine."""
+    num_parameters: int
+    """Its parameters."""
+    matrices: tuple[MatrixRecord, ...]
+    """The updates of single matrices."""
+    other: tuple[str, ...]
+    """Biases and tensors that it holds beside them."""
+
+
+class CheckRecord(Part):
+    """The proof of what was written."""
+
+    relative_error: float
+    """Error of the written updates against the closed form."""
+    logits_difference: float | None
+    """Largest difference of a logit, by PEFT against the closed form, as a share of the largest; null without base."""
+    logits_change: float | None
+    """The same between base and closed form, the yardstick."""
+
+
+class AdapterOutput(FileRecord):
+    """`loratune adapter combine`, `resize`, `extract` and `convert`: what was written."""
+
+    folder: str
+    """The new adapter's folder."""
+    ranks: tuple[int, int]
+    """Its lowest and its highest rank."""
+    num_parameters: int
+    """Its parameters."""
+    discarded_share: float
+    """Share of the squared norm of what was asked for that its ranks discard."""
+    worst_matrix: str | None
+    """The matrix of which the largest share is discarded; null where nothing is."""
+    worst_share: float
+    """That share."""
+    left_out: dict[str, float]
+    """`extract` only: tensor that is no matrix of a linear layer → norm of its change, which the adapter lacks."""
+    check: CheckRecord
+    """The proof."""
+
+
+class MatrixDifference(Part):
+    """One matrix in two adapters."""
+
+    name: str
+    """The module."""
+    relative_difference: float
+    """‖second - first‖ / ‖first‖ of the updates."""
+    cosine: float
+    """Cosine of the angle between the updates."""
+
+
+class AdapterDiffOutput(FileRecord):
+    """`loratune adapter diff`: two adapters' updates."""
+
+    relative_difference: float
+    """‖second - first‖ / ‖first‖ over all matrices."""
+    cosine: float
+    """Cosine of the angle between all updates."""
+    only_first: tuple[str, ...]
+    """Matrices that only the first adapts."""
+    only_second: tuple[str, ...]
+    """Matrices that only the second adapts."""
+    matrices: tuple[MatrixDifference, ...]
+    """Matrices that both adapt."""
+
+
+class AdapterProofOutput(FileRecord):
+    """`loratune adapter merge` and `certify`: the comparison of files with base and adapter."""
+
+    folder: str
+    """The files."""
+    verdict: str
+    """`same` or `different`."""
+    problems: tuple[str, ...]
+    """What differs."""
+    kept: float
+    """Share of the update that rounding left."""
+    relative_error: float
+    """Error as a fraction of the update."""
+    types: tuple[str, ...]
+    """Types of the tensors."""

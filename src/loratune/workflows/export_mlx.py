@@ -1,0 +1,78 @@
+"""Export a run for MLX: the adapter as mlx-lm loads it, or a merged folder."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from loratune.exporting.certificate import EXACT, Target, Written
+from loratune.exporting.load_back import TransformersReader
+from loratune.exporting.mlx import MlxReader, has_mlx, read_mlx_adapter, write_mlx_adapter
+from loratune.exporting.weights_proof import prove_adapter
+from loratune.model.load import stored_dtype
+from loratune.workflows.merged_folder import write_merged_folder
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from loratune.exporting.certificate import Load
+    from loratune.exporting.reference_outputs import ReferenceOutputs
+    from loratune.run.directory import Record
+    from loratune.workflows.finished import FinishedRun
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MlxExport:
+    """A run for mlx-lm: the merged model, or the adapter alone.
+
+    Attributes:
+        finished: The run.
+        target: The folder's final name.
+        merged: Whether the full model is written.
+    """
+
+    finished: FinishedRun
+    target: Path
+    merged: bool
+
+    @property
+    def usage(self) -> tuple[str, ...]:
+        """The shell command that chats with the export."""
+        if self.merged:
+            return (shlex.join(["mlx_lm.chat", "--model", str(self.target)]),)
+        base = self.finished.prepared.model.base
+        name = base.name if base.revision else str(self.finished.base)
+        return (shlex.join(["mlx_lm.chat", "--model", name, "--adapter-path", str(self.target)]),)
+
+    def write(self, folder: Path) -> Written:
+        """Write the files; return how to prove them."""
+        finished = self.finished
+        if self.merged:
+            written = write_merged_folder(finished, folder, "auto")
+            return replace(written, load=lambda _: MlxReader(folder)) if has_mlx() else written
+        num_layers = finished.config.get_text_config().num_hidden_layers
+        write_mlx_adapter(finished.updates, num_layers, folder)
+        return Written(load=self._loader(folder), tolerance=EXACT, prove=lambda: self._proof(folder))
+
+    def _proof(self, folder: Path) -> Record:
+        return prove_adapter(self.finished.updates, read_mlx_adapter(folder))
+
+    def _loader(self, folder: Path) -> Load:
+        """Return what loads the written adapter on the base: MLX, or transformers with the values read back."""
+        finished, recipe = self.finished, self.finished.prepared.recipe
+
+        def load(_: ReferenceOutputs) -> Target:
+            if has_mlx():
+                return MlxReader(finished.base, adapter=folder)
+            reader = TransformersReader(
+                finished.base,
+                dtype=stored_dtype(finished.config, recipe.model),
+                device=recipe.train.device,
+                adapter=finished.run.adapter,
+                trust_remote_code=recipe.model.trust_remote_code,
+            )
+            reader.replace_adapter(read_mlx_adapter(folder), "mlx-lm is not installed")
+            return reader
+
+        return load

@@ -1,0 +1,267 @@
+"""Adapters made of others are what their closed form says, by PEFT's own reading of them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from loratune.exporting.adapters import check
+from loratune.exporting.adapters.algebra import dense, effective_rank, inner_product, norm, singular_values, truncated
+from loratune.exporting.adapters.combine import METHODS
+from loratune.exporting.adapters.extract import extract
+from loratune.exporting.adapters.folder import read_folder
+from loratune.run.errors import RecipeError, RunError
+from loratune.workflows.adapters import make
+from loratune.workflows.adapters.base import fingerprint
+from loratune.workflows.adapters.compare import certify_adapter, diff_adapters, inspect_adapter, merge_adapter
+from loratune.workflows.adapters.make import combine_adapters, convert_adapter, extract_adapter, resize_adapter
+from tests.conftest import some
+
+MakeAdapter = Callable[..., Path]
+
+
+def load(base: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+
+
+@pytest.fixture
+def make_adapter(tiny_model: Path, tmp_path: Path) -> MakeAdapter:
+    """Saves an adapter of random factors with PEFT."""
+
+    def made(name: str, seed: int, base: Path = tiny_model, **settings: Any) -> Path:
+        torch.manual_seed(seed)
+        config = LoraConfig(**{"target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM", **settings})
+        model = get_peft_model(load(base), config)
+        for parameter_name, parameter in model.named_parameters():
+            if "lora_" in parameter_name or (parameter.requires_grad and parameter_name.endswith("bias")):
+                torch.nn.init.normal_(parameter, std=0.2)
+        model.save_pretrained(str(tmp_path / name))
+        return tmp_path / name
+
+    return made
+
+
+def updates_by_peft(base: Path, folder: Path) -> dict[str, torch.Tensor]:
+    """Each module's update as PEFT computes it."""
+    model: Any = PeftModel.from_pretrained(load(base), str(folder))
+    return {
+        name.removeprefix("base_model.model."): module.get_delta_weight("default").double()
+        for name, module in model.named_modules()
+        if hasattr(module, "get_delta_weight") and "default" in module.lora_A
+    }
+
+
+def relative(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> float:
+    assert found.keys() == wanted.keys()
+    off = sum(float((found[name] - wanted[name]).square().sum()) for name in wanted)
+    return float((off / sum(float(tensor.square().sum()) for tensor in wanted.values())) ** 0.5)
+
+
+def test_two_rslora_adapters_of_other_ranks_are_their_weighted_sum_and_pefts_answer_is_not(
+    make_adapter: MakeAdapter, tiny_model: Path, tmp_path: Path
+) -> None:
+    one = make_adapter("one", 1, r=8, lora_alpha=16, use_rslora=True)
+    two = make_adapter("two", 2, r=16, lora_alpha=8, use_rslora=True, target_modules=["q_proj", "o_proj"])
+    first, second = updates_by_peft(tiny_model, one), updates_by_peft(tiny_model, two)
+    wanted = {
+        name: 0.7 * first.get(name, torch.zeros(1).double()) - 0.3 * second.get(name, torch.zeros(1).double())
+        for name in sorted({*first, *second})
+    }
+    record = combine_adapters([one, two], tmp_path / "sum", weights=[0.7, -0.3])
+    assert relative(updates_by_peft(tiny_model, tmp_path / "sum"), wanted) < 1e-6
+    assert record["ranks"] == [8, 24]
+    assert record["check"]["relative_error"] < 1e-6
+    assert record["check"]["logits_difference"] < 1e-4 < 1e-2 < record["check"]["logits_change"]
+
+    # Beside it, PEFT's: it keeps `use_rslora` for a sum whose scale it has already put into the factors.
+    model: Any = PeftModel.from_pretrained(load(tiny_model), str(one), adapter_name="one")
+    model.load_adapter(str(two), "two")
+    model.add_weighted_adapter(["one", "two"], [0.7, -0.3], "both", combination_type="cat")
+    theirs = {
+        name.removeprefix("base_model.model."): module.get_delta_weight("both").double()
+        for name, module in model.named_modules()
+        if hasattr(module, "get_delta_weight") and "both" in module.lora_A
+    }
+    assert relative(theirs, wanted) == pytest.approx(24**0.5 - 1, rel=1e-4)  # √(8 + 16) times too large
+
+
+@pytest.mark.filterwarnings("ignore:Adapter 'default'")  # PEFT takes the bias of B for an incomplete matrix
+def test_patterns_and_added_biases_are_summed_too(make_adapter: MakeAdapter, tmp_path: Path) -> None:
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, tie_word_embeddings=True,
+    )  # fmt: skip
+    base = tmp_path / "base"
+    Qwen2ForCausalLM(config).save_pretrained(base)  # its q, k and v have biases
+    patterns = {"rank_pattern": {"layers.0.self_attn.q_proj": 3}, "alpha_pattern": {"v_proj": 5}}
+    one = make_adapter("one", 1, base=base, r=2, lora_alpha=8, lora_bias=True, **patterns)
+    two = make_adapter("two", 2, base=base, r=4, lora_alpha=4, bias="all")
+    record = combine_adapters([one, two], tmp_path / "sum", weights=[2, 0.5])
+    assert record["check"]["logits_difference"] < 1e-4  # biases included: these are not in the updates
+    assert record["ranks"] == [6, 7]
+    read = [read_folder(folder) for folder in (one, two, tmp_path / "sum")]
+    name = "model.layers.1.self_attn.v_proj"
+    assert read[0].updates[name].scale == 5 / 2
+    own = load(base).get_parameter(f"{name}.bias").double()
+    wanted = own + 0.5 * (read[1].biases[f"{name}.bias"].double() - own)
+    assert torch.allclose(read[2].biases[f"{name}.bias"].double(), wanted, atol=1e-6)
+    assert torch.allclose(read[2].added_biases[name], 2 * read[0].added_biases[name])
+    shown = inspect_adapter(one)
+    assert f"{name}.bias" in shown["other"]
+    merged = merge_adapter(tmp_path / "sum", tmp_path / "merged")
+    assert merged["verdict"] == "same"
+    tokens = torch.arange(8)[None]
+    by_peft = PeftModel.from_pretrained(load(base), str(tmp_path / "sum"))(input_ids=tokens).logits
+    assert torch.allclose(by_peft, load(tmp_path / "merged")(input_ids=tokens).logits, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", some(METHODS[1:], "svd", "ties"))
+def test_approximations_are_those_of_peft(
+    method: str, make_adapter: MakeAdapter, tiny_model: Path, tmp_path: Path
+) -> None:
+    one = make_adapter("one", 1, r=4, lora_alpha=4, target_modules=["q_proj"])
+    two = make_adapter("two", 2, r=4, lora_alpha=4, target_modules=["q_proj"])
+    torch.manual_seed(5)  # DARE draws
+    record = combine_adapters([one, two], tmp_path / "ours", weights=[0.6, 0.4], method=method, density=0.7)
+    model: Any = PeftModel.from_pretrained(load(tiny_model), str(one), adapter_name="one")
+    model.load_adapter(str(two), "two")
+    torch.manual_seed(5)
+    theirs = method if method in ("svd", "linear") else f"{method}_svd"
+    model.add_weighted_adapter(["one", "two"], [0.6, 0.4], "both", combination_type=theirs, density=0.7)
+    wanted = {
+        name.removeprefix("base_model.model."): module.get_delta_weight("both").double()
+        for name, module in model.named_modules()
+        if hasattr(module, "get_delta_weight") and "both" in module.lora_A
+    }
+    found = updates_by_peft(tiny_model, tmp_path / "ours")
+    if "dare" in method:  # other numbers are drawn for float64 than for float32; the kept ones are right in size
+        assert relative(found, wanted) < 1.5
+    else:
+        assert relative(found, wanted) < 1e-4
+    assert record["ranks"] == [4, 4]
+    assert (record["discarded_share"] > 0.01) == (method != "linear")
+
+
+def test_resize_keeps_the_share_that_it_says(make_adapter: MakeAdapter, tiny_model: Path, tmp_path: Path) -> None:
+    one = make_adapter("one", 1, r=8, lora_alpha=16, use_rslora=True)
+    record = resize_adapter(one, tmp_path / "small", rank=3)
+    wanted, found = updates_by_peft(tiny_model, one), updates_by_peft(tiny_model, tmp_path / "small")
+    lost = relative(found, wanted) ** 2
+    assert record["discarded_share"] == pytest.approx(lost, rel=1e-4)
+    assert 0.01 < lost < record["worst_share"]
+    assert record["ranks"] == [3, 3]
+    by_energy = resize_adapter(one, tmp_path / "enough", energy=0.9)
+    assert by_energy["worst_share"] <= 0.1
+    whole = resize_adapter(one, tmp_path / "whole", rank=64)
+    assert whole["ranks"] == [8, 8]
+    assert certify_adapter(one, tmp_path / "whole")["verdict"] == "same"
+    assert certify_adapter(one, tmp_path / "small")["verdict"] == "different"
+    with pytest.raises(RecipeError, match="rank None, energy None"):
+        resize_adapter(one, tmp_path / "none")
+
+
+def test_a_full_fine_tune_minus_its_base_is_the_adapter_that_was_merged(
+    make_adapter: MakeAdapter, tiny_model: Path, tmp_path: Path
+) -> None:
+    one = make_adapter("one", 1, r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"])
+    merge_adapter(one, tmp_path / "tuned", dtype="float32")
+    record = extract_adapter(tmp_path / "tuned", tiny_model, tmp_path / "out", rank=4)
+    wanted, found = updates_by_peft(tiny_model, one), updates_by_peft(tiny_model, tmp_path / "out")
+    assert relative(found, wanted) < 1e-5
+    assert record["discarded_share"] < 1e-9
+    assert record["left_out"] == {}
+    file = next((tmp_path / "tuned").glob("*.safetensors"))
+    tensors = load_file(file)
+    tensors["model.norm.weight"] += 0.5
+    save_file(tensors, file, metadata={"format": "pt"})
+    again = extract_adapter(tmp_path / "tuned", tiny_model, tmp_path / "again", rank=1)
+    assert list(again["left_out"]) == ["model.norm.weight"]
+    assert again["discarded_share"] > 0.1
+    with pytest.raises(RecipeError, match="changed no matrix of its base"):  # of no module at all
+        extract(tiny_model, tmp_path / "tuned", {}, rank=1, energy=None, progress=lambda: None)
+    with pytest.raises(RecipeError, match="changed no matrix of its base"):
+        extract_adapter(tiny_model, tiny_model, tmp_path / "none", rank=1)
+
+
+def test_dora_merges_and_is_refused_by_name_where_it_has_no_sum(make_adapter: MakeAdapter, tmp_path: Path) -> None:
+    dora, plain = make_adapter("dora", 1, r=2, use_dora=True), make_adapter("plain", 2, r=2)
+    for refused in (
+        lambda: combine_adapters([plain, dora], tmp_path / "sum"),
+        lambda: resize_adapter(dora, tmp_path / "small", rank=1),
+        lambda: convert_adapter(dora, tmp_path / "plain-dora"),
+        lambda: diff_adapters(plain, dora),
+    ):
+        with pytest.raises(RecipeError, match="the adapter is DoRA"):
+            refused()
+    assert inspect_adapter(dora)["kind"] == "DoRA"
+    assert merge_adapter(dora, tmp_path / "merged")["verdict"] == "same"
+    assert certify_adapter(plain, tmp_path / "merged")["verdict"] == "different"
+
+
+def test_adapters_of_other_bases_are_refused(make_adapter: MakeAdapter, tiny_model: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(tiny_model, tmp_path / "other"))
+    file = next(other.glob("*.safetensors"))
+    tensors = load_file(file)
+    tensors["model.norm.weight"] += 1
+    save_file(tensors, file, metadata={"format": "pt"})
+    assert fingerprint(other) != fingerprint(tiny_model)
+    one, two = make_adapter("one", 1, r=2), make_adapter("two", 2, r=2, base=other)
+    with pytest.raises(RecipeError, match="trained on other weights"):
+        combine_adapters([one, two], tmp_path / "sum")
+    with pytest.raises(RecipeError, match="trained on other weights"):
+        merge_adapter(one, tmp_path / "merged", base=other)
+    for folder, name in ((one, "me/one"), (two, "me/two")):  # names of the hub, which say no more
+        settings = json.loads((folder / "adapter_config.json").read_text())
+        (folder / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": name}))
+    with pytest.raises(RecipeError, match="name different bases: me/one and me/two"):
+        combine_adapters([one, two], tmp_path / "sum")
+    assert combine_adapters([one, two], tmp_path / "sum", base=tiny_model)["check"]["logits_difference"] is not None
+
+
+def test_a_wrong_scale_is_found_in_weights_and_in_logits(
+    make_adapter: MakeAdapter, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = make_adapter("one", 1, r=4, lora_alpha=4)
+    write = make.write_folder
+
+    def too_large(folder: Path, adapter: Any) -> None:
+        write(folder, adapter)
+        settings = json.loads((folder / "adapter_config.json").read_text())
+        (folder / "adapter_config.json").write_text(json.dumps({**settings, "lora_alpha": 4.1}))
+
+    monkeypatch.setattr(make, "write_folder", too_large)
+    with pytest.raises(RunError, match="off the closed form"):
+        convert_adapter(one, tmp_path / "plain")
+    monkeypatch.setattr(make, "check_updates", lambda written, wanted: 0.0)
+    with pytest.raises(RunError, match="the logits of base and written adapter"):
+        convert_adapter(one, tmp_path / "plain")
+    assert not (tmp_path / "plain").exists()
+    assert check.LOGITS_TOLERANCE == 1e-4
+
+
+def test_sizes_and_angles_need_no_dense_update(make_adapter: MakeAdapter, tmp_path: Path) -> None:
+    one, two = make_adapter("one", 1, r=4, use_rslora=True), make_adapter("two", 2, r=2)
+    first, second = (next(iter(read_folder(folder).updates.values())) for folder in (one, two))
+    assert norm(first) == pytest.approx(float(dense(first).norm()))
+    assert inner_product(first, second) == pytest.approx(float((dense(first) * dense(second)).sum()))
+    values = torch.linalg.svdvals(dense(first))[:4]
+    assert torch.allclose(singular_values(first), values)
+    assert truncated(first, rank=2)[1].share == pytest.approx(float(values[2:].square().sum() / values.square().sum()))
+    assert effective_rank(torch.ones(4)) == pytest.approx(4)
+    assert effective_rank(torch.tensor([1.0, 0, 0])) == pytest.approx(1)
+    combine_adapters([one], tmp_path / "double", weights=[2])
+    found = diff_adapters(one, tmp_path / "double")
+    assert (found["relative_difference"], found["cosine"]) == (pytest.approx(1), pytest.approx(1))
+    assert diff_adapters(one, one)["relative_difference"] < 1e-7
