@@ -61,6 +61,10 @@ class StepCosts:
 class PlannedTask(RecipeTask):
     """What planning asks of a task."""
 
+    def choices(self, recipe: Recipe) -> dict[str, Choice]:
+        """Return what the task's own settings that are `auto` become, and why."""
+        return {}
+
     @abstractmethod
     def positions(self, recipe: Recipe, config: Any) -> int | None:
         """Return the most tokens that an example can have; None if the model states no limit.

@@ -202,24 +202,27 @@ class SupervisedLoss:
 L = TypeVar("L", bound=SupervisedLoss)
 
 
-def make_loss(model: PeftModel, examples: Sequence[Example]) -> tuple[SupervisedLoss, str]:
+def make_loss(
+    model: PeftModel, examples: Sequence[Example], kind: type[L] = SupervisedLoss  # type: ignore[assignment]
+) -> tuple[L, str]:
     """Return the fastest loss that equals the plain one on this model, and why it does not pack if it does not.
 
     Args:
         model: The adapted model.
         examples: The training examples; the beginnings of the first and the last are compared.
+        kind: The class of the loss, whose log-probabilities are those of `SupervisedLoss`.
 
     Raises:
         RunError: Neither packed nor separate examples reproduce the model's own loss.
     """
     beginnings = _beginnings_of(examples)
     return fastest_loss(
-        SupervisedLoss,
-        SupervisedLoss.per_token,
+        kind,
+        kind.per_token,
         model,
         beginnings,
         _plain_losses(model, beginnings),
-        longest=max(len(example.input_ids) for example in examples),
+        longest=max(len(sequence.input_ids) for example in examples for sequence in example.sequences),
     )
 
 
