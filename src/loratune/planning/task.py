@@ -65,6 +65,10 @@ class PlannedTask(RecipeTask):
         """Return what the task's own settings that are `auto` become, and why."""
         return {}
 
+    def has_reference(self, recipe: Recipe) -> bool:
+        """Tell whether all examples go through the model once before step 1, to be compared with later."""
+        return False
+
     @abstractmethod
     def positions(self, recipe: Recipe, config: Any) -> int | None:
         """Return the most tokens that an example can have; None if the model states no limit.

@@ -83,19 +83,21 @@ def assert_close(one: RunDir, other: RunDir, tolerance: float = 1e-5) -> None:
     assert max(float((mine[name] - theirs[name]).abs().max()) for name in mine) < tolerance
 
 
-@pytest.mark.parametrize("settings", [{}, {"preference__loss": "ipo"}], ids=["dpo", "ipo"])
+@pytest.mark.parametrize(
+    "settings", [{}, pytest.param({"preference__loss": "ipo"}, marks=pytest.mark.slow)], ids=["dpo", "ipo"]
+)
 def test_the_fast_engine_trains_as_stock_dpo_trainer(
     make: MakeRecipe, tmp_path: Path, settings: dict[str, object]
 ) -> None:
     runs = {}
     for engine in ("fast", "trl"):
-        recipe = make(train__engine=engine, train__output_dir=str(tmp_path / engine), **settings)
+        recipe = make(train__engine=engine, train__epochs=1, train__output_dir=str(tmp_path / engine), **settings)
         runs[engine] = train(recipe).run
     assert_close(runs["fast"], runs["trl"])
     fast, trl = (read_json(run.evaluation) for run in runs.values())
     for name in ("pair_accuracy", "pair_margin"):
         assert fast["tuned"][name] == pytest.approx(trl["tuned"][name], abs=1e-4)
-    assert fast["tuned"]["pair_margin"] > fast["base"]["pair_margin"] + 1  # something was learned
+    assert fast["tuned"]["pair_margin"] > fast["base"]["pair_margin"] + 0.5  # something was learned
 
 
 def test_a_run_begins_at_log_2_learns_and_reports(make: MakeRecipe) -> None:
@@ -118,11 +120,14 @@ def test_a_run_begins_at_log_2_learns_and_reports(make: MakeRecipe) -> None:
     assert "which of two answers is better" in card
     lock = read_json(run.lock)
     assert lock["choices"]["preference.beta"]["value"] == "0.1"
-    shown = CliRunner().invoke(app, ["evaluate", str(run.root), "--gate", "pair_accuracy>=0.9"])
+    shown = CliRunner().invoke(app, ["evaluate", str(run.root), "--gate", "pair_accuracy_per_token>=0.9"])
     assert shown.exit_code == 0, shown.output
     assert "chosen likelier" in shown.stdout
+    assert "not better: chosen answer likelier" in shown.output  # length decides on the sums of a random model
+    assert "but the margin of log p, nats" in shown.output
 
 
+@pytest.mark.slow
 def test_packed_pairs_train_as_pairs_one_by_one(make: MakeRecipe, tmp_path: Path) -> None:
     packed = train(make(train__epochs=1, train__output_dir=str(tmp_path / "packed"))).run
     alone = train(make(train__epochs=1, train__token_budget=1, train__output_dir=str(tmp_path / "alone"))).run
@@ -136,6 +141,7 @@ class StopAfter(NoProgress):
         raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_same_to_the_bit_and_needs_no_reference_pass(
     make: MakeRecipe, tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -197,6 +203,7 @@ def test_the_reference_is_cached_checked_and_computed_again_if_it_is_wrong(
     assert losses(third) == losses(first)
 
 
+@pytest.mark.slow
 def test_the_reference_of_a_continued_run_is_the_adapter_it_starts_from(make: MakeRecipe, tmp_path: Path) -> None:
     first = train(make(train__output_dir=str(tmp_path / "first"))).run
     second = train(
@@ -217,7 +224,7 @@ def evaluate_again(run: RunDir) -> float:
     return value
 
 
-@pytest.mark.parametrize("loss", ["orpo", "simpo"])
+@pytest.mark.parametrize("loss", ["orpo", pytest.param("simpo", marks=pytest.mark.slow)])
 def test_losses_without_a_reference_train_and_compute_none(
     make: MakeRecipe, loss: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from loratune.recipe.sections.preference import WITH_REFERENCE
 from loratune.workflows.tasks.generation import TextGeneration
 from loratune.workflows.tasks.task import Compared, Comparison, Started, TaskStarter
 
@@ -96,6 +97,9 @@ class Preference(TextGeneration):
 
         return beta_choice(recipe.preference)
 
+    def has_reference(self, recipe: Recipe) -> bool:
+        return recipe.preference.loss in WITH_REFERENCE
+
     def read_data(
         self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, max_length: int, progress: Progress
     ) -> tuple[Choice, PreparedData]:
@@ -142,10 +146,9 @@ class Preference(TextGeneration):
         return loss
 
     def before_training(self, started: Started) -> Preparation:
-        from loratune.workflows.tasks.preference.objective import needs_reference
         from loratune.workflows.tasks.preference.reference import with_reference
 
-        return with_reference(started) if needs_reference(started.prepared.recipe.preference) else started.prepared
+        return with_reference(started) if self.has_reference(started.prepared.recipe) else started.prepared
 
     def reference_trainer(self, setup: TrainerSetup) -> RunTrainer:
         from loratune.workflows.tasks.preference.trl_trainer import TrlPreferenceTrainer

@@ -7,9 +7,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
 from loratune.model.device import free_memory
+from loratune.recipe.sections.preference import WITH_REFERENCE
+from loratune.run.directory import read_json
 from loratune.workflows.tasks.generation.compare import compare_answers
 from loratune.workflows.tasks.preference.measures import add_pair_measures
-from loratune.workflows.tasks.preference.objective import needs_reference
 from loratune.workflows.tasks.preference.reference import (
     LogProbs,
     load_reference,
@@ -54,11 +55,11 @@ def _chosen_nll(pairs: list[PairExample], values: LogProbs) -> Nll:
 
 def _reference(comparison: Comparison, pairs: list[PairExample], base: LogProbs) -> LogProbs | None:
     """Return the held-out pairs' log-probabilities before training; None if the loss has no reference, or it is lost."""
-    if not needs_reference(comparison.prepared.recipe.preference):
+    if comparison.prepared.recipe.preference.loss not in WITH_REFERENCE:
         return None
-    if comparison.prepared.adapter.start is None:
-        return base  # a fresh adapter changes nothing
     run, progress = comparison.run, comparison.progress
+    if "start" not in read_json(run.lock)["inputs"]:  # the recipe of a finished run no longer says where it began
+        return base  # a fresh adapter changes nothing
     stored = load_reference(run, reference_key(run), progress)
     if stored is None or len(stored["eval"]) != len(pairs):
         progress.warn("no rewards are measured: log p under the adapter of lora.start_from is in RUN/reference no more")

@@ -5,15 +5,13 @@ Shapes: P pairs. c is the chosen answer, r the rejected one; |y| an answer's tra
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch.nn.functional import logsigmoid
 
-from loratune.recipe.sections.preference import DEFAULT_BETA, WITH_REFERENCE, PreferenceSection
-
-if TYPE_CHECKING:
-    from loratune.model.device import Choice
+from loratune.model.device import Choice
+from loratune.recipe.sections.preference import DEFAULT_BETA, PreferenceSection
 
 
 class Answers(NamedTuple):
@@ -33,11 +31,6 @@ class Answers(NamedTuple):
 def beta_of(section: PreferenceSection) -> float:
     """Return the strength of the preference, with `auto` resolved."""
     return DEFAULT_BETA[section.loss] if section.beta == "auto" else float(section.beta)
-
-
-def needs_reference(section: PreferenceSection) -> bool:
-    """Tell whether the loss compares with the model as it was before training."""
-    return section.loss in WITH_REFERENCE
 
 
 def pair_losses(section: PreferenceSection, answers: Answers) -> torch.Tensor:
@@ -88,8 +81,6 @@ def difference(of_answers_P2: torch.Tensor) -> torch.Tensor:
 
 def beta_choice(section: PreferenceSection) -> dict[str, Choice]:
     """Return what `preference.beta: auto` becomes, and why."""
-    from loratune.model.device import Choice
-
     if section.beta != "auto":
         return {}
     return {"preference.beta": Choice(f"{beta_of(section):g}", f"the value of the paper of {section.loss}")}
