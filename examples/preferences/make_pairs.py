@@ -1,7 +1,8 @@
 """Write train.jsonl and eval.jsonl: scheduling requests with a right answer and one with a mistake that models make.
 
-The mistakes are those that the quickstart's adapter makes on its held-out requests: it overlooks that a request is urgent,
-it repeats its first answer although a second turn changes it, it leaves out the place. Standard library only, seeded.
+The mistakes are those that the quickstart's adapter makes on its held-out requests: it overlooks that a request is
+urgent, it repeats its first answer although a second turn changes it, it leaves out the place. Standard library only,
+seeded.
 """
 
 import json

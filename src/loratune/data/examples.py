@@ -1,4 +1,4 @@
-"""An example: the tokens of one row, and which of them carry loss, which class the row has, or which answer is better."""
+"""An example: the tokens of one row, and which carry loss, which class the row has, or which answer is better."""
 
 from __future__ import annotations
 

@@ -57,7 +57,9 @@ class StepTotals:
         counts = (num_tokens, num_supervised_tokens, sum(map(num_terms, share.examples)))
         shares = processes.gather((counts, sources.count(share.examples), share.left_out, events.drain()))
         events.replay(record for *_, pending in shares for record in pending)
-        num_tokens, num_supervised_tokens, terms = (sum(part) for part in zip(*(own for own, *_ in shares), strict=True))
+        num_tokens, num_supervised_tokens, terms = (
+            sum(part) for part in zip(*(own for own, *_ in shares), strict=True)
+        )
         return cls(
             num_tokens=num_tokens,
             num_supervised_tokens=num_supervised_tokens,

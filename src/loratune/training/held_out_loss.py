@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from loratune.training.token_budget import TokenBudget
 
 Nll = list[tuple[float, int]]
-"""For each held-out example: the sum of -log p over its supervised tokens, in nats, and the number of these tokens; of a
-pair of answers its loss, and 1."""
+"""For each held-out example: the sum of -log p over its supervised tokens, in nats, and their number; of a pair of
+answers its loss, and 1."""
 
 
 def mean_nll(losses: Iterable[tuple[float, int]]) -> float:

@@ -203,7 +203,9 @@ L = TypeVar("L", bound=SupervisedLoss)
 
 
 def make_loss(
-    model: PeftModel, examples: Sequence[Example], kind: type[L] = SupervisedLoss  # type: ignore[assignment]
+    model: PeftModel,
+    examples: Sequence[Example],
+    kind: type[L] = SupervisedLoss,  # type: ignore[assignment]
 ) -> tuple[L, str]:
     """Return the fastest loss that equals the plain one on this model, and why it does not pack if it does not.
 

@@ -121,9 +121,7 @@ def test_fields_that_are_not_read_are_named_once() -> None:
 # ---- tokens
 
 
-def prepared(
-    folder: Path, tokenizer: PreTrainedTokenizerBase, rows: list[Any], **settings: Any
-) -> PreparedData:
+def prepared(folder: Path, tokenizer: PreTrainedTokenizerBase, rows: list[Any], **settings: Any) -> PreparedData:
     max_length = settings.pop("max_length", 400)
     file = write_jsonl(folder / "pairs.jsonl", rows)
     section = DataSection.model_validate({"train": str(file), "eval": "none", **settings})
@@ -195,7 +193,7 @@ def test_a_template_that_writes_the_answer_into_the_prompt_is_refused_with_the_d
         "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] "
         "+ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     )
-    with pytest.raises(DataError, match="not answers to the same prompt|disagree|renders"):
+    with pytest.raises(DataError, match=r"not answers to the same prompt|disagree|renders"):
         prepared(tmp_path, tokenizer, [SHAPES["texts"]])
 
 

@@ -125,9 +125,7 @@ class Task(PlannedTask, ReportedTask):
     """What a model learns, and everything that depends on it."""
 
     @abstractmethod
-    def make_loss(
-        self, model: PeftModel, examples: Sequence[Example], recipe: Recipe
-    ) -> tuple[SupervisedLoss, str]:
+    def make_loss(self, model: PeftModel, examples: Sequence[Example], recipe: Recipe) -> tuple[SupervisedLoss, str]:
         """Return the fastest loss that equals the plain one on these examples, and why it is not the fastest there
         is."""
 

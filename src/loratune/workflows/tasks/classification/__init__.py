@@ -182,9 +182,7 @@ class Classification(Task):
             f"{num_regressions:,} of these correctly."
         )
 
-    def make_loss(
-        self, model: PeftModel, examples: Sequence[Example], recipe: Recipe
-    ) -> tuple[SupervisedLoss, str]:
+    def make_loss(self, model: PeftModel, examples: Sequence[Example], recipe: Recipe) -> tuple[SupervisedLoss, str]:
         from loratune.workflows.tasks.classification.loss import make_classification_loss
 
         loss, reason = make_classification_loss(model, examples)

@@ -46,9 +46,12 @@ class TextGeneration(Task):
             if other := _OTHER_COLUMNS.get(column):
                 yield f"data.columns names {column}, which is for model.task {other}", f"task={other}"
         section = recipe.preference
-        if given := [name for name, part in type(section).model_fields.items() if getattr(section, name) != part.default]:
-            yield f"preference.{given[0]} is {getattr(section, given[0])}, which model.task {self.name} does not have", (
-                "task=preference, or leave it out"
+        if given := [
+            name for name, part in type(section).model_fields.items() if getattr(section, name) != part.default
+        ]:
+            yield (
+                f"preference.{given[0]} is {getattr(section, given[0])}, which model.task {self.name} does not have",
+                ("task=preference, or leave it out"),
             )
 
     def positions(self, recipe: Recipe, config: Any) -> int | None:
@@ -116,9 +119,7 @@ class TextGeneration(Task):
 
         return chunk_rows(config.vocab_size, device)
 
-    def make_loss(
-        self, model: PeftModel, examples: Sequence[Example], recipe: Recipe
-    ) -> tuple[SupervisedLoss, str]:
+    def make_loss(self, model: PeftModel, examples: Sequence[Example], recipe: Recipe) -> tuple[SupervisedLoss, str]:
         from loratune.training.loss import make_loss
 
         loss, reason = make_loss(model, examples)

@@ -106,9 +106,7 @@ class Preference(TextGeneration):
         from loratune.model.device import Choice
         from loratune.workflows.tasks.preference.data import prepare_pairs
 
-        data = prepare_pairs(
-            recipe.data, tokenizer, max_length=max_length, seed=recipe.train.seed, progress=progress
-        )
+        data = prepare_pairs(recipe.data, tokenizer, max_length=max_length, seed=recipe.train.seed, progress=progress)
         return Choice("false"), data
 
     def render_again(
@@ -128,9 +126,7 @@ class Preference(TextGeneration):
             f"trained on {self.trained_on(lock)}"
         )
 
-    def make_loss(
-        self, model: PeftModel, examples: Sequence[Example], recipe: Recipe
-    ) -> tuple[SupervisedLoss, str]:
+    def make_loss(self, model: PeftModel, examples: Sequence[Example], recipe: Recipe) -> tuple[SupervisedLoss, str]:
         from loratune.training.loss import make_loss
         from loratune.workflows.tasks.preference.loss import PreferenceLoss
 

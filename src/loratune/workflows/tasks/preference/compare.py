@@ -18,12 +18,12 @@ from loratune.workflows.tasks.preference.reference import (
     pairs_of,
     reference_key,
 )
-from loratune.workflows.tasks.task import Compared, Comparison
 
 if TYPE_CHECKING:
     from loratune.data.examples import PairExample
     from loratune.training.held_out_loss import Nll
     from loratune.workflows.tasks.preference.loss import PreferenceLoss
+    from loratune.workflows.tasks.task import Compared, Comparison
 
 
 def compare_preferences(comparison: Comparison) -> Compared:
@@ -54,7 +54,7 @@ def _chosen_nll(pairs: list[PairExample], values: LogProbs) -> Nll:
 
 
 def _reference(comparison: Comparison, pairs: list[PairExample], base: LogProbs) -> LogProbs | None:
-    """Return the held-out pairs' log-probabilities before training; None if the loss has no reference, or it is lost."""
+    """Return the held-out log-probabilities before training; None if the loss has no reference, or it is lost."""
     if comparison.prepared.recipe.preference.loss not in WITH_REFERENCE:
         return None
     run, progress = comparison.run, comparison.progress

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from loratune.recipe.recipe import DataSection
 
 LENGTH_BIAS = 0.6
-"""The share of pairs whose chosen answer is the longer one from which the report speaks of a length bias; 0.5 is none."""
+"""The share of pairs whose chosen answer is the longer one from which the report speaks of a length bias; 0.5: none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -242,9 +242,7 @@ def _side_report(side: ReadSide[Pair], encoded: _Encoded, tokenizer: PreTrainedT
         "answers_with_thoughts": counts.get("thoughts", 0),
         "special_tokens_in_text": counts.get("special_tokens_in_text", 0),
         **row_report(_places(side), rejected),
-        **account_for_rows(
-            side, len(encoded.examples), num_rejected=len(rejected), num_dropped=len(encoded.dropped)
-        ),
+        **account_for_rows(side, len(encoded.examples), num_rejected=len(rejected), num_dropped=len(encoded.dropped)),
         **unread_report(side, {}),
         "scripts": scripts([message.get("content") or "" for c in conversations for message in c.messages]),
         "findings": [finding.as_record() for finding in findings],
