@@ -19,7 +19,7 @@ from loratune.run.errors import Interrupted, RecipeError
 from loratune.run.progress import NoProgress
 from loratune.workflows.plan import plan
 from loratune.workflows.resume import resume
-from loratune.workflows.tasks.preference import reference
+from loratune.workflows.tasks.preference import compare, reference
 from loratune.workflows.tasks.preference.reference import pairs_of
 from loratune.workflows.train import train
 from tests.conftest import write_jsonl
@@ -156,7 +156,7 @@ def test_a_resumed_run_is_the_same_to_the_bit_and_needs_no_reference_pass(
         path.unlink()  # only the run directory has it
     passes = count_passes(monkeypatch)
     resume(run.root)
-    assert "reference" not in passes
+    assert passes == ["base", "fine-tuned"]
     assert losses(run) == losses(whole)
     one, other = adapter(whole), adapter(run)
     assert all(bool((one[name] == other[name]).all()) for name in one)
@@ -171,7 +171,8 @@ def count_passes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         passes.append(what)
         return real(loss, pairs, budget, progress, what)
 
-    monkeypatch.setattr(reference, "log_probs", counted)
+    for module in (reference, compare):
+        monkeypatch.setattr(module, "log_probs", counted)
     return passes
 
 
@@ -204,7 +205,9 @@ def test_the_reference_is_cached_checked_and_computed_again_if_it_is_wrong(
 
 
 @pytest.mark.slow
-def test_the_reference_of_a_continued_run_is_the_adapter_it_starts_from(make: MakeRecipe, tmp_path: Path) -> None:
+def test_the_reference_of_a_continued_run_is_the_adapter_it_starts_from(
+    make: MakeRecipe, tmp_path: Path, own_cache: Path
+) -> None:
     first = train(make(train__output_dir=str(tmp_path / "first"))).run
     second = train(
         make(train__epochs=1, train__output_dir=str(tmp_path / "second"), lora__start_from=str(first.adapter))
@@ -214,14 +217,18 @@ def test_the_reference_of_a_continued_run_is_the_adapter_it_starts_from(make: Ma
     growth = second.evaluation["tuned"]["pair_margin"] - read_json(first.evaluation)["tuned"]["pair_margin"]
     rewards = second.evaluation["preference"]["rewards"]
     assert rewards["margin"]["value"] == pytest.approx(0.1 * growth, abs=1e-4)
-    assert evaluate_again(second.run) == pytest.approx(rewards["margin"]["value"], abs=1e-6)
+    again = evaluate_again(second.run)["rewards"]
+    assert again["margin"]["value"] == pytest.approx(rewards["margin"]["value"], abs=1e-6)
+    for entry in (*second.run.reference.iterdir(), *(own_cache / "reference").iterdir()):
+        entry.unlink()
+    assert evaluate_again(second.run)["rewards"] is None  # not measured from the bare base
 
 
-def evaluate_again(run: RunDir) -> float:
+def evaluate_again(run: RunDir) -> dict[str, Any]:
     assert CliRunner().invoke(app, ["evaluate", str(run.root)]).exit_code == 0
-    value = read_json(run.evaluation)["preference"]["rewards"]["margin"]["value"]
-    assert isinstance(value, float)
-    return value
+    found = read_json(run.evaluation)["preference"]
+    assert isinstance(found, dict)
+    return found
 
 
 @pytest.mark.parametrize("loss", ["orpo", pytest.param("simpo", marks=pytest.mark.slow)])
@@ -230,7 +237,7 @@ def test_losses_without_a_reference_train_and_compute_none(
 ) -> None:
     passes = count_passes(monkeypatch)
     result = train(make(preference__loss=loss))
-    assert passes == []
+    assert passes == ["base", "fine-tuned"]
     assert result.evaluation is not None
     assert result.evaluation["preference"]["rewards"] is None
     difference = result.evaluation["difference"]

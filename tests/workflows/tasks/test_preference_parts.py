@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
 
 from loratune.data.batch import collate, num_supervised, num_terms
 from loratune.data.examples import Example, PairExample
 from loratune.data.rows.row import Origin
+from loratune.model.adapter.attach import attach_adapter
+from loratune.model.adapter.targets import resolve_targets
 from loratune.planning.lock import examples_fingerprint
-from loratune.recipe.sections.preference import DEFAULT_BETA, PreferenceSection
+from loratune.recipe.recipe import LoraSection
+from loratune.recipe.sections.preference import DEFAULT_BETA, WITH_REFERENCE, PreferenceSection
 from loratune.reporting.preference_section import PAIR_MEASURES, preference
 from loratune.run.records.evaluation import EvaluationRecord
+from loratune.training.loss import SupervisedLoss
+from loratune.workflows.tasks.preference.loss import PreferenceLoss
 from loratune.workflows.tasks.preference.measures import MEASURES, add_pair_measures, preference_table
 from loratune.workflows.tasks.preference.objective import Answers, beta_choice, beta_of, pair_losses
+from loratune.workflows.tasks.preference.trl_trainer import LOSS_TYPES, padded_pairs, rows_of_pairs
+from tests.model.adapter.test_attach import tiny
 
 ORIGIN = Origin(file="pairs.jsonl", line=1)
 
@@ -195,3 +204,89 @@ def test_the_page_says_what_was_learned_and_whether_it_was_length() -> None:
     assert "the fine-tuned model's own answers" in text
     without = " ".join(map(str, preference(evaluation(measured(reference=False)))))
     assert "reward" not in without
+
+
+# ---- the loss on a model
+
+
+def adapted() -> PeftModel:
+    """A tiny model with an adapter that changes it, without dropout."""
+    base = tiny(2)
+    section = LoraSection(r=4, dropout=0.0)
+    model = attach_adapter(base, section, resolve_targets(base, "balanced"), base_name="tiny", seed=0)
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.2)
+    return model
+
+
+def random_pairs() -> list[PairExample]:
+    draw = np.random.default_rng(0)
+
+    def ids(*lengths: int) -> list[list[int]]:
+        return [draw.integers(3, 90, size=length).tolist() for length in lengths]
+
+    found = []
+    for prompt, chosen, rejected in (ids(7, 4, 6), ids(5, 9, 3), ids(8, 5, 5)):
+        pair = PairExample.of(
+            sequence(prompt + chosen, len(chosen)), sequence(prompt + rejected, len(rejected)), ORIGIN
+        )
+        found.append(replace(pair, reference=(-4.0 * len(chosen), -4.1 * len(rejected))))
+    return found
+
+
+def in_plain_torch(model: PeftModel, pairs: list[PairExample], beta: float) -> torch.Tensor:
+    """DPO with full logits, one sequence at a time, by the model's own forward."""
+    total = torch.zeros((), dtype=torch.float64)
+    for pair in pairs:
+        logps = []
+        for part in pair.sequences:
+            ids = torch.from_numpy(part.input_ids).long()
+            logits = model(input_ids=ids[None]).logits[0, :-1].double()
+            each = torch.log_softmax(logits, -1).gather(1, ids[1:, None])[:, 0]
+            logps.append(each[torch.from_numpy(part.supervised[1:])].sum())
+        assert pair.reference is not None
+        delta = logps[0] - pair.reference[0] - logps[1] + pair.reference[1]
+        total = total - torch.nn.functional.logsigmoid(beta * delta)
+    return total
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_the_loss_and_every_gradient_equal_plain_torch(packed: bool) -> None:
+    pairs = random_pairs()
+    plain = adapted()
+    expected = in_plain_torch(plain, pairs, 0.3)
+    expected.backward()
+    model = adapted()
+    loss = PreferenceLoss(model, packed=packed)
+    loss.section = PreferenceSection(beta=0.3)
+    each = torch.empty(3)
+    total = loss.sum(collate(pairs), each)
+    total.backward()
+    assert float(total) == pytest.approx(float(expected), rel=1e-5)
+    assert float(each.sum()) == pytest.approx(float(expected), rel=1e-5)
+    assert loss.per_token(collate(pairs)).tolist() == pytest.approx(each.tolist())
+    theirs = dict(plain.named_parameters())
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert trained
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(parameter.grad, theirs[name].grad, rtol=1e-3, atol=1e-5)
+
+
+def test_examples_without_pairs_have_the_usual_loss() -> None:
+    model = adapted()
+    plain = [sequence([5, 6, 7, 8], 2), sequence([9, 3, 4], 1)]
+    mine, usual = PreferenceLoss(model, packed=True), SupervisedLoss(model, packed=True)
+    assert mine.per_token(collate(plain)).tolist() == usual.per_token(collate(plain)).tolist()
+    assert float(mine.sum(collate(plain))) == float(usual.sum(collate(plain)))
+
+
+def test_the_referee_gets_the_same_tokens_and_masks() -> None:
+    pairs = [pair_example(), PairExample.of(sequence([5, 6], 1), sequence([5, 7, 8], 2), ORIGIN)]
+    batch = padded_pairs([*rows_of_pairs(pairs)])
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 4], [5, 6, 0, 0], [1, 2, 9, 0], [5, 7, 8, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 0]]
+    assert batch["completion_mask"].tolist() == [[0, 0, 1, 1], [0, 1, 0, 0], [0, 0, 1, 0], [0, 1, 1, 0]]
+    assert set(LOSS_TYPES) == set(WITH_REFERENCE)
