@@ -17,9 +17,10 @@ from loratune.data.examples import PairExample
 from loratune.data.prepared import PreparedData
 from loratune.data.preview import preview
 from loratune.data.rows.row import Row
-from loratune.recipe.recipe import DataSection
+from loratune.recipe.recipe import DataSection, Recipe
 from loratune.run.errors import DataError
 from loratune.run.records.data import DataRecord
+from loratune.workflows.guidance.init import init
 from loratune.workflows.tasks.preference.data import prepare_pairs
 from loratune.workflows.tasks.preference.rows import to_pairs
 from loratune.workflows.tasks.task import task_named
@@ -197,7 +198,16 @@ def test_a_template_that_writes_the_answer_into_the_prompt_is_refused_with_the_d
         prepared(tmp_path, tokenizer, [SHAPES["texts"]])
 
 
-def test_init_recognizes_pairs() -> None:
+def test_init_writes_a_recipe_for_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for shape in ("texts", "ShareGPT", "whole conversations"):
+        file = write_jsonl(tmp_path / "mine.jsonl", [SHAPES[shape]] * 30)
+        path, starter = init(str(file), overwrite=True)
+        assert Recipe.load(path).model.task == "preference"
+        assert "30 pairs" in starter.title
+
+
+def test_pairs_are_recognized_and_other_rows_are_not() -> None:
     rows = [Row(file="a", line=n, value=SHAPES["texts"]) for n in range(3)]
     found = task_named("preference").starter_settings(rows)
     assert found is not None

@@ -177,7 +177,7 @@ class Preference(TextGeneration):
             settings={"model.task": (self.name, reason)},
             num_rows=len(found.items),
             unit="pair",
-            of_what="answers",
+            of_what=found.format,
         )
 
 
