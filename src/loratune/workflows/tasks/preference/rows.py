@@ -191,7 +191,10 @@ def _conversation_with(
     given: list[Message] | None, turns: list[Any], name: str, unread: list[tuple[Place, str]]
 ) -> list[Message]:
     """Return a whole conversation, with the notes `given` and `started` of its prompt."""
-    messages = read_turns(turns, unread, first=1 if given is None else len(given) + 1)
+    try:
+        messages = read_turns(turns, unread, first=1 if given is None else len(given) + 1)
+    except BadRow as bad:
+        raise BadRow(f"{name}: {bad}") from None
     if not messages:
         raise BadRow(f"{name} is empty")
     if given is None and messages[0]["role"] == "assistant":
