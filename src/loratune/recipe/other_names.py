@@ -162,7 +162,7 @@ SETTINGS: dict[str, str] = {
     "rpo_alpha": "preference.sft_weight",
     "pref_ftx": "preference.sft_weight",
     "simpo_gamma": "preference.target_margin",
-    "ref_model": f"{NO_COUNTERPART}the reference is the model as it is before step 1, with the adapter of lora.start_from",
+    "ref_model": f"{NO_COUNTERPART}the reference is the model before step 1, with the adapter of lora.start_from",
     "precompute_ref_log_probs": f"{NO_COUNTERPART}the reference is always computed once, before step 1",
     # ---- the evaluation
     "max_completion_length": "evaluate.max_new_tokens",

@@ -41,8 +41,8 @@ _REFUSED: tuple[tuple[str, tuple[Any, ...], str, str], ...] = (
 """Setting, the values that are refused, why, and the fix."""
 
 _OFF: tuple[tuple[str, str], ...] = (
-    ("train.label_smoothing", "which smooths tokens; preference.label_smoothing is for pairs"),
-    ("train.neftune_noise_alpha", "whose noise would be in the likelihood of both answers"),
+    ("train.label_smoothing", "it smooths tokens; preference.label_smoothing is for pairs"),
+    ("train.neftune_noise_alpha", "its noise would be in the likelihood of both answers"),
     ("lora.modules_to_save", "the loss of pairs needs a frozen output head"),
     ("lora.new_tokens", "the loss of pairs needs a frozen output head"),
 )
