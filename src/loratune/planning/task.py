@@ -59,7 +59,13 @@ class StepCosts:
 
 
 class PlannedTask(RecipeTask):
-    """What planning asks of a task."""
+    """What planning asks of a task.
+
+    Attributes:
+        is_supervised: Whether the model learns what the data says, so that learning rates of supervised fine-tuning fit.
+    """
+
+    is_supervised: bool = True
 
     def choices(self, recipe: Recipe) -> dict[str, Choice]:
         """Return what the task's own settings that are `auto` become, and why."""

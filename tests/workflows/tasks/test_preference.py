@@ -256,6 +256,9 @@ def test_the_plan_counts_pairs_and_the_preview_shows_both_answers(make: MakeReci
     side = prepared.data.report["train"]
     assert side["pairs"]["rejected_tokens"] > 0
     assert prepared.recipe.preference.beta == 0.1
+    assert "train.learning_rate" not in [advice.about for advice in plan(make(train__learning_rate=1e-5)).notes.advice]
+    without = plan(make(preference__loss="orpo"))  # which needs no pass over all pairs before step 1
+    assert prepared.estimate.time.evaluate_seconds > without.estimate.time.evaluate_seconds
 
 
 def refusals() -> Iterator[tuple[dict[str, object], str]]:

@@ -53,6 +53,7 @@ class Preference(TextGeneration):
     """A model that prefers the better of two answers."""
 
     name = "preference"
+    is_supervised = False
     example = "pair"
     training_example = "pair"
     reference = "chosen answer"
