@@ -62,7 +62,7 @@ class PlannedTask(RecipeTask):
     """What planning asks of a task.
 
     Attributes:
-        is_supervised: Whether the model learns what the data says, so that learning rates of supervised fine-tuning fit.
+        is_supervised: Whether the model learns what the data says, so that rates of supervised fine-tuning fit.
     """
 
     is_supervised: bool = True

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from loratune.__main__ import app
+from loratune.planning import cost
 from loratune.recipe.recipe import Recipe
 from loratune.run.directory import RunDir, read_json
 from loratune.run.errors import Interrupted, RecipeError
@@ -257,8 +258,12 @@ def test_the_plan_counts_pairs_and_the_preview_shows_both_answers(make: MakeReci
     assert side["pairs"]["rejected_tokens"] > 0
     assert prepared.recipe.preference.beta == 0.1
     assert "train.learning_rate" not in [advice.about for advice in plan(make(train__learning_rate=1e-5)).notes.advice]
-    without = plan(make(preference__loss="orpo"))  # which needs no pass over all pairs before step 1
-    assert prepared.estimate.time.evaluate_seconds > without.estimate.time.evaluate_seconds
+    both = [*pairs, *pairs_of(prepared.data.eval)]
+    assert cost._reference_pass(make(), prepared.data) == {
+        "reference_tokens": sum(len(example.input_ids) for example in both),
+        "reference_supervised": sum(int(example.supervised.sum()) for example in both),
+    }
+    assert cost._reference_pass(make(preference__loss="orpo"), prepared.data) == {}
 
 
 def refusals() -> Iterator[tuple[dict[str, object], str]]:
