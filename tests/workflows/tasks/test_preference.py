@@ -18,6 +18,7 @@ from loratune.recipe.recipe import Recipe
 from loratune.run.directory import RunDir, read_json
 from loratune.run.errors import Interrupted, RecipeError
 from loratune.run.progress import NoProgress
+from loratune.workflows.guidance.eject_support import check_supported
 from loratune.workflows.plan import plan
 from loratune.workflows.resume import resume
 from loratune.workflows.tasks.preference import compare, reference
@@ -264,6 +265,12 @@ def test_the_plan_counts_pairs_and_the_preview_shows_both_answers(make: MakeReci
         "reference_supervised": sum(int(example.supervised.sum()) for example in both),
     }
     assert cost._reference_pass(make(preference__loss="orpo"), prepared.data) == {}
+
+
+def test_eject_says_what_trains_pairs_with_stock_libraries(make: MakeRecipe) -> None:
+    with pytest.raises(RecipeError, match="pairs of answers are not written") as refused:
+        check_supported(make())
+    assert "DPOTrainer" in refused.value.fix
 
 
 def refusals() -> Iterator[tuple[dict[str, object], str]]:
