@@ -52,9 +52,10 @@ def with_reference(started: Started) -> Preparation:
     prepared, run, progress = started.prepared, started.run, started.progress
     loss = cast("PreferenceLoss", started.loss)
     train, held_out = pairs_of(prepared.data.train), pairs_of(prepared.data.eval)
-    key = processes.gather(reference_key(run) if processes.is_main() else "")[0]
-    stored = load_reference(run, key, progress)
-    if stored is not None and (differs := _differs(loss, train, stored["train"])):
+    key = reference_key(run) if processes.is_main() else ""
+    # The first process decides for all: another machine's cache may have what this one has not.
+    stored = processes.gather(load_reference(run, key, progress))[0]
+    if stored is not None and (differs := processes.gather(_differs(loss, train, stored["train"]))[0]):
         progress.warn(f"the stored reference differs from the loaded model ({differs}), and is computed again")
         stored = None
     if stored is None:
@@ -62,7 +63,7 @@ def with_reference(started: Started) -> Preparation:
         budget = TokenBudget(prepared.estimate.memory.token_budget, events, together=loss.sharded)
         both = log_probs(loss, [*train, *held_out], budget, progress, "reference")
         stored = {"train": both[: len(train)], "eval": both[len(train) :]}
-    if key and processes.is_main():
+    if key:  # the first process only
         for cache in _caches(run, progress):
             if not cache.path(key).is_file():
                 cache.store(key, {name: np.ascontiguousarray(part) for name, part in stored.items()})
