@@ -204,6 +204,9 @@ def test_the_reference_is_cached_checked_and_computed_again_if_it_is_wrong(
     assert passes == ["reference", "reference"]
     assert "the stored reference differs from the loaded model (by 1 nats" in " ".join(warnings)
     assert losses(third) == losses(first)
+    repaired = cache.load(entry.stem)
+    assert repaired is not None
+    assert (repaired["train"] == stored["train"]).all()
 
 
 @pytest.mark.slow

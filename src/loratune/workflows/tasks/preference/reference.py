@@ -58,6 +58,7 @@ def with_reference(started: Started) -> Preparation:
     if stored is not None and (differs := processes.gather(_differs(loss, train, stored["train"]))[0]):
         progress.warn(f"the stored reference differs from the loaded model ({differs}), and is computed again")
         stored = None
+    known = stored is not None
     if stored is None:
         events = EventLog(run, progress)
         budget = TokenBudget(prepared.estimate.memory.token_budget, events, together=loss.sharded)
@@ -65,7 +66,7 @@ def with_reference(started: Started) -> Preparation:
         stored = {"train": both[: len(train)], "eval": both[len(train) :]}
     if key:  # the first process only
         for cache in _caches(run, progress):
-            if not cache.path(key).is_file():
+            if not (known and cache.path(key).is_file()):
                 cache.store(key, {name: np.ascontiguousarray(part) for name, part in stored.items()})
     return _put(prepared, train, held_out, stored)
 
