@@ -25,6 +25,7 @@ from loratune.workflows.tasks.preference import compare, reference
 from loratune.workflows.tasks.preference.reference import pairs_of
 from loratune.workflows.train import train
 from tests.conftest import write_jsonl
+from tests.invariants.test_processes import trained
 
 MakeRecipe = Callable[..., Recipe]
 COLORS = ("red", "blue", "green", "white", "black", "brown")
@@ -134,6 +135,16 @@ def test_packed_pairs_train_as_pairs_one_by_one(make: MakeRecipe, tmp_path: Path
     packed = train(make(train__epochs=1, train__output_dir=str(tmp_path / "packed"))).run
     alone = train(make(train__epochs=1, train__token_budget=1, train__output_dir=str(tmp_path / "alone"))).run
     assert_close(packed, alone)
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(make: MakeRecipe, tmp_path: Path, own_cache: Path) -> None:
+    """The second run computes its own reference, each process a share of it."""
+    settings = {"train__epochs": 1, "lora__dropout": 0.1}
+    one = train(make(**settings, train__output_dir=str(tmp_path / "one"))).run
+    two = trained(2, make(**settings), tmp_path)
+    assert len(list((own_cache / "reference").iterdir())) == 2
+    assert_close(one, two)
 
 
 class StopAfter(NoProgress):
