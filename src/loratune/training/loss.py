@@ -202,21 +202,21 @@ class SupervisedLoss:
 L = TypeVar("L", bound=SupervisedLoss)
 
 
-def make_loss(
-    model: PeftModel,
-    examples: Sequence[Example],
-    kind: type[L] = SupervisedLoss,  # type: ignore[assignment]
-) -> tuple[L, str]:
+def make_loss(model: PeftModel, examples: Sequence[Example]) -> tuple[SupervisedLoss, str]:
     """Return the fastest loss that equals the plain one on this model, and why it does not pack if it does not.
 
     Args:
         model: The adapted model.
         examples: The training examples; the beginnings of the first and the last are compared.
-        kind: The class of the loss, whose log-probabilities are those of `SupervisedLoss`.
 
     Raises:
         RunError: Neither packed nor separate examples reproduce the model's own loss.
     """
+    return make_loss_of(SupervisedLoss, model, examples)
+
+
+def make_loss_of(kind: type[L], model: PeftModel, examples: Sequence[Example]) -> tuple[L, str]:
+    """Return the same of a class whose log-probabilities are those of `SupervisedLoss`."""
     beginnings = _beginnings_of(examples)
     return fastest_loss(
         kind,

@@ -128,10 +128,10 @@ class Preference(TextGeneration):
         )
 
     def make_loss(self, model: PeftModel, examples: Sequence[Example], recipe: Recipe) -> tuple[SupervisedLoss, str]:
-        from loratune.training.loss import make_loss
+        from loratune.training.loss import make_loss_of
         from loratune.workflows.tasks.preference.loss import PreferenceLoss
 
-        loss, reason = make_loss(model, examples, PreferenceLoss)
+        loss, reason = make_loss_of(PreferenceLoss, model, examples)
         loss.section = recipe.preference
         return loss, f"examples go through the model one at a time: {reason}" if reason else ""
 

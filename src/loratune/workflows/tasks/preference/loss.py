@@ -9,8 +9,6 @@ Full logits are never held. Examples without pairs (`evaluate.forgetting`) have 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
 from loratune.data.batch import MicroBatch, float_type
@@ -18,9 +16,6 @@ from loratune.model.kernels.cross_entropy import cross_entropy_each
 from loratune.recipe.sections.preference import PreferenceSection
 from loratune.training.loss import SupervisedLoss
 from loratune.workflows.tasks.preference.objective import Answers, pair_losses
-
-if TYPE_CHECKING:
-    from peft import PeftModel
 
 
 class PreferenceLoss(SupervisedLoss):
@@ -31,9 +26,6 @@ class PreferenceLoss(SupervisedLoss):
     """
 
     section = PreferenceSection()
-
-    def __init__(self, model: PeftModel, *, packed: bool = True) -> None:
-        super().__init__(model, packed=packed)
 
     def sum(self, batch: MicroBatch, each: torch.Tensor | None = None) -> torch.Tensor:
         """Sum the losses of the pairs of a micro-batch; return a float32 scalar with a gradient.
