@@ -225,7 +225,7 @@ def random_pairs() -> list[PairExample]:
     draw = np.random.default_rng(0)
 
     def ids(*lengths: int) -> list[list[int]]:
-        return [draw.integers(3, 90, size=length).tolist() for length in lengths]
+        return [draw.integers(3, 59, size=length).tolist() for length in lengths]
 
     found = []
     for prompt, chosen, rejected in (ids(7, 4, 6), ids(5, 9, 3), ids(8, 5, 5)):
