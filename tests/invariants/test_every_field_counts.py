@@ -42,6 +42,7 @@ LATER = (
     *("train.neftune_noise_alpha", "train.label_smoothing", "train.average_checkpoints", "train.early_stopping"),
     *("train.keep_checkpoints", "train.final_adapter", "train.seed", "train.report_to", "train.save_every"),
     *("train.warmup_fraction", "train.max_grad_norm", "train.log_every", "train.recompute", "data.streaming"),
+    *("preference.loss", "preference.label_smoothing", "preference.sft_weight", "preference.target_margin"),
     *("train.compile", "data.on_long", "data.on_bad_row", "data.thinking", "data.special_tokens_in_text"),
 )
 """Fields whose effect other tests of the default suite see too: here they run with `-m slow` only."""
@@ -108,6 +109,11 @@ OTHER: dict[str, Any] = {
     "train.neftune_noise_alpha": 5.0,
     "train.average_checkpoints": 2,
     "train.label_smoothing": 0.1,
+    "preference.loss": "ipo",
+    "preference.beta": 0.5,
+    "preference.label_smoothing": 0.2,
+    "preference.sft_weight": 0.5,
+    "preference.target_margin": 0.2,
     "evaluate.metric": "contains",
     "evaluate.samples": 1,
     "evaluate.max_new_tokens": 2,
@@ -120,6 +126,7 @@ REFUSALS = {
     "train.on_bad_step": "",
     "train.max_skipped_steps": "",
 }
+PAIRS: dict[str, Any] = {"model.task": "preference", "data.train": "PAIRS", "data.eval": "PAIRS", "evaluate.samples": 0}
 # settings that the field needs to matter; they are in the run it is compared with too
 ALSO: dict[str, dict[str, Any]] = {
     "lora.target_parameters": {"model.name": "MOE", "lora.dropout": 0},
@@ -134,6 +141,10 @@ ALSO: dict[str, dict[str, Any]] = {
     "train.max_skipped_steps": {"lora.alpha": 1e38, "train.on_bad_step": "skip"},
     "train.average_checkpoints": {"train.save_every": 1},
     "train.early_stopping": {"train.eval_every": 1, "train.learning_rate": 20.0},
+    **dict.fromkeys(
+        ("preference.loss", "preference.beta", "preference.label_smoothing", "preference.sft_weight"), PAIRS
+    ),
+    "preference.target_margin": {**PAIRS, "preference.loss": "simpo"},
     "evaluate.samples": {"evaluate.metric": "exact_match"},
     "evaluate.max_new_tokens": {"evaluate.metric": "exact_match"},
 }
@@ -255,11 +266,13 @@ def places(
         | {"text": f"words {i}", "label": ("no", "yes")[i % 2]}
         for i in range(16)
     ]
+    pairs = [{"prompt": f"Colour {i}?", "chosen": "red", "rejected": "I do not know"} for i in range(8)]
     first = train(with_settings(baseline_values, {"train.output_dir": str(folder / "first")})).run
     return {
         "ADAPTER": str(first.adapter),
         "MOE": str(make_moe(folder / "moe", smollm2_tokenizer)),
         "SEVERAL": str(write_jsonl(folder / "several.jsonl", several)),
+        "PAIRS": str(write_jsonl(folder / "pairs.jsonl", pairs)),
     }
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from loratune.data.examples import Example, LabelledExample
+from loratune.data.examples import Example, LabelledExample, PairExample
 from loratune.data.rows.row import Origin
 
 if TYPE_CHECKING:
@@ -23,18 +23,22 @@ FILLER = Example(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MicroBatch:
-    """Several examples laid end to end, without padding. T tokens, E examples, S supervised tokens.
+    """Several examples laid end to end, without padding. T tokens, E sequences, S supervised tokens.
+
+    An example is one sequence, a pair of answers is two.
 
     Attributes:
         input_ids: int64 [1, T].
-        position_ids: int64 [1, T], restarting at 0 with each example.
-        boundaries: int32 [E + 1]; example e occupies tokens boundaries[e] to boundaries[e + 1] - 1.
+        position_ids: int64 [1, T], restarting at 0 with each sequence.
+        boundaries: int32 [E + 1]; sequence e occupies tokens boundaries[e] to boundaries[e + 1] - 1.
         host_boundaries: The same, which stay on the host: reading them there does not wait for the device.
-        max_length: Tokens of the longest example.
+        max_length: Tokens of the longest sequence.
         predictors: int64 [S]; the positions whose output predicts a supervised token.
         targets: int64 [S]; these supervised tokens.
         labels: int64 [E]; the classes of labelled examples, else None.
         token_types: int64 [1, T]; which text of a pair each token belongs to, if the tokenizer says so, else None.
+        answer_tokens: Supervised tokens of each sequence of pairs, E numbers; None for other examples.
+        reference: float64 [E]; log p of each answer of a pair under the reference, None if there is none.
         rows: int32 [T]; each token's number for dropout and noise (`kernels.dropout.row_numbers`), None outside steps.
     """
 
@@ -47,6 +51,8 @@ class MicroBatch:
     targets: torch.Tensor
     labels: torch.Tensor | None = None
     token_types: torch.Tensor | None = None
+    answer_tokens: tuple[int, ...] | None = None
+    reference: torch.Tensor | None = None
     rows: torch.Tensor | None = None
 
     @property
@@ -75,8 +81,15 @@ class MicroBatch:
             targets=moved(self.targets),
             labels=None if self.labels is None else moved(self.labels),
             token_types=None if self.token_types is None else moved(self.token_types),
+            answer_tokens=self.answer_tokens,
+            reference=None if self.reference is None else moved(self.reference.to(float_type(device))),
             rows=None if self.rows is None else moved(self.rows),
         )
+
+
+def float_type(device: torch.device) -> torch.dtype:
+    """Return the widest float type of a device, in which log-probabilities of whole answers are added up."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def num_supervised(example: Example) -> int:
@@ -86,6 +99,11 @@ def num_supervised(example: Example) -> int:
     return int(example.supervised[1:].sum())  # nothing predicts the first token
 
 
+def num_terms(example: Example) -> int:
+    """Count the terms of an example's loss: 1 for a pair of answers, else its supervised tokens."""
+    return 1 if isinstance(example, PairExample) else num_supervised(example)
+
+
 def collate(examples: Sequence[Example]) -> MicroBatch:
     """Lay examples end to end in one micro-batch.
 
@@ -93,7 +111,7 @@ def collate(examples: Sequence[Example]) -> MicroBatch:
     >>> # input_ids    a b c x y      position_ids  0 1 2 0 1      boundaries  0 3 5
     >>> # predictors   0 1 3          targets       b c y
     """
-    lengths = [len(example.input_ids) for example in examples]
+    lengths = [len(sequence.input_ids) for example in examples for sequence in example.sequences]
     boundaries = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     input_ids = np.concatenate([example.input_ids for example in examples]).astype(np.int64)
     supervised = np.concatenate([example.supervised for example in examples])
@@ -108,6 +126,7 @@ def collate(examples: Sequence[Example]) -> MicroBatch:
         predictors=torch.from_numpy(targets_at - 1),
         targets=torch.from_numpy(input_ids[targets_at]),
         **_classes(examples),
+        **_pairs(examples),
     )
 
 
@@ -120,4 +139,19 @@ def _classes(examples: Sequence[Example]) -> dict[str, torch.Tensor]:
     types = [example.token_types for example in labelled if example.token_types is not None]
     if len(types) == len(labelled):
         found["token_types"] = torch.from_numpy(np.concatenate(types).astype(np.int64))[None]
+    return found
+
+
+def _pairs(examples: Sequence[Example]) -> dict[str, Any]:
+    """Return what the losses of pairs need: the lengths of their answers, and their log p under the reference."""
+    pairs = [example for example in examples if isinstance(example, PairExample)]
+    if not pairs:
+        return {}
+    assert len(pairs) == len(examples), "pairs and other examples in one micro-batch"
+    found: dict[str, Any] = {
+        "answer_tokens": tuple(int(part.supervised.sum()) for pair in pairs for part in pair.sequences)
+    }
+    reference = [pair.reference for pair in pairs if pair.reference is not None]
+    if len(reference) == len(pairs):
+        found["reference"] = torch.tensor(reference, dtype=torch.float64).flatten()
     return found

@@ -1,15 +1,16 @@
-"""An example: the tokens of one row, and which of them carry loss or which class the row has."""
+"""An example: the tokens of one row, and which carry loss, which class the row has, or which answer is better."""
 
 from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
+
+import numpy as np
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    import numpy as np
     import numpy.typing as npt
 
     from loratune.data.rows.row import Origin
@@ -24,6 +25,44 @@ class Example:
     supervised: npt.NDArray[np.bool_]
     """[T] Whether token t carries loss. It is predicted from the tokens before it, so token 0 never does."""
     origin: Origin
+
+    @property
+    def sequences(self) -> tuple[Example, ...]:
+        """The sequences that go through the model, which do not see each other."""
+        return (self,)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PairExample(Example):
+    """A conversation with a better and a worse answer: two sequences end to end, first the one with the better answer.
+
+    As one example, a pair is never divided among steps, processes or micro-batches.
+    """
+
+    num_chosen: int
+    """Tokens of the first sequence."""
+    reference: tuple[float, float] | None = None
+    """log p of the chosen and the rejected answer under the reference, in nats; None before they are computed."""
+
+    @classmethod
+    def of(cls, chosen: Example, rejected: Example, origin: Origin) -> Self:
+        """Join two sequences."""
+        supervised = np.concatenate([chosen.supervised, rejected.supervised])
+        supervised[[0, len(chosen.input_ids)]] = False  # nothing predicts the first token of a sequence
+        return cls(
+            input_ids=np.concatenate([chosen.input_ids, rejected.input_ids]),
+            supervised=supervised,
+            origin=origin,
+            num_chosen=len(chosen.input_ids),
+        )
+
+    @property
+    def sequences(self) -> tuple[Example, ...]:
+        """The conversation with the chosen answer, and that with the rejected one."""
+        return tuple(
+            Example(input_ids=self.input_ids[part], supervised=self.supervised[part], origin=self.origin)
+            for part in (slice(None, self.num_chosen), slice(self.num_chosen, None))
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -140,18 +140,24 @@ def preview(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, cou
     specials = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | set(
         tokenizer.all_special_ids
     )
-    shown = examples[:count]
+    shown = [(part, side) for example in examples[:count] for part, side in _sides(example)]
     return Preview(
-        titles=tuple(_title(example) for example in shown),
-        pieces=tuple(tuple(_pieces(example, tokenizer, specials, stops)) for example in shown),
+        titles=tuple(_title(part, side) for part, side in shown),
+        pieces=tuple(tuple(_pieces(part, tokenizer, specials, stops)) for part, _ in shown),
     )
 
 
-def _title(example: Example) -> str:
+def _sides(example: Example) -> Iterator[tuple[Example, str]]:
+    """Yield the sequences of an example, each with what it is if there are two."""
+    names = (", chosen", ", rejected") if len(example.sequences) > 1 else ("",)
+    yield from zip(example.sequences, names, strict=True)
+
+
+def _title(example: Example, side: str) -> str:
     length, trained = len(example.input_ids), int(example.supervised.sum())
     if isinstance(example, LabelledExample):
         return f"{example.origin}: {length} tokens, class {example.name}"
-    return f"{example.origin}: {length} tokens, {trained} trained ({trained / length:.0%})"
+    return f"{example.origin}{side}: {length} tokens, {trained} trained ({trained / length:.0%})"
 
 
 def _pieces(

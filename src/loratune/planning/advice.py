@@ -123,8 +123,8 @@ def _untrained_answers(facts: AdviceFacts) -> Iterator[Advice]:
 
 def _learning_rate(facts: AdviceFacts) -> Iterator[Advice]:
     rate = facts.recipe.train.learning_rate
-    if facts.recipe.train.optimizer == "sgd":  # the source is about learning rates of Adam
-        return
+    if facts.recipe.train.optimizer == "sgd" or not planned_task(facts.recipe).is_supervised:
+        return  # the source is about learning rates of Adam, in supervised fine-tuning and policy gradients
     if rate < 1e-4:
         yield Advice(
             about="train.learning_rate",

@@ -106,6 +106,8 @@ def resolve_auto(recipe: Recipe, choices: dict[str, Choice]) -> Recipe:
         section, _, field = name.partition(".")
         is_number = name in ("data.max_length", "train.token_budget", "train.recompute")
         values[section][field] = int(choice.value) if is_number else choice.value
+        if name == "preference.beta":
+            values[section][field] = float(choice.value)
         if name in ("train.compile", "data.streaming"):
             values[section][field] = choice.value == "true"
     return Recipe.parse(values)

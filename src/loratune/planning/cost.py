@@ -208,7 +208,19 @@ def work_amounts(
         prompt_tokens=sum(len(prompt.input_ids) for prompt in prompts),
         decode_steps=batches * answer_tokens,
         load_bytes=load_bytes,
+        **_reference_pass(recipe, data),
     )
+
+
+def _reference_pass(recipe: Recipe, data: PreparedData) -> dict[str, float]:
+    """Return the tokens of the pass that computes what preferences are compared with; nothing for other tasks."""
+    if not planned_task(recipe).has_reference(recipe):
+        return {}
+    both = [*data.train, *data.eval]
+    return {
+        "reference_tokens": sum(len(example.input_ids) for example in both),
+        "reference_supervised": sum(num_supervised(example) for example in both),
+    }
 
 
 def num_answers(prompts: Sequence[Prompt], memory: MemoryPlan, max_new_tokens: int) -> int:

@@ -39,7 +39,7 @@ def examples_fingerprint(examples: Sequence[Example]) -> dict[str, str]:
     """Return the SHA-256 of all token ids and of the token masks; for labelled examples, of their classes too."""
     tokens, mask = hashlib.sha256(), hashlib.sha256()
     for example in examples:
-        length = len(example.input_ids).to_bytes(8, "little")
+        length = b"".join(len(sequence.input_ids).to_bytes(8, "little") for sequence in example.sequences)
         tokens.update(length + example.input_ids.astype("<i4").tobytes())
         mask.update(length + example.supervised.astype("u1").tobytes())
     classes = labels_fingerprint(examples)

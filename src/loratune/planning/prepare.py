@@ -118,7 +118,7 @@ def prepare(
     parts = RunParts(model=model, adapter=adapter, data=data)
     presets = count_presets(model.skeleton, recipe.lora, model.head)
     choices, costs = estimate_run(recipe, parts, presets, device, cluster)
-    choices["data.streaming"] = streaming
+    choices |= {"data.streaming": streaming, **planned_task(recipe).choices(recipe)}
     effective = resolve_auto(recipe, choices)
     check_disk(effective, adapter.parameters, data.num_examples)
     return Preparation(

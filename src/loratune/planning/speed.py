@@ -86,6 +86,8 @@ class WorkAmounts:
         held_out_tokens: Tokens of one evaluation of the held-out loss.
         held_out_supervised: Supervised tokens of one evaluation of the held-out loss.
         evaluations: How often the held-out loss is measured: for the base, and for the fine-tuned model.
+        reference_tokens: Tokens of the pass before step 1 that preferences are compared with.
+        reference_supervised: Supervised tokens of that pass.
         prompt_tokens: Tokens of all prompts to be answered.
         decode_steps: Tokens that all batches of answers grow by, one after the other, base and fine-tuned together.
         load_bytes: Bytes of the weights' files.
@@ -102,6 +104,8 @@ class WorkAmounts:
     prompt_tokens: int
     decode_steps: int
     load_bytes: int
+    reference_tokens: float = 0.0
+    reference_supervised: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -246,7 +250,8 @@ def plan_time(
     held_out = amounts.held_out_tokens * forward + amounts.held_out_supervised * rates.head_forward
     step = amounts.num_layers * rates.decode + rates.head_decode
     answers = 2 * amounts.prompt_tokens * forward + amounts.decode_steps * step
-    evaluate = amounts.evaluations * held_out + answers
+    reference = amounts.reference_tokens * forward + amounts.reference_supervised * rates.head_forward
+    evaluate = amounts.evaluations * held_out + answers + reference
     return TimePlan(
         train_seconds=train,
         compile_seconds=compile_seconds or 0.0,

@@ -59,7 +59,21 @@ class StepCosts:
 
 
 class PlannedTask(RecipeTask):
-    """What planning asks of a task."""
+    """What planning asks of a task.
+
+    Attributes:
+        is_supervised: Whether the model learns what the data says, so that rates of supervised fine-tuning fit.
+    """
+
+    is_supervised: bool = True
+
+    def choices(self, recipe: Recipe) -> dict[str, Choice]:
+        """Return what the task's own settings that are `auto` become, and why."""
+        return {}
+
+    def has_reference(self, recipe: Recipe) -> bool:
+        """Tell whether all examples go through the model once before step 1, to be compared with later."""
+        return False
 
     @abstractmethod
     def positions(self, recipe: Recipe, config: Any) -> int | None:

@@ -168,6 +168,20 @@ SETTINGS: dict[str, str] = {
     "tf32": f"{NO_COUNTERPART}the base computes in model.dtype, the adapter in float32",
     "model_type": f"{NO_COUNTERPART}the model's config names its class",
     "tokenizer_type": f"{NO_COUNTERPART}the model's tokenizer is used",
+    # ---- preferences
+    "rl": "model.task=preference; preference.loss is dpo, ipo, orpo or simpo",
+    "loss_type": "preference.loss",
+    "pref_loss": "preference.loss",
+    "dpo_beta": "preference.beta",
+    "rl_beta": "preference.beta",
+    "pref_beta": "preference.beta",
+    "orpo_alpha": "preference.beta",
+    "dpo_label_smoothing": "preference.label_smoothing",
+    "rpo_alpha": "preference.sft_weight",
+    "pref_ftx": "preference.sft_weight",
+    "simpo_gamma": "preference.target_margin",
+    "ref_model": f"{NO_COUNTERPART}the reference is the model before step 1, with the adapter of lora.start_from",
+    "precompute_ref_log_probs": f"{NO_COUNTERPART}the reference is always computed once, before step 1",
     # ---- the evaluation
     "max_completion_length": "evaluate.max_new_tokens",
     "compute_metrics": "evaluate.metric",
@@ -198,6 +212,7 @@ VALUES: dict[str, dict[str, str]] = {
     "train.strategy": {"deepspeed": "fsdp", "zero3": "fsdp"},
     "data.format": {"chatml": "messages", "chat_template": "messages", "openai": "messages", "completion": "text"},
     "data.train_on": {"completion": "assistant", "answers": "assistant", "model": "assistant"},
+    "preference.loss": {"sigmoid": "dpo"},
     "evaluate.metric": {"exact": "exact_match", "accuracy": "exact_match", "em": "exact_match"},
 }
 """A setting → values that other tools use → the value here."""

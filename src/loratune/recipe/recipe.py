@@ -19,6 +19,7 @@ from loratune.recipe.sections.data import SEED_DATASET, Column, DataSection
 from loratune.recipe.sections.evaluate import EvaluateSection
 from loratune.recipe.sections.lora import TARGET_PRESETS, VARIANTS, LoraSection, TargetPreset, Variant
 from loratune.recipe.sections.model import ModelSection
+from loratune.recipe.sections.preference import PreferenceSection
 from loratune.recipe.sections.train import DECAY_FRACTION, Cadence, Optimizer, Schedule, TrainSection
 from loratune.recipe.tasks import check_task
 from loratune.recipe.validation_errors import shown, translate_validation_error
@@ -36,6 +37,7 @@ __all__ = [
     "LoraSection",
     "ModelSection",
     "Optimizer",
+    "PreferenceSection",
     "Recipe",
     "Schedule",
     "Section",
@@ -60,6 +62,7 @@ class Recipe(Section):
     data: DataSection = DataSection()
     lora: LoraSection = LoraSection()
     train: TrainSection = TrainSection()
+    preference: PreferenceSection = PreferenceSection()
     evaluate: EvaluateSection = EvaluateSection()
 
     def __init__(self, **sections: Any) -> None:

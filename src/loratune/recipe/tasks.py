@@ -28,6 +28,7 @@ from loratune.run.errors import RecipeError
 TASKS = {
     "causal_lm": "loratune.workflows.tasks.generation",
     "sequence_classification": "loratune.workflows.tasks.classification",
+    "preference": "loratune.workflows.tasks.preference",
 }
 """Task name → the package that implements it. The packages are imported by name, so no room imports a room above it."""
 

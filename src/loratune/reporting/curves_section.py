@@ -39,7 +39,7 @@ def _loss_chart(files: RunFiles) -> Chart:
     log = min(values) > 0 and max(values) > 10 * min(values)
     return Chart(
         title="Loss",
-        svg=draw_lines(alt, curves, x_label="step", y_label=files.task.nats, log=log),
+        svg=draw_lines(alt, curves, x_label="step", y_label=files.task.curve, log=log),
         legend=tuple(legend),
         caption="The held-out loss at step 0 is the base model's." if files.evaluation is not None else "",
     )
@@ -65,7 +65,7 @@ def _trained_by_source(files: RunFiles) -> Iterator[Chart]:
     more = plural(len(points) - len(shown), "more source is", "more sources are")
     yield Chart(
         title="Training loss of each source",
-        svg=draw_lines(" ".join(alts), curves, x_label="step", y_label=files.task.nats),
+        svg=draw_lines(" ".join(alts), curves, x_label="step", y_label=files.task.curve),
         legend=tuple((colour, labels[name]) for colour, name in enumerate(shown)),
         caption="Each source in the steps that contain examples of it."
         + (f" {more} in metrics.jsonl." if len(points) > len(shown) else ""),
@@ -88,7 +88,7 @@ def _held_out_by_source(files: RunFiles) -> Iterator[Chart]:
         alts.append(describe_series(f"Held-out loss of {labels[name]}", [y for _, y in points]))
     yield Chart(
         title="Held-out loss of each source",
-        svg=draw_lines(" ".join(alts), curves, x_label="step", y_label=files.task.nats),
+        svg=draw_lines(" ".join(alts), curves, x_label="step", y_label=files.task.curve),
         legend=tuple((colour, labels[name]) for colour, name in enumerate(names)),
     )
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from loratune.recipe.short_names import short_names
 from loratune.reporting.blocks import Block, Chart, Charts, Paragraph, Table
 from loratune.reporting.charts import Bar, draw_bars
+from loratune.reporting.preference_section import PAIR_MEASURES, preference
 from loratune.reporting.units import (
     as_difference,
     as_interval,
@@ -24,7 +25,12 @@ if TYPE_CHECKING:
     from loratune.reporting.task import ReportedTask
     from loratune.run.records.evaluation import ComparisonRecord, DifferenceRecord, EvaluationRecord, GateResult
 
-_AXES = {"bleu": "BLEU, higher is better", "accuracy": "% of texts, higher is better", "f1": "%, higher is better"}
+_AXES = {
+    "bleu": "BLEU, higher is better",
+    "accuracy": "% of texts, higher is better",
+    "f1": "%, higher is better",
+    **dict.fromkeys(PAIR_MEASURES, "% of pairs, higher is better"),
+}
 _OTHER_DATA = {"nll": "loss, nats per token", "perplexity": "perplexity"}
 
 
@@ -34,7 +40,8 @@ def result(files: RunFiles) -> Iterator[Block]:
     if record is None:
         return
     level = f"{record.interval.level:.0%}"
-    measures = [name for name in dict.fromkeys((record.metric, "f1", "nll", "perplexity")) if name in record.tuned]
+    names = dict.fromkeys((*PAIR_MEASURES, record.metric, "f1", "nll", "perplexity"))
+    measures = [name for name in names if name in record.tuned]
     yield Paragraph(
         text=f"Measured on {plural(record.num_examples, f'held-out {files.task.example}')} that were not trained on. "
         f"The interval contains the true difference with {level} confidence ({record.interval.method}, "
@@ -48,12 +55,14 @@ def result(files: RunFiles) -> Iterator[Block]:
     )
     if record.sources is not None:
         yield _by_source(record.sources)
-    charts = [_measure_chart(record, name, files.task, level) for name in measures if name != "perplexity"]
+    drawn = [name for name in measures if name not in ("perplexity", "pair_margin")]  # bars begin at zero
+    charts = [_measure_chart(record, name, files.task, level) for name in drawn]
     yield Charts(charts=tuple(charts))
     if record.items and is_marked(record.metric):
         yield _correct_and_wrong(record)
     if record.confusion is not None:
         yield from _classes(record)
+    yield from preference(record)
     yield from _other_data(record)
     if record.gates:
         yield _gates(record.gates)

@@ -23,6 +23,7 @@ class ReportedTask:
         reference: Label of the correct answer.
         nats: Unit of losses.
         short_nats: The same in a table.
+        curve: Unit of the loss that is trained.
         marks_differences: Whether words of an answer that differ from the reference are marked.
         pipeline: The hub's name of the task.
         auto_class: Ending of the class that loads the model: `AutoModelFor…`.
@@ -34,6 +35,7 @@ class ReportedTask:
     reference = "reference"
     nats = "nats per supervised token"
     short_nats = "nats per token"
+    curve = "nats per supervised token"
     marks_differences = True
     pipeline = "text-generation"
     auto_class = "CausalLM"

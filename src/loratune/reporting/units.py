@@ -37,7 +37,7 @@ def as_number(value: float, sign: str = "") -> str:
     return f"{value:{sign},.0f}" if abs(value) >= 1000 else f"{value:{sign}.4g}"
 
 
-_NUMBERS = ("nll", "perplexity", "bleu")
+_NUMBERS = ("nll", "perplexity", "bleu", "pair_margin")
 """Measures that are not fractions of answers."""
 
 
@@ -80,4 +80,7 @@ def measure_in_words(name: str) -> str:
         "bleu": "BLEU",
         "accuracy": "accuracy",
         "f1": "F1 (macro)",
+        "pair_accuracy": "chosen answer likelier",
+        "pair_accuracy_per_token": "chosen answer likelier per token",
+        "pair_margin": "margin of log p, nats",
     }.get(name, name)

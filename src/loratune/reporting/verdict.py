@@ -38,12 +38,14 @@ class Verdict:
 
 
 def verdict_on(record: EvaluationRecord) -> Verdict:
-    """Return the verdict by the run's metric; without one, by the held-out loss."""
-    name = record.metric if record.metric in record.tuned else "nll"
+    """Return the verdict by the run's metric; without one, by the held-out loss, or by the pairs of preferences."""
+    pairs = "pair_accuracy" in record.tuned
+    name = record.metric if record.metric in record.tuned else "pair_accuracy" if pairs else "nll"
+    finer = "pair_margin" if pairs else "nll"  # which moves where the other one cannot
     outcome = _outcome(record, name)
     words = f"{outcome}: {_numbers(record, name)}"
-    if name != "nll" and outcome != "better" and _outcome(record, "nll") == "better":
-        words += f"; but the {_numbers(record, 'nll', interval=False)}"
+    if name != finer and outcome != "better" and _outcome(record, finer) == "better":
+        words += f"; but the {_numbers(record, finer, interval=False)}"
     advice = f"; {_TRY[outcome]}" if _TRY[outcome] else ""
     return Verdict(outcome=outcome, sentence=f"{words}{advice}")
 

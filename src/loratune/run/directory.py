@@ -9,6 +9,7 @@ RUN/parity.json        certificates of merged and exported models
 RUN/best.json          the checkpoint with the lowest held-out loss
 RUN/log.txt            what the terminal said
 RUN/mean.json          the checkpoints averaged by train.average_checkpoints
+RUN/reference/         preferences: log p of every answer before step 1
 """
 
 from __future__ import annotations
@@ -72,6 +73,10 @@ class RunDir:
     @property
     def evaluation(self) -> Path:
         return self.root / "evaluation.json"
+
+    @property
+    def reference(self) -> Path:
+        return self.root / "reference"
 
     @property
     def checkpoints(self) -> Path:

@@ -3,7 +3,7 @@
 One step, in full (`FastTrainer.training_step`):
 
     step = the examples of this rank                         # step_dataset: a function of seed and step number
-    n = supervised tokens of the step, over all ranks        # gradient_sync.StepTotals
+    n = terms of the step's loss (tokens), over all ranks    # gradient_sync.StepTotals
     for micro_batch in pack(step, token_budget):             # token_budget: halved when memory runs out
         loss = loss_sum(micro_batch) / n                     # loss: a sum over supervised tokens, not a mean of means
         loss.backward()
@@ -95,9 +95,7 @@ class FastTrainer(RunTrainer):
         totals = StepTotals.over_all(inputs, self.sources, self.events)
         self._report_left_out(totals.left_out)
         seed_step(self.setup.train.seed, self.state.global_step)
-        losses = self.budget.retry(
-            lambda: self._accumulate_gradients(inputs, totals.num_supervised_tokens), undo=model.zero_grad
-        )
+        losses = self.budget.retry(lambda: self._accumulate_gradients(inputs, totals.num_terms), undo=model.zero_grad)
         losses = all_reduce_gradients(self.model, losses, self.setup.stop)
         return self._record_and_check(
             losses[0],
@@ -106,12 +104,12 @@ class FastTrainer(RunTrainer):
             by_source=self.sources.means(losses[1:].tolist(), totals.by_source),
         )
 
-    def _accumulate_gradients(self, share: StepExamples, num_supervised_tokens: int) -> torch.Tensor:
+    def _accumulate_gradients(self, share: StepExamples, num_terms: int) -> torch.Tensor:
         """Run forward and backward over all micro-batches.
 
         Args:
             share: This rank's share of the step.
-            num_supervised_tokens: Supervised tokens of the step over all ranks.
+            num_terms: Terms of the step's loss over all ranks: supervised tokens, or pairs of answers.
 
         Returns:
             float32 [1 + G]: this rank's part of the step's loss, then the summed loss of each of the G data sources.
@@ -128,7 +126,7 @@ class FastTrainer(RunTrainer):
             each = None if tally is None else tally.each_S
             # Dividing by the whole step's count makes the accumulated sum exact: a mean of micro-batch means would
             # give a micro-batch of 10 supervised tokens the weight of one of 1,000.
-            loss = self.setup.loss.sum(batch, each) * bool(chosen) / num_supervised_tokens
+            loss = self.setup.loss.sum(batch, each) * bool(chosen) / num_terms
             self.accelerator.backward(loss)
             losses[0] += loss.detach()
             if tally is not None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from loratune.data.batch import num_supervised
+from loratune.data.batch import num_supervised, num_terms
 from loratune.run import processes
 from loratune.run.errors import RunError
 
@@ -38,12 +38,14 @@ class StepTotals:
     Attributes:
         num_tokens: Tokens of the step's examples.
         num_supervised_tokens: Supervised tokens among them.
-        by_source: Supervised tokens of each data source.
+        num_terms: Terms of the step's loss, which is their mean: supervised tokens, or pairs of answers.
+        by_source: Terms of each data source.
         left_out: Rows of streamed data that cannot be trained on.
     """
 
     num_tokens: int
     num_supervised_tokens: int
+    num_terms: int
     by_source: Sequence[int]
     left_out: Sequence[Rejected]
 
@@ -52,13 +54,17 @@ class StepTotals:
         """Add up the shares of all ranks; the same message carries the events of the other ranks, reported here."""
         num_tokens = sum(len(example.input_ids) for example in share.examples)
         num_supervised_tokens = sum(map(num_supervised, share.examples))
-        by_source = sources.count(share.examples)
-        shares = processes.gather((num_tokens, num_supervised_tokens, by_source, share.left_out, events.drain()))
+        counts = (num_tokens, num_supervised_tokens, sum(map(num_terms, share.examples)))
+        shares = processes.gather((counts, sources.count(share.examples), share.left_out, events.drain()))
         events.replay(record for *_, pending in shares for record in pending)
+        num_tokens, num_supervised_tokens, terms = (
+            sum(part) for part in zip(*(own for own, *_ in shares), strict=True)
+        )
         return cls(
-            num_tokens=sum(tokens for tokens, *_ in shares),
-            num_supervised_tokens=sum(tokens for _, tokens, *_ in shares),
-            by_source=[sum(counts) for counts in zip(*(counts for _, _, counts, *_ in shares), strict=True)],
+            num_tokens=num_tokens,
+            num_supervised_tokens=num_supervised_tokens,
+            num_terms=terms,
+            by_source=[sum(part) for part in zip(*(own for _, own, *_ in shares), strict=True)],
             left_out=[row for *_, rows, _ in shares for row in rows],
         )
 

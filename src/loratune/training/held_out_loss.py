@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from loratune.data.batch import FILLER, collate, num_supervised
+from loratune.data.batch import FILLER, collate, num_terms
 from loratune.run import processes
 from loratune.run.errors import RunError
 
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from loratune.training.token_budget import TokenBudget
 
 Nll = list[tuple[float, int]]
-"""For each held-out example: the sum of -log p over its supervised tokens, in nats, and the number of these tokens."""
+"""For each held-out example: the sum of -log p over its supervised tokens, in nats, and their number; of a pair of
+answers its loss, and 1."""
 
 
 def mean_nll(losses: Iterable[tuple[float, int]]) -> float:
@@ -118,7 +119,7 @@ def _measure(
             if stop():
                 raise EvaluationStoppedError
             batch = collate([examples[i] for i in chosen] or [FILLER]).to(loss.model.device)
-            counts = [num_supervised(examples[i]) for i in chosen]
+            counts = [num_terms(examples[i]) for i in chosen]
             losses = loss.per_token(batch)
             sums = [float(part.double().sum()) for part in torch.split(losses, counts)] if chosen else []
             for i, total, count in zip(chosen, sums, counts, strict=True):
@@ -139,4 +140,4 @@ def loss_of_each(loss: SupervisedLoss, examples: Sequence[Example]) -> list[floa
         ]
     finally:
         loss.model.train(was_training)
-    return [mean if num_supervised(example) else 0.0 for example, mean in zip(examples, means, strict=False)]
+    return [mean if num_terms(example) else 0.0 for example, mean in zip(examples, means, strict=False)]

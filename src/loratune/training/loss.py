@@ -212,14 +212,19 @@ def make_loss(model: PeftModel, examples: Sequence[Example]) -> tuple[Supervised
     Raises:
         RunError: Neither packed nor separate examples reproduce the model's own loss.
     """
+    return make_loss_of(SupervisedLoss, model, examples)
+
+
+def make_loss_of(kind: type[L], model: PeftModel, examples: Sequence[Example]) -> tuple[L, str]:
+    """Return the same of a class whose log-probabilities are those of `SupervisedLoss`."""
     beginnings = _beginnings_of(examples)
     return fastest_loss(
-        SupervisedLoss,
-        SupervisedLoss.per_token,
+        kind,
+        kind.per_token,
         model,
         beginnings,
         _plain_losses(model, beginnings),
-        longest=max(len(example.input_ids) for example in examples),
+        longest=max(len(sequence.input_ids) for example in examples for sequence in example.sequences),
     )
 
 

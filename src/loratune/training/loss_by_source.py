@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from loratune.data.batch import num_supervised
+from loratune.data.batch import num_terms
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -61,7 +61,7 @@ class PerSourceLoss:
         """Count the supervised tokens of each source."""
         counts = [0] * len(self)
         for example in examples if self.names else ():
-            counts[self._numbers[example.origin.file]] += num_supervised(example)
+            counts[self._numbers[example.origin.file]] += num_terms(example)
         return counts
 
     def tally(self, examples: Sequence[Example], device: torch.device) -> SourceTally | None:
@@ -69,7 +69,7 @@ class PerSourceLoss:
         if not self.names or not examples:
             return None
         numbers = np.repeat(
-            [self._numbers[example.origin.file] for example in examples], [num_supervised(e) for e in examples]
+            [self._numbers[example.origin.file] for example in examples], [num_terms(e) for e in examples]
         )
         # Copied now: a copy to the GPU requested after the forward is queued would wait for it.
         numbers_S = torch.from_numpy(numbers).to(device, non_blocking=True)

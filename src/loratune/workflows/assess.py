@@ -61,6 +61,7 @@ def compare_base_and_tuned(
             budget=TokenBudget(processes.gather(_token_budget(prepared, run))[0], events, together=loss.sharded),
             events=events,
             progress=progress,
+            run=run,
             tuned_nll=tuned_nll,
             metric=metric,
         )

@@ -163,14 +163,14 @@ def _loss(prepared: Preparation, model: PeftModel) -> SupervisedLoss:
     """
     recipe, task = prepared.recipe, task_of(prepared.recipe)
     if recipe.train.engine == "trl":
-        loss = task.plain_loss(model)
+        loss = task.plain_loss(model, recipe)
         loss.why_unpacked = "train.engine is trl"
         return loss
     if not is_sharded(recipe):
-        loss, loss.why_unpacked = task.make_loss(model, prepared.data.train)
+        loss, loss.why_unpacked = task.make_loss(model, prepared.data.train, recipe)
         return loss
     shard_layers(model, recipe.train.device)
-    loss, reason = task.make_loss(model, prepared.data.train)
+    loss, reason = task.make_loss(model, prepared.data.train, recipe)
     if reason or loss.longest_packed is not None:
         reason = reason or f"those of more than {loss.longest_packed:,} tokens need one of their own"
         raise RecipeError(

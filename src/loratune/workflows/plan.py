@@ -19,6 +19,7 @@ from loratune.run.progress import NO_PROGRESS, Progress
 from loratune.training.signals import StopRequest
 from loratune.workflows.load import attach_adapter_and_loss, load_base
 from loratune.workflows.steps import train_steps
+from loratune.workflows.tasks.task import Started, task_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -84,6 +85,9 @@ def _probe(prepared: Preparation, progress: Progress) -> StepProbe:
     with tempfile.TemporaryDirectory() as folder:
         run = RunDir.create(Path(folder) / "probe", overwrite=False)
         model, loss = attach_adapter_and_loss(short, load_base(short, progress), progress)
+        short = task_of(short.recipe).before_training(
+            Started(prepared=short, run=run, model=model, loss=loss, progress=progress)
+        )
         train_steps(short, run, model, loss, None, StopRequest(), progress)
         seconds = [step["num_tokens"] / step["tokens_per_second"] for step in run.read_metrics()]
     return StepProbe(

@@ -32,7 +32,11 @@ def compute_reference(finished: FinishedRun, rounding: Rounding | None) -> Refer
     """
     prepared = finished.prepared
     recipe = prepared.recipe
-    examples, compared_on = choose_examples(prepared.data.eval, prepared.data.train)
+    held_out, training = (
+        [sequence for example in side for sequence in example.sequences]
+        for side in (prepared.data.eval, prepared.data.train)
+    )
+    examples, compared_on = choose_examples(held_out, training)
     dtype = stored_dtype(finished.config, recipe.model)
     base = load_model(prepared.model.base, recipe.model, dtype=dtype, device=recipe.train.device)
     model = load_adapter(base, finished.run.adapter)

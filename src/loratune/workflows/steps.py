@@ -43,7 +43,7 @@ from loratune.workflows.final_adapter import save_final, select_final_adapter
 from loratune.workflows.load import attach_adapter_and_loss, load_base, load_trained
 from loratune.workflows.measured import RunTimer
 from loratune.workflows.result import RunResult
-from loratune.workflows.tasks.task import task_of
+from loratune.workflows.tasks.task import Started, task_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -111,6 +111,9 @@ def run_from_weights(
     """
     timer = RunTimer(run, prepared.recipe.train.device)
     model, loss = _load(prepared, run, checkpoint, progress, leg)
+    prepared = task_of(prepared.recipe).before_training(
+        Started(prepared=prepared, run=run, model=model, loss=loss, progress=progress)
+    )
     stop = StopRequest()
     try:
         with explain_out_of_memory(run), explain_lost_process():

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from loratune.model.device import cpp_compiler
 from loratune.model.kernels import cross_entropy
-from loratune.model.kernels.cross_entropy import Head, cross_entropy_per_token, sum_cross_entropy
+from loratune.model.kernels.cross_entropy import Head, cross_entropy_each, cross_entropy_per_token, sum_cross_entropy
 
 
 def reference(
@@ -201,3 +201,29 @@ def test_a_gpu_gets_full_tiles_of_rows() -> None:
     assert cross_entropy.chunk_rows(3_000_000, "cuda") == 44  # less than a tile fits
     assert cross_entropy.chunk_rows(49_152, "cpu") == 170
     assert cross_entropy.chunk_rows(10**9, "cpu") == 16
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_single_losses_have_torch_s_values_and_weighted_gradients(
+    monkeypatch: pytest.MonkeyPatch, softcap: float | None
+) -> None:
+    monkeypatch.setitem(cross_entropy.CHUNK_BYTES, "cpu", 4 * 101 * 16)
+    torch.manual_seed(0)
+    hidden = torch.randn(70, 24, requires_grad=True)
+    weight, bias, targets = torch.randn(101, 24), torch.randn(101), torch.randint(0, 101, (70,))
+    factors = torch.randn(70)  # what a preference asks for differs in size and sign from token to token
+    losses = cross_entropy_each(hidden, Head(weight, bias, logit_scale=0.5, softcap=softcap), targets)
+    (gradient,) = torch.autograd.grad((factors * losses).sum(), hidden)
+    exact = hidden.detach().double().requires_grad_()
+    logits = F.linear(exact, weight.double(), bias.double()) * 0.5
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    expected = F.cross_entropy(logits, targets, reduction="none")
+    (slope,) = torch.autograd.grad((factors.double() * expected).sum(), exact)
+    torch.testing.assert_close(losses.double(), expected.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(gradient.double(), slope, rtol=1e-4, atol=2e-5)
+
+
+def test_single_losses_need_a_frozen_head() -> None:
+    weight = torch.randn(10, 4, requires_grad=True)
+    with pytest.raises(AssertionError, match="head is trained"):
+        cross_entropy_each(torch.randn(2, 4), Head(weight), torch.tensor([1, 2]))

@@ -24,7 +24,7 @@ def test_the_rows_of_every_shipped_recipe_come_along(
     copied = copy_rows(recipe)
     for path in copied:
         assert path.read_bytes() == (ROOT / path).read_bytes()
-    assert (name in ("quickstart", "classify", "e2e")) == bool(copied)
+    assert (name in ("quickstart", "classify", "e2e", "preference")) == bool(copied)
     assert copy_rows(recipe) == [], "what is there is left alone"
 
 

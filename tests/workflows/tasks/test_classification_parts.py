@@ -83,6 +83,7 @@ def test_the_base_and_the_tuned_side_of_a_comparison_are_the_adapter_off_and_on(
             budget=TokenBudget(4096, events),
             events=events,
             progress=NO_PROGRESS,
+            run=run,
         )
     )
     batch = collate([cast("LabelledExample", prepared.data.eval[0])])

@@ -45,6 +45,7 @@ def test_answers_and_losses_are_of_the_adapter_off_and_on(
         budget=TokenBudget(4096, events),
         events=events,
         progress=NO_PROGRESS,
+        run=run,
     )
     compared = compare.compare_answers(comparison)
     assert answered == [True, False], "the base first, with the adapter off"

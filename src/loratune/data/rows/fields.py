@@ -59,8 +59,8 @@ class Field:
 # ---- rules
 
 PREFERENCE = (
-    "is a preference pair (chosen and rejected), and loratune trains answers, not preferences; "
-    "data.columns={completion: chosen}, or {messages: chosen} if chosen is a list of messages, trains the chosen ones"
+    "is a preference pair (chosen and rejected), which task=preference trains; data.columns={completion: chosen}, or "
+    "{messages: chosen} if chosen is a list of messages, trains the chosen ones as answers"
 )
 
 

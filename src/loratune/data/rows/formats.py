@@ -55,7 +55,7 @@ def detect_format(rows: Iterable[Row], *, strict: bool = True) -> str:
     odd = next(row for row, names in zip(rows, fitting, strict=True) if best not in names or not counts[best])
     if isinstance(odd.value, dict) and is_preference_pair(odd.value):
         raise DataError(
-            f"the row {PREFERENCE}", file=odd.file, line=odd.line, fix="to train preferences, use TRL's DPOTrainer"
+            f"the row {PREFERENCE}", file=odd.file, line=odd.line, fix="task=preference, to train preferences"
         )
     supported = "; ".join(f"{name} ({fields})" for name, fields in FORMATS.items())
     others = f"; {counts[best]} of {len(rows)} rows are {best}" if counts[best] else ""
@@ -173,14 +173,14 @@ _COMMON = frozenset(("system", "system_prompt", "tools", "functions"))
 
 def _read_messages(value: dict[str, Any], origin: Origin, unread: _Unread) -> Conversation:
     name = "messages" if value.get("messages") is not None or "conversations" not in value else "conversations"
-    messages = _messages(_list_of_turns(value, name), unread)
-    return _conversation(messages, value, origin, unread, read=frozenset((name,)))
+    messages = read_turns(_list_of_turns(value, name), unread)
+    return as_conversation(messages, value, origin, unread, read=frozenset((name,)))
 
 
 def _read_sharegpt(value: dict[str, Any], origin: Origin, unread: _Unread) -> Conversation:
     turns = _list_of_turns(value, "conversations")
     messages = [read_sharegpt_message(turn, number, unread) for number, turn in enumerate(turns, start=1)]
-    return _conversation(messages, value, origin, unread, read=frozenset(("conversations",)))
+    return as_conversation(messages, value, origin, unread, read=frozenset(("conversations",)))
 
 
 def _read_prompt_completion(value: dict[str, Any], origin: Origin, unread: _Unread) -> Conversation:
@@ -188,18 +188,18 @@ def _read_prompt_completion(value: dict[str, Any], origin: Origin, unread: _Unre
     if names is None:
         raise BadRow(f"no prompt and completion among {describe_value(value)}")
     prompt, completion = (_turns_or_text(value[name], name) for name in names)
-    turns = [{"role": "user", "content": _with_input(prompt, value)}] if isinstance(prompt, str) else prompt
+    turns = [{"role": "user", "content": with_input(prompt, value)}] if isinstance(prompt, str) else prompt
     answers = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
-    given = _messages(turns, unread)
-    messages = _continued(given, _messages(answers, unread, first=len(given) + 1))
+    given = read_turns(turns, unread)
+    messages = continued(given, read_turns(answers, unread, first=len(given) + 1))
     read = frozenset((*names, "input") if isinstance(prompt, str) else names)
-    return _conversation(messages, value, origin, unread, read=read)
+    return as_conversation(messages, value, origin, unread, read=read)
 
 
-def _continued(prompt: list[Message], completion: list[Message]) -> list[Message]:
+def continued(prompt: list[Message], completion: list[Message]) -> list[Message]:
     """Join prompt and completion: answers in a prompt are context, and an answer that it starts goes on."""
     if not prompt or not completion or prompt[-1]["role"] != "assistant" or completion[0]["role"] != "assistant":
-        return [*map(_as_given, prompt), *completion]
+        return [*map(as_given, prompt), *completion]
     start, rest = prompt[-1], completion[0]
     if start.keys() - {"role", "content", "train"} or "reasoning_content" in rest or "content" not in rest:
         raise BadRow(
@@ -207,14 +207,14 @@ def _continued(prompt: list[Message], completion: list[Message]) -> list[Message
             "that is followed by text is one answer"
         )
     joined = {**rest, "content": start["content"] + rest["content"], "started": start["content"]}
-    return [*map(_as_given, prompt[:-1]), joined, *completion[1:]]
+    return [*map(as_given, prompt[:-1]), joined, *completion[1:]]
 
 
-def _as_given(message: Message) -> Message:
+def as_given(message: Message) -> Message:
     return {**message, "given": True} if message["role"] == "assistant" else message
 
 
-def _with_input(text: str, value: dict[str, Any]) -> str:
+def with_input(text: str, value: dict[str, Any]) -> str:
     extra = value.get("input")
     if not isinstance(extra, str | None):
         raise BadRow(f"input is {describe_value(extra)}, not text")
@@ -225,9 +225,9 @@ def _read_alpaca(value: dict[str, Any], origin: Origin, unread: _Unread) -> Conv
     for name in ("instruction", "output"):
         if not isinstance(value.get(name), str):
             raise BadRow(f"{name} is {describe_value(value.get(name))}, not text")
-    turns = [*_history(value.get("history")), {"role": "user", "content": _with_input(value["instruction"], value)}]
-    messages = _messages([*turns, {"role": "assistant", "content": value["output"]}], unread)
-    return _conversation(messages, value, origin, unread, read=_ALPACA)
+    turns = [*_history(value.get("history")), {"role": "user", "content": with_input(value["instruction"], value)}]
+    messages = read_turns([*turns, {"role": "assistant", "content": value["output"]}], unread)
+    return as_conversation(messages, value, origin, unread, read=_ALPACA)
 
 
 _ALPACA = frozenset(("instruction", "input", "output", "history"))
@@ -269,10 +269,21 @@ _NOTES = frozenset(("train", "given", "started"))
 """Keys by which the readers of messages say what templates do not know."""
 
 
-def _conversation(
+def as_conversation(
     messages: list[Message], value: dict[str, Any], origin: Origin, unread: _Unread, *, read: frozenset[str]
 ) -> Conversation:
-    """Add the row's own system message and tools, and check the conversation as a unit."""
+    """Add the row's own system message and tools, and check the conversation as a unit.
+
+    Args:
+        messages: The messages, with the notes `train`, `given` and `started`.
+        value: The row.
+        origin: Where it was read.
+        unread: Receives the fields of the row that are not read.
+        read: The fields that its reader reads.
+
+    Raises:
+        BadRow: It cannot be trained on.
+    """
     account_for("column", value, read | _COMMON, unread, "the row")
     messages = _with_system(messages, value)
     if not messages:
@@ -332,8 +343,12 @@ def _list_of_turns(value: dict[str, Any], name: str) -> list[Any]:
     return turns
 
 
-def _messages(turns: list[Any], unread: _Unread, first: int = 1) -> list[Message]:
-    """Read messages of any form; `first` is the number of the first one."""
+def read_turns(turns: list[Any], unread: _Unread, first: int = 1) -> list[Message]:
+    """Read messages of any form; `first` is the number of the first one.
+
+    Raises:
+        BadRow: One of them cannot be trained on.
+    """
     return [
         (read_sharegpt_message if isinstance(turn, dict) and "from" in turn and "role" not in turn else read_message)(
             turn, number, unread

@@ -221,10 +221,8 @@ def _content_key(conversation: Conversation) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest())
 
 
-def hold_out(
-    side: ReadSide[Conversation], fraction: float, seed: int
-) -> tuple[ReadSide[Conversation], ReadSide[Conversation]]:
-    """Split off a seeded choice of distinct conversations; all copies of one go to the same side.
+def hold_out(side: ReadSide[T], fraction: float, seed: int) -> tuple[ReadSide[T], ReadSide[T]]:
+    """Split off a seeded choice of distinct conversations or pairs; all copies of one go to the same side.
 
     Returns:
         The training side and the held-out side.

@@ -91,6 +91,28 @@ def sum_cross_entropy(
     return loss
 
 
+def cross_entropy_each(
+    hidden_SH: torch.Tensor, head: Head, targets_S: torch.Tensor, *, compiled: bool = False
+) -> torch.Tensor:
+    """Return -log p(target) of each position, float32 [S], with a gradient to the hidden states.
+
+    For losses that are functions of these (preferences). A position's loss depends on its own hidden state alone, so
+    the forward pass keeps the gradient of each, and the backward pass scales it by what the loss asks for; no logits
+    are kept, and none are computed again.
+
+    Args:
+        hidden_SH: [S, H], the last hidden states at the positions that predict.
+        head: The output head, which must be frozen: its gradient would need the scales in the forward pass.
+        targets_S: int64 [S].
+        compiled: Whether to compute a chunk with compiled code.
+    """
+    parts = (head.weight_VH, head.bias_V, head.rows_NH)
+    assert not any(part is not None and part.requires_grad for part in parts), "the output head is trained"
+    chunk = partial(_compiled_chunk() if compiled else _chunk, head=head, smoothing=0.0)
+    losses: torch.Tensor = _CrossEntropyEach.apply(hidden_SH, targets_S, head, chunk)  # type: ignore[no-untyped-call]
+    return losses
+
+
 def cross_entropy_per_token(hidden_SH: torch.Tensor, head: Head, targets_S: torch.Tensor) -> torch.Tensor:
     """Return -log p(target) of each position, float32 [S], without smoothing and without a gradient.
 
@@ -228,3 +250,21 @@ class _SumCrossEntropy(torch.autograd.Function):
             for grad, dtype in zip(head_grads, ctx.types, strict=True)
         ]
         return grad_SH * grad_total.to(grad_SH.dtype), *scaled, None, None, None
+
+
+class _CrossEntropyEach(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_SH: torch.Tensor, targets_S: torch.Tensor, head: Head, chunk: Chunk) -> torch.Tensor:
+        positions = chunk_rows(head.weight_VH.shape[0], hidden_SH.device.type)
+        losses_S = torch.empty(len(targets_S), dtype=torch.float32, device=hidden_SH.device)
+        grad_SH = torch.empty_like(hidden_SH)
+        for start in range(0, len(targets_S), positions):
+            part = slice(start, start + positions)
+            losses_S[part], grad_SH[part], *_ = chunk(hidden_SH[part], targets_S[part], (False, False, False))
+        ctx.save_for_backward(grad_SH)
+        return losses_S
+
+    @staticmethod
+    def backward(ctx: Any, grad_S: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (grad_SH,) = ctx.saved_tensors
+        return grad_SH * grad_S.to(grad_SH.dtype)[:, None], None, None, None

@@ -14,7 +14,7 @@ SEED_DATASET = Source(name="HuggingFaceTB/smoltalk", config="all", split="train"
 
 Column = Literal[
     "messages", "conversations", "prompt", "completion", "instruction", "input", "output", "text", "system", "tools",
-    "sentence1", "sentence2", "label",
+    "sentence1", "sentence2", "label", "chosen", "rejected",
 ]  # fmt: skip
 
 

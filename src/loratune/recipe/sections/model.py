@@ -36,4 +36,5 @@ class ModelSection(Section):
 
     task: TaskName = "causal_lm"
     """What the model learns: `causal_lm`, to generate text (supervised fine-tuning, SFT); `sequence_classification`, to
-    assign a class to a text. A top-level `task:` outside the sections sets the same field."""
+    assign a class to a text; `preference`, to prefer the better of two answers (DPO and its kin). A top-level `task:`
+    outside the sections sets the same field."""

@@ -79,6 +79,17 @@ class UnreadField(Part):
     """Rows, messages, calls, tools or parts that have it."""
 
 
+class PairLengths(Part):
+    """Lengths of the two answers of pairs, in trained tokens."""
+
+    chosen_tokens: float
+    """Mean length of the chosen answers, in tokens."""
+    rejected_tokens: float
+    """Mean length of the rejected answers, in tokens."""
+    chosen_longer: float
+    """Share of pairs whose chosen answer is the longer one, 0 to 1; pairs of equal length count half."""
+
+
 class SideReport(Part):
     """One side of the data: training or held-out."""
 
@@ -92,6 +103,8 @@ class SideReport(Part):
     """Examples made: conversations, or the texts of a classifier."""
     labels: dict[str, int] | None = None
     """Classifiers only: class → number of texts."""
+    pairs: PairLengths | None = None
+    """Preferences only: lengths of chosen and rejected answers."""
     turns: int
     """Messages of all conversations."""
     tokens: int

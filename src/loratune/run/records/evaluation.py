@@ -155,6 +155,52 @@ class Confusion(Part):
     """Texts, fine-tuned model."""
 
 
+class Rewards(Part):
+    """Implicit rewards, beta × (log p - log p under the reference), on held-out pairs; zero before training."""
+
+    chosen: float
+    """Mean reward of the chosen answers."""
+    rejected: float
+    """Mean reward of the rejected answers."""
+    margin: DifferenceRecord
+    """Mean difference of the two, with its confidence interval."""
+    accuracy: DifferenceRecord
+    """Share of pairs whose chosen answer has the higher reward, 0 to 1, with its confidence interval; ties count
+    half."""
+
+
+class LengthsOfAnswers(Part):
+    """Lengths of answers, in tokens, to see whether length was learned."""
+
+    chosen: float
+    """Mean length of the held-out pairs' chosen answers."""
+    rejected: float
+    """Mean length of their rejected answers."""
+    base: float | None
+    """Mean length of the base model's own answers; null where nothing was generated."""
+    tuned: float | None
+    """Mean length of the fine-tuned model's own answers; null where nothing was generated."""
+    num_chosen_shorter: int
+    """Held-out pairs whose chosen answer is the shorter one."""
+    base_accuracy_where_shorter: float | None
+    """Share of these whose chosen answer the base model finds likelier, 0 to 1; null without such pairs."""
+    tuned_accuracy_where_shorter: float | None
+    """The same of the fine-tuned model."""
+
+
+class PreferenceMeasures(Part):
+    """What was learned from pairs of answers."""
+
+    loss: str
+    """Loss of a pair, `preference.loss`."""
+    beta: float
+    """Strength of the preference, `preference.beta`."""
+    rewards: Rewards | None
+    """Implicit rewards; null for a loss without a reference."""
+    lengths: LengthsOfAnswers
+    """Lengths of answers."""
+
+
 class EvaluationRecord(FileRecord):
     """`evaluation.json`: base vs. fine-tuned."""
 
@@ -180,6 +226,8 @@ class EvaluationRecord(FileRecord):
     """Classifiers only: measures per class."""
     confusion: Confusion | None = None
     """Classifiers only: confusion matrices."""
+    preference: PreferenceMeasures | None = None
+    """Preferences only: rewards and lengths."""
     interval: IntervalMethod
     """How confidence intervals were computed."""
     items: tuple[Item, ...]

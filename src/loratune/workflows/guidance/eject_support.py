@@ -43,6 +43,12 @@ The evaluate section is left out, and the script says so.
 """
 
 UNSUPPORTED_VALUES: dict[str, dict[Any, tuple[str, str]]] = {
+    "model.task": {
+        "preference": (
+            "pairs of answers are not written as one yet",
+            "train.engine=trl trains them with stock DPOTrainer",
+        ),
+    },
     "model.quantization": {
         "fp8": ("PEFT has no layers for it", "use model.quantization none, nf4 or int8"),
         "int4_weight_only": (

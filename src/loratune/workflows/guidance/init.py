@@ -120,9 +120,9 @@ def starter_for_data(
     rows = read_rows(Source(name=name))
     if columns:
         check_columns(rows, columns)
-    else:
+    elif not any(task.starter_settings(rows) for task in map(task_named, TASKS)):  # which may have fields of its own
         columns = _find_columns(name, rows, ask)
-    rows = rename_columns(rows, columns)
+    rows = rename_columns(rows, columns or {})
     for task in map(task_named, TASKS):
         if found := task.starter_settings(rows):
             return _starter_of_task(name, rows, found)

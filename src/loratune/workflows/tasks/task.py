@@ -5,7 +5,8 @@
     costs      num_outputs, logits_rows, step_costs                   planning/task.py
     records    plan_entries, lock_entries                             planning/task.py
     words      those of the report and the model card                 reporting/task.py
-    training   make_loss, plain_loss, reference_trainer               here
+    training   make_loss, plain_loss, before_training                 here
+               reference_trainer, check_reference                     here
     evaluation measures, compare, tables                              here
     export     merge; whatever needs text asks `writes_text`          here
     init       starter_settings                                       here
@@ -36,7 +37,7 @@ if TYPE_CHECKING:  # heavy: recipes are checked by their task before torch is ne
     from loratune.evaluation.user_metric import UserMetric
     from loratune.planning.preparation import Preparation
     from loratune.recipe.recipe import Recipe
-    from loratune.run.directory import Record
+    from loratune.run.directory import Record, RunDir
     from loratune.run.progress import Progress
     from loratune.training.event_log import EventLog
     from loratune.training.held_out_loss import Nll
@@ -44,6 +45,25 @@ if TYPE_CHECKING:  # heavy: recipes are checked by their task before torch is ne
     from loratune.training.token_budget import TokenBudget
     from loratune.training.trainer import RunTrainer, TrainerSetup
     from loratune.workflows.certify import Exported
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Started:
+    """A run whose model is loaded, with the adapter as it begins: fresh, or that of `lora.start_from`.
+
+    Attributes:
+        prepared: The prepared run.
+        run: Its directory.
+        model: The base model with the adapter.
+        loss: The model's loss.
+        progress: Shows how far it is.
+    """
+
+    prepared: Preparation
+    run: RunDir
+    model: PeftModel
+    loss: SupervisedLoss
+    progress: Progress
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +77,8 @@ class Comparison:
         budget: Cuts the examples into micro-batches.
         events: Receives what goes wrong on the way.
         progress: Shows how far the evaluation is.
+        run: The run directory.
+        base_nll: The base model's losses, if they are known already.
         tuned_nll: The fine-tuned model's losses, if they are known already.
         metric: A metric of the user's, instead of the recipe's.
     """
@@ -67,6 +89,8 @@ class Comparison:
     budget: TokenBudget
     events: EventLog
     progress: Progress
+    run: RunDir
+    base_nll: Nll | None = None
     tuned_nll: Nll | None = None
     metric: UserMetric | None = None
 
@@ -101,17 +125,21 @@ class Task(PlannedTask, ReportedTask):
     """What a model learns, and everything that depends on it."""
 
     @abstractmethod
-    def make_loss(self, model: PeftModel, examples: Sequence[Example]) -> tuple[SupervisedLoss, str]:
+    def make_loss(self, model: PeftModel, examples: Sequence[Example], recipe: Recipe) -> tuple[SupervisedLoss, str]:
         """Return the fastest loss that equals the plain one on these examples, and why it is not the fastest there
         is."""
 
     @abstractmethod
-    def plain_loss(self, model: PeftModel) -> SupervisedLoss:
+    def plain_loss(self, model: PeftModel, recipe: Recipe) -> SupervisedLoss:
         """Return the loss of stock libraries' forward pass, one example at a time."""
 
     @abstractmethod
     def reference_trainer(self, setup: TrainerSetup) -> RunTrainer:
         """Return the trainer of `train.engine: trl`, which the fast engine must equal."""
+
+    def before_training(self, started: Started) -> Preparation:
+        """Compute what needs the model as it is before step 1, or before going on; return the prepared run with it."""
+        return started.prepared
 
     def check_reference(self, model: Any) -> None:
         """Raise a RecipeError if `train.engine: trl` cannot train this base model."""

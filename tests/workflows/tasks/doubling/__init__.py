@@ -47,7 +47,7 @@ class Doubling(TextGeneration):
     def lock_entries(self, classes: Any) -> dict[str, Any]:
         return {"doubling": "twice"}
 
-    def make_loss(self, model: Any, examples: Sequence[Any]) -> tuple[SupervisedLoss, str]:
+    def make_loss(self, model: Any, examples: Sequence[Any], recipe: Any) -> tuple[SupervisedLoss, str]:
         return DoubledLoss(model, packed=False), "doubling takes examples one at a time"
 
     def measures(self, recipe: Any, metric: Any) -> list[str]:

@@ -75,6 +75,7 @@ class Classification(Task):
     reference = "class"
     nats = "nats per text"
     short_nats = "nats per text"
+    curve = "nats per text"
     marks_differences = False
     pipeline = "text-classification"
     auto_class = "SequenceClassification"
@@ -181,13 +182,13 @@ class Classification(Task):
             f"{num_regressions:,} of these correctly."
         )
 
-    def make_loss(self, model: PeftModel, examples: Sequence[Example]) -> tuple[SupervisedLoss, str]:
+    def make_loss(self, model: PeftModel, examples: Sequence[Example], recipe: Recipe) -> tuple[SupervisedLoss, str]:
         from loratune.workflows.tasks.classification.loss import make_classification_loss
 
         loss, reason = make_classification_loss(model, examples)
         return loss, f"examples are padded: {reason}" if reason else ""
 
-    def plain_loss(self, model: PeftModel) -> SupervisedLoss:
+    def plain_loss(self, model: PeftModel, recipe: Recipe) -> SupervisedLoss:
         from loratune.workflows.tasks.classification.loss import ClassificationLoss
 
         return ClassificationLoss(model, packed=False)

@@ -29,8 +29,11 @@ if TYPE_CHECKING:
     from loratune.training.trainer import RunTrainer, TrainerSetup
     from loratune.workflows.certify import Exported
 
-_OTHER_COLUMNS = {"sentence1", "sentence2", "label"}
-"""Names of `data.columns` that only classification reads."""
+_OTHER_COLUMNS = {
+    **dict.fromkeys(("sentence1", "sentence2", "label"), "sequence_classification"),
+    **dict.fromkeys(("chosen", "rejected"), "preference"),
+}
+"""Names of `data.columns` → the task that reads them."""
 
 
 class TextGeneration(Task):
@@ -40,9 +43,16 @@ class TextGeneration(Task):
 
     def problems(self, recipe: Any) -> Iterator[tuple[str, str]]:
         for column in recipe.data.columns:
-            if column in _OTHER_COLUMNS:
-                other = "sequence_classification"
+            if other := _OTHER_COLUMNS.get(column):
                 yield f"data.columns names {column}, which is for model.task {other}", f"task={other}"
+        section = recipe.preference
+        if given := [
+            name for name, part in type(section).model_fields.items() if getattr(section, name) != part.default
+        ]:
+            yield (
+                f"preference.{given[0]} is {getattr(section, given[0])}, which model.task {self.name} does not have",
+                ("task=preference, or leave it out"),
+            )
 
     def positions(self, recipe: Recipe, config: Any) -> int | None:
         from loratune.model.load import positions_of
@@ -109,13 +119,13 @@ class TextGeneration(Task):
 
         return chunk_rows(config.vocab_size, device)
 
-    def make_loss(self, model: PeftModel, examples: Sequence[Example]) -> tuple[SupervisedLoss, str]:
+    def make_loss(self, model: PeftModel, examples: Sequence[Example], recipe: Recipe) -> tuple[SupervisedLoss, str]:
         from loratune.training.loss import make_loss
 
         loss, reason = make_loss(model, examples)
         return loss, f"one example at a time: {reason}" if reason else ""
 
-    def plain_loss(self, model: PeftModel) -> SupervisedLoss:
+    def plain_loss(self, model: PeftModel, recipe: Recipe) -> SupervisedLoss:
         from loratune.training.loss import SupervisedLoss
 
         return SupervisedLoss(model, packed=False)

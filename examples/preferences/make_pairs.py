@@ -1,0 +1,85 @@
+"""Write train.jsonl and eval.jsonl: scheduling requests with a right answer and one with a mistake that models make.
+
+The mistakes are those that the quickstart's adapter makes on its held-out requests: it overlooks that a request is
+urgent, it repeats its first answer although a second turn changes it, it leaves out the place. Standard library only,
+seeded.
+"""
+
+import json
+import random
+import runpy
+from pathlib import Path
+from typing import Any
+
+QUICKSTART = Path(__file__).parents[1] / "quickstart"
+SEED = 2026
+NUM_TRAIN = 160
+
+Messages = list[dict[str, str]]
+
+
+def main(folder: Path = Path(__file__).parent) -> None:
+    """Write both files into the folder."""
+    script = runpy.run_path(str(QUICKSTART / "make_data.py"))
+    vocabulary, _ = script["split_vocabulary"](random.Random(script["SEED"]))  # the training half of the quickstart
+    rng = random.Random(SEED)
+    known = {title_of(messages) for name in ("train", "eval") for messages in quickstart_rows(name)}
+    train: dict[str, dict[str, Any]] = {}
+    while len(train) < NUM_TRAIN:
+        messages = conversation(rng, script, vocabulary)
+        title = title_of(messages)
+        if title not in known and (row := pair(rng, messages)):
+            train.setdefault(title, row)
+    held_out = [row for messages in quickstart_rows("eval") if (row := pair(rng, messages))]
+    write(folder / "train.jsonl", list(train.values()))
+    write(folder / "eval.jsonl", held_out)
+
+
+def conversation(rng: random.Random, script: dict[str, Any], vocabulary: Any) -> Messages:
+    """Return a request of the quickstart's kind; every third one is changed in a second turn."""
+    wish = script["draw_wish"](rng, vocabulary)
+    messages = [turn("user", script["request"](rng, wish)), turn("assistant", wish.answer())]
+    if rng.random() < 1 / 3:
+        text, amended = script["amend"](rng, vocabulary, wish)
+        messages += [turn("user", text), turn("assistant", amended.answer())]
+    return messages
+
+
+def pair(rng: random.Random, messages: Messages) -> dict[str, Any] | None:
+    """Return the conversation with a second answer that has a mistake; None if no mistake fits."""
+    *prompt, last = messages
+    right = json.loads(last["content"])
+    wrong = {**right, "urgent": not right["urgent"]}
+    if len(prompt) > 1:
+        wrong = json.loads(prompt[1]["content"])
+    elif right["place"] is not None and rng.random() < 0.4:
+        wrong = {**right, "place": None}
+    if wrong == right:
+        return None
+    return {"prompt": prompt, "chosen": last["content"], "rejected": json.dumps(wrong, separators=(",", ":"))}
+
+
+def title_of(messages: Messages) -> str:
+    """Return what a conversation is about."""
+    title: str = json.loads(messages[1]["content"])["title"]
+    return title
+
+
+def turn(role: str, content: str) -> dict[str, str]:
+    """Return a message."""
+    return {"role": role, "content": content}
+
+
+def quickstart_rows(name: str) -> list[Messages]:
+    """Return the conversations of a file of the quickstart."""
+    lines = (QUICKSTART / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["messages"] for line in lines]
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write rows, one JSON object a line."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8", newline="\n")
+
+
+if __name__ == "__main__":
+    main()

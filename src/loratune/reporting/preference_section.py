@@ -1,0 +1,77 @@
+"""What was learned from pairs of answers: rewards and lengths, below the measures of a run's page."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from loratune.reporting.blocks import Block, Paragraph, Table
+from loratune.reporting.units import as_number
+from loratune.run.errors import plural
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from loratune.run.records.evaluation import EvaluationRecord, LengthsOfAnswers, PreferenceMeasures, Rewards
+
+PAIR_MEASURES = ("pair_accuracy", "pair_accuracy_per_token", "pair_margin")
+"""Measures of `evaluation.json` that compare the two answers of a pair."""
+
+
+def preference(record: EvaluationRecord) -> Iterator[Block]:
+    """Build the paragraphs and tables of rewards and lengths."""
+    found = record.preference
+    if found is None:
+        return
+    yield Paragraph(
+        text="A pair is won where the model finds the chosen answer likelier than the rejected one; per token, since "
+        "long answers are less likely than short ones. The margin is log p(chosen) - log p(rejected), in nats."
+    )
+    if found.rewards is not None:
+        yield _rewards(found, found.rewards)
+    yield _lengths(found.lengths)
+    if found.lengths.base_accuracy_where_shorter is not None:
+        yield Paragraph(text=_where_shorter(found.lengths))
+
+
+def _rewards(found: PreferenceMeasures, rewards: Rewards) -> Table:
+    margin, accuracy = rewards.margin, rewards.accuracy
+    return Table(
+        caption=f"Rewards: {found.beta:g} × (log p - log p before training), {found.loss}",
+        columns=("measure", "fine-tuned", "interval"),
+        rows=(
+            ("reward of chosen answers", as_number(rewards.chosen, "+"), ""),
+            ("reward of rejected answers", as_number(rewards.rejected, "+"), ""),
+            ("reward margin", as_number(margin.value, "+"), _interval(margin.low, margin.high)),
+            ("pairs with a positive margin", f"{accuracy.value:.1%}", _shares(accuracy.low, accuracy.high)),
+        ),
+        numeric=True,
+    )
+
+
+def _interval(low: float | None, high: float | None) -> str:
+    return "" if low is None or high is None else f"{as_number(low, '+')} to {as_number(high, '+')}"
+
+
+def _shares(low: float | None, high: float | None) -> str:
+    return "" if low is None or high is None else f"{low:.1%} to {high:.1%}"
+
+
+def _lengths(lengths: LengthsOfAnswers) -> Table:
+    rows = [
+        ("chosen answers of the data", f"{lengths.chosen:,.1f}"),
+        ("rejected answers of the data", f"{lengths.rejected:,.1f}"),
+    ]
+    if lengths.base is not None and lengths.tuned is not None:
+        rows += [
+            ("the base model's own answers", f"{lengths.base:,.1f}"),
+            ("the fine-tuned model's own answers", f"{lengths.tuned:,.1f}"),
+        ]
+    return Table(caption="Length of answers, tokens on average", columns=("", "tokens"), rows=tuple(rows), numeric=True)
+
+
+def _where_shorter(lengths: LengthsOfAnswers) -> str:
+    return (
+        f"Where the chosen answer is the shorter one ({plural(lengths.num_chosen_shorter, 'pair')}), the base model "
+        f"wins {lengths.base_accuracy_where_shorter:.1%} and the fine-tuned model "
+        f"{lengths.tuned_accuracy_where_shorter:.1%}. If only long answers were learned, this would fall."
+    )

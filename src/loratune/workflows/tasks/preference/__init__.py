@@ -1,0 +1,190 @@
+"""`model.task: preference`: the model learns to prefer the better of two answers to the same prompt."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from loratune.recipe.sections.preference import WITH_REFERENCE
+from loratune.workflows.tasks.generation import TextGeneration
+from loratune.workflows.tasks.task import Compared, Comparison, Started, TaskStarter
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from peft import PeftModel
+    from rich.console import RenderableType
+    from transformers import PreTrainedTokenizerBase
+
+    from loratune.data.examples import Example
+    from loratune.data.prepared import PreparedData
+    from loratune.data.rows.row import Row
+    from loratune.evaluation.user_metric import UserMetric
+    from loratune.model.device import Choice
+    from loratune.planning.preparation import Preparation
+    from loratune.recipe.recipe import DataSection, Recipe
+    from loratune.run.directory import Record
+    from loratune.run.progress import Progress
+    from loratune.run.records.lock import LockRecord
+    from loratune.run.records.plan import PlannedData
+    from loratune.training.loss import SupervisedLoss
+    from loratune.training.trainer import RunTrainer, TrainerSetup
+
+COLUMNS = ("messages", "conversations", "prompt", "instruction", "input", "system", "tools", "chosen", "rejected")
+"""The names of `data.columns` that pairs are read from."""
+
+_REFUSED: tuple[tuple[str, tuple[Any, ...], str, str], ...] = (
+    ("data.train_on", ("all",), "the answers of a pair are trained, not their prompt", "data.train_on=assistant"),
+    ("data.on_long", ("split",), "a pair cannot be divided", "data.on_long=drop or truncate"),
+    ("data.streaming", (True,), "the reference is computed for all pairs before step 1", "data.streaming=auto"),
+    ("lora.variant", ("eva",), "its initialization is made for conversations", "lora.variant=plain"),
+)
+"""Setting, the values that are refused, why, and the fix."""
+
+_OFF: tuple[tuple[str, str], ...] = (
+    ("train.label_smoothing", "it smooths tokens; preference.label_smoothing is for pairs"),
+    ("train.neftune_noise_alpha", "its noise would be in the likelihood of both answers"),
+    ("lora.modules_to_save", "the loss of pairs needs a frozen output head"),
+    ("lora.new_tokens", "the loss of pairs needs a frozen output head"),
+)
+"""Settings that must be off, and why."""
+
+
+class Preference(TextGeneration):
+    """A model that prefers the better of two answers."""
+
+    name = "preference"
+    is_supervised = False
+    example = "pair"
+    training_example = "pair"
+    reference = "chosen answer"
+    nats = "nats per token of the chosen answer"
+    curve = "loss of a pair"
+
+    def problems(self, recipe: Any) -> Iterator[tuple[str, str]]:
+        for setting, values, why, fix in _REFUSED:
+            value = _value(recipe, setting)
+            if value in values:
+                shown = str(value).lower() if isinstance(value, bool) else value
+                yield f"{setting} is {shown}, which model.task {self.name} does not have: {why}", fix
+        for setting, why in _OFF:
+            if value := _value(recipe, setting):
+                shown = f"{value:g}" if isinstance(value, float) else list(value)
+                yield f"{setting} is {shown}, which model.task {self.name} does not have: {why}", f"leave {setting} out"
+        if isinstance(recipe.data.train_on, tuple) and recipe.data.train_on != ("assistant",):
+            yield f"data.train_on is {list(recipe.data.train_on)}, but pairs train answers", "data.train_on=assistant"
+        if recipe.data.format != "auto":
+            yield f"data.format is {recipe.data.format}, but pairs have a form of their own", "data.format=auto"
+        if recipe.train.engine == "trl":
+            yield from self._problems_of_trl(recipe)
+        for column in recipe.data.columns:
+            if column not in COLUMNS:
+                yield (
+                    f"data.columns names {column}, but pairs have {', '.join(COLUMNS)}",
+                    "data.columns={prompt: …, chosen: …, rejected: …}",
+                )
+
+    def _problems_of_trl(self, recipe: Any) -> Iterator[tuple[str, str]]:
+        fix, section = "train.engine=fast", recipe.preference
+        if section.loss not in ("dpo", "ipo"):
+            yield f"train.engine is trl, whose DPOTrainer has no {section.loss} (preference.loss)", fix
+        if section.label_smoothing or section.sft_weight:
+            name = "label_smoothing" if section.label_smoothing else "sft_weight"
+            yield f"train.engine is trl, whose DPOTrainer has no such term as preference.{name}", fix
+        if recipe.train.optimizer == "muon":
+            yield "train.engine is trl, whose DPOTrainer has no muon (train.optimizer)", fix
+
+    def choices(self, recipe: Recipe) -> dict[str, Choice]:
+        from loratune.workflows.tasks.preference.objective import beta_choice
+
+        return beta_choice(recipe.preference)
+
+    def has_reference(self, recipe: Recipe) -> bool:
+        return recipe.preference.loss in WITH_REFERENCE
+
+    def read_data(
+        self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, max_length: int, progress: Progress
+    ) -> tuple[Choice, PreparedData]:
+        from loratune.model.device import Choice
+        from loratune.workflows.tasks.preference.data import prepare_pairs
+
+        data = prepare_pairs(recipe.data, tokenizer, max_length=max_length, seed=recipe.train.seed, progress=progress)
+        return Choice("false"), data
+
+    def render_again(
+        self, data: DataSection, tokenizer: PreTrainedTokenizerBase, max_length: int, seed: int
+    ) -> list[Example]:
+        from loratune.workflows.tasks.preference.data import prepare_pairs
+
+        return prepare_pairs(data, tokenizer, max_length=max_length, seed=seed).train
+
+    def trained_on(self, lock: LockRecord) -> str:
+        section = lock.recipe["preference"]
+        return f"which of two answers is better ({section['loss']}, beta {section['beta']:g})"
+
+    def trained_on_with_counts(self, lock: LockRecord, data: PlannedData) -> str:
+        return (
+            f"{data.num_supervised_tokens:,} of {data.num_tokens:,} tokens are in answers; "
+            f"trained on {self.trained_on(lock)}"
+        )
+
+    def make_loss(self, model: PeftModel, examples: Sequence[Example], recipe: Recipe) -> tuple[SupervisedLoss, str]:
+        from loratune.training.loss import make_loss_of
+        from loratune.workflows.tasks.preference.loss import PreferenceLoss
+
+        loss, reason = make_loss_of(PreferenceLoss, model, examples)
+        loss.section = recipe.preference
+        return loss, f"examples go through the model one at a time: {reason}" if reason else ""
+
+    def plain_loss(self, model: PeftModel, recipe: Recipe) -> SupervisedLoss:
+        from loratune.workflows.tasks.preference.loss import PreferenceLoss
+
+        loss = PreferenceLoss(model, packed=False)
+        loss.section = recipe.preference
+        return loss
+
+    def before_training(self, started: Started) -> Preparation:
+        from loratune.workflows.tasks.preference.reference import with_reference
+
+        return with_reference(started) if self.has_reference(started.prepared.recipe) else started.prepared
+
+    def reference_trainer(self, setup: TrainerSetup) -> RunTrainer:
+        from loratune.workflows.tasks.preference.trl_trainer import TrlPreferenceTrainer
+
+        return TrlPreferenceTrainer(setup)
+
+    def measures(self, recipe: Recipe, metric: UserMetric | None) -> list[str]:
+        from loratune.workflows.tasks.preference.measures import MEASURES
+
+        return [*MEASURES, *super().measures(recipe, metric)]
+
+    def compare(self, comparison: Comparison) -> Compared:
+        from loratune.workflows.tasks.preference.compare import compare_preferences
+
+        return compare_preferences(comparison)
+
+    def tables(self, evaluation: Record) -> list[RenderableType]:
+        from loratune.workflows.tasks.preference.measures import preference_table
+
+        return [preference_table(evaluation), *super().tables(evaluation)]
+
+    def starter_settings(self, rows: Sequence[Row]) -> TaskStarter | None:
+        from loratune.workflows.tasks.preference.rows import to_pairs
+
+        found = to_pairs(rows)
+        if 2 * len(found.items) <= len(rows):
+            return None
+        reason = f"the rows have {found.format}"
+        return TaskStarter(
+            settings={"model.task": (self.name, reason)},
+            num_rows=len(found.items),
+            unit="pair",
+            of_what=found.format,
+        )
+
+
+def _value(recipe: Any, setting: str) -> Any:
+    section, _, field = setting.partition(".")
+    return getattr(getattr(recipe, section), field)
+
+
+TASK = Preference()

@@ -1,0 +1,188 @@
+"""The reference of a preference run: log p of every answer under the model as it is before step 1.
+
+That model is the base with the adapter that the run begins with: a fresh adapter changes nothing, and the one of
+`lora.start_from` belongs to it. Its log-probabilities are computed once, by the loss that training uses, and kept in
+RUN/reference and in the cache, under a fingerprint of everything that decides them. What is read from there is compared
+with the loaded model on a few pairs before it is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from loratune.data.batch import FILLER, collate
+from loratune.data.cache import Cache
+from loratune.data.examples import PairExample
+from loratune.model.gguf_import import cache_dir
+from loratune.run import processes
+from loratune.run.directory import read_json
+from loratune.training.event_log import EventLog
+from loratune.training.loss import TOLERANCE, loss_dtype
+from loratune.training.token_budget import TokenBudget
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from loratune.planning.preparation import Preparation
+    from loratune.run.directory import Record, RunDir
+    from loratune.run.progress import Progress
+    from loratune.workflows.tasks.preference.loss import PreferenceLoss
+    from loratune.workflows.tasks.task import Started
+
+CHECKED_PAIRS = 4
+"""Pairs on which a stored reference is compared with the loaded model."""
+
+_CHANGES_NOTHING = ("plain", "rslora", "dora")
+"""Values of `lora.variant` whose fresh adapter leaves the model as it is."""
+
+LogProbs = npt.NDArray[np.float64]
+"""[n, 2]: log p of the chosen and the rejected answer of each pair, in nats."""
+
+
+def with_reference(started: Started) -> Preparation:
+    """Return the prepared run with the reference in its pairs: stored log-probabilities, or computed now."""
+    prepared, run, progress = started.prepared, started.run, started.progress
+    loss = cast("PreferenceLoss", started.loss)
+    train, held_out = pairs_of(prepared.data.train), pairs_of(prepared.data.eval)
+    key = reference_key(run) if processes.is_main() else ""
+    # The first process decides for all: another machine's cache may have what this one has not.
+    stored = processes.gather(load_reference(run, key, progress))[0]
+    if stored is not None and (differs := processes.gather(_differs(loss, train, stored["train"]))[0]):
+        progress.warn(f"the stored reference differs from the loaded model ({differs}), and is computed again")
+        stored = None
+    known = stored is not None
+    if stored is None:
+        events = EventLog(run, progress)
+        budget = TokenBudget(prepared.estimate.memory.token_budget, events, together=loss.sharded)
+        both = log_probs(loss, [*train, *held_out], budget, progress, "reference")
+        stored = {"train": both[: len(train)], "eval": both[len(train) :]}
+    if key:  # the first process only
+        for cache in _caches(run, progress):
+            if not (known and cache.path(key).is_file()):
+                cache.store(key, {name: np.ascontiguousarray(part) for name, part in stored.items()})
+    return _put(prepared, train, held_out, stored)
+
+
+def pairs_of(examples: Sequence[Any]) -> list[PairExample]:
+    """Return the examples, which are pairs."""
+    assert all(isinstance(example, PairExample) for example in examples), "not the examples of a preference run"
+    return list(examples)
+
+
+def log_probs(
+    loss: PreferenceLoss, pairs: Sequence[PairExample], budget: TokenBudget, progress: Progress, what: str
+) -> LogProbs:
+    """Return log p of both answers of each pair under the model as it is now, without dropout.
+
+    Every process computes a share, and all get all of them.
+
+    Args:
+        loss: The loss of the model.
+        pairs: The pairs.
+        budget: Tokens of a micro-batch; halved when memory runs out.
+        progress: Shows how far it is.
+        what: Whose log-probabilities these are, for the progress bar.
+
+    Raises:
+        MachineError: One pair does not fit into memory.
+    """
+    by_length = sorted(range(len(pairs)), key=lambda i: -len(pairs[i].input_ids))
+    mine = by_length[processes.rank() :: processes.size()]
+    was_training = loss.model.training
+    loss.model.eval()
+
+    def measure() -> dict[int, list[float]]:
+        found: dict[int, list[float]] = {}
+        with progress.task(f"{what} log-probabilities", len(mine), "pairs") as task, torch.no_grad():
+            for chosen in budget.micro_batches(pairs, mine):
+                batch = collate([pairs[i] for i in chosen] or [FILLER]).to(loss.model.device)
+                if chosen:
+                    found |= dict(zip(chosen, loss.answers(batch).logps_P2.tolist(), strict=True))
+                else:
+                    loss.per_token(batch)  # the ranks that share the base call it equally often
+                task.advance(len(chosen))
+        return found
+
+    try:
+        found = budget.retry(measure, undo=lambda: None)
+    finally:
+        loss.model.train(was_training)
+    merged = {i: values for part in processes.gather(found) for i, values in part.items()}
+    return np.array([merged[i] for i in range(len(pairs))], dtype=np.float64).reshape(-1, 2)
+
+
+# ---- storage
+
+
+def reference_key(run: RunDir) -> str:
+    """Return the fingerprint of everything that decides the reference of a run; "" before its lock is written."""
+    if not run.lock.is_file():
+        return ""
+    lock = read_json(run.lock)
+    recipe, inputs = lock["recipe"], lock["inputs"]
+    plain = recipe["lora"]["variant"] in _CHANGES_NOTHING and "start" not in inputs
+    parts: Record = {
+        "inputs": {name: inputs.get(name) for name in ("model", "template", "train", "eval", "start")},
+        "model": {name: recipe["model"][name] for name in ("dtype", "quantization")},
+        "adapter": None if plain else [recipe["lora"], recipe["train"]["seed"]],
+        # What follows decides only how sums are rounded, but a run is repeated to the bit.
+        "train": {name: recipe["train"][name] for name in ("device", "token_budget", "engine", "compile", "strategy")},
+        "versions": lock["versions"],
+        "machine": lock["machine"],
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def load_reference(run: RunDir, key: str, progress: Progress) -> dict[str, LogProbs] | None:
+    """Return the stored reference of a run, from its directory or the cache; None if there is none."""
+    for cache in _caches(run, progress) if key else ():
+        stored = cache.load(key)
+        if stored is not None:
+            return stored
+    return None
+
+
+def _caches(run: RunDir, progress: Progress) -> tuple[Cache, ...]:
+    return Cache(run.reference, progress), Cache(cache_dir() / "reference", progress)
+
+
+def _differs(loss: PreferenceLoss, pairs: Sequence[PairExample], stored: LogProbs) -> str:
+    """Describe how a stored reference differs from the model as it is now; "" if it does not."""
+    if len(stored) != len(pairs):
+        return f"{len(stored):,} pairs instead of {len(pairs):,}"
+    numbers = np.unique(np.linspace(0, len(pairs) - 1, CHECKED_PAIRS).round().astype(int)).tolist()
+    was_training = loss.model.training
+    loss.model.eval()
+    try:
+        with torch.no_grad():
+            live = [loss.answers(collate([pairs[i]]).to(loss.model.device)) for i in numbers]
+    finally:
+        loss.model.train(was_training)
+    for number, answers in zip(numbers, live, strict=True):
+        off = np.abs(answers.logps_P2.cpu().numpy()[0] - stored[number])
+        # `TOLERANCE` is the rounding of one token, and that of a sum of independent ones grows with the root.
+        allowed = [3 * TOLERANCE[loss_dtype(loss.model)] * math.sqrt(n) for n in answers.lengths_P2[0].tolist()]
+        if not (off <= allowed).all():  # so written, NaN differs too
+            return f"by {off.max():.3g} nats in {pairs[number].origin}"
+    return ""
+
+
+def _put(
+    prepared: Preparation, train: list[PairExample], held_out: list[PairExample], stored: dict[str, LogProbs]
+) -> Preparation:
+    """Return the prepared run with the log-probabilities in its pairs."""
+
+    def with_values(pairs: list[PairExample], values: LogProbs) -> list[Any]:
+        return [replace(pair, reference=(c, r)) for pair, (c, r) in zip(pairs, values.tolist(), strict=True)]
+
+    data = prepared.data
+    changed = {"train": with_values(train, stored["train"]), "eval": with_values(held_out, stored["eval"])}
+    return replace(prepared, data=replace(data, **changed))
