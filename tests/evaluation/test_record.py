@@ -188,7 +188,7 @@ def test_a_hopeless_model_still_gives_finite_json() -> None:
 
 def test_the_table_shows_base_tuned_difference_and_interval() -> None:
     text = printed(evaluation_table(record()))
-    line = next(line for line in text.splitlines() if "exact_match" in line)
+    line = next(line for line in text.splitlines() if "exact match" in line)
     for part in ("exact match (4 answers)", "25.0%", "75.0%", "+50.0 points", "+0.0 to +100.0"):
         assert part in line
     assert "95% interval" in text
