@@ -130,7 +130,7 @@ def collate(examples: Sequence[Example]) -> MicroBatch:
     )
 
 
-def _classes(examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+def _classes(examples: Sequence[Example]) -> dict[str, Any]:
     """Return the labels and token types of labelled examples."""
     labelled = [example for example in examples if isinstance(example, LabelledExample)]
     if not labelled:

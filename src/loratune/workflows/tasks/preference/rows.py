@@ -110,10 +110,10 @@ def _written(value: Any) -> _Written:
         return _written_by_openai(value)
     if says_nothing(value.get("chosen")) and not says_nothing(value.get("rejected_response")):
         return _written_by_ms_swift(value)
-    for name, other in (SIDES, SIDES[::-1]):
-        if says_nothing(value.get(name)):
+    for side, other in (SIDES, SIDES[::-1]):
+        if says_nothing(value.get(side)):
             raise BadRow(
-                f"{name} is empty, and {other} is not: a pair has two answers"
+                f"{side} is empty, and {other} is not: a pair has two answers"
                 if not says_nothing(value.get(other))
                 else f"no chosen and rejected among {describe_value(value)}"
                 + ("; rows with one answer and a label (KTO) are not trained yet" if _is_labelled(value) else "")
