@@ -130,12 +130,12 @@ def collate(examples: Sequence[Example]) -> MicroBatch:
     )
 
 
-def _classes(examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+def _classes(examples: Sequence[Example]) -> dict[str, Any]:
     """Return the labels and token types of labelled examples."""
     labelled = [example for example in examples if isinstance(example, LabelledExample)]
     if not labelled:
         return {}
-    found = {"labels": torch.tensor([example.label for example in labelled])}
+    found: dict[str, Any] = {"labels": torch.tensor([example.label for example in labelled])}
     types = [example.token_types for example in labelled if example.token_types is not None]
     if len(types) == len(labelled):
         found["token_types"] = torch.from_numpy(np.concatenate(types).astype(np.int64))[None]

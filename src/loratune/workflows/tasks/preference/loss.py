@@ -53,7 +53,7 @@ class PreferenceLoss(SupervisedLoss):
         assert batch.answer_tokens is not None, "not a micro-batch of pairs"
         losses_S = cross_entropy_each(self._predictions(batch), self.head, batch.targets, compiled=self.compiled)
         # A sum of hundreds of float32 numbers, whose differences of a few hundredths train the model.
-        parts = torch.split(losses_S.to(float_type(losses_S.device)), batch.answer_tokens)
+        parts = torch.split(losses_S.to(float_type(losses_S.device)), list(batch.answer_tokens))
         logps_P2 = -torch.stack([part.sum() for part in parts]).view(-1, 2)
         lengths = torch.tensor(batch.answer_tokens, device=logps_P2.device, dtype=logps_P2.dtype)
         return Answers(

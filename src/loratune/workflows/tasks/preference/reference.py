@@ -183,6 +183,5 @@ def _put(
     def with_values(pairs: list[PairExample], values: LogProbs) -> list[Any]:
         return [replace(pair, reference=(c, r)) for pair, (c, r) in zip(pairs, values.tolist(), strict=True)]
 
-    data = prepared.data
-    changed = {"train": with_values(train, stored["train"]), "eval": with_values(held_out, stored["eval"])}
-    return replace(prepared, data=replace(data, **changed))
+    train_with, held_out_with = with_values(train, stored["train"]), with_values(held_out, stored["eval"])
+    return replace(prepared, data=replace(prepared.data, train=train_with, eval=held_out_with))
