@@ -188,18 +188,16 @@ def test_held_out_pairs_are_distinct_and_shared_prompts_are_named(
 def test_answers_to_prompts_of_other_tokens_are_refused_with_the_decoded_difference(
     smollm2_tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    def example(text: str, num_trained: int) -> Example:
-        ids = np.array(smollm2_tokenizer(text)["input_ids"], dtype=np.int32)
+    def example(*ids: int, num_trained: int = 1) -> Example:
         supervised = np.arange(len(ids)) >= len(ids) - num_trained
-        return Example(input_ids=ids, supervised=supervised, origin=Origin(file="a", line=1))
+        return Example(input_ids=np.array(ids), supervised=supervised, origin=Origin(file="a", line=1))
 
-    one, other = example("The sky is blue. Yes", 1), example("The sky is green. No", 1)
-    reason = _prompt_difference(one, other, smollm2_tokenizer)
-    assert "not answers to the same prompt: " in reason
-    assert "blue. Yes" not in reason
-    assert all(word in reason for word in ("blue", "before chosen", "green", "before rejected"))
-    assert _prompt_difference(one, example("The sky is blue. No", 1), smollm2_tokenizer) == ""
-    assert "before chosen" in _prompt_difference(one, example("The sky is blue. No", 2), smollm2_tokenizer)
+    one = example(300, 301, 302, 400)
+    reason = _prompt_difference(one, example(300, 301, 303, 400), smollm2_tokenizer)
+    here, there = (str(smollm2_tokenizer.decode([301, last])) for last in (302, 303))
+    assert reason.endswith(f"not answers to the same prompt: {here!r} before chosen, {there!r} before rejected")
+    assert _prompt_difference(one, example(300, 301, 302, 401, 402, num_trained=2), smollm2_tokenizer) == ""
+    assert _prompt_difference(one, example(300, 301, 302, 400, num_trained=2), smollm2_tokenizer) != ""
 
 
 def test_init_writes_a_recipe_for_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
