@@ -135,7 +135,7 @@ def _classes(examples: Sequence[Example]) -> dict[str, Any]:
     labelled = [example for example in examples if isinstance(example, LabelledExample)]
     if not labelled:
         return {}
-    found = {"labels": torch.tensor([example.label for example in labelled])}
+    found: dict[str, Any] = {"labels": torch.tensor([example.label for example in labelled])}
     types = [example.token_types for example in labelled if example.token_types is not None]
     if len(types) == len(labelled):
         found["token_types"] = torch.from_numpy(np.concatenate(types).astype(np.int64))[None]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import re
 import runpy
@@ -10,18 +9,19 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from loratune.data.examples import PairExample
+from loratune.data.examples import Example, PairExample
 from loratune.data.prepared import PreparedData
 from loratune.data.preview import preview
-from loratune.data.rows.row import Row
+from loratune.data.rows.row import Origin, Row
 from loratune.recipe.recipe import DataSection, Recipe
 from loratune.run.errors import DataError
 from loratune.run.records.data import DataRecord
 from loratune.workflows.guidance.init import init
-from loratune.workflows.tasks.preference.data import prepare_pairs
+from loratune.workflows.tasks.preference.data import _prompt_difference, prepare_pairs
 from loratune.workflows.tasks.preference.rows import to_pairs
 from loratune.workflows.tasks.task import task_named
 from tests.conftest import write_jsonl
@@ -185,17 +185,19 @@ def test_held_out_pairs_are_distinct_and_shared_prompts_are_named(
     assert [conversation.messages[-1]["content"] for conversation in data.eval_conversations] != []
 
 
-def test_a_template_that_writes_the_answer_into_the_prompt_is_refused_with_the_difference(
-    tmp_path: Path, smollm2_tokenizer: PreTrainedTokenizerBase
+def test_answers_to_prompts_of_other_tokens_are_refused_with_the_decoded_difference(
+    smollm2_tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    tokenizer = copy.deepcopy(smollm2_tokenizer)
-    tokenizer.chat_template = (
-        "{{ '<|im_start|>system\n' + (messages | last)['content'] | length | string + '<|im_end|>\n' }}"
-        "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] "
-        "+ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-    )
-    with pytest.raises(DataError, match=r"not answers to the same prompt|disagree|renders"):
-        prepared(tmp_path, tokenizer, [SHAPES["texts"]])
+    def example(*ids: int, num_trained: int = 1) -> Example:
+        supervised = np.arange(len(ids)) >= len(ids) - num_trained
+        return Example(input_ids=np.array(ids), supervised=supervised, origin=Origin(file="a", line=1))
+
+    one = example(300, 301, 302, 400)
+    reason = _prompt_difference(one, example(300, 301, 303, 400), smollm2_tokenizer)
+    here, there = (str(smollm2_tokenizer.decode([301, last])) for last in (302, 303))
+    assert reason.endswith(f"not answers to the same prompt: {here!r} before chosen, {there!r} before rejected")
+    assert _prompt_difference(one, example(300, 301, 302, 401, 402, num_trained=2), smollm2_tokenizer) == ""
+    assert _prompt_difference(one, example(300, 301, 302, 400, num_trained=2), smollm2_tokenizer) != ""
 
 
 def test_init_writes_a_recipe_for_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

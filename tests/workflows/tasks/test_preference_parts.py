@@ -252,6 +252,7 @@ def in_plain_torch(model: PeftModel, pairs: list[PairExample], beta: float) -> t
     return total
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packed", [True, False])
 def test_the_loss_and_every_gradient_equal_plain_torch(packed: bool) -> None:
     pairs = random_pairs()
@@ -275,6 +276,7 @@ def test_the_loss_and_every_gradient_equal_plain_torch(packed: bool) -> None:
             torch.testing.assert_close(parameter.grad, theirs[name].grad, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_examples_without_pairs_have_the_usual_loss() -> None:
     model = adapted()
     plain = [sequence([5, 6, 7, 8], 2), sequence([9, 3, 4], 1)]

@@ -197,8 +197,8 @@ def _add(
 
 def _prompt_difference(chosen: Example, rejected: Example, tokenizer: PreTrainedTokenizerBase) -> str:
     """Describe how the tokens before the two answers differ; "" if they are the same."""
-    first, second = prompts = [side.input_ids[: int(side.supervised.argmax())] for side in (chosen, rejected)]
-    if np.array_equal(first, second):
+    prompts = [side.input_ids[: int(side.supervised.argmax())] for side in (chosen, rejected)]
+    if np.array_equal(prompts[0], prompts[1]):
         return ""
     length = min(map(len, prompts))
     differs = np.flatnonzero(prompts[0][:length] != prompts[1][:length])

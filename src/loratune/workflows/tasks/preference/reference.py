@@ -21,8 +21,8 @@ import torch
 from loratune.data.batch import FILLER, collate
 from loratune.data.cache import Cache
 from loratune.data.examples import PairExample
+from loratune.model.gguf_import import cache_dir
 from loratune.run import processes
-from loratune.run.cache_folder import cache_dir
 from loratune.run.directory import read_json
 from loratune.training.event_log import EventLog
 from loratune.training.loss import TOLERANCE, loss_dtype
@@ -183,7 +183,5 @@ def _put(
     def with_values(pairs: list[PairExample], values: LogProbs) -> list[Any]:
         return [replace(pair, reference=(c, r)) for pair, (c, r) in zip(pairs, values.tolist(), strict=True)]
 
-    known = replace(
-        prepared.data, train=with_values(train, stored["train"]), eval=with_values(held_out, stored["eval"])
-    )
-    return replace(prepared, data=known)
+    train_with, held_out_with = with_values(train, stored["train"]), with_values(held_out, stored["eval"])
+    return replace(prepared, data=replace(prepared.data, train=train_with, eval=held_out_with))

@@ -118,13 +118,13 @@ def _written(value: Any) -> _Written:
                 else f"no chosen and rejected among {describe_value(value)}"
                 + ("; rows with one answer and a label (KTO) are not trained yet" if _is_labelled(value) else "")
             )
-    name = next((field for field in PROMPTS if not says_nothing(value.get(field))), None)
-    prompt = None if name is None else _turns(value[name], name, "user", value)
-    read = {*SIDES, *([name] if name else [])}
-    if name is not None and isinstance(value[name], str):
+    asked = next((field for field in PROMPTS if not says_nothing(value.get(field))), None)
+    prompt = None if asked is None else _turns(value[asked], asked, "user", value)
+    read = {*SIDES, *([asked] if asked else [])}
+    if asked is not None and isinstance(value[asked], str):
         read.add("input")
     chosen, rejected = (_turns(value[side], side, "assistant") for side in SIDES)
-    form = f"{name}, chosen and rejected" if name else "chosen and rejected"
+    form = f"{asked}, chosen and rejected" if asked else "chosen and rejected"
     return _Written(prompt, (chosen, rejected), value, frozenset(read), form)
 
 
