@@ -21,8 +21,8 @@ import torch
 from loratune.data.batch import FILLER, collate
 from loratune.data.cache import Cache
 from loratune.data.examples import PairExample
-from loratune.model.gguf_import import cache_dir
 from loratune.run import processes
+from loratune.run.cache_folder import cache_dir
 from loratune.run.directory import read_json
 from loratune.training.event_log import EventLog
 from loratune.training.loss import TOLERANCE, loss_dtype
