@@ -99,7 +99,7 @@ WRONG = {
     "init": "nothing",
     **dict.fromkeys(("plan", "explain", "eject", "train", "tune", "bench"), "no.yaml"),
     "sweep": "no.yaml train.learning_rate=1e-4,1e-3",
-    **dict.fromkeys(("resume", "runs", "evaluate", "reproduce", "report", "export", "serve"), "no-run"),
+    **dict.fromkeys(("resume", "extend", "runs", "evaluate", "reproduce", "report", "export", "serve"), "no-run"),
     "merge": "no-run out",
     "certify": "no-run target",
     "push": "no-run owner/name",

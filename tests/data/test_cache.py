@@ -26,9 +26,9 @@ Prepare = Callable[..., PreparedData]
 SOURCE = Path(loratune.__file__).parent
 DECIDE_NO_TOKENS = (
     *("recipe/recipe.py", "recipe/checks.py", "recipe/tasks.py", "recipe/yaml.py", "recipe/validation_errors.py"),
-    *("recipe/sections/", "run/"),
+    *("recipe/sections/", "recipe/given_rows.py", "run/"),
 )
-"""Imported by the code that prepares examples: settings, whose values are in the key, and the ground."""
+"""Imported by the code that prepares examples: settings and files of rows, which are in the key, and the ground."""
 
 
 class Heard(NoProgress):
