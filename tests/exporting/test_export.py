@@ -125,7 +125,7 @@ def test_the_target_has_a_default_only_where_the_base_is_a_gguf_file(
 ) -> None:
     with pytest.raises(RecipeError, match="the base is not a GGUF file") as error:
         export(finished_run.root)
-    assert error.value.fix == "--to gguf, --to ollama or --to vllm"
+    assert error.value.fix == "--to gguf, --to ollama, --to vllm or --to mlx"
     run = RunDir(Path(shutil.copytree(finished_run.root, tmp_path / "run")))
     lock = read_json(run.lock)
     lock["recipe"]["model"]["name"] = str(tmp_path / "base.gguf")
