@@ -5,12 +5,13 @@ Typer reads a command's options from its parameters, so the limit on the number 
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from loratune.cli.options import AsJson
 from loratune.cli.output import print_record
@@ -36,8 +37,13 @@ Energy = Annotated[
 app = typer.Typer(no_args_is_help=True, help="Inspect, combine, resize, extract, convert, merge and compare adapters.")
 
 
-def inspect(adapter: AdapterFolder, base: Base = None, as_json: AsJson = False) -> None:
-    """Show what an adapter is: type, base, and rank, norm and effective rank of each update."""
+def inspect(
+    adapter: AdapterFolder,
+    base: Base = None,
+    every: Annotated[bool, typer.Option("--all", help="A line for each module, not for those of a name.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show what an adapter is: type, base, and rank, norm and effective rank of the updates."""
     with command_context(as_json):
         from loratune.workflows.adapters.compare import inspect_adapter
 
@@ -48,13 +54,26 @@ def inspect(adapter: AdapterFolder, base: Base = None, as_json: AsJson = False) 
         console = SafeConsole(highlight=False, soft_wrap=True)
         console.print(f"{escape(record['adapter'])}: {record['kind']}, {record['num_parameters']:,} parameters")
         console.print(f"base: {escape(record['base'] or 'none named')}")
-        table = Table("module", "rank", "scale", "norm", "effective rank", "99 % of its square in")
-        for row in record["matrices"]:
-            numbers = (f"{row['rank']}", f"{row['scale']:.4g}", f"{row['norm']:.4g}", f"{row['effective_rank']:.1f}")
-            table.add_row(escape(row["name"]), *numbers, f"{row['rank_of_99_percent']}")
-        console.print(table)
+        console.print(_matrices_table(record["matrices"], every=every))
         if record["other"]:
             console.print(f"and {escape(', '.join(record['other']))}")
+
+
+def _matrices_table(matrices: list[Record], *, every: bool) -> Table:
+    """Return a table with a row for each module, or for the modules whose names differ in numbers alone."""
+    rows: dict[str, list[Record]] = {}
+    for matrix in sorted(matrices, key=lambda one: [int(n) for n in re.findall(r"\d+", one["name"])]):
+        rows.setdefault(matrix["name"] if every else re.sub(r"\d+", "*", matrix["name"]), []).append(matrix)
+    names = ("rank", "scale", "norm", "effective rank", "rank of 99 %")
+    table = Table(Column("module", overflow="fold"), *(Column(name, no_wrap=True) for name in names))
+    columns = {"rank": "d", "scale": ".4g", "norm": ".4g", "effective_rank": ".1f", "rank_of_99_percent": "d"}
+    for name, found in rows.items():
+        shown = []
+        for column, style in columns.items():
+            low, high = (format(end(one[column] for one in found), style) for end in (min, max))
+            shown.append(low if low == high else f"{low} to {high}")
+        table.add_row(escape(name if len(found) == 1 else f"{name} ({len(found)})"), *shown)
+    return table
 
 
 def combine(

@@ -108,7 +108,7 @@ def test_helpers_end_with_the_process_that_started_them() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=False)
     pid = int(done.stdout)
-    for _ in range(200):
+    for _ in range(600):  # it imports before it sees that it is alone
         try:
             os.kill(pid, 0)
         except ProcessLookupError:
