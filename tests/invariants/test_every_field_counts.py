@@ -218,7 +218,7 @@ def footprint(recipe: Recipe) -> dict[str, Any]:
     strategy = plan["choices"].get("train.strategy")  # a single process has no other to share the base with
     for name in ("time", "measured", "choices", "presets"):
         plan.pop(name)
-    for name in ("peak_bytes", "process_bytes"):  # depend on the tests that ran in this process before
+    for name in ("peak_bytes", "process_bytes", "interval"):  # depend on the tests that ran in this process before
         plan["memory"].pop(name)
     metrics = run.read_metrics()
     for record in metrics:

@@ -13,6 +13,7 @@ from loratune.recipe.sections.data import DataSection
 from loratune.recipe.sections.evaluate import EvaluateSection
 from loratune.recipe.sections.lora import VARIANTS, LoraSection
 from loratune.recipe.sections.model import ModelSection
+from loratune.recipe.sections.preference import PreferenceSection
 from loratune.recipe.sections.train import DECAY_FRACTION, TrainSection
 from loratune.run.errors import RecipeError
 
@@ -21,6 +22,7 @@ SECTIONS = {
     "data": DataSection,
     "lora": LoraSection,
     "train": TrainSection,
+    "preference": PreferenceSection,
     "evaluate": EvaluateSection,
 }
 
