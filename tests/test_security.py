@@ -66,7 +66,7 @@ def test_nothing_is_pickled_or_unpickled_from_training_to_resuming_and_evaluatin
 
 def test_a_run_holds_no_file_that_only_pickle_reads(finished_run: RunDir) -> None:
     suffixes = {path.suffix for path in finished_run.root.rglob("*") if path.is_file()}
-    assert suffixes <= {".json", ".jsonl", ".yaml", ".safetensors", ".jinja", ".md", ".html", ""}, suffixes
+    assert suffixes <= {".json", ".jsonl", ".yaml", ".safetensors", ".jinja", ".md", ".html", ".txt", ""}, suffixes
 
 
 def test_a_model_of_pickles_alone_is_refused(tiny_model: Path, tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
