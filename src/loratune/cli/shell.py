@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -76,11 +77,17 @@ def command_context(as_json: bool, *, together: bool = False) -> Iterator[Termin
         raise
 
 
+_LEAD = 15.0
+"""Seconds by which the first process may be slower to print an error: a launcher ends all when one has failed."""
+
+
 def _print_error(error: LoratuneError, as_json: bool) -> int:
     """Print an error unless another process does, and return the exit code."""
     # All processes stop together, and before they are connected all of them read the same recipe.
     everywhere = isinstance(error, Interrupted) or not processes.is_connected()
     if everywhere and not processes.is_main():
+        if not isinstance(error, Interrupted):
+            time.sleep(_LEAD)
         return error.exit_code
     earlier = processes.first_failure(error.exit_code)
     if earlier is not None:
