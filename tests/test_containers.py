@@ -22,7 +22,7 @@ import pytest
 import yaml
 
 from loratune import __main__ as cli
-from loratune.model.gguf_import import CACHE_VARIABLE
+from loratune.run.cache_folder import CACHE_VARIABLE
 from loratune.recipe.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
