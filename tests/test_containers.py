@@ -22,8 +22,8 @@ import pytest
 import yaml
 
 from loratune import __main__ as cli
-from loratune.run.cache_folder import CACHE_VARIABLE
 from loratune.recipe.recipe import Recipe
+from loratune.run.cache_folder import CACHE_VARIABLE
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
