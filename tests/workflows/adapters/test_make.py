@@ -133,23 +133,19 @@ def test_approximations_are_those_of_peft(
 ) -> None:
     one = make_adapter("one", 1, r=4, lora_alpha=4, target_modules=["q_proj"])
     two = make_adapter("two", 2, r=4, lora_alpha=4, target_modules=["q_proj"])
-    torch.manual_seed(5)  # DARE draws
-    record = combine_adapters([one, two], tmp_path / "ours", weights=[0.6, 0.4], method=method, density=0.7)
+    # DARE draws other numbers for our float64 than for PEFT's float32, so it is compared where nothing is dropped.
+    density = 1 - 1e-12 if "dare" in method else 0.7  # PEFT warns of 1
+    record = combine_adapters([one, two], tmp_path / "ours", weights=[0.6, 0.4], method=method, density=density)
     model: Any = PeftModel.from_pretrained(load(tiny_model), str(one), adapter_name="one")
     model.load_adapter(str(two), "two")
-    torch.manual_seed(5)
     theirs = method if method in ("svd", "linear") else f"{method}_svd"
-    model.add_weighted_adapter(["one", "two"], [0.6, 0.4], "both", combination_type=theirs, density=0.7)
+    model.add_weighted_adapter(["one", "two"], [0.6, 0.4], "both", combination_type=theirs, density=density)
     wanted = {
         name.removeprefix("base_model.model."): module.get_delta_weight("both").double()
         for name, module in model.named_modules()
         if hasattr(module, "get_delta_weight") and "both" in module.lora_A
     }
-    found = updates_by_peft(tiny_model, tmp_path / "ours")
-    if "dare" in method:  # other numbers are drawn for float64 than for float32; the kept ones are right in size
-        assert relative(found, wanted) < 1.5
-    else:
-        assert relative(found, wanted) < 1e-4
+    assert relative(updates_by_peft(tiny_model, tmp_path / "ours"), wanted) < 1e-4
     assert record["ranks"] == [4, 4]
     assert (record["discarded_share"] > 0.01) == (method != "linear")
 
