@@ -1,8 +1,7 @@
-"""Write train.jsonl and eval.jsonl: scheduling requests with a right answer and one with a mistake that models make.
+"""Write train.jsonl and eval.jsonl: scheduling requests with a right answer and one with a mistake.
 
-The mistakes are those that the quickstart's adapter makes on its held-out requests: it overlooks that a request is
-urgent, it repeats its first answer although a second turn changes it, it leaves out the place. Standard library only,
-seeded.
+The mistakes are made by a rule: `urgent` is the wrong way round, the first answer is repeated although a second turn
+changes it, or the place is left out. Standard library only, seeded.
 """
 
 import json

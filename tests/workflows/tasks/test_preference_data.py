@@ -73,6 +73,22 @@ def test_every_shape_is_the_same_pair(shape: str) -> None:
     assert pair.key == read(SHAPES["texts"]).key
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [
+        '{"from":"berlin","to":"paris"}',
+        '[{"name":"a"}]',
+        "[]",
+        '{"role":"manager","level":3}',
+        '{"role":"assistant","content":"hello"}',
+    ],
+)
+def test_an_answer_that_is_json_is_a_text(answer: str) -> None:
+    pair = read({"prompt": answer, "chosen": answer, "rejected": "[1]"})
+    assert [message["content"] for message in pair.chosen.messages] == [answer, answer]
+    assert pair.rejected.messages[-1]["content"] == "[1]"
+
+
 def test_answers_of_the_shared_beginning_are_context_and_later_ones_are_trained() -> None:
     ending = [said("user", "Sure?"), said("assistant", "Sure.")]
     pair = read({"chosen": [*TALK, CHOSEN, *ending], "rejected": [*TALK, REJECTED, *ending]})
@@ -180,9 +196,11 @@ def test_held_out_pairs_are_distinct_and_shared_prompts_are_named(
 ) -> None:
     rows = [{"prompt": "Rain?", "chosen": f"Yes, {i} times.", "rejected": BAD} for i in range(10)]
     data = prepared(tmp_path, smollm2_tokenizer, [*rows, rows[0]], eval=0.3)
-    assert (len(data.train), len(data.eval)) in ((8, 3), (7, 3))
+    assert (len(data.train), len(data.eval)) == (8, 3)
     assert len(data.report["shared_prompts"]) == 3
-    assert [conversation.messages[-1]["content"] for conversation in data.eval_conversations] != []
+    chosen = [smollm2_tokenizer.decode(e.sequences[0].input_ids[e.sequences[0].supervised]) for e in data.eval]
+    assert [f"{c.messages[-1]['content']}<|im_end|>" for c in data.eval_conversations] == chosen
+    assert len(set(chosen)) == 3
 
 
 def test_answers_to_prompts_of_other_tokens_are_refused_with_the_decoded_difference(

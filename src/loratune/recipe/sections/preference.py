@@ -26,8 +26,7 @@ class PreferenceSection(Section):
 
     beta: Annotated[Float, Field(gt=0)] | Literal["auto"] = Field(default="auto", union_mode="left_to_right")
     """The strength of the preference: how closely `dpo` and `ipo` (where it is called τ) stay at the reference, the
-    weight of the odds ratio in `orpo` (λ), the scale of the rewards in `simpo`. `auto`: 0.1, and 2.0 for `simpo`, as in
-    their papers."""
+    weight of the odds ratio in `orpo` (λ), the scale of the rewards in `simpo`. `auto`: 0.1, and 2.0 for `simpo`."""
 
     label_smoothing: Float = Field(default=0.0, ge=0, lt=0.5)
     """The probability that a pair is labelled the wrong way round (conservative DPO). For `dpo` only."""

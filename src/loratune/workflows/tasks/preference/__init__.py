@@ -37,8 +37,17 @@ _REFUSED: tuple[tuple[str, tuple[Any, ...], str, str], ...] = (
     ("data.on_long", ("split",), "a pair cannot be divided", "data.on_long=drop or truncate"),
     ("data.streaming", (True,), "the reference is computed for all pairs before step 1", "data.streaming=auto"),
     ("lora.variant", ("eva",), "its initialization is made for conversations", "lora.variant=plain"),
+    (
+        "lora.variant",
+        ("loftq",),
+        "its rewards would begin elsewhere than at the base",
+        "lora.variant=plain",
+    ),
 )
 """Setting, the values that are refused, why, and the fix."""
+
+BEGINS_AS_BASE = ("plain", "rslora", "dora")
+"""Values of `lora.variant` whose fresh adapter leaves base and model as they are."""
 
 _OFF: tuple[tuple[str, str], ...] = (
     ("train.label_smoothing", "it smooths tokens; preference.label_smoothing is for pairs"),
@@ -89,9 +98,10 @@ class Preference(TextGeneration):
             yield f"train.engine is trl, whose DPOTrainer has no {section.loss} (preference.loss)", fix
         if section.label_smoothing or section.sft_weight:
             name = "label_smoothing" if section.label_smoothing else "sft_weight"
-            yield f"train.engine is trl, whose DPOTrainer has no such term as preference.{name}", fix
-        if recipe.train.optimizer == "muon":
-            yield "train.engine is trl, whose DPOTrainer has no muon (train.optimizer)", fix
+            yield f"train.engine is trl, whose losses are not compared with ours for preference.{name}", fix
+        if recipe.lora.variant not in BEGINS_AS_BASE:
+            # TRL adds an adapter for its reference, and PEFT then takes the start out of the base once more.
+            yield f"train.engine is trl, whose reference would change the base of {recipe.lora.variant}", fix
 
     def choices(self, recipe: Recipe) -> dict[str, Choice]:
         from loratune.workflows.tasks.preference.objective import beta_choice

@@ -83,4 +83,4 @@ def beta_choice(section: PreferenceSection) -> dict[str, Choice]:
     """Return what `preference.beta: auto` becomes, and why."""
     if section.beta != "auto":
         return {}
-    return {"preference.beta": Choice(f"{beta_of(section):g}", f"the value of the paper of {section.loss}")}
+    return {"preference.beta": Choice(f"{beta_of(section):g}", f"the default of {section.loss}")}

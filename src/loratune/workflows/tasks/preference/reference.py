@@ -27,6 +27,7 @@ from loratune.run.directory import read_json
 from loratune.training.event_log import EventLog
 from loratune.training.loss import TOLERANCE, loss_dtype
 from loratune.training.token_budget import TokenBudget
+from loratune.workflows.tasks.preference import BEGINS_AS_BASE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,9 +40,6 @@ if TYPE_CHECKING:
 
 CHECKED_PAIRS = 4
 """Pairs on which a stored reference is compared with the loaded model."""
-
-_CHANGES_NOTHING = ("plain", "rslora", "dora")
-"""Values of `lora.variant` whose fresh adapter leaves the model as it is."""
 
 LogProbs = npt.NDArray[np.float64]
 """[n, 2]: log p of the chosen and the rejected answer of each pair, in nats."""
@@ -128,7 +126,7 @@ def reference_key(run: RunDir) -> str:
         return ""
     lock = read_json(run.lock)
     recipe, inputs = lock["recipe"], lock["inputs"]
-    plain = recipe["lora"]["variant"] in _CHANGES_NOTHING and "start" not in inputs
+    plain = recipe["lora"]["variant"] in BEGINS_AS_BASE and "start" not in inputs
     parts: Record = {
         "inputs": {name: inputs.get(name) for name in ("model", "template", "train", "eval", "start")},
         "model": {name: recipe["model"][name] for name in ("dtype", "quantization")},

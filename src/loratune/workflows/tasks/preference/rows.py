@@ -153,17 +153,29 @@ def _written_by_ms_swift(value: dict[str, Any]) -> _Written:
 
 
 def _turns(value: Any, name: str, role: str, row: dict[str, Any] | None = None) -> list[Any]:
-    """Return a text, a message or a list of messages as a list; `row` may have more of a text prompt."""
+    """Return a text, a message or a list of messages as a list; `row` may have more of a text prompt.
+
+    A text is a list of messages that a table stored as JSON only if every entry has a role and what was said: answers
+    may be JSON themselves.
+    """
+    if isinstance(value, dict) and ("role" in value or "from" in value):
+        return [value]
+    if isinstance(value, list) and all(isinstance(turn, dict) for turn in value):
+        return value
     parsed = from_json(value)
-    if isinstance(parsed, dict) and ("role" in parsed or "from" in parsed):
-        return [parsed]
-    if isinstance(parsed, list) and all(isinstance(turn, dict) for turn in parsed):
+    if isinstance(parsed, list) and parsed and all(map(_is_message, parsed)):
         return parsed
     if not isinstance(value, str):
         raise BadRow(f"{name} is {describe_value(value)}, neither text nor messages")
     if not value.strip():
         raise BadRow(f"{name} is empty")
     return [{"role": role, "content": value if row is None else with_input(value, row)}]
+
+
+def _is_message(turn: Any) -> bool:
+    if not isinstance(turn, dict):
+        return False
+    return ("role" in turn and ("content" in turn or "tool_calls" in turn)) or {"from", "value"} <= turn.keys()
 
 
 # ---- conversations

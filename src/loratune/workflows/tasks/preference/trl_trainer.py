@@ -63,6 +63,11 @@ class TrlPreferenceTrainer(RunTrainer, DPOTrainer):
             processing_class=setup.tokenizer,
             callbacks=callbacks,
         )
+        # Its reference of a started adapter is a copy that it calls in training mode: the reference has no dropout.
+        for module in setup.model.modules():
+            dropout = getattr(module, "lora_dropout", {})
+            if "ref" in dropout:
+                dropout["ref"] = torch.nn.Identity()
         # TRL casts adapters on a quantized base to bfloat16; put the float32 values back.
         for name, parameter in trainable_parameters(setup.model).items():
             parameter.data = adapter[name]
