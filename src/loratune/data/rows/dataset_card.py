@@ -18,8 +18,10 @@ _KEYS = {"config_name", "data_files", "data_dir", "default", "drop_labels"}
 _FIX = "correct the block `configs:`, or name the files in data.train"
 
 
-def declared_splits(folder: Path, config: str | None) -> dict[str, list[Path]] | None:
-    """Return the files of each split that the folder's `README.md` declares; None if it declares none.
+def declared_splits(folder: Path, config: str | None) -> tuple[dict[str, list[Path]] | None, Path]:
+    """Return the files of each split that the folder's `README.md` declares, and the folder that it names.
+
+    None in place of the files: they are told apart by their names, in the folder that is returned.
 
     Args:
         folder: The folder.
@@ -34,14 +36,15 @@ def declared_splits(folder: Path, config: str | None) -> dict[str, list[Path]] |
         if config is not None:
             fix = "name its subfolder; a README.md with a block `configs:` would define it"
             raise DataError(f"config is {config}, but a folder has none", file=folder, fix=fix)
-        return None
+        return None, folder
     chosen = _choose(card, configs, config)
     if others := ", ".join(sorted(chosen.keys() - _KEYS)):
         raise DataError(f"configs: {others} is not supported", file=card, fix=_FIX)
-    files = chosen.get("data_files")
+    files, base = chosen.get("data_files"), f"{chosen['data_dir']}/" if chosen.get("data_dir") else ""
     if files is None:
-        return None if not chosen.get("data_dir") else {"train": _found(card, str(chosen["data_dir"]) + "/**/*")}
-    base = f"{chosen['data_dir']}/" if chosen.get("data_dir") else ""
+        if base:
+            _found(card, f"{base}**/*")  # or it is no folder with files, inside of this one
+        return None, folder / base
     splits: dict[str, list[Path]] = {}
     for entry in files if isinstance(files, list) else [files]:
         split, paths = (entry.get("split", "train"), entry.get("path")) if isinstance(entry, dict) else ("train", entry)
@@ -49,7 +52,7 @@ def declared_splits(folder: Path, config: str | None) -> dict[str, list[Path]] |
             if not isinstance(path, str):
                 raise DataError("configs: data_files without a path", file=card, fix=_FIX)
             splits.setdefault(str(split), []).extend(_found(card, base + path))
-    return {split: list(dict.fromkeys(found)) for split, found in splits.items()}
+    return {split: list(dict.fromkeys(found)) for split, found in splits.items()}, folder
 
 
 def _configs(card: Path) -> list[dict[str, Any]]:

@@ -72,10 +72,10 @@ def select_files(folder: Path, split: str | None, known: Collection[str], config
     Raises:
         DataError: There is none, or it cannot be said which.
     """
-    declared = declared_splits(folder, config)
+    declared, inner = declared_splits(folder, config)
     found = sorted(f for f in folder.rglob("*") if f.is_file() and not _hidden(f, folder))
     found = [f for f in found if f.name not in _METADATA and f.suffix.lower() not in _ABOUT and f.suffix]
-    parts = _named_parts(folder, found, known) if declared is None else _declared_parts(folder, declared, known)
+    parts = _named_parts(inner, found, known) if declared is None else _declared_parts(folder, declared, known)
     chosen = _of_split(parts, split) if split is not None else _for_training(parts, folder)
     if not chosen:
         what = f"of split {split} " if split else ""
@@ -88,7 +88,7 @@ def select_files(folder: Path, split: str | None, known: Collection[str], config
     return Selection(
         files=files,
         left_out=[
-            f"{file.relative_to(folder)} ({_reason(part, declared is not None)})"
+            f"{file.relative_to(folder)} ({_reason(part, declared is not None or inner != folder)})"
             for file, part in others
             if split is None or part is None or not part.exact  # of the other splits, the recipe wants none
         ],
@@ -96,7 +96,7 @@ def select_files(folder: Path, split: str | None, known: Collection[str], config
 
 
 def _named_parts(folder: Path, found: list[Path], known: Collection[str]) -> list[_Part]:
-    data = [f for f in found if data_suffix(f) in known]
+    data = [f for f in found if data_suffix(f) in known and f.is_relative_to(folder)]
     if any(data_suffix(f) != ".txt" for f in data):
         data = [f for f in data if data_suffix(f) != ".txt"]  # licences and notes beside the data
     return [_part(file, folder) for file in data]

@@ -15,6 +15,8 @@ TargetPreset = Literal["minimal", "balanced", "attention", "complete"]
 
 VARIANTS: tuple[str, ...] = get_args(Variant)
 TARGET_PRESETS: tuple[str, ...] = get_args(TargetPreset)
+BEGINS_AS_BASE = ("plain", "rslora", "dora")
+"""Values of `lora.variant` whose fresh adapter leaves base and model as they are."""
 
 
 class LoraSection(Section):

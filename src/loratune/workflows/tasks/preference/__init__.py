@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from loratune.recipe.sections.lora import BEGINS_AS_BASE
 from loratune.recipe.sections.preference import WITH_REFERENCE
 from loratune.workflows.tasks.generation import TextGeneration
 from loratune.workflows.tasks.task import Compared, Comparison, Started, TaskStarter
@@ -45,9 +46,6 @@ _REFUSED: tuple[tuple[str, tuple[Any, ...], str, str], ...] = (
     ),
 )
 """Setting, the values that are refused, why, and the fix."""
-
-BEGINS_AS_BASE = ("plain", "rslora", "dora")
-"""Values of `lora.variant` whose fresh adapter leaves base and model as they are."""
 
 _OFF: tuple[tuple[str, str], ...] = (
     ("train.label_smoothing", "it smooths tokens; preference.label_smoothing is for pairs"),

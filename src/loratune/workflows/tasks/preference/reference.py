@@ -21,13 +21,13 @@ import torch
 from loratune.data.batch import FILLER, collate
 from loratune.data.cache import Cache
 from loratune.data.examples import PairExample
+from loratune.recipe.sections.lora import BEGINS_AS_BASE
 from loratune.run import processes
 from loratune.run.cache_folder import cache_dir
 from loratune.run.directory import read_json
 from loratune.training.event_log import EventLog
 from loratune.training.loss import TOLERANCE, loss_dtype
 from loratune.training.token_budget import TokenBudget
-from loratune.workflows.tasks.preference import BEGINS_AS_BASE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
