@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 
 from loratune.evaluation.record import evaluation_record
 from loratune.reporting.verdict import verdict_on
 from loratune.run.records.base import parse
-from loratune.run.records.evaluation import EvaluationRecord
+from loratune.run.records.evaluation import EvaluationRecord, LengthsOfAnswers
 
 
 def record(metric: str, scores: tuple[float, float, float, float] | None, nll: tuple[float, float]) -> EvaluationRecord:
@@ -27,6 +27,17 @@ def record(metric: str, scores: tuple[float, float, float, float] | None, nll: t
         made["base"][metric], made["tuned"][metric] = base, tuned
         made["difference"][metric] = {"value": tuned - base, "low": low, "high": high}
     return parse(EvaluationRecord, {**made, "metric": metric, "adapter": {"kind": "last", "steps": [1]}})
+
+
+@pytest.mark.parametrize(("chosen", "is_told"), [(-0.7, True), (0.0, False), (0.2, False), (None, False)])
+def test_chosen_answers_that_fell_are_told_whatever_the_base_was(chosen: float | None, is_told: bool) -> None:
+    part: Any = {"value": 0.8, "low": 0.7, "high": 0.9}
+    rewards = None if chosen is None else {"chosen": chosen, "rejected": -1.5, "margin": part, "accuracy": part}
+    lengths = dict.fromkeys(get_type_hints(LengthsOfAnswers), 2)
+    preference = {"loss": "dpo", "beta": 0.1, "rewards": rewards, "lengths": lengths}
+    made = record("json", (0.02, 0.09, 0.01, 0.13), (3, 1)).model_dump() | {"preference": preference}
+    sentence = verdict_on(parse(EvaluationRecord, made)).sentence
+    assert ("less likely than where the run began, by 7 nats on average" in sentence) == is_told
 
 
 @pytest.mark.parametrize(

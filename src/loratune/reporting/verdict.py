@@ -46,8 +46,24 @@ def verdict_on(record: EvaluationRecord) -> Verdict:
     words = f"{outcome}: {_numbers(record, name)}"
     if name != finer and outcome != "better" and _outcome(record, finer) == "better":
         words += f"; but the {_numbers(record, finer, interval=False)}"
+    words += _fallen(record)
     advice = f"; {_TRY[outcome]}" if _TRY[outcome] else ""
     return Verdict(outcome=outcome, sentence=f"{words}{advice}")
+
+
+def _fallen(record: EvaluationRecord) -> str:
+    """Say if chosen answers became less likely than where the run began, which the comparison with the base hides.
+
+    Where two answers differ in a few tokens, DPO may lower both of them (Pal et al. 2024, arXiv 2402.13228).
+    """
+    measured = record.preference
+    if measured is None or measured.rewards is None or measured.rewards.chosen >= 0:
+        return ""
+    nats = -measured.rewards.chosen / measured.beta
+    return (
+        f"; but the chosen answers are less likely than where the run began, by {nats:.3g} nats on average: raise "
+        "preference.sft_weight, or lower train.learning_rate"
+    )
 
 
 def _outcome(record: EvaluationRecord, name: str) -> Outcome:
