@@ -16,7 +16,7 @@ bench: $(VENV)/.installed
 
 # A process for each core, up to four, with one thread each.
 test: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 # The versions of a GPU machine on a CPU: Python 3.12 and torch 2.11, whose one build is for CUDA (6 GB on the disk) and
 # also runs without a GPU. Not part of CI.

@@ -186,6 +186,7 @@ def test_a_killed_process_is_started_again_and_no_example_is_lost_or_seen_twice(
     assert sizes(run) == sizes(one)
 
 
+@pytest.mark.slow
 def test_sigterm_stops_all_processes_in_order(tiny_recipe: MakeRecipe, one: RunDir, tmp_path: Path) -> None:
     file, run = write_recipe(tiny_recipe(**SETTINGS), tmp_path, "stopped")
     with started([sys.executable, "-m", "loratune", "train", file, "--processes=2"]) as process:
@@ -198,6 +199,7 @@ def test_sigterm_stops_all_processes_in_order(tiny_recipe: MakeRecipe, one: RunD
     assert_same(one, resume(run.root).run, tolerance=1e-5)
 
 
+@pytest.mark.slow
 def test_an_error_of_all_processes_is_told_once(tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
     file, _ = write_recipe(tiny_recipe(train__engine="trl"), tmp_path, "refused")
     done = command([sys.executable, "-m", "loratune", "train", file, "--processes", 2])

@@ -14,6 +14,7 @@ from loratune.recipe.recipe import Recipe
 from loratune.run.directory import RunDir
 from loratune.training import fast_trainer, loss
 from loratune.workflows.train import train
+from tests.conftest import some
 
 MakeRecipe = Callable[..., Recipe]
 
@@ -62,7 +63,7 @@ def test_the_fast_engine_takes_the_steps_of_stock_trl(tiny_recipe: MakeRecipe, t
     ],
     ids=["complete", "noise", "dora", "recomputed"],
 )
-@pytest.mark.parametrize("budget", [1, 64, 4096])
+@pytest.mark.parametrize("budget", some([1, 64, 4096], 1))
 def test_the_token_budget_does_not_change_the_result(
     tiny_recipe: MakeRecipe, tmp_path: Path, budget: int, settings: dict[str, object]
 ) -> None:
@@ -125,7 +126,8 @@ def test_recomputed_layers_give_the_same_gradients_with_the_same_dropout(
 
 # One compilation serves all: the compiled layer is kept for the process.
 @pytest.mark.skipif(cpp_compiler() is None, reason="no C++ compiler: torch.compile needs one on a CPU")
-@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_compiled_layers_take_the_same_steps(tiny_recipe: MakeRecipe, tmp_path: Path, dtype: str) -> None:
     """Against the eager fast engine and stock TRL, with any token budget."""
 

@@ -36,6 +36,7 @@ MakeRecipe = Callable[..., Recipe]
 SHARDED = {**SETTINGS, "train__strategy": "fsdp"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_processes_that_share_the_base_take_the_steps_of_one(
     tiny_recipe: MakeRecipe, one: RunDir, tmp_path: Path, number: int

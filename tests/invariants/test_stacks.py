@@ -43,6 +43,7 @@ def run(moe_model: Path, chat_files: tuple[Path, Path], tmp_path_factory: pytest
     return train(make(**SETTINGS, train__save_every=2)).run
 
 
+@pytest.mark.slow
 def test_both_engines_train_the_same_and_a_resumed_run_goes_on(
     run: RunDir, moe_model: Path, tiny_recipe: MakeRecipe, tmp_path: Path
 ) -> None:

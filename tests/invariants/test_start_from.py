@@ -56,6 +56,7 @@ def test_the_first_loss_is_where_the_adapter_ended_and_both_engines_go_on_alike(
     assert_same(fast, stock, tolerance=1e-5)
 
 
+@pytest.mark.slow
 def test_a_resumed_and_a_reproduced_run_are_the_same_and_know_their_adapter(
     first: RunDir, tiny_recipe: MakeRecipe, tmp_path: Path
 ) -> None:

@@ -36,6 +36,7 @@ def test_streamed_data_takes_the_steps_of_prepared_data_to_the_bit(tiny_recipe: 
     assert [again[name] for name in ("base", "tuned")] == [prepared.evaluation[name] for name in ("base", "tuned")]
 
 
+@pytest.mark.slow
 def test_another_file_is_not_gone_on_with(tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "train.jsonl", [conversation(i) for i in range(20)])
     done = train(tiny_recipe(data__train=str(path), data__streaming=True, train__save_every=2)).run

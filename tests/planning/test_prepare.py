@@ -121,6 +121,7 @@ def r1_plan(tiny_recipe: MakeRecipe, r1_model: Path, tmp_path: Path, rows: list[
     return plan(tiny_recipe(model__name=str(r1_model), data__train=str(data), data__eval="none"))
 
 
+@pytest.mark.slow
 def test_r1_distill_tells_of_thoughts_put_back_and_of_answers_that_have_none(
     tiny_recipe: MakeRecipe, r1_model: Path, tmp_path: Path
 ) -> None:

@@ -75,6 +75,7 @@ def test_a_tied_head_that_is_trained_whole_has_the_mean_too(tiny_recipe: MakeRec
         torch.testing.assert_close(adapter[name], mean, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.slow
 def test_a_stop_between_checkpoints_changes_nothing(tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
     whole = train(tiny_recipe(**SETTINGS)).run
     recipe = tiny_recipe(**SETTINGS, train__output_dir=str(tmp_path / "stopped"))

@@ -91,6 +91,7 @@ def events(run: RunDir) -> list[dict[str, object]]:
     return [line for line in run.read_metrics() if line.get("event") == "early_stopping"]
 
 
+@pytest.mark.slow
 def test_a_run_ends_where_its_losses_say_with_the_best_adapter(worse: MakeRecipe, tmp_path: Path) -> None:
     recipe = worse("whole")
     listener = Moment("", lambda: None)

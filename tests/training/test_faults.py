@@ -150,6 +150,7 @@ def test_a_repeated_step_draws_the_same_random_numbers(tmp_path: Path) -> None:
     assert not is_out_of_memory(RuntimeError("shapes cannot be multiplied"))
 
 
+@pytest.mark.slow
 def test_the_rehearsal_changes_nothing(
     tiny_recipe: MakeRecipe, tmp_path: Path, inject: Inject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,6 +163,7 @@ def test_the_rehearsal_changes_nothing(
     assert_same(one, other, tolerance=0)
 
 
+@pytest.mark.slow
 def test_answers_that_do_not_fit_together_are_generated_in_halves(
     tiny_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -302,6 +304,7 @@ def test_a_tracker_that_fails_does_not_end_training(
     assert run.is_complete
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [240, pytest.param(5000, marks=pytest.mark.slow)])
 def test_memory_does_not_grow_and_metrics_are_only_added_to(
     tiny_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, steps: int

@@ -72,6 +72,7 @@ def test_each_line_has_the_mean_over_the_tokens_of_each_source(mixed: MakeRecipe
         assert sum(count for _, count in sums.values()) == line["num_supervised_tokens"]
 
 
+@pytest.mark.slow
 def test_a_stop_changes_no_bit_and_the_report_draws_them(mixed: MakeRecipe, tmp_path: Path) -> None:
     settings = {"train__save_every": 2, "lora__dropout": 0.1}
     run = train(mixed(**settings)).run
@@ -107,6 +108,7 @@ def test_streamed_sources_have_their_losses_too(mixed: MakeRecipe, tmp_path: Pat
     assert by_source(other) == one
 
 
+@pytest.mark.slow
 def test_stock_trl_has_the_same_losses_of_sources(mixed: MakeRecipe, tmp_path: Path) -> None:
     one = by_source(train(mixed(train__epochs=1)).run)
     stock = mixed(train__epochs=1, train__engine="trl", train__output_dir=str(tmp_path / "trl"))

@@ -58,6 +58,7 @@ def one_pattern(tensor: torch.Tensor, low: float = 0, high: float = 1, generator
     return tensor.copy_(low + (high - low) * drawn)
 
 
+@pytest.mark.slow
 def test_both_engines_train_with_the_same_noise_and_evaluate_without(
     tiny_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -160,6 +160,7 @@ class NoCopiesOfWeights(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
+@pytest.mark.slow
 def test_a_step_copies_no_frozen_weight(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     in_bfloat16 = recipe.model_copy(update={"model": recipe.model.model_copy(update={"dtype": "bfloat16"})})
     real, steps = FastTrainer._accumulate_gradients, []

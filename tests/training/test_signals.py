@@ -72,6 +72,7 @@ def test_a_stop_is_in_order_whatever_was_under_way(tiny_recipe: MakeRecipe, whol
     assert measured["total_seconds"] > measured["train_seconds"]
 
 
+@pytest.mark.slow
 def test_a_stop_ends_an_evaluation_and_a_second_one_is_at_once_and_harms_no_checkpoint(
     tiny_recipe: MakeRecipe, whole: RunDir
 ) -> None:

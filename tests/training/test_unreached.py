@@ -111,7 +111,11 @@ def named(run: RunDir) -> list[list[str]]:
 
 @pytest.mark.parametrize(
     ("layer", "expert", "settings"),
-    [(0, 2, {}), (1, 0, {"train__engine": "trl"}), (1, 3, {"train__token_budget": 64, "train__save_every": 1})],
+    [
+        (0, 2, {}),
+        (1, 0, {"train__engine": "trl"}),
+        pytest.param(1, 3, {"train__token_budget": 64, "train__save_every": 1}, marks=pytest.mark.slow),
+    ],
     ids=["fast", "trl", "resumed"],
 )
 def test_an_expert_that_no_token_reaches_is_named_once(
@@ -139,8 +143,10 @@ def test_an_expert_that_no_token_reaches_is_named_once(
 @pytest.mark.parametrize(
     ("settings", "num_inside", "planned"),
     [
-        ({"lora__targets": ["q_proj", "v_proj"]}, 2, True),
-        ({"lora__targets": ["down_proj"], "lora__modules_to_save": ["layer_norm1"]}, 1, True),
+        pytest.param({"lora__targets": ["q_proj", "v_proj"]}, 2, True, marks=pytest.mark.slow),
+        pytest.param(
+            {"lora__targets": ["down_proj"], "lora__modules_to_save": ["layer_norm1"]}, 1, True, marks=pytest.mark.slow
+        ),
         ({"lora__targets": "complete"}, 0, False),
     ],
     ids=["names", "whole", "preset"],

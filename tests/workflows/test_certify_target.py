@@ -32,7 +32,9 @@ def test_a_folder_that_peft_merged_is_the_same_and_the_base_is_not(finished_run:
     assert any("14 of 14 matrices lack their update" in complaint for complaint in record["complaints"])
 
 
-@pytest.mark.parametrize("options", [{"to": "gguf"}, {"to": "gguf", "merged": True}, {"to": "vllm"}])
+@pytest.mark.parametrize(
+    "options", [{"to": "gguf"}, pytest.param({"to": "gguf", "merged": True}, marks=pytest.mark.slow), {"to": "vllm"}]
+)
 def test_every_export_is_what_it_was_when_it_was_written(
     finished_run: RunDir, tmp_path: Path, options: dict[str, object]
 ) -> None:

@@ -102,6 +102,7 @@ def test_without_the_optimizers_state_it_would_be_another_run(
     assert not compare_adapters(whole, extend(short.root, ["train.epochs=2"], out=tmp_path / "half").run).equal
 
 
+@pytest.mark.slow
 def test_a_run_that_warms_up_and_decays_goes_on_from_where_it_began_to_decay(
     tiny_recipe: MakeRecipe, tmp_path: Path
 ) -> None:
@@ -126,6 +127,7 @@ def test_a_run_that_warms_up_and_decays_goes_on_from_where_it_began_to_decay(
         extend(parent.root, ["train.epochs=3"], out=tmp_path / "other")
 
 
+@pytest.mark.slow
 def test_another_schedule_says_what_differs_and_offers_to_warm_up_again(
     tiny_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

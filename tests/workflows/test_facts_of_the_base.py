@@ -43,7 +43,7 @@ def give_own_head(folder: Path) -> torch.Tensor:
     return tensors[HEAD]
 
 
-@pytest.mark.parametrize("new_tokens", [[], ["<|tool|>"]])
+@pytest.mark.parametrize("new_tokens", [pytest.param([], marks=pytest.mark.slow), ["<|tool|>"]])
 def test_a_head_of_its_own_is_trained_merged_and_exported(
     folder: Path, tiny_recipe: Make, tmp_path: Path, new_tokens: list[str]
 ) -> None:
@@ -61,6 +61,7 @@ def test_a_head_of_its_own_is_trained_merged_and_exported(
     assert "output.weight" in {tensor.name for tensor in GGUFReader(file).tensors}
 
 
+@pytest.mark.slow
 def test_two_sets_of_weights_are_named_and_the_loaded_one_is_merged(
     folder: Path, tiny_recipe: Make, tmp_path: Path
 ) -> None:
@@ -94,7 +95,7 @@ def add_stop(tokenizer: PreTrainedTokenizerBase) -> None:
 @pytest.mark.parametrize(
     ("change", "settings"),
     [
-        (add_pad, {"to": "gguf", "merged": True, "outtype": "f32"}),
+        pytest.param(add_pad, {"to": "gguf", "merged": True, "outtype": "f32"}, marks=pytest.mark.slow),
         (add_stop, {"to": "gguf", "merged": True, "outtype": "f16"}),
         pytest.param(add_stop, {}, marks=pytest.mark.slow),
         pytest.param(add_ordinary, {"to": "gguf"}, marks=pytest.mark.slow),

@@ -40,7 +40,11 @@ def test_a_run_is_reproduced_to_the_bit(run: RunDir, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("change", "name"),
-    [("row", "inputs.train.tokens"), ("template", "inputs.template"), ("model", "inputs.model.model.safetensors")],
+    [
+        ("row", "inputs.train.tokens"),
+        pytest.param("template", "inputs.template", marks=pytest.mark.slow),
+        pytest.param("model", "inputs.model.model.safetensors", marks=pytest.mark.slow),
+    ],
 )
 def test_a_changed_input_is_refused_by_name_and_nothing_is_written(
     change: str, name: str, run: RunDir, rows: Path, tmp_path: Path

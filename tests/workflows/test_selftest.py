@@ -18,6 +18,7 @@ from loratune.model.kernels import varlen_attention
 from loratune.model.kernels.dropout import row_numbers
 from loratune.training import fast_trainer, trainer
 from loratune.workflows import selftest
+from tests.conftest import some
 from tests.model.kernels.varlen import SIGNATURES, pretend_gpu, varlen_2_12
 
 
@@ -96,7 +97,9 @@ FAULTS: dict[str, tuple[list[tuple[Any, str, Callable[..., Any]]], set[str]]] = 
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(
+    "fault", some(list(FAULTS), "a wrong gradient", "attention across examples", "an adapter that PEFT loads wrongly")
+)
 def test_a_planted_fault_is_noticed(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     replaced, expected = FAULTS[fault]
     for module, name, function in replaced:
@@ -114,7 +117,7 @@ def test_a_planted_fault_is_noticed(fault: str, monkeypatch: pytest.MonkeyPatch)
     assert all(check.note for check in checks if fault == "a kernel that fails" and not check.ok)
 
 
-@pytest.mark.parametrize("signature", SIGNATURES)
+@pytest.mark.parametrize("signature", some(list(SIGNATURES), "torch 2.12"))
 def test_the_narrow_checks_reach_the_kernel_of_a_gpu(signature: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_gpu(monkeypatch, SIGNATURES[signature], any_type=False)
     calls = []

@@ -27,6 +27,7 @@ def facts(recipe: Recipe) -> Facts:
     return Facts(prepare(recipe, NoProgress()))
 
 
+@pytest.mark.slow
 def test_learning_rates_steps_checkpoints_and_evaluations_are_those_of_a_run(tiny_recipe: MakeRecipe) -> None:
     recipe = tiny_recipe(
         train__epochs=2.5,
@@ -89,6 +90,7 @@ def test_what_a_limit_would_cut_is_what_it_cuts(tiny_recipe: MakeRecipe) -> None
     assert rows["64"]["trained tokens lost"].startswith(f"{supervised[0] - supervised[1]} ")
 
 
+@pytest.mark.slow
 def test_what_else_could_be_trained_on_is_counted_by_rendering_it(tiny_recipe: MakeRecipe) -> None:
     rows = {row["train_on"]: row["trained tokens"] for row in TABLES["data.train_on"](facts(tiny_recipe()))}
     for choice, words in rows.items():

@@ -220,6 +220,7 @@ def test_trials_share_the_weights_of_one_base_and_leave_them_alone(tiny_recipe: 
     assert not {p.data_ptr() for p in changed.parameters()} & pointers
 
 
+@pytest.mark.slow
 def test_a_trial_that_fails_loses_and_the_others_go_on(
     tiny_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:

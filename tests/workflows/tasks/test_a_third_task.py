@@ -52,6 +52,7 @@ def test_a_third_task_plans_trains_resumes_evaluates_and_reports(tiny_recipe: Ma
     assert merged.exit_code == 0, merged.output
 
 
+@pytest.mark.slow
 def test_its_loss_is_the_one_that_training_uses(
     tiny_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
