@@ -58,6 +58,8 @@ _ROOMS = {
     "extend": "workflows.extend",
     "resume": "workflows.resume",
     "runs": "reporting.run_list:list_runs",
+    "sample": "workflows.sample",
+    "SampleSettings": "workflows.sample",
     "schema": "recipe.schema:recipe_schema",
     "selftest": "workflows.selftest",
     "serve": "workflows.serve",
@@ -90,6 +92,7 @@ if TYPE_CHECKING:
     from loratune.workflows.reproduce import reproduce
     from loratune.workflows.result import open_result
     from loratune.workflows.resume import resume
+    from loratune.workflows.sample import SampleSettings, sample
     from loratune.workflows.search.sweep import sweep
     from loratune.workflows.search.tune import tune
     from loratune.workflows.selftest import selftest
@@ -99,6 +102,7 @@ if TYPE_CHECKING:
 __all__ = [
     "NO_PROGRESS",
     "Recipe",
+    "SampleSettings",
     "__version__",
     "bench",
     "certify",
@@ -119,6 +123,7 @@ __all__ = [
     "reproduce",
     "resume",
     "runs",
+    "sample",
     "schema",
     "selftest",
     "serve",

@@ -28,7 +28,7 @@ VERBS: Mapping[str, tuple[Callable[..., None], ...]] = {
         *(training.runs, training.evaluate, training.reproduce, training.bench),
     ),
     "After training": (
-        *(after.report, after.compare, after.diff, after.chat),
+        *(after.report, after.compare, after.diff, after.chat, after.sample),
         *(after.merge, after.export, after.certify, after.serve, after.push),
     ),
 }  # fmt: skip

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers import models as architectures
 from transformers.utils.logging import disable_propagation, enable_propagation
 
-from loratune.evaluation.generate import Answer, generate_answers
+from loratune.evaluation.generate import Answer, generate_answers, sample_answers
+from loratune.evaluation.sampling import Sampling
 from loratune.model.kernels.attention import PACKED, register
 
 VOCABULARY = 64
@@ -211,3 +212,25 @@ def test_the_head_gets_no_slice_with_gaps_and_is_left_as_it_was(tokenizer: PreTr
     assert seen
     assert all(seen)
     assert not head._forward_pre_hooks
+
+
+def test_drawn_answers_follow_the_models_probabilities_and_the_seed_alone(tokenizer: PreTrainedTokenizerFast) -> None:
+    """4,000 first tokens of one prompt against the softmax of its logits; without sampling, the likeliest ones."""
+    model, prompt = tiny_model(), prompts()[0]
+    model.generation_config.temperature = 9.0
+    before = torch.random.get_rng_state()
+
+    def drawn(number: int, **settings: float) -> list[int]:
+        sampling = Sampling(max_new_tokens=1, **settings)  # type: ignore[arg-type]
+        answers = sample_answers(model, tokenizer, [prompt] * number, sampling, stop_token_ids=())
+        return [words(answer)[0] for answer in answers]
+
+    first = drawn(4_000, temperature=0.5, seed=1)
+    assert torch.random.get_rng_state().equal(before)
+    assert first == drawn(4_000, temperature=0.5, seed=1) != drawn(4_000, temperature=0.5, seed=2)
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([prompt.input_ids])).logits[0, -1]
+    expected = torch.softmax(logits / 0.5, dim=-1)
+    counted = torch.bincount(torch.tensor(first), minlength=len(expected)) / 4_000
+    assert float((counted - expected).abs().max()) < 5 * float((expected * (1 - expected) / 4_000).sqrt().max())
+    assert drawn(2) == [int(logits.argmax())] * 2

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from loratune.data.batch import collate
 from loratune.data.examples import Example
 from loratune.data.rows.row import Origin
+from loratune.evaluation.sampling import Sampling
 from loratune.model.adapter.attach import attach_adapter, fallback_note, trainable_parameters, use_fast_layers
 from loratune.planning.prepare import prepare
 from loratune.recipe.recipe import LoraSection, Recipe
@@ -23,7 +24,7 @@ from loratune.run.directory import RunDir, read_json
 from loratune.run.errors import RecipeError
 from loratune.run.progress import NoProgress
 from loratune.training.loss import SupervisedLoss
-from loratune.workflows.chat import Sampling, open_chat
+from loratune.workflows.chat import open_chat
 from loratune.workflows.export import export, merge, write_served_layout
 from loratune.workflows.resume import resume
 from loratune.workflows.train import train

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from loratune.evaluation.sampling import Sampling
 from loratune.run.directory import RunDir, read_json
 from loratune.run.errors import DataError, RecipeError
-from loratune.workflows.chat import BASE, TUNED, Chat, Sampling, converse, open_chat
+from loratune.workflows.chat import BASE, TUNED, Chat, converse, open_chat
 from loratune.workflows.export import merge
 
 

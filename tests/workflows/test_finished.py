@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from loratune.evaluation.sampling import Sampling
 from loratune.planning.lock import changed_inputs
 from loratune.recipe.recipe import Recipe
 from loratune.run.directory import RunDir, read_json
 from loratune.run.errors import RecipeError
 from loratune.run.progress import NO_PROGRESS
-from loratune.workflows.chat import Sampling, open_chat
+from loratune.workflows.chat import open_chat
 from loratune.workflows.evaluate import evaluate
 from loratune.workflows.export import merge
 from loratune.workflows.finished import open_finished, open_run, recipe_here, recipe_of

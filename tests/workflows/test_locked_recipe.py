@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
+from loratune.evaluation.sampling import Sampling
 from loratune.recipe.recipe import Recipe
 from loratune.run.directory import RunDir, read_json
 from loratune.run.errors import RecipeError
 from loratune.run.progress import NoProgress
-from loratune.workflows.chat import Sampling, open_chat
+from loratune.workflows.chat import open_chat
 from loratune.workflows.evaluate import evaluate
 from loratune.workflows.export import merge
 from loratune.workflows.finished import recipe_here, recipe_of

@@ -12,8 +12,15 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from loratune.cli.options import AsJson, ReportFile, RunFolder, RunFolders
-from loratune.cli.output import print_json, show_certificate, show_exported, show_publication, show_service
+from loratune.cli.options import AsJson, OutFile, OverwriteFile, ReportFile, RunFolder, RunFolders
+from loratune.cli.output import (
+    print_json,
+    show_certificate,
+    show_exported,
+    show_publication,
+    show_sample,
+    show_service,
+)
 from loratune.cli.shell import command_context
 from loratune.cli.terminal import SafeConsole
 from loratune.run.errors import RecipeError
@@ -83,7 +90,8 @@ def chat(
     Type /help for a list of commands.
     """
     with command_context(as_json=False) as progress:
-        from loratune.workflows.chat import Sampling, converse, open_chat
+        from loratune.evaluation.sampling import Sampling
+        from loratune.workflows.chat import converse, open_chat
 
         sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, max_new_tokens=max_new_tokens, seed=seed)
         converse(
@@ -205,6 +213,64 @@ def push(
 
         done = send(run, repo, public=public, dry_run=dry_run, with_report=with_report, progress=progress)
         show_publication(done, as_json)
+
+
+def sample(
+    run: RunFolder,
+    prompts: Annotated[
+        str, typer.Argument(metavar="PROMPTS", help="Rows with answers: a file, a folder or a Hub dataset.")
+    ],
+    out: OutFile = None,
+    n: Annotated[int, typer.Option("--n", min=1, help="Number of answers to each prompt.")] = 8,
+    keep: Annotated[
+        Literal["best,worst", "best"],
+        typer.Option(help="best,worst: pairs to learn preferences from; best: conversations to train on."),
+    ] = "best,worst",
+    metric: Annotated[
+        str, typer.Option(metavar="NAME|FILE.py:FUNCTION", help="What scores an answer; default: the run's metric.")
+    ] = "",
+    at_least: Annotated[float, typer.Option(min=0, max=1, help="Score that the best answer must have.")] = 1.0,
+    with_reference: Annotated[
+        bool, typer.Option("--with-reference", help="Take the data's own answer where none is good enough.")
+    ] = False,
+    temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature.")] = 0.8,
+    top_p: Annotated[
+        float, typer.Option(min=0, max=1, help="Sample from the likeliest tokens with this total mass.")
+    ] = 1,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Longest answer, in tokens; default: as in the run's evaluation.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Sampling seed.")] = 0,
+    allow_code: Annotated[bool, typer.Option(help="Allow the code that --metric names to run.")] = False,
+    overwrite: OverwriteFile = False,
+    as_json: AsJson = False,
+) -> None:
+    """Answer prompts several times, and write the best answers, or pairs of best and worst, as rows to train on."""
+    with command_context(as_json) as progress:
+        from loratune.workflows import sample as workflow
+
+        settings = workflow.SampleSettings(
+            n=n,
+            keep=keep,
+            at_least=at_least,
+            with_reference=with_reference,
+            temperature=temperature,
+            top_p=top_p,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+        )
+        kind = "pairs" if keep == "best,worst" else "best"
+        drawn = workflow.sample(
+            run,
+            prompts,
+            out or f"{run.resolve().name}-{kind}.jsonl",
+            settings=settings,
+            metric=metric,
+            allow_code=allow_code,
+            overwrite=overwrite,
+            progress=progress,
+        )
+        show_sample(drawn, as_json)
 
 
 def _require_same(certificate: Record) -> None:

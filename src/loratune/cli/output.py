@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from loratune.workflows.certify import Exported
     from loratune.workflows.push import Publication
     from loratune.workflows.result import RunResult
+    from loratune.workflows.sample import SampleResult
     from loratune.workflows.serve import Service
 
 
@@ -211,6 +212,21 @@ def print_record(verb: str, values: Record) -> None:
     from loratune.run.records.schemas import OUTPUTS
 
     print_json(as_json(parse(OUTPUTS[verb], values)))
+
+
+def show_sample(drawn: SampleResult, as_json: bool) -> None:
+    """Print how good the answers were, what became of them, and what to do with the file."""
+    if as_json:
+        print_json(drawn.as_dict())
+        return
+    lines = [
+        f"{drawn.num_answers:,} answers to {drawn.num_prompts:,} prompts: mean {drawn.metric} {drawn.mean_score:.1%}; "
+        f"{drawn.solved:.1%} of the prompts have a good answer",
+        *(f"no row: {count:,} prompts, {reason}" for reason, count in drawn.left_out.items()),
+        *(f"not used: {count:,} answers, {reason}" for reason, count in drawn.unusable.items()),
+        f"{drawn.file}: {drawn.num_rows:,} rows",
+    ]
+    sys.stdout.write("\n".join(lines) + "\n")
 
 
 def print_json(record: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from loratune.data.masking.policy import Thinking, check_tool_support, trained_turns, with_thinking
 from loratune.data.masking.special_tokens import special_token_in
@@ -33,6 +33,10 @@ class Prompt:
     """The last answers of all conversations with this prompt, without thoughts."""
     origin: Origin
     """Where the first of these conversations was read."""
+    messages: tuple[Message, ...] = ()
+    """The messages before the answer."""
+    tools: tuple[dict[str, Any], ...] | None = None
+    """JSON schemas of the functions that the assistant may call."""
 
 
 def render_prompts(
@@ -69,6 +73,8 @@ def render_prompts(
             question=_question(conversation.messages[:turn]),
             references=references,
             origin=conversation.origin,
+            messages=conversation.messages[:turn],
+            tools=conversation.tools,
         )
         for plain, (text, hidden), (conversation, turn, references) in zip(ids, texts, asked, strict=True)
     ]

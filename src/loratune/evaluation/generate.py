@@ -1,7 +1,6 @@
-"""Answer held-out prompts greedily, in batches.
+"""Answer prompts in batches: greedily as in evaluation, or sampled.
 
-The answers depend on the model and the prompt only: a model's own generation settings (sampling, temperature,
-repetition penalty) are not used.
+A model's own generation settings (sampling, temperature, repetition penalty) are not used.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ import torch
 from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from loratune.evaluation.sampling import Sampling, generation_config
 from loratune.model.device import free_memory, is_out_of_memory
 
 if TYPE_CHECKING:
@@ -107,33 +107,59 @@ def generate_answers(
     Returns:
         The answers, in the order of the prompts.
     """
+    sampling = Sampling(max_new_tokens=max_new_tokens)
+    return _answer_all(
+        model, tokenizer, prompts, sampling, stop_token_ids, token_limit=token_limit, progress=progress, warn=warn
+    )
+
+
+def sample_answers(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[PromptLike],
+    sampling: Sampling,
+    *,
+    stop_token_ids: tuple[int, ...],
+    progress: Callable[[int], None] | None = None,
+    warn: Callable[[str], None] = lambda _: None,
+) -> list[Answer]:
+    """Answer every prompt once, by drawing tokens; a prompt that is given several times gets several answers.
+
+    The same seed, prompts and machine give the same answers, and the random state of the caller is left alone. Other
+    arguments as for `generate_answers`.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(sampling.seed)
+        return _answer_all(
+            model, tokenizer, prompts, sampling, stop_token_ids, token_limit=TOKEN_LIMIT, progress=progress, warn=warn
+        )
+
+
+def _answer_all(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[PromptLike],
+    sampling: Sampling,
+    stop_token_ids: tuple[int, ...],
+    *,
+    token_limit: int,
+    progress: Callable[[int], None] | None,
+    warn: Callable[[str], None],
+) -> list[Answer]:
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     assert isinstance(base, PreTrainedModel)
-    settings = _greedy(tokenizer, max_new_tokens, stop_token_ids)
+    # Rows that have stopped are padded, and cut again in `_answer`: any token that exists will do.
+    padding = tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else next(iter(stop_token_ids), 0)
+    settings = generation_config(sampling, stop_token_ids, padding)
     answers: dict[int, Answer] = {}
     with as_generator(base, settings):
-        for batch in _batches([len(prompt.input_ids) for prompt in prompts], max_new_tokens, token_limit):
+        for batch in _batches([len(prompt.input_ids) for prompt in prompts], sampling.max_new_tokens, token_limit):
             rows = _generate_or_halve(base, [prompts[index].input_ids for index in batch], settings, warn)
             for index, row in zip(batch, rows, strict=True):
                 answers[index] = _answer(tokenizer, row, stop_token_ids)
             if progress is not None:
                 progress(len(batch))
     return [answers[index] for index in range(len(prompts))]
-
-
-def _greedy(
-    tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, stop_token_ids: tuple[int, ...]
-) -> GenerationConfig:
-    # Rows that have stopped are padded, and cut again in `_answer`: any token that exists will do.
-    padding = tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else next(iter(stop_token_ids), 0)
-    return GenerationConfig(  # type: ignore[no-untyped-call]
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        use_cache=True,
-        eos_token_id=list(stop_token_ids) or None,
-        pad_token_id=padding,
-    )
 
 
 @contextmanager

@@ -265,7 +265,7 @@ def _add_bleu(
     bleu = Bleu(tokenize)
     base_counts, tuned_counts = (
         np.array(
-            [bleu.counts(_said(answer), prompt.references) for prompt, answer in zip(prompts, answers, strict=True)],
+            [bleu.counts(said(answer), prompt.references) for prompt, answer in zip(prompts, answers, strict=True)],
             dtype=np.float64,
         )
         for answers in (base, tuned)
@@ -316,13 +316,13 @@ def _item(rate: Rate, prompt: PromptLike, base: Answer, tuned: Answer) -> dict[s
 def _scored_answer(rate: Rate, answer: Answer, references: Sequence[str]) -> dict[str, Any]:
     return {
         "text": answer.text,
-        "score": rate(_said(answer), references),
+        "score": rate(said(answer), references),
         "num_tokens": answer.num_tokens,
         "stopped": answer.stopped,
     }
 
 
-def _said(answer: Answer) -> str:
+def said(answer: Answer) -> str:
     """Return what an answer says without its thoughts, as references are read; an unfinished thought stays."""
     parts = split_thoughts(answer.text)
     return answer.text if parts is None else parts[1]

@@ -6,7 +6,7 @@ import json
 import shlex
 import sys
 from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +15,13 @@ from peft import PeftModel
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from loratune.data.masking.template import ChatTemplate
 from loratune.data.prompts import stop_token_ids
 from loratune.evaluation.generate import as_generator
+from loratune.evaluation.sampling import Sampling, generation_config
 from loratune.model.adapter.attach import load_adapter
 from loratune.model.device import choose_device, device_here, torch_dtype
 from loratune.model.load import load_model, load_tokenizer, locate_model, positions_of
@@ -47,42 +48,6 @@ HELP = """/tuned         the fine-tuned model answers (default)
 /save FILE     append the conversation to a JSONL file, as a row that loratune can train on
 /help          show this list
 /exit          quit, as does Ctrl-D; Ctrl-C stops an answer"""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sampling:
-    """How the next token is chosen.
-
-    Attributes:
-        temperature: The sampling temperature; 0 for greedy answers.
-        top_p: The probability mass to sample from, 0 to 1.
-        top_k: The number of top tokens to sample from; 0 for all.
-        max_new_tokens: The longest answer, in tokens.
-        seed: The sampling seed.
-    """
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    max_new_tokens: int = 512
-    seed: int = 0
-
-    def changed(self, setting: str) -> Sampling:
-        """Return the settings with one `name=value` changed.
-
-        Raises:
-            RecipeError: There is no such setting, or the value does not fit.
-        """
-        name, _, text = (part.strip() for part in setting.partition("="))
-        kinds = {name: type(default) for name, default in asdict(Sampling()).items()}
-        try:
-            value = kinds[name](text)
-        except (KeyError, ValueError):
-            raise RecipeError(f"/set {setting}", fix=f"/set NAME=VALUE with one of {', '.join(kinds)}") from None
-        low = 1 if name == "max_new_tokens" else 0
-        if value < low or (name == "top_p" and value > 1):
-            raise RecipeError(f"/set {setting}", fix=f"at least {low}{', at most 1' if name == 'top_p' else ''}")
-        return replace(self, **{name: value})
 
 
 @dataclass(slots=True)
@@ -165,7 +130,8 @@ class Chat:
         room = self.sampling.max_new_tokens if positions is None else positions - len(ids)
         if room < 1:
             raise DataError(f"the conversation has {len(ids)} tokens, the model {positions} positions", fix="/reset")
-        settings = self._settings(min(room, self.sampling.max_new_tokens))
+        sampling = replace(self.sampling, max_new_tokens=min(room, self.sampling.max_new_tokens))
+        settings = generation_config(sampling, self.stops, self.stops[0])
         streamer = _Pieces(self.tokenizer, self.stops, on_text)
         without = self.model.disable_adapter() if side == BASE and isinstance(self.model, PeftModel) else nullcontext()
         torch.manual_seed(self.sampling.seed + len(self.turns))
@@ -191,21 +157,6 @@ class Chat:
                 stream.write(json.dumps({"messages": self.messages(TUNED)}, ensure_ascii=False) + "\n")
         except OSError as error:
             raise MachineError(f"cannot write: {error}", file=file, fix="choose another file") from error
-
-    def _settings(self, max_new_tokens: int) -> GenerationConfig:
-        chosen = self.sampling
-        sampled: dict[str, Any] = {}
-        if chosen.temperature > 0:
-            sampled = {"temperature": chosen.temperature, "top_p": chosen.top_p, "top_k": chosen.top_k}
-        return GenerationConfig(  # type: ignore[no-untyped-call]
-            max_new_tokens=max_new_tokens,
-            do_sample=chosen.temperature > 0,
-            num_beams=1,
-            use_cache=True,
-            eos_token_id=list(self.stops),
-            pad_token_id=self.stops[0],
-            **sampled,
-        )
 
 
 def open_chat(root: Path, sampling: Sampling, *, progress: Progress = NO_PROGRESS, system: str = "") -> Chat:

@@ -17,8 +17,9 @@ from loratune.data.masking.render import CHUNK, Rendered
 from loratune.data.masking.template import ChatTemplate
 from loratune.data.masking.template_sandbox import compile_template, limited, render_template
 from loratune.data.rows.conversation import Conversation
+from loratune.evaluation.sampling import Sampling
 from loratune.run.errors import BadRow, DataError
-from loratune.workflows.chat import Chat, Sampling
+from loratune.workflows.chat import Chat
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

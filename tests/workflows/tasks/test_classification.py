@@ -19,6 +19,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from loratune.data.batch import collate
 from loratune.data.examples import LabelledExample
+from loratune.evaluation.sampling import Sampling
 from loratune.planning.prepare import prepare
 from loratune.recipe.recipe import Recipe
 from loratune.reporting.html import compare
@@ -27,7 +28,7 @@ from loratune.run.directory import RunDir, read_json, write_json
 from loratune.run.errors import LoratuneError, RecipeError
 from loratune.run.progress import NoProgress
 from loratune.workflows.bench import bench
-from loratune.workflows.chat import Sampling, open_chat
+from loratune.workflows.chat import open_chat
 from loratune.workflows.evaluate import evaluate
 from loratune.workflows.export import export, merge
 from loratune.workflows.guidance.eject import eject

@@ -55,6 +55,29 @@ class ExportOutput(FileRecord):
     """Commands that use it."""
 
 
+class SampleOutput(Part):
+    """`loratune sample`: answers that were drawn, and the rows made of them."""
+
+    file: str
+    """File with the rows."""
+    metric: str
+    """Metric that scored the answers."""
+    num_rows: int
+    """Number of rows written."""
+    num_prompts: int
+    """Number of prompts answered."""
+    num_answers: int
+    """Number of answers drawn."""
+    mean_score: float
+    """Mean score of all answers, 0 to 1."""
+    solved: float
+    """Share of prompts with an answer that is good enough."""
+    left_out: dict[str, int]
+    """Why prompts gave no row, each with the number of prompts."""
+    unusable: dict[str, int]
+    """Why answers could not be used, each with the number of answers."""
+
+
 class ReportOutput(Part):
     """`loratune report`: the page that was written."""
 

@@ -19,6 +19,7 @@ from loratune.run.records.outputs import (
     ReportOutput,
     ReproductionOutput,
     ResultOutput,
+    SampleOutput,
     ServiceOutput,
 )
 from loratune.run.records.sweep import SweepRecord, TuneRecord
@@ -29,6 +30,7 @@ OUTPUTS: Mapping[str, type[BaseModel]] = {
     "resume": ResultOutput,
     "extend": ResultOutput,
     "evaluate": ResultOutput,
+    "sample": SampleOutput,
     "merge": ExportOutput,
     "export": ExportOutput,
     "certify": CertificateRecord,
