@@ -42,7 +42,7 @@ def test_a_local_task_is_answered_by_base_and_tuned(task: Path, finished_run: Ru
     model = AutoPeftModelForCausalLM.from_pretrained(str(finished_run.adapter))
     tokenizer = AutoTokenizer.from_pretrained(finished_run.adapter)
     check_harness([str(task)], allow_code=False)
-    record = run_harness(model, tokenizer, [str(task)], allow_code=False)
+    record = run_harness(model, tokenizer, [str(task)], before=model.disable_adapter, allow_code=False)
     accuracy = record["tasks"]["colours"]["acc"]
     assert record["chat_template"]
     assert accuracy["difference"]["value"] == pytest.approx(accuracy["tuned"] - accuracy["base"])

@@ -9,13 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from loratune.planning.prepare import prepare
 from loratune.recipe.recipe import Recipe
+from loratune.reporting.verdict import verdict_on
 from loratune.run.directory import RunDir, read_json
 from loratune.run.errors import RecipeError
 from loratune.run.progress import NoProgress
+from loratune.run.records.base import parse
+from loratune.run.records.evaluation import EvaluationRecord
+from loratune.workflows.evaluate import evaluate
 from loratune.workflows.reproduce import reproduce
 from loratune.workflows.resume import resume
 from loratune.workflows.train import train
@@ -23,6 +27,14 @@ from tests.conftest import recipe_maker
 from tests.invariants.test_same_mathematics import assert_same
 
 MakeRecipe = Callable[..., Recipe]
+
+
+class Warned(NoProgress):
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def warn(self, text: str) -> None:
+        self.told.append(text)
 
 
 @pytest.fixture(scope="module", params=["plain", pytest.param("dora", marks=pytest.mark.slow)])
@@ -54,6 +66,38 @@ def test_the_first_loss_is_where_the_adapter_ended_and_both_engines_go_on_alike(
     fast = train(tiny_recipe(**settings(first))).run
     stock = train(tiny_recipe(**settings(first), train__engine="trl", train__output_dir=str(tmp_path / "trl"))).run
     assert_same(fast, stock, tolerance=1e-5)
+    for run in (fast, stock):
+        record = read_json(run.evaluation)
+        assert record["before"] == "start"
+        assert record["base"] == pytest.approx(read_json(first.evaluation)["tuned"], rel=1e-6)
+        assert "than where it began" in verdict_on(parse(EvaluationRecord, record)).sentence
+
+
+@pytest.mark.slow
+def test_a_continued_run_is_compared_with_where_it_began_as_long_as_that_is_known(
+    first: RunDir, tiny_recipe: MakeRecipe
+) -> None:
+    run = train(tiny_recipe(**settings(first))).run
+    record = read_json(run.evaluation)
+    assert record["base"] != record["tuned"]
+    again = evaluate(run.root).evaluation
+    assert again is not None
+    assert again["base"] == pytest.approx(record["base"], rel=1e-6)
+    assert again["tuned"] == pytest.approx(record["tuned"], rel=1e-6), "the fine-tuned adapter is put back"
+    assert "Before vs. fine-tuned" in run.report.read_text()
+    saved = run.start / "adapter_model.safetensors"
+    other = load_file(saved)
+    saved.unlink()
+    for change in (None, {name: weight * 2 for name, weight in other.items()}):
+        if change is not None:
+            save_file(change, saved)
+        progress = Warned()
+        bare = evaluate(run.root, progress=progress).evaluation
+        assert bare is not None
+        assert bare["before"] == "base"
+        assert bare["base"] == pytest.approx(read_json(first.evaluation)["base"], rel=1e-6)
+        assert bare["tuned"] == pytest.approx(record["tuned"], rel=1e-6)
+        assert any("bare base" in text for text in progress.told)
 
 
 @pytest.mark.slow

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,8 @@ from loratune.run.errors import MachineError, RecipeError, RunError
 from loratune.run.extras import pip_install
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
+    from contextlib import AbstractContextManager
 
     from peft import PeftModel
 
@@ -60,14 +60,20 @@ def is_file(task: str) -> bool:
 
 
 def run_harness(
-    model: PeftModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[str], *, allow_code: bool
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[str],
+    *,
+    before: Callable[[], AbstractContextManager[None]],
+    allow_code: bool,
 ) -> Record:
-    """Run tasks without the adapter and with it.
+    """Run tasks with the model before the run and with the fine-tuned one.
 
     Args:
         model: The base with its adapter.
         tokenizer: The tokenizer of training; its chat template, if any, renders the tasks.
         tasks: As for `check_harness`.
+        before: Returns a context in which the model is the one before the run.
         allow_code: As for `check_harness`.
 
     Returns:
@@ -77,8 +83,9 @@ def run_harness(
     Raises:
         RunError: The harness fails.
     """
-    base = _evaluate(model, tokenizer, tasks, adapted=False, allow_code=allow_code)
-    tuned = _evaluate(model, tokenizer, tasks, adapted=True, allow_code=allow_code)
+    with before():
+        base = _evaluate(model, tokenizer, tasks, allow_code=allow_code)
+    tuned = _evaluate(model, tokenizer, tasks, allow_code=allow_code)
     return {
         "version": importlib.metadata.version("lm_eval"),
         "chat_template": bool(tokenizer.chat_template),
@@ -87,7 +94,7 @@ def run_harness(
 
 
 def _evaluate(
-    model: PeftModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[str], *, adapted: bool, allow_code: bool
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[str], *, allow_code: bool
 ) -> Mapping[str, Any]:
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
@@ -96,7 +103,7 @@ def _evaluate(
     inner = model.get_base_model()
     assert isinstance(inner, PreTrainedModel)
     settings = GenerationConfig(pad_token_id=tokenizer.pad_token_id)  # type: ignore[no-untyped-call]
-    with as_generator(inner, settings), nullcontext() if adapted else model.disable_adapter():
+    with as_generator(inner, settings):
         try:
             found: Mapping[str, Any] = simple_evaluate(
                 model=HFLM(pretrained=inner, tokenizer=tokenizer, batch_size=8),

@@ -17,6 +17,7 @@ from loratune.evaluation.scoring import score
 from loratune.recipe.short_names import short_names
 from loratune.reporting.units import measure_in_words
 from loratune.run.errors import plural
+from loratune.run.records.evaluation import SIDES_BEFORE
 
 if TYPE_CHECKING:
     from loratune.evaluation.generate import Answer, PromptLike
@@ -160,7 +161,7 @@ def evaluation_table(record: Mapping[str, Any]) -> Table:
     """Return a table with base, fine-tuned, and their difference with its interval: one row per measure."""
     table = Table(title=f"Held-out: {plural(record['num_examples'], 'conversation')}")
     table.add_column("measure", overflow="fold")
-    for column in ("base", "fine-tuned", "difference", f"{record['interval']['level']:.0%} interval"):
+    for column in (side_before(record), "fine-tuned", "difference", f"{record['interval']['level']:.0%} interval"):
         table.add_column(column, justify="right")
     metric = record["metric"]
     if metric == "bleu" and metric in record["base"]:
@@ -191,6 +192,11 @@ def evaluation_table(record: Mapping[str, Any]) -> Table:
     return table
 
 
+def side_before(record: Mapping[str, Any]) -> str:
+    """Return the title of the column of the model before the run."""
+    return SIDES_BEFORE[record.get("before", "base")]
+
+
 def _add_row(table: Table, label: str | Text, base: float, tuned: float, difference: Mapping[str, float]) -> None:
     interval = f"{difference['low']:+.4g} to {difference['high']:+.4g}" if "low" in difference else ""
     table.add_row(label, f"{base:.4g}", f"{tuned:.4g}", f"{difference['value']:+.4g}", interval)
@@ -209,7 +215,7 @@ def samples_table(record: Mapping[str, Any], count: int = 3) -> Table:
         for reference in item.get("references", [item["reference"]]):
             table.add_row("reference", _plain(reference))
         graded = record["metric"] == "bleu"
-        table.add_row("base", _scored(item["base"], graded=graded))
+        table.add_row(side_before(record), _scored(item["base"], graded=graded))
         table.add_row("fine-tuned", _scored(item["tuned"], graded=graded), end_section=True)
     return table
 

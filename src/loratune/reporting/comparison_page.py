@@ -197,7 +197,7 @@ def _curves(runs: Runs) -> Iterator[Block]:
     if charts:
         yield Paragraph(
             text="Plotted over tokens processed, since steps of different runs may differ in size. The held-out loss "
-            "at 0 is the base model's."
+            "at 0 is that of the model before the run."
         )
         yield Charts(charts=tuple(charts))
 

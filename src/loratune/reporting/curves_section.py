@@ -37,11 +37,12 @@ def _loss_chart(files: RunFiles) -> Chart:
         alt += " " + describe_series("Held-out loss", [y for _, y in held_out])
     values = [value for curve in curves for value in curve.y]
     log = min(values) > 0 and max(values) > 10 * min(values)
+    before = files.evaluation.model_before if files.evaluation is not None else ""
     return Chart(
         title="Loss",
         svg=draw_lines(alt, curves, x_label="step", y_label=files.task.curve, log=log),
         legend=tuple(legend),
-        caption="The held-out loss at step 0 is the base model's." if files.evaluation is not None else "",
+        caption=f"The held-out loss at step 0 is that of {before}." if before else "",
     )
 
 

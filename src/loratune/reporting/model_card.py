@@ -179,7 +179,7 @@ def _in_words(sources: Sequence[dict[str, Any]]) -> str:
 def _results(evaluation: EvaluationRecord, task: ReportedTask) -> Iterator[str]:
     yield f"## Results on {evaluation.num_examples:,} held-out {task.example}s"
     yield ""
-    yield f"| | base | fine-tuned | difference | {evaluation.interval.level:.0%} interval |"
+    yield f"| | {evaluation.side_before} | fine-tuned | difference | {evaluation.interval.level:.0%} interval |"
     yield "|---|---|---|---|---|"
     for name, tuned in evaluation.tuned.items():
         difference = evaluation.difference[name]
@@ -194,7 +194,7 @@ def _results(evaluation: EvaluationRecord, task: ReportedTask) -> Iterator[str]:
     if evaluation.majority is not None:
         majority = evaluation.majority
         yield ""
-        yield f"About the base: {evaluation.note} ({majority.label}: accuracy {majority.accuracy:.1%})."
+        yield f"About the model before the run: {evaluation.note} ({majority.label}: accuracy {majority.accuracy:.1%})."
     yield ""
 
 

@@ -28,9 +28,9 @@ def preference(record: EvaluationRecord) -> Iterator[Block]:
     )
     if found.rewards is not None:
         yield _rewards(found, found.rewards)
-    yield _lengths(found.lengths)
+    yield _lengths(found.lengths, record.model_before)
     if found.lengths.base_accuracy_where_shorter is not None:
-        yield Paragraph(text=_where_shorter(found.lengths))
+        yield Paragraph(text=_where_shorter(found.lengths, record.model_before))
 
 
 def _rewards(found: PreferenceMeasures, rewards: Rewards) -> Table:
@@ -56,22 +56,22 @@ def _shares(low: float | None, high: float | None) -> str:
     return "" if low is None or high is None else f"{low:.1%} to {high:.1%}"
 
 
-def _lengths(lengths: LengthsOfAnswers) -> Table:
+def _lengths(lengths: LengthsOfAnswers, before: str) -> Table:
     rows = [
         ("chosen answers of the data", f"{lengths.chosen:,.1f}"),
         ("rejected answers of the data", f"{lengths.rejected:,.1f}"),
     ]
     if lengths.base is not None and lengths.tuned is not None:
         rows += [
-            ("the base model's own answers", f"{lengths.base:,.1f}"),
-            ("the fine-tuned model's own answers", f"{lengths.tuned:,.1f}"),
+            (f"own answers of {before}", f"{lengths.base:,.1f}"),
+            ("own answers of the fine-tuned model", f"{lengths.tuned:,.1f}"),
         ]
     return Table(caption="Length of answers, tokens on average", columns=("", "tokens"), rows=tuple(rows), numeric=True)
 
 
-def _where_shorter(lengths: LengthsOfAnswers) -> str:
+def _where_shorter(lengths: LengthsOfAnswers, before: str) -> str:
     return (
-        f"Where the chosen answer is the shorter one ({plural(lengths.num_chosen_shorter, 'pair')}), the base model "
+        f"Where the chosen answer is the shorter one ({plural(lengths.num_chosen_shorter, 'pair')}), {before} "
         f"wins {lengths.base_accuracy_where_shorter:.1%} and the fine-tuned model "
         f"{lengths.tuned_accuracy_where_shorter:.1%}. If only long answers were learned, this would fall."
     )

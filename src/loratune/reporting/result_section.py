@@ -48,13 +48,13 @@ def result(files: RunFiles) -> Iterator[Block]:
         f"{record.interval.resamples:,} resamples).{_which_adapter(record)}"
     )
     yield Table(
-        caption="Base vs. fine-tuned",
-        columns=("measure", "base", "fine-tuned", f"difference, {level} interval"),
+        caption=f"{record.side_before.capitalize()} vs. fine-tuned",
+        columns=("measure", record.side_before, "fine-tuned", f"difference, {level} interval"),
         rows=tuple(_measure_row(record, name, files.task) for name in measures),
         numeric=True,
     )
     if record.sources is not None:
-        yield _by_source(record.sources)
+        yield _by_source(record.sources, record.side_before)
     drawn = [name for name in measures if name not in ("perplexity", "pair_margin")]  # bars begin at zero
     charts = [_measure_chart(record, name, files.task, level) for name in drawn]
     yield Charts(charts=tuple(charts))
@@ -92,11 +92,11 @@ def _measure_row(record: EvaluationRecord, name: str, task: ReportedTask) -> tup
     )
 
 
-def _by_source(sources: Mapping[str, ComparisonRecord]) -> Table:
+def _by_source(sources: Mapping[str, ComparisonRecord], before: str) -> Table:
     labels = short_names(sources)
     return Table(
         caption="Loss by source, nats per token",
-        columns=("source", "base", "fine-tuned", "difference, interval"),
+        columns=("source", before, "fine-tuned", "difference, interval"),
         rows=tuple(
             _number_row(
                 f"{labels[name]}, {plural(part.num_examples, 'conversation')}",
@@ -120,9 +120,9 @@ def _measure_chart(record: EvaluationRecord, name: str, task: ReportedTask, leve
     return Chart(
         title=words[0].upper() + words[1:],
         svg=draw_bars(
-            f"{words}: base {as_measure(name, base)}, fine-tuned {as_measure(name, tuned)}.",
+            f"{words}: {record.side_before} {as_measure(name, base)}, fine-tuned {as_measure(name, tuned)}.",
             (
-                Bar(name="base", parts=((scale * base, 3),), label=as_measure(name, base)),
+                Bar(name=record.side_before, parts=((scale * base, 3),), label=as_measure(name, base)),
                 Bar(name="fine-tuned", parts=((scale * tuned, 0),), label=as_measure(name, tuned), interval=interval),
             ),
             x_label=f"{task.nats}, lower is better"
@@ -168,7 +168,7 @@ def _other_data(record: EvaluationRecord) -> Iterator[Block]:
     yield Paragraph(text=f"Fine-tuning should not change these: a loss that rises here means forgetting.{by}")
     yield Table(
         caption="Other data",
-        columns=("measure", "base", "fine-tuned", "difference, interval"),
+        columns=("measure", record.side_before, "fine-tuned", "difference, interval"),
         rows=tuple(rows),
         numeric=True,
     )
@@ -212,7 +212,7 @@ def _classes(record: EvaluationRecord) -> Iterator[Block]:
     if len(names) > MAX_CLASSES:
         yield Paragraph(text=f"evaluation.json has the confusion matrix of the {len(names)} classes.", tone="note")
         return
-    for side, matrix in (("fine-tuned", confusion.tuned), ("base", confusion.base)):
+    for side, matrix in (("fine-tuned", confusion.tuned), (record.side_before, confusion.base)):
         yield Table(
             caption=f"Confusion matrix, {side}: true classes in rows, predicted classes in columns",
             columns=("", *names),

@@ -107,7 +107,7 @@ def ranked_table(roots: Sequence[str | Path]) -> Table:
     metrics = {record.metric if record.metric in record.tuned else "nll" for record in records}
     name = metrics.pop() if len(metrics) == 1 else "nll"
     table = Table(title=f"Fine-tuned, best first: {measure_in_words(name)}", title_justify="left")
-    for column in ("run", measure_in_words(name), "base", "difference, interval", "held-out loss"):
+    for column in ("run", measure_in_words(name), "before", "difference, interval", "held-out loss"):
         table.add_column(column, overflow="fold", justify="left" if column == "run" else "right")
 
     def rank(run: RunFiles) -> float:

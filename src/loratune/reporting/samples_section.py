@@ -39,7 +39,7 @@ def samples(files: RunFiles) -> Iterator[Block]:
     )
     graded = is_graded(record.metric)
     for number, item in enumerate(shown, 1):
-        yield _sample(number, item, sides=("base", "fine-tuned"), graded=graded, task=files.task)
+        yield _sample(number, item, sides=(record.side_before, "fine-tuned"), graded=graded, task=files.task)
 
 
 def failures(files: RunFiles) -> Iterator[Block]:
@@ -68,7 +68,7 @@ def _max_new_tokens(files: RunFiles) -> str:
 def _sample(number: int, item: Item, sides: tuple[str, ...], *, task: ReportedTask, graded: bool = False) -> Sample:
     reference = shorten(item.reference)
     others = (shorten(text) for text in (item.references or ())[1:])
-    answers = {"base": item.base, "fine-tuned": item.tuned}
+    answers = {"base": item.base, "before": item.base, "fine-tuned": item.tuned}
     return Sample(
         title=f"{number} · {place_of(item)}",
         prompt=shorten(item.question),

@@ -64,15 +64,15 @@ class ReportedTask:
 
         Args:
             record: The evaluation.
-            num_regressions: Wrong answers where the base model is correct.
+            num_regressions: Wrong answers where the model before the run is correct.
             limit: The longest answer, in words.
         """
         wrong = [item for item in record.items if not item.tuned.score]
         cut = sum(not item.tuned.stopped for item in wrong)
         return (
-            f"The fine-tuned model answers {len(wrong):,} of {len(record.items):,} prompts wrong; the base model "
-            f"answers {num_regressions:,} of these correctly. {cut:,} wrong {'answer' if cut == 1 else 'answers'} hit "
-            f"the limit of {limit}."
+            f"The fine-tuned model answers {len(wrong):,} of {len(record.items):,} prompts wrong; "
+            f"{record.model_before} answers {num_regressions:,} of these correctly. {cut:,} wrong "
+            f"{'answer' if cut == 1 else 'answers'} hit the limit of {limit}."
         )
 
 

@@ -43,7 +43,8 @@ def verdict_on(record: EvaluationRecord) -> Verdict:
     name = record.metric if record.metric in record.tuned else "pair_accuracy" if pairs else "nll"
     finer = "pair_margin" if pairs else "nll"  # which moves where the other one cannot
     outcome = _outcome(record, name)
-    words = f"{outcome}: {_numbers(record, name)}"
+    than = " than where it began" if record.before == "start" else ""
+    words = f"{outcome}{than}: {_numbers(record, name)}"
     if name != finer and outcome != "better" and _outcome(record, finer) == "better":
         words += f"; but the {_numbers(record, finer, interval=False)}"
     words += _fallen(record)

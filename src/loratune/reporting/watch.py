@@ -162,7 +162,7 @@ def _samples(files: RunFiles) -> Iterator[tuple[str, str]]:
         yield "result", verdict_on(record).sentence
         for item in record.items[:SHOWN_SAMPLES]:
             yield "prompt", _short(item.question)
-            yield "base", _short(item.base.text)
+            yield record.side_before, _short(item.base.text)
             yield "tuned", _short(item.tuned.text)
         if len(record.items) > SHOWN_SAMPLES:
             yield (

@@ -10,6 +10,7 @@ RUN/best.json          the checkpoint with the lowest held-out loss
 RUN/log.txt            what the terminal said
 RUN/mean.json          the checkpoints averaged by train.average_checkpoints
 RUN/reference/         preferences: log p of every answer before step 1
+RUN/start/             the adapter of lora.start_from
 """
 
 from __future__ import annotations
@@ -77,6 +78,10 @@ class RunDir:
     @property
     def reference(self) -> Path:
         return self.root / "reference"
+
+    @property
+    def start(self) -> Path:
+        return self.root / "start"
 
     @property
     def checkpoints(self) -> Path:

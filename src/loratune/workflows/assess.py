@@ -1,8 +1,9 @@
-"""Compare base and fine-tuned model on held-out data."""
+"""Compare the fine-tuned model with the one before the run on held-out data."""
 
 from __future__ import annotations
 
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 from loratune.data.mixture import held_out_groups
@@ -14,6 +15,7 @@ from loratune.run.records.evaluation import EvaluationRecord
 from loratune.run.records.files import write_record
 from loratune.training.event_log import EventLog, History
 from loratune.training.token_budget import TokenBudget
+from loratune.workflows.before_training import before_training, started_from_adapter
 from loratune.workflows.final_adapter import describe_final_adapter
 from loratune.workflows.tasks.task import Comparison, task_of
 
@@ -39,8 +41,8 @@ def compare_base_and_tuned(
     tuned_nll: Nll | None = None,
     metric: UserMetric | None = None,
 ) -> tuple[Record, Nll]:
-    """Measure base and fine-tuned model, which are the same loaded model with the adapter off and on, and write
-    `evaluation.json`; return it, and the held-out losses of the fine-tuned model.
+    """Measure the fine-tuned model and the one before the run, which are the same loaded model with another adapter or
+    none, and write `evaluation.json`; return it, and the held-out losses of the fine-tuned model.
 
     Args:
         prepared: The prepared run.
@@ -53,10 +55,13 @@ def compare_base_and_tuned(
     """
     events = EventLog(run, progress)
     events.step = max((line["step"] for line in run.read_metrics()), default=prepared.estimate.num_steps)
+    started = started_from_adapter(run, progress)
     compared = task_of(prepared.recipe).compare(
         Comparison(
             prepared=prepared,
             model=model,
+            started=started,
+            before=partial(before_training, model, run, started=started),
             loss=loss,
             budget=TokenBudget(processes.gather(_token_budget(prepared, run))[0], events, together=loss.sharded),
             events=events,
@@ -67,6 +72,7 @@ def compare_base_and_tuned(
         )
     )
     record = compared.record
+    record["before"] = "start" if started else "base"
     groups = held_out_groups(prepared.data.eval, prepared.data.report)
     if groups:
         record["sources"] = {

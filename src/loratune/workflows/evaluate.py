@@ -4,6 +4,7 @@ gates."""
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from loratune.evaluation.gates import check_names, parse_gate, pass_gates
@@ -21,6 +22,7 @@ from loratune.run.progress import NO_PROGRESS, Progress
 from loratune.run.records.evaluation import EvaluationRecord
 from loratune.run.records.files import write_record
 from loratune.workflows.assess import compare_base_and_tuned, explain_out_of_memory
+from loratune.workflows.before_training import before_training
 from loratune.workflows.finished import recipe_here
 from loratune.workflows.load import load_trained
 from loratune.workflows.result import RunResult
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from loratune.planning.preparation import Preparation
     from loratune.recipe.recipe import Recipe
 
 
@@ -77,22 +80,33 @@ def evaluate(
         check_harness(harness, allow_code=allow_code)
     prepared = prepare(recipe, progress)
     if own is not None:
-        prompts = task.prompts(recipe, prepared.data, prepared.model.tokenizer)
-        prepared = replace(prepared, data=replace(prepared.data, prompts=prompts))
-        if not prepared.data.prompts:
-            raise DataError("no held-out conversation has an answer for --metric to score", fix="other data.eval")
-        check_prompts(recipe, prepared.data.prompts, prepared.model.positions)
+        prepared = _with_prompts(prepared)
     model, loss = load_trained(prepared, run, progress)
     with explain_out_of_memory(run):
         evaluation, _ = compare_base_and_tuned(prepared, run, model, loss, progress, metric=own)
     if harness:
         progress.line(f"lm-evaluation-harness: {', '.join(harness)}")
-        evaluation["harness"] = run_harness(model, prepared.model.tokenizer, harness, allow_code=allow_code)
+        before = partial(before_training, model, run, started=evaluation["before"] == "start")
+        tokenizer = prepared.model.tokenizer
+        evaluation["harness"] = run_harness(model, tokenizer, harness, before=before, allow_code=allow_code)
     pass_gates(parsed, evaluation)
     evaluation = write_record(run.evaluation, EvaluationRecord, evaluation)
     write_card(run)
     report_or_warn(run, progress)
     return RunResult(run=run, evaluation=evaluation)
+
+
+def _with_prompts(prepared: Preparation) -> Preparation:
+    """Return the run with held-out prompts, which a run without a metric has not.
+
+    Raises:
+        DataError: There are none, or one leaves no room for an answer.
+    """
+    prompts = task_of(prepared.recipe).prompts(prepared.recipe, prepared.data, prepared.model.tokenizer)
+    if not prompts:
+        raise DataError("no held-out conversation has an answer for --metric to score", fix="other data.eval")
+    check_prompts(prepared.recipe, prompts, prepared.model.positions)
+    return replace(prepared, data=replace(prepared.data, prompts=prompts))
 
 
 def _with_metric(recipe: Recipe, metric: str, *, allow_code: bool) -> tuple[Recipe, UserMetric | None]:

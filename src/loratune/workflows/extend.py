@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loratune.data.steps import num_steps_per_epoch, trigger_steps
+from loratune.model.adapter.start_from import WEIGHTS
 from loratune.model.gguf_import import file_sha256
 from loratune.planning.lock import changed_inputs
 from loratune.recipe.recipe import Recipe
@@ -29,6 +30,7 @@ from loratune.run.run_log import RunLog
 from loratune.training.checkpoint import adopt_checkpoint, averaged_steps, best_checkpoint
 from loratune.training.early_stopping import EVENT
 from loratune.training.event_log import History
+from loratune.workflows.before_training import keep_start
 from loratune.workflows.extension import Beginning, Extension, as_if_planned_longer, with_new_schedule
 from loratune.workflows.resume import continue_run, was_relaunched
 from loratune.workflows.start import write_beginning
@@ -145,6 +147,8 @@ def _write(extension: Extension, beginning: Beginning, new: RunDir) -> None:
     written = extension.written.replace(**{**beginning.settings, "train": train})
     title = f"# Extends {extension.parent.root} from its step {step}.\n"
     write_beginning(prepared, new, title + written.to_yaml())
+    if (extension.parent.start / WEIGHTS).is_file():
+        keep_start(new, extension.parent.start)
     if beginning.exact:
         _write_history(extension, prepared, new, step)
     for number, source in _wanted(extension.parent, beginning, new).items():

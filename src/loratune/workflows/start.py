@@ -10,6 +10,7 @@ from loratune.run.records.data import DataRecord
 from loratune.run.records.files import write_record
 from loratune.run.records.plan import PlanRecord
 from loratune.run.records.preview import PreviewRecord
+from loratune.workflows.before_training import keep_start
 from loratune.workflows.steps import WHOLE, Leg, run_from_weights, write_lock
 
 if TYPE_CHECKING:
@@ -41,9 +42,11 @@ def start_run(prepared: Preparation, run: RunDir, written: str, progress: Progre
 
 
 def write_beginning(prepared: Preparation, run: RunDir, written: str) -> None:
-    """Write what a run begins with, but for the lock: the recipe as written, data report, first examples and plan."""
+    """Write what a run begins with, but for the lock: recipe as written, data report, examples, plan, first adapter."""
     write_text(run.recipe, written)
     write_record(run.data, DataRecord, prepared.data.report)
     examples = preview(prepared.data.train, prepared.model.tokenizer, PREVIEW_EXAMPLES)
     write_record(run.preview, PreviewRecord, examples.as_record())
     write_record(run.plan, PlanRecord, prepared.as_plan())
+    if prepared.adapter.start is not None:
+        keep_start(run, prepared.adapter.start)

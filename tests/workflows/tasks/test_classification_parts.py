@@ -79,6 +79,8 @@ def test_the_base_and_the_tuned_side_of_a_comparison_are_the_adapter_off_and_on(
         Comparison(
             prepared=prepared,
             model=model,
+            started=False,
+            before=model.disable_adapter,
             loss=loss,
             budget=TokenBudget(4096, events),
             events=events,

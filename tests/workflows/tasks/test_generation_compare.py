@@ -41,6 +41,8 @@ def test_answers_and_losses_are_of_the_adapter_off_and_on(
     comparison = Comparison(
         prepared=prepared,
         model=model,
+        started=False,
+        before=model.disable_adapter,
         loss=loss,
         budget=TokenBudget(4096, events),
         events=events,

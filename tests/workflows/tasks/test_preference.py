@@ -169,7 +169,7 @@ def test_a_resumed_run_is_the_same_to_the_bit_and_needs_no_reference_pass(
         path.unlink()  # only the run directory has it
     passes = count_passes(monkeypatch)
     resume(run.root)
-    assert passes == ["base", "fine-tuned"]
+    assert passes == ["first", "fine-tuned"]
     assert losses(run) == losses(whole)
     one, other = adapter(whole), adapter(run)
     assert all(bool((one[name] == other[name]).all()) for name in one)
@@ -221,9 +221,7 @@ def test_the_reference_is_cached_checked_and_computed_again_if_it_is_wrong(
 
 
 @pytest.mark.slow
-def test_the_reference_of_a_continued_run_is_the_adapter_it_starts_from(
-    make: MakeRecipe, tmp_path: Path, own_cache: Path
-) -> None:
+def test_the_reference_of_a_continued_run_is_the_adapter_it_starts_from(make: MakeRecipe, tmp_path: Path) -> None:
     first = train(make(train__output_dir=str(tmp_path / "first"))).run
     second = train(
         make(train__epochs=1, train__output_dir=str(tmp_path / "second"), lora__start_from=str(first.adapter))
@@ -235,9 +233,12 @@ def test_the_reference_of_a_continued_run_is_the_adapter_it_starts_from(
     assert rewards["margin"]["value"] == pytest.approx(0.1 * growth, abs=1e-4)
     again = evaluate_again(second.run)["rewards"]
     assert again["margin"]["value"] == pytest.approx(rewards["margin"]["value"], abs=1e-6)
-    for entry in (*second.run.reference.iterdir(), *(own_cache / "reference").iterdir()):
-        entry.unlink()
+    assert second.evaluation["before"] == "start"
+    assert second.evaluation["base"]["pair_margin"] == read_json(first.evaluation)["tuned"]["pair_margin"]
+    for file in second.run.start.iterdir():
+        file.unlink()
     assert evaluate_again(second.run)["rewards"] is None  # not measured from the bare base
+    assert read_json(second.run.evaluation)["before"] == "base"
 
 
 def evaluate_again(run: RunDir) -> dict[str, Any]:
@@ -253,7 +254,7 @@ def test_losses_without_a_reference_train_and_compute_none(
 ) -> None:
     passes = count_passes(monkeypatch)
     result = train(make(preference__loss=loss))
-    assert passes == ["base", "fine-tuned"]
+    assert passes == ["first", "fine-tuned"]
     assert result.evaluation is not None
     assert result.evaluation["preference"]["rewards"] is None
     difference = result.evaluation["difference"]

@@ -128,7 +128,8 @@ def adapter_fingerprint(folder: Path) -> dict[str, str]:
 
 def load_weights_into(model: PeftModel, folder: Path) -> None:
     """Load the weights of an adapter that `check_adapter` accepted into a fresh one, as float32."""
-    set_peft_model_state_dict(model, load_file(folder / WEIGHTS, device=str(model.device)))
+    loaded = set_peft_model_state_dict(model, load_file(folder / WEIGHTS, device=str(model.device)))
+    assert not loaded.unexpected_keys, f"the model has no place for {loaded.unexpected_keys[0]}"
 
 
 def _variant(config: dict[str, Any]) -> str:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from loratune.run.records.base import FileRecord, Part
+
+SIDES_BEFORE = {"base": "base", "start": "before"}
+"""`before` → the title of its column."""
 
 
 class DifferenceRecord(Part):
@@ -208,6 +213,9 @@ class EvaluationRecord(FileRecord):
     """Metric of the answers; `none` where they are not scored."""
     task: str | None = None
     """Classifiers only: `sequence_classification`."""
+    before: Literal["base", "start"] = "base"
+    """What `base` means in this file: `base`, the base model; `start`, the base with the adapter of `lora.start_from`,
+    which is what the model was before the run."""
     num_examples: int
     """Held-out examples."""
     base: dict[str, float]
@@ -242,3 +250,13 @@ class EvaluationRecord(FileRecord):
     """Tasks of lm-evaluation-harness."""
     gates: tuple[GateResult, ...] | None = None
     """Thresholds of the last `loratune evaluate`."""
+
+    @property
+    def side_before(self) -> str:
+        """The name of the model before the run, over a column."""
+        return SIDES_BEFORE[self.before]
+
+    @property
+    def model_before(self) -> str:
+        """The name of the model before the run, in a sentence."""
+        return "the base model" if self.before == "base" else "the model before this run"

@@ -26,7 +26,8 @@ from loratune.recipe.tasks import load_task
 from loratune.reporting.task import ReportedTask
 
 if TYPE_CHECKING:  # heavy: recipes are checked by their task before torch is needed
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
+    from contextlib import AbstractContextManager
     from pathlib import Path
 
     from peft import PeftModel
@@ -72,19 +73,23 @@ class Comparison:
 
     Attributes:
         prepared: The prepared run.
-        model: The base model with the adapter, which can be switched off.
+        model: The base model with the adapter.
+        started: Whether the run began with the adapter of `lora.start_from`, which it is compared with.
+        before: Returns a context in which the model is the one before the run's first step.
         loss: The model's loss.
         budget: Cuts the examples into micro-batches.
         events: Receives what goes wrong on the way.
         progress: Shows how far the evaluation is.
         run: The run directory.
-        base_nll: The base model's losses, if they are known already.
+        base_nll: The losses before the run, if they are known already.
         tuned_nll: The fine-tuned model's losses, if they are known already.
         metric: A metric of the user's, instead of the recipe's.
     """
 
     prepared: Preparation
     model: PeftModel
+    started: bool
+    before: Callable[[], AbstractContextManager[None]]
     loss: SupervisedLoss
     budget: TokenBudget
     events: EventLog

@@ -177,9 +177,8 @@ class Classification(Task):
     def failures(self, record: EvaluationRecord, num_regressions: int, limit: str) -> str:
         num_wrong = sum(not item.tuned.score for item in record.items)
         return (
-            f"The fine-tuned model misclassifies {num_wrong:,} of {len(record.items):,} texts; the base model "
-            "classifies "
-            f"{num_regressions:,} of these correctly."
+            f"The fine-tuned model misclassifies {num_wrong:,} of {len(record.items):,} texts; "
+            f"{record.model_before} classifies {num_regressions:,} of these correctly."
         )
 
     def make_loss(self, model: PeftModel, examples: Sequence[Example], recipe: Recipe) -> tuple[SupervisedLoss, str]:

@@ -6,7 +6,12 @@ from typing import TYPE_CHECKING, cast
 
 from loratune.data.examples import LabelledExample
 from loratune.model.device import free_memory
-from loratune.workflows.tasks.classification.measures import class_logits, classification_record, nll_of_labels
+from loratune.workflows.tasks.classification.measures import (
+    CONTINUED,
+    class_logits,
+    classification_record,
+    nll_of_labels,
+)
 from loratune.workflows.tasks.task import Compared, Comparison
 
 if TYPE_CHECKING:
@@ -14,13 +19,13 @@ if TYPE_CHECKING:
 
 
 def compare_classes(comparison: Comparison) -> Compared:
-    """Measure the predicted classes of the same loaded model with the adapter off and on."""
+    """Measure the predicted classes of the same loaded model as it began and as it is."""
     data, budget, progress = comparison.prepared.data, comparison.budget, comparison.progress
     loss = cast("ClassificationLoss", comparison.loss)
     held_out = [example for example in data.eval if isinstance(example, LabelledExample)]
     loss.model.eval()
     free_memory()
-    with loss.model.disable_adapter():
+    with comparison.before():
         base = class_logits(loss, held_out, budget, progress)
     tuned = class_logits(loss, held_out, budget, progress)
     counts = data.report["train"]["labels"]
@@ -31,4 +36,6 @@ def compare_classes(comparison: Comparison) -> Compared:
         tuned=tuned,
         majority=max(counts, key=lambda name: counts[name]),
     )
+    if comparison.started:
+        record["note"] = CONTINUED
     return Compared(record=record, base_nll=nll_of_labels(base, held_out), tuned_nll=nll_of_labels(tuned, held_out))

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from loratune.data.batch import collate
-from loratune.evaluation.record import LEVEL, RESAMPLES, add_statistics
+from loratune.evaluation.record import LEVEL, RESAMPLES, add_statistics, side_before
 from loratune.run.errors import plural
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ UNTRAINED = (
     "the base model's head was never trained on these classes, so its answers are random; the majority "
     "class is the line to beat"
 )
+CONTINUED = "the run began with the head and the adapter of lora.start_from, which it is compared with"
 _MOST_CLASSES = 20
 """The largest confusion matrix that a terminal shows."""
 
@@ -215,7 +216,8 @@ def classification_table(record: Mapping[str, Any]) -> Table:
         caption_justify="left",
     )
     table.add_column("measure")
-    for column in ("base", "majority", "fine-tuned", "difference", f"{record['interval']['level']:.0%} interval"):
+    level = f"{record['interval']['level']:.0%}"
+    for column in (side_before(record), "majority", "fine-tuned", "difference", f"{level} interval"):
         table.add_column(column, justify="right")
     for name, words in (("accuracy", "accuracy"), ("f1", "F1 (macro)"), ("nll", "NLL per text")):
         is_share = name != "nll"

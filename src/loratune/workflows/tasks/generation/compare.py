@@ -13,7 +13,7 @@ from loratune.workflows.tasks.task import Compared, Comparison
 
 
 def compare_answers(comparison: Comparison) -> Compared:
-    """Measure losses and answers of the same loaded model with the adapter off and on.
+    """Measure losses and answers of the same loaded model as it began and as it is.
 
     Processes that share the base model do this in step.
     """
@@ -21,7 +21,7 @@ def compare_answers(comparison: Comparison) -> Compared:
     metric = comparison.metric
     model.eval()
     free_memory()
-    with model.disable_adapter():
+    with comparison.before():
         base_nll, base_other, base_answers = _measure(comparison, "base", comparison.base_nll)
     tuned_nll, tuned_other, tuned_answers = _measure(comparison, "tuned", comparison.tuned_nll)
     record = evaluation_record(

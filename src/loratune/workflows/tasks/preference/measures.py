@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich.table import Table
 
-from loratune.evaluation.record import LEVEL, Interval, paired_bootstrap
+from loratune.evaluation.record import LEVEL, Interval, paired_bootstrap, side_before
 from loratune.run.errors import plural
 from loratune.workflows.tasks.preference.objective import beta_of
 
@@ -109,11 +109,11 @@ def preference_table(record: Mapping[str, Any]) -> Table:
     table = Table(
         title=f"Held-out: {plural(record['num_examples'], 'pair')}",
         caption=f"chosen answers have {lengths['chosen']:.0f} tokens on average, rejected ones "
-        f"{lengths['rejected']:.0f}{_own_lengths(lengths)}",
+        f"{lengths['rejected']:.0f}{_own_lengths(lengths, side_before(record))}",
         caption_justify="left",
     )
     table.add_column("measure", overflow="fold")
-    for column in ("base", "fine-tuned", "difference", f"{LEVEL:.0%} interval"):
+    for column in (side_before(record), "fine-tuned", "difference", f"{LEVEL:.0%} interval"):
         table.add_column(column, justify="right")
     for name, words in (
         ("pair_accuracy", "chosen likelier"),
@@ -139,7 +139,7 @@ def preference_table(record: Mapping[str, Any]) -> Table:
     return table
 
 
-def _own_lengths(lengths: Mapping[str, Any]) -> str:
+def _own_lengths(lengths: Mapping[str, Any], before: str) -> str:
     if lengths["base"] is None:
         return ""
-    return f"; the base's own answers {lengths['base']:.0f}, the fine-tuned model's {lengths['tuned']:.0f}"
+    return f"; the models' own answers: {before} {lengths['base']:.0f}, fine-tuned {lengths['tuned']:.0f}"
