@@ -47,6 +47,7 @@ ARGUMENTS = '{"city": "Rome", "city": "Oslo"}'
     "value",
     [
         {"conversations": '[{"from": "human", "from": "gpt", "value": "x"}]'},
+        {"prompt": '[{"role": "user", "role": "tool", "content": "x"}]', "completion": "y"},
         {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": f"[{CALL}]"}]},
         {
             "messages": [
@@ -67,3 +68,12 @@ def test_json_text_in_a_field_with_a_key_twice_is_refused(value: dict[str, objec
     good, (rejected,) = to_conversations([row], detect_format([row]))
     assert not good
     assert "occurs twice in one object" in rejected.reason
+
+
+@pytest.mark.parametrize("text", ['{"a": 1, "a": 2}', '[{"a": 1, "a": 2}]'])
+def test_a_text_with_a_key_twice_is_a_text_where_texts_are_expected(text: str) -> None:
+    """A model may be taught to correct such a text, or to avoid it."""
+    row = Row(file="a.jsonl", line=1, value={"prompt": text, "completion": text})
+    (good,), rejected = to_conversations([row], detect_format([row]))
+    assert not rejected
+    assert [message["content"] for message in good.messages] == [text, text]

@@ -81,6 +81,8 @@ def test_every_shape_is_the_same_pair(shape: str) -> None:
         "[]",
         '{"role":"manager","level":3}',
         '{"role":"assistant","content":"hello"}',
+        '{"urgent":true,"urgent":false}',
+        '[{"a":1,"a":2}]',
     ],
 )
 def test_an_answer_that_is_json_is_a_text(answer: str) -> None:

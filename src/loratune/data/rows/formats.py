@@ -12,7 +12,14 @@ from loratune.data.rows.fields import PREFERENCE, Place, Unread, describe_value,
 from loratune.data.rows.items import chat_messages
 from loratune.data.rows.messages import read_message, read_sharegpt_message
 from loratune.data.rows.row import Origin, Rejected, Row
-from loratune.data.rows.tools import account_for, check_unicode, from_json, read_tools, without_storage_nulls
+from loratune.data.rows.tools import (
+    account_for,
+    check_unicode,
+    from_json,
+    read_tools,
+    turns_from_json,
+    without_storage_nulls,
+)
 from loratune.run.errors import BadRow, DataError
 
 if TYPE_CHECKING:
@@ -358,14 +365,13 @@ def read_turns(turns: list[Any], unread: _Unread, first: int = 1) -> list[Messag
 
 
 def _turns_or_text(value: Any, name: str) -> str | list[Any]:
-    parsed = from_json(value)
-    if isinstance(parsed, list) and (parsed is value or _are_turns(parsed)):
-        return parsed
+    turns = value if isinstance(value, list) else turns_from_json(value, _is_turn)
+    if turns is not None:
+        return turns
     if not isinstance(value, str):
         raise BadRow(f"{name} is {describe_value(value)}, neither text nor a list of messages")
     return value
 
 
-def _are_turns(value: list[Any]) -> bool:
-    """Whether a list that was parsed from text is one of messages: a prompt may be any JSON text."""
-    return bool(value) and all(isinstance(turn, dict) and ("role" in turn or "from" in turn) for turn in value)
+def _is_turn(value: Any) -> bool:
+    return isinstance(value, dict) and ("role" in value or "from" in value)

@@ -10,7 +10,7 @@ from loratune.data.rows.json_text import RepeatedKey, parse_json
 from loratune.run.errors import BadRow
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
 _MAX_DEPTH = 50
 """Nested lists and objects in the arguments of a tool call; Python's own recursion limit is about 1,000 calls."""
@@ -36,6 +36,25 @@ def from_json(value: Any) -> Any:
         except (ValueError, RecursionError):
             return value
     return value
+
+
+def turns_from_json(value: Any, is_turn: Callable[[Any], bool]) -> list[Any] | None:
+    """Return the messages that a table stored as JSON text; None for any other value: an answer may be JSON itself.
+
+    Raises:
+        BadRow: They are messages, and an object in them has a key twice.
+    """
+    try:
+        parsed = from_json(value)
+    except BadRow:
+        if not _are_all(json.loads(value), is_turn):
+            return None
+        raise
+    return parsed if _are_all(parsed, is_turn) else None
+
+
+def _are_all(value: Any, is_turn: Callable[[Any], bool]) -> bool:
+    return isinstance(value, list) and bool(value) and all(map(is_turn, value))
 
 
 def check_unicode(text: str, where: str) -> str:

@@ -18,7 +18,7 @@ from loratune.data.rows.fields import Place, Unread, describe_value, says_nothin
 from loratune.data.rows.formats import as_conversation, as_given, continued, read_turns, with_input
 from loratune.data.rows.reading import Converted, Reader, ReadSide
 from loratune.data.rows.row import Origin, Rejected, Row
-from loratune.data.rows.tools import from_json
+from loratune.data.rows.tools import from_json, turns_from_json
 from loratune.run.errors import BadRow
 
 if TYPE_CHECKING:
@@ -162,9 +162,8 @@ def _turns(value: Any, name: str, role: str, row: dict[str, Any] | None = None) 
         return [value]
     if isinstance(value, list) and all(isinstance(turn, dict) for turn in value):
         return value
-    parsed = from_json(value)
-    if isinstance(parsed, list) and parsed and all(map(_is_message, parsed)):
-        return parsed
+    if (stored := turns_from_json(value, _is_message)) is not None:
+        return stored
     if not isinstance(value, str):
         raise BadRow(f"{name} is {describe_value(value)}, neither text nor messages")
     if not value.strip():
