@@ -1,7 +1,8 @@
-"""Write train.jsonl and eval.jsonl: scheduling requests with a right answer and one with a mistake.
+"""Write prompts.jsonl, new scheduling requests with their right answers, and eval.jsonl, held-out pairs.
 
-The mistakes are made by a rule: `urgent` is the wrong way round, the first answer is repeated although a second turn
-changes it, or the place is left out. Standard library only, seeded.
+The mistakes of eval.jsonl are made by a rule: `urgent` is the wrong way round, the first answer is repeated although a
+second turn changes it, or the place is left out. Standard library only, seeded. train.jsonl is made of prompts.jsonl by
+`loratune sample`; README.md has the command.
 """
 
 import json
@@ -11,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 QUICKSTART = Path(__file__).parents[1] / "quickstart"
-SEED = 2026
-NUM_TRAIN = 160
+SEED, PROMPT_SEED = 2026, 7
+NUM_PROMPTS, NUM_DRAWN_BEFORE = 400, 160
 
 Messages = list[dict[str, str]]
 
@@ -21,16 +22,20 @@ def main(folder: Path = Path(__file__).parent) -> None:
     """Write both files into the folder."""
     script = runpy.run_path(str(QUICKSTART / "make_data.py"))
     vocabulary, _ = script["split_vocabulary"](random.Random(script["SEED"]))  # the training half of the quickstart
-    rng = random.Random(SEED)
     known = {title_of(messages) for name in ("train", "eval") for messages in quickstart_rows(name)}
-    train: dict[str, dict[str, Any]] = {}
-    while len(train) < NUM_TRAIN:
+    rng = random.Random(PROMPT_SEED)
+    prompts: dict[str, Messages] = {}
+    while len(prompts) < NUM_PROMPTS:
         messages = conversation(rng, script, vocabulary)
-        title = title_of(messages)
-        if title not in known and (row := pair(rng, messages)):
-            train.setdefault(title, row)
+        if title_of(messages) not in known:
+            prompts.setdefault(title_of(messages), messages)
+    rng, drawn = random.Random(SEED), set[str]()
+    while len(drawn) < NUM_DRAWN_BEFORE:  # so that the held-out pairs stay those of earlier versions
+        messages = conversation(rng, script, vocabulary)
+        if title_of(messages) not in known and pair(rng, messages):
+            drawn.add(title_of(messages))
     held_out = [row for messages in quickstart_rows("eval") if (row := pair(rng, messages))]
-    write(folder / "train.jsonl", list(train.values()))
+    write(folder / "prompts.jsonl", [{"messages": messages} for messages in prompts.values()])
     write(folder / "eval.jsonl", held_out)
 
 

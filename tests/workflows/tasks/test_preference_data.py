@@ -17,6 +17,7 @@ from loratune.data.examples import Example, PairExample
 from loratune.data.prepared import PreparedData
 from loratune.data.preview import preview
 from loratune.data.rows.row import Origin, Row
+from loratune.evaluation.scoring import score
 from loratune.recipe.recipe import DataSection, Recipe
 from loratune.run.errors import DataError
 from loratune.run.records.data import DataRecord
@@ -237,13 +238,29 @@ def test_pairs_are_recognized_and_other_rows_are_not() -> None:
     assert task_named("preference").starter_settings([Row(file="a", line=1, value={"messages": TALK})]) is None
 
 
+PREFERENCES = Path(__file__).parents[3] / "examples" / "preferences"
+
+
+def shipped(name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (PREFERENCES / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.mark.parametrize("name", ["prompts", "eval"])
+def test_the_rows_that_are_shipped_are_those_of_the_script(name: str, tmp_path: Path) -> None:
+    runpy.run_path(str(PREFERENCES / "make_pairs.py"))["main"](tmp_path)
+    assert (tmp_path / f"{name}.jsonl").read_bytes() == (PREFERENCES / f"{name}.jsonl").read_bytes()
+
+
 @pytest.mark.parametrize("name", ["train", "eval"])
-def test_the_pairs_that_are_shipped_are_those_of_the_script(name: str, tmp_path: Path) -> None:
-    folder = Path(__file__).parents[3] / "examples" / "preferences"
-    runpy.run_path(str(folder / "make_pairs.py"))["main"](tmp_path)
-    shipped = (folder / f"{name}.jsonl").read_text(encoding="utf-8")
-    assert shipped == (tmp_path / f"{name}.jsonl").read_text(encoding="utf-8")
-    found = to_pairs([Row(file=name, line=n, value=json.loads(row)) for n, row in enumerate(shipped.splitlines())])
+def test_the_pairs_that_are_shipped_can_be_read_and_are_of_different_requests(name: str) -> None:
+    found = to_pairs([Row(file=name, line=n, value=row) for n, row in enumerate(shipped(name))])
     assert not found.rejected
     titles = {json.loads(pair.chosen.messages[-1]["content"])["title"] for pair in found.items}
     assert len(titles) == len(found.items)
+
+
+def test_the_training_pairs_are_right_and_wrong_answers_to_the_prompts() -> None:
+    right = {json.dumps(row["messages"][:-1]): row["messages"][-1]["content"] for row in shipped("prompts")}
+    for row in shipped("train"):
+        reference = right[json.dumps(row["prompt"])]
+        assert (score("json", row["chosen"], reference), score("json", row["rejected"], reference)) == (1, 0)
