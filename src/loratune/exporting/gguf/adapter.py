@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from gguf import GGUFReader, GGUFType, GGUFWriter
 
-from loratune.exporting.adapter_matrices import LowRank
+from loratune.exporting.adapter_matrices import LowRank, less_precise
 from loratune.exporting.gguf.architectures import GgufLayout
 from loratune.run.errors import RecipeError
 
@@ -69,8 +69,13 @@ def read_gguf_adapter(file: Path, config: Any, modules: Iterable[str]) -> dict[s
     module_of = {_weight_name(layout, module): module for module in modules}
     updates = {}
     for name in sorted(tensor.removesuffix(".lora_a") for tensor in tensors if tensor.endswith(".lora_a")):
-        a, b = tensors[f"{name}.lora_a"].float(), tensors[f"{name}.lora_b"].float()
-        updates[module_of.get(name, name)] = LowRank(a=a, b=layout.rows_back(name, b), scale=alpha / b.shape[1])
+        a, b = tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"]
+        updates[module_of.get(name, name)] = LowRank(
+            a=a.float(),
+            b=layout.rows_back(name, b.float()),
+            scale=alpha / b.shape[1],
+            dtype=less_precise(a.dtype, b.dtype),
+        )
     return updates
 
 
