@@ -192,13 +192,14 @@ def certify(
 def diff(
     adapter: AdapterFolder,
     other: Annotated[Path, typer.Argument(metavar="ADAPTER", help="The other adapter's folder.")],
+    base: Base = None,
     as_json: AsJson = False,
 ) -> None:
     """Show how far apart the updates of two adapters are, in size and in direction."""
     with command_context(as_json):
         from loratune.workflows.adapters.compare import diff_adapters
 
-        record = diff_adapters(adapter, other)
+        record = diff_adapters(adapter, other, base=base)
         if as_json:
             print_record("adapter diff", record)
             return

@@ -142,7 +142,7 @@ def prove_adapter(
     """
     names, others = {*wanted, *replaced}, {*written, *written_replaced}
     sums = _Sums(missing=sorted(names - others))
-    sums.types |= {_CODES[update.dtype] for update in written.values()}
+    sums.types |= {_CODES.get(update.dtype, str(update.dtype)) for update in written.values()}
     for name in sorted(wanted.keys() & written.keys()):
         one, other = wanted[name], written[name]
         if (other.b.shape[0], other.a.shape[1]) != (one.b.shape[0], one.a.shape[1]):

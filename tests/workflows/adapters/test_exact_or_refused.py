@@ -128,6 +128,7 @@ def test_what_is_no_update_of_matrices_is_refused_by_every_verb(
     for verb in all_verbs(one, other, tmp_path / "out").values():
         with pytest.raises(RecipeError, match=name):
             verb()
+    assert inspect_adapter(one)["kind"] == f"LoRA with {name}"
 
 
 def test_factors_of_stacked_experts_are_shown(make_adapter: MakeAdapter) -> None:

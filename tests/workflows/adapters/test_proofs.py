@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -171,6 +172,33 @@ def test_tensors_beside_the_matrices_are_compared_as_sharply(make_adapter: MakeA
         found = certify_adapter(one, folder)
         assert found["verdict"] == "different"
         assert "norm" in found["problems"][0]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_single_value_that_nothing_was_added_to_is_seen_also_beside_nan(
+    dtype: str, make_adapter: MakeAdapter, tiny_model: Path, tmp_path: Path
+) -> None:
+    base = Path(shutil.copytree(tiny_model, tmp_path / "damaged"))
+
+    def spoil(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if name == "model.embed_tokens.weight":
+            tensor[5] = torch.nan
+        return tensor
+
+    edit(base, spoil)
+    one = make_adapter("one", 1, base=base, r=2)
+    assert merge_adapter(one, tmp_path / "merged", dtype=dtype)["verdict"] == "same"
+    step = 2 * torch.finfo(getattr(torch, dtype)).eps if dtype == "bfloat16" else 1e-5
+
+    def change(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if name == "model.embed_tokens.weight":
+            tensor[7, 3] *= 1 + step
+        return tensor
+
+    edit(tmp_path / "merged", change)
+    found = certify_adapter(one, tmp_path / "merged")
+    assert found["verdict"] == "different"
+    assert "model.embed_tokens.weight" in found["problems"][0]
 
 
 def test_logits_are_compared_as_a_share_of_what_the_adapter_does_to_them(

@@ -83,9 +83,11 @@ class Adapter:
 
     @property
     def kind(self) -> str:
-        """The method in words, such as `LoRA` or `rank-stabilized LoRA`."""
+        """The method in words, such as `rank-stabilized LoRA`, with what it is beyond updates of matrices."""
         kind = "rank-stabilized LoRA" if self.config.get("use_rslora") else "LoRA"
         kind = "DoRA" if self.config.get("use_dora") else kind
+        more = [name for name in _NOT_PLAIN if self.config.get(name) and name != "use_dora"]
+        kind += f" with {', '.join(more)}" if more else ""
         changed = initialization_that_changes_base(self.config)
         return kind if changed is None else f"{kind} for the residual of its base ({changed})"
 

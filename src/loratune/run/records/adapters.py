@@ -28,7 +28,7 @@ class InspectOutput(FileRecord):
     adapter: str
     """Its folder."""
     kind: str
-    """`LoRA`, `rank-stabilized LoRA` or `DoRA`; and that its initialization changed its base's weights, if it did."""
+    """`LoRA`, `rank-stabilized LoRA` or `DoRA`, with PEFT's settings that make it more than updates of matrices."""
     base: str
     """The base that it names; empty if it names none."""
     base_sha256: dict[str, str] | None

@@ -88,7 +88,7 @@ def required_base(adapter: Adapter, given: str | Path | None, progress: Progress
         raise RecipeError(
             f"the adapter was trained on a base quantized to {kind}, whose values are not those in its files",
             file=adapter.path,
-            fix=f"loratune merge {run} OUT, which writes the values that training multiplied with",
+            fix=f"loratune merge {run} OUT or loratune certify {run} TARGET, which know the values of training",
         )
     return found
 

@@ -117,12 +117,12 @@ def certify_adapter(
     return {"folder": str(path.absolute()), **_prove_merged(adapter, place, path, _replaced(adapter, place))}
 
 
-def diff_adapters(one: str | Path, other: str | Path) -> Record:
+def diff_adapters(one: str | Path, other: str | Path, *, base: str | Path | None = None) -> Record:
     """Compare the updates of two adapters of one base: relative difference and angle, for each matrix and in all."""
     first, second = (read_folder(Path(folder).expanduser()) for folder in (one, other))
     for adapter in (first, second):
         adapter.require_plain("diff")
-    checked_base([first, second], None)
+    checked_base([first, second], base)
     squares = [{module: norm(update) ** 2 for module, update in adapter.updates.items()} for adapter in (first, second)]
     both = sorted(first.updates.keys() & second.updates.keys())
     products = {module: inner_product(first.updates[module], second.updates[module]) for module in both}
@@ -242,15 +242,19 @@ def _require_one_matrix(adapter: Adapter, base: Path) -> None:
     """Refuse an adapter that changes only one of embedding and head, where the base has one matrix for both."""
     if not is_tied(base) or has_own_head(base):
         return
-    changed = {name: item.values for name, item in adapter.whole.items() if name.rpartition(".")[2] == "weight"}
-    changed |= {f"{module}.weight": update.b for module, update in adapter.updates.items()}
-    ends = {name: tensor for name, tensor in changed.items() if is_end_of_model(name)}
-    rows = any(item.rows is not None for name, item in adapter.whole.items() if name in ends)
-    # PEFT ties rows of tokens by itself, and modules_to_save with ensure_weight_tying.
-    tied = rows or (len(ends) == 2 and torch.equal(*ends.values()))
-    if ends and not tied and not adapter.config.get("ensure_weight_tying"):
+    changed = {**adapter.whole, **{f"{module}.weight": update for module, update in adapter.updates.items()}}
+    ends = [(name, item) for name, item in changed.items() if is_end_of_model(name)]
+    rows = [item.rows if isinstance(item, Replaced) else None for _, item in ends]
+    if not ends or adapter.config.get("ensure_weight_tying"):
+        return
+    if len(ends) == 1:  # PEFT gives the head the rows of tokens of the embedding, and no more
+        tied = rows[0] is not None and ends[0][0].endswith("embed_tokens.weight")
+    else:
+        values = [item.values for _, item in ends if isinstance(item, Replaced)]
+        tied = len(values) == len(ends) == 2 and rows[0] == rows[1] and torch.equal(*values)
+    if not tied:
         raise RecipeError(
-            f"the adapter changes {next(iter(ends))} alone, which is one of two uses of one matrix in the base "
+            f"the adapter changes {ends[0][0]} by itself, which is one of two uses of one matrix in the base "
             "(tie_word_embeddings)",
             file=adapter.path,
             fix="train with ensure_weight_tying=True; or untie the base first, save it, and train on that",
