@@ -11,7 +11,13 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSequenceClassification, LlamaForCausalLM
+from transformers import (
+    AutoModelForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+)
 
 from loratune.exporting.adapters.folder import read_folder
 from loratune.run.errors import RecipeError, RunError
@@ -19,7 +25,7 @@ from loratune.run.progress import NoProgress
 from loratune.workflows.adapters.base import checked_base
 from loratune.workflows.adapters.compare import certify_adapter, diff_adapters, inspect_adapter, merge_adapter
 from loratune.workflows.adapters.make import combine_adapters, convert_adapter, resize_adapter
-from tests.conftest import some
+from tests.conftest import make_moe, some
 from tests.workflows.adapters.conftest import MakeAdapter, change_config, load
 
 TOKENS = torch.arange(8)[None]
@@ -294,3 +300,35 @@ def test_the_base_of_a_quantized_run_is_not_the_one_on_disk(make_adapter: MakeAd
     with pytest.raises(RecipeError, match="quantized to nf4") as error:
         merge_adapter(one, tmp_path / "out")
     assert error.value.fix.startswith(f"loratune merge {tmp_path}")
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")
+def test_transposed_matrices_are_compared_as_peft_computes_them(make_adapter: MakeAdapter, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=64, n_positions=128, n_embd=16, n_layer=1, n_head=2)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "base")
+    one = make_adapter("one", 1, base=tmp_path / "base", r=2, target_modules=["c_attn"])
+    record = resize_adapter(one, tmp_path / "small", rank=1)
+    assert max(record["check"]["peft_error"], record["check"]["logits_difference"]) < 1e-5
+    assert merge_adapter(one, tmp_path / "merged")["verdict"] == "same"
+    assert torch.allclose(logits(load(tmp_path / "merged")), by_peft(tmp_path / "base", one), atol=1e-4)
+
+
+def test_experts_that_transformers_stacks_are_merged_by_name_and_not_compared_by_logits(
+    make_adapter: MakeAdapter, smollm2_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    base = make_moe(tmp_path / "base", smollm2_tokenizer)
+    one = make_adapter("one", 1, base=base, r=2, target_modules=["q_proj"])
+    file = one / "adapter_model.safetensors"
+    expert = "base_model.model.model.layers.1.mlp.experts.2.down_proj"  # as transformers 4 named it
+    factors = {f"{expert}.lora_A.weight": torch.randn(2, 24), f"{expert}.lora_B.weight": torch.randn(16, 2)}
+    save_file({**load_file(file), **factors}, file)
+    heard = Heard()
+    record = resize_adapter(one, tmp_path / "small", rank=1, progress=heard)
+    assert record["check"]["peft_error"] is None
+    assert [text for text in heard.warnings if "as a part of a stack" in text]
+    assert merge_adapter(one, tmp_path / "merged")["verdict"] == "same"
+    stack, own = (load(folder).model.layers[1].mlp.experts.down_proj.detach() for folder in (tmp_path / "merged", base))
+    update = 4 * factors[f"{expert}.lora_B.weight"] @ factors[f"{expert}.lora_A.weight"]  # alpha 8 over r 2
+    assert torch.allclose((stack - own)[2], update, atol=1e-4)
+    assert torch.equal(stack[:2], own[:2])
