@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from gguf import GGUFReader
+from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, quantize
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -30,7 +30,8 @@ from loratune.exporting.gguf.architectures import GgufLayout
 from loratune.exporting.gguf.model import GgufSource, write_gguf_model
 from loratune.exporting.gguf.tokenizer import split_name
 from loratune.exporting.load_back import LlamaCppReader, has_llama_cpp
-from loratune.run.errors import RecipeError
+from loratune.exporting.weights_proof import prove_adapter
+from loratune.run.errors import RecipeError, RunError
 
 needs_llama_cpp = pytest.mark.skipif(not has_llama_cpp(), reason="llama-cpp-python is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # of transformers, on made-up configs
@@ -184,6 +185,30 @@ def test_an_adapter_read_back_is_the_one_that_was_written(name: str, tmp_path: P
     for module, update in read_gguf_adapter(tmp_path / "lora.gguf", config, updates).items():
         wanted = updates[module]
         torch.testing.assert_close(update.scale * update.b @ update.a, wanted.scale * wanted.b @ wanted.a)
+
+
+@pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0"])
+def test_an_adapter_of_another_type_is_compared_within_its_rounding_or_refused(kind: str, tmp_path: Path) -> None:
+    config = CONFIGS["llama"]
+    updates = random_updates(random_model(config))
+    write_gguf_adapter(updates, config, tmp_path / "lora.gguf", name="llama")
+    writer = GGUFWriter(tmp_path / "other.gguf", "llama")
+    writer.add_float32("adapter.lora.alpha", 6.0)
+    for tensor in GGUFReader(tmp_path / "lora.gguf").tensors:
+        own = GGMLQuantizationType[kind if tensor.name.endswith("lora_a") else "F16"]
+        writer.add_tensor(tensor.name, quantize(tensor.data, own), raw_dtype=own)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    if kind == "Q8_0":
+        with pytest.raises(RunError, match="is Q8_0"):
+            read_gguf_adapter(tmp_path / "other.gguf", config, updates)
+        return
+    proof = prove_adapter(updates, read_gguf_adapter(tmp_path / "other.gguf", config, updates))
+    assert proof["problems"] == []
+    assert proof["types"] == [kind]
+    assert 1e-5 < proof["relative_error"] < 1e-2
 
 
 @pytest.mark.parametrize("outtype", ["f16", "bf16", "q8_0"])

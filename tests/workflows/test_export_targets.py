@@ -73,3 +73,14 @@ def test_an_unknown_program_is_refused(finished_run: RunDir, tmp_path: Path) -> 
         export(finished_run.root, to="onnx", out=tmp_path / "out")
     assert all(f"--to {program}" in error.value.fix for program in ("gguf", "ollama", "vllm"))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_outtype_is_refused_with_what_helps(finished_run: RunDir, tmp_path: Path) -> None:
+    for to, merged, fix in (
+        ("vllm", False, "leave it out"),
+        ("mlx", True, "leave it out"),
+        ("gguf", False, "leave it out, or add --merged"),
+    ):
+        with pytest.raises(RecipeError, match="--outtype q8_0") as error:
+            export(finished_run.root, to=to, merged=merged, outtype="q8_0", out=tmp_path / "out")
+        assert error.value.fix == fix

@@ -5,6 +5,7 @@ Typer reads a command's options from its parameters, so the limit on the number 
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -28,10 +29,10 @@ NewFolder = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to cr
 Base = Annotated[
     Path | None, typer.Option("--base", help="The base's folder; default: the one that the adapter names.")
 ]
-Rank = Annotated[int | None, typer.Option("--rank", min=1, help="The highest rank of the result.")]
+Rank = Annotated[int | None, typer.Option("--rank", help="The highest rank of the result, 1 or more.")]
 Energy = Annotated[
     float | None,
-    typer.Option("--energy", min=0, max=1, help="Share of each update's squared norm to keep; ranks differ by matrix."),
+    typer.Option("--energy", help="Share of each update's squared norm to keep, 0 to 1; ranks differ by matrix."),
 ]
 
 app = typer.Typer(no_args_is_help=True, help="Inspect, combine, resize, extract, convert, merge and compare adapters.")
@@ -86,12 +87,16 @@ def combine(
         typer.Option(help="concat: the exact sum, of the sum of the ranks. The others approximate it, by PEFT."),
     ] = "concat",
     rank: Rank = None,
-    density: Annotated[float, typer.Option(min=0, max=1, help="Share of elements that ties and dare keep.")] = 0.5,
+    density: Annotated[
+        float | None, typer.Option(help="Share of elements that ties and dare keep; default: 0.5.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of what dare drops; default: 0.")] = None,
     base: Base = None,
     as_json: AsJson = False,
 ) -> None:
     """Add adapters of one base, with weights, to one adapter; exactly, and proven to be the sum."""
     with command_context(as_json) as progress:
+        from loratune.exporting.adapters.combine import Method
         from loratune.workflows.adapters.make import combine_adapters
 
         *adapters, out = folders
@@ -101,9 +106,7 @@ def combine(
             adapters,
             out,
             weights=_numbers(weights),
-            method=method,
-            rank=rank,
-            density=density,
+            method=Method(name=method, rank=rank, density=density, seed=seed),
             base=base,
             progress=progress,
         )
@@ -189,25 +192,34 @@ def certify(
 def diff(
     adapter: AdapterFolder,
     other: Annotated[Path, typer.Argument(metavar="ADAPTER", help="The other adapter's folder.")],
+    base: Base = None,
     as_json: AsJson = False,
 ) -> None:
     """Show how far apart the updates of two adapters are, in size and in direction."""
     with command_context(as_json):
         from loratune.workflows.adapters.compare import diff_adapters
 
-        record = diff_adapters(adapter, other)
+        record = diff_adapters(adapter, other, base=base)
         if as_json:
             print_record("adapter diff", record)
             return
         console = SafeConsole(highlight=False, soft_wrap=True)
         table = Table("module", "relative difference", "cosine")
-        for row in sorted(record["matrices"], key=lambda row: -row["relative_difference"]):
-            table.add_row(escape(row["name"]), f"{row['relative_difference']:.4g}", f"{row['cosine']:.4f}")
-        table.add_row("all", f"{record['relative_difference']:.4g}", f"{record['cosine']:.4f}")
+        for row in [*_largest_first(record["matrices"]), {"name": "all", **record}, *_largest_first(record["others"])]:
+            off = row["relative_difference"]
+            shown = "the first is zero" if off is None else f"{off:.4g}"
+            table.add_row(escape(row["name"]), shown, f"{row['cosine']:.4f}")
         console.print(table)
         for side in ("first", "second"):
             if record[f"only_{side}"]:
-                console.print(f"only the {side} adapts {escape(', '.join(record[f'only_{side}']))}")
+                console.print(f"only the {side} has {escape(', '.join(record[f'only_{side}']))}")
+
+
+def _largest_first(rows: list[Record]) -> list[Record]:
+    """Return rows by their relative differences; those of a matrix that is zero in the first adapter first."""
+    return sorted(
+        rows, key=lambda row: -math.inf if row["relative_difference"] is None else -row["relative_difference"]
+    )
 
 
 for _verb in (inspect, combine, resize, extract, convert, merge, certify, diff):
@@ -240,9 +252,11 @@ def _show_written(verb: str, record: Record, as_json: bool) -> None:
     console.print(f"updates: {check['relative_error']:.2g} off the closed form (relative)")
     if check["logits_difference"] is not None:
         console.print(
-            f"logits by PEFT: {check['logits_difference']:.2g} of the largest off the closed form; the base alone "
-            f"{check['logits_change']:.2g}"
+            f"as PEFT loads it: updates {check['peft_error']:.2g} off; logits {check['logits_difference']:.2g} of the "
+            f"largest off, which the adapter changes by {check['logits_change']:.2g}"
         )
+    if record["seed"] is not None:
+        console.print(f"seed of what was dropped: {record['seed']}")
 
 
 def _show_proof(verb: str, record: Record, as_json: bool) -> None:

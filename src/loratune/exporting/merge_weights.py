@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Self
@@ -123,22 +123,10 @@ class MergedWeights:
         return self._shards[self._file_of[name]].get_slice(name)
 
     def _weight_of(self, module: str) -> str:
-        found = stored_name(f"{module}.weight", self._file_of) or self._match_by_layer(module)
+        found = stored_weight(module, self._file_of)
         if found is None:
             raise self._unknown(f"the adapted module {module}")
         return found
-
-    def _match_by_layer(self, module: str) -> str | None:
-        """Return the only tensor that has the same name from the layer number on; None where it is ambiguous."""
-        parts = module.split(".")
-        layer = next((index for index, part in enumerate(parts) if part.isdigit()), 0)
-        if not layer:
-            return None
-        ending = "." + ".".join(parts[layer - 1 :]) + ".weight"
-        found = [name for name in self._file_of if name.endswith(ending)]
-        if len(found) > 1:  # a vision tower has layers of the same names
-            found = [name for name in found if "language_model." in name]
-        return found[0] if len(found) == 1 else None
 
     def _find_replaced(self) -> dict[str, Replaced]:
         """Return the replaced tensors by their names in the files."""
@@ -158,6 +146,26 @@ class MergedWeights:
             file=self._base,
             fix="this architecture stores its weights under other names; load base and adapter with PEFT",
         )
+
+
+def stored_weight(module: str, stored: Collection[str]) -> str | None:
+    """Return the name under which files store a module's weight; None if they do not, or if it is ambiguous.
+
+    Args:
+        module: The module's name in the model.
+        stored: Names of the tensors in the files.
+    """
+    own = stored_name(f"{module}.weight", stored)
+    parts = module.split(".")
+    layer = next((index for index, part in enumerate(parts) if part.isdigit()), 0)
+    if own is not None or not layer:
+        return own
+    # Else the only tensor that has the same name from the layer number on.
+    ending = "." + ".".join(parts[layer - 1 :]) + ".weight"
+    found = [name for name in stored if name.endswith(ending)]
+    if len(found) > 1:  # a vision tower has layers of the same names
+        found = [name for name in found if "language_model." in name]
+    return found[0] if len(found) == 1 else None
 
 
 def weight_files(folder: Path) -> list[str]:

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from loratune.data.prompts import render_prompts
 from loratune.data.rows.conversation import Conversation
 from loratune.data.rows.row import Origin
-from loratune.exporting.adapter_matrices import LowRank
+from loratune.exporting.adapter_matrices import LowRank, less_precise
 from loratune.run.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -83,10 +83,11 @@ def read_mlx_adapter(folder: Path) -> dict[str, LowRank]:
     scale = float(json.loads((folder / CONFIG).read_text(encoding="utf-8"))["lora_parameters"]["scale"])
     tensors = load_file(folder / ADAPTER)
     modules = sorted(name.removesuffix(".lora_a") for name in tensors if name.endswith(".lora_a"))
-    return {
-        module: LowRank(a=tensors[f"{module}.lora_a"].float().T, b=tensors[f"{module}.lora_b"].float().T, scale=scale)
-        for module in modules
-    }
+    updates = {}
+    for module in modules:
+        a, b = (tensors[f"{module}.lora_{part}"] for part in "ab")
+        updates[module] = LowRank(a=a.float().T, b=b.float().T, scale=scale, dtype=less_precise(a.dtype, b.dtype))
+    return updates
 
 
 class MlxReader:

@@ -32,6 +32,10 @@ MOST_DEVIATION = 0.25
 """The largest deviation of a right tensor from the rounded update, as a fraction of it. A dropped update has 1, half an
 update 0.5 or more; libraries that add in 16 bits, and so round twice, stay below 0.2."""
 
+RELATIVE_ERROR = 1e-6
+"""The largest relative error of values that are written in float32, some roundings after each other."""
+
+_CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
 
 _EXPORT_AGAIN = "export again; check that the copy is complete"
 _OTHER_BASE = "merge into the base that the run was trained on"
@@ -115,7 +119,7 @@ def prove_weights(intended: MergedWeights, written: WrittenTensors, *, base_name
         if rounding is None:
             return None
         sums.types.add(kind)
-        _compare(sums, name, intended, values, partial(_arrange, written, stored), rounding)
+        _compare(sums, name, intended, values, partial(_arrange, written, stored), rounding, kind)
     extra = sorted(set(written.names()) - set(found.values()))
     return _record(sums, _problems(sums, extra, base_name))
 
@@ -128,6 +132,8 @@ def prove_adapter(
 ) -> Record:
     """Compare the updates of a written adapter with the run's, as products of their matrices.
 
+    They are the same within what the roundings of A and B to the type of their file explain.
+
     Args:
         wanted: Module name → the run's update.
         written: The same of the written adapter.
@@ -135,29 +141,50 @@ def prove_adapter(
         written_replaced: The same of the written adapter.
     """
     names, others = {*wanted, *replaced}, {*written, *written_replaced}
-    sums = _Sums(types={"F32"}, missing=sorted(names - others))
+    sums = _Sums(missing=sorted(names - others))
+    sums.types |= {_CODES.get(update.dtype, str(update.dtype)) for update in written.values()}
     for name in sorted(wanted.keys() & written.keys()):
         one, other = wanted[name], written[name]
         if (other.b.shape[0], other.a.shape[1]) != (one.b.shape[0], one.a.shape[1]):
             sums.changed += 1
             sums.other.append(name)
             continue
-        zero = torch.zeros(one.b.shape[0], one.a.shape[1])
-        products = [trained_weight(zero, LowRank(a=each.a, b=each.b, scale=each.scale)) for each in (one, other)]
-        _add(sums, name, base=zero, trained=products[0], rounded=products[0], values=products[1])
-        if not _same_values(one.magnitude, other.magnitude):
+        product, found = (each.scale * (each.b.double() @ each.a.double()) for each in (one, other))
+        size = _norm(product)
+        # Each factor is rounded once, and what they share may cancel in their product.
+        most = 2 * _relative_error(other.dtype) * abs(one.scale) * _norm(one.b.abs() @ one.a.abs()) / (size or 1.0)
+        _add(sums, name, base=torch.zeros_like(product), trained=product, rounded=product, values=found, most=most)
+        if not same_values(one.magnitude, other.magnitude, other.dtype):
             sums.other.append(name)
     for name in sorted(replaced.keys() & written_replaced.keys()):
         sums.changed += 1
-        if not _same_values(replaced[name].values, written_replaced[name].values):
+        if replaced[name].rows != written_replaced[name].rows or not same_values(
+            replaced[name].values, written_replaced[name].values
+        ):
             sums.other.append(name)
     return _record(sums, _problems(sums, sorted(others - names), ""))
 
 
-def _same_values(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+def same_values(one: torch.Tensor | None, other: torch.Tensor | None, dtype: torch.dtype | None = None) -> bool:
+    """Tell whether values are others, as far as the type rounds that they are written in.
+
+    Args:
+        one: The values as they should be.
+        other: What was written.
+        dtype: The type in its file; None for its own.
+    """
     if one is None or other is None:
         return one is other
-    return one.shape == other.shape and torch.allclose(one, other, rtol=2**-8)  # as far as bfloat16 rounds
+    dtype = dtype or other.dtype
+    smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    return one.shape == other.shape and torch.allclose(
+        one.double(), other.double(), rtol=_relative_error(dtype), atol=smallest
+    )
+
+
+def _relative_error(dtype: torch.dtype) -> float:
+    """Return how far rounding to a type may move a value: its unit roundoff, as a share of the rounded value."""
+    return max(RELATIVE_ERROR, 1.01 * torch.finfo(dtype).eps / 2)
 
 
 def _arrange(written: WrittenTensors, name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -171,6 +198,7 @@ def _compare(
     values: torch.Tensor,
     arranged: Callable[[torch.Tensor], torch.Tensor],
     rounding: Rounding,
+    kind: str,
 ) -> None:
     """Compare one tensor with what it should be."""
     weight, update = intended.base(name), intended.update(name)
@@ -185,12 +213,10 @@ def _compare(
             sums.foreign.append(name)
             return
         rounded = rounding(base)
-        if not bool(base.isfinite().all()):  # a base with NaN where no token ever reads
-            sums.foreign += [] if torch.allclose(values, rounded, rtol=1e-2, equal_nan=True) else [name]
-        elif not bool(values.isfinite().all()):
+        held = base.isfinite() & rounded.isfinite()  # a base may have NaN where no token ever reads
+        if bool(base.isfinite().all()) and not bool(values.isfinite().all()):
             sums.infinite.append(name)
-        # The margin is for the ties of other quantizers; a type that holds the base's values leaves none.
-        elif _norm(values - rounded) > MOST_DEVIATION * max(_norm(rounded - base), 1e-6 * _norm(base)):
+        elif not torch.equal(values.isfinite(), held) or not _is_rounded(values[held], base[held], rounded[held], kind):
             sums.foreign.append(name)
         return
     trained = arranged(trained_weight(weight, update))
@@ -202,7 +228,18 @@ def _compare(
         grown = trained.new_zeros(trained.shape)
         grown[: base.shape[0]] = base
         base = grown
-    _add(sums, name, base=rounding(base), trained=trained, rounded=rounding(trained), values=values, exact=base)
+    rounded = rounding(trained)
+    _add(sums, name, base=rounding(base), trained=trained, rounded=rounded, values=values, exact=base)
+    if isinstance(update, Replaced) and not update.added and not _is_rounded(values, trained, rounded, kind):
+        sums.other += [] if name in (*sums.other, *sums.dropped) else [name]
+
+
+def _is_rounded(values: torch.Tensor, exact: torch.Tensor, rounded: torch.Tensor, kind: str) -> bool:
+    """Tell whether values were written to which nothing was added: each as its type rounds it, if that is a float."""
+    if kind in _CODES.values():
+        return torch.allclose(values, rounded, rtol=RELATIVE_ERROR, atol=torch.finfo(torch.float32).smallest_normal)
+    # The margin is for the ties of other quantizers.
+    return _norm(values - rounded) <= MOST_DEVIATION * max(_norm(rounded - exact), RELATIVE_ERROR * _norm(exact))
 
 
 def _add(
@@ -214,6 +251,7 @@ def _add(
     rounded: torch.Tensor,
     values: torch.Tensor,
     exact: torch.Tensor | None = None,
+    most: float = MOST_DEVIATION,
 ) -> None:
     """Add one changed tensor to the totals.
 
@@ -225,6 +263,7 @@ def _add(
         rounded: Base and update, rounded to the written type: what should have been written.
         values: What was written.
         exact: The base's values, not rounded; None if `base` is.
+        most: The largest deviation of a right tensor, as a fraction of the update.
     """
     update = trained - (base if exact is None else exact)
     size = _norm(update)
@@ -244,7 +283,7 @@ def _add(
     deviation = off / way if way else (0.0 if off == 0 else off / size)
     if deviation > sums.deviation[0]:
         sums.deviation = (deviation, name)
-    if deviation > MOST_DEVIATION:
+    if deviation > most:
         gone = way > 0 and _norm(values - base) <= MOST_DEVIATION * way
         (sums.dropped if gone else sums.other).append(name)
 

@@ -100,6 +100,12 @@ def _is_embedding(name: str) -> bool:
     return "embed" in module or module in ("wte", "w", "shared")
 
 
+def is_end_of_model(name: str) -> bool:
+    """Tell by a weight's name whether it is that of the input embedding or of the output head."""
+    outside = not any(part.isdigit() for part in name.split("."))  # of the layers
+    return outside and (_is_part(name, _HEADS) or (_is_embedding(name) and "position" not in name))
+
+
 def check_finite(model: nn.Module, folder: Path) -> None:
     """Check that no weight of a loaded model is NaN or infinite.
 

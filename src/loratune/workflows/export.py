@@ -108,9 +108,11 @@ def export(
     if to is None or (to, merged) not in _CHECKS:
         problem = f"cannot export to {to!r}" if to else "the base is not a GGUF file, so the target must be named"
         raise RecipeError(problem, fix="--to gguf, --to ollama, --to vllm or --to mlx")
-    if outtype is not None and (to in ("vllm", "mlx") or not merged):
+    if outtype is not None and to in ("vllm", "mlx"):
+        raise RecipeError(f"--outtype {outtype} is a type of GGUF files, not of --to {to}", fix="leave it out")
+    if outtype is not None and not merged:
         raise RecipeError(
-            f"--outtype {outtype} is for merged GGUF models; an adapter is written in float32",
+            f"--outtype {outtype} is for merged models; an adapter is written in float32",
             fix="leave it out, or add --merged",
         )
     require_text(recipe_of(root), f"loratune export --to {to}", f"loratune merge {root} OUT, which transformers loads")

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
 from loratune.exporting.adapters import check
 from loratune.exporting.adapters.algebra import dense, effective_rank, inner_product, norm, singular_values, truncated
-from loratune.exporting.adapters.combine import METHODS
+from loratune.exporting.adapters.combine import METHODS, Method
 from loratune.exporting.adapters.extract import extract
 from loratune.exporting.adapters.folder import read_folder
 from loratune.run.errors import RecipeError, RunError
@@ -25,29 +23,7 @@ from loratune.workflows.adapters.base import fingerprint
 from loratune.workflows.adapters.compare import certify_adapter, diff_adapters, inspect_adapter, merge_adapter
 from loratune.workflows.adapters.make import combine_adapters, convert_adapter, extract_adapter, resize_adapter
 from tests.conftest import some
-
-MakeAdapter = Callable[..., Path]
-
-
-def load(base: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-
-
-@pytest.fixture
-def make_adapter(tiny_model: Path, tmp_path: Path) -> MakeAdapter:
-    """Saves an adapter of random factors with PEFT."""
-
-    def made(name: str, seed: int, base: Path = tiny_model, **settings: Any) -> Path:
-        torch.manual_seed(seed)
-        config = LoraConfig(**{"target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM", **settings})
-        model = get_peft_model(load(base), config)
-        for parameter_name, parameter in model.named_parameters():
-            if "lora_" in parameter_name or (parameter.requires_grad and parameter_name.endswith("bias")):
-                torch.nn.init.normal_(parameter, std=0.2)
-        model.save_pretrained(str(tmp_path / name))
-        return tmp_path / name
-
-    return made
+from tests.workflows.adapters.conftest import MakeAdapter, change_config, load
 
 
 def updates_by_peft(base: Path, folder: Path) -> dict[str, torch.Tensor]:
@@ -135,7 +111,8 @@ def test_approximations_are_those_of_peft(
     two = make_adapter("two", 2, r=4, lora_alpha=4, target_modules=["q_proj"])
     # DARE draws other numbers for our float64 than for PEFT's float32, so it is compared where nothing is dropped.
     density = 1 - 1e-12 if "dare" in method else 0.7  # PEFT warns of 1
-    record = combine_adapters([one, two], tmp_path / "ours", weights=[0.6, 0.4], method=method, density=density)
+    how = Method(name=method, density=density if method in ("ties", "dare_linear", "dare_ties") else None)
+    record = combine_adapters([one, two], tmp_path / "ours", weights=[0.6, 0.4], method=how)
     model: Any = PeftModel.from_pretrained(load(tiny_model), str(one), adapter_name="one")
     model.load_adapter(str(two), "two")
     theirs = method if method in ("svd", "linear") else f"{method}_svd"
@@ -164,8 +141,13 @@ def test_resize_keeps_the_share_that_it_says(make_adapter: MakeAdapter, tiny_mod
     assert whole["ranks"] == [8, 8]
     assert certify_adapter(one, tmp_path / "whole")["verdict"] == "same"
     assert certify_adapter(one, tmp_path / "small")["verdict"] == "different"
-    with pytest.raises(RecipeError, match="rank None, energy None"):
+    with pytest.raises(RecipeError, match="neither a rank nor a share"):
         resize_adapter(one, tmp_path / "none")
+    for wrong in ({"energy": 0.0}, {"energy": 1.1}, {"rank": 0}):
+        with pytest.raises(RecipeError, match=r"at most 1|1 or more"):
+            resize_adapter(one, tmp_path / "none", **wrong)
+        with pytest.raises(RecipeError, match=r"at most 1|1 or more"):
+            extract_adapter(tiny_model, tiny_model, tmp_path / "none", **wrong)
 
 
 def test_a_full_fine_tune_minus_its_base_is_the_adapter_that_was_merged(
@@ -185,6 +167,13 @@ def test_a_full_fine_tune_minus_its_base_is_the_adapter_that_was_merged(
     again = extract_adapter(tmp_path / "tuned", tiny_model, tmp_path / "again", rank=1)
     assert list(again["left_out"]) == ["model.norm.weight"]
     assert again["discarded_share"] > 0.1
+    tensors |= {"lm_head.weight": tensors["model.embed_tokens.weight"] + 1, "score.weight": torch.ones(2, 2)}
+    save_file(tensors, file, metadata={"format": "pt"})
+    more = extract_adapter(tmp_path / "tuned", tiny_model, tmp_path / "more", rank=1)["left_out"]
+    assert (more["score.weight"], more["lm_head.weight"]) == (
+        2,
+        pytest.approx(tensors["lm_head.weight"].numel() ** 0.5),
+    )
     with pytest.raises(RecipeError, match="changed no matrix of its base"):  # of no module at all
         extract(tiny_model, tmp_path / "tuned", {}, rank=1, energy=None, progress=lambda: None)
     with pytest.raises(RecipeError, match="changed no matrix of its base"):
@@ -219,8 +208,7 @@ def test_adapters_of_other_bases_are_refused(make_adapter: MakeAdapter, tiny_mod
     with pytest.raises(RecipeError, match="trained on other weights"):
         merge_adapter(one, tmp_path / "merged", base=other)
     for folder, name in ((one, "me/one"), (two, "me/two")):  # names of the hub, which say no more
-        settings = json.loads((folder / "adapter_config.json").read_text())
-        (folder / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": name}))
+        change_config(folder, base_model_name_or_path=name)
     with pytest.raises(RecipeError, match="name different bases: me/one and me/two"):
         combine_adapters([one, two], tmp_path / "sum")
     assert combine_adapters([one, two], tmp_path / "sum", base=tiny_model)["check"]["logits_difference"] is not None
@@ -234,14 +222,13 @@ def test_a_wrong_scale_is_found_in_weights_and_in_logits(
 
     def too_large(folder: Path, adapter: Any) -> None:
         write(folder, adapter)
-        settings = json.loads((folder / "adapter_config.json").read_text())
-        (folder / "adapter_config.json").write_text(json.dumps({**settings, "lora_alpha": 4.1}))
+        change_config(folder, lora_alpha=4.1)
 
     monkeypatch.setattr(make, "write_folder", too_large)
     with pytest.raises(RunError, match="off the closed form"):
         convert_adapter(one, tmp_path / "plain")
     monkeypatch.setattr(make, "check_updates", lambda written, wanted: 0.0)
-    with pytest.raises(RunError, match="the logits of base and written adapter"):
+    with pytest.raises(RunError, match=r"as PEFT loads it, is 0\.025 off"):
         convert_adapter(one, tmp_path / "plain")
     assert not (tmp_path / "plain").exists()
     assert check.LOGITS_TOLERANCE == 1e-4
@@ -261,3 +248,54 @@ def test_sizes_and_angles_need_no_dense_update(make_adapter: MakeAdapter, tmp_pa
     found = diff_adapters(one, tmp_path / "double")
     assert (found["relative_difference"], found["cosine"]) == (pytest.approx(1), pytest.approx(1))
     assert diff_adapters(one, one)["relative_difference"] < 1e-7
+
+
+@pytest.mark.filterwarnings("ignore:Adapter 'default'", "ignore:`lora_bias=True` was passed")
+def test_biases_and_an_adapter_of_zeros_are_compared_in_valid_json(make_adapter: MakeAdapter, tmp_path: Path) -> None:
+    one, two = (make_adapter(name, 1, r=2, lora_bias=True, modules_to_save=["norm"]) for name in ("one", "two"))
+    file = two / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = "model.layers.0.self_attn.q_proj.lora_B.bias"
+    tensors[f"base_model.model.{name}"] *= 2
+    save_file(tensors, file)
+    found = diff_adapters(one, two)
+    assert found["relative_difference"] < 1e-7
+    rows = {row["name"]: row["relative_difference"] for row in found["others"]}
+    assert rows[name] == pytest.approx(1)
+    assert max(value for other, value in rows.items() if other != name) < 1e-7
+    assert "model.norm.weight" in rows
+    save_file({key: tensor * 0 if "lora_B" in key else tensor for key, tensor in tensors.items()}, file)
+    zeros = diff_adapters(two, one)
+    assert json.loads(json.dumps(zeros, allow_nan=False))["relative_difference"] is None
+    plain = make_adapter("plain", 1, r=2)
+    assert diff_adapters(plain, one)["only_second"] == sorted(rows)
+
+
+def test_settings_that_a_method_has_not_are_refused_and_dare_draws_by_its_seed(
+    make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    for wrong, words in (
+        ({"rank": 4}, "--rank 4 has no meaning for --method concat"),
+        ({"name": "linear", "rank": 4}, "--rank"),
+        ({"name": "svd", "density": 0.5}, "--density"),
+        ({"name": "ties", "seed": 1}, "--seed"),
+        ({"name": "ties", "density": 0.0}, "above 0 and at most 1"),
+        ({"name": "ties", "density": 1.5}, "above 0 and at most 1"),
+        ({"name": "svd", "rank": 0}, "1 or more"),
+        ({"name": "mean"}, "unknown"),
+    ):
+        with pytest.raises(RecipeError, match=words):
+            Method(**wrong)
+    one = make_adapter("one", 1, r=2)
+    with pytest.raises(RecipeError, match="not all finite"):
+        combine_adapters([one], tmp_path / "none", weights=[float("nan")])
+    found = {}
+    for folder, seed in (("a", None), ("b", 0), ("c", 1)):
+        torch.rand(1)  # the caller's own random numbers change nothing
+        method = Method(name="dare_linear", density=0.5, seed=seed)
+        record = combine_adapters([one, one], tmp_path / folder, method=method)
+        assert record["seed"] == (seed or 0)
+        found[folder] = load_file(tmp_path / folder / "adapter_model.safetensors")
+    assert all(torch.equal(found["a"][name], found["b"][name]) for name in found["a"])
+    assert not all(torch.equal(found["a"][name], found["c"][name]) for name in found["a"])
+    assert combine_adapters([one], tmp_path / "d", method=Method(name="ties", density=1.0))["seed"] is None

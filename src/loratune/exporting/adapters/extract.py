@@ -27,7 +27,8 @@ class Extracted:
     Attributes:
         updates: Module → the best approximation of its change.
         losses: Module → what the rank discards of its change.
-        left_out: Tensor → the norm of its change, for tensors that are no adapted matrix: norms, embeddings, biases.
+        left_out: Tensor → the norm of its change, for tensors that are no adapted matrix: norms, embeddings, biases,
+            and those that only the fine-tune has, which count as changed from zero.
     """
 
     updates: Mapping[str, LowRank]
@@ -84,9 +85,27 @@ def extract(
             updates[module], losses[module] = approximated(
                 change.T if transposed else change, rank=rank, energy=energy, transposed=transposed
             )
+        left_out |= _only_in(after, before)
     if not updates:
         raise RecipeError("the fine-tune changed no matrix of its base", file=tuned, fix="check which folder is which")
     return Extracted(updates=updates, losses=losses, left_out=left_out)
+
+
+def _only_in(after: MergedWeights, before: MergedWeights) -> dict[str, float]:
+    """Return the tensors that only a fine-tune has, and the norms of their change: from zero, or from the embedding."""
+    known = {stored_name(name, after.names) for name in before.names}
+    embedding = stored_name("model.embed_tokens.weight", before.names)
+    found: dict[str, float] = {}
+    for name in after.names:
+        tensor = after.base(name)
+        if name in known or not tensor.is_floating_point() or name.endswith("rotary_emb.inv_freq"):  # which is computed
+            continue
+        if name == "lm_head.weight" and embedding is not None:  # of a base where it is the embedding
+            own = before.base(embedding)
+            tensor = tensor.float() - own.float() if own.shape == tensor.shape else tensor
+        size = float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
+        found |= {name: size} if size else {}
+    return found
 
 
 def _require_same_tensors(before: MergedWeights, after: MergedWeights, tuned: Path) -> None:

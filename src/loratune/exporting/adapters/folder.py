@@ -3,24 +3,42 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
-from loratune.exporting.adapter_matrices import PREFIX, LowRank, Replaced, read_adapter, read_replaced
+from loratune.exporting.adapter_matrices import (
+    PREFIX,
+    LowRank,
+    Replaced,
+    read_adapter,
+    read_replaced,
+    stacked_modules,
+)
 from loratune.model.adapter.attach import adapter_file
-from loratune.run.errors import RecipeError
+from loratune.model.adapter.variants import initialization_that_changes_base
+from loratune.model.safetensors_headers import read_header
+from loratune.model.weight_facts import first_not_finite
+from loratune.run.errors import RecipeError, RunError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_SAVED_EARLIER = "give an earlier checkpoint of it"
+_VARIANTS = {
+    item.name: f"computes with a variant of PEFT's ({item.name})"
+    for item in fields(LoraConfig)
+    if item.metadata.get("is_lora_variant") and item.name != "kasa_config"  # which changes the base besides
+}
 _NOT_PLAIN = {
+    **_VARIANTS,
     "use_dora": "is DoRA, whose magnitudes scale base and update together, so that it is no low-rank update",
     "target_parameters": "adapts stacked parameters (target_parameters)",
     "trainable_token_indices": "trains rows of the embedding (trainable_token_indices)",
@@ -30,6 +48,9 @@ _NOT_PLAIN = {
     "arrow_config": "routes between adapters (arrow_config)",
 }
 """Setting of PEFT's `LoraConfig` → what an adapter that uses it is, beyond updates of matrices."""
+
+MERGEABLE = frozenset({"use_dora", "trainable_token_indices"})
+"""Those of these settings whose adapters are one model with their base, and no sum of updates."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,8 +62,10 @@ class Adapter:
         config: Its `adapter_config.json`.
         updates: Module → the update of its weight.
         added_biases: Module → what is added to its bias, float32 (PEFT's `lora_bias`).
-        biases: Tensor name → the bias that replaces the base's, float32 (PEFT's `bias: all` or `lora_only`).
-        whole: Tensor name → what replaces a tensor of the base (`modules_to_save`, new tokens).
+        biases: Tensor name → the bias that replaces the base's, in the type of its file (PEFT's `bias: all` or
+            `lora_only`).
+        whole: Tensor name → what replaces a tensor of the base (`modules_to_save`, rows of tokens).
+        stacks: Modules whose stacked parameters it adapts (`target_parameters`), which are not read.
     """
 
     path: Path
@@ -51,6 +74,7 @@ class Adapter:
     added_biases: Mapping[str, torch.Tensor] = field(default_factory=dict)
     biases: Mapping[str, torch.Tensor] = field(default_factory=dict)
     whole: Mapping[str, Replaced] = field(default_factory=dict)
+    stacks: tuple[str, ...] = ()
 
     @property
     def base_name(self) -> str:
@@ -59,26 +83,45 @@ class Adapter:
 
     @property
     def kind(self) -> str:
-        """The method in words, such as `LoRA` or `rank-stabilized LoRA`."""
-        if self.config.get("use_dora"):
-            return "DoRA"
-        return "rank-stabilized LoRA" if self.config.get("use_rslora") else "LoRA"
+        """The method in words, such as `rank-stabilized LoRA`, with what it is beyond updates of matrices."""
+        kind = "rank-stabilized LoRA" if self.config.get("use_rslora") else "LoRA"
+        kind = "DoRA" if self.config.get("use_dora") else kind
+        more = [name for name in _NOT_PLAIN if self.config.get(name) and name != "use_dora"]
+        kind += f" with {', '.join(more)}" if more else ""
+        changed = initialization_that_changes_base(self.config)
+        return kind if changed is None else f"{kind} for the residual of its base ({changed})"
 
-    def require_plain(self, verb: str) -> None:
-        """Refuse what is more than updates of matrices, biases and whole tensors.
+    def require_plain(self, verb: str, *, allowed: frozenset[str] = frozenset()) -> None:
+        """Refuse what is more than updates of matrices, biases and whole tensors of the base as it is.
+
+        Args:
+            verb: What does not take it.
+            allowed: Settings of PEFT's `LoraConfig` that it takes nevertheless.
 
         Raises:
             RecipeError: It is.
         """
         for name, what in _NOT_PLAIN.items():
-            if self.config.get(name):
-                raise RecipeError(
-                    f"the adapter {what}: {verb} does not take it",
-                    file=self.path / CONFIG,
-                    fix="`loratune adapter merge ADAPTER OUT`, which writes base and adapter as one model"
-                    if name == "use_dora"
-                    else "load it with PEFT",
-                )
+            if name in allowed or not self.config.get(name):
+                continue
+            raise RecipeError(
+                f"the adapter {what}: {verb} does not take it",
+                file=self.path / CONFIG,
+                fix="`loratune adapter merge ADAPTER OUT`, which writes base and adapter as one model"
+                if name in MERGEABLE
+                else "load it with PEFT, whose merge_and_unload writes one model where the method has one",
+            )
+        changed = initialization_that_changes_base(self.config)
+        if changed is not None:
+            raise RecipeError(
+                f"the adapter's initialization ({changed}) changed its base's weights, and {verb} reads those before "
+                "the change",
+                file=self.path / CONFIG,
+                fix="load it with PEFT on the quantized base that it was trained on"
+                if changed == "loftq"
+                else "save it for the untouched base where it was trained: PEFT's save_pretrained(OUT, "
+                "path_initial_model_for_weight_conversion=INITIAL); the adapter of a run of loratune is one already",
+            )
 
 
 def read_folder(path: Path) -> Adapter:
@@ -86,7 +129,7 @@ def read_folder(path: Path) -> Adapter:
 
     Raises:
         RecipeError: It is no LoRA adapter in safetensors.
-        RunError: It holds something that is not a low-rank update, a bias or a whole tensor.
+        RunError: It holds something that is not a low-rank update, a bias or a whole tensor, or is not finite.
     """
     file = path / CONFIG
     if not file.is_file():
@@ -98,9 +141,12 @@ def read_folder(path: Path) -> Adapter:
     kind = config.get("peft_type") if isinstance(config, dict) else None
     if kind != "LORA":
         raise RecipeError(f"the adapter is {kind}, not LoRA", file=file, fix="peft.convert_to_lora makes a LoRA of it")
-    tensors = load_file(adapter_file(path))
+    weights = adapter_file(path)
+    if (name := first_not_finite(weights)) is not None:
+        raise RunError(f"{name.removeprefix(PREFIX)} is NaN or infinite", file=weights, fix=_SAVED_EARLIER)
+    tensors = load_file(weights)
     biases = {  # PEFT names an adapted module's own bias as it has it in memory
-        name.removeprefix(PREFIX).replace(".base_layer.bias", ".bias"): tensor.float()
+        name.removeprefix(PREFIX).replace(".base_layer.bias", ".bias"): tensor
         for name, tensor in tensors.items()
         if name.endswith(".bias")
     }
@@ -108,24 +154,25 @@ def read_folder(path: Path) -> Adapter:
         name.removesuffix(".lora_B.bias"): tensor for name, tensor in biases.items() if name.endswith(".lora_B.bias")
     }
     updates = read_adapter(path, without_biases=True)
+    for module, update in updates.items():
+        if update.a.dim() != 2 or update.b.dim() != 2:
+            raise RunError(f"the update of {module} is not a matrix", file=weights, fix="load it with PEFT")
     whole = {name: values for name, values in read_replaced(path).items() if not name.endswith(".lora_B.bias")}
     trained = config.get("bias", "none") != "none"
     return Adapter(
         path=path,
         config=config,
         updates=updates,
-        added_biases={module: updates[module].scale * tensor for module, tensor in added.items()},
+        added_biases={module: updates[module].scale * tensor.float() for module, tensor in added.items()},
         biases={name: t for name, t in biases.items() if trained and not name.endswith(".lora_B.bias")},
         whole=whole,
+        stacks=stacked_modules(tensors, config),
     )
 
 
-def num_parameters(adapter: Adapter) -> int:
-    """Return how many numbers an adapter holds."""
-    matrices = sum(update.a.numel() + update.b.numel() for update in adapter.updates.values())
-    magnitudes = sum(update.magnitude.numel() for update in adapter.updates.values() if update.magnitude is not None)
-    others = sum(tensor.numel() for tensor in (*adapter.biases.values(), *adapter.added_biases.values()))
-    return matrices + magnitudes + others + sum(item.values.numel() for item in adapter.whole.values())
+def num_parameters(folder: Path) -> int:
+    """Return how many numbers an adapter's folder holds."""
+    return sum(math.prod(shape) for shape in read_header(adapter_file(folder)).values())
 
 
 def write_folder(folder: Path, adapter: Adapter) -> None:
@@ -149,6 +196,7 @@ def write_folder(folder: Path, adapter: Adapter) -> None:
         bias=old.get("bias", "none") if adapter.biases else "none",
         lora_bias=bool(adapter.added_biases),
         modules_to_save=old.get("modules_to_save"),
+        ensure_weight_tying=bool(old.get("ensure_weight_tying")),
         task_type=old.get("task_type"),
         base_model_name_or_path=old.get("base_model_name_or_path"),
         revision=old.get("revision"),

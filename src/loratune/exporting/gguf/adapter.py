@@ -9,15 +9,22 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from gguf import GGUFReader, GGUFType, GGUFWriter
+from gguf import GGMLQuantizationType, GGUFReader, GGUFType, GGUFWriter, dequantize
 
-from loratune.exporting.adapter_matrices import LowRank
+from loratune.exporting.adapter_matrices import LowRank, less_precise
 from loratune.exporting.gguf.architectures import GgufLayout
-from loratune.run.errors import RecipeError
+from loratune.run.errors import RecipeError, RunError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
     from pathlib import Path
+
+
+_TYPES = {
+    GGMLQuantizationType.F32: torch.float32,
+    GGMLQuantizationType.F16: torch.float16,
+    GGMLQuantizationType.BF16: torch.bfloat16,
+}
 
 
 def write_gguf_adapter(updates: Mapping[str, LowRank], config: Any, file: Path, *, name: str) -> None:
@@ -59,18 +66,33 @@ def read_gguf_adapter(file: Path, config: Any, modules: Iterable[str]) -> dict[s
         file: The GGUF file.
         config: transformers' configuration of the base.
         modules: The modules whose names in the file are known; what else it adapts keeps the file's name.
+
+    Raises:
+        RunError: Its matrices are quantized.
     """
     layout = GgufLayout(config)
     reader = GGUFReader(file)
     field = reader.get_field("adapter.lora.alpha")
     assert field is not None
     alpha = float(field.contents())
-    tensors = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in reader.tensors}
+    kinds = {tensor.name: tensor.tensor_type for tensor in reader.tensors}
+    if quantized := [f"{name} is {kind.name}" for name, kind in kinds.items() if kind not in _TYPES]:
+        raise RunError(
+            f"{quantized[0]}, of which no rounding is known", file=file, fix="convert the adapter with --outtype f16"
+        )
+    tensors = {
+        tensor.name: torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy()) for tensor in reader.tensors
+    }
     module_of = {_weight_name(layout, module): module for module in modules}
     updates = {}
     for name in sorted(tensor.removesuffix(".lora_a") for tensor in tensors if tensor.endswith(".lora_a")):
-        a, b = tensors[f"{name}.lora_a"].float(), tensors[f"{name}.lora_b"].float()
-        updates[module_of.get(name, name)] = LowRank(a=a, b=layout.rows_back(name, b), scale=alpha / b.shape[1])
+        a, b = tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"]
+        updates[module_of.get(name, name)] = LowRank(
+            a=a.float(),
+            b=layout.rows_back(name, b.float()),
+            scale=alpha / b.shape[1],
+            dtype=less_precise(*(_TYPES[kinds[f"{name}.lora_{part}"]] for part in "ab")),
+        )
     return updates
 
 

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from loratune.model.adapter.patterns import rank_of
+from loratune.model.adapter.variants import initialization_that_changes_base
 from loratune.model.gguf_import import file_sha256
 from loratune.model.hub import explain_hub_errors
 from loratune.model.weight_facts import first_not_finite
@@ -134,9 +135,8 @@ def load_weights_into(model: PeftModel, folder: Path) -> None:
 
 def _variant(config: dict[str, Any]) -> str:
     """Return the recipe's variant that continues an adapter; for one that no variant continues, its initialization."""
-    initialization = config.get("init_lora_weights", True)
-    # PEFT saves these for a base that they changed. Ours are saved as plain adapters (`variants.save_as_plain`).
-    if isinstance(initialization, str) and initialization.startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
+    initialization = initialization_that_changes_base(config)
+    if initialization is not None:
         return initialization
     if config.get("use_dora"):
         return "dora+rslora" if config.get("use_rslora") else "dora"

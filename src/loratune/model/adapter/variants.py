@@ -45,6 +45,10 @@ _PEFT: Mapping[str, Mapping[str, Any]] = {
 }
 
 
+_CHANGE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""How the names of PEFT's initializations begin that change the base's weights."""
+
+
 def peft_arguments(lora: LoraSection) -> dict[str, Any]:
     """Return the arguments of PEFT's `LoraConfig` for the variant and the patterns."""
     patterns: dict[str, Any] = {"rank_pattern": dict(lora.rank_pattern)} if lora.rank_pattern else {}
@@ -67,6 +71,21 @@ def has_changed_base(model: PeftModel) -> bool:
     """Tell whether attaching this adapter changed the base's weights."""
     initialization = model.peft_config["default"].init_lora_weights
     return isinstance(initialization, str) and initialization.startswith(("pissa", "olora"))
+
+
+def initialization_that_changes_base(config: Mapping[str, Any]) -> str | None:
+    """Return PEFT's initialization of a saved adapter if the adapter belongs to a base that it changed, else None.
+
+    PEFT saves such an adapter as it was trained, on what the initialization left of the base. Ours are saved as plain
+    adapters (`save_as_plain`), as PEFT's are with `path_initial_model_for_weight_conversion`.
+
+    Args:
+        config: The adapter's `adapter_config.json`.
+    """
+    initialization = config.get("init_lora_weights")
+    if isinstance(initialization, str) and initialization.lower().startswith(_CHANGE_BASE):
+        return initialization
+    return "kasa" if config.get("kasa_config") else None
 
 
 def scale_of(lora: LoraSection, name: str = "") -> float:

@@ -28,7 +28,7 @@ class InspectOutput(FileRecord):
     adapter: str
     """Its folder."""
     kind: str
-    """`LoRA`, `rank-stabilized LoRA` or `DoRA`."""
+    """`LoRA`, `rank-stabilized LoRA` or `DoRA`, with PEFT's settings that make it more than updates of matrices."""
     base: str
     """The base that it names; empty if it names none."""
     base_sha256: dict[str, str] | None
@@ -38,18 +38,20 @@ class InspectOutput(FileRecord):
     matrices: tuple[MatrixRecord, ...]
     """The updates of single matrices."""
     other: tuple[str, ...]
-    """Biases and tensors that it holds beside them."""
+    """Biases, tensors and stacks of experts that it holds beside them."""
 
 
 class CheckRecord(Part):
     """The proof of what was written."""
 
     relative_error: float
-    """Error of the written updates against the closed form."""
+    """Error of the written updates against the closed form, over the norm of the updates that were added."""
+    peft_error: float | None
+    """The same of the updates as PEFT computes them; null without base."""
     logits_difference: float | None
     """Largest difference of a logit, by PEFT against the closed form, as a share of the largest; null without base."""
     logits_change: float | None
-    """The same between base and closed form, the yardstick."""
+    """The same between base and closed form: what the adapter does."""
 
 
 class AdapterOutput(FileRecord):
@@ -68,7 +70,10 @@ class AdapterOutput(FileRecord):
     worst_share: float
     """That share."""
     left_out: dict[str, float]
-    """`extract` only: tensor that is no matrix of a linear layer → norm of its change, which the adapter lacks."""
+    """`extract` only: tensor that is no matrix of a linear layer of the base → norm of its change, which the adapter
+    lacks."""
+    seed: int | None
+    """`combine` only: the seed of what `dare_linear` and `dare_ties` drop; null for other methods."""
     check: CheckRecord
     """The proof."""
 
@@ -77,9 +82,9 @@ class MatrixDifference(Part):
     """One matrix in two adapters."""
 
     name: str
-    """The module."""
-    relative_difference: float
-    """‖second - first‖ / ‖first‖ of the updates."""
+    """The module; in `others` the tensor."""
+    relative_difference: float | None
+    """‖second - first‖ / ‖first‖ of the updates; null if the first is zero and the second is not."""
     cosine: float
     """Cosine of the angle between the updates."""
 
@@ -87,16 +92,18 @@ class MatrixDifference(Part):
 class AdapterDiffOutput(FileRecord):
     """`loratune adapter diff`: two adapters' updates."""
 
-    relative_difference: float
-    """‖second - first‖ / ‖first‖ over all matrices."""
+    relative_difference: float | None
+    """‖second - first‖ / ‖first‖ over all matrices; null if the first is zero and the second is not."""
     cosine: float
     """Cosine of the angle between all updates."""
     only_first: tuple[str, ...]
-    """Matrices that only the first adapts."""
+    """Matrices that only the first adapts, and biases and tensors that only it holds."""
     only_second: tuple[str, ...]
-    """Matrices that only the second adapts."""
+    """The same of the second."""
     matrices: tuple[MatrixDifference, ...]
     """Matrices that both adapt."""
+    others: tuple[MatrixDifference, ...]
+    """Biases and whole tensors that both hold, by their values; they do not count in the totals."""
 
 
 class AdapterProofOutput(FileRecord):
@@ -105,7 +112,7 @@ class AdapterProofOutput(FileRecord):
     folder: str
     """The files."""
     verdict: str
-    """`same` or `different`."""
+    """`same`, `different`, or `undecided`: rounding left nothing of the update, so the base alone would pass."""
     problems: tuple[str, ...]
     """What differs."""
     kept: float

@@ -16,8 +16,8 @@ from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
 from loratune.exporting.adapters.algebra import discarded_share, truncated
-from loratune.exporting.adapters.check import check_logits, check_updates, closed_form, weighted_closed_form
-from loratune.exporting.adapters.combine import combine
+from loratune.exporting.adapters.check import check_by_peft, check_updates, closed_form, weighted_closed_form
+from loratune.exporting.adapters.combine import EXACT_SUM, Method, combine
 from loratune.exporting.adapters.extract import extract
 from loratune.exporting.adapters.folder import Adapter, num_parameters, read_folder, targets_of, write_folder
 from loratune.exporting.merge_weights import MergedWeights
@@ -26,7 +26,7 @@ from loratune.model.adapter.module_roles import linear_modules
 from loratune.planning.parameters import skeleton
 from loratune.run.errors import RecipeError, plural
 from loratune.run.progress import NO_PROGRESS, Progress
-from loratune.workflows.adapters.base import base_folder, biases_of, folder_of_model, require_one_base
+from loratune.workflows.adapters.base import biases_of, checked_base, folder_of_model
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from loratune.run.directory import Record
 
 
+_NO_BASE = "the base is not on this machine (--base FOLDER names it)"
 _TOKENIZER = ("tokenizer", "special_tokens", "chat_template", "vocab", "merges")
 """How the files of tokenizer and template begin."""
 
@@ -45,9 +46,7 @@ def combine_adapters(
     out: str | Path,
     *,
     weights: Sequence[float] = (),
-    method: str = "concat",
-    rank: int | None = None,
-    density: float = 0.5,
+    method: Method = EXACT_SUM,
     base: str | Path | None = None,
     progress: Progress = NO_PROGRESS,
 ) -> Record:
@@ -57,9 +56,7 @@ def combine_adapters(
         folders: The adapters.
         out: The folder to write.
         weights: A factor for each; all 1 if none are given.
-        method: See `exporting.adapters.combine`.
-        rank: The rank of the result where the method has one.
-        density: The share of elements that `ties` and `dare` keep.
+        method: How they are added; by default exactly.
         base: The base's folder, where the adapters do not name one that is here.
         progress: Receives lines and warnings.
 
@@ -68,14 +65,14 @@ def combine_adapters(
         RunError: What was written is not the weighted sum, which is a bug.
     """
     adapters = [read_folder(Path(folder).expanduser()) for folder in folders]
-    require_one_base(adapters, base)
+    for adapter in adapters:
+        adapter.require_plain("combine")
     factors = list(weights) or [1.0] * len(adapters)
-    place = base_folder(adapters, base)
-    result, losses = combine(
-        adapters, factors, method=method, rank=rank, density=density, base_biases=biases_of(place, adapters)
-    )
-    wanted = weighted_closed_form(adapters, factors) if method == "concat" else closed_form(result)
-    return _write(result, Path(out), wanted, place, progress, losses)
+    place = checked_base(adapters, base, progress)
+    biases = biases_of(place, {name for adapter in adapters for name in adapter.biases})
+    result, losses = combine(adapters, factors, method=method, base_biases=biases)
+    wanted = weighted_closed_form(adapters, factors) if method.name == "concat" else closed_form(result)
+    return {**_write(result, Path(out), wanted, place, progress, losses), "seed": method.used_seed}
 
 
 def resize_adapter(
@@ -100,17 +97,19 @@ def resize_adapter(
     Raises:
         RecipeError: Neither rank nor energy is given, or the adapter is DoRA or holds other things.
     """
-    if (rank is None and energy is None) or (rank is not None and rank < 1) or not 0 < (energy or 1) <= 1:
+    if rank is None and energy is None:
         raise RecipeError(
-            f"rank {rank}, energy {energy}", fix="--rank 8, or --energy 0.99 of the squared norm, or both"
+            "neither a rank nor a share of the squared norm is given", fix="--rank 8, or --energy 0.99, or both"
         )
+    _require_size(rank, energy)
     adapter = read_folder(Path(folder).expanduser())
     adapter.require_plain("resize")
+    place = checked_base([adapter], base, progress)
     found = {module: truncated(update, rank=rank, energy=energy) for module, update in adapter.updates.items()}
     settings = {**adapter.config, "target_modules": targets_of([adapter], adapter.updates)}
     result = replace(adapter, config=settings, updates={module: update for module, (update, _) in found.items()})
     losses = {module: discarded for module, (_, discarded) in found.items()}
-    return _write(result, Path(out), closed_form(result), base_folder([adapter], base), progress, losses)
+    return _write(result, Path(out), closed_form(result), place, progress, losses)
 
 
 def convert_adapter(
@@ -118,9 +117,18 @@ def convert_adapter(
 ) -> Record:
     """Write an adapter as a plain LoRA of scale alpha/r = 1, for programs that do not know its variant or patterns."""
     adapter = read_folder(Path(folder).expanduser())
+    adapter.require_plain("convert")
+    place = checked_base([adapter], base, progress)
     result, _ = combine([adapter], [1.0])
-    wanted = weighted_closed_form([adapter], [1.0])
-    return _write(result, Path(out), wanted, base_folder([adapter], base), progress, {})
+    return _write(result, Path(out), closed_form(adapter), place, progress, {})
+
+
+def _require_size(rank: int | None, energy: float | None) -> None:
+    """Refuse a rank or a share of the squared norm that no approximation has."""
+    if rank is not None and rank < 1:
+        raise RecipeError(f"--rank {rank} is not 1 or more", fix="--rank 8")
+    if energy is not None and not 0 < energy <= 1:
+        raise RecipeError(f"--energy {energy} is not above 0 and at most 1", fix="--energy 0.99")
 
 
 def extract_adapter(
@@ -145,6 +153,7 @@ def extract_adapter(
     Raises:
         RecipeError: The two are of different architectures, or nothing differs.
     """
+    _require_size(rank, energy)
     before, after = (folder_of_model(folder) for folder in (base, tuned))
     config = AutoConfig.from_pretrained(before)
     layers = linear_modules(skeleton(config))
@@ -156,8 +165,8 @@ def extract_adapter(
     if found.left_out:
         largest = max(found.left_out, key=lambda name: found.left_out[name])
         progress.warn(
-            f"{plural(len(found.left_out), 'changed tensor')} are no matrices of linear layers and are not in the "
-            f"adapter; the largest change is {found.left_out[largest]:.3g}, of {largest}"
+            f"{plural(len(found.left_out), 'changed tensor')} are no matrices of linear layers of the base and are not "
+            f"in the adapter; the largest change is {found.left_out[largest]:.3g}, of {largest}"
         )
     settings: dict[str, Any] = {
         "target_modules": sorted(found.updates),
@@ -187,24 +196,25 @@ def _write(
                 shutil.copyfile(path, folder / path.name)
         written = read_folder(folder)
         error = check_updates(written, wanted)
-        logits: tuple[float, float] | None = None
-        if base is None:
-            progress.warn("the logits are not compared, since the base is not on this machine: --base FOLDER names it")
-        else:
-            logits = check_logits(base, folder, wanted, adapter)
+        found = check_by_peft(base, folder, wanted, adapter) if base is not None else _NO_BASE
+        if isinstance(found, str):
+            progress.warn(f"the logits are not compared: {found}")
+        size = num_parameters(folder)
     share, worst = max(((part.share, name) for name, part in losses.items()), default=(0.0, ""))
     ranks = [update.rank for update in adapter.updates.values()]
     return {
         "folder": str(out.absolute()),
         "ranks": [min(ranks), max(ranks)],
-        "num_parameters": num_parameters(adapter),
+        "num_parameters": size,
         "discarded_share": discarded_share(losses.values()),
         "worst_matrix": worst if share else None,
         "worst_share": share,
         "left_out": dict(left_out),
         "check": {
             "relative_error": error,
-            "logits_difference": logits and logits[0],
-            "logits_change": logits and logits[1],
+            "peft_error": None if isinstance(found, str) else found.relative_error,
+            "logits_difference": None if isinstance(found, str) else found.logits_difference,
+            "logits_change": None if isinstance(found, str) else found.logits_change,
         },
+        "seed": None,
     }
