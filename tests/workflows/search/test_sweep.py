@@ -28,7 +28,7 @@ from loratune.run.progress import NO_PROGRESS
 from loratune.run.records.schemas import schema_of
 from loratune.workflows.load import attach_adapter_and_loss
 from loratune.workflows.resume import resume
-from loratune.workflows.search import sweep as module
+from loratune.workflows.search import legs as module
 from loratune.workflows.search.folder import SweepDir
 from loratune.workflows.search.shared_base import SharedBase
 from loratune.workflows.search.sweep import SweepResult, sweep

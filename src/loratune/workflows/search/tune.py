@@ -26,10 +26,12 @@ from loratune.workflows.search.folder import SweepDir
 from loratune.workflows.search.halving import plan_rungs
 from loratune.workflows.search.settings import Settings, as_words, short_name, with_settings
 from loratune.workflows.search.shared_base import SharedBase
-from loratune.workflows.search.sweep import Trial, prepare_trials, run_sweep, write_plan
+from loratune.workflows.search.sweep import prepare_trials, run_sweep, write_plan
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from loratune.workflows.search.legs import Trial
 
 RATES = ("1e-5", "3e-5", "1e-4", "3e-4", "1e-3", "3e-3", "1e-2")
 """Learning rates of the range test, about half a decade apart."""
