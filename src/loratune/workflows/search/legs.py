@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from loratune.data.steps import num_steps_per_epoch, trigger_steps
 from loratune.model.device import free_memory
 from loratune.run.directory import RunDir
-from loratune.run.errors import Interrupted, RecipeError, RunError
+from loratune.run.errors import Interrupted, OutOfMemory, RecipeError, RunError
 from loratune.run.records.files import read_record, write_record
 from loratune.run.records.sweep import TrialLosses
+from loratune.run.run_log import RunLog
+from loratune.workflows.assess import explain_out_of_memory
 from loratune.workflows.resume import continue_run
 from loratune.workflows.search.halving import step_of
 from loratune.workflows.search.results import TrialSoFar
@@ -23,38 +23,12 @@ from loratune.workflows.steps import Leg, Paused
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from loratune.planning.preparation import Preparation
-    from loratune.recipe.recipe import Recipe
     from loratune.run.progress import Progress
     from loratune.run.records.sweep import SweepPlanRecord
     from loratune.training.held_out_loss import Nll
     from loratune.workflows.search.folder import SweepDir
-    from loratune.workflows.search.settings import Settings
     from loratune.workflows.search.shared_base import SharedBase
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Trial:
-    """A trial.
-
-    Attributes:
-        number: Its number, from 1.
-        settings: What it has for itself.
-        recipe: Its recipe, with `auto` unresolved.
-        prepared: What is known before the weights load.
-        run: Its run directory.
-    """
-
-    number: int
-    settings: Settings
-    recipe: Recipe
-    prepared: Preparation
-    run: RunDir
-
-    @property
-    def num_steps(self) -> int:
-        """Optimizer steps of the whole run."""
-        return self.prepared.estimate.num_steps
+    from loratune.workflows.search.trials import Trial
 
 
 class Legs:
@@ -70,12 +44,20 @@ class Legs:
     def __init__(self, folder: SweepDir, plan: SweepPlanRecord, base: SharedBase, progress: Progress) -> None:
         self._folder, self._plan, self._base, self._progress = folder, plan, base, progress
 
-    def measured(self, trial: Trial) -> TrialSoFar:
-        """Return a trial as far as it was taken."""
-        rungs = list(self._recorded(trial))
-        if rungs and rungs[-1].is_final:  # early stopping may end a run before the last rung
-            rungs += [rungs[-1]] * (len(self._plan.rungs) - len(rungs))
-        return TrialSoFar(number=trial.number, settings=trial.settings, run=str(trial.run.root), rungs=tuple(rungs))
+    def measured(self, trials: Sequence[Trial]) -> list[TrialSoFar]:
+        """Return the trials as far as they were taken.
+
+        One that early stopping ended before the last rung counts as far as the furthest of them got, and no further.
+        """
+        recorded = [list(self._recorded(trial)) for trial in trials]
+        furthest = max((len(rungs) for rungs in recorded if not any(rung.problem for rung in rungs)), default=0)
+        for rungs in recorded:
+            if rungs and rungs[-1].is_final:
+                rungs.extend([rungs[-1]] * (furthest - len(rungs)))
+        return [
+            TrialSoFar(number=trial.number, settings=trial.settings, run=str(trial.run.root), rungs=tuple(rungs))
+            for trial, rungs in zip(trials, recorded, strict=True)
+        ]
 
     def _recorded(self, trial: Trial) -> Iterator[TrialLosses]:
         for rung in range(len(self._plan.rungs)):
@@ -127,22 +109,24 @@ class Legs:
             if not all(math.isfinite(total) for total, _ in losses):
                 losses, problem = [], "the held-out loss is not a finite number"
             values = {
-                "step": trial.num_steps if step is None else step,
+                "step": _last_step(trial.run) if step is None else step,
                 "is_final": step is None and not problem,
                 "losses": losses,
                 "seconds": time.monotonic() - started,
             }
             write_record(path, TrialLosses, {**values, **({"problem": problem} if problem else {})})
 
-        leg = Leg(load=self._base, until=until, dropped=self._dropped(trial, rung), on_losses=record)
+        paused = step_of(self._plan.rungs[rung - 1], trial.num_steps) if rung else None
+        leg = Leg(load=self._base, until=until, dropped=paused, on_losses=record)
         try:
-            self._go(trial, leg)
+            with explain_out_of_memory(trial.run):
+                self._go(trial, leg)
         except Paused:
             pass
         except Interrupted as error:
             again = "run the same command again to continue the sweep"
             raise type(error)(f"trial {trial.number}: {error.problem}", file=self._folder.root, fix=again) from None
-        except RunError as error:  # such as a loss that is not finite: a bad setting loses, and the others go on
+        except (RunError, OutOfMemory) as error:  # such as a loss of NaN: a bad setting loses, and the others go on
             self._progress.warn(f"trial {trial.number} failed: {error.problem}")
             record(known[-1].step if known else 0, [], error.problem)
         finally:
@@ -157,20 +141,15 @@ class Legs:
 
     def _go(self, trial: Trial, leg: Leg) -> None:
         """Start or continue the run of a trial."""
-        if trial.run.lock.is_file():
-            continue_run(trial.run, self._progress, trial.prepared, leg)
-            return
-        run = RunDir.create(trial.run.root, overwrite=False)
-        start_run(trial.prepared, run, trial.recipe.to_yaml(), self._progress, leg)
+        has_begun, root = trial.run.lock.is_file(), trial.run.root
+        run = RunDir.open(root) if has_begun else RunDir.create(root, overwrite=False)
+        with RunLog(self._progress, run.log) as log:
+            if has_begun:
+                continue_run(run, log, trial.prepared, leg)
+            else:
+                start_run(trial.prepared, run, trial.recipe.to_yaml(), log, leg)
 
-    def _dropped(self, trial: Trial, rung: int) -> int | None:
-        """Return the step of the rung before if the recipe saves no checkpoint there."""
-        if rung == 0:
-            return None
-        train, step = trial.prepared.recipe.train, step_of(self._plan.rungs[rung - 1], trial.num_steps)
-        saved = trigger_steps(
-            train.save_every,
-            steps=trial.num_steps,
-            num_per_epoch=num_steps_per_epoch(trial.prepared.data.num_examples, train.batch_size),
-        )
-        return None if step in saved else step
+
+def _last_step(run: RunDir) -> int:
+    """Return the last step of a finished run, which may have ended early."""
+    return max((int(record["step"]) for record in run.read_metrics() if "step" in record), default=0)
