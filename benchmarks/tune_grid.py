@@ -24,11 +24,12 @@ from loratune.recipe.recipe import Recipe
 from loratune.run.directory import RunDir, write_json
 from loratune.run.records.files import read_record
 from loratune.run.records.sweep import TrialLosses
+from loratune.run.run_log import RunLog
 from loratune.workflows.search.folder import SweepDir
 from loratune.workflows.search.halving import mean_loss
 from loratune.workflows.search.settings import as_words, with_settings
 from loratune.workflows.search.sweep import sweep
-from loratune.workflows.search.tune import UNSCORED, tune
+from loratune.workflows.search.tune import UNSCORED, alpha_for, tune
 from loratune.workflows.start import start_run
 from loratune.workflows.steps import Leg
 
@@ -47,7 +48,6 @@ def main() -> None:
     tune_seconds = time.monotonic() - started
 
     ranks = [f"{r}" for r in asked.ranks.split(",")]
-    ratio = recipe.lora.alpha / recipe.lora.r
     started = time.monotonic()
     parts = [
         sweep(
@@ -56,7 +56,7 @@ def main() -> None:
                 f"train.learning_rate={asked.rates}",
                 f"lora.targets={asked.targets}",
                 f"lora.r={r}",
-                f"lora.alpha={ratio * int(r):g}",
+                f"lora.alpha={alpha_for(recipe.lora, int(r)):.8g}",
             ],
             halving=False,
             progress=progress,
@@ -69,7 +69,8 @@ def main() -> None:
     losses: list[tuple[float, int]] = []
     run = RunDir.create(output_dir(own), overwrite=True)
     leg = Leg(on_losses=lambda _, measured: losses.extend(measured))
-    start_run(prepare(own, progress), run, own.to_yaml(), progress, leg)
+    with RunLog(progress, run.log) as log:
+        start_run(prepare(own, log), run, own.to_yaml(), log, leg)
     best = min(parts, key=lambda part: part.trials[0].rungs[-1].nll)
     (difference,) = paired_differences([_losses(best, best.trials[0].number), losses])
     report: dict[str, Any] = {

@@ -44,5 +44,5 @@ def test_the_page_has_every_exit_code() -> None:
         for kind in vars(errors).values()
         if isinstance(kind, type) and issubclass(kind, errors.LoratuneError) and kind is not errors.LoratuneError
     }
-    rows = dict(re.findall(r"^\| (\d+) \| `(\w+)` \|", PAGE, flags=re.MULTILINE))
-    assert {name: int(code) for code, name in rows.items()} == codes
+    rows = re.findall(r"^\| (\d+) \| `(\w+)` \|", PAGE, flags=re.MULTILINE)
+    assert {name: int(code) for code, name in rows} == codes

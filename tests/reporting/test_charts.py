@@ -57,6 +57,17 @@ def test_a_long_curve_is_drawn_as_means_with_a_band_that_holds_every_value() -> 
     assert len(svg) < 60_000
 
 
+@pytest.mark.parametrize(("first", "last"), [(1.4771, 1.5052), (-4.0, -3.9872), (0.3, 0.9)])
+def test_values_that_are_close_have_ticks_too(first: float, last: float) -> None:
+    """As the logarithms of a sweep's values are."""
+    svg = draw_lines("a", [Series(x=[first, last], y=[1.0, 2.0])], x_label="log10", y_label="")
+    texts = [t.text or "" for t in ET.fromstring(svg).iter("text") if t.attrib.get("text-anchor") == "middle"]  # noqa: S314
+    ticks = [float(text.replace("\N{MINUS SIGN}", "-")) for text in texts if text != "log10"]
+    assert ticks
+    margin = 0.1 * (last - first)
+    assert all(first - margin <= tick <= last + margin for tick in ticks)
+
+
 @pytest.mark.parametrize(("first", "last"), [(1, 75), (1, 76), (1, 7), (0, 129_500), (3, 3)])
 def test_the_last_step_has_a_label_and_no_labels_touch(first: int, last: int) -> None:
     svg = draw_lines("a", [Series(x=[first, last], y=[1.0, 2.0])], x_label="step", y_label="")

@@ -19,7 +19,7 @@ def test_tokens_per_second_counts_all_tokens_of_a_step(tmp_path: Path) -> None:
     run = RunDir.create(tmp_path / "run", overwrite=False)
     callback = RunCallback(run, NoProgress(), NoProgress(), StopRequest(), num_per_epoch=4)
     metrics = StepMetrics(loss=1.0, num_tokens=1000, num_supervised_tokens=10, started=time.perf_counter() - 20)
-    callback.watch(SimpleNamespace(step_metrics=metrics, held_out={}, drop_checkpoint=lambda: None))
+    callback.watch(SimpleNamespace(step_metrics=metrics, held_out={}, pause=None, drop_checkpoint=lambda: None))
     args = TrainingArguments(output_dir=str(run.checkpoints), use_cpu=True, report_to=[], save_strategy="no")
     callback.on_step_end(args, TrainerState(global_step=1, max_steps=4, epoch=0.25), TrainerControl())
     (record,) = run.read_metrics()

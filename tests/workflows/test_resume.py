@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -63,3 +64,16 @@ def test_a_finished_run_names_the_way_to_train_its_adapter_further(finished_run:
     run.recipe.write_text(run.recipe.read_text().replace("epochs: 6", "epochs: 9"))
     with pytest.raises(RecipeError, match=r"is not trained: train\.epochs \(6 → 9\)"):
         resume(run.root)
+
+
+def test_a_run_that_torchrun_started_again_goes_on_in_its_log(
+    finished_run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunDir(Path(shutil.copytree(finished_run.root, tmp_path / "run")))
+    run.lock.write_text(json.dumps({**read_json(run.lock), "launch": "the same"}))
+    before = run.log.read_text()
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "the same")
+    train(Recipe.load(run.recipe, [f"train.output_dir={run.root}"]))
+    log = run.log.read_text()
+    assert log.startswith(before)
+    assert "all steps are done" in log[len(before) :]

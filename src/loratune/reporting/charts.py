@@ -233,6 +233,7 @@ def _widened(low: float, high: float) -> tuple[float, float]:
 def _ticks(low: float, high: float, most: int, *, whole: bool = False) -> list[float]:
     """Return at most so many round numbers, in equal steps of 1, 2 or 5 times a power of ten."""
     power = math.floor(math.log10((high - low) / most))
+    power = max(power, 0) if whole else power
     steps = (digit * 10.0**exponent for exponent in (power, power + 1, power + 2) for digit in (1, 2, 5))
     for step in steps:
         first, last = math.ceil(low / step), math.floor(high / step)
@@ -242,12 +243,12 @@ def _ticks(low: float, high: float, most: int, *, whole: bool = False) -> list[f
 
 
 def _x_ticks(x: _Axis) -> list[float]:
-    """Return whole numbers whose labels do not touch."""
+    """Return whole numbers whose labels do not touch; fractions if no whole number is in the range."""
     for most in (6, 5, 4, 3):
         ticks = _ticks(x.low, x.high, most, whole=True)
         if sum(len(_number(tick)) + 2 for tick in ticks) * _CHARACTER < x.end - x.start:
             break
-    return ticks
+    return ticks or _ticks(x.low, x.high, 3)
 
 
 def _with_last(ticks: list[float], last: float, x: _Axis) -> list[float]:

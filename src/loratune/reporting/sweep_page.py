@@ -82,7 +82,7 @@ def _difference(trial: TrialResult) -> str:
         return "best" if trial.rungs and not trial.problem else "–"
     half = (found.high - found.low) / 2
     words = f"{as_number(found.value, '+')} ± {half:.2g}"
-    words += "" if found.low > 0 else ", cannot be told apart"
+    words += ", cannot be told apart" if found.low <= 0 <= found.high else ""
     return words if found.step == trial.rungs[-1].step else f"{words} (step {found.step})"
 
 

@@ -4,6 +4,7 @@
     ├── RecipeError                   2      a setting is unknown, of the wrong type, or contradicts another
     ├── DataError                     3      a row, a file or a template cannot be trained on
     ├── MachineError                  4      the machine lacks memory, disk, device or network
+    │   └── OutOfMemory               4      memory ran out while running, where nothing can be made smaller
     ├── RunError                      1      failed while running
     └── Interrupted                 130      stopped by the user (Ctrl-C); the run can be resumed
         └── Terminated              143      stopped by SIGTERM, as schedulers do; 128 + 15, as shells report it
@@ -101,6 +102,10 @@ class MachineError(LoratuneError):
     """This machine lacks memory, disk, device or network."""
 
     exit_code = 4
+
+
+class OutOfMemory(MachineError):
+    """Memory ran out while running, where nothing can be made smaller."""
 
 
 class Interrupted(LoratuneError):

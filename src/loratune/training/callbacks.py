@@ -32,11 +32,9 @@ class RunCallback(TrainerCallback):
 
     Attributes:
         stopped_at: The step after which the run was stopped, which has a checkpoint; None: it was not stopped.
-        pause_after: The step after which to pause the run, with a checkpoint; None: it is not paused.
         branch: A step that gets a checkpoint whatever the cadence (`branch_step`); None for none.
     """
 
-    pause_after: int | None = None
     branch: int | None = None
 
     def __init__(
@@ -77,7 +75,7 @@ class RunCallback(TrainerCallback):
             control.should_log |= args.logging_strategy == IntervalStrategy.EPOCH
             control.should_save |= args.save_strategy == "epoch"
         control.should_evaluate = self._evaluates(args, state)
-        if state.global_step == self.pause_after:
+        if state.global_step == self._trainer.pause:
             control.should_save = control.should_training_stop = True
         control.should_save |= state.global_step == self.branch
         if self._stop:

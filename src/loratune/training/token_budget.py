@@ -15,7 +15,7 @@ import torch
 from loratune.data.steps import pack
 from loratune.model.device import free_memory, is_out_of_memory
 from loratune.run import processes
-from loratune.run.errors import MachineError
+from loratune.run.errors import OutOfMemory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -68,7 +68,7 @@ class TokenBudget:
             undo: Drops what a failed attempt left behind, such as gradients.
 
         Raises:
-            MachineError: Not even one example fits.
+            OutOfMemory: Not even one example fits.
         """
         while True:
             random = random_state()
@@ -87,7 +87,7 @@ class TokenBudget:
     def _halve(self, reason: str) -> None:
         lengths = [len(example.input_ids) for example in self._current]
         if self._together:
-            raise MachineError(
+            raise OutOfMemory(
                 f"process {processes.rank()}: a micro-batch of {sum(lengths):,} tokens does not fit into memory: "
                 f"{reason}",
                 fix=f"a train.token_budget below {self.tokens:,}; with a shared base, no process can reduce it alone",
@@ -95,7 +95,7 @@ class TokenBudget:
         if len(lengths) < 2:
             what = f"one example of {lengths[0]:,} tokens" if lengths else "the work around the micro-batches"
             file, line = (self._current[0].origin.file, self._current[0].origin.line) if lengths else (None, None)
-            raise MachineError(
+            raise OutOfMemory(
                 f"{what} does not fit into memory: {reason}",
                 file=file,
                 line=line,

@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import Trainer, TrainerCallback, TrainerState
 
+from loratune.data.steps import trigger_steps
 from loratune.model.device import is_out_of_memory
 from loratune.run import processes
 from loratune.run.directory import RunDir, write_json
-from loratune.run.errors import MachineError
+from loratune.run.errors import OutOfMemory
 from loratune.training.anomalies import AnomalyGuard
 from loratune.training.checkpoint import (
     TRAINER_STATE,
@@ -98,7 +99,9 @@ class RunTrainer(Trainer):
             None where the data has one source.
         reach_is_known: Whether the modules without a gradient have been reported, which the run's first step does.
         last_evaluation: The step of the last evaluation, and what `evaluate_nll` returned there.
-        dropped: The step whose checkpoint is deleted after the next step; None: there is none.
+        pause: The step after which to pause the run, with a checkpoint; None: it is not paused.
+        dropped: The step of an earlier pause, whose checkpoint is deleted after the next step unless the recipe saves
+            one there; None: there is none.
         evaluate_seconds: Seconds that the last evaluation took.
         held_out: Step → held-out loss; None where the evaluation failed.
     """
@@ -116,6 +119,7 @@ class RunTrainer(Trainer):
     row_losses: torch.Tensor | None = None
     reach_is_known = False
     last_evaluation: tuple[int, Nll] = (-1, [])
+    pause: int | None = None
     dropped: int | None = None
     evaluate_seconds = 0.0
 
@@ -212,7 +216,7 @@ class RunTrainer(Trainer):
             tokens: Tokens of the step without padding, and how many of them are supervised.
 
         Raises:
-            MachineError: The batch does not fit into memory.
+            OutOfMemory: The batch does not fit into memory.
         """
         started = time.perf_counter()
         self.events.step = self.state.global_step + 1
@@ -224,7 +228,7 @@ class RunTrainer(Trainer):
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-            raise MachineError(
+            raise OutOfMemory(
                 f"a batch of {inputs['input_ids'].numel():,} tokens including padding does not fit into memory: "
                 f"{error}",
                 fix="train.engine: fast, which splits a step into micro-batches, or a smaller train.batch_size",
@@ -295,8 +299,15 @@ class RunTrainer(Trainer):
             self._write_checkpoint(run.checkpoints / str(step))
         setup.progress.checkpoint({"step": step}, run.checkpoints / str(step))
 
+    def _is_of_recipe(self, step: int) -> bool:
+        """Tell whether the recipe saves a checkpoint at a step, so that a run without pauses has it too."""
+        train, state = self.setup.train, self.state
+        cadence = trigger_steps(train.save_every, steps=state.max_steps, num_per_epoch=self.steps.num_per_epoch)
+        ends_here = step == state.global_step and train.save_every != "never" and self.ends_early()
+        return step in cadence or step == self.setup.branch or ends_here
+
     def _write_checkpoint(self, folder: Path) -> None:
-        run = self.setup.run
+        run, step = self.setup.run, int(folder.name)
         run.sync_metrics()  # a checkpoint that survives a power cut needs the metrics of the steps before it
         save_checkpoint(
             folder,
@@ -304,13 +315,14 @@ class RunTrainer(Trainer):
             optimizer=self.optimizer,
             scheduler=self.lr_scheduler,
             trainer_state=json.dumps(asdict(self.state), indent=2),
-            keep=self.setup.train.keep_checkpoints,
+            # One that a pause adds must not push out another, which the run would still have without the pause.
+            keep=None if step == self.pause and not self._is_of_recipe(step) else self.setup.train.keep_checkpoints,
             held_out=self.held_out,
             keep_too={
                 self.setup.branch,
                 *averaged_steps(
                     self.setup.train,
-                    last_step=int(folder.name),
+                    last_step=step,
                     num_steps=self.state.max_steps,
                     num_per_epoch=self.steps.num_per_epoch,
                 ),
@@ -320,10 +332,10 @@ class RunTrainer(Trainer):
 
     def drop_checkpoint(self) -> None:
         """Delete the checkpoint at which a sweep had paused the run, if the recipe saves none there."""
-        if self.dropped is None or not processes.is_main():
+        step, self.dropped = self.dropped, None
+        if step is None or self._is_of_recipe(step) or not processes.is_main():
             return
-        remove_checkpoint(self.setup.run.checkpoints / str(self.dropped))
-        self.dropped = None
+        remove_checkpoint(self.setup.run.checkpoints / str(step))
         self.setup.run.best.unlink(missing_ok=True)
         self._write_best()
 

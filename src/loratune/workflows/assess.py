@@ -10,7 +10,7 @@ from loratune.data.mixture import held_out_groups
 from loratune.evaluation.record import nll_record
 from loratune.model.device import is_out_of_memory
 from loratune.run import processes
-from loratune.run.errors import MachineError
+from loratune.run.errors import OutOfMemory
 from loratune.run.records.evaluation import EvaluationRecord
 from loratune.run.records.files import write_record
 from loratune.training.event_log import EventLog, History
@@ -93,7 +93,7 @@ def explain_out_of_memory(run: RunDir) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        raise MachineError(
+        raise OutOfMemory(
             f"out of memory: {error}",
             file=run.root,
             fix="close other programs and try again (`loratune resume` if it was training)",

@@ -74,7 +74,8 @@ def extend(
     extension = _read(RunDir.open(root), overrides, out)
     new = RunDir.at(extension.out)
     if was_relaunched(new):
-        return continue_run(new, progress)
+        with RunLog(progress, new.log) as log:
+            return continue_run(new, log)
     if not processes.is_main():
         return continue_run(RunDir.open(processes.store_wait("extended")), progress)
     RunDir.check(new.root, overwrite=overwrite)

@@ -71,8 +71,8 @@ class Leg:
     Attributes:
         load: Loads the base model without an adapter, as `load_base` does; None for that. Runs may share a base.
         until: The step after which the run is paused, with a checkpoint; None: it goes to its end.
-        dropped: The step of an earlier pause at which the recipe saves no checkpoint; its own is deleted when the run
-            has gone on. None: there is no such checkpoint.
+        dropped: The step of the pause before, whose checkpoint is deleted when the run has gone on, unless the recipe
+            saves one there. None: there was no pause.
         on_losses: Called with a step and the held-out losses there, at the pause; with None and those of the final
             adapter, at the end.
         callbacks: The user's own callbacks of the trainer.
@@ -227,19 +227,20 @@ def train_steps(
         task.advance(done)
         per_epoch = num_steps_per_epoch(prepared.data.num_examples, recipe.train.batch_size)
         callback = RunCallback(run, progress, task, stop, per_epoch)
-        callback.pause_after = leg.until
         callback.branch = branch_step(recipe.train, total)
         setup = _trainer_setup(prepared, run, model, loss, stop, progress, callback, leg.callbacks)
         is_fast = recipe.train.engine == "fast"
         trainer = FastTrainer(setup) if is_fast else task_of(recipe).reference_trainer(setup)
         callback.watch(trainer)
-        trainer.dropped = leg.dropped
+        trainer.pause, trainer.dropped = leg.until, leg.dropped
         check_ranks_agree(model)
         over = False
         if checkpoint is not None and (done in (total, leg.until) or recipe.train.early_stopping is not None):
             trainer.restore(checkpoint)
             callback.evaluate_if_owed()
             over = done in (total, leg.until) or trainer.ends_early()
+            if over:
+                trainer.drop_checkpoint()  # early stopping may end a run where it was paused
         if not over:
             if isinstance(trainer, FastTrainer) and wants_rehearsal(prepared.estimate.memory, recipe.train.device):
                 trainer.rehearse()

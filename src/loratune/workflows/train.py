@@ -56,7 +56,9 @@ def train(
         recipe = as_recipe(recipe)
     leg = Leg(callbacks=callbacks)
     if was_relaunched(RunDir.at(output_dir(recipe))):
-        return continue_run(RunDir.open(output_dir(recipe)), progress, leg=leg)
+        run = RunDir.open(output_dir(recipe))
+        with RunLog(progress, run.log) as log:
+            return continue_run(run, log, leg=leg)
     written = written if written is not None else recipe.to_yaml()
     with RunLog(progress) as log:
         return _train(recipe, written, log, overwrite=overwrite, on_plan=on_plan, leg=leg)

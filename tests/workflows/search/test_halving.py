@@ -118,6 +118,15 @@ def test_the_ranking_says_what_is_better_and_what_cannot_be_told_apart() -> None
     assert "few" not in text
 
 
+def test_a_trial_that_was_ahead_where_it_ended_is_not_called_tied() -> None:
+    """The best got furthest; a failed one may have been ahead of it."""
+    record = rank_trials([measured(1, 1.0, 0.9, **{"lora.r": "2"}), measured(2, 0.2, **{"lora.r": "4"})], waiting={2})
+    text = " ".join(record["sentences"])
+    assert record["best"] == 1
+    assert "cannot be told apart" not in text
+    assert "r=4 was ahead of it" in text
+
+
 def test_sensitivity_takes_many_numbers_in_thirds() -> None:
     trials = [
         measured(i, 0.1 * i, **{"train.learning_rate": f"{10.0**-i:.0e}", "lora.r": "48"[i % 2]}) for i in range(9)

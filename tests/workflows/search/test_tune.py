@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
+from loratune.model.adapter.variants import scale_of
+from loratune.planning.prepare import prepare
 from loratune.recipe.recipe import Recipe
+from loratune.run.errors import MachineError
+from loratune.run.progress import NO_PROGRESS
 from loratune.run.records.sweep import RungResult, SweepRecord, TrialDifference, TrialResult
 from loratune.workflows.search import tune as module
+from loratune.workflows.search.settings import as_words, with_settings
 from loratune.workflows.search.tune import RATES, diverging_rates, tune
 
 
@@ -35,16 +42,43 @@ def record(*losses: float | None, key: str = "train.learning_rate", values: tupl
     )
 
 
+def first_losses(*losses: float | None, noise: float = 0.05) -> dict[int, list[tuple[float, int]]]:
+    """The losses of 60 rows at the first rung, with these means."""
+    return {
+        number: [(float(loss + value), 1) for value in np.random.default_rng(number).normal(0, noise, 60)]
+        for number, loss in enumerate(losses, 1)
+        if loss is not None
+    }
+
+
 def test_a_rate_diverges_that_fails_or_ends_worse_than_the_lowest() -> None:
-    assert diverging_rates(record(2.0, 1.8, 1.5, 1.0, 1.1, 2.5, None)) == ["3e-3", "1e-2"]
-    assert diverging_rates(record(2.0, 1.9, 1.8)) == []
-    words = module._reason_for_rate(record(2.0, 1.8, 1.5, 1.0, 1.1, 2.5, None))
+    losses = (2.0, 1.8, 1.5, 1.0, 1.1, 2.5, None)
+    assert diverging_rates(record(*losses), first_losses(*losses)) == ["3e-3", "1e-2"]
+    assert diverging_rates(record(2.0, 1.9, 1.8), first_losses(2.0, 1.9, 1.8)) == []
+    words = module._reason_for_rate(record(*losses), first_losses(*losses))
     assert words.startswith(
         "train.learning_rate=3e-4: the lowest held-out loss of 7 rates, 1.0000 nats after step 8; 1e-3 "
     )
     assert "worse at 3e-3, 1e-2" in words
     assert "beyond" not in words
-    assert "may lie beyond" in module._reason_for_rate(record(2.0, 1.9, 1.8, 1.7, 1.6, 1.5, 1.4))
+    losses = (2.0, 1.9, 1.8, 1.7, 1.6, 1.5, 1.4)
+    assert "may lie beyond" in module._reason_for_rate(record(*losses), first_losses(*losses))
+
+
+def test_a_rate_does_not_diverge_by_chance_nor_if_it_wins_in_the_end() -> None:
+    found = record(2.0, 1.8, 2.02)
+    assert diverging_rates(found, first_losses(2.0, 1.8, 2.02, noise=0.5)) == []
+    assert diverging_rates(found, first_losses(2.0, 1.8, 2.02, noise=0.001)) == ["1e-4"]
+    # The first rung has other losses than the last one, where 3e-5 is best and 1e-4 cannot be told apart.
+    assert diverging_rates(record(2.0, 1.0, 1.1, 1.9), first_losses(2.0, 2.5, 2.5, 2.5)) == ["3e-4"]
+
+
+def test_a_rate_that_there_was_no_time_for_is_not_called_worse() -> None:
+    found = record(2.0, 1.8, None)
+    untried = found.trials[-1].model_copy(update={"problem": "", "state": "waiting"})
+    words = module._reason_for_rate(found.model_copy(update={"trials": (*found.trials[:-1], untried)}), {})
+    assert "lowest held-out loss of 2 rates" in words
+    assert "no time was left to try 1e-4" in words
 
 
 def test_of_adapters_that_cannot_be_told_apart_the_smallest_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,12 +92,61 @@ def test_of_adapters_that_cannot_be_told_apart_the_smallest_is_chosen(monkeypatc
     assert "the lowest held-out loss of 2 adapters" in reason
 
 
+def test_a_small_adapter_that_stopped_early_may_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_adapter_size", lambda trial: int(trial.settings["lora.r"]))
+    found = record(1.1, 1.0, key="lora.r", values=("8", "32"))
+    best, small = found.trials
+    early = small.model_copy(update={"rungs": (small.rungs[0].model_copy(update={"step": 5}),)})
+    chosen, _ = module._choose_shape(found.model_copy(update={"trials": (best, early)}))
+    assert chosen == {"lora.r": "8"}
+    dropped = early.model_copy(update={"state": "dropped"})
+    chosen, _ = module._choose_shape(found.model_copy(update={"trials": (best, dropped)}))
+    assert chosen == {"lora.r": "32"}
+
+
+@pytest.mark.parametrize("variant", ["plain", "rslora"])
+def test_every_shape_has_the_scale_of_the_recipe(variant: str) -> None:
+    lora = {"r": 16, "alpha": 24, "variant": variant}
+    recipe = Recipe().replace(lora=lora)
+    scales = [scale_of(with_settings(recipe, as_words(shape)).lora) for shape in module._shapes(recipe)]
+    assert scales == pytest.approx([scale_of(recipe.lora)] * len(scales))
+    patterns = recipe.replace(lora={**lora, "rank_pattern": {"o_proj": 4}})
+    assert {shape["lora.r"] for shape in module._shapes(patterns)} == {"16"}
+
+
 def test_alpha_follows_the_rank() -> None:
     shapes = module._shapes(Recipe().replace(lora={"r": 16, "alpha": 24, "targets": ["q_proj", "v_proj"]}))
     assert len(shapes) == 9
     assert shapes[0] == {"lora.r": "16", "lora.alpha": "24", "lora.targets": "[q_proj, v_proj]"}
     assert {(shape["lora.r"], shape["lora.alpha"]) for shape in shapes} == {("16", "24"), ("8", "12"), ("32", "48")}
     assert len(module._shapes(Recipe().replace(lora={"targets": "complete", "r": 8}))) == 4
+
+
+def test_shapes_that_cannot_be_trained_are_left_out_and_named(tiny_recipe: Callable[..., Recipe]) -> None:
+    recipe = tiny_recipe()
+    wrong = {"lora.targets": "[no_such_module]"}
+    fitting, left_out = module._fitting(recipe, [{"lora.r": "4"}, wrong], NO_PROGRESS)
+    assert fitting == [{"lora.r": "4"}]
+    (sentence,) = left_out
+    assert sentence.startswith("targets=[no_such_module] is left out: ")
+
+
+@pytest.mark.slow
+def test_where_no_other_shape_fits_the_reason_is_not_the_time(
+    tiny_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(recipe: Recipe, *rest: Any, **more: Any) -> Any:
+        if recipe.lora.r != 4 or recipe.lora.targets != "balanced":
+            raise MachineError("does not fit")
+        return prepare(recipe, *rest, **more)
+
+    monkeypatch.setattr(module, "prepare", refuse)
+    monkeypatch.setattr(module, "RATES", ("1e-3", "1e-2"))
+    found = tune(tiny_recipe(train__epochs=1), budget=3600).record
+    assert found.shapes is None
+    assert found.reasons[1] == "lora.r and lora.targets stay as they are: no other can be trained here."
+    assert len(found.reasons) == 2 + 8
+    assert found.reasons[2] == "r=8, alpha=64, targets=balanced is left out: does not fit."
 
 
 @pytest.mark.slow

@@ -49,7 +49,7 @@ class RungResult(Part):
 
 class TrialDifference(Part):
     """By how much a trial's held-out loss exceeds that of the best trial, on the same rows after the same share of
-    steps."""
+    steps; one that early stopping ended is compared as it ended."""
 
     step: int
     """Step of the trial at which they are compared."""
@@ -143,4 +143,4 @@ class TuneRecord(FileRecord):
     rates: SweepRecord
     """Learning rates, compared."""
     shapes: SweepRecord | None
-    """Ranks and target modules, compared at the best rate; null where no time was left."""
+    """Ranks and target modules, compared at the best rate; null where no time was left, or no other can be trained."""

@@ -156,15 +156,23 @@ def _groups(values: Sequence[str]) -> dict[str, str]:
     return {value: f"{part[0]} to {part[-1]}" for part in parts for value in part}
 
 
+def _is_tie(difference: Record) -> bool:
+    return bool(difference["low"] <= 0 <= difference["high"])
+
+
 def _sentences(best: TrialSoFar, ranked: Sequence[TrialSoFar], differences: dict[int, Record]) -> Iterable[str]:
     name, last = short_name(best.settings), best.measured[-1]
     yield f"{name} is best: held-out loss {mean_loss(last.losses):.4f} nats per token after step {last.step}."
     beaten = [trial for trial in ranked if trial.number in differences and differences[trial.number]["low"] > 0]
-    tied = [trial for trial in ranked if trial.number in differences and differences[trial.number]["low"] <= 0]
+    tied = [trial for trial in ranked if trial.number in differences and _is_tie(differences[trial.number])]
+    ahead = [trial for trial in ranked if trial.number in differences and differences[trial.number]["high"] < 0]
     if tied:
         names = "; ".join(short_name(trial.settings) for trial in tied[:MAX_SENTENCES])
         more = f" and {len(tied) - MAX_SENTENCES} more" if len(tied) > MAX_SENTENCES else ""
         yield f"It cannot be told apart from {names}{more}."
+    for trial in ahead:
+        found = differences[trial.number]
+        yield f"{short_name(trial.settings)} was ahead of it at step {found['step']}, and got no further."
     for trial in beaten[:MAX_SENTENCES]:
         found = differences[trial.number]
         half = (found["high"] - found["low"]) / 2

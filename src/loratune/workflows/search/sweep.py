@@ -8,72 +8,28 @@ that was killed makes the same decisions again and goes on where it was.
 
 from __future__ import annotations
 
-import math
-import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from loratune.data.steps import num_steps_per_epoch, trigger_steps
-from loratune.model.device import free_memory
 from loratune.planning.auto import output_dir
-from loratune.planning.lock import examples_fingerprint
-from loratune.planning.prepare import prepare
 from loratune.recipe.recipe import Recipe, as_recipe
-from loratune.reporting.html import save_page
-from loratune.reporting.sweep_page import sweep_page
 from loratune.run import processes
-from loratune.run.directory import RunDir, read_json, write_text
-from loratune.run.errors import Interrupted, RecipeError, RunError, plural
+from loratune.run.errors import RecipeError
 from loratune.run.progress import NO_PROGRESS, Progress
-from loratune.run.records.files import read_record, write_record
-from loratune.run.records.sweep import SweepPlanRecord, SweepRecord, TrialLosses
-from loratune.workflows.locked_recipe import located
-from loratune.workflows.resume import continue_run
 from loratune.workflows.search.folder import SweepDir
-from loratune.workflows.search.halving import choose_survivors, plan_rungs, step_of
-from loratune.workflows.search.results import TrialSoFar, rank_trials
-from loratune.workflows.search.settings import (
-    Settings,
-    as_words,
-    draw_trials,
-    parse_settings,
-    short_name,
-    with_settings,
-)
+from loratune.workflows.search.halving import plan_rungs
+from loratune.workflows.search.legs import Legs
+from loratune.workflows.search.rungs import run_sweep
+from loratune.workflows.search.settings import draw_trials, parse_settings, with_settings
 from loratune.workflows.search.shared_base import SharedBase
-from loratune.workflows.start import start_run
-from loratune.workflows.steps import Leg, Paused
+from loratune.workflows.search.trials import prepare_trials, write_plan
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
-    from loratune.planning.preparation import Preparation
-    from loratune.training.held_out_loss import Nll
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Trial:
-    """A trial.
-
-    Attributes:
-        number: Its number, from 1.
-        settings: What it has for itself.
-        recipe: Its recipe, with `auto` unresolved.
-        prepared: What is known before the weights load.
-        run: Its run directory.
-    """
-
-    number: int
-    settings: Settings
-    recipe: Recipe
-    prepared: Preparation
-    run: RunDir
-
-    @property
-    def num_steps(self) -> int:
-        """Optimizer steps of the whole run."""
-        return self.prepared.estimate.num_steps
+    from loratune.run.records.sweep import SweepPlanRecord, SweepRecord
+    from loratune.workflows.search.trials import Trial
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
@@ -135,65 +91,19 @@ def sweep(
     with folder.exclusive():
         found = prepare_trials(folder, base, drawn, progress)
         plan = _plan(folder, base, found, halving=halving, budget=budget)
-        return run_sweep(folder, plan, found, base=SharedBase(), budget=budget, progress=progress)
-
-
-def prepare_trials(folder: SweepDir, base: Recipe, drawn: Sequence[Settings], progress: Progress) -> list[Trial]:
-    """Prepare all trials before the weights load: the data once, everything else for each.
-
-    Raises:
-        RecipeError: The sweep in the folder is another one, no data is held out, or trials would be compared on
-            different rows.
-    """
-    given = {"recipe": base.model_dump(mode="json", exclude_unset=True), "trials": drawn}
-    before = read_json(folder.plan) if folder.plan.is_file() else None
-    if before is not None and any(before[name] != value for name, value in given.items()):
-        raise RecipeError(
-            "the folder holds a sweep of another recipe or of other settings",
-            file=folder.root,
-            fix="--overwrite (in Python: overwrite=True) to start over, or train.output_dir=… for another folder",
-        )
-    dtype = before["dtype"] if before is not None else None
-    found: list[Trial] = []
-    with progress.task("preparing", len(drawn), "trials") as task:
-        for number, settings in enumerate(drawn, 1):
-            run = folder.trial(number)
-            recipe = with_settings(base, as_words(settings)).replace(train={"output_dir": str(run.root)})
-            prepared = _prepare(recipe, run, found[0].prepared if found else None, dtype, progress)
-            dtype = prepared.recipe.model.dtype
-            found.append(Trial(number=number, settings=settings, recipe=recipe, prepared=prepared, run=run))
-            task.advance()
-    return found
-
-
-def _prepare(
-    recipe: Recipe, run: RunDir, first: Preparation | None, dtype: str | None, progress: Progress
-) -> Preparation:
-    """Prepare a trial: one that has begun from its lock, as `resume` does."""
-    if run.lock.is_file():
-        recipe = Recipe.parse(located(read_json(run.lock)), file=run.lock)
-    elif dtype is not None:  # it may be measured, and trials must not differ in it
-        recipe = recipe.replace(model={"dtype": dtype})
-    same_rows = first is not None and first.recipe.train.seed == recipe.train.seed
-    prepared = prepare(recipe, progress, like=first if same_rows else None)
-    if not prepared.data.eval:
-        raise RecipeError("no data is held out, so trials cannot be compared", fix="data.eval=FILE, or data.eval=0.1")
-    if prepared.data.stream is not None:
-        raise RecipeError("a sweep reads the data once, and streamed rows are read anew", fix="data.streaming=false")
-    if (
-        first is not None
-        and not same_rows
-        and examples_fingerprint(first.data.eval) != examples_fingerprint(prepared.data.eval)
-    ):
-        raise RecipeError(
-            "train.seed decides which rows are held out, so its trials cannot be compared", fix="data.eval=FILE"
-        )
-    return prepared
+        legs = Legs(folder, plan, SharedBase(), progress)
+        record = run_sweep(folder, plan, found, legs=legs, budget=budget, progress=progress)
+    return SweepResult(folder=folder.root, record=record)
 
 
 def _plan(
     folder: SweepDir, base: Recipe, trials: Sequence[Trial], *, halving: bool, budget: float | None
 ) -> SweepPlanRecord:
+    """Plan the rungs of a new sweep; return what was written, now or when it began.
+
+    Raises:
+        RecipeError: The sweep in the folder drops trials early and this one does not, or the other way round.
+    """
     rungs = [1.0]
     if halving:
         rungs = plan_rungs(
@@ -202,188 +112,13 @@ def _plan(
             run_seconds=max(trial.prepared.estimate.time.train_seconds for trial in trials),
             budget=budget,
         )
-    return write_plan(folder, base, trials, rungs)
-
-
-def write_plan(folder: SweepDir, base: Recipe, trials: Sequence[Trial], rungs: Sequence[float]) -> SweepPlanRecord:
-    """Write down what a sweep does when it starts; return what was written, now or then."""
-    if not folder.plan.is_file():
-        record = {
-            "recipe": base.model_dump(mode="json", exclude_unset=True),
-            "trials": [trial.settings for trial in trials],
-            "rungs": list(rungs),
-            "dtype": trials[0].prepared.recipe.model.dtype,
-        }
-        write_record(folder.plan, SweepPlanRecord, record)
-    return read_record(folder.plan, SweepPlanRecord)
-
-
-def run_sweep(
-    folder: SweepDir,
-    plan: SweepPlanRecord,
-    trials: Sequence[Trial],
-    *,
-    base: SharedBase,
-    budget: float | None,
-    progress: Progress,
-) -> SweepResult:
-    """Take all trials from rung to rung, and write the result."""
-    legs = Legs(folder, plan, base, progress)
-    going, waiting = list(trials), list[Trial]()
-    for rung, fraction in enumerate(plan.rungs):
-        affordable = legs.affordable(going, rung, budget) if rung else going
-        if len(affordable) < len(going):
-            progress.warn(f"time for {len(affordable)} of {len(going)} trials to {fraction:.0%} of a run")
-        if not affordable:
-            waiting += going
-            break
-        measured: dict[int, Nll] = {}
-        for trial in affordable:
-            if rung == 0 and measured and not legs.affordable([trial], rung, budget):
-                waiting.append(trial)
-            elif (losses := legs.take(trial, rung)).losses:
-                measured[trial.number] = list(losses.losses)
-        going = [trials[number - 1] for number in choose_survivors(measured)]
-        if rung + 1 < len(plan.rungs):
-            progress.line(f"{fraction:.0%} of a run: {len(going)} of {plural(len(affordable), 'trial')} go on")
-    return write_result(folder, plan, [legs.measured(trial) for trial in trials], {trial.number for trial in waiting})
-
-
-class Legs:
-    """Takes trials from rung to rung, one after the other, and records their held-out losses.
-
-    Args:
-        folder: The sweep's folder.
-        plan: What is tried.
-        base: The base model that the trials share.
-        progress: Shows how far a trial is.
-    """
-
-    def __init__(self, folder: SweepDir, plan: SweepPlanRecord, base: SharedBase, progress: Progress) -> None:
-        self._folder, self._plan, self._base, self._progress = folder, plan, base, progress
-
-    def measured(self, trial: Trial) -> TrialSoFar:
-        """Return a trial as far as it was taken."""
-        rungs = list(self._recorded(trial))
-        if rungs and rungs[-1].is_final:  # early stopping may end a run before the last rung
-            rungs += [rungs[-1]] * (len(self._plan.rungs) - len(rungs))
-        return TrialSoFar(number=trial.number, settings=trial.settings, run=str(trial.run.root), rungs=tuple(rungs))
-
-    def _recorded(self, trial: Trial) -> Iterator[TrialLosses]:
-        for rung in range(len(self._plan.rungs)):
-            path = self._folder.losses(trial.number, rung)
-            if path.is_file():
-                losses = read_record(path, TrialLosses)
-                # The losses of a finished trial are known before its report is written.
-                if not losses.is_final or trial.run.is_complete:
-                    yield losses
-
-    def affordable(self, trials: Sequence[Trial], rung: int, budget: float | None) -> list[Trial]:
-        """Return the trials that are at a rung already, and those that the rest of the budget takes there."""
-        if budget is None:
-            return list(trials)
-        spent = math.fsum(read_record(path, TrialLosses).seconds for path in self._folder.all_losses())
-        chosen = []
-        for trial in trials:
-            needed = self._expected_seconds(trial, rung)
-            spent += needed
-            if not needed or spent <= budget:
-                chosen.append(trial)
-        return chosen
-
-    def _expected_seconds(self, trial: Trial, rung: int) -> float:
-        """Return the seconds that a trial needs to a rung: at its own speed so far, or else at the plan's."""
-        known = list(self._recorded(trial))
-        if len(known) > rung or (known and known[-1].is_final):
-            return 0.0
-        planned, until = trial.prepared.estimate.time, step_of(self._plan.rungs[rung], trial.num_steps)
-        steps = (until or trial.num_steps) - (known[-1].step if known else 0)
-        evaluation = planned.evaluate_seconds if until is None else 0.0
-        if known:
-            return evaluation + steps * math.fsum(losses.seconds for losses in known) / known[-1].step
-        return evaluation + steps / trial.num_steps * planned.train_seconds
-
-    def take(self, trial: Trial, rung: int) -> TrialLosses:
-        """Take a trial to a rung, unless it was there already, and return its losses."""
-        known = list(self._recorded(trial))
-        if len(known) > rung:
-            return known[rung]
-        if known and (known[-1].is_final or known[-1].problem):
-            return known[-1]
-        until = step_of(self._plan.rungs[rung], trial.num_steps)
-        where = f"step {until} of {trial.num_steps}" if until is not None else "the end"
-        self._progress.line(f"trial {trial.number}, {short_name(trial.settings)}: to {where}")
-        path, started = self._folder.losses(trial.number, rung), time.monotonic()
-
-        def record(step: int | None, losses: Nll, problem: str = "") -> None:
-            if not all(math.isfinite(total) for total, _ in losses):
-                losses, problem = [], "the held-out loss is not a finite number"
-            values = {
-                "step": trial.num_steps if step is None else step,
-                "is_final": step is None and not problem,
-                "losses": losses,
-                "seconds": time.monotonic() - started,
-            }
-            write_record(path, TrialLosses, {**values, **({"problem": problem} if problem else {})})
-
-        leg = Leg(load=self._base, until=until, dropped=self._dropped(trial, rung), on_losses=record)
-        try:
-            self._go(trial, leg)
-        except Paused:
-            pass
-        except Interrupted as error:
-            again = "run the same command again to continue the sweep"
-            raise type(error)(f"trial {trial.number}: {error.problem}", file=self._folder.root, fix=again) from None
-        except RunError as error:  # such as a loss that is not finite: a bad setting loses, and the others go on
-            self._progress.warn(f"trial {trial.number} failed: {error.problem}")
-            record(known[-1].step if known else 0, [], error.problem)
-        finally:
-            free_memory()
-        if not path.is_file():
-            raise RecipeError(
-                "the trial was finished outside of the sweep, which does not know its losses",
-                file=trial.run.root,
-                fix="--overwrite (in Python: overwrite=True) to start the sweep over",
-            )
-        return read_record(path, TrialLosses)
-
-    def _go(self, trial: Trial, leg: Leg) -> None:
-        """Start or continue the run of a trial."""
-        if trial.run.lock.is_file():
-            continue_run(trial.run, self._progress, trial.prepared, leg)
-            return
-        run = RunDir.create(trial.run.root, overwrite=False)
-        start_run(trial.prepared, run, trial.recipe.to_yaml(), self._progress, leg)
-
-    def _dropped(self, trial: Trial, rung: int) -> int | None:
-        """Return the step of the rung before if the recipe saves no checkpoint there."""
-        if rung == 0:
-            return None
-        train, step = trial.prepared.recipe.train, step_of(self._plan.rungs[rung - 1], trial.num_steps)
-        saved = trigger_steps(
-            train.save_every,
-            steps=trial.num_steps,
-            num_per_epoch=num_steps_per_epoch(trial.prepared.data.num_examples, train.batch_size),
+    plan = write_plan(folder, base, trials, rungs)
+    began_halving = len(plan.rungs) > 1
+    if began_halving is not halving and len(trials) > 1:
+        raise RecipeError(
+            f"the sweep in the folder was begun {'with' if began_halving else 'without'} halving",
+            file=folder.root,
+            fix=f"{'without' if began_halving else 'with'} --no-halving (in Python: halving={began_halving}) to "
+            "continue it, or --overwrite (overwrite=True) to start over",
         )
-        return None if step in saved else step
-
-
-def write_result(
-    folder: SweepDir, plan: SweepPlanRecord, trials: Sequence[TrialSoFar], waiting: Collection[int]
-) -> SweepResult:
-    """Write result, page and the best recipe.
-
-    Raises:
-        RunError: All trials failed.
-    """
-    values = rank_trials(trials, waiting)
-    if values["best"] is None:
-        problem = next((trial.problem for trial in trials if trial.problem), "the time suffices for no trial")
-        raise RunError(f"no trial has a held-out loss: {problem}", file=folder.root, fix="other settings, or more time")
-    best = with_settings(Recipe.parse(plan.recipe), as_words(plan.trials[values["best"] - 1]))
-    write_text(folder.best, best.to_yaml())
-    where = {"folder": str(folder.root), "recipe": str(folder.best), "page": str(folder.page)}
-    write_record(folder.result, SweepRecord, {**values, **where, "rungs": list(plan.rungs)})
-    result = read_record(folder.result, SweepRecord)
-    save_page(sweep_page(result), folder.page)
-    return SweepResult(folder=folder.root, record=result)
+    return plan

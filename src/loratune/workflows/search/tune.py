@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from loratune.evaluation.record import paired_differences
 from loratune.planning.auto import output_dir
 from loratune.planning.prepare import prepare
 from loratune.recipe.recipe import Recipe, as_recipe
@@ -21,15 +22,21 @@ from loratune.run.directory import RunDir, read_json, write_text
 from loratune.run.errors import MachineError, RecipeError
 from loratune.run.progress import NO_PROGRESS, Progress
 from loratune.run.records.files import read_record, write_record
-from loratune.run.records.sweep import SweepPlanRecord, SweepRecord, TrialResult, TuneRecord
+from loratune.run.records.sweep import SweepPlanRecord, SweepRecord, TrialLosses, TrialResult, TuneRecord
 from loratune.workflows.search.folder import SweepDir
 from loratune.workflows.search.halving import plan_rungs
+from loratune.workflows.search.legs import Legs
+from loratune.workflows.search.rungs import run_sweep
 from loratune.workflows.search.settings import Settings, as_words, short_name, with_settings
 from loratune.workflows.search.shared_base import SharedBase
-from loratune.workflows.search.sweep import Trial, prepare_trials, run_sweep, write_plan
+from loratune.workflows.search.trials import prepare_trials, write_plan
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
+
+    from loratune.recipe.sections.lora import LoraSection
+    from loratune.training.held_out_loss import Nll
+    from loratune.workflows.search.trials import Trial
 
 RATES = ("1e-5", "3e-5", "1e-4", "3e-4", "1e-3", "3e-3", "1e-2")
 """Learning rates of the range test, about half a decade apart."""
@@ -88,11 +95,11 @@ def tune(
     drawn: list[Settings] = [{"train.learning_rate": rate} for rate in RATES]
     rates = _stage(root / "rates", bare, drawn, shared, RATE_SHARE * budget, overwrite=overwrite, progress=progress)
     best_rate = _best(rates).settings["train.learning_rate"]
-    reasons = [_reason_for_rate(rates)]
+    reasons = [_reason_for_rate(rates, _first_losses(rates))]
 
     shared.release()  # or the plans of the next trials would count it as somebody else's memory
     fast = with_settings(bare, [f"train.learning_rate={best_rate}"])
-    shapes = _fitting(fast, _shapes(given), progress)
+    shapes, left_out = _fitting(fast, _shapes(given), progress)
     spent = max(time.monotonic() - started, _seconds(rates))
     chosen = _best(rates).settings
     found = None
@@ -102,7 +109,9 @@ def tune(
         shape, reason = _choose_shape(found)
         chosen, reasons = {**chosen, **shape}, [*reasons, reason]
     else:
-        reasons.append("lora.r and lora.targets stay as they are: no time was left to compare others.")
+        why = "no time was left to compare others" if len(shapes) > 1 else "no other can be trained here"
+        reasons.append(f"lora.r and lora.targets stay as they are: {why}.")
+    reasons += left_out
     file = root / "tuned.yaml"
     write_text(file, with_settings(given, as_words(chosen)).to_yaml())
     record = {
@@ -132,7 +141,8 @@ def _stage(
     with folder.exclusive():
         trials = prepare_trials(folder, base, drawn, progress)
         plan = _plan(folder, base, trials, budget)
-        return run_sweep(folder, plan, trials, base=shared, budget=budget, progress=progress).record
+        legs = Legs(folder, plan, shared, progress)
+        return run_sweep(folder, plan, trials, legs=legs, budget=budget, progress=progress)
 
 
 def _plan(folder: SweepDir, base: Recipe, trials: Sequence[Trial], budget: float) -> SweepPlanRecord:
@@ -149,6 +159,20 @@ def _best(record: SweepRecord) -> TrialResult:
     return next(trial for trial in record.trials if trial.number == record.best)
 
 
+def _tied(record: SweepRecord) -> list[TrialResult]:
+    """Return the trials that cannot be told apart from the best."""
+    return [
+        trial
+        for trial in record.trials
+        if trial.to_best is not None and trial.to_best.low <= 0 <= trial.to_best.high and trial.rungs
+    ]
+
+
+def _untried(record: SweepRecord) -> list[TrialResult]:
+    """Return the trials for which there was no time at all."""
+    return [trial for trial in record.trials if not trial.rungs and not trial.problem]
+
+
 def _seconds(record: SweepRecord) -> float:
     return math.fsum(rung.seconds for trial in record.trials for rung in trial.rungs)
 
@@ -156,30 +180,48 @@ def _seconds(record: SweepRecord) -> float:
 # ---- the learning rate
 
 
-def diverging_rates(record: SweepRecord) -> list[str]:
+def diverging_rates(record: SweepRecord, first: Mapping[int, Nll]) -> list[str]:
     """Return the rates at which training failed, or left the model worse than the lowest rate did.
 
-    The lowest rate barely moves the weights in so few steps, so what is worse than that has destroyed something.
+    The lowest rate barely moves the weights in so few steps, so what is worse than that has destroyed something. It
+    must be worse by more than the interval, and a rate that is as good as the best one in the end does not count.
+
+    Args:
+        record: The range test.
+        first: Trial → its held-out losses at the first rung.
     """
-    by_rate = sorted(record.trials, key=lambda trial: float(trial.settings["train.learning_rate"]))
-    lowest = next((trial.rungs[0].nll for trial in by_rate if trial.rungs), math.inf)
-    return [
-        trial.settings["train.learning_rate"]
-        for trial in by_rate
-        if trial.problem or (trial.rungs and trial.rungs[0].nll > lowest)
-    ]
+    good = {record.best, *(trial.number for trial in _tied(record))}
+    by_rate = sorted(record.trials, key=lambda trial: float(_rate(trial)))
+    measured = [trial.number for trial in by_rate if trial.number in first]
+    worse = set[int]()
+    if len(measured) > 1:
+        differences = paired_differences([first[number] for number in measured], level=record.level)
+        worse = {number for number, found in zip(measured[1:], differences, strict=True) if found.low > 0}
+    return [_rate(trial) for trial in by_rate if trial.problem or trial.number in worse - good]
 
 
-def _reason_for_rate(record: SweepRecord) -> str:
-    best, diverging = _best(record), diverging_rates(record)
-    rate = best.settings["train.learning_rate"]
-    tied = [trial for trial in record.trials if trial.to_best is not None and trial.to_best.low <= 0 and trial.rungs]
-    words = f"train.learning_rate={rate}: the lowest held-out loss of {len(record.trials)} rates, "
+def _rate(trial: TrialResult) -> str:
+    return trial.settings["train.learning_rate"]
+
+
+def _first_losses(record: SweepRecord) -> dict[int, Nll]:
+    """Return trial → its held-out losses at the first rung."""
+    folder = SweepDir(Path(record.folder))
+    files = {trial.number: folder.losses(trial.number, 0) for trial in record.trials if trial.rungs}
+    return {number: list(read_record(file, TrialLosses).losses) for number, file in files.items()}
+
+
+def _reason_for_rate(record: SweepRecord, first: Mapping[int, Nll]) -> str:
+    best, diverging, untried = _best(record), diverging_rates(record, first), _untried(record)
+    rate = _rate(best)
+    words = f"train.learning_rate={rate}: the lowest held-out loss of {len(record.trials) - len(untried)} rates, "
     words += f"{best.rungs[-1].nll:.4f} nats after step {best.rungs[-1].step}"
-    if tied:
-        words += f"; {', '.join(trial.settings['train.learning_rate'] for trial in tied)} cannot be told apart from it"
+    if tied := _tied(record):
+        words += f"; {', '.join(map(_rate, tied))} cannot be told apart from it"
     if diverging:
         words += f"; training gets worse at {', '.join(diverging)}"
+    if untried:
+        words += f"; no time was left to try {', '.join(map(_rate, untried))}"
     if rate in (RATES[0], RATES[-1]):
         words += "; this is the end of the range, and the best rate may lie beyond"
     return f"{words}."
@@ -188,43 +230,55 @@ def _reason_for_rate(record: SweepRecord) -> str:
 # ---- rank and targets
 
 
+def alpha_for(lora: LoraSection, r: int) -> float:
+    """Return the alpha at which an adapter of another rank has the same scale (`variants.scale_of`)."""
+    share = r / lora.r
+    return lora.alpha * (math.sqrt(share) if lora.variant == "rslora" else share)
+
+
 def _shapes(recipe: Recipe) -> list[Settings]:
-    """Return ranks and targets to try, the recipe's own first. alpha/r stays, or each rank would need its own rate."""
+    """Return ranks and targets to try, the recipe's own first, all with its scale: another would need its own rate."""
     lora = recipe.lora
-    ranks = dict.fromkeys((lora.r, *RANKS))
+    # With patterns, some modules have a rank or an alpha of their own, whose scale `alpha_for` would change.
+    ranks = (lora.r,) if lora.rank_pattern or lora.alpha_pattern else dict.fromkeys((lora.r, *RANKS))
     own = lora.targets if isinstance(lora.targets, str) else f"[{', '.join(lora.targets)}]"
     return [
-        {"lora.r": str(r), "lora.alpha": f"{lora.alpha * r / lora.r:g}", "lora.targets": targets}
+        {"lora.r": str(r), "lora.alpha": f"{alpha_for(lora, r):.8g}", "lora.targets": targets}
         for targets in dict.fromkeys((own, *TARGETS))
         for r in ranks
     ]
 
 
-def _fitting(base: Recipe, shapes: Sequence[Settings], progress: Progress) -> list[Settings]:
-    """Return those that this model and this machine can train."""
-    first, found = prepare(base, progress), []
+def _fitting(base: Recipe, shapes: Sequence[Settings], progress: Progress) -> tuple[list[Settings], list[str]]:
+    """Return those that this model and this machine can train, and a sentence about each of the others."""
+    first, found, left_out = prepare(base, progress), [], list[str]()
     for settings in shapes:
         try:
             prepare(with_settings(base, as_words(settings)), progress, like=first)
         except (RecipeError, MachineError) as error:
-            progress.line(f"{short_name(settings)} is left out: {error.problem}")
+            left_out.append(f"{short_name(settings)} is left out: {error.problem}.")
+            progress.line(left_out[-1])
         else:
             found.append(settings)
-    return found
+    return found, left_out
 
 
 def _choose_shape(record: SweepRecord) -> tuple[Settings, str]:
     """Return the smallest adapter of those that cannot be told apart from the best, and why."""
-    best = _best(record)
-    tied = [trial for trial in record.trials if trial.to_best is not None and trial.to_best.low <= 0 and trial.rungs]
-    furthest = [trial for trial in tied if trial.rungs[-1].step == best.rungs[-1].step and not trial.problem]
+    best, num_tried = _best(record), len(record.trials) - len(_untried(record))
+    at = best.rungs[-1].step
+    furthest = [
+        trial
+        for trial in _tied(record)
+        if not trial.problem and (trial.state == "finished" or trial.rungs[-1].step == at)
+    ]
     chosen = min([best, *furthest], key=_adapter_size)
     words = f"{', '.join(as_words(chosen.settings))}: "
     if chosen is best:
-        words += f"the lowest held-out loss of {len(record.trials)} adapters, {best.rungs[-1].nll:.4f} nats"
+        words += f"the lowest held-out loss of {num_tried} adapters, {best.rungs[-1].nll:.4f} nats"
     else:
         words += f"the smallest adapter that cannot be told apart from the best one ({short_name(best.settings)})"
-    return chosen.settings, f"{words}, after step {best.rungs[-1].step}."
+    return chosen.settings, f"{words}, after step {at}."
 
 
 def _adapter_size(trial: TrialResult) -> int:
