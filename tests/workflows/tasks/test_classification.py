@@ -221,6 +221,27 @@ def test_the_result_loads_the_classifier(finished: RunDir) -> None:
     assert "<td>accuracy</td>" in result._repr_html_()
 
 
+def test_the_result_of_a_run_from_another_folder_loads_the_classifier_with_the_base_where_it_began(
+    finished: RunDir, bases: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunDir(Path(shutil.copytree(finished.root, tmp_path / "project" / "run")))
+    shutil.copytree(bases("bert"), tmp_path / "project" / "bert")
+    lock, config = read_json(run.lock), read_json(run.adapter / "adapter_config.json")
+    lock["recipe"]["model"]["name"], lock["folder"] = "bert", str(tmp_path / "project")
+    write_json(run.lock, lock)
+    write_json(run.adapter / "adapter_config.json", {**config, "base_model_name_or_path": "bert"})
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    found = open_result(run.root)
+    inputs = found.tokenizer()("please play some music", return_tensors="pt")
+    with torch.no_grad():
+        logits = found.model()(**inputs).logits
+        expected = AutoPeftModelForSequenceClassification.from_pretrained(
+            finished.adapter, num_labels=logits.shape[1], pad_token_id=0
+        )
+        torch.testing.assert_close(logits, expected.eval()(**inputs).logits, rtol=SAME, atol=SAME)
+
+
 # ---- evaluation
 
 
