@@ -86,7 +86,7 @@ def changed_settings(before: Record, now: Record) -> list[str]:
     """Return the settings that changed between two recipes as written, as `train.learning_rate (0.01 → 0.02)`."""
     return [
         f"{section}.{field} ({_shown(before.get(section, {}).get(field))} → {_shown(now.get(section, {}).get(field))})"
-        for section in sorted({*before, *now})
+        for section in sorted(before.keys() & now.keys())  # another task has other sections, and is a change itself
         for field in sorted({*before.get(section, {}), *now.get(section, {})})
         if before.get(section, {}).get(field) != now.get(section, {}).get(field)
     ]

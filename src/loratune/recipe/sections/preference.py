@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -17,6 +17,8 @@ WITH_REFERENCE = ("dpo", "ipo")
 
 class PreferenceSection(Section):
     """How pairs of a better and a worse answer are trained (`task: preference`)."""
+
+    only_for: ClassVar[str] = "preference"
 
     loss: Literal["dpo", "ipo", "orpo", "simpo"] = "dpo"
     """The loss of a pair. `dpo`: direct preference optimization; `ipo`: identity preference optimization, per token;
