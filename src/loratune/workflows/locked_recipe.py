@@ -6,7 +6,7 @@ import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loratune.recipe.recipe import Recipe
+from loratune.recipe.sections.preference import PreferenceSection
 from loratune.run.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -49,14 +49,9 @@ def located(lock: Record) -> dict[str, Any]:
 
 
 def without_other_tasks(recipe: dict[str, Any]) -> dict[str, Any]:
-    """Return the recipe of a lock without the sections of other tasks, which earlier versions wrote too."""
-    task = recipe["model"].get("task", "causal_lm")
-    others = [
-        name
-        for name, info in Recipe.model_fields.items()
-        if info.annotation.only_for not in ("", task)  # type: ignore[union-attr]
-    ]
-    return {name: part for name, part in recipe.items() if name not in others}
+    """Return the recipe of a lock without the section of another task, which earlier versions wrote too."""
+    other = recipe["model"].get("task", "causal_lm") != PreferenceSection.only_for
+    return {name: part for name, part in recipe.items() if not (other and name == "preference")}
 
 
 def _paths(recipe: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:

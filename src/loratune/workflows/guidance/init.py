@@ -171,7 +171,8 @@ def starter_from_other_tool(
                 del settings[name]
         settings["data.train"] = (data, "")
     if columns:
-        left_out += [_about_other_rows(origin, "--columns") for origin in found.origins.get("data.columns", ())]
+        given = found.origins["data.columns"] if "data.columns" in settings else []
+        left_out += [_about_other_rows(origin, "--columns") for origin in given]
         settings["data.columns"] = (dict(columns), "")
     if "data.train" not in settings:
         why = next((f": {item}" for item in found.left_out if item.name.startswith("data")), "")

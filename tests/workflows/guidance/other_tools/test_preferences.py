@@ -13,7 +13,7 @@ from loratune.run.errors import RecipeError
 from loratune.workflows.guidance.init import init
 from loratune.workflows.guidance.other_tools.preferences import is_preference, task_parts
 from loratune.workflows.guidance.other_tools.read import read_other_file
-from loratune.workflows.guidance.other_tools.settings import OtherSettings, Part
+from loratune.workflows.guidance.other_tools.settings import OtherSettings, Translated
 
 AXOLOTL = "base_model: m\nmicro_batch_size: 1\ndatasets: [{path: a.jsonl, type: chatml.intel}]\n"
 FACTORY = "model_name_or_path: m\nfinetuning_type: lora\ndataset: pairs\n"
@@ -154,7 +154,7 @@ def test_the_columns_of_pairs() -> None:
 
 def test_the_task_comes_first() -> None:
     file = OtherSettings(path=Path("file.yaml"), named={"rl": "dpo", "rl_beta": 0.2}, lines={})
-    assert task_parts(file)[0] == Part(
+    assert task_parts(file)[0] == Translated(
         name="rl", value="dpo", answer={"model.task": "preference", "preference.loss": "dpo"}
     )
     assert is_preference(task_parts(file))

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from loratune.workflows.guidance.other_tools.rules import is_a_word, translate
-from loratune.workflows.guidance.other_tools.settings import OtherSettings, Part
+from loratune.workflows.guidance.other_tools.rules import answers_to, is_a_word
+from loratune.workflows.guidance.other_tools.settings import OtherSettings, Translated
 
 
 def settings(**named: object) -> OtherSettings:
@@ -36,7 +36,7 @@ def test_an_error_has_the_line_of_the_setting_or_of_what_it_is_in() -> None:
 
 
 def test_a_part_shows_its_value_as_yaml_has_it() -> None:
-    assert [str(Part(name="a", value=value, answer="")) for value in (None, True, "x")] == [
+    assert [str(Translated(name="a", value=value, answer="")) for value in (None, True, "x")] == [
         "a: null",
         "a: true",
         "a: 'x'",
@@ -46,4 +46,4 @@ def test_a_part_shows_its_value_as_yaml_has_it() -> None:
 def test_which_settings_are_one_word() -> None:
     assert all(map(is_a_word, ("lora_r", "peft.lora_alpha", "bf16", "warmup_steps")))
     assert not any(map(is_a_word, ("target_modules", "packing", "unheard_of", "lr_schedule.arguments")))
-    assert translate("lr_schedule.arguments", [0.1], settings()) == [{"train.learning_rate": 0.1}]
+    assert answers_to("lr_schedule.arguments", [0.1], settings()) == [{"train.learning_rate": 0.1}]

@@ -8,17 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from loratune.data.rows.conversation import ROLES
 from loratune.data.rows.messages import SHAREGPT_ROLES
-from loratune.workflows.guidance.other_tools.settings import OFF, Answer, OtherSettings, Part
+from loratune.workflows.guidance.other_tools.settings import OFF, Answer, OtherSettings, Translated
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _OF_HUB = ("dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split")
-DATA_KEYS = ("datasets", "dataset", "eval_dataset", "dataset_dir", *_OF_HUB)
-"""Settings that are translated here."""
-
 DATA_WORDS = ("dataset_dir", *_OF_HUB[1:])
-"""Those whose value is one word."""
+"""Settings about data whose value is one word."""
 
 _FORMATS = {
     "alpaca": "alpaca",
@@ -51,7 +48,7 @@ _SAME_NAME = "read by this name anyway"
 _AUTO_FORMAT = "data.format: auto finds the format of each dataset"
 
 
-def data_parts(file: OtherSettings, *, pairs: bool) -> list[Part]:
+def data_parts(file: OtherSettings, *, pairs: bool) -> list[Translated]:
     """Translate what a file says about its data.
 
     Args:
@@ -62,7 +59,7 @@ def data_parts(file: OtherSettings, *, pairs: bool) -> list[Part]:
     parts += _hub(file)
     if "dataset_dir" in file.named:
         whole = next((part.answer for part in parts if part.name in ("dataset", "eval_dataset")), "no dataset is named")
-        parts.append(Part(name="dataset_dir", value=file.named["dataset_dir"], answer=whole))
+        parts.append(Translated(name="dataset_dir", value=file.named["dataset_dir"], answer=whole))
     formats = {json.dumps(part.answer["data.format"]) for part in parts if "data.format" in part.answer}
     if len(formats) > 1 or pairs:
         reason = "pairs are read by their fields" if pairs else _AUTO_FORMAT
@@ -70,10 +67,10 @@ def data_parts(file: OtherSettings, *, pairs: bool) -> list[Part]:
     return parts
 
 
-def _without_format(part: Part, reason: str) -> Part:
+def _without_format(part: Translated, reason: str) -> Translated:
     assert isinstance(part.answer, dict)
     rest = {name: value for name, value in part.answer.items() if name != "data.format"}
-    return Part(name=part.name, value=part.value, answer=rest or reason)
+    return Translated(name=part.name, value=part.value, answer=rest or reason)
 
 
 def _column(field: str, column: Any) -> Answer:
@@ -85,14 +82,15 @@ def _column(field: str, column: Any) -> Answer:
 # ---- Axolotl: datasets: [{path, type, …}, …]; TRL has path, name and split of it
 
 
-def _axolotl(file: OtherSettings, *, pairs: bool) -> Iterator[Part]:
+def _axolotl(file: OtherSettings, *, pairs: bool) -> Iterator[Translated]:
     value = file.named.get("datasets")
     if value is not None:
-        yield Part(name="datasets", value=value, answer=NAMED_OTHERWISE)  # anything but a list of mappings
+        yield Translated(name="datasets", value=value, answer=NAMED_OTHERWISE)  # anything but a list of mappings
     items: dict[str, dict[str, Any]] = {}
     for name, part in file.named.items():
-        if name.startswith("datasets."):
-            _, number, key = name.split(".", 2)
+        of, _, rest = name.partition(".")
+        number, _, key = rest.partition(".")
+        if of == "datasets" and number.isdigit() and key:
             items.setdefault(number, {})[key] = part
     if not items:
         return
@@ -100,7 +98,7 @@ def _axolotl(file: OtherSettings, *, pairs: bool) -> Iterator[Part]:
     train: Answer = {"data.train": sources} if sources else NAMED_OTHERWISE
     for number, item in items.items():
         for key, part in item.items():
-            yield Part(
+            yield Translated(
                 name=f"datasets.{number}.{key}", value=part, answer=_axolotl_answer(item, key, train, pairs=pairs)
             )
 
@@ -196,7 +194,7 @@ def _dataset_info(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _factory(file: OtherSettings, key: str, *, pairs: bool = False) -> Iterator[Part]:
+def _factory(file: OtherSettings, key: str, *, pairs: bool = False) -> Iterator[Translated]:
     if key not in file.named:
         return
     value, entries, folder = file.named[key], factory_entries(file, key), _info_folder(file)
@@ -209,11 +207,11 @@ def _factory(file: OtherSettings, key: str, *, pairs: bool = False) -> Iterator[
         else:
             sources.append(source)
     answer = answer or {"data.train" if key == "dataset" else "data.eval": sources}
-    yield Part(name=key, value=value, answer=answer)
+    yield Translated(name=key, value=value, answer=answer)
     for name, entry in entries.items():
         for part in _flat(entry):
             answer_here = _entry_answer(entry, part[0], part[1], answer, pairs=pairs)
-            yield Part(name=f"dataset_info.{name}.{part[0]}", value=part[1], answer=answer_here)
+            yield Translated(name=f"dataset_info.{name}.{part[0]}", value=part[1], answer=answer_here)
 
 
 def _factory_source(name: str, entry: dict[str, Any], folder: Path) -> dict[str, Any] | str:
@@ -244,7 +242,7 @@ def _flat(entry: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 def _entry_answer(entry: dict[str, Any], key: str, value: Any, whole: Answer, *, pairs: bool) -> Answer:
     from_hub = "hf_hub_url" in entry
     if key == "hf_hub_url" or (key == "file_name" and not from_hub):
-        return whole
+        return {**whole, "data.format": _entry_form(entry)} if isinstance(whole, dict) else whole
     if key in ("subset", "split"):
         return whole if from_hub else "a file has none"
     if key == "file_name":
@@ -289,16 +287,16 @@ def _tag_answer(form: str, tag: str, value: Any) -> Answer:
 # ---- TRL: dataset_name with a configuration and splits
 
 
-def _hub(file: OtherSettings) -> Iterator[Part]:
+def _hub(file: OtherSettings) -> Iterator[Translated]:
     given = {key: file.named[key] for key in _OF_HUB if key in file.named}
     name = given.get("dataset_name")
     if not isinstance(name, str):
         reason = NAMED_OTHERWISE if name is not None else "it is about dataset_name, which is not set"
-        yield from (Part(name=key, value=value, answer=reason) for key, value in given.items())
+        yield from (Translated(name=key, value=value, answer=reason) for key, value in given.items())
         return
     parts = {"config": given["dataset_config"]} if "dataset_config" in given else {}
     train, test = given.get("dataset_train_split"), given.get("dataset_test_split")
     answer: dict[str, Any] = {"data.train": [{"name": name, **parts, **({"split": train} if train else {})}]}
     held_out = {"data.eval": [{"name": name, **parts, "split": test}]} if test else {}
     for key, value in given.items():
-        yield Part(name=key, value=value, answer=held_out if key == "dataset_test_split" else answer)
+        yield Translated(name=key, value=value, answer=held_out if key == "dataset_test_split" else answer)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from loratune.workflows.guidance.other_tools.data import factory_entries
-from loratune.workflows.guidance.other_tools.settings import OFF, Answer, OtherSettings, Part
+from loratune.workflows.guidance.other_tools.settings import OFF, Answer, OtherSettings, Translated
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -59,7 +59,7 @@ TASK_WORDS = TASK_KEYS - {*_LOSS_TYPES, "loss_weights", "ref_model_init_kwargs"}
 """Those whose value is one word, number or truth value."""
 
 
-def task_parts(file: OtherSettings) -> list[Part]:
+def task_parts(file: OtherSettings) -> list[Translated]:
     """Translate what a file says about its task and the loss of preferences.
 
     Raises:
@@ -73,7 +73,7 @@ def task_parts(file: OtherSettings) -> list[Part]:
     return [*_pairs(file, said, method)]
 
 
-def is_preference(parts: list[Part]) -> bool:
+def is_preference(parts: list[Translated]) -> bool:
     """Whether the task that was translated is that of preferences."""
     return any(isinstance(part.answer, dict) and part.answer.get("model.task") == "preference" for part in parts)
 
@@ -180,7 +180,7 @@ def _own(file: OtherSettings) -> Iterator[tuple[str, str, Any]]:
             yield full, last, value
 
 
-def _supervised(file: OtherSettings) -> Iterator[Part]:
+def _supervised(file: OtherSettings) -> Iterator[Translated]:
     for full, last, value in _own(file):
         answer: Answer = "the file does not train preferences"
         if last in _METHODS:
@@ -190,19 +190,19 @@ def _supervised(file: OtherSettings) -> Iterator[Part]:
             answer = "the loss is the cross-entropy of the trained tokens"
         elif last == "label_smoothing":
             answer = {"train.label_smoothing": value}
-        yield Part(name=full, value=value, answer=answer)
+        yield Translated(name=full, value=value, answer=answer)
 
 
-def _pairs(file: OtherSettings, said: str, loss: str) -> Iterator[Part]:
+def _pairs(file: OtherSettings, said: str, loss: str) -> Iterator[Translated]:
     given = list(_own(file))
     names = {last for _, last, _ in given}
     task: Answer = {"model.task": "preference", "preference.loss": loss}
-    yield Part(name=said, value=file.named[said], answer=task)
+    yield Translated(name=said, value=file.named[said], answer=task)
     for full, last, value in given:
         if last in _OTHER_LOSS and value not in _SAME_LOSS:
             raise _refuse(file, full, f"{full} is {value}, which makes the loss {_OTHER_LOSS[last]}")
         if full != said or last not in (*_METHODS, *_LOSS_TYPES) or isinstance(value, list):
-            yield Part(name=full, value=value, answer=_answer_of_pairs(file, last, value, task))
+            yield Translated(name=full, value=value, answer=_answer_of_pairs(file, last, value, task))
     if loss != "simpo":
         return
     usual: dict[str, tuple[tuple[str, ...], float]] = {
@@ -213,7 +213,7 @@ def _pairs(file: OtherSettings, said: str, loss: str) -> Iterator[Part]:
         usual["preference.sft_weight"] = (_SFT_WEIGHTS, 1.0)
     for ours, (theirs, value) in usual.items():
         if not names & set(theirs):
-            yield Part(name=f"the default of {file.tool}", value=value, answer={ours: value})
+            yield Translated(name=f"the default of {file.tool}", value=value, answer={ours: value})
 
 
 def _answer_of_pairs(file: OtherSettings, last: str, value: Any, task: Answer) -> Answer:

@@ -14,10 +14,10 @@ from loratune.recipe.recipe import Recipe
 from loratune.recipe.validation_errors import shown
 from loratune.recipe.yaml import read_yaml, refuse_secrets
 from loratune.run.errors import RecipeError
-from loratune.workflows.guidance.other_tools.data import DATA_KEYS, DATA_WORDS, data_parts
-from loratune.workflows.guidance.other_tools.preferences import TASK_KEYS, TASK_WORDS, is_preference, task_parts
-from loratune.workflows.guidance.other_tools.rules import AS_A_WHOLE, is_a_word, translate
-from loratune.workflows.guidance.other_tools.settings import OtherSettings, Part
+from loratune.workflows.guidance.other_tools.data import DATA_WORDS, data_parts
+from loratune.workflows.guidance.other_tools.preferences import TASK_WORDS, is_preference, task_parts
+from loratune.workflows.guidance.other_tools.rules import AS_A_WHOLE, answers_to, is_a_word
+from loratune.workflows.guidance.other_tools.settings import OtherSettings, Translated
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -127,24 +127,22 @@ def _is_a_word(name: str) -> bool:
     return is_a_word(name) or name.rpartition(".")[2] in (*TASK_WORDS, *DATA_WORDS)
 
 
-def _parts(file: OtherSettings) -> Iterator[Part]:
+def _parts(file: OtherSettings) -> Iterator[Translated]:
     """Yield what becomes of each setting, first the task and the data, which others must fit."""
-    task = task_parts(file)
-    yield from task
-    yield from data_parts(file, pairs=is_preference(task))
+    parts = task_parts(file)
+    parts += data_parts(file, pairs=is_preference(parts))
+    yield from parts
+    done = {part.name for part in parts}
     for name, value in file.named.items():
-        above, _, last = name.rpartition(".")
-        if name.partition(".")[0] in DATA_KEYS or (last in TASK_KEYS and above in ("", "trl")):
-            continue
-        for answer in translate(name, value, file):
-            yield Part(name=name, value=value, answer=answer)
+        for answer in answers_to(name, value, file) if name not in done else ():
+            yield Translated(name=name, value=value, answer=answer)
 
 
 def _add_up(file: OtherSettings, empty: list[str]) -> OtherFile:
     """Put the parts together to a recipe."""
     settings: dict[str, Any] = {}
     origins: dict[str, list[str]] = {}
-    waiting: list[Part] = []
+    waiting: list[Translated] = []
     left_out = [LeftOut(name=name, value="null", reason="it has no value") for name in empty]
     for part in _parts(file):
         if isinstance(part.answer, str):
@@ -156,12 +154,12 @@ def _add_up(file: OtherSettings, empty: list[str]) -> OtherFile:
     return OtherFile(tool=file.tool, settings=settings, origins=origins, left_out=tuple(left_out))
 
 
-def _left_out(part: Part, reason: str) -> LeftOut:
+def _left_out(part: Translated, reason: str) -> LeftOut:
     name, _, value = str(part).partition(": ")
     return LeftOut(name=name, value=value, reason=reason)
 
 
-def _add(settings: dict[str, Any], origins: dict[str, list[str]], part: Part, file: OtherSettings) -> str:
+def _add(settings: dict[str, Any], origins: dict[str, list[str]], part: Translated, file: OtherSettings) -> str:
     """Add what a setting becomes if it makes a recipe with the others; else return why not.
 
     Raises:

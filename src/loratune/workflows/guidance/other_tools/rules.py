@@ -54,7 +54,7 @@ def is_a_word(name: str) -> bool:
     return last in _RULES or (last in SETTINGS and not SETTINGS[last].startswith(NO_COUNTERPART))
 
 
-def translate(name: str, value: Any, file: OtherSettings) -> list[Answer]:
+def answers_to(name: str, value: Any, file: OtherSettings) -> list[Answer]:
     """Return what a setting becomes.
 
     Args:

@@ -27,7 +27,7 @@ Answer = dict[str, Any] | str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
+class Translated:
     """One setting of the file, and what becomes of it.
 
     Attributes:
