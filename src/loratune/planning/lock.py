@@ -36,7 +36,7 @@ def model_fingerprint(folder: Path) -> dict[str, str]:
 
 
 def examples_fingerprint(examples: Sequence[Example]) -> dict[str, str]:
-    """Return the SHA-256 of all token ids and of the token masks; for labelled examples, of their classes too."""
+    """Return the SHA-256 of all token ids and of the token masks; for labeled examples, of their classes too."""
     tokens, mask = hashlib.sha256(), hashlib.sha256()
     for example in examples:
         length = b"".join(len(sequence.input_ids).to_bytes(8, "little") for sequence in example.sequences)

@@ -1,4 +1,4 @@
-"""`task: sequence_classification`, from labelled rows to a merged classifier, each part against transformers and PEFT
+"""`task: sequence_classification`, from labeled rows to a merged classifier, each part against transformers and PEFT
 alone."""
 
 from __future__ import annotations
@@ -258,7 +258,7 @@ def test_gates_hold_the_accuracy(finished: RunDir, tmp_path: Path) -> None:
 
 def test_the_page_and_the_card_speak_of_classes(finished: RunDir) -> None:
     page = finished.report.read_text()
-    for words in ("Confusion matrix, fine-tuned", "majority class", "labelled texts of", "class weather", "F1 (macro)"):
+    for words in ("Confusion matrix, fine-tuned", "majority class", "labeled texts of", "class weather", "F1 (macro)"):
         assert words in page
     card = (finished.adapter / "README.md").read_text()
     assert "AutoPeftModelForSequenceClassification" in card

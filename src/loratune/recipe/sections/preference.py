@@ -31,7 +31,7 @@ class PreferenceSection(Section):
     weight of the odds ratio in `orpo` (λ), the scale of the rewards in `simpo`. `auto`: 0.1, and 2.0 for `simpo`."""
 
     label_smoothing: Float = Field(default=0.0, ge=0, lt=0.5)
-    """The probability that a pair is labelled the wrong way round (conservative DPO). For `dpo` only."""
+    """The probability that a pair is labeled the wrong way round (conservative DPO). For `dpo` only."""
 
     sft_weight: Float = Field(default=0.0, ge=0)
     """The weight of an additional term, the mean of -log p over the tokens of the chosen answer, which keeps its
