@@ -49,8 +49,8 @@ the task, that is an error, and so is a list or a mapping where a word belongs.
 Axolotl's `rl`, LLaMA-Factory's `stage: dpo` with `pref_loss`, TRL's `loss_type`. For SimPO, β, γ and the weight of the
 supervised term are that tool's defaults unless they are set. KTO, reward models, PPO, GRPO, distillation and other
 losses of pairs are refused by name. TRL averages supervised terms over the tokens of a micro-batch, and ORPO's over the
-prompt too; here each is the mean over the tokens of a chosen answer. A file of TRL does not name its trainer: if it has `beta` and no `loss_type`, the
-error asks for it.
+prompt too; here each is the mean over the tokens of a chosen answer. A file of TRL does not name its trainer: if it has
+`beta` and no `loss_type`, the error asks for it.
 """
 
 
