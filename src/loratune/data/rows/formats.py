@@ -69,8 +69,8 @@ def detect_format(rows: Iterable[Row], *, strict: bool = True) -> str:
         f"the row matches no known format: {describe_value(odd.value)}{others}",
         file=odd.file,
         line=odd.line,
-        fix=f"{_columns_advice(odd.value)}; correct the row, or leave such rows out with data.on_bad_row=skip; formats are "
-        f"{supported}",
+        fix=f"{_columns_advice(odd.value)}; correct the row, or leave such rows out with data.on_bad_row=skip; "
+        f"formats are {supported}",
     )
 
 
