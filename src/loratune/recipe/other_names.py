@@ -104,7 +104,7 @@ SETTINGS: dict[str, str] = {
     "adapter_path": "train.output_dir",
     "num_epochs": "train.epochs",
     "num_train_epochs": "train.epochs",
-    "iters": "train.max_steps; it counts optimizer steps, not micro-batches",
+    "iters": "train.max_steps; it counts optimizer steps",
     "num_train_steps": "train.max_steps; it counts optimizer steps",
     "max_train_steps": "train.max_steps; it counts optimizer steps",
     "lr": "train.learning_rate",

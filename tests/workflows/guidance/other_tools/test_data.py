@@ -78,6 +78,12 @@ def test_datasets_that_differ() -> None:
     assert "data.columns is {'messages': 'one'} already, by datasets.0.field_messages" in str(found.left_out[0])
 
 
+def test_a_type_that_is_unknown_leaves_the_format_to_the_rows() -> None:
+    found = axolotl({"path": "a", "type": "context_qa.load_v2"})
+    assert found.settings["data.train"] == [{"name": "a"}]
+    assert told(found) == {"datasets.0.type": "data.format: auto finds the format of each dataset"}
+
+
 def test_who_is_trained_is_taken_over() -> None:
     item = {"path": "a", "type": "chat_template", "roles_to_train": ["user", "assistant"], "train_on_eos": "turn"}
     found = axolotl(item)

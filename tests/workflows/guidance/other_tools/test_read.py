@@ -343,6 +343,7 @@ def test_what_cannot_be_translated_is_refused(name: str, text: str, problem: str
         ({"val_size": 200}, None),
         ({"eval_strategy": False}, {"train.eval_every": "never"}),
         ({"save_strategy": "steps"}, {"train.save_every": 500}),
+        ({"eval_strategy": "steps", "evals_per_epoch": 0}, {"train.eval_every": 500}),
         ({"evals_per_epoch": 0}, {"train.eval_every": "never"}),
         ({"max_steps": -1}, None),
         ({"bf16": False}, None),

@@ -60,15 +60,16 @@ def data_parts(file: OtherSettings, *, pairs: bool) -> list[Translated]:
     if "dataset_dir" in file.named:
         whole = next((part.answer for part in parts if part.name in ("dataset", "eval_dataset")), "no dataset is named")
         parts.append(Translated(name="dataset_dir", value=file.named["dataset_dir"], answer=whole))
-    formats = {json.dumps(part.answer["data.format"]) for part in parts if "data.format" in part.answer}
+    formats = {part.answer.get("data.format") for part in parts if isinstance(part.answer, dict)} - {None}
     if len(formats) > 1 or pairs:
         reason = "pairs are read by their fields" if pairs else _AUTO_FORMAT
-        parts = [part if "data.format" not in part.answer else _without_format(part, reason) for part in parts]
+        parts = [_without_format(part, reason) for part in parts]
     return parts
 
 
 def _without_format(part: Translated, reason: str) -> Translated:
-    assert isinstance(part.answer, dict)
+    if not isinstance(part.answer, dict):
+        return part
     rest = {name: value for name, value in part.answer.items() if name != "data.format"}
     return Translated(name=part.name, value=part.value, answer=rest or reason)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import yaml
 
@@ -112,7 +112,7 @@ def as_ours(setting: str, value: Any) -> Any:
 # ---- steps and batches
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
@@ -157,12 +157,12 @@ def _cadence(field: str, *, strategy: tuple[str, ...], steps: tuple[str, ...], p
             return {field: "epoch"}
         if wanted in ("no", "never", False) or (wanted is None and every is None and number in OFF):
             return {field: "never"}
+        if _is_number(every) and every <= 0:
+            return {field: "never"}
         if _is_number(every):
             per_step = _iterations_per_step(file)
-            return (
-                {field: max(1, round(every / per_step)) if per_step > 1 else every} if every > 0 else {field: "never"}
-            )
-        if _is_number(number):
+            return {field: max(1, round(every / per_step)) if per_step > 1 else every}
+        if _is_number(number) and number > 0:
             return {field: 1 / (number * _epochs(file))}  # a fraction of the run, not of an epoch
         return {field: 500} if wanted == "steps" else f"{field} takes epoch, never, a number of steps or a fraction"
 
