@@ -92,8 +92,8 @@ def test_the_losses_that_we_have_are_translated(text: str, expected: dict[str, A
         (TRL + "loss_type: [sigmoid, bco_pair]\n", "loss_type is ['sigmoid', 'bco_pair']"),
         (TRL + "loss_type: [sigmoid, sft]\nloss_weights: [0.8, 0.2]\n", "loss_type is ['sigmoid', 'sft']"),
         (TRL + "loss_type: sigmoid\nld_alpha: 0.5\n", "ld_alpha is 0.5, which makes the loss LD-DPO"),
-        (TRL + "f_divergence_type: js_divergence\n", "f_divergence_type is js_divergence, which makes"),
-        (TRL + "loss_type: sigmoid\nsync_ref_model: true\n", "sync_ref_model is True, which makes the loss TR-DPO"),
+        (TRL + "f_divergence_type: js_divergence\n", "f_divergence_type is 'js_divergence', which makes"),
+        (TRL + "loss_type: sigmoid\nsync_ref_model: true\n", "sync_ref_model is true, which makes the loss TR-DPO"),
     ],
 )
 def test_other_methods_and_losses_are_refused_by_name(text: str, problem: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from loratune.recipe.validation_errors import shown
 from loratune.workflows.guidance.other_tools.data import factory_entries
 from loratune.workflows.guidance.other_tools.settings import OFF, Answer, OtherSettings, Translated
 
@@ -200,7 +201,7 @@ def _pairs(file: OtherSettings, said: str, loss: str) -> Iterator[Translated]:
     yield Translated(name=said, value=file.named[said], answer=task)
     for full, last, value in given:
         if last in _OTHER_LOSS and value not in _SAME_LOSS:
-            raise _refuse(file, full, f"{full} is {value}, which makes the loss {_OTHER_LOSS[last]}")
+            raise _refuse(file, full, f"{full} is {shown(value)}, which makes the loss {_OTHER_LOSS[last]}")
         if full != said or last not in (*_METHODS, *_LOSS_TYPES) or isinstance(value, list):
             yield Translated(name=full, value=value, answer=_answer_of_pairs(file, last, value, task))
     if loss != "simpo":
