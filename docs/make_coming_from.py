@@ -36,9 +36,21 @@ Four things are different in kind:
 Reads YAML of Axolotl, LLaMA-Factory and mlx-lm, and arguments of TRL, PEFT and transformers as JSON or YAML. Batch
 sizes are multiplied (examples per device × accumulated steps; times the number of your devices, which no file says),
 steps of a warm-up become a fraction where the number of steps is known, names in LLaMA-Factory's `dataset_info.json`
-are looked up. What has no counterpart is printed, and stands in a comment of the recipe with the reason. A value that
-is not valid here is such a setting too. What the file does not set has loratune's defaults, which may be others than
-that tool's. Only supervised fine-tuning is translated.
+are looked up, with their columns and tags. mlx-lm's iterations are micro-batches: `iters` and `steps_per_eval` are
+divided by `grad_accumulation_steps`. What the file does not set has loratune's defaults, which may be others than that
+tool's.
+
+**Nothing is dropped silently.** Every setting of the recipe names those of the file that it comes from. What has no
+counterpart, or a value that is not valid here, is printed and stands in a comment of the recipe with the reason. Of two
+settings that say different things the first counts and the other is named; about which tokens are trained, and about
+the task, that is an error, and so is a list or a mapping where a word belongs.
+
+**Preferences** become `task: preference` ([preferences.md](preferences.md)) where the loss is DPO, IPO, ORPO or SimPO:
+Axolotl's `rl`, LLaMA-Factory's `stage: dpo` with `pref_loss`, TRL's `loss_type`. For SimPO, β, γ and the weight of the
+supervised term are that tool's defaults unless they are set. KTO, reward models, PPO, GRPO, distillation and other
+losses of pairs are refused by name. TRL averages supervised terms over the tokens of a micro-batch, and ORPO's over the
+prompt too; here each is the mean over the tokens of a chosen answer. A file of TRL does not name its trainer: if it has
+`beta` and no `loss_type`, the error asks for it.
 """
 
 

@@ -1,4 +1,4 @@
-"""Tiny random classifiers and labelled texts: bases without a head, as people find them on the hub."""
+"""Tiny random classifiers and labeled texts: bases without a head, as people find them on the hub."""
 
 from __future__ import annotations
 

@@ -44,7 +44,8 @@ def test_each_value_is_answered_by_one_that_is_valid(setting: str, theirs: str, 
     path = tmp_path / "r.yaml"
     path.write_text("{}")
     ours = VALUES[setting][theirs]
-    Recipe.load(path, [f"{setting}={ours}", *(["data.train_on=all"] if ours == "text" else [])])
+    needed = {"data.format": ["data.train_on=all"], "preference.loss": ["task=preference"]}
+    Recipe.load(path, [f"{setting}={ours}", *(needed.get(setting, []) if ours in ("text", "dpo") else [])])
     with pytest.raises(RecipeError) as error:
         Recipe.load(path, [f"{setting}='{theirs}'"])
     assert error.value.fix.startswith(f"{setting}={ours}.")

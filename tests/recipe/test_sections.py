@@ -15,6 +15,7 @@ from loratune.recipe.sections.lora import VARIANTS, LoraSection
 from loratune.recipe.sections.model import ModelSection
 from loratune.recipe.sections.preference import PreferenceSection
 from loratune.recipe.sections.train import DECAY_FRACTION, TrainSection
+from loratune.recipe.tasks import TASKS
 from loratune.run.errors import RecipeError
 
 SECTIONS = {
@@ -25,6 +26,35 @@ SECTIONS = {
     "preference": PreferenceSection,
     "evaluate": EvaluateSection,
 }
+
+
+OF_ONE_TASK = {name: section.only_for for name, section in SECTIONS.items() if section.only_for}
+"""Section → the only task that has it."""
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("section", OF_ONE_TASK)
+def test_a_section_of_another_task_is_refused_also_with_its_defaults(section: str, task: str) -> None:
+    field, info = next(iter(SECTIONS[section].model_fields.items()))
+    values = {"model": {"task": task}, section: {field: info.default}}
+    if task == OF_ONE_TASK[section]:
+        assert section in Recipe.parse(values).model_dump()
+        return
+    with pytest.raises(RecipeError) as error:
+        Recipe.parse(values, file="r.yaml", lines={f"{section}.{field}": 7})
+    assert error.value.problem == f"{section}.{field} is {info.default}, which model.task {task} does not have"
+    assert error.value.fix == f"task={OF_ONE_TASK[section]}, or leave {section} out"
+    assert (error.value.file, error.value.line) == ("r.yaml", 7)
+    with pytest.raises(RecipeError, match=f"{section}, which model.task {task} does not have"):
+        Recipe(model={"task": task}, **{section: {}})
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_all_settings_of_a_recipe_make_the_same_recipe(task: str) -> None:
+    recipe = Recipe.parse({"model": {"task": task}})
+    everything = recipe.model_dump(mode="json")
+    assert everything.keys() == SECTIONS.keys() - {name for name, only in OF_ONE_TASK.items() if only != task}
+    assert Recipe.parse(everything) == recipe
 
 
 def numbers(annotation: Any) -> bool:

@@ -88,6 +88,15 @@ def lock(folder: Path, **parts: Any) -> dict[str, Any]:
     return {"recipe": {**recipe, **parts}, "folder": str(folder), "inputs": {"model_path": str(folder / "model")}}
 
 
+def test_sections_of_other_tasks_that_an_earlier_version_wrote_are_left_out(tmp_path: Path) -> None:
+    old = lock(tmp_path)
+    (tmp_path / "model").mkdir()
+    old["recipe"]["preference"] = {"loss": "dpo", "beta": "auto"}
+    assert "preference" not in located(old)
+    old["recipe"]["model"]["task"] = "preference"
+    assert located(old)["preference"] == {"loss": "dpo", "beta": "auto"}
+
+
 def test_a_path_from_here_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for place in ("then", "now"):
         (tmp_path / place / "model").mkdir(parents=True)

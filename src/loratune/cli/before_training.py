@@ -83,7 +83,7 @@ def init(
             print_json({"recipe": str(path), "title": starter.title, "settings": settings, "left_out": left_out})
             return
         progress.line(starter.title)
-        for item in starter.left_out:
+        for item in starter.left_out_by_reason():
             progress.line(f"not taken over: {item}")
         sys.stdout.write(f"{path}\n")
         model = str(starter.settings["model.name"][0])

@@ -35,7 +35,7 @@ class MicroBatch:
         max_length: Tokens of the longest sequence.
         predictors: int64 [S]; the positions whose output predicts a supervised token.
         targets: int64 [S]; these supervised tokens.
-        labels: int64 [E]; the classes of labelled examples, else None.
+        labels: int64 [E]; the classes of labeled examples, else None.
         token_types: int64 [1, T]; which text of a pair each token belongs to, if the tokenizer says so, else None.
         answer_tokens: Supervised tokens of each sequence of pairs, E numbers; None for other examples.
         reference: float64 [E]; log p of each answer of a pair under the reference, None if there is none.
@@ -93,7 +93,7 @@ def float_type(device: torch.device) -> torch.dtype:
 
 
 def num_supervised(example: Example) -> int:
-    """Count the tokens of an example that carry loss; 1 for a labelled example, its label."""
+    """Count the tokens of an example that carry loss; 1 for a labeled example, its label."""
     if isinstance(example, LabelledExample):
         return 1
     return int(example.supervised[1:].sum())  # nothing predicts the first token
@@ -131,7 +131,7 @@ def collate(examples: Sequence[Example]) -> MicroBatch:
 
 
 def _classes(examples: Sequence[Example]) -> dict[str, Any]:
-    """Return the labels and token types of labelled examples."""
+    """Return the labels and token types of labeled examples."""
     labelled = [example for example in examples if isinstance(example, LabelledExample)]
     if not labelled:
         return {}

@@ -80,7 +80,7 @@ class LabelledExample(Example):
 
 
 def labels_fingerprint(examples: Sequence[Example]) -> str:
-    """Return the SHA-256 of all classes and token types; empty if no example is labelled."""
+    """Return the SHA-256 of all classes and token types; empty if no example is labeled."""
     labelled = [example for example in examples if isinstance(example, LabelledExample)]
     digest = hashlib.sha256()
     for example in labelled:

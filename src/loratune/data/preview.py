@@ -88,7 +88,7 @@ class Preview:
 
     @property
     def _trains_tokens(self) -> bool:
-        """Whether any token is trained; none is in labelled texts."""
+        """Whether any token is trained; none is in labeled texts."""
         return any(piece.trained for pieces in self.pieces for piece in pieces)
 
     def as_record(self) -> dict[str, Any]:
@@ -104,7 +104,7 @@ class Preview:
         """Return the preview with trained tokens green, others dim, special tokens bold, stop tokens underlined."""
         parts = [
             Text.assemble(
-                (_TRAINED, _TRAINED), ": trained  ", ("grey", _CONTEXT), ": not trained  ", ("stop token", _STOP)
+                (_TRAINED, _TRAINED), ": trained  ", ("gray", _CONTEXT), ": not trained  ", ("stop token", _STOP)
             )
         ][: self._trains_tokens]
         for title, pieces in zip(self.titles, self.pieces, strict=True):

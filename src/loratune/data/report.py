@@ -1,6 +1,6 @@
 """The data report: what was read, what it became, and what was left out. It is written to `data.json`.
 
-Conversations and labelled texts share it: a side is a list of items with a key each, and the examples made of them.
+Conversations and labeled texts share it: a side is a list of items with a key each, and the examples made of them.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def size_report(
         side: The side as it was read.
         examples: The examples made of it.
         num_turns: Messages of all its conversations.
-        num_supervised: Tokens that carry loss; for labelled texts, their labels.
+        num_supervised: Tokens that carry loss; for labeled texts, their labels.
     """
     lengths = np.array([len(example.input_ids) for example in examples])
     num_tokens = int(lengths.sum())

@@ -36,7 +36,7 @@ def model_fingerprint(folder: Path) -> dict[str, str]:
 
 
 def examples_fingerprint(examples: Sequence[Example]) -> dict[str, str]:
-    """Return the SHA-256 of all token ids and of the token masks; for labelled examples, of their classes too."""
+    """Return the SHA-256 of all token ids and of the token masks; for labeled examples, of their classes too."""
     tokens, mask = hashlib.sha256(), hashlib.sha256()
     for example in examples:
         length = b"".join(len(sequence.input_ids).to_bytes(8, "little") for sequence in example.sequences)
@@ -86,7 +86,7 @@ def changed_settings(before: Record, now: Record) -> list[str]:
     """Return the settings that changed between two recipes as written, as `train.learning_rate (0.01 → 0.02)`."""
     return [
         f"{section}.{field} ({_shown(before.get(section, {}).get(field))} → {_shown(now.get(section, {}).get(field))})"
-        for section in sorted({*before, *now})
+        for section in sorted(before.keys() & now.keys())  # another task has other sections, and is a change itself
         for field in sorted({*before.get(section, {}), *now.get(section, {})})
         if before.get(section, {}).get(field) != now.get(section, {}).get(field)
     ]

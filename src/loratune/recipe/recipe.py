@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import yaml
-from pydantic import ValidationError, model_validator
+from pydantic import SerializerFunctionWrapHandler, ValidationError, model_serializer, model_validator
 
 from loratune.recipe.checks import check_beside, check_held_out, check_muon, check_quantization_settings
 from loratune.recipe.given_rows import with_rows_in_files
@@ -93,6 +93,13 @@ class Recipe(Section):
         check_muon(self)
         check_held_out(self)
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_other_tasks(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out the sections of other tasks: a recipe with one of them is refused."""
+        return {
+            name: part for name, part in dump(self).items() if getattr(self, name).only_for in ("", self.model.task)
+        }
 
     @classmethod
     def load(cls, path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Self:

@@ -57,11 +57,19 @@ def load_task(name: str) -> Any:
 
 
 def check_task(recipe: Any) -> None:
-    """Refuse settings that do not belong to the recipe's task.
+    """Refuse sections and settings that do not belong to the recipe's task.
 
     Raises:
         Contradiction: Naming the setting, its value, and what to do.
     """
+    for section in recipe.model_fields_set:
+        part = getattr(recipe, section)
+        if part.only_for not in ("", recipe.model.task):
+            given = next((f"{section}.{field} is {getattr(part, field)}" for field in part.model_fields_set), section)
+            raise Contradiction(
+                f"{given}, which model.task {recipe.model.task} does not have",
+                fix=f"task={part.only_for}, or leave {section} out",
+            )
     task: RecipeTask = load_task(recipe.model.task)
     for problem, fix in task.problems(recipe):
         raise Contradiction(problem, fix=fix)

@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loratune.recipe.sections.preference import PreferenceSection
 from loratune.run.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ def located(lock: Record) -> dict[str, Any]:
     Raises:
         RecipeError: The base was a local folder or file, and is in neither place.
     """
-    recipe: dict[str, Any] = copy.deepcopy(lock["recipe"])
+    recipe = without_other_tasks(copy.deepcopy(lock["recipe"]))
     began = lock.get("folder")
     for part, key in _paths(recipe):
         there = Path(began, part[key]) if began else None
@@ -45,6 +46,12 @@ def located(lock: Record) -> dict[str, Any]:
             )
         model["name"] = base  # a run of a version that did not record its folder
     return recipe
+
+
+def without_other_tasks(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Return the recipe of a lock without the section of another task, which earlier versions wrote too."""
+    other = recipe["model"].get("task", "causal_lm") != PreferenceSection.only_for
+    return {name: part for name, part in recipe.items() if not (other and name == "preference")}
 
 
 def _paths(recipe: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:

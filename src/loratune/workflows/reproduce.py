@@ -16,6 +16,7 @@ from loratune.run import processes
 from loratune.run.directory import Record, RunDir, read_json
 from loratune.run.errors import RecipeError, RunError
 from loratune.run.progress import NO_PROGRESS, Progress
+from loratune.workflows.locked_recipe import without_other_tasks
 from loratune.workflows.train import train
 
 if TYPE_CHECKING:
@@ -98,9 +99,8 @@ def reproduce(
         raise RecipeError(
             "the new run would overwrite the old one", file=target, fix="choose another folder with --out"
         )
-    recipe = Recipe.parse(
-        {**lock["recipe"], "train": {**lock["recipe"]["train"], "output_dir": str(target)}}, file=original.lock
-    )
+    own = without_other_tasks(lock["recipe"])
+    recipe = Recipe.parse({**own, "train": {**own["train"], "output_dir": str(target)}}, file=original.lock)
 
     def check(prepared: Preparation) -> None:
         changed = changed_inputs(lock, prepared.as_lock())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import datetime as dt
 import gzip
 import json
 from pathlib import Path
@@ -13,14 +12,13 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from loratune.data.rows import files
-from loratune.data.rows.files import READERS, is_plain_lines, not_utf8, read_bytes
+from loratune.data.rows.files import is_plain_lines, not_utf8, read_bytes
 from loratune.data.rows.formats import to_conversations
 from loratune.data.rows.row import Row, without_nested_nulls
 from loratune.data.rows.sources import read_rows
 from loratune.data.rows.tables import can_open
 from loratune.recipe.recipe import Source
-from loratune.run.errors import DataError, MachineError
+from loratune.run.errors import DataError
 
 ROWS = [{"prompt": f"q{n}, really", "completion": f"a{n}"} for n in range(3)]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
@@ -208,39 +206,3 @@ def test_columns_that_are_null_stay_and_keys_below_them_do_not() -> None:
     row = {"label": None, "messages": [{"content": None, "a": [None, {"b": None}]}]}
     assert without_nested_nulls(row) == {"label": None, "messages": [{"a": [None, {}]}]}
     assert without_nested_nulls(7) == 7
-
-
-def test_the_first_sheet_of_an_excel_file_is_read_as_its_csv_would_be(tmp_path: Path) -> None:
-    openpyxl = pytest.importorskip("openpyxl")
-    book = openpyxl.Workbook()
-    book.active.append(["prompt", "completion", "day", None])
-    book.active.append(["How many?", 42, dt.date(2026, 1, 2)])
-    book.active.append([])
-    book.active.append(["Half?", 0.5])
-    book.create_sheet("notes").append(["not read"])
-    path = tmp_path / "rows.xlsx"
-    book.save(path)
-    assert [(row.line, row.value) for row in READERS[".xlsx"](path)] == [
-        (2, {"prompt": "How many?", "completion": "42", "day": "2026-01-02T00:00:00"}),
-        (4, {"prompt": "Half?", "completion": "0.5", "day": ""}),
-    ]
-    book.active["E4"] = "no column"
-    book.save(path)
-    with pytest.raises(DataError, match="a cell right of the named columns") as error:
-        READERS[".xlsx"](path)
-    assert error.value.line == 4
-    book.active["D1"] = "prompt"
-    book.save(path)
-    with pytest.raises(DataError, match="two columns are called prompt"):
-        READERS[".xlsx"](path)
-    path.write_text("prompt,completion")
-    with pytest.raises(DataError, match="not an Excel file"):
-        READERS[".xlsx"](path)
-
-
-def test_without_openpyxl_the_error_says_how_to_install_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "find_spec", lambda name: None)
-    monkeypatch.setattr(files, "pip_install", lambda extra: f"pip install '{extra}'")
-    with pytest.raises(MachineError, match="openpyxl") as error:
-        READERS[".xlsx"](tmp_path / "a.xlsx")
-    assert error.value.fix == "pip install 'excel'; or save the sheet as CSV (UTF-8)"

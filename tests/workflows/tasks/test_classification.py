@@ -1,4 +1,4 @@
-"""`task: sequence_classification`, from labelled rows to a merged classifier, each part against transformers and PEFT
+"""`task: sequence_classification`, from labeled rows to a merged classifier, each part against transformers and PEFT
 alone."""
 
 from __future__ import annotations
@@ -221,6 +221,27 @@ def test_the_result_loads_the_classifier(finished: RunDir) -> None:
     assert "<td>accuracy</td>" in result._repr_html_()
 
 
+def test_the_result_of_a_run_from_another_folder_loads_the_classifier_with_the_base_where_it_began(
+    finished: RunDir, bases: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunDir(Path(shutil.copytree(finished.root, tmp_path / "project" / "run")))
+    shutil.copytree(bases("bert"), tmp_path / "project" / "bert")
+    lock, config = read_json(run.lock), read_json(run.adapter / "adapter_config.json")
+    lock["recipe"]["model"]["name"], lock["folder"] = "bert", str(tmp_path / "project")
+    write_json(run.lock, lock)
+    write_json(run.adapter / "adapter_config.json", {**config, "base_model_name_or_path": "bert"})
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    found = open_result(run.root)
+    inputs = found.tokenizer()("please play some music", return_tensors="pt")
+    with torch.no_grad():
+        logits = found.model()(**inputs).logits
+        expected = AutoPeftModelForSequenceClassification.from_pretrained(
+            finished.adapter, num_labels=logits.shape[1], pad_token_id=0
+        )
+        torch.testing.assert_close(logits, expected.eval()(**inputs).logits, rtol=SAME, atol=SAME)
+
+
 # ---- evaluation
 
 
@@ -237,7 +258,7 @@ def test_gates_hold_the_accuracy(finished: RunDir, tmp_path: Path) -> None:
 
 def test_the_page_and_the_card_speak_of_classes(finished: RunDir) -> None:
     page = finished.report.read_text()
-    for words in ("Confusion matrix, fine-tuned", "majority class", "labelled texts of", "class weather", "F1 (macro)"):
+    for words in ("Confusion matrix, fine-tuned", "majority class", "labeled texts of", "class weather", "F1 (macro)"):
         assert words in page
     card = (finished.adapter / "README.md").read_text()
     assert "AutoPeftModelForSequenceClassification" in card

@@ -55,7 +55,7 @@ __all__ = ["bases"]
 )
 def test_what_classification_cannot_do_is_refused_by_name(setting: str, value: Any, words: str) -> None:
     section, _, field = setting.partition(".")
-    with pytest.raises(RecipeError, match=f"{words}.*model.task sequence_classification|{words}, but labelled rows"):
+    with pytest.raises(RecipeError, match=f"{words}.*model.task sequence_classification|{words}, but labeled rows"):
         Recipe.parse({"task": "sequence_classification", section: {field: value}})
 
 

@@ -1,1 +1,1 @@
-"""From files and Hub datasets to validated conversations and labelled texts."""
+"""From files and Hub datasets to validated conversations and labeled texts."""

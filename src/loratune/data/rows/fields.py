@@ -58,9 +58,10 @@ class Field:
 
 # ---- rules
 
-PREFERENCE = (
-    "is a preference pair (chosen and rejected), which task=preference trains; data.columns={completion: chosen}, or "
-    "{messages: chosen} if chosen is a list of messages, trains the chosen ones as answers"
+PAIR = "is a preference pair (chosen and rejected)"
+PAIR_FIX = (
+    "task=preference trains pairs; data.columns={completion: chosen}, or {messages: chosen} if chosen is a list of "
+    "messages, trains the chosen ones as answers"
 )
 
 
@@ -71,7 +72,7 @@ def is_preference_pair(fields: Mapping[str, Any]) -> bool:
 
 
 def _pair(name: str, value: Any, fields: Mapping[str, Any]) -> str:  # noqa: ARG001 - the signature of all rules
-    return PREFERENCE if is_preference_pair(fields) else ""
+    return f"{PAIR}: {PAIR_FIX}" if is_preference_pair(fields) else ""
 
 
 def _media(name: str, value: Any, fields: Mapping[str, Any]) -> str:  # noqa: ARG001

@@ -12,14 +12,12 @@ import io
 import json
 import re
 import sys
-import zipfile
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from loratune.data.rows.excel import read_excel
 from loratune.data.rows.json_text import DECODER, parse_json
 from loratune.data.rows.row import Row, without_nested_nulls
-from loratune.run.errors import DataError, MachineError
-from loratune.run.extras import pip_install
+from loratune.run.errors import DataError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -278,48 +276,6 @@ def _read_csv(path: Path) -> list[Row]:
     return rows
 
 
-def _read_excel(path: Path) -> list[Row]:
-    """Read the first sheet; its first row names the columns. Cells are text, as in a CSV file of the sheet.
-
-    Raises:
-        MachineError: openpyxl is not installed.
-    """
-    if find_spec("openpyxl") is None:
-        fix = f"{pip_install('excel')}; or save the sheet as CSV (UTF-8)"
-        raise MachineError("openpyxl, which reads .xlsx files, is not installed", file=path, fix=fix)
-    from openpyxl import load_workbook
-
-    try:
-        with path.open("rb") as stream:
-            sheet = load_workbook(stream, read_only=True, data_only=True).worksheets[0]
-            cells = [[_cell_text(value) for value in row] for row in sheet.iter_rows(values_only=True)]
-    except (OSError, ValueError, KeyError, IndexError, zipfile.BadZipFile, SyntaxError) as error:
-        raise DataError(f"not an Excel file: {error}", file=path, fix="save it again, or as CSV (UTF-8)") from None
-    names = cells[0] if cells else []
-    while names and not names[-1]:
-        names.pop()
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise DataError(f"two columns are called {twice}", file=path, line=1, fix="rename one of them")
-    rows: list[Row] = []
-    for line, values in enumerate(cells[1:], start=2):
-        if any(values[len(names) :]):
-            raise DataError(
-                "a cell right of the named columns", file=path, line=line, fix="name its column, or clear it"
-            )
-        if any(values):
-            padded = [*values, *[""] * len(names)]
-            rows.append(Row(file=str(path), line=line, value=dict(zip(names, padded, strict=False))))
-    return rows
-
-
-def _cell_text(value: Any) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
-    return value.isoformat() if hasattr(value, "isoformat") else str(value)
-
-
 def _delimiter(path: Path, text: str) -> str:
     """Return what separates the columns: the first of comma, semicolon, tab and bar that the header has."""
     if path.name.lower().removesuffix(".gz").removesuffix(".zst").endswith(".tsv"):
@@ -349,7 +305,7 @@ READERS: dict[str, Callable[[Path], list[Row]]] = {
     ".arrow": _read_arrow,
     ".csv": _read_csv,
     ".tsv": _read_csv,
-    ".xlsx": _read_excel,
+    ".xlsx": read_excel,
     ".txt": _read_document,
 }
 """File suffix → the function that reads such a file."""

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from loratune.data.rows.conversation import Conversation, Message
-from loratune.data.rows.fields import PREFERENCE, Place, Unread, describe_value, is_preference_pair, says_nothing
+from loratune.data.rows.fields import PAIR, PAIR_FIX, Place, Unread, describe_value, is_preference_pair, says_nothing
 from loratune.data.rows.items import chat_messages
 from loratune.data.rows.messages import read_message, read_sharegpt_message
 from loratune.data.rows.row import Origin, Rejected, Row
@@ -61,26 +61,25 @@ def detect_format(rows: Iterable[Row], *, strict: bool = True) -> str:
         return best
     odd = next(row for row, names in zip(rows, fitting, strict=True) if best not in names or not counts[best])
     if isinstance(odd.value, dict) and is_preference_pair(odd.value):
-        raise DataError(
-            f"the row {PREFERENCE}", file=odd.file, line=odd.line, fix="task=preference, to train preferences"
-        )
+        problem = f"the row {PAIR}, which matches no format of conversations"
+        raise DataError(problem, file=odd.file, line=odd.line, fix=PAIR_FIX)
     supported = "; ".join(f"{name} ({fields})" for name, fields in FORMATS.items())
     others = f"; {counts[best]} of {len(rows)} rows are {best}" if counts[best] else ""
     raise DataError(
         f"the row matches no known format: {describe_value(odd.value)}{others}",
         file=odd.file,
         line=odd.line,
-        fix=f"{_columns_advice(odd.value)}formats are {supported}; map other column names with data.columns, correct "
-        "the row, or leave such rows out with data.on_bad_row=skip",
+        fix=f"{_columns_advice(odd.value)}; correct the row, or leave such rows out with data.on_bad_row=skip; "
+        f"formats are {supported}",
     )
 
 
 def _columns_advice(value: Any) -> str:
-    """Name the setting that reads a row of two texts as prompt and completion."""
+    """Name the setting that reads other columns, for a row of two texts with their names."""
     texts = [name for name, text in value.items() if isinstance(text, str)] if isinstance(value, dict) else []
     if len(texts) != 2:
-        return ""
-    return f"data.columns='{{prompt: {texts[0]}, completion: {texts[1]}}}' reads these two; "
+        return "map other column names with data.columns"
+    return f"data.columns='{{prompt: {texts[0]}, completion: {texts[1]}}}' reads these two"
 
 
 def rename_columns(rows: Sequence[Row], columns: Mapping[Column, str]) -> list[Row]:

@@ -15,7 +15,7 @@ from loratune.run.errors import BadRow
 _ROLE_ALIASES = {"developer": "system", "function": "tool", "tool_response": "tool"}
 
 # The names in ShareGPT files.
-_SHAREGPT_ROLES = {
+SHAREGPT_ROLES = {
     "system": "system",
     "human": "user",
     "user": "user",
@@ -97,9 +97,9 @@ def read_sharegpt_message(turn: Any, number: int, unread: Unnamed | None = None)
     if not isinstance(turn, dict) or "from" not in turn or "value" not in turn:
         raise BadRow(f"message {number} has no from and value; it is {describe_value(turn)}")
     name = str(turn["from"]).lower()
-    role = _SHAREGPT_ROLES.get(name)
+    role = SHAREGPT_ROLES.get(name)
     if role is None:
-        raise BadRow(f"message {number} is from {turn['from']!r}, which is not one of {', '.join(_SHAREGPT_ROLES)}")
+        raise BadRow(f"message {number} is from {turn['from']!r}, which is not one of {', '.join(SHAREGPT_ROLES)}")
     unread = [] if unread is None else unread
     if name in _CALL_ROLES:
         return _read_call_turn(turn, "value", number, unread)

@@ -1,4 +1,4 @@
-"""Sources → validated items (conversations or labelled texts), and which conversations are held out."""
+"""Sources → validated items (conversations or labeled texts), and which conversations are held out."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class ReadSide(Generic[T]):
     format: str
     num_rows: int
     items: list[T]
-    """The valid rows: conversations, or labelled texts."""
+    """The valid rows: conversations, or labeled texts."""
     keys: list[Any]
     """A hashable key of each item; equal for items with the same content."""
     rejected: list[Rejected]

@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from loratune.data.rows.excel import sheets_left_out
 from loratune.data.rows.files import READERS, read_bytes
 from loratune.data.rows.folders import COMPRESSED, data_suffix, select_files
 from loratune.data.rows.hub import is_saved, read_hub, read_saved
@@ -110,12 +111,20 @@ def local_files(source: Source) -> list[Path]:
 
 
 def files_left_out(source: Source) -> list[str]:
-    """Return the files of a folder that are not read, each with the reason."""
+    """Return the files of a folder that are not read, each with the reason, and the sheets of Excel files."""
     path = Path(source.name).expanduser()
-    if not is_local(source) or not path.is_dir() or is_saved(path):
+    if not is_local(source) or is_saved(path):
         return []
+    sheets = [
+        f"{file} (its sheet {name}: only the first sheet is read)"
+        for file in local_files(source)
+        if data_suffix(file) == ".xlsx"
+        for name in sheets_left_out(file)
+    ]
+    if not path.is_dir():
+        return sheets
     left_out = select_files(path, source.split, SUFFIXES, source.config).left_out
-    return [f"{source.name.rstrip('/')}/{name}" for name in left_out]
+    return [*(f"{source.name.rstrip('/')}/{name}" for name in left_out), *sheets]
 
 
 def _refuse_hub_settings(source: Source) -> None:

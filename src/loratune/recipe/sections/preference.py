@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -18,6 +18,8 @@ WITH_REFERENCE = ("dpo", "ipo")
 class PreferenceSection(Section):
     """How pairs of a better and a worse answer are trained (`task: preference`)."""
 
+    only_for: ClassVar[str] = "preference"
+
     loss: Literal["dpo", "ipo", "orpo", "simpo"] = "dpo"
     """The loss of a pair. `dpo`: direct preference optimization; `ipo`: identity preference optimization, per token;
     both compare with a reference, the model as it was before training. `orpo`: odds ratio preference optimization, with
@@ -29,7 +31,7 @@ class PreferenceSection(Section):
     weight of the odds ratio in `orpo` (λ), the scale of the rewards in `simpo`. `auto`: 0.1, and 2.0 for `simpo`."""
 
     label_smoothing: Float = Field(default=0.0, ge=0, lt=0.5)
-    """The probability that a pair is labelled the wrong way round (conservative DPO). For `dpo` only."""
+    """The probability that a pair is labeled the wrong way round (conservative DPO). For `dpo` only."""
 
     sft_weight: Float = Field(default=0.0, ge=0)
     """The weight of an additional term, the mean of -log p over the tokens of the chosen answer, which keeps its

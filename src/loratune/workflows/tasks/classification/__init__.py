@@ -70,7 +70,7 @@ class Classification(Task):
     writes_text = False
     trains_in_processes = False
     example = "text"
-    training_example = "labelled text"
+    training_example = "labeled text"
     prompt = "text"
     reference = "class"
     nats = "nats per text"
@@ -100,7 +100,7 @@ class Classification(Task):
         for column in recipe.data.columns:
             if column not in COLUMNS:
                 yield (
-                    f"data.columns names {column}, but labelled rows have {', '.join(COLUMNS)}",
+                    f"data.columns names {column}, but labeled rows have {', '.join(COLUMNS)}",
                     "data.columns={text: …, label: …}",
                 )
 

@@ -72,7 +72,7 @@ def prepare_classified(
     seed: int,
     progress: Progress = NO_PROGRESS,
 ) -> PreparedData:
-    """Read, validate and tokenize the labelled texts of a run.
+    """Read, validate and tokenize the labeled texts of a run.
 
     Args:
         data: The recipe's data section.

@@ -49,7 +49,7 @@ def classifier_positions(recipe: Recipe, config: Any) -> int | None:
 
 
 def prepare_classifier(recipe: Recipe, base: BaseModel, config: Any, max_length: int, progress: Progress) -> TaskModel:
-    """Read the labelled data, and find out what head the base gets.
+    """Read the labeled data, and find out what head the base gets.
 
     Args:
         recipe: The recipe of a classifier.

@@ -1,4 +1,4 @@
-"""Labelled rows: their texts and labels, the classes, and which rows are held out."""
+"""Labeled rows: their texts and labels, the classes, and which rows are held out."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class LabelledText:
 
 
 def read_labelled(read: Reader, sources: Sequence[Source], refuse: Callable[[str], str]) -> ReadSide[LabelledText]:
-    """Read the rows of sources as labelled texts.
+    """Read the rows of sources as labeled texts.
 
     Args:
         read: The reader.
@@ -87,10 +87,10 @@ def _unread(rows: Sequence[Row], rejected: Sequence[Rejected]) -> Unread:
 def labelled_texts(
     rows: Iterable[Row], refuse: Callable[[str], str] = lambda _: "", classes: Sequence[str] = ()
 ) -> tuple[list[LabelledText], list[Rejected]]:
-    """Read rows as labelled texts.
+    """Read rows as labeled texts.
 
     Args:
-        rows: Rows with the field names of labelled rows.
+        rows: Rows with the field names of labeled rows.
         refuse: Returns the special token that a text names; empty if it names none.
         classes: The class names of a Hub dataset with integer labels.
 
@@ -163,7 +163,7 @@ def class_names(train: Sequence[LabelledText], evaluation: Sequence[LabelledText
         DataError: There are fewer than two, they have different types, or the held-out data has another one.
     """
     if not train:
-        raise DataError("no labelled text is left to train on", fix="see data.on_bad_row")
+        raise DataError("no labeled text is left to train on", fix="see data.on_bad_row")
     kind = type(train[0].label)
     for text in (*train, *evaluation):
         if type(text.label) is not kind:

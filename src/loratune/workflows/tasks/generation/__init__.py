@@ -45,14 +45,6 @@ class TextGeneration(Task):
         for column in recipe.data.columns:
             if other := _OTHER_COLUMNS.get(column):
                 yield f"data.columns names {column}, which is for model.task {other}", f"task={other}"
-        section = recipe.preference
-        if given := [
-            name for name, part in type(section).model_fields.items() if getattr(section, name) != part.default
-        ]:
-            yield (
-                f"preference.{given[0]} is {getattr(section, given[0])}, which model.task {self.name} does not have",
-                ("task=preference, or leave it out"),
-            )
 
     def positions(self, recipe: Recipe, config: Any) -> int | None:
         from loratune.model.load import positions_of

@@ -38,7 +38,7 @@ def add_pair_measures(
     """Add to `evaluation.json` what base and fine-tuned model say of the held-out pairs.
 
     Adds to `base`, `tuned` and `difference`: `pair_accuracy`, the share of pairs whose chosen answer has the higher
-    log p; `pair_accuracy_per_token`, the same of log p per token, which does not favour short answers; `pair_margin`,
+    log p; `pair_accuracy_per_token`, the same of log p per token, which does not favor short answers; `pair_margin`,
     the mean of log p(chosen) - log p(rejected), in nats. `preference` has rewards and lengths.
 
     Args:

@@ -1,0 +1,1 @@
+"""Configuration files of other fine-tuning tools, read as settings of a recipe."""
