@@ -98,6 +98,8 @@ class SupervisedLoss:
         slow_attention: Why packed attention does not run in the device's fastest kernel; empty if it does.
         pads: Whether examples that are not packed are padded to one length, and not taken one at a time.
         sharded: Whether ranks share the model's layers (`fsdp`), so that all must call it equally often.
+        shares_beginnings: Whether training lays out equal beginnings of a micro-batch's sequences once.
+        why_separate: Why it does not, although the recipe wants it; empty if it does, or need not.
     """
 
     compiled = False
@@ -108,6 +110,8 @@ class SupervisedLoss:
     slow_attention = ""
     pads = False
     sharded = False
+    shares_beginnings = False
+    why_separate = ""
 
     def __init__(self, model: PeftModel, *, packed: bool = True) -> None:
         causal_lm = model.get_base_model()
@@ -160,11 +164,16 @@ class SupervisedLoss:
         if self._shares_forward(batch):
             hidden = self._hidden(batch.input_ids, batch)
         else:
+            assert batch.tree is None, "shared beginnings in a micro-batch that does not share a forward"
             ends = batch.host_boundaries.tolist()
             rows = [None if batch.rows is None else batch.rows[a:b] for a, b in pairwise(ends)]
             examples = [batch.input_ids[:, a:b] for a, b in pairwise(ends)]
             hidden = torch.cat([self._hidden(ids, rows=own) for ids, own in zip(examples, rows, strict=True)], dim=1)
         return hidden[0, batch.predictors]
+
+    def may_share(self, batch: MicroBatch) -> bool:
+        """Tell whether equal beginnings of this micro-batch's sequences may be laid out once."""
+        return self.shares_beginnings and (self.longest_packed is None or batch.max_length <= self.longest_packed)
 
     def _shares_forward(self, batch: MicroBatch) -> bool:
         """Tell whether the examples share one forward, and set the model's attention accordingly where that varies."""
@@ -188,7 +197,7 @@ class SupervisedLoss:
             boundaries = {
                 "position_ids": batch.position_ids,
                 "cu_seq_lens_q": batch.boundaries,
-                "cu_seq_lens_k": batch.host_boundaries,
+                "cu_seq_lens_k": batch.host_boundaries if batch.tree is None else batch.tree,
                 "max_length_q": batch.max_length,
                 "max_length_k": batch.max_length,
             }
@@ -311,7 +320,7 @@ def _beginnings_of(examples: Sequence[Example]) -> list[Example]:
 def _plain_losses(model: PeftModel, examples: Sequence[Example]) -> torch.Tensor:
     """Return the losses of the model's own forward, one example at a time with full logits, as `SFTTrainer` sees it."""
     losses = []
-    with _in_mode(model, training=False):
+    with in_mode(model, training=False):
         for example in examples:
             input_ids = torch.from_numpy(example.input_ids).long()[None].to(model.device)
             logits = model(input_ids=input_ids, use_cache=False).logits[0].float()
@@ -322,19 +331,20 @@ def _plain_losses(model: PeftModel, examples: Sequence[Example]) -> torch.Tensor
 @torch.no_grad()
 def _rehearse(loss: SupervisedLoss, batch: MicroBatch) -> None:
     """Run one forward in training mode, where some models do more that packing may not support (attention dropout)."""
-    with _in_mode(loss.model, training=True), torch.random.fork_rng():
+    with in_mode(loss.model, training=True), torch.random.fork_rng():
         loss.per_token(batch)
 
 
 def _difference(
     loss: L, ask: Callable[[L, MicroBatch], torch.Tensor], batch: MicroBatch, expected: torch.Tensor
 ) -> float:
-    with _in_mode(loss.model, training=False):
+    with in_mode(loss.model, training=False):
         return float((ask(loss, batch) - expected).square().mean().sqrt())
 
 
 @contextmanager
-def _in_mode(model: torch.nn.Module, *, training: bool) -> Iterator[None]:
+def in_mode(model: torch.nn.Module, *, training: bool) -> Iterator[None]:
+    """Put a model into training or evaluation mode, and back afterwards."""
     before = model.training
     model.train(training)
     try:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
+from loratune.data.shared_beginnings import pack_shared
 from loratune.data.steps import pack
 from loratune.model.device import free_memory, is_out_of_memory
 from loratune.run import processes
@@ -44,9 +45,17 @@ class TokenBudget:
         self._events = events
         self._current: list[Example] = []  # the examples of the running micro-batch, for messages
 
-    def micro_batches(self, examples: Sequence[Example], numbers: Iterable[int]) -> Iterator[tuple[int, ...]]:
-        """Yield micro-batches within the budget, as indices into `examples`; of these only `numbers` are used."""
-        micro_batches = pack([(i, len(examples[i].input_ids)) for i in numbers], self.tokens)
+    def micro_batches(
+        self, examples: Sequence[Example], numbers: Iterable[int], *, shared: bool = False
+    ) -> Iterator[tuple[int, ...]]:
+        """Yield micro-batches within the budget, as indices into `examples`; of these only `numbers` are used.
+
+        With `shared`, examples that begin alike are put together, and their common tokens count once.
+        """
+        if shared:
+            micro_batches = pack_shared(examples, list(numbers), self.tokens)
+        else:
+            micro_batches = pack([(i, len(examples[i].input_ids)) for i in numbers], self.tokens)
         if self._together:
             micro_batches += [()] * (max(processes.gather(len(micro_batches))) - len(micro_batches))
         for chosen in micro_batches:

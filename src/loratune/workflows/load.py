@@ -19,6 +19,7 @@ from loratune.run.errors import RecipeError, RunError
 from loratune.training.fsdp import is_sharded, shard_layers
 from loratune.training.layers import prepare_layers
 from loratune.training.neftune import EmbeddingNoise
+from loratune.training.shared_forward import obstacle_to_sharing
 from loratune.workflows.tasks.task import task_of
 
 if TYPE_CHECKING:
@@ -82,6 +83,9 @@ def attach_adapter_and_loss(prepared: Preparation, base: Any, progress: Progress
     loss = _loss(prepared, model)
     if recipe.train.engine == "trl":
         return model, loss
+    if recipe.train.share_prefixes is True:
+        loss.why_separate = obstacle_to_sharing(loss, prepared.data.train)
+        loss.shares_beginnings = not loss.why_separate
     for words in slow_notes(prepared, loss):
         progress.warn(words)
     note = fallback_note(model)
@@ -148,6 +152,8 @@ def slow_notes(prepared: Preparation, loss: SupervisedLoss) -> Iterator[str]:
         mean = fmean(len(example.input_ids) for example in prepared.data.train)
         cost = f"; a forward pass has {mean:,.0f} tokens on average, where packed examples fill up to {budget:,}"
         yield loss.why_unpacked + (cost if not (loss.packed or loss.pads) and mean < budget else "")
+    if loss.why_separate:
+        yield f"beginnings that examples share go through the model once for each of them: {loss.why_separate}"
     if loss.slow_attention:
         yield (
             f"attention runs in blocks of plain matrix products, not as flash attention: {loss.slow_attention}; "
