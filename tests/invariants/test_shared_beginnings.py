@@ -130,7 +130,9 @@ def processed(run: RunDir) -> list[int | None]:
     return [line.get("num_processed_tokens") for line in run.read_metrics() if "loss" in line]
 
 
-@pytest.mark.parametrize("budget", [1, 300, 4096])
+@pytest.mark.parametrize(
+    "budget", [pytest.param(1, marks=pytest.mark.slow), 300, pytest.param(4096, marks=pytest.mark.slow)]
+)
 def test_neither_the_budget_nor_computing_beginnings_once_changes_the_steps(
     budget: int, tiny_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -154,6 +156,7 @@ def test_neither_the_budget_nor_computing_beginnings_once_changes_the_steps(
         assert plan["data"]["shared_fraction"] == pytest.approx(told, abs=0.02), "the second epoch's steps are others"
 
 
+@pytest.mark.slow
 def test_without_dropout_a_run_that_shares_is_one_that_does_not(tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
     """Recomputed layers included."""
     settings = {"lora__targets": "complete", "data__train_on": "all", "train__recompute": 1}
@@ -161,6 +164,7 @@ def test_without_dropout_a_run_that_shares_is_one_that_does_not(tiny_recipe: Mak
     assert_same(shared, train(tiny_recipe(**settings, train__share_prefixes=False)).run, tolerance=1e-5)
 
 
+@pytest.mark.slow
 def test_sharing_with_dropout_has_masks_of_its_own(tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
     """So that the first test above could fail."""
     settings = {"lora__dropout": 0.1, "lora__targets": "complete"}
@@ -170,6 +174,7 @@ def test_sharing_with_dropout_has_masks_of_its_own(tiny_recipe: MakeRecipe, tmp_
     assert max(abs(a - b) for a, b in pairs) > 1e-4
 
 
+@pytest.mark.slow
 def test_pairs_share_their_prompts(tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
     rows = [
         {"prompt": f"What colour is thing number {i}?", "chosen": f"It is red, {i}.", "rejected": "I do not know."}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,6 +13,20 @@ from loratune.data.rows.row import Origin
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+
+class Distinct(NamedTuple):
+    """The U different pairs of position and next token among S predictions.
+
+    Attributes:
+        first_U: int64; the first prediction of each pair, among the S.
+        counts_U: float32; how many predictions each pair stands for.
+        of_S: int64; the pair of each prediction, among the U.
+    """
+
+    first_U: torch.Tensor  # noqa: N815 - a shape
+    counts_U: torch.Tensor  # noqa: N815
+    of_S: torch.Tensor  # noqa: N815
 
 
 FILLER = Example(
@@ -35,6 +49,7 @@ class MicroBatch:
         max_length: Tokens of the longest sequence.
         tree: int32 [2, S + 1] on the host where sequences share tokens (`shared_beginnings`): the boundaries of segments in
             place of sequences, and the segment before each, -1 for none. Else None.
+        distinct: The different ones of the predictions, where several sequences share a position and what comes next.
         predictors: int64 [S]; the positions whose output predicts a supervised token.
         targets: int64 [S]; these supervised tokens.
         labels: int64 [E]; the classes of labelled examples, else None.
@@ -57,6 +72,7 @@ class MicroBatch:
     reference: torch.Tensor | None = None
     rows: torch.Tensor | None = None
     tree: torch.Tensor | None = None
+    distinct: Distinct | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -88,6 +104,7 @@ class MicroBatch:
             reference=None if self.reference is None else moved(self.reference.to(float_type(device))),
             rows=None if self.rows is None else moved(self.rows),
             tree=self.tree,
+            distinct=None if self.distinct is None else Distinct(*map(moved, self.distinct)),
         )
 
 

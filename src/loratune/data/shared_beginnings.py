@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from loratune.data.batch import Distinct, MicroBatch
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import numpy.typing as npt
 
-    from loratune.data.batch import MicroBatch
     from loratune.data.examples import Example
 
     Ids = npt.NDArray[np.int32]
@@ -120,6 +121,7 @@ def share_beginnings(batch: MicroBatch, least: int = LEAST_SHARED) -> MicroBatch
     ids_T = batch.input_ids[0].numpy().astype(np.int32)
     tree = prefix_tree(np.split(ids_T, batch.host_boundaries[1:-1].tolist()), least)
     taken_F, place_T = torch.from_numpy(tree.taken_F), torch.from_numpy(tree.place_T)
+    predictors = place_T[batch.predictors]
     boundaries = torch.from_numpy(tree.boundaries.astype(np.int32))
     parents = torch.from_numpy(np.append(tree.parents, -1).astype(np.int32))
     return replace(
@@ -129,9 +131,19 @@ def share_beginnings(batch: MicroBatch, least: int = LEAST_SHARED) -> MicroBatch
         boundaries=boundaries,
         host_boundaries=boundaries,
         tree=torch.stack([boundaries, parents]),
-        predictors=place_T[batch.predictors],
+        predictors=predictors,
+        distinct=_distinct(predictors, batch.targets),
         rows=None if batch.rows is None else batch.rows[taken_F],
     )
+
+
+def _distinct(predictors_S: torch.Tensor, targets_S: torch.Tensor) -> Distinct | None:
+    """Return the different pairs of predictors and targets; None if all are."""
+    pairs = np.stack([predictors_S.numpy(), targets_S.numpy()])
+    _, first_U, of_S, counts_U = np.unique(pairs, axis=1, return_index=True, return_inverse=True, return_counts=True)
+    if len(first_U) == pairs.shape[1]:
+        return None
+    return Distinct(torch.from_numpy(first_U), torch.from_numpy(counts_U).float(), torch.from_numpy(of_S.ravel()))
 
 
 def first_owners(examples: Sequence[Example], numbers: Sequence[int]) -> list[npt.NDArray[np.int64]]:

@@ -140,14 +140,16 @@ class SupervisedLoss:
             batch: The micro-batch.
             each: float32 [S], filled with the loss of each supervised token.
         """
-        return sum_cross_entropy(
-            self._predictions(batch),
-            self.head,
-            batch.targets,
-            smoothing=self.smoothing,
-            compiled=self.compiled,
-            each_S=each,
-        )
+        head, distinct = self.head, batch.distinct
+        settings: dict[str, Any] = {"smoothing": self.smoothing, "compiled": self.compiled}
+        if distinct is None or head.is_trained:
+            return sum_cross_entropy(self._predictions(batch), head, batch.targets, each_S=each, **settings)
+        once_U = torch.empty_like(distinct.counts_U)
+        hidden_UH, targets_U = self._predictions(batch, distinct.first_U), batch.targets[distinct.first_U]
+        total = sum_cross_entropy(hidden_UH, head, targets_U, counts_S=distinct.counts_U, each_S=once_U, **settings)
+        if each is not None:
+            each.copy_(once_U[distinct.of_S])
+        return total
 
     @torch.no_grad()
     def per_token(self, batch: MicroBatch) -> torch.Tensor:
@@ -159,8 +161,8 @@ class SupervisedLoss:
         """Return the logits that predict each supervised token of a micro-batch, float32 [S, V]."""
         return head_logits(self._predictions(batch), self.head)
 
-    def _predictions(self, batch: MicroBatch) -> torch.Tensor:
-        """Return the hidden states at the positions that predict a supervised token, [S, H]."""
+    def _predictions(self, batch: MicroBatch, chosen: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the hidden states at the positions that predict a supervised token, [S, H]; or the chosen of these."""
         if self._shares_forward(batch):
             hidden = self._hidden(batch.input_ids, batch)
         else:
@@ -169,7 +171,7 @@ class SupervisedLoss:
             rows = [None if batch.rows is None else batch.rows[a:b] for a, b in pairwise(ends)]
             examples = [batch.input_ids[:, a:b] for a, b in pairwise(ends)]
             hidden = torch.cat([self._hidden(ids, rows=own) for ids, own in zip(examples, rows, strict=True)], dim=1)
-        return hidden[0, batch.predictors]
+        return hidden[0, batch.predictors if chosen is None else batch.predictors[chosen]]
 
     def may_share(self, batch: MicroBatch) -> bool:
         """Tell whether equal beginnings of this micro-batch's sequences may be laid out once."""
