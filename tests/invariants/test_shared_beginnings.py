@@ -137,7 +137,8 @@ def test_neither_the_budget_nor_computing_beginnings_once_changes_the_steps(
     budget: int, tiny_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With dropout: the rule of the masks is the recipe's, and here no beginning is computed once."""
-    settings = {"lora__dropout": 0.1, "lora__targets": "complete", "train__share_prefixes": True, "data__train_on": "all"}
+    settings = {"lora__dropout": 0.1, "lora__targets": "complete", "data__train_on": "all"}
+    settings |= {"train__share_prefixes": True}
     folder = {"train__output_dir": str(tmp_path / "once"), "train__token_budget": budget}
     once = train(tiny_recipe(**settings, **folder)).run
     with monkeypatch.context() as patch:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,19 +14,7 @@ from loratune.data.rows.row import Origin
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-
-class Distinct(NamedTuple):
-    """The U different pairs of position and next token among S predictions.
-
-    Attributes:
-        first_U: int64; the first prediction of each pair, among the S.
-        counts_U: float32; how many predictions each pair stands for.
-        of_S: int64; the pair of each prediction, among the U.
-    """
-
-    first_U: torch.Tensor  # noqa: N815 - a shape
-    counts_U: torch.Tensor  # noqa: N815
-    of_S: torch.Tensor  # noqa: N815
+    from loratune.data.shared_beginnings import Distinct
 
 
 FILLER = Example(
@@ -47,8 +35,8 @@ class MicroBatch:
         boundaries: int32 [E + 1]; sequence e occupies tokens boundaries[e] to boundaries[e + 1] - 1.
         host_boundaries: The same, which stay on the host: reading them there does not wait for the device.
         max_length: Tokens of the longest sequence.
-        tree: int32 [2, S + 1] on the host where sequences share tokens (`shared_beginnings`): the boundaries of segments in
-            place of sequences, and the segment before each, -1 for none. Else None.
+        tree: int32 [2, segments + 1] on the host where sequences share tokens (`shared_beginnings`): the boundaries of
+            segments in place of sequences, and the segment before each, -1 for none. Else None.
         distinct: The different ones of the predictions, where several sequences share a position and what comes next.
         predictors: int64 [S]; the positions whose output predicts a supervised token.
         targets: int64 [S]; these supervised tokens.
@@ -104,7 +92,7 @@ class MicroBatch:
             reference=None if self.reference is None else moved(self.reference.to(float_type(device))),
             rows=None if self.rows is None else moved(self.rows),
             tree=self.tree,
-            distinct=None if self.distinct is None else Distinct(*map(moved, self.distinct)),
+            distinct=None if self.distinct is None else self.distinct._make(map(moved, self.distinct)),
         )
 
 

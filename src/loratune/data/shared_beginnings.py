@@ -13,24 +13,38 @@ Shapes: N sequences, T tokens of a micro-batch as `collate` makes it, F ≤ T of
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from itertools import pairwise
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-
-from loratune.data.batch import Distinct, MicroBatch
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import numpy.typing as npt
 
+    from loratune.data.batch import MicroBatch
     from loratune.data.examples import Example
 
     Ids = npt.NDArray[np.int32]
 
 LEAST_SHARED = 16
 """Tokens of a beginning from which on it is a segment of its own. A segment costs a block of attention more."""
+
+
+class Distinct(NamedTuple):
+    """The U different pairs of position and next token among S predictions.
+
+    Attributes:
+        first_U: int64; the first prediction of each pair, among the S.
+        counts_U: float32; how many predictions each pair stands for.
+        of_S: int64; the pair of each prediction, among the U.
+    """
+
+    first_U: torch.Tensor  # noqa: N815 - a shape
+    counts_U: torch.Tensor  # noqa: N815
+    of_S: torch.Tensor  # noqa: N815
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +81,7 @@ def _sorted(sequences: Sequence[Ids]) -> tuple[npt.NDArray[np.int64], npt.NDArra
     # As big-endian bytes, ids compare as numbers do, and a beginning comes before what it begins.
     keys = [np.asarray(ids).astype(">u4").tobytes() for ids in sequences]
     order = sorted(range(len(keys)), key=keys.__getitem__)
-    neighbours = [_common(sequences[a], sequences[b]) for a, b in zip(order, order[1:], strict=False)]
+    neighbours = [_common(sequences[a], sequences[b]) for a, b in pairwise(order)]
     return np.array(order, dtype=np.int64), np.array(neighbours, dtype=np.int64)
 
 
@@ -103,7 +117,7 @@ def prefix_tree(sequences: Sequence[Ids], least: int = LEAST_SHARED) -> PrefixTr
             done, parent = shared, len(parents) - 1
         if len(members) > 1:
             cuts = [first, *(first + 1 + np.flatnonzero(between == shared)), end]
-            parts = [(int(a), int(b), done, parent) for a, b in zip(cuts, cuts[1:], strict=False)]
+            parts = [(int(a), int(b), done, parent) for a, b in pairwise(cuts)]
             groups += sorted(parts, key=lambda part: -order[part[0] : part[1]].min())
     return PrefixTree(
         taken_F=np.concatenate(taken) if taken else np.empty(0, dtype=np.int64),

@@ -21,6 +21,7 @@ import torch
 
 from loratune.data.batch import MicroBatch, collate
 from loratune.data.examples import Example
+from loratune.data.shared_beginnings import share_beginnings
 from loratune.model.adapter.attach import use_fast_layers
 from loratune.model.adapter.modules_to_save import head_weights
 from loratune.model.kernels.attention import PACKED, PackingUnsupportedError, observe_attention, register
@@ -129,6 +130,11 @@ class SupervisedLoss:
         return {"packed": self.packed, "why_unpacked": self.why_unpacked, "slow_attention": self.slow_attention}
 
     @property
+    def tolerance(self) -> float:
+        """The largest root mean square difference of the tokens' losses that rounding explains, in nats."""
+        return TOLERANCE[loss_dtype(self.model)]
+
+    @property
     def head(self) -> Head:
         """The current output head, which differs with the adapter on and off if it is trained."""
         return output_head(self.model.get_base_model())
@@ -176,6 +182,11 @@ class SupervisedLoss:
     def may_share(self, batch: MicroBatch) -> bool:
         """Tell whether equal beginnings of this micro-batch's sequences may be laid out once."""
         return self.shares_beginnings and (self.longest_packed is None or batch.max_length <= self.longest_packed)
+
+    def micro_batch(self, examples: Sequence[Example]) -> MicroBatch:
+        """Return a micro-batch to measure these examples on, on the model's device."""
+        batch = collate(examples)
+        return (share_beginnings(batch) if self.may_share(batch) else batch).to(self.model.device)
 
     def _shares_forward(self, batch: MicroBatch) -> bool:
         """Tell whether the examples share one forward, and set the model's attention accordingly where that varies."""
@@ -322,7 +333,7 @@ def _beginnings_of(examples: Sequence[Example]) -> list[Example]:
 def _plain_losses(model: PeftModel, examples: Sequence[Example]) -> torch.Tensor:
     """Return the losses of the model's own forward, one example at a time with full logits, as `SFTTrainer` sees it."""
     losses = []
-    with in_mode(model, training=False):
+    with _in_mode(model, training=False):
         for example in examples:
             input_ids = torch.from_numpy(example.input_ids).long()[None].to(model.device)
             logits = model(input_ids=input_ids, use_cache=False).logits[0].float()
@@ -333,20 +344,19 @@ def _plain_losses(model: PeftModel, examples: Sequence[Example]) -> torch.Tensor
 @torch.no_grad()
 def _rehearse(loss: SupervisedLoss, batch: MicroBatch) -> None:
     """Run one forward in training mode, where some models do more that packing may not support (attention dropout)."""
-    with in_mode(loss.model, training=True), torch.random.fork_rng():
+    with _in_mode(loss.model, training=True), torch.random.fork_rng():
         loss.per_token(batch)
 
 
 def _difference(
     loss: L, ask: Callable[[L, MicroBatch], torch.Tensor], batch: MicroBatch, expected: torch.Tensor
 ) -> float:
-    with in_mode(loss.model, training=False):
+    with _in_mode(loss.model, training=False):
         return float((ask(loss, batch) - expected).square().mean().sqrt())
 
 
 @contextmanager
-def in_mode(model: torch.nn.Module, *, training: bool) -> Iterator[None]:
-    """Put a model into training or evaluation mode, and back afterwards."""
+def _in_mode(model: torch.nn.Module, *, training: bool) -> Iterator[None]:
     before = model.training
     model.train(training)
     try:

@@ -12,12 +12,15 @@ import numpy as np
 from loratune.data.batch import collate
 from loratune.data.examples import Example
 from loratune.data.shared_beginnings import share_beginnings
-from loratune.training.loss import CHECK_TOKENS, TOLERANCE, in_mode, loss_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from loratune.training.loss import SupervisedLoss
+
+
+COMPARED_TOKENS = 24
+"""Tokens of each example that the comparison takes."""
 
 
 def obstacle_to_sharing(loss: SupervisedLoss, examples: Sequence[Example]) -> str:
@@ -35,19 +38,21 @@ def obstacle_to_sharing(loss: SupervisedLoss, examples: Sequence[Example]) -> st
     separate = collate(sequences)
     shared = share_beginnings(separate, least=2)
     assert shared.num_tokens < separate.num_tokens
-    with in_mode(loss.model, training=False):
+    was_training = loss.model.training
+    loss.model.eval()
+    try:
         losses, expected = (loss.per_token(batch.to(loss.model.device)) for batch in (shared, separate))
+    finally:
+        loss.model.train(was_training)
     difference = float((losses - expected).square().mean().sqrt())
-    if not difference <= TOLERANCE[loss_dtype(loss.model)]:  # so written, NaN fails too
+    if not difference <= loss.tolerance:  # so written, NaN fails too
         return f"shared beginnings differ from separate ones by {difference:.2g}"
     return ""
 
 
 def _branching(one: Example, other: Example) -> list[Example]:
     """Return three sequences of the tokens of two examples: one branches off from the first early, one late."""
-    ids, more = one.input_ids[:CHECK_TOKENS], other.input_ids[-CHECK_TOKENS:]
+    ids, more = one.input_ids[:COMPARED_TOKENS], other.input_ids[-COMPARED_TOKENS:]
     early, late = max(2, len(ids) // 3), max(2, 2 * len(ids) // 3)
     made = [ids, np.concatenate([ids[:early], more]), np.concatenate([ids[:late], more[::-1]])]
-    return [
-        Example(input_ids=each, supervised=np.ones(len(each), dtype=bool), origin=one.origin) for each in made
-    ]
+    return [Example(input_ids=each, supervised=np.ones(len(each), dtype=bool), origin=one.origin) for each in made]

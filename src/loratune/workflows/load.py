@@ -83,9 +83,6 @@ def attach_adapter_and_loss(prepared: Preparation, base: Any, progress: Progress
     loss = _loss(prepared, model)
     if recipe.train.engine == "trl":
         return model, loss
-    if recipe.train.share_prefixes is True:
-        loss.why_separate = obstacle_to_sharing(loss, prepared.data.train)
-        loss.shares_beginnings = not loss.why_separate
     for words in slow_notes(prepared, loss):
         progress.warn(words)
     note = fallback_note(model)
@@ -174,7 +171,7 @@ def _loss(prepared: Preparation, model: PeftModel) -> SupervisedLoss:
         return loss
     if not is_sharded(recipe):
         loss, loss.why_unpacked = task.make_loss(model, prepared.data.train, recipe)
-        return loss
+        return _sharing(loss, prepared)
     shard_layers(model, recipe.train.device)
     loss, reason = task.make_loss(model, prepared.data.train, recipe)
     if reason or loss.longest_packed is not None:
@@ -184,6 +181,14 @@ def _loss(prepared: Preparation, model: PeftModel) -> SupervisedLoss:
             fix="train.strategy=ddp",
         )
     loss.sharded = True
+    return _sharing(loss, prepared)
+
+
+def _sharing(loss: SupervisedLoss, prepared: Preparation) -> SupervisedLoss:
+    """Return the loss, which shares beginnings if the recipe wants it and the model computes the same."""
+    if prepared.recipe.train.share_prefixes is True:
+        loss.why_separate = obstacle_to_sharing(loss, prepared.data.train)
+        loss.shares_beginnings = not loss.why_separate
     return loss
 
 

@@ -233,7 +233,8 @@ def test_single_losses_need_a_frozen_head() -> None:
 def test_a_position_may_count_several_times(smoothing: float) -> None:
     torch.manual_seed(0)
     hidden = torch.randn(5, 8, requires_grad=True)
-    head, targets, counts = Head(torch.randn(11, 8)), torch.tensor([3, 1, 4, 1, 5]), torch.tensor([1.0, 3.0, 2.0, 1.0, 7.0])
+    head, targets = Head(torch.randn(11, 8)), torch.tensor([3, 1, 4, 1, 5])
+    counts = torch.tensor([1.0, 3.0, 2.0, 1.0, 7.0])
     each = torch.empty(5)
     total = sum_cross_entropy(hidden, head, targets, smoothing=smoothing, each_S=each, counts_S=counts)
     repeats = counts.long()

@@ -195,7 +195,7 @@ def _segments(boundaries: torch.Tensor) -> Iterator[tuple[list[slice], int, int]
 
 
 def _append(path: list[slice], start: int, stop: int) -> list[slice]:
-    """Return a path that goes on with these tokens; a first child lies next to its parent, and makes one run with it."""
+    """Return a path that goes on with these tokens. A first child lies next to its parent, and is one run with it."""
     if path and path[-1].stop == start:
         return [*path[:-1], slice(path[-1].start, stop)]
     return [*path, slice(start, stop)]
