@@ -11,7 +11,7 @@ SmolLM2-135M-Instruct with the seed's hyper-parameters. Cases, whose rows are ma
 Both ways compute the gradients of the same step, of the same examples and with the same dropout masks, one right after
 the other; which goes first alternates. So a ratio of one step compares two neighbouring spans of time, and other load
 cancels as far as it lasts longer than a step. Seconds are the process's CPU time, which other programs change less
-than the clock; those of the clock stand beside them. The first two steps compile and are not counted.
+than the clock; those of the clock stand beside them. The first step compiles and is not counted.
 Every step is printed when it is done, as a line of JSON, and a summary at the end.
 """
 
@@ -38,7 +38,7 @@ from loratune.training.fast_trainer import FastTrainer
 from loratune.training.step_dataset import StepExamples
 from loratune.workflows.train import train
 
-WARM_UP = 2
+WARM_UP = 1
 NUM_ROWS = 128
 GSM8K = Path(__file__).parent / "gsm8k-64.jsonl"
 GOODS = ("lamp", "chair", "desk", "kettle", "blanket", "clock", "shelf", "mirror", "carpet", "basket", "vase", "stool")

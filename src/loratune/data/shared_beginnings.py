@@ -153,11 +153,11 @@ def share_beginnings(batch: MicroBatch, least: int = LEAST_SHARED) -> MicroBatch
 
 def _distinct(predictors_S: torch.Tensor, targets_S: torch.Tensor) -> Distinct | None:
     """Return the different pairs of predictors and targets; None if all are."""
-    pairs = np.stack([predictors_S.numpy(), targets_S.numpy()])
-    _, first_U, of_S, counts_U = np.unique(pairs, axis=1, return_index=True, return_inverse=True, return_counts=True)
-    if len(first_U) == pairs.shape[1]:
+    pairs_S = predictors_S.numpy() << 32 | targets_S.numpy()
+    _, first_U, of_S, counts_U = np.unique(pairs_S, return_index=True, return_inverse=True, return_counts=True)
+    if len(first_U) == len(pairs_S):
         return None
-    return Distinct(torch.from_numpy(first_U), torch.from_numpy(counts_U).float(), torch.from_numpy(of_S.ravel()))
+    return Distinct(torch.from_numpy(first_U), torch.from_numpy(counts_U).float(), torch.from_numpy(of_S))
 
 
 def first_owners(examples: Sequence[Example], numbers: Sequence[int]) -> list[npt.NDArray[np.int64]]:
@@ -212,8 +212,9 @@ def pack_shared(examples: Sequence[Example], numbers: Sequence[int], token_budge
     common = common_beginnings([ids for own in parts.values() for ids in own])
     bins: list[list[int]] = []
     tokens: list[int] = []
+    most = np.zeros((len(parts), len(common)), dtype=np.int32)  # what each sequence shares with each micro-batch
     for i in sorted(parts, key=lambda i: (-size[i], i)):
-        shared = [int(common[np.ix_(rows[i], np.concatenate([rows[j] for j in chosen]))].max()) for chosen in bins]
+        shared = most[: len(bins), rows[i]].max(axis=1).tolist()
         for place in sorted(range(len(bins)), key=lambda place: (-shared[place], place)):
             together = tokens[place] + size[i]
             if shared[place] >= LEAST_SHARED:
@@ -223,6 +224,8 @@ def pack_shared(examples: Sequence[Example], numbers: Sequence[int], token_budge
                 tokens[place] = together
                 break
         else:
+            place = len(bins)
             bins.append([i])
             tokens.append(size[i])
+        most[place] = np.maximum(most[place], common[rows[i]].max(axis=0))
     return [tuple(chosen) for chosen in bins]
