@@ -100,8 +100,8 @@ def test_value_and_every_gradient_are_those_of_separate_sequences(
         each = torch.empty(len(batch.targets), dtype=torch.float64)
         total = loss.sum(shared, each)
         gradients = torch.autograd.grad(total, list(trainable_parameters(model).values()))
-        model.get_base_model().set_attn_implementation("eager")
         torch.testing.assert_close(each, loss.per_token(batch), rtol=1e-10, atol=1e-10)
+        model.get_base_model().set_attn_implementation("eager")
         expected, expected_gradients = separate(model, examples)
         model.get_base_model().set_attn_implementation(own)
     assert total.dtype == torch.float64

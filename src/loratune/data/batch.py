@@ -92,7 +92,7 @@ class MicroBatch:
             reference=None if self.reference is None else moved(self.reference.to(float_type(device))),
             rows=None if self.rows is None else moved(self.rows),
             tree=self.tree,
-            distinct=None if self.distinct is None else self.distinct._make(map(moved, self.distinct)),
+            distinct=None if self.distinct is None else type(self.distinct)(*map(moved, self.distinct)),
         )
 
 
