@@ -74,7 +74,8 @@ scaled by 1/(1 − {dropout:g}) = {dropout_scale:.3f}. It reduces overfitting on
 Which inputs are dropped is a function of `train.seed`, the step, the example, the token's position in it, the matrix
 and the column, in integer arithmetic. It does not depend on `train.token_budget`, packing, the number of processes,
 `train.recompute`, `train.compile`, a step repeated for lack of memory, or resuming. The same holds for the noise of
-`train.neftune_noise_alpha`. It does not hold for:
+`train.neftune_noise_alpha`. Where `train.share_prefixes` is on, tokens of a step that are equal, with equal tokens
+before them, have one mask: that of the step's first example that has them. It does not hold for:
 
 - `train.engine: trl`, where stock TRL draws from torch's generator;
 - dropout of the base model itself, as in BERT and in GPT-2 as published;

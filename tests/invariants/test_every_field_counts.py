@@ -43,6 +43,7 @@ LATER = (
     *("train.keep_checkpoints", "train.final_adapter", "train.seed", "train.report_to", "train.save_every"),
     *("train.warmup_fraction", "train.max_grad_norm", "train.log_every", "train.recompute", "data.streaming"),
     *("preference.loss", "preference.label_smoothing", "preference.sft_weight", "preference.target_margin"),
+    "train.share_prefixes",
     *("train.compile", "data.on_long", "data.on_bad_row", "data.thinking", "data.special_tokens_in_text"),
 )
 """Fields whose effect other tests of the default suite see too: here they run with `-m slow` only."""
@@ -94,6 +95,7 @@ OTHER: dict[str, Any] = {
     "train.engine": "trl",
     "train.device": "cuda",
     "train.token_budget": 130,
+    "train.share_prefixes": False,
     "train.compile": True,
     "train.strategy": "fsdp",
     "train.recompute": 1,

@@ -10,6 +10,7 @@ from transformers import MistralConfig, MistralForCausalLM
 
 from loratune.data.batch import collate
 from loratune.data.examples import Example
+from loratune.data.shared_beginnings import share_beginnings
 from loratune.model.adapter.attach import attach_adapter, use_fast_layers
 from loratune.model.adapter.targets import resolve_targets
 from loratune.model.device import cpp_compiler
@@ -60,6 +61,21 @@ def test_one_graph_serves_all_layers_and_any_number_of_tokens() -> None:
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-4)
     counted = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert counted == 2  # the layer, and the chunk of the loss
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_one_graph_serves_any_tree_of_shared_beginnings(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Graphs are counted, not generated.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    monkeypatch.setattr(cross_entropy, "_compiled_chunk", cache(cross_entropy._compiled_chunk.__wrapped__))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    loss = loss_of(3, compiled=True, recomputed=0)
+    for lengths in ((9, 4), (7,), (12, 30, 2, 20), (5, 5, 5)):  # `example`s begin alike
+        batch = share_beginnings(collate([example(n) for n in lengths]), least=4)
+        assert batch.num_tokens == max(lengths) + (2 if 2 in lengths else 0)
+        loss.sum(batch).backward()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2, "the layer, and the chunk of the loss"
     assert not torch._dynamo.utils.counters["graph_break"]
 
 

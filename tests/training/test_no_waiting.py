@@ -69,10 +69,14 @@ def watch_steps(monkeypatch: pytest.MonkeyPatch, watched: Callable[[], AbstractC
 
 @pytest.fixture
 def recipe(tiny_recipe: MakeRecipe, tmp_path: Path) -> Recipe:
-    """Of several sources, with dropout on all matrices: all that a step can do."""
+    """Of several sources, with dropout on all matrices: all that a step can do on a GPU, where nothing is shared."""
     files = [write_jsonl(tmp_path / f"{i}.jsonl", [conversation(n) for n in range(i, 40, 2)]) for i in range(2)]
     return tiny_recipe(
-        data__train=[str(file) for file in files], lora__dropout=0.1, lora__targets="complete", train__token_budget=200
+        data__train=[str(file) for file in files],
+        lora__dropout=0.1,
+        lora__targets="complete",
+        train__token_budget=200,
+        train__share_prefixes=False,
     )
 
 

@@ -14,6 +14,8 @@ from loratune.data.rows.row import Origin
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from loratune.data.shared_beginnings import Distinct
+
 
 FILLER = Example(
     input_ids=np.zeros(2, dtype=np.int32), supervised=np.array([False, True]), origin=Origin(file="filler", line=0)
@@ -33,6 +35,9 @@ class MicroBatch:
         boundaries: int32 [E + 1]; sequence e occupies tokens boundaries[e] to boundaries[e + 1] - 1.
         host_boundaries: The same, which stay on the host: reading them there does not wait for the device.
         max_length: Tokens of the longest sequence.
+        tree: int32 [2, segments + 1] on the host where sequences share tokens (`shared_beginnings`): the boundaries of
+            segments in place of sequences, and the segment before each, -1 for none. Else None.
+        distinct: The different ones of the predictions, where several sequences share a position and what comes next.
         predictors: int64 [S]; the positions whose output predicts a supervised token.
         targets: int64 [S]; these supervised tokens.
         labels: int64 [E]; the classes of labeled examples, else None.
@@ -54,6 +59,8 @@ class MicroBatch:
     answer_tokens: tuple[int, ...] | None = None
     reference: torch.Tensor | None = None
     rows: torch.Tensor | None = None
+    tree: torch.Tensor | None = None
+    distinct: Distinct | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -84,6 +91,8 @@ class MicroBatch:
             answer_tokens=self.answer_tokens,
             reference=None if self.reference is None else moved(self.reference.to(float_type(device))),
             rows=None if self.rows is None else moved(self.rows),
+            tree=self.tree,
+            distinct=None if self.distinct is None else type(self.distinct)(*map(moved, self.distinct)),
         )
 
 

@@ -38,6 +38,8 @@ class PreparedData:
         stream: All training examples, if `train` is only a sample.
         prompts: The held-out prompts that base and fine-tuned model answer; empty without a metric.
         forgetting: The examples of `evaluate.forgetting`; empty without it.
+        shared_fraction: Fraction of the training tokens that do not go through the model, because others of their step
+            stand for them (`train.share_prefixes`).
     """
 
     train: list[Example]
@@ -48,6 +50,7 @@ class PreparedData:
     stream: Stream | None = None
     prompts: tuple[Prompt, ...] = ()
     forgetting: tuple[Example, ...] = ()
+    shared_fraction: float = 0.0
 
     @property
     def num_examples(self) -> int:

@@ -108,6 +108,6 @@ def resolve_auto(recipe: Recipe, choices: dict[str, Choice]) -> Recipe:
         values[section][field] = int(choice.value) if is_number else choice.value
         if name == "preference.beta":
             values[section][field] = float(choice.value)
-        if name in ("train.compile", "data.streaming"):
+        if name in ("train.compile", "train.share_prefixes", "data.streaming"):
             values[section][field] = choice.value == "true"
     return Recipe.parse(values)

@@ -195,7 +195,7 @@ def work_amounts(
     # The fine-tuned model is taken to stop where the longest reference does. The base is taken to go on to the limit,
     # as most models do that were not trained for the task.
     answer_tokens = section.max_new_tokens + min(longest_answer, section.max_new_tokens)
-    tokens = epochs * data.scale * sum(len(example.input_ids) for example in data.train)
+    tokens = epochs * data.scale * sum(len(example.input_ids) for example in data.train) * (1 - data.shared_fraction)
     return WorkAmounts(
         num_layers=config.num_hidden_layers,
         num_recomputed=memory.num_recomputed,
@@ -237,7 +237,7 @@ def run_flops(recipe: Recipe, model: Any, parameters: ParameterCount, data: Prep
         matmul_parameters=parameters.total - parameters.trainable - parameters.outside,
         head_parameters=head_parameters(model),
         trainable_parameters=parameters.in_adapter,
-        num_tokens=sum(len(example.input_ids) for example in data.train),
+        num_tokens=(1 - data.shared_fraction) * sum(len(example.input_ids) for example in data.train),
         num_supervised=sum(num_supervised(example) for example in data.train),
         trained_head=sum(item.trainable for item in parameters.whole if item.is_head),
         trained_matrices=sum(item.trainable for item in parameters.whole if not (item.is_head or item.is_embedding)),

@@ -233,6 +233,7 @@ class Preparation:
             "num_examples": self.data.num_examples,
             "num_tokens": round(scale * sum(len(example.input_ids) for example in train)),
             "num_supervised_tokens": round(scale * sum(num_supervised(example) for example in train)),
+            "shared_fraction": self.data.shared_fraction,
             "num_eval_examples": len(self.data.eval),
             "is_estimate": self.data.stream is not None,
             "sources": mixture(train, self.data.report, scale),

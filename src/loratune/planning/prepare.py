@@ -62,6 +62,7 @@ from loratune.planning.parts import RunAdapter, RunModel, RunParts
 from loratune.planning.preparation import Preparation, RunEstimate, RunNotes
 from loratune.planning.presets import PresetCount, count_presets, plan_preset
 from loratune.planning.scaling import scale, strategy_choice, strategy_for
+from loratune.planning.shared_tokens import with_shared_beginnings
 from loratune.planning.task import planned_task
 from loratune.recipe.recipe import Recipe
 from loratune.recipe.roles import trained_roles
@@ -114,11 +115,12 @@ def prepare(
         check_trackers(recipe)
         check_optimizer(recipe, model.device.value, is_here=True)
     recipe, length = with_epochs(recipe, data.num_examples)
+    recipe, data, shared = with_shared_beginnings(recipe, data)
     check_cadence(recipe.train, data.num_examples)
     parts = RunParts(model=model, adapter=adapter, data=data)
     presets = count_presets(model.skeleton, recipe.lora, model.head)
     choices, costs = estimate_run(recipe, parts, presets, device, cluster)
-    choices |= {"data.streaming": streaming, **planned_task(recipe).choices(recipe)}
+    choices |= {"data.streaming": streaming, **shared, **planned_task(recipe).choices(recipe)}
     effective = resolve_auto(recipe, choices)
     check_disk(effective, adapter.parameters, data.num_examples)
     return Preparation(

@@ -195,7 +195,7 @@ def training_flops(
     matmul_parameters: int,
     head_parameters: int,
     trainable_parameters: int,
-    num_tokens: int,
+    num_tokens: float,
     num_supervised: int,
     trained_head: int = 0,
     trained_matrices: int = 0,

@@ -123,6 +123,7 @@ class RunCallback(TrainerCallback):
             "grad_norm": step.grad_norm,
             "num_tokens": step.num_tokens,
             "num_supervised_tokens": step.num_supervised_tokens,
+            **({} if step.num_processed_tokens is None else {"num_processed_tokens": step.num_processed_tokens}),
             "tokens_per_second": step.num_tokens / seconds,
             "peak_bytes": (peak := peak_bytes(args.device.type)),
         }

@@ -37,6 +37,7 @@ class StepMetrics:
         started: `time.perf_counter()` at the start of the step.
         skipped: Whether the step is not applied.
         by_source: Source → its loss, if there are several sources.
+        num_processed_tokens: Tokens that went through the model, where shared beginnings do once; else None.
     """
 
     loss: float = math.nan
@@ -44,6 +45,7 @@ class StepMetrics:
     learning_rate: float = math.nan
     num_tokens: int = 0
     num_supervised_tokens: int = 0
+    num_processed_tokens: int | None = None
     started: float = 0.0
     skipped: bool = False
     by_source: dict[str, float] = field(default_factory=dict)

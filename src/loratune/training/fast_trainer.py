@@ -21,10 +21,12 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from transformers import PrinterCallback, TrainingArguments
 
-from loratune.data.batch import FILLER, collate
+from loratune.data.batch import FILLER, MicroBatch, collate
+from loratune.data.shared_beginnings import LEAST_SHARED, share_beginnings
 from loratune.model.kernels.dropout import row_numbers
 from loratune.run import processes
 from loratune.run.errors import LoratuneError
@@ -101,7 +103,8 @@ class FastTrainer(RunTrainer):
             losses[0],
             started=started,
             tokens=(totals.num_tokens, totals.num_supervised_tokens),
-            by_source=self.sources.means(losses[1:].tolist(), totals.by_source),
+            by_source=self.sources.means(losses[1:-1].tolist(), totals.by_source),
+            num_processed_tokens=int(losses[-1]) if self.setup.loss.shares_beginnings else None,
         )
 
     def _accumulate_gradients(self, share: StepExamples, num_terms: int) -> torch.Tensor:
@@ -112,26 +115,46 @@ class FastTrainer(RunTrainer):
             num_terms: Terms of the step's loss over all ranks: supervised tokens, or pairs of answers.
 
         Returns:
-            float32 [1 + G]: this rank's part of the step's loss, then the summed loss of each of the G data sources.
+            float32 [2 + G]: this rank's part of the step's loss, the summed loss of each of the G data sources, and the
+            tokens that went through the model.
         """
-        examples, train = share.examples, self.setup.train
-        losses = torch.zeros(1 + len(self.sources), device=self.args.device)
-        for chosen in self.budget.micro_batches(examples, range(len(examples))):
-            # A micro-batch may be empty where ranks share the base: all must call the model equally often.
-            together, numbers = [examples[i] for i in chosen] or [FILLER], [share.numbers[i] for i in chosen] or [0]
-            lengths = [len(example.input_ids) for example in together]
-            rows = row_numbers(train.seed, self.state.global_step, numbers, lengths)
-            batch = replace(collate(together), rows=rows).to(self.args.device)
+        examples, loss_of = share.examples, self.setup.loss
+        losses = torch.zeros(2 + len(self.sources), device=self.args.device)
+        for chosen in self.budget.micro_batches(examples, range(len(examples)), shared=loss_of.shares_beginnings):
+            batch = self._batch(share, chosen)
+            losses[-1] += batch.num_tokens * bool(chosen)
+            batch = batch.to(self.args.device)
             tally = self.sources.tally([examples[i] for i in chosen], self.args.device)
             each = None if tally is None else tally.each_S
             # Dividing by the whole step's count makes the accumulated sum exact: a mean of micro-batch means would
             # give a micro-batch of 10 supervised tokens the weight of one of 1,000.
-            loss = self.setup.loss.sum(batch, each) * bool(chosen) / num_terms
+            loss = loss_of.sum(batch, each) * bool(chosen) / num_terms
             self.accelerator.backward(loss)
             losses[0] += loss.detach()
             if tally is not None:
-                losses[1:] += tally.sums()
+                losses[1:-1] += tally.sums()
         return losses
+
+    def _batch(self, share: StepExamples, chosen: tuple[int, ...]) -> MicroBatch:
+        """Return a micro-batch of a step's examples, on the host."""
+        # It may be empty where ranks share the base: all must call the model equally often.
+        together = [share.examples[i] for i in chosen] or [FILLER]
+        batch = collate(together)
+        batch = replace(batch, rows=self._rows(share, chosen, [len(example.input_ids) for example in together]))
+        if not self.setup.loss.may_share(batch):
+            return batch
+        return share_beginnings(batch, LEAST_SHARED if share.owners is not None else batch.num_tokens + 1)
+
+    def _rows(self, share: StepExamples, chosen: tuple[int, ...], lengths: list[int]) -> torch.Tensor:
+        """Return each token's number for dropout and noise, int32 [T]; a shared token has that of its owner."""
+        seed, step = self.setup.train.seed, self.state.global_step
+        if share.owners is None or not chosen:
+            return row_numbers(seed, step, [share.numbers[i] for i in chosen] or [0], lengths)
+        examples_T, places_T = np.concatenate([share.owners[i] for i in chosen], axis=1)
+        numbers, of_token = np.unique(examples_T, return_inverse=True)
+        longest = int(places_T.max()) + 1
+        rows = row_numbers(seed, step, numbers.tolist(), [longest] * len(numbers)).view(-1, longest)
+        return rows[torch.from_numpy(of_token), torch.from_numpy(places_T)]
 
     def rehearse(self) -> None:
         """Run the largest micro-batches of training and evaluation once, so that a lack of memory shows before step 1.

@@ -118,7 +118,7 @@ def _measure(
         for chosen in budget.micro_batches(examples, range(len(examples))):
             if stop():
                 raise EvaluationStoppedError
-            batch = collate([examples[i] for i in chosen] or [FILLER]).to(loss.model.device)
+            batch = loss.micro_batch([examples[i] for i in chosen] or [FILLER])
             counts = [num_terms(examples[i]) for i in chosen]
             losses = loss.per_token(batch)
             sums = [float(part.double().sum()) for part in torch.split(losses, counts)] if chosen else []

@@ -21,6 +21,7 @@ import torch
 
 from loratune.data.batch import MicroBatch, collate
 from loratune.data.examples import Example
+from loratune.data.shared_beginnings import share_beginnings
 from loratune.model.adapter.attach import use_fast_layers
 from loratune.model.adapter.modules_to_save import head_weights
 from loratune.model.kernels.attention import PACKED, PackingUnsupportedError, observe_attention, register
@@ -98,6 +99,8 @@ class SupervisedLoss:
         slow_attention: Why packed attention does not run in the device's fastest kernel; empty if it does.
         pads: Whether examples that are not packed are padded to one length, and not taken one at a time.
         sharded: Whether ranks share the model's layers (`fsdp`), so that all must call it equally often.
+        shares_beginnings: Whether training lays out equal beginnings of a micro-batch's sequences once.
+        why_separate: Why it does not, although the recipe wants it; empty if it does, or need not.
     """
 
     compiled = False
@@ -108,6 +111,8 @@ class SupervisedLoss:
     slow_attention = ""
     pads = False
     sharded = False
+    shares_beginnings = False
+    why_separate = ""
 
     def __init__(self, model: PeftModel, *, packed: bool = True) -> None:
         causal_lm = model.get_base_model()
@@ -125,6 +130,11 @@ class SupervisedLoss:
         return {"packed": self.packed, "why_unpacked": self.why_unpacked, "slow_attention": self.slow_attention}
 
     @property
+    def tolerance(self) -> float:
+        """The largest root mean square difference of the tokens' losses that rounding explains, in nats."""
+        return TOLERANCE[loss_dtype(self.model)]
+
+    @property
     def head(self) -> Head:
         """The current output head, which differs with the adapter on and off if it is trained."""
         return output_head(self.model.get_base_model())
@@ -136,14 +146,16 @@ class SupervisedLoss:
             batch: The micro-batch.
             each: float32 [S], filled with the loss of each supervised token.
         """
-        return sum_cross_entropy(
-            self._predictions(batch),
-            self.head,
-            batch.targets,
-            smoothing=self.smoothing,
-            compiled=self.compiled,
-            each_S=each,
-        )
+        head, distinct = self.head, batch.distinct
+        settings: dict[str, Any] = {"smoothing": self.smoothing, "compiled": self.compiled}
+        if distinct is None or head.is_trained:
+            return sum_cross_entropy(self._predictions(batch), head, batch.targets, each_S=each, **settings)
+        once_U = torch.empty_like(distinct.counts_U)
+        hidden_UH, targets_U = self._predictions(batch, distinct.first_U), batch.targets[distinct.first_U]
+        total = sum_cross_entropy(hidden_UH, head, targets_U, counts_S=distinct.counts_U, each_S=once_U, **settings)
+        if each is not None:
+            each.copy_(once_U[distinct.of_S])
+        return total
 
     @torch.no_grad()
     def per_token(self, batch: MicroBatch) -> torch.Tensor:
@@ -155,16 +167,26 @@ class SupervisedLoss:
         """Return the logits that predict each supervised token of a micro-batch, float32 [S, V]."""
         return head_logits(self._predictions(batch), self.head)
 
-    def _predictions(self, batch: MicroBatch) -> torch.Tensor:
-        """Return the hidden states at the positions that predict a supervised token, [S, H]."""
+    def _predictions(self, batch: MicroBatch, chosen: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the hidden states at the positions that predict a supervised token, [S, H]; or the chosen of these."""
         if self._shares_forward(batch):
             hidden = self._hidden(batch.input_ids, batch)
         else:
+            assert batch.tree is None, "shared beginnings in a micro-batch that does not share a forward"
             ends = batch.host_boundaries.tolist()
             rows = [None if batch.rows is None else batch.rows[a:b] for a, b in pairwise(ends)]
             examples = [batch.input_ids[:, a:b] for a, b in pairwise(ends)]
             hidden = torch.cat([self._hidden(ids, rows=own) for ids, own in zip(examples, rows, strict=True)], dim=1)
-        return hidden[0, batch.predictors]
+        return hidden[0, batch.predictors if chosen is None else batch.predictors[chosen]]
+
+    def may_share(self, batch: MicroBatch) -> bool:
+        """Tell whether equal beginnings of this micro-batch's sequences may be laid out once."""
+        return self.shares_beginnings and (self.longest_packed is None or batch.max_length <= self.longest_packed)
+
+    def micro_batch(self, examples: Sequence[Example]) -> MicroBatch:
+        """Return a micro-batch to measure these examples on, on the model's device."""
+        batch = collate(examples)
+        return (share_beginnings(batch) if self.may_share(batch) else batch).to(self.model.device)
 
     def _shares_forward(self, batch: MicroBatch) -> bool:
         """Tell whether the examples share one forward, and set the model's attention accordingly where that varies."""
@@ -188,7 +210,7 @@ class SupervisedLoss:
             boundaries = {
                 "position_ids": batch.position_ids,
                 "cu_seq_lens_q": batch.boundaries,
-                "cu_seq_lens_k": batch.host_boundaries,
+                "cu_seq_lens_k": batch.host_boundaries if batch.tree is None else batch.tree,
                 "max_length_q": batch.max_length,
                 "max_length_k": batch.max_length,
             }

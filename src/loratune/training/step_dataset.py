@@ -16,12 +16,15 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from loratune.data.examples import Example
 from loratune.data.prepared import Stream
 from loratune.data.rows.row import Rejected
+from loratune.data.shared_beginnings import first_owners
 from loratune.data.steps import assign_to_ranks, epoch_order, num_steps_per_epoch, step_examples
 from loratune.run import processes
 from loratune.run.errors import LoratuneError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+
+    import numpy as np
 
     from loratune.recipe.recipe import TrainSection
 
@@ -34,11 +37,14 @@ class StepExamples:
         examples: In the order of the epoch's shuffle.
         numbers: Index of each in the training data.
         left_out: Rows of streamed data that cannot be trained on.
+        owners: For each example int64 [2, T]: the example and the position in it that first in this step, over all
+            ranks, had each token with the same tokens before it. None: beginnings are not shared.
     """
 
     examples: list[Example]
     numbers: list[int]
     left_out: list[Rejected]
+    owners: list[np.ndarray] | None = None
 
 
 class StepDataset(Dataset[StepExamples | LoratuneError]):
@@ -55,6 +61,7 @@ class StepDataset(Dataset[StepExamples | LoratuneError]):
     def __init__(self, examples: Sequence[Example] | Stream, train: TrainSection, token_budget: int) -> None:
         self._examples, self._batch_size, self._seed = examples, train.batch_size, train.seed
         self._token_budget = token_budget
+        self._shares_beginnings = train.share_prefixes is True
         self.num_per_epoch = num_steps_per_epoch(len(examples), train.batch_size)
 
     def __len__(self) -> int:
@@ -67,13 +74,22 @@ class StepDataset(Dataset[StepExamples | LoratuneError]):
         )
         try:
             rows = {i: self._examples[i] for i in self._share(numbers)}
+            owners = self._owners(numbers) if self._shares_beginnings else None
         except LoratuneError as error:
             return error
+        examples = {i: row for i, row in rows.items() if isinstance(row, Example)}
         return StepExamples(
-            examples=[row for row in rows.values() if isinstance(row, Example)],
-            numbers=[i for i, row in rows.items() if isinstance(row, Example)],
+            examples=list(examples.values()),
+            numbers=list(examples),
             left_out=[row for row in rows.values() if isinstance(row, Rejected)],
+            owners=None if owners is None else [owners[i] for i in examples],
         )
+
+    def _owners(self, numbers: tuple[int, ...]) -> dict[int, np.ndarray]:
+        """Return the owners of the tokens of a step's examples on all ranks, whose order is that of the shuffle."""
+        rows = {i: self._examples[i] for i in numbers}
+        examples = {i: row for i, row in rows.items() if isinstance(row, Example)}
+        return dict(zip(examples, first_owners(list(examples.values()), list(examples)), strict=True))
 
     def _share(self, numbers: tuple[int, ...]) -> list[int]:
         """Return the step's examples of this rank: balanced by tokens, or by number of examples for streamed data."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
+from loratune.data.shared_beginnings import num_distinct, pack_shared
 from loratune.data.steps import pack
 from loratune.model.device import free_memory, is_out_of_memory
 from loratune.run import processes
@@ -43,12 +44,22 @@ class TokenBudget:
         self.tokens, self._together = tokens, together
         self._events = events
         self._current: list[Example] = []  # the examples of the running micro-batch, for messages
+        self._shared = False  # whether their common tokens count once
 
-    def micro_batches(self, examples: Sequence[Example], numbers: Iterable[int]) -> Iterator[tuple[int, ...]]:
-        """Yield micro-batches within the budget, as indices into `examples`; of these only `numbers` are used."""
-        micro_batches = pack([(i, len(examples[i].input_ids)) for i in numbers], self.tokens)
+    def micro_batches(
+        self, examples: Sequence[Example], numbers: Iterable[int], *, shared: bool = False
+    ) -> Iterator[tuple[int, ...]]:
+        """Yield micro-batches within the budget, as indices into `examples`; of these only `numbers` are used.
+
+        With `shared`, examples that begin alike are put together, and their common tokens count once.
+        """
+        if shared:
+            micro_batches = pack_shared(examples, list(numbers), self.tokens)
+        else:
+            micro_batches = pack([(i, len(examples[i].input_ids)) for i in numbers], self.tokens)
         if self._together:
             micro_batches += [()] * (max(processes.gather(len(micro_batches))) - len(micro_batches))
+        self._shared = shared
         for chosen in micro_batches:
             self._current = [examples[i] for i in chosen]
             yield chosen
@@ -103,10 +114,13 @@ class TokenBudget:
                 "a larger train.recompute, or model.dtype: bfloat16",
             )
         # From the micro-batch that failed, not from the budget, which it may have been far below.
-        self.tokens = min(self.tokens, sum(lengths)) // 2
+        tokens = sum(lengths)
+        if self._shared:
+            tokens = num_distinct([sequence.input_ids for example in self._current for sequence in example.sequences])
+        self.tokens = min(self.tokens, tokens) // 2
         self._events.emit_local(
             "out_of_memory",
-            f"out of memory in a micro-batch of {sum(lengths):,} tokens; the step is repeated with micro-batches of at "
+            f"out of memory in a micro-batch of {tokens:,} tokens; the step is repeated with micro-batches of at "
             f"most {self.tokens:,} tokens, and so are all later ones",
             token_budget=self.tokens,
         )

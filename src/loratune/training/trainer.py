@@ -241,7 +241,13 @@ class RunTrainer(Trainer):
         return self._record_and_check(loss, started=started, tokens=tokens, by_source=by_source)
 
     def _record_and_check(
-        self, total: torch.Tensor, *, started: float, tokens: tuple[int, int], by_source: dict[str, float] | None = None
+        self,
+        total: torch.Tensor,
+        *,
+        started: float,
+        tokens: tuple[int, int],
+        by_source: dict[str, float] | None = None,
+        num_processed_tokens: int | None = None,
     ) -> torch.Tensor:
         """Record the current step's loss and return it; drop its gradients if the loss is not finite.
 
@@ -250,12 +256,14 @@ class RunTrainer(Trainer):
             started: `time.perf_counter()` at the start of the step.
             tokens: Tokens of the step, and how many of them are supervised.
             by_source: Source → mean loss of its supervised tokens.
+            num_processed_tokens: Tokens that went through the model, where shared beginnings do once; else None.
         """
         loss, examples = float(total), self.current_step.examples
         self.step_metrics = StepMetrics(
             loss=loss,
             num_tokens=tokens[0],
             num_supervised_tokens=tokens[1],
+            num_processed_tokens=num_processed_tokens,
             started=started,
             by_source=by_source or {},
         )

@@ -19,6 +19,7 @@ from loratune.run.errors import RecipeError, RunError
 from loratune.training.fsdp import is_sharded, shard_layers
 from loratune.training.layers import prepare_layers
 from loratune.training.neftune import EmbeddingNoise
+from loratune.training.shared_forward import obstacle_to_sharing
 from loratune.workflows.tasks.task import task_of
 
 if TYPE_CHECKING:
@@ -148,6 +149,8 @@ def slow_notes(prepared: Preparation, loss: SupervisedLoss) -> Iterator[str]:
         mean = fmean(len(example.input_ids) for example in prepared.data.train)
         cost = f"; a forward pass has {mean:,.0f} tokens on average, where packed examples fill up to {budget:,}"
         yield loss.why_unpacked + (cost if not (loss.packed or loss.pads) and mean < budget else "")
+    if loss.why_separate:
+        yield f"beginnings that examples share go through the model once for each of them: {loss.why_separate}"
     if loss.slow_attention:
         yield (
             f"attention runs in blocks of plain matrix products, not as flash attention: {loss.slow_attention}; "
@@ -168,7 +171,7 @@ def _loss(prepared: Preparation, model: PeftModel) -> SupervisedLoss:
         return loss
     if not is_sharded(recipe):
         loss, loss.why_unpacked = task.make_loss(model, prepared.data.train, recipe)
-        return loss
+        return _sharing(loss, prepared)
     shard_layers(model, recipe.train.device)
     loss, reason = task.make_loss(model, prepared.data.train, recipe)
     if reason or loss.longest_packed is not None:
@@ -178,6 +181,14 @@ def _loss(prepared: Preparation, model: PeftModel) -> SupervisedLoss:
             fix="train.strategy=ddp",
         )
     loss.sharded = True
+    return _sharing(loss, prepared)
+
+
+def _sharing(loss: SupervisedLoss, prepared: Preparation) -> SupervisedLoss:
+    """Return the loss, which shares beginnings if the recipe wants it and the model computes the same."""
+    if prepared.recipe.train.share_prefixes is True:
+        loss.why_separate = obstacle_to_sharing(loss, prepared.data.train)
+        loss.shares_beginnings = not loss.why_separate
     return loss
 
 

@@ -227,3 +227,22 @@ def test_single_losses_need_a_frozen_head() -> None:
     weight = torch.randn(10, 4, requires_grad=True)
     with pytest.raises(AssertionError, match="head is trained"):
         cross_entropy_each(torch.randn(2, 4), Head(weight), torch.tensor([1, 2]))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_a_position_may_count_several_times(smoothing: float) -> None:
+    torch.manual_seed(0)
+    hidden = torch.randn(5, 8, requires_grad=True)
+    head, targets = Head(torch.randn(11, 8)), torch.tensor([3, 1, 4, 1, 5])
+    counts = torch.tensor([1.0, 3.0, 2.0, 1.0, 7.0])
+    each = torch.empty(5)
+    total = sum_cross_entropy(hidden, head, targets, smoothing=smoothing, each_S=each, counts_S=counts)
+    repeats = counts.long()
+    repeated, repeated_each = hidden.repeat_interleave(repeats, 0), torch.empty(14)
+    expected = sum_cross_entropy(
+        repeated, head, targets.repeat_interleave(repeats), smoothing=smoothing, each_S=repeated_each
+    )
+    torch.testing.assert_close(total, expected)
+    torch.testing.assert_close(each.repeat_interleave(repeats), repeated_each)
+    (gradient,), (wanted,) = (torch.autograd.grad(one, hidden) for one in (total, expected))
+    torch.testing.assert_close(gradient, wanted)

@@ -1,5 +1,7 @@
 """Causal attention over packed examples: they lie end to end in one row and never attend to each other.
 
+Where examples share their beginnings, segments lie in the row, and each attends to itself and those before it.
+
 Registered with transformers under the name `PACKED`. The boundaries arrive through the model's forward as
 `cu_seq_lens_q` and `max_length_q`, the names that transformers uses for flash attention.
 
@@ -95,7 +97,8 @@ def packed_attention(  # the signature is transformers'
         scaling: Factor on query·key; 1/√D when None.
         dropout: Attention dropout, zero in the models that people fine-tune.
         cu_seq_lens_q: int32 [E + 1], the boundaries of the examples.
-        cu_seq_lens_k: The same on the host, for kernels that read them there; None: they wait for `cu_seq_lens_q`.
+        cu_seq_lens_k: The same on the host, for kernels that read them there; None: they wait for `cu_seq_lens_q`. Or a
+            tree of segments, int32 [2, segments + 1] (`block_attention`), which only the blocks support.
         max_length_q: Tokens of the longest example.
         sliding_window: A token sees itself and the `sliding_window - 1` before it.
         softcap: Scores become softcap · tanh(score / softcap).
@@ -115,7 +118,8 @@ def packed_attention(  # the signature is transformers'
     if _observed is not None:
         _observe_mask(_observed, attention_mask, sliding_window)
     heads = (query_1HTD, key_1GTD, value_1GTD)
-    if _is_on_gpu(query_1HTD) and not _noted(_gpu_obstacle(query_1HTD, value_1GTD, softcap, s_aux)):
+    is_tree = cu_seq_lens_k is not None and cu_seq_lens_k.dim() == 2
+    if _is_on_gpu(query_1HTD) and not (is_tree or _noted(_gpu_obstacle(query_1HTD, value_1GTD, softcap, s_aux))):
         window = sliding_window
         return varlen.varlen_attention(*heads, cu_seq_lens_q, max_length_q, scale=scaling, window=window), None
     boundaries = cu_seq_lens_q if cu_seq_lens_k is None else cu_seq_lens_k

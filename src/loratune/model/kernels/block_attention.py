@@ -1,5 +1,8 @@
 """Causal attention of packed examples in blocks of queries: two custom operators, forward and backward.
 
+Examples may share their beginnings: the micro-batch then consists of segments, and a block's keys are those of the
+segments before its own, end to end. A block's queries are the last of its keys either way.
+
 They serve a CPU, whose own attention in torch is slow in the bfloat16 backward pass, and on a GPU every attention that
 `varlen_attention` cannot compute: float32, soft caps, sinks, values of another width. A loop over examples does not
 compile, so it is inside the operators. These are batched matrix products over the key/value heads and a softmax; only
@@ -49,8 +52,9 @@ def block_attention(
         query_1HTD: [1, H, T, D].
         key_1GTD: [1, G, T, D]; H is a multiple of G.
         value_1GTD: [1, G, T, V].
-        boundaries: int32 [examples + 1]; example e occupies tokens boundaries[e] to boundaries[e + 1]. On the host, or
-            the host waits for the device.
+        boundaries: int32 [examples + 1]; example e occupies tokens boundaries[e] to boundaries[e + 1]. Or int32
+            [2, segments + 1]: the boundaries of segments, and the number of the segment before each, -1 for none. On
+            the host, or the host waits for the device.
         scale: Factor on query·key.
         window: A token sees itself and the `window - 1` before it.
         softcap: Scores become softcap · tanh(score / softcap).
@@ -80,10 +84,9 @@ def _forward(
     """Map query [G, R, D] (already scaled), key [G, T, D] and value [G, T, V] to [G, R, V]; `shared` is H/G."""
     query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
     out, most = query.new_empty(*query.shape[:2], value.shape[2]), _most_queries(query.device)
-    for start, stop in pairwise(boundaries.tolist()):
-        for rows, keys in _blocks(start, stop, shared, window, most):
-            probs, _ = _probabilities(query[:, rows], key[:, keys], shared, window, softcap, sinks)
-            out[:, rows] = torch.bmm(probs, value[:, keys])
+    for rows, keys in _blocks(boundaries, shared, window, most):
+        probs, _ = _probabilities(query[:, rows], _joined(key, keys), shared, window, softcap, sinks)
+        out[:, rows] = torch.bmm(probs, _joined(value, keys))
     return out
 
 
@@ -115,20 +118,23 @@ def _backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     grad, query, key, value = grad.contiguous(), query.contiguous(), key.contiguous(), value.contiguous()
     grad_query = torch.empty_like(query)
-    longest, most = int(boundaries.diff().max()), _most_queries(query.device)
-    # Several blocks of an example add to the same keys; in bfloat16 each addition would round.
-    wide = torch.promote_types(query.dtype, torch.float32) if longest > most else query.dtype
+    most = _most_queries(query.device)
+    blocks = list(_blocks(boundaries, shared, window, most))
+    # Several blocks of an example, or several segments, add to the same keys; in bfloat16 each addition would round.
+    has_children = boundaries.dim() == 2 and int(boundaries[1].max()) >= 0
+    adds = has_children or len(blocks) > boundaries.shape[-1] - 1
+    wide = torch.promote_types(query.dtype, torch.float32) if adds else query.dtype
     grad_key, grad_value = (torch.zeros_like(x, dtype=wide) for x in (key, value))
-    for start, stop in pairwise(boundaries.tolist()):
-        for rows, keys in _blocks(start, stop, shared, window, most):
-            probs, slope = _probabilities(query[:, rows], key[:, keys], shared, window, softcap, sinks)
-            grad_value[:, keys] += torch.bmm(probs.mT, grad[:, rows])
-            grad_probs = torch.bmm(grad[:, rows], value[:, keys].mT)
-            grad_scores = torch._softmax_backward_data(grad_probs, probs, -1, probs.dtype)
-            if slope is not None:
-                grad_scores *= slope
-            grad_key[:, keys] += torch.bmm(grad_scores.mT, query[:, rows])
-            grad_query[:, rows] = torch.bmm(grad_scores, key[:, keys])
+    for rows, keys in blocks:
+        keys_GKD = _joined(key, keys)
+        probs, slope = _probabilities(query[:, rows], keys_GKD, shared, window, softcap, sinks)
+        _add(grad_value, keys, torch.bmm(probs.mT, grad[:, rows]))
+        grad_probs = torch.bmm(grad[:, rows], _joined(value, keys).mT)
+        grad_scores = torch._softmax_backward_data(grad_probs, probs, -1, probs.dtype)
+        if slope is not None:
+            grad_scores *= slope
+        _add(grad_key, keys, torch.bmm(grad_scores.mT, query[:, rows]))
+        grad_query[:, rows] = torch.bmm(grad_scores, keys_GKD)
     return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype)
 
 
@@ -164,13 +170,61 @@ def _most_queries(device: torch.device) -> int:
     return BLOCK_QUERIES if device.type == "cpu" else GPU_BLOCK_QUERIES
 
 
-def _blocks(start: int, stop: int, shared: int, window: int, most: int) -> Iterator[tuple[slice, slice]]:
-    """Yield the blocks of an example, of about equal size: rows of queries, and the tokens whose keys they see."""
-    num_blocks = -(-(stop - start) // most)
-    for i in range(num_blocks):
-        first, end = (start + (stop - start) * j // num_blocks for j in (i, i + 1))
-        seen = max(start, first - window + 1) if window else start
-        yield slice(first * shared, end * shared), slice(seen, end)
+def _blocks(boundaries: torch.Tensor, shared: int, window: int, most: int) -> Iterator[tuple[slice, list[slice]]]:
+    """Yield blocks of about equal size: rows of queries, and the runs of tokens whose keys they see."""
+    for before, start, stop in _segments(boundaries):
+        num_blocks = -(-(stop - start) // most)
+        for i in range(num_blocks):
+            first, end = (start + (stop - start) * j // num_blocks for j in (i, i + 1))
+            path = _append(before, start, end)
+            yield slice(first * shared, end * shared), _last(path, end - first + window - 1) if window else path
+
+
+def _segments(boundaries: torch.Tensor) -> Iterator[tuple[list[slice], int, int]]:
+    """Yield for each segment the runs of tokens before it, its first token and its end."""
+    if boundaries.dim() == 1:
+        for start, stop in pairwise(boundaries.tolist()):
+            yield [], start, stop
+        return
+    ends, parents = boundaries.tolist()
+    paths: list[list[slice]] = []
+    for (start, stop), parent in zip(pairwise(ends), parents, strict=False):
+        before = paths[parent] if parent >= 0 else []
+        paths.append(_append(before, start, stop))
+        yield before, start, stop
+
+
+def _append(path: list[slice], start: int, stop: int) -> list[slice]:
+    """Return a path that goes on with these tokens. A first child lies next to its parent, and is one run with it."""
+    if path and path[-1].stop == start:
+        return [*path[:-1], slice(path[-1].start, stop)]
+    return [*path, slice(start, stop)]
+
+
+def _last(path: list[slice], count: int) -> list[slice]:
+    """Return the end of a path, at most `count` tokens."""
+    kept: list[slice] = []
+    for run in reversed(path):
+        start = max(run.start, run.stop - count)
+        kept.append(slice(start, run.stop))
+        count -= run.stop - start
+        if not count:
+            break
+    return kept[::-1]
+
+
+def _joined(x: torch.Tensor, runs: list[slice]) -> torch.Tensor:
+    """Return these tokens of `x`, [G, T, ...], end to end."""
+    return x[:, runs[0]] if len(runs) == 1 else torch.cat([x[:, run] for run in runs], dim=1)
+
+
+def _add(total: torch.Tensor, runs: list[slice], part: torch.Tensor) -> None:
+    """Add to these tokens of `total`, [G, T, ...], what `part` has for them, end to end."""
+    first = 0
+    for run in runs:
+        end = first + run.stop - run.start
+        total[:, run] += part[:, first:end]
+        first = end
 
 
 def _probabilities(

@@ -49,6 +49,12 @@ class Head(NamedTuple):
     logit_scale: float = 1.0
     softcap: float | None = None
 
+    @property
+    def is_trained(self) -> bool:
+        """Whether a part of the head needs a gradient."""
+        parts = (self.weight_VH, self.bias_V, self.rows_NH)
+        return any(part is not None and part.requires_grad for part in parts)
+
 
 def chunk_rows(vocab_size: int, device: str) -> int:
     """Return how many positions' logits are computed at once on a type of device."""
@@ -66,6 +72,7 @@ def sum_cross_entropy(
     smoothing: float = 0.0,
     compiled: bool = False,
     each_S: torch.Tensor | None = None,
+    counts_S: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Sum the cross-entropy over all positions; return a float32 scalar with a gradient.
 
@@ -82,11 +89,13 @@ def sum_cross_entropy(
         smoothing: ε in [0, 1), the part of the target that is spread evenly over the vocabulary.
         compiled: Whether to compute a chunk with compiled code.
         each_S: float32 [S], filled with the loss of each position.
+        counts_S: float32 [S], how often each position counts in the sum; the head must be frozen. None: once.
     """
+    assert counts_S is None or not head.is_trained, "the output head is trained"
     chunk = partial(_compiled_chunk() if compiled else _chunk, head=head, smoothing=smoothing)
     # Tensors with a gradient must be arguments of their own: autograd does not look into `head`.
     loss: torch.Tensor = _SumCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden_SH, head.weight_VH, head.bias_V, head.rows_NH, targets_S, chunk, each_S
+        hidden_SH, head.weight_VH, head.bias_V, head.rows_NH, targets_S, chunk, each_S, counts_S
     )
     return loss
 
@@ -106,8 +115,7 @@ def cross_entropy_each(
         targets_S: int64 [S].
         compiled: Whether to compute a chunk with compiled code.
     """
-    parts = (head.weight_VH, head.bias_V, head.rows_NH)
-    assert not any(part is not None and part.requires_grad for part in parts), "the output head is trained"
+    assert not head.is_trained, "the output head is trained"
     chunk = partial(_compiled_chunk() if compiled else _chunk, head=head, smoothing=0.0)
     losses: torch.Tensor = _CrossEntropyEach.apply(hidden_SH, targets_S, head, chunk)  # type: ignore[no-untyped-call]
     return losses
@@ -216,6 +224,7 @@ class _SumCrossEntropy(torch.autograd.Function):
         targets_S: torch.Tensor,
         chunk: Chunk,
         each_S: torch.Tensor | None,
+        counts_S: torch.Tensor | None,
     ) -> torch.Tensor:
         positions = chunk_rows(weight_VH.shape[0], weight_VH.device.type)
         total = torch.zeros((), dtype=torch.float32, device=hidden_SH.device)
@@ -231,9 +240,12 @@ class _SumCrossEntropy(torch.autograd.Function):
         for start in range(0, hidden_SH.shape[0], positions):
             part = slice(start, start + positions)
             losses_C, grad_SH[part], *grads = chunk(hidden_SH[part], targets_S[part], trains)
-            total += losses_C.sum()
             if each_S is not None:
                 each_S[part] = losses_C
+            if counts_S is not None:
+                losses_C = losses_C * counts_S[part]
+                grad_SH[part] *= counts_S[part, None].to(grad_SH.dtype)
+            total += losses_C.sum()
             for accumulated, grad in zip(head_grads, grads, strict=True):
                 if accumulated is not None:
                     accumulated.add_(grad)
@@ -249,7 +261,7 @@ class _SumCrossEntropy(torch.autograd.Function):
             None if grad is None else grad.mul_(grad_total).to(dtype)
             for grad, dtype in zip(head_grads, ctx.types, strict=True)
         ]
-        return grad_SH * grad_total.to(grad_SH.dtype), *scaled, None, None, None
+        return grad_SH * grad_total.to(grad_SH.dtype), *scaled, None, None, None, None
 
 
 class _CrossEntropyEach(torch.autograd.Function):

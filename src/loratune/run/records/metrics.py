@@ -31,6 +31,8 @@ class StepLine(Part):
     """Tokens of the step."""
     num_supervised_tokens: int
     """Trained tokens of the step."""
+    num_processed_tokens: int | None = None
+    """Shared beginnings only (`train.share_prefixes`): tokens that went through the model, each shared one once."""
     tokens_per_second: float
     """Speed of the step, in tokens per second."""
     peak_bytes: int

@@ -35,6 +35,7 @@ SUPPORTED_FIELDS = {
         *("learning_rate_pattern", "early_stopping", "final_adapter", "average_checkpoints"),
         "max_skipped_steps",  # has no effect without train.on_bad_step=skip, which is refused
         *("compile", "recompute", "strategy"),  # affect only speed and memory of the fast engine
+        "share_prefixes",  # and which masks dropout draws, which are not those of the script anyway
     },
 }
 """Settings that a script follows, by section. Any other setting is refused unless it has its default value.

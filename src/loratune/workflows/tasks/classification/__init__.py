@@ -46,7 +46,7 @@ _SUPPORTED = {
         *("output_dir", "epochs", "learning_rate", "batch_size", "optimizer", "lora_plus_ratio", "schedule"),
         *("warmup_fraction", "weight_decay", "max_grad_norm", "seed", "engine", "device", "token_budget", "compile"),
         *("recompute", "eval_every", "save_every", "log_every", "keep_checkpoints", "final_adapter", "on_bad_step"),
-        *("max_skipped_steps", "report_to", "strategy", "max_steps"),
+        *("max_skipped_steps", "report_to", "strategy", "max_steps", "share_prefixes"),
     },
 }
 """Settings that classification supports. Every other one must have its default, so a new setting is refused until it

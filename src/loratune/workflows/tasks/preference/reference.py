@@ -101,7 +101,7 @@ def log_probs(
         found: dict[int, list[float]] = {}
         with progress.task(f"{what} log-probabilities", len(mine), "pairs") as task, torch.no_grad():
             for chosen in budget.micro_batches(pairs, mine):
-                batch = collate([pairs[i] for i in chosen] or [FILLER]).to(loss.model.device)
+                batch = loss.micro_batch([pairs[i] for i in chosen] or [FILLER])
                 if chosen:
                     found |= dict(zip(chosen, loss.answers(batch).logps_P2.tolist(), strict=True))
                 else:
