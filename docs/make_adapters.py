@@ -128,7 +128,9 @@ routers' load-balancing loss is left out, in both engines ([architectures](archi
 
 `lora.start_from` names a folder in PEFT's format or a Hub id, safetensors only. Rank, alpha, variant and adapted
 matrices must match the recipe; dropout may differ. Optimizer and schedule start over (`loratune resume` and `extend`
-continue them). The base in the evaluation is still the base model without any adapter. PiSSA and OLoRA adapters made by
+continue them). The adapter is copied into `RUN/start`, and the evaluation compares with it: the column is called
+`before` in place of `base`, and the verdict says "than where it began". Without that copy, the comparison is with the
+bare base, and says so. PiSSA and OLoRA adapters made by
 `loratune train` are plain ones of rank 2r and continue as such.
 
 ## LoRA+

@@ -135,7 +135,7 @@ def _iterations_per_step(file: OtherSettings) -> int:
 def _num_steps(file: OtherSettings) -> int | None:
     """Return the optimizer steps of the run; None if the file does not say."""
     given = file.first("max_steps", "iters")
-    return given // _iterations_per_step(file) if _is_number(given) and given > 0 else None
+    return int(given) // _iterations_per_step(file) if _is_number(given) and given > 0 else None
 
 
 def _most_steps(_: Any, file: OtherSettings) -> Answer:
