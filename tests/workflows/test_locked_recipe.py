@@ -161,3 +161,12 @@ def test_every_other_relative_path_is_too(
     assert Path(find(located(record))).samefile(there)
     there.unlink()
     assert find(located(record)) == find(record["recipe"]), "what is gone keeps the name that the recipe has"
+
+
+def test_a_run_of_a_version_that_shared_no_beginnings_goes_on_without(finished_run: RunDir) -> None:
+    """Sharing would change which masks dropout draws in the middle of a run."""
+    lock = read_json(finished_run.lock)
+    del lock["recipe"]["train"]["share_prefixes"]
+    assert located(lock)["train"]["share_prefixes"] is False
+    lock["recipe"]["train"]["share_prefixes"] = True
+    assert located(lock)["train"]["share_prefixes"] is True

@@ -28,6 +28,8 @@ def located(lock: Record) -> dict[str, Any]:
         RecipeError: The base was a local folder or file, and is in neither place.
     """
     recipe = without_other_tasks(copy.deepcopy(lock["recipe"]))
+    if "train" in recipe:
+        recipe["train"].setdefault("share_prefixes", False)  # else `auto` would draw other masks from a resume on
     began = lock.get("folder")
     for part, key in _paths(recipe):
         there = Path(began, part[key]) if began else None
