@@ -101,7 +101,7 @@ WRONG = {
     "sweep": "no.yaml train.learning_rate=1e-4,1e-3",
     **dict.fromkeys(("resume", "extend", "runs", "evaluate", "reproduce", "report", "export", "serve"), "no-run"),
     "merge": "no-run out",
-    "certify": "no-run target",
+    **dict.fromkeys(("certify", "sample"), "no-run target"),
     "push": "no-run owner/name",
     **dict.fromkeys(("compare", "diff"), "no-run other"),
 }
