@@ -29,15 +29,20 @@ def record(metric: str, scores: tuple[float, float, float, float] | None, nll: t
     return parse(EvaluationRecord, {**made, "metric": metric, "adapter": {"kind": "last", "steps": [1]}})
 
 
-@pytest.mark.parametrize(("chosen", "is_told"), [(-0.7, True), (0.0, False), (0.2, False), (None, False)])
-def test_chosen_answers_that_fell_are_told_whatever_the_base_was(chosen: float | None, is_told: bool) -> None:
-    part: Any = {"value": 0.8, "low": 0.7, "high": 0.9}
-    rewards = None if chosen is None else {"chosen": chosen, "rejected": -1.5, "margin": part, "accuracy": part}
+@pytest.mark.parametrize(
+    ("nll", "has_pairs", "is_told"), [((1, 1.5), True, True), ((1, 0.5), True, False), ((1, 1.5), False, False)]
+)
+def test_chosen_answers_that_fell_are_told_if_it_is_no_chance(
+    nll: tuple[float, float], has_pairs: bool, is_told: bool
+) -> None:
     lengths = dict.fromkeys(get_type_hints(LengthsOfAnswers), 2)
-    preference = {"loss": "dpo", "beta": 0.1, "rewards": rewards, "lengths": lengths}
-    made = record("json", (0.02, 0.09, 0.01, 0.13), (3, 1)).model_dump() | {"preference": preference}
+    preference: Any = {"loss": "dpo", "beta": 0.1, "rewards": None, "lengths": lengths}
+    made = record("json", (0.02, 0.09, 0.01, 0.13), nll).model_dump()
+    made["preference"] = preference if has_pairs else None
     sentence = verdict_on(parse(EvaluationRecord, made)).sentence
-    assert ("less likely than where the run began, by 7 nats on average" in sentence) == is_told
+    assert ("became less likely, by 0.5 nats per token" in sentence) == is_told
+    made["difference"]["nll"]["low"] = -0.1
+    assert "less likely" not in verdict_on(parse(EvaluationRecord, made)).sentence
 
 
 @pytest.mark.parametrize(

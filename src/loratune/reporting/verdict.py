@@ -53,16 +53,15 @@ def verdict_on(record: EvaluationRecord) -> Verdict:
 
 
 def _fallen(record: EvaluationRecord) -> str:
-    """Say if chosen answers became less likely than where the run began, which the comparison with the base hides.
+    """Say if the chosen answers of pairs became less likely, by more than the interval.
 
     Where two answers differ in a few tokens, DPO may lower both of them (Pal et al. 2024, arXiv 2402.13228).
     """
-    measured = record.preference
-    if measured is None or measured.rewards is None or measured.rewards.chosen >= 0:
+    difference = record.difference["nll"]
+    if record.preference is None or difference.low is None or difference.low <= 0:
         return ""
-    nats = -measured.rewards.chosen / measured.beta
     return (
-        f"; but the chosen answers are less likely than where the run began, by {nats:.3g} nats on average: raise "
+        f"; but the chosen answers became less likely, by {difference.value:.3g} nats per token: raise "
         "preference.sft_weight, or lower train.learning_rate"
     )
 
