@@ -54,6 +54,7 @@ def test_both_engines_have_the_same_learning_rates(schedule: str, tiny_recipe: M
     assert_same(fast, stock, tolerance=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("optimizer", "schedule"),
     some(
@@ -83,6 +84,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(
     assert_same(whole, resume(killed.root).run, tolerance=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("variant", "optimizer"), some([("plain", "adamw"), ("dora", "adafactor")], ("plain", "adamw"))
 )

@@ -153,6 +153,7 @@ def test_loss_and_gradients_are_those_of_the_stock_forward(tied: bool, dtype: to
         assert float((actual[name] - gradient).norm() / gradient.norm()) < tolerance, name
 
 
+@pytest.mark.slow
 def test_in_bfloat16_small_steps_are_kept_and_what_is_saved_computes_the_same(
     tiny_recipe: MakeRecipe, tiny_model: Path
 ) -> None:

@@ -138,6 +138,7 @@ def test_r1_distill_tells_of_thoughts_put_back_and_of_answers_that_have_none(
     assert "<｜Assistant｜><think>" in advice.reason
 
 
+@pytest.mark.slow
 def test_r1_distill_with_thoughts_throughout_needs_no_advice_about_its_template(
     tiny_recipe: MakeRecipe, r1_model: Path, tmp_path: Path
 ) -> None:

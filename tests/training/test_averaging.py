@@ -90,6 +90,7 @@ def test_a_stop_between_checkpoints_changes_nothing(tiny_recipe: MakeRecipe, tmp
     assert_same(whole, run, tolerance=0)
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_told_and_left_out(tiny_recipe: MakeRecipe) -> None:
     run = train(tiny_recipe(**SETTINGS, train__eval_every="never")).run
     shutil.rmtree(run.adapter)

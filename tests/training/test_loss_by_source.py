@@ -118,6 +118,7 @@ def test_stock_trl_has_the_same_losses_of_sources(mixed: MakeRecipe, tmp_path: P
         assert mine == pytest.approx(theirs, abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`label_smoothing_factor` is deprecated:FutureWarning")  # TRL, of 2.0
 def test_one_source_has_no_line_of_its_own_and_what_trl_does_not_say_is_told(
     mixed: MakeRecipe, tiny_recipe: MakeRecipe

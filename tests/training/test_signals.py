@@ -88,6 +88,7 @@ def test_a_stop_ends_an_evaluation_and_a_second_one_is_at_once_and_harms_no_chec
     assert_same(whole, resume(run.root).run, tolerance=0)
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_the_last_evaluation_keeps_the_adapter(tiny_recipe: MakeRecipe) -> None:
     recipe = tiny_recipe(train__epochs=1, evaluate__metric="exact_match", evaluate__max_new_tokens=2)
 
@@ -105,6 +106,7 @@ def test_ctrl_c_in_the_last_evaluation_keeps_the_adapter(tiny_recipe: MakeRecipe
     assert "so_far" not in read_json(run.plan)
 
 
+@pytest.mark.slow
 def test_a_kill_before_the_first_checkpoint_begins_again(tiny_recipe: MakeRecipe) -> None:
     recipe = tiny_recipe(train__save_every="never", train__max_steps=3, train__epochs=9, lora__dropout=0.1)
     run = train(recipe).run

@@ -80,6 +80,7 @@ def test_the_rank_doubles_the_parameters_and_halves_the_scale(tiny_recipe: MakeR
     assert [row["alpha/r at alpha 8"] for row in rows.values()] == ["8", "4", "2", "1", "0.5"]
 
 
+@pytest.mark.slow
 def test_what_a_limit_would_cut_is_what_it_cuts(tiny_recipe: MakeRecipe) -> None:
     rows = {row["max_length"]: row for row in TABLES["data.max_length"](facts(tiny_recipe(data__max_length=64)))}
     assert set(rows) == {"64", "128"}

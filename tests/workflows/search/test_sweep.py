@@ -264,6 +264,7 @@ def test_a_trial_that_fails_loses_and_the_others_go_on(
         sweep(tiny_recipe(train__output_dir=recipe.train.output_dir + "2", lora__r=2), ["lora.alpha=2,4"])
 
 
+@pytest.mark.slow
 def test_a_budget_ends_a_sweep_with_what_was_measured(tiny_recipe: Callable[..., Recipe]) -> None:
     recipe = tiny_recipe(evaluate__samples=0)
     record = sweep(recipe, ["train.learning_rate=1e-3,1e-2"], budget=1e-6).record

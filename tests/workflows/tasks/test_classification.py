@@ -107,6 +107,7 @@ def test_the_fast_engine_takes_the_steps_of_the_stock_trainer(
     assert nll[0] == pytest.approx(nll[1], abs=SAME)
 
 
+@pytest.mark.slow
 def test_each_source_has_its_loss(bases: Callable[[str], Path], tmp_path: Path) -> None:
     files = [str(write_rows(tmp_path / f"{n}.jsonl", [intent(i) for i in range(n, 2 * n)])) for n in (24, 40)]
     recipe = class_recipe(

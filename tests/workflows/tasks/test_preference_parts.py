@@ -201,7 +201,7 @@ def test_the_page_says_what_was_learned_and_whether_it_was_length() -> None:
     text = " ".join(map(str, blocks))
     assert "reward margin" in text
     assert "Where the chosen answer is the shorter one (1 pair)" in text
-    assert "the fine-tuned model's own answers" in text
+    assert "own answers of the fine-tuned model" in text
     without = " ".join(map(str, preference(evaluation(measured(reference=False)))))
     assert "reward" not in without
 
