@@ -84,7 +84,10 @@ def test_a_continued_run_is_compared_with_where_it_began_as_long_as_that_is_know
     assert again is not None
     assert again["base"] == pytest.approx(record["base"], rel=1e-6)
     assert again["tuned"] == pytest.approx(record["tuned"], rel=1e-6), "the fine-tuned adapter is put back"
-    assert "Before vs. fine-tuned" in run.report.read_text()
+    page = run.report.read_text()
+    assert "Before vs. fine-tuned</h2>" in page
+    assert "Base vs. fine-tuned" not in page
+    assert "before " in page
     saved = run.start / "adapter_model.safetensors"
     other = load_file(saved)
     saved.unlink()

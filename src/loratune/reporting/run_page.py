@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from loratune.run.records.lock import Inputs, LockRecord
     from loratune.run.records.preview import PreviewPiece
 
+    _Part = tuple[str, str, Callable[["RunFiles"], Iterator[Block]]]
+
 Built = TypeVar("Built")
 
 
@@ -50,7 +52,7 @@ def run_page(files: RunFiles) -> Page:
         badge=_or_default(lambda: _badge(files), files.state),
         tone=files.state,
         figures=_or_default(lambda: tuple(_figures(files)), ()),
-        sections=build_sections(_PARTS, files, files.complaints),
+        sections=build_sections(_parts(files), files, files.complaints),
         footer=f"Read from {files.run.root} at {files.read_at:%Y-%m-%d %H:%M} UTC.",
     )
 
@@ -91,7 +93,7 @@ def _figures(files: RunFiles) -> Iterator[Figure]:
                 yield Figure(
                     name=measure_in_words(name),
                     value=as_measure(name, evaluation.tuned[name]),
-                    note=f"base {as_measure(name, evaluation.base[name])}",
+                    note=f"{evaluation.side_before} {as_measure(name, evaluation.base[name])}",
                 )
     elif files.steps:
         first, last = files.steps[0].loss, files.steps[-1].loss
@@ -275,7 +277,19 @@ def _events(files: RunFiles) -> Iterator[Block]:
         yield Paragraph(text=f"{len(files.events) - _MAX_EVENTS:,} more in metrics.jsonl.")
 
 
-_PARTS: tuple[tuple[str, str, Callable[[RunFiles], Iterator[Block]]], ...] = (
+def _parts(files: RunFiles) -> tuple[_Part, ...]:
+    """Return the sections; that of the result is named after what the run is compared with."""
+
+    def compared_with() -> str:
+        return "Base" if files.evaluation is None else files.evaluation.side_before.capitalize()
+
+    side = _or_default(compared_with, "Base")
+    return tuple(
+        (name, f"{side} vs. fine-tuned" if name == "result" else title, build) for name, title, build in _PARTS
+    )
+
+
+_PARTS: tuple[_Part, ...] = (
     ("verdict", "Verdict", _verdict),
     ("samples", "Samples", samples),
     ("result", "Base vs. fine-tuned", result),

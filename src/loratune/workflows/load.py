@@ -149,7 +149,7 @@ def slow_notes(prepared: Preparation, loss: SupervisedLoss) -> Iterator[str]:
         mean = fmean(len(example.input_ids) for example in prepared.data.train)
         cost = f"; a forward pass has {mean:,.0f} tokens on average, where packed examples fill up to {budget:,}"
         yield loss.why_unpacked + (cost if not (loss.packed or loss.pads) and mean < budget else "")
-    if loss.why_separate:
+    if loss.why_separate and loss.packed:  # else the note above says what is the matter
         yield f"beginnings that examples share go through the model once for each of them: {loss.why_separate}"
     if loss.slow_attention:
         yield (
