@@ -32,7 +32,7 @@ OTHERS = [name for name in get_args(Optimizer) if name != "adamw"]
 SCHEDULES = [name for name in get_args(Schedule) if name not in ("linear", "constant")]
 
 
-@pytest.mark.parametrize("optimizer", some(OTHERS, "adamw_8bit", "muon"))
+@pytest.mark.parametrize("optimizer", some(OTHERS, "muon"))
 def test_both_engines_take_the_same_steps(optimizer: str, tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
     settings = {
         "train__optimizer": optimizer,

@@ -126,6 +126,7 @@ def test_a_killed_process_is_started_again(tiny_recipe: MakeRecipe, one: RunDir,
     assert sizes(run) == sizes(one)
 
 
+@pytest.mark.slow
 def test_each_process_keeps_a_part_of_the_layers(tiny_model: Path, tmp_path: Path) -> None:
     script = tmp_path / "parts.py"
     script.write_text(

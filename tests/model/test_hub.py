@@ -77,6 +77,7 @@ def hub(folder: Path, sent: dict[str, int]) -> Iterator[str]:
         server.server_close()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_hub_model_is_planned_for_without_its_weights(
     tiny_model: Path, chat_files: tuple[Path, Path], tmp_path: Path

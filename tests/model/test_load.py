@@ -73,6 +73,7 @@ def test_a_file_that_is_no_gguf_is_refused(tmp_path: Path) -> None:
         locate(str(tmp_path / "model.gguf"))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_gguf_base_becomes_an_ordinary_folder_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The quickstart's real model: 272 tensors, expanded without a change in what they say."""

@@ -77,7 +77,8 @@ def limit() -> Iterator[Callable[[int], None]]:
         # between the adapter's file and the optimizer's
         pytest.param("training", 3, 6_000, "checkpoints/2", 1, marks=pytest.mark.slow),
         pytest.param("held-out loss", 1, 100, "metrics.jsonl", 2, marks=pytest.mark.slow),
-        ("training", 4, 150_000, "adapter", 3),  # the tokenizer has more than the adapter
+        # the tokenizer has more than the adapter
+        pytest.param("training", 4, 150_000, "adapter", 3, marks=pytest.mark.slow),
         ("tuned answers", 0, 1_000, "evaluation.json", 3),
     ],
 )

@@ -79,7 +79,7 @@ def test_one_graph_serves_any_tree_of_shared_beginnings(monkeypatch: pytest.Monk
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
-@pytest.mark.parametrize("signature", some(list(SIGNATURES), "torch 2.12"))
+@pytest.mark.parametrize("signature", some(list(SIGNATURES)))
 def test_on_a_gpu_too_one_graph_serves_all_layers_and_any_number_of_tokens(
     signature: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -126,7 +126,7 @@ def forbid_reading_boundaries(monkeypatch: pytest.MonkeyPatch) -> list[torch.Ten
     return moved
 
 
-@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("packed", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_boundaries_are_read_on_the_host(packed: bool, recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     """In blocks of attention, which a GPU takes for float32, and where examples go one at a time."""
     monkeypatch.setattr(loss, "obstacle", lambda model: "" if packed else "a test")

@@ -33,7 +33,12 @@ def test_a_folder_that_peft_merged_is_the_same_and_the_base_is_not(finished_run:
 
 
 @pytest.mark.parametrize(
-    "options", [{"to": "gguf"}, pytest.param({"to": "gguf", "merged": True}, marks=pytest.mark.slow), {"to": "vllm"}]
+    "options",
+    [
+        {"to": "gguf"},
+        pytest.param({"to": "gguf", "merged": True}, marks=pytest.mark.slow),
+        pytest.param({"to": "vllm"}, marks=pytest.mark.slow),
+    ],
 )
 def test_every_export_is_what_it_was_when_it_was_written(
     finished_run: RunDir, tmp_path: Path, options: dict[str, object]

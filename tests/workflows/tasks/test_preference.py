@@ -189,6 +189,7 @@ def count_passes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return passes
 
 
+@pytest.mark.slow
 def test_the_reference_is_cached_checked_and_computed_again_if_it_is_wrong(
     make: MakeRecipe, tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
