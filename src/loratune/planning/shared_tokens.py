@@ -15,7 +15,6 @@ from loratune.data.examples import LabelledExample
 from loratune.data.shared_beginnings import num_distinct
 from loratune.data.steps import num_steps_per_epoch, step_examples
 from loratune.model.device import Choice
-from loratune.run import processes
 from loratune.run.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -80,6 +79,4 @@ def _obstacle(recipe: Recipe, data: PreparedData) -> str:
         return "a classifier reads whole texts"
     if recipe.train.neftune_noise_alpha:
         return "the noise of train.neftune_noise_alpha depends on the length of each example"
-    if data.stream is not None and processes.size() > 1:
-        return "a process does not see the streamed rows of the others"
     return ""
