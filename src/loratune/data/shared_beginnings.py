@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
     Ids = npt.NDArray[np.int32]
 
+SHARING_DEVICE = "cpu"
+"""The type of device that computes equal beginnings once: attention to them has been measured on no other."""
+
 LEAST_SHARED = 16
 """Tokens of a beginning from which on it is a segment of its own. A segment costs a block of attention more."""
 

@@ -115,7 +115,7 @@ def prepare(
         check_trackers(recipe)
         check_optimizer(recipe, model.device.value, is_here=True)
     recipe, length = with_epochs(recipe, data.num_examples)
-    recipe, data, shared = with_shared_beginnings(recipe, data)
+    recipe, data, shared = with_shared_beginnings(recipe, data, model.device.value)
     check_cadence(recipe.train, data.num_examples)
     parts = RunParts(model=model, adapter=adapter, data=data)
     presets = count_presets(model.skeleton, recipe.lora, model.head)

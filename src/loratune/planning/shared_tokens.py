@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from loratune.data.examples import LabelledExample
-from loratune.data.shared_beginnings import num_distinct
+from loratune.data.shared_beginnings import SHARING_DEVICE, num_distinct
 from loratune.data.steps import num_steps_per_epoch, step_examples
 from loratune.model.device import Choice
 from loratune.run.errors import RecipeError
@@ -31,28 +31,33 @@ COUNTED_STEPS = 64
 """Steps of an epoch whose shared tokens are counted, evenly spread."""
 
 
-def with_shared_beginnings(recipe: Recipe, data: PreparedData) -> tuple[Recipe, PreparedData, dict[str, Choice]]:
+def with_shared_beginnings(
+    recipe: Recipe, data: PreparedData, device: str
+) -> tuple[Recipe, PreparedData, dict[str, Choice]]:
     """Return the recipe with `train.share_prefixes` resolved, the data with the tokens it saves, and what it became.
+
+    Args:
+        recipe: The recipe.
+        data: Its data.
+        device: The type of device that trains, which decides what is saved and nothing else.
 
     Raises:
         RecipeError: Sharing is asked for, and the recipe excludes it.
     """
     wanted, reason = recipe.train.share_prefixes, _obstacle(recipe, data)
-    if recipe.train.engine == "trl":
-        wanted = False  # it pads examples
     if wanted is True and reason:
         raise RecipeError(f"train.share_prefixes is true, but {reason}", fix="train.share_prefixes=auto")
     fraction = 0.0 if wanted is False else shared_fraction(data.train, recipe)
     shares = wanted is True or (wanted == "auto" and not reason and fraction >= LEAST_FRACTION)
-    told = f"{fraction:.0%} of the tokens are shared beginnings"
-    if wanted == "auto" and reason and fraction >= LEAST_FRACTION:
-        told += f", but {reason}"
-    elif fraction < LEAST_FRACTION and not shares:
-        told = ""
+    saves = shares and device == SHARING_DEVICE
+    told = ""
+    if shares or fraction >= LEAST_FRACTION:
+        told = f"{fraction:.0%} of the tokens are shared beginnings"
+        told += f", but {reason}" if not shares else "" if saves else f"; only a {SHARING_DEVICE} computes them once"
     train = recipe.train.model_copy(update={"share_prefixes": shares})
     return (
         recipe.model_copy(update={"train": train}),
-        replace(data, shared_fraction=fraction if shares else 0.0),
+        replace(data, shared_fraction=fraction if saves else 0.0),
         {"train.share_prefixes": Choice(str(shares).lower(), told)},
     )
 
@@ -75,6 +80,8 @@ def shared_fraction(examples: Sequence[Example], recipe: Recipe) -> float:
 
 def _obstacle(recipe: Recipe, data: PreparedData) -> str:
     """Return why the recipe excludes sharing; empty if it does not."""
+    if recipe.train.engine == "trl":
+        return "train.engine is trl, which pads examples"
     if any(isinstance(example, LabelledExample) for example in data.train[:1]):
         return "a classifier reads whole texts"
     if recipe.train.neftune_noise_alpha:

@@ -11,7 +11,7 @@ import numpy as np
 
 from loratune.data.batch import collate
 from loratune.data.examples import Example
-from loratune.data.shared_beginnings import share_beginnings
+from loratune.data.shared_beginnings import SHARING_DEVICE, share_beginnings
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,8 +32,8 @@ def obstacle_to_sharing(loss: SupervisedLoss, examples: Sequence[Example]) -> st
     """
     if not loss.packed:
         return f"examples do not share a forward pass: {loss.why_unpacked}"
-    if loss.model.device.type != "cpu":
-        return f"attention to shared beginnings has only been measured on CPUs, and this is {loss.model.device.type}"
+    if loss.model.device.type != SHARING_DEVICE:
+        return f"only a {SHARING_DEVICE} computes them once, and this is {loss.model.device.type}"
     sequences = _branching(examples[0], examples[-1])
     separate = collate(sequences)
     shared = share_beginnings(separate, least=2)

@@ -98,6 +98,7 @@ def _few_steps(recipe: Recipe, engine: str, epochs: float, output_dir: str) -> R
     compiled = recipe.train.compile if engine == "fast" else False
     length = {"epochs": epochs, "max_steps": None}
     values["train"] |= {"engine": engine, **length, "output_dir": output_dir, "compile": compiled, **never}
+    values["train"]["share_prefixes"] = recipe.train.share_prefixes if engine == "fast" else False
     return Recipe.parse(values)
 
 
