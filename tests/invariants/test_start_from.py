@@ -21,6 +21,7 @@ from loratune.run.records.base import parse
 from loratune.run.records.evaluation import EvaluationRecord
 from loratune.workflows.evaluate import evaluate
 from loratune.workflows.reproduce import reproduce
+from loratune.workflows.result import open_result
 from loratune.workflows.resume import resume
 from loratune.workflows.train import train
 from tests.conftest import recipe_maker
@@ -84,6 +85,7 @@ def test_a_continued_run_is_compared_with_where_it_began_as_long_as_that_is_know
     assert again is not None
     assert again["base"] == pytest.approx(record["base"], rel=1e-6)
     assert again["tuned"] == pytest.approx(record["tuned"], rel=1e-6), "the fine-tuned adapter is put back"
+    assert "before" in open_result(run.root)._repr_html_()
     page = run.report.read_text()
     assert "Before vs. fine-tuned</h2>" in page
     assert "Base vs. fine-tuned" not in page

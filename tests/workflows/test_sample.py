@@ -156,11 +156,11 @@ def test_the_rows_can_be_trained_on_and_the_same_seed_draws_them_again(
         other = draw(tmp_path / "other.jsonl", settings=SampleSettings(n=6, temperature=3.0, max_new_tokens=4, seed=7))
     assert (first.num_prompts, first.num_answers, first.metric) == (3, 18, "even")
     assert first.num_rows + sum(first.left_out.values()) == 3
-    assert first.file.read_text() == again.file.read_text() != other.file.read_text()
-    rows = [json.loads(line) for line in first.file.read_text().splitlines()]
+    assert Path(first.file).read_text() == Path(again.file).read_text() != Path(other.file).read_text()
+    rows = [json.loads(line) for line in Path(first.file).read_text().splitlines()]
     assert {len(row["chosen"]) % 2 for row in rows} == {0}
     assert {len(row["rejected"]) % 2 for row in rows} == {1}
-    recipe = tiny_recipe().replace(data={"train": str(first.file), "eval": "none"}, evaluate={"metric": "none"})
+    recipe = tiny_recipe().replace(data={"train": first.file, "eval": "none"}, evaluate={"metric": "none"})
     recipe = Recipe.parse({**recipe.model_dump(mode="json", exclude_unset=True), "task": "preference"})
     assert len(prepare(recipe, NO_PROGRESS).data.train) == len(rows)
 

@@ -16,11 +16,11 @@ from loratune.run.errors import MachineError
 if TYPE_CHECKING:
     from loratune.planning.preparation import Preparation
     from loratune.run.directory import Record
+    from loratune.run.records.outputs import SampleOutput
     from loratune.run.records.sweep import SweepRecord, TuneRecord
     from loratune.workflows.certify import Exported
     from loratune.workflows.push import Publication
     from loratune.workflows.result import RunResult
-    from loratune.workflows.sample import SampleResult
     from loratune.workflows.serve import Service
 
 
@@ -214,10 +214,10 @@ def print_record(verb: str, values: Record) -> None:
     print_json(as_json(parse(OUTPUTS[verb], values)))
 
 
-def show_sample(drawn: SampleResult, as_json: bool) -> None:
+def show_sample(drawn: SampleOutput, as_json: bool) -> None:
     """Print how good the answers were, what became of them, and what to do with the file."""
     if as_json:
-        print_json(drawn.as_dict())
+        print_json(drawn.model_dump(mode="json"))
         return
     lines = [
         f"{drawn.num_answers:,} answers to {drawn.num_prompts:,} prompts: mean {drawn.metric} {drawn.mean_score:.1%}; "

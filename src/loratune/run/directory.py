@@ -331,15 +331,23 @@ def read_json(path: Path) -> Any:
         raise RunError(f"damaged: {error}", file=path, fix="restore it or train again") from None
 
 
-def write_text(path: Path, text: str) -> None:
+_FREE_SPACE = "free some disk space, then `loratune resume`"
+
+
+def write_text(path: Path, text: str, fix: str = _FREE_SPACE) -> None:
     """Write a file atomically.
+
+    Args:
+        path: The file.
+        text: Its contents.
+        fix: What to do if it cannot be written.
 
     Raises:
         MachineError: The file cannot be written.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with cannot_write(path):
+        with cannot_write(path, fix):
             with temporary.open("w", encoding="utf-8") as stream:
                 stream.write(text)
                 stream.flush()
@@ -352,7 +360,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextmanager
-def cannot_write(path: Path, fix: str = "free some disk space, then `loratune resume`") -> Iterator[None]:
+def cannot_write(path: Path, fix: str = _FREE_SPACE) -> Iterator[None]:
     """Turn the system's errors about a full or read-only disk into a `MachineError`."""
     try:
         yield

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from loratune.model.adapter.start_from import CONFIG, WEIGHTS, adapter_fingerprint, load_weights_into
-from loratune.run.directory import RunDir, read_json
+from loratune.run.directory import RunDir, cannot_write, read_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -24,10 +24,15 @@ if TYPE_CHECKING:
 
 
 def keep_start(run: RunDir, adapter: Path) -> None:
-    """Copy the adapter that a run begins with into its directory."""
-    run.start.mkdir(parents=True, exist_ok=True)
-    for name in (CONFIG, WEIGHTS):
-        shutil.copyfile(adapter / name, run.start / name)
+    """Copy the adapter that a run begins with into its directory.
+
+    Raises:
+        MachineError: It cannot be written.
+    """
+    with cannot_write(run.start):
+        run.start.mkdir(parents=True, exist_ok=True)
+        for name in (CONFIG, WEIGHTS):
+            shutil.copyfile(adapter / name, run.start / name)
 
 
 def started_from_adapter(run: RunDir, progress: Progress) -> bool:

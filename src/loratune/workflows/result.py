@@ -36,7 +36,7 @@ class RunResult:
 
     @property
     def verdict(self) -> str:
-        """Whether the fine-tuned model is better than its base, in one sentence."""
+        """Whether the fine-tuned model is better than the model before the run, in one sentence."""
         if self.evaluation is None:
             return "not measured: no data was held out (data.eval)"
         return verdict_on(parse_known(EvaluationRecord, self.evaluation)).sentence
@@ -80,9 +80,10 @@ class RunResult:
 
     def _repr_html_(self) -> str:
         """Return the verdict and a table of the measures, for notebooks."""
-        rows = []
+        rows, side = [], ""
         if self.evaluation is not None:
             record = parse_known(EvaluationRecord, self.evaluation)
+            side = record.side_before
             rows = [
                 (
                     measure_in_words(name),
@@ -93,7 +94,7 @@ class RunResult:
                 )
                 for name, difference in record.difference.items()
             ]
-        head = ("measure", "base", "fine-tuned", "difference", "interval") if rows else ()
+        head = ("measure", side, "fine-tuned", "difference", "interval") if rows else ()
         return html_table(f"{self.run.root}: {self.verdict}", rows, head=head)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -26,9 +26,10 @@ from loratune.model.load import positions_of
 from loratune.recipe.recipe import Source
 from loratune.recipe.sections.evaluate import METRICS
 from loratune.recipe.tasks import require_text
-from loratune.run.directory import RunDir
-from loratune.run.errors import DataError, MachineError, RecipeError
+from loratune.run.directory import RunDir, write_text
+from loratune.run.errors import DataError, RecipeError
 from loratune.run.progress import NO_PROGRESS, Progress
+from loratune.run.records.outputs import SampleOutput
 from loratune.workflows.finished import recipe_of
 from loratune.workflows.trained_model import load_model_of, load_tokenizer_of
 
@@ -89,37 +90,6 @@ class SampleSettings:
             raise RecipeError("--n 1 has no best and worst answer", fix="--n 8, --with-reference, or --keep best")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SampleResult:
-    """What was drawn, and what became of it.
-
-    Attributes:
-        file: The file with the rows.
-        metric: The metric that scored the answers.
-        num_rows: The rows written.
-        num_prompts: The prompts answered.
-        num_answers: The answers drawn.
-        mean_score: The mean score of all answers, 0 to 1.
-        solved: The share of prompts with an answer of at least `at_least`.
-        left_out: Why prompts gave no row → how many.
-        unusable: Why answers were no candidates → how many.
-    """
-
-    file: Path
-    metric: str
-    num_rows: int
-    num_prompts: int
-    num_answers: int
-    mean_score: float
-    solved: float
-    left_out: dict[str, int]
-    unusable: dict[str, int]
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the record that `--json` prints."""
-        return asdict(self) | {"file": str(self.file)}
-
-
 def sample(
     root: str | Path,
     prompts: str | Path,
@@ -130,7 +100,7 @@ def sample(
     allow_code: bool = False,
     overwrite: bool = False,
     progress: Progress = NO_PROGRESS,
-) -> SampleResult:
+) -> SampleOutput:
     """Answer prompts with a run's model and write the best answers, or pairs of the best and the worst, as rows.
 
     Args:
@@ -297,9 +267,9 @@ def _check_room(asked: Sequence[Prompt], sampling: Sampling, positions: int | No
         )
 
 
-def _write(file: Path, metric: str, rows: Sequence[dict[str, Any]], scored: Scored) -> SampleResult:
-    result = SampleResult(
-        file=file,
+def _write(file: Path, metric: str, rows: Sequence[dict[str, Any]], scored: Scored) -> SampleOutput:
+    result = SampleOutput(
+        file=str(file),
         metric=metric,
         num_rows=len(rows),
         num_prompts=scored.num_prompts,
@@ -316,10 +286,5 @@ def _write(file: Path, metric: str, rows: Sequence[dict[str, Any]], scored: Scor
             fix="more answers (--n), another --temperature or --at-least, --with-reference, or harder prompts",
         )
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    part = file.with_name(f"{file.name}.part")
-    try:
-        part.write_text(text, encoding="utf-8", newline="\n")
-        part.replace(file)
-    except OSError as error:
-        raise MachineError(f"cannot write: {error}", file=file, fix="another --out") from error
+    write_text(file, text, fix="another --out")
     return result

@@ -169,7 +169,7 @@ def test_a_resumed_run_is_the_same_to_the_bit_and_needs_no_reference_pass(
         path.unlink()  # only the run directory has it
     passes = count_passes(monkeypatch)
     resume(run.root)
-    assert passes == ["first", "fine-tuned"]
+    assert passes == ["initial", "fine-tuned"]
     assert losses(run) == losses(whole)
     one, other = adapter(whole), adapter(run)
     assert all(bool((one[name] == other[name]).all()) for name in one)
@@ -255,7 +255,7 @@ def test_losses_without_a_reference_train_and_compute_none(
 ) -> None:
     passes = count_passes(monkeypatch)
     result = train(make(preference__loss=loss))
-    assert passes == ["first", "fine-tuned"]
+    assert passes == ["initial", "fine-tuned"]
     assert result.evaluation is not None
     assert result.evaluation["preference"]["rewards"] is None
     difference = result.evaluation["difference"]

@@ -37,7 +37,7 @@ class ResultOutput(FileRecord):
     run: str
     """Run directory."""
     verdict: str
-    """Whether the fine-tuned model is better than its base, in one sentence."""
+    """Whether the fine-tuned model is better than the model before the run, in one sentence."""
     evaluation: EvaluationRecord | None
     """`evaluation.json`; null without held-out data."""
     plan: PlanRecord

@@ -22,7 +22,9 @@ def compare_answers(comparison: Comparison) -> Compared:
     model.eval()
     free_memory()
     with comparison.before():
-        base_nll, base_other, base_answers = _measure(comparison, "base", comparison.base_nll)
+        base_nll, base_other, base_answers = _measure(
+            comparison, "initial" if comparison.started else "base", comparison.base_nll
+        )
     tuned_nll, tuned_other, tuned_answers = _measure(comparison, "tuned", comparison.tuned_nll)
     record = evaluation_record(
         metric=metric.name if metric else comparison.prepared.recipe.evaluate.metric,

@@ -27,7 +27,7 @@ def compare_preferences(comparison: Comparison) -> Compared:
     budget, progress = comparison.budget, comparison.progress
     free_memory()
     with comparison.before():
-        base = log_probs(loss, pairs, budget, progress, "first")
+        base = log_probs(loss, pairs, budget, progress, "initial")
     tuned = log_probs(loss, pairs, budget, progress, "fine-tuned")
     base_nll, tuned_nll = _chosen_nll(pairs, base), _chosen_nll(pairs, tuned)
     has_reference = comparison.prepared.recipe.preference.loss in WITH_REFERENCE
