@@ -10,7 +10,7 @@ import pytest
 from loratune.data.examples import Example
 from loratune.data.prepared import PreparedData
 from loratune.data.rows.row import Origin
-from loratune.planning.shared_tokens import LEAST_FRACTION, shared_fraction, with_shared_beginnings
+from loratune.planning.shared_tokens import LEAST_FRACTION, shared_fraction, with_shared_prefixes
 from loratune.recipe.recipe import Recipe
 from loratune.run.errors import RecipeError
 
@@ -41,16 +41,16 @@ def test_auto_shares_where_enough_is_saved(
     prompt: int, wanted: bool | str, becomes: bool, tiny_recipe: MakeRecipe
 ) -> None:
     recipe = tiny_recipe(train__share_prefixes=wanted)
-    changed, counted, choices = with_shared_beginnings(recipe, data(prompt, 300), "cpu")
+    changed, counted, choices = with_shared_prefixes(recipe, data(prompt, 300), "cpu")
     assert changed.train.share_prefixes is becomes
     assert choices["train.share_prefixes"].value == str(becomes).lower()
     assert (counted.shared_fraction > LEAST_FRACTION) == (becomes and prompt > 0)
-    assert ("shared beginnings" in choices["train.share_prefixes"].reason) == becomes
+    assert ("shared prefixes" in choices["train.share_prefixes"].reason) == becomes
 
 
 def test_a_device_that_computes_them_for_each_example_saves_nothing_and_says_so(tiny_recipe: MakeRecipe) -> None:
     """The masks of dropout stay the recipe's."""
-    changed, counted, choices = with_shared_beginnings(tiny_recipe(), data(30, 30), "cuda")
+    changed, counted, choices = with_shared_prefixes(tiny_recipe(), data(30, 30), "cuda")
     assert changed.train.share_prefixes is True
     assert counted.shared_fraction == 0
     assert "only a cpu computes them once" in choices["train.share_prefixes"].reason
@@ -63,8 +63,8 @@ def test_a_device_that_computes_them_for_each_example_saves_nothing_and_says_so(
 def test_what_excludes_sharing_is_said_and_asking_for_it_is_refused(
     settings: dict[str, object], words: str, tiny_recipe: MakeRecipe
 ) -> None:
-    changed, counted, choices = with_shared_beginnings(tiny_recipe(**settings), data(30, 30), "cpu")
+    changed, counted, choices = with_shared_prefixes(tiny_recipe(**settings), data(30, 30), "cpu")
     assert (changed.train.share_prefixes, counted.shared_fraction) == (False, 0)
     assert words in choices["train.share_prefixes"].reason
     with pytest.raises(RecipeError, match=words):
-        with_shared_beginnings(tiny_recipe(**settings, train__share_prefixes=True), data(30, 30), "cpu")
+        with_shared_prefixes(tiny_recipe(**settings, train__share_prefixes=True), data(30, 30), "cpu")

@@ -10,7 +10,7 @@ from transformers import MistralConfig, MistralForCausalLM
 
 from loratune.data.batch import collate
 from loratune.data.examples import Example
-from loratune.data.shared_beginnings import share_beginnings
+from loratune.data.shared_prefixes import share_prefixes
 from loratune.model.adapter.attach import attach_adapter, use_fast_layers
 from loratune.model.adapter.targets import resolve_targets
 from loratune.model.device import cpp_compiler
@@ -64,7 +64,7 @@ def test_one_graph_serves_all_layers_and_any_number_of_tokens() -> None:
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
-def test_one_graph_serves_any_tree_of_shared_beginnings(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_graph_serves_any_tree_of_shared_prefixes(monkeypatch: pytest.MonkeyPatch) -> None:
     # Graphs are counted, not generated.
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     monkeypatch.setattr(cross_entropy, "_compiled_chunk", cache(cross_entropy._compiled_chunk.__wrapped__))
@@ -72,7 +72,7 @@ def test_one_graph_serves_any_tree_of_shared_beginnings(monkeypatch: pytest.Monk
     torch._dynamo.utils.counters.clear()
     loss = loss_of(3, compiled=True, recomputed=0)
     for lengths in ((9, 4), (7,), (12, 30, 2, 20), (5, 5, 5)):  # `example`s begin alike
-        batch = share_beginnings(collate([example(n) for n in lengths]), least=4)
+        batch = share_prefixes(collate([example(n) for n in lengths]), least=4)
         assert batch.num_tokens == max(lengths) + (2 if 2 in lengths else 0)
         loss.sum(batch).backward()
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2, "the layer, and the chunk of the loss"

@@ -163,7 +163,7 @@ def test_every_other_relative_path_is_too(
     assert find(located(record)) == find(record["recipe"]), "what is gone keeps the name that the recipe has"
 
 
-def test_a_run_of_a_version_that_shared_no_beginnings_goes_on_without(finished_run: RunDir) -> None:
+def test_a_run_of_a_version_that_shared_no_prefixes_goes_on_without(finished_run: RunDir) -> None:
     """Sharing would change which masks dropout draws in the middle of a run."""
     lock = read_json(finished_run.lock)
     del lock["recipe"]["train"]["share_prefixes"]

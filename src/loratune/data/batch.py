@@ -14,7 +14,7 @@ from loratune.data.rows.row import Origin
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from loratune.data.shared_beginnings import Distinct
+    from loratune.data.shared_prefixes import Distinct
 
 
 FILLER = Example(
@@ -35,7 +35,7 @@ class MicroBatch:
         boundaries: int32 [E + 1]; sequence e occupies tokens boundaries[e] to boundaries[e + 1] - 1.
         host_boundaries: The same, which stay on the host: reading them there does not wait for the device.
         max_length: Tokens of the longest sequence.
-        tree: int32 [2, segments + 1] on the host where sequences share tokens (`shared_beginnings`): the boundaries of
+        tree: int32 [2, segments + 1] on the host where sequences share tokens (`shared_prefixes`): the boundaries of
             segments in place of sequences, and the segment before each, -1 for none. Else None.
         distinct: The different ones of the predictions, where several sequences share a position and what comes next.
         predictors: int64 [S]; the positions whose output predicts a supervised token.

@@ -62,7 +62,7 @@ from loratune.planning.parts import RunAdapter, RunModel, RunParts
 from loratune.planning.preparation import Preparation, RunEstimate, RunNotes
 from loratune.planning.presets import PresetCount, count_presets, plan_preset
 from loratune.planning.scaling import scale, strategy_choice, strategy_for
-from loratune.planning.shared_tokens import with_shared_beginnings
+from loratune.planning.shared_tokens import with_shared_prefixes
 from loratune.planning.task import planned_task
 from loratune.recipe.recipe import Recipe
 from loratune.recipe.roles import trained_roles
@@ -115,7 +115,7 @@ def prepare(
         check_trackers(recipe)
         check_optimizer(recipe, model.device.value, is_here=True)
     recipe, length = with_epochs(recipe, data.num_examples)
-    recipe, data, shared = with_shared_beginnings(recipe, data, model.device.value)
+    recipe, data, shared = with_shared_prefixes(recipe, data, model.device.value)
     check_cadence(recipe.train, data.num_examples)
     parts = RunParts(model=model, adapter=adapter, data=data)
     presets = count_presets(model.skeleton, recipe.lora, model.head)

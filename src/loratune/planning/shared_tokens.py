@@ -1,7 +1,7 @@
 """What `train.share_prefixes` becomes, and the tokens it saves: a function of recipe and data, not of the machine.
 
 With dropout, sequences of a step that begin alike have one mask there, so the setting belongs to the mathematics of a
-run. Whether a device and a model also compute equal beginnings once is found out when the weights are loaded.
+run. Whether a device and a model also compute equal prefixes once is found out when the weights are loaded.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from loratune.data.examples import LabelledExample
-from loratune.data.shared_beginnings import SHARING_DEVICE, num_distinct
+from loratune.data.shared_prefixes import SHARING_DEVICE, num_distinct
 from loratune.data.steps import num_steps_per_epoch, step_examples
 from loratune.model.device import Choice
 from loratune.run.errors import RecipeError
@@ -31,7 +31,7 @@ COUNTED_STEPS = 64
 """Steps of an epoch whose shared tokens are counted, evenly spread."""
 
 
-def with_shared_beginnings(
+def with_shared_prefixes(
     recipe: Recipe, data: PreparedData, device: str
 ) -> tuple[Recipe, PreparedData, dict[str, Choice]]:
     """Return the recipe with `train.share_prefixes` resolved, the data with the tokens it saves, and what it became.
@@ -52,7 +52,7 @@ def with_shared_beginnings(
     saves = shares and device == SHARING_DEVICE
     told = ""
     if shares or fraction >= LEAST_FRACTION:
-        told = f"{fraction:.0%} of the tokens are shared beginnings"
+        told = f"{fraction:.0%} of the tokens are shared prefixes"
         told += f", but {reason}" if not shares else "" if saves else f"; only a {SHARING_DEVICE} computes them once"
     train = recipe.train.model_copy(update={"share_prefixes": shares})
     return (

@@ -37,7 +37,7 @@ class StepMetrics:
         started: `time.perf_counter()` at the start of the step.
         skipped: Whether the step is not applied.
         by_source: Source → its loss, if there are several sources.
-        num_processed_tokens: Tokens that went through the model, where shared beginnings do once; else None.
+        num_processed_tokens: Tokens that went through the model, where shared prefixes do once; else None.
     """
 
     loss: float = math.nan

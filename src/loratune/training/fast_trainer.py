@@ -26,7 +26,7 @@ import torch
 from transformers import PrinterCallback, TrainingArguments
 
 from loratune.data.batch import FILLER, MicroBatch, collate
-from loratune.data.shared_beginnings import LEAST_SHARED, share_beginnings
+from loratune.data.shared_prefixes import LEAST_SHARED, share_prefixes
 from loratune.model.kernels.dropout import row_numbers
 from loratune.run import processes
 from loratune.run.errors import LoratuneError
@@ -104,7 +104,7 @@ class FastTrainer(RunTrainer):
             started=started,
             tokens=(totals.num_tokens, totals.num_supervised_tokens),
             by_source=self.sources.means(losses[1:-1].tolist(), totals.by_source),
-            num_processed_tokens=int(losses[-1]) if self.setup.loss.shares_beginnings else None,
+            num_processed_tokens=int(losses[-1]) if self.setup.loss.shares_prefixes else None,
         )
 
     def _accumulate_gradients(self, share: StepExamples, num_terms: int) -> torch.Tensor:
@@ -120,7 +120,7 @@ class FastTrainer(RunTrainer):
         """
         examples, loss_of = share.examples, self.setup.loss
         losses = torch.zeros(2 + len(self.sources), device=self.args.device)
-        for chosen in self.budget.micro_batches(examples, range(len(examples)), shared=loss_of.shares_beginnings):
+        for chosen in self.budget.micro_batches(examples, range(len(examples)), shared=loss_of.shares_prefixes):
             batch = self._batch(share, chosen)
             losses[-1] += batch.num_tokens * bool(chosen)
             batch = batch.to(self.args.device)
@@ -143,7 +143,7 @@ class FastTrainer(RunTrainer):
         batch = replace(batch, rows=self._rows(share, chosen, [len(example.input_ids) for example in together]))
         if not self.setup.loss.may_share(batch):
             return batch
-        return share_beginnings(batch, LEAST_SHARED if share.owners is not None else batch.num_tokens + 1)
+        return share_prefixes(batch, LEAST_SHARED if share.owners is not None else batch.num_tokens + 1)
 
     def _rows(self, share: StepExamples, chosen: tuple[int, ...], lengths: list[int]) -> torch.Tensor:
         """Return each token's number for dropout and noise, int32 [T]; a shared token has that of its owner."""

@@ -21,7 +21,7 @@ import torch
 
 from loratune.data.batch import MicroBatch, collate
 from loratune.data.examples import Example
-from loratune.data.shared_beginnings import share_beginnings
+from loratune.data.shared_prefixes import share_prefixes
 from loratune.model.adapter.attach import use_fast_layers
 from loratune.model.adapter.modules_to_save import head_weights
 from loratune.model.kernels.attention import PACKED, PackingUnsupportedError, observe_attention, register
@@ -99,7 +99,7 @@ class SupervisedLoss:
         slow_attention: Why packed attention does not run in the device's fastest kernel; empty if it does.
         pads: Whether examples that are not packed are padded to one length, and not taken one at a time.
         sharded: Whether ranks share the model's layers (`fsdp`), so that all must call it equally often.
-        shares_beginnings: Whether training lays out equal beginnings of a micro-batch's sequences once.
+        shares_prefixes: Whether training lays out equal prefixes of a micro-batch's sequences once.
         why_separate: Why it does not, although the recipe wants it; empty if it does, or need not.
     """
 
@@ -111,7 +111,7 @@ class SupervisedLoss:
     slow_attention = ""
     pads = False
     sharded = False
-    shares_beginnings = False
+    shares_prefixes = False
     why_separate = ""
 
     def __init__(self, model: PeftModel, *, packed: bool = True) -> None:
@@ -172,7 +172,7 @@ class SupervisedLoss:
         if self._shares_forward(batch):
             hidden = self._hidden(batch.input_ids, batch)
         else:
-            assert batch.tree is None, "shared beginnings in a micro-batch that does not share a forward"
+            assert batch.tree is None, "shared prefixes in a micro-batch that does not share a forward"
             ends = batch.host_boundaries.tolist()
             rows = [None if batch.rows is None else batch.rows[a:b] for a, b in pairwise(ends)]
             examples = [batch.input_ids[:, a:b] for a, b in pairwise(ends)]
@@ -180,13 +180,13 @@ class SupervisedLoss:
         return hidden[0, batch.predictors if chosen is None else batch.predictors[chosen]]
 
     def may_share(self, batch: MicroBatch) -> bool:
-        """Tell whether equal beginnings of this micro-batch's sequences may be laid out once."""
-        return self.shares_beginnings and (self.longest_packed is None or batch.max_length <= self.longest_packed)
+        """Tell whether equal prefixes of this micro-batch's sequences may be laid out once."""
+        return self.shares_prefixes and (self.longest_packed is None or batch.max_length <= self.longest_packed)
 
     def micro_batch(self, examples: Sequence[Example]) -> MicroBatch:
         """Return a micro-batch to measure these examples on, on the model's device."""
         batch = collate(examples)
-        return (share_beginnings(batch) if self.may_share(batch) else batch).to(self.model.device)
+        return (share_prefixes(batch) if self.may_share(batch) else batch).to(self.model.device)
 
     def _shares_forward(self, batch: MicroBatch) -> bool:
         """Tell whether the examples share one forward, and set the model's attention accordingly where that varies."""

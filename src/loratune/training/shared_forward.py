@@ -11,7 +11,7 @@ import numpy as np
 
 from loratune.data.batch import collate
 from loratune.data.examples import Example
-from loratune.data.shared_beginnings import SHARING_DEVICE, share_beginnings
+from loratune.data.shared_prefixes import SHARING_DEVICE, share_prefixes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,7 +24,7 @@ COMPARED_TOKENS = 24
 
 
 def obstacle_to_sharing(loss: SupervisedLoss, examples: Sequence[Example]) -> str:
-    """Return why equal beginnings go through this model once per sequence all the same; empty if once is enough.
+    """Return why equal prefixes go through this model once per sequence all the same; empty if once is enough.
 
     Args:
         loss: The loss, packed where the model allows it.
@@ -36,7 +36,7 @@ def obstacle_to_sharing(loss: SupervisedLoss, examples: Sequence[Example]) -> st
         return f"only a {SHARING_DEVICE} computes them once, and this is {loss.model.device.type}"
     sequences = _branching(examples[0], examples[-1])
     separate = collate(sequences)
-    shared = share_beginnings(separate, least=2)
+    shared = share_prefixes(separate, least=2)
     assert shared.num_tokens < separate.num_tokens
     was_training = loss.model.training
     loss.model.eval()
@@ -46,7 +46,7 @@ def obstacle_to_sharing(loss: SupervisedLoss, examples: Sequence[Example]) -> st
         loss.model.train(was_training)
     difference = float((losses - expected).square().mean().sqrt())
     if not difference <= loss.tolerance:  # so written, NaN fails too
-        return f"shared beginnings differ from separate ones by {difference:.2g}"
+        return f"shared prefixes differ from separate ones by {difference:.2g}"
     return ""
 
 

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from loratune.data.examples import Example
 from loratune.data.prepared import Stream
 from loratune.data.rows.row import Rejected
-from loratune.data.shared_beginnings import first_owners
+from loratune.data.shared_prefixes import first_owners
 from loratune.data.steps import assign_to_ranks, epoch_order, num_steps_per_epoch, step_examples
 from loratune.run import processes
 from loratune.run.errors import LoratuneError
@@ -38,7 +38,7 @@ class StepExamples:
         numbers: Index of each in the training data.
         left_out: Rows of streamed data that cannot be trained on.
         owners: For each example int64 [2, T]: the example and the position in it that first in this step, over all
-            ranks, had each token with the same tokens before it. None: beginnings are not shared.
+            ranks, had each token with the same tokens before it. None: prefixes are not shared.
     """
 
     examples: list[Example]
@@ -61,7 +61,7 @@ class StepDataset(Dataset[StepExamples | LoratuneError]):
     def __init__(self, examples: Sequence[Example] | Stream, train: TrainSection, token_budget: int) -> None:
         self._examples, self._batch_size, self._seed = examples, train.batch_size, train.seed
         self._token_budget = token_budget
-        self._shares_beginnings = train.share_prefixes is True
+        self._shares_prefixes = train.share_prefixes is True
         self.num_per_epoch = num_steps_per_epoch(len(examples), train.batch_size)
 
     def __len__(self) -> int:
@@ -74,7 +74,7 @@ class StepDataset(Dataset[StepExamples | LoratuneError]):
         )
         try:
             rows = {i: self._examples[i] for i in self._share(numbers)}
-            owners = self._owners(numbers) if self._shares_beginnings else None
+            owners = self._owners(numbers) if self._shares_prefixes else None
         except LoratuneError as error:
             return error
         examples = {i: row for i, row in rows.items() if isinstance(row, Example)}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
-from loratune.data.shared_beginnings import num_distinct, pack_shared
+from loratune.data.shared_prefixes import num_distinct, pack_shared
 from loratune.data.steps import pack
 from loratune.model.device import free_memory, is_out_of_memory
 from loratune.run import processes

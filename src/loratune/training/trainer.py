@@ -256,7 +256,7 @@ class RunTrainer(Trainer):
             started: `time.perf_counter()` at the start of the step.
             tokens: Tokens of the step, and how many of them are supervised.
             by_source: Source → mean loss of its supervised tokens.
-            num_processed_tokens: Tokens that went through the model, where shared beginnings do once; else None.
+            num_processed_tokens: Tokens that went through the model, where shared prefixes do once; else None.
         """
         loss, examples = float(total), self.current_step.examples
         self.step_metrics = StepMetrics(

@@ -150,7 +150,7 @@ def slow_notes(prepared: Preparation, loss: SupervisedLoss) -> Iterator[str]:
         cost = f"; a forward pass has {mean:,.0f} tokens on average, where packed examples fill up to {budget:,}"
         yield loss.why_unpacked + (cost if not (loss.packed or loss.pads) and mean < budget else "")
     if loss.why_separate and loss.packed:  # else the note above says what is the matter
-        yield f"beginnings that examples share go through the model once for each of them: {loss.why_separate}"
+        yield f"prefixes that examples share go through the model once for each of them: {loss.why_separate}"
     if loss.slow_attention:
         yield (
             f"attention runs in blocks of plain matrix products, not as flash attention: {loss.slow_attention}; "
@@ -185,10 +185,10 @@ def _loss(prepared: Preparation, model: PeftModel) -> SupervisedLoss:
 
 
 def _sharing(loss: SupervisedLoss, prepared: Preparation) -> SupervisedLoss:
-    """Return the loss, which shares beginnings if the recipe wants it and the model computes the same."""
+    """Return the loss, which shares prefixes if the recipe wants it and the model computes the same."""
     if prepared.recipe.train.share_prefixes is True:
         loss.why_separate = obstacle_to_sharing(loss, prepared.data.train)
-        loss.shares_beginnings = not loss.why_separate
+        loss.shares_prefixes = not loss.why_separate
     return loss
 
 

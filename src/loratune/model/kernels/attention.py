@@ -1,6 +1,6 @@
 """Causal attention over packed examples: they lie end to end in one row and never attend to each other.
 
-Where examples share their beginnings, segments lie in the row, and each attends to itself and those before it.
+Where examples share their prefixes, segments lie in the row, and each attends to itself and those before it.
 
 Registered with transformers under the name `PACKED`. The boundaries arrive through the model's forward as
 `cu_seq_lens_q` and `max_length_q`, the names that transformers uses for flash attention.

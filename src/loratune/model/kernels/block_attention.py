@@ -1,6 +1,6 @@
 """Causal attention of packed examples in blocks of queries: two custom operators, forward and backward.
 
-Examples may share their beginnings: the micro-batch then consists of segments, and a block's keys are those of the
+Examples may share their prefixes: the micro-batch then consists of segments, and a block's keys are those of the
 segments before its own, end to end. A block's queries are the last of its keys either way.
 
 They serve a CPU, whose own attention in torch is slow in the bfloat16 backward pass, and on a GPU every attention that

@@ -81,7 +81,7 @@ class TrainSection(Section):
     share_prefixes: bool | Literal["auto"] = "auto"
     """Whether sequences of a step that begin with the same tokens (system prompt, tool schemas, the prompt of a pair)
     go through the model once up to where they differ. Losses and gradients stay the same up to rounding; with
-    `lora.dropout`, equal beginnings of a step have one mask. `auto`: if enough of the tokens are shared."""
+    `lora.dropout`, equal prefixes of a step have one mask. `auto`: if enough of the tokens are shared."""
 
     compile: bool | Literal["auto"] = "auto"
     """Whether to run the decoder layers and the loss through `torch.compile`. `auto`: if the run is long enough to

@@ -32,7 +32,7 @@ class StepLine(Part):
     num_supervised_tokens: int
     """Trained tokens of the step."""
     num_processed_tokens: int | None = None
-    """Shared beginnings only (`train.share_prefixes`): tokens that went through the model, each shared one once."""
+    """Shared prefixes only (`train.share_prefixes`): tokens that went through the model, each shared one once."""
     tokens_per_second: float
     """Speed of the step, in tokens per second."""
     peak_bytes: int

@@ -188,7 +188,7 @@ class PlannedData(Part):
     num_supervised_tokens: int
     """Trained tokens."""
     shared_fraction: float = 0.0
-    """Fraction of the tokens that do not go through the model, because equal beginnings of a step do once
+    """Fraction of the tokens that do not go through the model, because equal prefixes of a step do once
     (`train.share_prefixes`); 0 where it is off."""
     num_eval_examples: int
     """Held-out examples."""

@@ -1,6 +1,6 @@
-"""Measure what computing equal beginnings once gains: every step of a run twice, with and without, in turn.
+"""Measure what computing equal prefixes once gains: every step of a run twice, with and without, in turn.
 
-    python benchmarks/shared_beginnings.py [--case prompt|tools|gsm8k] [--articles 11] [--steps 8] [SETTING=VALUE …]
+    python benchmarks/shared_prefixes.py [--case prompt|tools|gsm8k] [--articles 11] [--steps 8] [SETTING=VALUE …]
 
 SmolLM2-135M-Instruct with the seed's hyper-parameters. Cases, whose rows are made from a seed:
 
@@ -115,7 +115,7 @@ def every_step_twice(turns: list[dict[str, Any]]) -> Iterator[None]:
         turn: dict[str, Any] = {"num_tokens": sum(len(example.input_ids) for example in share.examples)}
         for shared in (True, False) if len(turns) % 2 else (False, True):
             self.model.zero_grad()
-            self.setup.loss.shares_beginnings = shared
+            self.setup.loss.shares_prefixes = shared
             started, cpu_started = time.perf_counter(), time.process_time()
             losses = real(self, share, num_terms)
             name = "shared" if shared else "separate"

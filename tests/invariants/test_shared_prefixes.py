@@ -14,7 +14,7 @@ from peft import PeftModel
 from loratune.data.batch import collate
 from loratune.data.examples import Example
 from loratune.data.rows.row import Origin
-from loratune.data.shared_beginnings import share_beginnings
+from loratune.data.shared_prefixes import share_prefixes
 from loratune.model.adapter.attach import trainable_parameters
 from loratune.model.adapter.targets import resolve_targets
 from loratune.model.kernels import block_attention
@@ -86,7 +86,7 @@ def test_value_and_every_gradient_are_those_of_separate_sequences(
     examples = branching()
     loss, _ = make_loss(model, examples)
     obstacle = obstacle_to_sharing(loss, examples)
-    loss.shares_beginnings = not obstacle
+    loss.shares_prefixes = not obstacle
     batch = collate(examples)
     if not loss.may_share(batch):
         assert obstacle or loss.longest_packed is not None
@@ -95,7 +95,7 @@ def test_value_and_every_gradient_are_those_of_separate_sequences(
     model.get_base_model().set_experts_implementation("eager")  # the grouped product has no float64
     own = model.get_base_model().config._attn_implementation
     with everything_in_float64(monkeypatch):
-        shared = share_beginnings(batch)
+        shared = share_prefixes(batch)
         assert shared.num_tokens == 18 + 17 + 5 + 3 + 9 + 7
         each = torch.empty(len(batch.targets), dtype=torch.float64)
         total = loss.sum(shared, each)
@@ -125,7 +125,7 @@ def test_a_sequence_that_saw_anothers_tokens_would_be_noticed(tmp_path: Path, mo
             yield [slice(max(0, start - 3), start)] if start else before, start, stop
 
     monkeypatch.setattr(block_attention, "_segments", wrong)
-    assert "shared beginnings differ from separate ones" in obstacle_to_sharing(loss, examples)
+    assert "shared prefixes differ from separate ones" in obstacle_to_sharing(loss, examples)
 
 
 def processed(run: RunDir) -> list[int | None]:
@@ -135,10 +135,10 @@ def processed(run: RunDir) -> list[int | None]:
 @pytest.mark.parametrize(
     "budget", [pytest.param(1, marks=pytest.mark.slow), 300, pytest.param(4096, marks=pytest.mark.slow)]
 )
-def test_neither_the_budget_nor_computing_beginnings_once_changes_the_steps(
+def test_neither_the_budget_nor_computing_prefixes_once_changes_the_steps(
     budget: int, tiny_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With dropout: the rule of the masks is the recipe's, and here no beginning is computed once."""
+    """With dropout: the rule of the masks is the recipe's, and here no prefix is computed once."""
     settings = {"lora__dropout": 0.1, "lora__targets": "complete", "data__train_on": "all"}
     settings |= {"train__share_prefixes": True}
     folder = {"train__output_dir": str(tmp_path / "once"), "train__token_budget": budget}
@@ -153,7 +153,7 @@ def test_neither_the_budget_nor_computing_beginnings_once_changes_the_steps(
         assert left is not None
         assert left == whole if budget == 1 else left < 0.8 * whole
     plan = read_json(once.plan)
-    assert plan["choices"]["train.share_prefixes"]["reason"].endswith("% of the tokens are shared beginnings")
+    assert plan["choices"]["train.share_prefixes"]["reason"].endswith("% of the tokens are shared prefixes")
     if budget == 4096:
         told = 1 - sum(left or 0 for left in processed(once)) / sum(tokens)
         assert plan["data"]["shared_fraction"] == pytest.approx(told, abs=0.02), "the second epoch's steps are others"

@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 from loratune.data.batch import collate
 from loratune.data.examples import Example, PairExample
 from loratune.data.rows.row import Origin
-from loratune.data.shared_beginnings import (
+from loratune.data.shared_prefixes import (
     LEAST_SHARED,
-    common_beginnings,
+    common_prefixes,
     first_owners,
     num_distinct,
     pack_shared,
     prefix_tree,
-    share_beginnings,
+    share_prefixes,
 )
 from loratune.data.steps import pack
 
@@ -35,7 +35,7 @@ def made(ids: list[int], supervised: list[int] | None = None) -> Example:
     return Example(input_ids=np.array(ids, dtype=np.int32), supervised=marks, origin=ORIGIN)
 
 
-# Two tokens only, so that beginnings are often equal; a part of the sequences starts as another one does.
+# Two tokens only, so that prefixes are often equal; a part of the sequences starts as another one does.
 sequences = st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=12), min_size=1, max_size=7)
 
 
@@ -44,7 +44,7 @@ def arrays(ids: list[list[int]]) -> list[np.ndarray]:
 
 
 def num_nodes(ids: list[list[int]]) -> int:
-    """Different beginnings: the nodes of a trie."""
+    """Different prefixes: the nodes of a trie."""
     return len({tuple(one[: i + 1]) for one in ids for i in range(len(one))})
 
 
@@ -68,7 +68,7 @@ def test_the_path_of_every_sequence_is_the_sequence(ids: list[list[int]], least:
 
 
 @given(sequences, st.integers(1, 5))
-def test_as_few_tokens_are_left_as_there_are_different_beginnings(ids: list[list[int]], least: int) -> None:
+def test_as_few_tokens_are_left_as_there_are_different_prefixes(ids: list[list[int]], least: int) -> None:
     assert num_distinct(arrays(ids), 1) == num_nodes(ids)
     left = num_distinct(arrays(ids), least)
     assert num_nodes(ids) <= left <= sum(map(len, ids))
@@ -79,8 +79,8 @@ def test_as_few_tokens_are_left_as_there_are_different_beginnings(ids: list[list
 
 
 @given(sequences)
-def test_common_beginnings_are_those_of_each_pair(ids: list[list[int]]) -> None:
-    common = common_beginnings(arrays(ids))
+def test_common_prefixes_are_those_of_each_pair(ids: list[list[int]]) -> None:
+    common = common_prefixes(arrays(ids))
     for i, one in enumerate(ids):
         for j, other in enumerate(ids):
             equal = [a == b for a, b in zip(one, other, strict=False)]
@@ -102,7 +102,7 @@ def test_the_answers_of_a_pair_share_their_prompt() -> None:
     pair = PairExample.of(made([*prompt, 50, 51], [20, 21]), made([*prompt, 60], [20]), ORIGIN)
     (own,) = first_owners([pair], [7])
     assert own[1].tolist() == [*range(22), *range(20), 42]
-    batch = share_beginnings(collate([pair]))
+    batch = share_prefixes(collate([pair]))
     assert batch.num_tokens == 23
     assert batch.input_ids[0].tolist() == [*prompt, 50, 51, 60]
     assert batch.predictors.tolist() == [19, 20, 19]
@@ -112,7 +112,7 @@ def test_the_answers_of_a_pair_share_their_prompt() -> None:
 def test_a_shared_position_predicts_for_each_of_its_sequences() -> None:
     prompt = list(range(100, 120))
     examples = [made([*prompt, 1, 2], [5, 20, 21]), made([9, 8, 7]), made([*prompt, 3, 2], [5, 20])]
-    plain, shared = collate(examples), share_beginnings(collate(examples))
+    plain, shared = collate(examples), share_prefixes(collate(examples))
     assert shared.targets.tolist() == plain.targets.tolist() == [105, 1, 2, 8, 7, 105, 3]
     assert shared.input_ids[0].tolist() == [*prompt, 1, 2, 3, 2, 9, 8, 7]
     assert shared.position_ids[0].tolist() == [*range(20), 20, 21, 20, 21, 0, 1, 2]
@@ -123,7 +123,7 @@ def test_a_shared_position_predicts_for_each_of_its_sequences() -> None:
 
 def test_what_shares_too_little_keeps_its_order() -> None:
     examples = [made([5, 6, 7]), made([5, 2]), made([5, 4, 8])]
-    plain, shared = collate(examples), share_beginnings(collate(examples))
+    plain, shared = collate(examples), share_prefixes(collate(examples))
     for name in ("input_ids", "position_ids", "boundaries", "predictors", "targets"):
         assert torch.equal(getattr(plain, name), getattr(shared, name)), name
 
@@ -144,7 +144,7 @@ def test_the_budget_counts_distinct_tokens(shapes: list[tuple[int, int]], budget
     packed = pack_shared(examples, range(len(examples)), budget)
     assert sorted(i for chosen in packed for i in chosen) == list(range(len(examples)))
     for chosen in packed:
-        tokens = share_beginnings(collate([examples[i] for i in chosen])).num_tokens
+        tokens = share_prefixes(collate([examples[i] for i in chosen])).num_tokens
         kinds = {shapes[i][0] for i in chosen}
         assert tokens == 30 * len(kinds) + sum(shapes[i][1] for i in chosen)
         assert tokens <= budget or len(chosen) == 1

@@ -30,10 +30,10 @@ if TYPE_CHECKING:
     Ids = npt.NDArray[np.int32]
 
 SHARING_DEVICE = "cpu"
-"""The type of device that computes equal beginnings once: attention to them has been measured on no other."""
+"""The type of device that computes equal prefixes once: attention to them has been measured on no other."""
 
 LEAST_SHARED = 16
-"""Tokens of a beginning from which on it is a segment of its own. A segment costs a block of attention more."""
+"""Tokens of a prefix from which on it is a segment of its own. A segment costs a block of attention more."""
 
 
 class Distinct(NamedTuple):
@@ -67,8 +67,8 @@ class PrefixTree:
     parents: npt.NDArray[np.int64]
 
 
-def common_beginnings(sequences: Sequence[Ids]) -> npt.NDArray[np.int32]:
-    """Return how many tokens each two sequences have in common at their beginning, [N, N]; the diagonal is lengths."""
+def common_prefixes(sequences: Sequence[Ids]) -> npt.NDArray[np.int32]:
+    """Return the length of the common prefix of each two sequences, [N, N]; the diagonal is their own lengths."""
     order, neighbours = _sorted(sequences)
     common = np.zeros((len(order), len(order)), dtype=np.int32)
     for i, number in enumerate(order):
@@ -81,7 +81,7 @@ def common_beginnings(sequences: Sequence[Ids]) -> npt.NDArray[np.int32]:
 
 def _sorted(sequences: Sequence[Ids]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Return the numbers of the sequences in the order of their token ids, and what each shares with the next."""
-    # As big-endian bytes, ids compare as numbers do, and a beginning comes before what it begins.
+    # As big-endian bytes, ids compare as numbers do, and a prefix comes before what it begins.
     keys = [np.asarray(ids).astype(">u4").tobytes() for ids in sequences]
     order = sorted(range(len(keys)), key=keys.__getitem__)
     neighbours = [_common(sequences[a], sequences[b]) for a, b in pairwise(order)]
@@ -95,7 +95,7 @@ def _common(one: Ids, other: Ids) -> int:
 
 
 def prefix_tree(sequences: Sequence[Ids], least: int = LEAST_SHARED) -> PrefixTree:
-    """Lay out sequences so that each beginning of at least `least` tokens that several share appears once.
+    """Lay out sequences so that each prefix of at least `least` tokens that several share appears once.
 
     Sequences keep their order, except that those that branch off at the same token lie together.
     """
@@ -130,7 +130,7 @@ def prefix_tree(sequences: Sequence[Ids], least: int = LEAST_SHARED) -> PrefixTr
     )
 
 
-def share_beginnings(batch: MicroBatch, least: int = LEAST_SHARED) -> MicroBatch:
+def share_prefixes(batch: MicroBatch, least: int = LEAST_SHARED) -> MicroBatch:
     """Return a micro-batch, on the host, in which tokens that several sequences share stand once.
 
     What each sequence predicts stays, in the same order; `predictors` then name a shared position once per sequence.
@@ -181,7 +181,7 @@ def first_owners(examples: Sequence[Example], numbers: Sequence[int]) -> list[np
             ids.append(sequence.input_ids)
             owners.append(np.stack([np.full(length, number), np.arange(place, place + length)]))
             place += length
-    common = common_beginnings(ids)
+    common = common_prefixes(ids)
     for i in range(1, len(ids)):
         earlier = int(common[i, :i].argmax())
         shared = common[i, earlier]
@@ -191,7 +191,7 @@ def first_owners(examples: Sequence[Example], numbers: Sequence[int]) -> list[np
 
 
 def num_distinct(sequences: Sequence[Ids], least: int = LEAST_SHARED) -> int:
-    """Count the tokens of these sequences that are left when shared beginnings are laid out once."""
+    """Count the tokens of these sequences that are left when shared prefixes are laid out once."""
     return len(prefix_tree(sequences, least).taken_F)
 
 
@@ -212,7 +212,7 @@ def pack_shared(examples: Sequence[Example], numbers: Sequence[int], token_budge
     size = {i: num_distinct(own) if len(own) > 1 else len(own[0]) for i, own in parts.items()}
     firsts = dict(zip(parts, np.cumsum([0, *map(len, parts.values())]).tolist(), strict=False))
     rows = {i: np.arange(firsts[i], firsts[i] + len(own)) for i, own in parts.items()}
-    common = common_beginnings([ids for own in parts.values() for ids in own])
+    common = common_prefixes([ids for own in parts.values() for ids in own])
     bins: list[list[int]] = []
     tokens: list[int] = []
     most = np.zeros((len(parts), len(common)), dtype=np.int32)  # what each sequence shares with each micro-batch
