@@ -16,9 +16,11 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers import models as architectures
 from transformers.utils.logging import disable_propagation, enable_propagation
 
+from loratune.evaluation.decode import CHUNK, LEAST_PREFIX
 from loratune.evaluation.generate import Answer, generate_answers, sample_answers
 from loratune.evaluation.sampling import Sampling
 from loratune.model.kernels.attention import PACKED, register
+from tests.conftest import some
 
 VOCABULARY = 64
 SIZES = {
@@ -33,16 +35,24 @@ SIZES = {
     # Wide enough that no two logits are near each other and that answers are not one token over and over.
     "initializer_range": 0.4,
 }
+GEMMA = {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 4, "tie_word_embeddings": False}
 FAMILIES: dict[str, dict[str, object]] = {
     "LlamaConfig": {"num_key_value_heads": 2},
     "Qwen2Config": {"num_key_value_heads": 2},
     # Its capped attention scores are beyond sdpa, so it answers with eager attention.
-    "Gemma2Config": {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 4, "attn_logit_softcapping": 0.5},
-    "Gemma3TextConfig": {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 4},
+    # With a head of its own, since embeddings outweigh what its layers add: tied, it repeats one token.
+    "Gemma2Config": GEMMA | {"attn_logit_softcapping": 0.5},
+    "Gemma3TextConfig": GEMMA,
     "GPT2Config": {},
     "GPTNeoXConfig": {},
     "OPTConfig": {"ffn_dim": 48, "word_embed_proj_dim": 32, "init_std": 0.4},
 }
+ALIBI: dict[str, dict[str, object]] = {
+    "BloomConfig": {"tie_word_embeddings": False},
+    "MptConfig": {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 128},
+    "FalconConfig": {"tie_word_embeddings": False, "alibi": True, "new_decoder_architecture": False},
+}
+"""Positions are distances between places, which padding in between would change."""
 LENGTHS = (5, 1, 9, 5, 3, 12, 2)
 
 
@@ -71,7 +81,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 def tiny_model(family: str = "LlamaConfig") -> PreTrainedModel:
     """In float64, so that no rounding decides which token is the likeliest; eager attention knows float32 at most."""
-    config = getattr(architectures, family)(**{**SIZES, **FAMILIES[family]})
+    config = getattr(architectures, family)(**{**SIZES, **(FAMILIES | ALIBI)[family]})
     torch.manual_seed(0)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     model.eval()
@@ -108,6 +118,42 @@ def test_batched_answers_are_those_of_a_plain_loop_in_the_order_of_the_prompts(
     assert [words(answer) for answer in answers] == expected
     assert len({tuple(row) for row in expected}) > 3
     assert all(answer.num_tokens == 8 and not answer.stopped for answer in answers)
+
+
+@pytest.mark.parametrize("family", some([*FAMILIES, *ALIBI], "LlamaConfig", "Gemma2Config", "MptConfig"))
+def test_prompts_that_begin_alike_or_repeat_are_answered_as_each_alone(
+    tokenizer: PreTrainedTokenizerFast, family: str
+) -> None:
+    """Positions must not count the padding between a common prefix and the rest, and no window may be shifted by it."""
+    model = tiny_model(family)
+    common = torch.randint(4, VOCABULARY, (LEAST_PREFIX,), generator=torch.Generator().manual_seed(2)).tolist()
+    asked = [TinyPrompt([*common, *prompt.input_ids]) for prompt in prompts()]
+    asked = [*asked, asked[2], asked[0], asked[2]]
+    expected = [plain_greedy(model, prompt.input_ids, 2 * CHUNK + 3) for prompt in asked]
+    answers = generate_answers(model, tokenizer, asked, max_new_tokens=2 * CHUNK + 3, stop_token_ids=())
+    assert [words(answer) for answer in answers] == expected
+    assert max(len(set(row)) for row in expected) > 2
+    stop = max(expected[0], key=expected[0].index)
+    ended = [row[: row.index(stop)] if stop in row else row for row in expected]
+    assert len({len(row) for row in ended}) > 1
+    answers = generate_answers(model, tokenizer, asked, max_new_tokens=2 * CHUNK + 3, stop_token_ids=(stop,))
+    assert [words(answer) for answer in answers] == ended
+
+
+def test_a_common_prefix_and_an_ended_answer_go_through_the_model_once(tokenizer: PreTrainedTokenizerFast) -> None:
+    model = tiny_model()
+    asked = [TinyPrompt([*range(4, 4 + LEAST_PREFIX), 30 + n % 4, 40 + n % 4]) for n in range(8)]
+    rows: list[tuple[int, ...]] = []
+    model.get_decoder().register_forward_pre_hook(  # type: ignore[no-untyped-call]
+        lambda _, __, inputs: rows.append(tuple(inputs["input_ids"].shape)), with_kwargs=True
+    )
+    written = [set(plain_greedy(model, prompt.input_ids, CHUNK)) for prompt in asked[:4]]
+    stop = (set.union(*written) - set.intersection(*written)).pop()
+    rows.clear()
+    answers = generate_answers(model, tokenizer, asked, max_new_tokens=CHUNK + 2, stop_token_ids=(stop,))
+    ended = sum(answer.stopped for answer in answers)
+    assert 0 < ended < 8
+    assert rows == [(1, LEAST_PREFIX), (4, 1), *[(8, 1)] * CHUNK, *[(8 - ended, 1)] * 2]
 
 
 def test_an_answer_ends_before_the_first_of_the_stop_tokens(tokenizer: PreTrainedTokenizerFast) -> None:

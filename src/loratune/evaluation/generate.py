@@ -13,6 +13,7 @@ import torch
 from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from loratune.evaluation.decode import decode
 from loratune.evaluation.sampling import Sampling, generation_config
 from loratune.model.device import free_memory, is_out_of_memory
 
@@ -220,7 +221,7 @@ def _generate_or_halve(
     warn: Callable[[str], None],
 ) -> list[list[int]]:
     try:
-        return _generate(model, prompts, settings)
+        return decode(model, prompts, settings)
     except (MemoryError, RuntimeError) as error:
         if len(prompts) == 1 or not is_out_of_memory(error):
             raise
@@ -229,20 +230,6 @@ def _generate_or_halve(
     middle = len(prompts) // 2
     halves = (prompts[:middle], prompts[middle:])
     return [row for half in halves for row in _generate_or_halve(model, half, settings, warn)]
-
-
-def _generate(model: PreTrainedModel, prompts: Sequence[Sequence[int]], settings: GenerationConfig) -> list[list[int]]:
-    """Return the new tokens of every prompt, including padding after a stop token."""
-    width = max(map(len, prompts))
-    padding = settings.pad_token_id
-    input_ids = torch.tensor([[padding] * (width - len(prompt)) + list(prompt) for prompt in prompts])
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    output = model.generate(  # type: ignore[operator]
-        input_ids.to(model.device), attention_mask=mask.to(model.device), generation_config=settings
-    )
-    assert isinstance(output, torch.Tensor)
-    rows: list[list[int]] = output[:, width:].tolist()
-    return rows
 
 
 def _answer(tokenizer: PreTrainedTokenizerBase, row: list[int], stop_token_ids: tuple[int, ...]) -> Answer:

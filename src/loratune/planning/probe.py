@@ -9,6 +9,7 @@ steps instead (`workflows.plan`).
 from __future__ import annotations
 
 import copy
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -87,7 +88,7 @@ def probe(
             adapted = attach_adapter(model, own, names, base_name="probe", seed=0)
             decode = _decode_seconds(adapted, num_answers, device)
             train, forward = _layer_seconds(adapted, length, device)
-            head = _head_seconds(config, num_answers, dtype, device)
+            head = _head_seconds(config.vocab_size, config.hidden_size, num_answers, dtype, device)
     # The architecture's authors may not have expected a configuration of two layers; the run itself does not depend on
     # it. RecipeError: if layers differ in kind, the two may lack some of the adapted modules.
     except (
@@ -165,13 +166,16 @@ def _decode_seconds(adapted: PeftModel, num_answers: int, device: str) -> float:
         return best_seconds(step, device) / LAYERS
 
 
-def _head_seconds(config: Any, num_answers: int, dtype: torch.dtype, device: str) -> dict[str, float]:
-    rows = min(config.vocab_size, MAX_HEAD_ROWS)
-    share, positions = config.vocab_size / rows, chunk_rows(config.vocab_size, device)
-    weight = torch.randn(rows, config.hidden_size, dtype=dtype, device=device) / 32
-    hidden = torch.randn(positions, config.hidden_size, dtype=dtype, device=device)
+@cache  # the trials of a sweep and the plan before a run time the same head
+def _head_seconds(
+    vocab_size: int, hidden_size: int, num_answers: int, dtype: torch.dtype, device: str
+) -> dict[str, float]:
+    rows = min(vocab_size, MAX_HEAD_ROWS)
+    share, positions = vocab_size / rows, chunk_rows(vocab_size, device)
+    weight = torch.randn(rows, hidden_size, dtype=dtype, device=device) / 32
+    hidden = torch.randn(positions, hidden_size, dtype=dtype, device=device)
     targets = torch.zeros(positions, dtype=torch.long, device=device)
-    answers = torch.randn(max(1, num_answers), config.hidden_size, dtype=dtype, device=device)
+    answers = torch.randn(max(1, num_answers), hidden_size, dtype=dtype, device=device)
     return {
         "head_train": share
         * best_seconds(lambda: sum_cross_entropy(hidden, Head(weight), targets), device)
