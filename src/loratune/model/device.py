@@ -12,6 +12,7 @@ import tempfile
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import psutil
@@ -165,9 +166,10 @@ def torch_dtype(name: str) -> torch.dtype:
     return _DTYPES[name]
 
 
+@cache  # one answer for a process, however many runs it plans
 def _matmul_seconds(dtype: torch.dtype) -> float:
     """Time the product of a small model's feed-forward layer; return the best of several, in seconds."""
-    inputs, weights = torch.randn(1024, 768, dtype=dtype), torch.randn(2048, 768, dtype=dtype)
+    inputs, weights = torch.randn(256, 768, dtype=dtype), torch.randn(2048, 768, dtype=dtype)
     best = float("inf")
     for _ in range(5):
         start = time.perf_counter()

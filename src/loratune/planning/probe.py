@@ -159,9 +159,14 @@ def _decode_seconds(adapted: PeftModel, num_answers: int, device: str) -> float:
     """Return the seconds in one layer of one more token for all answers of a batch."""
     adapted.eval()
     causal_lm: Any = adapted.get_base_model()
-    ids = torch.zeros((max(1, num_answers), 64), dtype=torch.long, device=device)
+    rows = max(1, num_answers)
+    ids = torch.zeros((rows, 64), dtype=torch.long, device=device)
     with torch.no_grad():
-        cache = causal_lm(input_ids=ids, use_cache=True).past_key_values
+        cache = causal_lm(input_ids=ids[:1], use_cache=True).past_key_values
+        if all(hasattr(layer, "batch_repeat_interleave") for layer in cache.layers):
+            cache.batch_repeat_interleave(rows)
+        else:
+            cache = causal_lm(input_ids=ids, use_cache=True).past_key_values
         step: Callable[[], Any] = lambda: causal_lm(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)  # noqa: E731
         return best_seconds(step, device) / LAYERS
 
