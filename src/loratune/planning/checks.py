@@ -229,8 +229,8 @@ def check_prompts(recipe: Recipe, prompts: Sequence[Prompt], positions: int | No
     metric, room = recipe.evaluate.metric, recipe.evaluate.max_new_tokens
     if metric != "none" and not prompts:
         raise DataError(
-            f"evaluate.metric is {metric}, but no held-out conversation has an answer to compare with",
-            fix="evaluate.metric=none, or another data.eval",
+            f"the metric is {metric}, but no held-out conversation has an answer to compare with",
+            fix="another data.eval, or no metric (evaluate.metric=none)",
         )
     for prompt in prompts:
         if positions is not None and len(prompt.input_ids) + room > positions:
