@@ -135,6 +135,14 @@ def test_every_part_is_there_and_the_plots_have_data(finished_run: RunDir, open_
     assert opened.page.locator("#samples article").count() == 20
     assert opened.page.locator("#tokens mark").count() >= 5
     steps = sum("loss" in line for line in map(json.loads, finished_run.metrics.read_text().splitlines()))
+    alone = opened.page.evaluate(
+        """() => [...document.querySelectorAll('.charts')].filter(charts => {
+             const figures = [...charts.children].map(figure => figure.getBoundingClientRect());
+             const lowest = Math.max(...figures.map(box => box.top)), last = figures.filter(box => box.top == lowest);
+             return last.length == 1 && last[0].width < charts.getBoundingClientRect().width - 1;
+           }).length"""
+    )
+    assert alone == 0, "a chart beside nothing"
     drawn = opened.page.evaluate(
         """() => [...document.querySelectorAll('#curves figure')].map(figure => {
           const curve = figure.querySelector('.series-0 path'), box = curve.getBoundingClientRect();
@@ -184,6 +192,7 @@ def test_nothing_is_wider_than_the_screen(finished_run: RunDir, open_page: Open,
              .map(box => box.querySelector('caption').textContent)"""
     )
     assert width < 390 or not cut, "tables of numbers whose last column is out of sight"
+    assert opened.page.locator("nav").bounding_box()["height"] < 100, "the links take the page"  # type: ignore[index]
     smallest = opened.page.evaluate(
         """Math.min(...[...document.querySelectorAll('svg text')].map(text =>
              parseFloat(getComputedStyle(text).fontSize) * text.ownerSVGElement.getBoundingClientRect().width

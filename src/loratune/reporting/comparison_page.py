@@ -19,6 +19,7 @@ from loratune.reporting.units import (
     as_duration,
     as_interval,
     as_measure,
+    as_path,
     is_marked,
     measure_in_words,
 )
@@ -38,11 +39,12 @@ Runs = Sequence[RunFiles]
 def comparison_page(runs: Runs) -> Page:
     """Return how runs differ, in settings and in results. What is missing or damaged is named on the page."""
     complaints = [f"{name}: {text}" for name, run in zip(names(runs), runs, strict=True) for text in run.complaints]
+    folders = ", ".join(as_path(run.run.root) for run in runs)
     return Page(
         title=f"{len(runs)} runs compared",
         lead=", ".join(names(runs)),
         sections=build_sections(_PARTS, runs, complaints),
-        footer=f"Read at {datetime.now(UTC):%Y-%m-%d %H:%M} UTC from {', '.join(str(run.run.root) for run in runs)}.",
+        footer=f"Read at {datetime.now(UTC):%Y-%m-%d %H:%M} UTC from {folders}.",
     )
 
 

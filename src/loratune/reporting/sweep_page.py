@@ -12,7 +12,7 @@ from rich.table import Table as TerminalTable
 
 from loratune.reporting.blocks import Block, Chart, Charts, Code, Items, Page, PageSection, Paragraph, Table
 from loratune.reporting.charts import Series, describe_series, draw_lines
-from loratune.reporting.units import as_duration, as_number
+from loratune.reporting.units import as_duration, as_number, as_path
 from loratune.run.errors import plural
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def sweep_page(record: SweepRecord) -> Page:
             for name, title, blocks in sections
             if (found := tuple(blocks))
         ),
-        footer=f"Read from {record.folder}.",
+        footer=f"Read from {as_path(record.folder)}.",
     )
 
 

@@ -21,6 +21,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from loratune.data.rows.hub import hub_answers
 from loratune.reporting.html import report
 from loratune.reporting.model_card import base_name, card_of
+from loratune.reporting.units import as_path
 from loratune.run.directory import Record, RunDir, write_json
 from loratune.run.errors import MachineError, RecipeError, RunError
 from loratune.run.progress import NO_PROGRESS, Progress
@@ -136,7 +137,8 @@ def _without_paths(text: str, run: RunDir, lock: LockRecord) -> str:
         str(Path.home()),
         str(Path.cwd()),
     }
-    for folder in sorted(folders - {"/"}, key=len, reverse=True):
+    folders |= {as_path(folder) for folder in folders}  # as the report writes them
+    for folder in sorted(folders - {"/", "~"}, key=len, reverse=True):
         text = text.replace(f"{folder}/", "").replace(folder, "…")
     return text
 
