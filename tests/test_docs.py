@@ -132,11 +132,11 @@ def run_command(
     for name in ("quickstart", "balanced", "a", "b"):
         shutil.copytree(finished_run.root, models / name, ignore=shutil.ignore_patterns("exports"))
     (tmp_path / "own.py").write_text("def longer(answer, reference):\n    return len(answer) > len(reference)\n")
-    (tmp_path / "colours.jsonl").write_text(
+    (tmp_path / "colors.jsonl").write_text(
         "".join(json.dumps({"question": f"Describe thing {i}", "answer": i % 2}) + "\n" for i in range(4))
     )
-    (tmp_path / "colours.yaml").write_text(
-        "task: colours\ndataset_path: json\ndataset_kwargs: {data_files: {test: colours.jsonl}}\ntest_split: test\n"
+    (tmp_path / "colors.yaml").write_text(
+        "task: colors\ndataset_path: json\ndataset_kwargs: {data_files: {test: colors.jsonl}}\ntest_split: test\n"
         'output_type: multiple_choice\ndoc_to_text: "{{question}}"\ndoc_to_choice: [red, green]\n'
         'doc_to_target: "{{answer}}"\nmetric_list: [{metric: acc}]\n'
     )

@@ -205,11 +205,11 @@ def test_light_and_dark_have_readable_contrast_and_print_is_light_with_everythin
     finished_run: RunDir, open_page: Open
 ) -> None:
     contrast = """() => {
-      const luminance = colour => { const [r, g, b] = colour.match(/[\\d.]+/g).slice(0, 3).map(Number).map(v => v / 255)
+      const luminance = color => { const [r, g, b] = color.match(/[\\d.]+/g).slice(0, 3).map(Number).map(v => v / 255)
         .map(v => v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4); return .2126 * r + .7152 * g + .0722 * b; };
       const ground = element => { for (let e = element; e; e = e.parentElement) {
-        const colour = getComputedStyle(e).backgroundColor;
-        if (!colour.startsWith('rgba(0, 0, 0, 0')) return colour; } return 'rgb(255,255,255)'; };
+        const color = getComputedStyle(e).backgroundColor;
+        if (!color.startsWith('rgba(0, 0, 0, 0')) return color; } return 'rgb(255,255,255)'; };
       return Math.min(...[...document.querySelectorAll('h1, h2, h3, p, th, td, dt, dd, li, ins, del, mark, .context, '
           + '.verdict, .badge, summary, a, pre')]
         .map(e => { const a = luminance(getComputedStyle(e).color), b = luminance(ground(e));
