@@ -255,7 +255,7 @@ def check_start(recipe: Recipe, parameters: ParameterCount, output_dir: Path) ->
 
     Raises:
         RecipeError: The adapter does not match the recipe, or `--overwrite` would delete it.
-        MachineError: The hub cannot be reached.
+        MachineError: The Hub cannot be reached.
     """
     if recipe.lora.start_from is None:
         return None

@@ -29,7 +29,7 @@ from loratune.run.records.files import read_record
 from loratune.run.records.lock import LockRecord
 
 HUB_SECONDS = 5.0
-"""How long the hub may take to answer."""
+"""How long the Hub may take to answer."""
 SECRETS = {  # kind of secret → regular expression
     "a Hugging Face token": r"\bhf_[A-Za-z0-9]{30,}",
     "an API key": r"\bsk-[A-Za-z0-9_-]{20,}",
@@ -94,8 +94,8 @@ def push(
     Raises:
         RecipeError: The run is not finished, the repository's name is invalid, a file contains a secret, or the
             repository is public and `public` is false.
-        MachineError: There is no token, or the hub cannot be reached or refuses the token.
-        RunError: The hub fails.
+        MachineError: There is no token, or the Hub cannot be reached or refuses the token.
+        RunError: The Hub fails.
     """
     run = RunDir.open(root)
     run.require_adapter()
@@ -187,12 +187,12 @@ def _upload(publication: Publication, folder: Path, progress: Progress) -> Publi
         code = error.response.status_code
         if code in (401, 403):
             raise MachineError(
-                f"the hub refuses the token for {publication.repo} ({code})",
+                f"the Hub refuses the token for {publication.repo} ({code})",
                 fix="hf auth login, with a token that may write to it",
             ) from error
         raise RunError(
-            f"the hub answered {code}: {error}", fix="try again later; the commit is all or nothing"
+            f"the Hub answered {code}: {error}", fix="try again later; the commit is all or nothing"
         ) from error
     except OSError as error:
-        raise MachineError(f"the connection to the hub failed: {error}", fix="try again") from error
+        raise MachineError(f"the connection to the Hub failed: {error}", fix="try again") from error
     return Publication(repo=repo, url=commit.commit_url, private=publication.private, files=publication.files)
