@@ -97,7 +97,7 @@ MINE: dict[str, Callable[[int], dict[str, Any]]] = {
 OTHER_TOOLS = {
     "axolotl.yaml": "base_model: {model}\nadapter: lora\ndatasets: [{{path: chats.jsonl}}]\nlora_r: 8\n",
     "sft.yaml": "model_name_or_path: {model}\nstage: sft\nfinetuning_type: lora\ndataset: mine\nlora_rank: 8\n",
-    "arguments.json": '{{"learning_rate": 2e-4, "num_train_epochs": 1, "r": 8, "target_modules": "all-linear"}}',
+    "arguments.json": '{{"dataset_name": "chats.jsonl", "learning_rate": 2e-4, "r": 8, "use_dora": true}}',
 }
 """Files of other tools, on a model."""
 

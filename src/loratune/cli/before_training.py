@@ -42,7 +42,7 @@ def init(
     what: Annotated[
         str | None,
         typer.Argument(
-            metavar="[DATA|NAME]",
+            metavar="DATA|NAME",
             help=f"A data file, or a shipped recipe, by default quickstart: {', '.join(shipped_recipes())}.",
         ),
     ] = None,
@@ -234,7 +234,7 @@ def eject(
 
 def schema(
     verb: Annotated[
-        str | None, typer.Argument(metavar="[VERB]", help="A verb, such as plan; without it, the schema of a recipe.")
+        str | None, typer.Argument(metavar="VERB", help="A verb, such as plan; without it, the schema of a recipe.")
     ] = None,
 ) -> None:
     """Print the JSON schema of a recipe, for editors; or of what a verb prints with --json."""

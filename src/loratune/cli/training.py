@@ -26,10 +26,12 @@ from loratune.cli.options import (
     RecipeFile,
     RunFolder,
     RunsFolder,
+    SameAsOut,
     Storage,
     SweptSettings,
     Workers,
     as_seconds,
+    one_out,
 )
 from loratune.cli.output import print_json, show_plan, show_result, show_sweep, show_tuned
 from loratune.cli.shell import check_engine, command_context, start_processes
@@ -249,7 +251,10 @@ def evaluate(
 
 def reproduce(
     run: RunFolder,
-    out: Annotated[Path | None, typer.Option("--out", help="The new run directory; default: RUN-again.")] = None,
+    folder: Annotated[
+        Path | None, typer.Argument(metavar="OUT", help="The new run directory; default: RUN-again.")
+    ] = None,
+    out: SameAsOut = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
@@ -260,7 +265,7 @@ def reproduce(
     with command_context(as_json) as progress:
         from loratune.workflows import reproduce as workflow
 
-        result = workflow.reproduce(run, out, overwrite=overwrite, progress=progress)
+        result = workflow.reproduce(run, one_out(folder, out), overwrite=overwrite, progress=progress)
         if as_json:
             print_json(result.as_dict())
         if not result.equal:
