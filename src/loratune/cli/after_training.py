@@ -177,7 +177,7 @@ def serve(
         Literal["auto", "vllm", "transformers"], typer.Option(help="The server. auto: vLLM if it is installed.")
     ] = "auto",
     host: Annotated[
-        str, typer.Option(help="Address to listen on; any but this machine's own needs a key.")
+        str, typer.Option(help="Address to listen on; one that other machines can reach requires a key.")
     ] = "127.0.0.1",
     port: Annotated[
         int | None, typer.Option(min=1, max=65535, help="Port to listen on; default: 8000, or a free one.")
@@ -236,7 +236,7 @@ def sample(
     ] = "",
     at_least: Annotated[float, typer.Option(min=0, max=1, help="Score that the best answer must have.")] = 1.0,
     with_reference: Annotated[
-        bool, typer.Option("--with-reference", help="Take the data's own answer where none is good enough.")
+        bool, typer.Option("--with-reference", help="Use the data's own answer if no drawn answer is good enough.")
     ] = False,
     temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature.")] = 0.8,
     top_p: Annotated[

@@ -64,7 +64,7 @@ def init(
     overwrite: OverwriteFile = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a commented recipe to start from, chosen by the data's format and this machine."""
+    """Write a commented recipe to start from, fitted to the data and this machine."""
     with command_context(as_json) as progress:
         from loratune.workflows.guidance.guesses import read_columns
         from loratune.workflows.guidance.init import init as write

@@ -99,7 +99,7 @@ def sweep(
 ) -> None:
     """Train with different settings, drop what is worse early, and rank the rest with intervals.
 
-    The same command continues a sweep that was stopped. It is written to the run directory's name with `-sweep`.
+    The same command continues a sweep that was stopped. Its folder is the run directory's name with `-sweep`.
     """
     with command_context(as_json) as progress:
         loaded = Recipe.load(recipe)
@@ -127,7 +127,7 @@ def tune(
 ) -> None:
     """Choose learning rate, rank and target modules within a time budget, with a reason for each.
 
-    The same command continues where it was stopped. Trials are written to the run directory's name with `-tune`.
+    The same command continues where it was stopped. The folder of the trials is the run directory's name with `-tune`.
     """
     with command_context(as_json) as progress:
         seconds = as_seconds(budget)
@@ -182,7 +182,7 @@ def extend(
 
 def watch(
     run: RunFolder,
-    once: Annotated[bool, typer.Option("--once", help="Print the run as it is now, and end.")] = False,
+    once: Annotated[bool, typer.Option("--once", help="Print the current state and exit.")] = False,
 ) -> None:
     """Show a run while another process works on it: loss, speed, time left, memory, held-out loss.
 
