@@ -85,6 +85,7 @@ REPLACED = {
     "RECIPE": "my.yaml",
     "FOLDER": "OUT",
     "TARGET": "OUT",
+    "OTHER": "__models/balanced",
     "A": "__models/a/adapter",
     "B": "__models/b/adapter",
 }
