@@ -46,7 +46,7 @@ def test_a_gate_holds_any_reported_number_to_a_threshold(gate: str, passes: bool
     if passes:
         check_gates(record)
     else:
-        with pytest.raises(RunError, match="1 of 1 gates failed") as error:
+        with pytest.raises(RunError, match="1 of 1 gate failed") as error:
             check_gates(record)
         assert f"{record['gates'][0]['value']:.6g}" in str(error.value)
         assert error.value.exit_code == 1

@@ -37,7 +37,7 @@ from loratune.model.adapter.variants import check_ranks, check_variant
 from loratune.model.quantization.checkpoint import method_of
 from loratune.model.safetensors_headers import check_stored, check_weights
 from loratune.planning.memory.optimizer import OF_BITSANDBYTES, state_bytes
-from loratune.run.errors import DataError, MachineError, RecipeError
+from loratune.run.errors import DataError, MachineError, RecipeError, plural
 from loratune.run.extras import pip_install
 
 if TYPE_CHECKING:
@@ -353,7 +353,7 @@ def check_disk(recipe: Recipe, parameters: ParameterCount, num_examples: int) ->
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise MachineError(
-            f"{kept} checkpoints and the adapter need {needed / 2**20:,.0f} MiB, but {free / 2**20:,.0f} MiB are free",
+            f"{plural(kept, 'checkpoint')} and the adapter need {needed / 2**20:,.0f} MiB, but {free / 2**20:,.0f} MiB are free",
             file=folder,
             fix="train.keep_checkpoints=1, train.save_every=never, or a train.output_dir on another disk",
         )

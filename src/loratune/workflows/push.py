@@ -23,7 +23,7 @@ from loratune.reporting.html import report
 from loratune.reporting.model_card import base_name, card_of
 from loratune.reporting.units import as_path
 from loratune.run.directory import Record, RunDir, write_json
-from loratune.run.errors import MachineError, RecipeError, RunError
+from loratune.run.errors import MachineError, RecipeError, RunError, plural
 from loratune.run.progress import NO_PROGRESS, Progress
 from loratune.run.records.files import read_record
 from loratune.run.records.lock import LockRecord
@@ -181,7 +181,7 @@ def _upload(publication: Publication, folder: Path, progress: Progress) -> Publi
         repo = api.create_repo(publication.repo, private=publication.private, exist_ok=True).repo_id
         if publication.private and not api.repo_info(repo).private:
             raise RecipeError(f"{repo} exists and is public", fix="use --public, or another name")
-        progress.line(f"uploading {len(publication.files)} files to {repo}")
+        progress.line(f"uploading {plural(len(publication.files), 'file')} to {repo}")
         commit = api.upload_folder(repo_id=repo, folder_path=folder, commit_message="LoRA adapter, by loratune")
     except HfHubHTTPError as error:
         code = error.response.status_code
