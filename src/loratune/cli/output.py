@@ -220,7 +220,8 @@ def show_sample(drawn: SampleOutput, as_json: bool) -> None:
         print_json(drawn.model_dump(mode="json"))
         return
     lines = [
-        f"{plural(drawn.num_answers, 'answer')} to {plural(drawn.num_prompts, 'prompt')}: mean {drawn.metric} {drawn.mean_score:.1%}; "
+        f"{plural(drawn.num_answers, 'answer')} to {plural(drawn.num_prompts, 'prompt')}: "
+        f"mean {drawn.metric} {drawn.mean_score:.1%}; "
         f"{drawn.solved:.1%} of the prompts have a good answer",
         *(f"no row: {plural(count, 'prompt')}, {reason}" for reason, count in drawn.left_out.items()),
         *(f"not used: {plural(count, 'answer')}, {reason}" for reason, count in drawn.unusable.items()),

@@ -353,7 +353,8 @@ def check_disk(recipe: Recipe, parameters: ParameterCount, num_examples: int) ->
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise MachineError(
-            f"{plural(kept, 'checkpoint')} and the adapter need {needed / 2**20:,.0f} MiB, but {free / 2**20:,.0f} MiB are free",
+            f"{plural(kept, 'checkpoint')} and the adapter need {needed / 2**20:,.0f} MiB, "
+            f"but {free / 2**20:,.0f} MiB are free",
             file=folder,
             fix="train.keep_checkpoints=1, train.save_every=never, or a train.output_dir on another disk",
         )
