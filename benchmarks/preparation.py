@@ -4,7 +4,7 @@
 
 Chats of 100 to 300 tokens, made up in the manner of GSM8K; SmolLM2's tokenizer, with its template marked with `{%
 generation %}`, which TRL needs for `assistant_only_loss`. loratune's time is all of `prepare_data`: reading the file,
-validating, rendering, tokenising, verifying, the report, starting helper processes. TRL's is `SFTTrainer`'s preparation
+validating, rendering, tokenizing, verifying, the report, starting helper processes. TRL's is `SFTTrainer`'s preparation
 alone, of rows that are in memory already. TRL is given fewer rows, so that a round takes seconds; its first rows are
 compared with ours, token by token.
 """

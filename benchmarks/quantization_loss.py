@@ -3,7 +3,7 @@
     python benchmarks/quantization_loss.py [--steps 20] [--held-out 100] [--recipe FILE] [--dtype bfloat16] [--json]
 
 One `loratune train` for each kind of base, in a process of its own, so that its peak is its own. Nothing but the base's
-type and quantisation differs: the same adapter at the start, the same examples in the same order.
+type and quantization differs: the same adapter at the start, the same examples in the same order.
 """
 
 from __future__ import annotations

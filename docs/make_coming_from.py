@@ -37,7 +37,7 @@ Reads YAML of Axolotl, LLaMA-Factory and mlx-lm, and arguments of TRL, PEFT and 
 sizes are multiplied (examples per device × accumulated steps; times the number of your devices, which no file says),
 steps of a warm-up become a fraction where the number of steps is known, names in LLaMA-Factory's `dataset_info.json`
 are looked up, with their columns and tags. mlx-lm's iterations are micro-batches: `iters` and `steps_per_eval` are
-divided by `grad_accumulation_steps`. What the file does not set has loratune's defaults, which may be others than that
+divided by `grad_accumulation_steps`. What the file does not set keeps loratune's defaults, which may differ from that
 tool's.
 
 **Nothing is dropped silently.** Every setting of the recipe names those of the file that it comes from. What has no

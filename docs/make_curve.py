@@ -24,7 +24,7 @@ def draw(run: RunDir, out: Path) -> None:
     figure, axes = plt.subplots(figsize=(7.2, 3.4), layout="constrained")
     axes.plot(*zip(*steps, strict=True), color="#3366cc", linewidth=1.6, label="training, each step")
     axes.plot(*zip(*held_out, strict=True), "o", color="#cc5500", markersize=7, label="held out")
-    axes.set(xlabel="step", ylabel="nats per supervised token", yscale="log")
+    axes.set(xlabel="step", ylabel="nats per trained token", yscale="log")
     axes.grid(visible=True, which="both", alpha=0.25)
     axes.legend(frameon=False)
     figure.savefig(out, metadata={"Date": None})

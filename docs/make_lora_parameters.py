@@ -169,7 +169,7 @@ def page() -> str:
 
 def _filled(block: str) -> str:
     """Wrap a paragraph again after its numbers are filled in; leave anything else as it is."""
-    return block if block.startswith(("#", "|", "<", " ")) else textwrap.fill(block, 118, break_on_hyphens=False)
+    return block if block.startswith(("#", "|", "<", " ", "- ")) else textwrap.fill(block, 118, break_on_hyphens=False)
 
 
 def _matrix_rows(model: PreTrainedModel, r: int) -> list[AlternativeRow]:

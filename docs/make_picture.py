@@ -34,7 +34,7 @@ def main(run: Path, out: Path) -> None:
         page.set_content(FRAME % (desk, phone))
         together = page.screenshot()
         browser.close()
-    # 256 colours: a page has few, and the file is half as large.
+    # 256 colors: a page has few, and the file is half as large.
     Image.open(io.BytesIO(together)).convert("RGB").quantize(256).save(out, optimize=True)
 
 

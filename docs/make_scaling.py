@@ -81,8 +81,10 @@ two things are left:
 
 For n ranks and B bytes per second on the slowest link, one way:
 
-    all-reduce     2(n−1)/n · bytes / B + latency of 2(n−1) hops
-    all-gather      (n−1)/n · bytes / B + latency of n−1 hops
+```text
+all-reduce     2(n−1)/n · bytes / B + latency of 2(n−1) hops
+all-gather      (n−1)/n · bytes / B + latency of n−1 hops
+```
 
 (Patarasuk & Yuan 2009; Thakur et al. 2005; NVIDIA/nccl-tests, doc/PERFORMANCE.md.) A call takes {call:.1f} µs, and
 a hop takes what NCCL's own model of a ring assumes (src/graph/tuning.cc):
@@ -96,9 +98,11 @@ has the sum of them.
 The computation takes 4 operations a frozen weight and token (2 forward, 2 for the gradient to the input; 2 more if
 a layer is recomputed), at {efficiency:.0%} of the published peak, as `plan --device` assumes. Then
 
-    ddp step  = tokens of the slowest rank · seconds of a token + all-reduce(adapter)
-    fsdp step = Σ micro-batches (tokens of the heaviest rank · seconds of a token + gathers that no computation hides)
-                + all-reduce(adapter)
+```text
+ddp step  = tokens of the slowest rank · seconds of a token + all-reduce(adapter)
+fsdp step = Σ micro-batches (tokens of the heaviest rank · seconds of a token + gathers that no computation hides)
+            + all-reduce(adapter)
+```
 
 Which rank gets which examples is not estimated: the steps of an epoch are assigned to ranks by the function that
 training uses, on the recipe's own lengths. `batch_size` counts the examples of a step over all ranks, so more ranks
@@ -133,11 +137,15 @@ computes and the one that arrives). The 70B model, {large} examples a step, on t
 
 Its gathers cost nothing if they are hidden behind computation. A layer of P weights, b bytes each, is hidden if
 
-    (n−1)/n · b·P / B  ≤  2·P · tokens / R        R: operations per second that a device reaches
+```text
+(n−1)/n · b·P / B  ≤  2·P · tokens / R        R: operations per second that a device reaches
+```
 
 P cancels, so what decides is the number of tokens of a micro-batch, whatever the model:
 
-    tokens  ≥  (n−1)/n · b/2 · R/B
+```text
+tokens  ≥  (n−1)/n · b/2 · R/B
+```
 
 {crossover}
 

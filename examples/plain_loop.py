@@ -42,7 +42,7 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """One tokenised conversation: `supervised[t]` says whether the model is trained to predict token t."""
+    """One tokenized conversation: `supervised[t]` says whether the model is trained to predict token t."""
 
     input_ids: list[int]
     supervised: list[bool]

@@ -161,3 +161,9 @@ def class_recipe(base: Path, folder: Path, *, num_rows: int = 48, **settings: An
         section, _, field = name.partition("__")
         values.setdefault(section, {})[field] = value
     return Recipe.parse(values)
+
+
+def plain_logits(model: Any, texts: list[str], tokenizer: Any) -> torch.Tensor:
+    """By transformers alone, a batch padded by its tokenizer."""
+    with torch.no_grad():
+        return model.eval()(**tokenizer(texts, padding=True, return_tensors="pt")).logits

@@ -106,7 +106,7 @@ def test_a_run_from_rows_in_memory_with_callbacks(tiny_model: Path, tmp_path: Pa
     again = loratune.open_result(str(result.run.root))
     assert repr(again) == repr(result)
     model, tokenizer = again.model(), again.tokenizer()
-    ids = tokenizer("Colour?", return_tensors="pt")
+    ids = tokenizer("Color?", return_tensors="pt")
     with torch.no_grad():
         tuned = model(**ids).logits
         with model.disable_adapter():

@@ -24,6 +24,7 @@ import yaml
 from loratune import __main__ as cli
 from loratune.recipe.recipe import Recipe
 from loratune.run.cache_folder import CACHE_VARIABLE
+from tests.test_first_hour import commands
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -161,8 +162,9 @@ def test_two_builds_have_the_same_bytes_and_hold_what_is_needed(builder: Path, t
 
 
 @pytest.mark.slow
-def test_the_installed_wheel_is_the_command(builder: Path, tmp_path: Path) -> None:
-    """As the Dockerfile installs it, but for the dependencies, which are those of this environment."""
+def test_the_installed_wheel_is_the_command(builder: Path, tmp_path: Path, tiny_model: Path) -> None:
+    """As the Dockerfile installs it, but for the dependencies, which are those of this environment; and from a table to
+    a report with ten answers, by the commands that it prints, on a tiny model."""
     build(builder, ROOT, tmp_path / "dist")
     (wheel,) = (tmp_path / "dist").glob("*.whl")
     subprocess.run([builder / "pip", "install", "--quiet", "--no-deps", wheel], check=True)
@@ -172,17 +174,30 @@ def test_the_installed_wheel_is_the_command(builder: Path, tmp_path: Path) -> No
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
 
-    def loratune(*words: str) -> str:
+    def loratune(*words: str, also: str = "stdout") -> str:
         done = subprocess.run(
             [builder / "loratune", *words],
             cwd=elsewhere, env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
             capture_output=True, text=True, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
-        return done.stdout
+        return str(getattr(done, also))
 
     assert PROJECT["project"]["version"] in loratune("--version")
     assert "qwen3-8b" in loratune("init", "--help")
     loratune("init", "llama-3.1-8b")
     assert "meta-llama/Llama-3.1-8B-Instruct" in (elsewhere / "llama-3.1-8b.yaml").read_text(encoding="utf-8")
     loratune("doctor")
+
+    rows = "".join(f"What is {n}?,{n} is the number after {n - 1}\n" for n in range(240))
+    (elsewhere / "faq.csv").write_text(f"question,answer\n{rows}", encoding="utf-8")
+    printed = commands(loratune("init", "faq.csv", also="stderr"))
+    recipe = (elsewhere / "faq.yaml").read_text(encoding="utf-8")
+    recipe = re.sub(r"^  name: .*$", f"  name: {tiny_model}", recipe, count=1, flags=re.MULTILINE)
+    (elsewhere / "faq.yaml").write_text(recipe.replace("epochs: 3", "epochs: 1"), encoding="utf-8")
+    assert "⟦" in loratune(*shlex.split(printed["plan"])[1:])
+    printed = commands(loratune(*shlex.split(printed["train"])[1:]))
+    loratune(*shlex.split(printed["report"])[1:])
+    page = (elsewhere / "__models" / "faq" / "report.html").read_text(encoding="utf-8")
+    assert page.count('class="sample"') == 10
+    loratune(*shlex.split(printed["merge"])[1:])

@@ -28,6 +28,7 @@ from loratune.run.directory import RunDir
 from loratune.workflows.guidance import init
 from loratune.workflows.tiny_model import conversation
 from loratune.workflows.train import train
+from tests.classifiers import class_recipe, intent, make_base
 from tests.conftest import some, write_jsonl
 
 ROOT = Path(__file__).parents[1]
@@ -35,9 +36,12 @@ DOCS = ROOT / "docs"
 PAGES = ("use-your-model.md", "report.md")
 GUIDES = (
     *("first-adapter.md", "tool-calling.md", "thinking.md", "bigger-than-memory.md", "worse.md", "how-many-rows.md"),
-    *("hardware.md", "containers.md", "quickstart.md", "before-you-train.md"),
+    *("hardware.md", "containers.md", "quickstart.md", "before-you-train.md", "install.md", "coming-from.md"),
+    *("classification.md", "preferences.md", "tuning.md", "when-it-stops.md", "scaling.md", "../README.md"),
 )
 """Pages whose commands take a minute; they are run by a slow test."""
+REASONED = ("processes.md", "performance.md")
+"""Pages of which nothing can be run here."""
 NOT_RUN = {
     "pip install": "installing is the reader's",
     "hf auth login": "asks for a token",
@@ -47,8 +51,25 @@ NOT_RUN = {
     "sh RUN/exports/vllm/serve.sh": "starts vLLM, which is not installed here",
     "loratune serve": "runs until Ctrl-C: tests/workflows/test_serve.py",
     "LORATUNE_API_KEY=… loratune serve": "needs vLLM: tests/workflows/test_serve.py has its command line",
-    "loratune push RUN OWNER/NAME": "needs a hub: tests/workflows/test_push.py",
-    "make demo": "takes minutes; README shows what it printed",
+    "loratune push RUN OWNER/NAME": "needs a Hub: tests/workflows/test_push.py",
+    "make": "takes minutes, or installs; README shows what `make demo` printed",
+    "loratune resume": "needs an interrupted run: tests/workflows/test_resume.py",
+    "loratune extend": "needs a run with checkpoints: tests/workflows/test_extend.py",
+    "loratune tune": "takes as long as its budget: tests/workflows/search/test_tune.py",
+    "loratune sweep recipe.yaml train.learning_rate=1e": "instead of the sweep before it: tests/workflows/search",
+    "loratune sample": "needs a model that answers right: tests/workflows/test_sample.py",
+    'loratune evaluate RUN --gate "accuracy': "needs a good classifier: tests/workflows/tasks/test_classification.py",
+    "loratune train recipes/classify.yaml model.name=": "needs the Hub",
+    "loratune bench": "times both engines: tests/workflows/test_bench.py",
+    "loratune train recipes/quickstart.yaml --processes": "starts processes: tests/invariants/test_processes.py",
+    "loratune train RECIPE --engine ray": "starts Ray: tests/invariants/test_ray.py",
+    "torchrun": "starts processes: tests/invariants/test_processes.py",
+    "accelerate": "as torchrun",
+    "export MASTER_ADDR": "asks Slurm: tests/test_jobs.py reads the job scripts",
+    "srun": "a program of Slurm",
+    "python benchmarks": "takes minutes; docs/results has what it printed",
+    "benchmarks/gpu/run.sh": "takes minutes: tests/test_gpu_benchmark.py",
+    ".venv/bin/python": "runs these tests, or kills processes for minutes",
     "docker": "there is no Docker where the tests run: tests/test_containers.py",
     "loratune export RUN --to ollama": "needs a base that is a GGUF file: tests/exporting/test_gguf.py",
 }
@@ -58,6 +79,28 @@ SLOW = "loratune export"
 PYTHON_NOT_RUN = {"openai": "needs a server: tests/workflows/test_serve.py"}
 RUN_WITH = {"--dry-run", "--merged", "--harness"}
 """Options with which a command above can be run after all."""
+
+REPLACED = {
+    "RUN": "__models/quickstart",
+    "RECIPE": "my.yaml",
+    "FOLDER": "OUT",
+    "TARGET": "OUT",
+    "OTHER": "__models/balanced",
+    "A": "__models/a/adapter",
+    "B": "__models/b/adapter",
+}
+"""What the pages leave open → what it is here."""
+MINE: dict[str, Callable[[int], dict[str, Any]]] = {
+    "classification.md": intent,
+    "preferences.md": lambda i: {"prompt": f"Name {i}", "chosen": f"It is {i}.", "rejected": f"No idea, {i} times."},
+}
+"""Page → the rows of its mine.jsonl."""
+OTHER_TOOLS = {
+    "axolotl.yaml": "base_model: {model}\nadapter: lora\ndatasets: [{{path: chats.jsonl}}]\nlora_r: 8\n",
+    "sft.yaml": "model_name_or_path: {model}\nstage: sft\nfinetuning_type: lora\ndataset: mine\nlora_rank: 8\n",
+    "arguments.json": '{{"dataset_name": "chats.jsonl", "learning_rate": 2e-4, "r": 8, "use_dora": true}}',
+}
+"""Files of other tools, on a model."""
 
 Run = Callable[[str], None]
 
@@ -90,11 +133,11 @@ def run_command(
     for name in ("quickstart", "balanced", "a", "b"):
         shutil.copytree(finished_run.root, models / name, ignore=shutil.ignore_patterns("exports"))
     (tmp_path / "own.py").write_text("def longer(answer, reference):\n    return len(answer) > len(reference)\n")
-    (tmp_path / "colours.jsonl").write_text(
+    (tmp_path / "colors.jsonl").write_text(
         "".join(json.dumps({"question": f"Describe thing {i}", "answer": i % 2}) + "\n" for i in range(4))
     )
-    (tmp_path / "colours.yaml").write_text(
-        "task: colours\ndataset_path: json\ndataset_kwargs: {data_files: {test: colours.jsonl}}\ntest_split: test\n"
+    (tmp_path / "colors.yaml").write_text(
+        "task: colors\ndataset_path: json\ndataset_kwargs: {data_files: {test: colors.jsonl}}\ntest_split: test\n"
         'output_type: multiple_choice\ndoc_to_text: "{{question}}"\ndoc_to_choice: [red, green]\n'
         'doc_to_target: "{{answer}}"\nmetric_list: [{metric: acc}]\n'
     )
@@ -103,8 +146,7 @@ def run_command(
 
     def run(command: str) -> None:
         words = shlex.split(command)
-        replaced = {"RUN": "__models/quickstart", "FOLDER": "OUT", "RECIPE": "my.yaml"}
-        monkeypatch.setattr(sys, "argv", [replaced.get(word, word) for word in words])
+        monkeypatch.setattr(sys, "argv", [REPLACED.get(word, word) for word in words if not word.startswith("[")])
         monkeypatch.setattr(sys, "stdin", io.StringIO("Describe thing 7\n/both\nShorter.\n"))
         before = signal.getsignal(signal.SIGPIPE)
         with pytest.raises(SystemExit) as stop:
@@ -162,14 +204,20 @@ def guided(
     monkeypatch.setattr("webbrowser.open", lambda address: True)
     recipe = tiny_recipe(data__train=str(tmp_path / "rows.jsonl"), data__max_length="auto")
     (tmp_path / "recipes").mkdir()
-    for path in ("my.yaml", "recipes/quickstart.yaml"):
+    for path in ("my.yaml", "recipe.yaml", "recipes/quickstart.yaml"):
         (tmp_path / path).write_text(recipe.to_yaml(), encoding="utf-8")
+    classes = class_recipe(make_base(tmp_path / "bert", "bert"), tmp_path / "classes")
+    (tmp_path / "recipes" / "classify.yaml").write_text(classes.to_yaml(), encoding="utf-8")
+    for name, text in OTHER_TOOLS.items():
+        (tmp_path / name).write_text(text.format(model=model), encoding="utf-8")
     return run_command
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", GUIDES)
 def test_the_commands_of_a_guide_work_in_their_order(page: str, guided: Run) -> None:
+    if page in MINE:
+        write_jsonl(Path("mine.jsonl"), [MINE[page](i) for i in range(40)])
     ran = [guided(command) for command in commands(page) if not reason_not_to_run(command)]
     assert ran
 
@@ -204,10 +252,12 @@ def test_the_exports_of_a_page_work(run_command: Run) -> None:
 
 
 def test_every_command_is_run_or_has_a_reason() -> None:
-    for page in (*PAGES, *GUIDES):
+    pages = (*PAGES, *GUIDES, *REASONED)
+    for page in pages:
         for command in commands(page):
             assert command.startswith("loratune") or reason_not_to_run(command), f"{page}: {command}"
-    shown = "\n".join(command for page in (*PAGES, *GUIDES) for command in commands(page))
+    assert all(reason_not_to_run(command) for page in REASONED for command in commands(page))
+    shown = "\n".join(command for page in pages for command in commands(page))
     assert all(start in shown or start == "pip install" for start in NOT_RUN), "a reason for a command that is gone"
 
 
@@ -236,8 +286,8 @@ def test_the_programs_of_the_readme_work(
 def test_the_readme_has_a_caption_for_every_folder_of_the_package() -> None:
     package = ROOT / "src" / "loratune"
     folders = {f.name for f in package.iterdir() if (f / "__init__.py").is_file()}
-    tree = (ROOT / "README.md").read_text(encoding="utf-8").partition("    src/loratune/\n")[2].partition("\n\n")[0]
-    captions = dict(re.findall(r"^ {6}(\w+)/ +(\S.*)$", tree, flags=re.MULTILINE))
+    tree = (ROOT / "README.md").read_text(encoding="utf-8").partition("\nsrc/loratune/\n")[2].partition("\n```")[0]
+    captions = dict(re.findall(r"^ {2}(\w+)/ +(\S.*)$", tree, flags=re.MULTILINE))
     assert set(captions) == folders
 
 
@@ -245,6 +295,17 @@ def test_every_link_leads_to_a_file() -> None:
     for page in TEXTS:
         for link in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8")):
             assert "://" in link or (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_every_file_of_the_repository_that_a_command_names_exists() -> None:
+    named = {
+        (page.name, path)
+        for page in [*TEXTS, *(DOCS / "results").glob("*.md")]
+        for line in re.findall(r"^ {4}\S.*", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+        for path in re.findall(r"(?<![\w./])(?:tests|benchmarks|docs|examples|recipes)/[\w./-]+", line)
+    }
+    assert len(named) > 30
+    assert not {(page, path) for page, path in named if not (ROOT / path).exists()}
 
 
 def test_every_path_on_the_map_exists() -> None:

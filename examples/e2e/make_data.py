@@ -16,7 +16,7 @@ NUM_TRAIN, TRAIN_REFERENCES = 80, 2
 NUM_EVAL, EVAL_REFERENCES = 16, 4
 
 NAMES = [
-    f"The {colour} {thing}" for colour in ("Amber", "Grey", "Silver", "Green") for thing in ("Heron", "Anchor", "Lamp")
+    f"The {color} {thing}" for color in ("Amber", "Grey", "Silver", "Green") for thing in ("Heron", "Anchor", "Lamp")
 ]
 KINDS = ["pub", "restaurant", "coffee shop"]
 FOODS = ["Thai", "Greek", "Mexican", "Korean", "Turkish"]

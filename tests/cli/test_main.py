@@ -301,7 +301,7 @@ def test_the_hub_out_of_reach_says_how_to_use_a_local_folder(tmp_path: Path) -> 
     assert "model.name=/path/to/folder" in done.stderr
     after = os.times()
     computing = after.children_user + after.children_system - before.children_user - before.children_system
-    assert time.perf_counter() - started - computing < 12, "it waits for a hub that does not answer"
+    assert time.perf_counter() - started - computing < 12, "it waits for a Hub that does not answer"
 
 
 def test_ctrl_c_saves_and_resume_goes_on_to_the_same_end(recipe: Path, tmp_path: Path, loratune: Run) -> None:

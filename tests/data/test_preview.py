@@ -38,7 +38,7 @@ def printed(renderable: object, **settings: object) -> str:
     return output.getvalue()
 
 
-def test_without_colour_what_is_trained_stands_in_brackets(
+def test_without_color_what_is_trained_stands_in_brackets(
     shown: Example, smollm2_tokenizer: PreTrainedTokenizerBase
 ) -> None:
     text = printed(preview([shown], smollm2_tokenizer, 3))
@@ -48,7 +48,7 @@ def test_without_colour_what_is_trained_stands_in_brackets(
     assert "\x1b" not in text
 
 
-def test_in_colour_trained_tokens_are_green_and_the_stop_token_is_underlined(
+def test_in_color_trained_tokens_are_green_and_the_stop_token_is_underlined(
     shown: Example, smollm2_tokenizer: PreTrainedTokenizerBase
 ) -> None:
     text = printed(preview([shown], smollm2_tokenizer, 3), force_terminal=True, color_system="standard")

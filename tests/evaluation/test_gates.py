@@ -18,7 +18,7 @@ RECORD: dict[str, Any] = {
         "tuned": {"nll": 3.1},
         "difference": {"nll": {"value": 0.1, "low": -0.1, "high": 0.2}},
     },
-    "harness": {"tasks": {"colours": {"acc": {"base": 0.3, "tuned": 0.5, "difference": {"value": 0.2}}}}},
+    "harness": {"tasks": {"colors": {"acc": {"base": 0.3, "tuned": 0.5, "difference": {"value": 0.2}}}}},
     "items": [],
 }
 
@@ -35,8 +35,8 @@ RECORD: dict[str, Any] = {
         ("difference.nll.high<0", True),
         ("forgetting.difference.nll.high<=0.15", False),
         ("forgetting.tuned.nll<3.2", True),
-        ("harness.colours.acc>=5e-1", True),
-        ("harness.colours.acc.difference>0.3", False),
+        ("harness.colors.acc>=5e-1", True),
+        ("harness.colors.acc.difference>0.3", False),
     ],
 )
 def test_a_gate_holds_any_reported_number_to_a_threshold(gate: str, passes: bool) -> None:
@@ -46,7 +46,7 @@ def test_a_gate_holds_any_reported_number_to_a_threshold(gate: str, passes: bool
     if passes:
         check_gates(record)
     else:
-        with pytest.raises(RunError, match="1 of 1 gates failed") as error:
+        with pytest.raises(RunError, match="1 of 1 gate failed") as error:
             check_gates(record)
         assert f"{record['gates'][0]['value']:.6g}" in str(error.value)
         assert error.value.exit_code == 1
@@ -62,8 +62,8 @@ def test_a_name_that_will_not_be_reported_is_refused_before_anything_is_measured
     measures = ["json", "nll", "perplexity"]
     check_names([parse_gate("difference.json.low>0")], measures, forgetting=False, harness=False)
     check_names([parse_gate("forgetting.difference.nll<0.1")], measures, forgetting=True, harness=False)
-    check_names([parse_gate("harness.colours.acc>0")], measures, forgetting=False, harness=True)
-    for gate in ("jsn>0.8", "forgetting.difference.nll<0.1", "harness.colours.acc>0"):
+    check_names([parse_gate("harness.colors.acc>0")], measures, forgetting=False, harness=True)
+    for gate in ("jsn>0.8", "forgetting.difference.nll<0.1", "harness.colors.acc>0"):
         with pytest.raises(RecipeError, match="is reported"):
             check_names([parse_gate(gate)], measures, forgetting=False, harness=False)
     with pytest.raises(RecipeError) as error:

@@ -12,7 +12,7 @@ from loratune.evaluation.lm_eval import check_harness, run_harness
 from loratune.run.directory import RunDir
 from loratune.run.errors import MachineError, RecipeError
 
-TASK = """task: colours
+TASK = """task: colors
 dataset_path: json
 dataset_kwargs:
   data_files: {{test: {data}}}
@@ -28,10 +28,10 @@ metric_list:
 
 @pytest.fixture
 def task(tmp_path: Path) -> Path:
-    data = tmp_path / "colours.jsonl"
+    data = tmp_path / "colors.jsonl"
     rows = [{"question": f"Describe thing {i}", "answer": i % 3} for i in range(6)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    path = tmp_path / "colours.yaml"
+    path = tmp_path / "colors.yaml"
     path.write_text(TASK.format(data=data))
     return path
 
@@ -43,7 +43,7 @@ def test_a_local_task_is_answered_by_base_and_tuned(task: Path, finished_run: Ru
     tokenizer = AutoTokenizer.from_pretrained(finished_run.adapter)
     check_harness([str(task)], allow_code=False)
     record = run_harness(model, tokenizer, [str(task)], before=model.disable_adapter, allow_code=False)
-    accuracy = record["tasks"]["colours"]["acc"]
+    accuracy = record["tasks"]["colors"]["acc"]
     assert record["chat_template"]
     assert accuracy["difference"]["value"] == pytest.approx(accuracy["tuned"] - accuracy["base"])
     assert accuracy["difference"]["low"] <= accuracy["difference"]["value"] <= accuracy["difference"]["high"]

@@ -27,6 +27,8 @@ def test_a_merged_folder_answers_as_the_adapter_on_its_base(finished_run: RunDir
     assert certificate["distributions"]["mean_kl"] < 1e-6
     assert certificate["distributions"]["top1_agreement"] == 1
     assert certificate in read_json(finished_run.parity)
+    log = [line[21:] for line in finished_run.log.read_text(encoding="utf-8").splitlines()]
+    assert exported.summary in log[log.index(f"merge into {tmp_path / 'merged'}") :]
     page = finished_run.report.read_text()
     assert all(words in page for words in ("Exports", "6 of 6", certificate["checked_with"]))
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
@@ -92,6 +94,8 @@ def test_vllm_gets_the_adapter_with_template_and_stops_and_the_command(finished_
     exported = export(finished_run.root, to="vllm", out=tmp_path / "out")
     script = (exported.folder / "serve.sh").read_text()
     assert "--max-lora-rank 8" in script
+    log = [line[21:] for line in finished_run.log.read_text(encoding="utf-8").splitlines()]
+    assert exported.summary in log[log.index(f"export for vllm into {tmp_path / 'out'}") :]
     assert f"--lora-modules tiny={tmp_path / 'out'}" in script
     assert {"adapter_config.json", "chat_template.jinja", "generation_config.json"} <= {
         path.name for path in exported.folder.iterdir()

@@ -163,7 +163,7 @@ def test_llama_cpp_computes_the_merged_model_and_the_adapter_on_its_base(
 
 
 @needs_llama_cpp
-def test_llama_cpp_tokenises_renders_and_stops_as_training(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_llama_cpp_tokenizes_renders_and_stops_as_training(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     random_model(CONFIGS["llama"]).save_pretrained(tmp_path)
     write_gguf_model(parts(tmp_path, CONFIGS["llama"], tokenizer), tmp_path / "a.gguf", outtype="f32")
     reader = LlamaCppReader(tmp_path / "a.gguf", num_tokens=64)

@@ -127,7 +127,7 @@ def test_a_checkpoint_without_the_first_part_of_its_names_is_merged(tmp_path: Pa
     torch.testing.assert_close(merged, wanted.detach(), rtol=1e-6, atol=1e-6)
 
 
-def test_a_quantised_base_and_a_missing_weight_are_refused_by_name(tmp_path: Path) -> None:
+def test_a_quantized_base_and_a_missing_weight_are_refused_by_name(tmp_path: Path) -> None:
     torch.manual_seed(0)
     _, base, adapter = saved(tmp_path, AutoModelForCausalLM.from_config(LlamaConfig(**COMMON)))
     (tmp_path / "out").mkdir()

@@ -290,7 +290,7 @@ def base_of(name: str, folder: Path, **changes: Any) -> PreTrainedModel:
 
     Args:
         name: Of `CONFIGS`.
-        folder: To save it in. Of a model with towers the whole is saved, as on the hub, and the language model loaded.
+        folder: To save it in. Of a model with towers the whole is saved, as on the Hub, and the language model loaded.
         changes: Of its configuration.
     """
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Adapters that begin with what data or a quantised base says, and rates of single modules."""
+"""Adapters that begin with what data or a quantized base says, and rates of single modules."""
 
 from __future__ import annotations
 

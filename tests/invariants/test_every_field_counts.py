@@ -182,7 +182,7 @@ class Listener:
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     thought = {"role": "assistant", "content": "<think>It is red.</think>Red."}
     made = [conversation(i) for i in range(14)]
-    made.append({"messages": [{"role": "user", "content": "Colour?"}, thought]})
+    made.append({"messages": [{"role": "user", "content": "Color?"}, thought]})
     made.append(
         {"messages": [{"role": "user", "content": "Count."}, {"role": "assistant", "content": "one two " * 60}]}
     )
@@ -264,11 +264,11 @@ def places(
     """Words in the tables above → paths of what they stand for."""
     folder = tmp_path_factory.mktemp("places")
     several = [
-        {**conversation(i), "prompt": f"Colour {i}?", "completion": "red", "other": "green and round"}
+        {**conversation(i), "prompt": f"Color {i}?", "completion": "red", "other": "green and round"}
         | {"text": f"words {i}", "label": ("no", "yes")[i % 2]}
         for i in range(16)
     ]
-    pairs = [{"prompt": f"Colour {i}?", "chosen": "red", "rejected": "I do not know"} for i in range(8)]
+    pairs = [{"prompt": f"Color {i}?", "chosen": "red", "rejected": "I do not know"} for i in range(8)]
     first = train(with_settings(baseline_values, {"train.output_dir": str(folder / "first")})).run
     return {
         "ADAPTER": str(first.adapter),

@@ -27,7 +27,7 @@ RANKS = {"adamw_8bit": 64}
 """Where the default of these tests is too small: matrices that are kept in 8 bits, and some that are not."""
 TOLERANCES = {"muon": 3e-4, "adamw_8bit": 1e-4}
 """Newton-Schulz iterates in bfloat16: gradients that differ in their last bit make steps that differ by 2^-8 of
-themselves. A moment in 8 bits may be rounded to its neighbour."""
+themselves. A moment in 8 bits may be rounded to its neighbor."""
 OTHERS = [name for name in get_args(Optimizer) if name != "adamw"]
 SCHEDULES = [name for name in get_args(Schedule) if name not in ("linear", "constant")]
 

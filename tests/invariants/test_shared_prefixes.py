@@ -180,7 +180,7 @@ def test_sharing_with_dropout_has_masks_of_its_own(tiny_recipe: MakeRecipe, tmp_
 @pytest.mark.slow
 def test_pairs_share_their_prompts(tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
     rows = [
-        {"prompt": f"What colour is thing number {i}?", "chosen": f"It is red, {i}.", "rejected": "I do not know."}
+        {"prompt": f"What color is thing number {i}?", "chosen": f"It is red, {i}.", "rejected": "I do not know."}
         for i in range(8)
     ]
     file = str(write_jsonl(tmp_path / "pairs.jsonl", rows))

@@ -102,7 +102,7 @@ def test_a_continued_run_is_compared_with_where_it_began_as_long_as_that_is_know
         assert bare["before"] == "base"
         assert bare["base"] == pytest.approx(read_json(first.evaluation)["base"], rel=1e-6)
         assert bare["tuned"] == pytest.approx(record["tuned"], rel=1e-6)
-        assert any("bare base" in text for text in progress.told)
+        assert any("with the base alone" in text for text in progress.told)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""A model on the hub is planned for from what describes it; a small server stands for the hub."""
+"""A model on the Hub is planned for from what describes it; a small server stands for the hub."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ def test_a_class_of_another_kind_is_refused() -> None:
 def test_an_unreachable_hub_is_an_error_of_the_machine() -> None:
     with (
         pytest.raises(
-            MachineError, match=r"model\.name is a/b: the hub cannot be reached, and the model is not in"
+            MachineError, match=r"model\.name is a/b: the Hub cannot be reached, and the model is not in"
         ) as error,
         explain_hub_errors("model.name", "a/b", "model", fix="check the id", offline_fix="connect"),
     ):

@@ -58,7 +58,7 @@ def test_a_run_that_needs_no_advice_gets_none() -> None:
         (facts({"train.learning_rate": 5e-5}), "train.learning_rate", "5e-05 is low for LoRA"),
         (facts({"train.learning_rate": 1e-2}), "train.learning_rate", "0.01 is high for LoRA"),
         (facts(feed_forward=False), "lora.targets", "attention only"),
-        (facts(trainable=90_000), "lora.r", "200,000 supervised tokens"),
+        (facts(trainable=90_000), "lora.r", "200,000 trained tokens"),
         (facts({"lora.alpha": 1}), "lora.alpha", "alpha/r = 0.0625, so it learns far slower"),
         (facts({"lora.alpha": 512}), "lora.alpha", "far faster"),
         (facts({"train.warmup_fraction": 0.0, "train.learning_rate": 1e-3}), "train.warmup_fraction", "rate of 0.001"),

@@ -37,10 +37,10 @@ def test_a_chart_can_stand_in_a_page_that_forbids_inline_styles_and_requests() -
     assert len(ids) == len(set(ids)), "two charts of one page must not share a name"
 
 
-@pytest.mark.parametrize("colour", ["#0", "#1f77b4", "black"])
-def test_every_colour_is_the_page_s(colour: str) -> None:
+@pytest.mark.parametrize("color", ["#0", "#1f77b4", "black"])
+def test_every_color_is_the_page_s(color: str) -> None:
     for svg in drawn().values():
-        assert colour not in re.sub(r'(href|clip-path|id)="[^"]*"', "", svg)
+        assert color not in re.sub(r'(href|clip-path|id)="[^"]*"', "", svg)
 
 
 def test_a_long_curve_is_drawn_as_means_with_a_band_that_holds_every_value() -> None:

@@ -135,6 +135,14 @@ def test_every_part_is_there_and_the_plots_have_data(finished_run: RunDir, open_
     assert opened.page.locator("#samples article").count() == 20
     assert opened.page.locator("#tokens mark").count() >= 5
     steps = sum("loss" in line for line in map(json.loads, finished_run.metrics.read_text().splitlines()))
+    alone = opened.page.evaluate(
+        """() => [...document.querySelectorAll('.charts')].filter(charts => {
+             const figures = [...charts.children].map(figure => figure.getBoundingClientRect());
+             const lowest = Math.max(...figures.map(box => box.top)), last = figures.filter(box => box.top == lowest);
+             return last.length == 1 && last[0].width < charts.getBoundingClientRect().width - 1;
+           }).length"""
+    )
+    assert alone == 0, "a chart beside nothing"
     drawn = opened.page.evaluate(
         """() => [...document.querySelectorAll('#curves figure')].map(figure => {
           const curve = figure.querySelector('.series-0 path'), box = curve.getBoundingClientRect();
@@ -184,6 +192,7 @@ def test_nothing_is_wider_than_the_screen(finished_run: RunDir, open_page: Open,
              .map(box => box.querySelector('caption').textContent)"""
     )
     assert width < 390 or not cut, "tables of numbers whose last column is out of sight"
+    assert opened.page.locator("nav").bounding_box()["height"] < 100, "the links take the page"  # type: ignore[index]
     smallest = opened.page.evaluate(
         """Math.min(...[...document.querySelectorAll('svg text')].map(text =>
              parseFloat(getComputedStyle(text).fontSize) * text.ownerSVGElement.getBoundingClientRect().width
@@ -196,11 +205,11 @@ def test_light_and_dark_have_readable_contrast_and_print_is_light_with_everythin
     finished_run: RunDir, open_page: Open
 ) -> None:
     contrast = """() => {
-      const luminance = colour => { const [r, g, b] = colour.match(/[\\d.]+/g).slice(0, 3).map(Number).map(v => v / 255)
+      const luminance = color => { const [r, g, b] = color.match(/[\\d.]+/g).slice(0, 3).map(Number).map(v => v / 255)
         .map(v => v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4); return .2126 * r + .7152 * g + .0722 * b; };
       const ground = element => { for (let e = element; e; e = e.parentElement) {
-        const colour = getComputedStyle(e).backgroundColor;
-        if (!colour.startsWith('rgba(0, 0, 0, 0')) return colour; } return 'rgb(255,255,255)'; };
+        const color = getComputedStyle(e).backgroundColor;
+        if (!color.startsWith('rgba(0, 0, 0, 0')) return color; } return 'rgb(255,255,255)'; };
       return Math.min(...[...document.querySelectorAll('h1, h2, h3, p, th, td, dt, dd, li, ins, del, mark, .context, '
           + '.verdict, .badge, summary, a, pre')]
         .map(e => { const a = luminance(getComputedStyle(e).color), b = luminance(ground(e));

@@ -4,8 +4,10 @@ import io
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 from loratune.recipe.recipe import Recipe
@@ -57,7 +59,9 @@ def test_model_template_versions_and_machine_are_compared(run: RunDir, tmp_path:
     lock["machine"]["threads"] = 99
     write_json(other.lock, lock)
     groups = ["model", "template", "versions", "machine"]
-    assert [(item.group, item.name) for item in diff(run, other)] == list(
+    found: Any = diff(run, other)
+    assert f"<td>versions</td><td>torch</td><td>{torch.__version__}</td><td>9.9</td>" in found._repr_html_()
+    assert [(item.group, item.name) for item in found] == list(
         zip(groups, ["config.json", "chat template", "torch", "threads"], strict=True)
     )
     console = Console(width=100, record=True, file=io.StringIO())

@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -37,7 +38,9 @@ def shown(table: object) -> str:
 
 
 def test_every_run_is_listed_with_its_state_and_result(folder: Path) -> None:
-    found = {Path(run.run).name: run for run in list_runs(folder)}
+    listed: Any = list_runs(folder)
+    assert f"<td>{folder / 'good'}</td><td>finished</td>" in listed._repr_html_()
+    found = {Path(run.run).name: run for run in listed}
     assert set(found) == {"good", "worse", "damaged"}
     assert {run.state for run in found.values()} == {"finished"}
     assert found["worse"].verdict.startswith("worse: ")

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from loratune.reporting.units import (
@@ -9,6 +11,7 @@ from loratune.reporting.units import (
     as_interval,
     as_measure,
     as_number,
+    as_path,
     as_ratio,
 )
 from loratune.run.records.evaluation import DifferenceRecord
@@ -39,3 +42,10 @@ from loratune.run.records.evaluation import DifferenceRecord
 )
 def test_numbers_are_written_with_their_units(shown: str, expected: str) -> None:
     assert shown == expected
+
+
+def test_the_home_folder_is_not_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "home", lambda: Path("/home/ada"))
+    assert as_path("/home/ada/runs/a") == "~/runs/a"
+    assert as_path(Path("/home/ada")) == "~"
+    assert as_path("/home/adam/runs") == "/home/adam/runs"

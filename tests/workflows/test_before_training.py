@@ -66,4 +66,4 @@ def test_an_adapter_that_is_gone_or_another_one_is_told(run: RunDir, finished_ru
     shutil.rmtree(run.start)
     assert not started_from_adapter(run, told)
     assert len(told.lines) == 2
-    assert "bare base" in told.lines[0]
+    assert "with the base alone" in told.lines[0]

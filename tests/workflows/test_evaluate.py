@@ -85,6 +85,12 @@ def test_a_run_without_a_metric_shows_answers_and_can_be_scored_later(
     with pytest.raises(RecipeError, match="neither a metric of loratune nor a function") as told:
         evaluate(trained.run.root, metric="exact")
     assert "exact_match" in told.value.fix
+    log = [line[21:] for line in trained.run.log.read_text(encoding="utf-8").splitlines()]
+    again = log.index("evaluate --metric contains")
+    failed = log.index("evaluate --metric exact")
+    assert log[:again][-1] == trained.verdict
+    assert any(line.startswith("better: contains") or "contains" in line for line in log[again + 1 : failed])
+    assert log[failed + 1].startswith("RecipeError: --metric exact")
 
 
 def test_no_answers_if_none_are_wanted_or_none_fit(tiny_recipe: Callable[..., Recipe]) -> None:

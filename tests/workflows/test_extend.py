@@ -204,7 +204,7 @@ def test_a_file_with_more_rows_is_other_data(tiny_recipe: MakeRecipe, tmp_path: 
     shutil.rmtree(run.root / "adapter")
     shutil.rmtree(run.checkpoints)
     run.checkpoints.mkdir()
-    with pytest.raises(RunError, match="the checkpoint is gone that this run began with"):
+    with pytest.raises(RunError, match="the checkpoint that this run began with is gone"):
         resume(run.root)
 
 

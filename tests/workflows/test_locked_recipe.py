@@ -69,7 +69,7 @@ def test_a_run_is_used_from_elsewhere_moved_and_without_its_training_rows(
     (project / "train.jsonl").unlink()
     heard = Heard()
     assert recipe_here(RunDir.open(run), heard).data.train == recipe_of(run).data.eval
-    assert "train.jsonl is not there any more: the held-out rows stand in" in heard.warnings[0]
+    assert "train.jsonl no longer exists: the held-out rows stand in" in heard.warnings[0]
     evaluate(run)
     assert read_json(run / "evaluation.json")["tuned"]["nll"] == pytest.approx(before)
     assert merge(run, tmp_path / "merged") is not None

@@ -1,4 +1,4 @@
-"""Push to a hub of our own: a small server with the endpoints that huggingface_hub's upload uses."""
+"""Push to a Hub of our own: a small server with the endpoints that huggingface_hub's upload uses."""
 
 from __future__ import annotations
 
@@ -230,7 +230,7 @@ def test_the_card_has_what_the_hub_reads(finished_run: RunDir, hub: Hub, tmp_pat
     assert done.returncode == 0, done.stderr
     card = ModelCard(hub.files["README.md"].decode())
     assert (card.data.library_name, card.data.pipeline_tag) == ("peft", "text-generation")
-    assert card.data.base_model is None, "a folder of this machine is not a model on the hub"
+    assert card.data.base_model is None, "a folder of this machine is not a model on the Hub"
     results = {result.metric_type: result.metric_value for result in card.data.eval_results or []}
     assert results == read_json(finished_run.evaluation)["tuned"]
     for words in ("Trained on 20 examples", "## Results", "## Intended use", "## Load it", "## Recipe", '"me/tiny"'):

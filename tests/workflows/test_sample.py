@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,7 @@ from loratune.planning.prepare import prepare
 from loratune.recipe.recipe import Recipe
 from loratune.run.directory import RunDir
 from loratune.run.errors import DataError, RecipeError
-from loratune.run.progress import NO_PROGRESS
+from loratune.run.progress import NO_PROGRESS, NoProgress
 from loratune.workflows import sample as module
 from loratune.workflows.sample import SampleSettings, Scored, sample
 from tests.conftest import write_jsonl
@@ -182,6 +183,53 @@ def test_what_does_not_fit_is_refused_with_the_way_out(finished_run: RunDir, pro
     with pytest.raises(RecipeError, match="exists"):
         draw()
     assert out.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "problem"),
+    [
+        ("absent.jsonl", None, "no such file"),
+        ("columns.jsonl", [{"Question": "one?", "Reply": "one"}], "matches no known format"),
+        ("bad.jsonl", [{"prompt": "one?", "completion": "one"}, {"prompt": "two?", "completion": 2}], "completion"),
+        ("text.jsonl", [{"text": "one"}], "plain text"),
+    ],
+)
+def test_errors_of_the_prompts_name_no_setting_of_a_recipe(
+    finished_run: RunDir, tmp_path: Path, name: str, rows: list[dict[str, Any]] | None, problem: str
+) -> None:
+    if rows is not None:
+        write_jsonl(tmp_path / name, rows)
+    with pytest.raises(DataError, match=problem) as caught:
+        sample(finished_run.root, tmp_path / name, tmp_path / "rows.jsonl", metric="exact_match")
+    assert "PROMPTS" in caught.value.fix
+    assert not re.search(r"data\.|task=", str(caught.value).replace("own data:", ""))
+
+
+def test_a_reference_that_the_metric_cannot_score_is_named_by_its_line(
+    finished_run: RunDir, prompts: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match="the metric is json, but the reference 'one' is not JSON") as caught:
+        sample(finished_run.root, prompts, tmp_path / "rows.jsonl", metric="json")
+    assert caught.value.place == f"{prompts}:1"
+    assert "evaluate.metric" not in str(caught.value)
+
+
+def test_prompts_that_are_left_out_are_counted(finished_run: RunDir, prompts: Path, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in prompts.read_text().splitlines()]
+    rows[1]["messages"][-1]["train"] = False
+    heard: list[str] = []
+
+    class Listener(NoProgress):
+        def warn(self, text: str) -> None:
+            heard.append(text)
+
+    settings = SampleSettings(n=1, keep="best", with_reference=True, max_new_tokens=2)
+    file = write_jsonl(tmp_path / "some.jsonl", rows)
+    drawn = sample(
+        finished_run.root, file, tmp_path / "rows.jsonl", settings=settings, metric="exact_match", progress=Listener()
+    )
+    assert drawn.num_prompts == 2
+    assert "1 row is left out: without an answer" in heard
 
 
 def test_the_verb_prints_what_its_schema_says(finished_run: RunDir, prompts: Path, tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ app = typer.Typer(no_args_is_help=True, help="Inspect, combine, resize, extract,
 def inspect(
     adapter: AdapterFolder,
     base: Base = None,
-    every: Annotated[bool, typer.Option("--all", help="A line for each module, not for those of a name.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="One line per module, instead of one per name.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Show what an adapter is: type, base, and rank, norm and effective rank of the updates."""
@@ -84,7 +84,7 @@ def combine(
     weights: Annotated[str, typer.Option(metavar="W,W,…", help="A factor for each adapter; default: 1 for each.")] = "",
     method: Annotated[
         Literal["concat", "svd", "linear", "ties", "dare_linear", "dare_ties"],
-        typer.Option(help="concat: the exact sum, of the sum of the ranks. The others approximate it, by PEFT."),
+        typer.Option(help="concat: the exact sum, its rank the sum of the ranks. The others, by PEFT, approximate it."),
     ] = "concat",
     rank: Rank = None,
     density: Annotated[
@@ -94,7 +94,7 @@ def combine(
     base: Base = None,
     as_json: AsJson = False,
 ) -> None:
-    """Add adapters of one base, with weights, to one adapter; exactly, and proven to be the sum."""
+    """Add adapters of one base, with weights, into one adapter: exactly, and verified."""
     with command_context(as_json) as progress:
         from loratune.exporting.adapters.combine import Method
         from loratune.workflows.adapters.make import combine_adapters
@@ -121,7 +121,7 @@ def resize(
     base: Base = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write the best approximation of an adapter of lower rank, and show what it discards."""
+    """Write the best lower-rank approximation of an adapter, and show what it discards."""
     with command_context(as_json) as progress:
         from loratune.workflows.adapters.make import resize_adapter
 
@@ -137,7 +137,7 @@ def extract(
     energy: Energy = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write as an adapter what a full fine-tune changed in its base, by SVD of each matrix."""
+    """Extract an adapter from a full fine-tune: what it changed in its base, by SVD of each matrix."""
     with command_context(as_json) as progress:
         from loratune.workflows.adapters.make import extract_adapter
 

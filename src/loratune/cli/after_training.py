@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from loratune.cli.options import AsJson, OutFile, OverwriteFile, ReportFile, RunFolder, RunFolders
+from loratune.cli.options import AsJson, OverwriteFile, ReportFile, RunFolder, RunFolders, SameAsOut, one_out
 from loratune.cli.output import (
     print_json,
     show_certificate,
@@ -23,7 +23,6 @@ from loratune.cli.output import (
 )
 from loratune.cli.shell import command_context
 from loratune.cli.terminal import SafeConsole
-from loratune.run.errors import RecipeError
 
 if TYPE_CHECKING:
     from loratune.run.directory import Record
@@ -32,7 +31,10 @@ if TYPE_CHECKING:
 
 def report(
     run: RunFolder,
-    out: ReportFile = None,
+    file: Annotated[
+        Path | None, typer.Argument(metavar="OUT", help="The HTML file to write; default: RUN/report.html.")
+    ] = None,
+    out: SameAsOut = None,
     show: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -40,7 +42,7 @@ def report(
     with command_context(as_json) as progress:
         from loratune.reporting.html import report
 
-        page = report(run, out)
+        page = report(run, one_out(file, out))
         _show_file("report", page, as_json)
         if show and not webbrowser.open(page.resolve().as_uri()):
             progress.warn("no browser was found here; copy the file to a machine with one")
@@ -120,7 +122,7 @@ def merge(
 def export(
     run: RunFolder,
     folder: Annotated[
-        Path | None, typer.Argument(metavar="[OUT]", help="The folder to create; default: RUN/exports/….")
+        Path | None, typer.Argument(metavar="OUT", help="The folder to create; default: RUN/exports/….")
     ] = None,
     to: Annotated[
         Literal["gguf", "ollama", "vllm", "mlx"] | None,
@@ -132,7 +134,7 @@ def export(
     outtype: Annotated[
         Literal["f16", "bf16", "q8_0"] | None, typer.Option(help="Type of a merged GGUF model; default: f16.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="The same as OUT.")] = None,
+    out: SameAsOut = None,
     answers: Annotated[
         int, typer.Option(min=0, help="Number of held-out prompts that llama.cpp answers in full, for comparison.")
     ] = 20,
@@ -142,10 +144,9 @@ def export(
     with command_context(as_json) as progress:
         from loratune.workflows import export as workflow
 
-        if folder is not None and out is not None:
-            raise RecipeError(f"the folder to create is {folder} and --out {out}", fix="leave one of them out")
+        target = one_out(folder, out)
         exported = workflow.export(
-            run, to=to, merged=merged, outtype=outtype, out=folder or out, num_answers=answers, progress=progress
+            run, to=to, merged=merged, outtype=outtype, out=target, num_answers=answers, progress=progress
         )
         show_exported(exported, as_json)
         _require_same(exported.certificate)
@@ -176,7 +177,7 @@ def serve(
         Literal["auto", "vllm", "transformers"], typer.Option(help="The server. auto: vLLM if it is installed.")
     ] = "auto",
     host: Annotated[
-        str, typer.Option(help="Address to listen on; any but this machine's own needs a key.")
+        str, typer.Option(help="Address to listen on; one that other machines can reach requires a key.")
     ] = "127.0.0.1",
     port: Annotated[
         int | None, typer.Option(min=1, max=65535, help="Port to listen on; default: 8000, or a free one.")
@@ -220,7 +221,11 @@ def sample(
     prompts: Annotated[
         str, typer.Argument(metavar="PROMPTS", help="Rows with answers: a file, a folder or a Hub dataset.")
     ],
-    out: OutFile = None,
+    file: Annotated[
+        Path | None,
+        typer.Argument(metavar="OUT", help="The file to write; default: RUN-pairs.jsonl or RUN-best.jsonl, here."),
+    ] = None,
+    out: SameAsOut = None,
     n: Annotated[int, typer.Option("--n", min=1, help="Number of answers to each prompt.")] = 8,
     keep: Annotated[
         Literal["best,worst", "best"],
@@ -231,7 +236,7 @@ def sample(
     ] = "",
     at_least: Annotated[float, typer.Option(min=0, max=1, help="Score that the best answer must have.")] = 1.0,
     with_reference: Annotated[
-        bool, typer.Option("--with-reference", help="Take the data's own answer where none is good enough.")
+        bool, typer.Option("--with-reference", help="Use the data's own answer if no drawn answer is good enough.")
     ] = False,
     temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature.")] = 0.8,
     top_p: Annotated[
@@ -263,7 +268,7 @@ def sample(
         drawn = workflow.sample(
             run,
             prompts,
-            out or f"{run.resolve().name}-{kind}.jsonl",
+            one_out(file, out) or f"{run.resolve().name}-{kind}.jsonl",
             settings=settings,
             metric=metric,
             allow_code=allow_code,

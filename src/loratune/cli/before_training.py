@@ -42,7 +42,7 @@ def init(
     what: Annotated[
         str | None,
         typer.Argument(
-            metavar="[DATA|NAME]",
+            metavar="DATA|NAME",
             help=f"A data file, or a shipped recipe, by default quickstart: {', '.join(shipped_recipes())}.",
         ),
     ] = None,
@@ -64,7 +64,7 @@ def init(
     overwrite: OverwriteFile = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a commented recipe to start from, chosen by the data's format and this machine."""
+    """Write a commented recipe to start from, fitted to the data and this machine."""
     with command_context(as_json) as progress:
         from loratune.workflows.guidance.guesses import read_columns
         from loratune.workflows.guidance.init import init as write
@@ -234,7 +234,7 @@ def eject(
 
 def schema(
     verb: Annotated[
-        str | None, typer.Argument(metavar="[VERB]", help="A verb, such as plan; without it, the schema of a recipe.")
+        str | None, typer.Argument(metavar="VERB", help="A verb, such as plan; without it, the schema of a recipe.")
     ] = None,
 ) -> None:
     """Print the JSON schema of a recipe, for editors; or of what a verb prints with --json."""

@@ -15,12 +15,13 @@ RecipeFile = Annotated[
 ]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[SECTION.FIELD=VALUE]...", help="Settings that override the recipe, such as lora.r=32."),
+    typer.Argument(metavar="SECTION.FIELD=VALUE", help="Settings that override the recipe, such as lora.r=32."),
 ]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory (its train.output_dir).")]
 RunFolders = Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="Two or more run directories.")]
 ReportFile = Annotated[Path | None, typer.Option("--out", metavar="FILE", help="The HTML file to write.")]
-RunsFolder = Annotated[Path, typer.Argument(metavar="[FOLDER]", help="Where to look for runs, in its subfolders too.")]
+SameAsOut = Annotated[Path | None, typer.Option("--out", help="The same as OUT.")]
+RunsFolder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Where to look for runs, in its subfolders too.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Delete the run in the output directory first.")]
 Processes = Annotated[
@@ -110,6 +111,17 @@ BudgetIfAny = Annotated[
     str | None, typer.Option("--budget", metavar="TIME", help="Time for all trials together, such as 90s, 30m or 2h.")
 ]
 OverwriteSweep = Annotated[bool, typer.Option("--overwrite", help="Delete the sweep in the folder first.")]
+
+
+def one_out(position: Path | None, option: Path | None) -> Path | None:
+    """Return what was given as OUT, by its position or as `--out`.
+
+    Raises:
+        RecipeError: Both were given.
+    """
+    if position is not None and option is not None:
+        raise RecipeError(f"OUT is {position}, and --out is {option}", fix="leave one of them out")
+    return position if position is not None else option
 
 
 def as_seconds(text: str) -> float:

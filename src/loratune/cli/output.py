@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from loratune.cli.terminal import SafeConsole
-from loratune.run.errors import MachineError
+from loratune.run.errors import MachineError, plural
 
 if TYPE_CHECKING:
     from loratune.planning.preparation import Preparation
@@ -220,11 +220,12 @@ def show_sample(drawn: SampleOutput, as_json: bool) -> None:
         print_json(drawn.model_dump(mode="json"))
         return
     lines = [
-        f"{drawn.num_answers:,} answers to {drawn.num_prompts:,} prompts: mean {drawn.metric} {drawn.mean_score:.1%}; "
+        f"{plural(drawn.num_answers, 'answer')} to {plural(drawn.num_prompts, 'prompt')}: "
+        f"mean {drawn.metric} {drawn.mean_score:.1%}; "
         f"{drawn.solved:.1%} of the prompts have a good answer",
-        *(f"no row: {count:,} prompts, {reason}" for reason, count in drawn.left_out.items()),
-        *(f"not used: {count:,} answers, {reason}" for reason, count in drawn.unusable.items()),
-        f"{drawn.file}: {drawn.num_rows:,} rows",
+        *(f"no row: {plural(count, 'prompt')}, {reason}" for reason, count in drawn.left_out.items()),
+        *(f"not used: {plural(count, 'answer')}, {reason}" for reason, count in drawn.unusable.items()),
+        f"{drawn.file}: {plural(drawn.num_rows, 'row')}",
     ]
     sys.stdout.write("\n".join(lines) + "\n")
 

@@ -37,7 +37,7 @@ from loratune.planning.preparation import Preparation
 from loratune.recipe.recipe import Recipe
 from loratune.run import processes
 from loratune.run.directory import Record, RunDir, read_json
-from loratune.run.errors import Interrupted, LoratuneError, MachineError, RecipeError, RunError, Terminated
+from loratune.run.errors import Interrupted, LoratuneError, MachineError, RecipeError, RunError, Terminated, plural
 from loratune.workflows.result import RunResult
 from loratune.workflows.train import train
 
@@ -222,7 +222,7 @@ def _uses_gpus(recipe: Recipe) -> bool:
 def _warn_of_waiting(kind: str, workers: int, progress: TerminalProgress) -> None:
     """Warn if the cluster has too few devices: Ray would wait for them forever, silently."""
     available = ray.cluster_resources().get(kind, 0)
-    progress.line(f"starting {workers} Ray workers")
+    progress.line(f"starting {plural(workers, 'Ray worker')}")
     if available < workers:
         progress.warn(f"the cluster has {available:.0f} {kind}s now; Ray waits until it has {workers}")
 

@@ -94,10 +94,10 @@ def _print_error(error: LoratuneError, as_json: bool) -> int:
         return earlier
     if as_json:
         print_json({**error.as_dict(), **({"process": processes.rank()} if processes.is_connected() else {})})
-    colour = "yellow" if isinstance(error, Interrupted) else "red"
+    color = "yellow" if isinstance(error, Interrupted) else "red"
     where = "" if processes.is_main() else f"process {processes.rank()}: "
     console = TerminalProgress().console
     if TerminalProgress.verbose:
         console.print(escape("".join(traceback.format_exception(error))), style="dim")
-    console.print(f"[{colour}]{type(error).__name__}[/{colour}] {where}{escape(str(error))}")
+    console.print(f"[{color}]{type(error).__name__}[/{color}] {where}{escape(str(error))}")
     return error.exit_code

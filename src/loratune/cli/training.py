@@ -26,10 +26,12 @@ from loratune.cli.options import (
     RecipeFile,
     RunFolder,
     RunsFolder,
+    SameAsOut,
     Storage,
     SweptSettings,
     Workers,
     as_seconds,
+    one_out,
 )
 from loratune.cli.output import print_json, show_plan, show_result, show_sweep, show_tuned
 from loratune.cli.shell import check_engine, command_context, start_processes
@@ -97,7 +99,7 @@ def sweep(
 ) -> None:
     """Train with different settings, drop what is worse early, and rank the rest with intervals.
 
-    The same command continues a sweep that was stopped. It is written to the run directory's name with `-sweep`.
+    The same command continues a sweep that was stopped. Its folder is the run directory's name with `-sweep`.
     """
     with command_context(as_json) as progress:
         loaded = Recipe.load(recipe)
@@ -125,7 +127,7 @@ def tune(
 ) -> None:
     """Choose learning rate, rank and target modules within a time budget, with a reason for each.
 
-    The same command continues where it was stopped. Trials are written to the run directory's name with `-tune`.
+    The same command continues where it was stopped. The folder of the trials is the run directory's name with `-tune`.
     """
     with command_context(as_json) as progress:
         seconds = as_seconds(budget)
@@ -180,7 +182,7 @@ def extend(
 
 def watch(
     run: RunFolder,
-    once: Annotated[bool, typer.Option("--once", help="Print the run as it is now, and end.")] = False,
+    once: Annotated[bool, typer.Option("--once", help="Print the current state and exit.")] = False,
 ) -> None:
     """Show a run while another process works on it: loss, speed, time left, memory, held-out loss.
 
@@ -249,7 +251,10 @@ def evaluate(
 
 def reproduce(
     run: RunFolder,
-    out: Annotated[Path | None, typer.Option("--out", help="The new run directory; default: RUN-again.")] = None,
+    folder: Annotated[
+        Path | None, typer.Argument(metavar="OUT", help="The new run directory; default: RUN-again.")
+    ] = None,
+    out: SameAsOut = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
@@ -260,7 +265,7 @@ def reproduce(
     with command_context(as_json) as progress:
         from loratune.workflows import reproduce as workflow
 
-        result = workflow.reproduce(run, out, overwrite=overwrite, progress=progress)
+        result = workflow.reproduce(run, one_out(folder, out), overwrite=overwrite, progress=progress)
         if as_json:
             print_json(result.as_dict())
         if not result.equal:

@@ -26,6 +26,12 @@ Verbose = Annotated[
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]  # typer's own copy of click's, or click's
 
 
+def _usage(name: str, argument: Any) -> str:
+    if "..." in name:
+        return name
+    return (name if argument.required else f"[{name}]") + ("..." if argument.nargs == -1 else "")
+
+
 def as_verb(function: Callable[..., None]) -> Callable[..., None]:
     """Return the function with two further options, `--quiet` and `--verbose`."""
 
@@ -56,7 +62,13 @@ def show_library_reports() -> None:
 
 
 class Verb(TyperCommand):
-    """A command that prints errors about its arguments as JSON if `--json` is among them."""
+    """A command whose usage line is as conventions have it, whatever typer's own is in this version, and that prints
+    errors about its arguments as JSON if `--json` is among them."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:  # noqa: ARG002 - typer's signature
+        """Return the usage line's words: RUN is required, [OUT] is not, [NAME]... may be repeated."""
+        given: list[Any] = [one for one in self.params if one.param_type_name == "argument"]
+        return ["[OPTIONS]", *(_usage(one.metavar or one.name.upper(), one) for one in given)]
 
     def make_context(self, info_name: str | None, args: Sequence[str], parent: Any = None, **extra: Any) -> Any:
         """Read the arguments."""

@@ -69,11 +69,11 @@ class PrefixTree:
 
 def common_prefixes(sequences: Sequence[Ids]) -> npt.NDArray[np.int32]:
     """Return the length of the common prefix of each two sequences, [N, N]; the diagonal is their own lengths."""
-    order, neighbours = _sorted(sequences)
+    order, neighbors = _sorted(sequences)
     common = np.zeros((len(order), len(order)), dtype=np.int32)
     for i, number in enumerate(order):
-        # In sorted order, what two sequences share is the least that neighbours between them share.
-        shared = np.minimum.accumulate(neighbours[i:])
+        # In sorted order, what two sequences share is the least that neighbors between them share.
+        shared = np.minimum.accumulate(neighbors[i:])
         common[number, order[i + 1 :]] = common[order[i + 1 :], number] = shared
         common[number, number] = len(sequences[number])
     return common
@@ -84,8 +84,8 @@ def _sorted(sequences: Sequence[Ids]) -> tuple[npt.NDArray[np.int64], npt.NDArra
     # As big-endian bytes, ids compare as numbers do, and a prefix comes before what it begins.
     keys = [np.asarray(ids).astype(">u4").tobytes() for ids in sequences]
     order = sorted(range(len(keys)), key=keys.__getitem__)
-    neighbours = [_common(sequences[a], sequences[b]) for a, b in pairwise(order)]
-    return np.array(order, dtype=np.int64), np.array(neighbours, dtype=np.int64)
+    neighbors = [_common(sequences[a], sequences[b]) for a, b in pairwise(order)]
+    return np.array(order, dtype=np.int64), np.array(neighbors, dtype=np.int64)
 
 
 def _common(one: Ids, other: Ids) -> int:
@@ -99,7 +99,7 @@ def prefix_tree(sequences: Sequence[Ids], least: int = LEAST_SHARED) -> PrefixTr
 
     Sequences keep their order, except that those that branch off at the same token lie together.
     """
-    order, neighbours = _sorted(sequences)
+    order, neighbors = _sorted(sequences)
     starts = np.concatenate([[0], np.cumsum([len(ids) for ids in sequences])])
     place_T = np.empty(starts[-1], dtype=np.int64)
     taken: list[npt.NDArray[np.int64]] = []
@@ -108,7 +108,7 @@ def prefix_tree(sequences: Sequence[Ids], least: int = LEAST_SHARED) -> PrefixTr
     while groups:
         first, end, done, parent = groups.pop()
         members = np.sort(order[first:end])
-        between = neighbours[first : end - 1]
+        between = neighbors[first : end - 1]
         shared = len(sequences[members[0]]) if len(members) == 1 else int(between.min())
         if shared > done and (len(members) == 1 or shared - done >= least):
             length = shared - done

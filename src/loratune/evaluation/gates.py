@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
-from loratune.run.errors import RecipeError, RunError
+from loratune.run.errors import RecipeError, RunError, plural
 
 _COMPARISONS: Mapping[str, Callable[[float, float], bool]] = {
     ">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt,
@@ -117,7 +117,8 @@ def check_gates(record: Mapping[str, Any]) -> None:
     failed = [gate for gate in record.get("gates", ()) if not gate["passed"]]
     if failed:
         details = "; ".join(f"{gate['gate']} (got {gate['value']:.6g})" for gate in failed)
-        raise RunError(f"{len(failed)} of {len(record['gates'])} gates failed: {details}", fix="see evaluation.json")
+        total = plural(len(record["gates"]), "gate")
+        raise RunError(f"{len(failed)} of {total} failed: {details}", fix="see evaluation.json")
 
 
 def _flatten(value: Any, name: str, numbers: dict[str, float]) -> None:

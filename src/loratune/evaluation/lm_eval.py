@@ -116,7 +116,7 @@ def _evaluate(
         except Exception as error:  # tasks are third-party code and data, which may raise anything
             raise RunError(
                 f"lm-evaluation-harness failed: {type(error).__name__}: {error}",
-                fix="try the task with lm_eval itself; its built-in tasks need the hub",
+                fix="try the task with lm_eval itself; its built-in tasks need the Hub",
             ) from error
     return found
 

@@ -44,7 +44,7 @@ def check_metric(metric: str) -> None:
         MachineError: It is not.
     """
     if metric == "bleu" and find_spec("sacrebleu") is None:
-        raise MachineError("evaluate.metric is bleu, but sacrebleu is not installed", fix=pip_install("bleu"))
+        raise MachineError("the metric is bleu, but sacrebleu is not installed", fix=pip_install("bleu"))
 
 
 def check_references(metric: str, prompts: Iterable[PromptLike]) -> None:
@@ -62,7 +62,7 @@ def check_references(metric: str, prompts: Iterable[PromptLike]) -> None:
     for prompt in prompts:
         problem = next(filter(None, (_problem(metric, reference.strip()) for reference in prompt.references)), "")
         if problem:
-            fix = "correct the row, or choose another evaluate.metric"
+            fix = "correct the row, or choose another metric"
             raise DataError(problem, fix=fix, file=prompt.origin.file, line=prompt.origin.line)
 
 
@@ -74,14 +74,14 @@ def _problem(metric: str, reference: str) -> str:
     try:
         _parse(reference)
     except _REFUSED as error:
-        return f"evaluate.metric is json, but the reference {_shortened(reference)} is not JSON: {error}"
+        return f"the metric is json, but the reference {_shortened(reference)} is not JSON: {error}"
     return ""
 
 
 def _same_json(answer: str, reference: str) -> bool:
     problem = _problem("json", reference)
     if problem:
-        raise DataError(problem, fix="correct the row, or choose another evaluate.metric")
+        raise DataError(problem, fix="correct the row, or choose another metric")
     try:
         return _same_value(_parse(answer), _parse(reference))
     except _REFUSED:

@@ -2,7 +2,7 @@
 
 Model names are what `from_pretrained` takes, so the models are the folders `base` and NAME in the server's working
 directory. The second one holds the base's files again and the adapter's: transformers loads such a folder as base plus
-adapter. `/v1/models` lists the hub cache, so the server gets its own cache, which names these two models only.
+adapter. `/v1/models` lists the Hub cache, so the server gets its own cache, which names these two models only.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class ServerCommand:
 
 
 def served_name(name: str) -> str:
-    """Return the fine-tuned model's name: the run's, restricted to what the hub allows in names."""
+    """Return the fine-tuned model's name: the run's, restricted to what the Hub allows in names."""
     allowed = re.sub(r"[^A-Za-z0-9._-]+|-{2,}|\.{2,}", "-", name).strip("-.")[:96].strip("-.")
     return allowed if allowed not in ("", BASE_NAME) and not allowed.endswith(".git") else "tuned"
 
@@ -94,7 +94,7 @@ def write_served(base: Path, adapter: Path, folder: Path, *, name: str, stop_tok
 
 
 def transformers_command(folder: Path, *, host: str, port: int, device: str, dtype: str) -> ServerCommand:
-    """Return the command that serves the folder of `write_served`. Models stay loaded; the hub is not contacted."""
+    """Return the command that serves the folder of `write_served`. Models stay loaded; the Hub is not contacted."""
     words = (sys.executable, "-P", "-m", "transformers.cli.transformers", "serve")
     options = ("--host", host, "--port", str(port), "--device", device, "--dtype", dtype, "--model-timeout=-1")
     return ServerCommand(

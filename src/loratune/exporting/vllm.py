@@ -88,8 +88,8 @@ def serve_adapter(
     """Return the shell command that serves base and adapter.
 
     Args:
-        base: The base's hub id or folder.
-        revision: The base's revision on the hub; None for a folder.
+        base: The base's Hub id or folder.
+        revision: The base's revision on the Hub; None for a folder.
         adapter: The folder with the adapter, its template, and a generation config with the stop tokens.
         name: The fine-tuned model's name in requests.
         rank: The maximum rank, from `check_vllm`.

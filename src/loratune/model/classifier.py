@@ -146,10 +146,10 @@ def load_classifier(
     """Load the base with its head, from safetensors only; the head is in float32.
 
     Args:
-        source: A folder, or a hub id.
+        source: A folder, or a Hub id.
         config: The base's configuration.
         classes: The classes, with the seed of weights that no file holds.
-        revision: The revision of a hub model.
+        revision: The revision of a Hub model.
         dtype: Type of everything but the head.
         trust_remote_code: Whether code that comes with the model may run.
 

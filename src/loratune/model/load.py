@@ -1,8 +1,8 @@
 """The base model: from a name in the recipe to a folder, then to config, tokenizer and loaded weights.
 
-locate_model      name → BaseModel: a folder, an imported GGUF file, or a description from the hub
+locate_model      name → BaseModel: a folder, an imported GGUF file, or a description from the Hub
 load_config, load_tokenizer
-download_weights  a hub model's weights, only when they are needed
+download_weights  a Hub model's weights, only when they are needed
 load_model        the weights, quantized if the recipe says so
 """
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 
 HUB_TIMEOUT_SECONDS = 5
-"""Seconds without an answer after which the hub counts as unreachable."""
+"""Seconds without an answer after which the Hub counts as unreachable."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +47,7 @@ class BaseModel:
     Attributes:
         name: The recipe's `model.name`.
         path: A folder that `from_pretrained` loads.
-        revision: The commit of a hub model; None for a local one.
+        revision: The commit of a Hub model; None for a local one.
         stored: safetensors type → number of parameters, of weights that are not in the folder.
         tensors: Names of the tensors that are not in the folder.
     """
@@ -62,7 +62,7 @@ class BaseModel:
 def locate_model(section: ModelSection, progress: Progress, *, weights: bool = True) -> BaseModel:
     """Find the base model: a folder, a GGUF file (imported into the cache if it is not yet), or the hub.
 
-    Only what describes a hub model is fetched here; `download_weights` fetches the weights.
+    Only what describes a Hub model is fetched here; `download_weights` fetches the weights.
 
     Args:
         section: The recipe's `model` section.
@@ -71,7 +71,7 @@ def locate_model(section: ModelSection, progress: Progress, *, weights: bool = T
 
     Raises:
         RecipeError: There is no such file, folder or package, or it holds no model.
-        MachineError: The hub cannot be reached.
+        MachineError: The Hub cannot be reached.
     """
     name = section.name
     is_local = name.startswith("package:") or name.endswith(".gguf") or Path(name).expanduser().exists()
@@ -94,7 +94,7 @@ def locate_model(section: ModelSection, progress: Progress, *, weights: bool = T
             progress.warn(f"model.name is {name}: it contains Python code ({', '.join(code[:5])}), which is not run")
         return BaseModel(name=name, path=path.resolve())
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-        raise RecipeError(f"model.name is {name}: no such folder", fix="give a folder, a .gguf file or a hub id")
+        raise RecipeError(f"model.name is {name}: no such folder", fix="give a folder, a .gguf file or a Hub id")
     return _locate_on_hub(section)
 
 
@@ -113,10 +113,10 @@ def gguf_file(section: ModelSection) -> Path | None:
 
 
 def download_weights(base: BaseModel) -> Path:
-    """Return the folder with the weights of a base model; fetch them from the hub if they are not in the cache.
+    """Return the folder with the weights of a base model; fetch them from the Hub if they are not in the cache.
 
     Raises:
-        MachineError: The hub cannot be reached.
+        MachineError: The Hub cannot be reached.
     """
     if base.revision is None:
         return base.path
@@ -157,7 +157,7 @@ def _check_folder(path: Path) -> None:
 
 
 def _locate_on_hub(section: ModelSection) -> BaseModel:
-    """Fetch what describes a hub model; without network, look in the local cache."""
+    """Fetch what describes a Hub model; without network, look in the local cache."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -189,7 +189,7 @@ def _describe_by_hub(section: ModelSection) -> BaseModel:
         metadata = HfApi().get_safetensors_metadata(section.name, revision=revision)
     except NotASafetensorsRepoError as error:
         raise RecipeError(
-            f"model.name is {section.name}: the hub has no safetensors weights of it",
+            f"model.name is {section.name}: the Hub has no safetensors weights of it",
             fix="convert it: only safetensors are loaded, because other formats can run code",
         ) from error
     return BaseModel(

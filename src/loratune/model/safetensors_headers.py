@@ -24,7 +24,7 @@ def check_weights(folder: Path, model: nn.Module, *, quantized: bool, without: S
     """Check that the files in a folder hold the weights of a model; takes milliseconds whatever its size.
 
     Args:
-        folder: A folder with safetensors files. One without passes: a hub model's weights are fetched later.
+        folder: A folder with safetensors files. One without passes: a Hub model's weights are fetched later.
         model: The model as its config describes it, on the meta device.
         quantized: Whether the files hold packed weights, whose shapes differ from the model's.
         without: Modules that the files need not hold.
@@ -58,12 +58,12 @@ def check_weights(folder: Path, model: nn.Module, *, quantized: bool, without: S
 
 
 def check_stored(stored: Mapping[str, int], model: nn.Module, *, name: str, without: Sequence[str] = ()) -> None:
-    """Check by the number of parameters that weights on the hub are complete.
+    """Check by the number of parameters that weights on the Hub are complete.
 
     Args:
         stored: safetensors type → number of parameters on the hub.
         model: The model as its config describes it, on the meta device.
-        name: The model's hub id.
+        name: The model's Hub id.
         without: Modules that the files need not hold.
 
     Raises:
@@ -72,7 +72,7 @@ def check_stored(stored: Mapping[str, int], model: nn.Module, *, name: str, with
     held, described = sum(stored.values()), sum(p.numel() for p in _parameters(model, without).values())
     if held and set(stored) <= set(_TYPES.values()) and held < 0.999 * described:
         raise RecipeError(
-            f"model.name is {name}: the hub holds {held:,} of the {described:,} parameters that config.json describes",
+            f"model.name is {name}: the Hub holds {held:,} of the {described:,} parameters that config.json describes",
             fix="use another model.revision, or another model",
         )
 

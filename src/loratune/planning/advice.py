@@ -159,7 +159,7 @@ def _capacity(facts: AdviceFacts) -> Iterator[Advice]:
         yield Advice(
             about="lora.r",
             text="raise lora.r, or set lora.targets=complete",
-            reason=f"{facts.num_supervised_tokens:,} supervised tokens at about 1 bit each are more than the adapter's "
+            reason=f"{facts.num_supervised_tokens:,} trained tokens at about 1 bit each are more than the adapter's "
             f"{facts.trainable:,} parameters can store at about 2 bits each",
             source=f"{SCHULMAN}; Allen-Zhu & Li 2024, arXiv 2404.05405",
         )

@@ -37,7 +37,7 @@ from loratune.model.adapter.variants import check_ranks, check_variant
 from loratune.model.quantization.checkpoint import method_of
 from loratune.model.safetensors_headers import check_stored, check_weights
 from loratune.planning.memory.optimizer import OF_BITSANDBYTES, state_bytes
-from loratune.run.errors import DataError, MachineError, RecipeError
+from loratune.run.errors import DataError, MachineError, RecipeError, plural
 from loratune.run.extras import pip_install
 
 if TYPE_CHECKING:
@@ -229,8 +229,8 @@ def check_prompts(recipe: Recipe, prompts: Sequence[Prompt], positions: int | No
     metric, room = recipe.evaluate.metric, recipe.evaluate.max_new_tokens
     if metric != "none" and not prompts:
         raise DataError(
-            f"evaluate.metric is {metric}, but no held-out conversation has an answer to compare with",
-            fix="evaluate.metric=none, or another data.eval",
+            f"the metric is {metric}, but no held-out conversation has an answer to compare with",
+            fix="another data.eval, or no metric (evaluate.metric=none)",
         )
     for prompt in prompts:
         if positions is not None and len(prompt.input_ids) + room > positions:
@@ -255,7 +255,7 @@ def check_start(recipe: Recipe, parameters: ParameterCount, output_dir: Path) ->
 
     Raises:
         RecipeError: The adapter does not match the recipe, or `--overwrite` would delete it.
-        MachineError: The hub cannot be reached.
+        MachineError: The Hub cannot be reached.
     """
     if recipe.lora.start_from is None:
         return None
@@ -353,7 +353,8 @@ def check_disk(recipe: Recipe, parameters: ParameterCount, num_examples: int) ->
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise MachineError(
-            f"{kept} checkpoints and the adapter need {needed / 2**20:,.0f} MiB, but {free / 2**20:,.0f} MiB are free",
+            f"{plural(kept, 'checkpoint')} and the adapter need {needed / 2**20:,.0f} MiB, "
+            f"but {free / 2**20:,.0f} MiB are free",
             file=folder,
             fix="train.keep_checkpoints=1, train.save_every=never, or a train.output_dir on another disk",
         )

@@ -104,7 +104,7 @@ def prepare(
     Raises:
         RecipeError: A setting does not fit the model, or the model's files are incomplete.
         DataError: The data cannot be trained on.
-        MachineError: The run does not fit the machine, or the hub cannot be reached.
+        MachineError: The run does not fit the machine, or the Hub cannot be reached.
     """
     model = resolve_model(recipe, progress, device, cluster=cluster, weights=weights) if like is None else like.model
     adapter = resolve_adapter(recipe, model)

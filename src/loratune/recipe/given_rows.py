@@ -122,4 +122,4 @@ def missing_rows_fix(path: Path) -> str:
     """Return what to do about a missing file of rows that were given from Python; empty for any other path."""
     if path.parent.name != rows_folder().name or len(path.stem) != 16:
         return ""
-    return "these rows were given from Python: make the recipe of the same rows once more, which writes the file again"
+    return "these rows were given from Python: make the recipe from the same rows again, which writes the file"

@@ -83,7 +83,7 @@ class Sample:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenRun:
-    """Neighbouring tokens of one kind; `style` is `trained` or `context`, then `special` and `stop` if they apply."""
+    """Neighboring tokens of one kind; `style` is `trained` or `context`, then `special` and `stop` if they apply."""
 
     text: str
     style: str

@@ -1,4 +1,4 @@
-"""Numbers → SVG inside a page: its colours are the page's variables, its text is text, nothing in it is styled inline.
+"""Numbers → SVG inside a page: its colors are the page's variables, its text is text, nothing in it is styled inline.
 
 The drawings hold no text of users: names of runs are in the page's own legends, and in the description, which is
 escaped.
@@ -17,9 +17,9 @@ from markupsafe import Markup
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-NUM_COLOURS = 6
+NUM_COLORS = 6
 MAX_POINTS = 400
-"""A longer series is drawn as the means of this many neighbouring stretches, with a band from lowest to highest."""
+"""A longer series is drawn as the means of this many neighboring stretches, with a band from lowest to highest."""
 
 _WIDTH, _HEIGHT = 324.0, 194.0
 _FONT = 11.5  # at 320 pixels, the narrowest phone, 9 pixels remain
@@ -32,17 +32,17 @@ _MARGIN = 0.04  # of the axis on either side of the data
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Series:
-    """Points of one colour; form `points` marks each of them, `rule` is a dashed line for comparison."""
+    """Points of one color; form `points` marks each of them, `rule` is a dashed line for comparison."""
 
     x: Sequence[float]
     y: Sequence[float]
-    colour: int = 0
+    color: int = 0
     form: str = "line"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bar:
-    """A horizontal bar in parts of (length, colour), with a label behind it, and an interval around its end."""
+    """A horizontal bar in parts of (length, color), with a label behind it, and an interval around its end."""
 
     name: str
     parts: tuple[tuple[float, int], ...]
@@ -122,8 +122,8 @@ def draw_bars(alt: str, bars: Sequence[Bar], *, x_label: str, ticks: Sequence[fl
         top = gap / 2 + number * (bar_height + gap)
         middle, done = top + bar_height / 2, 0.0
         _text(svg, bar.name, left - 6, middle, anchor="end")
-        for length, colour in bar.parts:
-            _rectangle(svg, (x(done), x(done + length)), (top, top + bar_height), colour)
+        for length, color in bar.parts:
+            _rectangle(svg, (x(done), x(done + length)), (top, top + bar_height), color)
             done += length
         if bar.interval is not None:
             first, last = (x(value) for value in bar.interval)
@@ -178,8 +178,8 @@ def _draw_x_axis(svg: ET.Element, x: _Axis, bottom: float, label: str, ticks: Se
 
 
 def _draw_curve(svg: ET.Element, curve: Series, x: _Axis, y: _Axis) -> None:
-    colour = f"var(--series-{curve.colour % NUM_COLOURS})"
-    group = ET.SubElement(svg, "g", {"class": "rule" if curve.form == "rule" else f"series-{curve.colour}"})
+    color = f"var(--series-{curve.color % NUM_COLORS})"
+    group = ET.SubElement(svg, "g", {"class": "rule" if curve.form == "rule" else f"series-{curve.color}"})
     points = list(zip(curve.x, curve.y, strict=True))
     if curve.form == "line" and len(points) > MAX_POINTS:
         bounds = [len(points) * number // MAX_POINTS for number in range(MAX_POINTS + 1)]
@@ -187,25 +187,25 @@ def _draw_curve(svg: ET.Element, curve: Series, x: _Axis, y: _Axis) -> None:
         points = [(sum(px for px, _ in part) / len(part), sum(py for _, py in part) / len(part)) for part in parts]
         band = [(px, min(py for _, py in part)) for (px, _), part in zip(points, parts, strict=True)]
         band += reversed([(px, max(py for _, py in part)) for (px, _), part in zip(points, parts, strict=True)])
-        outline = {"d": _path(band, x, y), "fill": colour, "fill-opacity": "0.18"}
+        outline = {"d": _path(band, x, y), "fill": color, "fill-opacity": "0.18"}
         ET.SubElement(svg, "path", outline)
-    stroke = {"line": (colour, "1.8", _DASHES[curve.colour // NUM_COLOURS % len(_DASHES)])}
-    stroke |= {"points": (colour, "1.8", "1.8 3.6"), "rule": (_INK, "1.2", "5 4")}
+    stroke = {"line": (color, "1.8", _DASHES[curve.color // NUM_COLORS % len(_DASHES)])}
+    stroke |= {"points": (color, "1.8", "1.8 3.6"), "rule": (_INK, "1.2", "5 4")}
     ink, width, dashes = stroke[curve.form]
     attributes = {"d": _path(points, x, y), "stroke": ink, "stroke-width": width, "fill": "none"}
     ET.SubElement(group, "path", attributes | ({"stroke-dasharray": dashes} if dashes else {}))
     if curve.form == "points" or (curve.form == "line" and len(points) == 1):
         for px, py in points:
-            ET.SubElement(group, "circle", {"cx": str(x(px)), "cy": str(y(py)), "r": "3", "fill": colour})
+            ET.SubElement(group, "circle", {"cx": str(x(px)), "cy": str(y(py)), "r": "3", "fill": color})
 
 
 def _path(points: Sequence[tuple[float, float]], x: _Axis, y: _Axis) -> str:
     return "M" + " L".join(f"{x(px)} {y(py)}" for px, py in points)
 
 
-def _rectangle(parent: ET.Element, xs: tuple[float, float], ys: tuple[float, float], colour: int) -> None:
+def _rectangle(parent: ET.Element, xs: tuple[float, float], ys: tuple[float, float], color: int) -> None:
     path = f"M{xs[0]} {ys[0]} L{xs[1]} {ys[0]} L{xs[1]} {ys[1]} L{xs[0]} {ys[1]} Z"
-    ET.SubElement(parent, "path", {"d": path, "fill": f"var(--series-{colour % NUM_COLOURS})"})
+    ET.SubElement(parent, "path", {"d": path, "fill": f"var(--series-{color % NUM_COLORS})"})
 
 
 def _text(parent: ET.Element, text: str, x: float, y: float, anchor: str = "start") -> None:

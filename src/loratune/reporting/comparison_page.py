@@ -19,6 +19,7 @@ from loratune.reporting.units import (
     as_duration,
     as_interval,
     as_measure,
+    as_path,
     is_marked,
     measure_in_words,
 )
@@ -38,11 +39,12 @@ Runs = Sequence[RunFiles]
 def comparison_page(runs: Runs) -> Page:
     """Return how runs differ, in settings and in results. What is missing or damaged is named on the page."""
     complaints = [f"{name}: {text}" for name, run in zip(names(runs), runs, strict=True) for text in run.complaints]
+    folders = ", ".join(as_path(run.run.root) for run in runs)
     return Page(
         title=f"{len(runs)} runs compared",
         lead=", ".join(names(runs)),
         sections=build_sections(_PARTS, runs, complaints),
-        footer=f"Read at {datetime.now(UTC):%Y-%m-%d %H:%M} UTC from {', '.join(str(run.run.root) for run in runs)}.",
+        footer=f"Read at {datetime.now(UTC):%Y-%m-%d %H:%M} UTC from {folders}.",
     )
 
 
@@ -209,7 +211,7 @@ def _chart(title: str, unit: str, curves: Sequence[Series], runs: Runs) -> Itera
         return
     values = [value for curve in curves for value in curve.y]
     is_loss = unit.startswith("nats")
-    alt = " ".join(describe_series(f"{title} of {names(runs)[curve.colour]}", curve.y) for curve in curves)
+    alt = " ".join(describe_series(f"{title} of {names(runs)[curve.color]}", curve.y) for curve in curves)
     svg = draw_lines(
         alt,
         curves,
@@ -229,7 +231,7 @@ def _tokens_by_step(run: RunFiles) -> dict[int, int]:
 
 def _step_curve(run: RunFiles, number: int, value_of: Callable[[StepLine], float]) -> Series:
     tokens = _tokens_by_step(run)
-    return Series(x=[tokens[step.step] for step in run.steps], y=[value_of(step) for step in run.steps], colour=number)
+    return Series(x=[tokens[step.step] for step in run.steps], y=[value_of(step) for step in run.steps], color=number)
 
 
 def _held_out_curve(run: RunFiles, number: int) -> Series:
@@ -237,7 +239,7 @@ def _held_out_curve(run: RunFiles, number: int) -> Series:
     points = [(tokens[line.step], line.eval_nll) for line in run.held_out if line.step in tokens]
     if run.evaluation is not None:
         points.insert(0, (0, run.evaluation.base["nll"]))
-    return Series(x=[x for x, _ in points], y=[y for _, y in points], colour=number, form="points")
+    return Series(x=[x for x, _ in points], y=[y for _, y in points], color=number, form="points")
 
 
 # ---- answers that differ

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from loratune.recipe.short_names import short_names
 from loratune.reporting.blocks import Block, Chart, Charts
-from loratune.reporting.charts import NUM_COLOURS, Series, describe_series, draw_lines
+from loratune.reporting.charts import NUM_COLORS, Series, describe_series, draw_lines
 from loratune.run.errors import plural
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def _loss_chart(files: RunFiles) -> Chart:
     legend = [(0, "training, every step")]
     alt = describe_series("Training loss", losses)
     if held_out:
-        curves.append(Series(x=[x for x, _ in held_out], y=[y for _, y in held_out], colour=1, form="points"))
+        curves.append(Series(x=[x for x, _ in held_out], y=[y for _, y in held_out], color=1, form="points"))
         legend.append((1, "held-out"))
         alt += " " + describe_series("Held-out loss", [y for _, y in held_out])
     values = [value for curve in curves for value in curve.y]
@@ -47,17 +47,17 @@ def _loss_chart(files: RunFiles) -> Chart:
 
 
 def _trained_by_source(files: RunFiles) -> Iterator[Chart]:
-    """Draw the training loss of each of several sources, up to the number of colours."""
+    """Draw the training loss of each of several sources, up to the number of colors."""
     points: dict[str, list[tuple[int, float]]] = {}
     for step in files.steps:
         for name, loss in (step.loss_by_source or {}).items():
             points.setdefault(name, []).append((step.step, loss))
     if len(points) < 2:
         return
-    shown = sorted(points, key=lambda name: -len(points[name]))[:NUM_COLOURS]
+    shown = sorted(points, key=lambda name: -len(points[name]))[:NUM_COLORS]
     curves = [
-        Series(x=[x for x, _ in points[name]], y=[y for _, y in points[name]], colour=colour)
-        for colour, name in enumerate(shown)
+        Series(x=[x for x, _ in points[name]], y=[y for _, y in points[name]], color=color)
+        for color, name in enumerate(shown)
     ]
     labels = short_names(points)
     alts = (
@@ -67,30 +67,30 @@ def _trained_by_source(files: RunFiles) -> Iterator[Chart]:
     yield Chart(
         title="Training loss of each source",
         svg=draw_lines(" ".join(alts), curves, x_label="step", y_label=files.task.curve),
-        legend=tuple((colour, labels[name]) for colour, name in enumerate(shown)),
+        legend=tuple((color, labels[name]) for color, name in enumerate(shown)),
         caption="Each source in the steps that contain examples of it."
         + (f" {more} in metrics.jsonl." if len(points) > len(shown) else ""),
     )
 
 
 def _held_out_by_source(files: RunFiles) -> Iterator[Chart]:
-    """Draw the held-out loss of each of several sources, if there are enough colours."""
+    """Draw the held-out loss of each of several sources, if there are enough colors."""
     base = (files.evaluation.sources if files.evaluation is not None else None) or {}
     lines = [(line.step, line.eval_nll_by_source) for line in files.held_out if line.eval_nll_by_source is not None]
     names = list(lines[-1][1]) if lines else []
-    if not 1 < len(names) <= NUM_COLOURS:
+    if not 1 < len(names) <= NUM_COLORS:
         return
     curves, alts, labels = [], [], short_names(names)
-    for colour, name in enumerate(names):
+    for color, name in enumerate(names):
         points = [(step, losses[name]) for step, losses in lines]
         if name in base:
             points.insert(0, (0, base[name].base["nll"]))
-        curves.append(Series(x=[x for x, _ in points], y=[y for _, y in points], colour=colour, form="points"))
+        curves.append(Series(x=[x for x, _ in points], y=[y for _, y in points], color=color, form="points"))
         alts.append(describe_series(f"Held-out loss of {labels[name]}", [y for _, y in points]))
     yield Chart(
         title="Held-out loss of each source",
         svg=draw_lines(" ".join(alts), curves, x_label="step", y_label=files.task.curve),
-        legend=tuple((colour, labels[name]) for colour, name in enumerate(names)),
+        legend=tuple((color, labels[name]) for color, name in enumerate(names)),
     )
 
 

@@ -50,14 +50,14 @@ def card_of(run: RunDir, repo: str = "") -> str:
 def model_card(
     lock: LockRecord, plan: PlanRecord, evaluation: EvaluationRecord | None, *, name: str, repo: str = ""
 ) -> str:
-    """Return the card as Markdown, with the hub's metadata on top.
+    """Return the card as Markdown, with the Hub's metadata on top.
 
     Args:
         lock: `lock.json`.
         plan: `plan.json`.
         evaluation: `evaluation.json`, or None without held-out data.
         name: Name of the run.
-        repo: Hub repository of the adapter; empty for a folder. A card for the hub names no folder of this machine.
+        repo: Hub repository of the adapter; empty for a folder. A card for the Hub names no folder of this machine.
     """
     task = reported_task(lock)
     text = [
@@ -84,7 +84,7 @@ def model_card(
 
 
 def base_name(lock: LockRecord) -> str:
-    """Return the base model's name for people: its hub id, or the name of its file or folder."""
+    """Return the base model's name for people: its Hub id, or the name of its file or folder."""
     name: str = lock.recipe["model"]["name"]
     return name if lock.inputs.model_revision is not None or name.startswith("package:") else last_part(name)
 
@@ -118,7 +118,7 @@ def _metadata(lock: LockRecord, evaluation: EvaluationRecord | None, name: str, 
 
 
 def _is_hub_id(source: dict[str, Any]) -> bool:
-    """Return whether a source has the form of a hub id and not the ending of a file."""
+    """Return whether a source has the form of a Hub id and not the ending of a file."""
     name: str = source["name"]
     return name.count("/") == 1 and not name.startswith((".", "/", "~")) and "." not in name.rpartition("/")[2]
 

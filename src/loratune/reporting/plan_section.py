@@ -68,7 +68,7 @@ def _memory_chart(memory: Memory, measured: Measured | None) -> Chart:
     bars = [
         Bar(
             name="planned",
-            parts=tuple((size / 2**20, colour) for colour, (_, size) in enumerate(parts)),
+            parts=tuple((size / 2**20, color) for color, (_, size) in enumerate(parts)),
             label=as_bytes(memory.peak_bytes),
         )
     ]
@@ -79,12 +79,12 @@ def _memory_chart(memory: Memory, measured: Measured | None) -> Chart:
     return Chart(
         title="Peak memory",
         svg=draw_bars(f"{alt}.", bars, x_label="MiB"),
-        legend=tuple((colour, f"{name} {as_bytes(size)}") for colour, (name, size) in enumerate(parts)),
+        legend=tuple((color, f"{name} {as_bytes(size)}") for color, (name, size) in enumerate(parts)),
     )
 
 
 def _memory_parts(memory: Memory) -> list[tuple[str, int]]:
-    """Split the planned peak into five named parts; the sixth colour is that of the actual peak."""
+    """Split the planned peak into five named parts; the sixth color is that of the actual peak."""
     adapter = memory.adapter_bytes + memory.optimizer_bytes + memory.variant_bytes
     process = memory.process_bytes + memory.allocator_bytes
     rest = memory.peak_bytes - memory.weights_bytes - adapter - memory.activation_bytes - process

@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from loratune.run.directory import RunDir
+from loratune.run.html_table import ShownList
 from loratune.run.records.data import DataRecord, SideReport, SourceRead
 from loratune.run.records.evaluation import EvaluationRecord
 from loratune.run.records.files import read_metrics, read_record
@@ -57,13 +58,24 @@ def diff(first: RunDir | str | Path, second: RunDir | str | Path) -> list[RunDif
         RecipeError: A folder is not a run.
         RunError: A file of a run is missing, damaged or of another version.
     """
-    one, other = (facts(run if isinstance(run, RunDir) else RunDir.open(run)) for run in (first, second))
-    return [
-        RunDifference(group=group, name=name, first=one[group].get(name), second=other[group].get(name))
-        for group in GROUPS
-        for name in dict.fromkeys([*one[group], *other[group]])
-        if one[group].get(name) != other[group].get(name)
-    ]
+    runs = [run if isinstance(run, RunDir) else RunDir.open(run) for run in (first, second)]
+    one, other = map(facts, runs)
+    names = [run.root.name for run in runs]
+    return ShownList(
+        (
+            RunDifference(group=group, name=name, first=one[group].get(name), second=other[group].get(name))
+            for group in GROUPS
+            for name in dict.fromkeys([*one[group], *other[group]])
+            if one[group].get(name) != other[group].get(name)
+        ),
+        title=f"{names[0]} and {names[1]}",
+        columns={
+            "what": lambda found: found.group,
+            "name": lambda found: found.name,
+            "first": lambda found: "–" if found.first is None else found.first,
+            "second": lambda found: "–" if found.second is None else found.second,
+        },
+    )
 
 
 def facts(run: RunDir) -> dict[str, dict[str, Any]]:

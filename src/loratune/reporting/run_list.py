@@ -17,6 +17,7 @@ from loratune.reporting.units import as_interval, as_measure, measure_in_words
 from loratune.reporting.verdict import verdict_on
 from loratune.run.directory import RunDir
 from loratune.run.errors import RecipeError
+from loratune.run.html_table import ShownList
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -58,7 +59,17 @@ def list_runs(folder: str | Path = "__models") -> list[ListedRun]:
     if not folder.is_dir():
         raise RecipeError("no such folder", file=folder, fix="name the folder that holds your runs")
     found = [(_last_change(path), _listed(path)) for path in sorted(folder.rglob("lock.json"))]
-    return [run for _, run in sorted(found, key=lambda pair: -pair[0])]
+    return ShownList(
+        (run for _, run in sorted(found, key=lambda pair: -pair[0])),
+        title=f"Runs in {folder}",
+        columns={
+            "run": lambda run: run.run,
+            "state": lambda run: run.state,
+            "steps": lambda run: f"{run.steps:,}",
+            "changed (UTC)": lambda run: run.changed,
+            "result": lambda run: run.verdict,
+        },
+    )
 
 
 def _last_change(lock: Path) -> float:

@@ -27,7 +27,7 @@ from loratune.reporting.data_section import data
 from loratune.reporting.plan_section import planned_and_actual, planned_train_seconds
 from loratune.reporting.result_section import result
 from loratune.reporting.samples_section import failures, last_part, samples
-from loratune.reporting.units import as_bytes, as_duration, as_measure, measure_in_words
+from loratune.reporting.units import as_bytes, as_duration, as_measure, as_path, measure_in_words, unbroken
 from loratune.reporting.verdict import verdict_on
 from loratune.run.errors import plural
 
@@ -53,7 +53,7 @@ def run_page(files: RunFiles) -> Page:
         tone=files.state,
         figures=_or_default(lambda: tuple(_figures(files)), ()),
         sections=build_sections(_parts(files), files, files.complaints),
-        footer=f"Read from {files.run.root} at {files.read_at:%Y-%m-%d %H:%M} UTC.",
+        footer=f"Read from {as_path(files.run.root)} at {files.read_at:%Y-%m-%d %H:%M} UTC.",
     )
 
 
@@ -99,15 +99,15 @@ def _figures(files: RunFiles) -> Iterator[Figure]:
         first, last = files.steps[0].loss, files.steps[-1].loss
         yield Figure(name="training loss", value=f"{last:.4g}", note=f"first step {first:.4g}")
     if files.steps:
-        planned = "" if plan is None else f"planned {as_duration(planned_train_seconds(plan, files.num_done))}"
-        yield Figure(name="training time", value=as_duration(files.train_seconds), note=planned)
-        speed = f"{files.num_tokens / files.train_seconds:,.0f}"
-        yield Figure(name="speed", value=speed, note="tokens per second")
+        note = ""
+        if plan is not None:
+            note = f"planned {unbroken(as_duration(planned_train_seconds(plan, files.num_done)))}"
+        yield Figure(name="training time", value=as_duration(files.train_seconds), note=note)
     if plan is not None and plan.measured is not None:
         yield Figure(
             name="peak memory",
             value=as_bytes(plan.measured.peak_bytes),
-            note=f"planned {as_bytes(plan.memory.peak_bytes)}",
+            note=f"planned {unbroken(as_bytes(plan.memory.peak_bytes))}",
         )
 
 
@@ -150,7 +150,10 @@ def _facts(files: RunFiles, lock: LockRecord) -> Iterator[tuple[str, str]]:
     inputs, adapter = lock.inputs, lock.adapter
     model, data, lora, train = (lock.recipe[section] for section in ("model", "data", "lora", "train"))
     yield "base model", model["name"]
-    yield "loaded from", inputs.model_path + (f", revision {inputs.model_revision}" if inputs.model_revision else "")
+    yield (
+        "loaded from",
+        as_path(inputs.model_path) + (f", revision {inputs.model_revision}" if inputs.model_revision else ""),
+    )
     yield "adapter", f"LoRA, rank {lora['r']}, alpha {lora['alpha']:g}, dropout {lora['dropout']:g}"
     yield "adapted modules", adapter.targets
     total = files.plan.parameters.total if files.plan is not None else None

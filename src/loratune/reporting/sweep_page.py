@@ -12,7 +12,7 @@ from rich.table import Table as TerminalTable
 
 from loratune.reporting.blocks import Block, Chart, Charts, Code, Items, Page, PageSection, Paragraph, Table
 from loratune.reporting.charts import Series, describe_series, draw_lines
-from loratune.reporting.units import as_duration, as_number
+from loratune.reporting.units import as_duration, as_number, as_path
 from loratune.run.errors import plural
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from loratune.run.records.sweep import SweepRecord, TrialResult
 
 MAX_CURVES = 16
-"""Curves of one chart: the best trials, since more than that cannot be told apart by colour and dashes."""
+"""Curves of one chart: the best trials, since more than that cannot be told apart by color and dashes."""
 
 
 def sweep_page(record: SweepRecord) -> Page:
@@ -41,7 +41,7 @@ def sweep_page(record: SweepRecord) -> Page:
             for name, title, blocks in sections
             if (found := tuple(blocks))
         ),
-        footer=f"Read from {record.folder}.",
+        footer=f"Read from {as_path(record.folder)}.",
     )
 
 
@@ -150,7 +150,7 @@ def _curves(record: SweepRecord) -> Iterator[Block]:
     if not trials:
         return
     series = [
-        Series(x=[rung.step for rung in trial.rungs], y=[rung.nll for rung in trial.rungs], colour=number)
+        Series(x=[rung.step for rung in trial.rungs], y=[rung.nll for rung in trial.rungs], color=number)
         for number, trial in enumerate(trials)
     ]
     values = [value for curve in series for value in curve.y]

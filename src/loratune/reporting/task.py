@@ -25,7 +25,7 @@ class ReportedTask:
         short_nats: The same in a table.
         curve: Unit of the loss that is trained.
         marks_differences: Whether words of an answer that differ from the reference are marked.
-        pipeline: The hub's name of the task.
+        pipeline: The Hub's name of the task.
         auto_class: Ending of the class that loads the model: `AutoModelFor…`.
     """
 
@@ -33,9 +33,9 @@ class ReportedTask:
     training_example = "conversation"
     prompt = "prompt"
     reference = "reference"
-    nats = "nats per supervised token"
+    nats = "nats per trained token"
     short_nats = "nats per token"
-    curve = "nats per supervised token"
+    curve = "nats per trained token"
     marks_differences = True
     pipeline = "text-generation"
     auto_class = "CausalLM"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -23,6 +24,17 @@ def as_duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def unbroken(text: str) -> str:
+    """Return a text that a page does not break into lines, such as 2 min 21 s."""
+    return text.replace(" ", "\N{NO-BREAK SPACE}")
+
+
+def as_path(path: str | Path) -> str:
+    """Write a path with `~` for the home folder, whose name is often a person's."""
+    home, path = str(Path.home()), str(path)
+    return f"~{path[len(home) :]}" if path == home or path.startswith(f"{home.rstrip('/')}/") else path
 
 
 def as_ratio(actual: float, planned: float) -> str:

@@ -104,7 +104,7 @@ def headline(files: RunFiles) -> str:
 
 
 def sparkline(values: Sequence[float], width: int) -> str:
-    """Draw values as a line of blocks, the highest value as a full one; neighbours share a column by their mean."""
+    """Draw values as a line of blocks, the highest value as a full one; neighbors share a column by their mean."""
     finite = [value for value in values if math.isfinite(value)]
     columns = min(width, len(finite))
     bounds = [len(finite) * number // columns for number in range(columns + 1)] if columns else []

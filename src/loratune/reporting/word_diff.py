@@ -12,7 +12,7 @@ _MIN_COMMON_FRACTION = 0.3
 
 
 class DiffPiece(NamedTuple):
-    """Neighbouring words: `plain`, `extra` only in the answer, `missing` only in the reference."""
+    """Neighboring words: `plain`, `extra` only in the answer, `missing` only in the reference."""
 
     text: str
     kind: str

@@ -235,7 +235,7 @@ def load_random(folder: Path) -> None:
 
 
 def _write_files(folder: Path, model: PeftModel, optimizer: Any, scheduler: Any, trainer_state: str) -> None:
-    # PEFT's "auto" would ask the hub at every save whether the vocabulary was resized; new rows are saved by themselves
+    # PEFT's "auto" would ask the Hub at every save whether the vocabulary was resized; new rows are saved by themselves
     adapter = without_copies(get_peft_model_state_dict(model, save_embedding_layers=False))
     save_file(_contiguous(adapter), folder / _ADAPTER)
     structure, tensors = _split_state(optimizer.state_dict())

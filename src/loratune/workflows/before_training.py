@@ -42,8 +42,8 @@ def started_from_adapter(run: RunDir, progress: Progress) -> bool:
         return True
     if expected is not None:
         progress.warn(
-            "the adapter of lora.start_from is not in RUN/start, or another one: the fine-tuned model is compared with "
-            "the bare base, not with where it began"
+            "the adapter of lora.start_from is missing from RUN/start, or changed: the fine-tuned model is compared "
+            "with the base alone, not with where the run began"
         )
     return False
 

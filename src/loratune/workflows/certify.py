@@ -86,7 +86,7 @@ def export_with_certificate(
     if missing:
         texts = ", ".join(finished.prepared.model.tokenizer.convert_ids_to_tokens(missing))
         finished.progress.warn(
-            f"the base does not end answers at {texts}, as training does: set these as stop tokens of your server"
+            f"the base does not end answers at {texts}, as training does: set these as stop tokens in your server"
         )
     record(finished.run, certificate, finished.progress)
     return Exported(folder=target.absolute(), certificate=certificate, usage=usage)

@@ -21,6 +21,7 @@ from loratune.run.errors import DataError, RecipeError
 from loratune.run.progress import NO_PROGRESS, Progress
 from loratune.run.records.evaluation import EvaluationRecord
 from loratune.run.records.files import write_record
+from loratune.run.run_log import RunLog
 from loratune.workflows.assess import compare_base_and_tuned, explain_out_of_memory
 from loratune.workflows.before_training import before_training
 from loratune.workflows.finished import recipe_here
@@ -65,6 +66,16 @@ def evaluate(
     """
     run = RunDir.open(root)
     run.require_adapter()
+    with RunLog(progress, run.log) as log:
+        log.note(" ".join(["evaluate", *(f"--metric {name}" for name in [metric] if name)]))
+        result = _evaluate(run, metric, harness, gates, log, allow_code=allow_code)
+        log.note(result.verdict)  # the terminal says it below the tables
+    return result
+
+
+def _evaluate(
+    run: RunDir, metric: str, harness: Sequence[str], gates: Sequence[str], progress: Progress, *, allow_code: bool
+) -> RunResult:
     recipe = recipe_here(run, progress)
     if recipe.data.eval == "none":
         raise RecipeError("data.eval of this run is none: there is nothing to evaluate on", file=run.lock)
@@ -104,7 +115,10 @@ def _with_prompts(prepared: Preparation) -> Preparation:
     """
     prompts = task_of(prepared.recipe).prompts(prepared.recipe, prepared.data, prepared.model.tokenizer)
     if not prompts:
-        raise DataError("no held-out conversation has an answer for --metric to score", fix="other data.eval")
+        raise DataError(
+            "no held-out conversation has an answer for --metric to score",
+            fix="train a run whose data.eval has answers",
+        )
     check_prompts(prepared.recipe, prompts, prepared.model.positions)
     return replace(prepared, data=replace(prepared.data, prompts=prompts))
 

@@ -27,6 +27,7 @@ from loratune.recipe.tasks import require_text
 from loratune.run.directory import Record, RunDir
 from loratune.run.errors import RecipeError
 from loratune.run.progress import NO_PROGRESS, Progress
+from loratune.run.run_log import RunLog
 from loratune.workflows.certify import Exported, export_with_certificate
 from loratune.workflows.export_gguf import DEFAULT_OUTTYPE, GgufExport
 from loratune.workflows.export_mlx import MlxExport
@@ -61,7 +62,13 @@ def merge(root: str | Path, out: str | Path, *, dtype: str = "auto", progress: P
         RunError: The certificate fails; nothing is kept.
     """
     target = Path(out).expanduser()
-    return task_of(recipe_of(root)).merge(root, target, dtype=dtype, progress=progress)
+    run = RunDir.open(root)
+    run.require_adapter()
+    with RunLog(progress, run.log) as log:
+        log.note(f"merge into {target}")
+        exported = task_of(recipe_of(run)).merge(root, target, dtype=dtype, progress=log)
+        log.note(exported.summary)
+    return exported
 
 
 def merge_text_model(root: str | Path, target: Path, *, dtype: str, progress: Progress) -> Exported:
@@ -120,13 +127,25 @@ def export(
     target = Path(out).expanduser() if out is not None else run.exports / f"{to}{'-merged' if merged else ''}"
     if target.suffix == ".gguf":
         raise RecipeError(f"--out is {target}, but a folder is written", fix=f"--out {target.with_suffix('')}")
-    finished = open_finished(root, progress)
+    run.require_adapter()
+    with RunLog(progress, run.log) as log:
+        log.note(f"export for {to} into {target}")
+        exported = _export(
+            open_finished(root, log), target, to, merged=merged, outtype=outtype, num_answers=num_answers
+        )
+        log.note(exported.summary)
+    return exported
+
+
+def _export(
+    finished: FinishedRun, target: Path, to: str, *, merged: bool, outtype: str | None, num_answers: int
+) -> Exported:
     for check in _CHECKS[to, merged]:
         check(finished)
     planned = _plan_export(finished, target.absolute(), to, merged=merged, outtype=outtype)
     # An adapter in GGUF may need a temporary GGUF file of the base to be checked with.
     check_target(target, needed_bytes=0 if to in ("vllm", "mlx") and not merged else finished.base_bytes)
-    progress.line(f"exporting {'the merged model' if merged else 'the adapter'} for {to}")
+    finished.progress.line(f"exporting {'the merged model' if merged else 'the adapter'} for {to}")
     kind = f"{to} {'merged' if merged else 'adapter'}"
     return export_with_certificate(finished, kind, target, planned.write, planned.usage, num_answers)
 

@@ -8,7 +8,7 @@ as if planned longer   The examples are the same, and so are the learning rates 
 with a new schedule    Other data, or a schedule that a longer run would have gone through more slowly. The adapter and
                        the optimizer's moments stay; steps, schedule and order of the examples begin again.
 
-The new run's directory is written up to its first checkpoint; from there it is a run that `resume` goes on with.
+The new run's directory is written up to its first checkpoint; from there it is a run that `resume` continues.
 """
 
 from __future__ import annotations
@@ -113,7 +113,9 @@ def _read(parent: RunDir, overrides: Sequence[str], out: str | Path | None) -> E
         raise RecipeError("a process is working on the run", file=parent.root, fix="wait for it, or stop it")
     lock = read_json(parent.lock)
     if "written" not in lock:
-        raise RecipeError("the run is of an earlier version, which recorded too little to extend it", file=parent.lock)
+        raise RecipeError(
+            "the run was made by an earlier version, which did not record enough to extend it", file=parent.lock
+        )
     written = Recipe.load(parent.recipe, list(overrides))
     changed = {
         f"{section}.{field}": value

@@ -171,7 +171,7 @@ def with_new_schedule(extension: Extension, progress: Progress, *, rewarm: bool)
         raise RecipeError(
             f"a longer run with these settings would not have taken the steps of this one: {words}",
             file=parent.root,
-            fix=f"`{extension.command} --rewarm`, which trains on with a new schedule; or leave them as they are",
+            fix=f"`{extension.command} --rewarm`, which trains further with a new schedule; or leave them as they are",
         )
     checkpoint = _last_or_best(parent, before.train)
     train = prepared.recipe.train
@@ -242,7 +242,7 @@ def refuse_another_base(extension: Extension, prepared: Preparation) -> None:
     changed = changed_inputs(extension.lock, prepared.as_lock(), keys=("model", "template", "labels"), known_only=True)
     if changed:
         raise RecipeError(
-            f"changed since the run: {', '.join(changed)}", file=extension.parent.lock, fix="restore it, or train anew"
+            f"changed since the run: {', '.join(changed)}", file=extension.parent.lock, fix="restore it, or train again"
         )
 
 
@@ -285,8 +285,8 @@ def _refused(
         f"a run planned for {plural(longer[0].epochs, 'epoch')} would have had other learning rates from step "
         f"{common + 2:,} on: {rates[1]:.3g} there, {rates[0]:.3g} here (train.schedule: {schedule}){kept}",
         file=extension.parent.root,
-        fix=f"`{extension.command} --rewarm` trains on with a new schedule, which rises again before it decays; or "
-        f"train the longer run from the start: `loratune train {extension.parent.recipe} "
+        fix=f"`{extension.command} --rewarm` trains further with a new schedule, which rises again before it decays; "
+        f"or train the longer run from the start: `loratune train {extension.parent.recipe} "
         f"train.epochs={longer[0].epochs:g} train.output_dir={extension.out}`",
     )
 

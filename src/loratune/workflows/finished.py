@@ -113,7 +113,7 @@ def _readable(recipe: Recipe, progress: Progress) -> DataSection:
     data = recipe.data
     gone = [source for source in data.train if is_local(source) and not Path(source.name).expanduser().exists()]
     if gone and isinstance(data.eval, tuple) and load_task(recipe.model.task).writes_text:
-        progress.warn(f"{gone[0].name} is not there any more: the held-out rows stand in for the training rows")
+        progress.warn(f"{gone[0].name} no longer exists: the held-out rows stand in for the training rows")
         return data.model_copy(update={"train": data.eval})
     return data
 

@@ -193,5 +193,5 @@ def _sharing(loss: SupervisedLoss, prepared: Preparation) -> SupervisedLoss:
 
 
 def _loadable_name(prepared: Preparation) -> str:
-    """Return the name by which PEFT can load the base model: its hub id, or its folder."""
+    """Return the name by which PEFT can load the base model: its Hub id, or its folder."""
     return prepared.model.base.name if prepared.model.base.revision else str(prepared.model.base.path)

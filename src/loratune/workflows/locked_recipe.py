@@ -39,11 +39,11 @@ def located(lock: Record) -> dict[str, Any]:
     name, base = str(model["name"]), lock["inputs"].get("model_path")
     if Path(name).expanduser().exists() or name.startswith("package:") or not base:
         return recipe
-    # The hub's cache keeps a model at …/snapshots/COMMIT, an imported GGUF file lies in loratune's: other names.
+    # The Hub's cache keeps a model at …/snapshots/COMMIT, an imported GGUF file lies in loratune's: other names.
     if Path(base).name == Path(name).name:
         if not Path(base).exists():
             raise RecipeError(
-                f"model.name is {name}: the run began with {base}, which is not there any more",
+                f"model.name is {name}: the run began with {base}, which no longer exists",
                 fix=f"put the model back there, or at {name} in the folder where you run this",
             )
         model["name"] = base  # a run of a version that did not record its folder

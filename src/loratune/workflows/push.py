@@ -21,14 +21,15 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from loratune.data.rows.hub import hub_answers
 from loratune.reporting.html import report
 from loratune.reporting.model_card import base_name, card_of
+from loratune.reporting.units import as_path
 from loratune.run.directory import Record, RunDir, write_json
-from loratune.run.errors import MachineError, RecipeError, RunError
+from loratune.run.errors import MachineError, RecipeError, RunError, plural
 from loratune.run.progress import NO_PROGRESS, Progress
 from loratune.run.records.files import read_record
 from loratune.run.records.lock import LockRecord
 
 HUB_SECONDS = 5.0
-"""How long the hub may take to answer."""
+"""How long the Hub may take to answer."""
 SECRETS = {  # kind of secret → regular expression
     "a Hugging Face token": r"\bhf_[A-Za-z0-9]{30,}",
     "an API key": r"\bsk-[A-Za-z0-9_-]{20,}",
@@ -93,8 +94,8 @@ def push(
     Raises:
         RecipeError: The run is not finished, the repository's name is invalid, a file contains a secret, or the
             repository is public and `public` is false.
-        MachineError: There is no token, or the hub cannot be reached or refuses the token.
-        RunError: The hub fails.
+        MachineError: There is no token, or the Hub cannot be reached or refuses the token.
+        RunError: The Hub fails.
     """
     run = RunDir.open(root)
     run.require_adapter()
@@ -136,7 +137,8 @@ def _without_paths(text: str, run: RunDir, lock: LockRecord) -> str:
         str(Path.home()),
         str(Path.cwd()),
     }
-    for folder in sorted(folders - {"/"}, key=len, reverse=True):
+    folders |= {as_path(folder) for folder in folders}  # as the report writes them
+    for folder in sorted(folders - {"/", "~"}, key=len, reverse=True):
         text = text.replace(f"{folder}/", "").replace(folder, "…")
     return text
 
@@ -179,18 +181,18 @@ def _upload(publication: Publication, folder: Path, progress: Progress) -> Publi
         repo = api.create_repo(publication.repo, private=publication.private, exist_ok=True).repo_id
         if publication.private and not api.repo_info(repo).private:
             raise RecipeError(f"{repo} exists and is public", fix="use --public, or another name")
-        progress.line(f"uploading {len(publication.files)} files to {repo}")
+        progress.line(f"uploading {plural(len(publication.files), 'file')} to {repo}")
         commit = api.upload_folder(repo_id=repo, folder_path=folder, commit_message="LoRA adapter, by loratune")
     except HfHubHTTPError as error:
         code = error.response.status_code
         if code in (401, 403):
             raise MachineError(
-                f"the hub refuses the token for {publication.repo} ({code})",
+                f"the Hub refuses the token for {publication.repo} ({code})",
                 fix="hf auth login, with a token that may write to it",
             ) from error
         raise RunError(
-            f"the hub answered {code}: {error}", fix="try again later; the commit is all or nothing"
+            f"the Hub answered {code}: {error}", fix="try again later; the commit is all or nothing"
         ) from error
     except OSError as error:
-        raise MachineError(f"the connection to the hub failed: {error}", fix="try again") from error
+        raise MachineError(f"the connection to the Hub failed: {error}", fix="try again") from error
     return Publication(repo=repo, url=commit.commit_url, private=publication.private, files=publication.files)

@@ -91,7 +91,7 @@ def continue_run(run: RunDir, progress: Progress, prepared: Preparation | None =
     lock = read_json(run.lock)
     if "written" not in lock:
         raise RecipeError(
-            "the run was started by an earlier version, which recorded too little to resume it", file=run.lock
+            "the run was started by an earlier version, which did not record enough to resume it", file=run.lock
         )
     processes.gather(None)  # every rank has read the lock before rank 0 changes anything
     with run.exclusive():
@@ -148,7 +148,7 @@ def _require_beginning(lock: Record, checkpoint: Path | None, run: RunDir) -> No
     lineage = lock.get("extends")
     if checkpoint is None and lineage is not None and not lineage["exact"]:
         raise RunError(
-            f"the checkpoint is gone that this run began with, of {lineage['run']}",
+            f"the checkpoint that this run began with is gone, of {lineage['run']}",
             file=run.checkpoints,
             fix=f"`{lineage['command']} --overwrite`",
         )

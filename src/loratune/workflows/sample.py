@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from loratune.data.masking.policy import trained_turns
 from loratune.data.masking.template import ChatTemplate
 from loratune.data.prompts import Prompt, render_prompts, stop_token_ids
 from loratune.data.rows.reading import Reader
@@ -27,7 +28,7 @@ from loratune.recipe.recipe import Source
 from loratune.recipe.sections.evaluate import METRICS
 from loratune.recipe.tasks import require_text
 from loratune.run.directory import RunDir, write_text
-from loratune.run.errors import DataError, RecipeError
+from loratune.run.errors import DataError, RecipeError, plural
 from loratune.run.progress import NO_PROGRESS, Progress
 from loratune.run.records.outputs import SampleOutput
 from loratune.workflows.finished import recipe_of
@@ -215,15 +216,39 @@ def _metric(recipe: Recipe, metric: str, *, allow_code: bool) -> tuple[str, Call
 
 
 def _read_prompts(recipe: Recipe, name: str, tokenizer: PreTrainedTokenizerBase, progress: Progress) -> list[Prompt]:
+    """Read rows as the run's data was read.
+
+    Raises:
+        DataError: They cannot be, or none has a prompt and an answer; the fix names no setting, which cannot be changed
+            here.
+    """
     data = recipe.data
-    found = Reader(data, recipe.train.seed, progress)([Source(name=name)])
-    begun = [item for item in found.items if item.started]
-    if begun:
-        progress.warn(f"{len(begun)} rows whose prompt ends with the beginning of an answer are left out")
-    asked = render_prompts([item for item in found.items if not item.started], tokenizer, thinking=data.thinking)
-    if not asked:
+    try:
+        found = Reader(data, recipe.train.seed, progress)([Source(name=name)])
+    except DataError as error:
+        if not any(setting in error.fix for setting in ("data.", "task=", "split", "config")):
+            raise
+        raise DataError(error.problem, fix=_expected_rows(recipe), file=error.file, line=error.line) from None
+    answered = [item for item in found.items if trained_turns(item.messages, "last", item.excluded)]
+    asked = [item for item in answered if not item.started]
+    for number, reason in (
+        (len(found.rejected), "cannot be read"),
+        (len(found.items) - len(answered), "without an answer"),
+        (len(answered) - len(asked), "whose prompt ends with the beginning of an answer"),
+    ):
+        if number:
+            progress.warn(f"{plural(number, 'row is', 'rows are')} left out: {reason}")
+    prompts = render_prompts(asked, tokenizer, thinking=data.thinking)
+    if not prompts:
         raise DataError("no row has a prompt and an answer to compare with", file=name, fix="give rows with answers")
-    return asked
+    return prompts
+
+
+def _expected_rows(recipe: Recipe) -> str:
+    data = recipe.data
+    columns = f", with {', '.join(f'{name} in {column}' for name, column in data.columns.items())}"
+    known = f"of the format {data.format}" if data.format != "auto" else "of any format that data may have"
+    return f"PROMPTS is read as the run's own data: give a file of rows {known}{columns if data.columns else ''}"
 
 
 def _draw(

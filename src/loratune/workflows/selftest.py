@@ -39,6 +39,7 @@ from loratune.recipe.recipe import Recipe
 from loratune.run.cache_folder import CACHE_VARIABLE
 from loratune.run.directory import Record, RunDir, read_json
 from loratune.run.errors import RunError
+from loratune.run.html_table import ShownList
 from loratune.run.progress import NO_PROGRESS, Progress
 from loratune.training.loss import SupervisedLoss
 from loratune.workflows.resume import resume
@@ -120,7 +121,16 @@ def selftest(progress: Progress = NO_PROGRESS) -> list[SelfCheck]:
             for title, work, tolerance in checks:
                 done.append(_measure(title, work, tolerance))
                 task.advance(note=title)
-    return done
+    return ShownList(
+        done,
+        title="Checks on this machine",
+        columns={
+            "check": lambda check: check.name,
+            "difference": lambda check: f"{check.difference:.1e}",
+            "tolerance": lambda check: f"{check.tolerance:.0e}",
+            "passed": lambda check: "yes" if check.ok else f"no {check.note}".strip(),
+        },
+    )
 
 
 def _narrow_type(device: str) -> torch.dtype | None:

@@ -69,11 +69,11 @@ def byte_tokenizer() -> PreTrainedTokenizerBase:
 
 def conversation(number: int) -> dict[str, object]:
     """Return a chat of one or two turns whose length varies with its number."""
-    colour, size = WORDS[number % 10], WORDS[(number * 7 + 3) % 10]
+    color, size = WORDS[number % 10], WORDS[(number * 7 + 3) % 10]
     messages = [
         {"role": "user", "content": f"Describe thing {number}" + ", please" * (number % 5)},
-        {"role": "assistant", "content": f"It is {colour} and {size}" + f", like {colour}" * (number % 4) + "."},
+        {"role": "assistant", "content": f"It is {color} and {size}" + f", like {color}" * (number % 4) + "."},
     ]
     if number % 3 == 0:
-        messages += [{"role": "user", "content": "Shorter."}, {"role": "assistant", "content": f"{colour}."}]
+        messages += [{"role": "user", "content": "Shorter."}, {"role": "assistant", "content": f"{color}."}]
     return {"messages": messages}

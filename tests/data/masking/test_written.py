@@ -376,4 +376,4 @@ def test_all_trains_a_prompt_as_well(with_template: Make, rendered: Render) -> N
 def test_an_answer_that_cannot_go_on_is_refused(prompt: Any, completion: Any) -> None:
     row = Row(file="a", line=1, value={"prompt": prompt, "completion": completion})
     _, (rejected,) = to_conversations([row], "prompt_completion")
-    assert "the completion cannot go on with it" in rejected.reason
+    assert "the completion cannot continue it" in rejected.reason

@@ -1,4 +1,4 @@
-"""From sources to items: formats by source, held-out rows, and a hub that may not answer."""
+"""From sources to items: formats by source, held-out rows, and a Hub that may not answer."""
 
 from __future__ import annotations
 

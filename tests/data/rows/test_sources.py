@@ -1,4 +1,4 @@
-"""Files, folders and the hub → rows, with the line each row stands on."""
+"""Files, folders and the Hub → rows, with the line each row stands on."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ def test_only_lines_without_a_weight_can_be_read_one_by_one(tmp_path: Path) -> N
 def test_a_hub_data_set_is_read_by_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved = datasets.Dataset.from_dict({"text": ["one", "two"]})
     monkeypatch.setattr("loratune.data.rows.hub._require_hub", lambda source: None)
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, config, split: saved)  # no hub is reachable in tests
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, config, split: saved)  # no Hub is reachable in tests
     table = HubTable(Source(name="some/set", config="all"))
     assert [(table[i].file, table[i].line, table[i].value) for i in range(len(table))] == [
         ("hub:some/set:all:train", 1, {"text": "one"}),

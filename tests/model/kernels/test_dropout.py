@@ -116,8 +116,8 @@ def test_elements_of_the_mask_are_independent(dropout: float) -> None:
     rectangles = m[1:, 1:] * m[:-1, :-1] * m[1:, :-1] * m[:-1, 1:]
     standardised = {
         "mean": m.mean() / variance**0.5,
-        "neighbours in a row": (m[:, 1:] * m[:, :-1]).mean() / variance,
-        "neighbours in a column": (m[1:] * m[:-1]).mean() / variance,
+        "neighbors in a row": (m[:, 1:] * m[:, :-1]).mean() / variance,
+        "neighbors in a column": (m[1:] * m[:-1]).mean() / variance,
         "corners of a rectangle": rectangles.mean() / variance**2,
     }
     for name, value in standardised.items():
@@ -129,7 +129,7 @@ def test_elements_of_the_mask_are_independent(dropout: float) -> None:
     assert float(correlations.square().sum() / (1536 * 1535) * 1000) == pytest.approx(1, abs=0.02)
 
 
-def test_noise_is_uniform_and_neighbours_are_independent() -> None:
+def test_noise_is_uniform_and_neighbors_are_independent() -> None:
     noise = uniform(row_numbers(0, 0, [4], [1000]), column_numbers("neftune", 512)).double()
     # 512,000 numbers: the standard deviations are 0.0008 of the mean, 0.0004 of the mean square
     assert float(noise.abs().max()) <= 1

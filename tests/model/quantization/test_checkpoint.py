@@ -34,7 +34,7 @@ MakeRecipe = Callable[..., Recipe]
 
 
 def by_transformers(source: Path, folder: Path, settings: Any) -> None:
-    """Quantised by transformers, and saved."""
+    """Quantized by transformers, and saved."""
     model = AutoModelForCausalLM.from_pretrained(
         source, quantization_config=settings, device_map={"": "cpu"}, dtype=torch.float32
     )

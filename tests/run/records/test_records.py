@@ -193,8 +193,8 @@ def test_a_line_of_metrics_that_no_record_knows_is_not_written(finished_run: Run
 
 def test_the_tasks_of_the_harness_may_have_no_interval() -> None:
     measure = {"base": 0.5, "tuned": 1, "difference": {"value": 0.5}}
-    harness = parse(Harness, {"version": "0.4", "chat_template": True, "tasks": {"colours": {"acc": measure}}})
-    assert harness.tasks["colours"]["acc"].difference.low is None
+    harness = parse(Harness, {"version": "0.4", "chat_template": True, "tasks": {"colors": {"acc": measure}}})
+    assert harness.tasks["colors"]["acc"].difference.low is None
 
 
 def test_valid_parts_of_a_damaged_record_are_read_and_others_are_no_defaults(finished_run: RunDir) -> None:

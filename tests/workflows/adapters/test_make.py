@@ -207,7 +207,7 @@ def test_adapters_of_other_bases_are_refused(make_adapter: MakeAdapter, tiny_mod
         combine_adapters([one, two], tmp_path / "sum")
     with pytest.raises(RecipeError, match="trained on other weights"):
         merge_adapter(one, tmp_path / "merged", base=other)
-    for folder, name in ((one, "me/one"), (two, "me/two")):  # names of the hub, which say no more
+    for folder, name in ((one, "me/one"), (two, "me/two")):  # names of the Hub, which say no more
         change_config(folder, base_model_name_or_path=name)
     with pytest.raises(RecipeError, match="name different bases: me/one and me/two"):
         combine_adapters([one, two], tmp_path / "sum")

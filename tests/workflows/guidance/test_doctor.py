@@ -3,7 +3,9 @@ from __future__ import annotations
 import socket
 import time
 import tomllib
+from html import escape
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,7 +22,10 @@ def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def checks() -> dict[str, Check]:
-    return {check.name: check for check in doctor()}
+    found: Any = doctor()
+    page = found._repr_html_()
+    assert all(escape(check.fix) in page for check in found), "what a notebook shows"
+    return {check.name: check for check in found}
 
 
 def test_with_the_model_nothing_is_missing_in_any_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -23,7 +24,8 @@ from loratune.workflows.guidance.explain import (
 
 def explained(path: Path, overrides: list[str], fields: tuple[str, ...] = ()) -> dict[str, Explanation]:
     recipe = Recipe.load(path, overrides)
-    found = explain(recipe, prepare(recipe, NoProgress()), origins(path, overrides), fields)
+    found: Any = explain(recipe, prepare(recipe, NoProgress()), origins(path, overrides), fields)
+    assert all(f"<tr><td>{item.name}</td>" in found._repr_html_() for item in found), "what a notebook shows"
     return {item.name: item for item in found}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import random
 import shutil
@@ -12,7 +11,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,21 +25,14 @@ from loratune.recipe.recipe import Recipe
 from loratune.run.directory import RunDir, read_json
 from loratune.run.errors import MachineError, RecipeError, RunError
 from loratune.run.progress import NO_PROGRESS
-from loratune.run.records.files import write_record
 from loratune.run.records.schemas import schema_of
-from loratune.run.records.sweep import SweepPlanRecord, TrialLosses
-from loratune.training import trainer
 from loratune.workflows import start, steps
 from loratune.workflows.load import attach_adapter_and_loss
-from loratune.workflows.resume import continue_run, resume
+from loratune.workflows.resume import resume
 from loratune.workflows.search import legs as module
 from loratune.workflows.search.folder import SweepDir
-from loratune.workflows.search.results import rank_trials
-from loratune.workflows.search.rungs import run_sweep
 from loratune.workflows.search.shared_base import SharedBase
-from loratune.workflows.search.sweep import SweepResult, _plan, sweep
-from loratune.workflows.search.trials import Trial
-from loratune.workflows.steps import Leg, Paused
+from loratune.workflows.search.sweep import SweepResult, sweep
 from loratune.workflows.train import train
 from tests.conftest import recipe_maker
 
@@ -276,131 +267,6 @@ def test_a_budget_ends_a_sweep_with_what_was_measured(tiny_recipe: Callable[...,
     more = sweep(recipe, ["train.learning_rate=1e-3,1e-2"]).record  # the same sweep, with time
     assert more.state == "finished"
     assert more.rungs == record.rungs
-
-
-def stand_in(folder: SweepDir, number: int, *losses: float, ends: bool = False, problem: str = "") -> Trial:
-    """A trial that is looked at but not trained, and was measured at the first rungs."""
-    for rung, loss in enumerate(losses):
-        is_final = ends and rung + 1 == len(losses)
-        values = {"step": 4 * 2**rung, "is_final": is_final, "losses": [(10 * loss, 10)] * 30, "seconds": 1.0}
-        write_record(folder.losses(number, rung), TrialLosses, values)
-    if problem:
-        values = {"step": 4, "is_final": False, "losses": [], "seconds": 1.0, "problem": problem}
-        write_record(folder.losses(number, len(losses)), TrialLosses, values)
-    estimate = SimpleNamespace(num_steps=16, time=SimpleNamespace(train_seconds=100.0, evaluate_seconds=1.0))
-    recipe = SimpleNamespace(model=SimpleNamespace(dtype="float32"))
-    prepared: Any = SimpleNamespace(estimate=estimate, recipe=recipe)
-    run: Any = SimpleNamespace(root=folder.trial(number).root, is_complete=ends)
-    return Trial(number=number, settings={"lora.r": str(number)}, recipe=Recipe(), prepared=prepared, run=run)
-
-
-def plan_of(trials: list[Trial]) -> SweepPlanRecord:
-    settings = tuple(trial.settings for trial in trials)
-    return SweepPlanRecord(recipe={}, trials=settings, rungs=(0.25, 0.5, 1.0), dtype="float32")
-
-
-def test_a_trial_that_ended_early_counts_as_far_as_the_others_got(tmp_path: Path) -> None:
-    """A rate that diverged and was stopped is not the best only because it has ended, or because another failed."""
-    folder = SweepDir.create(tmp_path / "sweep", overwrite=False)
-    diverged = stand_in(folder, 1, 5.0, ends=True)
-    trials = [
-        diverged,
-        stand_in(folder, 2, 1.0),
-        stand_in(folder, 3, 1.6),
-        stand_in(folder, 4, 0.9, 0.8, problem="nan"),
-    ]
-    legs = module.Legs(folder, plan_of(trials), SharedBase(), NO_PROGRESS)
-    ranked = rank_trials(legs.measured(trials), waiting={2, 3})
-    assert [trial["number"] for trial in ranked["trials"]] == [2, 3, 1, 4]
-    stand_in(folder, 2, 1.0, 0.9)
-    assert [len(trial.rungs) for trial in legs.measured(trials)] == [2, 2, 1, 3]
-    assert legs.measured(trials[3:])[0].problem == "nan"
-    assert [trial["number"] for trial in rank_trials(legs.measured(trials), waiting={2})["trials"]] == [2, 1, 3, 4]
-
-
-def test_trials_that_are_cut_for_lack_of_time_are_waiting(tmp_path: Path) -> None:
-    """Of four trials two go on, and there was time to take one of them further."""
-    folder = SweepDir.create(tmp_path / "sweep", overwrite=False)
-    trials = [stand_in(folder, 1, 1.0, 1.0, 1.0, ends=True), *(stand_in(folder, number, 1.0) for number in (2, 3, 4))]
-    plan = plan_of(trials)
-    legs = module.Legs(folder, plan, SharedBase(), NO_PROGRESS)
-    record = run_sweep(folder, plan, trials, legs=legs, budget=1e-6, progress=NO_PROGRESS)
-    assert record.state == "time is up"
-    states = {trial.number: trial.state for trial in record.trials}
-    assert states == {1: "finished", 2: "waiting", 3: "dropped", 4: "dropped"}
-
-
-@pytest.mark.parametrize("halving", [True, False])
-def test_a_sweep_with_halving_is_not_continued_as_one_without(tmp_path: Path, *, halving: bool) -> None:
-    folder = SweepDir.create(tmp_path / "sweep", overwrite=False)
-    trials = [stand_in(folder, number) for number in (1, 2)]
-    plan = _plan(folder, Recipe(), trials, halving=halving, budget=None)
-    assert (len(plan.rungs) > 1) is halving
-    assert _plan(folder, Recipe(), trials, halving=halving, budget=1.0) == plan
-    with pytest.raises(RecipeError, match=f"begun {'with' if halving else 'without'} halving") as caught:
-        _plan(folder, Recipe(), trials, halving=not halving, budget=None)
-    assert "--overwrite" in caught.value.fix
-    single = SweepDir.create(tmp_path / "single", overwrite=False)  # of which nothing is dropped
-    plan = _plan(single, Recipe(), trials[:1], halving=halving, budget=1.0)
-    assert _plan(single, Recipe(), trials[:1], halving=not halving, budget=None) == plan
-
-
-def test_a_trial_that_ended_early_has_the_step_at_which_it_ended(
-    tiny_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rising = itertools.count(1.0)
-    monkeypatch.setattr(trainer, "mean_nll", lambda _: next(rising))
-    recipe = tiny_recipe(train__epochs=1, train__eval_every=1, train__save_every=1, train__early_stopping=1)
-    (early,) = sweep(recipe, ["train.learning_rate=1..2"], trials=1).record.trials
-    taken = max(line["step"] for line in RunDir.open(early.run).read_metrics())
-    assert early.state == "finished"
-    assert early.rungs[-1].step == taken == 2
-
-
-@pytest.mark.parametrize(
-    ("settings", "losses", "pause", "kept"),
-    [
-        # The held-out loss is lowest at the pause, where the recipe saves nothing; the best that it saves is earlier.
-        ({"save_every": 2, "final_adapter": "best"}, [9, 6, 5, 8, 8, 8], 3, ["2", "6"]),
-        # Early stopping ends the run at the pause.
-        pytest.param({"save_every": 2, "early_stopping": 1}, [5, 4, 6], 3, ["2", "3"], marks=pytest.mark.slow),
-        pytest.param({"save_every": 2, "early_stopping": 2}, [5, 7, 6], 3, ["3"], marks=pytest.mark.slow),
-        pytest.param({"save_every": "never", "early_stopping": 2}, [5, 7, 6], 3, [], marks=pytest.mark.slow),
-        # The recipe saves a checkpoint before the learning rate falls.
-        pytest.param(
-            {"save_every": 6, "schedule": "warmup_stable_decay"},
-            [9, 8, 7, 6, 5, 4],
-            4,
-            ["4", "6"],
-            marks=pytest.mark.slow,
-        ),
-    ],
-)
-def test_a_run_that_was_paused_keeps_the_checkpoints_of_one_that_was_not(
-    tiny_recipe: Callable[..., Recipe],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    settings: dict[str, Any],
-    losses: list[float],
-    pause: int,
-    kept: list[str],
-) -> None:
-    given = {f"train__{name}": value for name, value in settings.items()}
-    recipe = tiny_recipe(train__eval_every=1, train__keep_checkpoints=1, **given)
-    measured = itertools.cycle(map(float, losses))
-    monkeypatch.setattr(trainer, "mean_nll", lambda _: next(measured))
-    alone = train(recipe).run
-    prepared = prepare(recipe, NO_PROGRESS)
-    run = RunDir.create(tmp_path / "paused", overwrite=False)
-    with pytest.raises(Paused):
-        start.start_run(prepared, run, recipe.to_yaml(), NO_PROGRESS, Leg(until=pause))
-    assert str(pause) in checkpoints(run)
-    continue_run(run, NO_PROGRESS, prepared, Leg(dropped=pause))
-    assert checkpoints(run) == checkpoints(alone) == kept
-    assert run.best.is_file() == alone.best.is_file()
-    assert not run.best.is_file() or read_json(run.best) == read_json(alone.best)
-    assert run.adapter_weights.read_bytes() == alone.adapter_weights.read_bytes()
-    assert trajectory(run) == trajectory(alone)
 
 
 def test_what_cannot_be_compared_is_refused_before_anything_is_trained(

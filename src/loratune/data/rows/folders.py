@@ -98,7 +98,7 @@ def select_files(folder: Path, split: str | None, known: Collection[str], config
 def _named_parts(folder: Path, found: list[Path], known: Collection[str]) -> list[_Part]:
     data = [f for f in found if data_suffix(f) in known and f.is_relative_to(folder)]
     if any(data_suffix(f) != ".txt" for f in data):
-        data = [f for f in data if data_suffix(f) != ".txt"]  # licences and notes beside the data
+        data = [f for f in data if data_suffix(f) != ".txt"]  # licenses and notes beside the data
     return [_part(file, folder) for file in data]
 
 

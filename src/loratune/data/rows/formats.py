@@ -209,7 +209,7 @@ def continued(prompt: list[Message], completion: list[Message]) -> list[Message]
     start, rest = prompt[-1], completion[0]
     if start.keys() - {"role", "content", "train"} or "reasoning_content" in rest or "content" not in rest:
         raise BadRow(
-            f"message {len(prompt)} (assistant) ends the prompt, and the completion cannot go on with it: only text "
+            f"message {len(prompt)} (assistant) ends the prompt, and the completion cannot continue it: only text "
             "that is followed by text is one answer"
         )
     joined = {**rest, "content": start["content"] + rest["content"], "started": start["content"]}

@@ -21,7 +21,7 @@ class Family:
 
     Attributes:
         arch: The architecture's key in the `gguf` package.
-        interleaved: Whether llama.cpp rotates neighbouring pairs of a head where transformers rotates its two halves,
+        interleaved: Whether llama.cpp rotates neighboring pairs of a head where transformers rotates its two halves,
             so that the rows of query and key are reordered.
         norm_offset: Whether the model's norms multiply by 1 + weight, as Gemma's do. llama.cpp multiplies by the
             weight, so the 1 is added in the file.

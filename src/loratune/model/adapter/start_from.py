@@ -37,17 +37,17 @@ _IN_MEMORY = {"_orig_mod.": "from a compiled model", "default.": "with the names
 
 
 def locate_adapter(name: str) -> Path:
-    """Return the folder of a saved adapter; one on the hub is fetched into the cache.
+    """Return the folder of a saved adapter; one on the Hub is fetched into the cache.
 
     Raises:
         RecipeError: There is no such folder or hub adapter, or its weights are not safetensors.
-        MachineError: The hub cannot be reached, and the adapter is not in the cache.
+        MachineError: The Hub cannot be reached, and the adapter is not in the cache.
     """
     folder = Path(name).expanduser()
     if not folder.is_dir():
         if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
             raise RecipeError(
-                f"lora.start_from is {name}: no such folder", fix="give the folder of an adapter, or a hub id"
+                f"lora.start_from is {name}: no such folder", fix="give the folder of an adapter, or a Hub id"
             )
         folder = _download(name)
     missing = [file for file in (CONFIG, WEIGHTS) if not (folder / file).is_file()]

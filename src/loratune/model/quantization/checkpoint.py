@@ -2,7 +2,7 @@
 
 Weights of bitsandbytes, torchao, GPTQ and AWQ stay as they are stored. Those of compressed-tensors, block-wise fp8 and
 mxfp4 are expanded to the run's type as they load: transformers cannot train an adapter on packed mxfp4, fp8 products
-need kernels that transformers fetches from the hub, and compressed-tensors would expand its weights in the first
+need kernels that transformers fetches from the Hub, and compressed-tensors would expand its weights in the first
 forward anyway.
 """
 

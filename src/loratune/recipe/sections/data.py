@@ -40,7 +40,7 @@ class DataSection(Section):
     `mr` and the completion from column `ref`."""
 
     train_on: TrainOn = Field(default="assistant", union_mode="left_to_right")
-    """Which tokens carry loss (loss masking). `assistant`: every answer with its stop token (completion-only or
+    """Which tokens are trained (loss masking). `assistant`: every answer with its stop token (completion-only or
     assistant-only loss); `last`: the last answer only; `all`: every token; a list of roles such as `[user, assistant]`:
     every message of these roles. A message with `train: false` (or `weight: 0`) is context only."""
 

@@ -68,7 +68,7 @@ class TrainSection(Section):
     """The random seed for the adapter's initial weights, the order of the examples, and dropout."""
 
     engine: Literal["fast", "trl"] = "fast"
-    """`fast`: flat micro-batches without padding, packed attention, loss on supervised tokens only. `trl`: the stock
+    """`fast`: flat micro-batches without padding, packed attention, loss on trained tokens only. `trl`: the stock
     `SFTTrainer` of TRL on the same rows, as a reference."""
 
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"

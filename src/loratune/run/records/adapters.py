@@ -70,7 +70,7 @@ class AdapterOutput(FileRecord):
     worst_share: float
     """That share."""
     left_out: dict[str, float]
-    """`extract` only: tensor that is no matrix of a linear layer of the base → norm of its change, which the adapter
+    """`extract` only: tensor that is not a matrix of a linear layer of the base → norm of its change, which the adapter
     lacks."""
     seed: int | None
     """`combine` only: the seed of what `dare_linear` and `dare_ties` drop; null for other methods."""

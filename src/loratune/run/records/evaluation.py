@@ -219,7 +219,7 @@ class EvaluationRecord(FileRecord):
     num_examples: int
     """Held-out examples."""
     base: dict[str, float]
-    """Measure → value of the base model: `nll` (nats per supervised token), `perplexity`, and the metric."""
+    """Measure → value of the base model: `nll` (nats per trained token), `perplexity`, and the metric."""
     tuned: dict[str, float]
     """The same of the fine-tuned model."""
     difference: dict[str, DifferenceRecord]

@@ -41,7 +41,7 @@ class Inputs(Part):
     model_path: str
     """Folder of the base model on this machine."""
     model_revision: str | None
-    """Commit of a hub model; null for a local one."""
+    """Commit of a Hub model; null for a local one."""
     template: str
     """SHA-256 of the chat template."""
     train: Fingerprints | StreamFingerprints

@@ -20,7 +20,7 @@ class StepLine(Part):
     epoch: float
     """Epochs done."""
     loss: float
-    """Mean negative log-likelihood per supervised token (per text for a classifier), in nats."""
+    """Mean negative log-likelihood per trained token (per text for a classifier), in nats."""
     loss_by_source: dict[str, float] | None = None
     """Several sources only: source → its loss, in nats."""
     learning_rate: float
@@ -47,7 +47,7 @@ class EvaluationLine(Part):
     epoch: float
     """Epochs done."""
     eval_nll: float
-    """Held-out loss: mean negative log-likelihood per supervised token (per text for a classifier), in nats."""
+    """Held-out loss: mean negative log-likelihood per trained token (per text for a classifier), in nats."""
     seconds: float
     """Duration, in seconds."""
     eval_nll_by_source: dict[str, float] | None = None

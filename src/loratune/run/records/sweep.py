@@ -28,7 +28,7 @@ class TrialLosses(FileRecord):
     is_final: bool
     """Whether the trial is finished."""
     losses: tuple[tuple[float, int], ...]
-    """Of each held-out example the summed negative log-likelihood in nats, and its number of supervised tokens; empty
+    """Of each held-out example the summed negative log-likelihood in nats, and its number of trained tokens; empty
     after a failure."""
     seconds: float
     """Time from the rung before, in seconds."""
@@ -42,7 +42,7 @@ class RungResult(Part):
     step: int
     """Optimizer steps taken."""
     nll: float
-    """Held-out loss: mean negative log-likelihood per supervised token, in nats."""
+    """Held-out loss: mean negative log-likelihood per trained token, in nats."""
     seconds: float
     """Time from the rung before, in seconds."""
 
@@ -54,7 +54,7 @@ class TrialDifference(Part):
     step: int
     """Step of the trial at which they are compared."""
     value: float
-    """Difference, in nats per supervised token."""
+    """Difference, in nats per trained token."""
     low: float
     """Lower end of its interval."""
     high: float

@@ -34,7 +34,7 @@ def folder_of_model(name: str | Path) -> Path:
     """
     folder = Path(name).expanduser()
     if not (folder / "config.json").is_file() or not weight_files_of(folder):
-        raise RecipeError(f"{name} is no folder with a config.json and safetensors", fix=_FIX)
+        raise RecipeError(f"{name} is not a folder with config.json and safetensors", fix=_FIX)
     return folder.resolve()
 
 

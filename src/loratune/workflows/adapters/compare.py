@@ -67,7 +67,7 @@ def merge_adapter(
         progress: Receives lines and warnings.
 
     Raises:
-        RecipeError: The base is not here or not the adapter's, they are no single model, or `out` exists.
+        RecipeError: The base is not here or not the adapter's, together they are not one model, or `out` exists.
         RunError: The written weights are not those of base and adapter.
     """
     adapter = read_folder(Path(folder).expanduser())

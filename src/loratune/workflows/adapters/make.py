@@ -165,8 +165,10 @@ def extract_adapter(
     if found.left_out:
         largest = max(found.left_out, key=lambda name: found.left_out[name])
         progress.warn(
-            f"{plural(len(found.left_out), 'changed tensor')} are no matrices of linear layers of the base and are not "
-            f"in the adapter; the largest change is {found.left_out[largest]:.3g}, of {largest}"
+            plural(len(found.left_out), "changed tensor is not a matrix", "changed tensors are not matrices")
+            + " in the base's linear layers, so the adapter lacks "
+            + ("it" if len(found.left_out) == 1 else "them")
+            + f"; the largest change is {found.left_out[largest]:.3g}, of {largest}"
         )
     settings: dict[str, Any] = {
         "target_modules": sorted(found.updates),

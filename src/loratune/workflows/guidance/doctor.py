@@ -21,6 +21,7 @@ from rich.table import Table
 from loratune.recipe.recipe import Recipe
 from loratune.run.errors import plural
 from loratune.run.extras import install_package, pip_install
+from loratune.run.html_table import ShownList
 from loratune.workflows.guidance.shipped import missing_rows, shipped_recipes
 
 if TYPE_CHECKING:
@@ -84,7 +85,16 @@ def doctor() -> list[Check]:
     checks = [python, *_packages()]
     if all(check.state == "good" for check in checks):  # the next checks import torch and the others
         checks += [*_devices(), _compiler(), _attention()]
-    return [*checks, _memory(), *_disks(), *_hub(), *_quickstart(), *_extras()]
+    return ShownList(
+        [*checks, _memory(), *_disks(), *_hub(), *_quickstart(), *_extras()],
+        title="This machine",
+        columns={
+            "check": lambda check: check.name,
+            "state": lambda check: check.state,
+            "found": lambda check: check.found,
+            "fix": lambda check: check.fix,
+        },
+    )
 
 
 def _packages() -> Iterator[Check]:

@@ -19,7 +19,8 @@ from loratune.planning.prepare import prepare
 from loratune.recipe.other_names import named_here
 from loratune.recipe.recipe import Recipe, Source, as_recipe
 from loratune.recipe.recipe import origins as origins_of
-from loratune.run.errors import RecipeError
+from loratune.run.errors import RecipeError, plural
+from loratune.run.html_table import ShownList
 from loratune.run.progress import NO_PROGRESS, Progress
 from loratune.workflows.guidance.effects import SUMMARIES, TABLES
 from loratune.workflows.guidance.facts import AlternativeRow, Facts
@@ -95,7 +96,16 @@ def explain(
         origins = {} if isinstance(recipe, Recipe) else origins_of(recipe)
     recipe = as_recipe(recipe)
     facts = Facts(prepared or prepare(recipe, progress, weights=False))
-    return [_explain(name, recipe, facts, origins, with_alternatives=bool(fields)) for name in names]
+    return ShownList(
+        (_explain(name, recipe, facts, origins, with_alternatives=bool(fields)) for name in names),
+        title=f"{recipe.model.name}: {plural(len(names), 'setting')}",
+        columns={
+            "setting": lambda item: item.name,
+            "value": lambda item: item.value,
+            "from": lambda item: item.origin_in_words,
+            "what it does": lambda item: item.effect or item.words,
+        },
+    )
 
 
 def all_fields() -> list[str]:

@@ -179,8 +179,8 @@ def starter_from_other_tool(
         raise RecipeError(f"no training data found{why}", file=path, fix=f"loratune init DATA --from {path}")
     settings.setdefault("model.name", choose_model())
     return StarterRecipe(
-        title=f"LoRA by the settings of {path.name} ({found.tool}). What it does not set has loratune's defaults, "
-        "which may be others.",
+        title=f"LoRA by the settings of {path.name} ({found.tool}). What it does not set keeps loratune's "
+        "defaults, which may differ.",
         settings=settings,
         left_out=tuple(left_out),
     )

@@ -51,7 +51,7 @@ def run_sweep(
                 measured[trial.number] = list(losses.losses)
         going = [trials[number - 1] for number in choose_survivors(measured)]
         if rung + 1 < len(plan.rungs):
-            progress.line(f"{fraction:.0%} of a run: {len(going)} of {plural(len(measured), 'trial')} go on")
+            progress.line(f"{fraction:.0%} of a run: {len(going)} of {plural(len(measured), 'trial')} continue")
     return write_result(folder, plan, legs.measured(trials), waiting)
 
 

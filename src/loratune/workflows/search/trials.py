@@ -88,7 +88,9 @@ def _prepare(
     if not prepared.data.eval:
         raise RecipeError("no data is held out, so trials cannot be compared", fix="data.eval=FILE, or data.eval=0.1")
     if prepared.data.stream is not None:
-        raise RecipeError("a sweep reads the data once, and streamed rows are read anew", fix="data.streaming=false")
+        raise RecipeError(
+            "a sweep reads the data once, but streamed rows are read again for every run", fix="data.streaming=false"
+        )
     if (
         first is not None
         and not same_rows

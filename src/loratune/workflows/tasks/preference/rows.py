@@ -244,7 +244,7 @@ def _num_shared(chosen: Sequence[Message], rejected: Sequence[Message]) -> int:
     shared = next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
     for name, messages in zip(SIDES, (one, other), strict=True):
         if shared == len(messages):
-            raise BadRow(f"{name} has no answer of its own: the other one only goes on after it")
+            raise BadRow(f"{name} has no answer of its own: the other one is the same conversation, continued")
         if messages[shared]["role"] != "assistant":
             raise BadRow(
                 f"the prompts of chosen and rejected differ: message {shared + 1} of {name} "
