@@ -130,7 +130,7 @@ routers' load-balancing loss is left out, in both engines ([architectures](archi
 matrices must match the recipe; dropout may differ. Optimizer and schedule start over (`loratune resume` and `extend`
 continue them). The adapter is copied into `RUN/start`, and the evaluation compares with it: the column is called
 `before` in place of `base`, and the verdict says "than where it began". Without that copy, the comparison is with the
-bare base, and says so. PiSSA and OLoRA adapters made by
+base alone, and says so. PiSSA and OLoRA adapters made by
 `loratune train` are plain ones of rank 2r and continue as such.
 
 ## LoRA+

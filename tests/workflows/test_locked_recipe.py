@@ -79,7 +79,7 @@ def test_a_run_is_used_from_elsewhere_moved_and_without_its_training_rows(
     evaluate(Path("runs/a"))
     assert read_json(moved / "runs/a/evaluation.json")["tuned"]["nll"] == pytest.approx(before)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(RecipeError, match=r"model.name is model: the run began with .*project/model, which no longer exists"):
+    with pytest.raises(RecipeError, match=r"model.name is model: .*project/model, which no longer exists"):
         evaluate(moved / "runs" / "a")
 
 

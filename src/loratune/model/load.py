@@ -60,7 +60,7 @@ class BaseModel:
 
 
 def locate_model(section: ModelSection, progress: Progress, *, weights: bool = True) -> BaseModel:
-    """Find the base model: a folder, a GGUF file (imported into the cache if it is not yet), or the hub.
+    """Find the base model: a folder, a GGUF file (imported into the cache if it is not yet), or the Hub.
 
     Only what describes a Hub model is fetched here; `download_weights` fetches the weights.
 

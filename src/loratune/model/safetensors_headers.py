@@ -61,7 +61,7 @@ def check_stored(stored: Mapping[str, int], model: nn.Module, *, name: str, with
     """Check by the number of parameters that weights on the Hub are complete.
 
     Args:
-        stored: safetensors type → number of parameters on the hub.
+        stored: safetensors type → number of parameters on the Hub.
         model: The model as its config describes it, on the meta device.
         name: The model's Hub id.
         without: Modules that the files need not hold.
@@ -171,7 +171,7 @@ def _header(file: Path) -> dict[str, Any]:
 
 
 def weight_files_of(folder: Path) -> list[Path]:
-    """Return the files that transformers loads a model from; an empty list if they are on the hub.
+    """Return the files that transformers loads a model from; an empty list if they are on the Hub.
 
     transformers' own rule (`modeling_utils._get_resolved_checkpoint_files`): the file that `transformers_weights` of
     config.json names, else `model.safetensors`, else the files of the index. Everything that reads weights asks here,

@@ -81,7 +81,7 @@ def push(
     with_report: bool = True,
     progress: Progress = NO_PROGRESS,
 ) -> Publication:
-    """Upload a finished run's adapter to the hub.
+    """Upload a finished run's adapter to the Hub.
 
     Args:
         root: The run directory.

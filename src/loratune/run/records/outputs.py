@@ -138,7 +138,7 @@ class ServiceOutput(Part):
 
 
 class FilePushed(Part):
-    """A file that goes to the hub."""
+    """A file that goes to the Hub."""
 
     path: str
     """Path inside the repository."""
@@ -149,7 +149,7 @@ class FilePushed(Part):
 
 
 class PushOutput(Part):
-    """`loratune push`: what went to the hub."""
+    """`loratune push`: what went to the Hub."""
 
     repo: str
     """Repository, as `OWNER/NAME`."""
