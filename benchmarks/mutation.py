@@ -41,7 +41,7 @@ TESTS = {
     "planning.cost": ["tests/planning/test_cost.py", "tests/planning/test_cost_values.py"],
     "exporting.certificate": ["tests/exporting/test_certificate.py"],
     "exporting.verdict": ["tests/exporting/test_verdict.py", "tests/exporting/test_certificate.py"],
-    "exporting.weights_proof": ["tests/exporting/test_weights_proof.py"],
+    "exporting.weights_proof": ["tests/exporting/test_weights_proof.py", "tests/workflows/adapters/test_proofs.py"],
     "model.kernels.dropout": ["tests/model/kernels/test_dropout.py"],
 }
 """Module → the tests that are meant to see its changes, the quickest first."""

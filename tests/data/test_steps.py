@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from loratune.data.steps import (
@@ -58,6 +58,14 @@ def test_ranks_have_the_same_number_of_micro_batches(lengths: list[int], budget:
 def test_a_micro_batch_exceeds_the_budget_only_when_one_example_does(lengths: list[int], budget: int) -> None:
     for chosen in pack(list(enumerate(lengths)), budget):
         assert sum(lengths[i] for i in chosen) <= budget or len(chosen) == 1
+
+
+@given(lengths_of_examples, st.integers(1, 1000), st.integers(2, 4))
+@example([3, 3, 2, 2, 2], 6, 2)  # which two micro-batches hold, but not if each example goes to the lighter one
+def test_nor_does_it_where_several_ranks_share_a_step(lengths: list[int], budget: int, world_size: int) -> None:
+    for rank in assign_to_ranks(dict(enumerate(lengths)), budget, world_size):
+        for chosen in rank:
+            assert sum(lengths[i] for i in chosen) <= budget or len(chosen) == 1
 
 
 def test_packing_fills_what_a_person_would_fill() -> None:

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gguf import GGUFReader, GGUFValueType, GGUFWriter
+from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, quantize
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from loratune.exporting.adapter_matrices import LowRank
+from loratune.exporting.gguf.model import kind_of_shape
 from loratune.recipe.recipe import Recipe
 from loratune.run.directory import Record
 from loratune.run.progress import NoProgress
@@ -30,8 +31,9 @@ from loratune.workflows.merged_folder import read_merged_folder, write_merged_fo
 from loratune.workflows.tiny_model import TEMPLATE, conversation, write_tiny_model
 from loratune.workflows.train import train
 
-TYPES = ("float32", "bfloat16", "float16", "gguf f16", "gguf bf16", "gguf q8_0")
-"""What an export is written as: a merged folder, or a GGUF file."""
+TYPES = ("float32", "bfloat16", "float16", "gguf f16", "gguf bf16", "gguf q8_0", "gguf q4_0")
+"""What an export is written as: a merged folder, or a GGUF file. q4_0 is written in float32 and then quantized, as
+`llama-quantize --pure` does, since loratune does not write it."""
 LENGTHS: dict[str, dict[str, float]] = {
     "6 steps at 1e-6": {"epochs": 2, "learning_rate": 1e-6},
     "6 steps at 5e-5": {"epochs": 2, "learning_rate": 5e-5},
@@ -212,17 +214,21 @@ def verdict(run: FinishedRun, mutant: Mutant, kind: str) -> Record:
             write_merged_folder(wrong, out, kind)
             mutant.folder(out)
             return certificate_of(run, read_merged_folder(run, out), stops_required=True, num_answers=0)
-        outtype = kind.removeprefix("gguf ")
+        by_others = kind == "gguf q4_0"
+        outtype = "f32" if by_others else kind.removeprefix("gguf ")
         GgufExport(finished=wrong, target=out, outtype=outtype, template=None).write(out)
         (file,) = out.glob("*.gguf")
-        if mutant.gguf:
-            _rewrite(file, mutant.gguf)
+        if mutant.gguf or by_others:
+            _rewrite(file, mutant.gguf or {}, GGMLQuantizationType.Q4_0 if by_others else None)
         written = GgufExport(finished=run, target=out, outtype=outtype, template=None).read(file)
         return certificate_of(run, written, stops_required=True, num_answers=0)
 
 
-def _rewrite(file: Path, changes: dict[str, Any]) -> None:
-    """Write a GGUF file again with other metadata. A chat template gets the text added to its end tokens."""
+def _rewrite(file: Path, changes: dict[str, Any], quantized: GGMLQuantizationType | None) -> None:
+    """Write a GGUF file again with other metadata, and its matrices of another type.
+
+    A chat template gets the text added to its end tokens.
+    """
     reader = GGUFReader(file)
     writer = GGUFWriter(str(file.with_suffix(".new")), reader.get_field("general.architecture").contents())
     for entry in reader.fields.values():
@@ -235,7 +241,9 @@ def _rewrite(file: Path, changes: dict[str, Any]) -> None:
         kind = entry.types[0]
         writer.add_key_value(entry.name, value, kind, sub_type=entry.types[-1] if kind is GGUFValueType.ARRAY else None)
     for tensor in reader.tensors:
-        writer.add_tensor(tensor.name, tensor.data.copy(), raw_dtype=tensor.tensor_type)
+        own = tensor.tensor_type if quantized is None else kind_of_shape(tensor.data.shape, quantized)
+        data = tensor.data.copy() if own == tensor.tensor_type else quantize(tensor.data, own)
+        writer.add_tensor(tensor.name, data, raw_dtype=own)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -61,6 +61,7 @@ def test_a_merge_by_peft_is_right(finished_run: RunDir, tmp_path: Path, dtype: t
     record = proof(finished_run, tmp_path / "merged")
     assert record["problems"] == []
     assert record["kept"] == pytest.approx(1, abs=1e-2)
+    assert record["largest_deviation"] < 0.25
     assert (record["num_changed"], record["num_unchanged"]) == (14, 6)
 
 
@@ -76,6 +77,7 @@ def test_a_lost_update_is_seen_however_little_of_it_rounding_leaves(finished_run
     dropped = proof(finished_run, tmp_path / "dropped", tiny)
     assert dropped["problems"][0].startswith("14 of 14 matrices lack their update")
     assert dropped["kept"] == pytest.approx(0, abs=1e-6)
+    assert dropped["largest_deviation"] == pytest.approx(1)
 
 
 def test_a_merge_that_forgets_is_not_believed_by_its_own_formula(

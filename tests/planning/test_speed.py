@@ -57,6 +57,7 @@ def test_seconds_are_those_of_layers_and_head() -> None:
     assert made.train_seconds == 100 * 5 + 10 * 10
     assert made.evaluate_seconds == 3 * (40 * 5 / 4 + 4 * 4) + 2 * 8 * 5 / 4 + 6 * (5 * 2 + 3)
     assert made.total_seconds > made.train_seconds + made.evaluate_seconds
+    assert timed(load_bytes=3 * 10**9).total_seconds == pytest.approx(made.total_seconds + 3)
     assert timed(evaluations=0, prompt_tokens=0, decode_steps=0).evaluate_seconds == 0
 
 

@@ -16,7 +16,12 @@ def test_a_new_directory_is_made_and_a_used_one_is_not_touched(tmp_path: Path) -
     write_json(run.lock, {"a": 1})
     with pytest.raises(RecipeError, match="already contains a run") as error:
         RunDir.create(tmp_path / "run", overwrite=False)
-    assert "resume" in error.value.fix
+    assert error.value.fix.startswith(f"`loratune resume {run.root}` to continue it, --overwrite")
+    run.adapter.mkdir()
+    write_json(run.adapter / "adapter_config.json", {})
+    with pytest.raises(RecipeError, match="already contains a run") as error:
+        RunDir.create(tmp_path / "run", overwrite=False)
+    assert error.value.fix.startswith(f"`loratune extend {run.root} train.epochs=N` to train it further, --overwrite")
     assert read_json(run.lock) == {"a": 1}
     RunDir.create(tmp_path / "run", overwrite=True)
     assert not run.lock.exists()

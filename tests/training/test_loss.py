@@ -13,6 +13,7 @@ from loratune.model.kernels import varlen_attention
 from loratune.recipe.recipe import LoraSection
 from loratune.run.errors import RunError
 from loratune.training.loss import SupervisedLoss, fastest_loss, make_loss, output_head
+from loratune.training.neftune import EmbeddingNoise
 from tests.model.adapter.test_attach import tiny
 from tests.model.kernels.varlen import SIGNATURES, pretend_gpu
 from tests.training.test_layers import example
@@ -51,6 +52,30 @@ def test_a_scale_that_the_model_s_own_forward_does_not_apply_is_refused() -> Non
     assert output_head(model.get_base_model()).logit_scale == 1.5
     with pytest.raises(RunError, match="differs from"):
         make_loss(model, EXAMPLES)
+
+
+def test_examples_taken_one_at_a_time_have_the_loss_of_packed_ones_and_tell_no_lengths_to_the_noise() -> None:
+    batch = collate([example(20), example(15), example(9)])
+    packed, separate = (
+        make_loss(adapted(torch.float32), EXAMPLES)[0],
+        SupervisedLoss(adapted(torch.float32), packed=False),
+    )
+    for loss in (packed, separate):
+        loss.model.eval()
+        loss.noise = EmbeddingNoise(5.0, loss.model.get_input_embeddings())  # which adds none outside of training
+    torch.testing.assert_close(separate.per_token(batch), packed.per_token(batch), rtol=1e-5, atol=1e-5)
+    assert packed.noise is not None
+    assert packed.noise.lengths is not None
+    assert packed.noise.lengths.tolist() == [20, 15, 9]
+    assert separate.noise is not None
+    assert separate.noise.lengths is None
+
+
+def test_a_head_that_is_no_linear_layer_is_refused_by_name() -> None:
+    base = tiny(1)
+    base.lm_head = torch.nn.Identity()
+    with pytest.raises(RunError, match="does not support this output head: an adapted or unknown Identity"):
+        output_head(base)
 
 
 @pytest.mark.parametrize("signature", SIGNATURES)

@@ -202,11 +202,12 @@ class RunDir:
         with run.exclusive():
             pass
         if not overwrite and not run._never_began:
-            resume = "" if run.has_adapter else f"`loratune resume {run.root}` to continue it, "
+            on = f"`loratune extend {run.root} train.epochs=N` to train it further"
+            on = on if run.has_adapter else f"`loratune resume {run.root}` to continue it"
             raise RecipeError(
                 "the output directory already contains a run",
                 file=run.root,
-                fix=f"{resume}--overwrite (in Python: overwrite=True) to start over, or {other}",
+                fix=f"{on}, --overwrite (in Python: overwrite=True) to start over, or {other}",
             )
         return run
 

@@ -23,7 +23,7 @@ from loratune.data.rows.formats import to_conversations
 from loratune.data.rows.row import Row
 from loratune.run.errors import BadRow, DataError
 from tests.data.conftest import TRL_TEMPLATES
-from tests.data.masking.test_templates import TOOLS, assistant, user
+from tests.data.masking.test_templates import OUTCOMES, TOOLS, assistant, user
 
 Make = Callable[..., PreTrainedTokenizerBase]
 Render = Callable[..., Rendered]
@@ -295,20 +295,24 @@ def test_generated_conversations_are_trained_as_they_are_or_refused(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(14_400)
-def test_10_000_generated_conversations_over_all_templates(with_template: Make, trained_texts: Texts) -> None:
+@pytest.mark.timeout(3_600)
+@pytest.mark.parametrize("name", NAMES)
+def test_10_000_generated_conversations_over_all_templates(
+    name: str, with_template: Make, trained_texts: Texts
+) -> None:
+    tokenizer = with_template(name)
     trained = 0
-    for name in NAMES:
-        tokenizer = with_template(name)
 
-        @settings(QUICK, max_examples=140, derandomize=False)
-        @given(chat=CHATS)
-        def check(chat: Any, tokenizer: PreTrainedTokenizerBase = tokenizer) -> None:
-            nonlocal trained
-            trained += check_last_turns(conversation_of(chat), tokenizer, trained_texts)
+    @settings(QUICK, max_examples=-(-10_000 // len(NAMES)), derandomize=False, print_blob=True)
+    @given(chat=CHATS)
+    def check(chat: Any) -> None:
+        nonlocal trained
+        trained += check_last_turns(conversation_of(chat), tokenizer, trained_texts)
 
-        check()
-    assert trained > 2_000, "most are not refused"
+    check()
+    print(f"{name}: {trained} trained")  # noqa: T201 - with -s, for docs/results/fuzz.md
+    refused = str(OUTCOMES[name]["single"]).startswith("refused")
+    assert bool(trained) is not refused
 
 
 # ---- started answers

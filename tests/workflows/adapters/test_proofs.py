@@ -152,7 +152,7 @@ def test_values_are_compared_to_the_unit_roundoff_of_their_type() -> None:
     values = torch.randn(1000)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         assert same_values(values, values.to(dtype))
-        off = values * (1 + max(4e-6, 3 * torch.finfo(dtype).eps))
+        off = values * (1 + max(4e-6, 1.5 * torch.finfo(dtype).eps))
         assert not same_values(values, off.to(dtype))
     assert not same_values(values, values[:10])
     assert not same_values(values, None)
@@ -172,6 +172,20 @@ def test_tensors_beside_the_matrices_are_compared_as_sharply(make_adapter: MakeA
         found = certify_adapter(one, folder)
         assert found["verdict"] == "different"
         assert "norm" in found["problems"][0]
+
+
+@pytest.mark.filterwarnings("ignore:Adapter 'default'", "ignore:`lora_bias=True` was passed")
+def test_another_bias_and_a_matrix_that_one_of_two_adapters_lacks_are_named(make_adapter: MakeAdapter) -> None:
+    one, two = (make_adapter(name, 1, r=2, lora_bias=True) for name in ("one", "two"))
+    assert certify_adapter(one, two)["verdict"] == "same"
+    module = "model.layers.1.self_attn.v_proj"
+    edit(two, lambda name, tensor: tensor * 1.001 if name.endswith(f"{module}.lora_B.bias") else tensor)
+    found = certify_adapter(one, two)
+    assert (found["verdict"], found["problems"]) == ("different", [f"biases differ: {module}.lora_B.bias"])
+    file = two / "adapter_model.safetensors"
+    save_file({name: tensor for name, tensor in load_file(file).items() if module not in name}, file, {"format": "pt"})
+    assert f"(the first: {module})" in certify_adapter(one, two)["problems"][0]
+    assert module in certify_adapter(two, one)["problems"][0]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
