@@ -97,6 +97,7 @@ class FastTrainer(RunTrainer):
         totals = StepTotals.over_all(inputs, self.sources, self.events)
         self._report_left_out(totals.left_out)
         seed_step(self.setup.train.seed, self.state.global_step)
+        self.setup.loss.before_step(self.state.global_step, self.budget)
         losses = self.budget.retry(lambda: self._accumulate_gradients(inputs, totals.num_terms), undo=model.zero_grad)
         losses = all_reduce_gradients(self.model, losses, self.setup.stop)
         return self._record_and_check(

@@ -22,7 +22,7 @@ from loratune.workflows.guidance.eject_support import check_supported
 from loratune.workflows.plan import plan
 from loratune.workflows.resume import resume
 from loratune.workflows.tasks.preference import compare, reference
-from loratune.workflows.tasks.preference.reference import pairs_of
+from loratune.workflows.tasks.preference.log_probs import answers_of
 from loratune.workflows.train import train
 from tests.conftest import write_jsonl
 from tests.invariants.test_processes import trained
@@ -268,19 +268,19 @@ def test_the_plan_counts_pairs_and_the_preview_shows_both_answers(make: MakeReci
     prepared = plan(make())
     record = prepared.as_plan()["data"]
     assert record["num_examples"] == 18
-    pairs = pairs_of(prepared.data.train)
+    pairs = answers_of(prepared.data.train)
     assert record["num_tokens"] == sum(len(example.input_ids) for example in pairs)
     assert record["num_supervised_tokens"] == sum(int(example.supervised.sum()) for example in pairs)
     side = prepared.data.report["train"]
     assert side["pairs"]["rejected_tokens"] > 0
     assert prepared.recipe.preference.beta == 0.1
     assert "train.learning_rate" not in [advice.about for advice in plan(make(train__learning_rate=1e-5)).notes.advice]
-    both = [*pairs, *pairs_of(prepared.data.eval)]
-    assert cost._reference_pass(make(), prepared.data) == {
+    both = [*pairs, *answers_of(prepared.data.eval)]
+    assert cost._reference_pass(make(), prepared.data, 2) == {
         "reference_tokens": sum(len(example.input_ids) for example in both),
         "reference_supervised": sum(int(example.supervised.sum()) for example in both),
     }
-    assert cost._reference_pass(make(preference__loss="orpo"), prepared.data) == {}
+    assert cost._reference_pass(make(preference__loss="orpo"), prepared.data, 2) == {}
 
 
 def test_eject_says_what_trains_pairs_with_stock_libraries(make: MakeRecipe) -> None:
