@@ -33,7 +33,7 @@ from loratune.run.errors import LoratuneError
 from loratune.run.progress import NoProgress
 from loratune.training.gradient_sync import StepTotals, all_reduce_gradients, seed_step
 from loratune.training.held_out_loss import evaluate_nll
-from loratune.training.hf_arguments import own_optimizer, training_arguments
+from loratune.training.hf_arguments import training_arguments
 from loratune.training.step_dataset import HeldOutDataset, StepExamples
 from loratune.training.token_budget import random_state, set_random_state
 from loratune.training.trainer import RunTrainer, TrainerSetup
@@ -65,7 +65,6 @@ class FastTrainer(RunTrainer):
             train_dataset=self.steps,
             eval_dataset=HeldOutDataset(setup.data.eval),
             callbacks=callbacks,
-            optimizer_cls_and_kwargs=own_optimizer(setup.train),
         )
         self.remove_callback(PrinterCallback)
 

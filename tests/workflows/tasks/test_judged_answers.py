@@ -27,6 +27,7 @@ from loratune.run.directory import RunDir, read_json
 from loratune.run.errors import DataError, RecipeError
 from loratune.run.progress import NoProgress
 from loratune.run.records.evaluation import EvaluationRecord
+from loratune.workflows.guidance.eject_support import check_supported
 from loratune.workflows.guidance.init import init
 from loratune.workflows.plan import plan
 from loratune.workflows.resume import resume
@@ -397,3 +398,9 @@ def test_what_does_not_fit_is_refused_when_the_recipe_is_read(
 ) -> None:
     with pytest.raises(RecipeError, match=problem):
         make(**settings)
+
+
+def test_eject_says_what_trains_judged_answers_with_stock_libraries(make: MakeRecipe) -> None:
+    with pytest.raises(RecipeError, match=r"preference\.loss is kto, which a plain TRL") as refused:
+        check_supported(make())
+    assert "train.engine=trl" in refused.value.fix

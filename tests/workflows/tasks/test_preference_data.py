@@ -105,6 +105,13 @@ def test_answers_of_the_shared_beginning_are_context_and_later_ones_are_trained(
     )
 
 
+def test_earlier_answers_of_a_sharegpt_conversation_are_context() -> None:
+    asked = [human("Name a fruit."), gpt("Small or large?"), human("Small.")]
+    pair = read({"conversations": asked, "chosen": gpt("A cherry."), "rejected": gpt("No.")})
+    assert pair.chosen.given == pair.rejected.given == pair.chosen.excluded == (1,)
+    assert [message["content"] for message in pair.rejected.messages[2:]] == ["Small.", "No."]
+
+
 def test_an_answer_that_the_prompt_starts_goes_on() -> None:
     pair = read({"prompt": [ASKED, said("assistant", "Well, ")], "chosen": GOOD, "rejected": BAD})
     assert pair.chosen.messages[-1]["content"] == f"Well, {GOOD}"

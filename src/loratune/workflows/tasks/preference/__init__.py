@@ -54,11 +54,16 @@ _REFUSED: tuple[tuple[str, tuple[Any, ...], str, str], ...] = (
 )
 """Setting, the values that are refused, why, and the fix."""
 
+_FROZEN = (
+    "the loss of preferences needs a frozen output head; an adapter that has trained modules or tokens is merged first "
+    "(`loratune merge`), and the merged model is trained"
+)
+
 _OFF: tuple[tuple[str, str], ...] = (
     ("train.label_smoothing", "it smooths tokens; preference.label_smoothing is for pairs"),
     ("train.neftune_noise_alpha", "its noise would be in the likelihood of both answers"),
-    ("lora.modules_to_save", "the loss of pairs needs a frozen output head"),
-    ("lora.new_tokens", "the loss of pairs needs a frozen output head"),
+    ("lora.modules_to_save", _FROZEN),
+    ("lora.new_tokens", _FROZEN),
 )
 """Settings that must be off, and why."""
 

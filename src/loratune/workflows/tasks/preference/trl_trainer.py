@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from torch.utils.data import Sampler
 
+    from loratune.recipe.recipe import PreferenceSection
+
 LOSS_TYPES = {"dpo": "sigmoid", "ipo": "ipo"}
 """`preference.loss` → TRL's name."""
 
@@ -50,13 +52,7 @@ class TrlPreferenceTrainer(RunTrainer, DPOTrainer):
                 args=DPOConfig(
                     **training_arguments(setup.train, data, setup.run),
                     per_device_train_batch_size=setup.train.batch_size,
-                    remove_unused_columns=False,
-                    max_length=None,  # the pairs are truncated already, by the recipe's policy
-                    disable_dropout=False,
-                    router_aux_loss_coef=0.0,
-                    gradient_checkpointing=False,
-                    beta=beta_of(section),
-                    loss_type=[LOSS_TYPES[section.loss]],
+                    **dpo_arguments(section),
                     bf16=bf16,
                 ),
                 data_collator=padded_pairs,
@@ -80,6 +76,19 @@ class TrlPreferenceTrainer(RunTrainer, DPOTrainer):
         return self._stock_step(
             lambda: DPOTrainer.training_step(self, model, inputs, num_items_in_batch), inputs, tokens
         )
+
+
+def dpo_arguments(section: PreferenceSection) -> dict[str, Any]:
+    """Return the arguments of TRL's `DPOConfig` for tokenized pairs."""
+    return {
+        "remove_unused_columns": False,
+        "max_length": None,  # the pairs are truncated already, by the recipe's policy
+        "disable_dropout": False,
+        "router_aux_loss_coef": 0.0,
+        "gradient_checkpointing": False,
+        "beta": beta_of(section),
+        "loss_type": [LOSS_TYPES[section.loss]],
+    }
 
 
 @contextmanager
