@@ -167,6 +167,13 @@ def test_the_answer_is_trained_with_its_stop_token_and_both_labels_are_needed(
     assert len(shown.titles) == 4
     other = [*data.train[:3], JudgedExample(**{**_fields(data.train[3]), "label": 1})]
     assert examples_fingerprint(data.train) != examples_fingerprint(other)
+    for fraction in (0.01, 0.5):  # of each label, also where it rounds to none
+        held_out = prepared(tmp_path, smollm2_tokenizer, [judged_row(i) for i in range(12)], eval=fraction)
+        assert sorted(example.label for example in held_out.eval) == ([0, 1] if fraction < 0.5 else [0, 0, 0, 1, 1, 1])
+        assert len(held_out.train) + len(held_out.eval) == 12
+        assert len(held_out.eval_conversations) == len(held_out.eval) / 2
+    with pytest.raises(DataError, match="1 distinct bad conversation: nothing can be held out"):
+        prepared(tmp_path, smollm2_tokenizer, [judged_row(i) for i in (0, 1, 2, 4)], eval=0.5)
     with pytest.raises(DataError, match="none of 3 answers is bad"):
         prepared(tmp_path, smollm2_tokenizer, rows[:3])
     with pytest.raises(DataError, match=r"preference\.loss=dpo learns from pairs"):

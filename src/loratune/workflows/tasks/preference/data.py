@@ -102,7 +102,7 @@ def prepare_preferences(
     train = kind.read(read, data.train)
     evaluation: ReadSide[Any] | None = None
     if isinstance(held_out, float):
-        train, evaluation = hold_out(train, held_out, seed)
+        train, evaluation = hold_out(train, held_out, seed, kind.stratum)
     elif held_out:
         evaluation = kind.read(read, held_out)
     policy = Policy.of(data, max_length)

@@ -59,6 +59,10 @@ class Kind(ABC):
     def read(self, read: Reader, sources: Sequence[Source]) -> ReadSide[Any]:
         """Read the rows of sources."""
 
+    def stratum(self, item: Any) -> str:
+        """Return the group of a row of which a part is held out, as an adjective; "" if there is one."""
+        return ""
+
     @abstractmethod
     def example(
         self, item: Any, sides: Mapping[str, Example], tokenizer: PreTrainedTokenizerBase, max_length: int
@@ -144,6 +148,9 @@ class JudgedAnswers(Kind):
 
     def read(self, read: Reader, sources: Sequence[Source]) -> ReadSide[Judged]:
         return read_judged(read, sources)
+
+    def stratum(self, item: Judged) -> str:
+        return "good" if item.label else "bad"
 
     def example(
         self,
