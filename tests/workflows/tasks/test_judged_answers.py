@@ -34,10 +34,12 @@ from loratune.workflows.resume import resume
 from loratune.workflows.tasks.preference import baseline, compare, reference
 from loratune.workflows.tasks.preference.baseline import Baseline, mismatched, mismatches
 from loratune.workflows.tasks.preference.data import prepare_preferences
+from loratune.workflows.tasks.preference.judged_measures import add_measures, good_nll, judged_table
 from loratune.workflows.tasks.preference.judged_rows import to_judged
 from loratune.workflows.tasks.preference.log_probs import answers_of
 from loratune.workflows.tasks.preference.loss import JudgedLoss
 from loratune.workflows.tasks.preference.objective import Answers, judged_losses
+from loratune.workflows.tasks.preference.trl_judged_trainer import PaddedAnswers, rows_of_answers
 from loratune.workflows.train import train
 from tests.conftest import write_jsonl
 from tests.invariants.test_processes import trained
@@ -306,6 +308,39 @@ def test_the_baseline_is_the_mean_over_the_steps_mismatches_clamped_at_zero() ->
     own.reference = values + 0.5
     assert own.of_step(1, loss, budget) == 0.0
     assert not np.allclose(values[:6], values[6:]), "another epoch has other mismatches"
+
+
+def test_the_referee_gets_the_same_tokens_masks_and_mismatches() -> None:
+    examples = judged_examples()[:2]
+    batch = PaddedAnswers(400)([*rows_of_answers(examples)])
+    assert batch["label"].tolist() == [True, False]
+    for prefix, part in (("", examples), ("KL_", mismatches(examples, 400))):
+        for row, example in enumerate(part):
+            length = len(example.input_ids)
+            assert batch[f"{prefix}input_ids"][row, :length].tolist() == example.input_ids.tolist()
+            assert batch[f"{prefix}completion_mask"][row, :length].tolist() == example.supervised.tolist()
+            assert batch[f"{prefix}attention_mask"][row].sum() == length
+
+
+def test_measures_of_judged_answers_are_those_of_the_numbers() -> None:
+    examples = judged_examples()[:3]  # good, bad, good
+    lengths = [int(example.supervised.sum()) for example in examples]
+    base, tuned = np.array([[-4.0], [-3.0], [-8.0]]), np.array([[-2.0], [-1.0], [-9.0]])
+    items = [{"base": {"num_tokens": 6}, "tuned": {"num_tokens": 8}}]
+    record: dict[str, Any] = {"base": {}, "tuned": {}, "difference": {}, "items": items, "num_examples": 3}
+    add_measures(record, KTO, examples, base=base, tuned=tuned, reference=base)
+    before = (-4.0 / lengths[0] - 8.0 / lengths[2]) / 2 + 3.0 / lengths[1]
+    after = (-2.0 / lengths[0] - 9.0 / lengths[2]) / 2 + 1.0 / lengths[1]
+    assert record["base"]["label_margin"] == pytest.approx(before)
+    assert record["difference"]["label_margin"]["value"] == pytest.approx(after - before)
+    rewards = record["preference"]["rewards"]
+    assert (rewards["chosen"], rewards["rejected"]) == pytest.approx((0.1 * (2 - 1) / 2, 0.1 * 2))
+    assert rewards["margin"]["value"] == pytest.approx(0.05 - 0.2)
+    assert rewards["accuracy"]["value"] == pytest.approx(1 / 3)  # the first alone moved as its label says
+    assert good_nll(examples, base) == [(4.0, lengths[0]), (0.0, 0), (8.0, lengths[2])]
+    assert judged_table(record | {"before": "base"}).row_count == 3
+    add_measures(record, KTO, examples, base=base, tuned=tuned, reference=None)
+    assert judged_table(record | {"before": "base"}).row_count == 1
 
 
 # ---- runs
