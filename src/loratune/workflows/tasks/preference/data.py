@@ -32,7 +32,7 @@ from loratune.data.rows.row import Origin, Rejected
 from loratune.data.statistics import histogram, scripts
 from loratune.run.errors import DataError, plural
 from loratune.run.progress import NO_PROGRESS, Progress
-from loratune.workflows.tasks.preference.kinds import Item, Kind, kind_of
+from loratune.workflows.tasks.preference.kinds import Kind, PreferenceRow, kind_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -60,7 +60,7 @@ class _Encoded:
     """The results of the rows of a side of the data."""
 
     examples: list[AnswersExample]
-    items: list[Item]
+    items: list[PreferenceRow]
     """The row of each example."""
     rejected: list[Rejected]
     dropped: list[Origin]
@@ -170,7 +170,7 @@ def _encode(
     return encoded
 
 
-def _add(encoded: _Encoded, item: Item, made: AnswersExample | str | None) -> None:
+def _add(encoded: _Encoded, item: PreferenceRow, made: AnswersExample | str | None) -> None:
     """Add a row where it belongs: to the examples, the rejected or the dropped ones."""
     if made is None:
         encoded.dropped.append(item.origin)

@@ -32,7 +32,7 @@ BALANCE = (1.0, 4 / 3)
 """The paper of KTO advises a ratio n_D·λ_D / (n_U·λ_U) of good and bad answers in this range (its equation 8)."""
 
 
-class Item(Protocol):
+class PreferenceRow(Protocol):
     """One validated row."""
 
     origin: Origin
