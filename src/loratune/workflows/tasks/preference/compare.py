@@ -64,8 +64,8 @@ def compare_preferences(comparison: Comparison) -> Compared:
     base_nll, tuned_nll = own.good_nll(examples, base), own.good_nll(examples, tuned)
     has_reference = section.loss in WITH_REFERENCE
     begun_elsewhere = "start" in read_json(comparison.run.lock)["inputs"]  # with an adapter that is lost
-    counted = {"base_nll": [one for one in base_nll if one[1]], "tuned_nll": [one for one in tuned_nll if one[1]]}
-    compared = compare_answers(replace(comparison, **counted))
+    good_base, good_tuned = ([one for one in losses if one[1]] for losses in (base_nll, tuned_nll))
+    compared = compare_answers(replace(comparison, base_nll=good_base, tuned_nll=good_tuned))
     compared.record["num_examples"] = len(examples)
     own.add(
         compared.record,
