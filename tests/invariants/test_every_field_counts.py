@@ -43,6 +43,7 @@ LATER = (
     *("train.keep_checkpoints", "train.final_adapter", "train.seed", "train.report_to", "train.save_every"),
     *("train.warmup_fraction", "train.max_grad_norm", "train.log_every", "train.recompute", "data.streaming"),
     *("preference.loss", "preference.label_smoothing", "preference.sft_weight", "preference.target_margin"),
+    *("preference.desirable_weight", "preference.undesirable_weight"),
     "train.share_prefixes",
     *("train.compile", "data.on_long", "data.on_bad_row", "data.thinking", "data.special_tokens_in_text"),
 )
@@ -116,6 +117,8 @@ OTHER: dict[str, Any] = {
     "preference.label_smoothing": 0.2,
     "preference.sft_weight": 0.5,
     "preference.target_margin": 0.2,
+    "preference.desirable_weight": 1.5,
+    "preference.undesirable_weight": 0.5,
     "evaluate.metric": "contains",
     "evaluate.samples": 1,
     "evaluate.max_new_tokens": 2,
@@ -129,6 +132,7 @@ REFUSALS = {
     "train.max_skipped_steps": "",
 }
 PAIRS: dict[str, Any] = {"model.task": "preference", "data.train": "PAIRS", "data.eval": "PAIRS", "evaluate.samples": 0}
+JUDGED = {**PAIRS, "data.train": "JUDGED", "data.eval": "JUDGED", "preference.loss": "kto"}
 # settings that the field needs to matter; they are in the run it is compared with too
 ALSO: dict[str, dict[str, Any]] = {
     "lora.target_parameters": {"model.name": "MOE", "lora.dropout": 0},
@@ -147,6 +151,7 @@ ALSO: dict[str, dict[str, Any]] = {
         ("preference.loss", "preference.beta", "preference.label_smoothing", "preference.sft_weight"), PAIRS
     ),
     "preference.target_margin": {**PAIRS, "preference.loss": "simpo"},
+    **dict.fromkeys(("preference.desirable_weight", "preference.undesirable_weight"), JUDGED),
     "evaluate.samples": {"evaluate.metric": "exact_match"},
     "evaluate.max_new_tokens": {"evaluate.metric": "exact_match"},
 }
@@ -269,12 +274,14 @@ def places(
         for i in range(16)
     ]
     pairs = [{"prompt": f"Color {i}?", "chosen": "red", "rejected": "I do not know"} for i in range(8)]
+    judged = [{"prompt": f"Color {i}?", "completion": "red" if i % 2 else "no idea", "label": i % 2} for i in range(8)]
     first = train(with_settings(baseline_values, {"train.output_dir": str(folder / "first")})).run
     return {
         "ADAPTER": str(first.adapter),
         "MOE": str(make_moe(folder / "moe", smollm2_tokenizer)),
         "SEVERAL": str(write_jsonl(folder / "several.jsonl", several)),
         "PAIRS": str(write_jsonl(folder / "pairs.jsonl", pairs)),
+        "JUDGED": str(write_jsonl(folder / "judged.jsonl", judged)),
     }
 
 

@@ -201,5 +201,5 @@ def test_training_goes_on_from_an_adapter_with_whole_modules(
     still = train(tiny_recipe(**{**settings, **short})).run
     assert read_json(still.evaluation)["tuned"] == read_json(run.evaluation)["tuned"]
     settings["lora__modules_to_save"] = ["lm_head"]
-    with pytest.raises(RecipeError, match=r"has .*norm.weight, which the recipe does not train"):
+    with pytest.raises(RecipeError, match=r"has .*norm.weight, trained in full, which the recipe does not train"):
         prepare(tiny_recipe(**settings), NoProgress())

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from loratune.data.examples import Example, LabelledExample, PairExample
+from loratune.data.examples import AnswersExample, Example, JudgedExample, LabelledExample
 from loratune.data.rows.row import Origin
 
 if TYPE_CHECKING:
@@ -40,10 +40,10 @@ class MicroBatch:
         distinct: The different ones of the predictions, where several sequences share a position and what comes next.
         predictors: int64 [S]; the positions whose output predicts a supervised token.
         targets: int64 [S]; these supervised tokens.
-        labels: int64 [E]; the classes of labeled examples, else None.
+        labels: int64 [E]; the classes of labeled examples, or 1 for good and 0 for bad answers; else None.
         token_types: int64 [1, T]; which text of a pair each token belongs to, if the tokenizer says so, else None.
-        answer_tokens: Supervised tokens of each sequence of pairs, E numbers; None for other examples.
-        reference: float64 [E]; log p of each answer of a pair under the reference, None if there is none.
+        answer_tokens: Supervised tokens of each sequence of preferences, E numbers; None for other examples.
+        reference: float64 [E]; log p of each of these answers under the reference, None if there is none.
         rows: int32 [T]; each token's number for dropout and noise (`kernels.dropout.row_numbers`), None outside steps.
     """
 
@@ -109,8 +109,8 @@ def num_supervised(example: Example) -> int:
 
 
 def num_terms(example: Example) -> int:
-    """Count the terms of an example's loss: 1 for a pair of answers, else its supervised tokens."""
-    return 1 if isinstance(example, PairExample) else num_supervised(example)
+    """Count the terms of an example's loss: 1 for a preference, else its supervised tokens."""
+    return 1 if isinstance(example, AnswersExample) else num_supervised(example)
 
 
 def collate(examples: Sequence[Example]) -> MicroBatch:
@@ -135,13 +135,13 @@ def collate(examples: Sequence[Example]) -> MicroBatch:
         predictors=torch.from_numpy(targets_at - 1),
         targets=torch.from_numpy(input_ids[targets_at]),
         **_classes(examples),
-        **_pairs(examples),
+        **_answers(examples),
     )
 
 
 def _classes(examples: Sequence[Example]) -> dict[str, Any]:
-    """Return the labels and token types of labeled examples."""
-    labelled = [example for example in examples if isinstance(example, LabelledExample)]
+    """Return the labels and token types of labeled examples and of judged answers."""
+    labelled = [example for example in examples if isinstance(example, LabelledExample | JudgedExample)]
     if not labelled:
         return {}
     found: dict[str, Any] = {"labels": torch.tensor([example.label for example in labelled])}
@@ -151,16 +151,16 @@ def _classes(examples: Sequence[Example]) -> dict[str, Any]:
     return found
 
 
-def _pairs(examples: Sequence[Example]) -> dict[str, Any]:
-    """Return what the losses of pairs need: the lengths of their answers, and their log p under the reference."""
-    pairs = [example for example in examples if isinstance(example, PairExample)]
-    if not pairs:
+def _answers(examples: Sequence[Example]) -> dict[str, Any]:
+    """Return what losses of preferences need: the lengths of the answers, and their log p under the reference."""
+    given = [example for example in examples if isinstance(example, AnswersExample)]
+    if not given:
         return {}
-    assert len(pairs) == len(examples), "pairs and other examples in one micro-batch"
+    assert len(given) == len(examples), "preferences and other examples in one micro-batch"
     found: dict[str, Any] = {
-        "answer_tokens": tuple(int(part.supervised.sum()) for pair in pairs for part in pair.sequences)
+        "answer_tokens": tuple(int(part.supervised[1:].sum()) for each in given for part in each.sequences)
     }
-    reference = [pair.reference for pair in pairs if pair.reference is not None]
-    if len(reference) == len(pairs):
+    reference = [each.reference for each in given if each.reference is not None]
+    if len(reference) == len(given):
         found["reference"] = torch.tensor(reference, dtype=torch.float64).flatten()
     return found

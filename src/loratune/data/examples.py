@@ -1,10 +1,10 @@
-"""An example: the tokens of one row, and which carry loss, which class the row has, or which answer is better."""
+"""An example: the tokens of one row, and which carry loss, which class the row has, or which answers are good."""
 
 from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import numpy as np
 
@@ -33,7 +33,15 @@ class Example:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class PairExample(Example):
+class AnswersExample(Example):
+    """A prompt with its answers, whose likelihood as a whole decides the loss: one term, not one for each token."""
+
+    reference: tuple[float, ...] | None = None
+    """log p of each answer under the reference, in nats; None before they are computed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PairExample(AnswersExample):
     """A conversation with a better and a worse answer: two sequences end to end, first the one with the better answer.
 
     As one example, a pair is never divided among steps, processes or micro-batches.
@@ -41,8 +49,6 @@ class PairExample(Example):
 
     num_chosen: int
     """Tokens of the first sequence."""
-    reference: tuple[float, float] | None = None
-    """log p of the chosen and the rejected answer under the reference, in nats; None before they are computed."""
 
     @classmethod
     def of(cls, chosen: Example, rejected: Example, origin: Origin) -> Self:
@@ -66,6 +72,15 @@ class PairExample(Example):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class JudgedExample(AnswersExample):
+    """A conversation with one answer that was judged good or bad."""
+
+    label: int
+    """1: the answer is good, 0: it is bad."""
+    token_types: ClassVar[None] = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class LabelledExample(Example):
     """One tokenized text and its class. The class carries loss, none of the tokens does."""
 
@@ -80,8 +95,8 @@ class LabelledExample(Example):
 
 
 def labels_fingerprint(examples: Sequence[Example]) -> str:
-    """Return the SHA-256 of all classes and token types; empty if no example is labeled."""
-    labelled = [example for example in examples if isinstance(example, LabelledExample)]
+    """Return the SHA-256 of all classes or judgements, and token types; empty if there are none."""
+    labelled = [example for example in examples if isinstance(example, LabelledExample | JudgedExample)]
     digest = hashlib.sha256()
     for example in labelled:
         types = b"" if example.token_types is None else example.token_types.tobytes()

@@ -32,7 +32,8 @@ class PreparedData:
     Attributes:
         train: Verified training examples, in the order of the sources; of streamed data, those of a random sample.
         eval: Verified held-out examples; empty if `data.eval` is `none`.
-        eval_conversations: The conversation of each held-out example.
+        eval_conversations: The conversation of each held-out example; of pairs that with the chosen answer, of judged
+            answers those that are good.
         report: The data report: what was read, what it became, and what was left out, as JSON.
         cached: Whether all of it came from the cache.
         stream: All training examples, if `train` is only a sample.

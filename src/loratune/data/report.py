@@ -141,7 +141,7 @@ def row_notices(report: dict[str, Any], num_train: int, *, kind: str, measure: s
     Args:
         report: The data report.
         num_train: Items of the training side.
-        kind: What an item is: `conversation`, `text` or `pair`.
+        kind: What an item is: `conversation`, `text`, `pair` or `answer`.
         measure: What overlapping rows make look better than it is, such as `the held-out loss`.
     """
     if report["overlap"]:

@@ -208,18 +208,19 @@ def work_amounts(
         prompt_tokens=sum(len(prompt.input_ids) for prompt in prompts),
         decode_steps=batches * answer_tokens,
         load_bytes=load_bytes,
-        **_reference_pass(recipe, data),
+        **_reference_pass(recipe, data, epochs),
     )
 
 
-def _reference_pass(recipe: Recipe, data: PreparedData) -> dict[str, float]:
-    """Return the tokens of the pass that computes what preferences are compared with; nothing for other tasks."""
-    if not planned_task(recipe).has_reference(recipe):
+def _reference_pass(recipe: Recipe, data: PreparedData, epochs: float) -> dict[str, float]:
+    """Return the tokens of the passes that compute what preferences are compared with; nothing for other tasks."""
+    passes = planned_task(recipe).untrained_passes(recipe, epochs)
+    if not any(passes):
         return {}
-    both = [*data.train, *data.eval]
+    sides = tuple(zip(passes, (data.train, data.eval), strict=True))
     return {
-        "reference_tokens": sum(len(example.input_ids) for example in both),
-        "reference_supervised": sum(num_supervised(example) for example in both),
+        "reference_tokens": sum(times * sum(len(each.input_ids) for each in side) for times, side in sides),
+        "reference_supervised": sum(times * sum(map(num_supervised, side)) for times, side in sides),
     }
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # heavy: recipes are checked by their task before torch is ne
     from loratune.model.classifier import Classes
     from loratune.model.device import Choice
     from loratune.model.load import BaseModel
-    from loratune.recipe.recipe import DataSection, Recipe
+    from loratune.recipe.recipe import Recipe
     from loratune.run.directory import Record
     from loratune.run.progress import Progress
 
@@ -71,9 +71,14 @@ class PlannedTask(RecipeTask):
         """Return what the task's own settings that are `auto` become, and why."""
         return {}
 
-    def has_reference(self, recipe: Recipe) -> bool:
-        """Tell whether all examples go through the model once before step 1, to be compared with later."""
-        return False
+    def untrained_passes(self, recipe: Recipe, epochs: float) -> tuple[float, float]:
+        """Return how often training and held-out examples go through the model to be compared with, not trained.
+
+        Args:
+            recipe: The recipe.
+            epochs: Epochs of the run.
+        """
+        return 0, 0
 
     @abstractmethod
     def positions(self, recipe: Recipe, config: Any) -> int | None:
@@ -101,10 +106,8 @@ class PlannedTask(RecipeTask):
         read them."""
 
     @abstractmethod
-    def render_again(
-        self, data: DataSection, tokenizer: PreTrainedTokenizerBase, max_length: int, seed: int
-    ) -> list[Example]:
-        """Return the training examples under other settings of the data section, without any cache."""
+    def render_again(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Example]:
+        """Return the training examples of a recipe with another data section, without any cache."""
 
     @abstractmethod
     def prompts(self, recipe: Recipe, data: PreparedData, tokenizer: PreTrainedTokenizerBase) -> tuple[Prompt, ...]:

@@ -1,4 +1,4 @@
-"""What was learned from pairs of answers: rewards and lengths, below the measures of a run's page."""
+"""What was learned from preferences: rewards and lengths, below the measures of a run's page."""
 
 from __future__ import annotations
 
@@ -16,33 +16,46 @@ if TYPE_CHECKING:
 PAIR_MEASURES = ("pair_accuracy", "pair_accuracy_per_token", "pair_margin")
 """Measures of `evaluation.json` that compare the two answers of a pair."""
 
+LABEL_MEASURES = ("label_margin",)
+"""Measures of `evaluation.json` that compare good and bad answers to different prompts."""
+
+_PAIR_TEXT = (
+    "A pair is won where the model finds the chosen answer likelier than the rejected one; per token, since long "
+    "answers are less likely than short ones. The margin is log p(chosen) - log p(rejected), in nats."
+)
+_JUDGED_TEXT = (
+    "The margin is the mean log p per token of good answers minus that of bad ones, in nats. Good and bad answers have "
+    "different prompts, so what counts is how it changes."
+)
+_SIDES = {"kto": ("good", "bad", "answers whose reward has the sign of their label")}
+_PAIR_SIDES = ("chosen", "rejected", "pairs with a positive margin")
+"""Words for both sides, and for the share that is right, by loss."""
+
 
 def preference(record: EvaluationRecord) -> Iterator[Block]:
     """Build the paragraphs and tables of rewards and lengths."""
     found = record.preference
     if found is None:
         return
-    yield Paragraph(
-        text="A pair is won where the model finds the chosen answer likelier than the rejected one; per token, since "
-        "long answers are less likely than short ones. The margin is log p(chosen) - log p(rejected), in nats."
-    )
+    yield Paragraph(text=_JUDGED_TEXT if found.loss in _SIDES else _PAIR_TEXT)
     if found.rewards is not None:
         yield _rewards(found, found.rewards)
-    yield _lengths(found.lengths, record.model_before)
+    yield _lengths(found, record.model_before)
     if found.lengths.base_accuracy_where_shorter is not None:
         yield Paragraph(text=_where_shorter(found.lengths, record.model_before))
 
 
 def _rewards(found: PreferenceMeasures, rewards: Rewards) -> Table:
     margin, accuracy = rewards.margin, rewards.accuracy
+    better, worse, right = _SIDES.get(found.loss, _PAIR_SIDES)
     return Table(
         caption=f"Rewards: {found.beta:g} × (log p - log p before training), {found.loss}",
         columns=("measure", "fine-tuned", "interval"),
         rows=(
-            ("reward of chosen answers", as_number(rewards.chosen, "+"), ""),
-            ("reward of rejected answers", as_number(rewards.rejected, "+"), ""),
+            (f"reward of {better} answers", as_number(rewards.chosen, "+"), ""),
+            (f"reward of {worse} answers", as_number(rewards.rejected, "+"), ""),
             ("reward margin", as_number(margin.value, "+"), _interval(margin.low, margin.high)),
-            ("pairs with a positive margin", f"{accuracy.value:.1%}", _shares(accuracy.low, accuracy.high)),
+            (right, f"{accuracy.value:.1%}", _shares(accuracy.low, accuracy.high)),
         ),
         numeric=True,
     )
@@ -56,10 +69,11 @@ def _shares(low: float | None, high: float | None) -> str:
     return "" if low is None or high is None else f"{low:.1%} to {high:.1%}"
 
 
-def _lengths(lengths: LengthsOfAnswers, before: str) -> Table:
+def _lengths(found: PreferenceMeasures, before: str) -> Table:
+    lengths, (better, worse, _) = found.lengths, _SIDES.get(found.loss, _PAIR_SIDES)
     rows = [
-        ("chosen answers of the data", f"{lengths.chosen:,.1f}"),
-        ("rejected answers of the data", f"{lengths.rejected:,.1f}"),
+        (f"{better} answers of the data", f"{lengths.chosen:,.1f}"),
+        (f"{worse} answers of the data", f"{lengths.rejected:,.1f}"),
     ]
     if lengths.base is not None and lengths.tuned is not None:
         rows += [

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from loratune.recipe.short_names import short_names
 from loratune.reporting.blocks import Block, Chart, Charts, Paragraph, Table
 from loratune.reporting.charts import Bar, draw_bars
-from loratune.reporting.preference_section import PAIR_MEASURES, preference
+from loratune.reporting.preference_section import LABEL_MEASURES, PAIR_MEASURES, preference
 from loratune.reporting.units import (
     as_difference,
     as_interval,
@@ -40,7 +40,7 @@ def result(files: RunFiles) -> Iterator[Block]:
     if record is None:
         return
     level = f"{record.interval.level:.0%}"
-    names = dict.fromkeys((*PAIR_MEASURES, record.metric, "f1", "nll", "perplexity"))
+    names = dict.fromkeys((*PAIR_MEASURES, *LABEL_MEASURES, record.metric, "f1", "nll", "perplexity"))
     measures = [name for name in names if name in record.tuned]
     yield Paragraph(
         text=f"Measured on {plural(record.num_examples, f'held-out {files.task.example}')} that were not trained on. "
@@ -55,7 +55,8 @@ def result(files: RunFiles) -> Iterator[Block]:
     )
     if record.sources is not None:
         yield _by_source(record.sources, record.side_before)
-    drawn = [name for name in measures if name not in ("perplexity", "pair_margin")]  # bars begin at zero
+    not_drawn = ("perplexity", "pair_margin", *LABEL_MEASURES)  # bars begin at zero
+    drawn = [name for name in measures if name not in not_drawn]
     charts = [_measure_chart(record, name, files.task, level) for name in drawn]
     yield Charts(charts=tuple(charts))
     if record.items and is_marked(record.metric):

@@ -49,7 +49,7 @@ def as_number(value: float, sign: str = "") -> str:
     return f"{value:{sign},.0f}" if abs(value) >= 1000 else f"{value:{sign}.4g}"
 
 
-_NUMBERS = ("nll", "perplexity", "bleu", "pair_margin")
+_NUMBERS = ("nll", "perplexity", "bleu", "pair_margin", "label_margin")
 """Measures that are not fractions of answers."""
 
 
@@ -95,4 +95,5 @@ def measure_in_words(name: str) -> str:
         "pair_accuracy": "chosen answer likelier",
         "pair_accuracy_per_token": "chosen answer likelier per token",
         "pair_margin": "margin of log p, nats",
+        "label_margin": "log p per token, good minus bad answers, nats",
     }.get(name, name)

@@ -37,11 +37,17 @@ class Verdict:
     sentence: str
 
 
+_PREFERENCES = (("pair_accuracy", "pair_margin"), ("label_margin", "label_margin"))
+"""Measures of what preferences teach, each with one that moves where it cannot."""
+
+_KEEPS = {"kto": ("good", "preference.desirable_weight")}
+"""Loss → its word for the better answers, and the setting that keeps them likely."""
+
+
 def verdict_on(record: EvaluationRecord) -> Verdict:
     """Return the verdict by the run's metric; without one, by the held-out loss, or by the pairs of preferences."""
-    pairs = "pair_accuracy" in record.tuned
-    name = record.metric if record.metric in record.tuned else "pair_accuracy" if pairs else "nll"
-    finer = "pair_margin" if pairs else "nll"  # which moves where the other one cannot
+    learned, finer = next((names for names in _PREFERENCES if names[0] in record.tuned), ("nll", "nll"))
+    name = record.metric if record.metric in record.tuned else learned
     outcome = _outcome(record, name)
     than = " than where it began" if record.before == "start" else ""
     words = f"{outcome}{than}: {_numbers(record, name)}"
@@ -53,16 +59,17 @@ def verdict_on(record: EvaluationRecord) -> Verdict:
 
 
 def _fallen(record: EvaluationRecord) -> str:
-    """Say if the chosen answers of pairs became less likely, by more than the interval.
+    """Say if the chosen, or good, answers became less likely, by more than the interval.
 
     Where two answers differ in a few tokens, DPO may lower both of them (Pal et al. 2024, arXiv 2402.13228).
     """
     difference = record.difference["nll"]
     if record.preference is None or difference.low is None or difference.low <= 0:
         return ""
+    better, setting = _KEEPS.get(record.preference.loss, ("chosen", "preference.sft_weight"))
     return (
-        f"; but the chosen answers became less likely, by {difference.value:.3g} nats per token: raise "
-        "preference.sft_weight, or lower train.learning_rate"
+        f"; but the {better} answers became less likely, by {difference.value:.3g} nats per token: raise "
+        f"{setting}, or lower train.learning_rate"
     )
 
 

@@ -33,7 +33,7 @@ from loratune.run.errors import LoratuneError
 from loratune.run.progress import NoProgress
 from loratune.training.gradient_sync import StepTotals, all_reduce_gradients, seed_step
 from loratune.training.held_out_loss import evaluate_nll
-from loratune.training.hf_arguments import own_optimizer, training_arguments
+from loratune.training.hf_arguments import training_arguments
 from loratune.training.step_dataset import HeldOutDataset, StepExamples
 from loratune.training.token_budget import random_state, set_random_state
 from loratune.training.trainer import RunTrainer, TrainerSetup
@@ -65,7 +65,6 @@ class FastTrainer(RunTrainer):
             train_dataset=self.steps,
             eval_dataset=HeldOutDataset(setup.data.eval),
             callbacks=callbacks,
-            optimizer_cls_and_kwargs=own_optimizer(setup.train),
         )
         self.remove_callback(PrinterCallback)
 
@@ -97,6 +96,7 @@ class FastTrainer(RunTrainer):
         totals = StepTotals.over_all(inputs, self.sources, self.events)
         self._report_left_out(totals.left_out)
         seed_step(self.setup.train.seed, self.state.global_step)
+        self.setup.loss.before_step(self.state.global_step, self.budget)
         losses = self.budget.retry(lambda: self._accumulate_gradients(inputs, totals.num_terms), undo=model.zero_grad)
         losses = all_reduce_gradients(self.model, losses, self.setup.stop)
         return self._record_and_check(

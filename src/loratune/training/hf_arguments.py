@@ -10,13 +10,14 @@ import torch
 from transformers import get_scheduler
 
 from loratune.data.steps import num_steps
-from loratune.recipe.recipe import DECAY_FRACTION, TrainSection
+from loratune.recipe.sections.train import DECAY_FRACTION
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from loratune.data.examples import Example
     from loratune.data.prepared import Stream
+    from loratune.recipe.recipe import TrainSection
     from loratune.run.directory import RunDir
 
 

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
     from loratune.run.directory import Record
     from loratune.training.neftune import EmbeddingNoise
+    from loratune.training.token_budget import TokenBudget
 
 CHECK_TOKENS = 24
 """Tokens of each of the two examples on which the fast path is compared with the plain one."""
@@ -178,6 +179,14 @@ class SupervisedLoss:
             examples = [batch.input_ids[:, a:b] for a, b in pairwise(ends)]
             hidden = torch.cat([self._hidden(ids, rows=own) for ids, own in zip(examples, rows, strict=True)], dim=1)
         return hidden[0, batch.predictors if chosen is None else batch.predictors[chosen]]
+
+    def before_step(self, step: int, budget: TokenBudget) -> None:
+        """Compute what the loss of a step needs of all its examples, on all ranks; here: nothing.
+
+        Args:
+            step: The step, counted from 0.
+            budget: Cuts examples into micro-batches.
+        """
 
     def may_share(self, batch: MicroBatch) -> bool:
         """Tell whether equal prefixes of this micro-batch's sequences may be laid out once."""

@@ -39,6 +39,7 @@ from loratune.training.early_stopping import Patience
 from loratune.training.event_log import EventLog, History, StepMetrics
 from loratune.training.gradient_sync import check_ranks_agree
 from loratune.training.held_out_loss import EvaluationStoppedError, Nll, evaluate_on_all_ranks, mean_nll
+from loratune.training.hf_arguments import own_optimizer
 from loratune.training.loss_by_source import PerSourceLoss
 from loratune.training.param_groups import apply_learning_rate_pattern, scale_b_learning_rate
 from loratune.training.step_dataset import StepDataset, StepExamples
@@ -145,6 +146,8 @@ class RunTrainer(Trainer):
         return [setup.callback, Trackers(trackers, setup.run, self.events), *setup.more_callbacks]
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        # Not an argument: only some of the stock trainers take it.
+        self.optimizer_cls_and_kwargs = own_optimizer(self.setup.train)
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
         if self.setup.train.learning_rate_pattern:
             apply_learning_rate_pattern(optimizer, self.setup.model, self.setup.train.learning_rate_pattern)

@@ -10,7 +10,7 @@ from trl import SFTConfig, SFTTrainer
 
 from loratune.data.prepared import Stream
 from loratune.model.adapter.attach import trainable_parameters
-from loratune.training.hf_arguments import own_optimizer, trl_arguments
+from loratune.training.hf_arguments import trl_arguments
 from loratune.training.step_dataset import ExampleOrder
 from loratune.training.trainer import RunTrainer, TrainerSetup
 from loratune.training.trl_dataset import with_label_ids
@@ -36,7 +36,6 @@ class TrlTrainer(RunTrainer, SFTTrainer):
             eval_dataset=with_label_ids(data.eval) if data.eval else None,
             processing_class=setup.tokenizer,
             callbacks=callbacks,
-            optimizer_cls_and_kwargs=own_optimizer(setup.train),
         )
         # TRL casts adapters on a quantized base to bfloat16; put the float32 values back.
         for name, parameter in trainable_parameters(setup.model).items():

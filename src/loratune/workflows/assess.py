@@ -76,8 +76,9 @@ def compare_base_and_tuned(
     groups = held_out_groups(prepared.data.eval, prepared.data.report)
     if groups:
         record["sources"] = {
-            name: nll_record([compared.base_nll[i] for i in chosen], [compared.tuned_nll[i] for i in chosen])
+            name: nll_record([compared.base_nll[i] for i in counted], [compared.tuned_nll[i] for i in counted])
             for name, chosen in groups.items()
+            if (counted := [i for i in chosen if compared.base_nll[i][1]])  # a bad answer has no loss to compare
         }
     record["adapter"] = describe_final_adapter(prepared, run)
     if processes.is_main():

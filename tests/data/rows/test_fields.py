@@ -143,6 +143,7 @@ def test_what_is_not_read_is_counted_by_place_and_name() -> None:
         ({"rejected_response": "b"}, "is a preference pair"),
         ({"chosen": {"from": "gpt", "value": "a"}, "rejected": {"from": "gpt", "value": "b"}}, "data.columns="),
         ({"label": False}, "label false, which marks a bad answer"),
+        ({"label": False}, "task=preference preference.loss=kto learns from good and bad ones"),
         ({"kto_tag": False}, "kto_tag false"),
         ({"label": "False"}, "label false"),
         ({"weight": 0.1}, "weight 0.1, and rows are not weighted"),

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import math
+import runpy
+import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,18 +18,21 @@ from typer.testing import CliRunner
 
 from loratune.__main__ import app
 from loratune.planning import cost
+from loratune.planning.prepare import prepare
 from loratune.recipe.recipe import Recipe
 from loratune.run.directory import RunDir, read_json
 from loratune.run.errors import Interrupted, RecipeError
 from loratune.run.progress import NoProgress
+from loratune.workflows.guidance.eject import eject
 from loratune.workflows.guidance.eject_support import check_supported
 from loratune.workflows.plan import plan
 from loratune.workflows.resume import resume
 from loratune.workflows.tasks.preference import compare, reference
-from loratune.workflows.tasks.preference.reference import pairs_of
+from loratune.workflows.tasks.preference.log_probs import answers_of
 from loratune.workflows.train import train
 from tests.conftest import write_jsonl
-from tests.invariants.test_processes import trained
+from tests.invariants.test_processes import WAIT_SECONDS, started, trained, wait_for, write_recipe
+from tests.workflows.guidance.test_eject import losses_of_script
 
 MakeRecipe = Callable[..., Recipe]
 COLORS = ("red", "blue", "green", "white", "black", "brown")
@@ -87,7 +94,13 @@ def assert_close(one: RunDir, other: RunDir, tolerance: float = 1e-5) -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, pytest.param({"preference__loss": "ipo"}, marks=pytest.mark.slow)], ids=["dpo", "ipo"]
+    "settings",
+    [
+        {},
+        pytest.param({"preference__loss": "ipo"}, marks=pytest.mark.slow),
+        pytest.param({"train__optimizer": "muon", "train__learning_rate": 1e-2}, marks=pytest.mark.slow),
+    ],
+    ids=["dpo", "ipo", "muon"],
 )
 def test_the_fast_engine_trains_as_stock_dpo_trainer(
     make: MakeRecipe, tmp_path: Path, settings: dict[str, object]
@@ -268,25 +281,111 @@ def test_the_plan_counts_pairs_and_the_preview_shows_both_answers(make: MakeReci
     prepared = plan(make())
     record = prepared.as_plan()["data"]
     assert record["num_examples"] == 18
-    pairs = pairs_of(prepared.data.train)
+    pairs = answers_of(prepared.data.train)
     assert record["num_tokens"] == sum(len(example.input_ids) for example in pairs)
     assert record["num_supervised_tokens"] == sum(int(example.supervised.sum()) for example in pairs)
     side = prepared.data.report["train"]
     assert side["pairs"]["rejected_tokens"] > 0
     assert prepared.recipe.preference.beta == 0.1
     assert "train.learning_rate" not in [advice.about for advice in plan(make(train__learning_rate=1e-5)).notes.advice]
-    both = [*pairs, *pairs_of(prepared.data.eval)]
-    assert cost._reference_pass(make(), prepared.data) == {
+    both = [*pairs, *answers_of(prepared.data.eval)]
+    assert cost._reference_pass(make(), prepared.data, 2) == {
         "reference_tokens": sum(len(example.input_ids) for example in both),
         "reference_supervised": sum(int(example.supervised.sum()) for example in both),
     }
-    assert cost._reference_pass(make(preference__loss="orpo"), prepared.data) == {}
+    assert cost._reference_pass(make(preference__loss="orpo"), prepared.data, 2) == {}
 
 
-def test_eject_says_what_trains_pairs_with_stock_libraries(make: MakeRecipe) -> None:
-    with pytest.raises(RecipeError, match="pairs of answers are not written") as refused:
-        check_supported(make())
-    assert "DPOTrainer" in refused.value.fix
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param({"preference__loss": "ipo", "lora__dropout": 0.1, "data__eval": "none"}, id="ipo"),
+        pytest.param({"preference__beta": 0.3, "lora__start_from": "FIRST"}, marks=pytest.mark.slow, id="start"),
+        pytest.param({"train__optimizer": "muon", "train__average_checkpoints": 2}, marks=pytest.mark.slow, id="muon"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
+def test_the_ejected_script_trains_as_the_trl_engine(
+    make: MakeRecipe, tmp_path: Path, settings: dict[str, object]
+) -> None:
+    if "lora__start_from" in settings:
+        first = train(make(train__epochs=1, train__output_dir=str(tmp_path / "first"))).run
+        settings = {**settings, "lora__start_from": str(first.adapter)}
+    own = {
+        "train__epochs": 2,
+        "train__log_every": 1,
+        "train__save_every": 2,
+        "train__output_dir": str(tmp_path / "run"),
+        **settings,
+    }
+    script = tmp_path / "script.py"
+    ejected = eject(prepare(make(**own), NoProgress()), script)
+    assert "DPOTrainer" in ejected.why_rows
+    imported = {node.module for node in ast.walk(ast.parse(script.read_text())) if isinstance(node, ast.ImportFrom)}
+    assert imported <= {"datasets", "transformers", "peft", "trl", "pathlib"}
+    runpy.run_path(str(script), run_name="__main__")
+    run = train(make(train__engine="trl", **own)).run
+    assert losses_of_script(tmp_path / "run-ejected") == losses(run)
+    one, other = (folder / "adapter_model.safetensors" for folder in (tmp_path / "run-ejected", run.adapter))
+    assert one.read_bytes() == other.read_bytes(), "the adapters differ"
+    assert not (tmp_path / "run-ejected" / "ref").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem", "fix"),
+    [
+        ({"preference__loss": "orpo"}, "preference.loss is orpo", "preference.loss=dpo or ipo"),
+        ({"preference__sft_weight": 0.5}, "preference.sft_weight is 0.5", "use preference.sft_weight=0.0"),
+        ({"lora__variant": "pissa"}, "would change the base", "lora.variant=plain"),
+        ({"train__early_stopping": 2, "train__eval_every": 1}, "train.early_stopping is 2", "leave"),
+    ],
+)
+def test_eject_names_what_a_script_for_pairs_cannot_follow(
+    make: MakeRecipe, settings: dict[str, object], problem: str, fix: str
+) -> None:
+    with pytest.raises(RecipeError, match=problem) as refused:
+        check_supported(make(**settings))
+    assert fix in refused.value.fix
+
+
+@pytest.mark.slow
+def test_an_adapter_with_trained_modules_is_merged_first_and_is_then_the_reference(
+    make: MakeRecipe, tiny_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    first = train(tiny_recipe(lora__modules_to_save=["lm_head"], train__output_dir=str(tmp_path / "first"))).run
+    with pytest.raises(RecipeError, match="trained in full, which the recipe does not train") as refused:
+        plan(make(lora__start_from=str(first.adapter)))
+    assert "`loratune merge`" in refused.value.fix
+    with pytest.raises(RecipeError, match="is merged first"):
+        make(lora__start_from=str(first.adapter), lora__modules_to_save=["lm_head"])
+    merged = tmp_path / "merged"
+    assert CliRunner().invoke(app, ["merge", str(first.root), str(merged)]).exit_code == 0
+    second = train(make(model__name=str(merged), train__epochs=1, train__output_dir=str(tmp_path / "second"))).run
+    assert losses(second)[0] == pytest.approx(math.log(2), abs=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["dpo", "kto"])
+def test_a_killed_run_is_resumed_to_the_bit(make: MakeRecipe, tmp_path: Path, kind: str) -> None:
+    settings: dict[str, object] = {"train__save_every": 2, "train__epochs": 4, "lora__dropout": 0.1}
+    if kind == "kto":
+        rows = [{"prompt": pair(i)["prompt"], "completion": pair(i)["chosen"], "label": i % 3 > 0} for i in range(18)]
+        file = write_jsonl(tmp_path / "judged.jsonl", rows)
+        settings |= {"preference__loss": "kto", "data__train": str(file), "data__eval": "none"}
+    recipe = make(**settings, train__output_dir=str(tmp_path / "whole"))
+    file, run = write_recipe(recipe, tmp_path, "killed")
+    with started([sys.executable, "-m", "loratune", "train", file]) as process:
+        wait_for((run.checkpoints / "4").is_dir)
+        process.kill()
+        process.wait(WAIT_SECONDS)
+    assert process.returncode == -signal.SIGKILL
+    assert not run.is_complete
+    resume(run.root)
+    whole = train(recipe).run
+    assert losses(run) == losses(whole)
+    one, other = adapter(whole), adapter(run)
+    assert one.keys() == other.keys()
+    assert all(bool((one[name] == other[name]).all()) for name in one)
 
 
 def refusals() -> Iterator[tuple[dict[str, object], str]]:

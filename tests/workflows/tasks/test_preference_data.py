@@ -18,11 +18,12 @@ from loratune.data.prepared import PreparedData
 from loratune.data.preview import preview
 from loratune.data.rows.row import Origin, Row
 from loratune.evaluation.scoring import score
-from loratune.recipe.recipe import DataSection, Recipe
+from loratune.recipe.recipe import DataSection, PreferenceSection, Recipe
 from loratune.run.errors import DataError
 from loratune.run.records.data import DataRecord
 from loratune.workflows.guidance.init import init
-from loratune.workflows.tasks.preference.data import _prompt_difference, prepare_pairs
+from loratune.workflows.tasks.preference.data import prepare_preferences
+from loratune.workflows.tasks.preference.kinds import _prompt_difference
 from loratune.workflows.tasks.preference.rows import to_pairs
 from loratune.workflows.tasks.task import task_named
 from tests.conftest import write_jsonl
@@ -104,6 +105,13 @@ def test_answers_of_the_shared_beginning_are_context_and_later_ones_are_trained(
     )
 
 
+def test_earlier_answers_of_a_sharegpt_conversation_are_context() -> None:
+    asked = [human("Name a fruit."), gpt("Small or large?"), human("Small.")]
+    pair = read({"conversations": asked, "chosen": gpt("A cherry."), "rejected": gpt("No.")})
+    assert pair.chosen.given == pair.rejected.given == pair.chosen.excluded == (1,)
+    assert [message["content"] for message in pair.rejected.messages[2:]] == ["Small.", "No."]
+
+
 def test_an_answer_that_the_prompt_starts_goes_on() -> None:
     pair = read({"prompt": [ASKED, said("assistant", "Well, ")], "chosen": GOOD, "rejected": BAD})
     assert pair.chosen.messages[-1]["content"] == f"Well, {GOOD}"
@@ -118,7 +126,10 @@ def test_an_answer_that_the_prompt_starts_goes_on() -> None:
         ({"prompt": [ASKED], "chosen": [CHOSEN], "rejected": [said("assistant", "")]}, "rejected"),
         ({"prompt": USER, "chosen": GOOD, "rejected": GOOD}, "chosen and rejected are the same"),
         ({"chosen": GOOD, "rejected": BAD}, "chosen is an answer without a prompt"),
-        ({"prompt": USER, "completion": GOOD, "label": True}, r"rows with one answer and a label \(KTO\)"),
+        (
+            {"prompt": USER, "completion": GOOD, "label": True},
+            "are for preference.loss=kto",
+        ),
         ({"messages": TALK}, "no chosen and rejected among fields messages"),
         ({"prompt": USER, "chosen": 3, "rejected": BAD}, "chosen is int 3, neither text nor messages"),
         ({"chosen": [ASKED, CHOSEN], "rejected": [said("user", "Snow?"), REJECTED]}, "the prompts of chosen and rej"),
@@ -145,7 +156,7 @@ def prepared(folder: Path, tokenizer: PreTrainedTokenizerBase, rows: list[Any], 
     max_length = settings.pop("max_length", 400)
     file = write_jsonl(folder / "pairs.jsonl", rows)
     section = DataSection.model_validate({"train": str(file), "eval": "none", **settings})
-    data = prepare_pairs(section, tokenizer, max_length=max_length, seed=1)
+    data = prepare_preferences(PreferenceSection(), section, tokenizer, max_length=max_length, seed=1)
     DataRecord.model_validate_json(json.dumps(data.report))
     return data
 

@@ -81,7 +81,10 @@ def _media(name: str, value: Any, fields: Mapping[str, Any]) -> str:  # noqa: AR
 
 def _bad_answer(name: str, value: Any, fields: Mapping[str, Any]) -> str:  # noqa: ARG001
     if value is False or (isinstance(value, str) and value.strip().lower() == "false"):
-        return f"has {name} false, which marks a bad answer: it would be trained as a good one"
+        return (
+            f"has {name} false, which marks a bad answer: it would be trained as a good one; "
+            "task=preference preference.loss=kto learns from good and bad ones"
+        )
     return ""
 
 
@@ -123,7 +126,7 @@ FIELDS: tuple[Field, ...] = (
     Field("column", ("context", "documents"), "Dolly, SQuAD, retrieval", "not read; data.columns={input: context}"),
     Field("column", ("split",), "tables of several splits", "not read"),
     Field("column", ("chosen", "rejected", "rejected_response", "non_preferred_output"), "DPO", "refused", _pair),
-    Field("column", ("label", "kto_tag"), "KTO: TRL, ms-swift, LLaMA-Factory", "false is refused", _bad_answer),
+    Field("column", ("label", "kto_tag"), "KTO: TRL, ms-swift, LLaMA-Factory", "false: kto", _bad_answer),
     Field("column", ("weight", "sample_weight", "loss_weight"), "tables of weighted rows", "1 only", _row_weight),
     Field("column", ("chat_template_kwargs",), "TRL, ms-swift", "refused", _kwargs),
     Field(

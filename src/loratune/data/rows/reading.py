@@ -221,27 +221,40 @@ def _content_key(conversation: Conversation) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest())
 
 
-def hold_out(side: ReadSide[T], fraction: float, seed: int) -> tuple[ReadSide[T], ReadSide[T]]:
+def hold_out(
+    side: ReadSide[T], fraction: float, seed: int, stratum: Callable[[T], str] = lambda _: ""
+) -> tuple[ReadSide[T], ReadSide[T]]:
     """Split off a seeded choice of distinct conversations or pairs; all copies of one go to the same side.
+
+    Args:
+        side: The training side.
+        fraction: The fraction to hold out, 0 to 1.
+        seed: Seed of the choice.
+        stratum: Returns a word for the kind of an item; the fraction is held out of each kind, at least one item.
 
     Returns:
         The training side and the held-out side.
 
     Raises:
-        DataError: There are fewer than two distinct conversations.
+        DataError: There are fewer than two distinct conversations, or of one kind.
     """
     groups: dict[int, list[int]] = {}
     for number, key in enumerate(side.keys):
         groups.setdefault(key, []).append(number)
-    if len(groups) < 2:
-        raise DataError(
-            f"{plural(len(groups), 'distinct conversation')}: nothing can be held out",
-            fix="provide more data, or set data.eval=none or data.eval=FILE",
-        )
-    keys = list(groups)
-    random.Random(seed).shuffle(keys)  # noqa: S311 - no secret
-    number = min(max(1, round(fraction * len(keys))), len(keys) - 1)
-    chosen = set(keys[:number])
+    strata: dict[str, list[int]] = {} if groups else {"": []}
+    for key, group in groups.items():
+        strata.setdefault(stratum(side.items[group[0]]), []).append(key)
+    draw = random.Random(seed)  # noqa: S311 - no secret
+    chosen: set[int] = set()
+    for kind, keys in strata.items():
+        if len(keys) < 2:
+            what = f"distinct {kind} conversation" if kind else "distinct conversation"
+            raise DataError(
+                f"{plural(len(keys), what)}: nothing can be held out",
+                fix="provide more data, or set data.eval=none or data.eval=FILE",
+            )
+        draw.shuffle(keys)
+        chosen.update(keys[: min(max(1, round(fraction * len(keys))), len(keys) - 1)])
     train = sorted(n for key, group in groups.items() if key not in chosen for n in group)
     evaluation = [group[0] for key, group in groups.items() if key in chosen]
     copies = len(side.items) - len(train) - len(evaluation)

@@ -156,11 +156,9 @@ def _expected(lora: LoraSection, matrices: Sequence[Matrix]) -> dict[str, tuple[
 
 
 def _check_shapes(found: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]], folder: Path) -> None:
-    def fail(problem: str) -> RecipeError:
+    def fail(problem: str, fix: str = "lora.targets and lora.layers as it was trained with") -> RecipeError:
         return RecipeError(
-            f"lora.start_from: the adapter {problem}",
-            file=folder / WEIGHTS,
-            fix="lora.targets and lora.layers as it was trained with, and its own base model",
+            f"lora.start_from: the adapter {problem}", file=folder / WEIGHTS, fix=f"{fix}, and its own base model"
         )
 
     for part, origin in _IN_MEMORY.items():
@@ -173,8 +171,15 @@ def _check_shapes(found: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int
             )
     if missing := [name for name in wanted if name not in found]:
         raise fail(f"lacks {missing[0].removeprefix(_PREFIX)}, which the recipe trains")
-    if more := [name for name in found if name not in wanted]:
-        raise fail(f"has {more[0].removeprefix(_PREFIX)}, which the recipe does not train")
+    more = [name.removeprefix(_PREFIX) for name in found if name not in wanted]
+    if whole := [name for name in more if ".lora_" not in name]:
+        raise fail(
+            f"has {whole[0]}, trained in full, which the recipe does not train",
+            "merge it (`loratune merge`) and train the merged model without lora.start_from; or "
+            "lora.modules_to_save as it was trained with",
+        )
+    if more:
+        raise fail(f"has {more[0]}, which the recipe does not train")
     for name, shape in wanted.items():
         if found[name] != shape:
             raise fail(f"has {name.removeprefix(_PREFIX)} of {found[name]}, the model's is {shape}")

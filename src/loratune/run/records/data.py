@@ -90,6 +90,19 @@ class PairLengths(Part):
     """Share of pairs whose chosen answer is the longer one, 0 to 1; pairs of equal length count half."""
 
 
+class JudgedCounts(Part):
+    """Good and bad answers of rows with a label, and their lengths in trained tokens."""
+
+    good: int
+    """Good answers."""
+    bad: int
+    """Bad answers."""
+    good_tokens: float
+    """Mean length of the good answers, in tokens."""
+    bad_tokens: float
+    """Mean length of the bad answers, in tokens."""
+
+
 class SideReport(Part):
     """One side of the data: training or held-out."""
 
@@ -104,7 +117,9 @@ class SideReport(Part):
     labels: dict[str, int] | None = None
     """Classifiers only: class → number of texts."""
     pairs: PairLengths | None = None
-    """Preferences only: lengths of chosen and rejected answers."""
+    """Pairs of answers only: lengths of chosen and rejected answers."""
+    judged: JudgedCounts | None = None
+    """Answers with a label only: how many are good and bad, and their lengths."""
     turns: int
     """Messages of all conversations."""
     tokens: int

@@ -161,7 +161,8 @@ class Confusion(Part):
 
 
 class Rewards(Part):
-    """Implicit rewards, beta × (log p - log p under the reference), on held-out pairs; zero before training."""
+    """Implicit rewards, beta × (log p - log p under the reference), on held-out answers; zero before training. With
+    `kto`, good answers are the chosen ones and bad answers the rejected ones."""
 
     chosen: float
     """Mean reward of the chosen answers."""
@@ -171,22 +172,22 @@ class Rewards(Part):
     """Mean difference of the two, with its confidence interval."""
     accuracy: DifferenceRecord
     """Share of pairs whose chosen answer has the higher reward, 0 to 1, with its confidence interval; ties count
-    half."""
+    half. With `kto`, the share of good answers whose reward is positive and bad ones whose reward is negative."""
 
 
 class LengthsOfAnswers(Part):
     """Lengths of answers, in tokens, to see whether length was learned."""
 
     chosen: float
-    """Mean length of the held-out pairs' chosen answers."""
+    """Mean length of the held-out pairs' chosen answers; with `kto`, of the good answers."""
     rejected: float
-    """Mean length of their rejected answers."""
+    """Mean length of their rejected answers; with `kto`, of the bad answers."""
     base: float | None
     """Mean length of the base model's own answers; null where nothing was generated."""
     tuned: float | None
     """Mean length of the fine-tuned model's own answers; null where nothing was generated."""
     num_chosen_shorter: int
-    """Held-out pairs whose chosen answer is the shorter one."""
+    """Held-out pairs whose chosen answer is the shorter one; 0 with `kto`, which has no pairs."""
     base_accuracy_where_shorter: float | None
     """Share of these whose chosen answer the base model finds likelier, 0 to 1; null without such pairs."""
     tuned_accuracy_where_shorter: float | None
@@ -194,10 +195,10 @@ class LengthsOfAnswers(Part):
 
 
 class PreferenceMeasures(Part):
-    """What was learned from pairs of answers."""
+    """What was learned from pairs of answers, or from judged ones."""
 
     loss: str
-    """Loss of a pair, `preference.loss`."""
+    """Loss of a pair or an answer, `preference.loss`."""
     beta: float
     """Strength of the preference, `preference.beta`."""
     rewards: Rewards | None

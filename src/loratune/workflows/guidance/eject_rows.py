@@ -9,11 +9,13 @@ from datasets import load_dataset
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from datasets.utils.logging import disable_progress_bar
 
+from loratune.data.examples import PairExample
 from loratune.data.rows.sources import is_local
 from loratune.planning.auto import NO_LIMIT
 from loratune.recipe.recipe import Source
 from loratune.recipe.roles import as_written, trained_roles
 from loratune.training.trl_dataset import preparation_difference, with_label_ids
+from loratune.workflows.tasks.preference.trl_trainer import rows_of_pairs
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,6 +30,8 @@ BUILDERS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "p
 def why_not_directly(prepared: Preparation) -> str:
     """Return why TRL cannot turn the user's own rows into the same tokens and labels; empty if it can."""
     data = prepared.recipe.data
+    if is_pairs(prepared):
+        return "DPOTrainer finds the answers in its own way, which loratune does not compare with its masks"
     if prepared.recipe.lora.variant == "eva":
         return "lora.variant is eva, whose initialization needs the tokens"
     sides: list[tuple[Source, list[Example]]] = []
@@ -95,11 +99,17 @@ def builder(source: Source) -> str:
     return BUILDERS[Path(source.name).suffix.lower()]
 
 
+def is_pairs(prepared: Preparation) -> bool:
+    """Tell whether the run trains pairs of answers."""
+    return isinstance(prepared.data.train[0], PairExample)
+
+
 def write_rows(prepared: Preparation, folder: Path) -> None:
-    """Write tokens and labels of all examples as Parquet files."""
+    """Write tokens and labels of all examples as Parquet files; of pairs, tokens and masks of both answers."""
+    as_rows = rows_of_pairs if is_pairs(prepared) else with_label_ids
     folder.mkdir(exist_ok=True)
     (folder / "eval.parquet").unlink(missing_ok=True)  # may be left from an earlier script with held-out data
     disable_progress_bar()
-    with_label_ids(prepared.data.train).to_parquet(folder / "train.parquet")
+    as_rows(prepared.data.train).to_parquet(folder / "train.parquet")
     if prepared.data.eval:
-        with_label_ids(prepared.data.eval).to_parquet(folder / "eval.parquet")
+        as_rows(prepared.data.eval).to_parquet(folder / "eval.parquet")

@@ -28,7 +28,8 @@ from loratune.run.directory import RunDir
 from loratune.run.errors import RecipeError
 from loratune.training.hf_arguments import TrainingData, own_optimizer, trl_arguments
 from loratune.training.trl_dataset import check_trl_can_train
-from loratune.workflows.guidance.eject_rows import builder, eval_sources
+from loratune.workflows.guidance.eject_rows import builder, eval_sources, is_pairs
+from loratune.workflows.tasks.preference.trl_trainer import dpo_arguments
 
 if TYPE_CHECKING:
     from loratune.planning.preparation import Preparation
@@ -91,6 +92,8 @@ def render_script(prepared: Preparation, rows: Path | None, why_rows: str) -> st
         title=f"LoRA fine-tuning of {section.name.encode('unicode_escape').decode()}.".replace('"', "'"),
         versions=_versions(recipe),
         from_rows=rows is not None,
+        pairs=is_pairs(prepared),
+        trainer="DPO" if is_pairs(prepared) else "SFT",
         data_comment=_data_comment(why_rows),
         constants={
             "checkpoint": _literal(base.name if base.revision else str(base.path)),
@@ -238,6 +241,8 @@ def _arguments(prepared: Preparation, *, direct: bool) -> list[str]:
     )
     run = RunDir(Path(recipe.train.output_dir))
     arguments = trl_arguments(recipe.train, data, run, bf16=recipe.model.dtype == "bfloat16")
+    if is_pairs(prepared):
+        arguments |= dpo_arguments(recipe.preference)
     arguments["report_to"] = list(recipe.train.report_to)
     arguments["save_total_limit"] = None if _chosen(recipe.train) else recipe.train.keep_checkpoints
     if recipe.train.early_stopping:

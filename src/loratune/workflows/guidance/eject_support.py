@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from loratune.recipe.recipe import Recipe
+from loratune.recipe.sections.lora import BEGINS_AS_BASE
 from loratune.run.errors import RecipeError
 
 SUPPORTED_FIELDS = {
-    "model": {"name", "revision", "dtype", "quantization", "trust_remote_code"},
+    "model": {"task", "name", "revision", "dtype", "quantization", "trust_remote_code"},
     "data": {
         *("train", "eval", "format", "columns", "train_on", "thinking", "special_tokens_in_text"),
         *("max_length", "on_long", "on_bad_row", "streaming"),
@@ -37,6 +38,7 @@ SUPPORTED_FIELDS = {
         *("compile", "recompute", "strategy"),  # affect only speed and memory of the fast engine
         "share_prefixes",  # and which masks dropout draws, which are not those of the script anyway
     },
+    "preference": {"loss", "beta"},
 }
 """Settings that a script follows, by section. Any other setting is refused unless it has its default value.
 
@@ -44,11 +46,12 @@ The evaluate section is left out, and the script says so.
 """
 
 UNSUPPORTED_VALUES: dict[str, dict[Any, tuple[str, str]]] = {
-    "model.task": {
-        "preference": (
-            "pairs of answers are not written as one yet",
-            "train.engine=trl trains them with stock DPOTrainer",
+    "preference.loss": {
+        "kto": (
+            "KTOTrainer takes mismatches from a fixed order of the rows",
+            "train.engine=trl, which trains it with stock KTOTrainer",
         ),
+        **dict.fromkeys(("orpo", "simpo"), ("TRL's trainer of it is experimental", "preference.loss=dpo or ipo")),
     },
     "model.quantization": {
         "fp8": ("PEFT has no layers for it", "use model.quantization none, nf4 or int8"),
@@ -76,6 +79,7 @@ def check_supported(recipe: Recipe) -> None:
         if value in values:
             why, fix = values[value]
             raise RecipeError(f"{name} is {value}, which a plain TRL + PEFT script cannot follow: {why}", fix=fix)
+    _check_pairs(recipe)
     if recipe.lora.modules_to_save and recipe.model.dtype != "float32":
         raise RecipeError(
             f"lora.modules_to_save is set and model.dtype is {recipe.model.dtype}: PEFT would train these modules in "
@@ -90,3 +94,22 @@ def check_supported(recipe: Recipe) -> None:
                     f"{section}.{field} is {getattr(mine, field)}, which a plain TRL + PEFT script cannot follow",
                     fix=f"use {section}.{field}={getattr(plain, field)}",
                 )
+
+
+def _check_pairs(recipe: Recipe) -> None:
+    """Refuse what only a script for pairs cannot follow."""
+    if recipe.model.task != "preference":
+        return
+    if recipe.lora.variant not in BEGINS_AS_BASE:
+        # TRL adds an adapter for its reference, and PEFT then takes the start out of the base once more.
+        raise RecipeError(
+            f"lora.variant is {recipe.lora.variant}, and TRL's reference would change the base of it",
+            fix="lora.variant=plain",
+        )
+    if recipe.train.early_stopping is not None or recipe.train.final_adapter == "best":
+        name = "early_stopping" if recipe.train.early_stopping is not None else "final_adapter"
+        raise RecipeError(
+            f"train.{name} is {getattr(recipe.train, name)}, which a script for pairs cannot follow: TRL's held-out "
+            "loss is a mean over batches",
+            fix=f"leave train.{name} out",
+        )

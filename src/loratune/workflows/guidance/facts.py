@@ -69,7 +69,8 @@ class Facts:
         recipe = self.prepared.recipe
         data = DataSection.model_validate({**recipe.data.model_dump(), **settings})
         limit = NO_LIMIT if data.max_length == "auto" else int(data.max_length)
-        return task_of(recipe).render_again(data, self.prepared.model.tokenizer, limit, recipe.train.seed)
+        other = recipe.model_copy(update={"data": data})
+        return task_of(recipe).render_again(other, self.prepared.model.tokenizer, limit)
 
 
 def learning_rates(train: Any, steps: int) -> np.ndarray:

@@ -148,8 +148,8 @@ def _sft_weight(file: OtherSettings) -> float | None:
 def _refuse(file: OtherSettings, name: str, problem: str) -> Exception:
     return file.error(
         name,
-        f"{problem}, which is not translated: loratune trains answers (supervised fine-tuning), or pairs with the "
-        "loss of dpo, ipo, orpo or simpo",
+        f"{problem}, which is not translated: supervised fine-tuning is, and pairs with the loss of dpo, ipo, orpo or "
+        "simpo",
         "`loratune init DATA` writes a recipe for your data; see docs/preferences.md",
     )
 

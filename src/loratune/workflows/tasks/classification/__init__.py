@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from loratune.model.device import Choice
     from loratune.model.load import BaseModel
     from loratune.planning.task import StepCosts, TaskModel
-    from loratune.recipe.recipe import DataSection, Recipe
+    from loratune.recipe.recipe import Recipe
     from loratune.run.directory import Record
     from loratune.run.progress import Progress
     from loratune.run.records.evaluation import EvaluationRecord
@@ -126,12 +126,10 @@ class Classification(Task):
     ) -> tuple[Choice, PreparedData]:
         raise AssertionError("read by resolve_model, to know the classes")
 
-    def render_again(
-        self, data: DataSection, tokenizer: PreTrainedTokenizerBase, max_length: int, seed: int
-    ) -> list[Example]:
+    def render_again(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Example]:
         from loratune.workflows.tasks.classification.data import prepare_classified
 
-        return prepare_classified(data, tokenizer, max_length=max_length, seed=seed).train
+        return prepare_classified(recipe.data, tokenizer, max_length=max_length, seed=recipe.train.seed).train
 
     def prompts(self, recipe: Recipe, data: PreparedData, tokenizer: PreTrainedTokenizerBase) -> tuple[Prompt, ...]:
         return ()

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from loratune.model.device import Choice
     from loratune.model.load import BaseModel
     from loratune.planning.task import TaskModel
-    from loratune.recipe.recipe import DataSection, Recipe
+    from loratune.recipe.recipe import Recipe
     from loratune.run.directory import Record
     from loratune.run.progress import Progress
     from loratune.training.loss import SupervisedLoss
@@ -90,12 +90,10 @@ class TextGeneration(Task):
         data = prepare_data(section, tokenizer, max_length=max_length, seed=seed, cache=cache, progress=progress)
         return Choice("false"), data
 
-    def render_again(
-        self, data: DataSection, tokenizer: PreTrainedTokenizerBase, max_length: int, seed: int
-    ) -> list[Example]:
+    def render_again(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Example]:
         from loratune.data.prepare import prepare_data
 
-        return prepare_data(data, tokenizer, max_length=max_length, seed=seed).train
+        return prepare_data(recipe.data, tokenizer, max_length=max_length, seed=recipe.train.seed).train
 
     def prompts(self, recipe: Recipe, data: PreparedData, tokenizer: PreTrainedTokenizerBase) -> tuple[Prompt, ...]:
         from loratune.data.prompts import render_prompts

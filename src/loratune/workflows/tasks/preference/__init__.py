@@ -1,4 +1,4 @@
-"""`model.task: preference`: the model learns to prefer the better of two answers to the same prompt."""
+"""`model.task: preference`: the model learns to prefer better answers, from pairs of them or from judged ones."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ if TYPE_CHECKING:
 
     from loratune.data.examples import Example
     from loratune.data.prepared import PreparedData
+    from loratune.data.rows.reading import Converted
     from loratune.data.rows.row import Row
     from loratune.evaluation.user_metric import UserMetric
     from loratune.model.device import Choice
     from loratune.planning.preparation import Preparation
-    from loratune.recipe.recipe import DataSection, Recipe
+    from loratune.recipe.recipe import Recipe
     from loratune.run.directory import Record
     from loratune.run.progress import Progress
     from loratune.run.records.lock import LockRecord
@@ -32,6 +33,12 @@ if TYPE_CHECKING:
 
 COLUMNS = ("messages", "conversations", "prompt", "instruction", "input", "system", "tools", "chosen", "rejected")
 """The names of `data.columns` that pairs are read from."""
+
+JUDGED_COLUMNS = (
+    *("messages", "conversations", "prompt", "completion", "question", "answer", "instruction", "input", "output"),
+    *("system", "tools", "label"),
+)
+"""The names of `data.columns` that answers with a label are read from."""
 
 _REFUSED: tuple[tuple[str, tuple[Any, ...], str, str], ...] = (
     ("data.train_on", ("all",), "the answers of a pair are trained, not their prompt", "data.train_on=assistant"),
@@ -47,11 +54,16 @@ _REFUSED: tuple[tuple[str, tuple[Any, ...], str, str], ...] = (
 )
 """Setting, the values that are refused, why, and the fix."""
 
+_FROZEN = (
+    "the loss of preferences needs a frozen output head; an adapter that has trained modules or tokens is merged first "
+    "(`loratune merge`), and the merged model is trained"
+)
+
 _OFF: tuple[tuple[str, str], ...] = (
     ("train.label_smoothing", "it smooths tokens; preference.label_smoothing is for pairs"),
     ("train.neftune_noise_alpha", "its noise would be in the likelihood of both answers"),
-    ("lora.modules_to_save", "the loss of pairs needs a frozen output head"),
-    ("lora.new_tokens", "the loss of pairs needs a frozen output head"),
+    ("lora.modules_to_save", _FROZEN),
+    ("lora.new_tokens", _FROZEN),
 )
 """Settings that must be off, and why."""
 
@@ -83,16 +95,28 @@ class Preference(TextGeneration):
             yield f"data.format is {recipe.data.format}, but pairs have a form of their own", "data.format=auto"
         if recipe.train.engine == "trl":
             yield from self._problems_of_trl(recipe)
+        yield from self._problems_of_rows(recipe)
+
+    def _problems_of_rows(self, recipe: Any) -> Iterator[tuple[str, str]]:
+        judged = recipe.preference.loss == "kto"
+        known = JUDGED_COLUMNS if judged else COLUMNS
         for column in recipe.data.columns:
-            if column not in COLUMNS:
+            if column not in known:
                 yield (
-                    f"data.columns names {column}, but pairs have {', '.join(COLUMNS)}",
-                    "data.columns={prompt: …, chosen: …, rejected: …}",
+                    f"data.columns names {column}, but {'judged answers' if judged else 'pairs'} have "
+                    f"{', '.join(known)}",
+                    f"data.columns={{prompt: …, {'completion: …, label: …' if judged else 'chosen: …, rejected: …'}}}",
                 )
+        if judged and recipe.train.batch_size == 1:
+            yield (
+                "train.batch_size is 1, but kto compares the answers of a step: its baseline is estimated from prompts "
+                "with the answers to others",
+                "train.batch_size=8",
+            )
 
     def _problems_of_trl(self, recipe: Any) -> Iterator[tuple[str, str]]:
         fix, section = "train.engine=fast", recipe.preference
-        if section.loss not in ("dpo", "ipo"):
+        if section.loss not in WITH_REFERENCE:
             yield f"train.engine is trl, whose DPOTrainer has no {section.loss} (preference.loss)", fix
         if section.label_smoothing or section.sft_weight:
             name = "label_smoothing" if section.label_smoothing else "sft_weight"
@@ -106,28 +130,39 @@ class Preference(TextGeneration):
 
         return beta_choice(recipe.preference)
 
-    def has_reference(self, recipe: Recipe) -> bool:
-        return recipe.preference.loss in WITH_REFERENCE
+    def untrained_passes(self, recipe: Recipe, epochs: float) -> tuple[float, float]:
+        # kto: as many mismatches as examples in each epoch, under the reference and under the model
+        mismatches = 2 * epochs if recipe.preference.loss == "kto" else 0
+        return (1 + mismatches, 1) if recipe.preference.loss in WITH_REFERENCE else (0, 0)
 
     def read_data(
         self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, max_length: int, progress: Progress
     ) -> tuple[Choice, PreparedData]:
         from loratune.model.device import Choice
-        from loratune.workflows.tasks.preference.data import prepare_pairs
+        from loratune.workflows.tasks.preference.data import prepare_preferences
 
-        data = prepare_pairs(recipe.data, tokenizer, max_length=max_length, seed=recipe.train.seed, progress=progress)
+        data = prepare_preferences(
+            recipe.preference,
+            recipe.data,
+            tokenizer,
+            max_length=max_length,
+            seed=recipe.train.seed,
+            progress=progress,
+        )
         return Choice("false"), data
 
-    def render_again(
-        self, data: DataSection, tokenizer: PreTrainedTokenizerBase, max_length: int, seed: int
-    ) -> list[Example]:
-        from loratune.workflows.tasks.preference.data import prepare_pairs
+    def render_again(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Example]:
+        from loratune.workflows.tasks.preference.data import prepare_preferences
 
-        return prepare_pairs(data, tokenizer, max_length=max_length, seed=seed).train
+        section, seed = recipe.preference, recipe.train.seed
+        return prepare_preferences(section, recipe.data, tokenizer, max_length=max_length, seed=seed).train
 
     def trained_on(self, lock: LockRecord) -> str:
         section = lock.recipe["preference"]
-        return f"which of two answers is better ({section['loss']}, beta {section['beta']:g})"
+        what = (
+            "which answers are good and which are bad" if section["loss"] == "kto" else "which of two answers is better"
+        )
+        return f"{what} ({section['loss']}, beta {section['beta']:g})"
 
     def trained_on_with_counts(self, lock: LockRecord, data: PlannedData) -> str:
         return (
@@ -137,33 +172,36 @@ class Preference(TextGeneration):
 
     def make_loss(self, model: PeftModel, examples: Sequence[Example], recipe: Recipe) -> tuple[SupervisedLoss, str]:
         from loratune.training.loss import make_loss_of
-        from loratune.workflows.tasks.preference.loss import PreferenceLoss
+        from loratune.workflows.tasks.preference.loss import loss_class
 
-        loss, reason = make_loss_of(PreferenceLoss, model, examples)
+        loss, reason = make_loss_of(loss_class(recipe.preference), model, examples)
         loss.section = recipe.preference
         return loss, f"examples go through the model one at a time: {reason}" if reason else ""
 
     def plain_loss(self, model: PeftModel, recipe: Recipe) -> SupervisedLoss:
-        from loratune.workflows.tasks.preference.loss import PreferenceLoss
+        from loratune.workflows.tasks.preference.loss import loss_class
 
-        loss = PreferenceLoss(model, packed=False)
+        loss = loss_class(recipe.preference)(model, packed=False)
         loss.section = recipe.preference
         return loss
 
     def before_training(self, started: Started) -> Preparation:
         from loratune.workflows.tasks.preference.reference import with_reference
 
-        return with_reference(started) if self.has_reference(started.prepared.recipe) else started.prepared
+        has_reference = started.prepared.recipe.preference.loss in WITH_REFERENCE
+        return with_reference(started) if has_reference else started.prepared
 
     def reference_trainer(self, setup: TrainerSetup) -> RunTrainer:
+        from loratune.workflows.tasks.preference.loss import JudgedLoss
+        from loratune.workflows.tasks.preference.trl_judged_trainer import TrlJudgedTrainer
         from loratune.workflows.tasks.preference.trl_trainer import TrlPreferenceTrainer
 
-        return TrlPreferenceTrainer(setup)
+        return TrlJudgedTrainer(setup) if isinstance(setup.loss, JudgedLoss) else TrlPreferenceTrainer(setup)
 
     def measures(self, recipe: Recipe, metric: UserMetric | None) -> list[str]:
-        from loratune.workflows.tasks.preference.measures import MEASURES
+        from loratune.workflows.tasks.preference.compare import measures_of
 
-        return [*MEASURES, *super().measures(recipe, metric)]
+        return [*measures_of(recipe.preference.loss).names, *super().measures(recipe, metric)]
 
     def compare(self, comparison: Comparison) -> Compared:
         from loratune.workflows.tasks.preference.compare import compare_preferences
@@ -171,23 +209,27 @@ class Preference(TextGeneration):
         return compare_preferences(comparison)
 
     def tables(self, evaluation: Record) -> list[RenderableType]:
-        from loratune.workflows.tasks.preference.measures import preference_table
+        from loratune.workflows.tasks.preference.compare import measures_of
 
-        return [preference_table(evaluation), *super().tables(evaluation)]
+        return [measures_of(evaluation["preference"]["loss"]).table(evaluation), *super().tables(evaluation)]
 
     def starter_settings(self, rows: Sequence[Row]) -> TaskStarter | None:
+        from loratune.workflows.tasks.preference.judged_rows import is_judged, to_judged
         from loratune.workflows.tasks.preference.rows import to_pairs
 
-        found = to_pairs(rows)
+        found: Converted[Any] = to_pairs(rows)
+        unit, settings = "pair", {"model.task": (self.name, f"the rows have {found.format}")}
+        if not found.items and all(is_judged(row.value) for row in rows):
+            found, unit = to_judged(rows), "answer"
+            settings = {
+                "model.task": (self.name, f"the rows have {found.format}"),
+                "preference.loss": ("kto", "it learns from single answers that are good or bad"),
+            }
+            if len({item.label for item in found.items}) < 2:  # all good: to be trained as they are
+                return None
         if 2 * len(found.items) <= len(rows):
             return None
-        reason = f"the rows have {found.format}"
-        return TaskStarter(
-            settings={"model.task": (self.name, reason)},
-            num_rows=len(found.items),
-            unit="pair",
-            of_what=found.format,
-        )
+        return TaskStarter(settings=settings, num_rows=len(found.items), unit=unit, of_what=found.format)
 
 
 def _value(recipe: Any, setting: str) -> Any:

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from loratune.data.examples import PairExample
     from loratune.recipe.recipe import PreferenceSection
     from loratune.run.directory import Record
-    from loratune.workflows.tasks.preference.reference import LogProbs
+    from loratune.training.held_out_loss import Nll
+    from loratune.workflows.tasks.preference.log_probs import LogProbs
 
 MEASURES = ("pair_accuracy", "pair_accuracy_per_token", "pair_margin")
 """Measures of pairs, beside those of answers. A tie counts half."""
@@ -65,13 +66,18 @@ def add_pair_measures(
         "lengths": {
             "chosen": float(lengths[:, 0].mean()),
             "rejected": float(lengths[:, 1].mean()),
-            "base": _mean_length(record["items"], "base"),
-            "tuned": _mean_length(record["items"], "tuned"),
+            "base": mean_length(record["items"], "base"),
+            "tuned": mean_length(record["items"], "tuned"),
             "num_chosen_shorter": int(shorter.sum()),
             "base_accuracy_where_shorter": float(_wins(base)[shorter].mean()) if shorter.any() else None,
             "tuned_accuracy_where_shorter": float(_wins(tuned)[shorter].mean()) if shorter.any() else None,
         },
     }
+
+
+def chosen_nll(pairs: Sequence[PairExample], values: LogProbs) -> Nll:
+    """Return the loss of each chosen answer, in the form of `evaluate_nll`."""
+    return [(-logp, int(p.sequences[0].supervised.sum())) for p, (logp, _) in zip(pairs, values.tolist(), strict=True)]
 
 
 def _wins(values: LogProbs) -> npt.NDArray[np.float64]:
@@ -88,16 +94,17 @@ def _rewards(rewards: LogProbs) -> Record:
     return {
         "chosen": float(rewards[:, 0].mean()),
         "rejected": float(rewards[:, 1].mean()),
-        "margin": _mean_with_interval(_margins(rewards)).as_dict(),
-        "accuracy": _mean_with_interval(_wins(rewards)).as_dict(),
+        "margin": mean_with_interval(_margins(rewards)).as_dict(),
+        "accuracy": mean_with_interval(_wins(rewards)).as_dict(),
     }
 
 
-def _mean_with_interval(values: npt.NDArray[np.float64]) -> Interval:
+def mean_with_interval(values: npt.NDArray[np.float64]) -> Interval:
+    """Return the mean of items with its interval."""
     return paired_bootstrap([0.0] * len(values), values.tolist())
 
 
-def _mean_length(items: Sequence[Mapping[str, Any]], side: str) -> float | None:
+def mean_length(items: Sequence[Mapping[str, Any]], side: str) -> float | None:
     """Return the mean tokens of a model's own answers; None if it gave none."""
     return math.fsum(item[side]["num_tokens"] for item in items) / len(items) if items else None
 
@@ -109,7 +116,7 @@ def preference_table(record: Mapping[str, Any]) -> Table:
     table = Table(
         title=f"Held-out: {plural(record['num_examples'], 'pair')}",
         caption=f"chosen answers have {lengths['chosen']:.0f} tokens on average, rejected ones "
-        f"{lengths['rejected']:.0f}{_own_lengths(lengths, side_before(record))}",
+        f"{lengths['rejected']:.0f}{own_lengths(lengths, side_before(record))}",
         caption_justify="left",
     )
     table.add_column("measure", overflow="fold")
@@ -131,15 +138,21 @@ def preference_table(record: Mapping[str, Any]) -> Table:
     interval = f"{difference['low']:+.4g} to {difference['high']:+.4g}"
     table.add_row("margin of log p, nats", f"{base:.4g}", f"{tuned:.4g}", f"{difference['value']:+.4g}", interval)
     if rewards is not None:
-        margin, accuracy = rewards["margin"], rewards["accuracy"]
-        interval = f"{margin['low']:+.4g} to {margin['high']:+.4g}"
-        table.add_row("reward margin", "0", f"{margin['value']:.4g}", f"{margin['value']:+.4g}", interval)
-        interval = f"{accuracy['low']:.1%} to {accuracy['high']:.1%}"
-        table.add_row("reward accuracy", "", f"{accuracy['value']:.1%}", "", interval)
+        add_reward_rows(table, rewards)
     return table
 
 
-def _own_lengths(lengths: Mapping[str, Any], before: str) -> str:
+def add_reward_rows(table: Table, rewards: Mapping[str, Any]) -> None:
+    """Add the rows of the implicit rewards."""
+    margin, accuracy = rewards["margin"], rewards["accuracy"]
+    interval = f"{margin['low']:+.4g} to {margin['high']:+.4g}"
+    table.add_row("reward margin", "0", f"{margin['value']:.4g}", f"{margin['value']:+.4g}", interval)
+    interval = f"{accuracy['low']:.1%} to {accuracy['high']:.1%}"
+    table.add_row("reward accuracy", "", f"{accuracy['value']:.1%}", "", interval)
+
+
+def own_lengths(lengths: Mapping[str, Any], before: str) -> str:
+    """Describe the lengths of the models' own answers; "" if they gave none."""
     if lengths["base"] is None:
         return ""
     return f"; the models' own answers: {before} {lengths['base']:.0f}, fine-tuned {lengths['tuned']:.0f}"

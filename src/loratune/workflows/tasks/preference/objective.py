@@ -1,6 +1,7 @@
-"""The losses of preference pairs, as functions of the log-probabilities of the two answers.
+"""The losses of preferences, as functions of the log-probabilities of answers.
 
-Shapes: P pairs. c is the chosen answer, r the rejected one; |y| an answer's trained tokens, with its stop token.
+Shapes: P pairs or judged answers, A answers of each: 2 of a pair, else 1. c is the chosen answer, r the rejected one;
+|y| an answer's trained tokens, with its stop token.
 """
 
 from __future__ import annotations
@@ -15,17 +16,17 @@ from loratune.recipe.sections.preference import DEFAULT_BETA, PreferenceSection
 
 
 class Answers(NamedTuple):
-    """What a model says of the answers of P pairs; the first column is the chosen answer, the second the rejected one.
+    """What a model says of answers; of a pair the first column is the chosen answer, the second the rejected one.
 
     Attributes:
-        logps_P2: log p(answer | prompt), the sum over its tokens, in nats.
-        lengths_P2: Tokens of each answer.
-        reference_P2: log p of the same answers under the reference; None for losses without one.
+        logps_PA: log p(answer | prompt), the sum over its tokens, in nats.
+        lengths_PA: Tokens of each answer.
+        reference_PA: log p of the same answers under the reference; None for losses without one.
     """
 
-    logps_P2: torch.Tensor  # noqa: N815 - a shape
-    lengths_P2: torch.Tensor  # noqa: N815
-    reference_P2: torch.Tensor | None  # noqa: N815
+    logps_PA: torch.Tensor  # noqa: N815 - a shape
+    lengths_PA: torch.Tensor  # noqa: N815
+    reference_PA: torch.Tensor | None  # noqa: N815
 
 
 def beta_of(section: PreferenceSection) -> float:
@@ -53,12 +54,12 @@ def pair_losses(section: PreferenceSection, answers: Answers) -> torch.Tensor:
         answers: What the model says of the answers.
     """
     beta, smoothing = beta_of(section), section.label_smoothing
-    means_P2 = answers.logps_P2 / answers.lengths_P2
+    means_P2 = answers.logps_PA / answers.lengths_PA
     if section.loss == "dpo":
         delta_P = difference(log_ratios(answers))
         losses_P = -(1 - smoothing) * logsigmoid(beta * delta_P) - smoothing * logsigmoid(-beta * delta_P)
     elif section.loss == "ipo":
-        losses_P = (difference(log_ratios(answers) / answers.lengths_P2) - 1 / (2 * beta)) ** 2
+        losses_P = (difference(log_ratios(answers) / answers.lengths_PA) - 1 / (2 * beta)) ** 2
     elif section.loss == "orpo":
         # log(p / (1 - p)) of p = exp(mean); log1p(-exp) is exact where p is small, and finite below p = 1
         log_odds_P2 = means_P2 - torch.log1p(-torch.exp(means_P2.clamp(max=-torch.finfo(means_P2.dtype).eps)))
@@ -68,10 +69,35 @@ def pair_losses(section: PreferenceSection, answers: Answers) -> torch.Tensor:
     return losses_P - section.sft_weight * means_P2[:, 0] if section.sft_weight else losses_P
 
 
+def judged_losses(
+    section: PreferenceSection, answers: Answers, good_P: torch.Tensor, baseline: float = 0.0
+) -> torch.Tensor:
+    """Return the loss of each judged answer, [P], with a gradient.
+
+    KTO (Ethayarajh et al. 2024, arXiv 2402.01306, equations 7 and 8). With r = log p(y|x) - log p_ref(y|x):
+
+        good answers   λ_D·(1 - σ(β·(r - z)))      λ_D = `desirable_weight`, 1 in the paper
+        bad answers    λ_U·(1 - σ(β·(z - r)))      λ_U = `undesirable_weight`, 1 in the paper
+
+    z estimates KL(p || p_ref), without a gradient; see `baseline`. The paper's loss has λ_y - v, and this is it.
+
+    Args:
+        section: The recipe's preference section.
+        answers: What the model says of the answers, A = 1.
+        good_P: 1 for good answers, 0 for bad ones.
+        baseline: z, in nats.
+    """
+    (ratios_P,) = log_ratios(answers).unbind(1)
+    good_P = good_P.to(ratios_P.dtype)
+    weights_P = section.desirable_weight * good_P + section.undesirable_weight * (1 - good_P)
+    # 1 - σ(x) = σ(-x), which stays exact where σ(x) is near 1
+    return weights_P * torch.sigmoid(-beta_of(section) * (2 * good_P - 1) * (ratios_P - baseline))
+
+
 def log_ratios(answers: Answers) -> torch.Tensor:
-    """Return log p - log p_ref of each answer, [P, 2]; times β these are DPO's implicit rewards."""
-    assert answers.reference_P2 is not None, "the reference was not computed"
-    return answers.logps_P2 - answers.reference_P2
+    """Return log p - log p_ref of each answer, [P, A]; times β these are DPO's implicit rewards."""
+    assert answers.reference_PA is not None, "the reference was not computed"
+    return answers.logps_PA - answers.reference_PA
 
 
 def difference(of_answers_P2: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,7 @@
 That model is the base with the adapter that the run begins with: a fresh adapter changes nothing, and the one of
 `lora.start_from` belongs to it. Its log-probabilities are computed once, by the loss that training uses, and kept in
 RUN/reference and in the cache, under a fingerprint of everything that decides them. What is read from there is compared
-with the loaded model on a few pairs before it is used.
+with the loaded model on a few examples before it is used.
 """
 
 from __future__ import annotations
@@ -15,12 +15,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from loratune.data.batch import FILLER, collate
+from loratune.data.batch import collate
 from loratune.data.cache import Cache
-from loratune.data.examples import PairExample
 from loratune.recipe.sections.lora import BEGINS_AS_BASE
 from loratune.run import processes
 from loratune.run.cache_folder import cache_dir
@@ -28,28 +26,32 @@ from loratune.run.directory import read_json
 from loratune.training.event_log import EventLog
 from loratune.training.loss import TOLERANCE, loss_dtype
 from loratune.training.token_budget import TokenBudget
+from loratune.workflows.tasks.preference.baseline import baseline_of
+from loratune.workflows.tasks.preference.log_probs import LogProbs, answers_of, log_probs
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from loratune.data.examples import AnswersExample
     from loratune.planning.preparation import Preparation
     from loratune.run.directory import Record, RunDir
     from loratune.run.progress import Progress
-    from loratune.workflows.tasks.preference.loss import PreferenceLoss
+    from loratune.workflows.tasks.preference.loss import JudgedLoss, PreferenceLoss
     from loratune.workflows.tasks.task import Started
 
-CHECKED_PAIRS = 4
-"""Pairs on which a stored reference is compared with the loaded model."""
-
-LogProbs = npt.NDArray[np.float64]
-"""[n, 2]: log p of the chosen and the rejected answer of each pair, in nats."""
+CHECKED_EXAMPLES = 4
+"""Examples on which a stored reference is compared with the loaded model."""
 
 
 def with_reference(started: Started) -> Preparation:
-    """Return the prepared run with the reference in its pairs: stored log-probabilities, or computed now."""
+    """Return the prepared run with the reference in its examples: stored log-probabilities, or computed now.
+
+    Where the loss has a baseline (`kto`), it gets it with its reference.
+    """
     prepared, run, progress = started.prepared, started.run, started.progress
     loss = cast("PreferenceLoss", started.loss)
-    train, held_out = pairs_of(prepared.data.train), pairs_of(prepared.data.eval)
+    train, held_out = answers_of(prepared.data.train), answers_of(prepared.data.eval)
+    baseline = baseline_of(prepared)
     key = reference_key(run) if processes.is_main() else ""
     # The first process decides for all: another machine's cache may have what this one has not.
     stored = processes.gather(load_reference(run, key, progress))[0]
@@ -62,59 +64,16 @@ def with_reference(started: Started) -> Preparation:
         budget = TokenBudget(prepared.estimate.memory.token_budget, events, together=loss.sharded)
         both = log_probs(loss, [*train, *held_out], budget, progress, "reference")
         stored = {"train": both[: len(train)], "eval": both[len(train) :]}
+        if baseline is not None:
+            stored["mismatched"] = baseline.measure(prepared.estimate.num_steps, loss, budget, progress)
     if key:  # the first process only
         for cache in _caches(run, progress):
             if not (known and cache.path(key).is_file()):
                 cache.store(key, {name: np.ascontiguousarray(part) for name, part in stored.items()})
+    if baseline is not None:
+        baseline.reference = stored["mismatched"]
+        cast("JudgedLoss", loss).baseline = baseline
     return _put(prepared, train, held_out, stored)
-
-
-def pairs_of(examples: Sequence[Any]) -> list[PairExample]:
-    """Return the examples, which are pairs."""
-    assert all(isinstance(example, PairExample) for example in examples), "not the examples of a preference run"
-    return list(examples)
-
-
-def log_probs(
-    loss: PreferenceLoss, pairs: Sequence[PairExample], budget: TokenBudget, progress: Progress, what: str
-) -> LogProbs:
-    """Return log p of both answers of each pair under the model as it is now, without dropout.
-
-    Every process computes a share, and all get all of them.
-
-    Args:
-        loss: The loss of the model.
-        pairs: The pairs.
-        budget: Tokens of a micro-batch; halved when memory runs out.
-        progress: Shows how far it is.
-        what: Whose log-probabilities these are, for the progress bar.
-
-    Raises:
-        MachineError: One pair does not fit into memory.
-    """
-    by_length = sorted(range(len(pairs)), key=lambda i: -len(pairs[i].input_ids))
-    mine = by_length[processes.rank() :: processes.size()]
-    was_training = loss.model.training
-    loss.model.eval()
-
-    def measure() -> dict[int, list[float]]:
-        found: dict[int, list[float]] = {}
-        with progress.task(f"{what} log-probabilities", len(mine), "pairs") as task, torch.no_grad():
-            for chosen in budget.micro_batches(pairs, mine):
-                batch = loss.micro_batch([pairs[i] for i in chosen] or [FILLER])
-                if chosen:
-                    found |= dict(zip(chosen, loss.answers(batch).logps_P2.tolist(), strict=True))
-                else:
-                    loss.per_token(batch)  # the ranks that share the base call it equally often
-                task.advance(len(chosen))
-        return found
-
-    try:
-        found = budget.retry(measure, undo=lambda: None)
-    finally:
-        loss.model.train(was_training)
-    merged = {i: values for part in processes.gather(found) for i, values in part.items()}
-    return np.array([merged[i] for i in range(len(pairs))], dtype=np.float64).reshape(-1, 2)
 
 
 # ---- storage
@@ -136,6 +95,9 @@ def reference_key(run: RunDir) -> str:
         "versions": lock["versions"],
         "machine": lock["machine"],
     }
+    if recipe["preference"]["loss"] == "kto":  # which examples share a step decides the mismatches
+        names = ("epochs", "max_steps", "batch_size", "seed")
+        parts["steps"] = [*(recipe["train"][name] for name in names), recipe["data"]["max_length"]]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -152,34 +114,34 @@ def _caches(run: RunDir, progress: Progress) -> tuple[Cache, ...]:
     return Cache(run.reference, progress), Cache(cache_dir() / "reference", progress)
 
 
-def _differs(loss: PreferenceLoss, pairs: Sequence[PairExample], stored: LogProbs) -> str:
+def _differs(loss: PreferenceLoss, examples: Sequence[AnswersExample], stored: LogProbs) -> str:
     """Describe how a stored reference differs from the model as it is now; "" if it does not."""
-    if len(stored) != len(pairs):
-        return f"{len(stored):,} pairs instead of {len(pairs):,}"
-    numbers = np.unique(np.linspace(0, len(pairs) - 1, CHECKED_PAIRS).round().astype(int)).tolist()
+    if len(stored) != len(examples):
+        return f"{len(stored):,} examples instead of {len(examples):,}"
+    numbers = np.unique(np.linspace(0, len(examples) - 1, CHECKED_EXAMPLES).round().astype(int)).tolist()
     was_training = loss.model.training
     loss.model.eval()
     try:
         with torch.no_grad():
-            live = [loss.answers(collate([pairs[i]]).to(loss.model.device)) for i in numbers]
+            live = [loss.answers(collate([examples[i]]).to(loss.model.device)) for i in numbers]
     finally:
         loss.model.train(was_training)
     for number, answers in zip(numbers, live, strict=True):
-        off = np.abs(answers.logps_P2.cpu().numpy()[0] - stored[number])
+        off = np.abs(answers.logps_PA.cpu().numpy()[0] - stored[number])
         # `TOLERANCE` is the rounding of one token, and that of a sum of independent ones grows with the root.
-        allowed = [3 * TOLERANCE[loss_dtype(loss.model)] * math.sqrt(n) for n in answers.lengths_P2[0].tolist()]
+        allowed = [3 * TOLERANCE[loss_dtype(loss.model)] * math.sqrt(n) for n in answers.lengths_PA[0].tolist()]
         if not (off <= allowed).all():  # so written, NaN differs too
-            return f"by {off.max():.3g} nats in {pairs[number].origin}"
+            return f"by {off.max():.3g} nats in {examples[number].origin}"
     return ""
 
 
 def _put(
-    prepared: Preparation, train: list[PairExample], held_out: list[PairExample], stored: dict[str, LogProbs]
+    prepared: Preparation, train: list[AnswersExample], held_out: list[AnswersExample], stored: dict[str, LogProbs]
 ) -> Preparation:
-    """Return the prepared run with the log-probabilities in its pairs."""
+    """Return the prepared run with the log-probabilities in its examples."""
 
-    def with_values(pairs: list[PairExample], values: LogProbs) -> list[Any]:
-        return [replace(pair, reference=(c, r)) for pair, (c, r) in zip(pairs, values.tolist(), strict=True)]
+    def with_values(examples: list[AnswersExample], values: LogProbs) -> list[Any]:
+        return [replace(example, reference=tuple(own)) for example, own in zip(examples, values.tolist(), strict=True)]
 
     train_with, held_out_with = with_values(train, stored["train"]), with_values(held_out, stored["eval"])
     return replace(prepared, data=replace(prepared.data, train=train_with, eval=held_out_with))

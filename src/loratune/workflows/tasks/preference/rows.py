@@ -20,6 +20,7 @@ from loratune.data.rows.reading import Converted, Reader, ReadSide
 from loratune.data.rows.row import Origin, Rejected, Row
 from loratune.data.rows.tools import from_json, turns_from_json
 from loratune.run.errors import BadRow
+from loratune.workflows.tasks.preference.judged_rows import is_judged
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -30,6 +31,9 @@ PROMPTS = ("prompt", "conversations", "messages", "question", "instruction")
 """Fields that may hold the prompt, in the order in which they are looked for; the first that says something counts."""
 
 SIDES = ("chosen", "rejected")
+
+KTO_FIX = "preference.loss=kto"
+"""What trains rows with one answer and a label."""
 
 _NOTES = frozenset(("given", "started"))
 
@@ -116,7 +120,7 @@ def _written(value: Any) -> _Written:
                 f"{side} is empty, and {other} is not: a pair has two answers"
                 if not says_nothing(value.get(other))
                 else f"no chosen and rejected among {describe_value(value)}"
-                + ("; rows with one answer and a label (KTO) are not trained yet" if _is_labelled(value) else "")
+                + (f"; rows with one answer and a label are for {KTO_FIX}" if is_judged(value) else "")
             )
     asked = next((field for field in PROMPTS if not says_nothing(value.get(field))), None)
     prompt = None if asked is None else _turns(value[asked], asked, "user", value)
@@ -126,10 +130,6 @@ def _written(value: Any) -> _Written:
     chosen, rejected = (_turns(value[side], side, "assistant") for side in SIDES)
     form = f"{asked}, chosen and rejected" if asked else "chosen and rejected"
     return _Written(prompt, (chosen, rejected), value, frozenset(read), form)
-
-
-def _is_labelled(value: dict[str, Any]) -> bool:
-    return any(not says_nothing(value.get(name)) for name in ("label", "kto_tag"))
 
 
 def _written_by_openai(value: dict[str, Any]) -> _Written:

@@ -5,6 +5,7 @@ TRL computes the reference itself, in every step, from a frozen copy of the adap
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,14 +19,17 @@ from loratune.model.adapter.attach import trainable_parameters
 from loratune.training.hf_arguments import training_arguments
 from loratune.training.step_dataset import ExampleOrder
 from loratune.training.trainer import RunTrainer, TrainerSetup
+from loratune.workflows.tasks.preference.log_probs import answers_of
 from loratune.workflows.tasks.preference.loss import PreferenceLoss
 from loratune.workflows.tasks.preference.objective import beta_of
-from loratune.workflows.tasks.preference.reference import pairs_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
+    from peft import PeftModel
     from torch.utils.data import Sampler
+
+    from loratune.recipe.recipe import PreferenceSection
 
 LOSS_TYPES = {"dpo": "sigmoid", "ipo": "ipo"}
 """`preference.loss` → TRL's name."""
@@ -40,37 +44,23 @@ class TrlPreferenceTrainer(RunTrainer, DPOTrainer):
         assert isinstance(setup.loss, PreferenceLoss)
         self._order = ExampleOrder(len(data.train), setup.train, lambda: self.state.global_step)
         section = setup.loss.section
-        adapter = {name: parameter.data for name, parameter in trainable_parameters(setup.model).items()}
         bf16 = setup.model.get_base_model().dtype == torch.bfloat16
-        DPOTrainer.__init__(
-            self,
-            model=setup.model,
-            args=DPOConfig(
-                **training_arguments(setup.train, data, setup.run),
-                per_device_train_batch_size=setup.train.batch_size,
-                remove_unused_columns=False,
-                max_length=None,  # the pairs are truncated already, by the recipe's policy
-                disable_dropout=False,
-                router_aux_loss_coef=0.0,
-                gradient_checkpointing=False,
-                beta=beta_of(section),
-                loss_type=[LOSS_TYPES[section.loss]],
-                bf16=bf16,
-            ),
-            data_collator=padded_pairs,
-            train_dataset=rows_of_pairs(pairs_of(data.train)),
-            eval_dataset=rows_of_pairs(pairs_of(data.eval)) if data.eval else None,
-            processing_class=setup.tokenizer,
-            callbacks=callbacks,
-        )
-        # Its reference of a started adapter is a copy that it calls in training mode: the reference has no dropout.
-        for module in setup.model.modules():
-            dropout = getattr(module, "lora_dropout", {})
-            if "ref" in dropout:
-                dropout["ref"] = torch.nn.Identity()
-        # TRL casts adapters on a quantized base to bfloat16; put the float32 values back.
-        for name, parameter in trainable_parameters(setup.model).items():
-            parameter.data = adapter[name]
+        with keep_as_ours(setup.model):
+            DPOTrainer.__init__(
+                self,
+                model=setup.model,
+                args=DPOConfig(
+                    **training_arguments(setup.train, data, setup.run),
+                    per_device_train_batch_size=setup.train.batch_size,
+                    **dpo_arguments(section),
+                    bf16=bf16,
+                ),
+                data_collator=padded_pairs,
+                train_dataset=rows_of_pairs(answers_of(data.train)),
+                eval_dataset=rows_of_pairs(answers_of(data.eval)) if data.eval else None,
+                processing_class=setup.tokenizer,
+                callbacks=callbacks,
+            )
         self.remove_callback(PrinterCallback)
 
     def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
@@ -86,6 +76,34 @@ class TrlPreferenceTrainer(RunTrainer, DPOTrainer):
         return self._stock_step(
             lambda: DPOTrainer.training_step(self, model, inputs, num_items_in_batch), inputs, tokens
         )
+
+
+def dpo_arguments(section: PreferenceSection) -> dict[str, Any]:
+    """Return the arguments of TRL's `DPOConfig` for tokenized pairs."""
+    return {
+        "remove_unused_columns": False,
+        "max_length": None,  # the pairs are truncated already, by the recipe's policy
+        "disable_dropout": False,
+        "router_aux_loss_coef": 0.0,
+        "gradient_checkpointing": False,
+        "beta": beta_of(section),
+        "loss_type": [LOSS_TYPES[section.loss]],
+    }
+
+
+@contextmanager
+def keep_as_ours(model: PeftModel) -> Iterator[None]:
+    """Undo what a trainer of TRL changes in an adapted model when it is made."""
+    adapter = {name: parameter.data for name, parameter in trainable_parameters(model).items()}
+    yield
+    # Its reference of a started adapter is a copy that it calls in training mode: the reference has no dropout.
+    for module in model.modules():
+        dropout = getattr(module, "lora_dropout", {})
+        if "ref" in dropout:
+            dropout["ref"] = torch.nn.Identity()
+    # TRL casts adapters on a quantized base to bfloat16; put the float32 values back.
+    for name, parameter in trainable_parameters(model).items():
+        parameter.data = adapter[name]
 
 
 def rows_of_pairs(pairs: Sequence[Any]) -> HubDataset:
