@@ -7,6 +7,7 @@ write_served_layout   base and adapter side by side, for `transformers serve`
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from loratune.exporting.adapter_matrices import read_adapter, read_replaced
 from loratune.exporting.certificate import EXACT, Target, Written
 from loratune.exporting.gguf.adapter import check_plain
 from loratune.exporting.gguf.architectures import GgufLayout
+from loratune.exporting.gguf.quantizer import QUANTIZER_TYPES, check_types
 from loratune.exporting.load_back import TransformersReader
 from loratune.exporting.mlx import check_mlx
 from loratune.exporting.ollama import translate
@@ -37,12 +39,14 @@ from loratune.workflows.merged_folder import merged_bytes, write_merged_folder
 from loratune.workflows.tasks.task import task_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from loratune.exporting.reference_outputs import ReferenceOutputs
 
 NUM_ANSWERS = 20
 """How many held-out prompts llama.cpp answers, to compare with the run's own answers."""
+NUM_SCORED_ANSWERS = 200
+"""The same where the answers say what a quantization costs, in points of the metric."""
 
 
 def merge(root: str | Path, out: str | Path, *, dtype: str = "auto", progress: Progress = NO_PROGRESS) -> Exported:
@@ -91,7 +95,7 @@ def export(
     merged: bool = False,
     outtype: str | None = None,
     out: str | Path | None = None,
-    num_answers: int = NUM_ANSWERS,
+    num_answers: int | None = None,
     progress: Progress = NO_PROGRESS,
 ) -> Exported:
     """Write a run for another program.
@@ -100,9 +104,11 @@ def export(
         root: The run directory.
         to: `gguf`, `ollama`, `vllm` or `mlx`; None for `gguf`, where the base is a GGUF file.
         merged: Whether to write the full model, not the adapter alone.
-        outtype: The type of a merged GGUF model's matrices: `f16` (the default), `bf16` or `q8_0`.
+        outtype: The type of a merged GGUF model's matrices, which implies `merged`: `f16` (the default), `bf16`,
+            `q8_0`, or a type of llama.cpp's quantizer such as `q4_k_m`.
         out: The folder to create; default `RUN/exports/TO` or `RUN/exports/TO-merged`.
-        num_answers: How many held-out prompts llama.cpp answers in full.
+        num_answers: How many held-out prompts llama.cpp answers in full; None for 20, and for 200 with a type of
+            llama.cpp's quantizer.
         progress: The listener for progress and warnings.
 
     Raises:
@@ -110,18 +116,37 @@ def export(
         MachineError: The disk is too small.
         RunError: The certificate fails; nothing is kept.
     """
+    if num_answers is None:
+        num_answers = NUM_SCORED_ANSWERS if outtype in QUANTIZER_TYPES else NUM_ANSWERS
+    outtypes = [outtype] if outtype else []
+    with open_export(root, to, merged=merged, outtypes=outtypes, out=out, progress=progress) as (planned, kind, log):
+        exported = export_with_certificate(
+            planned.finished, kind, planned.target, planned.write, planned.usage, num_answers
+        )
+        log.note(exported.summary)
+    return exported
+
+
+@contextmanager
+def open_export(
+    root: str | Path,
+    to: str | None,
+    *,
+    merged: bool,
+    outtypes: Sequence[str],
+    out: str | Path | None,
+    progress: Progress,
+) -> Iterator[tuple[GgufExport | VllmExport | MlxExport, str, RunLog]]:
+    """Check what is asked for, and open the run. Yield the plan of the export, what is written, and the run's log."""
     if to is None:
         to = "gguf" if gguf_file(recipe_of(root).model) is not None else None
     if to is None or (to, merged) not in _CHECKS:
         problem = f"cannot export to {to!r}" if to else "the base is not a GGUF file, so the target must be named"
         raise RecipeError(problem, fix="--to gguf, --to ollama, --to vllm or --to mlx")
-    if outtype is not None and to in ("vllm", "mlx"):
-        raise RecipeError(f"--outtype {outtype} is a type of GGUF files, not of --to {to}", fix="leave it out")
-    if outtype is not None and not merged:
-        raise RecipeError(
-            f"--outtype {outtype} is for merged models; an adapter is written in float32",
-            fix="leave it out, or add --merged",
-        )
+    if outtypes and to in ("vllm", "mlx"):
+        raise RecipeError(f"--outtype {outtypes[0]} is a type of GGUF files, not of --to {to}", fix="leave it out")
+    check_types(outtypes)
+    merged = merged or bool(outtypes)  # an adapter is always written in float32
     require_text(recipe_of(root), f"loratune export --to {to}", f"loratune merge {root} OUT, which transformers loads")
     run = RunDir.open(root)
     target = Path(out).expanduser() if out is not None else run.exports / f"{to}{'-merged' if merged else ''}"
@@ -130,24 +155,24 @@ def export(
     run.require_adapter()
     with RunLog(progress, run.log) as log:
         log.note(f"export for {to} into {target}")
-        exported = _export(
-            open_finished(root, log), target, to, merged=merged, outtype=outtype, num_answers=num_answers
-        )
-        log.note(exported.summary)
-    return exported
+        finished = open_finished(root, log)
+        for check in _CHECKS[to, merged]:
+            check(finished)
+        outtype = outtypes[0] if outtypes else None
+        planned = _plan_export(finished, target.absolute(), to, merged=merged, outtype=outtype)
+        check_target(target, needed_bytes=_needed_bytes(finished, to, outtypes, merged=merged))
+        log.line(f"exporting {'the merged model' if merged else 'the adapter'} for {to}")
+        yield planned, f"{to} {'merged' if merged else 'adapter'}", log
 
 
-def _export(
-    finished: FinishedRun, target: Path, to: str, *, merged: bool, outtype: str | None, num_answers: int
-) -> Exported:
-    for check in _CHECKS[to, merged]:
-        check(finished)
-    planned = _plan_export(finished, target.absolute(), to, merged=merged, outtype=outtype)
+def _needed_bytes(finished: FinishedRun, to: str, outtypes: Sequence[str], *, merged: bool) -> int:
+    """Estimate the disk space of an export, in bytes."""
+    if to in ("vllm", "mlx") and not merged:
+        return 0
     # An adapter in GGUF may need a temporary GGUF file of the base to be checked with.
-    check_target(target, needed_bytes=0 if to in ("vllm", "mlx") and not merged else finished.base_bytes)
-    finished.progress.line(f"exporting {'the merged model' if merged else 'the adapter'} for {to}")
-    kind = f"{to} {'merged' if merged else 'adapter'}"
-    return export_with_certificate(finished, kind, target, planned.write, planned.usage, num_answers)
+    files = max(1, len(outtypes)) * finished.base_bytes
+    through_float32 = 4 * finished.prepared.adapter.parameters.total
+    return files + (through_float32 if any(outtype in QUANTIZER_TYPES for outtype in outtypes) else 0)
 
 
 def write_served_layout(root: str | Path, target: Path, *, progress: Progress = NO_PROGRESS) -> Exported:
@@ -257,15 +282,15 @@ def _check_gguf_model(finished: FinishedRun) -> None:
 
 
 def _check_gguf_base(finished: FinishedRun) -> None:
-    if finished.source is None:
+    if finished.source is None and finished.prepared.recipe.model.quantization not in PACKED:
         raise RecipeError(
             "Ollama loads a GGUF adapter on a GGUF model only, and the base of this run is not a GGUF file",
             fix="add --merged",
         )
 
 
-_GGUF_MODEL = (_check_full_base, _check_architecture, _check_gguf_model)
-_GGUF_ADAPTER = (_check_full_base, _check_architecture, _check_gguf_adapter, _check_gguf_model)
+_GGUF_MODEL = (_check_architecture, _check_gguf_model)
+_GGUF_ADAPTER = (_check_architecture, _check_gguf_adapter, _check_gguf_model)
 _CHECKS: Mapping[tuple[str, bool], tuple[Callable[[FinishedRun], None], ...]] = {
     ("vllm", True): (),  # a merged folder holds the values that training multiplied with
     ("vllm", False): (_check_full_base, _check_vllm_adapter),
