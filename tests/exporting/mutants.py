@@ -20,6 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from loratune.exporting.adapter_matrices import LowRank
+from loratune.exporting.load_back import has_llama_cpp
 from loratune.recipe.recipe import Recipe
 from loratune.run.directory import Record
 from loratune.run.progress import NoProgress
@@ -30,7 +31,10 @@ from loratune.workflows.merged_folder import read_merged_folder, write_merged_fo
 from loratune.workflows.tiny_model import TEMPLATE, conversation, write_tiny_model
 from loratune.workflows.train import train
 
-TYPES = ("float32", "bfloat16", "float16", "gguf f16", "gguf bf16", "gguf q8_0")
+TYPES = (
+    *("float32", "bfloat16", "float16", "gguf f16", "gguf bf16", "gguf q8_0"),
+    *(("gguf q4_k_m",) if has_llama_cpp() else ()),
+)
 """What an export is written as: a merged folder, or a GGUF file."""
 LENGTHS: dict[str, dict[str, float]] = {
     "6 steps at 1e-6": {"epochs": 2, "learning_rate": 1e-6},

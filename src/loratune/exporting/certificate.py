@@ -131,8 +131,9 @@ def certify(
     """
     template = _compare_prompts(expected, target)
     weights = written.prove()
-    proven = weights is not None and weights["unproven"] <= MOST_UNPROVEN
-    known = written.rounding_known and (proven or not written.as_stored)
+    known = written.rounding_known
+    if written.as_stored:
+        known = weights is not None and weights["unproven"] <= MOST_UNPROVEN
     distributions, limit = _compare_distributions(expected, target, written.tolerance, known, progress)
     missing = [token for token in expected.stop_token_ids if not target.ends_with(token)]
     decision = decide(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loratune.exporting.adapter_matrices import read_adapter, read_replaced
-from loratune.exporting.certificate import EXACT, Target, Written
+from loratune.exporting.certificate import Target, Written
 from loratune.exporting.gguf.adapter import check_plain
 from loratune.exporting.gguf.architectures import GgufLayout
 from loratune.exporting.gguf.quantizer import QUANTIZER_TYPES, check_types
@@ -22,7 +22,7 @@ from loratune.exporting.ollama import translate
 from loratune.exporting.staging import check_target
 from loratune.exporting.transformers_serve import check_transformers, model_folder, served_name, write_served
 from loratune.exporting.vllm import check_vllm, serve_merged
-from loratune.exporting.weights_proof import prove_adapter
+from loratune.exporting.weights_proof import prove_adapter, with_base
 from loratune.model.load import gguf_file, stored_dtype
 from loratune.model.quantization.kinds import PACKED
 from loratune.recipe.tasks import require_text
@@ -35,7 +35,13 @@ from loratune.workflows.export_gguf import DEFAULT_OUTTYPE, GgufExport
 from loratune.workflows.export_mlx import MlxExport
 from loratune.workflows.export_vllm import VllmExport
 from loratune.workflows.finished import FinishedRun, open_finished, recipe_of
-from loratune.workflows.merged_folder import merged_bytes, write_merged_folder
+from loratune.workflows.merged_folder import (
+    merged_bytes,
+    merged_tolerance,
+    prove_trained_base,
+    write_merged_folder,
+    write_trained_base,
+)
 from loratune.workflows.tasks.task import task_of
 
 if TYPE_CHECKING:
@@ -183,17 +189,20 @@ def write_served_layout(root: str | Path, target: Path, *, progress: Progress = 
         RunError: The certificate fails; nothing is kept.
     """
     finished = open_finished(root, progress)
-    _check_full_base(finished)
     if finished.prepared.model.new_tokens or finished.prepared.adapter.parameters.stacks:
         _check_matrices_alone(finished, "`transformers serve`")
     architecture = check_transformers(finished.config)
-    check_target(target)
     recipe = finished.prepared.recipe
+    packed = recipe.model.quantization in PACKED
+    check_target(target, needed_bytes=merged_bytes(finished, recipe.model.dtype) if packed else 0)
     name = served_name(finished.name)
 
     def write(folder: Path) -> Written:
-        write_served(finished.base, finished.run.adapter, folder, name=name, stop_token_ids=finished.stops)
-
+        base = finished.base
+        if packed:
+            base = folder / "weights"
+            write_trained_base(finished, base)
+        write_served(base, finished.run.adapter, folder, name=name, stop_token_ids=finished.stops)
         served = model_folder(folder, name)
 
         def load(_: ReferenceOutputs) -> Target:
@@ -205,9 +214,10 @@ def write_served_layout(root: str | Path, target: Path, *, progress: Progress = 
             )
 
         def prove() -> Record:
-            return prove_adapter(finished.updates, read_adapter(served), finished.replaced, read_replaced(served))
+            adapter = prove_adapter(finished.updates, read_adapter(served), finished.replaced, read_replaced(served))
+            return with_base(adapter, prove_trained_base(finished, base)) if packed else adapter
 
-        return Written(load=load, tolerance=EXACT, prove=prove)
+        return Written(load=load, tolerance=merged_tolerance(finished), prove=prove)
 
     return export_with_certificate(finished, "served adapter", target, write, ())
 

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING
 
 from loratune.evaluation.gates import Gate, check_names, parse_gate, pass_gates
 from loratune.exporting.gguf.quantizer import QUANTIZER_TYPES, TYPES_BY_SIZE
+from loratune.exporting.load_back import has_llama_cpp
 from loratune.run.directory import RunDir, read_json
-from loratune.run.errors import RecipeError, RunError
+from loratune.run.errors import MachineError, RecipeError, RunError
+from loratune.run.extras import pip_install
 from loratune.run.progress import NO_PROGRESS, Progress
 from loratune.workflows.certify import export_with_certificate, without_record
 from loratune.workflows.export import NUM_SCORED_ANSWERS, open_export
@@ -107,6 +109,7 @@ def _parse_choice(fit: str | None, keep: str | None, run: RunDir) -> TypeChoice 
 
     Raises:
         RecipeError: One of them has another form, or the run's evaluation has no such number.
+        MachineError: llama-cpp-python, whose answers decide, is not installed.
     """
     if fit is None and keep is None:
         return None
@@ -120,6 +123,11 @@ def _parse_choice(fit: str | None, keep: str | None, run: RunDir) -> TypeChoice 
                 fix=f"loratune evaluate {run.root} --metric json, or another metric",
             )
         check_names([gate], [metric], forgetting=False, harness=False)
+        if not has_llama_cpp():
+            raise MachineError(
+                f"--keep {keep}: llama.cpp's answers decide, but llama-cpp-python is not installed",
+                fix=pip_install("gguf"),
+            )
     return TypeChoice(fit_bytes=None if fit is None else _as_bytes(fit), gate=gate)
 
 

@@ -82,6 +82,26 @@ def write_merged_folder(finished: FinishedRun, folder: Path, dtype: str) -> Writ
     return read_merged_folder(finished, folder)
 
 
+def write_trained_base(finished: FinishedRun, folder: Path) -> None:
+    """Write the base of a run on a quantized one, with the values that training multiplied with, in the run's type."""
+    section = finished.prepared.recipe.model
+    finished.progress.line(
+        f"the adapter was trained on a base in {section.quantization}: the base's values in training are written, in "
+        f"{section.dtype}"
+    )
+    folder.mkdir()
+    write_merged(finished.base, {}, folder, dtype=torch_dtype(section.dtype), frozen=trained_values(finished))
+    copy_companions(finished.base, finished.run.adapter, folder, finished.stops)
+
+
+def prove_trained_base(finished: FinishedRun, folder: Path) -> Record | None:
+    """Compare a folder of `write_trained_base` with the base's values in training."""
+    tied = bool(finished.config.get_text_config().tie_word_embeddings)
+    weights = MergedWeights(finished.base, {}, trained_values(finished))
+    with weights, FolderTensors(folder, tied=tied) as written:
+        return prove_weights(weights, written, base_name=finished.prepared.recipe.model.name)
+
+
 def read_merged_folder(finished: FinishedRun, folder: Path) -> Written:
     """Return how to prove that a folder holds base and adapter of a run, merged."""
     recipe = finished.prepared.recipe
