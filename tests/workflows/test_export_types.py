@@ -28,7 +28,7 @@ def run(finished_run: RunDir, tmp_path: Path) -> RunDir:
     return copied
 
 
-def test_each_type_has_a_folder_and_a_certificate(
+def test_each_type_has_a_certificate_and_the_largest_that_fits_can_be_kept(
     run: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(
@@ -54,16 +54,11 @@ def test_each_type_has_a_folder_and_a_certificate(
     assert f"llama-cli -m {folder / 'q8_0' / 'tiny-q8_0.gguf'} --jinja" in record["usage"]
     if has_llama_cpp():
         assert all(row["tokens_per_second"] > 0 and row["num_prompts"] == 3 for row in record["types"])
-
-
-def test_the_largest_type_that_fits_is_kept(run: RunDir) -> None:
-    sizes = {row["outtype"]: row["file_bytes"] for row in export_types(run.root, ["q8_0", "f16"], to="gguf").rows}
-    shutil.rmtree(run.exports)
-    run.parity.unlink()
-    found = export_types(run.root, ["q8_0", "f16"], to="gguf", fit=f"{(sizes['f16'] - 1) / 1000:.3f}KB")
+    fit = f"{(record['types'][1]['file_bytes'] - 1) / 1000:.3f}KB"
+    found = export_types(run.root, ["q8_0", "f16"], to="gguf", fit=fit, out=folder.with_name("fits"), num_answers=1)
     assert [(row["outtype"], row["kept"]) for row in found.rows] == [("f16", False), ("q8_0", True)]
     assert {path.name for path in found.folder.iterdir()} == {"q8_0"}
-    assert [Path(one["path"]).name for one in read_json(run.parity)] == ["q8_0"]
+    assert [Path(one["path"]).parent.name for one in read_json(run.parity)] == ["gguf-merged", "gguf-merged", "fits"]
 
 
 def test_if_no_type_fits_nothing_is_kept(run: RunDir) -> None:

@@ -260,12 +260,13 @@ def _compare_quantized(
         sums.infinite.append(name)
         return True
     off = norm_of(values - trained)
-    if off > most:
-        wrong.append(name)
     base = arranged(weight)
     if update is not None and base.shape == trained.shape and (size := norm_of(trained - base)):
         sums.error += off**2
-        add_held(sums, name, held_share(values, base, trained - base), size, known=off <= most)
+        if add_held(sums, name, held_share(values, base, trained - base), size):
+            return True
+    if off > most:
+        wrong.append(name)
     return True
 
 

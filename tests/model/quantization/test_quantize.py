@@ -275,6 +275,7 @@ def test_what_is_written_has_the_values_of_training_or_is_refused(
     assert (served.folder / "models" / "base" / "model.safetensors").resolve().is_relative_to(served.folder)
 
 
+@pytest.mark.slow
 def test_the_base_as_downloaded_is_not_taken_for_that_of_training(tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
     run = train(tiny_recipe(model__quantization="nf4", train__epochs=1)).run
     exported = export(run.root, to="gguf", out=tmp_path / "gguf")
