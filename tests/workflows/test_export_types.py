@@ -35,7 +35,9 @@ def test_each_type_has_a_certificate_and_the_largest_that_fits_can_be_kept(
         "sys.argv",
         [*["loratune", "export", "--to", "gguf", "--outtype", "f16,Q8_0", "--answers", "3", "--json"], str(run.root)],
     )
-    cli.main()
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 0
     record = json.loads(capsys.readouterr().out)
     parse(ExportOutput, record)
     assert [(row["outtype"], row["kept"], row["verdict"]) for row in record["types"]] == [

@@ -88,29 +88,30 @@ def add_tensor(
         (sums.dropped if gone else sums.other).append(name)
 
 
-def add_held(sums: Sums, name: str, held: HeldShare, size: float, *, known: bool) -> None:
-    """Add what a quantized matrix holds of its update.
+def add_held(sums: Sums, name: str, held: HeldShare, size: float) -> bool:
+    """Add what a quantized matrix holds of its update. Return whether that is something else than the update.
 
     Args:
         sums: The totals.
         name: The matrix's name.
         held: What it holds.
-        size: The norm_of of its update.
-        known: Whether nothing else is wrong with it.
+        size: The norm of its update.
     """
     sums.update += size**2
     if held.chance > 1 - MOST_DEVIATION:  # a lost update would pass as well
         sums.unproven += size**2
-        return
+        return False
     sums.kept += held.share * size**2
     if sums.least_kept is None or held.share < sums.least_kept[0]:
         sums.least_kept = (held.share, name)
     deviation = abs(1 - held.share)
     if deviation > sums.deviation[0]:
         sums.deviation = (deviation, name)
-    if known and deviation > MOST_DEVIATION + held.chance:
-        gone = abs(held.share) <= MOST_DEVIATION + held.chance
-        (sums.dropped if gone else sums.other).append(name)
+    if deviation <= MOST_DEVIATION + held.chance:
+        return False
+    gone = abs(held.share) <= MOST_DEVIATION + held.chance
+    (sums.dropped if gone else sums.other).append(name)
+    return True
 
 
 def norm_of(tensor: torch.Tensor) -> float:
