@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from loratune.exporting.adapter_matrices import LowRank
 from loratune.exporting.certificate import MOST_UNPROVEN
 from loratune.exporting.merge_weights import MergedWeights
-from loratune.exporting.quantized_proof import held_share, largest_noise
+from loratune.exporting.quantized_proof import held_share, is_on_grid, largest_noise
 from loratune.exporting.weights_proof import Rounding, prove_weights
 
 LAYERS = tuple(f"model.layers.{layer}.mlp.up_proj" for layer in range(3))
@@ -99,6 +99,20 @@ def test_what_is_not_the_trained_model_is_found_under_the_noise(base: Path) -> N
         return {**tensors, "model.embed_tokens.weight": quantized(torch.randn(64, 512) * 0.02)}
 
     assert "1 of 1 tensors that the adapter does not" in proof(base, wanted, wanted, other_embedding)["problems"][0]
+
+
+def test_on_a_base_that_was_quantized_before_a_lost_update_decides_nothing(tmp_path: Path) -> None:
+    """The quantizer finds the same steps, and rounds every update below half a step back to the base."""
+    torch.manual_seed(0)
+    weights = {f"{layer}.weight": quantized(torch.randn(SHAPE) * 0.02) for layer in LAYERS}
+    save_file(weights, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    assert all(is_on_grid(values) for values in weights.values())
+    assert not any(is_on_grid((torch.randn(SHAPE) * 0.02).to(dtype)) for dtype in (torch.float32, torch.bfloat16))
+    for file in (updates(0.005), {}):
+        record = proof(tmp_path, updates(0.005), file)
+        assert record["problems"] == []
+        assert record["unproven"] == 1
 
 
 def test_an_update_too_small_to_be_seen_is_neither_claimed_nor_called_lost(base: Path) -> None:

@@ -88,7 +88,7 @@ def add_tensor(
         (sums.dropped if gone else sums.other).append(name)
 
 
-def add_held(sums: Sums, name: str, held: HeldShare, size: float) -> bool:
+def add_held(sums: Sums, name: str, held: HeldShare, size: float, *, on_grid: bool) -> bool:
     """Add what a quantized matrix holds of its update. Return whether that is something else than the update.
 
     Args:
@@ -96,9 +96,11 @@ def add_held(sums: Sums, name: str, held: HeldShare, size: float) -> bool:
         name: The matrix's name.
         held: What it holds.
         size: The norm of its update.
+        on_grid: Whether the base's values were quantized before, so that a right quantizer may lose the update.
     """
     sums.update += size**2
-    if held.chance > 1 - MOST_DEVIATION:  # a lost update would pass as well
+    lost_by_rounding = on_grid and held.share < 1 - MOST_DEVIATION
+    if lost_by_rounding or held.chance > 1 - MOST_DEVIATION:  # a lost update would pass as well
         sums.unproven += size**2
         return False
     sums.kept += held.share * size**2
@@ -115,6 +117,7 @@ def add_held(sums: Sums, name: str, held: HeldShare, size: float) -> bool:
 
 
 def norm_of(tensor: torch.Tensor) -> float:
+    """Return the Euclidean norm over all values, summed in float64."""
     return float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
 
 

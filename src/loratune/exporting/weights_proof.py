@@ -28,7 +28,7 @@ from loratune.exporting.proof_totals import (
     problems_of,
     totals_record,
 )
-from loratune.exporting.quantized_proof import held_share, largest_noise
+from loratune.exporting.quantized_proof import held_share, is_on_grid, largest_noise
 
 if TYPE_CHECKING:
     from loratune.exporting.merge_weights import MergedWeights
@@ -263,7 +263,7 @@ def _compare_quantized(
     base = arranged(weight)
     if update is not None and base.shape == trained.shape and (size := norm_of(trained - base)):
         sums.error += off**2
-        if add_held(sums, name, held_share(values, base, trained - base), size):
+        if add_held(sums, name, held_share(values, base, trained - base), size, on_grid=is_on_grid(base)):
             return True
     if off > most:
         wrong.append(name)

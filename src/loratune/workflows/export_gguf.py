@@ -14,7 +14,7 @@ from loratune.exporting.certificate import QUANTIZED, ROUNDED, Target, Tolerance
 from loratune.exporting.gguf.adapter import read_gguf_adapter, write_gguf_adapter
 from loratune.exporting.gguf.architectures import GgufLayout
 from loratune.exporting.gguf.model import GgufSource, is_quantized, write_gguf_model
-from loratune.exporting.gguf.quantizer import QUANTIZER_TYPES, quantize_file
+from loratune.exporting.gguf.quantizer import QUANTIZER_TYPES, quantize_file, types_in
 from loratune.exporting.gguf.tokenizer import tokens_without_row
 from loratune.exporting.load_back import LlamaCppReader, RenderPrompt, TransformersReader, has_llama_cpp
 from loratune.exporting.merge_weights import MergedWeights
@@ -157,12 +157,14 @@ class GgufExport:
     def _write_model(self, file: Path, outtype: str, *, adapted: bool) -> None:
         if outtype not in QUANTIZER_TYPES:
             self._write_unquantized(file, outtype, adapted=adapted)
-        elif self.unquantized is not None:
+            return
+        if self.unquantized is not None:
             quantize_file(self.unquantized, file, outtype)
         else:
             with TemporaryDirectory(dir=file.parent) as folder:
                 self._write_unquantized(Path(folder) / "float32.gguf", "f32", adapted=adapted)
                 quantize_file(Path(folder) / "float32.gguf", file, outtype)
+        self.finished.progress.line(f"types of the matrices in {outtype}: {types_in(file)}")
 
     def write_unquantized(self, file: Path) -> None:
         """Write the merged model in float32, for `unquantized`."""

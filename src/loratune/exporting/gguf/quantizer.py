@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import logging
+from collections import Counter
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import torch
-from gguf import LlamaFileType
+from gguf import GGUFReader, LlamaFileType
 
 from loratune.run.errors import MachineError, RecipeError, RunError
 from loratune.run.extras import pip_install
@@ -45,6 +46,12 @@ def check_types(outtypes: Iterable[str]) -> None:
             )
 
 
+def types_in(file: Path) -> str:
+    """Return which types the matrices of a file have, such as `Q5_0 (120), Q4_K (30)`."""
+    kinds = Counter(tensor.tensor_type.name for tensor in GGUFReader(file).tensors if len(tensor.shape) > 1)
+    return ", ".join(f"{name} ({count})" for name, count in kinds.most_common())
+
+
 def quantize_file(source: Path, file: Path, outtype: str) -> None:
     """Quantize a GGUF file.
 
@@ -60,7 +67,8 @@ def quantize_file(source: Path, file: Path, outtype: str) -> None:
     """
     import llama_cpp
 
-    logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)  # it logs every tensor
+    # It warns of each matrix; `types_in` says the same in a line. CRITICAL, since its names of levels are one off.
+    logging.getLogger("llama-cpp-python").setLevel(logging.CRITICAL)
     settings = llama_cpp.llama_model_quantize_default_params()
     settings.ftype = int(LlamaFileType[f"MOSTLY_{outtype.upper()}"])
     settings.nthread = torch.get_num_threads()
