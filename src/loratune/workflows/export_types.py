@@ -99,9 +99,14 @@ def export_types(
     choice = _parse_choice(fit, keep, RunDir.open(root))
     if not outtypes:
         raise RecipeError("no --outtype to choose from", fix="--outtype q4_k_m,q5_k_m,q6_k,q8_0")
-    _, planned, kind = open_export(root, to, merged=True, outtypes=outtypes, out=out, progress=progress)
-    assert isinstance(planned, GgufExport)
-    return _write_types(planned, kind, outtypes, choice, NUM_SCORED_ANSWERS if num_answers is None else num_answers)
+    if num_answers is None:
+        num_answers = NUM_SCORED_ANSWERS
+    with open_export(root, to, merged=True, outtypes=outtypes, out=out, progress=progress) as (planned, kind, log):
+        assert isinstance(planned, GgufExport)
+        found = _write_types(planned, kind, outtypes, choice, num_answers)
+        for exported in found.kept:
+            log.note(exported.summary)
+    return found
 
 
 def _parse_choice(fit: str | None, keep: str | None, run: RunDir) -> TypeChoice | None:
