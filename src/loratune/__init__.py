@@ -43,6 +43,7 @@ _ROOMS = {
     "certify": "workflows.certify_target:certify_target",
     "compare": "reporting.html",
     "export": "workflows.export",
+    "export_types": "workflows.export_types",
     "merge": "workflows.export",
     "diff": "reporting.run_diff",
     "doctor": "workflows.guidance.doctor",
@@ -82,6 +83,7 @@ if TYPE_CHECKING:
     from loratune.workflows.certify_target import certify_target as certify
     from loratune.workflows.evaluate import evaluate
     from loratune.workflows.export import export, merge
+    from loratune.workflows.export_types import export_types
     from loratune.workflows.extend import extend
     from loratune.workflows.guidance.doctor import doctor
     from loratune.workflows.guidance.eject import eject
@@ -113,6 +115,7 @@ __all__ = [
     "evaluate",
     "explain",
     "export",
+    "export_types",
     "extend",
     "init",
     "merge",

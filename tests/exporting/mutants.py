@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from loratune.exporting.adapter_matrices import LowRank
 from loratune.exporting.gguf.model import kind_of_shape
+from loratune.exporting.load_back import has_llama_cpp
 from loratune.recipe.recipe import Recipe
 from loratune.run.directory import Record
 from loratune.run.progress import NoProgress
@@ -31,9 +32,12 @@ from loratune.workflows.merged_folder import read_merged_folder, write_merged_fo
 from loratune.workflows.tiny_model import TEMPLATE, conversation, write_tiny_model
 from loratune.workflows.train import train
 
-TYPES = ("float32", "bfloat16", "float16", "gguf f16", "gguf bf16", "gguf q8_0", "gguf q4_0")
+TYPES = (
+    *("float32", "bfloat16", "float16", "gguf f16", "gguf bf16", "gguf q8_0", "gguf q4_0"),
+    *(("gguf q4_k_m",) if has_llama_cpp() else ()),
+)
 """What an export is written as: a merged folder, or a GGUF file. q4_0 is written in float32 and then quantized, as
-`llama-quantize --pure` does, since loratune does not write it."""
+`llama-quantize --pure` does; q4_k_m by llama.cpp's quantizer."""
 LENGTHS: dict[str, dict[str, float]] = {
     "6 steps at 1e-6": {"epochs": 2, "learning_rate": 1e-6},
     "6 steps at 5e-5": {"epochs": 2, "learning_rate": 5e-5},

@@ -107,7 +107,6 @@ def test_vllm_gets_the_adapter_with_template_and_stops_and_the_command(finished_
     ("options", "words"),
     [
         ({"to": "ollama"}, "base of this run is not a GGUF file"),
-        ({"to": "gguf", "outtype": "f16"}, "adapter is written in float32"),
         ({"to": "vllm", "merged": True, "outtype": "f16"}, "is a type of GGUF files"),
         ({"to": "gguf", "out": "model.gguf"}, "a folder is written"),
     ],

@@ -79,8 +79,10 @@ def test_an_outtype_is_refused_with_what_helps(finished_run: RunDir, tmp_path: P
     for to, merged, fix in (
         ("vllm", False, "leave it out"),
         ("mlx", True, "leave it out"),
-        ("gguf", False, "leave it out, or add --merged"),
     ):
         with pytest.raises(RecipeError, match="--outtype q8_0") as error:
             export(finished_run.root, to=to, merged=merged, outtype="q8_0", out=tmp_path / "out")
         assert error.value.fix == fix
+    with pytest.raises(RecipeError, match="--outtype q9_k is not a type") as error:
+        export(finished_run.root, to="gguf", outtype="q9_k", out=tmp_path / "out")
+    assert all(f"{name}" in error.value.fix for name in ("q4_k_m", "q8_0", "f16"))

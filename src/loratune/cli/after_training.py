@@ -12,7 +12,19 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from loratune.cli.options import AsJson, OverwriteFile, ReportFile, RunFolder, RunFolders, SameAsOut, one_out
+from loratune.cli.options import (
+    Answers,
+    AsJson,
+    FitSize,
+    KeepGate,
+    OutTypes,
+    OverwriteFile,
+    ReportFile,
+    RunFolder,
+    RunFolders,
+    SameAsOut,
+    one_out,
+)
 from loratune.cli.output import (
     print_json,
     show_certificate,
@@ -20,6 +32,7 @@ from loratune.cli.output import (
     show_publication,
     show_sample,
     show_service,
+    show_types,
 )
 from loratune.cli.shell import command_context
 from loratune.cli.terminal import SafeConsole
@@ -131,13 +144,11 @@ def export(
     merged: Annotated[
         bool, typer.Option("--merged", help="Export the full model instead of the adapter alone.")
     ] = False,
-    outtype: Annotated[
-        Literal["f16", "bf16", "q8_0"] | None, typer.Option(help="Type of a merged GGUF model; default: f16.")
-    ] = None,
+    outtype: OutTypes = None,
+    fit: FitSize = None,
+    keep: KeepGate = None,
     out: SameAsOut = None,
-    answers: Annotated[
-        int, typer.Option(min=0, help="Number of held-out prompts that llama.cpp answers in full, for comparison.")
-    ] = 20,
+    answers: Answers = None,
     as_json: AsJson = False,
 ) -> None:
     """Export a run for llama.cpp (gguf), Ollama, vLLM or MLX, and verify that the result is the same model."""
@@ -145,8 +156,20 @@ def export(
         from loratune.workflows import export as workflow
 
         target = one_out(folder, out)
+        outtypes = [name.strip().lower() for name in outtype.split(",")] if outtype else []
+        if len(outtypes) > 1 or fit or keep:
+            from loratune.workflows.export_types import export_types
+
+            found = export_types(
+                run, outtypes, to=to, fit=fit, keep=keep, out=target, num_answers=answers, progress=progress
+            )
+            show_types(found, as_json)
+            for one in found.kept:
+                _require_same(one.certificate)
+            return
+        first = outtypes[0] if outtypes else None
         exported = workflow.export(
-            run, to=to, merged=merged, outtype=outtype, out=target, num_answers=answers, progress=progress
+            run, to=to, merged=merged, outtype=first, out=target, num_answers=answers, progress=progress
         )
         show_exported(exported, as_json)
         _require_same(exported.certificate)

@@ -104,6 +104,31 @@ SweptSettings = Annotated[
         "with one value overrides the recipe.",
     ),
 ]
+OutTypes = Annotated[
+    str | None,
+    typer.Option(
+        "--outtype",
+        metavar="TYPE[,TYPE...]",
+        help="Types of a merged GGUF model, such as q4_k_m,q6_k,q8_0; default: f16. Several: a folder each.",
+    ),
+]
+FitSize = Annotated[
+    str | None, typer.Option("--fit", metavar="SIZE", help="Keep only the largest of the types up to a size: 4GB.")
+]
+KeepGate = Annotated[
+    str | None,
+    typer.Option(
+        "--keep", metavar="GATE", help="Keep only the smallest of the types whose answers reach this: json>=0.78."
+    ),
+]
+Answers = Annotated[
+    int | None,
+    typer.Option(
+        "--answers",
+        min=0,
+        help="Number of held-out prompts that llama.cpp answers in full; default: 20, and 200 for types as q4_k_m.",
+    ),
+]
 Budget = Annotated[
     str, typer.Option("--budget", metavar="TIME", help="Time for all trials together, such as 90s, 30m or 2h.")
 ]

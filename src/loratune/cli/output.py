@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from loratune.run.records.outputs import SampleOutput
     from loratune.run.records.sweep import SweepRecord, TuneRecord
     from loratune.workflows.certify import Exported
+    from loratune.workflows.export_types import ExportedTypes
     from loratune.workflows.push import Publication
     from loratune.workflows.result import RunResult
     from loratune.workflows.serve import Service
@@ -154,6 +155,37 @@ def show_exported(exported: Exported, as_json: bool) -> None:
     for path in sorted(exported.folder.iterdir()):
         console.print(f"  {escape(str(path))}  {path.stat().st_size / 2**20:,.1f} MiB")
     for command in exported.usage:
+        console.print(f"[bold]$[/bold] {escape(command)}")
+
+
+def show_types(found: ExportedTypes, as_json: bool) -> None:
+    """Print what was found of each type, and the commands that use those that were kept."""
+    from rich.table import Table
+
+    from loratune.exporting.certificate import score_in_words
+    from loratune.reporting.units import as_bytes
+
+    usage = [command for one in found.kept for command in one.usage]
+    if as_json:
+        first = found.kept[0]
+        record = {"folder": str(found.folder), "certificate": first.certificate, "usage": usage, "types": found.rows}
+        print_record("export", record)
+        return
+    table = Table("type", "size", "tokens/s", "mean KL", "metric (minus the run's own)", "verdict", "")
+    for row in found.rows:
+        speed, kl = row.get("tokens_per_second"), row.get("mean_kl")
+        table.add_row(
+            row["outtype"],
+            as_bytes(row["file_bytes"]),
+            "" if speed is None else f"{speed:.1f}",
+            "" if kl is None else f"{kl:.2g}",
+            score_in_words(row) if row.get("scores") else "",
+            row.get("verdict", "too large"),
+            "kept" if row["kept"] else "",
+        )
+    console = SafeConsole(highlight=False, soft_wrap=True)
+    console.print(table)
+    for command in usage:
         console.print(f"[bold]$[/bold] {escape(command)}")
 
 

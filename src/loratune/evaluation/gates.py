@@ -29,16 +29,18 @@ class Gate:
             fine-tuned model.
         comparison: `>=`, `<=`, `>` or `<`.
         threshold: The number to compare with.
+        option: The option that it was given with.
     """
 
     text: str
     name: str
     comparison: str
     threshold: float
+    option: str = "--gate"
 
 
-def parse_gate(text: str) -> Gate:
-    """Parse a gate.
+def parse_gate(text: str, option: str = "--gate") -> Gate:
+    """Parse a gate that was given with an option.
 
     Raises:
         RecipeError: The text is not a gate.
@@ -50,9 +52,9 @@ def parse_gate(text: str) -> Gate:
         threshold = math.nan
     if found is None or not math.isfinite(threshold):
         raise RecipeError(
-            f"--gate {text!r} is not a threshold", fix="NAME>=NUMBER with >=, <=, > or <, such as json>=0.8"
+            f"{option} {text!r} is not a threshold", fix="NAME>=NUMBER with >=, <=, > or <, such as json>=0.8"
         )
-    return Gate(text=text.strip(), name=found[1], comparison=found[2], threshold=threshold)
+    return Gate(text=text.strip(), name=found[1], comparison=found[2], threshold=threshold, option=option)
 
 
 def check_names(gates: Iterable[Gate], measures: Sequence[str], *, forgetting: bool, harness: bool) -> None:
@@ -134,5 +136,5 @@ def _find(numbers: Mapping[str, float], gate: Gate) -> float:
     if gate.name not in numbers:
         near = get_close_matches(gate.name, numbers, n=1)
         fix = f"did you mean {near[0]}?" if near else f"reported: {', '.join(sorted(numbers))}"
-        raise RecipeError(f"--gate {gate.text}: no number {gate.name} is reported", fix=fix)
+        raise RecipeError(f"{gate.option} {gate.text}: no number {gate.name} is reported", fix=fix)
     return numbers[gate.name]

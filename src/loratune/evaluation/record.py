@@ -115,11 +115,12 @@ def evaluation_record(
     _add_nll(record, base_nll, tuned_nll)
     items = []
     if metric == "bleu" and scorer is None:
-        items = _add_bleu(record, prompts, base_answers, tuned_answers)
+        one = add_bleu(record, [prompt.references for prompt in prompts], base_answers, tuned_answers)
+        items = _items(one, prompts, base_answers, tuned_answers)
     elif metric != "none":
-        rate = _best_of(scorer or partial(score, metric))
+        rate = best_of(scorer or partial(score, metric))
         items = _items(rate, prompts, base_answers, tuned_answers)
-        _add_scores(record, metric, items)
+        add_scores(record, metric, *([item[side]["score"] for item in items] for side in ("base", "tuned")))
     else:
         items = _items(_unscored, prompts, base_answers, tuned_answers)
     record["interval"] = {"level": LEVEL, "method": "paired bootstrap", "resamples": RESAMPLES}
@@ -260,29 +261,35 @@ def _perplexity(sums: Columns) -> Values:
     return values
 
 
-def _add_bleu(
-    record: dict[str, Any], prompts: Sequence[PromptLike], base: Sequence[Answer], tuned: Sequence[Answer]
-) -> list[dict[str, Any]]:
-    """Add the BLEU of all answers together. Return the items, each with the BLEU of its own answers."""
+def add_bleu(
+    record: dict[str, Any], references: Sequence[Sequence[str]], base: Sequence[Answer], tuned: Sequence[Answer]
+) -> Callable[[str, Sequence[str]], float]:
+    """Add the BLEU of all answers together. Return the function that gives the BLEU of a single answer.
+
+    Args:
+        record: The record to add it to.
+        references: The references of each answer.
+        base: One answer per prompt, without the adapter.
+        tuned: The same with the adapter.
+    """
     from loratune.evaluation.bleu import Bleu, corpus_bleu, signature, tokenizer_for  # an extra
 
-    references = [prompt.references for prompt in prompts]
     tokenize = tokenizer_for(references)
     bleu = Bleu(tokenize)
     base_counts, tuned_counts = (
         np.array(
-            [bleu.counts(said(answer), prompt.references) for prompt, answer in zip(prompts, answers, strict=True)],
+            [bleu.counts(said(answer), each) for each, answer in zip(references, answers, strict=True)],
             dtype=np.float64,
         )
         for answers in (base, tuned)
     )
     add_statistics(record, base_counts, tuned_counts, {"bleu": corpus_bleu})
     record["signature"] = signature(references, tokenize)
-    return _items(bleu.one, prompts, base, tuned)
+    return bleu.one
 
 
-def _add_scores(record: dict[str, Any], metric: str, items: Sequence[Mapping[str, Any]]) -> None:
-    base, tuned = ([item[side]["score"] for item in items] for side in ("base", "tuned"))
+def add_scores(record: dict[str, Any], metric: str, base: Sequence[float], tuned: Sequence[float]) -> None:
+    """Add the mean scores of both sides, and their paired difference."""
     record["base"][metric], record["tuned"][metric] = math.fsum(base) / len(base), math.fsum(tuned) / len(tuned)
     record["difference"][metric] = paired_bootstrap(base, tuned).as_dict()
 
@@ -295,7 +302,8 @@ def _unscored(_answer: str, _references: Sequence[str]) -> None:
     return None
 
 
-def _best_of(rate: Callable[[str, str], float]) -> Rate:
+def best_of(rate: Callable[[str, str], float]) -> Callable[[str, Sequence[str]], float]:
+    """Return a function that scores an answer by the reference that it matches best."""
     return lambda answer, references: max(rate(answer, reference) for reference in references)
 
 

@@ -128,3 +128,5 @@ _METRICS: Mapping[str, Callable[[str, str], bool]] = {
     "json": _same_json,
     "contains": lambda answer, reference: reference in answer,
 }
+SCORED = tuple(_METRICS)
+"""The metrics of `score`."""

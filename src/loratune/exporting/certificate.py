@@ -22,15 +22,20 @@ import torch
 
 from loratune.exporting.reference_outputs import ReferenceOutputs, divergence_from
 from loratune.exporting.verdict import Decision, Evidence, allowed_flips, decide
+from loratune.reporting.units import measure_in_words
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from loratune.exporting.weights_proof import Rounding
+    from loratune.exporting.weights_proof import NamedRounding
     from loratune.run.directory import Record
 
 MORE_THAN_ROUNDING = 2.0
 """How many times the divergence of the rounded trained model a right export may have."""
+
+MOST_UNPROVEN = 0.05
+"""The largest share of the update's squared norm in matrices too coarse to tell whether they hold it, up to which a
+file's own values may say what its quantization costs."""
 
 NEARER_THAN_BASE = 1 / 16
 """How much nearer to the trained model than the base an export must be where its rounding is unknown: a quarter of the
@@ -89,6 +94,8 @@ class Written:
         tolerance: How far arithmetic alone may move its outputs.
         rounding: How its weights are rounded; None where they are the base's, or where that is unknown.
         rounding_known: Whether `rounding` is all that happened to its weights.
+        as_stored: Whether `rounding` gives the values in the file, which say nothing by themselves: weights must have
+            been proven to be those of training, quantized.
         prove: Returns the proof by weights; None where there is none.
         settings: Returns the settings that differ from the base's, in words.
         way_out: What the user can do where rounding loses the update.
@@ -96,8 +103,9 @@ class Written:
 
     load: Load
     tolerance: Tolerance
-    rounding: Rounding | None = None
+    rounding: NamedRounding | None = None
     rounding_known: bool = True
+    as_stored: bool = False
     prove: Callable[[], Record | None] = lambda: None
     settings: Callable[[], list[str]] = list
     way_out: str = "the adapter alone, without merging"
@@ -122,9 +130,12 @@ def certify(
         progress: Called after each example.
     """
     template = _compare_prompts(expected, target)
-    distributions, limit = _compare_distributions(expected, target, written, progress)
-    missing = [token for token in expected.stop_token_ids if not target.ends_with(token)]
     weights = written.prove()
+    known = written.rounding_known
+    if written.as_stored:
+        known = weights is not None and weights["unproven"] <= MOST_UNPROVEN
+    distributions, limit = _compare_distributions(expected, target, written.tolerance, known, progress)
+    missing = [token for token in expected.stop_token_ids if not target.ends_with(token)]
     decision = decide(
         Evidence(
             template=template,
@@ -132,7 +143,7 @@ def certify(
             settings=written.settings(),
             distributions=distributions,
             limit=limit,
-            rounding_known=written.rounding_known,
+            rounding_known=known,
             weights=weights,
             way_out=written.way_out,
         )
@@ -217,7 +228,7 @@ def _compare_prompts(expected: ReferenceOutputs, target: Target) -> Record:
 
 
 def _compare_distributions(
-    expected: ReferenceOutputs, target: Target, written: Written, progress: Callable[[], None]
+    expected: ReferenceOutputs, target: Target, tolerance: Tolerance, known: bool, progress: Callable[[], None]
 ) -> tuple[Record, float]:
     """Return the record of the comparison, and the largest mean KL divergence that passes."""
 
@@ -228,13 +239,13 @@ def _compare_distributions(
 
     found = divergence_from(expected.logprobs, outputs())
     first_two_P2 = torch.cat([logprobs.double().topk(2).values for logprobs in expected.logprobs])
-    decided = first_two_P2[:, 0] - first_two_P2[:, 1] >= written.tolerance.margin
+    decided = first_two_P2[:, 0] - first_two_P2[:, 1] >= tolerance.margin
     num_decided = int(decided.sum())
     noise = expected.rounded.mean_kl
     base = expected.base.mean_kl or 0.0
-    limit = MORE_THAN_ROUNDING * (noise or 0.0) + written.tolerance.mean_kl
-    if not written.rounding_known:
-        limit = max(limit, NEARER_THAN_BASE * base)
+    limit = MORE_THAN_ROUNDING * (noise or 0.0) + tolerance.mean_kl
+    if not known:
+        limit = max(tolerance.mean_kl, NEARER_THAN_BASE * base)
     finite = found.mean_kl is not None
     record = {
         "num_examples": len(expected.examples),
@@ -253,4 +264,16 @@ def _compare_distributions(
 
 
 def _answers(record: Record | None) -> str:
-    return f", {record['same']} of {record['num_prompts']} greedy answers ({record['share']:.1%})" if record else ""
+    if not record:
+        return ""
+    same = f", {record['same']} of {record['num_prompts']} greedy answers ({record['share']:.1%})"
+    return same + (f", {score_in_words(record)}" if record.get("scores") else "")
+
+
+def score_in_words(answers: Record) -> str:
+    """Return the metric of the target's answers, and what the export cost: `json 80.0% (-2.0 points, -6.0 to +2.0)`."""
+    scores, metric = answers["scores"], measure_in_words(answers["metric"])
+    graded = answers["metric"] == "bleu"
+    change = [scores["difference"][key] * (1 if graded else 100) for key in ("value", "low", "high")]
+    value = f"{scores['score']:.4g}" if graded else f"{scores['score']:.1%}"
+    return f"{metric} {value} ({change[0]:+.1f} points, {change[1]:+.1f} to {change[2]:+.1f})"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from importlib.util import find_spec
@@ -133,6 +134,7 @@ class LlamaCppReader:
 
         self._library = llama_cpp
         self._render = render
+        self._generated, self._seconds = 0, 0.0
         self._llama = llama_cpp.Llama(
             model_path=str(model),
             lora_path=str(adapter) if adapter is not None else None,
@@ -179,11 +181,21 @@ class LlamaCppReader:
         """Answer greedily. The token that ends the answer is left out."""
         self._llama.reset()
         answer: list[int] = []
-        for token in self._llama.generate(list(prompt_ids), temp=0.0, repeat_penalty=1.0):
+        begin = time.perf_counter()
+        for number, token in enumerate(self._llama.generate(list(prompt_ids), temp=0.0, repeat_penalty=1.0)):
+            if number == 0:
+                begin = time.perf_counter()  # the prompt is read, and the first token with it
             if self.ends_with(token) or len(answer) == max_new_tokens:
+                self._generated += number
                 break
             answer.append(token)
+        self._seconds += time.perf_counter() - begin
         return answer
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """The speed of all answers so far, without reading prompts; None without any."""
+        return self._generated / self._seconds if self._generated else None
 
     def close(self) -> None:
         """Free the memory."""

@@ -7,6 +7,7 @@ adapter. `/v1/models` lists the Hub cache, so the server gets its own cache, whi
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import sys
@@ -74,7 +75,7 @@ def write_served(base: Path, adapter: Path, folder: Path, *, name: str, stop_tok
     """Write the folders of base and fine-tuned model.
 
     Args:
-        base: The base's folder; its weights are linked, not copied.
+        base: The base's folder; its weights are linked, not copied. It may be in `folder`, which may then be renamed.
         adapter: The run's adapter folder, with tokenizer and template.
         folder: An existing folder to write into.
         name: The fine-tuned model's name.
@@ -86,7 +87,8 @@ def write_served(base: Path, adapter: Path, folder: Path, *, name: str, stop_tok
         index = weight_index_of(base)
         shutil.copyfile(base / "config.json", target / "config.json")
         for file in [*weight_files(base), *([] if index is None else [index.name])]:
-            (target / file).symlink_to((base / file).resolve())
+            inside = base.is_relative_to(folder)
+            (target / file).symlink_to(os.path.relpath(base / file, target) if inside else (base / file).resolve())
         copy_companions(base, adapter, target, stop_token_ids)
         _list_in_cache(folder / "hub", model, target / "config.json")
     for file in _ADAPTER_FILES:

@@ -165,11 +165,14 @@ def _base(found: Record) -> str:
 def _undecided(evidence: Evidence) -> Decision:
     found, weights = evidence.distributions, evidence.weights
     if not evidence.rounding_known and found["mean_kl"] > evidence.limit:
+        unknown = "how its weights were rounded is unknown"
+        fix = "certify a file that `loratune export` wrote, before it is rounded further"
+        if weights is not None:
+            unknown, fix = "its weights are rounded too coarsely to show the update", evidence.way_out
         reason = (
             f"its mean KL divergence from the trained model is {found['mean_kl']:.2g} nats, the base's "
-            f"{found['base_kl']:.2g}, and how its weights were rounded is unknown"
+            f"{found['base_kl']:.2g}, and {unknown}"
         )
-        fix = "certify a file that `loratune export` wrote, before it is rounded further"
         return Decision(verdict="undecided", complaints=[], reason=reason, fix=fix)
     longer = "train longer, or at a higher learning rate"
     if weights is None and found["base_kl"] > evidence.limit:

@@ -11,8 +11,7 @@ One tensor is in memory at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol
@@ -20,6 +19,16 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from loratune.exporting.adapter_matrices import LowRank, Replaced
+from loratune.exporting.proof_totals import (
+    MOST_DEVIATION,
+    Sums,
+    add_held,
+    add_tensor,
+    norm_of,
+    problems_of,
+    totals_record,
+)
+from loratune.exporting.quantized_proof import held_share, is_on_grid, largest_noise
 
 if TYPE_CHECKING:
     from loratune.exporting.merge_weights import MergedWeights
@@ -28,18 +37,18 @@ if TYPE_CHECKING:
 Rounding = Callable[[torch.Tensor], torch.Tensor]
 """Rounds float32 values to the type that they are written in; returns float32."""
 
-MOST_DEVIATION = 0.25
-"""The largest deviation of a right tensor from the rounded update, as a fraction of it. A dropped update has 1, half an
-update 0.5 or more; libraries that add in 16 bits, and so round twice, stay below 0.2."""
+NamedRounding = Callable[[str, torch.Tensor], torch.Tensor]
+"""Rounds the values of the model's tensor of this name."""
 
 RELATIVE_ERROR = 1e-6
 """The largest relative error of values that are written in float32, some roundings after each other."""
 
 _CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
 
-_EXPORT_AGAIN = "export again; check that the copy is complete"
-_OTHER_BASE = "merge into the base that the run was trained on"
-_OTHER_UPDATE = "merge again with `loratune merge`, which adds this run's adapter to every matrix that it changes"
+
+def for_all(rounding: Rounding) -> NamedRounding:
+    """Return the rounding of a file whose tensors are all rounded in the same way."""
+    return lambda _, values: rounding(values)
 
 
 class WrittenTensors(Protocol):
@@ -60,25 +69,6 @@ class WrittenTensors(Protocol):
     def arranged(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """Return a tensor of the model in the export's layout; `name` is the export's."""
         ...
-
-
-@dataclass(slots=True, kw_only=True)
-class _Sums:
-    """Totals over all tensors, and the names of those that are not right."""
-
-    update: float = 0.0
-    error: float = 0.0
-    kept: float = 0.0
-    least_kept: tuple[float, str] | None = None
-    deviation: tuple[float, str] = (0.0, "")
-    changed: int = 0
-    unchanged: int = 0
-    types: set[str] = field(default_factory=set)
-    foreign: list[str] = field(default_factory=list)
-    dropped: list[str] = field(default_factory=list)
-    other: list[str] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)
-    infinite: list[str] = field(default_factory=list)
 
 
 def trained_weight(weight: torch.Tensor, update: LowRank | Replaced) -> torch.Tensor:
@@ -104,9 +94,9 @@ def prove_weights(intended: MergedWeights, written: WrittenTensors, *, base_name
         base_name: The base, for messages.
 
     Returns:
-        The record of the proof; None if the export's tensors have other names or an unknown type.
+        The record of the proof; None if the export's tensors have other names, or a type whose errors are unknown.
     """
-    sums = _Sums()
+    sums = Sums()
     found = {name: written.find(name) for name in intended.names}
     if not any(found.values()):
         return None
@@ -116,12 +106,14 @@ def prove_weights(intended: MergedWeights, written: WrittenTensors, *, base_name
             sums.missing += [] if name.endswith("rotary_emb.inv_freq") else [name]
             continue
         values, rounding, kind = written.read(stored)
-        if rounding is None:
-            return None
         sums.types.add(kind)
-        _compare(sums, name, intended, values, partial(_arrange, written, stored), rounding, kind)
+        arranged = partial(_arrange, written, stored)
+        if rounding is not None:
+            _compare(sums, name, intended, values, arranged, rounding, kind)
+        elif not _compare_quantized(sums, name, intended, values, arranged, kind):
+            return None
     extra = sorted(set(written.names()) - set(found.values()))
-    return _record(sums, _problems(sums, extra, base_name))
+    return totals_record(sums, problems_of(sums, extra, base_name))
 
 
 def prove_adapter(
@@ -141,7 +133,7 @@ def prove_adapter(
         written_replaced: The same of the written adapter.
     """
     names, others = {*wanted, *replaced}, {*written, *written_replaced}
-    sums = _Sums(missing=sorted(names - others))
+    sums = Sums(missing=sorted(names - others))
     sums.types |= {_CODES.get(update.dtype, str(update.dtype)) for update in written.values()}
     for name in sorted(wanted.keys() & written.keys()):
         one, other = wanted[name], written[name]
@@ -150,10 +142,12 @@ def prove_adapter(
             sums.other.append(name)
             continue
         product, found = (each.scale * (each.b.double() @ each.a.double()) for each in (one, other))
-        size = _norm(product)
+        size = norm_of(product)
         # Each factor is rounded once, and what they share may cancel in their product.
-        most = 2 * _relative_error(other.dtype) * abs(one.scale) * _norm(one.b.abs() @ one.a.abs()) / (size or 1.0)
-        _add(sums, name, base=torch.zeros_like(product), trained=product, rounded=product, values=found, most=most)
+        most = 2 * _relative_error(other.dtype) * abs(one.scale) * norm_of(one.b.abs() @ one.a.abs()) / (size or 1.0)
+        add_tensor(
+            sums, name, base=torch.zeros_like(product), trained=product, rounded=product, values=found, most=most
+        )
         if not same_values(one.magnitude, other.magnitude, other.dtype):
             sums.other.append(name)
     for name in sorted(replaced.keys() & written_replaced.keys()):
@@ -162,7 +156,7 @@ def prove_adapter(
             replaced[name].values, written_replaced[name].values
         ):
             sums.other.append(name)
-    return _record(sums, _problems(sums, sorted(others - names), ""))
+    return totals_record(sums, problems_of(sums, sorted(others - names), ""))
 
 
 def same_values(one: torch.Tensor | None, other: torch.Tensor | None, dtype: torch.dtype | None = None) -> bool:
@@ -182,6 +176,14 @@ def same_values(one: torch.Tensor | None, other: torch.Tensor | None, dtype: tor
     )
 
 
+def with_base(adapter: Record, base: Record | None) -> Record:
+    """Return the proof of an adapter with that of the base that was written beside it."""
+    if base is None:
+        return adapter
+    both = {key: [*adapter[key], *base[key]] for key in ("problems", "fixes")}
+    return {**adapter, **both, "num_unchanged": adapter["num_unchanged"] + base["num_unchanged"]}
+
+
 def _relative_error(dtype: torch.dtype) -> float:
     """Return how far rounding to a type may move a value: its unit roundoff, as a share of the rounded value."""
     return max(RELATIVE_ERROR, 1.01 * torch.finfo(dtype).eps / 2)
@@ -192,7 +194,7 @@ def _arrange(written: WrittenTensors, name: str, tensor: torch.Tensor) -> torch.
 
 
 def _compare(
-    sums: _Sums,
+    sums: Sums,
     name: str,
     intended: MergedWeights,
     values: torch.Tensor,
@@ -229,9 +231,43 @@ def _compare(
         grown[: base.shape[0]] = base
         base = grown
     rounded = rounding(trained)
-    _add(sums, name, base=rounding(base), trained=trained, rounded=rounded, values=values, exact=base)
+    add_tensor(sums, name, base=rounding(base), trained=trained, rounded=rounded, values=values, exact=base)
     if isinstance(update, Replaced) and not update.added and not _is_rounded(values, trained, rounded, kind):
         sums.other += [] if name in (*sums.other, *sums.dropped) else [name]
+
+
+def _compare_quantized(
+    sums: Sums,
+    name: str,
+    intended: MergedWeights,
+    values: torch.Tensor,
+    arranged: Callable[[torch.Tensor], torch.Tensor],
+    kind: str,
+) -> bool:
+    """Compare one tensor whose rounding only its quantizer knows. Return whether it can be compared."""
+    weight, update = intended.base(name), intended.update(name)
+    trained = arranged(weight if update is None else trained_weight(weight, update))
+    most = largest_noise(kind, trained)
+    if most is None:
+        return False
+    sums.changed += update is not None
+    sums.unchanged += update is None
+    wrong = sums.foreign if update is None else sums.other
+    if values.shape != trained.shape:
+        wrong.append(name)
+        return True
+    if not bool(values.isfinite().all()):
+        sums.infinite.append(name)
+        return True
+    off = norm_of(values - trained)
+    base = arranged(weight)
+    if update is not None and base.shape == trained.shape and (size := norm_of(trained - base)):
+        sums.error += off**2
+        if add_held(sums, name, held_share(values, base, trained - base), size, on_grid=is_on_grid(base)):
+            return True
+    if off > most:
+        wrong.append(name)
+    return True
 
 
 def _is_rounded(values: torch.Tensor, exact: torch.Tensor, rounded: torch.Tensor, kind: str) -> bool:
@@ -239,99 +275,4 @@ def _is_rounded(values: torch.Tensor, exact: torch.Tensor, rounded: torch.Tensor
     if kind in _CODES.values():
         return torch.allclose(values, rounded, rtol=RELATIVE_ERROR, atol=torch.finfo(torch.float32).smallest_normal)
     # The margin is for the ties of other quantizers.
-    return _norm(values - rounded) <= MOST_DEVIATION * max(_norm(rounded - exact), RELATIVE_ERROR * _norm(exact))
-
-
-def _add(
-    sums: _Sums,
-    name: str,
-    *,
-    base: torch.Tensor,
-    trained: torch.Tensor,
-    rounded: torch.Tensor,
-    values: torch.Tensor,
-    exact: torch.Tensor | None = None,
-    most: float = MOST_DEVIATION,
-) -> None:
-    """Add one changed tensor to the totals.
-
-    Args:
-        sums: The totals.
-        name: The tensor's name.
-        base: The base's values, rounded to the written type.
-        trained: Base and update, not rounded.
-        rounded: Base and update, rounded to the written type: what should have been written.
-        values: What was written.
-        exact: The base's values, not rounded; None if `base` is.
-        most: The largest deviation of a right tensor, as a fraction of the update.
-    """
-    update = trained - (base if exact is None else exact)
-    size = _norm(update)
-    sums.changed += 1
-    if size == 0:  # the adapter was never trained here
-        sums.other += [] if _norm(values - rounded) <= 1e-6 * _norm(rounded) else [name]
-        return
-    kept = float((values - base).double().flatten() @ update.double().flatten())
-    sums.update += size**2
-    sums.error += _norm(values - trained) ** 2
-    sums.kept += kept
-    share = kept / size**2
-    if sums.least_kept is None or share < sums.least_kept[0]:
-        sums.least_kept = (share, name)
-    way = _norm(rounded - base)
-    off = _norm(values - rounded)
-    deviation = off / way if way else (0.0 if off == 0 else off / size)
-    if deviation > sums.deviation[0]:
-        sums.deviation = (deviation, name)
-    if deviation > most:
-        gone = way > 0 and _norm(values - base) <= MOST_DEVIATION * way
-        (sums.dropped if gone else sums.other).append(name)
-
-
-def _norm(tensor: torch.Tensor) -> float:
-    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
-
-
-def _problems(sums: _Sums, extra: Sequence[str], base_name: str) -> dict[str, str]:
-    """Return what is wrong, in words → what to do about it."""
-    problems = {}
-    if sums.missing:
-        problems[f"{_count(sums.missing, sums)} are missing (the first: {sums.missing[0]})"] = _EXPORT_AGAIN
-    if extra:
-        problems[f"it holds {extra[0]}, which base and adapter do not have"] = _EXPORT_AGAIN
-    if sums.infinite:
-        found = f"{_count(sums.infinite, sums)} hold values that are not finite (the first: {sums.infinite[0]})"
-        problems[found] = _EXPORT_AGAIN
-    if sums.foreign:
-        found = (
-            f"{len(sums.foreign)} of {sums.unchanged} tensors that the adapter does not change are not those of "
-            f"{base_name} (the first: {sums.foreign[0]})"
-        )
-        problems[found] = _OTHER_BASE
-    if sums.dropped:
-        found = f"{len(sums.dropped)} of {sums.changed} matrices lack their update (the first: {sums.dropped[0]})"
-        problems[found] = _OTHER_UPDATE
-    if sums.other:
-        found = f"{len(sums.other)} of {sums.changed} matrices hold another update than the adapter's (the first: "
-        problems[f"{found}{sums.other[0]})"] = _OTHER_UPDATE
-    return problems
-
-
-def _count(names: Sequence[str], sums: _Sums) -> str:
-    return f"{len(names)} of {sums.changed + sums.unchanged + len(sums.missing)} tensors"
-
-
-def _record(sums: _Sums, problems: Mapping[str, str]) -> Record:
-    kept, least = (sums.kept / sums.update, sums.least_kept) if sums.update else (1.0, None)
-    return {
-        "num_changed": sums.changed,
-        "num_unchanged": sums.unchanged,
-        "types": sorted(sums.types),
-        "relative_error": (sums.error / sums.update) ** 0.5 if sums.update else 0.0,
-        "kept": kept,
-        "least_kept": least[0] if least else 1.0,
-        "least_kept_tensor": least[1] if least else None,
-        "largest_deviation": sums.deviation[0],
-        "problems": list(problems),
-        "fixes": list(problems.values()),
-    }
+    return norm_of(values - rounded) <= MOST_DEVIATION * max(norm_of(rounded - exact), RELATIVE_ERROR * norm_of(exact))

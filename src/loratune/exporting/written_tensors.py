@@ -99,10 +99,24 @@ class GgufTensors:
         self._tied = tied
 
     @property
-    def kind(self) -> GGMLQuantizationType | None:
-        """The type of most matrices; None if the file has none."""
+    def rounding(self) -> Rounding | None:
+        """How a file of loratune's own types is rounded; None for other types, and several in one file."""
         kinds = Counter(tensor.tensor_type for tensor in self._tensors.values() if len(tensor.shape) > 1)
-        return kinds.most_common(1)[0][0] if kinds else None
+        ours = all(kind.name in (*_FLOATS, "Q8_0") for kind in kinds)
+        return gguf_rounding(kinds.most_common(1)[0][0]) if ours and kinds else None
+
+    def as_stored(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the values in the file of one of the model's matrices, in the model's layout.
+
+        Args:
+            name: The tensor's name in the model.
+            tensor: Its values before, which are returned for what is no matrix, or not in the file.
+        """
+        stored = self.find(name) if tensor.dim() > 1 else None
+        if stored is None:
+            return tensor
+        values = self._layout.rows_back(stored, self.read(stored)[0])
+        return values.to(tensor.device) if values.shape == tensor.shape else tensor
 
     def find(self, name: str) -> str | None:
         """Return the name in the file of one of the model's tensors; None if it does not store it."""

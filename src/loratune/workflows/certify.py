@@ -10,6 +10,7 @@ import gc
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from loratune.evaluation.other_program import score_answers
 from loratune.evaluation.scoring import score
 from loratune.exporting.certificate import Written, certify, summary
 from loratune.exporting.load_back import LlamaCppReader
@@ -144,6 +145,12 @@ def record(run: RunDir, certificate: Record, progress: Progress) -> None:
     report_or_warn(run, progress)
 
 
+def without_record(run: RunDir, path: Path) -> None:
+    """Take the certificate of a folder that was deleted from the run's list."""
+    kept = [other for other in read_json(run.parity) if other["path"] != str(path.absolute())]
+    write_record(run.parity, Certificates, kept)
+
+
 def certificate_of(finished: FinishedRun, written: Written, *, stops_required: bool, num_answers: int) -> Record:
     """Compare the export with training, with one model in memory at a time."""
     expected = compute_reference(finished, written.rounding)
@@ -160,25 +167,31 @@ def certificate_of(finished: FinishedRun, written: Written, *, stops_required: b
 def _compare_answers(finished: FinishedRun, reader: LlamaCppReader, limit: int) -> Record | None:
     """Compare llama.cpp's greedy answers with those of the run's evaluation; None where it has none."""
     run, tokenizer = finished.run, finished.prepared.model.tokenizer
-    recipe = finished.prepared.recipe
-    items = read_json(run.evaluation)["items"][:limit] if run.evaluation.is_file() else []
+    evaluation = read_json(run.evaluation) if run.evaluation.is_file() else {"items": []}
+    items = evaluation["items"][:limit]
     if not items:
         return None
-    same_text = same = 0
+    metric, limit_tokens = evaluation["metric"], finished.prepared.recipe.evaluate.max_new_tokens
+    texts = []
     with finished.progress.task("answering", len(items), "prompts") as task:
         for item in items:
             ids = tokenizer(item["prompt"], add_special_tokens=False)["input_ids"]
-            text = str(tokenizer.decode(reader.answer(ids, recipe.evaluate.max_new_tokens)))
-            wanted = item["tuned"]["text"]
-            same_text += text == wanted
-            same += text == wanted or (recipe.evaluate.metric == "json" and _same_json(text, wanted))
+            answer = reader.answer(ids, limit_tokens)
+            # as `generate` decodes the run's own answers
+            texts.append(str(tokenizer.decode(answer, skip_special_tokens=False, clean_up_tokenization_spaces=False)))
             task.advance()
+    wanted = [item["tuned"]["text"] for item in items]
+    same = sum(
+        text == own or (metric == "json" and _same_json(text, own)) for text, own in zip(texts, wanted, strict=True)
+    )
     return {
         "num_prompts": len(items),
-        "same_text": same_text,
+        "same_text": sum(text == own for text, own in zip(texts, wanted, strict=True)),
         "same": same,
         "share": same / len(items),
-        "metric": recipe.evaluate.metric,
+        "metric": metric,
+        "tokens_per_second": reader.tokens_per_second,
+        "scores": score_answers(metric, items, texts),
     }
 
 

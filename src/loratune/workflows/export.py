@@ -7,20 +7,22 @@ write_served_layout   base and adapter side by side, for `transformers serve`
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loratune.exporting.adapter_matrices import read_adapter, read_replaced
-from loratune.exporting.certificate import EXACT, Target, Written
+from loratune.exporting.certificate import Target, Written
 from loratune.exporting.gguf.adapter import check_plain
 from loratune.exporting.gguf.architectures import GgufLayout
+from loratune.exporting.gguf.quantizer import QUANTIZER_TYPES, check_types
 from loratune.exporting.load_back import TransformersReader
 from loratune.exporting.mlx import check_mlx
 from loratune.exporting.ollama import translate
 from loratune.exporting.staging import check_target
 from loratune.exporting.transformers_serve import check_transformers, model_folder, served_name, write_served
 from loratune.exporting.vllm import check_vllm, serve_merged
-from loratune.exporting.weights_proof import prove_adapter
+from loratune.exporting.weights_proof import prove_adapter, with_base
 from loratune.model.load import gguf_file, stored_dtype
 from loratune.model.quantization.kinds import PACKED
 from loratune.recipe.tasks import require_text
@@ -33,16 +35,24 @@ from loratune.workflows.export_gguf import DEFAULT_OUTTYPE, GgufExport
 from loratune.workflows.export_mlx import MlxExport
 from loratune.workflows.export_vllm import VllmExport
 from loratune.workflows.finished import FinishedRun, open_finished, recipe_of
-from loratune.workflows.merged_folder import merged_bytes, write_merged_folder
+from loratune.workflows.merged_folder import (
+    merged_bytes,
+    merged_tolerance,
+    prove_trained_base,
+    write_merged_folder,
+    write_trained_base,
+)
 from loratune.workflows.tasks.task import task_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from loratune.exporting.reference_outputs import ReferenceOutputs
 
 NUM_ANSWERS = 20
 """How many held-out prompts llama.cpp answers, to compare with the run's own answers."""
+NUM_SCORED_ANSWERS = 200
+"""The same where the answers say what a quantization costs, in points of the metric."""
 
 
 def merge(root: str | Path, out: str | Path, *, dtype: str = "auto", progress: Progress = NO_PROGRESS) -> Exported:
@@ -91,7 +101,7 @@ def export(
     merged: bool = False,
     outtype: str | None = None,
     out: str | Path | None = None,
-    num_answers: int = NUM_ANSWERS,
+    num_answers: int | None = None,
     progress: Progress = NO_PROGRESS,
 ) -> Exported:
     """Write a run for another program.
@@ -100,9 +110,11 @@ def export(
         root: The run directory.
         to: `gguf`, `ollama`, `vllm` or `mlx`; None for `gguf`, where the base is a GGUF file.
         merged: Whether to write the full model, not the adapter alone.
-        outtype: The type of a merged GGUF model's matrices: `f16` (the default), `bf16` or `q8_0`.
+        outtype: The type of a merged GGUF model's matrices, which implies `merged`: `f16` (the default), `bf16`,
+            `q8_0`, or a type of llama.cpp's quantizer such as `q4_k_m`.
         out: The folder to create; default `RUN/exports/TO` or `RUN/exports/TO-merged`.
-        num_answers: How many held-out prompts llama.cpp answers in full.
+        num_answers: How many held-out prompts llama.cpp answers in full; None for 20, and for 200 with a type of
+            llama.cpp's quantizer.
         progress: The listener for progress and warnings.
 
     Raises:
@@ -110,18 +122,37 @@ def export(
         MachineError: The disk is too small.
         RunError: The certificate fails; nothing is kept.
     """
+    if num_answers is None:
+        num_answers = NUM_SCORED_ANSWERS if outtype in QUANTIZER_TYPES else NUM_ANSWERS
+    outtypes = [outtype] if outtype else []
+    with open_export(root, to, merged=merged, outtypes=outtypes, out=out, progress=progress) as (planned, kind, log):
+        exported = export_with_certificate(
+            planned.finished, kind, planned.target, planned.write, planned.usage, num_answers
+        )
+        log.note(exported.summary)
+    return exported
+
+
+@contextmanager
+def open_export(
+    root: str | Path,
+    to: str | None,
+    *,
+    merged: bool,
+    outtypes: Sequence[str],
+    out: str | Path | None,
+    progress: Progress,
+) -> Iterator[tuple[GgufExport | VllmExport | MlxExport, str, RunLog]]:
+    """Check what is asked for, and open the run. Yield the plan of the export, what is written, and the run's log."""
     if to is None:
         to = "gguf" if gguf_file(recipe_of(root).model) is not None else None
     if to is None or (to, merged) not in _CHECKS:
         problem = f"cannot export to {to!r}" if to else "the base is not a GGUF file, so the target must be named"
         raise RecipeError(problem, fix="--to gguf, --to ollama, --to vllm or --to mlx")
-    if outtype is not None and to in ("vllm", "mlx"):
-        raise RecipeError(f"--outtype {outtype} is a type of GGUF files, not of --to {to}", fix="leave it out")
-    if outtype is not None and not merged:
-        raise RecipeError(
-            f"--outtype {outtype} is for merged models; an adapter is written in float32",
-            fix="leave it out, or add --merged",
-        )
+    if outtypes and to in ("vllm", "mlx"):
+        raise RecipeError(f"--outtype {outtypes[0]} is a type of GGUF files, not of --to {to}", fix="leave it out")
+    check_types(outtypes)
+    merged = merged or bool(outtypes)  # an adapter is always written in float32
     require_text(recipe_of(root), f"loratune export --to {to}", f"loratune merge {root} OUT, which transformers loads")
     run = RunDir.open(root)
     target = Path(out).expanduser() if out is not None else run.exports / f"{to}{'-merged' if merged else ''}"
@@ -130,24 +161,24 @@ def export(
     run.require_adapter()
     with RunLog(progress, run.log) as log:
         log.note(f"export for {to} into {target}")
-        exported = _export(
-            open_finished(root, log), target, to, merged=merged, outtype=outtype, num_answers=num_answers
-        )
-        log.note(exported.summary)
-    return exported
+        finished = open_finished(root, log)
+        for check in _CHECKS[to, merged]:
+            check(finished)
+        outtype = outtypes[0] if outtypes else None
+        planned = _plan_export(finished, target.absolute(), to, merged=merged, outtype=outtype)
+        check_target(target, needed_bytes=_needed_bytes(finished, to, outtypes, merged=merged))
+        log.line(f"exporting {'the merged model' if merged else 'the adapter'} for {to}")
+        yield planned, f"{to} {'merged' if merged else 'adapter'}", log
 
 
-def _export(
-    finished: FinishedRun, target: Path, to: str, *, merged: bool, outtype: str | None, num_answers: int
-) -> Exported:
-    for check in _CHECKS[to, merged]:
-        check(finished)
-    planned = _plan_export(finished, target.absolute(), to, merged=merged, outtype=outtype)
+def _needed_bytes(finished: FinishedRun, to: str, outtypes: Sequence[str], *, merged: bool) -> int:
+    """Estimate the disk space of an export, in bytes."""
+    if to in ("vllm", "mlx") and not merged:
+        return 0
     # An adapter in GGUF may need a temporary GGUF file of the base to be checked with.
-    check_target(target, needed_bytes=0 if to in ("vllm", "mlx") and not merged else finished.base_bytes)
-    finished.progress.line(f"exporting {'the merged model' if merged else 'the adapter'} for {to}")
-    kind = f"{to} {'merged' if merged else 'adapter'}"
-    return export_with_certificate(finished, kind, target, planned.write, planned.usage, num_answers)
+    files = max(1, len(outtypes)) * finished.base_bytes
+    through_float32 = 4 * finished.prepared.adapter.parameters.total
+    return files + (through_float32 if any(outtype in QUANTIZER_TYPES for outtype in outtypes) else 0)
 
 
 def write_served_layout(root: str | Path, target: Path, *, progress: Progress = NO_PROGRESS) -> Exported:
@@ -158,17 +189,20 @@ def write_served_layout(root: str | Path, target: Path, *, progress: Progress = 
         RunError: The certificate fails; nothing is kept.
     """
     finished = open_finished(root, progress)
-    _check_full_base(finished)
     if finished.prepared.model.new_tokens or finished.prepared.adapter.parameters.stacks:
         _check_matrices_alone(finished, "`transformers serve`")
     architecture = check_transformers(finished.config)
-    check_target(target)
     recipe = finished.prepared.recipe
+    packed = recipe.model.quantization in PACKED
+    check_target(target, needed_bytes=merged_bytes(finished, recipe.model.dtype) if packed else 0)
     name = served_name(finished.name)
 
     def write(folder: Path) -> Written:
-        write_served(finished.base, finished.run.adapter, folder, name=name, stop_token_ids=finished.stops)
-
+        base = finished.base
+        if packed:
+            base = folder / "weights"
+            write_trained_base(finished, base)
+        write_served(base, finished.run.adapter, folder, name=name, stop_token_ids=finished.stops)
         served = model_folder(folder, name)
 
         def load(_: ReferenceOutputs) -> Target:
@@ -180,9 +214,10 @@ def write_served_layout(root: str | Path, target: Path, *, progress: Progress = 
             )
 
         def prove() -> Record:
-            return prove_adapter(finished.updates, read_adapter(served), finished.replaced, read_replaced(served))
+            adapter = prove_adapter(finished.updates, read_adapter(served), finished.replaced, read_replaced(served))
+            return with_base(adapter, prove_trained_base(finished, base)) if packed else adapter
 
-        return Written(load=load, tolerance=EXACT, prove=prove)
+        return Written(load=load, tolerance=merged_tolerance(finished), prove=prove)
 
     return export_with_certificate(finished, "served adapter", target, write, ())
 
@@ -257,15 +292,15 @@ def _check_gguf_model(finished: FinishedRun) -> None:
 
 
 def _check_gguf_base(finished: FinishedRun) -> None:
-    if finished.source is None:
+    if finished.source is None and finished.prepared.recipe.model.quantization not in PACKED:
         raise RecipeError(
             "Ollama loads a GGUF adapter on a GGUF model only, and the base of this run is not a GGUF file",
             fix="add --merged",
         )
 
 
-_GGUF_MODEL = (_check_full_base, _check_architecture, _check_gguf_model)
-_GGUF_ADAPTER = (_check_full_base, _check_architecture, _check_gguf_adapter, _check_gguf_model)
+_GGUF_MODEL = (_check_architecture, _check_gguf_model)
+_GGUF_ADAPTER = (_check_architecture, _check_gguf_adapter, _check_gguf_model)
 _CHECKS: Mapping[tuple[str, bool], tuple[Callable[[FinishedRun], None], ...]] = {
     ("vllm", True): (),  # a merged folder holds the values that training multiplied with
     ("vllm", False): (_check_full_base, _check_vllm_adapter),

@@ -13,7 +13,7 @@ from loratune.exporting.gguf.model import is_quantized
 from loratune.exporting.load_back import TransformersReader
 from loratune.exporting.merge_weights import DTYPES, MergedWeights, Values, copy_companions, write_merged
 from loratune.exporting.structure import config_differences
-from loratune.exporting.weights_proof import prove_weights
+from loratune.exporting.weights_proof import for_all, prove_weights
 from loratune.exporting.written_tensors import FolderTensors, rounding_to
 from loratune.model.adapter.attach import load_adapter
 from loratune.model.device import torch_dtype
@@ -62,7 +62,7 @@ def write_merged_folder(finished: FinishedRun, folder: Path, dtype: str) -> Writ
     finished.progress.line(
         f"merging {len(finished.updates)} matrices in float32, written in {wanted or 'the type of the base'}"
     )
-    frozen = _trained_values(finished)
+    frozen = trained_values(finished)
     if frozen:
         finished.progress.line(
             f"{len(frozen)} matrices of the base are written with their values in {recipe.model.quantization}, "
@@ -82,6 +82,26 @@ def write_merged_folder(finished: FinishedRun, folder: Path, dtype: str) -> Writ
     return read_merged_folder(finished, folder)
 
 
+def write_trained_base(finished: FinishedRun, folder: Path) -> None:
+    """Write the base of a run on a quantized one, with the values that training multiplied with, in the run's type."""
+    section = finished.prepared.recipe.model
+    finished.progress.line(
+        f"the adapter was trained on a base in {section.quantization}: the base's values in training are written, in "
+        f"{section.dtype}"
+    )
+    folder.mkdir()
+    write_merged(finished.base, {}, folder, dtype=torch_dtype(section.dtype), frozen=trained_values(finished))
+    copy_companions(finished.base, finished.run.adapter, folder, finished.stops)
+
+
+def prove_trained_base(finished: FinishedRun, folder: Path) -> Record | None:
+    """Compare a folder of `write_trained_base` with the base's values in training."""
+    tied = bool(finished.config.get_text_config().tie_word_embeddings)
+    weights = MergedWeights(finished.base, {}, trained_values(finished))
+    with weights, FolderTensors(folder, tied=tied) as written:
+        return prove_weights(weights, written, base_name=finished.prepared.recipe.model.name)
+
+
 def read_merged_folder(finished: FinishedRun, folder: Path) -> Written:
     """Return how to prove that a folder holds base and adapter of a run, merged."""
     recipe = finished.prepared.recipe
@@ -96,7 +116,7 @@ def read_merged_folder(finished: FinishedRun, folder: Path) -> Written:
     def prove() -> Record | None:
         if _needs_peft(finished):  # whose tensors only transformers can name or unpack
             return None
-        weights = MergedWeights(finished.base, finished.updates, _trained_values(finished), finished.replaced)
+        weights = MergedWeights(finished.base, finished.updates, trained_values(finished), finished.replaced)
         with weights, FolderTensors(folder, tied=tied) as written:
             return prove_weights(weights, written, base_name=recipe.model.name)
 
@@ -105,8 +125,8 @@ def read_merged_folder(finished: FinishedRun, folder: Path) -> Written:
 
     return Written(
         load=load,
-        tolerance=_tolerance(finished),
-        rounding=None if dtype is None else rounding_to(dtype),
+        tolerance=merged_tolerance(finished),
+        rounding=None if dtype is None else for_all(rounding_to(dtype)),
         rounding_known=dtype is not None,
         prove=prove,
         settings=settings,
@@ -119,7 +139,7 @@ def _needs_peft(finished: FinishedRun) -> bool:
     return method_of(finished.config) is not None or bool(finished.prepared.adapter.parameters.stacks)
 
 
-def _tolerance(finished: FinishedRun) -> Tolerance:
+def merged_tolerance(finished: FinishedRun) -> Tolerance:
     """Return how far arithmetic alone may move a merged model from training."""
     recipe = finished.prepared.recipe
     if not is_packed(finished.config, recipe.model):
@@ -147,7 +167,7 @@ def _merge_with_peft(finished: FinishedRun, folder: Path, dtype: torch.dtype | N
     merged.to(dtype or finished.config.dtype or torch.float32).save_pretrained(folder)
 
 
-def _trained_values(finished: FinishedRun) -> dict[str, Values]:
+def trained_values(finished: FinishedRun) -> dict[str, Values]:
     """Return the matrices that training multiplied with in place of the base's; none where they were not quantized."""
     section = finished.prepared.recipe.model
     if section.quantization not in PACKED:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from loratune.exporting.places import choose_examples, choose_questions
 from loratune.exporting.reference_outputs import Places, ReferenceOutputs, reference_outputs
-from loratune.exporting.weights_proof import Rounding, trained_weight
+from loratune.exporting.weights_proof import NamedRounding, trained_weight
 from loratune.model.adapter.attach import load_adapter
 from loratune.model.load import is_packed, load_model, stored_dtype
 from loratune.training.loss import make_loss
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _PEFT = "base_model.model."
 
 
-def compute_reference(finished: FinishedRun, rounding: Rounding | None) -> ReferenceOutputs:
+def compute_reference(finished: FinishedRun, rounding: NamedRounding | None) -> ReferenceOutputs:
     """Run base and adapter in the training code. The model is freed on return.
 
     Args:
@@ -55,7 +55,7 @@ def compute_reference(finished: FinishedRun, rounding: Rounding | None) -> Refer
         )
 
 
-def as_rounded(updates: Mapping[str, LowRank], rounding: Rounding) -> Change:
+def as_rounded(updates: Mapping[str, LowRank], rounding: NamedRounding) -> Change:
     """Return a change that makes a model with an adapter compute as if merged and rounded.
 
     The adapter stays beside the weights. Each of them moves by the error that rounding leaves on weight and update
@@ -65,11 +65,11 @@ def as_rounded(updates: Mapping[str, LowRank], rounding: Rounding) -> Change:
     def change(name: str, values: torch.Tensor) -> torch.Tensor:
         if ".lora_" in name or ".original_module." in name or not name.endswith((".weight", ".bias")):
             return values
-        module = name.removeprefix(_PEFT).replace(".base_layer", "").removesuffix(".weight")
-        update = updates.get(module) if name.endswith(".weight") else None
+        tensor = name.removeprefix(_PEFT).replace(".base_layer", "").replace(".modules_to_save.default", "")
+        update = updates.get(tensor.removesuffix(".weight")) if tensor.endswith(".weight") else None
         if update is None:
-            return rounding(values)
+            return rounding(tensor, values)
         trained = trained_weight(values, update)
-        return values + (rounding(trained) - trained)
+        return values + (rounding(tensor, trained) - trained)
 
     return change

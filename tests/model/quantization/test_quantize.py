@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from loratune.exporting.gguf.model import GgufSource, write_gguf_model
 from loratune.model.adapter.attach import attach_adapter, use_fast_layers
 from loratune.model.load import BaseModel, load_config, load_model
 from loratune.model.quantization import quantize
@@ -22,7 +23,9 @@ from loratune.recipe.recipe import LoraSection, ModelSection, Recipe
 from loratune.run.errors import MachineError, RecipeError
 from loratune.run.extras import pip_install
 from loratune.run.progress import NoProgress
-from loratune.workflows.export import export, merge
+from loratune.workflows.certify_target import certify_target
+from loratune.workflows.export import export, merge, write_served_layout
+from loratune.workflows.finished import open_finished
 from loratune.workflows.guidance.effects import SUMMARIES, TABLES
 from loratune.workflows.guidance.eject import eject
 from loratune.workflows.guidance.facts import Facts
@@ -249,15 +252,43 @@ def test_matrices_that_are_stored_transposed_are_refused() -> None:
 
 
 @pytest.mark.parametrize("quantization", some(PACKED, "nf4"))
-def test_merging_writes_what_was_trained_and_other_ways_out_are_refused(
+def test_what_is_written_has_the_values_of_training_or_is_refused(
     tiny_recipe: MakeRecipe, tmp_path: Path, quantization: str
 ) -> None:
     run = train(tiny_recipe(model__quantization=quantization, lora__targets="complete")).run
     done = merge(run.root, tmp_path / "merged")
     assert done.certificate["passed"]
-    for to in ("vllm", "gguf"):
-        with pytest.raises(RecipeError, match=f"trained on a base quantized to {quantization}"):
-            export(run.root, to=to)
+    with pytest.raises(RecipeError, match=f"trained on a base quantized to {quantization}"):
+        export(run.root, to="vllm")
+    merged = export(run.root, to="gguf", merged=True, outtype="f32", out=tmp_path / "gguf-merged")
+    adapter = export(run.root, to="gguf", out=tmp_path / "gguf")
+    served = write_served_layout(run.root, tmp_path / "served")
+    name = run.root.name
+    assert {path.name for path in adapter.folder.iterdir()} == {
+        f"{name}-lora.gguf", f"{name}-base-f32.gguf", "parity.json",
+    }  # fmt: skip
+    assert adapter.usage[0].startswith(f"llama-cli -m {adapter.folder / f'{name}-base-f32.gguf'} --lora ")
+    for exported in (merged, adapter, served):
+        assert exported.certificate["verdict"] == "same", exported.certificate["reason"]
+        assert exported.certificate["weights"]["problems"] == []
+        assert exported.certificate["weights"]["num_unchanged"] > 0  # the base's values are part of the proof
+    assert (served.folder / "models" / "base" / "model.safetensors").resolve().is_relative_to(served.folder)
+
+
+@pytest.mark.slow
+def test_the_base_as_downloaded_is_not_taken_for_that_of_training(tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
+    run = train(tiny_recipe(model__quantization="nf4", train__epochs=1)).run
+    exported = export(run.root, to="gguf", out=tmp_path / "gguf")
+    (base,) = exported.folder.glob("*-base-*.gguf")
+    finished = open_finished(run.root, NoProgress())
+    plain = GgufSource(
+        base=finished.base, config=finished.config, tokenizer=finished.prepared.model.tokenizer, name="plain",
+        stop_token_ids=finished.stops,
+    )  # fmt: skip
+    write_gguf_model(plain, base, outtype="f32")
+    certificate = certify_target(run.root, exported.folder / f"{run.root.name}-lora.gguf")
+    assert certificate["verdict"] == "different"
+    assert "tensors that the adapter does not change are not those of" in certificate["reason"]
 
 
 @pytest.mark.parametrize("quantization", some([name for name in PACKED if name != "int4_weight_only"], "nf4"))

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from loratune.exporting.adapter_matrices import LowRank, Replaced
+    from loratune.exporting.merge_weights import Values
 
 OUTTYPES: Mapping[str, tuple[GGMLQuantizationType, LlamaFileType]] = {
     "f32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
@@ -55,6 +56,7 @@ class GgufSource:
         stop_token_ids: The tokens that end an answer.
         updates: Module name → the adapter's low-rank update; empty for the base unchanged.
         replaced: Tensor name → the values that replace it.
+        frozen: Module name → its weight's values in training, where these differ from the base's files.
         gguf: The GGUF file that the base was imported from, whose metadata and tokenizer are copied; None for any other
             base.
     """
@@ -66,6 +68,7 @@ class GgufSource:
     stop_token_ids: Sequence[int]
     updates: Mapping[str, LowRank] = field(default_factory=dict)
     replaced: Mapping[str, Replaced] = field(default_factory=dict)
+    frozen: Mapping[str, Values] = field(default_factory=dict)
     gguf: Path | None = None
 
 
@@ -89,7 +92,7 @@ def write_gguf_model(source: GgufSource, file: Path, *, outtype: str) -> None:
     if outtype == "q8_0":
         writer.add_quantization_version(2)
     extra: dict[str, np.ndarray[Any, Any]] = {}
-    with MergedWeights(source.base, source.updates, replaced=source.replaced) as weights:
+    with MergedWeights(source.base, source.updates, source.frozen, source.replaced) as weights:
         if source.gguf is not None:
             extra = _copy_metadata(writer, GGUFReader(source.gguf), layout)
         else:

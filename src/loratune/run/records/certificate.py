@@ -66,7 +66,10 @@ class WeightsProof(Part):
     relative_error: float
     """‖W − B − D‖ / ‖D‖, over all changed tensors."""
     kept: float
-    """Share of the update that survived rounding: ⟨W − rounded(B), D⟩ / ‖D‖², over all changed tensors."""
+    """Share of the update that survived rounding: ⟨W − rounded(B), D⟩ / ‖D‖², over all changed tensors; of types that
+    only llama.cpp's quantizer writes, estimated by least squares."""
+    unproven: float = 0.0
+    """Share of ‖D‖² in tensors that are quantized too coarsely to tell whether they hold their update, 0 to 1."""
     least_kept: float
     """The same of the tensor that kept least."""
     least_kept_tensor: str | None
@@ -92,6 +95,28 @@ class ToleranceUsed(Part):
     """Where the differences come from."""
 
 
+class ScoreDifference(Part):
+    """A difference with its interval, by a paired bootstrap over prompts."""
+
+    value: float
+    """The target minus the run."""
+    low: float
+    """Lower end of the interval of 95 %."""
+    high: float
+    """Upper end."""
+
+
+class AnswerScores(Part):
+    """The metric on the same held-out prompts, answered by the target and by the run."""
+
+    score: float
+    """Of the target's answers, 0 to 1; of `bleu` 0 to 100."""
+    run_score: float
+    """Of the run's own answers."""
+    difference: ScoreDifference
+    """What the export cost: negative where the target is worse."""
+
+
 class AnswerParity(Part):
     """Greedy answers of the target vs. those of the run's evaluation."""
 
@@ -105,6 +130,10 @@ class AnswerParity(Part):
     """`same` as a fraction, 0 to 1."""
     metric: str
     """Metric of the run."""
+    tokens_per_second: float | None = None
+    """Generated tokens a second, one answer at a time, without reading the prompt; null if none was generated."""
+    scores: AnswerScores | None = None
+    """The metric; null if it is none, or the user's own."""
 
 
 class CertificateRecord(FileRecord):

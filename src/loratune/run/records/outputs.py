@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import RootModel
 
 from loratune.run.records.base import FileRecord, Part
-from loratune.run.records.certificate import CertificateRecord
+from loratune.run.records.certificate import AnswerScores, CertificateRecord
 from loratune.run.records.data import DataRecord
 from loratune.run.records.evaluation import EvaluationRecord
 from loratune.run.records.plan import PlanRecord
@@ -44,15 +44,40 @@ class ResultOutput(FileRecord):
     """`plan.json`, with what was measured."""
 
 
+class ExportedType(Part):
+    """One of several types of a merged GGUF model."""
+
+    outtype: str
+    """Type, such as `q4_k_m`."""
+    file_bytes: int
+    """Size of the file, in bytes."""
+    kept: bool
+    """Whether it was kept, in the folder of its name."""
+    verdict: Literal["same", "different", "undecided"] | None = None
+    """Verdict of its certificate; null for a file that is larger than `--fit`."""
+    mean_kl: float | None = None
+    """Mean of KL(training ‖ file), in nats."""
+    tokens_per_second: float | None = None
+    """Speed of llama.cpp's answers; null without."""
+    metric: str | None = None
+    """Metric of the run; null without answers."""
+    num_prompts: int | None = None
+    """Prompts answered; null without answers."""
+    scores: AnswerScores | None = None
+    """The metric of these answers, and what the type costs; null without."""
+
+
 class ExportOutput(FileRecord):
     """`loratune merge` and `export`: what was written, and the proof that it is the trained model."""
 
     folder: str
-    """Folder that was written."""
+    """Folder that was written; of several types, the one with their folders."""
     certificate: CertificateRecord
-    """The certificate."""
+    """The certificate; of several types, that of the first that was kept."""
     usage: tuple[str, ...]
     """Commands that use it."""
+    types: tuple[ExportedType, ...] = ()
+    """Several types: what was found of each, in the order in which they were tried."""
 
 
 class SampleOutput(Part):

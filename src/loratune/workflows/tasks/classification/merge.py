@@ -17,6 +17,7 @@ from loratune.exporting.places import ENOUGH_POSITIONS, Question, sides_of
 from loratune.exporting.reference_outputs import Places, ReferenceOutputs, reference_outputs
 from loratune.exporting.staging import atomic_folder, check_target
 from loratune.exporting.verdict import Decision
+from loratune.exporting.weights_proof import for_all
 from loratune.exporting.written_tensors import rounding_to
 from loratune.model.adapter.attach import load_adapter
 from loratune.model.load import download_weights, is_packed, load_config, load_model
@@ -110,7 +111,7 @@ def _expect(
             ),
             prepared.model.tokenizer,
             packed=is_packed(config, prepared.recipe.model),
-            change=as_rounded(read_adapter(run.adapter), rounding_to(dtype)),
+            change=as_rounded(read_adapter(run.adapter), for_all(rounding_to(dtype))),
             progress=task.advance,
         )
     return replace(expected, examples=[_one_place(example) for example in chosen], stop_token_ids=()), chosen
