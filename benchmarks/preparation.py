@@ -1,4 +1,4 @@
-"""Rows per second from chats to labelled tokens: loratune beside TRL's own preparation, alternately in one run.
+"""Rows per second from chats to labeled tokens: loratune beside TRL's own preparation, alternately in one run.
 
     python benchmarks/preparation.py [--rows 30000] [--trl-rows 4000] [--rounds 3] [--json]
 

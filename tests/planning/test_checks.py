@@ -152,7 +152,7 @@ def test_settings_without_effect_in_this_run_are_warned_about(tiny_recipe: MakeR
     assert not [words for words in reported if words.startswith("train.")]
 
 
-def test_labelled_texts_without_the_task_are_refused(tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
+def test_labeled_texts_without_the_task_are_refused(tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
     rows = write_jsonl(
         tmp_path / "rows.jsonl", [{"text": "play", "label": "music"}, {"text": "rain", "label": "weather"}]
     )

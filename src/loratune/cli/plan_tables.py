@@ -231,7 +231,7 @@ def data_table(report: Record) -> RenderableType:
     table.add_column("")
     for side in sides:
         table.add_column("held-out" if side == "eval" else "training", justify="right")
-    labelled = "labels" in report
+    labeled = "labels" in report
     rows = {
         "rows": [f"{report[side]['rows']:,}" for side in sides],
         "conversations": [f"{report[side]['conversations']:,}" for side in sides],
@@ -247,9 +247,9 @@ def data_table(report: Record) -> RenderableType:
         "scripts": [", ".join(_scripts(report[side]["scripts"])) for side in sides],
     }
     for name, values in rows.items():
-        if labelled and name in ("turns", "trained tokens"):
+        if labeled and name in ("turns", "trained tokens"):
             continue
-        table.add_row("texts" if labelled and name == "conversations" else name, *map(escape, values))
+        table.add_row("texts" if labeled and name == "conversations" else name, *map(escape, values))
     for label in report.get("labels", [])[:_MOST_CLASSES]:
         table.add_row(escape(f"class {label}"), *(f"{report[side]['labels'][label]:,}" for side in sides))
     if len(report.get("labels", [])) > _MOST_CLASSES:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from loratune.data.examples import AnswersExample, Example, JudgedExample, LabelledExample
+from loratune.data.examples import AnswersExample, Example, JudgedExample, LabeledExample
 from loratune.data.rows.row import Origin
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def float_type(device: torch.device) -> torch.dtype:
 
 def num_supervised(example: Example) -> int:
     """Count the tokens of an example that carry loss; 1 for a labeled example, its label."""
-    if isinstance(example, LabelledExample):
+    if isinstance(example, LabeledExample):
         return 1
     return int(example.supervised[1:].sum())  # nothing predicts the first token
 
@@ -141,12 +141,12 @@ def collate(examples: Sequence[Example]) -> MicroBatch:
 
 def _classes(examples: Sequence[Example]) -> dict[str, Any]:
     """Return the labels and token types of labeled examples and of judged answers."""
-    labelled = [example for example in examples if isinstance(example, LabelledExample | JudgedExample)]
-    if not labelled:
+    labeled = [example for example in examples if isinstance(example, LabeledExample | JudgedExample)]
+    if not labeled:
         return {}
-    found: dict[str, Any] = {"labels": torch.tensor([example.label for example in labelled])}
-    types = [example.token_types for example in labelled if example.token_types is not None]
-    if len(types) == len(labelled):
+    found: dict[str, Any] = {"labels": torch.tensor([example.label for example in labeled])}
+    types = [example.token_types for example in labeled if example.token_types is not None]
+    if len(types) == len(labeled):
         found["token_types"] = torch.from_numpy(np.concatenate(types).astype(np.int64))[None]
     return found
 

@@ -81,7 +81,7 @@ class JudgedExample(AnswersExample):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class LabelledExample(Example):
+class LabeledExample(Example):
     """One tokenized text and its class. The class carries loss, none of the tokens does."""
 
     label: int
@@ -96,9 +96,9 @@ class LabelledExample(Example):
 
 def labels_fingerprint(examples: Sequence[Example]) -> str:
     """Return the SHA-256 of all classes or judgements, and token types; empty if there are none."""
-    labelled = [example for example in examples if isinstance(example, LabelledExample | JudgedExample)]
+    labeled = [example for example in examples if isinstance(example, LabeledExample | JudgedExample)]
     digest = hashlib.sha256()
-    for example in labelled:
+    for example in labeled:
         types = b"" if example.token_types is None else example.token_types.tobytes()
         digest.update(example.label.to_bytes(4, "little") + len(types).to_bytes(8, "little") + types)
-    return digest.hexdigest() if labelled else ""
+    return digest.hexdigest() if labeled else ""

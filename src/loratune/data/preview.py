@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from rich.console import Group
 from rich.text import Text
 
-from loratune.data.examples import Example, LabelledExample
+from loratune.data.examples import Example, LabeledExample
 from loratune.data.prompts import stop_token_ids
 
 if TYPE_CHECKING:
@@ -135,8 +135,8 @@ def preview(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, cou
         tokenizer: The tokenizer, to decode the ids.
         count: How many examples to show.
     """
-    labelled = any(isinstance(example, LabelledExample) for example in examples[:count])
-    stops = set() if labelled else set(stop_token_ids(tokenizer))
+    labeled = any(isinstance(example, LabeledExample) for example in examples[:count])
+    stops = set() if labeled else set(stop_token_ids(tokenizer))
     specials = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | set(
         tokenizer.all_special_ids
     )
@@ -155,7 +155,7 @@ def _sides(example: Example) -> Iterator[tuple[Example, str]]:
 
 def _title(example: Example, side: str) -> str:
     length, trained = len(example.input_ids), int(example.supervised.sum())
-    if isinstance(example, LabelledExample):
+    if isinstance(example, LabeledExample):
         return f"{example.origin}: {length} tokens, class {example.name}"
     return f"{example.origin}{side}: {length} tokens, {trained} trained ({trained / length:.0%})"
 

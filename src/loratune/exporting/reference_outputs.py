@@ -140,8 +140,8 @@ def _outputs(
         tokens = sum(len(other.input_ids) for other in batch)
         if batch and (example is None or tokens + len(example.input_ids) > BATCH_TOKENS):
             logits = loss.logits(collate(batch).to(loss.model.device))
-            labelled = len(logits) == len(batch)
-            counts = [1 if labelled else int(other.supervised[1:].sum()) for other in batch]
+            labeled = len(logits) == len(batch)
+            counts = [1 if labeled else int(other.supervised[1:].sum()) for other in batch]
             yield from torch.split(logits.float(), counts)
             progress(len(batch))
             batch = []

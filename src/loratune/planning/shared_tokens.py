@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from loratune.data.examples import LabelledExample
+from loratune.data.examples import LabeledExample
 from loratune.data.shared_prefixes import SHARING_DEVICE, num_distinct
 from loratune.data.steps import num_steps_per_epoch, step_examples
 from loratune.model.device import Choice
@@ -82,7 +82,7 @@ def _obstacle(recipe: Recipe, data: PreparedData) -> str:
     """Return why the recipe excludes sharing; empty if it does not."""
     if recipe.train.engine == "trl":
         return "train.engine is trl, which pads examples"
-    if any(isinstance(example, LabelledExample) for example in data.train[:1]):
+    if any(isinstance(example, LabeledExample) for example in data.train[:1]):
         return "a classifier reads whole texts"
     if recipe.train.neftune_noise_alpha:
         return "the noise of train.neftune_noise_alpha depends on the length of each example"

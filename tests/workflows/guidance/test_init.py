@@ -85,7 +85,7 @@ LABELLED = {
 
 
 @pytest.mark.parametrize("form", LABELLED)
-def test_labelled_rows_make_a_recipe_of_a_classifier(form: str, tmp_path: Path) -> None:
+def test_labeled_rows_make_a_recipe_of_a_classifier(form: str, tmp_path: Path) -> None:
     data = write_jsonl(tmp_path / "mine.jsonl", [*map(LABELLED[form], range(30)), {"text": "words", "label": None}])
     path, starter = init(str(data), None)
     recipe = Recipe.load(path)

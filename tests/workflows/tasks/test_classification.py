@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from loratune.data.batch import collate
-from loratune.data.examples import LabelledExample
+from loratune.data.examples import LabeledExample
 from loratune.planning.prepare import prepare
 from loratune.recipe.recipe import Recipe
 from loratune.run.directory import RunDir, read_json
@@ -243,7 +243,7 @@ def test_losses_and_gradients_are_those_of_the_model_itself(
     model.eval()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name or "modules_to_save" in name)
-    examples = [example for example in prepared.data.train[:9] if isinstance(example, LabelledExample)]
+    examples = [example for example in prepared.data.train[:9] if isinstance(example, LabeledExample)]
     loss.sum(collate(examples)).backward()
     fast = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     total = float(loss.sum(collate(examples)).detach())

@@ -8,7 +8,7 @@ import datasets
 import pytest
 
 from loratune.data.batch import collate, num_supervised
-from loratune.data.examples import LabelledExample, labels_fingerprint
+from loratune.data.examples import LabeledExample, labels_fingerprint
 from loratune.data.prepared import PreparedData
 from loratune.recipe.recipe import DataSection
 from loratune.run.errors import DataError
@@ -27,7 +27,7 @@ def test_labels_are_sorted_and_counted(tmp_path: Path) -> None:
     assert data.report["labels"] == ["music", "timer", "weather"]
     assert data.report["train"]["labels"] == {"music": 4, "timer": 3, "weather": 3}
     first = data.train[0]
-    assert isinstance(first, LabelledExample)
+    assert isinstance(first, LabeledExample)
     assert (first.label, first.name) == (0, "music")
     assert num_supervised(first) == 1
     assert data.report["train"]["supervised_tokens"] == 10
@@ -36,7 +36,7 @@ def test_labels_are_sorted_and_counted(tmp_path: Path) -> None:
 def test_integers_are_sorted_as_numbers(tmp_path: Path) -> None:
     data = prepared(tmp_path, [{"text": "play", "label": n} for n in (10, 9, 2, 10)])
     assert data.report["labels"] == ["2", "9", "10"]
-    assert [example.label for example in data.train if isinstance(example, LabelledExample)] == [2, 1, 0, 2]
+    assert [example.label for example in data.train if isinstance(example, LabeledExample)] == [2, 1, 0, 2]
 
 
 def test_pairs_have_token_types_and_other_columns(tmp_path: Path) -> None:
@@ -44,7 +44,7 @@ def test_pairs_have_token_types_and_other_columns(tmp_path: Path) -> None:
     data = prepared(tmp_path, rows, columns={"sentence1": "a", "sentence2": "b", "label": "y"})
     tokens = tokenizer(encoder=True, types=True)("play the song", "louder please")
     first = data.train[0]
-    assert isinstance(first, LabelledExample)
+    assert isinstance(first, LabeledExample)
     assert first.token_types is not None
     assert first.input_ids.tolist() == tokens["input_ids"]
     assert first.token_types.tolist() == tokens["token_type_ids"] == [0, 0, 0, 0, 0, 1, 1, 1]
@@ -131,7 +131,7 @@ def test_the_fingerprint_has_the_classes(tmp_path: Path) -> None:
     rows[0] = {**rows[0], "label": rows[1]["label"]}
     rows[1] = {**rows[1], "label": rows[3]["label"]}
     other = prepared(tmp_path, rows)
-    assert Counter(e.label for e in other.train if isinstance(e, LabelledExample)) == {0: 2, 1: 2, 2: 2}
+    assert Counter(e.label for e in other.train if isinstance(e, LabeledExample)) == {0: 2, 1: 2, 2: 2}
     assert one != labels_fingerprint(other.train)
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from loratune.data.examples import LabelledExample
+from loratune.data.examples import LabeledExample
 from loratune.data.rows.row import Origin
 from loratune.evaluation.record import paired_bootstrap
 from loratune.workflows.tasks.classification.measures import (
@@ -17,9 +17,9 @@ from loratune.workflows.tasks.classification.measures import (
 NAMES = ["a", "b", "c", "d"]
 
 
-def example(label: int) -> LabelledExample:
+def example(label: int) -> LabeledExample:
     ids = np.array([1, 2], dtype=np.int32)
-    return LabelledExample(
+    return LabeledExample(
         input_ids=ids,
         supervised=np.zeros(2, dtype=np.bool_),
         origin=Origin(file="f", line=1),

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from loratune.data.batch import collate
-from loratune.data.examples import LabelledExample
+from loratune.data.examples import LabeledExample
 from loratune.data.rows.row import Origin, Row
 from loratune.run.errors import RecipeError
 from loratune.run.progress import NO_PROGRESS
@@ -25,7 +25,7 @@ from loratune.workflows.tasks.classification.compare import compare_classes
 from loratune.workflows.tasks.classification.load_back import ClassifierReader
 from loratune.workflows.tasks.classification.loss import ClassificationLoss
 from loratune.workflows.tasks.classification.prepare import classifier_positions
-from loratune.workflows.tasks.classification.rows import labelled_texts
+from loratune.workflows.tasks.classification.rows import labeled_texts
 from loratune.workflows.tasks.classification.trl_trainer import TrlClassifierTrainer
 from loratune.workflows.tasks.task import Comparison
 from loratune.workflows.train import train
@@ -36,8 +36,8 @@ Bases = Callable[[str], Path]
 __all__ = ["bases"]  # a fixture
 
 
-def example(label: int, *ids: int) -> LabelledExample:
-    return LabelledExample(
+def example(label: int, *ids: int) -> LabeledExample:
+    return LabeledExample(
         input_ids=np.array(ids, np.int32),
         supervised=np.zeros(len(ids), np.bool_),
         origin=Origin(file="a.jsonl", line=1),
@@ -53,7 +53,7 @@ def test_rows_without_a_text_or_a_label_are_rejected_by_line() -> None:
         Row(file="a.jsonl", line=line, value=value)
         for line, value in enumerate(({"text": "x", "label": "a"}, {"text": "y"}, {"label": "a"}), 1)
     ]
-    texts, rejected = labelled_texts(rows)
+    texts, rejected = labeled_texts(rows)
     assert [(text.text, text.name) for text in texts] == [("x", "a")]
     assert [row.origin.line for row in rejected] == [2, 3]
 
@@ -88,7 +88,7 @@ def test_the_base_and_the_tuned_side_of_a_comparison_are_the_adapter_off_and_on(
             run=run,
         )
     )
-    batch = collate([cast("LabelledExample", prepared.data.eval[0])])
+    batch = collate([cast("LabeledExample", prepared.data.eval[0])])
     model.eval()
     with torch.no_grad():
         tuned = float(loss.sum(batch))

@@ -107,7 +107,7 @@ class Renderer:
         results = [
             text if isinstance(text, str)
             # a text with hidden names of special tokens is tokenized by `SpecialText`
-            else _result_or_reason(self._labelled, text, next(encoded) if text.hidden is None else None)
+            else _result_or_reason(self._labeled, text, next(encoded) if text.hidden is None else None)
             for text in texts
         ]  # fmt: skip
         kept = [(number, part) for number, parts in enumerate(results) if isinstance(parts, list) for part in parts]
@@ -262,18 +262,18 @@ class Renderer:
 
     # ---- tokens
 
-    def _labelled(self, text: RenderedText, tokens: Tokens | None) -> list[TokenMask]:
+    def _labeled(self, text: RenderedText, tokens: Tokens | None) -> list[TokenMask]:
         if tokens is None:
             assert text.hidden is not None
             tokens = self._specials(text).tokens(text.hidden)
-        labelled = self._label(text, tokens)
+        labeled = self._label(text, tokens)
         if text.num_controls is not None and (found := self._specials(text).count_tokens(tokens)) != text.num_controls:
             raise BadRow(
                 f"the tokenizer reads {found} special tokens where the chat template writes {text.num_controls}: a "
                 "text "
                 "would change the structure of the conversation"
             )
-        return labelled
+        return labeled
 
     def _specials(self, text: RenderedText) -> SpecialText:
         return self._text_specials if text.is_plain_text else self.template.special_text

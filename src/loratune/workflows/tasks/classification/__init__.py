@@ -218,9 +218,9 @@ class Classification(Task):
         return merge_classifier(root, target, dtype=dtype, progress=progress)
 
     def starter_settings(self, rows: Sequence[Row]) -> TaskStarter | None:
-        from loratune.workflows.tasks.classification.rows import labelled_texts
+        from loratune.workflows.tasks.classification.rows import labeled_texts
 
-        texts, _ = labelled_texts(rows)
+        texts, _ = labeled_texts(rows)
         labels = {text.label for text in texts}
         # labels are few, and each comes at least twice on average; otherwise `label` is a column of something else
         if not (2 * len(texts) > len(rows) and 2 <= len(labels) <= len(texts) / 2):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, cast
 
-from loratune.data.examples import LabelledExample
+from loratune.data.examples import LabeledExample
 from loratune.model.device import free_memory
 from loratune.workflows.tasks.classification.measures import (
     CONTINUED,
@@ -22,7 +22,7 @@ def compare_classes(comparison: Comparison) -> Compared:
     """Measure the predicted classes of the same loaded model as it began and as it is."""
     data, budget, progress = comparison.prepared.data, comparison.budget, comparison.progress
     loss = cast("ClassificationLoss", comparison.loss)
-    held_out = [example for example in data.eval if isinstance(example, LabelledExample)]
+    held_out = [example for example in data.eval if isinstance(example, LabeledExample)]
     loss.model.eval()
     free_memory()
     with comparison.before():

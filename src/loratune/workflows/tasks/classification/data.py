@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from loratune.data.examples import LabelledExample
+from loratune.data.examples import LabeledExample
 from loratune.data.findings import places
 from loratune.data.masking.spans import any_of
 from loratune.data.masking.special_tokens import special_names
@@ -35,11 +35,11 @@ from loratune.data.statistics import histogram, scripts
 from loratune.run.errors import DataError, plural
 from loratune.run.progress import NO_PROGRESS, Progress
 from loratune.workflows.tasks.classification.rows import (
-    LabelledText,
+    LabeledText,
     TextKey,
     class_names,
     hold_out_texts,
-    read_labelled,
+    read_labeled,
 )
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ _CHUNK = 1024
 class _Encoded:
     """The results of the texts of a side."""
 
-    examples: list[LabelledExample]
+    examples: list[LabeledExample]
     truncated: list[Origin]
     dropped: list[Origin]
     rejected: list[Rejected]
@@ -82,7 +82,7 @@ def prepare_classified(
         progress: Receives progress, lines and warnings.
 
     Returns:
-        The examples, which are `LabelledExample`; the report, whose `labels` are the names of the classes in their
+        The examples, which are `LabeledExample`; the report, whose `labels` are the names of the classes in their
         order.
 
     Raises:
@@ -125,7 +125,7 @@ def prepare_classified(
 
 def _read(
     data: DataSection, tokenizer: PreTrainedTokenizerBase, seed: int, progress: Progress
-) -> tuple[ReadSide[LabelledText], ReadSide[LabelledText] | None]:
+) -> tuple[ReadSide[LabeledText], ReadSide[LabeledText] | None]:
     """Read the training side, and the held-out side if there is one."""
     held_out = held_out_sources(data)
     read = Reader(data, seed, progress)
@@ -134,10 +134,10 @@ def _read(
     def special_token(text: str) -> str:
         return found[0] if (found := special.search(text)) else ""
 
-    train = read_labelled(read, data.train, special_token)
+    train = read_labeled(read, data.train, special_token)
     if isinstance(held_out, float):
         return hold_out_texts(train, held_out, seed)
-    return train, read_labelled(read, held_out, special_token) if held_out else None
+    return train, read_labeled(read, held_out, special_token) if held_out else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,9 +150,9 @@ class _Encoder:
     data: DataSection
     progress: Progress
 
-    def __call__(self, name: str, side: ReadSide[LabelledText]) -> _Encoded:
+    def __call__(self, name: str, side: ReadSide[LabeledText]) -> _Encoded:
         number_of = {name: number for number, name in enumerate(self.names)}
-        examples: list[LabelledExample] = []
+        examples: list[LabeledExample] = []
         long: list[Origin] = []
         rejected: list[Rejected] = []
         too_long = LengthViolations()
@@ -172,7 +172,7 @@ class _Encoder:
                             continue
                         ids, types = next(self._tokens([text], max_length=self.max_length))
                     examples.append(
-                        LabelledExample(
+                        LabeledExample(
                             input_ids=np.array(ids, dtype=np.int32),
                             supervised=np.zeros(len(ids), dtype=np.bool_),
                             origin=text.origin,
@@ -199,7 +199,7 @@ class _Encoder:
         )
 
     def _tokens(
-        self, texts: Sequence[LabelledText], max_length: int | None = None
+        self, texts: Sequence[LabeledText], max_length: int | None = None
     ) -> Iterator[tuple[list[int], list[int] | None]]:
         """Yield token ids and types, truncated if a limit is given: of a pair the longer text first."""
         paired = [text for text in texts if text.second is not None]
@@ -219,7 +219,7 @@ class _Encoder:
         yield from zip(encoded["input_ids"], types, strict=True)
 
 
-def _side_report(side: ReadSide[LabelledText], encoded: _Encoded, names: Sequence[str]) -> dict[str, Any]:
+def _side_report(side: ReadSide[LabeledText], encoded: _Encoded, names: Sequence[str]) -> dict[str, Any]:
     counts = Counter(example.name for example in encoded.examples)
     report = size_report(side, encoded.examples, num_turns=len(encoded.examples), num_supervised=len(encoded.examples))
     report["length"]["histogram"] = histogram([len(example.input_ids) for example in encoded.examples])
@@ -241,12 +241,12 @@ def _side_report(side: ReadSide[LabelledText], encoded: _Encoded, names: Sequenc
     }
 
 
-def _places(side: ReadSide[LabelledText]) -> Places:
+def _places(side: ReadSide[LabeledText]) -> Places:
     """Return where each distinct text was read, with whichever label."""
     return places_by_key(side.keys, (text.origin for text in side.items))
 
 
-def _notices(report: dict[str, Any], train: ReadSide[LabelledText], encoded: _Encoded) -> Iterator[str]:
+def _notices(report: dict[str, Any], train: ReadSide[LabeledText], encoded: _Encoded) -> Iterator[str]:
     yield from unread_notices(train, "train")
     yield from row_notices(report, len(train.items), kind="text", measure="the accuracy")
     yield from _label_notices(report, train)
@@ -258,7 +258,7 @@ def _notices(report: dict[str, Any], train: ReadSide[LabelledText], encoded: _En
             yield f"{name}: {cut} cut at {report['max_length']:,} tokens{where}."
 
 
-def _label_notices(report: dict[str, Any], train: ReadSide[LabelledText]) -> Iterator[str]:
+def _label_notices(report: dict[str, Any], train: ReadSide[LabeledText]) -> Iterator[str]:
     labels: dict[TextKey, dict[str, Origin]] = {}
     for text in train.items:
         labels.setdefault(text.key, {}).setdefault(text.name, text.origin)

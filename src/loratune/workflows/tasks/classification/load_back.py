@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from loratune.data.examples import LabelledExample
+    from loratune.data.examples import LabeledExample
 
 
 class ClassifierReader:
@@ -32,7 +32,7 @@ class ClassifierReader:
     def __init__(
         self,
         folder: Path,
-        examples: Sequence[LabelledExample],
+        examples: Sequence[LabeledExample],
         *,
         max_length: int,
         device: str,

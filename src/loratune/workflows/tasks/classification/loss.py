@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
 from loratune.data.batch import MicroBatch, collate
-from loratune.data.examples import Example, LabelledExample
+from loratune.data.examples import Example, LabeledExample
 from loratune.model.classifier import is_decoder
 from loratune.model.kernels.attention import PackingUnsupportedError
 from loratune.model.kernels.dropout import rows_of_forward
@@ -146,10 +146,10 @@ def _labels(batch: MicroBatch) -> torch.Tensor:
     return batch.labels
 
 
-def _heads_of(examples: Sequence[Example]) -> list[LabelledExample]:
+def _heads_of(examples: Sequence[Example]) -> list[LabeledExample]:
     heads = []
     for number, example in enumerate((*examples[:1], *examples[-1:])):
-        assert isinstance(example, LabelledExample)
+        assert isinstance(example, LabeledExample)
         cut = slice(CHECK_TOKENS - 5 * number)
         types = None if example.token_types is None else example.token_types[cut]
         heads.append(

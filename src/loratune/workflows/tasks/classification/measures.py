@@ -16,7 +16,7 @@ from loratune.run.errors import plural
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from loratune.data.examples import Example, LabelledExample
+    from loratune.data.examples import Example, LabeledExample
     from loratune.run.progress import Progress
     from loratune.training.token_budget import TokenBudget
     from loratune.workflows.tasks.classification.loss import ClassificationLoss
@@ -68,7 +68,7 @@ def class_logits(
         loss.model.train(was_training)
 
 
-def nll_of_labels(logits: torch.Tensor, examples: Sequence[LabelledExample]) -> list[tuple[float, int]]:
+def nll_of_labels(logits: torch.Tensor, examples: Sequence[LabeledExample]) -> list[tuple[float, int]]:
     """Return (-log p of its class, 1) for each example, in the form in which `evaluate_nll` counts tokens; `logits`:
     [n, C]."""
     labels = torch.tensor([example.label for example in examples])
@@ -78,7 +78,7 @@ def nll_of_labels(logits: torch.Tensor, examples: Sequence[LabelledExample]) -> 
 def classification_record(
     *,
     names: Sequence[str],
-    examples: Sequence[LabelledExample],
+    examples: Sequence[LabeledExample],
     base: torch.Tensor,
     tuned: torch.Tensor,
     majority: str,
@@ -186,7 +186,7 @@ def _per_class(names: Sequence[str], side: _Side) -> Iterator[dict[str, Any]]:
         }
 
 
-def _item(example: LabelledExample, names: Sequence[str], sides: Sequence[_Side], number: int) -> dict[str, Any]:
+def _item(example: LabeledExample, names: Sequence[str], sides: Sequence[_Side], number: int) -> dict[str, Any]:
     """Return one example in the form of an answered prompt: the text, the true class, the predicted class."""
     text = "\n\n".join(example.texts)
     return {

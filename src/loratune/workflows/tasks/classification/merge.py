@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from loratune.data.examples import Example, LabelledExample
+from loratune.data.examples import Example, LabeledExample
 from loratune.exporting.adapter_matrices import read_adapter
 from loratune.exporting.certificate import EXACT, ROUNDED, Written, certify, with_decision
 from loratune.exporting.places import ENOUGH_POSITIONS, Question, sides_of
@@ -82,10 +82,10 @@ def merge_classifier(root: str | Path, target: Path, *, dtype: str, progress: Pr
 
 def _expect(
     prepared: Preparation, run: RunDir, dtype: torch.dtype, progress: Progress
-) -> tuple[ReferenceOutputs, list[LabelledExample]]:
+) -> tuple[ReferenceOutputs, list[LabeledExample]]:
     """Return the trained model's logits, by training's own code, and the examples. The model is freed afterwards."""
     held_out, training = (
-        [example for example in side if isinstance(example, LabelledExample)][:MOST_EXAMPLES]
+        [example for example in side if isinstance(example, LabeledExample)][:MOST_EXAMPLES]
         for side in (prepared.data.eval, prepared.data.train)
     )
     added = training if len(held_out) < ENOUGH_POSITIONS else []
@@ -117,7 +117,7 @@ def _expect(
     return replace(expected, examples=[_one_place(example) for example in chosen], stop_token_ids=()), chosen
 
 
-def _one_place(example: LabelledExample) -> Example:
+def _one_place(example: LabeledExample) -> Example:
     """Return the example with one position to compare: its last, which stands for the class."""
     place = np.zeros(len(example.input_ids), dtype=np.bool_)
     place[-1] = True

@@ -27,7 +27,7 @@ TextKey = tuple[str, str | None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LabelledText:
+class LabeledText:
     """One validated row."""
 
     text: str
@@ -50,7 +50,7 @@ class LabelledText:
 # ---- rows
 
 
-def read_labelled(read: Reader, sources: Sequence[Source], refuse: Callable[[str], str]) -> ReadSide[LabelledText]:
+def read_labeled(read: Reader, sources: Sequence[Source], refuse: Callable[[str], str]) -> ReadSide[LabeledText]:
     """Read the rows of sources as labeled texts.
 
     Args:
@@ -62,9 +62,9 @@ def read_labelled(read: Reader, sources: Sequence[Source], refuse: Callable[[str
         DataError: A row cannot be trained on, and `data.on_bad_row` is `error`.
     """
 
-    def convert(source: Source, rows: list[Row]) -> Converted[LabelledText]:
+    def convert(source: Source, rows: list[Row]) -> Converted[LabeledText]:
         classes = [] if is_local(source) else hub_class_names(source, read.data.columns.get("label", "label"))
-        good, bad = labelled_texts(rows, refuse, classes)
+        good, bad = labeled_texts(rows, refuse, classes)
         form = "" if not good else "text and label" if good[0].second is None else "sentence1, sentence2 and label"
         return Converted(format=form, items=good, rejected=bad, unread=_unread(rows, bad))
 
@@ -84,9 +84,9 @@ def _unread(rows: Sequence[Row], rejected: Sequence[Rejected]) -> Unread:
     return unread
 
 
-def labelled_texts(
+def labeled_texts(
     rows: Iterable[Row], refuse: Callable[[str], str] = lambda _: "", classes: Sequence[str] = ()
-) -> tuple[list[LabelledText], list[Rejected]]:
+) -> tuple[list[LabeledText], list[Rejected]]:
     """Read rows as labeled texts.
 
     Args:
@@ -97,18 +97,18 @@ def labelled_texts(
     Returns:
         The valid texts, and the reason for each row that is not one.
     """
-    texts: list[LabelledText] = []
+    texts: list[LabeledText] = []
     rejected: list[Rejected] = []
     for row in rows:
         origin = Origin(file=row.file, line=row.line)
         try:
-            texts.append(_labelled(row.value, origin, refuse, classes))
+            texts.append(_labeled(row.value, origin, refuse, classes))
         except BadRow as bad:
             rejected.append(Rejected(origin=origin, reason=str(bad)))
     return texts, rejected
 
 
-def _labelled(value: Any, origin: Origin, refuse: Callable[[str], str], classes: Sequence[str]) -> LabelledText:
+def _labeled(value: Any, origin: Origin, refuse: Callable[[str], str], classes: Sequence[str]) -> LabeledText:
     if not isinstance(value, dict):
         raise BadRow(f"a row must be an object with text and label, but this is {_shown(value)}")
     paired = "text" not in value and ("sentence1" in value or "sentence2" in value)
@@ -134,7 +134,7 @@ def _labelled(value: Any, origin: Origin, refuse: Callable[[str], str], classes:
                 f"label is {label}, but the dataset names classes 0 to {len(classes) - 1}: the row has no label"
             )
         label = classes[label]
-    return LabelledText(text=texts[0], second=texts[1] if len(texts) > 1 else None, label=label, origin=origin)
+    return LabeledText(text=texts[0], second=texts[1] if len(texts) > 1 else None, label=label, origin=origin)
 
 
 def _checked(text: Any, name: str, refuse: Callable[[str], str]) -> str:
@@ -156,7 +156,7 @@ def _shown(value: Any) -> str:
 # ---- classes
 
 
-def class_names(train: Sequence[LabelledText], evaluation: Sequence[LabelledText]) -> list[str]:
+def class_names(train: Sequence[LabeledText], evaluation: Sequence[LabeledText]) -> list[str]:
     """Return the labels of the training data in order: integers by value, texts alphabetically.
 
     Raises:
@@ -193,8 +193,8 @@ def class_names(train: Sequence[LabelledText], evaluation: Sequence[LabelledText
 
 
 def hold_out_texts(
-    side: ReadSide[LabelledText], fraction: float, seed: int
-) -> tuple[ReadSide[LabelledText], ReadSide[LabelledText]]:
+    side: ReadSide[LabeledText], fraction: float, seed: int
+) -> tuple[ReadSide[LabeledText], ReadSide[LabeledText]]:
     """Split off a seeded choice of distinct texts, the same fraction of each class.
 
     Every class keeps at least one text for training, and all copies of a text go to the same side.

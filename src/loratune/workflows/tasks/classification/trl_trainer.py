@@ -9,7 +9,7 @@ from datasets import Dataset as HubDataset
 from torch.nn.functional import cross_entropy
 from transformers import DataCollatorWithPadding, PrinterCallback, Trainer, TrainingArguments
 
-from loratune.data.examples import LabelledExample
+from loratune.data.examples import LabeledExample
 from loratune.data.prepared import Stream
 from loratune.training.hf_arguments import training_arguments
 from loratune.training.step_dataset import ExampleOrder
@@ -66,7 +66,7 @@ def _rows(examples: Any) -> HubDataset:
     """Return examples in transformers' format: `input_ids`, `labels`, and `token_type_ids` if there are any."""
     rows = []
     for example in examples:
-        assert isinstance(example, LabelledExample)
+        assert isinstance(example, LabeledExample)
         types = {} if example.token_types is None else {"token_type_ids": example.token_types.tolist()}
         rows.append({"input_ids": example.input_ids.tolist(), "labels": example.label, **types})
     return HubDataset.from_list(rows)
