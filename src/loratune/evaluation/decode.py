@@ -17,7 +17,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-CHUNK = 16
+CHUNK = 8
 """Tokens that are decoded before answers that ended leave the batch."""
 
 LEAST_PREFIX = 16
