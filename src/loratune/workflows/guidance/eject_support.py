@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from loratune.recipe.recipe import Recipe
-from loratune.recipe.sections.lora import BEGINS_AS_BASE
 from loratune.run.errors import RecipeError
+from loratune.workflows.tasks.task import task_of
 
 SUPPORTED_FIELDS = {
     "model": {"task", "name", "revision", "dtype", "quantization", "trust_remote_code"},
@@ -79,7 +79,7 @@ def check_supported(recipe: Recipe) -> None:
         if value in values:
             why, fix = values[value]
             raise RecipeError(f"{name} is {value}, which a plain TRL + PEFT script cannot follow: {why}", fix=fix)
-    _check_pairs(recipe)
+    task_of(recipe).check_script(recipe)
     if recipe.lora.modules_to_save and recipe.model.dtype != "float32":
         raise RecipeError(
             f"lora.modules_to_save is set and model.dtype is {recipe.model.dtype}: PEFT would train these modules in "
@@ -94,22 +94,3 @@ def check_supported(recipe: Recipe) -> None:
                     f"{section}.{field} is {getattr(mine, field)}, which a plain TRL + PEFT script cannot follow",
                     fix=f"use {section}.{field}={getattr(plain, field)}",
                 )
-
-
-def _check_pairs(recipe: Recipe) -> None:
-    """Refuse what only a script for pairs cannot follow."""
-    if recipe.model.task != "preference":
-        return
-    if recipe.lora.variant not in BEGINS_AS_BASE:
-        # TRL adds an adapter for its reference, and PEFT then takes the start out of the base once more.
-        raise RecipeError(
-            f"lora.variant is {recipe.lora.variant}, and TRL's reference would change the base of it",
-            fix="lora.variant=plain",
-        )
-    if recipe.train.early_stopping is not None or recipe.train.final_adapter == "best":
-        name = "early_stopping" if recipe.train.early_stopping is not None else "final_adapter"
-        raise RecipeError(
-            f"train.{name} is {getattr(recipe.train, name)}, which a script for pairs cannot follow: TRL's held-out "
-            "loss is a mean over batches",
-            fix=f"leave train.{name} out",
-        )

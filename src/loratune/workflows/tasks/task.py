@@ -176,6 +176,13 @@ class Task(PlannedTask, ReportedTask):
         """Return what `init` writes for these rows; None if they are not this task's."""
         return None
 
+    def check_script(self, recipe: Recipe) -> None:
+        """Check that a plain script (`loratune eject`) can follow what a recipe asks of this task.
+
+        Raises:
+            RecipeError: It cannot.
+        """
+
 
 def task_of(recipe: Recipe) -> Task:
     """Return the recipe's task."""

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from loratune.recipe.sections.lora import BEGINS_AS_BASE
 from loratune.recipe.sections.preference import WITH_REFERENCE
+from loratune.run.errors import RecipeError
 from loratune.workflows.tasks.generation import TextGeneration
 from loratune.workflows.tasks.task import Compared, Comparison, Started, TaskStarter
 
@@ -230,6 +231,22 @@ class Preference(TextGeneration):
         if 2 * len(found.items) <= len(rows):
             return None
         return TaskStarter(settings=settings, num_rows=len(found.items), unit=unit, of_what=found.format)
+
+    def check_script(self, recipe: Recipe) -> None:
+        """Refuse what a script for pairs cannot follow."""
+        if recipe.lora.variant not in BEGINS_AS_BASE:
+            # TRL adds an adapter for its reference, and PEFT then takes the start out of the base once more.
+            raise RecipeError(
+                f"lora.variant is {recipe.lora.variant}, and TRL's reference would change the base of it",
+                fix="lora.variant=plain",
+            )
+        if recipe.train.early_stopping is not None or recipe.train.final_adapter == "best":
+            name = "early_stopping" if recipe.train.early_stopping is not None else "final_adapter"
+            raise RecipeError(
+                f"train.{name} is {getattr(recipe.train, name)}, which a script for pairs cannot follow: TRL's "
+                "held-out loss is a mean over batches",
+                fix=f"leave train.{name} out",
+            )
 
 
 def _value(recipe: Any, setting: str) -> Any:
