@@ -13,8 +13,9 @@ from gguf.gguf_writer import GGUFValue
 from transformers import Gemma2Config, LlamaConfig
 
 from loratune.exporting.gguf.architectures import GgufLayout
-from loratune.exporting.gguf.model import ROPE_FACTORS, add_hyperparameters
+from loratune.exporting.gguf.model import add_hyperparameters
 from loratune.exporting.structure import config_differences, gguf_differences
+from loratune.model.gguf_config import ROPE_FACTORS
 
 LLAMA = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2}
 

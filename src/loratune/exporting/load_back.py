@@ -17,6 +17,7 @@ from loratune.data.prompts import render_prompts
 from loratune.data.rows.conversation import Conversation
 from loratune.data.rows.row import Origin
 from loratune.model.arithmetic import float32_arithmetic
+from loratune.model.gguf_config import gguf_config
 
 if TYPE_CHECKING:
     from loratune.exporting.adapter_matrices import LowRank
@@ -57,10 +58,12 @@ class TransformersReader:
         from loratune.model.adapter.attach import load_adapter
 
         options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+        known: dict[str, Any] = {}
         if gguf_file is not None:
             options["gguf_file"] = gguf_file
+            known["config"] = gguf_config(folder / gguf_file)
         loader: Any = AutoModelForCausalLM if architecture is None else getattr(transformers, architecture)
-        model: Any = loader.from_pretrained(folder, dtype=dtype, **options)
+        model: Any = loader.from_pretrained(folder, dtype=dtype, **options, **known)
         self._tokenizer: Any = AutoTokenizer.from_pretrained(adapter or folder, **({} if adapter else options))
         eos = model.generation_config.eos_token_id
         self._stops = eos if isinstance(eos, list) else [eos]

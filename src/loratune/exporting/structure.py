@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from gguf import GGUFReader, GGUFWriter
 
-from loratune.exporting.gguf.model import ROPE_FACTORS, add_hyperparameters
+from loratune.exporting.gguf.model import add_hyperparameters
+from loratune.model.gguf_config import ROPE_FACTORS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -10,8 +10,9 @@ import torch
 from gguf import GGMLQuantizationType, GGUFReader, dequantize, quantize
 from safetensors import safe_open
 
-from loratune.exporting.gguf.model import ROPE_FACTORS, kind_of_shape
+from loratune.exporting.gguf.model import kind_of_shape
 from loratune.exporting.merge_weights import weight_files
+from loratune.model.gguf_config import ROPE_FACTORS
 from loratune.model.safetensors_headers import stored_name
 
 if TYPE_CHECKING:

@@ -13,6 +13,7 @@ from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loratune.model.gguf_config import gguf_config
 from loratune.run.cache_folder import cache_dir
 from loratune.run.errors import RecipeError, RunError
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 _MAGIC = b"GGUF"
 _HEADER_BYTES = 64 * 2**20  # larger than any header with its vocabulary
+_VERSION = "2"  # of what is made of a file; folders of other versions are not used
 
 
 def file_sha256(path: Path) -> str:
@@ -33,7 +35,7 @@ def file_sha256(path: Path) -> str:
 
 def imported_folder(file: Path) -> Path:
     """Return the folder of a GGUF file's import, whether or not it exists; its name depends on the file's content."""
-    return cache_dir() / "models" / f"{file.stem}-{file_sha256(file)[:16]}"
+    return cache_dir() / "models" / f"{file.stem}-{file_sha256(file)[:16]}-{_VERSION}"
 
 
 def check_gguf(file: Path) -> None:
@@ -56,11 +58,11 @@ def describe_gguf(file: Path, progress: Progress) -> Path:
     """
     with file.open("rb") as stream:
         start = hashlib.sha256(stream.read(_HEADER_BYTES))
-    folder = cache_dir() / "descriptions" / f"{file.stem}-{start.hexdigest()[:16]}"
+    folder = cache_dir() / "descriptions" / f"{file.stem}-{start.hexdigest()[:16]}-{_VERSION}"
     if (folder / "config.json").is_file():
         return folder
     progress.line(f"reading the header of {file.name}: only once, takes some seconds")
-    _make(folder, file, _describe)
+    _make(folder, file, progress, _describe)
     return folder
 
 
@@ -76,17 +78,18 @@ def import_gguf(file: Path, progress: Progress) -> Path:
     if (folder / "config.json").is_file():
         return folder
     progress.line(f"importing {file.name} into {folder}: only once, takes about half a minute for 135 M parameters")
-    _make(folder, file, _expand)
+    _make(folder, file, progress, _expand)
     return folder
 
 
-def _make(folder: Path, file: Path, fill: Callable[[Path, Path], None]) -> None:
-    """Create a folder atomically, filled by a function of file and folder."""
+def _make(folder: Path, file: Path, progress: Progress, fill: Callable[[Path, Any, Path], None]) -> None:
+    """Create a folder atomically, filled by a function of file, its configuration, and folder."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
         try:
+            config = gguf_config(file, progress)
             with redirect_stderr(StringIO()):  # the libraries' progress bars
-                fill(file, Path(temporary))
+                fill(file, config, Path(temporary))
         except (ValueError, KeyError, NotImplementedError) as error:
             raise RunError(
                 f"transformers cannot read it: {error}", file=file, fix="use the model's safetensors folder instead"
@@ -100,18 +103,20 @@ def _make(folder: Path, file: Path, fill: Callable[[Path, Path], None]) -> None:
             Path(temporary).mkdir()  # TemporaryDirectory removes it, and fails if it is missing
 
 
-def _describe(file: Path, folder: Path) -> None:
-    from transformers import AutoConfig, AutoTokenizer
+def _describe(file: Path, config: Any, folder: Path) -> None:
+    from transformers import AutoTokenizer
 
-    AutoConfig.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
+    config.save_pretrained(folder)
     AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
 
 
-def _expand(file: Path, folder: Path) -> None:
+def _expand(file: Path, config: Any, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, config=config, dtype=torch.float32
+    )
     # The weights are expanded now, and the saved config must not claim that they are quantized.
     del model.config.quantization_config
     model.hf_quantizer = None

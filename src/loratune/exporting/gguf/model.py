@@ -22,6 +22,7 @@ from gguf import (
 from loratune.exporting.gguf.architectures import GgufLayout
 from loratune.exporting.gguf.tokenizer import add_tokenizer
 from loratune.exporting.merge_weights import MergedWeights, check_not_quantized
+from loratune.model.gguf_config import ROPE_FACTORS, gemma_attention_scalar
 from loratune.run.errors import RecipeError, RunError
 
 if TYPE_CHECKING:
@@ -40,7 +41,6 @@ OUTTYPES: Mapping[str, tuple[GGMLQuantizationType, LlamaFileType]] = {
     "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
 }
 _Q8_BLOCK = 32
-ROPE_FACTORS = "rope_freqs.weight"
 _WRITTEN_HERE = ("GGUF.", "general.architecture", "general.file_type", "general.quantization_version")
 
 
@@ -228,9 +228,16 @@ def _add_gemma(writer: GGUFWriter, config: Any, head_dim: int) -> None:
             f"this {config.model_type} does not have full attention in every {every}th layer, as llama.cpp assumes",
             fix="use `loratune merge`",
         )
-    if config.query_pre_attn_scalar != head_dim:
+    computed = gemma_attention_scalar(
+        "gemma2" if config.model_type == "gemma2" else "gemma3",
+        config.num_hidden_layers,
+        config.hidden_size,
+        config.num_attention_heads,
+        head_dim,
+    )
+    if config.query_pre_attn_scalar != computed:
         raise RecipeError(
-            f"query_pre_attn_scalar {config.query_pre_attn_scalar} is not head_dim {head_dim}, as llama.cpp assumes",
+            f"query_pre_attn_scalar {config.query_pre_attn_scalar} is not {computed:g}, as llama.cpp assumes",
             fix="use `loratune merge`",
         )
     writer.add_sliding_window(config.sliding_window)
