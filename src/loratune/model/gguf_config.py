@@ -139,7 +139,8 @@ def _complete(config: Any, header: _Header) -> None:
         config.attention_bias = "blk.0.attn_q.bias" in tensors
     if header.architecture == "llama":
         config.mlp_bias = "blk.0.ffn_up.bias" in tensors
-        config.sliding_window = None  # a GGUF file of this architecture cannot have one
+        if getattr(config, "sliding_window", None) is not None:  # Mistral's; no GGUF file of this architecture says one
+            config.sliding_window = None
     if header.architecture.startswith("gemma"):
         _complete_gemma(config, header)
     rope = _positions(config, header)
