@@ -27,7 +27,7 @@ _MAX_NODES = 100_000
 """Values of a recipe with its aliases expanded: a kilobyte of nested aliases can stand for billions of values."""
 
 
-def _parse_yaml(text: str) -> tuple[yaml.Node | None, Any]:
+def parse_yaml(text: str) -> tuple[yaml.Node | None, Any]:
     """Return the root node and its value."""
     node = yaml.compose(text, Loader=_Loader)
     if node is not None and _count_nodes(node, {}) > _MAX_NODES:
@@ -59,7 +59,7 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
         raise RecipeError(f"cannot read the recipe: {error}", file=path, fix="provide a UTF-8 YAML file") from None
     refuse_secrets(text, path)
     try:
-        node, values = _parse_yaml(text)
+        node, values = parse_yaml(text)
     except (ValueError, RecursionError, OverflowError) as error:  # a date such as 2001-99-99, or a thousand brackets
         raise RecipeError(f"unreadable YAML: {error}", file=path, fix="check the quoting") from None
     except yaml.YAMLError as error:
@@ -124,7 +124,7 @@ def apply_override(values: dict[str, Any], override: str, lines: dict[str, int])
         fix = named_here(section) or "write section.field=value, such as train.epochs=1"
         raise RecipeError(f"{override!r} is not a setting", fix=fix)
     try:
-        _, value = _parse_yaml(text)
+        _, value = parse_yaml(text)
     except (yaml.YAMLError, ValueError, RecursionError, OverflowError):
         value = text
     target = values.setdefault(section, {})
