@@ -28,7 +28,11 @@ _MAX_NODES = 100_000
 
 
 def parse_yaml(text: str) -> tuple[yaml.Node | None, Any]:
-    """Return the root node and its value."""
+    """Return the root node and its value, whatever they are.
+
+    Raises:
+        YAMLError, ValueError, RecursionError, OverflowError: It is not YAML, or too large.
+    """
     node = yaml.compose(text, Loader=_Loader)
     if node is not None and _count_nodes(node, {}) > _MAX_NODES:
         raise ValueError(f"aliases expand to more than {_MAX_NODES:,} values")
@@ -57,6 +61,19 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
         raise RecipeError("no such recipe", file=path, fix="check the path; recipes/ has complete examples") from None
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"cannot read the recipe: {error}", file=path, fix="provide a UTF-8 YAML file") from None
+    return read_settings(text, path)
+
+
+def read_settings(text: str, path: Path | None) -> tuple[dict[str, Any], dict[str, int]]:
+    """Return the settings in a recipe's text as nested dictionaries, and the line of each `section.field`.
+
+    Args:
+        text: The YAML.
+        path: Its file, for error messages.
+
+    Raises:
+        RecipeError: It is not a YAML mapping, sets a name twice, or contains a secret.
+    """
     refuse_secrets(text, path)
     try:
         node, values = parse_yaml(text)

@@ -70,7 +70,9 @@ def test_another_site_is_refused_even_with_the_token(user: TestClient, origin: s
 def test_a_name_that_was_pointed_at_this_machine_is_refused(user: TestClient) -> None:
     assert user.get("/", headers={"host": "evil.example:8321"}).status_code == 403
     assert user.get("/", headers={"host": "127.0.0.1:80"}).status_code == 403
-    assert user.get("/", headers={"host": "localhost:8321", "cookie": f"loratune_studio_8321={TOKEN}"}).status_code == 200
+    assert (
+        user.get("/", headers={"host": "localhost:8321", "cookie": f"loratune_studio_8321={TOKEN}"}).status_code == 200
+    )
 
 
 def test_every_answer_has_the_headers(visitor: TestClient) -> None:
@@ -107,7 +109,7 @@ def test_a_path_outside_of_the_folder_is_refused(user: TestClient, work: Path, n
     assert (work.parent / "outside" / "secret.yaml").read_text() == "model:\n  name: secret\n"
 
 
-@pytest.mark.parametrize("name", ["../up.csv", "/tmp/up.csv", "a/b/up.csv", "..\\up.csv", ".up.csv", "way-out/up.csv"])
+@pytest.mark.parametrize("name", ["../up.csv", "/etc/up.csv", "a/b/up.csv", "..\\up.csv", ".up.csv", "way-out/up.csv"])
 def test_a_dropped_file_stays_in_the_folder_whatever_its_name(user: TestClient, work: Path, name: str) -> None:
     answer = user.put("/upload", params={"name": name}, content=b"q,a\n", headers={"origin": ORIGIN})
     assert answer.json() == {"data": "up.csv"}

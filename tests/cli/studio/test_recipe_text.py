@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import difflib
+from typing import Any
 
 import pytest
 import yaml
 
-from loratune.cli.studio.recipe_text import MAIN, form_of, read_text, set_field
+from loratune.cli.studio.recipe_text import MAIN, form_of, set_field
 from loratune.recipe.recipe import Recipe
+from loratune.recipe.yaml import read_settings
 from loratune.run.errors import RecipeError
+
+
+def read_text(text: str) -> dict[str, Any]:
+    return read_settings(text, None)[0]
+
 
 TEXT = """# A recipe.
 model:

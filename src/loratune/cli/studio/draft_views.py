@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +14,10 @@ from loratune.cli import plan_tables
 from loratune.cli.next_steps import command
 from loratune.cli.studio.known_models import models_here
 from loratune.cli.studio.pages import as_block, go_to, read_form, show, studio_of
-from loratune.cli.studio.recipe_text import form_of, read_text, set_field
+from loratune.cli.studio.places import as_word
+from loratune.cli.studio.recipe_text import form_of, set_field
 from loratune.recipe.recipe import Recipe
+from loratune.recipe.yaml import read_settings
 from loratune.reporting.blocks import Charts
 from loratune.reporting.plan_section import memory_chart
 from loratune.reporting.run_page import token_text
@@ -53,16 +54,17 @@ async def upload(request: Request) -> Response:
     """Keep a file that was dropped in, in the studio's folder."""
     studio = studio_of(request)
     target = studio.places.for_upload(request.query_params.get("name", ""))
-    temporary = target.with_name(f".{target.name}.tmp")
+    whole = False
     try:
-        with temporary.open("xb") as stream:
+        with target.open("xb") as stream:
             async for part in request.stream():
                 stream.write(part)
-        os.link(temporary, target)  # fails if the name was taken meanwhile
+        whole = True
     except OSError as error:
         raise MachineError(f"cannot keep the file: {error.strerror}", file=target, fix="try again") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if not whole:
+            target.unlink(missing_ok=True)
     return JSONResponse({"data": studio.places.short(target)})
 
 
@@ -89,7 +91,12 @@ async def recipe(request: Request) -> Response:
     path, text = _open_recipe(studio, request.query_params.get("file", ""))
     main, rest = form_of(text)
     file = studio.places.short(path)
-    values = {"main": main, "rest": rest, "models": models_here(studio.places), "command": command("train", file)}
+    values = {
+        "main": main,
+        "rest": rest,
+        "models": models_here(studio.places),
+        "command": command("train", as_word(file)),
+    }
     return show("recipe.html", request, file=file, text=text, seen=_digest(text), **values)
 
 
@@ -116,7 +123,8 @@ async def _save(studio: Studio, form: Any) -> str:
         raise RecipeError(
             "the file was changed since this page read it", file=path, fix="copy your text, then reload the page"
         )
-    Recipe.parse(read_text(text), file=path)
+    values, lines = read_settings(text, path)
+    Recipe.parse(values, file=path, lines=lines)
     write_text(path, text)
     return text
 
@@ -160,7 +168,7 @@ async def start(request: Request) -> Response:
     run = studio.run_at(await studio.helpers.guide.ask("where", recipe=file))
     about = studio.places.short(run.root)
     if not any(job.is_running for job in studio.jobs.all(about)) and not run.is_in_use:
-        studio.jobs.start(("train", file), about=about, source=file)
+        studio.jobs.start(("train", as_word(file)), about=about, source=file)
     return go_to("/run", path=about)
 
 

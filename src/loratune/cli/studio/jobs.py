@@ -19,6 +19,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -136,7 +137,8 @@ class Jobs:
 
     def _wait(self, process: subprocess.Popen[bytes], name: str) -> None:
         code = process.wait()
-        write_text(self._places.own / f"{name}.code", str(code))
+        with suppress(MachineError):  # a full disk, or a folder that was deleted: the page then says `ended`
+            write_text(self._places.own / f"{name}.code", str(code))
 
     def all(self, about: str | None = None) -> list[Job]:
         """Return the commands, the last one first; those about one run, or of all."""

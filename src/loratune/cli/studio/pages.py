@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, urlencode
 
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse
 
 from loratune.reporting.blocks import Table
@@ -74,9 +75,10 @@ def show(template: str, request: Request, *, status: int = 200, **values: Any) -
     return HTMLResponse(text.encode("utf-8", "backslashreplace"), status_code=status)
 
 
-def fragment(template: str, **values: Any) -> str:
-    """Return a part of a page as text."""
-    return _environment().get_template(template).render(**values).encode("utf-8", "backslashreplace").decode()
+def fragment(template: str, **values: Any) -> Markup:
+    """Return a part of a page."""
+    text = _environment().get_template(template).render(**values).encode("utf-8", "backslashreplace").decode()
+    return Markup(text)  # noqa: S704 - escaped by the template
 
 
 def go_to(path: str, **query: str) -> Response:

@@ -124,3 +124,8 @@ def _is_recipe(path: Path) -> bool:
             return re.search(r"^(model|data|lora|train):\s*$", stream.read(20_000), re.MULTILINE) is not None
     except (OSError, UnicodeDecodeError):
         return False
+
+
+def as_word(name: str) -> str:
+    """Return a path as a word of a command line, where one that begins with a dash would be an option."""
+    return f"./{name}" if name.startswith("-") else name

@@ -14,7 +14,7 @@ import yaml
 
 from loratune.recipe.recipe import Recipe
 from loratune.recipe.schema import recipe_schema
-from loratune.recipe.yaml import apply_override, parse_yaml
+from loratune.recipe.yaml import apply_override, parse_yaml, read_settings
 from loratune.run.errors import RecipeError
 
 MAIN = (
@@ -51,7 +51,7 @@ def form_of(text: str) -> tuple[list[FormField], dict[str, list[FormField]]]:
     Raises:
         RecipeError: The text is not a recipe's YAML.
     """
-    values = read_text(text)
+    values, _ = read_settings(text, None)
     schema = recipe_schema()
     task = (values.get("model") or {}).get("task", "causal_lm") if isinstance(values.get("model"), dict) else ""
     fields: dict[str, FormField] = {}
@@ -93,26 +93,6 @@ def _takes_any(parts: list[dict[str, Any]]) -> bool:
     return any(p.get("type") == "string" and not {"enum", "const"} & p.keys() for p in parts)
 
 
-def read_text(text: str) -> dict[str, Any]:
-    """Return the settings in a recipe's text.
-
-    Raises:
-        RecipeError: It is not a YAML mapping.
-    """
-    try:
-        _, values = parse_yaml(text)
-    except (yaml.YAMLError, ValueError, RecursionError, OverflowError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"line {mark.line + 1}: " if mark is not None else ""
-        problem = getattr(error, "problem", None) or str(error)
-        raise RecipeError(f"{where}not YAML: {problem}", fix="check indentation, colons and quotes") from None
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise RecipeError("a recipe is a mapping of sections", fix="begin with a line such as `model:`")
-    return values
-
-
 def set_field(text: str, name: str, value: str) -> str:
     """Return a recipe's text with another value of a setting, all else as it was.
 
@@ -129,13 +109,13 @@ def set_field(text: str, name: str, value: str) -> str:
     part: Any = info.annotation if info is not None else None
     if part is None or field not in part.model_fields:
         raise RecipeError(f"{name} is not a setting", fix="reload the page")
-    wanted = read_text(text)
+    wanted, _ = read_settings(text, None)
     if not value.strip():
         value = _flow(part().model_dump(mode="json")[field])
     apply_override(wanted, f"{name}={value}", {})
     edited = _edited(text, section, field, _flow(wanted[section][field]))
     try:
-        if edited is not None and read_text(edited) == wanted:
+        if edited is not None and read_settings(edited, None)[0] == wanted:
             return edited
     except RecipeError:
         pass

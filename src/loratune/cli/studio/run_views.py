@@ -7,11 +7,13 @@ from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
 import anyio.to_thread
+from markupsafe import Markup
 from starlette.responses import HTMLResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from loratune.cli.next_steps import command
 from loratune.cli.studio.pages import as_block, fragment, go_to, read_form, show, studio_of
+from loratune.cli.studio.places import as_word
 from loratune.recipe.tasks import load_task
 from loratune.reporting.blocks import Paragraph
 from loratune.reporting.comparison_page import comparison_page
@@ -69,7 +71,7 @@ async def run(request: Request) -> Response:
     files = await _files(place)
     state = _state(files, jobs)
     values: dict[str, Any] = {"name": name, "state": state, "jobs": jobs, "job": jobs[0] if jobs else None}
-    values |= {"resume": command("resume", name), "log": _log(studio, place, jobs)}
+    values |= {"resume": command("resume", as_word(name)), "log": _log(studio, place, jobs)}
     if files is None:
         if not jobs:
             raise RecipeError(f"{name} is not a run directory", fix="go back to the runs")
@@ -107,7 +109,7 @@ def _exports(name: str) -> dict[str, tuple[str, str]]:
 
 
 def _words(words: tuple[str, ...], name: str) -> list[str]:
-    return [word.replace("{run}", name) for word in words]
+    return [word.replace("{run}", as_word(name)) for word in words]
 
 
 def _log(studio: Studio, place: RunDir, jobs: list[Any]) -> str:
@@ -120,8 +122,8 @@ def _log(studio: Studio, place: RunDir, jobs: list[Any]) -> str:
         return ""
 
 
-def _live(files: RunFiles) -> str:
-    """Return what changes while a run goes on."""
+def _live(files: RunFiles) -> Markup:
+    """Return what changes while a run goes on, as a part of a page."""
     rows = [(name, text) for name, text in watch_rows(files, 80) if name != "loss"]
     return fragment("live.html", headline=headline(files), rows=rows, blocks=list(curves(files)))
 
@@ -163,7 +165,7 @@ async def resume(request: Request) -> Response:
     """Start `loratune resume`."""
     studio, form = studio_of(request), await read_form(request)
     name = studio.places.short(studio.open_run(form.get("path", "")).root)
-    studio.jobs.start(("resume", name), about=name)
+    studio.jobs.start(("resume", as_word(name)), about=name)
     return go_to("/run", path=name)
 
 
@@ -225,7 +227,7 @@ async def chat(request: Request) -> Response:
     place = studio.open_run(request.query_params.get("path", ""))
     place.require_adapter()
     name = studio.places.short(place.root)
-    return show("chat.html", request, name=name, command=command("chat", name))
+    return show("chat.html", request, name=name, command=command("chat", as_word(name)))
 
 
 async def answer(request: Request) -> Response:

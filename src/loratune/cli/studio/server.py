@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import socket
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING
 
 import uvicorn
@@ -80,7 +80,8 @@ def serve_studio(folder: Path, *, port: int | None, on_ready: Callable[[str], No
             app, log_level="warning", access_log=False, timeout_graceful_shutdown=1, server_header=False, ws="none"
         )
         on_ready(f"http://{HOST}:{number}/?token={token}")
-        uvicorn.Server(config).run(sockets=[listening])
+        with suppress(KeyboardInterrupt):  # which it raises again when it has ended
+            uvicorn.Server(config).run(sockets=[listening])
 
 
 def _open_port(port: int | None) -> socket.socket:
