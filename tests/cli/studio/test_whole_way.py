@@ -88,7 +88,7 @@ def test_from_a_csv_to_a_chat(
             page.get_by_text(f"More of {name.partition('.')[0]}").click()
         field.select_option(value) if name == "train.device" else field.fill(value)
         field.blur()
-    expect(page.get_by_label("Recipe")).to_have_value(re.compile("device: cpu"))
+    expect(page.get_by_role("textbox", name="Recipe")).to_have_value(re.compile("device: cpu"))
     page.get_by_role("button", name="Save and plan").click()
     expect(page.locator("#plan")).to_contain_text("adapter file")
     expect(page.locator("#tokens mark").first).to_contain_text("On its way.")

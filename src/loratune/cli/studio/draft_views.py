@@ -38,7 +38,7 @@ COLUMNS = {"prompt": "what the model is asked", "completion": "what it should an
 """Fields that a column is asked for → what they are."""
 
 
-async def new(request: Request) -> Response:
+async def new_view(request: Request) -> Response:
     """Choose the data, or, with data, say which column is what."""
     studio, data = studio_of(request), request.query_params.get("data", "")
     if not data:
@@ -50,7 +50,7 @@ async def new(request: Request) -> Response:
     return show("columns.html", request, data=name, found=found, fields=COLUMNS, models=models)
 
 
-async def upload(request: Request) -> Response:
+async def upload_view(request: Request) -> Response:
     """Keep a file that was dropped in, in the studio's folder."""
     studio = studio_of(request)
     target = studio.places.for_upload(request.query_params.get("name", ""))
@@ -68,7 +68,7 @@ async def upload(request: Request) -> Response:
     return JSONResponse({"data": studio.places.short(target)})
 
 
-async def write_first_recipe(request: Request) -> Response:
+async def first_recipe_view(request: Request) -> Response:
     """Write a recipe for the data, as `loratune init` does, and open it."""
     studio, form = studio_of(request), await read_form(request)
     name = studio.places.short(studio.places.inside(form.get("data", "")))
@@ -85,13 +85,13 @@ async def write_first_recipe(request: Request) -> Response:
     return go_to("/recipe", file=file)
 
 
-async def recipe(request: Request) -> Response:
+async def recipe_view(request: Request) -> Response:
     """Show a recipe as form and text."""
     studio = studio_of(request)
     path, text = _open_recipe(studio, request.query_params.get("file", ""))
     main, rest = form_of(text)
     file = studio.places.short(path)
-    values = {
+    values: dict[str, Any] = {
         "main": main,
         "rest": rest,
         "models": models_here(studio.places),
@@ -100,14 +100,14 @@ async def recipe(request: Request) -> Response:
     return show("recipe.html", request, file=file, text=text, seen=_digest(text), **values)
 
 
-async def change_field(request: Request) -> Response:
+async def field_view(request: Request) -> Response:
     """Return a recipe's text with another value of one setting; nothing is written."""
     form = await read_form(request)
     text = set_field(form.get("text", "").replace("\r\n", "\n"), form.get("name", ""), form.get("value", ""))
     return JSONResponse({"text": text})
 
 
-async def save(request: Request) -> Response:
+async def save_view(request: Request) -> Response:
     """Write a recipe, unless its file was changed since the page read it; return the form's values."""
     studio, form = studio_of(request), await read_form(request)
     text = await _save(studio, form)
@@ -119,7 +119,7 @@ async def save(request: Request) -> Response:
 async def _save(studio: Studio, form: Any) -> str:
     path, before = _open_recipe(studio, form.get("file", ""))
     text = form.get("text", "").replace("\r\n", "\n")
-    if form.get("seen") not in (_digest(before), _digest(text)):
+    if form.get("seen") != _digest(before) and text != before:
         raise RecipeError(
             "the file was changed since this page read it", file=path, fix="copy your text, then reload the page"
         )
@@ -129,7 +129,7 @@ async def _save(studio: Studio, form: Any) -> str:
     return text
 
 
-async def plan(request: Request) -> Response:
+async def plan_view(request: Request) -> Response:
     """Show what `loratune plan` shows."""
     studio = studio_of(request)
     path, _ = _open_recipe(studio, request.query_params.get("file", ""))
@@ -144,7 +144,7 @@ async def plan(request: Request) -> Response:
     return show("plan.html", request, blocks=blocks, notes=notes)
 
 
-async def tokens(request: Request) -> Response:
+async def tokens_view(request: Request) -> Response:
     """Show some examples, token by token."""
     studio = studio_of(request)
     path, _ = _open_recipe(studio, request.query_params.get("file", ""))
@@ -158,7 +158,7 @@ async def tokens(request: Request) -> Response:
     return show("tokens.html", request, blocks=blocks, first=first, last=last, total=found["num_examples"])
 
 
-async def start(request: Request) -> Response:
+async def start_view(request: Request) -> Response:
     """Save the recipe, start `loratune train`, and open the page of the run."""
     studio, form = studio_of(request), await read_form(request)
     path, _ = _open_recipe(studio, form.get("file", ""))
@@ -192,13 +192,13 @@ def _digest(text: str) -> str:
 
 
 ROUTES = [
-    Route("/new", new),
-    Route("/upload", upload, methods=["PUT"]),
-    Route("/init", write_first_recipe, methods=["POST"]),
-    Route("/recipe", recipe),
-    Route("/recipe/field", change_field, methods=["POST"]),
-    Route("/recipe/save", save, methods=["POST"]),
-    Route("/recipe/plan", plan),
-    Route("/recipe/tokens", tokens),
-    Route("/start", start, methods=["POST"]),
+    Route("/new", new_view),
+    Route("/upload", upload_view, methods=["PUT"]),
+    Route("/init", first_recipe_view, methods=["POST"]),
+    Route("/recipe", recipe_view),
+    Route("/recipe/field", field_view, methods=["POST"]),
+    Route("/recipe/save", save_view, methods=["POST"]),
+    Route("/recipe/plan", plan_view),
+    Route("/recipe/tokens", tokens_view),
+    Route("/start", start_view, methods=["POST"]),
 ]

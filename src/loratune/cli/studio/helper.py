@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from loratune.run.errors import RunError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncGenerator
     from pathlib import Path
 
 _LONGEST_LINE = 64 * 2**20
@@ -50,7 +50,7 @@ class Helper:
                 result = value
         return result
 
-    async def stream(self, do: str, **request: Any) -> AsyncIterator[tuple[str, Any]]:
+    async def stream(self, do: str, **request: Any) -> AsyncGenerator[tuple[str, Any]]:
         """Yield the pieces of an answer, then its result.
 
         Raises:

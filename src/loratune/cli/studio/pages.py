@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from loratune.cli.studio.helper import Helpers
     from loratune.cli.studio.jobs import Jobs
-    from loratune.cli.studio.places import Places
+    from loratune.cli.studio.places import StudioFolder
 
 MOST_FORM_BYTES = 2**20
 STATIC = {
@@ -39,7 +39,7 @@ STATIC = {
 class Studio:
     """What the routes work with."""
 
-    places: Places
+    places: StudioFolder
     jobs: Jobs
     helpers: Helpers
 
@@ -81,14 +81,14 @@ def fragment(template: str, **values: Any) -> Markup:
     return Markup(text)  # noqa: S704 - escaped by the template
 
 
-def go_to(path: str, **query: str) -> Response:
+def go_to(page: str, /, **query: str) -> Response:
     """Send the browser to another page, after a form."""
-    return RedirectResponse(address(path, **query), status_code=303)
+    return RedirectResponse(address(page, **query), status_code=303)
 
 
-def address(path: str, **query: str) -> str:
+def address(page: str, /, **query: str) -> str:
     """Return the address of a page."""
-    return f"{path}?{urlencode(query)}" if query else path
+    return f"{page}?{urlencode(query)}" if query else page
 
 
 async def read_form(request: Request) -> Mapping[str, str]:

@@ -23,7 +23,7 @@ _SKIPPED = {"__pycache__", "node_modules", "site-packages", "checkpoints"}
 
 
 @dataclass(frozen=True, slots=True)
-class Places:
+class StudioFolder:
     """The folder that the studio works in.
 
     Attributes:
@@ -33,7 +33,7 @@ class Places:
     root: Path
 
     @classmethod
-    def of(cls, folder: Path) -> Places:
+    def of(cls, folder: Path) -> StudioFolder:
         """Return the places in a folder.
 
         Raises:
@@ -70,7 +70,7 @@ class Places:
 
     def data_files(self) -> list[str]:
         """Return the data files in the folder and its subfolders, without what runs contain."""
-        return self._files(lambda path: path.suffix.lower() in DATA_TYPES)
+        return self._files(lambda path: path.suffix.lower() in DATA_TYPES and not _of_model(path))
 
     def recipes(self) -> list[str]:
         """Return the YAML files that look like recipes."""
@@ -114,6 +114,10 @@ class Places:
             deep = len(here.relative_to(self.root).parts) >= _DEPTH
             below[:] = [] if deep else sorted(b for b in below if not b.startswith(".") and b not in _SKIPPED)
             yield from (here / name for name in names if not name.startswith(".") and not (here / name).is_symlink())
+
+
+def _of_model(path: Path) -> bool:
+    return path.with_name("config.json").exists()
 
 
 def _is_recipe(path: Path) -> bool:

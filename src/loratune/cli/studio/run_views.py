@@ -52,7 +52,7 @@ _SECONDS = 1.0
 """The least time between two readings of a run's files."""
 
 
-async def home(request: Request) -> Response:
+async def home_view(request: Request) -> Response:
     """List the runs, and what is being done."""
     studio = studio_of(request)
     found = await anyio.to_thread.run_sync(list_runs, studio.places.root)
@@ -62,7 +62,7 @@ async def home(request: Request) -> Response:
     return show("home.html", request, rows=rows, starting=starting)
 
 
-async def run(request: Request) -> Response:
+async def run_view(request: Request) -> Response:
     """Show one run, whatever its state."""
     studio = studio_of(request)
     place = studio.run_at(request.query_params.get("path", ""))
@@ -128,7 +128,7 @@ def _live(files: RunFiles) -> Markup:
     return fragment("live.html", headline=headline(files), rows=rows, blocks=list(curves(files)))
 
 
-async def events(request: Request) -> Response:
+async def events_view(request: Request) -> Response:
     """Send what is new about a run as server-sent events, until its state changes."""
     studio = studio_of(request)
     place = studio.run_at(request.query_params.get("path", ""))
@@ -153,7 +153,7 @@ async def events(request: Request) -> Response:
     return StreamingResponse(lines(), media_type="text/event-stream")
 
 
-async def stop(request: Request) -> Response:
+async def stop_view(request: Request) -> Response:
     """Do what Ctrl-C does."""
     studio, form = studio_of(request), await read_form(request)
     place = studio.run_at(form.get("path", ""))
@@ -161,7 +161,7 @@ async def stop(request: Request) -> Response:
     return go_to("/run", path=studio.places.short(place.root))
 
 
-async def resume(request: Request) -> Response:
+async def resume_view(request: Request) -> Response:
     """Start `loratune resume`."""
     studio, form = studio_of(request), await read_form(request)
     name = studio.places.short(studio.open_run(form.get("path", "")).root)
@@ -169,7 +169,7 @@ async def resume(request: Request) -> Response:
     return go_to("/run", path=name)
 
 
-async def export(request: Request) -> Response:
+async def export_view(request: Request) -> Response:
     """Start an export, which also writes its certificate."""
     studio, form = studio_of(request), await read_form(request)
     name, kind = studio.places.short(studio.open_run(form.get("path", "")).root), form.get("to", "")
@@ -179,14 +179,14 @@ async def export(request: Request) -> Response:
     return go_to("/job", id=job.id)
 
 
-async def job(request: Request) -> Response:
+async def job_view(request: Request) -> Response:
     """Show a command: what it is, what it printed, how it ended."""
     studio = studio_of(request)
     found = studio.jobs.get(request.query_params.get("id", ""))
     return show("job.html", request, job=found, output=studio.jobs.output(found))
 
 
-async def report(request: Request) -> Response:
+async def report_view(request: Request) -> Response:
     """Show the report of a run, with the policy of the report."""
     place = studio_of(request).open_run(request.query_params.get("path", ""))
     text = await anyio.to_thread.run_sync(lambda: render_page(run_page(read_run(place))))
@@ -200,7 +200,7 @@ def _whole_page(text: str) -> Response:
     return HTMLResponse(text.encode("utf-8", "backslashreplace"), headers=headers)
 
 
-async def compare(request: Request) -> Response:
+async def compare_view(request: Request) -> Response:
     """Compare runs: a ranked table, what two of them differ in, and the page of `loratune compare`."""
     studio = studio_of(request)
     names = list(dict.fromkeys(request.query_params.getlist("run")))
@@ -221,7 +221,7 @@ async def compare(request: Request) -> Response:
     return show("compare.html", request, names=names, blocks=blocks, query=query)
 
 
-async def chat(request: Request) -> Response:
+async def chat_view(request: Request) -> Response:
     """Show the chat with base and fine-tuned model; a model is loaded with the first question."""
     studio = studio_of(request)
     place = studio.open_run(request.query_params.get("path", ""))
@@ -230,7 +230,7 @@ async def chat(request: Request) -> Response:
     return show("chat.html", request, name=name, command=command("chat", as_word(name)))
 
 
-async def answer(request: Request) -> Response:
+async def answer_view(request: Request) -> Response:
     """Send a model's answer as lines of JSON, piece by piece."""
     studio, form = studio_of(request), await read_form(request)
     place = studio.open_run(form.get("path", ""))
@@ -273,15 +273,15 @@ def _answers(values: dict[str, Any]) -> dict[str, str]:
 
 
 ROUTES = [
-    Route("/", home),
-    Route("/run", run),
-    Route("/run/events", events),
-    Route("/run/stop", stop, methods=["POST"]),
-    Route("/run/resume", resume, methods=["POST"]),
-    Route("/run/export", export, methods=["POST"]),
-    Route("/run/report", report),
-    Route("/run/chat", chat),
-    Route("/run/answer", answer, methods=["POST"]),
-    Route("/job", job),
-    Route("/compare", compare),
+    Route("/", home_view),
+    Route("/run", run_view),
+    Route("/run/events", events_view),
+    Route("/run/stop", stop_view, methods=["POST"]),
+    Route("/run/resume", resume_view, methods=["POST"]),
+    Route("/run/export", export_view, methods=["POST"]),
+    Route("/run/report", report_view),
+    Route("/run/chat", chat_view),
+    Route("/run/answer", answer_view, methods=["POST"]),
+    Route("/job", job_view),
+    Route("/compare", compare_view),
 ]

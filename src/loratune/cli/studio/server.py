@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 import socket
 from contextlib import asynccontextmanager, suppress
@@ -18,12 +19,13 @@ from loratune.cli.studio.guard import Guard
 from loratune.cli.studio.helper import Helpers
 from loratune.cli.studio.jobs import Jobs
 from loratune.cli.studio.pages import STATIC, Studio, read_static, show_error
-from loratune.cli.studio.places import Places
+from loratune.cli.studio.places import StudioFolder
 from loratune.run.errors import LoratuneError, MachineError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
     from pathlib import Path
+    from types import FrameType
 
     from starlette.requests import Request
     from starlette.types import ASGIApp
@@ -43,7 +45,7 @@ def studio_app(folder: Path, *, token: str, port: int) -> ASGIApp:
     Raises:
         RecipeError: There is no such folder.
     """
-    places = Places.of(folder)
+    places = StudioFolder.of(folder)
     studio = Studio(places=places, jobs=Jobs(places), helpers=Helpers(places.root))
 
     @asynccontextmanager
@@ -81,7 +83,15 @@ def serve_studio(folder: Path, *, port: int | None, on_ready: Callable[[str], No
         )
         on_ready(f"http://{HOST}:{number}/?token={token}")
         with suppress(KeyboardInterrupt):  # which it raises again when it has ended
-            uvicorn.Server(config).run(sockets=[listening])
+            _Server(config).run(sockets=[listening])
+
+
+class _Server(uvicorn.Server):
+    """A server that, when it is told to end, does not report the open pages that it leaves."""
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+        super().handle_exit(sig, frame)
 
 
 def _open_port(port: int | None) -> socket.socket:
