@@ -14,8 +14,19 @@ from pathlib import Path
 
 import psutil
 import pytest
+from playwright.sync_api import Browser, Page
 
 from tests.reporting.conftest import chromium  # noqa: F401 - a fixture
+
+HARMLESS = """() => ({
+  hacked: window.hacked ?? null,
+  elements: [...document.querySelectorAll('img, iframe, object, embed, base, script:not([src^="/static/"])')]
+    .map(element => element.outerHTML),
+  handlers: [...document.querySelectorAll('*')].flatMap(element => [...element.attributes])
+    .filter(attribute => attribute.name.startsWith('on') || attribute.name === 'style')
+    .map(attribute => attribute.name),
+})"""
+NOTHING = {"hacked": None, "elements": [], "handlers": []}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,3 +94,36 @@ def folder(tiny_model: Path, tmp_path: Path) -> Path:
     root.mkdir()
     shutil.copytree(tiny_model, root / "tiny")
     return root
+
+
+class Visitor:
+    """A page in the browser, with everything that it asked for and complained about."""
+
+    def __init__(self, page: Page) -> None:
+        self.page = page
+        self.requests: list[str] = []
+        self.complaints: list[str] = []
+        page.set_default_timeout(60_000)
+        page.on("request", lambda request: self.requests.append(request.url))
+        page.on("console", lambda message: self.complaints.append(message.text))
+        page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        page.on("dialog", lambda dialog: (self.complaints.append(dialog.message), dialog.dismiss()))
+
+    def finds_no_harm(self) -> None:
+        assert self.page.evaluate(HARMLESS) == NOTHING
+        assert self.complaints == []
+
+
+@pytest.fixture
+def visit(chromium: Browser) -> Iterator[Callable[[str], Visitor]]:  # noqa: F811 - the fixture above
+    context = chromium.new_context(viewport={"width": 1280, "height": 900})
+
+    def open_(url: str) -> Visitor:
+        """Open the printed URL, which leads to the list of runs."""
+        visitor = Visitor(context.new_page())
+        visitor.page.goto(url)
+        visitor.page.wait_for_url(lambda at: "token" not in at)
+        return visitor
+
+    yield open_
+    context.close()

@@ -4,56 +4,17 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import expect
 
-from tests.cli.studio.conftest import Started
+from loratune.cli.studio.places import OWN
+from tests.cli.studio.conftest import Started, Visitor
 from tests.reporting.conftest import PLANTED
 
-HARMLESS = """() => ({
-  hacked: window.hacked ?? null,
-  elements: [...document.querySelectorAll('img, iframe, object, embed, base, script:not([src^="/static/"])')]
-    .map(element => element.outerHTML),
-  handlers: [...document.querySelectorAll('*')].flatMap(element => [...element.attributes])
-    .filter(attribute => attribute.name.startsWith('on') || attribute.name === 'style')
-    .map(attribute => attribute.name),
-})"""
-NOTHING = {"hacked": None, "elements": [], "handlers": []}
 NAME = "<img src=x onerror=window.hacked=5>.csv"
-
-
-class Visitor:
-    """A page in the browser, with everything that it asked for and complained about."""
-
-    def __init__(self, page: Page) -> None:
-        self.page = page
-        self.requests: list[str] = []
-        self.complaints: list[str] = []
-        page.set_default_timeout(60_000)
-        page.on("request", lambda request: self.requests.append(request.url))
-        page.on("console", lambda message: self.complaints.append(message.text))
-        page.on("pageerror", lambda error: self.complaints.append(str(error)))
-        page.on("dialog", lambda dialog: (self.complaints.append(dialog.message), dialog.dismiss()))
-
-    def finds_no_harm(self) -> None:
-        assert self.page.evaluate(HARMLESS) == NOTHING
-        assert self.complaints == []
-
-
-@pytest.fixture
-def visit(chromium: Browser) -> Iterator[Callable[[str], Visitor]]:
-    context = chromium.new_context(viewport={"width": 1280, "height": 900})
-
-    def open_(url: str) -> Visitor:
-        visitor = Visitor(context.new_page())
-        visitor.page.goto(url)
-        return visitor
-
-    yield open_
-    context.close()
 
 
 def write_csv(path: Path) -> Path:
@@ -65,6 +26,7 @@ def write_csv(path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_from_a_csv_to_a_chat(
     start_studio: Callable[[Path], Started], visit: Callable[[str], Visitor], folder: Path, tmp_path: Path
 ) -> None:
@@ -95,11 +57,26 @@ def test_from_a_csv_to_a_chat(
     page.get_by_role("button", name="Next").click()
     expect(page.locator("#tokens")).to_contain_text("Examples 4 to 6 of")
     visitor.finds_no_harm()
+    # Two pages press the button, then everything is closed: there is one run, and it goes on.
+    page.evaluate(
+        "file => { fetch('/start', {method: 'POST', body: new URLSearchParams({file})}) }",
+        page.locator("#recipe").get_attribute("data-file"),
+    )
     page.get_by_role("button", name="Save and start training").click()
-
     page.wait_for_url("**/run?*")
+    expect(page.get_by_role("button", name="Stop after this step")).to_be_visible()
+    page.goto("about:blank")
+    studio.close()
+    assert len(list((folder / OWN).glob("*.json"))) == 1
+
+    studio = start_studio(folder)
+    visitor = visit(studio.url)
+    page = visitor.page
+    page.wait_for_url(f"{studio.origin}/")
+    page.get_by_role("link", name="__models/").first.click()
     page.get_by_role("link", name="Chat").click()
-    page.get_by_label("Longest answer").evaluate("field => { field.value = 5 }")
+    page.get_by_text("Settings").click()
+    page.get_by_label("Longest answer").fill("5")
     page.get_by_label("Message").fill(PLANTED[0])
     page.get_by_role("button", name="Ask both").click()
     expect(page.locator("#chat-status")).to_have_text("", timeout=60_000)
