@@ -91,7 +91,10 @@ def _listed(lock: Path) -> ListedRun:
 
 def _sentence(files: RunFiles) -> str:
     try:
-        return "" if files.evaluation is None else verdict_on(files.evaluation).sentence.partition(";")[0]
+        if files.evaluation is None:
+            return ""
+        numbers, more, _ = verdict_on(files.evaluation).sentence.partition("); ")  # what follows is advice
+        return f"{numbers})" if more else numbers
     except UNEXPECTED:  # a damaged file; the report names it
         return ""
 

@@ -124,7 +124,8 @@ def _log(studio: Studio, place: RunDir, jobs: list[Any]) -> str:
 
 def _live(files: RunFiles) -> Markup:
     """Return what changes while a run goes on, as a part of a page."""
-    rows = [(name, text) for name, text in watch_rows(files, 80) if name != "loss"]
+    rows = list(watch_rows(files, 80)) if files.steps else []
+    rows[:2] = [("loss", text) for _, text in rows[1:2]]  # the first is the curve, in characters
     return fragment("live.html", headline=headline(files), rows=rows, blocks=list(curves(files)))
 
 
