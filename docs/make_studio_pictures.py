@@ -23,7 +23,7 @@ OUT = HERE / "images"
 MINUTES = 15 * 60_000
 DESK, PHONE, HEIGHT = 1280, 390, 844
 QUESTION = "name[The Blue Lamp], eatType[pub], food[Italian], priceRange[cheap], area[riverside], familyFriendly[yes]"
-SETTINGS = {"train.epochs": "2", "evaluate.samples": "10", "train.eval_every": "4", "train.log_every": "1"}
+SETTINGS = {"train.max_steps": "12", "evaluate.samples": "6", "train.eval_every": "4", "train.log_every": "1"}
 
 
 class Camera:
@@ -99,7 +99,7 @@ def go(page: Page, camera: Camera) -> None:
     page.get_by_role("link", name="Chat").wait_for(timeout=MINUTES)
     camera.take("finished", desk=1700)
     page.get_by_role("link", name="Chat").click()
-    page.get_by_label("Message").fill(QUESTION)
+    page.get_by_label("Message", exact=True).fill(QUESTION)
     page.get_by_role("button", name="Ask both").click()
     expect(page.locator("#chat-status")).to_have_text("", timeout=MINUTES)
     camera.take("chat", desk=760)

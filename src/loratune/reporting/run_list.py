@@ -91,12 +91,11 @@ def _listed(lock: Path) -> ListedRun:
 
 def _sentence(files: RunFiles) -> str:
     try:
-        if files.evaluation is None:
-            return ""
-        numbers, more, _ = verdict_on(files.evaluation).sentence.partition("); ")  # what follows is advice
-        return f"{numbers})" if more else numbers
+        sentence = "" if files.evaluation is None else verdict_on(files.evaluation).sentence
     except UNEXPECTED:  # a damaged file; the report names it
         return ""
+    numbers, more, _ = sentence.partition("); ")  # what follows is advice
+    return f"{numbers})" if more else numbers
 
 
 def runs_table(runs: Iterable[ListedRun]) -> Table:

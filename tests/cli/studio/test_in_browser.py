@@ -95,7 +95,7 @@ def test_planted_text_is_text_and_all_pages_fit_a_phone(url: str, visit: Callabl
         "/new": "<img src=x onerror=window.hacked=7>.csv",
         f"/run?{urlencode(run)}": HARM,
         "/job?id=1-a": HARM,
-        f"/compare?{urlencode({'run': [RUN, '__models/two']}, doseq=True)}": RUN,
+        f"/compare?{urlencode({'run': [RUN, '__models/two']}, doseq=True)}": RUN.rpartition("/")[2],
         f"/recipe?{urlencode({'file': '<b>.yaml'})}": HARM,
         f"/run/chat?{urlencode(run)}": RUN,
         f"/run?{urlencode({'path': HARM})}": HARM,  # an error that names it
@@ -121,12 +121,12 @@ def test_a_models_answers_are_text(url: str, visit: Callable[[str], Visitor]) ->
     page = visitor.page
     page.route("**/run/answer", answer_with_harm)
     page.goto(f"{url.partition('/?')[0]}/run/chat?{urlencode({'path': RUN})}")
-    page.get_by_label("Message").fill(HARM)
+    page.get_by_label("Message", exact=True).fill(HARM)
     page.keyboard.press("Enter")
     expect(page.locator(".answer.base .text")).to_have_text(HARM)
     expect(page.locator(".answer.tuned .text")).to_have_text(HARM)
     expect(page.locator(".question")).to_have_text(HARM)
-    expect(page.get_by_label("Message")).to_be_focused()
+    expect(page.get_by_label("Message", exact=True)).to_be_focused()
     visitor.finds_no_harm()
 
 
