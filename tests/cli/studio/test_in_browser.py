@@ -127,6 +127,7 @@ def test_a_models_answers_are_text(url: str, visit: Callable[[str], Visitor]) ->
     expect(page.locator(".answer.tuned .text")).to_have_text(HARM)
     expect(page.locator(".question")).to_have_text(HARM)
     expect(page.get_by_label("Message", exact=True)).to_be_focused()
+    expect(page.get_by_role("button", name="Stop the answer")).to_be_hidden()
     visitor.finds_no_harm()
 
 
