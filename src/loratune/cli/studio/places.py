@@ -18,7 +18,8 @@ DATA_TYPES = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".xlsx", ".txt")
 OWN = ".loratune_studio"
 """The folder in which the studio keeps the output of the commands that it started."""
 MOST_LISTED = 200
-_DEPTH = 3
+_DEPTH, _RUN_DEPTH = 3, 5
+"""Folders below the studio's own in which files and runs are looked for; trials of a sweep lie deeper."""
 _SKIPPED = {"__pycache__", "node_modules", "site-packages", "checkpoints"}
 
 
@@ -81,6 +82,17 @@ class StudioFolder:
         folders = [p.parent for p in self._walk() if p.name == "config.json" and any(p.parent.glob("*.safetensors"))]
         files = [path for path in self._walk() if path.suffix == ".gguf"]
         return [self.short(path) for path in (*folders, *files) if path != self.root]
+
+    def runs(self) -> list[Path]:
+        """Return the run directories in the folder, up to some depth: it may be somebody's whole home."""
+        found = []
+        for folder, below, names in os.walk(self.root):
+            here = Path(folder)
+            if "lock.json" in names:
+                found.append(here)
+            deep = "lock.json" in names or len(here.relative_to(self.root).parts) >= _RUN_DEPTH
+            below[:] = [] if deep else [name for name in below if not name.startswith(".") and name not in _SKIPPED]
+        return sorted(found)
 
     def unused(self, name: str) -> Path:
         """Return a path in the folder that does not exist: the name itself, or with a number."""

@@ -21,7 +21,7 @@ from loratune.reporting.curves_section import curves
 from loratune.reporting.html import render_page
 from loratune.reporting.run_diff import diff, difference_table
 from loratune.reporting.run_files import read_run
-from loratune.reporting.run_list import list_runs, ranked_table
+from loratune.reporting.run_list import list_these, ranked_table
 from loratune.reporting.run_page import run_page
 from loratune.reporting.watch import READING_SHARE, headline, watch_rows
 from loratune.run.errors import LoratuneError, RecipeError
@@ -55,7 +55,7 @@ _SECONDS = 1.0
 async def home_view(request: Request) -> Response:
     """List the runs, and what is being done."""
     studio = studio_of(request)
-    found = await anyio.to_thread.run_sync(list_runs, studio.places.root)
+    found = await anyio.to_thread.run_sync(lambda: list_these(studio.places.runs(), title="Runs"))
     rows = [(studio.places.short(studio.places.inside(run.run)), run) for run in found]
     known = {name for name, _ in rows}
     starting = [job for job in studio.jobs.all() if job.is_running and job.about not in known]
