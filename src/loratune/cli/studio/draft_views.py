@@ -42,6 +42,7 @@ async def new_view(request: Request) -> Response:
     """Choose the data, or, with data, say which column is what."""
     studio, data = studio_of(request), request.query_params.get("data", "")
     if not data:
+        await studio.helpers.guide.wake()  # while the user looks for a file
         return show("new.html", request, files=studio.places.data_files(), recipes=studio.places.recipes())
     path = studio.places.inside(data)
     name = studio.places.short(path)

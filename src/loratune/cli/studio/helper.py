@@ -38,6 +38,11 @@ class Helper:
         self._process: asyncio.subprocess.Process | None = None
         self._turn = asyncio.Lock()
 
+    async def wake(self) -> None:
+        """Start the process, so that it imports what it needs before it is asked."""
+        async with self._turn:
+            await self._started()
+
     async def ask(self, do: str, **request: Any) -> Any:
         """Return the result of a request.
 
