@@ -72,6 +72,8 @@ def start_studio() -> Iterator[Callable[[Path], Started]]:
         own = _processes_in(one.folder)
         if one.process.poll() is None:
             one.close()
+        assert one.process.stdout is not None
+        one.process.stdout.close()
         for process in own:
             with suppress(psutil.Error):
                 process.kill()
