@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import sys
+import warnings
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +52,7 @@ def serve_stdin(things: Mapping[str, Do]) -> None:
     """Answer requests on this process's own stdin and stdout, which nothing else can write to then."""
     target = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # libraries that print do not get between the lines
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries; nobody here can act on them
     signal.signal(signal.SIGINT, signal.default_int_handler)
     with suppress(KeyboardInterrupt, BrokenPipeError):
         answer_lines(things, sys.stdin, target)
