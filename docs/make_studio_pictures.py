@@ -90,7 +90,7 @@ def go(page: Page, camera: Camera) -> None:
     page.get_by_role("button", name="Save and plan").click()
     expect(page.locator("#plan")).to_contain_text("adapter file", timeout=MINUTES)
     expect(page.locator("#tokens mark").first).to_be_visible(timeout=MINUTES)
-    camera.take("recipe", desk=2800, at="#tokens-title")
+    camera.take("recipe", desk=1150, at="#tokens-title")
     page.get_by_role("button", name="Save and start training").click()
     page.wait_for_url("**/run?*")
     page.get_by_text(re.compile("step (8|9|[1-9]\\d)/")).first.wait_for(timeout=MINUTES)
@@ -101,7 +101,7 @@ def go(page: Page, camera: Camera) -> None:
     page.get_by_label("Message", exact=True).fill(QUESTION)
     page.get_by_role("button", name="Ask both").click()
     expect(page.locator("#chat-status")).to_have_text("", timeout=MINUTES)
-    camera.take("chat", desk=760)
+    camera.take("chat", desk=690)
 
 
 def main(folder: Path) -> None:
