@@ -40,7 +40,7 @@ GUIDES = (
     *("classification.md", "preferences.md", "tuning.md", "when-it-stops.md", "scaling.md", "../README.md"),
 )
 """Pages whose commands take a minute; they are run by a slow test."""
-REASONED = ("processes.md", "performance.md")
+REASONED = ("processes.md", "performance.md", "studio.md")
 """Pages of which nothing can be run here."""
 NOT_RUN = {
     "pip install": "installing is the reader's",
@@ -51,6 +51,7 @@ NOT_RUN = {
     "sh RUN/exports/vllm/serve.sh": "starts vLLM, which is not installed here",
     "loratune serve": "runs until Ctrl-C: tests/workflows/test_serve.py",
     "LORATUNE_API_KEY=… loratune serve": "needs vLLM: tests/workflows/test_serve.py has its command line",
+    "loratune studio": "runs until Ctrl-C: tests/cli/studio",
     "loratune push RUN OWNER/NAME": "needs a Hub: tests/workflows/test_push.py",
     "make": "takes minutes, or installs; README shows what `make demo` printed",
     "loratune resume": "needs an interrupted run: tests/workflows/test_resume.py",

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 VERBS: Mapping[str, tuple[Callable[..., None], ...]] = {
     "Before training": (
-        *(before.init, before.plan, before.explain, before.eject),
+        *(before.studio, before.init, before.plan, before.explain, before.eject),
         *(before.doctor, before.selftest, before.schema),
     ),
     "Training": (

@@ -6,7 +6,9 @@ Typer reads a command's options from its parameters, so the limit on the number 
 from __future__ import annotations
 
 import sys
+import webbrowser
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, get_args
 
@@ -35,7 +37,36 @@ from loratune.cli.terminal import SafeConsole
 from loratune.recipe.recipe import Column, Recipe
 from loratune.recipe.recipe import origins as load_origins
 from loratune.run.errors import MachineError
+from loratune.run.extras import pip_install
 from loratune.workflows.guidance.shipped import shipped_recipes
+
+
+def studio(
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="The folder that holds your data, recipes and runs.")
+    ] = Path(),
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Port to listen on; default: 8321, or a free one.")
+    ] = None,
+    show: Annotated[bool, typer.Option("--open/--no-open", help="Open the page in a browser.")] = True,
+) -> None:
+    """Open a local web page: from a file of examples to a run, its report, and a chat with the fine-tuned model.
+
+    Only this machine can reach it, with the token in the printed URL. Runs go on when it is closed.
+    """
+    with command_context(as_json=False) as progress:
+        if missing := [name for name in ("starlette", "uvicorn") if find_spec(name) is None]:
+            raise MachineError(f"the studio needs {' and '.join(missing)}", fix=pip_install("studio"))
+        from loratune.cli.studio.server import serve_studio
+
+        def ready(url: str) -> None:
+            sys.stdout.write(f"{url}\n")
+            sys.stdout.flush()
+            progress.line("the token in this URL is your key: do not share it; stop with Ctrl-C")
+            if show and not webbrowser.open(url):
+                progress.warn("no browser was found here; open the URL yourself")
+
+        serve_studio(folder, port=port, on_ready=ready)
 
 
 def init(

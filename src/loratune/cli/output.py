@@ -15,6 +15,7 @@ from loratune.run.errors import MachineError, plural
 
 if TYPE_CHECKING:
     from loratune.planning.preparation import Preparation
+    from loratune.recipe.recipe import Recipe
     from loratune.run.directory import Record
     from loratune.run.records.outputs import SampleOutput
     from loratune.run.records.sweep import SweepRecord, TuneRecord
@@ -31,15 +32,7 @@ def show_plan(prepared: Preparation, record: Record, console: Console, samples: 
     from loratune.data.preview import preview
 
     recipe = prepared.recipe
-    shown = {
-        **record,
-        "recipe": {
-            "batch_size": recipe.train.batch_size,
-            "epochs": recipe.train.epochs,
-            "output_dir": recipe.train.output_dir,
-            "r": recipe.lora.r,
-        },
-    }
+    shown = with_recipe(record, recipe)
     if samples:
         console.print(preview(prepared.data.train, prepared.model.tokenizer, samples))
     for note in plan_tables.notes(shown):
@@ -57,6 +50,19 @@ def show_plan(prepared: Preparation, record: Record, console: Console, samples: 
             sep="\n",
         )
         console.print(plan_tables.data_table(prepared.data.report))
+
+
+def with_recipe(record: Record, recipe: Recipe) -> Record:
+    """Return the plan with the settings of the recipe that its tables show."""
+    return {
+        **record,
+        "recipe": {
+            "batch_size": recipe.train.batch_size,
+            "epochs": recipe.train.epochs,
+            "output_dir": recipe.train.output_dir,
+            "r": recipe.lora.r,
+        },
+    }
 
 
 def add_cost(record: Record, price_per_hour: float) -> None:

@@ -27,8 +27,12 @@ _MAX_NODES = 100_000
 """Values of a recipe with its aliases expanded: a kilobyte of nested aliases can stand for billions of values."""
 
 
-def _parse_yaml(text: str) -> tuple[yaml.Node | None, Any]:
-    """Return the root node and its value."""
+def parse_yaml(text: str) -> tuple[yaml.Node | None, Any]:
+    """Return the root node and its value, whatever they are.
+
+    Raises:
+        YAMLError, ValueError, RecursionError, OverflowError: It is not YAML, or too large.
+    """
     node = yaml.compose(text, Loader=_Loader)
     if node is not None and _count_nodes(node, {}) > _MAX_NODES:
         raise ValueError(f"aliases expand to more than {_MAX_NODES:,} values")
@@ -57,9 +61,22 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
         raise RecipeError("no such recipe", file=path, fix="check the path; recipes/ has complete examples") from None
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"cannot read the recipe: {error}", file=path, fix="provide a UTF-8 YAML file") from None
+    return read_settings(text, path)
+
+
+def read_settings(text: str, path: Path | None) -> tuple[dict[str, Any], dict[str, int]]:
+    """Return the settings in a recipe's text as nested dictionaries, and the line of each `section.field`.
+
+    Args:
+        text: The YAML.
+        path: Its file, for error messages.
+
+    Raises:
+        RecipeError: It is not a YAML mapping, sets a name twice, or contains a secret.
+    """
     refuse_secrets(text, path)
     try:
-        node, values = _parse_yaml(text)
+        node, values = parse_yaml(text)
     except (ValueError, RecursionError, OverflowError) as error:  # a date such as 2001-99-99, or a thousand brackets
         raise RecipeError(f"unreadable YAML: {error}", file=path, fix="check the quoting") from None
     except yaml.YAMLError as error:
@@ -124,7 +141,7 @@ def apply_override(values: dict[str, Any], override: str, lines: dict[str, int])
         fix = named_here(section) or "write section.field=value, such as train.epochs=1"
         raise RecipeError(f"{override!r} is not a setting", fix=fix)
     try:
-        _, value = _parse_yaml(text)
+        _, value = parse_yaml(text)
     except (yaml.YAMLError, ValueError, RecursionError, OverflowError):
         value = text
     target = values.setdefault(section, {})

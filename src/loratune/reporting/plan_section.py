@@ -40,7 +40,7 @@ def planned_and_actual(files: RunFiles) -> Iterator[Block]:
         yield Paragraph(text=f"At this speed the remaining steps take {left}.")
     if files.state == "stopped":
         yield Code(title="Resume", text=f"loratune resume {shlex.quote(str(files.run.root))}")
-    yield Charts(charts=(_memory_chart(plan.memory, plan.measured),))
+    yield Charts(charts=(memory_chart(plan.memory, plan.measured),))
 
 
 def planned_train_seconds(plan: PlanRecord, num_steps: int) -> float:
@@ -63,7 +63,7 @@ def _duration_row(label: str, planned: float, actual: float) -> Row:
     return (label, as_duration(planned), as_duration(actual), as_ratio(actual, planned))
 
 
-def _memory_chart(memory: Memory, measured: Measured | None) -> Chart:
+def memory_chart(memory: Memory, measured: Measured | None) -> Chart:
     parts = _memory_parts(memory)
     bars = [
         Bar(

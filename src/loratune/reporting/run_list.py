@@ -58,10 +58,20 @@ def list_runs(folder: str | Path = "__models") -> list[ListedRun]:
     folder = Path(folder)
     if not folder.is_dir():
         raise RecipeError("no such folder", file=folder, fix="name the folder that holds your runs")
-    found = [(_last_change(path), _listed(path)) for path in sorted(folder.rglob("lock.json"))]
+    return list_these(sorted(path.parent for path in folder.rglob("lock.json")), title=f"Runs in {folder}")
+
+
+def list_these(roots: Iterable[Path], *, title: str) -> list[ListedRun]:
+    """Return runs, the one changed last first.
+
+    Args:
+        roots: The run directories.
+        title: What they are, for notebooks.
+    """
+    found = [(_last_change(root / "lock.json"), _listed(root / "lock.json")) for root in roots]
     return ShownList(
         (run for _, run in sorted(found, key=lambda pair: -pair[0])),
-        title=f"Runs in {folder}",
+        title=title,
         columns={
             "run": lambda run: run.run,
             "state": lambda run: run.state,
@@ -91,9 +101,11 @@ def _listed(lock: Path) -> ListedRun:
 
 def _sentence(files: RunFiles) -> str:
     try:
-        return "" if files.evaluation is None else verdict_on(files.evaluation).sentence.partition(";")[0]
+        sentence = "" if files.evaluation is None else verdict_on(files.evaluation).sentence
     except UNEXPECTED:  # a damaged file; the report names it
         return ""
+    numbers, more, _ = sentence.partition("); ")  # what follows is advice
+    return f"{numbers})" if more else numbers
 
 
 def runs_table(runs: Iterable[ListedRun]) -> Table:

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from loratune.reporting.run_files import RunFiles
     from loratune.run.records.certificate import CertificateRecord
     from loratune.run.records.lock import Inputs, LockRecord
-    from loratune.run.records.preview import PreviewPiece
+    from loratune.run.records.preview import PreviewExample, PreviewPiece
 
     _Part = tuple[str, str, Callable[["RunFiles"], Iterator[Block]]]
 
@@ -201,8 +201,13 @@ def _tokens(files: RunFiles) -> Iterator[Block]:
         )
     )
     for example in files.preview.examples:
-        runs = (TokenRun(text=piece.text, style=_style(piece)) for piece in example.pieces)
-        yield TokenText(title=example.title, runs=tuple(runs))
+        yield token_text(example)
+
+
+def token_text(example: PreviewExample) -> TokenText:
+    """Return an example of a preview as a block."""
+    runs = (TokenRun(text=piece.text, style=_style(piece)) for piece in example.pieces)
+    return TokenText(title=example.title, runs=tuple(runs))
 
 
 def _style(piece: PreviewPiece) -> str:

@@ -85,7 +85,7 @@ def watch_view(files: RunFiles, width: int = 80) -> RenderableType:
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
-    for name, text in _rows(files, width):
+    for name, text in watch_rows(files, width):
         table.add_row(name, Text(printable(text)))
     return Group(Text(printable(headline(files))), table)
 
@@ -114,7 +114,7 @@ def sparkline(values: Sequence[float], width: int) -> str:
     return "".join(BLOCKS[round((mean - low) * scale)] for mean in means)
 
 
-def _rows(files: RunFiles, width: int) -> Iterator[tuple[str, str]]:
+def watch_rows(files: RunFiles, width: int) -> Iterator[tuple[str, str]]:
     steps = files.steps
     if steps:
         losses = [step.loss for step in steps]

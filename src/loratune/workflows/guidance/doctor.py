@@ -46,6 +46,7 @@ EXTRAS = {
     "llama_cpp": ("verifying GGUF exports with llama.cpp itself", "gguf"),
     "mlx_lm": ("verifying MLX exports with MLX itself", "pip install 'mlx-lm>=0.32' 'mlx[cpu]'"),
     "fastapi": ("loratune serve with transformers serve", "serve"),
+    "starlette": ("loratune studio", "studio"),
     "vllm": ("loratune serve with vLLM", "pip install vllm  # in a separate environment: it pins torch"),
     "bitsandbytes": ("model.quantization: nf4, int8", "bitsandbytes"),
     "compressed_tensors": ("checkpoints of compressed-tensors", "compressed-tensors"),
