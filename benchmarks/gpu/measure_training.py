@@ -177,14 +177,20 @@ def out_of_memory() -> None:
     expected, calls, filling = run(wanted)["losses"], [0], []
 
     @contextmanager
-    def full(_: FastTrainer) -> Iterator[None]:
+    def full(trainer: FastTrainer) -> Iterator[None]:
         calls[0] += 1
         if calls[0] == 3 and ON_GPU:
             torch.cuda.empty_cache()
             free = torch.cuda.mem_get_info()[0]
             filling.append(torch.empty(free - 2**30, dtype=torch.uint8, device=DEVICE))
         elif calls[0] == 3:
-            raise torch.OutOfMemoryError("as if the device were full")
+            loss = trainer.setup.loss
+
+            def fails(*_: Any) -> torch.Tensor:
+                del loss.sum  # the method again
+                raise torch.OutOfMemoryError("as if the device were full")
+
+            loss.sum = fails  # type: ignore[method-assign]
         yield
 
     with around_gradients(full):

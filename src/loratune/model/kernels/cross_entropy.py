@@ -210,7 +210,9 @@ def _chunk(
     grad_CH = grad_CV @ head.weight_VH.to(hidden_CH.dtype)
     if through_rows_CH is not None:
         grad_CH = grad_CH + through_rows_CH
-    return losses_C1[:, 0], grad_CH * scale, grad_VH, grad_bias_V, grad_rows_NH
+    if scale != 1.0:  # compiled code would multiply by 1 in a pass of its own
+        grad_CH = grad_CH * scale
+    return losses_C1[:, 0], grad_CH, grad_VH, grad_bias_V, grad_rows_NH
 
 
 class _SumCrossEntropy(torch.autograd.Function):
