@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.preloaded_python import preloaded_python
+
 SCRIPTS = Path(__file__).parents[1] / "benchmarks" / "gpu"
 
 
@@ -158,12 +160,40 @@ def test_wheels_are_pinned_to_the_versions_that_are_tested() -> None:
     assert [pin for pin in wanted if pin not in tested] == []
 
 
-@pytest.mark.timeout(900)
-def test_all_steps_run_on_a_cpu(tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHON": sys.executable}
-    command = [str(SCRIPTS / "run.sh"), "--dry-run", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    lines = json.loads((tmp_path / "results.json").read_text())["results"]
+def dry_run(script: str, folder: Path, python: Path | str) -> list[dict[str, object]]:
+    """The results of all steps, none of which may fail."""
+    command = [str(SCRIPTS / script), "--dry-run", str(folder)]
+    given = {**os.environ, "PYTHON": str(python), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=given)
+    lines: list[dict[str, object]] = json.loads((folder / "results.json").read_text())["results"]
     assert [line for line in lines if line.get("ok") is False] == []
-    assert {line["step"]: line["exit"] for line in lines if line.get("exit", "0") != "0"} == {}, done.stdout
+    log = (folder / "log.txt").read_text()
+    assert {line["step"]: line["exit"] for line in lines if line.get("exit", "0") != "0"} == {}, done.stdout + log
+    assert done.returncode == 0, done.stdout
+    return lines
+
+
+@pytest.mark.timeout(600)
+def test_all_steps_run_on_a_cpu(tmp_path: Path) -> None:
+    with preloaded_python(tmp_path) as python:
+        lines = dry_run("run.sh", tmp_path / "out", python)
     assert {line["case"] for line in lines if "case" in line} == {"4k", "4k-trl", "16k-recomputed", "4k-nf4"}
+    checks = {str(line["what"]) for line in lines if "what" in line}
+    for part in ("attention 12:2 of 128", "cross-entropy, compiled", "LoRA layer", "fp8 layer", "a CPU's bits"):
+        assert any(part in check for check in checks), part
+    for part in ("= stock TRL", "waits for nothing", "resumed run", "ran out of memory", "merge = adapter"):
+        assert any(part in check for check in checks), part
+    for key in ("profile", "attention", "chunk_rows", "answers", "rates"):
+        assert any(key in line for line in lines), key
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_all_steps_run_with_two_processes_on_a_cpu(tmp_path: Path) -> None:
+    lines = dry_run("run_multi.sh", tmp_path, sys.executable)
+    together = {line["together"] for line in lines if "together" in line}
+    assert together == {"small-ddp", "small-fsdp", "big-ddp", "big-fsdp"}
+    assert all(line["processes"] == 2 for line in lines if "processes" in line)
+    checks = {str(line["what"]) for line in lines if "what" in line}
+    assert "all processes end when one is killed" in checks
+    assert "sum of 4,096 numbers over 2 processes" in checks
