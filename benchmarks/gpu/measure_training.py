@@ -311,7 +311,10 @@ def answers() -> None:
     number, length = (64, 64) if ON_GPU else (4, 4)
     model = write_model("small-qwen2-bfloat16", "qwen2", SMALL, torch.bfloat16) if not ON_GPU else big()
     asked = {"metric": "exact_match", "samples": number, "max_new_tokens": length}
-    wanted = recipe("answers", model, tokens=256, batch=number // 2, steps=4, data={"eval": 0.5}, evaluate=asked)
+    sections: dict[str, Any] = {"data": {"eval": 0.5}, "evaluate": asked}
+    # A fast rate, since rounding the merged weights to bfloat16 loses small updates, and the certificate says so.
+    sections["train"] = {"learning_rate": 0.02}
+    wanted = recipe("answers", model, tokens=256, batch=number // 2, steps=4, **sections)
     finished = train(wanted, overwrite=True).run
     plan = read_json(finished.plan)
     seconds = plan["measured"]["evaluate_seconds"]

@@ -22,7 +22,9 @@ def cast_once(model: torch.nn.Module) -> Iterator[None]:
     Args:
         model: A model whose layers `use_fast_layers` has seen.
     """
-    layers, masters, copies = [], [], []
+    layers: list[tuple[Any, tuple[torch.Tensor, ...]]] = []
+    masters: list[torch.Tensor] = []
+    copies: list[torch.Tensor] = []
     for layer in _layers_of_other_type(model):
         own = [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
         narrow = tuple(torch.empty_like(master, dtype=layer.base_layer.weight.dtype) for master in own)
