@@ -121,9 +121,8 @@ def main() -> None:
     median = {way: statistics.median(times[1:]) for way, times in seconds.items()}
     ratios = [b / a for a, b in zip(seconds["together"][1:], seconds["separate"][1:], strict=True)]
     tokens = given.adapters * given.examples * given.tokens
-    print(
-        f"{given.adapters} adapters, {tokens:,} tokens a step, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    )
+    threads = torch.get_num_threads()
+    print(f"{given.adapters} adapters, {tokens:,} tokens a step, {threads} threads, torch {torch.__version__}")
     for way, spent in median.items():
         print(f"{way}: {spent:.3f} s, {tokens / spent:,.0f} tokens/s")
     print(f"separate / together: {min(ratios):.2f} to {max(ratios):.2f}, median {statistics.median(ratios):.2f}")
