@@ -40,6 +40,7 @@ gpu-wheels: $(VENV)/.installed
 	$(BIN)/python -m pip download --quiet --only-binary :all: --no-deps --python-version 3.12 \
 	  --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 --dest .whl -r benchmarks/gpu/wheels.txt
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir .whl .
+	@megabytes=$$(du -sm .whl | cut -f1); echo "$$megabytes MiB of wheels in .whl"; test "$$megabytes" -le 64
 
 check: $(VENV)/.installed-dev site
 	$(BIN)/ruff check

@@ -23,6 +23,7 @@ from loratune.planning.estimate import estimate
 from loratune.planning.hardware.cluster import Cluster, find_cluster
 from loratune.planning.hardware.communication import hiding_tokens
 from loratune.planning.hardware.interconnect import CALL_SECONDS, LINK_EFFICIENCY, LINKS
+from loratune.planning.hardware.measured import BANDWIDTH_EFFICIENCY, PRODUCT_EFFICIENCY
 from loratune.planning.memory.inputs import ExecutionSetup
 from loratune.planning.memory.memory import MAX_USEFUL_TOKENS
 from loratune.planning.parameters import ParameterCount, count_parameters, skeleton
@@ -96,7 +97,9 @@ model of an A100. Between nodes, rings run through all ports of a node at once, 
 has the sum of them.
 
 The computation takes 4 operations a frozen weight and token (2 forward, 2 for the gradient to the input; 2 more if
-a layer is recomputed), at {efficiency:.0%} of the published peak, as `plan --device` assumes. Then
+a layer is recomputed), and as long as `plan --device` says: products at {products:.0%} of the published peak, and
+element-wise work at {copies:.0%} of the published bandwidth, with traffic that was counted in generated code. Where
+gathers are hidden, {efficiency:.0%} of the peak is assumed for both together. Then
 
 ```text
 ddp step  = tokens of the slowest rank · seconds of a token + all-reduce(adapter)
@@ -181,6 +184,8 @@ def page() -> str:
         links=table([_link(name) for name in LINKS]),
         share=LINK_EFFICIENCY,
         efficiency=EAGER_EFFICIENCY,
+        products=PRODUCT_EFFICIENCY,
+        copies=BANDWIDTH_EFFICIENCY,
         small=16,
         large=256,
         small_rows=table(_rows(_scaled("8B", h100, batch_size=16))),

@@ -69,7 +69,7 @@ NOT_RUN = {
     "export MASTER_ADDR": "asks Slurm: tests/test_jobs.py reads the job scripts",
     "srun": "a program of Slurm",
     "python benchmarks": "takes minutes; docs/results has what it printed",
-    "benchmarks/gpu/run.sh": "takes minutes: tests/test_gpu_benchmark.py",
+    "benchmarks/gpu/run": "takes minutes: tests/test_gpu_benchmark.py",
     ".venv/bin/python": "runs these tests, or kills processes for minutes",
     "docker": "there is no Docker where the tests run: tests/test_containers.py",
     "loratune export RUN --to gguf --outtype q4_k_m": "needs llama-cpp-python: tests/workflows/test_export_types.py",

@@ -22,7 +22,7 @@ from loratune.model.kernels import cross_entropy
 from loratune.model.kernels.attention import observe_attention, packed_attention, register
 from loratune.model.kernels.block_attention import block_attention
 from loratune.model.kernels.cross_entropy import Head, sum_cross_entropy
-from loratune.model.kernels.dropout import AdapterDropout
+from loratune.model.kernels.dropout import AdapterDropout, column_numbers, keep_mask, row_numbers, rows_of_forward
 from loratune.model.kernels.fp8_linear import Fp8Linear
 from loratune.model.kernels.lora_linear import lora_linear
 
@@ -146,6 +146,19 @@ def _dropout_case(compiled: bool) -> None:
     record(what=f"mean of dropout, {'compiled' if compiled else 'eager'}", ok=abs(mean - 1) < 0.01, errors=[mean - 1])
 
 
+def _mask_case() -> None:
+    """The mask of dropout, on this device eager and compiled, against the one that eager code computes on a CPU."""
+    rows, columns = row_numbers(7, 3, [5, 900], [700, 333]), column_numbers("layers.0.q_proj", 384)
+    with rows_of_forward(rows):
+        expected = keep_mask(torch.empty(1033, 384), columns, 0.05)
+    own = rows.to(DEVICE), columns.to(DEVICE)
+    for how, mask in (("eager", keep_mask), ("compiled", torch.compile(keep_mask, dynamic=True))):
+        with rows_of_forward(own[0]):
+            found = mask(torch.empty(1033, 384, device=DEVICE), own[1], 0.05).cpu()
+        differing = int((found != expected).sum())
+        record(what=f"dropout's mask, {how} = a CPU's bits", ok=not differing, errors=[differing])
+
+
 def right() -> None:
     torch.manual_seed(1)
     register()
@@ -153,6 +166,7 @@ def right() -> None:
         for form in ({}, {"sliding_window": 37}):
             attempt("attention", partial(_attention_case, heads, groups, width, **form))
     attempt("attention", partial(_attention_case, 4, 2, 64, softcap=20.0))
+    attempt("dropout's mask", _mask_case)
     vocabulary, rows = (50_000, 3000) if ON_GPU else (500, 60)
     head, targets = normal(vocabulary, 256, factor=0.05), torch.randint(vocabulary, (rows,))
     weight, bias = normal(512, 256, factor=0.06), normal(512)

@@ -1,6 +1,6 @@
 """Turn results.jsonl into results.json, complete, and print what it says as tables.
 
-python results_table.py RESULTS
+python results_table.py RESULTS [--only-json]
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.table import Table
+if TYPE_CHECKING:
+    from rich.table import Table
 
 Lines = list[dict[str, Any]]
 
@@ -20,7 +20,7 @@ Lines = list[dict[str, Any]]
 def read(folder: Path) -> Lines:
     """Return all results; a line that a killed process left half-written is left out."""
     lines = []
-    for text in (folder / "results.jsonl").read_text(encoding="utf-8").splitlines():
+    for text in filter(None, (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()):
         try:
             lines.append(json.loads(text))
         except json.JSONDecodeError:
@@ -32,11 +32,19 @@ def having(lines: Lines, key: str) -> Lines:
     return [line for line in lines if key in line]
 
 
+def table_of(*columns: str) -> Table:
+    from rich.table import Table  # not before: most calls only write the file
+
+    return Table(*columns)
+
+
 def speeds(lines: Lines) -> Table:
     """Tokens per second of each case, its share of the measured product rate, and planned against measured memory."""
     rates = having(lines, "rates")
     peak = rates[0]["matmul_flops_per_second"] if rates else None
-    table = Table("case", "tokens/s", "planned", "share of matmul", "peak GiB", "planned", "first step s", "examples")
+    table = table_of(
+        "case", "tokens/s", "planned", "share of matmul", "peak GiB", "planned", "first step s", "examples"
+    )
     for case in having(lines, "case"):
         share = f"{case['tokens_per_second'] * case['flops_per_token'] / peak:.0%}" if peak else "?"
         packing = case["packing"]
@@ -55,7 +63,7 @@ def speeds(lines: Lines) -> Table:
 
 def checks(lines: Lines) -> Table:
     """Every check, failures first."""
-    table = Table("check", "ok", "largest error", "")
+    table = table_of("check", "ok", "largest error", "")
     for check in sorted(having(lines, "ok"), key=lambda check: check["ok"] is True):
         errors = check.get("errors")
         worst = f"{max(map(abs, errors)):.2g}" if errors else ""
@@ -65,7 +73,7 @@ def checks(lines: Lines) -> Table:
 
 def kernels(lines: Lines) -> Table:
     """What was timed alone."""
-    table = Table("kernel", "ms", "TFLOP/s")
+    table = table_of("kernel", "ms", "TFLOP/s")
     for line in having(lines, "milliseconds"):
         name = f"attention {line['attention']} at {line['length']}" if "attention" in line else (
             f"loss, {line['chunk_rows']} rows, {'compiled' if line['compiled'] else 'eager'}"
@@ -79,12 +87,18 @@ def kernels(lines: Lines) -> Table:
     return table
 
 
-def main(folder: Path) -> None:
-    lines, console = read(folder), Console(width=150)
-    here = Path(__file__).parent
+def main(folder: Path, *, only_json: bool) -> None:
+    lines, here = read(folder), Path(__file__).parent
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
     result = {"commit": commit.stdout.strip() or None, "results": lines}
-    (folder / "results.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+    unfinished = folder / "results.json.new"  # whatever ends this process, results.json is whole
+    unfinished.write_text(json.dumps(result, indent=1), encoding="utf-8")
+    unfinished.replace(folder / "results.json")
+    if only_json:
+        return
+    from rich.console import Console
+
+    console = Console(width=150)
     for table in (checks(lines), kernels(lines), speeds(lines)):
         console.print(table)
     failed = [step["step"] for step in having(lines, "step") if step["exit"] != "0"]
@@ -94,4 +108,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), only_json="--only-json" in sys.argv)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+
+pytest.importorskip("ray", reason="ray is not installed: pip install 'ray[train]'")
 from ray.cluster_utils import Cluster
 
 from loratune.recipe.recipe import Recipe

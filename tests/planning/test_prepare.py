@@ -9,6 +9,7 @@ from typing import NamedTuple
 import pytest
 
 from loratune.planning import speed
+from loratune.planning.hardware.measured import LAUNCH_SECONDS
 from loratune.planning.preparation import Preparation
 from loratune.recipe.recipe import Recipe
 from loratune.run.errors import MachineError, RecipeError
@@ -89,7 +90,7 @@ def test_a_named_device_gives_its_own_memory_time_and_type(tiny_recipe: MakeReci
     assert fast.as_plan()["device"]["memory_bytes"] == 80 * 10**9
     assert fast.as_plan()["device"]["is_estimate"] is True
     assert fast.estimate.time.flops_per_second / slow.estimate.time.flops_per_second == pytest.approx(989 / 121)
-    launches = 2 * speed.LAUNCHES["train"] * speed.LAUNCH_SECONDS * fast.estimate.num_steps
+    launches = 2 * speed.LAUNCHES["train"] * LAUNCH_SECONDS * fast.estimate.num_steps
     both = [made.estimate.time.train_seconds for made in (fast, slow)]
     assert both[0] == both[1] >= 0.8 * launches, "a tiny model waits for the host on either"
     assert plan(recipe).as_plan()["device"] is None

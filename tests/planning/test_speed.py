@@ -8,11 +8,11 @@ from transformers import LlamaConfig
 
 from loratune.planning.probe import probe
 from loratune.planning.speed import (
-    BANDWIDTH_EFFICIENCY,
     COMPILED_TIME_FRACTION,
     EAGER_EFFICIENCY,
-    LAUNCH_SECONDS,
     LAUNCHES,
+    PASSES,
+    GpuRates,
     LayerTimings,
     StepProbe,
     TimePlan,
@@ -65,21 +65,33 @@ def test_recomputed_layers_take_another_forward() -> None:
     assert timed(num_recomputed=2).train_seconds == timed().train_seconds + 100 * 2 * 0.25
 
 
+GPU = GpuRates(products=8e14, copies=9e10, launch_seconds=3e-6)
+
+
 def test_a_gpu_decodes_no_faster_than_it_reads_weights_or_launches() -> None:
     one = {"layer_parameters": 10**8, "head_parameters": 10**8, "flops_per_second": 1e15}
     elsewhere = rates_by_arithmetic(num_answers=1, **one)
-    on_gpu = rates_by_arithmetic(num_answers=1, gpu_bytes_per_second=1e11, **one)
+    on_gpu = rates_by_arithmetic(num_answers=1, gpu=GPU, **one)
     assert elsewhere.decode == pytest.approx(2e8 / (1e15 * EAGER_EFFICIENCY))
-    assert on_gpu.decode == on_gpu.head_decode == pytest.approx(2e8 / (1e11 * BANDWIDTH_EFFICIENCY))
+    assert on_gpu.decode == on_gpu.head_decode == pytest.approx(2e8 / 9e10)
     assert on_gpu.train == elsewhere.train
-    many = rates_by_arithmetic(num_answers=10_000, gpu_bytes_per_second=1e11, **one)
+    many = rates_by_arithmetic(num_answers=10_000, gpu=GPU, **one)
     assert many.decode == pytest.approx(10_000 * elsewhere.decode)
-    small = rates_by_arithmetic(10**5, 10**5, 1, 1e15, gpu_bytes_per_second=1e11)
-    assert small.decode == LAUNCHES["decode"] * LAUNCH_SECONDS
-    assert small.launch == LAUNCHES["train"] * LAUNCH_SECONDS
+    small = rates_by_arithmetic(10**5, 10**5, 1, 1e15, gpu=GPU)
+    assert small.decode == LAUNCHES["decode"] * 3e-6
+    assert small.launch == LAUNCHES["train"] * 3e-6
     assert elsewhere.launch == 0
-    in_float32 = rates_by_arithmetic(num_answers=1, gpu_bytes_per_second=1e11, weight_bytes=4, **one)
+    in_float32 = rates_by_arithmetic(num_answers=1, gpu=GPU, weight_bytes=4, **one)
     assert in_float32.decode == 2 * on_gpu.decode
+
+
+def test_element_wise_work_takes_the_time_of_its_traffic_on_a_gpu() -> None:
+    made = rates_by_arithmetic(10**8, 10**8, 1, 1e15, gpu=GPU, layer_outputs=20_000)
+    assert made.train == pytest.approx(4e8 / 8e14 + PASSES["train"] * 20_000 * 2 / 9e10)
+    assert made.forward == pytest.approx(2e8 / 8e14 + PASSES["forward"] * 20_000 * 2 / 9e10)
+    assert rates_by_arithmetic(10**8, 10**8, 1, 1e15, layer_outputs=20_000).train == pytest.approx(
+        4e8 / (1e15 * EAGER_EFFICIENCY)
+    )
 
 
 def test_small_micro_batches_take_as_long_as_the_host_needs_to_launch_them() -> None:

@@ -64,10 +64,11 @@ def summary_table(record: Record, *, model: str) -> Table:
         rows["examples"] = f"not packed: {record['packing']['why_unpacked']}"
     if record["device"]:
         device = record["device"]
+        measured = "never been measured" not in record["time"]["source"]
         rows["device"] = (
             f"{device['name']}: estimated from published figures, {device['memory_bytes'] / 1e9:.0f} GB and "
             f"{device['bf16_flops_per_second'] / 1e12:,.0f} TFLOP/s in bfloat16 ({device['source']}); "
-            "loratune has never been measured on it"
+            f"{record['time']['source'] if measured else 'loratune has never been measured on it'}"
         )
     table = Table(show_header=False, box=None, padding=(0, 1))
     for name, text in rows.items():

@@ -23,6 +23,7 @@ from loratune.planning.cost import (
     token_sizes,
     work_amounts,
 )
+from loratune.planning.hardware.measured import gpu_rates
 from loratune.planning.probe import probe
 from loratune.planning.speed import LayerTimings, TimePlan, matmul_rate, plan_time, rates_by_arithmetic
 from loratune.planning.task import StepCosts, planned_task
@@ -144,10 +145,10 @@ def _timings(
     config = model.text_config
     (in_a_layer, _), in_the_head = sharded_parameters(config, parameters), head_parameters(model.skeleton)
     answers = num_answers(data.prompts, memory, recipe.evaluate.max_new_tokens if data.prompts else 0)
-    measured = None
+    measured, gpu = None, None
     if device is not None:
         rate = device.bf16_flops_per_second
-        source = f"published figures of {device.name}, on which loratune has never been measured"
+        gpu, source = gpu_rates(device)
     else:
         dtype = torch_dtype(place.dtype)
         rate = matmul_rate(device=place.device, dtype=dtype, width=int(config.hidden_size))
@@ -170,9 +171,22 @@ def _timings(
         in_the_head,
         answers,
         rate,
-        gpu_bytes_per_second=device.memory_bytes_per_second if device is not None else None,
+        gpu=gpu,
         weight_bytes=torch_dtype(place.dtype).itemsize,
+        layer_outputs=_layer_outputs(config),
     )
     if not costs.times_head:  # a head of a few classes takes nothing next to the layers
         timings = replace(timings, head_train=0.0, head_forward=0.0, head_decode=0.0)
     return rate, timings, source
+
+
+def _layer_outputs(config: Any) -> int:
+    """Return the outputs of a layer's matrices for one token, on average where layers differ; 0 if unknown."""
+    hidden, heads = getattr(config, "hidden_size", 0), getattr(config, "num_attention_heads", 0)
+    inner = getattr(config, "moe_intermediate_size", None) or getattr(config, "intermediate_size", 0)
+    if not (isinstance(inner, int) and hidden and heads and inner):
+        return 0
+    width = getattr(config, "head_dim", None) or hidden // heads
+    shared = getattr(config, "num_key_value_heads", None) or heads
+    experts = getattr(config, "num_experts_per_tok", None) or 1
+    return int((heads + 2 * shared) * width + 2 * hidden + 2 * inner * experts)

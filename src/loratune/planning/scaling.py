@@ -180,7 +180,8 @@ class Scaling:
     def _assumptions(self) -> Iterator[str]:
         steps = f"{self.simulated_steps:,} steps"
         yield "the formulas hold (nothing here has been measured on such machines)"
-        yield f"a device reaches {EAGER_EFFICIENCY:.0%} of its published peak, whatever the size of a micro-batch"
+        yield "a token takes as long as on one device, whatever the size of a micro-batch"
+        yield f"a device hides gathers while it computes at {EAGER_EFFICIENCY:.0%} of its published peak"
         yield f"a link reaches {LINK_EFFICIENCY:.0%} of its published peak"
         yield f"the slowest device's tokens are counted on {f'all {steps} of an epoch' if self.is_epoch else steps}"
         yield "gradients are sent only after the backward pass of the step is complete"

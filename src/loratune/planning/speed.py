@@ -42,11 +42,25 @@ LAUNCHES = {"train": 144, "decode": 63}
 dropout, and one more token. Counted on the meta device for a layer of Qwen2, without views and allocations; 26 and 13
 of them are matrix products."""
 
-LAUNCH_SECONDS = 5e-6
-"""Seconds of the host for one operation in eager mode. An estimate: no GPU has run loratune."""
+PASSES = {"train": 16.5, "forward": 6.8}
+"""How often uncompiled element-wise work reads or writes each output of a layer's matrices, forward and backward, and
+forward alone. Three times the 5.5 and 2.3 that were counted in the CUDA code of compiled layers
+(`tests/training/test_cuda_code.py`), where norms, rotary positions, activations and dropout are fused."""
 
-BANDWIDTH_EFFICIENCY = 0.9
-"""The fraction of the published bandwidth that a copy reaches: 3.0 of 3.35 TB/s on an H100."""
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GpuRates:
+    """What a GPU reaches, measured there or taken from published figures (`hardware.measured`).
+
+    Attributes:
+        products: Floating-point operations per second of matrix products.
+        copies: Bytes per second of element-wise work.
+        launch_seconds: Seconds of the host for one operation in eager mode.
+    """
+
+    products: float
+    copies: float
+    launch_seconds: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,29 +173,37 @@ def rates_by_arithmetic(
     num_answers: int,
     flops_per_second: float,
     *,
-    gpu_bytes_per_second: float | None = None,
+    gpu: GpuRates | None = None,
     weight_bytes: int = 2,
+    layer_outputs: int = 0,
 ) -> LayerTimings:
     """Return the timings of a layer and a head that cannot be run: operations over a fraction of the matmul rate.
 
-    On a GPU, decoding is bound by reading every weight for a few rows, or by the host; and so is training on few tokens
-    by the host. Elsewhere these are left out, and decoding is planned too fast.
+    On a GPU, element-wise work takes the time of its traffic. Decoding is bound by reading every weight for a few rows,
+    or by the host; and so is training on few tokens by the host. Elsewhere all this is in one fraction, and decoding is
+    planned too fast.
 
     Args:
         layer_parameters: Frozen parameters of a layer.
         head_parameters: Parameters of the output head.
         num_answers: Answers of a batch.
         flops_per_second: Rate of a matrix product.
-        gpu_bytes_per_second: Published bandwidth of a GPU's memory; None: not a GPU.
+        gpu: What a GPU reaches; None: not a GPU.
         weight_bytes: Bytes of a frozen weight.
+        layer_outputs: Outputs of all matrices of a layer for one token; 0: unknown.
     """
     rate = flops_per_second * EAGER_EFFICIENCY
     layer, head = layer_parameters / rate, head_parameters / rate
-    read = weight_bytes / (gpu_bytes_per_second * BANDWIDTH_EFFICIENCY) if gpu_bytes_per_second else 0.0
-    launch = LAUNCH_SECONDS if gpu_bytes_per_second else 0.0
+    train, forward = 4 * layer, 2 * layer
+    if gpu is not None and layer_outputs:
+        traffic = layer_outputs * weight_bytes / gpu.copies
+        train = 4 * layer_parameters / gpu.products + PASSES["train"] * traffic
+        forward = 2 * layer_parameters / gpu.products + PASSES["forward"] * traffic
+    read = weight_bytes / gpu.copies if gpu is not None else 0.0
+    launch = gpu.launch_seconds if gpu is not None else 0.0
     return LayerTimings(
-        train=4 * layer,
-        forward=2 * layer,
+        train=train,
+        forward=forward,
         decode=max(2 * layer * num_answers, layer_parameters * read, LAUNCHES["decode"] * launch),
         head_train=4 * head,
         head_forward=2 * head,

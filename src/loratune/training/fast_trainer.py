@@ -27,6 +27,7 @@ from transformers import PrinterCallback, TrainingArguments
 
 from loratune.data.batch import FILLER, MicroBatch, collate
 from loratune.data.shared_prefixes import LEAST_SHARED, share_prefixes
+from loratune.model.adapter.narrow import cast_once
 from loratune.model.kernels.dropout import row_numbers
 from loratune.run import processes
 from loratune.run.errors import LoratuneError
@@ -97,7 +98,10 @@ class FastTrainer(RunTrainer):
         self._report_left_out(totals.left_out)
         seed_step(self.setup.train.seed, self.state.global_step)
         self.setup.loss.before_step(self.state.global_step, self.budget)
-        losses = self.budget.retry(lambda: self._accumulate_gradients(inputs, totals.num_terms), undo=model.zero_grad)
+        with cast_once(model):
+            losses = self.budget.retry(
+                lambda: self._accumulate_gradients(inputs, totals.num_terms), undo=model.zero_grad
+            )
         losses = all_reduce_gradients(self.model, losses, self.setup.stop)
         return self._record_and_check(
             losses[0],
@@ -167,7 +171,8 @@ class FastTrainer(RunTrainer):
         chosen = self.budget.largest_micro_batch(known, setup.train.batch_size)
         largest = StepExamples(examples=[known[i] for i in chosen], numbers=chosen, left_out=[])
         setup.model.train()
-        self.budget.retry(lambda: self._accumulate_gradients(largest, 1), undo=setup.model.zero_grad)
+        with cast_once(setup.model):
+            self.budget.retry(lambda: self._accumulate_gradients(largest, 1), undo=setup.model.zero_grad)
         setup.model.zero_grad()
         if setup.data.eval:
             chosen = self.budget.largest_micro_batch(setup.data.eval, len(setup.data.eval))

@@ -143,7 +143,7 @@ def training_arguments(train: TrainSection, data: TrainingData, run: RunDir) -> 
         **schedule_arguments(train, steps),
         "weight_decay": train.weight_decay,
         "max_grad_norm": train.max_grad_norm,
-        **({"optim": OPTIMIZERS[train.optimizer]} if train.optimizer in OPTIMIZERS else {}),
+        **({"optim": _optimizer_name(train)} if train.optimizer in OPTIMIZERS else {}),
         "seed": train.seed,
         "use_cpu": train.device == "cpu",
         **_cadence("eval", train.eval_every if data.eval else "never"),
@@ -169,6 +169,12 @@ def trl_arguments(train: TrainSection, data: TrainingData, run: RunDir, *, bf16:
         "router_aux_loss_coef": 0.0,  # a product of means over a batch, not a sum over tokens: depends on the batching
         "bf16": bf16,
     }
+
+
+def _optimizer_name(train: TrainSection) -> str:
+    """Return transformers' name; on a GPU, AdamW updates all parameters of a group in one launch."""
+    fused = train.optimizer == "adamw" and train.device == "cuda"
+    return f"{OPTIMIZERS['adamw']}_fused" if fused else OPTIMIZERS[train.optimizer]
 
 
 def _cadence(name: str, every: str | float) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from functools import cache, partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -196,9 +198,10 @@ def test_what_is_summed_is_given_position_by_position_and_changes_no_bit(
 
 
 def test_a_gpu_gets_full_tiles_of_rows() -> None:
-    assert cross_entropy.chunk_rows(151_936, "cuda") == 768  # 883 fit
-    assert cross_entropy.chunk_rows(32_000, "cuda") == 4096
-    assert cross_entropy.chunk_rows(3_000_000, "cuda") == 44  # less than a tile fits
+    assert cross_entropy.chunk_rows(151_936, "cuda") == 1408  # 1,766 fit
+    assert cross_entropy.chunk_rows(32_000, "cuda") == 1408
+    assert cross_entropy.chunk_rows(256_000, "cuda") == 1024  # 1,048 fit
+    assert cross_entropy.chunk_rows(3_000_000, "cuda") == 89  # less than a tile fits
     assert cross_entropy.chunk_rows(49_152, "cpu") == 170
     assert cross_entropy.chunk_rows(10**9, "cpu") == 16
 
@@ -246,3 +249,24 @@ def test_a_position_may_count_several_times(smoothing: float) -> None:
     torch.testing.assert_close(each.repeat_interleave(repeats), repeated_each)
     (gradient,), (wanted,) = (torch.autograd.grad(one, hidden) for one in (total, expected))
     torch.testing.assert_close(gradient, wanted)
+
+
+def test_code_with_sizes_in_it_gives_the_same_for_any_number_of_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a GPU's has them: one graph, whatever the positions."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    monkeypatch.setattr(cross_entropy, "_compiled_chunk", cache(cross_entropy._compiled_chunk.__wrapped__))
+    monkeypatch.setattr(cross_entropy, "SIZES_IN_CODE", {"cpu"})
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    torch.manual_seed(0)
+    head = Head(torch.randn(101, 24))
+    for positions in (70, 9, 33):
+        hidden, targets = torch.randn(positions, 24), torch.randint(0, 101, (positions,))
+        results = []
+        for compiled in (True, False):
+            leaf = hidden.clone().requires_grad_()
+            loss = sum_cross_entropy(leaf, head, targets, compiled=compiled)
+            results.append((loss, *torch.autograd.grad(loss, leaf)))
+        for one, other in zip(*results, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1

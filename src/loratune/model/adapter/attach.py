@@ -175,9 +175,9 @@ def fast_class(kind: Any) -> Any:
         a, b, scale = self.lora_A["default"].weight, self.lora_B["default"].weight, self.scaling["default"]
         if type(base) is not torch.nn.Linear:
             return base(x) + lora_update(x, a, b, scale, drop)
-        return lora_linear(x, base.weight, base.bias, a, b, scale, drop)
+        return lora_linear(x, base.weight, base.bias, a, b, scale, drop, self.narrow)
 
-    return type(f"Fast{kind.__name__}", (kind,), {"forward": forward, "is_fast": True})
+    return type(f"Fast{kind.__name__}", (kind,), {"forward": forward, "is_fast": True, "narrow": None})
 
 
 def trainable_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:

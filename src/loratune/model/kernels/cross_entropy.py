@@ -12,16 +12,24 @@ from typing import Any, NamedTuple
 
 import torch
 
-CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 2**29, "mps": 128 * 2**20}
-"""Device type → bytes of one chunk's logits in float32. On two CPU cores 1,650 positions of a vocabulary of 49,152 took
-876, 682, 594 and 672 ms compiled with chunks of 8, 16, 32 and 64 MiB. The values for GPUs are estimates: the gradient
-of a chunk is a product of few rows, and needs thousands of them to occupy all 132 processors of an H100 in tiles of 128
-rows; `benchmarks/gpu/run.sh` times several sizes."""
+CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 2**30, "mps": 128 * 2**20}
+"""Device type → the most bytes of one chunk's logits in float32. On two CPU cores 1,650 positions of a vocabulary of
+49,152 took 876, 682, 594 and 672 ms compiled with chunks of 8, 16, 32 and 64 MiB. Compiled code of a GPU holds them in
+bfloat16 alone, twice; the value for MPS is an estimate."""
+
+GPU_ROWS = 1408
+"""Rows of a chunk on a GPU if they fit into its bytes: with hidden states of 1,536, the product that leads to them from
+the logits has 11 × 12 tiles of 128 × 128, one for each of an H100's 132 processors. By arithmetic, and half of what
+tiles of 256 columns would want, since a small GPU must hold them too; `benchmarks/gpu/run.sh` times several sizes."""
 
 MIN_CHUNK_POSITIONS = 16
 
 TILE_ROWS = 128
 """Rows of a tile in matrix products on a GPU; a chunk of another size computes its last tile in part for nothing."""
+
+SIZES_IN_CODE = {"cuda"}
+"""Device types whose compiled code has the sizes of vocabulary and hidden states in it, not only the number of
+positions as a variable: with a variable vocabulary, torch writes a softmax that reads the logits once more."""
 
 Chunk = Callable[..., Any]
 
@@ -60,7 +68,7 @@ def chunk_rows(vocab_size: int, device: str) -> int:
     """Return how many positions' logits are computed at once on a type of device."""
     rows = CHUNK_BYTES[device] // (4 * vocab_size)
     if device == "cuda" and rows > TILE_ROWS:
-        rows -= rows % TILE_ROWS
+        rows = min(GPU_ROWS, rows - rows % TILE_ROWS)
     return max(MIN_CHUNK_POSITIONS, rows)
 
 
@@ -92,7 +100,7 @@ def sum_cross_entropy(
         counts_S: float32 [S], how often each position counts in the sum; the head must be frozen. None: once.
     """
     assert counts_S is None or not head.is_trained, "the output head is trained"
-    chunk = partial(_compiled_chunk() if compiled else _chunk, head=head, smoothing=smoothing)
+    chunk = _chunk_of(head, smoothing, compiled=compiled)
     # Tensors with a gradient must be arguments of their own: autograd does not look into `head`.
     loss: torch.Tensor = _SumCrossEntropy.apply(  # type: ignore[no-untyped-call]
         hidden_SH, head.weight_VH, head.bias_V, head.rows_NH, targets_S, chunk, each_S, counts_S
@@ -116,7 +124,7 @@ def cross_entropy_each(
         compiled: Whether to compute a chunk with compiled code.
     """
     assert not head.is_trained, "the output head is trained"
-    chunk = partial(_compiled_chunk() if compiled else _chunk, head=head, smoothing=0.0)
+    chunk = _chunk_of(head, 0.0, compiled=compiled)
     losses: torch.Tensor = _CrossEntropyEach.apply(hidden_SH, targets_S, head, chunk)  # type: ignore[no-untyped-call]
     return losses
 
@@ -140,6 +148,20 @@ def cross_entropy_per_token(hidden_SH: torch.Tensor, head: Head, targets_S: torc
 @cache
 def _compiled_chunk() -> Chunk:
     return torch.compile(_chunk, dynamic=True)
+
+
+def _chunk_of(head: Head, smoothing: float, *, compiled: bool) -> Chunk:
+    """Return the function of a chunk's hidden states, targets and wanted gradients."""
+    chunk = partial(_compiled_chunk() if compiled else _chunk, head=head, smoothing=smoothing)
+    if not compiled or head.weight_VH.device.type not in SIZES_IN_CODE:
+        return chunk
+    torch._dynamo.mark_static(head.weight_VH)
+
+    def with_sizes(hidden_CH: torch.Tensor, *rest: Any) -> Any:
+        torch._dynamo.mark_static(hidden_CH, 1)
+        return chunk(hidden_CH, *rest)
+
+    return with_sizes
 
 
 def head_logits(hidden_CH: torch.Tensor, head: Head) -> torch.Tensor:
@@ -210,7 +232,9 @@ def _chunk(
     grad_CH = grad_CV @ head.weight_VH.to(hidden_CH.dtype)
     if through_rows_CH is not None:
         grad_CH = grad_CH + through_rows_CH
-    return losses_C1[:, 0], grad_CH * scale, grad_VH, grad_bias_V, grad_rows_NH
+    if scale != 1.0:  # compiled code would multiply by 1 in a pass of its own
+        grad_CH = grad_CH * scale
+    return losses_C1[:, 0], grad_CH, grad_VH, grad_bias_V, grad_rows_NH
 
 
 class _SumCrossEntropy(torch.autograd.Function):

@@ -29,6 +29,7 @@ def lora_linear(
     b_OR: torch.Tensor,
     scale: float,
     drop: AdapterDropout | None = None,
+    narrow: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Compute the layer's output, [..., O], with gradients to `x`, A and B; W and b are frozen.
 
@@ -40,10 +41,11 @@ def lora_linear(
         b_OR: [O, R], likewise.
         scale: alpha / r.
         drop: The dropout of the adapter's input; None: there is none.
+        narrow: A and B in the type of `x`, where they were cast before; None: they are cast here.
     """
     keep = None if drop is None else keep_mask(x, drop.columns, drop.p)
     out: torch.Tensor = _LoraLinear.apply(  # type: ignore[no-untyped-call]
-        x, keep, weight_OI, bias_O, a_RI, b_OR, scale if drop is None else scale / (1 - drop.p)
+        x, keep, weight_OI, bias_O, a_RI, b_OR, scale if drop is None else scale / (1 - drop.p), narrow
     )
     return out
 
@@ -71,8 +73,9 @@ class _LoraLinear(torch.autograd.Function):
         a_RI: torch.Tensor,
         b_OR: torch.Tensor,
         scale: float,
+        narrow: tuple[torch.Tensor, torch.Tensor] | None,
     ) -> torch.Tensor:
-        a, b = a_RI.to(x.dtype), b_OR.to(x.dtype)
+        a, b = (a_RI.to(x.dtype), b_OR.to(x.dtype)) if narrow is None else narrow
         h_TR = _kept(x, keep) @ a.T
         y = F.linear(x, weight_OI, bias_O)
         y.view(-1, y.shape[-1]).addmm_(h_TR, b.T, alpha=scale)
@@ -96,7 +99,7 @@ class _LoraLinear(torch.autograd.Function):
             else:
                 grad_TI += torch.where(keep.view(grad_TI.shape), grad_h_TR @ a, 0)
             grad_x = grad_TI.view(x.shape)
-        return grad_x, None, None, None, grad_a, grad_b, None
+        return grad_x, None, None, None, grad_a, grad_b, None, None
 
 
 def _kept(x: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
