@@ -35,6 +35,7 @@ for _name in (
     "bitsandbytes.backends.cpu.ops",
     "torchao",
     "torch.utils._pytree",
+    "transformers.utils.generic",  # 5.24: that `past_key_values` is called `cache` now, which 5.23 does not know
 ):
     logging.getLogger(_name).setLevel(logging.ERROR)
 
