@@ -44,6 +44,7 @@ def test_every_run_is_listed_with_its_state_and_result(folder: Path) -> None:
     assert set(found) == {"good", "worse", "damaged"}
     assert {run.state for run in found.values()} == {"finished"}
     assert found["worse"].verdict.startswith("worse: ")
+    assert found["worse"].verdict.endswith(" held-out answers)"), "whole, without what to try"
     assert found["damaged"].verdict == ""
     json.dumps([run.as_dict() for run in found.values()])
     assert "worse: " in shown(runs_table(found.values()))

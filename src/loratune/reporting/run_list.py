@@ -91,7 +91,10 @@ def _listed(lock: Path) -> ListedRun:
 
 def _sentence(files: RunFiles) -> str:
     try:
-        return "" if files.evaluation is None else verdict_on(files.evaluation).sentence.partition(";")[0]
+        if files.evaluation is None:
+            return ""
+        verdict, end, _ = verdict_on(files.evaluation).sentence.partition("); ")  # without what to try
+        return verdict + end[:1]
     except UNEXPECTED:  # a damaged file; the report names it
         return ""
 

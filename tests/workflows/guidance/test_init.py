@@ -42,7 +42,7 @@ def test_the_format_is_detected_and_the_recipe_can_be_read(form: str, tmp_path: 
 
 @pytest.mark.parametrize(
     ("number", "held_out"),
-    [(20, 4), (40, 8), (50, 10), (60, 10), (73, 10), (150, 10), (199, 12), (200, 10), (1000, 50)],
+    [(20, 4), (40, 8), (50, 10), (60, 10), (73, 10), (150, 11), (199, 12), (200, 10), (1000, 50)],
 )
 def test_enough_is_held_out_for_the_answers_of_the_report(number: int, held_out: int, tmp_path: Path) -> None:
     data = write_jsonl(tmp_path / "mine.jsonl", [conversation(i) for i in range(number)])
@@ -152,7 +152,7 @@ def test_a_table_with_usual_columns_is_read_as_it_is(mark: str, encoding: str, t
     recipe = Recipe.load(path)
     assert recipe.data.columns == {"prompt": "Frage", "completion": "Antwort"}
     assert recipe.train.output_dir == "__models/my faq", "named after the data, not the model"
-    assert starter.settings["train.batch_size"][1] == "4 steps per epoch", "two of 30 are held out"
+    assert starter.settings["train.batch_size"][1] == "3 steps per epoch", "six of 30 are held out"
     assert recipe.evaluate.metric == "none"
     assert recipe.evaluate.max_new_tokens == 32
 
