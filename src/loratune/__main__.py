@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import warnings
+from io import TextIOWrapper
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -39,7 +40,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["--help", "-h"]},
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
-    help="LoRA fine-tuning you can trust.",
+    help="LoRA fine-tuning you can trust.\n\n"
+    "Start with a table of questions and answers: `loratune init FILE.csv`; or see a complete run: `loratune init "
+    "quickstart`. Each command ends with the ones to run next.",
     epilog="Exit codes: 0 done, 1 failed while running, 2 wrong recipe or arguments, 3 wrong data, "
     "4 machine lacks memory, disk, device or network, 130 interrupted, 143 ended by SIGTERM.",
 )
@@ -69,6 +72,10 @@ def main() -> None:
     # Libraries warn each other's developers; our users cannot act on it.
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message="Could not find a config file")
+    # A terminal or a file in another encoding, as on Windows: tables without their lines instead of an error.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="replace")
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     app()

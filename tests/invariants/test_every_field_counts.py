@@ -133,6 +133,13 @@ REFUSALS = {
 }
 PAIRS: dict[str, Any] = {"model.task": "preference", "data.train": "PAIRS", "data.eval": "PAIRS", "evaluate.samples": 0}
 JUDGED = {**PAIRS, "data.train": "JUDGED", "data.eval": "JUDGED", "preference.loss": "kto"}
+IN_THE_PLAN = (
+    *("model.name", "model.dtype", "model.quantization", "model.task", "data.train", "data.eval", "data.format"),
+    *("data.columns", "data.train_on", "data.max_length", "lora.r", "lora.targets", "lora.start_from"),
+    *("lora.target_parameters", "train.epochs", "train.max_steps", "train.batch_size", "train.token_budget"),
+    "evaluate.forgetting",
+)
+"""Fields whose effect is seen in examples, parameters, memory or steps, so that nothing needs to be trained for it."""
 # settings that the field needs to matter; they are in the run it is compared with too
 ALSO: dict[str, dict[str, Any]] = {
     "lora.target_parameters": {"model.name": "MOE", "lora.dropout": 0},
@@ -252,6 +259,20 @@ def footprint(recipe: Recipe) -> dict[str, Any]:
     return seen
 
 
+def planned(recipe: Recipe) -> dict[str, Any]:
+    """Return what is known of a run before its weights load: its examples, its parameters, its memory, its steps."""
+    prepared = prepare(recipe, NO_PROGRESS)
+    plan, lock = prepared.as_plan(), prepared.as_lock()
+    memory = {k: v for k, v in plan["memory"].items() if k not in ("peak_bytes", "process_bytes", "interval")}
+    return {
+        **{name: plan[name] for name in ("parameters", "data", "packing", "num_processes")},
+        "memory": memory,
+        "num_steps": plan["time"]["num_steps"],
+        "inputs": lock["inputs"],
+        "adapter": lock["adapter"],
+    }
+
+
 def with_settings(values: dict[str, Any], settings: dict[str, Any]) -> Recipe:
     changed = {section: dict(fields) for section, fields in values.items()}
     for name, value in settings.items():
@@ -300,6 +321,21 @@ def baseline(baseline_values: dict[str, Any], places: dict[str, str]) -> Callabl
     return of
 
 
+@pytest.fixture(scope="module")
+def baseline_plan(baseline_values: dict[str, Any], places: dict[str, str]) -> Callable[[str], dict[str, Any]]:
+    """What is planned for the run that a field's run is compared with; each is planned once."""
+    made: dict[str, dict[str, Any]] = {}
+
+    def of(field: str) -> dict[str, Any]:
+        also = also_set(field, places)
+        key = json.dumps(also)
+        if key not in made:
+            made[key] = planned(with_settings(baseline_values, also))
+        return made[key]
+
+    return of
+
+
 def also_set(field: str, places: dict[str, str]) -> dict[str, Any]:
     return {name: placed(value, places) for name, value in ALSO.get(field, {}).items()}
 
@@ -325,6 +361,7 @@ def test_changing_a_field_changes_what_happens(
     field: str,
     baseline_values: dict[str, Any],
     baseline: Callable[[str], dict[str, Any]],
+    baseline_plan: Callable[[str], dict[str, Any]],
     places: dict[str, str],
     tiny_model: Path,
     tmp_path: Path,
@@ -349,8 +386,11 @@ def test_changing_a_field_changes_what_happens(
         value = tmp_path / "elsewhere"
     also = also_set(field, places)
     value = str(value) if isinstance(value, Path) else value
-    before = baseline(field)
-    after = footprint(with_settings(baseline_values, {**also, field: value}))
+    changed = with_settings(baseline_values, {**also, field: value})
+    if field in IN_THE_PLAN:
+        assert planned(changed) != baseline_plan(field)
+        return
+    before, after = baseline(field), footprint(changed)
     assert "error" not in before, before
     if field in REFUSALS:
         assert REFUSALS[field] in after["error"]
@@ -360,9 +400,12 @@ def test_changing_a_field_changes_what_happens(
 
 
 def test_an_unchanged_recipe_leaves_the_same_footprint(
-    baseline_values: dict[str, Any], baseline: Callable[[str], dict[str, Any]]
+    baseline_values: dict[str, Any],
+    baseline: Callable[[str], dict[str, Any]],
+    baseline_plan: Callable[[str], dict[str, Any]],
 ) -> None:
     assert footprint(with_settings(baseline_values, {})) == baseline("")
+    assert planned(with_settings(baseline_values, {})) == baseline_plan("")
 
 
 def _check_revision(values: dict[str, Any], tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import pytest
@@ -80,7 +81,9 @@ def test_a_source_may_be_a_name_or_a_mapping_or_a_list(tmp_path: Path) -> None:
         ("train:\n  epochs: 1\n  epochs: 2\n", (), 3, ["train.epochs is set twice"]),
         ("train: 5\n", (), 1, ["train is 5"]),
         ("- a\n", (), None, ["a list"]),
-        ("train:\n epochs: [\n", (), 3, ["not YAML"]),
+        ("train:\n epochs: [\n", (), 3, ["not YAML", "check indentation and colons"]),
+        ("train:\n\tepochs: 3\n", (), 2, ["not YAML", "spaces instead of tabs"]),
+        ("only words\n", (), None, ["mapping of sections", "`loratune init` writes one"]),
         ("", ("epochs=1",), None, ["'epochs=1' is not a setting"]),
         ("", ("train.epochs",), None, ["section.field=value"]),
         ("", ("train.save_every=1.5",), None, ["save_every is 1.5"]),
@@ -149,11 +152,21 @@ def test_every_wrong_setting_is_told_with_its_name_its_value_its_line_and_a_fix(
 
 
 def test_a_missing_recipe_and_a_binary_one_are_recipe_errors(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="no such recipe"):
+    with pytest.raises(RecipeError, match="no such recipe\n  fix: check the path; `loratune init` writes a recipe"):
         Recipe.load(tmp_path / "none.yaml")
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(RecipeError, match="UTF-8"):
         Recipe.load(tmp_path / "binary.yaml")
+
+
+@pytest.mark.parametrize("name", ["my faq.csv", "a.JSONL", "a.parquet"])
+def test_data_in_place_of_a_recipe_is_answered_with_the_command_for_data(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("question,answer\nWhen: now?,Yes\n")
+    with pytest.raises(RecipeError, match="this is data, not a recipe") as error:
+        Recipe.load(tmp_path / name)
+    command, _, comment = error.value.fix.partition("  # ")
+    assert shlex.split(command) == ["loratune", "init", str(tmp_path / name)]
+    assert comment
 
 
 def test_the_schema_names_every_setting() -> None:

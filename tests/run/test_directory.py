@@ -42,6 +42,14 @@ def test_what_a_kill_left_before_a_run_began_is_no_run(tmp_path: Path) -> None:
         RunDir.create(tmp_path / "run", overwrite=False)
 
 
+def test_a_recipe_in_place_of_its_run_is_answered_with_where_the_run_is(tmp_path: Path) -> None:
+    (tmp_path / "faq.yaml").write_text("model: {}")
+    with pytest.raises(RecipeError, match="is a file, not a run directory") as error:
+        RunDir.open(tmp_path / "faq.yaml")
+    assert "train.output_dir" in error.value.fix
+    assert "`loratune runs`" in error.value.fix
+
+
 def test_a_directory_of_something_else_is_never_overwritten(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("ten years of work")
     with pytest.raises(RecipeError, match="not a run of loratune"):

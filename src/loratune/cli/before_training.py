@@ -177,6 +177,8 @@ def plan(
             show_plan(prepared, record, SafeConsole(highlight=False), samples, full=every)
             if not every:
                 progress.line("--all adds the tables of memory, matrices, presets and data")
+            if device is None and devices is None:  # planned for this machine
+                progress.line(f"$ {command('train', recipe, *(overrides or ()))}")
 
 
 def explain(recipe: RecipeFile, words: FieldsAndOverrides = None, as_json: AsJson = False) -> None:

@@ -270,4 +270,5 @@ def show_sample(drawn: SampleOutput, as_json: bool) -> None:
 
 def print_json(record: Any) -> None:
     """Print a record as JSON."""
-    sys.stdout.write(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    any_character = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+    sys.stdout.write(json.dumps(record, indent=2, ensure_ascii=not any_character) + "\n")

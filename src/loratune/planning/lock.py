@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import platform
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -58,7 +59,12 @@ def versions(recipe: Record) -> dict[str, str]:
     if recipe["train"].get("optimizer") in OF_BITSANDBYTES:
         others.add("bitsandbytes")
     packages = (*PACKAGES, *sorted(others))
-    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}
+    return {"python": platform.python_version(), **{name: _version(name) for name in packages}}
+
+
+@cache  # each reading parses a page of text
+def _version(package: str) -> str:
+    return importlib.metadata.version(package)
 
 
 def changed_inputs(before: Record, now: Record, keys: Sequence[str] = INPUTS, *, known_only: bool = False) -> list[str]:

@@ -43,6 +43,9 @@ _PROBED: dict[str, Variant] = {"eva": "plain", "loftq": "plain"}
 MAX_BYTES = 2**30
 """The most bytes of the two layers' weights; larger layers are not timed."""
 
+_KNOWN: dict[tuple[Any, ...], LayerTimings] = {}
+"""What was timed in this process, since the plan before a run, the run and the trials of a sweep ask for the same."""
+
 MAX_HEAD_ROWS = 32_768
 """The most rows of the vocabulary that are timed; the time is scaled up to the full vocabulary."""
 
@@ -73,6 +76,26 @@ def probe(
     if LAYERS * layer_parameters * dtype.itemsize > MAX_BYTES:
         return None
     leaves = tuple(sorted({name.rpartition(".")[2] for name in targets}))
+    model = (config.to_json_string(use_diff=False), lora.model_dump_json(), leaves, dtype)
+    key = (*model, device, torch.get_num_threads(), length, num_answers)
+    timings = _KNOWN.get(key)
+    if timings is None:
+        timings = _time_layers(config, lora, leaves, dtype, device=device, length=length, num_answers=num_answers)
+        if timings is not None:
+            _KNOWN[key] = timings
+    return timings
+
+
+def _time_layers(
+    config: Any,
+    lora: LoraSection,
+    leaves: tuple[str, ...],
+    dtype: torch.dtype,
+    *,
+    device: str,
+    length: int,
+    num_answers: int,
+) -> LayerTimings | None:
     try:
         with torch.random.fork_rng(), torch.enable_grad():
             model = _two_layers(config, dtype).to(device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,9 @@ _Loader.add_implicit_resolver(
     re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"),
     list("-+0123456789."),
 )
+
+_TABLES = (".csv", ".tsv", ".jsonl", ".parquet", ".xlsx")
+"""Suffixes of data, which no recipe has."""
 
 _MAX_NODES = 100_000
 """Values of a recipe with its aliases expanded: a kilobyte of nested aliases can stand for billions of values."""
@@ -55,10 +59,13 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     Raises:
         RecipeError: The file cannot be read, is not a YAML mapping, sets a name twice, or contains a secret.
     """
+    if path.suffix.lower() in _TABLES:
+        fix = f"{shlex.join(['loratune', 'init', str(path)])}  # writes a recipe for it"
+        raise RecipeError("this is data, not a recipe", file=path, fix=fix)
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise RecipeError("no such recipe", file=path, fix="check the path; recipes/ has complete examples") from None
+        raise RecipeError("no such recipe", file=path, fix="check the path; `loratune init` writes a recipe") from None
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"cannot read the recipe: {error}", file=path, fix="provide a UTF-8 YAML file") from None
     return read_settings(text, path)
@@ -83,11 +90,16 @@ def read_settings(text: str, path: Path | None) -> tuple[dict[str, Any], dict[st
         mark = getattr(error, "problem_mark", None)
         problem = getattr(error, "problem", None) or "not valid YAML"
         line = mark.line + 1 if mark is not None else None
-        raise RecipeError(f"not YAML: {problem}", file=path, line=line, fix="check indentation and colons") from None
+        fix = "indent with spaces instead of tabs" if "'\\t'" in problem else "check indentation and colons"
+        raise RecipeError(f"not YAML: {problem}", file=path, line=line, fix=fix) from None
     if values is None:
         return {}, {}
     if not isinstance(values, dict):
-        raise RecipeError(f"a recipe is a mapping of sections, but this is a {type(values).__name__}", file=path)
+        raise RecipeError(
+            f"a recipe is a mapping of sections, but this is a {type(values).__name__}",
+            file=path,
+            fix="`loratune init` writes one to start from",
+        )
     lines: dict[str, int] = {}
     if isinstance(node, yaml.MappingNode):
         _collect_lines(node, "", lines)

@@ -171,6 +171,9 @@ class RunDir:
             RecipeError: The folder is not a run directory.
         """
         run = cls.at(root)
+        if run.root.is_file():
+            fix = "name its run directory, which is train.output_dir in a recipe; `loratune runs` lists them"
+            raise RecipeError(f"{run.root} is a file, not a run directory", fix=fix)
         if not run.lock.is_file():
             raise RecipeError(
                 f"{run.root} is not a run directory: it has no lock.json",

@@ -7,12 +7,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
-
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from transformers import PreTrainedTokenizerBase
 
 WORDS = ("red", "green", "blue", "small", "large", "round", "flat", "warm", "cold", "loud")
 TEMPLATE = (
@@ -29,6 +27,9 @@ def write_tiny_model(folder: Path, tokenizer: PreTrainedTokenizerBase | None = N
         folder: The folder to create.
         tokenizer: The tokenizer; by default one token per byte, with `TEMPLATE`.
     """
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     tokenizer = tokenizer or byte_tokenizer()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -53,6 +54,9 @@ def write_tiny_model(folder: Path, tokenizer: PreTrainedTokenizerBase | None = N
 
 def byte_tokenizer() -> PreTrainedTokenizerBase:
     """Return a tokenizer with one token per byte, so that it needs no file."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     core = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate(letters)}, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

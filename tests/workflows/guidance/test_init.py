@@ -37,7 +37,20 @@ def test_the_format_is_detected_and_the_recipe_can_be_read(form: str, tmp_path: 
     assert recipe.data.format == form
     assert recipe.data.train[0].name == str(data)
     assert recipe.data.train_on == ("all" if form == "text" else "assistant")
-    assert recipe.data.eval == 0.05
+    assert recipe.data.eval == 0.2
+
+
+@pytest.mark.parametrize(
+    ("number", "held_out"),
+    [(20, 4), (40, 8), (50, 10), (60, 10), (73, 10), (150, 11), (199, 12), (200, 10), (1000, 50)],
+)
+def test_enough_is_held_out_for_the_answers_of_the_report(number: int, held_out: int, tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path / "mine.jsonl", [conversation(i) for i in range(number)])
+    starter = starter_for_data(str(data))
+    share, reason = starter.settings["data.eval"]
+    assert round(share * number) == held_out
+    assert reason == f"about one conversation in {round(1 / share)} is held out"
+    assert starter.settings["train.batch_size"][1] == f"{-(-(number - held_out) // 8)} steps per epoch"
 
 
 def test_every_setting_is_below_its_docstring(tmp_path: Path) -> None:
@@ -90,7 +103,7 @@ def test_labeled_rows_make_a_recipe_of_a_classifier(form: str, tmp_path: Path) -
     path, starter = init(str(data), None)
     recipe = Recipe.load(path)
     assert recipe.model.task == "sequence_classification"
-    assert (recipe.data.train_on, recipe.data.on_bad_row, recipe.data.eval) == ("assistant", "skip", 0.05)
+    assert (recipe.data.train_on, recipe.data.on_bad_row, recipe.data.eval) == ("assistant", "skip", 0.2)
     number = 3 if "sentence1" in form else 2
     assert starter.settings["model.task"][1] == f"the rows have {form}, with {number} classes"
     assert "1 row cannot be trained on" in path.read_text()
@@ -139,7 +152,7 @@ def test_a_table_with_usual_columns_is_read_as_it_is(mark: str, encoding: str, t
     recipe = Recipe.load(path)
     assert recipe.data.columns == {"prompt": "Frage", "completion": "Antwort"}
     assert recipe.train.output_dir == "__models/my faq", "named after the data, not the model"
-    assert starter.settings["train.batch_size"][1] == "4 steps per epoch", "two of 30 are held out"
+    assert starter.settings["train.batch_size"][1] == "3 steps per epoch", "six of 30 are held out"
     assert recipe.evaluate.metric == "none"
     assert recipe.evaluate.max_new_tokens == 32
 
@@ -149,7 +162,9 @@ def test_unusual_columns_are_named_asked_for_or_told_how_to_name(tmp_path: Path)
     data.write_text("left,right\n" + "".join(f"l{n},r{n}\n" for n in range(30)))
     with pytest.raises(DataError, match="columns left, right have no usual names") as told:
         init(str(data))
-    assert told.value.fix == f"loratune init {data} --columns prompt=COLUMN,completion=COLUMN"
+    command, _, comment = told.value.fix.partition("  # ")
+    assert command == f"loratune init {data} --columns prompt=COLUMN,completion=COLUMN"
+    assert "a line of names at the top" in comment
     found, _ = init(str(data), columns={"prompt": "left", "completion": "right"})
     asked: list[list[str]] = []
     again, _ = init(

@@ -225,4 +225,12 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
     if has_changed_base(model):
         save_as_plain(model, folder)
         return
-    model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
+    model.create_or_update_model_card = _no_card
+    try:
+        model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
+    finally:
+        del model.create_or_update_model_card
+
+
+def _no_card(folder: str) -> None:
+    """Leave out PEFT's page of "More Information Needed"; `reporting.model_card` writes the card of a run."""

