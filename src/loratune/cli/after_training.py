@@ -178,18 +178,29 @@ def export(
 def certify(
     run: RunFolder,
     target: Annotated[
-        Path, typer.Argument(metavar="TARGET", help="A merged folder, a GGUF file, or an adapter's folder.")
+        str,
+        typer.Argument(
+            metavar="TARGET", help="A merged folder, a GGUF file, an adapter's folder, or the address of a server."
+        ),
     ],
+    model: Annotated[
+        str | None, typer.Option(metavar="NAME", help="A server's model; default: the run's, or the only one.")
+    ] = None,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="LORATUNE_API_KEY", help="Key that requests to a server must send.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Compare files, whoever wrote them, with the model that was trained: same, different or undecided.
+    """Compare files or a running server, whose ever they are, with the model that was trained.
+
+    The verdict is same, different or undecided. A server is asked through its OpenAI-compatible API.
 
     Exits with 0 only if they are the same.
     """
     with command_context(as_json) as progress:
         from loratune.workflows.certify_target import certify_target
 
-        certificate = certify_target(run, target, progress=progress)
+        certificate = certify_target(run, target, model=model, api_key=api_key, progress=progress)
         show_certificate(certificate, as_json)
         _require_same(certificate)
 
