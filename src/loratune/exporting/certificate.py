@@ -189,9 +189,10 @@ def summary(certificate: Record) -> str:
             f"{template['same_token_ids']} of {template['num_prompts']} texts, same class for "
             f"{distributions['top1_agreement']:.1%}, {_divergence(distributions)}"
         )
+    compared = template.get("compared_by", "token ids")
     prompts = (
-        f"verified with {certificate['checked_with']}: {verdict} model; same "
-        f"{template.get('compared_by', 'token ids')} for {template['same_token_ids']} of {template['num_prompts']} prompts, "
+        f"verified with {certificate['checked_with']}: {verdict} model; same {compared} for "
+        f"{template['same_token_ids']} of {template['num_prompts']} prompts, "
     )
     if certificate.get("served"):
         return f"{prompts}{_served(certificate['served'], distributions)}"
