@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -36,7 +35,6 @@ class Served:
         names: The models that it lists.
         key: The key that it wants.
         failures: Statuses of the next answers, which are no answers.
-        silent: Seconds before each answer.
         counts: Whether it counts the tokens of prompts.
     """
 
@@ -49,7 +47,6 @@ class Served:
     names: tuple[str, ...] = ("tiny",)
     key: str | None = None
     failures: list[int] = field(default_factory=list)
-    silent: float = 0.0
     counts: bool = True
     requests: list[str] = field(default_factory=list)
 
@@ -151,7 +148,6 @@ def running(served: Served) -> Iterator[str]:
             self._reply(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
 
         def _reply(self, body: dict[str, Any]) -> None:
-            time.sleep(served.silent)
             status, record = 200, {}
             try:
                 if served.failures:

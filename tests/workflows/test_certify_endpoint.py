@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from loratune.workflows.certify_endpoint import ask_server
 from loratune.workflows.certify_target import certify_target
 from loratune.workflows.endpoint_reference import endpoint_reference
 from loratune.workflows.finished import open_finished
-from loratune.workflows.tiny_model import WORDS, write_tiny_model
+from loratune.workflows.tiny_model import write_tiny_model
 from loratune.workflows.train import train
 from tests.conftest import write_jsonl
 from tests.exporting.openai_server import Served, running
@@ -36,9 +38,17 @@ WAYS = {"vllm": "prompt_logprobs", "llama.cpp": "one token at a time", "openai":
 def asked(number: int) -> dict[str, object]:
     messages = [
         {"role": "user", "content": f"Color {number}?"},
-        {"role": "assistant", "content": f"{WORDS[number % 3]}."},
+        {"role": "assistant", "content": "It is red."},
     ]
     return {"messages": messages}
+
+
+@pytest.fixture(autouse=True)
+def sigpipe_as_before() -> Iterator[None]:
+    """Restore what the command line sets for its process."""
+    before = signal.getsignal(signal.SIGPIPE)
+    yield
+    signal.signal(signal.SIGPIPE, before)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +65,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
         "lora": {"dropout": 0.0, "r": 8, "targets": "complete"},
         "train": {
             "output_dir": str(folder / "tiny"),
-            "epochs": 25,
+            "epochs": 20,
             "learning_rate": 2e-2,
             "batch_size": 8,
             "device": "cpu",
@@ -63,7 +73,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
             "save_every": "never",
             "eval_every": "never",
         },
-        "evaluate": {"metric": "none", "samples": 0, "max_new_tokens": 10},
+        "evaluate": {"metric": "none", "samples": 0, "max_new_tokens": 14},
     }
     return train(Recipe.parse(recipe)).run
 
@@ -152,20 +162,6 @@ def test_another_template_is_named(
     assert "chat template" in record["fix"]
 
 
-def test_a_template_of_as_many_tokens_shows_in_the_answers(
-    expected: EndpointReference, run: RunDir, models: dict[str, Any]
-) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(run.adapter)
-    tokenizer.chat_template = tokenizer.chat_template.replace("{{ m.role }}", "{{ m.role | upper }}").replace(
-        "<|im_start|>assistant", "<|im_start|>TNATSISSA"
-    )
-    record = ask(expected, run, models["tuned"], style="openai", tokenizer=tokenizer)
-    assert record["template"]["same_token_ids"] == 14
-    assert record["verdict"] == "different"
-    assert "in a chat, only" in record["reason"]
-    assert "chat template" in record["fix"]
-
-
 @pytest.mark.parametrize("style", STYLES)
 def test_a_lost_stop_token_is_named(
     expected: EndpointReference, run: RunDir, models: dict[str, Any], style: str
@@ -205,7 +201,9 @@ def test_the_command_prints_the_record_and_its_exit_code(
     served = Served(model=models["tuned"], tokenizer=tokenizer, stops=(tokenizer.eos_token_id,), key="sesame-open")
     with running(served) as url:
         monkeypatch.setattr("sys.argv", ["loratune", "certify", str(run.root), f"{url}/v1", "--json"])
-        cli.main()
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        assert stop.value.code == 0
         record = json.loads(capsys.readouterr().out)
         assert (record["verdict"], record["kind"], record["path"]) == ("same", "endpoint", f"{url}/v1")
         assert "greedy answers (the base" in summary(record)
@@ -232,12 +230,11 @@ def test_what_is_asked_for_and_not_there_is_named(run: RunDir, models: dict[str,
         certify_target(run.root, tmp_path, model="tuned")
 
 
-def test_a_server_that_is_silent_or_gone_is_named(run: RunDir, models: dict[str, Any]) -> None:
-    served = Served(model=models["base"], tokenizer=AutoTokenizer.from_pretrained(run.adapter), stops=(), silent=1)
-    with running(served) as url, pytest.raises(MachineError, match=r"no answer within 0\.2|no answer within 0 s"):
-        Endpoint(root=url, timeout=0.2).choose_model(None, ["tiny"])
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+def test_a_server_that_is_silent_or_gone_is_named(run: RunDir) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        with pytest.raises(MachineError, match=r"no answer within 0\.2 s"):
+            Endpoint(root=f"http://127.0.0.1:{port}", timeout=0.2).choose_model(None, ["tiny"])
     with pytest.raises(MachineError, match="Connection refused") as error:
         certify_target(run.root, f"http://127.0.0.1:{port}")
     assert "start the server" in error.value.fix

@@ -5,64 +5,61 @@ The real scripts were run once by hand (docs/results/converter.md).
 
 from __future__ import annotations
 
-import sys
+import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from gguf import GGUFReader
-from transformers import Starcoder2Config, Starcoder2ForCausalLM
+from transformers import PreTrainedTokenizerBase, Starcoder2Config, Starcoder2ForCausalLM
 
 from loratune import __main__ as cli
+from loratune.exporting.gguf.adapter import write_gguf_adapter
+from loratune.exporting.gguf.architectures import layout_of
 from loratune.exporting.gguf.converter import check_checkout, check_readable
 from loratune.exporting.load_back import has_llama_cpp
+from loratune.exporting.merge_weights import copy_companions, write_merged
 from loratune.recipe.recipe import Recipe
-from loratune.run.directory import RunDir, read_json
+from loratune.run.directory import RunDir
 from loratune.run.errors import MachineError, RecipeError, RunError
+from loratune.run.progress import NO_PROGRESS
 from loratune.workflows.certify_target import certify_target
 from loratune.workflows.export import export
-from loratune.workflows.tiny_model import byte_tokenizer
+from loratune.workflows.finished import open_finished
+from loratune.workflows.merged_folder import write_merged_folder
 from loratune.workflows.train import train
 from tests.conftest import conversation, write_jsonl
 
-MODEL_SCRIPT = '''
-"""Writes a folder as GGUF, as `convert_hf_to_gguf.py` is called."""
-import sys
+MODEL_SCRIPT = """
+import json, shutil, struct, sys
 from pathlib import Path
 
 folder, arguments = Path(sys.argv[1]), dict(zip(sys.argv[2::2], sys.argv[3::2]))
 mode = (Path(__file__).parent / "mode").read_text()
+with open(folder / "model.safetensors", "rb") as file:
+    header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
+header.pop("__metadata__", None)
+assert {tensor["dtype"] for tensor in header.values()} == {"F32"}, "rounded before it is converted"
+assert {"config.json", "tokenizer.json", "chat_template.jinja"} <= {path.name for path in folder.iterdir()}
 if mode == "fails":
     print("INFO: reading", folder, file=sys.stderr)
     sys.exit("NotImplementedError: Architecture 'OtherForCausalLM' not supported!")
-if mode == "nothing":
-    sys.exit(0)
-if mode.startswith("another model:/"):
-    folder = Path(mode.partition(":")[2])
-from transformers import AutoConfig, AutoTokenizer
-from tests.workflows.test_export_converted import write_as_converter
-
-write_as_converter(folder, Path(arguments["--outfile"]), arguments["--outtype"])
-'''
-ADAPTER_SCRIPT = '''
-"""Writes an adapter as GGUF, as `convert_lora_to_gguf.py` is called: one rank, and alpha without rsLoRA."""
-import json, sys
-from dataclasses import replace
+if mode != "nothing":
+    shutil.copyfile(f"{mode}-{arguments['--outtype']}.gguf", arguments["--outfile"])
+"""
+ADAPTER_SCRIPT = """
+import json, shutil, sys
 from pathlib import Path
-from transformers import AutoConfig
-from loratune.exporting.adapter_matrices import read_adapter
-from loratune.exporting.gguf.adapter import write_gguf_adapter
 
 folder, arguments = Path(sys.argv[1]), dict(zip(sys.argv[2::2], sys.argv[3::2]))
 settings = json.loads((folder / "adapter_config.json").read_text())
-lost = (Path(__file__).parent / "mode").read_text() == "another model:adapter"
-updates = {
-    name: replace(update, scale=settings["lora_alpha"] / update.rank / (2 if lost else 1))
-    for name, update in read_adapter(folder).items()
-}
-write_gguf_adapter(updates, AutoConfig.from_pretrained(arguments["--base"]), Path(arguments["--outfile"]), name="x")
-'''
+assert (settings["lora_alpha"], settings["use_rslora"], settings["rank_pattern"]) == (settings["r"], False, {})
+assert (Path(arguments["--base"]) / "config.json").is_file() and arguments["--outtype"] == "f32"
+shutil.copyfile((Path(__file__).parent / "mode").read_text() + "-lora.gguf", arguments["--outfile"])
+"""
+"""Stand-ins for llama.cpp's scripts: they are called as these are, and copy what was written before."""
 
 
 def write_as_converter(folder: Path, file: Path, outtype: str) -> None:
@@ -101,24 +98,48 @@ def write_as_converter(folder: Path, file: Path, outtype: str) -> None:
     writer.close()
 
 
-@pytest.fixture
-def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def make_checkout(folder: Path) -> Path:
     """A folder with the two scripts; the file `mode` says what they do."""
-    monkeypatch.setenv("PYTHONPATH", ":".join([str(Path(__file__).parents[2]), *filter(None, sys.path)]))
-    folder = tmp_path / "llama.cpp"
     folder.mkdir()
     (folder / "convert_hf_to_gguf.py").write_text(MODEL_SCRIPT)
     (folder / "convert_lora_to_gguf.py").write_text(ADAPTER_SCRIPT)
-    (folder / "mode").write_text("right")
     return folder
 
 
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    return make_checkout(tmp_path / "llama.cpp")
+
+
+def converted(run: RunDir, folder: Path) -> dict[str, Path]:
+    """Files of a run as the converter writes them, and of something else."""
+    finished = open_finished(run.root, NO_PROGRESS)
+    (folder / "merged").mkdir()
+    write_merged_folder(finished, folder / "merged", "float32")
+    write_as_converter(folder / "merged", folder / "right-f16.gguf", "f16")
+    base = folder / "base"
+    write_merged(finished.base, {}, base, dtype=torch.float32)
+    copy_companions(finished.base, run.adapter, base, finished.stops)
+    write_as_converter(base, folder / "other-f16.gguf", "f16")
+    if layout_of(finished.config) is not None:
+        halved = {name: replace(update, scale=update.scale / 2) for name, update in finished.updates.items()}
+        for name, updates in (("right", finished.updates), ("other", halved)):
+            write_gguf_adapter(updates, finished.config, folder / f"{name}-lora.gguf", name="x")
+    return {name: folder / name for name in ("right", "other")}
+
+
+@pytest.fixture(scope="module")
+def files(finished_run: RunDir, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return converted(finished_run, tmp_path_factory.mktemp("converted"))
+
+
 def test_what_the_converter_writes_gets_the_same_certificate(
-    finished_run: RunDir, checkout: Path, tmp_path: Path
+    finished_run: RunDir, checkout: Path, files: dict[str, Path], tmp_path: Path
 ) -> None:
+    (checkout / "mode").write_text(str(files["right"]))
     exported = export(finished_run.root, to="gguf", outtype="f16", out=tmp_path / "out", llama_cpp=checkout)
     assert exported.certificate["verdict"] == "same"
-    assert exported.certificate["weights"]["types"] == ["F16", "F32"] or exported.certificate["weights"]["kept"] > 0.9
+    assert exported.certificate["weights"]["types"] == ["F16"]
     assert {path.name for path in exported.folder.iterdir()} == {"tiny-f16.gguf", "parity.json"}
     (checkout / "convert_hf_to_gguf.py").unlink()  # an adapter needs only the other script
     adapter = export(finished_run.root, to="gguf", out=tmp_path / "adapter", llama_cpp=checkout)
@@ -127,19 +148,25 @@ def test_what_the_converter_writes_gets_the_same_certificate(
 
 
 @pytest.mark.parametrize(
-    ("mode", "words", "fix"),
+    ("mode", "merged", "words", "fix"),
     [
-        ("fails", "ended with 1:\n.*\n?.*OtherForCausalLM' not supported", "a newer checkout"),
-        ("nothing", "wrote no tiny-f16.gguf", "another checkout"),
-        ("another model:BASE", "14 of 14 matrices lack their update", "nothing was kept"),
-        ("another model:adapter", "hold another update than the adapter's", "nothing was kept"),
+        ("fails", True, r"ended with 1:\n.*\n?.*OtherForCausalLM' not supported", "a newer checkout"),
+        pytest.param("nothing", True, r"wrote no tiny-f16\.gguf", "another checkout", marks=pytest.mark.slow),
+        ("other", True, "14 of 14 matrices lack their update", "nothing was kept"),
+        pytest.param("other", False, "hold another update than the adapter's", "nothing", marks=pytest.mark.slow),
     ],
 )
 def test_what_it_does_wrong_is_named_and_nothing_is_kept(
-    finished_run: RunDir, checkout: Path, tmp_path: Path, mode: str, words: str, fix: str
+    finished_run: RunDir,
+    checkout: Path,
+    files: dict[str, Path],
+    tmp_path: Path,
+    mode: str,
+    merged: bool,
+    words: str,
+    fix: str,
 ) -> None:
-    (checkout / "mode").write_text(mode.replace("BASE", read_json(finished_run.lock)["inputs"]["model_path"]))
-    merged = mode != "another model:adapter"
+    (checkout / "mode").write_text(str(files.get(mode, mode)))
     with pytest.raises(RunError, match=words) as error:
         export(finished_run.root, to="gguf", merged=merged, out=tmp_path / "out", llama_cpp=checkout)
     assert fix in error.value.fix
@@ -147,10 +174,10 @@ def test_what_it_does_wrong_is_named_and_nothing_is_kept(
 
 
 @pytest.fixture(scope="module")
-def starcoder_run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+def starcoder_run(tmp_path_factory: pytest.TempPathFactory, smollm2_tokenizer: PreTrainedTokenizerBase) -> RunDir:
     """A run on a family for which loratune writes no GGUF files."""
     folder = tmp_path_factory.mktemp("starcoder")
-    tokenizer: Any = byte_tokenizer()
+    tokenizer: Any = smollm2_tokenizer
     torch.manual_seed(0)
     config = Starcoder2Config(
         vocab_size=len(tokenizer),
@@ -190,12 +217,16 @@ def starcoder_run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     return train(Recipe.parse(recipe)).run
 
 
+@pytest.mark.slow
 def test_a_family_of_the_converter_alone_is_proven_by_its_outputs(
     starcoder_run: RunDir, checkout: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(RecipeError, match="GGUF files of architecture starcoder2") as refused:
         export(starcoder_run.root, to="gguf", merged=True, out=tmp_path / "out")
     assert "--llama-cpp DIR" in refused.value.fix
+    (tmp_path / "files").mkdir()
+    files = converted(starcoder_run, tmp_path / "files")
+    (checkout / "mode").write_text(str(files["right"]))
     exported = export(starcoder_run.root, to="gguf", merged=True, out=tmp_path / "out", llama_cpp=checkout)
     certificate = exported.certificate
     assert certificate["verdict"] == "same", certificate["reason"]
@@ -204,28 +235,31 @@ def test_a_family_of_the_converter_alone_is_proven_by_its_outputs(
     (file,) = exported.folder.glob("*.gguf")
     assert GGUFReader(file).get_field("general.architecture").contents() == "starcoder2"
     assert certify_target(starcoder_run.root, file)["verdict"] == "same"
-    (checkout / "mode").write_text(f"another model:{read_json(starcoder_run.lock)['inputs']['model_path']}")
+    (checkout / "mode").write_text(str(files["other"]))
     with pytest.raises(RunError, match="the mean KL divergence is"):
         export(starcoder_run.root, to="gguf", merged=True, out=tmp_path / "other", llama_cpp=checkout)
 
 
 def test_what_cannot_be_written_or_read_back_is_refused_before(
-    starcoder_run: RunDir, checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished_run: RunDir, checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(RecipeError, match=r"no convert_hf_to_gguf\.py in it") as error:
         check_checkout(tmp_path, merged=True)
     assert "git clone https://github.com/ggml-org/llama.cpp" in error.value.fix
     with pytest.raises(RecipeError, match="no export --to vllm"):
-        export(starcoder_run.root, to="vllm", merged=True, out=tmp_path / "out", llama_cpp=checkout)
-    if not has_llama_cpp():
-        with pytest.raises(MachineError, match=r"only llama\.cpp can read a GGUF adapter of starcoder2 back"):
-            export(starcoder_run.root, to="gguf", out=tmp_path / "out", llama_cpp=checkout)
-        with pytest.raises(MachineError, match="GGUF model of olmo2"):
-            check_readable(type("Config", (), {"model_type": "olmo2"}), merged=True)
+        export(finished_run.root, to="vllm", merged=True, out=tmp_path / "out", llama_cpp=checkout)
+    for model_type, merged in (("starcoder2", False), ("olmo2", True)):
+        if not has_llama_cpp():
+            config = type("Config", (), {"model_type": model_type})
+            with pytest.raises(MachineError, match=rf"only llama\.cpp can read a GGUF \w+ of {model_type} back"):
+                check_readable(config, merged=merged)
+    check_readable(type("Config", (), {"model_type": "starcoder2"}), merged=True)
     monkeypatch.setattr(
         "sys.argv",
-        ["loratune", "export", str(starcoder_run.root), "--outtype", "f16,q8_0", "--llama-cpp", str(checkout)],
+        ["loratune", "export", str(finished_run.root), "--outtype", "f16,q8_0", "--llama-cpp", str(checkout)],
     )
+    before = signal.getsignal(signal.SIGPIPE)
     with pytest.raises(SystemExit) as stop:
         cli.main()
+    signal.signal(signal.SIGPIPE, before)
     assert stop.value.code == 2

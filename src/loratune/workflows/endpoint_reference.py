@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from loratune.evaluation.decode import decode
-from loratune.evaluation.generate import as_generator
+from loratune.evaluation.generate import TOKEN_LIMIT, as_generator
 from loratune.evaluation.sampling import Sampling, generation_config
 from loratune.exporting.endpoint.reference import (
     EndpointReference,
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 MAX_ANSWERS = 24
 """How many chats a server is asked to answer."""
 MAX_ANSWER_TOKENS = 64
-_BATCH = 4
 
 
 def endpoint_reference(finished: FinishedRun) -> EndpointReference:
@@ -79,9 +78,11 @@ def _answer_greedily(
     settings = generation_config(Sampling(max_new_tokens=limit), finished.stops, padding)
     model: Any = loss.model.get_base_model()
     rows: list[list[int]] = []
+    longest = max((len(question.input_ids) for question in questions), default=0)
+    batch = max(1, TOKEN_LIMIT // (longest + limit))
     with as_generator(model, settings):
-        for start in range(0, len(questions), _BATCH):
-            rows += decode(model, [question.input_ids for question in questions[start : start + _BATCH]], settings)
+        for start in range(0, len(questions), batch):
+            rows += decode(model, [question.input_ids for question in questions[start : start + batch]], settings)
     return [_until_stop(row, finished.stops) for row in rows]
 
 

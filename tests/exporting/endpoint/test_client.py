@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import http.server
+import signal
+import socket
+import struct
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +13,7 @@ from contextlib import contextmanager
 import pytest
 
 from loratune.exporting.endpoint.client import Endpoint, RefusedRequestError, is_address
-from loratune.run.errors import RecipeError, RunError
+from loratune.run.errors import MachineError, RecipeError, RunError
 
 
 @contextmanager
@@ -95,3 +98,22 @@ def test_a_server_that_lists_nothing_is_asked_for_the_usual_name() -> None:
     with answering(200, b'{"data": [{"id": "model.gguf", "owned_by": "llamacpp"}]}') as endpoint:
         endpoint.choose_model(None, ["tiny"])
         assert (endpoint.model, endpoint.program) == ("model.gguf", "llamacpp")
+
+
+def test_a_server_that_hangs_up_is_named_and_does_not_end_the_program() -> None:
+    before = signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # as on the command line
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+
+            def hang_up() -> None:
+                connection, _ = server.accept()
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                connection.close()
+
+            threading.Thread(target=hang_up, daemon=True).start()
+            endpoint = Endpoint(root=f"http://127.0.0.1:{server.getsockname()[1]}", timeout=5)
+            with pytest.raises(MachineError, match=r"reset|Broken pipe|closed"):
+                endpoint.post("/v1/completions", {"prompt": "x" * 30_000_000})
+        assert signal.getsignal(signal.SIGPIPE) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGPIPE, before)

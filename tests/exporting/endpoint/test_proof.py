@@ -36,9 +36,7 @@ def test_the_share_is_that_of_the_update_also_under_noise() -> None:
             assert abs(value - share) < max(5 * error, 0.03), (share, noise, value, error)
     right = served(1.0, 0.0)
     assert right.mean_kl < 1e-9 < right.limit < right.mean_base_kl
-    assert (
-        served(0.0, 0.0).mean_kl == served(1.0, 0.0, listed=20).mean_base_kl or served(0.0, 0.0).mean_kl > right.limit
-    )
+    assert served(0.0, 0.0).mean_kl > right.limit
 
 
 def test_cells_never_say_more_than_the_whole_vocabulary() -> None:

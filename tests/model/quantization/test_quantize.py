@@ -254,9 +254,7 @@ def test_matrices_that_are_stored_transposed_are_refused() -> None:
 
 
 @pytest.mark.parametrize("quantization", some(PACKED, "nf4"))
-def test_what_is_written_has_the_values_of_training(
-    tiny_recipe: MakeRecipe, tmp_path: Path, quantization: str
-) -> None:
+def test_what_is_written_has_the_values_of_training(tiny_recipe: MakeRecipe, tmp_path: Path, quantization: str) -> None:
     run = train(tiny_recipe(model__quantization=quantization, lora__targets="complete")).run
     done = merge(run.root, tmp_path / "merged")
     assert done.certificate["passed"]

@@ -166,8 +166,9 @@ class ServedAnswers:
 
     @property
     def num_as_base(self) -> int:
-        """Answers, among those that training changed, that are the base's."""
-        return sum(given.text.strip() == wanted.base for wanted, given in self._changed)
+        """Answers, among those that training changed, that begin as the base's."""
+        pairs = [(wanted.base, given.text.strip()) for wanted, given in self._changed]
+        return sum(text.startswith(base) if base else not text for base, text in pairs)  # a server may go on for longer
 
     @property
     def num_changed(self) -> int:
