@@ -73,8 +73,8 @@ def test_other_prompts_are_different_whatever_is_answered() -> None:
     ("found", "reason", "fix"),
     [
         (evidence(), "no chat could be compared", "llama.cpp or vLLM"),
-        (evidence(given=answers("red.", "red.")), "the base without the adapter would give 0", "data.eval"),
-        (evidence(given=answers(*["red."] * 12, base="red.")), "would give 12, too", "train longer"),
+        (evidence(given=answers("red.", "red.")), "would answer only 2 of 2 chats in another way", "data.eval"),
+        (evidence(given=answers(*["red."] * 12, base="red.")), "would answer only 0 of 12 chats", "train longer"),
         (evidence(given=answers(*["red."] * 7, *["green."] * 5)), "7 of 12 greedy answers", "certify the file"),
     ],
 )

@@ -187,8 +187,8 @@ def _undecided(evidence: ServedEvidence) -> Decision:
         )
     if not answers.has_power:
         return undecided(
-            f"it gives no log-probabilities, and of {answers.num_compared} greedy answers the base without the adapter "
-            f"would give {answers.num_base_same}, too",
+            f"it gives no log-probabilities, and the base without the adapter would answer only {answers.num_changed} "
+            f"of {answers.num_compared} chats in another way, too few to tell them apart",
             f"{_MORE_ROWS}; serve it with llama.cpp or vLLM, which give log-probabilities; or {longer}",
         )
     return undecided(
