@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import signal
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -238,3 +240,43 @@ def test_a_server_that_is_silent_or_gone_is_named(run: RunDir) -> None:
     with pytest.raises(MachineError, match="Connection refused") as error:
         certify_target(run.root, f"http://127.0.0.1:{port}")
     assert "start the server" in error.value.fix
+
+
+@pytest.mark.slow
+def test_loratune_serve_is_asked_by_its_answers_alone(run: RunDir) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "loratune",
+            "serve",
+            run.root,
+            "--server",
+            "transformers",
+            "--port",
+            str(port),
+            "--json",
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert process.stdout is not None
+    try:
+        while (line := process.stdout.readline()) and line != "}\n":
+            pass
+        url = f"http://127.0.0.1:{port}/v1"
+        right = certify_target(run.root, url)
+        assert (right["verdict"], right["served"]["way"]) == ("same", None), right["reason"]
+        assert right["template"] == {
+            **{"num_prompts": 14, "same_token_ids": 14, "first_difference": None},
+            "compared_by": "number of tokens",
+        }
+        wrong = certify_target(run.root, url, model="base")
+        assert wrong["verdict"] == "different"
+        assert "--model NAME, with one of tiny" in wrong["fix"]
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(60)
