@@ -271,7 +271,9 @@ def test_loratune_serve_is_asked_by_its_answers_alone(run: RunDir) -> None:
         right = certify_target(run.root, url)
         assert (right["verdict"], right["served"]["way"]) == ("same", None), right["reason"]
         assert right["template"] == {
-            **{"num_prompts": 14, "same_token_ids": 14, "first_difference": None},
+            "num_prompts": 14,
+            "same_token_ids": 14,
+            "first_difference": None,
             "compared_by": "number of tokens",
         }
         wrong = certify_target(run.root, url, model="base")
