@@ -1,7 +1,4 @@
-"""`export --llama-cpp DIR`: a checkout whose scripts do what llama.cpp's do, right and wrong, behind the certificate.
-
-The real scripts were run once by hand (docs/results/converter.md).
-"""
+"""`export --llama-cpp DIR`: a checkout whose scripts do what llama.cpp's do, right and wrong, behind the certificate."""
 
 from __future__ import annotations
 
