@@ -1,4 +1,4 @@
-"""`export --llama-cpp DIR`: a checkout whose scripts do what llama.cpp's do, right and wrong, behind the certificate."""
+"""`export --llama-cpp DIR`: scripts that do what llama.cpp's do, right and wrong, behind the certificate."""
 
 from __future__ import annotations
 
