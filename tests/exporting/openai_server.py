@@ -32,6 +32,7 @@ class Served:
         style: Whose answers it writes: `vllm`, `llama.cpp`, `openai` (texts, prompts as text), or `greedy`.
         chat: Whether it has chats.
         shifted: Whether what it says about tokens of a prompt is about the next one, as llama-cpp-python 0.3 does.
+        strict: Whether it refuses fields that OpenAI's API has not, and more than 5 tokens, as OpenAI does.
         names: The models that it lists.
         key: The key that it wants.
         failures: Statuses of the next answers, which are no answers.
@@ -44,6 +45,7 @@ class Served:
     style: str = "vllm"
     chat: bool = True
     shifted: bool = False
+    strict: bool = False
     names: tuple[str, ...] = ("tiny",)
     key: str | None = None
     failures: list[int] = field(default_factory=list)
@@ -90,6 +92,9 @@ class Served:
             raise RefusedError(422, "prompt must be a string")
         if self.style == "greedy" and set(body) - {"model", "prompt", "max_tokens", "temperature", "seed"}:
             raise RefusedError(422, "Unexpected keys in the request")
+        known = {"model", "prompt", "max_tokens", "temperature", "seed", "logprobs", "echo"}
+        if self.strict and (set(body) - known or body.get("logprobs", 0) > 5):
+            raise RefusedError(400, "Unrecognized request argument supplied")
         ids = self._ids(prompt) if isinstance(prompt, str) else prompt
         logprobs = self._logprobs(ids)
         choice: dict[str, Any] = {"text": self.tokenizer.decode([int(logprobs[-1].argmax())])}

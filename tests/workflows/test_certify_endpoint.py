@@ -142,6 +142,13 @@ def test_what_a_server_says_about_the_wrong_token_of_a_prompt_is_not_believed(
     assert (record["verdict"], record["served"]["way"]) == ("same", "one token at a time")
 
 
+def test_a_server_that_refuses_what_others_take_is_asked_for_less(
+    expected: EndpointReference, run: RunDir, models: dict[str, Any]
+) -> None:
+    record = ask(expected, run, models["tuned"], style="openai", strict=True)
+    assert (record["verdict"], record["served"]["way"]) == ("same", "echo")
+
+
 @pytest.mark.parametrize("style", STYLES)
 def test_noise_in_the_weights_is_not_taken_for_another_model(
     expected: EndpointReference, run: RunDir, models: dict[str, Any], style: str

@@ -13,6 +13,7 @@ from loratune.exporting.endpoint.proof import ServedAnswers, ServedDistributions
 from loratune.exporting.endpoint.reader import EndpointReader
 from loratune.exporting.transformers_serve import served_name
 from loratune.model.gguf_import import file_sha256
+from loratune.run.directory import RunDir
 from loratune.run.records.base import as_json, parse
 from loratune.run.records.certificate import CertificateRecord
 from loratune.workflows.endpoint_reference import endpoint_reference
@@ -61,8 +62,10 @@ def certify_endpoint(
         RunError: The server fails.
     """
     endpoint = Endpoint(root=url, key=api_key, timeout=timeout)
+    run = RunDir.open(root)
+    run.require_adapter()
+    endpoint.choose_model(model, list(dict.fromkeys([served_name(run.root.name), run.root.name])))
     finished = open_finished(root, progress)
-    endpoint.choose_model(model, [served_name(finished.name), finished.name])
     progress.line(f"asking {endpoint.url} for {endpoint.model}")
     expected = endpoint_reference(finished)
     gc.collect()

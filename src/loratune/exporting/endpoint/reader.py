@@ -114,8 +114,8 @@ class EndpointReader:
         Token ids are sent to servers that take them, to others text, whose tokens they must count as we do.
         """
         _, settings, form = self._forms[0]
-        self._refused = False
         prompt = ids if form == "ids" else self._as_text(ids, without_bos=form != "text")
+        self._refused = prompt is None
         if prompt is None:
             return None
         names = {"return_tokens_as_token_ids": True} if settings else {}
