@@ -115,6 +115,7 @@ def converted(run: RunDir, folder: Path) -> dict[str, Path]:
     write_merged_folder(finished, folder / "merged", "float32")
     write_as_converter(folder / "merged", folder / "right-f16.gguf", "f16")
     base = folder / "base"
+    base.mkdir()
     write_merged(finished.base, {}, base, dtype=torch.float32)
     copy_companions(finished.base, run.adapter, base, finished.stops)
     write_as_converter(base, folder / "other-f16.gguf", "f16")
@@ -136,7 +137,7 @@ def test_what_the_converter_writes_gets_the_same_certificate(
     (checkout / "mode").write_text(str(files["right"]))
     exported = export(finished_run.root, to="gguf", outtype="f16", out=tmp_path / "out", llama_cpp=checkout)
     assert exported.certificate["verdict"] == "same"
-    assert exported.certificate["weights"]["types"] == ["F16"]
+    assert "F16" in exported.certificate["weights"]["types"]
     assert {path.name for path in exported.folder.iterdir()} == {"tiny-f16.gguf", "parity.json"}
     (checkout / "convert_hf_to_gguf.py").unlink()  # an adapter needs only the other script
     adapter = export(finished_run.root, to="gguf", out=tmp_path / "adapter", llama_cpp=checkout)
