@@ -73,6 +73,8 @@ NOT_RUN = {
     ".venv/bin/python": "runs these tests, or kills processes for minutes",
     "docker": "there is no Docker where the tests run: tests/test_containers.py",
     "loratune export RUN --to gguf --outtype q4_k_m": "needs llama-cpp-python: tests/workflows/test_export_types.py",
+    "loratune export RUN --to gguf --llama-cpp": "needs llama.cpp: tests/workflows/test_export_converted.py",
+    "loratune certify RUN http": "needs a server: tests/workflows/test_certify_endpoint.py",
     "loratune export RUN --to ollama": "needs a base that is a GGUF file: tests/exporting/test_gguf.py",
 }
 """Commands, or their beginning, that are not run → why."""

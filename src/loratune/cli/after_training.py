@@ -17,6 +17,7 @@ from loratune.cli.options import (
     AsJson,
     FitSize,
     KeepGate,
+    LlamaCppCheckout,
     OutTypes,
     OverwriteFile,
     ReportFile,
@@ -36,6 +37,7 @@ from loratune.cli.output import (
 )
 from loratune.cli.shell import command_context
 from loratune.cli.terminal import SafeConsole
+from loratune.run.errors import RecipeError
 
 if TYPE_CHECKING:
     from loratune.run.directory import Record
@@ -147,6 +149,7 @@ def export(
     outtype: OutTypes = None,
     fit: FitSize = None,
     keep: KeepGate = None,
+    llama_cpp: LlamaCppCheckout = None,
     out: SameAsOut = None,
     answers: Answers = None,
     as_json: AsJson = False,
@@ -158,6 +161,11 @@ def export(
         target = one_out(folder, out)
         outtypes = [name.strip().lower() for name in outtype.split(",")] if outtype else []
         if len(outtypes) > 1 or fit or keep:
+            if llama_cpp is not None:
+                raise RecipeError(
+                    "--llama-cpp writes one --outtype at a time, without --fit and --keep",
+                    fix="one command for each type, each with its own --out",
+                )
             from loratune.workflows.export_types import export_types
 
             found = export_types(
@@ -169,7 +177,14 @@ def export(
             return
         first = outtypes[0] if outtypes else None
         exported = workflow.export(
-            run, to=to, merged=merged, outtype=first, out=target, num_answers=answers, progress=progress
+            run,
+            to=to,
+            merged=merged,
+            outtype=first,
+            out=target,
+            num_answers=answers,
+            llama_cpp=llama_cpp,
+            progress=progress,
         )
         show_exported(exported, as_json)
         _require_same(exported.certificate)
@@ -178,18 +193,29 @@ def export(
 def certify(
     run: RunFolder,
     target: Annotated[
-        Path, typer.Argument(metavar="TARGET", help="A merged folder, a GGUF file, or an adapter's folder.")
+        str,
+        typer.Argument(
+            metavar="TARGET", help="A merged folder, a GGUF file, an adapter's folder, or the address of a server."
+        ),
     ],
+    model: Annotated[
+        str | None, typer.Option(metavar="NAME", help="A server's model; default: the run's, or the only one.")
+    ] = None,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="LORATUNE_API_KEY", help="Key that requests to a server must send.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Compare files, whoever wrote them, with the model that was trained: same, different or undecided.
+    """Compare files or a running server, whose ever they are, with the model that was trained.
+
+    The verdict is same, different or undecided. A server is asked through its OpenAI-compatible API.
 
     Exits with 0 only if they are the same.
     """
     with command_context(as_json) as progress:
         from loratune.workflows.certify_target import certify_target
 
-        certificate = certify_target(run, target, progress=progress)
+        certificate = certify_target(run, target, model=model, api_key=api_key, progress=progress)
         show_certificate(certificate, as_json)
         _require_same(certificate)
 

@@ -121,6 +121,14 @@ KeepGate = Annotated[
         "--keep", metavar="GATE", help="Keep only the smallest of the types whose answers reach this: json>=0.78."
     ),
 ]
+LlamaCppCheckout = Annotated[
+    Path | None,
+    typer.Option(
+        "--llama-cpp",
+        metavar="DIR",
+        help="A checkout of llama.cpp: its converter, which is run, writes the GGUF files, also of other families.",
+    ),
+]
 Answers = Annotated[
     int | None,
     typer.Option(

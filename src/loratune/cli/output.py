@@ -214,6 +214,8 @@ def show_certificate(certificate: Record, as_json: bool) -> None:
             f"{escape(str(weights['least_kept_tensor']))}), relative error {weights['relative_error']:.2g}, in "
             f"{weights['num_changed']} of {weights['num_changed'] + weights['num_unchanged']} tensors"
         )
+    if found is None or certificate.get("served"):
+        return
     kl = "not finite" if found["mean_kl"] is None else f"{found['mean_kl']:.2g} nats"
     console.print(
         f"  outputs: mean KL from the trained model {kl}; by rounding alone {found['rounding_kl']:.2g}; the base "

@@ -189,12 +189,33 @@ def summary(certificate: Record) -> str:
             f"{template['same_token_ids']} of {template['num_prompts']} texts, same class for "
             f"{distributions['top1_agreement']:.1%}, {_divergence(distributions)}"
         )
+    compared = template.get("compared_by", "token ids")
+    prompts = (
+        f"verified with {certificate['checked_with']}: {verdict} model; same {compared} for "
+        f"{template['same_token_ids']} of {template['num_prompts']} prompts, "
+    )
+    if certificate.get("served"):
+        return f"{prompts}{_served(certificate['served'], distributions)}"
     return (
-        f"verified with {certificate['checked_with']}: {verdict} model; same token ids for "
-        f"{template['same_token_ids']} of {template['num_prompts']} prompts, same top token at "
+        f"{prompts}same top token at "
         f"{distributions['top1_agreement']:.1%} of {distributions['num_positions']} positions, "
         f"{_divergence(distributions)}{_answers(certificate.get('answers'))}{_weights(certificate.get('weights'))}"
     )
+
+
+def _served(served: Record, distributions: Record | None) -> str:
+    """Return what a server answered, in words."""
+    greedy, parts = served["greedy"], []
+    if distributions is not None:
+        parts.append(
+            f"same top token at {distributions['top1_agreement']:.1%} of {distributions['num_positions']} positions, "
+            f"{_divergence(distributions)}"
+        )
+    if served["share"] is not None:
+        parts.append(f"{served['share']:.0%} of what training changed")
+    if greedy is not None:
+        parts.append(f"{greedy['same']} of {greedy['num_prompts']} greedy answers (the base {greedy['base_same']})")
+    return ", ".join(parts) or "nothing else could be compared"
 
 
 def _divergence(distributions: Record) -> str:

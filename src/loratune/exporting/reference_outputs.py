@@ -111,13 +111,13 @@ def reference_outputs(
         return nullcontext() if packed else float32_arithmetic(loss.model, change)
 
     with arithmetic():
-        wanted = [logits.log_softmax(-1).cpu() for logits in _outputs(loss, places.examples, progress)]
+        wanted = [logits.log_softmax(-1).cpu() for logits in outputs_at(loss, places.examples, progress)]
     with arithmetic(), loss.model.disable_adapter():
-        base = divergence_from(wanted, _outputs(loss, places.examples, progress))
+        base = divergence_from(wanted, outputs_at(loss, places.examples, progress))
     rounded = Divergence(kl=torch.zeros_like(base.kl), same_top=torch.ones_like(base.same_top))
     if change is not None and not packed:
         with arithmetic(change):
-            rounded = divergence_from(wanted, _outputs(loss, places.examples, progress))
+            rounded = divergence_from(wanted, outputs_at(loss, places.examples, progress))
     # A classifier's tokenizer may have neither; a token without a row in the head can end no answer.
     stops = stop_token_ids(tokenizer) if tokenizer.chat_template or tokenizer.eos_token else ()
     return ReferenceOutputs(
@@ -131,7 +131,7 @@ def reference_outputs(
     )
 
 
-def _outputs(
+def outputs_at(
     loss: SupervisedLoss, examples: Sequence[Example], progress: Callable[[int], None]
 ) -> Iterator[torch.Tensor]:
     """Yield the logits at each example's positions, float32 [positions, V]."""

@@ -102,9 +102,7 @@ class GgufTensors:
     @property
     def rounding(self) -> Rounding | None:
         """How a file of loratune's own types is rounded; None for other types, and several in one file."""
-        kinds = Counter(tensor.tensor_type for tensor in self._tensors.values() if len(tensor.shape) > 1)
-        ours = all(kind.name in (*_FLOATS, "Q8_0") for kind in kinds)
-        return gguf_rounding(kinds.most_common(1)[0][0]) if ours and kinds else None
+        return rounding_in(self._tensors.values())
 
     def as_stored(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """Return the values in the file of one of the model's matrices, in the model's layout.
@@ -141,6 +139,17 @@ class GgufTensors:
     def arranged(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """Return a tensor of the model in llama.cpp's order of rows."""
         return self._layout.values(name, tensor).float()
+
+
+def rounding_in(tensors: Iterable[Any]) -> Rounding | None:
+    """Return how the matrices of a GGUF file are rounded; None for types of llama.cpp's quantizer.
+
+    Args:
+        tensors: The tensors of a `GGUFReader`.
+    """
+    kinds = Counter(tensor.tensor_type for tensor in tensors if len(tensor.shape) > 1)
+    ours = all(kind.name in (*_FLOATS, "Q8_0") for kind in kinds)
+    return gguf_rounding(kinds.most_common(1)[0][0]) if ours and kinds else None
 
 
 def rounding_to(dtype: torch.dtype) -> Rounding:

@@ -263,8 +263,8 @@ def _certificate_row(record: CertificateRecord) -> tuple[str, ...]:
         f"{last_part(record.path)}\n{record.kind}",
         {"same": "yes", "different": "no"}.get(record.verdict, record.verdict),
         f"{template.same_token_ids} of {template.num_prompts}",
-        f"{distributions.top1_agreement:.1%}",
-        "–" if distributions.mean_kl is None else f"{distributions.mean_kl:.2g}",
+        "–" if distributions is None else f"{distributions.top1_agreement:.1%}",
+        "–" if distributions is None or distributions.mean_kl is None else f"{distributions.mean_kl:.2g}",
         f"{answers.same} of {answers.num_prompts}" if answers is not None else "",
     )
 

@@ -1,4 +1,4 @@
-"""Compare files, whoever wrote them, with a run: `loratune certify`."""
+"""Compare files or a running server, whose ever they are, with a run: `loratune certify`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING
 
 from gguf import GGUFReader
 
+from loratune.exporting.endpoint.client import is_address
 from loratune.run.errors import RecipeError
 from loratune.run.progress import NO_PROGRESS, Progress
 from loratune.run.records.base import as_json, parse
 from loratune.run.records.certificate import CertificateRecord
 from loratune.workflows.certify import certificate_of, with_origin
+from loratune.workflows.certify_endpoint import certify_endpoint
 from loratune.workflows.export_gguf import GgufExport
 from loratune.workflows.export_vllm import read_adapter_folder
 from loratune.workflows.finished import open_finished
@@ -25,24 +27,40 @@ if TYPE_CHECKING:
     from loratune.run.directory import Record
     from loratune.workflows.finished import FinishedRun
 
-_FIX = "give a merged folder, a GGUF file, or an adapter's folder"
+_FIX = "give a merged folder, a GGUF file, an adapter's folder, or http://… of a server"
 
 
-def certify_target(root: str | Path, target: str | Path, *, progress: Progress = NO_PROGRESS) -> Record:
-    """Compare files, whoever wrote them, with a run. Nothing is written.
+def certify_target(
+    root: str | Path,
+    target: str | Path,
+    *,
+    model: str | None = None,
+    api_key: str | None = None,
+    progress: Progress = NO_PROGRESS,
+) -> Record:
+    """Compare files or a running server, whose ever they are, with a run. Nothing is written.
 
     Args:
         root: The run directory.
-        target: A folder with a merged model, a GGUF file of a merged model or of an adapter, an adapter's folder, or
-            an export of loratune.
+        target: A folder with a merged model, a GGUF file of a merged model or of an adapter, an adapter's folder, an
+            export of loratune, or the address of a server with an OpenAI-compatible API.
+        model: The name of a server's model; None for the run's, or the only one that the server lists.
+        api_key: The key that requests to a server must send; None for none.
         progress: The listener for progress and warnings.
 
     Returns:
         The certificate, as in `parity.json`.
 
     Raises:
-        RecipeError: The run is not finished, its model changed, or `target` is none of these.
+        RecipeError: The run is not finished, its model changed, or `target` is none of these, or a server without this
+            model, or with another key.
+        MachineError: The server does not answer.
+        RunError: The server fails.
     """
+    if is_address(str(target)):
+        return certify_endpoint(root, str(target), model=model, api_key=api_key, progress=progress)
+    if model is not None:
+        raise RecipeError(f"--model {model} names a model of a server, and {target} is none", fix="leave it out")
     path = Path(target).expanduser().absolute()
     kind, find = _find_kind(path)
     finished = open_finished(root, progress)

@@ -8,13 +8,15 @@ write_served_layout   base and adapter side by side, for `transformers serve`
 from __future__ import annotations
 
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loratune.exporting.adapter_matrices import read_adapter, read_replaced
 from loratune.exporting.certificate import Target, Written
 from loratune.exporting.gguf.adapter import check_plain
-from loratune.exporting.gguf.architectures import GgufLayout
+from loratune.exporting.gguf.architectures import GgufLayout, layout_of
+from loratune.exporting.gguf.converter import check_checkout, check_readable
 from loratune.exporting.gguf.quantizer import QUANTIZER_TYPES, check_types
 from loratune.exporting.load_back import TransformersReader
 from loratune.exporting.mlx import check_mlx
@@ -36,6 +38,7 @@ from loratune.workflows.export_mlx import MlxExport
 from loratune.workflows.export_vllm import VllmExport
 from loratune.workflows.finished import FinishedRun, open_finished, recipe_of
 from loratune.workflows.merged_folder import (
+    is_packed_run,
     merged_bytes,
     merged_tolerance,
     prove_trained_base,
@@ -102,6 +105,7 @@ def export(
     outtype: str | None = None,
     out: str | Path | None = None,
     num_answers: int | None = None,
+    llama_cpp: str | Path | None = None,
     progress: Progress = NO_PROGRESS,
 ) -> Exported:
     """Write a run for another program.
@@ -115,6 +119,8 @@ def export(
         out: The folder to create; default `RUN/exports/TO` or `RUN/exports/TO-merged`.
         num_answers: How many held-out prompts llama.cpp answers in full; None for 20, and for 200 with a type of
             llama.cpp's quantizer.
+        llama_cpp: A checkout of llama.cpp whose converter writes the GGUF files, also of families that loratune does
+            not write; its scripts are run. None: loratune writes them.
         progress: The listener for progress and warnings.
 
     Raises:
@@ -125,7 +131,9 @@ def export(
     if num_answers is None:
         num_answers = NUM_SCORED_ANSWERS if outtype in QUANTIZER_TYPES else NUM_ANSWERS
     outtypes = [outtype] if outtype else []
-    with open_export(root, to, merged=merged, outtypes=outtypes, out=out, progress=progress) as (planned, kind, log):
+    checkout = None if llama_cpp is None else Path(llama_cpp).expanduser()
+    opened = open_export(root, to, merged=merged, outtypes=outtypes, out=out, checkout=checkout, progress=progress)
+    with opened as (planned, kind, log):
         exported = export_with_certificate(
             planned.finished, kind, planned.target, planned.write, planned.usage, num_answers
         )
@@ -141,6 +149,7 @@ def open_export(
     merged: bool,
     outtypes: Sequence[str],
     out: str | Path | None,
+    checkout: Path | None = None,
     progress: Progress,
 ) -> Iterator[tuple[GgufExport | VllmExport | MlxExport, str, RunLog]]:
     """Check what is asked for, and open the run. Yield the plan of the export, what is written, and the run's log."""
@@ -149,6 +158,8 @@ def open_export(
     if to is None or (to, merged) not in _CHECKS:
         problem = f"cannot export to {to!r}" if to else "the base is not a GGUF file, so the target must be named"
         raise RecipeError(problem, fix="--to gguf, --to ollama, --to vllm or --to mlx")
+    if checkout is not None and to in ("vllm", "mlx"):
+        raise RecipeError(f"--llama-cpp writes GGUF files, and no export --to {to}", fix="leave it out")
     if outtypes and to in ("vllm", "mlx"):
         raise RecipeError(f"--outtype {outtypes[0]} is a type of GGUF files, not of --to {to}", fix="leave it out")
     check_types(outtypes)
@@ -162,11 +173,18 @@ def open_export(
     with RunLog(progress, run.log) as log:
         log.note(f"export for {to} into {target}")
         finished = open_finished(root, log)
-        for check in _CHECKS[to, merged]:
+        if checkout is not None:
+            _check_converted(finished, checkout, merged=merged)
+        for check in _CHECKS[to, merged] if checkout is None else _CONVERTED_CHECKS[to, merged]:
             check(finished)
         outtype = outtypes[0] if outtypes else None
         planned = _plan_export(finished, target.absolute(), to, merged=merged, outtype=outtype)
-        check_target(target, needed_bytes=_needed_bytes(finished, to, outtypes, merged=merged))
+        needed = _needed_bytes(finished, to, outtypes, merged=merged)
+        if checkout is not None:
+            assert isinstance(planned, GgufExport)
+            planned = replace(planned, checkout=checkout)
+            needed += 4 * finished.prepared.adapter.parameters.total  # the folder that the converter reads
+        check_target(target, needed_bytes=needed)
         log.line(f"exporting {'the merged model' if merged else 'the adapter'} for {to}")
         yield planned, f"{to} {'merged' if merged else 'adapter'}", log
 
@@ -174,7 +192,7 @@ def open_export(
 def _needed_bytes(finished: FinishedRun, to: str, outtypes: Sequence[str], *, merged: bool) -> int:
     """Estimate the disk space of an export, in bytes."""
     if to in ("vllm", "mlx") and not merged:
-        return 0
+        return merged_bytes(finished, finished.prepared.recipe.model.dtype) if is_packed_run(finished) else 0
     # An adapter in GGUF may need a temporary GGUF file of the base to be checked with.
     files = max(1, len(outtypes)) * finished.base_bytes
     through_float32 = 4 * finished.prepared.adapter.parameters.total
@@ -238,18 +256,6 @@ def _plan_export(
     )
 
 
-def _check_full_base(finished: FinishedRun) -> None:
-    """Refuse an adapter of a quantized base: with the unquantized base it is another model."""
-    quantization = finished.prepared.recipe.model.quantization
-    if quantization in PACKED:
-        raise RecipeError(
-            f"the adapter was trained on a base quantized to {quantization}, but would be applied to the base before "
-            "quantization",
-            file=finished.run.root,
-            fix=f"loratune merge {finished.run.root} OUT, which writes the values that training multiplied with",
-        )
-
-
 def _check_matrices_alone(finished: FinishedRun, program: str) -> None:
     """Refuse what was trained in addition to the matrices A and B of linear modules."""
     others = [*finished.replaced, *(item.name for item in finished.prepared.adapter.parameters.stacks)]
@@ -299,16 +305,30 @@ def _check_gguf_base(finished: FinishedRun) -> None:
         )
 
 
+def _check_converted(finished: FinishedRun, checkout: Path, *, merged: bool) -> None:
+    """Check that llama.cpp's converter is there, and that what it writes can be read back."""
+    check_checkout(checkout, merged=merged)
+    if layout_of(finished.config) is None:
+        check_readable(finished.config, merged=merged)
+
+
 _GGUF_MODEL = (_check_architecture, _check_gguf_model)
 _GGUF_ADAPTER = (_check_architecture, _check_gguf_adapter, _check_gguf_model)
 _CHECKS: Mapping[tuple[str, bool], tuple[Callable[[FinishedRun], None], ...]] = {
     ("vllm", True): (),  # a merged folder holds the values that training multiplied with
-    ("vllm", False): (_check_full_base, _check_vllm_adapter),
+    ("vllm", False): (_check_vllm_adapter,),
     ("mlx", True): (),
-    ("mlx", False): (_check_full_base, _check_mlx_adapter),
+    ("mlx", False): (_check_mlx_adapter,),
     ("gguf", True): _GGUF_MODEL,
     ("gguf", False): _GGUF_ADAPTER,
     ("ollama", True): _GGUF_MODEL,
     ("ollama", False): (*_GGUF_ADAPTER, _check_gguf_base),
 }
 """(program, merged) → the checks that run before anything is written."""
+_CONVERTED_CHECKS: Mapping[tuple[str, bool], tuple[Callable[[FinishedRun], None], ...]] = {
+    ("gguf", True): (),
+    ("gguf", False): (_check_gguf_adapter,),
+    ("ollama", True): (),
+    ("ollama", False): (_check_gguf_adapter, _check_gguf_base),
+}
+"""The same where llama.cpp's converter writes the files."""

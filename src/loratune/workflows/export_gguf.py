@@ -9,10 +9,12 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
+from gguf import GGUFReader
 
 from loratune.exporting.certificate import QUANTIZED, ROUNDED, Target, Tolerance, Written
 from loratune.exporting.gguf.adapter import read_gguf_adapter, write_gguf_adapter
-from loratune.exporting.gguf.architectures import GgufLayout
+from loratune.exporting.gguf.architectures import GgufLayout, layout_of
+from loratune.exporting.gguf.converter import convert_adapter, convert_model
 from loratune.exporting.gguf.model import GgufSource, is_quantized, write_gguf_model
 from loratune.exporting.gguf.quantizer import QUANTIZER_TYPES, quantize_file, types_in
 from loratune.exporting.gguf.tokenizer import tokens_without_row
@@ -20,16 +22,24 @@ from loratune.exporting.load_back import LlamaCppReader, RenderPrompt, Transform
 from loratune.exporting.merge_weights import MergedWeights
 from loratune.exporting.ollama import TemplateParts, modelfile
 from loratune.exporting.structure import gguf_differences
+from loratune.exporting.vllm import write_uniform
 from loratune.exporting.weights_proof import for_all, prove_adapter, prove_weights, with_base
-from loratune.exporting.written_tensors import GgufTensors
+from loratune.exporting.written_tensors import GgufTensors, rounding_in
 from loratune.model.load import is_packed, stored_dtype
 from loratune.model.quantization.kinds import PACKED
-from loratune.workflows.merged_folder import merged_tolerance, trained_values
+from loratune.run.directory import read_json
+from loratune.workflows.merged_folder import (
+    merged_tolerance,
+    trained_values,
+    write_merged_folder,
+    write_trained_base,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from loratune.exporting.adapter_matrices import LowRank
+    from loratune.exporting.certificate import Load
     from loratune.exporting.reference_outputs import ReferenceOutputs
     from loratune.run.directory import Record
     from loratune.workflows.finished import FinishedRun
@@ -38,6 +48,11 @@ DEFAULT_OUTTYPE = "f16"
 """The type of a merged GGUF model's matrices."""
 _UNROUNDED = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 """The run's type → the GGUF type that holds its values exactly."""
+
+_WAY_OUT = (
+    "--outtype f16 rounds less than q8_0 and q8_0 less than q4_k_m, `loratune export --to gguf` writes the adapter "
+    "alone"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +65,7 @@ class GgufExport:
         outtype: The type of the merged model's matrices; None for the adapter alone.
         template: The chat template for Ollama; None for llama.cpp, which reads the one in the file.
         unquantized: A GGUF file of the merged model in float32 to quantize from; None writes a temporary one.
+        checkout: A checkout of llama.cpp whose converter writes the files; None: loratune writes them.
     """
 
     finished: FinishedRun
@@ -57,6 +73,7 @@ class GgufExport:
     outtype: str | None
     template: TemplateParts | None
     unquantized: Path | None = None
+    checkout: Path | None = None
 
     @property
     def file_name(self) -> str:
@@ -89,7 +106,7 @@ class GgufExport:
         if self.outtype is not None:
             self._write_model(file, self.outtype, adapted=True)
         else:
-            write_gguf_adapter(finished.updates, finished.config, file, name=finished.name)
+            self._write_adapter(file)
             self._write_base(folder)
         if self.template is not None:
             stops = finished.prepared.model.tokenizer.convert_ids_to_tokens(list(finished.stops))
@@ -102,10 +119,13 @@ class GgufExport:
     def read(self, file: Path) -> Written:
         """Return how to prove that a GGUF file holds the run's model or adapter."""
         finished = self.finished
-        layout = GgufLayout(finished.config)
+        layout = layout_of(finished.config)
 
         def load(expected: ReferenceOutputs) -> Target:
             return self._load(file, expected)
+
+        if layout is None:
+            return self._read_by_outputs(file, load)
 
         if self.outtype is None:
             base = self._own_base(file)
@@ -130,8 +150,20 @@ class GgufExport:
             as_stored=stored,
             prove=lambda: prove_merged(finished, tensors, finished.updates),
             settings=lambda: gguf_differences(file, finished.config, layout, finished.source),
-            way_out="--outtype f16 rounds less than q8_0 and q8_0 less than q4_k_m, `loratune export --to gguf` writes "
-            "the adapter alone",
+            way_out=_WAY_OUT,
+        )
+
+    def _read_by_outputs(self, file: Path, load: Load) -> Written:
+        """Return how to prove a file whose tensors only llama.cpp's converter can name: by its outputs alone."""
+        if self.outtype is None:
+            return Written(load=load, tolerance=self._tolerance(file))
+        rounding = rounding_in(GGUFReader(file).tensors)
+        return Written(
+            load=load,
+            tolerance=self._tolerance(file),
+            rounding=None if rounding is None else for_all(rounding),
+            rounding_known=rounding is not None,
+            way_out=_WAY_OUT,
         )
 
     def _tensors(self, file: Path) -> GgufTensors:
@@ -154,6 +186,30 @@ class GgufExport:
         beside = file.parent / self.base_name if self.base_name else None
         return beside if beside is not None and beside.is_file() else None
 
+    def _write_adapter(self, file: Path) -> None:
+        finished = self.finished
+        if self.checkout is None:
+            write_gguf_adapter(finished.updates, finished.config, file, name=finished.name)
+            return
+        with TemporaryDirectory(dir=file.parent) as folder:
+            config = read_json(finished.run.adapter / "adapter_config.json")
+            write_uniform(finished.updates, config, Path(folder))
+            convert_adapter(self.checkout, Path(folder), finished.base, file)
+
+    def _convert(self, file: Path, outtype: str, *, adapted: bool) -> None:
+        """Have llama.cpp's converter write the model, from a temporary folder in float32."""
+        finished = self.finished
+        assert self.checkout is not None
+        with TemporaryDirectory(dir=file.parent) as parent:
+            folder = Path(parent) / finished.name
+            if adapted:
+                folder.mkdir()
+                write_merged_folder(finished, folder, "float32")
+            else:
+                write_trained_base(finished, folder)
+            finished.progress.line(f"llama.cpp's converter writes {file.name}")
+            convert_model(self.checkout, folder, file, outtype)
+
     def _write_model(self, file: Path, outtype: str, *, adapted: bool) -> None:
         if outtype not in QUANTIZER_TYPES:
             self._write_unquantized(file, outtype, adapted=adapted)
@@ -172,6 +228,9 @@ class GgufExport:
 
     def _write_unquantized(self, file: Path, outtype: str, *, adapted: bool) -> None:
         finished = self.finished
+        if self.checkout is not None:
+            self._convert(file, outtype, adapted=adapted)
+            return
         skeleton, tokenizer = finished.prepared.model.skeleton, finished.prepared.model.tokenizer
         embeddings: Any = skeleton.get_input_embeddings()
         rows = int(embeddings.weight.shape[0])

@@ -6,12 +6,19 @@ import shlex
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from loratune.exporting.certificate import EXACT, Target, Written
+from loratune.exporting.certificate import Target, Written
 from loratune.exporting.load_back import TransformersReader
 from loratune.exporting.mlx import MlxReader, has_mlx, read_mlx_adapter, write_mlx_adapter
-from loratune.exporting.weights_proof import prove_adapter
+from loratune.exporting.weights_proof import prove_adapter, with_base
 from loratune.model.load import stored_dtype
-from loratune.workflows.merged_folder import write_merged_folder
+from loratune.workflows.merged_folder import (
+    TRAINED_BASE,
+    is_packed_run,
+    merged_tolerance,
+    prove_trained_base,
+    write_merged_folder,
+    write_trained_base,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -43,6 +50,8 @@ class MlxExport:
             return (shlex.join(["mlx_lm.chat", "--model", str(self.target)]),)
         base = self.finished.prepared.model.base
         name = base.name if base.revision else str(self.finished.base)
+        if is_packed_run(self.finished):
+            name = str(self.target / TRAINED_BASE)
         return (shlex.join(["mlx_lm.chat", "--model", name, "--adapter-path", str(self.target)]),)
 
     def write(self, folder: Path) -> Written:
@@ -53,20 +62,27 @@ class MlxExport:
             return replace(written, load=lambda _: MlxReader(folder)) if has_mlx() else written
         num_layers = finished.config.get_text_config().num_hidden_layers
         write_mlx_adapter(finished.updates, num_layers, folder)
-        return Written(load=self._loader(folder), tolerance=EXACT, prove=lambda: self._proof(folder))
+        if is_packed_run(finished):
+            write_trained_base(finished, folder / TRAINED_BASE)
+        tolerance = merged_tolerance(finished)
+        return Written(load=self._loader(folder), tolerance=tolerance, prove=lambda: self._proof(folder))
 
     def _proof(self, folder: Path) -> Record:
-        return prove_adapter(self.finished.updates, read_mlx_adapter(folder))
+        proof = prove_adapter(self.finished.updates, read_mlx_adapter(folder))
+        beside = folder / TRAINED_BASE
+        return with_base(proof, prove_trained_base(self.finished, beside)) if beside.is_dir() else proof
 
     def _loader(self, folder: Path) -> Load:
         """Return what loads the written adapter on the base: MLX, or transformers with the values read back."""
         finished, recipe = self.finished, self.finished.prepared.recipe
 
         def load(_: ReferenceOutputs) -> Target:
+            beside = folder / TRAINED_BASE
+            base = beside if beside.is_dir() else finished.base
             if has_mlx():
-                return MlxReader(finished.base, adapter=folder)
+                return MlxReader(base, adapter=folder)
             reader = TransformersReader(
-                finished.base,
+                base,
                 dtype=stored_dtype(finished.config, recipe.model),
                 device=recipe.train.device,
                 adapter=finished.run.adapter,

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,12 +27,16 @@ from loratune.model.quantization.quantize import as_multiplied, quantized_matric
 from loratune.planning.parameters import skeleton
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Iterator
 
     from loratune.exporting.reference_outputs import ReferenceOutputs
     from loratune.planning.preparation import Preparation
     from loratune.run.directory import Record
     from loratune.workflows.finished import FinishedRun
+
+
+TRAINED_BASE = "base"
+"""The folder, beside an adapter for a quantized base, with the base's values in training."""
 
 
 def merged_dtype(prepared: Preparation, dtype: str) -> torch.dtype | None:
@@ -92,6 +99,27 @@ def write_trained_base(finished: FinishedRun, folder: Path) -> None:
     folder.mkdir()
     write_merged(finished.base, {}, folder, dtype=torch_dtype(section.dtype), frozen=trained_values(finished))
     copy_companions(finished.base, finished.run.adapter, folder, finished.stops)
+
+
+def is_packed_run(finished: FinishedRun) -> bool:
+    """Return whether the base was quantized for training, so that no file of anybody has its values."""
+    return finished.prepared.recipe.model.quantization in PACKED
+
+
+@contextmanager
+def base_of_training(finished: FinishedRun, beside: Path) -> Iterator[Path]:
+    """Yield a folder with the base's values in training.
+
+    Args:
+        finished: The run.
+        beside: Where they were written with the export; if they were not, and no file has them, a temporary folder is.
+    """
+    if beside.is_dir() or not is_packed_run(finished):
+        yield beside if beside.is_dir() else finished.base
+        return
+    with TemporaryDirectory() as folder:
+        write_trained_base(finished, Path(folder) / TRAINED_BASE)
+        yield Path(folder) / TRAINED_BASE
 
 
 def prove_trained_base(finished: FinishedRun, folder: Path) -> Record | None:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from loratune.exporting.adapter_matrices import LowRank
     from loratune.model.arithmetic import Change
+    from loratune.training.loss import SupervisedLoss
     from loratune.workflows.finished import FinishedRun
 
 _PEFT = "base_model.model."
@@ -32,6 +33,23 @@ def compute_reference(finished: FinishedRun, rounding: NamedRounding | None) -> 
     """
     prepared = finished.prepared
     recipe = prepared.recipe
+    loss, places = load_reference(finished)
+    times = 2 if rounding is None else 3
+    with finished.progress.task("running base and adapter", times * len(places.examples), "examples") as task:
+        return reference_outputs(
+            loss,
+            places,
+            prepared.model.tokenizer,
+            packed=is_packed(finished.config, recipe.model),
+            change=None if rounding is None else as_rounded(finished.updates, rounding),
+            progress=task.advance,
+        )
+
+
+def load_reference(finished: FinishedRun) -> tuple[SupervisedLoss, Places]:
+    """Load base and adapter in training's own code to evaluate them, and choose where exports are compared."""
+    prepared = finished.prepared
+    recipe = prepared.recipe
     held_out, training = (
         [sequence for example in side for sequence in example.sequences]
         for side in (prepared.data.eval, prepared.data.train)
@@ -39,20 +57,10 @@ def compute_reference(finished: FinishedRun, rounding: NamedRounding | None) -> 
     examples, compared_on = choose_examples(held_out, training)
     dtype = stored_dtype(finished.config, recipe.model)
     base = load_model(prepared.model.base, recipe.model, dtype=dtype, device=recipe.train.device)
-    model = load_adapter(base, finished.run.adapter)
-    loss, _ = make_loss(model, prepared.data.train)
-    model.eval()
+    loss, _ = make_loss(load_adapter(base, finished.run.adapter), prepared.data.train)
+    loss.model.eval()
     questions = choose_questions(prepared.data.eval_conversations, prepared.model.tokenizer)
-    times = 2 if rounding is None else 3
-    with finished.progress.task("running base and adapter", times * len(examples), "examples") as task:
-        return reference_outputs(
-            loss,
-            Places(examples=examples, questions=questions, compared_on=compared_on),
-            prepared.model.tokenizer,
-            packed=is_packed(finished.config, recipe.model),
-            change=None if rounding is None else as_rounded(finished.updates, rounding),
-            progress=task.advance,
-        )
+    return loss, Places(examples=examples, questions=questions, compared_on=compared_on)
 
 
 def as_rounded(updates: Mapping[str, LowRank], rounding: NamedRounding) -> Change:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import runpy
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from loratune.exporting.gguf.model import GgufSource, write_gguf_model
+from loratune.exporting.merge_weights import write_merged
 from loratune.model.adapter.attach import attach_adapter, use_fast_layers
 from loratune.model.load import BaseModel, load_config, load_model
 from loratune.model.quantization import quantize
@@ -252,14 +254,11 @@ def test_matrices_that_are_stored_transposed_are_refused() -> None:
 
 
 @pytest.mark.parametrize("quantization", some(PACKED, "nf4"))
-def test_what_is_written_has_the_values_of_training_or_is_refused(
-    tiny_recipe: MakeRecipe, tmp_path: Path, quantization: str
-) -> None:
+def test_what_is_written_has_the_values_of_training(tiny_recipe: MakeRecipe, tmp_path: Path, quantization: str) -> None:
     run = train(tiny_recipe(model__quantization=quantization, lora__targets="complete")).run
     done = merge(run.root, tmp_path / "merged")
     assert done.certificate["passed"]
-    with pytest.raises(RecipeError, match=f"trained on a base quantized to {quantization}"):
-        export(run.root, to="vllm")
+    programs = [export(run.root, to=program, out=tmp_path / program) for program in ("vllm", "mlx")]
     merged = export(run.root, to="gguf", merged=True, outtype="f32", out=tmp_path / "gguf-merged")
     adapter = export(run.root, to="gguf", out=tmp_path / "gguf")
     served = write_served_layout(run.root, tmp_path / "served")
@@ -268,7 +267,9 @@ def test_what_is_written_has_the_values_of_training_or_is_refused(
         f"{name}-lora.gguf", f"{name}-base-f32.gguf", "parity.json",
     }  # fmt: skip
     assert adapter.usage[0].startswith(f"llama-cli -m {adapter.folder / f'{name}-base-f32.gguf'} --lora ")
-    for exported in (merged, adapter, served):
+    for exported in programs:
+        assert str(exported.folder / "base") in exported.usage[0]
+    for exported in (merged, adapter, served, *programs):
         assert exported.certificate["verdict"] == "same", exported.certificate["reason"]
         assert exported.certificate["weights"]["problems"] == []
         assert exported.certificate["weights"]["num_unchanged"] > 0  # the base's values are part of the proof
@@ -289,6 +290,11 @@ def test_the_base_as_downloaded_is_not_taken_for_that_of_training(tiny_recipe: M
     certificate = certify_target(run.root, exported.folder / f"{run.root.name}-lora.gguf")
     assert certificate["verdict"] == "different"
     assert "tensors that the adapter does not change are not those of" in certificate["reason"]
+    vllm = export(run.root, to="vllm", out=tmp_path / "vllm").folder
+    write_merged(finished.base, {}, vllm / "base", dtype=torch.float32)
+    assert "are not those of" in certify_target(run.root, vllm)["reason"]
+    shutil.rmtree(vllm / "base")
+    assert certify_target(run.root, vllm)["verdict"] == "same"  # on a base of training's values, written for it
 
 
 @pytest.mark.parametrize("quantization", some([name for name in PACKED if name != "int4_weight_only"], "nf4"))

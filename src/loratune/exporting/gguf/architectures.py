@@ -63,9 +63,14 @@ def family_of(config: Any) -> Family:
     if family is None:
         raise RecipeError(
             f"loratune does not write GGUF files of architecture {config.model_type}",
-            fix=f"supported: {', '.join(FAMILIES)}; `loratune merge` writes a folder for llama.cpp's own converter",
+            fix=f"supported: {', '.join(FAMILIES)}; for others --llama-cpp DIR, a checkout of llama.cpp",
         )
     return family
+
+
+def layout_of(config: Any) -> GgufLayout | None:
+    """Return how a model's tensors are laid out in a GGUF file; None where only llama.cpp's own converter knows."""
+    return GgufLayout(config) if config.model_type in FAMILIES else None
 
 
 class GgufLayout:

@@ -18,6 +18,8 @@ class PromptParity(Part):
     """Those with the same token ids as in training."""
     first_difference: str | None
     """First difference, in words; null without."""
+    compared_by: Literal["token ids", "number of tokens"] = "token ids"
+    """`number of tokens`: a server that tells only how many tokens it read."""
 
 
 class StopTokens(Part):
@@ -136,15 +138,48 @@ class AnswerParity(Part):
     """The metric; null if it is none, or the user's own."""
 
 
+class GreedyParity(Part):
+    """Greedy answers of a server to chats, up to where the trained model's lead is small."""
+
+    num_prompts: int
+    """Prompts compared."""
+    same: int
+    """Answers that begin as the trained model's."""
+    base_same: int
+    """Answers of the base without the adapter that do."""
+    num_changed: int
+    """Prompts that the base answers in another way."""
+    as_base: int
+    """Answers to these that are the base's."""
+
+
+class ServedParity(Part):
+    """What a server answered."""
+
+    model: str
+    """Name of the model in requests."""
+    way: str | None
+    """How it gives log-probabilities: `prompt_logprobs`, `echo` or `one token at a time`; null if it does not."""
+    num_unread: int
+    """Positions about which it said nothing, or whose tokens it reads differently."""
+    share: float | None
+    """How much of what training changed its outputs have, by least squares over log-probabilities: 1 for the trained
+    model, 0 for the base; null where that cannot be measured."""
+    share_error: float | None
+    """Standard error of `share`."""
+    greedy: GreedyParity | None
+    """Comparison of greedy answers; null where none could be compared."""
+
+
 class CertificateRecord(FileRecord):
     """A certificate: `parity.json` of an exported folder."""
 
     kind: str
-    """What was written, such as `merge` or `gguf`."""
+    """What was written, such as `merge` or `gguf`; `endpoint`: a server."""
     run: str
     """Run directory."""
     path: str
-    """Folder that was written."""
+    """Folder that was written, or the server's address."""
     adapter_sha256: str
     """SHA-256 of the adapter's weights."""
     passed: bool
@@ -163,8 +198,9 @@ class CertificateRecord(FileRecord):
     """Comparison of prompts."""
     stop_tokens: StopTokens
     """Comparison of stop tokens."""
-    distributions: DistributionParity
-    """Comparison of distributions."""
+    distributions: DistributionParity | None
+    """Comparison of distributions; null for a server without log-probabilities. Of a server over the tokens that it
+    names, all others together as one."""
     weights: WeightsProof | None = None
     """Comparison of weights; null where they cannot be compared."""
     tolerance: ToleranceUsed
@@ -175,6 +211,8 @@ class CertificateRecord(FileRecord):
     """`held-out`, `training` or `held-out and training` examples."""
     compares: str | None = None
     """Classifiers only: `classes`."""
+    served: ServedParity | None = None
+    """Servers only: what was asked and answered."""
     answers: AnswerParity | None = None
     """Comparison of full answers by llama.cpp; null where the run has none."""
 

@@ -1,0 +1,1 @@
+"""A server with an OpenAI-compatible API, asked whether it serves the model that was trained."""
