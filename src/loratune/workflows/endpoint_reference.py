@@ -18,7 +18,7 @@ from loratune.exporting.endpoint.reference import (
 from loratune.exporting.places import choose_questions
 from loratune.model.arithmetic import float32_arithmetic
 from loratune.model.load import is_packed
-from loratune.workflows.reference import load_reference
+from loratune.workflows.reference import load_for_places
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -35,7 +35,7 @@ MAX_ANSWER_TOKENS = 64
 def endpoint_reference(finished: FinishedRun) -> EndpointReference:
     """Run base and adapter, and the base alone, in the training code. The model is freed on return."""
     prepared = finished.prepared
-    loss, places = load_reference(finished)
+    loss, places = load_for_places(finished)
     asked = choose_questions(prepared.data.eval_conversations, prepared.model.tokenizer)
     questions = [question for question in asked if not question.tools][:MAX_ANSWERS]
     limit = min(prepared.recipe.evaluate.max_new_tokens, MAX_ANSWER_TOKENS)

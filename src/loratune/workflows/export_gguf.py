@@ -14,7 +14,7 @@ from gguf import GGUFReader
 from loratune.exporting.certificate import QUANTIZED, ROUNDED, Target, Tolerance, Written
 from loratune.exporting.gguf.adapter import read_gguf_adapter, write_gguf_adapter
 from loratune.exporting.gguf.architectures import GgufLayout, layout_of
-from loratune.exporting.gguf.converter import convert_adapter, convert_model
+from loratune.exporting.gguf.converter import convert_lora, convert_model
 from loratune.exporting.gguf.model import GgufSource, is_quantized, write_gguf_model
 from loratune.exporting.gguf.quantizer import QUANTIZER_TYPES, quantize_file, types_in
 from loratune.exporting.gguf.tokenizer import tokens_without_row
@@ -194,7 +194,7 @@ class GgufExport:
         with TemporaryDirectory(dir=file.parent) as folder:
             config = read_json(finished.run.adapter / "adapter_config.json")
             write_uniform(finished.updates, config, Path(folder))
-            convert_adapter(self.checkout, Path(folder), finished.base, file)
+            convert_lora(self.checkout, Path(folder), finished.base, file)
 
     def _convert(self, file: Path, outtype: str, *, adapted: bool) -> None:
         """Have llama.cpp's converter write the model, from a temporary folder in float32."""

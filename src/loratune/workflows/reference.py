@@ -33,7 +33,7 @@ def compute_reference(finished: FinishedRun, rounding: NamedRounding | None) -> 
     """
     prepared = finished.prepared
     recipe = prepared.recipe
-    loss, places = load_reference(finished)
+    loss, places = load_for_places(finished)
     times = 2 if rounding is None else 3
     with finished.progress.task("running base and adapter", times * len(places.examples), "examples") as task:
         return reference_outputs(
@@ -46,7 +46,7 @@ def compute_reference(finished: FinishedRun, rounding: NamedRounding | None) -> 
         )
 
 
-def load_reference(finished: FinishedRun) -> tuple[SupervisedLoss, Places]:
+def load_for_places(finished: FinishedRun) -> tuple[SupervisedLoss, Places]:
     """Load base and adapter in training's own code to evaluate them, and choose where exports are compared."""
     prepared = finished.prepared
     recipe = prepared.recipe

@@ -68,7 +68,7 @@ def convert_model(checkout: Path, folder: Path, file: Path, outtype: str) -> Non
     _run(checkout / MODEL_SCRIPT, [str(folder), "--outtype", outtype], file)
 
 
-def convert_adapter(checkout: Path, adapter: Path, base: Path, file: Path) -> None:
+def convert_lora(checkout: Path, adapter: Path, base: Path, file: Path) -> None:
     """Have an adapter in PEFT's format written as a GGUF file, in float32.
 
     The script reads one rank and `lora_alpha` alone: no rsLoRA, no patterns.
