@@ -45,7 +45,7 @@ class Scripted(Served):
         return super()._ids(f"^{text}" if self.adds_bos else text)
 
 
-IDS = Letters()("^abcba")["input_ids"]
+IDS = Letters()("abcbab")["input_ids"]
 
 
 def asked(adds_bos: bool = False, **options: Any) -> tuple[EndpointReader, Scripted, list[dict[int, float] | None]]:
@@ -53,10 +53,11 @@ def asked(adds_bos: bool = False, **options: Any) -> tuple[EndpointReader, Scrip
     served = Scripted(model=None, tokenizer=Letters(), stops=(), **options)
     served.adds_bos = adds_bos
     tokenizer: Any = Letters()
+    ids = Letters()("^")["input_ids"] + IDS[1:] if adds_bos else IDS
     with running(served) as url:
         reader = EndpointReader(Endpoint(root=url, model="tiny", timeout=5), tokenizer)
-        reader.choose_way(IDS, 2)
-        return reader, served, reader.tops(IDS, [2, 4]) if reader.way else []
+        reader.choose_way(ids, 2)
+        return reader, served, reader.tops(ids, [2, 4]) if reader.way else []
 
 
 @pytest.mark.parametrize(
