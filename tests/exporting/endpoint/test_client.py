@@ -5,8 +5,8 @@ from __future__ import annotations
 import http.server
 import signal
 import socket
-import struct
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -107,12 +107,13 @@ def test_a_server_that_hangs_up_is_named_and_does_not_end_the_program() -> None:
 
             def hang_up() -> None:
                 connection, _ = server.accept()
-                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                connection.shutdown(socket.SHUT_WR)  # the kernel answers further sending with SIGPIPE
+                time.sleep(0.3)
                 connection.close()
 
             threading.Thread(target=hang_up, daemon=True).start()
             endpoint = Endpoint(root=f"http://127.0.0.1:{server.getsockname()[1]}", timeout=5)
-            with pytest.raises(MachineError, match=r"reset|Broken pipe|closed"):
+            with pytest.raises(MachineError, match="Broken pipe"):
                 endpoint.post("/v1/completions", {"prompt": "x" * 30_000_000})
         assert signal.getsignal(signal.SIGPIPE) == signal.SIG_DFL
     finally:
