@@ -40,7 +40,7 @@ WAYS = {"vllm": "prompt_logprobs", "llama.cpp": "one token at a time", "openai":
 def asked(number: int) -> dict[str, object]:
     messages = [
         {"role": "user", "content": f"Color {number}?"},
-        {"role": "assistant", "content": "It is red."},
+        {"role": "assistant", "content": "Orange."},
     ]
     return {"messages": messages}
 
@@ -55,9 +55,15 @@ def sigpipe_as_before() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
-    """A run of short answers that the trained model is sure of."""
+    """A run of answers in which no letter occurs twice, so that the trained model is sure of every token."""
     folder = tmp_path_factory.mktemp("colors")
     write_tiny_model(folder / "base")
+    base = AutoModelForCausalLM.from_pretrained(folder / "base")
+    # The head is frozen: so small a one gives no token much more than another, and the stop token's row is zero.
+    head = base.lm_head.weight.data
+    head[base.config.eos_token_id] = head[0].roll(1)
+    head *= 8
+    base.save_pretrained(folder / "base")
     recipe: dict[str, Any] = {
         "model": {"name": str(folder / "base"), "dtype": "float32"},
         "data": {
@@ -289,3 +295,4 @@ def test_loratune_serve_is_asked_by_its_answers_alone(run: RunDir) -> None:
     finally:
         process.send_signal(signal.SIGINT)
         process.wait(60)
+        process.stdout.close()
