@@ -83,6 +83,12 @@ def test_a_key_is_not_carried_to_another_address() -> None:
             endpoint.get("/v1/models")
 
 
+def test_a_request_whose_form_is_refused_as_the_servers_own_failure_is_not_repeated() -> None:
+    said = b'{"error": {"message": "2 validation errors: prompt: Input should be a valid string"}}'
+    with answering(500, said) as endpoint, pytest.raises(RefusedRequestError, match="valid string"):
+        endpoint.get("/v1/models")
+
+
 def test_an_unknown_path_is_refused_with_what_the_server_says() -> None:
     with answering(404, b'{"detail": "Not Found"}') as endpoint, pytest.raises(RefusedRequestError, match="Not Found"):
         endpoint.get("/v1/models")

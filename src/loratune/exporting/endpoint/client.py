@@ -148,6 +148,8 @@ class Endpoint:
                     return self._parse(response.read(_MOST_BYTES))
             except urllib.error.HTTPError as error:
                 text = _message(error.read(4096))
+                if _refuses_a_field(text):
+                    raise RefusedRequestError(error.code, text) from None
                 if error.code in _BUSY and attempt + 1 < _ATTEMPTS:
                     time.sleep(0.2 * 4**attempt)
                     continue
@@ -209,6 +211,11 @@ def _without_sigpipe() -> Iterator[None]:
 def is_address(text: str) -> bool:
     """Return whether a text is the address of a server and not a path."""
     return re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*://", text) is not None
+
+
+def _refuses_a_field(text: str) -> bool:
+    """Return whether an error is about the request's form, whatever its status: llama-cpp-python's server says 500."""
+    return re.search(r"\bvalidation errors?\b", text) is not None
 
 
 def _message(content: bytes) -> str:
