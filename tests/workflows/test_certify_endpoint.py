@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,14 +42,6 @@ def asked(number: int) -> dict[str, object]:
         {"role": "assistant", "content": "Orange."},
     ]
     return {"messages": messages}
-
-
-@pytest.fixture(autouse=True)
-def sigpipe_as_before() -> Iterator[None]:
-    """Restore what the command line sets for its process."""
-    before = signal.getsignal(signal.SIGPIPE)
-    yield
-    signal.signal(signal.SIGPIPE, before)
 
 
 @pytest.fixture(scope="module")

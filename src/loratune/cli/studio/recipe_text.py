@@ -56,9 +56,9 @@ def form_of(text: str) -> tuple[list[FormField], dict[str, list[FormField]]]:
     task = (values.get("model") or {}).get("task", "causal_lm") if isinstance(values.get("model"), dict) else ""
     fields: dict[str, FormField] = {}
     for section, info in Recipe.model_fields.items():
-        if section == "preference" and task != "preference":
-            continue
         part: Any = info.annotation
+        if part.only_for not in ("", task):
+            continue
         given = values.get(section)
         for name, found in schema["$defs"][part.__name__]["properties"].items():
             full = f"{section}.{name}"
