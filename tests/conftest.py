@@ -7,7 +7,6 @@ import importlib.util
 import json
 import os
 import shutil
-import signal
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -34,17 +33,6 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 KEPT_TOKENS = 4096  # of 49,152
 FURTHER_TOKENS = ("Hello", "ĠHello", ".<")  # that tests of tokens across borders of text need
-
-
-@pytest.fixture(autouse=True)
-def sigpipe_as_before() -> Iterator[None]:
-    """Restore what the command line sets for its process: a closed pipe would end the process of the tests."""
-    if not hasattr(signal, "SIGPIPE"):
-        yield
-        return
-    before = signal.getsignal(signal.SIGPIPE)
-    yield
-    signal.signal(signal.SIGPIPE, before)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -60,11 +60,17 @@ def loratune(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
         before = signal.getsignal(signal.SIGPIPE)
         with pytest.raises(SystemExit) as stop:
             cli.main()
-        signal.signal(signal.SIGPIPE, before)
+        assert signal.getsignal(signal.SIGPIPE) == before, "a connection that is closed must not end a run"
         captured = capsys.readouterr()
         return int(stop.value.code or 0), captured.out, captured.err
 
     return run
+
+
+def test_a_reader_that_has_gone_ends_the_command_without_a_word() -> None:
+    command = f"{sys.executable} -m loratune schema | true; exit ${{PIPESTATUS[0]}}"
+    ended = subprocess.run(["bash", "-c", command], check=False, capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (1, "", "")
 
 
 @pytest.fixture

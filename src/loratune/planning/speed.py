@@ -44,8 +44,8 @@ of them are matrix products."""
 
 PASSES = {"train": 16.5, "forward": 6.8}
 """How often uncompiled element-wise work reads or writes each output of a layer's matrices, forward and backward, and
-forward alone. Three times the 5.5 and 2.3 that were counted in the CUDA code of compiled layers
-(`tests/training/test_cuda_code.py`), where norms, rotary positions, activations and dropout are fused."""
+forward alone. An estimate, never measured: three times the 5.5 and 2.3 that were counted in the CUDA code of compiled
+layers (`tests/training/test_cuda_code.py`), where norms, rotary positions, activations and dropout are fused."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-import signal
-import threading
 import time
 import urllib.error
 import urllib.request
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -17,7 +14,7 @@ from urllib.parse import urlsplit
 from loratune.run.errors import MachineError, RecipeError, RunError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
 TIMEOUT_SECONDS = 300.0
 """How long a server may take for one answer: it may have to load the model first."""
@@ -144,7 +141,7 @@ class Endpoint:
     def _ask(self, request: urllib.request.Request) -> dict[str, Any]:
         for attempt in range(_ATTEMPTS):
             try:
-                with _without_sigpipe(), self._opener.open(request, timeout=self.timeout) as response:
+                with self._opener.open(request, timeout=self.timeout) as response:
                     return self._parse(response.read(_MOST_BYTES))
             except urllib.error.HTTPError as error:
                 text = _message(error.read(4096))
@@ -193,19 +190,6 @@ class Endpoint:
                 fix="give the address of a server with an OpenAI-compatible API",
             )
         return found
-
-
-@contextmanager
-def _without_sigpipe() -> Iterator[None]:
-    """Let a connection that the server closes raise an error: on the command line, SIGPIPE ends the program."""
-    if not hasattr(signal, "SIGPIPE") or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGPIPE, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGPIPE, before)
 
 
 def is_address(text: str) -> bool:
