@@ -139,7 +139,8 @@ IN_THE_PLAN = (
     *("lora.target_parameters", "train.epochs", "train.max_steps", "train.batch_size", "train.token_budget"),
     "evaluate.forgetting",
 )
-"""Fields whose effect is seen in examples, parameters, memory or steps, so that nothing needs to be trained for it."""
+"""Fields whose effect is seen in examples, parameters, memory or steps: that is compared by default, and the trained
+runs with the slow tests."""
 # settings that the field needs to matter; they are in the run it is compared with too
 ALSO: dict[str, dict[str, Any]] = {
     "lora.target_parameters": {"model.name": "MOE", "lora.dropout": 0},
@@ -355,10 +356,13 @@ def test_the_list_has_every_field() -> None:
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize(
-    "field", [f for f in OTHER if f not in LATER] + [pytest.param(f, marks=pytest.mark.slow) for f in LATER]
+    ("field", "trains"),
+    [(f, f not in IN_THE_PLAN) for f in OTHER if f not in LATER]
+    + [pytest.param(f, True, marks=pytest.mark.slow) for f in OTHER if f in LATER or f in IN_THE_PLAN],
 )
 def test_changing_a_field_changes_what_happens(
     field: str,
+    trains: bool,
     baseline_values: dict[str, Any],
     baseline: Callable[[str], dict[str, Any]],
     baseline_plan: Callable[[str], dict[str, Any]],
@@ -387,7 +391,7 @@ def test_changing_a_field_changes_what_happens(
     also = also_set(field, places)
     value = str(value) if isinstance(value, Path) else value
     changed = with_settings(baseline_values, {**also, field: value})
-    if field in IN_THE_PLAN:
+    if not trains:
         assert planned(changed) != baseline_plan(field)
         return
     before, after = baseline(field), footprint(changed)
