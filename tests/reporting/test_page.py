@@ -302,7 +302,10 @@ def test_eight_runs_are_legible_and_the_caption_stays_in_sight(
            }).map(cell => cell.textContent)"""
     )
     assert broken == [], "numbers that are cut into two lines"
-    assert opened.page.locator(".wide").count() >= 3
+    assert opened.page.locator("#results tbody th").count() == 8, "a run is a row"
+    assert opened.page.evaluate(
+        "[...document.querySelectorAll('#results .scroll')].every(box => box.scrollWidth <= box.clientWidth)"
+    ), "results out of sight"
     ends = opened.page.eval_on_selector_all(
         ".wide caption:not(.unseen) span", "all => all.map(span => span.getBoundingClientRect().right)"
     )

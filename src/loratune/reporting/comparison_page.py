@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from loratune.run.records.metrics import StepLine
 
 MAX_SAMPLES = 20
+MAX_RUNS_ACROSS = 4
+"""With more runs, a run is a row of each table; with fewer, a column."""
 _NOT_SETTINGS = ("train.output_dir",)
 
 Runs = Sequence[RunFiles]
@@ -54,6 +56,14 @@ def names(runs: Runs) -> list[str]:
     return [name if folders.count(name) == 1 else str(run.run.root) for name, run in zip(folders, runs, strict=True)]
 
 
+def _table(caption: str, runs: Runs, rows: Sequence[tuple[str, ...]], *, numeric: bool) -> Table:
+    """Return a table of label × runs, turned so that many runs stand below each other: a page grows downwards."""
+    grid = [("", *names(runs)), *rows]
+    if len(runs) > MAX_RUNS_ACROSS and len(runs) >= len(rows):
+        grid = [("run", *(row[0] for row in rows)), *list(zip(*grid, strict=True))[1:]]
+    return Table(caption=caption, columns=grid[0], rows=tuple(grid[1:]), numeric=numeric)
+
+
 # ---- results
 
 
@@ -68,12 +78,8 @@ def _results(runs: Runs) -> Iterator[Block]:
             text="The runs were evaluated on different held-out data, so their results cannot be compared.",
             tone="warning",
         )
-    yield Table(
-        caption="Fine-tuned; difference to base; interval of the difference",
-        columns=("measure", *names(runs)),
-        rows=tuple((measure_in_words(name), *_result_row(records, name)) for name in measures),
-        numeric=True,
-    )
+    rows = [(measure_in_words(name), *_result_row(records, name)) for name in measures]
+    yield _table("Fine-tuned; difference to base; interval of the difference", runs, rows, numeric=True)
 
 
 def _result_row(records: Sequence[EvaluationRecord | None], name: str) -> Iterator[str]:
@@ -103,8 +109,8 @@ def _held_out_fingerprint(run: RunFiles) -> str:
 
 def _cost(runs: Runs) -> Iterator[Block]:
     columns = [_costs(run) for run in runs]
-    rows = tuple((label, *(column[label] for column in columns)) for label in columns[0])
-    yield Table(caption="Time, memory and size", columns=("", *names(runs)), rows=rows, numeric=True)
+    rows = [(label, *(column[label] for column in columns)) for label in columns[0]]
+    yield _table("Time, memory and size", runs, rows, numeric=True)
 
 
 def _costs(run: RunFiles) -> dict[str, str]:
@@ -129,19 +135,16 @@ def _costs(run: RunFiles) -> dict[str, str]:
 def _settings(runs: Runs) -> Iterator[Block]:
     columns = [dict(_flat(_effective(run))) for run in runs]
     keys = dict.fromkeys(key for column in columns for key in column)
-    rows = tuple(
+    rows = [
         (key, *(column.get(key, "–") for column in columns))
         for key in keys
         if key not in _NOT_SETTINGS and len({column.get(key) for column in columns}) > 1
-    )
+    ]
     if not rows:
         yield Paragraph(text="Settings, inputs, versions and machine are the same.")
         return
-    yield Table(
-        caption="Settings, inputs (first characters of their SHA-256), versions and machine that differ",
-        columns=("", *names(runs)),
-        rows=rows,
-    )
+    caption = "Settings, inputs (first characters of their SHA-256), versions and machine that differ"
+    yield _table(caption, runs, rows, numeric=False)
 
 
 def _effective(run: RunFiles) -> dict[str, Any]:
