@@ -20,7 +20,9 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print results, warni
 
 Verbose = Annotated[
     bool,
-    typer.Option("--verbose", "-v", help="Also show what the libraries report, and where in the code an error arose."),
+    typer.Option(
+        "--verbose", "-v", help="Also show what the libraries report, and where in the code an error occurred."
+    ),
 ]
 
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]  # typer's own copy of click's, or click's

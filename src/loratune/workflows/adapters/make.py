@@ -115,7 +115,7 @@ def resize_adapter(
 def convert_adapter(
     folder: str | Path, out: str | Path, *, base: str | Path | None = None, progress: Progress = NO_PROGRESS
 ) -> Record:
-    """Write an adapter as a plain LoRA of scale alpha/r = 1, for programs that do not know its variant or patterns."""
+    """Write an adapter as plain LoRA of scale alpha/r = 1, for programs that do not support its variant or patterns."""
     adapter = read_folder(Path(folder).expanduser())
     adapter.require_plain("convert")
     place = checked_base([adapter], base, progress)
