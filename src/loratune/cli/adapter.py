@@ -1,4 +1,4 @@
-"""`loratune adapter`: verbs for adapters of any origin, in PEFT's format.
+"""`loratune adapter`: verbs for adapters in PEFT's format, whoever made them.
 
 Typer reads a command's options from its parameters, so the limit on the number of parameters does not apply to verbs.
 """

@@ -95,10 +95,10 @@ def chat(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, or a merged folder.")],
     temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature; 0: always the likeliest token.")] = 0,
     top_p: Annotated[
-        float, typer.Option(min=0, max=1, help="Sample from the likeliest tokens with this total mass.")
+        float, typer.Option(min=0, max=1, help="Sample from the likeliest tokens with this total probability.")
     ] = 1,
     top_k: Annotated[int, typer.Option(min=0, help="Sample from this many likeliest tokens; 0: from all.")] = 0,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of an answer, in tokens.")] = 512,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum answer length, in tokens.")] = 512,
     seed: Annotated[int, typer.Option(min=0, help="Sampling seed.")] = 0,
     system: Annotated[str, typer.Option(help="A system message.")] = "",
 ) -> None:
@@ -290,11 +290,10 @@ def sample(
     ] = False,
     temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature.")] = 0.8,
     top_p: Annotated[
-        float, typer.Option(min=0, max=1, help="Sample from the likeliest tokens with this total mass.")
+        float, typer.Option(min=0, max=1, help="Sample from the likeliest tokens with this total probability.")
     ] = 1,
     max_new_tokens: Annotated[
-        int | None,
-        typer.Option(min=1, help="Maximum length of an answer, in tokens; default: as in the run's evaluation."),
+        int | None, typer.Option(min=1, help="Maximum answer length, in tokens; default: as in the run's evaluation.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Sampling seed.")] = 0,
     allow_code: Annotated[bool, typer.Option(help="Allow running the code that --metric names.")] = False,

@@ -155,7 +155,7 @@ OverwriteSweep = Annotated[bool, typer.Option("--overwrite", help="Delete the tr
 
 
 def one_out(position: Path | None, option: Path | None) -> Path | None:
-    """Return what was given as OUT, by its position or as `--out`.
+    """Return OUT, which may be given by its position or as `--out`.
 
     Raises:
         RecipeError: Both were given.

@@ -1,4 +1,4 @@
-"""The totals of a proof by weights: what all tensors together say, and which of them are not right."""
+"""The totals of a proof by weights: what all tensors together show, and which of them are wrong."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _OTHER_UPDATE = "merge again with `loratune merge`, which adds this run's adapte
 
 @dataclass(slots=True, kw_only=True)
 class Sums:
-    """Totals over all tensors, and the names of those that are not right."""
+    """Totals over all tensors, and the names of those that are wrong."""
 
     update: float = 0.0
     error: float = 0.0
@@ -89,7 +89,7 @@ def add_tensor(
 
 
 def add_held(sums: Sums, name: str, held: HeldShare, size: float, *, on_grid: bool) -> bool:
-    """Add what a quantized matrix holds of its update. Return whether that is something else than the update.
+    """Add the share of its update found in a quantized matrix. Return whether that differs from the update.
 
     Args:
         sums: The totals.

@@ -1,7 +1,7 @@
 """Tasks: what a model can learn, and the table that names the folder of each.
 
-A task is one implementation of `loratune.workflows.tasks.task.Task`. Each room declares what it asks of a task and
-knows nothing of the others:
+A task is one implementation of `loratune.workflows.tasks.task.Task`. Each package declares what it needs from a task,
+and knows nothing of the others:
 
     recipe/tasks.py            which settings belong to the task           RecipeTask
     planning/task.py           inputs, costs, entries of plan and lock     PlannedTask(RecipeTask)
@@ -52,7 +52,7 @@ class RecipeTask(ABC):
 
 
 def load_task(name: str) -> Any:
-    """Return the task of that name. Each room types it as the part of a task that the room declares."""
+    """Return the task of that name. Each package types it as the part of a task that the package declares."""
     return import_module(TASKS[name]).TASK
 
 

@@ -50,7 +50,7 @@ class ListedRun:
 
 
 def list_runs(folder: str | Path = "__models") -> list[ListedRun]:
-    """Return the runs in a folder and its subfolders, the one changed last first.
+    """Return the runs in a folder and its subfolders, the most recently changed first.
 
     Raises:
         RecipeError: There is no such folder.
@@ -62,7 +62,7 @@ def list_runs(folder: str | Path = "__models") -> list[ListedRun]:
 
 
 def list_these(roots: Iterable[Path], *, title: str) -> list[ListedRun]:
-    """Return runs, the one changed last first.
+    """Return runs, the most recently changed first.
 
     Args:
         roots: The run directories.

@@ -1,4 +1,4 @@
-"""What `loratune extend` reads of a run, and how the new run begins: as if planned longer, or with a new schedule."""
+"""What `loratune extend` reads from a run, and how the new run starts: as if planned longer, or with a new schedule."""
 
 from __future__ import annotations
 

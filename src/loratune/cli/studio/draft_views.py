@@ -1,4 +1,4 @@
-"""The pages of a run to be: choose data, then recipe, plan and tokens, then start."""
+"""The pages that prepare a run: choose data, then recipe, plan and tokens, then start."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Excel files → rows: the first sheet, as the CSV file of it would be."""
+"""Excel files → rows: the first sheet, read like a CSV file of it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The fields that rows of this field's formats have, and what each means here.
+"""The fields that rows of the known formats have, and what each means here.
 
 A field is read by the format of its row, refused by a rule of `FIELDS`, or counted by name as not read. A field that
 says nothing (null, an empty text, list or object) is absent: tables fill in what a row does not have.

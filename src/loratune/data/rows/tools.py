@@ -71,7 +71,8 @@ def check_unicode(text: str, where: str) -> str:
 
 
 def check_json(value: Any, where: str, depth: int = 0) -> None:
-    """Check that a template can write a value as JSON: rows of tables hold dates, and rows of strangers anything.
+    """Check that a template can write a value as JSON: rows of tables may contain dates, and rows from strangers
+    anything.
 
     Raises:
         BadRow: It cannot.

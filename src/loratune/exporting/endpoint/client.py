@@ -47,7 +47,7 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 @dataclass(slots=True, kw_only=True)
 class Endpoint:
-    """A server, by the address that its API is found under.
+    """A server, identified by the URL of its API.
 
     Attributes:
         root: The address without `/v1`.

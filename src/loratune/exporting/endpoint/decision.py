@@ -22,7 +22,7 @@ _TEMPLATE = "serve the model with the chat template in the run's adapter folder"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServedEvidence:
-    """Everything that the verdict on a server rests on.
+    """Everything that the verdict on a server is based on.
 
     Attributes:
         endpoint: The server.

@@ -1,7 +1,7 @@
-"""Adapters made of others: combined, resized, converted, extracted from a full fine-tune.
+"""Adapters made from others: combined, resized, converted, or extracted from a full fine-tune.
 
-Each goes the same way: a folder under a temporary name, read back, its updates compared with the closed form in
-float64, its logits by PEFT with those of the closed form where the base is on this machine, and only then renamed.
+Each is written to a folder under a temporary name and read back. Its updates are compared with the closed form in
+float64, and its logits by PEFT with those of the closed form if the base is on this machine; only then is it renamed.
 """
 
 from __future__ import annotations

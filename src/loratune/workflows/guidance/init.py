@@ -303,7 +303,7 @@ def _sources(name: str, number: int, what: str) -> Settings:
 
 
 def held_out_share(number: int) -> float:
-    """Return the share of so many conversations to hold out: a twentieth, more of a few."""
+    """Return the share of this many conversations to hold out: a twentieth, or more if there are few."""
     enough = math.ceil(100 * SHOWN / number) / 100
     return max(HELD_OUT, min(enough, MOST_HELD_OUT))
 

@@ -1,4 +1,5 @@
-"""The legs of a sweep's trials: each is taken to a rung as a run of its own, and its held-out losses are recorded."""
+"""The legs of a sweep's trials: a leg trains one trial to a rung, as an ordinary run, and records its held-out
+losses."""
 
 from __future__ import annotations
 

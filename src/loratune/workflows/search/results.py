@@ -1,4 +1,4 @@
-"""From the held-out losses of the trials to the ranked table, the sensitivity of each setting, and the words."""
+"""From the held-out losses of the trials to the ranked table, the sensitivity of each setting, and the summary."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A sweep from rung to rung: the trials that go on are taken further, and the result is written."""
+"""A sweep from rung to rung: the trials that continue are trained further, and the result is written."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def tune(
 ) -> TuneResult:
     """Find a learning rate, a rank and target modules for a recipe, and write it with them.
 
-    The same call goes on where an earlier one was stopped.
+    The same call continues where an earlier one was stopped.
 
     Args:
         recipe: The recipe, or its file.

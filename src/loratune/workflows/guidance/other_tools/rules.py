@@ -1,7 +1,7 @@
-"""What one setting of another tool becomes here, apart from its data and its task.
+"""What becomes of a setting of another tool, apart from those of data and task.
 
-Most settings only have another name (`recipe.other_names`). Those that mean more than that, or that others change, have
-a rule in `_RULES`.
+Most settings only have a different name (`recipe.other_names`). Those that mean more than that, or that depend on
+others, have a rule in `_RULES`.
 """
 
 from __future__ import annotations
