@@ -119,7 +119,7 @@ def test_the_trained_model_is_the_same_and_its_base_is_not(
     assert "not shown" not in right["reason"]
     wrong = ask(expected, run, models["base"], style=style)
     assert wrong["verdict"] == "different"
-    assert "tiny answers as the base without the adapter" in wrong["reason"]
+    assert "tiny answers like the base without the adapter" in wrong["reason"]
     greedy = right["served"]["greedy"]
     assert greedy["same"] == greedy["num_prompts"] > greedy["base_same"]
     if style == "greedy":

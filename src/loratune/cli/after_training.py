@@ -60,7 +60,7 @@ def report(
         page = report(run, one_out(file, out))
         _show_file("report", page, as_json)
         if show and not webbrowser.open(page.resolve().as_uri()):
-            progress.warn("no browser was found here; copy the file to a machine with one")
+            progress.warn("no browser was found on this machine; copy the file to a machine with one")
 
 
 def compare(runs: RunFolders, out: ReportFile = None, as_json: AsJson = False) -> None:

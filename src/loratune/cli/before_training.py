@@ -64,7 +64,7 @@ def studio(
             sys.stdout.flush()
             progress.line("the token in this URL is your key: do not share it; stop with Ctrl-C")
             if show and not webbrowser.open(url):
-                progress.warn("no browser was found here; open the URL yourself")
+                progress.warn("no browser was found on this machine; open the URL yourself")
 
         serve_studio(folder, port=port, on_ready=ready)
 

@@ -146,7 +146,7 @@ def resume(run: RunFolder, overrides: NoOverrides = None, as_json: AsJson = Fals
     with command_context(as_json, together=True) as progress:
         if overrides:
             raise RecipeError(
-                f"resume ends a run as it was planned, without {' '.join(overrides)}",
+                f"resume finishes a run as it was planned, without {' '.join(overrides)}",
                 fix=f"`{shlex.join(['loratune', 'extend', str(run), *overrides])}`, which trains it further",
             )
         from loratune.workflows import resume as workflow

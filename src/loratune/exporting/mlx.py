@@ -47,7 +47,7 @@ def check_mlx(updates: Mapping[str, LowRank]) -> None:
     """
     for module, update in updates.items():
         if update.magnitude is not None or update.transposed or not _IN_LAYER.match(module):
-            raise RecipeError(f"an adapter for mlx-lm cannot hold {module}", fix="--merged writes the full model")
+            raise RecipeError(f"an adapter for mlx-lm cannot represent {module}", fix="--merged writes the full model")
 
 
 def write_mlx_adapter(updates: Mapping[str, LowRank], num_layers: int, folder: Path) -> None:

@@ -141,7 +141,7 @@ def problems_of(sums: Sums, extra: Sequence[str], base_name: str) -> dict[str, s
         found = f"{len(sums.dropped)} of {sums.changed} matrices lack their update (the first: {sums.dropped[0]})"
         problems[found] = _OTHER_UPDATE
     if sums.other:
-        found = f"{len(sums.other)} of {sums.changed} matrices hold another update than the adapter's (the first: "
+        found = f"{len(sums.other)} of {sums.changed} matrices have a different update than the adapter's (the first: "
         problems[f"{found}{sums.other[0]})"] = _OTHER_UPDATE
     return problems
 

@@ -89,7 +89,7 @@ def require_text(recipe: Any, what: str, fix: str = "") -> None:
     task: RecipeTask = load_task(recipe.model.task)
     if not task.writes_text:
         raise RecipeError(
-            f"{what} is for models that write text, and model.task is {task.name}",
+            f"{what} is for models that generate text, but model.task is {task.name}",
             fix=fix or "see the task's page in docs/ for what works with it",
         )
 

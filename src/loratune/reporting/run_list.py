@@ -57,7 +57,7 @@ def list_runs(folder: str | Path = "__models") -> list[ListedRun]:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise RecipeError("no such folder", file=folder, fix="name the folder that holds your runs")
+        raise RecipeError("no such folder", file=folder, fix="name the folder with your runs")
     return list_these(sorted(path.parent for path in folder.rglob("lock.json")), title=f"Runs in {folder}")
 
 

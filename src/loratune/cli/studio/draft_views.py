@@ -122,7 +122,7 @@ async def _save(studio: Studio, form: Any) -> str:
     text = form.get("text", "").replace("\r\n", "\n")
     if form.get("seen") != _digest(before) and text != before:
         raise RecipeError(
-            "the file was changed since this page read it", file=path, fix="copy your text, then reload the page"
+            "the file has changed since this page read it", file=path, fix="copy your text, then reload the page"
         )
     values, lines = read_settings(text, path)
     Recipe.parse(values, file=path, lines=lines)

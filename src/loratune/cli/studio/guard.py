@@ -82,7 +82,7 @@ class Guard:
             answer.set_cookie(self._cookie, self._token, httponly=True, samesite="strict")
             return answer
         if not self._is_token(self._cookie_of(headers)):
-            text = "Refused: open the URL that `loratune studio` printed; it holds the token.\n"
+            text = "Refused: open the URL that `loratune studio` printed; it contains the token.\n"
             return PlainTextResponse(text, status_code=401)
         return self._app
 

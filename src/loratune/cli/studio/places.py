@@ -41,7 +41,7 @@ class StudioFolder:
             RecipeError: There is no such folder.
         """
         if not folder.is_dir():
-            raise RecipeError("no such folder", file=folder, fix="name the folder that holds your data and runs")
+            raise RecipeError("no such folder", file=folder, fix="name the folder with your data and runs")
         return cls(folder.resolve())
 
     @property
@@ -60,8 +60,8 @@ class StudioFolder:
         path = Path(os.path.realpath(self.root / name))
         if not path.is_relative_to(self.root):
             raise RecipeError(
-                f"{name} is outside of the studio's folder {self.root}",
-                fix="copy it into the folder, or start `loratune studio` in a folder that holds it",
+                f"{name} is outside the studio's folder {self.root}",
+                fix="copy it into the folder, or start `loratune studio` in a folder that contains it",
             )
         return path
 

@@ -147,7 +147,7 @@ def _read_call(call: Any, where: str, unread: list[tuple[Place, str]]) -> dict[s
         account_for("call key", function, _FUNCTION, unread, f"a tool call of {where}")
         doubled = [key for key in _FUNCTION if not says_nothing(call.get(key)) and call[key] != function.get(key)]
         if doubled:
-            raise BadRow(f"{where} calls {name} with {doubled[0]} beside its function, which has its own")
+            raise BadRow(f"{where} calls {name} with {doubled[0]} next to its function, which has its own")
     account_for("call key", call, _CALL, unread, f"a tool call of {where}")
     arguments = _arguments(function, f"{where} calls {name}")
     check_json([name, arguments], f"a tool call of {where}")

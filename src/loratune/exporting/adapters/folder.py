@@ -39,7 +39,7 @@ _VARIANTS = {
 }
 _NOT_PLAIN = {
     **_VARIANTS,
-    "use_dora": "is DoRA, whose magnitudes scale base and update together, so that it is no low-rank update",
+    "use_dora": "is DoRA, whose magnitudes scale base and update together, so it is not a low-rank update",
     "target_parameters": "adapts stacked parameters (target_parameters)",
     "trainable_token_indices": "trains rows of the embedding (trainable_token_indices)",
     "layer_replication": "repeats layers of its base (layer_replication)",

@@ -117,7 +117,7 @@ def _find_columns(name: str, rows: Sequence[Row], ask: AskColumns | None) -> dic
                     f"the columns {', '.join(map(str, first))} have no usual names, such as prompt and completion",
                     file=rows[0].file,
                     fix=shlex.join(["loratune", "init", name, "--columns", "prompt=COLUMN,completion=COLUMN"])
-                    + "  # if these are no names, add a line of names at the top",
+                    + "  # if these are not names, add a header line at the top",
                 ) from None
         if not found:
             raise

@@ -134,7 +134,7 @@ class Legs:
             free_memory()
         if not path.is_file():
             raise RecipeError(
-                "the trial was finished outside of the sweep, which does not know its losses",
+                "the trial was finished outside the sweep, which does not know its losses",
                 file=trial.run.root,
                 fix="--overwrite (in Python: overwrite=True) to start the sweep over",
             )

@@ -109,7 +109,7 @@ def tune(
         shape, reason = _choose_shape(found)
         chosen, reasons = {**chosen, **shape}, [*reasons, reason]
     else:
-        why = "no time was left to compare others" if len(shapes) > 1 else "no other can be trained here"
+        why = "no time was left to compare others" if len(shapes) > 1 else "no others can be trained on this machine"
         reasons.append(f"lora.r and lora.targets stay as they are: {why}.")
     reasons += left_out
     file = root / "tuned.yaml"

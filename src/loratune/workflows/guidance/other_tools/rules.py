@@ -283,7 +283,7 @@ def _initialization(value: Any, _: OtherSettings) -> Answer:
     if value in (True, "default"):
         return "the same here"
     if value == "gaussian":
-        return "A begins with PEFT's default, Kaiming's uniform distribution"
+        return "A is initialized as PEFT does by default, from Kaiming's uniform distribution"
     return {"lora.variant": value} if value in kinds else f"lora.variant has {', '.join(kinds)}"
 
 
