@@ -158,7 +158,7 @@ FIELDS: tuple[Field, ...] = (
           "the schema"),
     Field("part key", ("type", "text", "value", "thinking", "reasoning"), "OpenAI, Anthropic, TRL", "text or thoughts"),
 )  # fmt: skip
-"""""One line per known field. Fields without a rule that the format of their row does not read are named.""" Fields without a rule that the format of their row does not read are named."""
+"""One line per known field. Fields without a rule that the format of their row does not read are named."""
 
 _RULES: dict[Place, dict[str, Field]] = {}
 for _field in FIELDS:
