@@ -66,7 +66,7 @@ def test_an_adapter_for_mlx_is_certified(finished_run: RunDir, tmp_path: Path, m
         write(half, num_layers, folder)
 
     monkeypatch.setattr(export_mlx, "write_mlx_adapter", halved)
-    with pytest.raises(RunError, match="another update than the adapter's"):
+    with pytest.raises(RunError, match="a different update than the adapter's"):
         export(finished_run.root, to="mlx", out=tmp_path / "half")
 
 

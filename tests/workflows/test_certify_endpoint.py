@@ -218,7 +218,7 @@ def test_the_command_prints_the_record_and_its_exit_code(
         with pytest.raises(SystemExit) as stop:
             cli.main()
     assert stop.value.code == 1
-    assert "answers as the base without the adapter" in " ".join(capsys.readouterr().out.split())
+    assert "answers like the base without the adapter" in " ".join(capsys.readouterr().out.split())
 
 
 def test_what_is_asked_for_and_not_there_is_named(run: RunDir, models: dict[str, Any], tmp_path: Path) -> None:

@@ -58,8 +58,8 @@ def test_right_outputs_with_wrong_chats_are_another_template() -> None:
 
 
 def test_wrong_answers_alone_are_the_bases_or_another_models() -> None:
-    assert "as the base without the adapter" in decide_served(evidence(given=answers(*["blue. And"] * 12))).reason
-    assert "as another model" in decide_served(evidence(given=answers(*["green."] * 12))).reason
+    assert "like the base without the adapter" in decide_served(evidence(given=answers(*["blue. And"] * 12))).reason
+    assert "like another model" in decide_served(evidence(given=answers(*["green."] * 12))).reason
 
 
 def test_other_prompts_are_different_whatever_is_answered() -> None:
