@@ -15,42 +15,46 @@ HEAD = """# Coming from another tool
 
 <!-- Written by docs/make_coming_from.py from src/loratune/recipe/other_names.py; run `make docs` to update it. -->
 
-What TRL, PEFT, transformers, Axolotl, LLaMA-Factory, Unsloth and mlx-lm call a setting, and what it is called here. If
-you write one of these names in a recipe, on the command line or in Python, the error says the same.
+This page lists what TRL, PEFT, transformers, Axolotl, LLaMA-Factory, Unsloth and mlx-lm call a setting, and what it is
+called in loratune. If you use one of their names in a recipe, on the command line or in Python, the error tells you
+ours.
 
-Four things are different in kind:
+Four things work differently:
 
 - **The batch size counts what the optimizer sees**: all examples of a step, over all devices and micro-batches. There
-  is no number of accumulation steps and no per-device batch size: `train.batch_size` is their product. Memory only
-  decides how a step is cut.
-- **Only answers are trained** (`data.train_on: assistant`), and which tokens these are is verified before the run.
-- **Nothing is padded**, so there is no packing to switch on and no grouping by length.
-- **Every run measures its base model too**, on held-out data: there is no separate evaluation script.
+  are no gradient accumulation steps and no per-device batch size to set: `train.batch_size` is their product. Memory
+  only decides how a step is split into micro-batches.
+- **Only answers are trained** (`data.train_on: assistant`), and loratune verifies before the run which tokens these
+  are.
+- **Nothing is padded**, so there is no need to turn on packing or group examples by length.
+- **Every run evaluates its base model too**, on held-out data, so you need no separate evaluation script.
 
-## A file of another tool as a recipe
+## Translate another tool's file
 
     loratune init --from axolotl.yaml                  # writes axolotl-loratune.yaml
     loratune init chats.jsonl --from sft.yaml          # the settings of sft.yaml, on other data
     loratune init --from arguments.json                # of SFTConfig, LoraConfig, TrainingArguments
 
-Reads YAML of Axolotl, LLaMA-Factory and mlx-lm, and arguments of TRL, PEFT and transformers as JSON or YAML. Batch
-sizes are multiplied (examples per device × accumulated steps; times the number of your devices, which no file says),
-steps of a warm-up become a fraction where the number of steps is known, names in LLaMA-Factory's `dataset_info.json`
-are looked up, with their columns and tags. mlx-lm's iterations are micro-batches: `iters` and `steps_per_eval` are
-divided by `grad_accumulation_steps`. What the file does not set keeps loratune's defaults, which may differ from that
-tool's.
+`--from` reads YAML files of Axolotl, LLaMA-Factory and mlx-lm, and arguments of TRL, PEFT and transformers as JSON or
+YAML. Examples per device and accumulation steps are multiplied into one batch size (multiply it yourself by your number
+of devices, which no file states), warm-up steps become a fraction if the number of steps is known, and names in
+LLaMA-Factory's `dataset_info.json` are looked up, with their columns and tags. mlx-lm's iterations are micro-batches,
+so `iters` and `steps_per_eval` are divided by `grad_accumulation_steps`. Settings that the file does not contain keep
+loratune's defaults, which may differ from the other tool's.
 
-**Nothing is dropped silently.** Every setting of the recipe names those of the file that it comes from. What has no
-counterpart, or a value that is not valid here, is printed and stands in a comment of the recipe with the reason. Of two
-settings that say different things the first counts and the other is named; about which tokens are trained, and about
-the task, that is an error, and so is a list or a mapping where a word belongs.
+**Nothing is dropped silently.** For every setting of the recipe, a comment names the settings of the file that it comes
+from. A setting without a counterpart, or with a value that is not valid in loratune, is printed and kept in a comment
+of the recipe, with the reason. If two settings contradict each other, the first counts and the other is reported; if
+they are about which tokens are trained, or about the task, it is an error. A list or a mapping in place of a single
+word is an error too.
 
 **Preferences** become `task: preference` ([preferences.md](preferences.md)) where the loss is DPO, IPO, ORPO or SimPO:
 Axolotl's `rl`, LLaMA-Factory's `stage: dpo` with `pref_loss`, TRL's `loss_type`. For SimPO, β, γ and the weight of the
-supervised term are that tool's defaults unless they are set. KTO, reward models, PPO, GRPO, distillation and other
-losses of pairs are refused by name. TRL averages supervised terms over the tokens of a micro-batch, and ORPO's over the
-prompt too; here each is the mean over the tokens of a chosen answer. A file of TRL does not name its trainer: if it has
-`beta` and no `loss_type`, the error asks for it.
+supervised term are that tool's defaults unless they are set. Files for KTO, reward models, PPO, GRPO, distillation and
+other losses of pairs are refused, with an error that says so (loratune itself can train KTO). TRL averages supervised
+terms over the tokens of a micro-batch, and for ORPO over the prompt too; in loratune, each is the mean over the tokens
+of a chosen answer. TRL's arguments do not say which trainer they are for: if they contain `beta` but no `loss_type`,
+the error asks for it.
 """
 
 

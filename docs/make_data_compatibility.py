@@ -87,21 +87,21 @@ TEXT = """# Data of other projects
 
 <!-- Written by docs/make_data_compatibility.py, which reads every row on this page; run `make docs` to update it. -->
 
-Rows in the formats that other projects document, with our own words in them: what loratune reads, what it trains with
-`train_on: assistant`, and why it refuses the others. **Bold** messages are trained. [data.md](data.md) explains the
-rules.
+This page shows rows in the formats that other projects document (with made-up content), how loratune reads them, what
+it trains with `train_on: assistant`, and why it refuses some. **Bold** messages are trained. [data.md](data.md)
+explains the rules.
 
 {projects}
 
-## Layouts of files
+## Files and folders
 
 A file, a folder with splits as on the Hub, a folder written by `save_to_disk`, and compressed files are described in
 [data.md](data.md#where-rows-come-from).
 
 ## Every known field
 
-A field that says nothing (null, an empty text, list or object) is absent. Fields that are not in this table, and those
-that the format of their row does not read, are named in plan, report and `data.json`.
+A field whose value is null or an empty text, list or object counts as absent. Fields that are not in this table, and
+fields that the format of their row does not read, are listed in the plan, the report and `data.json`.
 
 {fields}
 """

@@ -39,8 +39,8 @@ TEXT = """# Which hardware for which model
 
 <!-- Written by docs/make_hardware.py, which computes every number; run `make docs` to update it. -->
 
-What decides is the memory of the GPU. `loratune plan` says what a recipe needs, also where there is no GPU; of the
-model it downloads only configuration and tokenizer:
+What matters most is the memory of the GPU. `loratune plan` says how much a recipe needs, even on a machine without a
+GPU; it downloads only the model's configuration and tokenizer:
 
     loratune plan my.yaml                          # here
     loratune plan my.yaml --device rtx4090         # on a GPU that is not here
@@ -48,46 +48,48 @@ model it downloads only configuration and tokenizer:
 
 ## Models people use
 
-> **Planned, not measured**: no run of these sizes was made, and no GPU has run loratune. The numbers come from the
-> formulas behind `loratune plan`, for the recipes of these names (`loratune init llama-3.1-8b` writes one): r 16 on
-> every linear layer (gpt-oss: on the attention), AdamW.
+> **Planned, not measured**: no model of these sizes has been trained, and no GPU has run loratune. The numbers come
+> from the formulas behind `loratune plan`, for the recipes of these names (`loratune init llama-3.1-8b` writes one):
+> r 16 on every linear layer (gpt-oss: on the attention), AdamW.
 
-The least memory of a GPU that can train, in GiB, and the smallest GPU that has it, for two lengths of the longest
-example: every layer recomputes its activations (gradient checkpointing), one example at a time. A fifth of the memory
-is left free. QLoRA is the same recipe with `model.quantization=nf4`.
+The first table shows the least GPU memory, in GiB, with which a recipe can train, and the smallest GPU that has it, for
+two lengths of the longest example. Every layer recomputes its activations (gradient checkpointing), and each
+micro-batch is a single example. A fifth of the memory is left free. QLoRA is the same recipe with
+`model.quantization=nf4`.
 
 {least}
 
-Less recomputation is faster, and `plan` chooses as little as fits. None, with micro-batches of {efficient:,} tokens,
-takes:
+Less recomputation is faster, and `plan` chooses as little as memory allows. Without any gradient checkpointing, and
+with micro-batches of {efficient:,} tokens, training takes:
 
 {fast}
 
-The GPUs of the plan's table, by memory:
+These are the GPUs that `plan` knows, by memory:
 
 {devices}
 
-The longest example decides, not the number of rows: rows take disk and time, no GPU memory. So look at
-`data.max_length` first if a run does not fit; then at `model.quantization`, then at a smaller model. What does not fit
-on one GPU at all can be sharded over several ([bigger than memory](bigger-than-memory.md)).
+Memory depends on the longest example, not on the number of rows: rows take disk space and time, but no GPU memory. So
+if a run does not fit, look at `data.max_length` first, then at `model.quantization`, then at a smaller model. A model
+that does not fit on one GPU at all can be sharded over several ([bigger than memory](bigger-than-memory.md)).
 
 ## What was measured
 
-On CPUs, planned and actual peaks were compared: within 5 % in 17 of 19 cases of 135 to 494 million parameters,
-12 and 13 % in the others ([results](results/memory.md)). Two runs on two Zen 4 cores:
+On CPUs, planned and actual peak memory were compared: they are within 5 % of each other in 17 of 19 cases of 135 to 494
+million parameters, and 12 and 13 % apart in the others ([results](results/memory.md)). These are two runs on two Zen 4
+cores:
 
 - the quickstart, 135 million parameters, 400 examples and 100 answers of both models: 2.2 GiB, 251 s
   ([results](results/quickstart.md));
 - 1.78 billion parameters in bfloat16, random weights: 7.1 GiB, 50 tokens/s ([results](results/qwen2-1.5b-cpu.md)).
 
-So a CPU can train models of up to some hundred million parameters in minutes, and larger ones only on little data: a
-thousand examples of 200 tokens, three epochs, are 600,000 tokens, at 50 tokens/s more than three hours.
+So a CPU can train models of up to a few hundred million parameters in minutes, and larger ones only on little data:
+three epochs of a thousand examples of 200 tokens are 600,000 tokens, which at 50 tokens/s take more than three hours.
 
-## Which number type
+## Which data type
 
-`model.dtype: auto` measures it on the machine. GPUs from NVIDIA's Ampere on (A100, A10, RTX 30) and CPUs with
-AVX512-BF16 or AMX multiply bfloat16 quickly; other CPUs are faster in float32, which takes twice the memory for the
-base. `model.quantization` is refused on Apple GPUs.
+`model.dtype: auto` measures on the machine which data type is faster. NVIDIA GPUs since Ampere (A100, A10, RTX 30) and
+CPUs with AVX512-BF16 or AMX multiply bfloat16 quickly; other CPUs are faster in float32, which takes twice the memory
+for the base. `model.quantization` is refused on Apple GPUs.
 """
 
 

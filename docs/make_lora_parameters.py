@@ -23,9 +23,9 @@ TEXT = """# LoRA's parameters, in numbers
 
 <!-- Written by docs/make_lora_parameters.py, which computes every number; run `make docs` to update it. -->
 
-All numbers are for the default model, {name}: {layers} layers of width {hidden:,}, {total:,} parameters. For your
-own model and data, `loratune explain RECIPE` computes the main ones; `loratune explain RECIPE lora.r` explains one
-setting in full.
+All numbers are for the default model, {name}: {layers} layers of width {hidden:,}, {total:,} parameters. `loratune
+explain RECIPE` computes the most important ones for your own model and data; `loratune explain RECIPE lora.r`
+explains one setting in full.
 
 ## What is trained
 
@@ -46,14 +46,14 @@ The matrices of one layer of {name}:
 
 ## `r`, the rank
 
-The inner dimension of B·A: the number of directions that the update of a matrix can have. Twice the rank means
-twice the parameters. With `targets: {preset}` and alpha {alpha:g}:
+The rank is the inner dimension of B·A, that is, the number of directions that the update of a matrix can have.
+Twice the rank means twice the parameters. With `targets: {preset}` and alpha {alpha:g}:
 
 {ranks}
 
 *While training* counts 16 bytes per parameter: weight, gradient and AdamW's two moments, in float32. The frozen
-base takes another {base_bf16:.1f} GiB in bfloat16, so the rank hardly decides whether a model fits. Common values
-are 4 to 64; the default is {r}.
+base takes another {base_bf16:.1f} GiB in bfloat16, so the rank hardly affects whether a model fits in memory.
+Common values are 4 to 64; the default is {r}.
 
 ## `alpha`, the scale
 
@@ -67,20 +67,21 @@ things: alpha scales the effect of the adapter's weights, the learning rate how 
 
 ## `dropout`
 
-The fraction of A's inputs that is set to zero at each training step, for the adapter only; W sees all of x. At the
-default {dropout:g}, {dropped:,.0f} of the {hidden:,} inputs of q_proj are zero on average, and the others are
-scaled by 1/(1 − {dropout:g}) = {dropout_scale:.3f}. It reduces overfitting on small data.
+This is the fraction of A's inputs that is set to zero at each training step. It affects only the adapter; W sees
+all of x. At the default {dropout:g}, {dropped:,.0f} of the {hidden:,} inputs of q_proj are zero on average, and the
+others are scaled by 1/(1 − {dropout:g}) = {dropout_scale:.3f}. It reduces overfitting on small data.
 
-Which inputs are dropped is a function of `train.seed`, the step, the example, the token's position in it, the matrix
-and the column, in integer arithmetic. It does not depend on `train.token_budget`, packing, the number of processes,
-`train.recompute`, `train.compile`, a step repeated for lack of memory, or resuming. The same holds for the noise of
-`train.neftune_noise_alpha`. Where `train.share_prefixes` is on, tokens of a step that are equal, with equal tokens
-before them, have one mask: that of the step's first example that has them. It does not hold for:
+Which inputs are dropped is a function of `train.seed`, the step, the example, the token's position in it, the
+matrix and the column, in integer arithmetic. It does not depend on `train.token_budget`, packing, the number of
+processes, `train.recompute`, `train.compile`, a step repeated for lack of memory, or resuming. The same holds for
+the noise of `train.neftune_noise_alpha`. If prefixes are shared (`train.share_prefixes`), equal tokens of a step
+with equal tokens before them have the same mask, that of the first example that contains them. There are
+exceptions:
 
-- `train.engine: trl`, where stock TRL draws from torch's generator;
-- dropout of the base model itself, as in BERT and in GPT-2 as published;
-- modules whose rows are not the tokens of the micro-batch, such as vision towers, and experts that are linear modules
-  of their own: their masks depend on what shares the micro-batch.
+- with `train.engine: trl`, stock TRL draws from torch's generator;
+- the base model's own dropout, as in BERT and in GPT-2 as published, does not follow this rule;
+- for modules whose inputs are not the tokens of the micro-batch, such as vision towers and experts that are
+  separate linear modules, masks depend on what else is in the micro-batch.
 
 On GPUs, the masks have not been compared with those of a CPU yet.
 
@@ -90,7 +91,7 @@ On GPUs, the masks have not been compared with those of a CPU yet.
 |---|---|
 | query (`q_proj`) | what a token looks for in earlier tokens |
 | key (`k_proj`) | what a token can be found by |
-| value (`v_proj`) | what is read from a token that was found |
+| value (`v_proj`) | what is read from a token once it is found |
 | output (`o_proj`) | how the results of the heads are combined |
 | feed-forward (`gate_proj`, `up_proj`, `down_proj`) | what is computed for each token separately |
 

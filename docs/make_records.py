@@ -24,19 +24,19 @@ from loratune.run.records.schemas import OUTPUTS
 PAGE = Path(__file__).parent / "records.md"
 HEAD = """# The records of a run
 
-<!-- Written by docs/make_records.py from src/loratune/run/records/; `make docs` writes it again. -->
+<!-- Written by docs/make_records.py from src/loratune/run/records/; run `make docs` to update it. -->
 
-Every file of a run directory has a fixed set of fields, listed here with types and units. They are checked when a
-file is written. `schema_version` is raised when a field changes its meaning or disappears; a new field does not
-raise it.
+Every file in a run directory has a fixed set of fields, which this page lists with types and units. They are
+checked when a file is written. `schema_version` increases when a field changes its meaning or disappears, but not
+when a field is added.
 
-    plan.json        planned, and after the run measured      metrics.jsonl     one line per step, evaluation or event
-    lock.json        everything effective                     evaluation.json   base vs. fine-tuned
+    plan.json        planned numbers, later also measured     metrics.jsonl     one line per step, evaluation or event
+    lock.json        every effective setting and input        evaluation.json   base vs. fine-tuned
     data.json        the data report                          parity.json       certificates of exports
     preview.json     the first training examples
 
-`--json` prints the same records. `loratune schema VERB` prints the JSON schema of what a verb prints;
-`loratune schema` that of a recipe ([its reference](recipe.md)). Fields marked *optional* may be missing.
+`--json` prints the same records. `loratune schema VERB` prints the JSON schema of what a verb prints; `loratune
+schema` prints that of a recipe ([its reference](recipe.md)). Fields marked *optional* may be missing.
 """
 
 FILES: dict[str, tuple[type[BaseModel], ...]] = {

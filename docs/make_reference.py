@@ -18,9 +18,9 @@ HEAD = """# The recipe
 
 <!-- Written by docs/make_reference.py from src/loratune/recipe/recipe.py; run `make docs` to update it. -->
 
-A YAML file with five sections. Every setting has a default; unknown names are errors. On the command line,
-`section.field=value` overrides a setting. `1e-4` is a number, with or without a dot. `loratune schema` prints the JSON
-schema for editors.
+A recipe is a YAML file with up to six sections. Every setting has a default, and unknown names are errors. On the
+command line, `section.field=value` overrides a setting. Numbers such as `1e-4` are read as numbers even without a
+decimal point. `loratune schema` prints the JSON schema for editors.
 """
 
 
@@ -32,7 +32,7 @@ def page() -> str:
         assert isinstance(section, type)
         assert issubclass(section, BaseModel)
         parts += [f"## `{name}`: {_first_line(section)}\n", _table(section)]
-    parts += ["## A source\n", "A name, or a mapping:\n", _table(Source)]
+    parts += ["## A source\n", "A source is a name, or a mapping with these fields:\n", _table(Source)]
     return "\n".join(parts)
 
 
@@ -54,6 +54,8 @@ def _default(field: FieldInfo) -> str:
         return "required"
     if isinstance(value, tuple) and value and isinstance(value[0], Source):
         return f"`{value[0].name}`, config `{value[0].config}`, split `{value[0].split}`"
+    if isinstance(value, bool):
+        return f"`{str(value).lower()}`"
     return f"`{'null' if value is None else str(list(value)) if isinstance(value, tuple) else value}`"
 
 

@@ -53,10 +53,11 @@ TEXT = """# More GPUs
 <!-- Written by docs/make_scaling.py, which computes every number; run `make docs` to update it. -->
 
 > **Nothing on this page was measured.** loratune has never run on several GPUs: every number is arithmetic on
-> published figures. Use them to compare machines and strategies; before you pay for one, measure a few steps there
-> with `loratune plan --probe`.
+> published figures. Use them to compare machines and strategies; before you pay for a machine, measure a few steps
+> there with `loratune plan --probe`.
 
-What several GPUs do to a run, what limits it, and when to shard the base. For your own recipe, data and machines:
+This page shows how a run scales to several GPUs, what limits it, and when to shard the base model. For your own
+recipe, data and machines, run:
 
     loratune plan my.yaml --devices 8xh100-80gb
     loratune plan my.yaml --devices 2x8xh100-80gb                          # two nodes of eight
@@ -68,15 +69,15 @@ What several GPUs do to a run, what limits it, and when to shard the base. For y
 ## What must be sent
 
 Full fine-tuning adds up a gradient of every weight at every step. LoRA computes no gradient of the frozen base, so
-two things are left:
+only two things have to be sent:
 
-- **the adapter's gradients**, once a step, in float32: {gradient_bytes} bytes a parameter of the adapter;
-- **the frozen base**, only if it is sharded (fsdp): every layer must be gathered before it computes, once forward
-  and once backward, for every micro-batch.
+- **the adapter's gradients**, once per step, in float32: {gradient_bytes} bytes per parameter of the adapter;
+- **the frozen base**, only if it is sharded (fsdp): every layer must be gathered before it is computed, once in the
+  forward pass and once in the backward pass, for every micro-batch.
 
 {volumes}
 
-*Full fine-tuning* would add up 2 bytes a weight a step. Adapters: r 16, `targets: complete`.
+*Full fine-tuning* would send 2 bytes per weight and step. Adapters have r 16 and `targets: complete`.
 
 ## The formulas
 
@@ -88,18 +89,19 @@ all-gather      (n−1)/n · bytes / B + latency of n−1 hops
 ```
 
 (Patarasuk & Yuan 2009; Thakur et al. 2005; NVIDIA/nccl-tests, doc/PERFORMANCE.md.) A call takes {call:.1f} µs, and
-a hop takes what NCCL's own model of a ring assumes (src/graph/tuning.cc):
+a hop takes as long as NCCL's own model of a ring assumes (src/graph/tuning.cc):
 
 {links}
 
-No collective reaches a link's peak: {share:.0%} of it is assumed, the 235 of 300 GB/s to which NCCL limits its
-model of an A100. Between nodes, rings run through all ports of a node at once, so a node with a port for each GPU
-has the sum of them.
+No collective operation reaches a link's peak; {share:.0%} of it is assumed, because NCCL limits its model of an
+A100 to 235 of 300 GB/s. Between nodes, rings run through all ports of a node at once, so a node with a port for
+each GPU has the sum of their bandwidths.
 
-The computation takes 4 operations a frozen weight and token (2 forward, 2 for the gradient to the input; 2 more if
-a layer is recomputed), and as long as `plan --device` says: products at {products:.0%} of the published peak, and
-element-wise work at {copies:.0%} of the published bandwidth, with traffic that was counted in generated code. Where
-gathers are hidden, {efficiency:.0%} of the peak is assumed for both together. Then
+The computation takes 4 operations per frozen weight and token (2 forward, 2 for the gradient to the input; 2 more
+if a layer is recomputed). Its time is the one that `plan --device` estimates: matrix products at {products:.0%} of
+the published peak, and element-wise work at {copies:.0%} of the published bandwidth, with traffic counted in
+generated code. To decide whether gathers are hidden, {efficiency:.0%} of the peak is assumed for both together.
+Then
 
 ```text
 ddp step  = tokens of the slowest rank · seconds of a token + all-reduce(adapter)
@@ -108,8 +110,8 @@ fsdp step = Σ micro-batches (tokens of the heaviest rank · seconds of a token 
 ```
 
 Which rank gets which examples is not estimated: the steps of an epoch are assigned to ranks by the function that
-training uses, on the recipe's own lengths. `batch_size` counts the examples of a step over all ranks, so more ranks
-mean fewer tokens for each, but never another run.
+training uses, on the lengths of the recipe's own examples. `batch_size` counts the examples of a step over all
+ranks, so more ranks mean fewer tokens for each, but never a different run.
 
 ## What limits it
 
@@ -117,34 +119,35 @@ mean fewer tokens for each, but never another run.
 
 {small_rows}
 
-*Balance* is what is lost because examples are not split: the mean rank's tokens over the slowest rank's. With
-{large} examples a step the same lengths are spread evenly:
+*Balance* shows what is lost because examples are not split; it is the mean number of tokens per rank divided by
+that of the slowest rank. With {large} examples per step, the same lengths are spread evenly:
 
 {large_rows}
 
-With fewer examples than ranks, some ranks are idle: `plan` says so, and names the smallest `batch_size` for all of
-them.
+With fewer examples than ranks, some ranks are idle; `plan` says so, and names the smallest `batch_size` that keeps
+all of them busy.
 
-**The link** matters little to ddp, whose messages are small. The 8B model, {large} examples a step, two nodes of
-eight H100s:
+**The link** matters little with ddp, whose messages are small. With the 8B model, {large} examples per step, on two
+nodes of eight H100s:
 
 {network_rows}
 
 ## When ddp beats fsdp
 
-If a device can hold the base, ddp sends less over any link; so `auto` chooses it. fsdp is for bases that fit no
-single device: a rank holds 1/n of the layers, embeddings and head in full, and two full layers (the one that
-computes and the one that arrives). The 70B model, {large} examples a step, on two nodes of eight:
+If the base fits on a device, ddp sends less over any link, so `auto` chooses it. fsdp is for bases that do not fit
+on a single device: a rank holds 1/n of the layers, the full embeddings and head, and two full layers (the one being
+computed and the one being gathered). With the 70B model, {large} examples per step, on two nodes of eight:
 
 {sharded_rows}
 
-Its gathers cost nothing if they are hidden behind computation. A layer of P weights, b bytes each, is hidden if
+Gathers cost nothing if they are hidden behind computation. The gather of a layer with P weights of b bytes each is
+hidden if
 
 ```text
 (n−1)/n · b·P / B  ≤  2·P · tokens / R        R: operations per second that a device reaches
 ```
 
-P cancels, so what decides is the number of tokens of a micro-batch, whatever the model:
+P cancels out, so the number of tokens in a micro-batch decides, whatever the model:
 
 ```text
 tokens  ≥  (n−1)/n · b/2 · R/B
@@ -152,8 +155,8 @@ tokens  ≥  (n−1)/n · b/2 · R/B
 
 {crossover}
 
-`token_budget: auto` stops at {cap:,} tokens on a GPU. So over NVLink and InfiniBand full micro-batches hide the
-gathers, and over Ethernet of 100 Gb/s they do not. Latency, left out here, is in the tables above.
+`token_budget: auto` stops at {cap:,} tokens on a GPU. So full micro-batches hide the gathers over NVLink and
+InfiniBand, but not over 100 Gb/s Ethernet. Latency is left out here, but included in the tables above.
 
 `auto` does not consider one case: if the full base leaves so little memory that layers must be recomputed (half as
 many operations again), a sharded base may be faster.
@@ -161,16 +164,16 @@ many operations again), a sharded base may be faster.
 ## What the formulas leave out
 
 - A GPU's speed on small micro-batches: every token is assumed to cost the same, so many ranks with few tokens each
-  are slower than here.
-- The small messages by which ranks agree about a step (token counts, requests to stop). They are latency alone, and
-  matter if a step takes milliseconds.
+  are slower in practice.
+- The small messages by which ranks agree about a step (token counts, requests to stop). They only add latency,
+  which matters if a step takes milliseconds.
 - PCIe without peer-to-peer transfers, as between many GeForce cards: data goes through the host's memory, which is
-  slower than here.
+  slower than assumed.
 - Other traffic on the same network, and slow nodes.
-- Evaluation: it is counted as on one device, though the ranks share held-out losses during training.
+- Evaluation: it is counted as if on one device, although the ranks share the held-out evaluations during training.
 
-Lengths on this page: {examples:,} examples, log-normal with median {median} and σ {sigma:g}, {longest:,} at most;
-one epoch, not compiled.
+All tables on this page are for one epoch, not compiled, of {examples:,} examples with log-normal lengths: median
+{median}, σ {sigma:g}, at most {longest:,}.
 """
 
 

@@ -119,7 +119,7 @@ def _half(tensors: dict[str, torch.Tensor]) -> None:
             "merge into the base that the run was trained on",
         ),
         (_nan, "1 of 20 tensors hold values that are not finite", "export again"),
-        (_half, "1 of 14 matrices hold another update than the adapter's", "merge again with `loratune merge`"),
+        (_half, "1 of 14 matrices have a different update than the adapter's", "merge again with `loratune merge`"),
     ],
 )
 def test_what_is_wrong_is_named_with_what_to_do(
@@ -142,7 +142,7 @@ def test_an_adapter_is_compared_by_its_products() -> None:
     assert prove_adapter(wanted, same)["problems"] == []
     assert prove_adapter(wanted, same)["relative_error"] < 1e-5
     halved = prove_adapter(wanted, {**wanted, "v": replace(wanted["v"], scale=1.0)})
-    assert halved["problems"] == ["1 of 2 matrices hold another update than the adapter's (the first: v)"]
+    assert halved["problems"] == ["1 of 2 matrices have a different update than the adapter's (the first: v)"]
     assert "are missing" in prove_adapter(wanted, {"q": wanted["q"]})["problems"][0]
     assert "it holds k" in prove_adapter(wanted, {**wanted, "k": update(2)})["problems"][0]
 

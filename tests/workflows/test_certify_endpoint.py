@@ -119,7 +119,7 @@ def test_the_trained_model_is_the_same_and_its_base_is_not(
     assert "not shown" not in right["reason"]
     wrong = ask(expected, run, models["base"], style=style)
     assert wrong["verdict"] == "different"
-    assert "tiny answers as the base without the adapter" in wrong["reason"]
+    assert "tiny answers like the base without the adapter" in wrong["reason"]
     greedy = right["served"]["greedy"]
     assert greedy["same"] == greedy["num_prompts"] > greedy["base_same"]
     if style == "greedy":
@@ -218,7 +218,7 @@ def test_the_command_prints_the_record_and_its_exit_code(
         with pytest.raises(SystemExit) as stop:
             cli.main()
     assert stop.value.code == 1
-    assert "answers as the base without the adapter" in " ".join(capsys.readouterr().out.split())
+    assert "answers like the base without the adapter" in " ".join(capsys.readouterr().out.split())
 
 
 def test_what_is_asked_for_and_not_there_is_named(run: RunDir, models: dict[str, Any], tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def test_an_adapter_of_another_run_is_different(finished_run: RunDir, tmp_path: 
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": config["lora_alpha"] / 2}))
     record = certify_target(finished_run.root, folder)
-    assert "hold another update than the adapter's" in record["reason"]
+    assert "have a different update than the adapter's" in record["reason"]
 
 
 def test_a_forgetful_merge_is_refused_and_nothing_is_kept(

@@ -150,7 +150,7 @@ def test_what_the_converter_writes_gets_the_same_certificate(
         ("fails", True, r"ended with 1:\n.*\n?.*OtherForCausalLM' not supported", "a newer checkout"),
         pytest.param("nothing", True, r"wrote no tiny-f16\.gguf", "another checkout", marks=pytest.mark.slow),
         ("other", True, "14 of 14 matrices lack their update", "nothing was kept"),
-        pytest.param("other", False, "hold another update than the adapter's", "nothing", marks=pytest.mark.slow),
+        pytest.param("other", False, "have a different update than the adapter's", "nothing", marks=pytest.mark.slow),
     ],
 )
 def test_what_it_does_wrong_is_named_and_nothing_is_kept(

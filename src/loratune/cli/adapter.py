@@ -1,4 +1,4 @@
-"""`loratune adapter`: verbs for adapters of any origin, in PEFT's format.
+"""`loratune adapter`: verbs for adapters in PEFT's format, whoever made them.
 
 Typer reads a command's options from its parameters, so the limit on the number of parameters does not apply to verbs.
 """
@@ -24,15 +24,17 @@ from loratune.run.errors import RecipeError
 if TYPE_CHECKING:
     from loratune.run.directory import Record
 
-AdapterFolder = Annotated[Path, typer.Argument(metavar="ADAPTER", help="An adapter's folder in PEFT's format.")]
+AdapterFolder = Annotated[Path, typer.Argument(metavar="ADAPTER", help="An adapter folder in PEFT's format.")]
 NewFolder = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to create.")]
 Base = Annotated[
-    Path | None, typer.Option("--base", help="The base's folder; default: the one that the adapter names.")
+    Path | None, typer.Option("--base", help="The base model's folder; default: the one that the adapter names.")
 ]
-Rank = Annotated[int | None, typer.Option("--rank", help="The highest rank of the result, 1 or more.")]
+Rank = Annotated[int | None, typer.Option("--rank", help="The maximum rank of the result.")]
 Energy = Annotated[
     float | None,
-    typer.Option("--energy", help="Share of each update's squared norm to keep, 0 to 1; ranks differ by matrix."),
+    typer.Option(
+        "--energy", help="Share of each update's squared norm to keep, 0 to 1; each matrix gets the rank it needs."
+    ),
 ]
 
 app = typer.Typer(no_args_is_help=True, help="Inspect, combine, resize, extract, convert, merge and compare adapters.")
@@ -79,22 +81,23 @@ def _matrices_table(matrices: list[Record], *, every: bool) -> Table:
 
 def combine(
     folders: Annotated[
-        list[Path], typer.Argument(metavar="ADAPTER... OUT", help="Adapters of one base, and the folder to create.")
+        list[Path],
+        typer.Argument(metavar="ADAPTER... OUT", help="Adapters of the same base, and the folder to create."),
     ],
     weights: Annotated[str, typer.Option(metavar="W,W,…", help="A factor for each adapter; default: 1 for each.")] = "",
     method: Annotated[
         Literal["concat", "svd", "linear", "ties", "dare_linear", "dare_ties"],
-        typer.Option(help="concat: the exact sum, its rank the sum of the ranks. The others, by PEFT, approximate it."),
+        typer.Option(help="concat: the exact sum, whose rank is the sum of the ranks. The others approximate it."),
     ] = "concat",
     rank: Rank = None,
     density: Annotated[
         float | None, typer.Option(help="Share of elements that ties and dare keep; default: 0.5.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of what dare drops; default: 0.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed for what dare drops; default: 0.")] = None,
     base: Base = None,
     as_json: AsJson = False,
 ) -> None:
-    """Add adapters of one base, with weights, into one adapter: exactly, and verified."""
+    """Add adapters of the same base, with weights, into one adapter, and verify the result."""
     with command_context(as_json) as progress:
         from loratune.exporting.adapters.combine import Method
         from loratune.workflows.adapters.make import combine_adapters
@@ -131,13 +134,13 @@ def resize(
 
 def extract(
     tuned: Annotated[Path, typer.Argument(metavar="TUNED", help="A fully fine-tuned model's folder.")],
-    base: Annotated[Path, typer.Argument(metavar="BASE", help="Its base's folder.")],
+    base: Annotated[Path, typer.Argument(metavar="BASE", help="The folder of its base model.")],
     out: NewFolder,
     rank: Rank = None,
     energy: Energy = None,
     as_json: AsJson = False,
 ) -> None:
-    """Extract an adapter from a full fine-tune: what it changed in its base, by SVD of each matrix."""
+    """Extract an adapter from a full fine-tune, by SVD of what changed in each matrix of its base."""
     with command_context(as_json) as progress:
         from loratune.workflows.adapters.make import extract_adapter
 
@@ -146,7 +149,7 @@ def extract(
 
 
 def convert(adapter: AdapterFolder, out: NewFolder, base: Base = None, as_json: AsJson = False) -> None:
-    """Write an adapter as plain LoRA of scale 1, for programs that do not know its variant or patterns."""
+    """Write an adapter as plain LoRA of scale 1, for programs that do not support its variant or patterns."""
     with command_context(as_json) as progress:
         from loratune.workflows.adapters.make import convert_adapter
 

@@ -53,18 +53,18 @@ def report(
     show: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write one HTML page about a run, finished, in progress or failed: RUN/report.html."""
+    """Write an HTML page about a run, whether it has finished, failed, or is still in progress."""
     with command_context(as_json) as progress:
         from loratune.reporting.html import report
 
         page = report(run, one_out(file, out))
         _show_file("report", page, as_json)
         if show and not webbrowser.open(page.resolve().as_uri()):
-            progress.warn("no browser was found here; copy the file to a machine with one")
+            progress.warn("no browser was found on this machine; copy the file to a machine with one")
 
 
 def compare(runs: RunFolders, out: ReportFile = None, as_json: AsJson = False) -> None:
-    """Compare several runs: a table, the best first, and an HTML page, compare.html."""
+    """Compare several runs in a ranked table and on an HTML page."""
     with command_context(as_json):
         from loratune.reporting.html import compare
         from loratune.reporting.run_list import ranked_table
@@ -95,10 +95,10 @@ def chat(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, or a merged folder.")],
     temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature; 0: always the likeliest token.")] = 0,
     top_p: Annotated[
-        float, typer.Option(min=0, max=1, help="Sample from the likeliest tokens with this total mass.")
+        float, typer.Option(min=0, max=1, help="Sample from the likeliest tokens with this total probability.")
     ] = 1,
     top_k: Annotated[int, typer.Option(min=0, help="Sample from this many likeliest tokens; 0: from all.")] = 0,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 512,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum answer length, in tokens.")] = 512,
     seed: Annotated[int, typer.Option(min=0, help="Sampling seed.")] = 0,
     system: Annotated[str, typer.Option(help="A system message.")] = "",
 ) -> None:
@@ -121,7 +121,9 @@ def merge(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to create.")],
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
-        typer.Option(help="Type of the weights. auto: as in the base's files; bfloat16 if they are a quantized GGUF."),
+        typer.Option(
+            help="Data type of the weights. auto: as in the base's files, or bfloat16 for a quantized GGUF file."
+        ),
     ] = "auto",
     as_json: AsJson = False,
 ) -> None:
@@ -141,7 +143,7 @@ def export(
     ] = None,
     to: Annotated[
         Literal["gguf", "ollama", "vllm", "mlx"] | None,
-        typer.Option("--to", help="The format or program to export for; default: gguf where the base is a GGUF file."),
+        typer.Option("--to", help="The format or program to export for; default: gguf if the base is a GGUF file."),
     ] = None,
     merged: Annotated[
         bool, typer.Option("--merged", help="Export the full model instead of the adapter alone.")
@@ -195,22 +197,21 @@ def certify(
     target: Annotated[
         str,
         typer.Argument(
-            metavar="TARGET", help="A merged folder, a GGUF file, an adapter's folder, or the address of a server."
+            metavar="TARGET", help="A merged folder, a GGUF file, an adapter's folder, or the URL of a server."
         ),
     ],
     model: Annotated[
-        str | None, typer.Option(metavar="NAME", help="A server's model; default: the run's, or the only one.")
+        str | None,
+        typer.Option(metavar="NAME", help="The model's name on a server; default: the run's name, or the only model."),
     ] = None,
-    api_key: Annotated[
-        str | None, typer.Option(envvar="LORATUNE_API_KEY", help="Key that requests to a server must send.")
-    ] = None,
+    api_key: Annotated[str | None, typer.Option(envvar="LORATUNE_API_KEY", help="The API key of a server.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Compare files or a running server, whose ever they are, with the model that was trained.
+    """Compare exported files or a running server, whoever made them, with the trained model.
 
-    The verdict is same, different or undecided. A server is asked through its OpenAI-compatible API.
+    The verdict is same, different or undecided. A server is queried through its OpenAI-compatible API.
 
-    Exits with 0 only if they are the same.
+    Exits with 0 only if the verdict is same.
     """
     with command_context(as_json) as progress:
         from loratune.workflows.certify_target import certify_target
@@ -226,17 +227,17 @@ def serve(
         Literal["auto", "vllm", "transformers"], typer.Option(help="The server. auto: vLLM if it is installed.")
     ] = "auto",
     host: Annotated[
-        str, typer.Option(help="Address to listen on; one that other machines can reach requires a key.")
+        str, typer.Option(help="Address to listen on; if other machines can reach it, a key is required.")
     ] = "127.0.0.1",
     port: Annotated[
         int | None, typer.Option(min=1, max=65535, help="Port to listen on; default: 8000, or a free one.")
     ] = None,
     api_key: Annotated[
-        str | None, typer.Option(envvar="LORATUNE_API_KEY", help="Key that requests must send; vLLM only.")
+        str | None, typer.Option(envvar="LORATUNE_API_KEY", help="API key that requests must send; vLLM only.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Serve base and fine-tuned model through an OpenAI-compatible API (chat completions), until Ctrl-C."""
+    """Serve the base and the fine-tuned model through an OpenAI-compatible API (chat completions), until Ctrl-C."""
     with command_context(as_json) as progress:
         from loratune.workflows.serve import serve as start
 
@@ -268,34 +269,34 @@ def push(
 def sample(
     run: RunFolder,
     prompts: Annotated[
-        str, typer.Argument(metavar="PROMPTS", help="Rows with answers: a file, a folder or a Hub dataset.")
+        str, typer.Argument(metavar="PROMPTS", help="Rows with reference answers: a file, a folder or a Hub dataset.")
     ],
     file: Annotated[
         Path | None,
-        typer.Argument(metavar="OUT", help="The file to write; default: RUN-pairs.jsonl or RUN-best.jsonl, here."),
+        typer.Argument(metavar="OUT", help="The file to write; default: RUN-pairs.jsonl or RUN-best.jsonl."),
     ] = None,
     out: SameAsOut = None,
-    n: Annotated[int, typer.Option("--n", min=1, help="Number of answers to each prompt.")] = 8,
+    n: Annotated[int, typer.Option("--n", min=1, help="Number of answers per prompt.")] = 8,
     keep: Annotated[
         Literal["best,worst", "best"],
-        typer.Option(help="best,worst: pairs to learn preferences from; best: conversations to train on."),
+        typer.Option(help="best,worst: pairs for preference training; best: conversations for supervised fine-tuning."),
     ] = "best,worst",
     metric: Annotated[
-        str, typer.Option(metavar="NAME|FILE.py:FUNCTION", help="What scores an answer; default: the run's metric.")
+        str, typer.Option(metavar="NAME|FILE.py:FUNCTION", help="The metric that scores answers; default: the run's.")
     ] = "",
-    at_least: Annotated[float, typer.Option(min=0, max=1, help="Score that the best answer must have.")] = 1.0,
+    at_least: Annotated[float, typer.Option(min=0, max=1, help="The minimum score of the best answer.")] = 1.0,
     with_reference: Annotated[
         bool, typer.Option("--with-reference", help="Use the data's own answer if no drawn answer is good enough.")
     ] = False,
     temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature.")] = 0.8,
     top_p: Annotated[
-        float, typer.Option(min=0, max=1, help="Sample from the likeliest tokens with this total mass.")
+        float, typer.Option(min=0, max=1, help="Sample from the likeliest tokens with this total probability.")
     ] = 1,
     max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Longest answer, in tokens; default: as in the run's evaluation.")
+        int | None, typer.Option(min=1, help="Maximum answer length, in tokens; default: as in the run's evaluation.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Sampling seed.")] = 0,
-    allow_code: Annotated[bool, typer.Option(help="Allow the code that --metric names to run.")] = False,
+    allow_code: Annotated[bool, typer.Option(help="Allow running the code that --metric names.")] = False,
     overwrite: OverwriteFile = False,
     as_json: AsJson = False,
 ) -> None:

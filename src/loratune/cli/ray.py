@@ -1,4 +1,5 @@
-"""`--engine ray`: Ray Train starts the workers of a run, on a cluster or here, and restarts them when one is lost.
+"""`--engine ray`: Ray Train starts the workers of a run, on a cluster or on this machine, and restarts them when one is
+lost.
 
 Ray is only the launcher, as torchrun is: it decides where and when workers run, and gives each its rank. They run
 `workflows.train`, which connects them through `run.processes`, and continues from the newest checkpoint if workers of

@@ -19,6 +19,7 @@ from loratune.cli.options import (
     BudgetIfAny,
     Engine,
     MaxFailures,
+    NoOverrides,
     Overrides,
     Overwrite,
     OverwriteSweep,
@@ -57,7 +58,7 @@ def train(
     storage: Storage = None,
     max_failures: MaxFailures = None,
 ) -> None:
-    """Plan, train, and compare base and fine-tuned model on held-out data."""
+    """Plan, train, and compare the base and the fine-tuned model on held-out data."""
     on_ray = engine == "ray"
     if not on_ray:
         start_processes(processes)
@@ -88,18 +89,20 @@ def sweep(
     settings: SweptSettings,
     trials: Annotated[
         int | None,
-        typer.Option("--trials", min=2, help="Trials to draw at random; default: every combination of lists."),
+        typer.Option(
+            "--trials", min=2, help="Number of trials; default: every combination of lists, or 16 with a range."
+        ),
     ] = None,
     budget: BudgetIfAny = None,
     halving: Annotated[
-        bool, typer.Option(help="Drop trials that are worse before their end; --no-halving trains all of them.")
+        bool, typer.Option(help="Drop worse trials early; --no-halving trains all of them to the end.")
     ] = True,
     as_json: AsJson = False,
     overwrite: OverwriteSweep = False,
 ) -> None:
-    """Train with different settings, drop what is worse early, and rank the rest with intervals.
+    """Train with different settings, drop worse ones early, and rank them with confidence intervals.
 
-    The same command continues a sweep that was stopped. Its folder is the run directory's name with `-sweep`.
+    The same command continues an interrupted sweep. Its folder is named like the run directory, plus `-sweep`.
     """
     with command_context(as_json) as progress:
         loaded = Recipe.load(recipe)
@@ -127,7 +130,7 @@ def tune(
 ) -> None:
     """Choose learning rate, rank and target modules within a time budget, with a reason for each.
 
-    The same command continues where it was stopped. The folder of the trials is the run directory's name with `-tune`.
+    The same command continues where it was interrupted. Its folder is named like the run directory, plus `-tune`.
     """
     with command_context(as_json) as progress:
         seconds = as_seconds(budget)
@@ -137,13 +140,13 @@ def tune(
         show_tuned(run_tune(loaded, budget=seconds, overwrite=overwrite, progress=progress).record, as_json)
 
 
-def resume(run: RunFolder, overrides: Overrides = None, as_json: AsJson = False, processes: Processes = 1) -> None:
+def resume(run: RunFolder, overrides: NoOverrides = None, as_json: AsJson = False, processes: Processes = 1) -> None:
     """Resume an interrupted run, as it was planned."""
     start_processes(processes)
     with command_context(as_json, together=True) as progress:
         if overrides:
             raise RecipeError(
-                f"resume ends a run as it was planned, without {' '.join(overrides)}",
+                f"resume finishes a run as it was planned, without {' '.join(overrides)}",
                 fix=f"`{shlex.join(['loratune', 'extend', str(run), *overrides])}`, which trains it further",
             )
         from loratune.workflows import resume as workflow
@@ -159,13 +162,13 @@ def extend(
     out: Annotated[Path | None, typer.Option("--out", help="The new run directory; default: RUN-extended.")] = None,
     rewarm: Annotated[
         bool,
-        typer.Option("--rewarm", help="Begin a new learning-rate schedule, with a warm-up."),
+        typer.Option("--rewarm", help="Start a new learning-rate schedule, with a warm-up."),
     ] = False,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
     processes: Processes = 1,
 ) -> None:
-    """Train a run further as a new run: for more epochs (train.epochs=6), on more or other data (data.train=FILE)."""
+    """Train a run further, as a new run: for more epochs (train.epochs=6), or on other data (data.train=FILE)."""
     start_processes(processes)
     with command_context(as_json, together=True) as progress:
         from loratune.workflows import extend as workflow
@@ -184,9 +187,9 @@ def watch(
     run: RunFolder,
     once: Annotated[bool, typer.Option("--once", help="Print the current state and exit.")] = False,
 ) -> None:
-    """Show a run while another process works on it: loss, speed, time left, memory, held-out loss.
+    """Show a run that another process is working on: loss, speed, time left, memory, held-out loss.
 
-    Ends when the run ends. Without a terminal, prints a line whenever something changed.
+    Ends when the run ends. Without a terminal, prints a line whenever something changes.
     """
     with command_context(as_json=False):
         from loratune.reporting.watch import show_run
@@ -220,17 +223,17 @@ def evaluate(
         str,
         typer.Option(
             metavar="NAME|FILE.py:FUNCTION",
-            help="exact_match, json, contains or bleu; or your own function of answer and reference, returning 0 to 1.",
+            help="exact_match, json, contains or bleu; or a function of answer and reference that returns 0 to 1.",
         ),
     ] = "",
     harness: Annotated[
         list[str] | None,
         typer.Option(metavar="TASK", help="A task of lm-evaluation-harness: its name, or a YAML file. Repeatable."),
     ] = None,
-    allow_code: Annotated[bool, typer.Option(help="Allow the code that --metric or --harness names to run.")] = False,
+    allow_code: Annotated[bool, typer.Option(help="Allow running the code that --metric or --harness names.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Re-run the held-out evaluation of base and fine-tuned model."""
+    """Re-run the held-out evaluation of the base and the fine-tuned model."""
     with command_context(as_json) as progress:
         from loratune.evaluation.gates import check_gates
         from loratune.workflows import evaluate as workflow
@@ -260,7 +263,7 @@ def reproduce(
 ) -> None:
     """Train a finished run again from the same inputs, and compare the adapters.
 
-    Exits with 0 if they are the same, bit for bit; with 1 if not.
+    Exits with 0 if they are bit-for-bit the same, otherwise with 1.
     """
     with command_context(as_json) as progress:
         from loratune.workflows import reproduce as workflow

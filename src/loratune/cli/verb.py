@@ -20,7 +20,9 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print results, warni
 
 Verbose = Annotated[
     bool,
-    typer.Option("--verbose", "-v", help="Also show what the libraries report, and where in the code an error arose."),
+    typer.Option(
+        "--verbose", "-v", help="Also show what the libraries report, and where in the code an error occurred."
+    ),
 ]
 
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]  # typer's own copy of click's, or click's
@@ -55,15 +57,15 @@ def as_verb(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def show_library_reports() -> None:
-    """Let the libraries say what they do, and warn; to be called before they are imported, when they read this."""
+    """Let the libraries log and warn. Call this before they are imported, since that is when they read it."""
     os.environ["TRANSFORMERS_VERBOSITY"] = os.environ["DATASETS_VERBOSITY"] = os.environ["HF_HUB_VERBOSITY"] = "info"
     warnings.resetwarnings()
     warnings.simplefilter("default")
 
 
 class Verb(TyperCommand):
-    """A command whose usage line is as conventions have it, whatever typer's own is in this version, and that prints
-    errors about its arguments as JSON if `--json` is among them."""
+    """A command whose usage line follows the usual conventions, whatever typer's own looks like in this version, and
+    that prints errors about its arguments as JSON if `--json` is among them."""
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:  # noqa: ARG002 - typer's signature
         """Return the usage line's words: RUN is required, [OUT] is not, [NAME]... may be repeated."""

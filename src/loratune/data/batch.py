@@ -102,7 +102,7 @@ def float_type(device: torch.device) -> torch.dtype:
 
 
 def num_supervised(example: Example) -> int:
-    """Count the tokens of an example that carry loss; 1 for a labeled example, its label."""
+    """Count the trained tokens of an example; 1 for a labeled example, its label."""
     if isinstance(example, LabeledExample):
         return 1
     return int(example.supervised[1:].sum())  # nothing predicts the first token

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CachedData:
-    """What a cache entry holds; see `PreparedData`."""
+    """The contents of a cache entry; see `PreparedData`."""
 
     train: list[Example]
     eval: list[Example]
@@ -29,7 +29,8 @@ class CachedData:
 
 
 def to_arrays(data: CachedData) -> Arrays | None:
-    """Return prepared data as arrays; None if its conversations hold what JSON cannot (dates of a Parquet file)."""
+    """Return prepared data as arrays; None if its conversations contain values that JSON does not have (dates of a
+    Parquet file)."""
     record = {
         "report": data.report,
         "eval_conversations": [

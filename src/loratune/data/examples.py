@@ -1,4 +1,5 @@
-"""An example: the tokens of one row, and which carry loss, which class the row has, or which answers are good."""
+"""An example: the tokens of one row, and which of them are trained, which class the row has, or which answers are
+good."""
 
 from __future__ import annotations
 
@@ -82,7 +83,7 @@ class JudgedExample(AnswersExample):
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class LabeledExample(Example):
-    """One tokenized text and its class. The class carries loss, none of the tokens does."""
+    """One tokenized text and its class. Only the class is trained, none of the tokens."""
 
     label: int
     """Index of the class."""

@@ -30,7 +30,7 @@ KINDS = {
     "think_tags": "answers with unbalanced think tags",
     "no_words": "answers of punctuation only",
     "repeats_prompt": "answers that repeat the prompt",
-    "unknown_tool": "calls of tools without a schema",
+    "unknown_tool": "calls to tools without a schema",
     "broken_text": "messages with U+FFFD, a sign of wrong decoding",
     "cut": "conversations truncated at max_length",
     "dropped": "conversations dropped for their length",

@@ -36,7 +36,7 @@ def source_of_file(report: dict[str, Any]) -> dict[str, str]:
 
 
 def mixture(examples: Sequence[Example], report: dict[str, Any], scale: float) -> list[dict[str, Any]]:
-    """Return what an epoch has of each training source: examples, tokens, and tokens that carry loss.
+    """Return the share of each training source in an epoch: examples, tokens, and trained tokens.
 
     Args:
         examples: Training examples, repeated by the weights of their sources; of streamed data, a sample.

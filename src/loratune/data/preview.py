@@ -74,7 +74,7 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preview:
-    """A rich renderable: in color if the console has it, else with ⟦brackets⟧ around trained tokens."""
+    """A rich renderable: in color if the console has it, otherwise with ⟦brackets⟧ around trained tokens."""
 
     titles: tuple[str, ...]
     pieces: tuple[tuple[Piece, ...], ...]

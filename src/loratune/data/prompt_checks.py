@@ -1,4 +1,4 @@
-"""Whether training and use ask the model in the same way: the tokens before trained answers vs. a server's prompts."""
+"""Whether training and serving prompt the model alike: the tokens before trained answers vs. a server's prompts."""
 
 from __future__ import annotations
 

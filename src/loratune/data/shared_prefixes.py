@@ -1,4 +1,4 @@
-"""Sequences that begin with the same tokens: what they share, and micro-batches that hold each shared token once.
+"""Sequences that begin with the same tokens: what they share, and micro-batches that contain each shared token once.
 
     three sequences   S y s t e m A A     a prefix tree    S y s t e m ─┬─ A A         flat   S y s t e m A A B B x C
                       S y s t e m B B x                                 ├─ B B x       12 tokens in place of 24
@@ -196,7 +196,8 @@ def num_distinct(sequences: Sequence[Ids], least: int = LEAST_SHARED) -> int:
 
 
 def pack_shared(examples: Sequence[Example], numbers: Sequence[int], token_budget: int) -> list[tuple[int, ...]]:
-    """Put examples into micro-batches, those that begin alike together, each within the budget of distinct tokens.
+    """Put examples into micro-batches, those that begin with the same tokens together, each within the budget of
+    distinct tokens.
 
     First-fit decreasing, as `steps.pack`, but the micro-batches that share most with an example are tried first.
 

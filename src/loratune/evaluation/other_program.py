@@ -1,4 +1,4 @@
-"""Score the answers that another program gives to held-out prompts, beside the run's own answers to them."""
+"""Score the answers that another program gives to held-out prompts, next to the run's own answers."""
 
 from __future__ import annotations
 

@@ -1,1 +1,2 @@
-"""Export formats: a merged folder, GGUF files, Ollama, vLLM; and the certificate that each computes the same model."""
+"""Export formats (a merged folder, GGUF files, Ollama, vLLM, MLX), and the certificate that an export is the trained
+model."""

@@ -140,7 +140,7 @@ def read_adapter(folder: Path, *, without_biases: bool = False) -> dict[str, Low
     Updates of stacked matrices (`lora.target_parameters`) are left out; biases, which no recipe trains, if asked for.
 
     Raises:
-        RunError: The adapter holds anything but low-rank updates of matrices.
+        RunError: The adapter contains anything but low-rank updates of matrices.
     """
     config: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     tensors = {name.removeprefix(PREFIX): tensor for name, tensor in load_file(adapter_file(folder)).items()}

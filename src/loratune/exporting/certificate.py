@@ -7,7 +7,8 @@ Three proofs, each of which can fail (`verdict` combines them):
 - weights (`weights_proof`): written minus base against the trained update, tensor by tensor, where they can be read.
 - distributions of the next token at positions of answers: KL(trained ‖ target) against two yardsticks at the same
   positions: KL(trained ‖ base), and KL(trained ‖ trained), the latter with weights rounded as the target's are, in
-  training's own code. Arithmetic is float32 on both sides, since how 16-bit sums round is no property of an export.
+  training's own code. Arithmetic is float32 on both sides, since the rounding of 16-bit sums is not a property of an
+  export.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ update, since the divergence is quadratic in it."""
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tolerance:
-    """How far arithmetic alone may move the outputs of a right export.
+    """How far arithmetic alone may move the outputs of a correct export.
 
     Attributes:
         mean_kl: The mean KL(training ‖ target) that arithmetic explains, in nats.

@@ -181,7 +181,7 @@ def weight_files(folder: Path) -> list[str]:
 
 
 def check_not_quantized(base: Path) -> None:
-    """Refuse a base whose files hold quantized weights."""
+    """Refuse a base whose files contain quantized weights."""
     settings = json.loads((base / "config.json").read_text(encoding="utf-8")).get("quantization_config")
     if settings:
         raise RunError(
@@ -240,7 +240,7 @@ def write_merged(
 
 
 def copy_companions(base: Path, adapter: Path, out: Path, stop_token_ids: Sequence[int]) -> None:
-    """Copy the files beside the weights: tokenizer and template of training, the model's code, the generation config.
+    """Copy the files next to the weights: tokenizer and template of training, the model's code, the generation config.
 
     Args:
         base: The base's folder.

@@ -3,8 +3,8 @@
     adapters.safetensors   model.layers.0.self_attn.q_proj.lora_a [d_in, r], .lora_b [r, d_out], float32
     adapter_config.json    rank, scale, and the names of the adapted matrices within a layer
 
-mlx-lm knows one rank and one scale for all matrices, so lower ranks are padded with zeros and scales are part of B, as
-`vllm.write_uniform` does it for the same reason. A merged model needs no file of its own: mlx-lm loads safetensors.
+mlx-lm supports one rank and one scale for all matrices, so lower ranks are padded with zeros and scales are part of B,
+as `vllm.write_uniform` does it for the same reason. A merged model needs no file of its own: mlx-lm loads safetensors.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ def has_mlx() -> bool:
 
 
 def check_mlx(updates: Mapping[str, LowRank]) -> None:
-    """Refuse an adapter that mlx-lm cannot hold.
+    """Refuse an adapter that mlx-lm cannot represent.
 
     Raises:
         RecipeError: It has DoRA's magnitudes, transposed matrices, or matrices outside of the layers.
     """
     for module, update in updates.items():
         if update.magnitude is not None or update.transposed or not _IN_LAYER.match(module):
-            raise RecipeError(f"an adapter for mlx-lm cannot hold {module}", fix="--merged writes the full model")
+            raise RecipeError(f"an adapter for mlx-lm cannot represent {module}", fix="--merged writes the full model")
 
 
 def write_mlx_adapter(updates: Mapping[str, LowRank], num_layers: int, folder: Path) -> None:

@@ -1,7 +1,7 @@
 """Write a Modelfile for Ollama: the model's file, its chat template in Go's template language, its stop tokens.
 
 A chat template is translated by probing what it writes around each message. The translation is then compared with the
-original on held-out conversations, and refused where the two differ.
+original on held-out conversations, and refused if the two differ.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The totals of a proof by weights: what all tensors together say, and which of them are not right."""
+"""The totals of a proof by weights: what all tensors together show, and which of them are wrong."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _OTHER_UPDATE = "merge again with `loratune merge`, which adds this run's adapte
 
 @dataclass(slots=True, kw_only=True)
 class Sums:
-    """Totals over all tensors, and the names of those that are not right."""
+    """Totals over all tensors, and the names of those that are wrong."""
 
     update: float = 0.0
     error: float = 0.0
@@ -89,7 +89,7 @@ def add_tensor(
 
 
 def add_held(sums: Sums, name: str, held: HeldShare, size: float, *, on_grid: bool) -> bool:
-    """Add what a quantized matrix holds of its update. Return whether that is something else than the update.
+    """Add the share of its update found in a quantized matrix. Return whether that differs from the update.
 
     Args:
         sums: The totals.
@@ -141,7 +141,7 @@ def problems_of(sums: Sums, extra: Sequence[str], base_name: str) -> dict[str, s
         found = f"{len(sums.dropped)} of {sums.changed} matrices lack their update (the first: {sums.dropped[0]})"
         problems[found] = _OTHER_UPDATE
     if sums.other:
-        found = f"{len(sums.other)} of {sums.changed} matrices hold another update than the adapter's (the first: "
+        found = f"{len(sums.other)} of {sums.changed} matrices have a different update than the adapter's (the first: "
         problems[f"{found}{sums.other[0]})"] = _OTHER_UPDATE
     return problems
 

@@ -1,4 +1,4 @@
-"""What quantized values say about an update where nobody but the quantizer knows how they are rounded.
+"""What quantized values show about an update if only the quantizer knows how they are rounded.
 
 W = B + s·D + noise, with base B and update D. A right file has s = 1, one without the update s = 0. The noise of one
 weight is far larger than its update, but a matrix has many: s is found by least squares, and its standard error says
@@ -24,7 +24,7 @@ STANDARD_ERRORS = 4.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeldShare:
-    """How much of an update quantized values hold.
+    """How much of an update quantized values contain.
 
     Attributes:
         share: The least-squares estimate of s: 1 is right, 0 a lost update.
@@ -41,7 +41,7 @@ class HeldShare:
 
 
 def held_share(values: torch.Tensor, base: torch.Tensor, update: torch.Tensor) -> HeldShare:
-    """Estimate how much of an update quantized values hold.
+    """Estimate how much of an update quantized values contain.
 
     The part of the update along the base is left out: quantizers shrink weights a little, which would look like it.
     The error is that of White (1980), since blocks differ in the size of their steps.
@@ -79,7 +79,7 @@ def is_on_grid(values: torch.Tensor) -> bool:
 
 
 def largest_noise(kind: str, exact: torch.Tensor) -> float | None:
-    """Return the largest norm of a right quantizer's error.
+    """Return the largest norm of a correct quantizer's error.
 
     Args:
         kind: The type's name, such as `Q4_K`.

@@ -1,7 +1,7 @@
 """The proof by configuration: whether an export computes with its weights what the base does.
 
-Weights that are right serve nobody if rotary positions, attention scale or normalization are another model's, and with
-a small model or short answers such a difference can be too small to see in the outputs. The settings are compared
+Correct weights are of no use if rotary positions, attention scale or normalization are another model's, and with a
+small model or short answers such a difference can be too small to see in the outputs. The settings are compared
 themselves.
 """
 

@@ -96,7 +96,7 @@ def decide(evidence: Evidence) -> Decision:
 
 
 def allowed_flips(num_decided: int, num_flipped: int) -> int:
-    """Return how many likeliest tokens may differ before it is no accident, by a binomial bound.
+    """Return how many likeliest tokens may differ by chance, from a binomial bound.
 
     Args:
         num_decided: Positions where the likeliest token leads clearly.

@@ -160,7 +160,7 @@ def prove_adapter(
 
 
 def same_values(one: torch.Tensor | None, other: torch.Tensor | None, dtype: torch.dtype | None = None) -> bool:
-    """Tell whether values are others, as far as the type rounds that they are written in.
+    """Tell whether values differ by more than the rounding of the type in which they are written.
 
     Args:
         one: The values as they should be.
@@ -177,7 +177,7 @@ def same_values(one: torch.Tensor | None, other: torch.Tensor | None, dtype: tor
 
 
 def with_base(adapter: Record, base: Record | None) -> Record:
-    """Return the proof of an adapter with that of the base that was written beside it."""
+    """Return the proof of an adapter with that of the base written next to it."""
     if base is None:
         return adapter
     both = {key: [*adapter[key], *base[key]] for key in ("problems", "fixes")}

@@ -1,4 +1,4 @@
-"""What a GGUF file says of the model that it holds, as transformers' configuration.
+"""What a GGUF file says about the model in it, as transformers' configuration.
 
 transformers' own reader leaves out settings that change what is computed (5.23: the stretched positions of Llama 3, the
 size of a Qwen3 head, Llama's biases, Gemma's attention scale and caps), and computes with its defaults instead. They

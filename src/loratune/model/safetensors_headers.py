@@ -244,7 +244,7 @@ def index_files(index: Path) -> list[str]:
     except (ValueError, KeyError, AttributeError, TypeError):
         raise RecipeError("damaged: no weight_map in it", file=index, fix=_COPY_AGAIN) from None
     if outside:
-        raise RecipeError(f"it names a file outside of its folder: {outside[0]}", file=index, fix=_COPY_AGAIN)
+        raise RecipeError(f"it names a file outside its folder: {outside[0]}", file=index, fix=_COPY_AGAIN)
     return names
 
 

@@ -1,4 +1,4 @@
-"""Between what bounds a run's memory and time lie, as far as measured runs tell.
+"""The bounds of a run's memory and time, as far as measured runs show.
 
 Each interval is a pair of factors on the planned number, chosen so that it holds at least 90 % of the runs in
 docs/results/memory.md, docs/results/quantization.md and docs/results/time.md. `tests/planning/test_intervals.py` counts
@@ -31,7 +31,7 @@ _DECODER_TIME = Bounds(low=0.85, high=1.30, source="7 of 7 times of 5 runs on tw
 
 
 def memory_interval(device: str, *, is_encoder: bool) -> Bounds | None:
-    """Return the interval of the peak memory; None where no run was measured.
+    """Return the interval of the peak memory; None if no run has been measured.
 
     Args:
         device: `cpu`, `cuda` or `mps`; the name of a device that is planned for, but is not here.
@@ -43,7 +43,7 @@ def memory_interval(device: str, *, is_encoder: bool) -> Bounds | None:
 
 
 def time_interval(device: str, *, is_encoder: bool) -> Bounds | None:
-    """Return the interval of the total time on a machine that does nothing else; None where no run was measured.
+    """Return the interval of the total time on an otherwise idle machine; None if no run has been measured.
 
     Args:
         device: As for `memory_interval`.

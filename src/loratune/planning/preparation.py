@@ -1,4 +1,4 @@
-"""What `prepare` found out: everything that is known of a run before the weights load."""
+"""The result of `prepare`: everything that is known about a run before the weights load."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class RunNotes:
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Preparation:
-    """Everything that is known of a run before the weights load. Training reads the first five fields.
+    """Everything that is known about a run before the weights load. Training reads the first five fields.
 
     Attributes:
         recipe: The recipe with every `auto` resolved.
@@ -118,7 +118,7 @@ class Preparation:
         return html_table(self.recipe.model.name, rows)
 
     def with_probe(self, probe: StepProbe) -> Preparation:
-        """Return the same with the times that measured steps make."""
+        """Return the same with the times that measured steps give."""
         tokens = self.recipe.train.epochs * sum(len(example.input_ids) for example in self.data.train)
         before = self.estimate
         time = with_probe(before.time, probe, tokens)
@@ -127,7 +127,7 @@ class Preparation:
         return replace(self, estimate=replace(before, probe=probe, time=time, presets=presets))
 
     def as_plan(self) -> Record:
-        """Return `plan.json`: what is promised."""
+        """Return `plan.json`: what is planned."""
         costs = self.estimate
         memory, device, probe = costs.memory, costs.device, costs.probe
         data = self._data_record()
@@ -165,7 +165,7 @@ class Preparation:
         }
 
     def as_lock(self) -> Record:
-        """Return `lock.json`: everything effective, and the fingerprints of all inputs."""
+        """Return `lock.json`: every effective setting, and the fingerprints of all inputs."""
         base, data, start = self.model.base, self.data, self.adapter.start
         return make_lock(
             recipe=self.recipe.model_dump(mode="json"),

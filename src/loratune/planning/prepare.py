@@ -291,7 +291,7 @@ def estimate_run(
     device: Device | None,
     cluster: Cluster | None,
 ) -> tuple[dict[str, Choice], RunEstimate]:
-    """Return what every `auto` becomes, and memory and time by it.
+    """Return what every `auto` becomes, and the resulting memory and time.
 
     Raises:
         MachineError: The run does not fit.

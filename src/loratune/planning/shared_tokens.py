@@ -1,7 +1,8 @@
 """What `train.share_prefixes` becomes, and the tokens it saves: a function of recipe and data, not of the machine.
 
-With dropout, sequences of a step that begin alike have one mask there, so the setting belongs to the mathematics of a
-run. Whether a device and a model also compute equal prefixes once is found out when the weights are loaded.
+With dropout, sequences of a step that begin with the same tokens have one mask there, so the setting is part of the
+mathematics of a run. Whether a device and a model also compute equal prefixes once is found out when the weights are
+loaded.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def with_shared_prefixes(
 def shared_fraction(examples: Sequence[Example], recipe: Recipe) -> float:
     """Return the fraction of the tokens of a step that are laid out once with others, over steps of the first epoch.
 
-    A step that is cut into several micro-batches, or divided among processes, saves less.
+    A step that is split into micro-batches, or divided among processes, saves less.
     """
     batch_size, seed = recipe.train.batch_size, recipe.train.seed
     num_steps = num_steps_per_epoch(len(examples), batch_size)

@@ -129,7 +129,7 @@ def check_train(train: Any, decay_fraction: float) -> None:
 
 
 def check_held_out(recipe: Any) -> None:
-    """Check what needs held-out data, and which engine can stream.
+    """Check settings that need held-out data, and which engine can stream.
 
     Args:
         recipe: A `Recipe`.

@@ -1,7 +1,7 @@
 """The names that other tools give to settings and values, and what they are called here.
 
-From TRL, PEFT, transformers, Axolotl, LLaMA-Factory, Unsloth and mlx-lm. An unknown setting or value that stands here
-is answered with loratune's name instead of the nearest spelling.
+From TRL, PEFT, transformers, Axolotl, LLaMA-Factory, Unsloth and mlx-lm. For an unknown setting or value in these
+tables, the error names loratune's instead of the nearest spelling.
 """
 
 from __future__ import annotations
@@ -162,8 +162,8 @@ SETTINGS: dict[str, str] = {
     "hub_model_id": f"{NO_COUNTERPART}`loratune push RUN OWNER/NAME` uploads a finished run",
     "plot_loss": f"{NO_COUNTERPART}every run has a report with its curves",
     "logging_dir": f"{NO_COUNTERPART}everything is in the run directory",
-    "preprocessing_num_workers": f"{NO_COUNTERPART}as many processes prepare the rows as repay their start",
-    "dataset_num_proc": f"{NO_COUNTERPART}as many processes prepare the rows as repay their start",
+    "preprocessing_num_workers": f"{NO_COUNTERPART}as many processes prepare the rows as are worth starting",
+    "dataset_num_proc": f"{NO_COUNTERPART}as many processes prepare the rows as are worth starting",
     "dataloader_num_workers": f"{NO_COUNTERPART}examples are prepared before the first step",
     "tf32": f"{NO_COUNTERPART}the base computes in model.dtype, the adapter in float32",
     "model_type": f"{NO_COUNTERPART}the model's config names its class",
@@ -220,7 +220,7 @@ VALUES: dict[str, dict[str, str]] = {
 
 
 def named_here(name: str) -> str:
-    """Return what another tool's setting is called here, for an error message; empty if the name is not known.
+    """Return loratune's name for another tool's setting, for an error message; empty if the name is not known.
 
     Args:
         name: The setting, with or without a section.
@@ -232,5 +232,5 @@ def named_here(name: str) -> str:
 
 
 def value_here(setting: str, value: str) -> str:
-    """Return the value here for another tool's value; empty if it is not known."""
+    """Return loratune's value for another tool's value; empty if it is not known."""
     return VALUES.get(setting, {}).get(value.lower(), "")

@@ -153,7 +153,7 @@ class Recipe(Section):
     def to_yaml(self) -> str:
         """Return the settings that were given as YAML that `load` reads back.
 
-        Defaults stay out: a default that a small model cannot hold gives way (`data.max_length`), a setting does not.
+        Defaults stay out: a default that does not fit a small model is adapted (`data.max_length`), a setting is not.
         """
         given = self.model_dump(mode="json", exclude_unset=True)
         return yaml.safe_dump(given, sort_keys=False, allow_unicode=True)

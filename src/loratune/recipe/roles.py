@@ -19,7 +19,7 @@ def as_written(value: Any) -> str:
 
 
 def roles_in_words(train_on: Any) -> str:
-    """Describe which tokens carry loss.
+    """Describe which tokens are trained.
 
     Args:
         train_on: A value of `data.train_on`, as the recipe or as JSON holds it.

@@ -1,4 +1,4 @@
-"""The JSON schema of a recipe, by which an editor completes and checks one."""
+"""The JSON schema of a recipe, with which an editor completes and checks one."""
 
 from __future__ import annotations
 

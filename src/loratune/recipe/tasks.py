@@ -1,7 +1,7 @@
 """Tasks: what a model can learn, and the table that names the folder of each.
 
-A task is one implementation of `loratune.workflows.tasks.task.Task`. Each room declares what it asks of a task and
-knows nothing of the others:
+A task is one implementation of `loratune.workflows.tasks.task.Task`. Each package declares what it needs from a task,
+and knows nothing of the others:
 
     recipe/tasks.py            which settings belong to the task           RecipeTask
     planning/task.py           inputs, costs, entries of plan and lock     PlannedTask(RecipeTask)
@@ -52,7 +52,7 @@ class RecipeTask(ABC):
 
 
 def load_task(name: str) -> Any:
-    """Return the task of that name. Each room types it as the part of a task that the room declares."""
+    """Return the task of that name. Each package types it as the part of a task that the package declares."""
     return import_module(TASKS[name]).TASK
 
 
@@ -89,7 +89,7 @@ def require_text(recipe: Any, what: str, fix: str = "") -> None:
     task: RecipeTask = load_task(recipe.model.task)
     if not task.writes_text:
         raise RecipeError(
-            f"{what} is for models that write text, and model.task is {task.name}",
+            f"{what} is for models that generate text, but model.task is {task.name}",
             fix=fix or "see the task's page in docs/ for what works with it",
         )
 

@@ -164,7 +164,7 @@ def apply_override(values: dict[str, Any], override: str, lines: dict[str, int])
 
 
 def refuse_secrets(text: str, path: Path | None) -> None:
-    """Raise if a recipe contains a secret, also in a comment: it is copied into the run, its model card and report."""
+    """Raise if a recipe contains a secret, even in a comment: it is copied into the run, its model card and report."""
     found = find_secret(text)
     if found is not None:
         place, what = found

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def report(root: str | Path, out: str | Path | None = None) -> Path:
-    """Write the page of a run, also of one that is still running or that died, from the run's other files.
+    """Write the page of a run, even of one that is still running or has crashed, from the run's other files.
 
     Args:
         root: Run directory.

@@ -1,4 +1,4 @@
-"""Planned vs. actual: steps, time and memory of a run beside what `plan` said before the weights were loaded."""
+"""Planned vs. actual: steps, time and memory of a run next to what `plan` estimated before the weights were loaded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`loratune diff`: what two runs differ in, from their files alone."""
+"""`loratune diff`: how two runs differ, from their files alone."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class RunDifference:
 
 
 def diff(first: RunDir | str | Path, second: RunDir | str | Path) -> list[RunDifference]:
-    """Return everything in which two runs differ, group by group.
+    """Return all differences between two runs, group by group.
 
     Args:
         first: A run, or its folder.

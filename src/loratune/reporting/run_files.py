@@ -1,4 +1,4 @@
-"""The files of a run, as far as they can be read: also of a run that is still going or that died."""
+"""The files of a run, as far as they can be read, even of a run that is in progress or has crashed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ AnyRecord = TypeVar("AnyRecord", bound=BaseModel)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunFiles:
-    """What the files of a run hold at one moment.
+    """The contents of a run's files at one moment.
 
     A record is None where its file is missing or unreadable. Of a file that is damaged in part, the other parts are
     there, and reading a damaged one is an AttributeError: the section that needs it is left out of the page, which says

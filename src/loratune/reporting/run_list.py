@@ -50,19 +50,19 @@ class ListedRun:
 
 
 def list_runs(folder: str | Path = "__models") -> list[ListedRun]:
-    """Return the runs in a folder and its subfolders, the one changed last first.
+    """Return the runs in a folder and its subfolders, the most recently changed first.
 
     Raises:
         RecipeError: There is no such folder.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise RecipeError("no such folder", file=folder, fix="name the folder that holds your runs")
+        raise RecipeError("no such folder", file=folder, fix="name the folder with your runs")
     return list_these(sorted(path.parent for path in folder.rglob("lock.json")), title=f"Runs in {folder}")
 
 
 def list_these(roots: Iterable[Path], *, title: str) -> list[ListedRun]:
-    """Return runs, the one changed last first.
+    """Return runs, the most recently changed first.
 
     Args:
         roots: The run directories.

@@ -104,7 +104,7 @@ def _settings(record: SweepRecord) -> Iterator[Block]:
     if not record.sensitivity:
         return
     yield Table(
-        caption="Mean held-out loss at the first rung, where all trials are in, by setting",
+        caption="Mean held-out loss at the first rung, which all trials reached, by setting",
         columns=("setting", "values", "spread"),
         rows=tuple(
             (
@@ -163,7 +163,7 @@ def _curves(record: SweepRecord) -> Iterator[Block]:
         log=min(values) > 0 and max(values) > 10 * min(values),
     )
     legend = tuple((number, _label(trial)) for number, trial in enumerate(trials))
-    yield Chart(title="Held-out loss of the trials that went on", svg=svg, legend=legend)
+    yield Chart(title="Held-out loss of the trials that continued", svg=svg, legend=legend)
     seconds = math.fsum(rung.seconds for trial in record.trials for rung in trial.rungs)
     yield Paragraph(text=f"All trials together took {as_duration(seconds)}.")
 

@@ -1,4 +1,4 @@
-"""What the report and the model card ask of a task. The defaults are those of a model that writes text."""
+"""What the report and the model card need from a task. The defaults are those of a model that generates text."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class ReportedTask:
         return ""
 
     def intended_use(self) -> str:
-        """Return what the model card says of the input, after the name of the data."""
+        """Return what the model card says about the input, after the name of the data."""
         return ", in the chat template saved with the adapter"
 
     def failures(self, record: EvaluationRecord, num_regressions: int, limit: str) -> str:

@@ -36,7 +36,7 @@ READING_SHARE = 0.1
 
 
 def show_run(run: RunDir, console: Console, *, once: bool = False, seconds: float = 1.0) -> None:
-    """Print a run as it is, and then again until the process that works on it is gone.
+    """Print the state of a run, and keep printing it until the process that works on it is gone.
 
     A terminal shows one view that changes; a pipe or file gets a line when something changed, and the view at the end.
 
@@ -81,7 +81,7 @@ def follow(run: RunDir, seconds: float = 1.0) -> Iterator[RunFiles]:
 
 
 def watch_view(files: RunFiles, width: int = 80) -> RenderableType:
-    """Return what is known of a run, as lines for a terminal of that many columns."""
+    """Return what is known about a run, as lines for a terminal with that many columns."""
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
@@ -91,7 +91,8 @@ def watch_view(files: RunFiles, width: int = 80) -> RenderableType:
 
 
 def headline(files: RunFiles) -> str:
-    """Return name, state, step and time left in one line, with the last loss: all that a pipe gets of a running run."""
+    """Return name, state, step and time left in one line, with the last loss: which is all that a pipe gets while a run
+    is in progress."""
     total = _num_steps(files)
     parts = [f"{files.name}: {files.state}", f"step {files.num_done:,}" + (f"/{total:,}" if total else "")]
     if files.steps:

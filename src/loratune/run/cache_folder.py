@@ -1,4 +1,4 @@
-"""The folder for files that can be made again, and for rows that were given from Python."""
+"""The folder for files that can be created again, and for rows that were given from Python."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ CACHE_VARIABLE = "LORATUNE_CACHE"
 
 
 def cache_dir() -> Path:
-    """Return the folder: `$LORATUNE_CACHE`, else `~/.cache/loratune`."""
+    """Return the folder: `$LORATUNE_CACHE`, or else `~/.cache/loratune`."""
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(os.environ.get(CACHE_VARIABLE) or f"{home}/loratune").expanduser()

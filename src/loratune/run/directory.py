@@ -240,7 +240,7 @@ class RunDir:
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Lock the run against other commands, while the context lasts and this process lives.
+        """Lock the run against other commands for as long as the context lasts and this process lives.
 
         Of several processes of a run, the first takes the lock for all.
 

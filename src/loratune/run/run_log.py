@@ -21,7 +21,7 @@ SHORTEST_TASK = 2.0
 
 
 class RunLog:
-    """Progress that is shown by another listener and written to a file as well, also with `--quiet`.
+    """Progress that is shown by another listener and also written to a file, even with `--quiet`.
 
     Lines from before the file has a place are kept until then. Only the first of several processes writes.
 
@@ -42,7 +42,7 @@ class RunLog:
             self.note(f"{type(error).__name__}: {error}")
 
     def begin(self, file: Path) -> None:
-        """Write to this file from now on, first what was said before."""
+        """Write to this file from now on, starting with the earlier lines."""
         self._file = file
         waiting, self._waiting = self._waiting, []
         self._write(waiting)

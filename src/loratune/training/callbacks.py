@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 class RunCallback(TrainerCallback):
     """Writes `metrics.jsonl`, advances the progress bar, prints loss lines, and stops the run on request.
 
-    What the recipe wants at the end of an epoch happens at the end of its last step: log, evaluate, save, in this
-    order. So everything about a step is on disk before its checkpoint, and a run resumed from there lacks nothing.
+    Whatever the recipe schedules for the end of an epoch happens at the end of its last step: log, evaluate, save, in
+    this order. So everything about a step is on disk before its checkpoint, and a run resumed from there lacks nothing.
 
     Args:
         run: The run directory, which gets the metrics.
@@ -52,7 +52,7 @@ class RunCallback(TrainerCallback):
         self._trainer = trainer
 
     def evaluate_if_owed(self) -> None:
-        """Run the evaluation of the last finished step if the run was stopped before it.
+        """Run the evaluation that is due after the last finished step, if the run was stopped before it.
 
         Raises:
             Interrupted: The user stops the run again.

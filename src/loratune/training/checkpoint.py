@@ -8,8 +8,8 @@
                     manifest.json               SHA-256 of every file; written last
 
 A checkpoint is written under a temporary name and then renamed, so a folder with a step as its name is complete; one
-that is deleted is renamed first. What a killed run leaves has a name that begins with a dot, and is ignored. Nothing is
-pickled.
+that is deleted is renamed first. Whatever a killed run leaves behind has a name that begins with a dot, and is ignored.
+Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -95,8 +95,8 @@ def save_checkpoint(
 def adopt_checkpoint(source: Path, folder: Path, train: TrainSection, *, num_steps: int) -> None:
     """Copy a checkpoint of another run, as if the run of `folder` had saved it at the step that `folder` names.
 
-    At step 0 it is the beginning of a run: its adapter and the optimizer's moments stay; learning rates, schedule and
-    order of the examples are those of a run that has taken no step.
+    At step 0 it is the start of a run: its adapter and the optimizer's moments are kept; learning rates, schedule and
+    order of the examples are those of a run that has not taken a step.
 
     Args:
         source: The other run's checkpoint.

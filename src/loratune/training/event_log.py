@@ -94,7 +94,7 @@ class EventLog:
 
 @dataclass(frozen=True, slots=True)
 class History:
-    """What a resumed run knows of its earlier steps, from `metrics.jsonl`.
+    """What a resumed run knows about its earlier steps, from `metrics.jsonl`.
 
     Attributes:
         losses: The losses of all applied steps, in order.

@@ -1,4 +1,5 @@
-"""A base sharded over several ranks (FSDP2): each holds a part of every decoder layer, and all of one to compute it.
+"""A base sharded over several ranks (FSDP2): each holds a part of every decoder layer, and gathers a full layer to
+compute it.
 
 Every rank holds all of the adapter, the embeddings and the output head: the adapter because its gradients are summed as
 without sharding (`gradient_sync`), so that a step stays the same step; the others because the loss reads their weights

@@ -1,4 +1,4 @@
-"""What the ranks of a run exchange in a step: its number of tokens before, the sum of their gradients after.
+"""What the ranks of a run exchange in a step: first its number of tokens, at the end the sum of their gradients.
 
 Each rank has a share of the step's examples, and divides its losses by the supervised tokens of the whole step. So the
 sum of the gradients equals that of one process with all examples, and every rank takes bit-for-bit the same step.

@@ -87,7 +87,7 @@ def learning_rate_factor(train: TrainSection, steps: int) -> Callable[[int], flo
 def branch_step(train: TrainSection, steps: int) -> int | None:
     """Return the step after which a run can still become a longer one, since its learning rate only falls from there.
 
-    None where the schedule has no such step, or no checkpoints are wanted.
+    None if the schedule has no such step, or no checkpoints are saved.
     """
     if train.schedule != "warmup_stable_decay" or train.save_every == "never":
         return None
@@ -95,7 +95,8 @@ def branch_step(train: TrainSection, steps: int) -> int | None:
 
 
 def steps_in_common(one: tuple[TrainSection, int], other: tuple[TrainSection, int]) -> int:
-    """Return after how many steps two runs part, by their learning rates: up to then they are the same, bit for bit.
+    """Return after how many steps the learning rates of two runs diverge: up to then the runs are the same, bit for
+    bit.
 
     Args:
         one: A run's section of the recipe, and its optimizer steps.

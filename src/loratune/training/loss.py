@@ -247,7 +247,7 @@ def make_loss(model: PeftModel, examples: Sequence[Example]) -> tuple[Supervised
 
 
 def make_loss_of(kind: type[L], model: PeftModel, examples: Sequence[Example]) -> tuple[L, str]:
-    """Return the same of a class whose log-probabilities are those of `SupervisedLoss`."""
+    """Return the same for a class whose log-probabilities are those of `SupervisedLoss`."""
     beginnings = _beginnings_of(examples)
     return fastest_loss(
         kind,

@@ -14,7 +14,8 @@ class EmbeddingNoise:
 
     L is the example's own number of tokens, whatever it shares a micro-batch with, and d the embedding width. For an
     example alone the law is that of transformers' `neftune_noise_alpha`; in a padded batch of transformers, L is the
-    length of the longest example. The numbers are those of `kernels.dropout`: a function of the recipe, not of the cut.
+    length of the longest example. The numbers are those of `kernels.dropout`: a function of the recipe, not of how a
+    step is split.
 
     Args:
         alpha: The strength; 5 to 15 in the paper.

@@ -1,4 +1,4 @@
-"""Whether a model computes the same when sequences that begin alike go through it once up to where they differ.
+"""Whether a model computes the same when tokens that several sequences begin with go through it only once.
 
 As `make_loss` does for packed examples, this is found out on the user's own model, on short sequences, before a run.
 """
@@ -24,7 +24,7 @@ COMPARED_TOKENS = 24
 
 
 def obstacle_to_sharing(loss: SupervisedLoss, examples: Sequence[Example]) -> str:
-    """Return why equal prefixes go through this model once per sequence all the same; empty if once is enough.
+    """Return why equal prefixes must go through this model once per sequence; empty if once is enough.
 
     Args:
         loss: The loss, packed where the model allows it.

@@ -1,4 +1,4 @@
-"""The token budget of a micro-batch, and recovery when memory runs out all the same.
+"""The token budget of a micro-batch, and recovery when memory runs out anyway.
 
 The step is repeated on the same examples in smaller micro-batches. Its gradient is the same sum, with the same dropout
 masks (`kernels.dropout`), so the run still takes the recipe's steps, equal up to float rounding. Random states are put
@@ -51,7 +51,7 @@ class TokenBudget:
     ) -> Iterator[tuple[int, ...]]:
         """Yield micro-batches within the budget, as indices into `examples`; of these only `numbers` are used.
 
-        With `shared`, examples that begin alike are put together, and their common tokens count once.
+        With `shared`, examples that begin with the same tokens are grouped, and their common tokens count once.
         """
         if shared:
             micro_batches = pack_shared(examples, list(numbers), self.tokens)

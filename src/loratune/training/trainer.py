@@ -1,4 +1,5 @@
-"""What both engines share around the step: transformers' `Trainer` with our order, checkpoints and evaluation.
+"""What both engines share around the step: transformers' `Trainer` with our order of examples, checkpoints and
+evaluation.
 
     transformers.Trainer     the loop: optimizer, learning-rate schedule, gradient clipping, callbacks
       └ RunTrainer           order of examples, events, anomalies, held-out loss, checkpoints      (this file)

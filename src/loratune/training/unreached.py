@@ -1,4 +1,4 @@
-"""Trained parts that the data does not reach: they get no gradient, and are saved as they began."""
+"""Trained parts that the data does not reach: they get no gradient, and are saved as they were initialized."""
 
 from __future__ import annotations
 

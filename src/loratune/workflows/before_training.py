@@ -36,7 +36,7 @@ def keep_start(run: RunDir, adapter: Path) -> None:
 
 
 def started_from_adapter(run: RunDir, progress: Progress) -> bool:
-    """Whether the model before the run had an adapter, and it is here to compare with."""
+    """Whether the model before the run had an adapter that is available for the comparison."""
     expected = read_json(run.lock)["inputs"].get("start") if run.lock.is_file() else None
     if (run.start / WEIGHTS).is_file() and expected in (None, adapter_fingerprint(run.start)):
         return True

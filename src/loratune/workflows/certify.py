@@ -1,7 +1,7 @@
 """Give an export its certificate, or discard it; and compare any files with a run.
 
 Every export is written under a temporary name, loaded back with the code that will serve it, compared with base and
-adapter in the training code, and renamed only where nothing differs.
+adapter in the training code, and renamed only if nothing differs.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def export_with_certificate(
 ) -> Exported:
     """Write an export, load it back, compare it with training, and only then rename it to `target`.
 
-    An export that is undecided is kept, with a warning: nothing is wrong with it, but the proof has no power.
+    An export that is undecided is kept, with a warning: no fault was found, but the proof has no power.
 
     Args:
         finished: The run.
@@ -146,7 +146,7 @@ def record(run: RunDir, certificate: Record, progress: Progress) -> None:
 
 
 def without_record(run: RunDir, path: Path) -> None:
-    """Take the certificate of a folder that was deleted from the run's list."""
+    """Remove the certificate of a deleted folder from the run's list."""
     kept = [other for other in read_json(run.parity) if other["path"] != str(path.absolute())]
     write_record(run.parity, Certificates, kept)
 

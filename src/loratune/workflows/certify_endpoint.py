@@ -43,7 +43,7 @@ def certify_endpoint(
     timeout: float = TIMEOUT_SECONDS,
     progress: Progress,
 ) -> Record:
-    """Compare the model that a server answers with, with a run. Nothing is written.
+    """Compare the model behind a server with a run. Nothing is written.
 
     Args:
         root: The run directory.

@@ -1,4 +1,4 @@
-"""Compare files or a running server, whose ever they are, with a run: `loratune certify`."""
+"""Compare files or a running server, whoever made them, with a run: `loratune certify`."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def certify_target(
     api_key: str | None = None,
     progress: Progress = NO_PROGRESS,
 ) -> Record:
-    """Compare files or a running server, whose ever they are, with a run. Nothing is written.
+    """Compare files or a running server, whoever made them, with a run. Nothing is written.
 
     Args:
         root: The run directory.

@@ -58,7 +58,7 @@ class Turn:
     answers: dict[str, str] = field(default_factory=dict)
 
     def seen_by(self, side: str) -> str:
-        """Return the answer in this model's history: its own, or the other model's where it was not asked."""
+        """Return the answer in this model's history: its own, or the other model's if it was not asked."""
         return self.answers.get(side) or next(iter(self.answers.values()))
 
 

@@ -1,4 +1,4 @@
-"""Compute what the trained model and its base say, for a server to be compared with."""
+"""Compute the outputs of the trained model and its base that a server is compared with."""
 
 from __future__ import annotations
 

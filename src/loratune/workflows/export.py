@@ -159,7 +159,7 @@ def open_export(
         problem = f"cannot export to {to!r}" if to else "the base is not a GGUF file, so the target must be named"
         raise RecipeError(problem, fix="--to gguf, --to ollama, --to vllm or --to mlx")
     if checkout is not None and to in ("vllm", "mlx"):
-        raise RecipeError(f"--llama-cpp writes GGUF files, and no export --to {to}", fix="leave it out")
+        raise RecipeError(f"--llama-cpp writes GGUF files, not an export --to {to}", fix="leave it out")
     if outtypes and to in ("vllm", "mlx"):
         raise RecipeError(f"--outtype {outtypes[0]} is a type of GGUF files, not of --to {to}", fix="leave it out")
     check_types(outtypes)

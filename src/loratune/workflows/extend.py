@@ -1,12 +1,12 @@
-"""`loratune extend`: train a run further, as a new run that begins with a checkpoint of it.
+"""`loratune extend`: train a run further, as a new run that starts from one of its checkpoints.
 
 Two ways, and the new run's lock says which (`extends.exact`):
 
-as if planned longer   The examples are the same, and so are the learning rates up to a checkpoint. The steps after it
-                       are those that the longer run would have taken, to the bit: constant rates, or
+as if planned longer   The examples are the same, and so are the learning rates up to a checkpoint. The steps
+                       after it are, bit for bit, those that the longer run would have taken: constant rates, or
                        `warmup_stable_decay` before it decays.
 with a new schedule    Other data, or a schedule that a longer run would have gone through more slowly. The adapter and
-                       the optimizer's moments stay; steps, schedule and order of the examples begin again.
+                       the optimizer's moments stay; steps, schedule and order of the examples start over.
 
 The new run's directory is written up to its first checkpoint; from there it is a run that `resume` continues.
 """

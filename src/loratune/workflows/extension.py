@@ -1,4 +1,4 @@
-"""What `loratune extend` reads of a run, and how the new run begins: as if planned longer, or with a new schedule."""
+"""What `loratune extend` reads from a run, and how the new run starts: as if planned longer, or with a new schedule."""
 
 from __future__ import annotations
 
@@ -345,5 +345,5 @@ def _warn_of_known_answers(extension: Extension, prepared: Preparation, progress
     if known:
         progress.warn(
             f"{len(known)} of {plural(len(held_out), 'held-out example')} were trained on by "
-            f"{extension.parent.root.name}, so the held-out loss is too good: data.eval=FILE names others"
+            f"{extension.parent.root.name}, so the held-out loss looks too good: data.eval=FILE names others"
         )

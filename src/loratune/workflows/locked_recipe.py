@@ -1,4 +1,4 @@
-"""The recipe in a run's `lock.json`, with the paths that were relative to the working folder of that day."""
+"""The recipe in a run's `lock.json`, with its paths, which were relative to the working folder of the time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def located(lock: Record) -> dict[str, Any]:
     """Return the recipe of a run's lock for use in another working folder than the one the run began in.
 
-    A relative path that leads nowhere from here is taken from the folder in which the run began. So a project can be
+    A relative path that leads nowhere from here is resolved in the folder in which the run began. So a project can be
     moved as a whole, and a run can be used from elsewhere.
 
     Args:

@@ -1,4 +1,4 @@
-"""Seconds, rate and memory of a run, over all the times it was started."""
+"""Seconds, rate and memory of a run, over all its starts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Compute what base and adapter say in the training code, for a certificate to compare an export with."""
+"""Compute the outputs of base and adapter in the training code, with which a certificate compares an export."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a verb returns of a run: its directory, its results, and the way to its model."""
+"""What a verb returns about a run: its directory, its results, and its model."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ class RunResult:
 
     @property
     def metrics(self) -> Any:
-        """The records of `metrics.jsonl`, one for each step and evaluation: a pandas `DataFrame` where pandas is
-        installed, else a list of dictionaries."""
+        """The records of `metrics.jsonl`, one for each step and evaluation: a pandas `DataFrame` if pandas is
+        installed, otherwise a list of dictionaries."""
         records = self.run.read_metrics()
         if "pandas" not in sys.modules and find_spec("pandas") is None:
             return records

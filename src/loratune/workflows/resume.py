@@ -80,7 +80,7 @@ def was_relaunched(run: RunDir) -> bool:
 
 
 def continue_run(run: RunDir, progress: Progress, prepared: Preparation | None = None, leg: Leg = WHOLE) -> RunResult:
-    """Resume on every rank: check what changed, agree on a checkpoint, and go on from it.
+    """Resume on every rank: check what changed, agree on a checkpoint, and continue from it.
 
     Args:
         run: The run.

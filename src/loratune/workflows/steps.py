@@ -1,9 +1,10 @@
-"""The spine of a run, from the weights to the report; `train`, `resume` and `sweep` differ only in where they enter it.
+"""The course of a run, from the weights to the report; `train`, `resume` and `sweep` differ only in where they enter
+it.
 
     load base → attach adapter and loss → train_steps → final adapter saved → base vs. fine-tuned → model card → report
 
-Every rank goes this way up to the last step. Then rank 0 saves and evaluates alone, unless the ranks share the base
-model (`training.fsdp`): they evaluate in step.
+Every rank does this up to the last step. Then rank 0 saves and evaluates alone, unless the ranks share the base model
+(`training.fsdp`): they evaluate in step.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ _UNEVALUATED = "stopped before the evaluation; all steps are done, and the adapt
 
 
 class Paused(Interrupted):
-    """A run has reached the end of its `Leg`, and has a checkpoint to go on from."""
+    """A run has reached the end of its `Leg`, and has a checkpoint to continue from."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -76,7 +76,7 @@ def test_from_a_csv_to_a_chat(
     page.get_by_role("link", name="__models/").first.click()
     page.get_by_role("link", name="Chat").click()
     page.get_by_text("Settings").click()
-    page.get_by_label("Longest answer").fill("5")
+    page.get_by_label("Maximum answer length").fill("5")
     page.get_by_label("Message", exact=True).fill(PLANTED[0])
     page.get_by_role("button", name="Ask both").click()
     expect(page.locator("#chat-status")).to_have_text("", timeout=60_000)

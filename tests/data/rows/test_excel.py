@@ -33,7 +33,7 @@ def test_the_first_sheet_of_an_excel_file_is_read_as_its_csv_would_be(tmp_path: 
     ]
     book.active["E4"] = "no column"
     book.save(path)
-    with pytest.raises(DataError, match="a cell right of the named columns") as error:
+    with pytest.raises(DataError, match="a cell to the right of the named columns") as error:
         READERS[".xlsx"](path)
     assert error.value.line == 4
     book.active["D1"] = "prompt"

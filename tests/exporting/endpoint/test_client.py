@@ -71,7 +71,7 @@ def test_files_are_no_addresses() -> None:
 def test_what_is_no_json_is_named() -> None:
     with answering(200, b"<html>hello") as endpoint, pytest.raises(RunError, match="<html>hello"):
         endpoint.get("/v1/models")
-    with answering(200, b"[1, 2]") as endpoint, pytest.raises(RunError, match="something else than a JSON object"):
+    with answering(200, b"[1, 2]") as endpoint, pytest.raises(RunError, match="does not answer with a JSON object"):
         endpoint.get("/v1/models")
 
 

@@ -38,7 +38,7 @@ def test_the_trained_model_is_the_same_by_outputs_or_by_answers() -> None:
 def test_the_base_is_different_under_any_noise_and_other_names_are_listed(noise: float) -> None:
     decision = decide_served(evidence(served(0, noise)))
     assert decision.verdict == "different"
-    assert "tuned answers as the base without the adapter" in decision.reason
+    assert "tuned answers like the base without the adapter" in decision.reason
     assert "--model NAME, with one of base" in decision.fix
     assert decide_served(evidence(served(-1, noise))).reason.startswith("it serves another model")
 
@@ -58,8 +58,8 @@ def test_right_outputs_with_wrong_chats_are_another_template() -> None:
 
 
 def test_wrong_answers_alone_are_the_bases_or_another_models() -> None:
-    assert "as the base without the adapter" in decide_served(evidence(given=answers(*["blue. And"] * 12))).reason
-    assert "as another model" in decide_served(evidence(given=answers(*["green."] * 12))).reason
+    assert "like the base without the adapter" in decide_served(evidence(given=answers(*["blue. And"] * 12))).reason
+    assert "like another model" in decide_served(evidence(given=answers(*["green."] * 12))).reason
 
 
 def test_other_prompts_are_different_whatever_is_answered() -> None:

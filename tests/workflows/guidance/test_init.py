@@ -164,7 +164,7 @@ def test_unusual_columns_are_named_asked_for_or_told_how_to_name(tmp_path: Path)
         init(str(data))
     command, _, comment = told.value.fix.partition("  # ")
     assert command == f"loratune init {data} --columns prompt=COLUMN,completion=COLUMN"
-    assert "a line of names at the top" in comment
+    assert "add a header line at the top" in comment
     found, _ = init(str(data), columns={"prompt": "left", "completion": "right"})
     asked: list[list[str]] = []
     again, _ = init(

@@ -144,7 +144,7 @@ def test_where_no_other_shape_fits_the_reason_is_not_the_time(
     monkeypatch.setattr(module, "RATES", ("1e-3", "1e-2"))
     found = tune(tiny_recipe(train__epochs=1), budget=3600).record
     assert found.shapes is None
-    assert found.reasons[1] == "lora.r and lora.targets stay as they are: no other can be trained here."
+    assert found.reasons[1] == "lora.r and lora.targets stay as they are: no others can be trained on this machine."
     assert len(found.reasons) == 2 + 8
     assert found.reasons[2] == "r=8, alpha=64, targets=balanced is left out: does not fit."
 

@@ -196,7 +196,7 @@ def test_gates_hold_the_accuracy(finished: RunDir, tmp_path: Path) -> None:
     assert [gate["passed"] for gate in record["gates"]] == [True, record["tuned"]["f1"] >= 0.999, True]
     with pytest.raises(RecipeError, match="no number accuracies"):
         evaluate(run.root, gates=("accuracies>=0.1",))
-    with pytest.raises(RecipeError, match="--harness is for models that write text"):
+    with pytest.raises(RecipeError, match="--harness is for models that generate text"):
         evaluate(run.root, harness=("arc",))
 
 

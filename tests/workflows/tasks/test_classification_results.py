@@ -123,7 +123,7 @@ def test_what_writes_text_is_refused(finished: RunDir, tmp_path: Path) -> None:
             prepare(recipe, NoProgress()), tmp_path / "x.py", overwrite=False, progress=NoProgress()
         ),
     }.items():
-        with pytest.raises(RecipeError, match=f"{verb} is for models that write text"):
+        with pytest.raises(RecipeError, match=f"{verb} is for models that generate text"):
             call()
 
 

@@ -1,4 +1,4 @@
-"""The helper process of a chat: it holds a run's base model and adapter, as `loratune chat` does."""
+"""The helper process of a chat: it loads a run's base model and adapter, as `loratune chat` does."""
 
 from __future__ import annotations
 

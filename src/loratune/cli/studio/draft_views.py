@@ -1,4 +1,4 @@
-"""The pages of a run to be: choose data, then recipe, plan and tokens, then start."""
+"""The pages that prepare a run: choose data, then recipe, plan and tokens, then start."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ async def _save(studio: Studio, form: Any) -> str:
     text = form.get("text", "").replace("\r\n", "\n")
     if form.get("seen") != _digest(before) and text != before:
         raise RecipeError(
-            "the file was changed since this page read it", file=path, fix="copy your text, then reload the page"
+            "the file has changed since this page read it", file=path, fix="copy your text, then reload the page"
         )
     values, lines = read_settings(text, path)
     Recipe.parse(values, file=path, lines=lines)

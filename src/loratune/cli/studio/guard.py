@@ -1,8 +1,8 @@
 """Who may talk to the studio: a browser on this machine that was given the token, on the studio's own pages.
 
-A page of another site can send requests to 127.0.0.1 from the user's browser, and can point a name of its own there
+A page of another site can send requests to 127.0.0.1 from the user's browser, and can point its own host name there
 (DNS rebinding). So every request is checked for the address that it names (`Host`), for the page that it comes from
-(`Origin`, `Sec-Fetch-Site`), and for the token, which only the printed URL and then a cookie hold.
+(`Origin`, `Sec-Fetch-Site`), and for the token, which only the printed URL and then a cookie contain.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class Guard:
             answer.set_cookie(self._cookie, self._token, httponly=True, samesite="strict")
             return answer
         if not self._is_token(self._cookie_of(headers)):
-            text = "Refused: open the URL that `loratune studio` printed; it holds the token.\n"
+            text = "Refused: open the URL that `loratune studio` printed; it contains the token.\n"
             return PlainTextResponse(text, status_code=401)
         return self._app
 

@@ -1,4 +1,5 @@
-"""The helper process for a run to be: reads rows, writes a first recipe, plans, and shows the tokens of any example."""
+"""The helper process that prepares a run: reads rows, writes a first recipe, plans, and shows the tokens of any
+example."""
 
 from __future__ import annotations
 

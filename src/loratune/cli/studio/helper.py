@@ -119,7 +119,7 @@ class Helper:
 
 
 class Helpers:
-    """All helper processes of a studio: one for runs to be, and one for each chat.
+    """All helper processes of a studio: one that prepares runs, and one for each chat.
 
     Args:
         folder: The studio's folder.

@@ -1,4 +1,4 @@
-"""The commands that the studio starts: processes of their own, which go on when the page or the studio is closed.
+"""The commands that the studio starts: separate processes, which continue when the page or the studio is closed.
 
     FOLDER/.loratune_studio/ID.json   the command and its process     ID.log   what it prints
     FOLDER/.loratune_studio/ID.code   its exit code                   KEY.lock  held while it runs
@@ -141,7 +141,7 @@ class Jobs:
             write_text(self._places.own / f"{name}.code", str(code))
 
     def all(self, about: str | None = None) -> list[Job]:
-        """Return the commands, the last one first; those about one run, or of all."""
+        """Return the commands, the most recent first: all of them, or those about one run."""
         found = [self._read(path) for path in self._places.own.glob("*.json")]
         jobs = [job for job in found if job is not None and about in (None, job.about)]
         return sorted(jobs, key=lambda job: -job.started)

@@ -1,4 +1,4 @@
-"""The folder of the studio: which files and runs are in it, and that nothing outside of it is touched."""
+"""The folder of the studio: which files and runs it contains. Nothing outside it is touched."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class StudioFolder:
             RecipeError: There is no such folder.
         """
         if not folder.is_dir():
-            raise RecipeError("no such folder", file=folder, fix="name the folder that holds your data and runs")
+            raise RecipeError("no such folder", file=folder, fix="name the folder with your data and runs")
         return cls(folder.resolve())
 
     @property
@@ -60,13 +60,13 @@ class StudioFolder:
         path = Path(os.path.realpath(self.root / name))
         if not path.is_relative_to(self.root):
             raise RecipeError(
-                f"{name} is outside of the studio's folder {self.root}",
-                fix="copy it into the folder, or start `loratune studio` in a folder that holds it",
+                f"{name} is outside the studio's folder {self.root}",
+                fix="copy it into the folder, or start `loratune studio` in a folder that contains it",
             )
         return path
 
     def short(self, path: Path) -> str:
-        """Return a path relative to the folder, as the commands name it that run there."""
+        """Return a path relative to the folder, as commands that run there name it."""
         return path.relative_to(self.root).as_posix()
 
     def data_files(self) -> list[str]:
@@ -84,7 +84,8 @@ class StudioFolder:
         return [self.short(path) for path in (*folders, *files) if path != self.root]
 
     def runs(self) -> list[Path]:
-        """Return the run directories in the folder, up to some depth: it may be somebody's whole home."""
+        """Return the run directories in the folder, down to a limited depth, since the folder may be somebody's home
+        directory."""
         found = []
         for folder, below, names in os.walk(self.root):
             here = Path(folder)

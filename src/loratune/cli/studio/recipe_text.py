@@ -94,7 +94,7 @@ def _takes_any(parts: list[dict[str, Any]]) -> bool:
 
 
 def set_field(text: str, name: str, value: str) -> str:
-    """Return a recipe's text with another value of a setting, all else as it was.
+    """Return a recipe's text with another value of a setting, leaving everything else unchanged.
 
     Args:
         text: The recipe.

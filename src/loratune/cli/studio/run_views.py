@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 EXPORTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "merge": ("one model that needs no adapter (transformers)", ("merge", "{run}", "{run}-merged")),
     "gguf": ("the adapter for llama.cpp (GGUF)", ("export", "{run}", "--to", "gguf")),
-    "gguf-merged": ("the whole model for llama.cpp (GGUF)", ("export", "{run}", "--to", "gguf", "--merged")),
+    "gguf-merged": ("the full model for llama.cpp (GGUF)", ("export", "{run}", "--to", "gguf", "--merged")),
     "ollama": ("Ollama", ("export", "{run}", "--to", "ollama")),
     "vllm": ("vLLM", ("export", "{run}", "--to", "vllm")),
     "mlx": ("MLX, on a Mac", ("export", "{run}", "--to", "mlx")),

@@ -1,4 +1,4 @@
-"""Texts → tokens: word by word with a cache if the tokenizer allows it, else as a batch of full texts."""
+"""Texts → tokens: word by word with a cache if the tokenizer allows it, otherwise as a batch of full texts."""
 
 from __future__ import annotations
 

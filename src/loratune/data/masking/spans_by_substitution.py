@@ -239,7 +239,7 @@ def _span(draft: _Draft, text: str, turn: int, message: Message, stops: Sequence
     while after < len(slots) and slots[after].message == turn:
         after += 1
     if has_text(message) and TextSlot(turn, thoughts=False) not in slots[first:after]:
-        raise BadRow(f"the chat template writes the text of message {turn + 1} (assistant) outside of its turn")
+        raise BadRow(f"the chat template writes the text of message {turn + 1} (assistant) outside its turn")
     body_end = draft.end(after - 1) if after > first else start
     limit = draft.starts[after] if after < len(slots) else len(text)
     end = first_stop(text, max(start, body_end), limit, stops)

@@ -1,6 +1,6 @@
 """The names of special tokens inside texts: found, or tokenized as ordinary text.
 
-A tokenizer reads `<|im_end|>` as the end of a turn wherever it occurs, also in a user's message. To read it as text
+A tokenizer reads `<|im_end|>` as the end of a turn wherever it occurs, even in a user's message. To read it as text
 there and as a token where the template wrote it, both get stand-ins of the same length from Unicode's private planes:
 
     1. In the messages, each name is replaced by its stand-in, so that template, spans and stop tokens do not see it.

@@ -32,7 +32,7 @@ MAX_WORKERS = 7
 
 
 def num_workers(num_conversations: int) -> int:
-    """Return how many workers repay their start."""
+    """Return how many workers are worth starting."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(cores - 1, MAX_WORKERS, num_conversations // CONVERSATIONS_PER_WORKER)
 

@@ -1,8 +1,9 @@
-"""Whether the chat template writes every tool call and tool schema of a conversation, with all that they say.
+"""Checks that the chat template writes every tool call and tool schema of a conversation in full.
 
 Two checks, since each sees what the other cannot. A probe has sentinels in place of names and values: a template that
 writes one call of two, or finds a tool's name in what a user said, writes too few of them. And the text itself must
-have every name and value of a trained call at least as often as its calls have them: a template may decide by value.
+have every name and value of a trained call at least as often as its calls have them: a template may treat values
+differently.
 """
 
 from __future__ import annotations

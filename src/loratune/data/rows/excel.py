@@ -1,4 +1,4 @@
-"""Excel files → rows: the first sheet, as the CSV file of it would be."""
+"""Excel files → rows: the first sheet, read like a CSV file of it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def read_excel(path: Path) -> list[Row]:
     for line, values in enumerate(cells[1:], start=2):
         if any(values[len(names) :]):
             raise DataError(
-                "a cell right of the named columns", file=path, line=line, fix="name its column, or clear it"
+                "a cell to the right of the named columns", file=path, line=line, fix="name its column, or clear it"
             )
         if any(values):
             padded = [*values, *[""] * len(names)]

@@ -1,4 +1,4 @@
-"""The fields that rows of this field's formats have, and what each means here.
+"""The fields that rows of the known formats have, and what each means here.
 
 A field is read by the format of its row, refused by a rule of `FIELDS`, or counted by name as not read. A field that
 says nothing (null, an empty text, list or object) is absent: tables fill in what a row does not have.
@@ -118,16 +118,17 @@ FIELDS: tuple[Field, ...] = (
     Field("column", ("prompt", "completion", "response"), "TRL, OpenAI, mlx-lm", "context, and what is trained"),
     Field("column", ("question", "answer"), "question answering", "as prompt and completion"),
     Field("column", ("instruction", "output"), "Alpaca, LLaMA-Factory", "as prompt and completion"),
-    Field("column", ("input",), "Alpaca", "written below the instruction or the prompt"),
+    Field("column", ("input",), "Alpaca", "appended below the instruction or the prompt"),
     Field("column", ("history",), "Alpaca of LLaMA-Factory, ms-swift", "earlier turns, trained like all answers"),
     Field("column", ("system", "system_prompt"), "ShareGPT, Alpaca, ms-swift", "the system message"),
     Field("column", ("tools", "functions"), "OpenAI, TRL, LLaMA-Factory", "the functions that may be called"),
     Field("column", ("text",), "mlx-lm, TRL, pretraining", "plain text, if the row has no other format"),
     Field("column", ("context", "documents"), "Dolly, SQuAD, retrieval", "not read; data.columns={input: context}"),
-    Field("column", ("split",), "tables of several splits", "not read"),
-    Field("column", ("chosen", "rejected", "rejected_response", "non_preferred_output"), "DPO", "refused", _pair),
-    Field("column", ("label", "kto_tag"), "KTO: TRL, ms-swift, LLaMA-Factory", "false: kto", _bad_answer),
-    Field("column", ("weight", "sample_weight", "loss_weight"), "tables of weighted rows", "1 only", _row_weight),
+    Field("column", ("split",), "tables with several splits", "not read"),
+    Field("column", ("chosen", "rejected", "rejected_response", "non_preferred_output"), "DPO",
+          "with task: preference only", _pair),
+    Field("column", ("label", "kto_tag"), "KTO: TRL, ms-swift, LLaMA-Factory", "false: with kto only", _bad_answer),
+    Field("column", ("weight", "sample_weight", "loss_weight"), "tables of weighted rows", "must be 1", _row_weight),
     Field("column", ("chat_template_kwargs",), "TRL, ms-swift", "refused", _kwargs),
     Field(
         "column", ("image", "images", "audio", "audios", "video", "videos"), "TRL, LLaMA-Factory, ms-swift", "refused",
@@ -149,7 +150,7 @@ FIELDS: tuple[Field, ...] = (
     Field("message key", ("train_detail",), "Axolotl", "refused", _ranges),
     Field("message key", ("refusal",), "OpenAI", "refused", _refusal),
     Field("message key", ("tool_plan",), "Cohere", "refused", _plan),
-    Field("message key", ("channel",), "gpt-oss", "final only", _channel),
+    Field("message key", ("channel",), "gpt-oss", "must be final", _channel),
     Field("message key", ("image", "images", "audio", "audios", "video", "videos"), "ms-swift", "refused", _media),
     Field("call key", ("function", "name", "type", "id", "call_id"), "OpenAI", "the call"),
     Field("call key", ("arguments", "parameters", "input"), "OpenAI, Llama, Anthropic", "object, or its JSON text"),
@@ -157,7 +158,7 @@ FIELDS: tuple[Field, ...] = (
           "the schema"),
     Field("part key", ("type", "text", "value", "thinking", "reasoning"), "OpenAI, Anthropic, TRL", "text or thoughts"),
 )  # fmt: skip
-"""One line a known field. Fields without a rule that the format of their row does not read are named."""
+"""One line per known field. Fields without a rule that the format of their row does not read are named."""
 
 _RULES: dict[Place, dict[str, Field]] = {}
 for _field in FIELDS:

@@ -1,4 +1,4 @@
-"""Which files of a folder are read: those of one split, as the Hub understands a folder."""
+"""Which files of a folder are read: those of one split, interpreted as on the Hub."""
 
 from __future__ import annotations
 

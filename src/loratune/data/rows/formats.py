@@ -203,7 +203,8 @@ def _read_prompt_completion(value: dict[str, Any], origin: Origin, unread: _Unre
 
 
 def continued(prompt: list[Message], completion: list[Message]) -> list[Message]:
-    """Join prompt and completion: answers in a prompt are context, and an answer that it starts goes on."""
+    """Join prompt and completion: answers in a prompt are context, and an answer that the prompt starts is
+    continued."""
     if not prompt or not completion or prompt[-1]["role"] != "assistant" or completion[0]["role"] != "assistant":
         return [*map(as_given, prompt), *completion]
     start, rest = prompt[-1], completion[0]

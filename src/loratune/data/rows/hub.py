@@ -131,7 +131,7 @@ def _require_hub(source: Source) -> None:
 
 
 def hub_answers(seconds: float = HUB_TIMEOUT_SECONDS) -> bool:
-    """Whether the Hub answers within so many seconds."""
+    """Whether the Hub answers within this many seconds."""
     from huggingface_hub import constants
 
     done = threading.Event()

@@ -106,7 +106,7 @@ def read_sharegpt_message(turn: Any, number: int, unread: Unnamed | None = None)
     others = {key: value for key, value in turn.items() if key not in ("from", "value")}
     for key in _PLAIN & others.keys():
         if not says_nothing(others[key]):
-            raise BadRow(f"message {number} has {key} beside from and value")
+            raise BadRow(f"message {number} has {key} in addition to from and value")
     return _checked(role, {**others, "content": turn["value"]}, number, unread)
 
 
@@ -120,7 +120,7 @@ def _read_call_turn(turn: dict[str, Any], key: str, number: int, unread: Unnamed
     if not isinstance(calls, dict | list) or not calls:
         raise BadRow(f"{where} is a call, but its text is not a JSON object: {describe_value(value)}")
     if not says_nothing(others.get("tool_calls")):
-        raise BadRow(f"{where} is a call that has tool_calls, too")
+        raise BadRow(f"{where} is a call that has tool_calls too")
     others["tool_calls"] = calls if isinstance(calls, list) else [calls]
     return _checked("assistant", others, number, unread)
 

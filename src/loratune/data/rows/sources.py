@@ -96,7 +96,7 @@ def local_files(source: Source) -> list[Path]:
     """
     path = Path(source.name).expanduser()
     if not path.exists():
-        fix = missing_rows_fix(path) or "check the path, in a recipe that of data.train or data.eval"
+        fix = missing_rows_fix(path) or "check the path (in a recipe, that of data.train or data.eval)"
         raise DataError("no such file or folder", file=source.name, fix=fix)
     if path.is_file():
         _refuse_hub_settings(source)

@@ -1,6 +1,6 @@
 """Random access to the rows of sources too large for memory: JSON Lines files and Hub datasets.
 
-A table knows where each row is and reads it on demand, also in a process that was forked from this one.
+A table knows where each row is and reads it on demand, even in a process that was forked from this one.
 """
 
 from __future__ import annotations

@@ -71,7 +71,8 @@ def check_unicode(text: str, where: str) -> str:
 
 
 def check_json(value: Any, where: str, depth: int = 0) -> None:
-    """Check that a template can write a value as JSON: rows of tables hold dates, and rows of strangers anything.
+    """Check that a template can write a value as JSON: rows of tables may contain dates, and rows from strangers
+    anything.
 
     Raises:
         BadRow: It cannot.
@@ -146,7 +147,7 @@ def _read_call(call: Any, where: str, unread: list[tuple[Place, str]]) -> dict[s
         account_for("call key", function, _FUNCTION, unread, f"a tool call of {where}")
         doubled = [key for key in _FUNCTION if not says_nothing(call.get(key)) and call[key] != function.get(key)]
         if doubled:
-            raise BadRow(f"{where} calls {name} with {doubled[0]} beside its function, which has its own")
+            raise BadRow(f"{where} calls {name} with {doubled[0]} next to its function, which has its own")
     account_for("call key", call, _CALL, unread, f"a tool call of {where}")
     arguments = _arguments(function, f"{where} calls {name}")
     check_json([name, arguments], f"a tool call of {where}")

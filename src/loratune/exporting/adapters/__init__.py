@@ -1,1 +1,1 @@
-"""Adapters in PEFT's format as material: read, combined, resized, extracted from a full fine-tune, and checked."""
+"""Work on adapters in PEFT's format: read, combine, resize, extract from a full fine-tune, and check them."""

@@ -1,9 +1,9 @@
-"""Sums, sizes and approximations of low-rank updates, without ever building an update where its factors suffice.
+"""Sums, sizes and approximations of low-rank updates, without building an update if its factors suffice.
 
     <B·A, B'·A'> = Σ (Bᵀ·B') ∘ (A·A'ᵀ)                     r × r' products instead of d_out × d_in ones
     B = Q·R, Aᵀ = Q'·R'   →   the singular values of B·A are those of R·R'ᵀ
 
-DoRA is no low-rank update: its magnitudes scale whole rows of base and update together. Nothing here takes one.
+DoRA is not a low-rank update: its magnitudes scale full rows of base and update together. Nothing here accepts it.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def norm(update: LowRank) -> float:
 
 
 def weighted_sum(parts: Sequence[tuple[float, LowRank]]) -> LowRank:
-    """Return Σ weight · update, exactly: the factors side by side, with scale 1 and the sum of the ranks.
+    """Return Σ weight · update, exactly: the concatenated factors, with scale 1 and the sum of the ranks.
 
     Args:
         parts: Weights and updates of the same matrix.

@@ -1,8 +1,8 @@
-"""Proofs for adapters that were made of others: the written files against the closed form, in weights and in logits.
+"""Proofs for adapters made from others: the written files against the closed form, in weights and in logits.
 
 The closed form is a dense float64 matrix for each module, computed from the sources by `Σ weight · scale · B · A`. The
-files are read by PEFT, so that a scale, a pattern or a name that PEFT takes otherwise shows: in each update, however
-small, and in the logits as a share of what the adapter does to them.
+files are read by PEFT, so that a scale, a pattern or a name that PEFT interprets differently shows: in each update,
+however small, and in the logits as a share of what the adapter does to them.
 """
 
 from __future__ import annotations
@@ -93,8 +93,8 @@ def check_updates(written: Adapter, wanted: ClosedForm) -> float:
     """Compare the updates of a written adapter, as this package reads them, with the closed form.
 
     Returns:
-        ‖written - closed form‖ over the norm of the updates that were added, over all matrices. Where these cancel,
-        what is left of them is no measure.
+        ‖written - closed form‖ over the norm of the updates that were added, over all matrices. If these cancel, what
+        is left of them is not a measure.
 
     Raises:
         RunError: A matrix differs by more than float32 rounds, or other matrices were written.

@@ -1,4 +1,4 @@
-"""Adapters of any origin in PEFT's format: read with everything in them, and written as plain LoRA of scale 1."""
+"""Adapters in PEFT's format, whoever made them: read with everything in them, and written as plain LoRA of scale 1."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _VARIANTS = {
 }
 _NOT_PLAIN = {
     **_VARIANTS,
-    "use_dora": "is DoRA, whose magnitudes scale base and update together, so that it is no low-rank update",
+    "use_dora": "is DoRA, whose magnitudes scale base and update together, so it is not a low-rank update",
     "target_parameters": "adapts stacked parameters (target_parameters)",
     "trainable_token_indices": "trains rows of the embedding (trainable_token_indices)",
     "layer_replication": "repeats layers of its base (layer_replication)",
@@ -92,7 +92,7 @@ class Adapter:
         return kind if changed is None else f"{kind} for the residual of its base ({changed})"
 
     def require_plain(self, verb: str, *, allowed: frozenset[str] = frozenset()) -> None:
-        """Refuse what is more than updates of matrices, biases and whole tensors of the base as it is.
+        """Refuse an adapter with more than updates of matrices, biases and full tensors of the unchanged base.
 
         Args:
             verb: What does not take it.
@@ -128,8 +128,9 @@ def read_folder(path: Path) -> Adapter:
     """Read an adapter with everything in it.
 
     Raises:
-        RecipeError: It is no LoRA adapter in safetensors.
-        RunError: It holds something that is not a low-rank update, a bias or a whole tensor, or is not finite.
+        RecipeError: It is not a LoRA adapter in safetensors.
+        RunError: It contains something that is not a low-rank update, a bias or a full tensor, or values that are not
+            finite.
     """
     file = path / CONFIG
     if not file.is_file():
@@ -171,12 +172,12 @@ def read_folder(path: Path) -> Adapter:
 
 
 def num_parameters(folder: Path) -> int:
-    """Return how many numbers an adapter's folder holds."""
+    """Return how many numbers an adapter's folder contains."""
     return sum(math.prod(shape) for shape in read_header(adapter_file(folder)).values())
 
 
 def write_folder(folder: Path, adapter: Adapter) -> None:
-    """Write updates, biases and whole tensors as a plain LoRA adapter whose scales are 1, in float32.
+    """Write updates, biases and full tensors as a plain LoRA adapter whose scales are 1, in float32.
 
     Args:
         folder: An existing folder.

@@ -47,7 +47,7 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 @dataclass(slots=True, kw_only=True)
 class Endpoint:
-    """A server, by the address that its API is found under.
+    """A server, identified by the URL of its API.
 
     Attributes:
         root: The address without `/v1`.
@@ -72,7 +72,7 @@ class Endpoint:
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise RecipeError(f"{self.root} is not the address of a server", fix="http://127.0.0.1:8000/v1")
         if parts.username or parts.password:
-            raise RecipeError("the address holds a name or password", fix="set LORATUNE_API_KEY, or use --api-key")
+            raise RecipeError("the address contains a name or password", fix="set LORATUNE_API_KEY, or use --api-key")
         self.root = f"{parts.scheme}://{parts.netloc}{_PATHS.sub('', parts.path)}"
         proxies = [urllib.request.ProxyHandler({})] if parts.hostname in _LOCAL else []
         self._opener = urllib.request.build_opener(_NoRedirect, *proxies)
@@ -186,7 +186,7 @@ class Endpoint:
             found = None
         if not isinstance(found, dict):
             raise RunError(
-                f"{self.url} answers with something else than a JSON object: {content[:80]!r}",
+                f"{self.url} does not answer with a JSON object: {content[:80]!r}",
                 fix="give the address of a server with an OpenAI-compatible API",
             )
         return found

@@ -22,7 +22,7 @@ _TEMPLATE = "serve the model with the chat template in the run's adapter folder"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServedEvidence:
-    """Everything that the verdict on a server rests on.
+    """Everything that the verdict on a server is based on.
 
     Attributes:
         endpoint: The server.
@@ -140,12 +140,12 @@ def _complaints(evidence: ServedEvidence) -> list[tuple[str, str]]:
             text = f"{text}, {answers.num_as_base} are the base's"
             complaints.append((f"{_as_base(evidence)}: {text}", _other_model(evidence)))
         else:
-            complaints.append((f"it answers as another model: {text}", _other_model(evidence)))
+            complaints.append((f"it answers like another model: {text}", _other_model(evidence)))
     return complaints
 
 
 def _as_base(evidence: ServedEvidence) -> str:
-    return f"{evidence.endpoint.model} answers as the base without the adapter"
+    return f"{evidence.endpoint.model} answers like the base without the adapter"
 
 
 def _other_model(evidence: ServedEvidence) -> str:
@@ -178,7 +178,7 @@ def _undecided(evidence: ServedEvidence) -> Decision:
         return undecided(
             f"its mean KL divergence from the trained model is {kl:.2g} nats, the base's {base:.2g}, and how its "
             f"weights were rounded is unknown; it has {share:.0%} of what training changed (± {error:.0%})",
-            "certify the file that is served, or serve one of fewer rounding errors: f16 or q8_0",
+            "certify the file that is served, or serve one with smaller rounding errors: f16 or q8_0",
         )
     if not answers.num_compared:
         return undecided(

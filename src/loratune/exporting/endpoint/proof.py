@@ -1,4 +1,4 @@
-"""The proof by a server's answers: are they those of the trained model, and would the base's have passed, too?
+"""The proof by a server's answers: are they those of the trained model, and would the base's have passed too?
 
 *Distributions.* A server names the likeliest tokens of a position. Together with all others as one, they are the
 cells on which three distributions are compared: T of the trained model, B of its base, and S, the server's. KL(T ‖ S)
@@ -8,7 +8,7 @@ where S is *in the direction of training*: the share of log T - log B that log S
 for the trained model, also under the noise of 4 bits, and 0 for the base.
 
 *Greedy answers* to chats, up to where the trained model's own lead is small. They also show the template and the stop
-tokens that the server uses. Only prompts that the base answers in another way say anything.
+tokens that the server uses. Only prompts that the base answers differently say anything.
 """
 
 from __future__ import annotations
@@ -186,7 +186,7 @@ class ServedAnswers:
 
     @property
     def missing_stops(self) -> list[int]:
-        """Stop tokens at which most answers go on that are the trained model's up to there."""
+        """Stop tokens after which most answers continue that are the trained model's up to there."""
         ended: dict[int, list[bool]] = {}
         for wanted, given in self._pairs:
             if wanted.stop is not None and given.text.strip().startswith(wanted.clear):
@@ -203,7 +203,7 @@ class ServedAnswers:
 
     @property
     def is_same(self) -> bool:
-        """Whether no more answers differ than is an accident."""
+        """Whether no more answers differ than chance explains."""
         count = self.num_compared
         return count > 0 and count - self.num_same <= allowed_flips(count, 0)
 
@@ -215,7 +215,7 @@ class ServedAnswers:
 
     @property
     def is_other(self) -> bool:
-        """Whether surely fewer than half of the answers that training changed are the trained model's."""
+        """Whether significantly fewer than half of the answers that training changed are the trained model's."""
         below = sum(math.comb(self.num_changed, same) for same in range(self.num_changed_same + 1))
         return below / 2**self.num_changed < SURPRISE
 

@@ -69,7 +69,7 @@ class EndpointReader:
     def choose_way(self, input_ids: Sequence[int], position: int) -> None:
         """Find out how the server gives log-probabilities.
 
-        What it says about the tokens of a prompt is only believed if it says the same when that token is to be
+        What it reports about the tokens of a prompt is only trusted if it reports the same when that token is to be
         generated: some servers shift these by one.
 
         Args:
@@ -141,7 +141,7 @@ class EndpointReader:
         return text
 
     def prompt_ids(self, messages: Sequence[Mapping[str, Any]]) -> list[int] | None:
-        """Return the token ids of a chat by the server's own template; None if it does not tell them."""
+        """Return the token ids of a chat by the server's own template; None if it does not report them."""
         try:  # vLLM
             found = self._endpoint.post("/tokenize", {"model": self._endpoint.model, "messages": list(messages)})
             if found.get("tokens"):
@@ -157,7 +157,7 @@ class EndpointReader:
             return None
 
     def chat(self, messages: Sequence[Mapping[str, Any]], max_tokens: int) -> ChatAnswer | None:
-        """Have a chat answered greedily; None if the server has no chat."""
+        """Have a chat answered greedily; None if the server does not support chats."""
         while True:
             body = {"messages": list(messages), "max_tokens": max_tokens, "temperature": 0, **self._settings}
             try:

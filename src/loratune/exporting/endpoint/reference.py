@@ -1,4 +1,4 @@
-"""What the trained model and its base say in training's own code, for a server to be compared with."""
+"""The outputs of the trained model and its base in training's own code, with which a server is compared."""
 
 from __future__ import annotations
 

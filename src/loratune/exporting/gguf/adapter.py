@@ -99,7 +99,7 @@ def read_gguf_adapter(file: Path, config: Any, modules: Iterable[str]) -> dict[s
 def check_plain(updates: Mapping[str, LowRank]) -> None:
     """Refuse an adapter that is more than matrices A and B."""
     if any(update.magnitude is not None for update in updates.values()):
-        raise RecipeError("a GGUF adapter cannot hold DoRA's magnitudes", fix="--merged writes the full model")
+        raise RecipeError("a GGUF adapter cannot represent DoRA's magnitudes", fix="--merged writes the full model")
 
 
 def _weight_name(layout: GgufLayout, module: str) -> str:

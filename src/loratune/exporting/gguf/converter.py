@@ -1,6 +1,6 @@
 """Have llama.cpp's own scripts write GGUF files, from a checkout of llama.cpp that the user names.
 
-Its scripts know more families than `architectures`. They run as programs of their own, with this Python.
+Its scripts know more families than `architectures`. They run as separate programs, with this Python.
 """
 
 from __future__ import annotations

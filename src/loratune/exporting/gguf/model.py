@@ -106,7 +106,7 @@ def write_gguf_model(source: GgufSource, file: Path, *, outtype: str) -> None:
 
 
 def is_quantized(file: Path) -> bool:
-    """Return whether a GGUF file holds weights in fewer than 16 bits."""
+    """Return whether a GGUF file stores weights in fewer than 16 bits."""
     unquantized = {GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16}
     return any(tensor.tensor_type not in unquantized for tensor in GGUFReader(file).tensors)
 

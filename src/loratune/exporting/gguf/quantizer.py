@@ -55,7 +55,7 @@ def types_in(file: Path) -> str:
 def quantize_file(source: Path, file: Path, outtype: str) -> None:
     """Quantize a GGUF file.
 
-    Matrices whose rows are no multiple of 256 long get a type with shorter blocks, as llama.cpp chooses it.
+    Matrices whose row length is not a multiple of 256 get a type with shorter blocks, which llama.cpp chooses.
 
     Args:
         source: A GGUF file in float32, float16 or bfloat16.

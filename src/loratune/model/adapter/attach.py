@@ -1,4 +1,4 @@
-"""The LoRA adapter on a model: PEFT attaches, loads and saves it, our kernels compute it."""
+"""The LoRA adapter on a model: PEFT attaches, loads and saves it; our kernels compute it."""
 
 from __future__ import annotations
 

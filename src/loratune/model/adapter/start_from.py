@@ -109,7 +109,7 @@ def check_adapter(
 
 
 def base_notes(folder: Path, bases: Sequence[str]) -> tuple[str, ...]:
-    """Return a note if the adapter names another base than this run's, with the same shapes.
+    """Return a note if the adapter names a different base than this run's, with the same shapes.
 
     Args:
         folder: The folder of an adapter that `check_adapter` accepted.

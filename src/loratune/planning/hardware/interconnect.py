@@ -83,9 +83,9 @@ LINKS = {
         _between(
             "infiniband-hdr", 200, "NVIDIA, DGX A100 User Guide: a ConnectX-6 of 200 Gb/s for each GPU", shared=False
         ),
-        _between("ethernet-100g", 100, "IEEE 802.3: 100 Gb/s, one port a node", shared=True),
-        _between("ethernet-25g", 25, "IEEE 802.3: 25 Gb/s, one port a node", shared=True),
-        _between("ethernet-10g", 10, "IEEE 802.3: 10 Gb/s, one port a node", shared=True),
+        _between("ethernet-100g", 100, "IEEE 802.3: 100 Gb/s, one port per node", shared=True),
+        _between("ethernet-25g", 25, "IEEE 802.3: 25 Gb/s, one port per node", shared=True),
+        _between("ethernet-10g", 10, "IEEE 802.3: 10 Gb/s, one port per node", shared=True),
     )
 }
 

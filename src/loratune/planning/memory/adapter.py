@@ -1,4 +1,4 @@
-"""What adapters save for the backward pass, and what their variants and modules trained in full take besides."""
+"""What adapters save for the backward pass, and what their variants and fully trained modules take in addition."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What a process takes besides tensors: Python and the libraries, a GPU's context, fragmentation of the allocator."""
+"""What a process needs in addition to tensors: Python and the libraries, a GPU's context, fragmentation of the
+allocator."""
 
 from __future__ import annotations
 
@@ -58,7 +59,7 @@ class Overhead:
 
 
 def overhead_of(place: ExecutionSetup, dtype_bytes: int, num_sizes: int) -> Overhead:
-    """Return what the process takes besides tensors.
+    """Return what the process needs in addition to tensors.
 
     Args:
         place: The device, and the memory of this process now.

@@ -1,1 +1,1 @@
-"""The five sections of a recipe, a module each; a field's docstring is its only documentation."""
+"""The six sections of a recipe, one module each; a field's docstring is its only documentation."""

@@ -46,8 +46,8 @@ class Source(Section):
     """The split of a Hub dataset. Default: `train`."""
 
     weight: Float = Field(default=1.0, gt=0)
-    """How many times each row is seen per epoch (oversampling or undersampling). 2.5 repeats every row twice and adds a
-    seeded half of them a third time, the same half in every epoch."""
+    """How many times each row is seen per epoch (oversampling or undersampling). 2.5 uses every row twice, and a
+    random half of them, fixed by the seed, a third time; the half is the same in every epoch."""
 
 
 class Contradiction(ValueError):

@@ -29,8 +29,8 @@ class DataSection(Section):
         BeforeValidator(as_sources_or_setting, json_schema_input_type=float | WrittenSources),
     ] = "auto"
     """The held-out (validation) data: a source, the fraction of the training conversations to hold out, or `none`.
-    `auto`: the `test` split of a Hub dataset that is named with a config or split and has one, else a fraction of 0.05.
-    """
+    `auto`: the `test` split of a Hub dataset that has one and is given with a config or split, otherwise a fraction of
+    0.05."""
 
     format: Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt", "text"] = "auto"
     """The format of the rows. `auto` detects it from all rows."""
@@ -67,7 +67,7 @@ class DataSection(Section):
 
     streaming: bool | Literal["auto"] = "auto"
     """Whether to tokenize and verify each row shortly before its step, instead of all rows before training; the data
-    report then describes a random sample. For JSON Lines files and Hub datasets. `auto`: from 100,000 rows on."""
+    report then describes a random sample. For JSON Lines files and Hub datasets. `auto`: with 100,000 rows or more."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -22,7 +22,7 @@ class EvaluateSection(Section):
     metric: Metric = "none"
     """How a generated answer is scored against its references. `exact_match`: the same text; `json`: the same JSON
     value; `contains`: a reference occurs in the answer; `bleu`: corpus BLEU, by sacrebleu; `none`: answers are
-    shown and not scored, only the held-out loss is measured."""
+    shown but not scored, and only the held-out loss is measured."""
 
     samples: Int = Field(default=100, ge=0)
     """How many held-out prompts to answer, starting from the first; without a metric at most 10. Conversations that

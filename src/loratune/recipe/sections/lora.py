@@ -53,8 +53,8 @@ class LoraSection(Section):
     name of a module: `{o_proj: 4, 'layers.0.mlp.*': 64}`. The first match counts."""
 
     alpha_pattern: dict[str, Annotated[Float, Field(gt=0)]] = Field(default={})
-    """Like `rank_pattern`, overriding `alpha`. A module with its own rank but no own alpha is scaled by `alpha` / its
-    rank."""
+    """Like `rank_pattern`, overriding `alpha`. A module with its own rank but without its own alpha is scaled by
+    `alpha` / its rank."""
 
     modules_to_save: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Modules that are fully trained in addition to the adapter and saved with it, such as `embed_tokens`, `lm_head` or

@@ -19,7 +19,8 @@ class ModelSection(Section):
     """The branch, tag or commit of a Hub model. A branch is resolved to its commit, which `lock.json` records."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """The precision of the frozen base weights. `auto`: bfloat16 where this machine computes it faster, else float32.
+    """The precision of the frozen base weights. `auto`: bfloat16 if this machine computes it faster, otherwise
+    float32.
     The adapter itself is always trained in float32."""
 
     quantization: Literal[
@@ -36,5 +37,5 @@ class ModelSection(Section):
 
     task: TaskName = "causal_lm"
     """What the model learns: `causal_lm`, to generate text (supervised fine-tuning, SFT); `sequence_classification`, to
-    assign a class to a text; `preference`, to prefer the better of two answers (DPO and its kin). A top-level `task:`
-    outside the sections sets the same field."""
+    assign a class to a text; `preference`, to prefer the better of two answers (DPO and related losses). A top-level
+    `task:` outside the sections sets the same field."""

@@ -31,18 +31,18 @@ class PreferenceSection(Section):
 
     loss: Literal["dpo", "ipo", "orpo", "simpo", "kto"] = "dpo"
     """The loss of a pair. `dpo`: direct preference optimization; `ipo`: identity preference optimization, per token;
-    both compare with a reference, the model as it was before training. `orpo`: odds ratio preference optimization, with
-    the likelihood of the chosen answer in it; `simpo`: simple preference optimization, by log-probabilities per token;
-    both need no reference. `kto`: Kahneman-Tversky optimization, for rows with one answer and a `label` that says
-    whether it is good; with the same reference as `dpo`."""
+    both compare with a reference, the model as it was before training. `orpo`: odds ratio preference optimization,
+    which includes the likelihood of the chosen answer; `simpo`: simple preference optimization, by log-probabilities
+    per token; both need no reference. `kto`: Kahneman-Tversky optimization, for rows with one answer and a `label` that
+    says whether it is good; with the same reference as `dpo`."""
 
     beta: Annotated[Float, Field(gt=0)] | Literal["auto"] = Field(default="auto", union_mode="left_to_right")
-    """The strength of the preference: how closely `dpo`, `kto` and `ipo` (where it is called τ) stay at the reference,
+    """The strength of the preference: how closely `dpo`, `kto` and `ipo` (where it is called τ) stay to the reference,
     the weight of the odds ratio in `orpo` (λ), the scale of the rewards in `simpo`. `auto`: 0.1, but 2.0 for
     `simpo`."""
 
     label_smoothing: Float = Field(default=0.0, ge=0, lt=0.5)
-    """The probability that a pair is labeled the wrong way round (conservative DPO). For `dpo` only."""
+    """The probability that the two answers of a pair are swapped by mistake (conservative DPO). For `dpo` only."""
 
     sft_weight: Float = Field(default=0.0, ge=0)
     """The weight of an additional term, the mean of -log p over the tokens of the chosen answer, which keeps its
@@ -52,7 +52,7 @@ class PreferenceSection(Section):
     """By how much the reward of the chosen answer should exceed that of the rejected one in `simpo` (γ)."""
 
     desirable_weight: Float = Field(default=1.0, gt=0)
-    """The weight of good answers in `kto` (λ_D). Where there are n_D good and n_U bad ones, the paper advises
+    """The weight of good answers in `kto` (λ_D). With n_D good and n_U bad ones, the paper advises
     n_D·λ_D / (n_U·λ_U) between 1 and 4/3."""
 
     undesirable_weight: Float = Field(default=1.0, gt=0)

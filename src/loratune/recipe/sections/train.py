@@ -29,7 +29,7 @@ class TrainSection(Section):
 
     max_steps: Int | None = Field(default=None, ge=1)
     """The number of optimizer steps; if set, it overrides `epochs`, and the learning-rate schedule ends with it.
-    `null`: as many as `epochs` makes."""
+    `null`: as many as `epochs` gives."""
 
     learning_rate: Float = Field(default=5e-5, gt=0)
     """The peak learning rate (LR) of the schedule."""
@@ -42,8 +42,8 @@ class TrainSection(Section):
     """`adamw`: two moments for each trained parameter. `adamw_8bit`: the same with 8-bit moments for matrices of 4,096
     elements and more, by bitsandbytes. `lion`: sign of a momentum, half of AdamW's memory, by bitsandbytes; use a third
     to a tenth of AdamW's learning rate. `muon`: orthogonalized momentum of each matrix, half of AdamW's memory, at
-    AdamW's learning rates. `adafactor`: factored second moments, a small part of AdamW's memory, at AdamW's learning
-    rates. `sgd`: plain gradients without momentum or optimizer memory; use a far higher learning rate."""
+    AdamW's learning rates. `adafactor`: factored second moments, a small fraction of AdamW's memory, at AdamW's
+    learning rates. `sgd`: plain gradients without momentum or optimizer memory; use a far higher learning rate."""
 
     lora_plus_ratio: Float = Field(default=1.0, ge=1)
     """LoRA+: the learning rate of the B matrices as a multiple of that of the A matrices, which is `learning_rate`. 1:
@@ -79,9 +79,9 @@ class TrainSection(Section):
     Affects memory and speed; losses stay the same up to rounding."""
 
     share_prefixes: bool | Literal["auto"] = "auto"
-    """Whether sequences of a step that begin with the same tokens (system prompt, tool schemas, the prompt of a pair)
-    go through the model once up to where they differ. Losses and gradients stay the same up to rounding; with
-    `lora.dropout`, equal prefixes of a step have one mask. `auto`: if enough of the tokens are shared."""
+    """Whether tokens that several sequences of a step begin with (system prompt, tool schemas, the prompt of a pair) go
+    through the model only once. Losses and gradients stay the same up to rounding; with `lora.dropout`, equal prefixes
+    of a step have one mask. `auto`: if enough of the tokens are shared."""
 
     compile: bool | Literal["auto"] = "auto"
     """Whether to run the decoder layers and the loss through `torch.compile`. `auto`: if the run is long enough to

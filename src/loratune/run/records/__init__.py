@@ -13,5 +13,5 @@ sweep         what a sweep tries, and its result
 outputs       what the verbs print with --json
 schemas       verb → JSON schema
 
-The records import nothing of the other rooms, so that every room can use them.
+The records import nothing from the other packages, so that every package can use them.
 """

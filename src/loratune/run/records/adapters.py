@@ -13,13 +13,13 @@ class MatrixRecord(Part):
     rank: int
     """Rank of its factors."""
     scale: float
-    """What B·A is multiplied by: alpha/r, or alpha/√r with rank-stabilized LoRA."""
+    """Factor by which B·A is multiplied: alpha/r, or alpha/√r with rank-stabilized LoRA."""
     norm: float
     """Frobenius norm of the update."""
     effective_rank: float
     """Exponential of the entropy of the normalized singular values (Roy & Vetterli 2007)."""
     rank_of_99_percent: int
-    """Singular values that hold 99 % of the squared norm."""
+    """Number of singular values that make up 99 % of the squared norm."""
 
 
 class InspectOutput(FileRecord):
@@ -28,30 +28,32 @@ class InspectOutput(FileRecord):
     adapter: str
     """Its folder."""
     kind: str
-    """`LoRA`, `rank-stabilized LoRA` or `DoRA`, with PEFT's settings that make it more than updates of matrices."""
+    """`LoRA`, `rank-stabilized LoRA` or `DoRA`, with the PEFT settings by which it is more than
+    updates of matrices."""
     base: str
-    """The base that it names; empty if it names none."""
+    """Base model that the adapter names; empty if it names none."""
     base_sha256: dict[str, str] | None
     """Weight file of the base → SHA-256; null if the base is not on this machine."""
     num_parameters: int
-    """Its parameters."""
+    """Number of its parameters."""
     matrices: tuple[MatrixRecord, ...]
     """The updates of single matrices."""
     other: tuple[str, ...]
-    """Biases, tensors and stacks of experts that it holds beside them."""
+    """Biases, full tensors and stacked experts that it also contains."""
 
 
 class CheckRecord(Part):
-    """The proof of what was written."""
+    """The verification of what was written."""
 
     relative_error: float
     """Error of the written updates against the closed form, over the norm of the updates that were added."""
     peft_error: float | None
-    """The same of the updates as PEFT computes them; null without base."""
+    """The same for the updates as PEFT computes them; null if the base is not on this machine."""
     logits_difference: float | None
-    """Largest difference of a logit, by PEFT against the closed form, as a share of the largest; null without base."""
+    """Largest difference between a logit by PEFT and by the closed form, relative to the largest logit;
+    null without base."""
     logits_change: float | None
-    """The same between base and closed form: what the adapter does."""
+    """The same between the base and the closed form, which is the effect of the adapter."""
 
 
 class AdapterOutput(FileRecord):
@@ -62,27 +64,27 @@ class AdapterOutput(FileRecord):
     ranks: tuple[int, int]
     """Its lowest and its highest rank."""
     num_parameters: int
-    """Its parameters."""
+    """Number of its parameters."""
     discarded_share: float
-    """Share of the squared norm of what was asked for that its ranks discard."""
+    """Share of the squared norm of the requested updates that the ranks discard."""
     worst_matrix: str | None
-    """The matrix of which the largest share is discarded; null where nothing is."""
+    """Matrix with the largest discarded share; null if nothing is discarded."""
     worst_share: float
-    """That share."""
+    """The discarded share of that matrix."""
     left_out: dict[str, float]
-    """`extract` only: tensor that is not a matrix of a linear layer of the base → norm of its change, which the adapter
-    lacks."""
+    """`extract` only: tensor that is not a matrix of a linear layer of the base → norm of its change, which is not in
+    the adapter."""
     seed: int | None
     """`combine` only: the seed of what `dare_linear` and `dare_ties` drop; null for other methods."""
     check: CheckRecord
-    """The proof."""
+    """The verification."""
 
 
 class MatrixDifference(Part):
     """One matrix in two adapters."""
 
     name: str
-    """The module; in `others` the tensor."""
+    """Name of the module, or, in `others`, of the tensor."""
     relative_difference: float | None
     """‖second - first‖ / ‖first‖ of the updates; null if the first is zero and the second is not."""
     cosine: float
@@ -97,13 +99,13 @@ class AdapterDiffOutput(FileRecord):
     cosine: float
     """Cosine of the angle between all updates."""
     only_first: tuple[str, ...]
-    """Matrices that only the first adapts, and biases and tensors that only it holds."""
+    """Matrices that only the first adapter adapts, and biases and tensors that only it contains."""
     only_second: tuple[str, ...]
-    """The same of the second."""
+    """The same for the second adapter."""
     matrices: tuple[MatrixDifference, ...]
     """Matrices that both adapt."""
     others: tuple[MatrixDifference, ...]
-    """Biases and whole tensors that both hold, by their values; they do not count in the totals."""
+    """Biases and full tensors that both contain, compared by value; not included in the totals."""
 
 
 class AdapterProofOutput(FileRecord):
@@ -116,7 +118,7 @@ class AdapterProofOutput(FileRecord):
     problems: tuple[str, ...]
     """What differs."""
     kept: float
-    """Share of the update that rounding left."""
+    """Share of the update that is left after rounding."""
     relative_error: float
     """Error as a fraction of the update."""
     types: tuple[str, ...]

@@ -27,9 +27,9 @@ class Place(Part):
     """Where a row is."""
 
     file: str
-    """File, or Hub dataset."""
+    """File or Hub dataset."""
     line: int | None
-    """Line or row, counted from 1; null where rows have no number."""
+    """Line or row, counted from 1; null if rows have no number."""
 
 
 class RejectedRow(Place):

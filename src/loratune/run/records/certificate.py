@@ -13,13 +13,13 @@ class PromptParity(Part):
     """Token ids of prompts."""
 
     num_prompts: int
-    """Prompts compared; of a classifier, texts."""
+    """Prompts compared; for a classifier, texts."""
     same_token_ids: int
     """Those with the same token ids as in training."""
     first_difference: str | None
-    """First difference, in words; null without."""
+    """First difference, in words; null if there is none."""
     compared_by: Literal["token ids", "number of tokens"] = "token ids"
-    """`number of tokens`: a server that tells only how many tokens it read."""
+    """`number of tokens` if a server reports only how many tokens it read."""
 
 
 class StopTokens(Part):
@@ -32,7 +32,7 @@ class StopTokens(Part):
 
 
 class DistributionParity(Part):
-    """Next-token distributions; of a classifier, class distributions."""
+    """Next-token distributions; for a classifier, class distributions."""
 
     num_examples: int
     """Examples compared."""
@@ -43,21 +43,21 @@ class DistributionParity(Part):
     base_kl: float = 0.0
     """Mean of KL(training ‖ base without the adapter) at the same positions, in nats."""
     rounding_kl: float = 0.0
-    """Mean of KL(training ‖ training with weights rounded as the target's are), in nats; 0 where none are rounded."""
+    """Mean of KL(training ‖ training with weights rounded as the target's are), in nats; 0 if none are rounded."""
     num_decided: int
     """Positions where the most likely token leads by at least the tolerance's margin."""
     num_flipped: int = 0
-    """Those of them where the most likely token differs."""
+    """How many of them have a different most likely token."""
     decided_agreement: float
-    """Fraction of these with the same most likely token, 0 to 1."""
+    """Fraction of the decided positions with the same most likely token, 0 to 1."""
     mean_kl: float | None
-    """Mean of KL(training ‖ target), in nats; null where logits are not finite."""
+    """Mean of KL(training ‖ target), in nats; null if logits are not finite."""
     max_kl: float | None
-    """Largest of these, in nats."""
+    """Largest of these divergences, in nats."""
 
 
 class WeightsProof(Part):
-    """Weights of the target vs. base and update; B base, D update, W written, all in float32."""
+    """Weights of the target vs. base and update. B: base, D: update, W: written weights, all in float32."""
 
     num_changed: int
     """Tensors that the adapter changes."""
@@ -68,31 +68,31 @@ class WeightsProof(Part):
     relative_error: float
     """‖W − B − D‖ / ‖D‖, over all changed tensors."""
     kept: float
-    """Share of the update that survived rounding: ⟨W − rounded(B), D⟩ / ‖D‖², over all changed tensors; of types that
+    """Share of the update that survived rounding: ⟨W − rounded(B), D⟩ / ‖D‖², over all changed tensors; for types that
     only llama.cpp's quantizer writes, estimated by least squares."""
     unproven: float = 0.0
-    """Share of ‖D‖² in tensors that are quantized too coarsely to tell whether they hold their update, 0 to 1."""
+    """Share of ‖D‖² in tensors that are quantized too coarsely to tell whether they contain their update, 0 to 1."""
     least_kept: float
-    """The same of the tensor that kept least."""
+    """Share of the update in the tensor that kept the least."""
     least_kept_tensor: str | None
     """Name of that tensor; null if no tensor was changed."""
     largest_deviation: float
-    """Largest ‖W − rounded(B + D)‖ / ‖rounded(B + D) − rounded(B)‖ of a tensor: 0 is right, 1 a lost update."""
+    """Largest ‖W − rounded(B + D)‖ / ‖rounded(B + D) − rounded(B)‖ of a tensor: 0 is right, 1 is a lost update."""
     problems: tuple[str, ...]
-    """What is missing, too much, of another base, or another update."""
+    """What is missing or superfluous, or belongs to another base or another update."""
     fixes: tuple[str, ...] = ()
     """What to do about each of the problems, in the same order."""
 
 
 class ToleranceUsed(Part):
-    """Largest differences that pass."""
+    """Largest differences that are accepted."""
 
     mean_kl: float
-    """Largest mean KL divergence, in nats: twice `rounding_kl`, and what arithmetic explains."""
+    """Largest mean KL divergence, in nats: twice `rounding_kl`, plus what arithmetic explains."""
     margin: float
     """Lead of the most likely token, in nats, below which a swap does not count."""
     top1: float
-    """Smallest agreement at the decided positions, 0 to 1: fewer differing tokens than a binomial bound."""
+    """Smallest accepted agreement at the decided positions, 0 to 1, from a binomial bound."""
     reason: str
     """Where the differences come from."""
 
@@ -112,11 +112,11 @@ class AnswerScores(Part):
     """The metric on the same held-out prompts, answered by the target and by the run."""
 
     score: float
-    """Of the target's answers, 0 to 1; of `bleu` 0 to 100."""
+    """Score of the target's answers, 0 to 1, or 0 to 100 for `bleu`."""
     run_score: float
-    """Of the run's own answers."""
+    """Score of the run's own answers."""
     difference: ScoreDifference
-    """What the export cost: negative where the target is worse."""
+    """What the export costs: negative if the target is worse."""
 
 
 class AnswerParity(Part):
@@ -127,15 +127,15 @@ class AnswerParity(Part):
     same_text: int
     """Answers with the same text."""
     same: int
-    """Answers with the same text, or by the metric `json` the same value."""
+    """Answers with the same text or, if the metric is `json`, the same value."""
     share: float
     """`same` as a fraction, 0 to 1."""
     metric: str
     """Metric of the run."""
     tokens_per_second: float | None = None
-    """Generated tokens a second, one answer at a time, without reading the prompt; null if none was generated."""
+    """Generated tokens per second, one answer at a time, without reading the prompt; null if none was generated."""
     scores: AnswerScores | None = None
-    """The metric; null if it is none, or the user's own."""
+    """The metric on these answers; null if there is none, or if it is the user's own."""
 
 
 class GreedyParity(Part):
@@ -144,13 +144,13 @@ class GreedyParity(Part):
     num_prompts: int
     """Prompts compared."""
     same: int
-    """Answers that begin as the trained model's."""
+    """Answers that begin like the trained model's."""
     base_same: int
-    """Answers of the base without the adapter that do."""
+    """How many answers of the base without the adapter do."""
     num_changed: int
-    """Prompts that the base answers in another way."""
+    """Prompts that the base answers differently."""
     as_base: int
-    """Answers to these that are the base's."""
+    """How many answers to these prompts are the base's."""
 
 
 class ServedParity(Part):
@@ -159,16 +159,17 @@ class ServedParity(Part):
     model: str
     """Name of the model in requests."""
     way: str | None
-    """How it gives log-probabilities: `prompt_logprobs`, `echo` or `one token at a time`; null if it does not."""
+    """How the server returns log-probabilities: `prompt_logprobs`, `echo` or `one token at a time`; null if it
+    does not."""
     num_unread: int
-    """Positions about which it said nothing, or whose tokens it reads differently."""
+    """Positions for which it returned nothing, or whose tokens it reads differently."""
     share: float | None
-    """How much of what training changed its outputs have, by least squares over log-probabilities: 1 for the trained
-    model, 0 for the base; null where that cannot be measured."""
+    """How much of what training changed shows in its outputs, by least squares over log-probabilities: 1 for the
+    trained model, 0 for the base; null if that cannot be measured."""
     share_error: float | None
     """Standard error of `share`."""
     greedy: GreedyParity | None
-    """Comparison of greedy answers; null where none could be compared."""
+    """Comparison of greedy answers; null if none could be compared."""
 
 
 class CertificateRecord(FileRecord):
@@ -179,15 +180,15 @@ class CertificateRecord(FileRecord):
     run: str
     """Run directory."""
     path: str
-    """Folder that was written, or the server's address."""
+    """Folder that was written, or URL of the server."""
     adapter_sha256: str
     """SHA-256 of the adapter's weights."""
     passed: bool
     """Whether it is the same model: `verdict` is `same`."""
     verdict: Literal["same", "different", "undecided"] = "same"
-    """`undecided`: nothing differs, but the base without the adapter would have passed, too."""
+    """`undecided`: nothing differs, but the base without the adapter would have passed too."""
     reason: str = ""
-    """What the verdict rests on, or why there is none."""
+    """What the verdict is based on, or why there is none."""
     fix: str = ""
     """What to do about it; empty for `same`."""
     complaints: tuple[str, ...]
@@ -199,12 +200,12 @@ class CertificateRecord(FileRecord):
     stop_tokens: StopTokens
     """Comparison of stop tokens."""
     distributions: DistributionParity | None
-    """Comparison of distributions; null for a server without log-probabilities. Of a server over the tokens that it
-    names, all others together as one."""
+    """Comparison of distributions; null for a server without log-probabilities. For a server, over the tokens that it
+    returns, with all others together as one."""
     weights: WeightsProof | None = None
-    """Comparison of weights; null where they cannot be compared."""
+    """Comparison of weights; null if they cannot be compared."""
     tolerance: ToleranceUsed
-    """Largest differences that pass."""
+    """Largest differences that are accepted."""
     loratune: str
     """Version of loratune."""
     compared_on: str
@@ -214,8 +215,8 @@ class CertificateRecord(FileRecord):
     served: ServedParity | None = None
     """Servers only: what was asked and answered."""
     answers: AnswerParity | None = None
-    """Comparison of full answers by llama.cpp; null where the run has none."""
+    """Comparison of full answers by llama.cpp; null if there are none."""
 
 
 class Certificates(RootModel[tuple[CertificateRecord, ...]]):
-    """`parity.json` of the run: the newest certificate of each place."""
+    """`parity.json` of the run: the newest certificate for each place."""

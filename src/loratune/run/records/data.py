@@ -17,7 +17,7 @@ class SourceRead(Part):
     split: str | None
     """Split of a Hub dataset."""
     weight: float
-    """Times that the rows are seen per epoch."""
+    """How many times each row is seen per epoch."""
     format: str
     """Format of the rows."""
     rows: int
@@ -27,14 +27,14 @@ class SourceRead(Part):
 
 
 class SplitOff(Part):
-    """Held-out data that is a part of the training data."""
+    """Held-out data that was split off from the training data."""
 
     held_out: float
     """Fraction of the training data that is held out."""
     seed: int
-    """Seed that decides which."""
+    """Seed of the split."""
     from_: str = Field(alias="from")
-    """Side that it is taken from: `train`."""
+    """Data that it was taken from: `train`."""
 
 
 class Histogram(Part):
@@ -60,7 +60,7 @@ class Lengths(Part):
 
 
 class SuspiciousRow(Place):
-    """A row that can be trained on and looks wrong."""
+    """A row that can be trained on but looks wrong."""
 
     kind: str
     """Kind of finding, such as `repeats_prompt`."""
@@ -72,7 +72,7 @@ class UnreadField(Part):
     """A field that the rows have and nothing reads."""
 
     place: str
-    """Where it stands: `column`, `message key`, `call key`, `tool key` or `part key`."""
+    """Where it occurs: `column`, `message key`, `call key`, `tool key` or `part key`."""
     name: str
     """Its name."""
     count: int
@@ -104,7 +104,7 @@ class JudgedCounts(Part):
 
 
 class SideReport(Part):
-    """One side of the data: training or held-out."""
+    """The training data or the held-out data."""
 
     sources: tuple[SourceRead | SplitOff, ...]
     """Sources, in the order of the recipe."""
@@ -113,7 +113,7 @@ class SideReport(Part):
     rows: int
     """Rows read."""
     conversations: int
-    """Examples made: conversations, or the texts of a classifier."""
+    """Examples made of them: conversations, or texts for a classifier."""
     labels: dict[str, int] | None = None
     """Classifiers only: class → number of texts."""
     pairs: PairLengths | None = None
@@ -125,7 +125,7 @@ class SideReport(Part):
     tokens: int
     """Tokens of all examples."""
     supervised_tokens: int
-    """Tokens that are trained; of a classifier, the number of texts."""
+    """Tokens that are trained; for a classifier, the number of texts."""
     supervised_share: float
     """Trained tokens as a fraction of all tokens, 0 to 1."""
     length: Lengths
@@ -135,17 +135,17 @@ class SideReport(Part):
     dropped: int
     """Examples left out because of their length."""
     dropped_for_length: int
-    """Those longer than `max_length`, where `on_long` is `drop`."""
+    """How many of them are longer than `max_length`, if `on_long` is `drop`."""
     dropped_with_nothing_to_train_after_truncation: int
-    """Those without a trained token after truncation."""
+    """How many of them have no trained token after truncation."""
     verified: int | None = None
     """Text generation only: conversations whose mask was computed in two independent ways that agree."""
     straddling_tokens: int | None = None
-    """Text generation only: tokens that are partly inside and partly outside of a trained message."""
+    """Text generation only: tokens that are partly inside and partly outside a trained message."""
     answers_with_thoughts: int
     """Answers with a thinking block."""
     answers_with_thoughts_put_back: int | None = None
-    """Text generation only: those whose thinking block the chat template removed and `data.thinking` restored."""
+    """Text generation only: how many of these blocks the chat template removed and `data.thinking` restored."""
     answers_not_trained: int | None = None
     """Text generation only: answers that a row excludes from training."""
     answers_in_prompts: int | None = None
@@ -161,21 +161,21 @@ class SideReport(Part):
     duplicates: int
     """Exact copies of earlier examples."""
     duplicate_rows: tuple[tuple[Place, ...], ...]
-    """Groups of rows that say the same."""
+    """Groups of duplicate rows."""
     num_rejected: int
     """Rows left out because they cannot be trained on."""
     rejected: tuple[RejectedRow, ...]
     """These rows with their reasons."""
     held_out_rows: int | None = None
-    """Text generation only: rows that were moved to the held-out side."""
+    """Text generation only: rows that were held out."""
     copies_of_held_out_rows: int | None = None
-    """Text generation only: further copies of these, which neither side has."""
+    """Text generation only: further copies of these, which are neither trained on nor held out."""
     unread_fields: tuple[UnreadField, ...] = ()
     """Fields of the rows that nothing reads."""
     files_left_out: tuple[str, ...] = ()
     """Files of folders that are not read, each with the reason."""
     scripts: dict[str, float]
-    """Unicode script → fraction of the letters, 0 to 1."""
+    """Unicode script → its fraction of the letters, 0 to 1."""
     findings: tuple[SuspiciousRow, ...]
     """Rows that look wrong."""
 
@@ -195,7 +195,7 @@ class SharedRow(Part):
     eval: Place
     """Held-out row."""
     train: tuple[Place, ...]
-    """Training rows that say the same."""
+    """Training rows with the same content."""
 
 
 class SharedPrompt(Part):
@@ -213,19 +213,20 @@ class PromptReport(Part):
     checked: int = 0
     """Conversations compared."""
     header_differs: int = 0
-    """Those that differ in the tokens that open the answer."""
+    """How many differ in the tokens that open the answer."""
     history_differs: int = 0
-    """Those that differ earlier, such as in the thinking of earlier answers."""
+    """How many differ earlier, such as in the thinking of earlier answers."""
     boundary_differs: int = 0
-    """Those with the same text in other tokens: the tokenizer joins the prompt's end and the answer's start."""
+    """How many have the same text but different tokens, because the tokenizer joins the prompt's end and
+    the answer's start."""
     file: str | None = None
     """File of the first conversation that differs in text."""
     line: int | None = None
     """Its line."""
     trained: str = ""
-    """Training's text from the first difference on."""
+    """Text in training, from the first difference on."""
     served: str = ""
-    """The server's text from there on."""
+    """Text that a server would send, from there on."""
 
 
 class StreamReport(Part):
@@ -259,7 +260,7 @@ class DataRecord(FileRecord):
     train: SideReport
     """Training data; of streamed data, a sample."""
     eval: SideReport | None
-    """Held-out data; null without."""
+    """Held-out data; null if there is none."""
     overlap: tuple[SharedRow, ...]
     """Held-out examples that are also in the training data."""
     shared_prompts: tuple[SharedPrompt, ...]
@@ -269,4 +270,4 @@ class DataRecord(FileRecord):
     notices: tuple[str, ...]
     """What the user should know, in words."""
     streamed: StreamReport | None = None
-    """Streamed data only: what the stream holds."""
+    """Streamed data only: what the stream contains."""

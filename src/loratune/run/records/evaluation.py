@@ -16,7 +16,7 @@ class DifferenceRecord(Part):
     value: float
     """The difference, in the measure's unit."""
     low: float | None = None
-    """Lower end of its confidence interval; missing where a task has no score per document."""
+    """Lower end of its confidence interval; missing if a task has no score per document."""
     high: float | None = None
     """Upper end of its confidence interval."""
 
@@ -36,9 +36,9 @@ class AnswerRecord(Part):
     """An answer of one model."""
 
     text: str
-    """The answer; of a classifier, the predicted class."""
+    """The answer; for a classifier, the predicted class."""
     score: float | None
-    """Score by the metric: 0 to 1; by `bleu`, 0 to 100; null without a metric."""
+    """Score by the metric, 0 to 1, or 0 to 100 for `bleu`; null without a metric."""
     num_tokens: int
     """Length of the answer, in tokens."""
     stopped: bool
@@ -57,9 +57,9 @@ class Item(Part):
     prompt: str
     """The prompt, as the chat template writes it."""
     question: str
-    """Its last user message, for people."""
+    """The last user message of the prompt, for human readers."""
     reference: str
-    """The reference answer; of a classifier, the true class."""
+    """The reference answer; for a classifier, the true class."""
     references: tuple[str, ...] | None = None
     """Several references only: all of them."""
     base: AnswerRecord
@@ -107,7 +107,7 @@ class Harness(Part):
     version: str
     """Version of lm-evaluation-harness."""
     chat_template: bool
-    """Whether tasks were asked in the chat template."""
+    """Whether the prompts of tasks used the chat template."""
     tasks: dict[str, dict[str, TaskMeasure]]
     """Task → measure → values."""
 
@@ -124,7 +124,7 @@ class GateResult(Part):
 
 
 class Majority(Part):
-    """What predicting the most frequent class for every text would reach."""
+    """The result of predicting the most frequent class for every text."""
 
     label: str
     """Most frequent class of the training data."""
@@ -135,16 +135,16 @@ class Majority(Part):
 
 
 class ClassMeasures(Part):
-    """The fine-tuned model on one class."""
+    """Scores of the fine-tuned model on one class."""
 
     label: str
     """The class."""
     num_examples: int
-    """Held-out texts of it."""
+    """Number of its held-out texts."""
     precision: float | None
-    """Precision, 0 to 1; null where the class was never predicted."""
+    """Precision, 0 to 1; null if the class was never predicted."""
     recall: float | None
-    """Recall, 0 to 1; null where no held-out text has the class."""
+    """Recall, 0 to 1; null if no held-out text has the class."""
     f1: float | None
     """F1, 0 to 1."""
 
@@ -183,19 +183,19 @@ class LengthsOfAnswers(Part):
     rejected: float
     """Mean length of their rejected answers; with `kto`, of the bad answers."""
     base: float | None
-    """Mean length of the base model's own answers; null where nothing was generated."""
+    """Mean length of the base model's own answers; null if nothing was generated."""
     tuned: float | None
-    """Mean length of the fine-tuned model's own answers; null where nothing was generated."""
+    """Mean length of the fine-tuned model's own answers; null if nothing was generated."""
     num_chosen_shorter: int
     """Held-out pairs whose chosen answer is the shorter one; 0 with `kto`, which has no pairs."""
     base_accuracy_where_shorter: float | None
     """Share of these whose chosen answer the base model finds likelier, 0 to 1; null without such pairs."""
     tuned_accuracy_where_shorter: float | None
-    """The same of the fine-tuned model."""
+    """The same for the fine-tuned model."""
 
 
 class PreferenceMeasures(Part):
-    """What was learned from pairs of answers, or from judged ones."""
+    """What was learned from preferences: pairs of answers, or judged answers."""
 
     loss: str
     """Loss of a pair or an answer, `preference.loss`."""
@@ -211,7 +211,7 @@ class EvaluationRecord(FileRecord):
     """`evaluation.json`: base vs. fine-tuned."""
 
     metric: str
-    """Metric of the answers; `none` where they are not scored."""
+    """Metric of the answers; `none` if they are not scored."""
     task: str | None = None
     """Classifiers only: `sequence_classification`."""
     before: Literal["base", "start"] = "base"
@@ -222,7 +222,7 @@ class EvaluationRecord(FileRecord):
     base: dict[str, float]
     """Measure → value of the base model: `nll` (nats per trained token), `perplexity`, and the metric."""
     tuned: dict[str, float]
-    """The same of the fine-tuned model."""
+    """The same for the fine-tuned model."""
     difference: dict[str, DifferenceRecord]
     """Measure → fine-tuned minus base."""
     signature: str | None = None
@@ -230,7 +230,7 @@ class EvaluationRecord(FileRecord):
     majority: Majority | None = None
     """Classifiers only: the majority class."""
     note: str | None = None
-    """Classifiers only: how the base is to be understood."""
+    """Classifiers only: how to interpret the base model's results."""
     classes: tuple[ClassMeasures, ...] | None = None
     """Classifiers only: measures per class."""
     confusion: Confusion | None = None

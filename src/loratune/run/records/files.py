@@ -15,7 +15,7 @@ from loratune.run.records.metrics import EvaluationLine, EventLine, StepLine, pa
 
 
 def write_record(path: Path, model: type[BaseModel], values: Any) -> Any:
-    """Write a record, or nothing where its values do not fit the model; return it as it was written.
+    """Write a record, or nothing if its values do not fit the model; return it as it was written.
 
     Raises:
         ValidationError: A field is missing, unknown or of another type, which is a mistake of ours.
@@ -30,7 +30,7 @@ def read_record(path: Path, model: type[AnyPart]) -> AnyPart:
     """Read a record. Fields that this version does not know are ignored.
 
     Raises:
-        RunError: The file is missing, damaged, or holds something else.
+        RunError: The file is missing, damaged, or contains something else.
     """
     values = read_json(path)
     try:

@@ -1,4 +1,4 @@
-"""lock.json: everything effective, so that resuming on changed inputs is noticed."""
+"""lock.json: every effective setting and input, so that resuming on changed inputs is noticed."""
 
 from __future__ import annotations
 
@@ -84,11 +84,11 @@ class Lineage(Part):
     run: str
     """Its directory."""
     step: int
-    """Its optimizer step whose checkpoint this run begins with."""
+    """Optimizer step of the checkpoint that this run starts from."""
     adapter: str
     """SHA-256 of the adapter in that checkpoint."""
     exact: bool
-    """Whether this run is, on a CPU to the bit, the one that trains its recipe from the first step."""
+    """Whether this run equals (on a CPU, bit for bit) one that trains its recipe from the first step."""
     trained_on: tuple[str, ...]
     """Names of the data that it, and the runs that it extends, were trained on."""
     differs: tuple[str, ...]

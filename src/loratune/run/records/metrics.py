@@ -18,7 +18,7 @@ class StepLine(Part):
     time: float
     """Seconds since 1970-01-01 UTC."""
     epoch: float
-    """Epochs done."""
+    """Epochs completed."""
     loss: float
     """Mean negative log-likelihood per trained token (per text for a classifier), in nats."""
     loss_by_source: dict[str, float] | None = None
@@ -45,7 +45,7 @@ class EvaluationLine(Part):
     step: int
     """Optimizer step after which it took place."""
     epoch: float
-    """Epochs done."""
+    """Epochs completed."""
     eval_nll: float
     """Held-out loss: mean negative log-likelihood per trained token (per text for a classifier), in nats."""
     seconds: float
@@ -64,7 +64,7 @@ class SuspectExample(Place):
 
 
 class EventLine(Part):
-    """Something that happened beside the ordinary steps."""
+    """Something out of the ordinary that happened."""
 
     step: int
     """Optimizer step in which it happened."""
@@ -76,7 +76,7 @@ class EventLine(Part):
     message: str
     """What happened, in words."""
     token_budget: int | None = None
-    """`out_of_memory` only: size of a micro-batch from here on, in tokens."""
+    """`out_of_memory` only: size of micro-batches from then on, in tokens."""
     examples: tuple[SuspectExample, ...] | None = None
     """`skipped` and `spike` only: the examples with the worst losses."""
     rows: tuple[RejectedRow, ...] | None = None
@@ -84,7 +84,7 @@ class EventLine(Part):
     value: float | None = None
     """`spike` only: the loss, in nats."""
     median: float | None = None
-    """`spike` only: median loss of the steps before, in nats."""
+    """`spike` only: median loss of the preceding steps, in nats."""
     modules: tuple[str, ...] | None = None
     """`unreached` only: trained modules, and experts of stacks, that got no gradient in the first step."""
     lowest_at: int | None = None

@@ -45,39 +45,39 @@ class ResultOutput(FileRecord):
 
 
 class ExportedType(Part):
-    """One of several types of a merged GGUF model."""
+    """A merged GGUF model of one of several types."""
 
     outtype: str
     """Type, such as `q4_k_m`."""
     file_bytes: int
     """Size of the file, in bytes."""
     kept: bool
-    """Whether it was kept, in the folder of its name."""
+    """Whether the file was kept, in the folder named after the type."""
     verdict: Literal["same", "different", "undecided"] | None = None
     """Verdict of its certificate; null for a file that is larger than `--fit`."""
     mean_kl: float | None = None
     """Mean of KL(training ‖ file), in nats."""
     tokens_per_second: float | None = None
-    """Speed of llama.cpp's answers; null without."""
+    """Speed of llama.cpp's answers; null without answers."""
     metric: str | None = None
     """Metric of the run; null without answers."""
     num_prompts: int | None = None
     """Prompts answered; null without answers."""
     scores: AnswerScores | None = None
-    """The metric of these answers, and what the type costs; null without."""
+    """The metric of these answers, and what the type costs; null without answers."""
 
 
 class ExportOutput(FileRecord):
     """`loratune merge` and `export`: what was written, and the proof that it is the trained model."""
 
     folder: str
-    """Folder that was written; of several types, the one with their folders."""
+    """Folder that was written; for several types, the one that contains their folders."""
     certificate: CertificateRecord
-    """The certificate; of several types, that of the first that was kept."""
+    """The certificate; for several types, that of the first one kept."""
     usage: tuple[str, ...]
     """Commands that use it."""
     types: tuple[ExportedType, ...] = ()
-    """Several types: what was found of each, in the order in which they were tried."""
+    """Several types only: the result for each, in the order in which they were tried."""
 
 
 class SampleOutput(Part):
@@ -96,7 +96,7 @@ class SampleOutput(Part):
     mean_score: float
     """Mean score of all answers, 0 to 1."""
     solved: float
-    """Share of prompts with an answer that is good enough."""
+    """Share of prompts with a good enough answer, 0 to 1."""
     left_out: dict[str, int]
     """Why prompts gave no row, each with the number of prompts."""
     unusable: dict[str, int]
@@ -125,7 +125,7 @@ class ValueThatDiffers(Part):
     name: str
     """Name inside the group, such as `lora.r`."""
     first: Any
-    """Value of the first run; null where it has none."""
+    """Value of the first run; null if it has none."""
     second: Any
     """Value of the second run."""
 
@@ -144,7 +144,7 @@ class ReproductionOutput(Part):
     equal: bool
     """Whether the adapters are the same file, bit for bit."""
     largest_difference: float
-    """Largest difference between two weights; `Infinity` where shapes differ."""
+    """Largest difference between two weights; `Infinity` if shapes differ."""
     num_different: int
     """Weights that differ."""
     num_weights: int
@@ -181,6 +181,6 @@ class PushOutput(Part):
     url: str
     """Commit; empty after a dry run."""
     private: bool
-    """Whether only its owner sees it."""
+    """Whether the repository is private."""
     files: tuple[FilePushed, ...]
     """The files."""

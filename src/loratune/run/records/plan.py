@@ -1,4 +1,4 @@
-"""plan.json: what is planned before the weights load, and after the run what was measured."""
+"""plan.json: what is planned before the weights load and, after the run, what was measured."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ class MatrixParameters(Part):
 
 
 class FullyTrainedParameters(Part):
-    """A module that is trained in full beside the adapter (PEFT's `modules_to_save`)."""
+    """A module that is trained in full in addition to the adapter (PEFT's `modules_to_save`)."""
 
     name: str
     """Full name of the module."""
     shapes: tuple[tuple[int, ...], ...]
     """Shapes of its tensors."""
     trainable: int
-    """Parameters."""
+    """Number of its parameters."""
 
 
 class Parameters(Part):
@@ -54,15 +54,15 @@ class Preset(Part):
     """A preset of `lora.targets` and what it would take."""
 
     targets: str
-    """Adapted modules in words, or why the preset does not fit the model."""
+    """Adapted modules in words, or why the preset does not apply to the model."""
     trainable: int | None
-    """Trained parameters; null where it does not fit the model."""
+    """Trained parameters; null if it does not apply to the model."""
     share: float | None
     """Trained parameters as a fraction of all, 0 to 1."""
     adapter_bytes: int | None
     """Size of the saved adapter, in bytes."""
     peak_bytes: int | None
-    """Peak memory, in bytes; null where it does not fit the machine."""
+    """Peak memory, in bytes; null if it does not fit on the machine."""
     train_seconds: float | None
     """Training time, in seconds."""
 
@@ -75,7 +75,7 @@ class PlannedInterval(Part):
     high: float
     """Upper bound."""
     source: str
-    """Measured runs, and how many of them lie inside, in words."""
+    """Which runs were measured, and how many of them lie within the bounds, in words."""
 
 
 class Memory(Part):
@@ -84,11 +84,11 @@ class Memory(Part):
     peak_bytes: int
     """Peak: the largest of loading, training and evaluation."""
     interval: PlannedInterval | None = None
-    """Bounds of the peak, in bytes; null where no run was measured, as on a GPU."""
+    """Bounds of the peak, in bytes; null if no run has been measured, as on a GPU."""
     weights_bytes: int
     """Frozen base weights."""
     adapter_bytes: int
-    """The adapter's weights, gradients, and copies in the base's type."""
+    """The adapter's weights and gradients, and copies in the base's data type."""
     optimizer_bytes: int
     """Optimizer state."""
     activation_bytes: int
@@ -102,9 +102,9 @@ class Memory(Part):
     loss_bytes: int
     """Logits of one chunk and their working copies."""
     evaluation_bytes: int
-    """Held-out loss or answers, whichever takes more; replaces activations, loss and backward."""
+    """Held-out loss or answers, whichever takes more; replaces activations, layer gradients and logits."""
     loading_bytes: int
-    """Needed beside the weights while they load."""
+    """Needed in addition to the weights while they load."""
     variant_bytes: int
     """Needed by `lora.variant` while it trains, and by modules that are trained in full."""
     allocator_bytes: int
@@ -131,7 +131,7 @@ class Clock(Part):
     total_seconds: float
     """From loading to the end, in seconds."""
     interval: PlannedInterval | None = None
-    """Bounds of `total_seconds` on a machine that does nothing else; null where no run was measured."""
+    """Bounds of `total_seconds` on an otherwise idle machine; null if no run has been measured."""
     flops: float
     """Floating-point operations of all steps."""
     flops_per_second: float
@@ -162,12 +162,12 @@ class Probe(Part):
 
 
 class SourceShare(Part):
-    """What an epoch has of a source."""
+    """A source's share of an epoch."""
 
     name: str
     """The source."""
     weight: float
-    """Times that its rows are seen per epoch."""
+    """How many times each of its rows is seen per epoch."""
     num_examples: int
     """Examples."""
     num_tokens: int
@@ -188,8 +188,8 @@ class PlannedData(Part):
     num_supervised_tokens: int
     """Trained tokens."""
     shared_fraction: float = 0.0
-    """Fraction of the tokens that do not go through the model, because equal prefixes of a step do once
-    (`train.share_prefixes`); 0 where it is off."""
+    """Fraction of the tokens that do not go through the model, because equal prefixes of a step do so
+    only once (`train.share_prefixes`); 0 if that is off."""
     num_eval_examples: int
     """Held-out examples."""
     is_estimate: bool
@@ -206,7 +206,7 @@ class ChoiceRecord(Part):
     value: str
     """Value that is used."""
     reason: str
-    """Reason for an automatic choice; empty where the user chose."""
+    """Reason for an automatic choice; empty if the user chose the value."""
 
 
 class AdviceGiven(Part):
@@ -219,11 +219,11 @@ class AdviceGiven(Part):
     reason: str
     """Why."""
     source: str
-    """Publication or measurement behind the reason; empty where it is arithmetic."""
+    """Publication or measurement behind the reason; empty if it is arithmetic."""
 
 
 class PlannedPacking(Part):
-    """Whether the examples of a micro-batch share one forward pass, as far as the model's structure shows it."""
+    """Whether the examples of a micro-batch share one forward pass, as far as the model's structure shows."""
 
     packed: bool
     """Whether they do."""
@@ -280,7 +280,7 @@ class ScalingStep(Part):
     nodes: int
     """Nodes."""
     strategy: str
-    """`ddp`, or `fsdp` where a device does not hold everything."""
+    """`ddp`, or `fsdp` if not everything fits on one device."""
     peak_bytes: int
     """Peak memory per device, in bytes."""
     token_budget: int
@@ -317,11 +317,11 @@ class ScalingPlan(Part):
     nodes: int
     """Nodes of the cluster."""
     interconnect: tuple[LinkUsed, ...]
-    """Links that carry anything."""
+    """Links that are used."""
     rows: tuple[ScalingStep, ...]
-    """From the fewest devices that hold the run to all."""
+    """From the fewest devices on which the run fits to all of them."""
     too_few: tuple[int, ...]
-    """Numbers of devices that do not hold the run."""
+    """Numbers of devices on which the run does not fit."""
     hiding_tokens: float
     """Micro-batch size, in tokens, from which on FSDP's gathers hide behind computation."""
     batch_size: int
@@ -337,7 +337,7 @@ class ScalingPlan(Part):
 
 
 class SoFar(Part):
-    """What an interrupted run used until now."""
+    """What an interrupted run has used so far."""
 
     peak_bytes: int
     """Peak memory, in bytes."""
@@ -359,7 +359,7 @@ class Measured(SoFar):
 
 
 class PlanRecord(FileRecord):
-    """`plan.json`: what is planned, and after the run what was measured."""
+    """`plan.json`: what is planned and, after the run, what was measured."""
 
     parameters: Parameters
     """Exact parameter counts."""
@@ -386,8 +386,8 @@ class PlanRecord(FileRecord):
     device: PlannedDevice | None
     """Named device that the plan is for; null for this machine."""
     scaling: ScalingPlan | None
-    """The run on several devices; null where the plan is for one."""
+    """The run on several devices; null if the plan is for one."""
     so_far: SoFar | None = None
-    """Interrupted runs only: resources used until now."""
+    """Interrupted runs only: resources used so far."""
     measured: Measured | None = None
     """Finished runs only: resources used."""

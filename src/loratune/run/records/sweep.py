@@ -28,10 +28,10 @@ class TrialLosses(FileRecord):
     is_final: bool
     """Whether the trial is finished."""
     losses: tuple[tuple[float, int], ...]
-    """Of each held-out example the summed negative log-likelihood in nats, and its number of trained tokens; empty
+    """For each held-out example, the summed negative log-likelihood in nats and the number of trained tokens; empty
     after a failure."""
     seconds: float
-    """Time from the rung before, in seconds."""
+    """Time since the previous rung, in seconds."""
     problem: str = ""
     """Why the trial failed."""
 
@@ -44,7 +44,7 @@ class RungResult(Part):
     nll: float
     """Held-out loss: mean negative log-likelihood per trained token, in nats."""
     seconds: float
-    """Time from the rung before, in seconds."""
+    """Time since the previous rung, in seconds."""
 
 
 class TrialDifference(Part):
@@ -71,11 +71,11 @@ class TrialResult(Part):
     settings: dict[str, str]
     """Setting → value as written."""
     state: str
-    """`finished`, `dropped` at a rung, `failed`, or `waiting` where the time was up."""
+    """`finished`, `dropped` at a rung, `failed`, or `waiting` if the time was up."""
     rungs: tuple[RungResult, ...]
     """Its held-out losses."""
     to_best: TrialDifference | None
-    """Difference to the best trial; null for the best one, and without a held-out loss."""
+    """Difference to the best trial; null for the best one, or without a held-out loss."""
     problem: str = ""
     """Why it failed."""
 
@@ -84,7 +84,7 @@ class ValueEffect(Part):
     """What one value of a setting does, on average over the trials that have it."""
 
     value: str
-    """The value; of a range, a third of it."""
+    """The value or, for a range, a third of the range."""
     nll: float
     """Mean held-out loss of its trials at the first rung, in nats."""
     num_trials: int
@@ -118,7 +118,7 @@ class SweepRecord(FileRecord):
     num_examples: int
     """Held-out examples that trials are compared on."""
     level: float
-    """Confidence of each interval, 0 to 1; all of them hold together with 95 %."""
+    """Confidence of each interval, 0 to 1; all of them together hold with 95 % confidence."""
     rungs: tuple[float, ...]
     """Fractions of a run at which trials were compared."""
     trials: tuple[TrialResult, ...]
@@ -143,4 +143,4 @@ class TuneRecord(FileRecord):
     rates: SweepRecord
     """Learning rates, compared."""
     shapes: SweepRecord | None
-    """Ranks and target modules, compared at the best rate; null where no time was left, or no other can be trained."""
+    """Ranks and target modules, compared at the best rate; null if no time was left, or if no others can be trained."""

@@ -1,1 +1,1 @@
-"""`loratune adapter`: PEFT folders of any origin, read, combined, resized, extracted, merged and compared."""
+"""`loratune adapter`: PEFT folders, whoever made them: read, combined, resized, extracted, merged and compared."""

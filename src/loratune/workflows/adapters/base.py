@@ -1,4 +1,4 @@
-"""The base of adapters of any origin: where it is, whether several adapters have the same one, and whether they fit."""
+"""The base of adapters: where it is, whether several adapters have the same one, and whether they fit."""
 
 from __future__ import annotations
 

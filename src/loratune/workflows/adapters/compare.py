@@ -1,4 +1,4 @@
-"""Adapters of any origin, inspected, compared with each other, and merged into their base."""
+"""Inspect adapters, compare them with each other, and merge them into their base."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def certify_adapter(
     """Compare a merged folder, or another adapter's folder, with an adapter on its base, tensor by tensor.
 
     Raises:
-        RecipeError: The base is not the adapters', or what is compared is more than these comparisons see.
+        RecipeError: The base is not the adapters', or they contain more than these comparisons cover.
     """
     adapter, path = read_folder(Path(folder).expanduser()), Path(target).expanduser()
     adapter.require_plain("certify", allowed=MERGEABLE)

@@ -1,7 +1,7 @@
-"""Adapters made of others: combined, resized, converted, extracted from a full fine-tune.
+"""Adapters made from others: combined, resized, converted, or extracted from a full fine-tune.
 
-Each goes the same way: a folder under a temporary name, read back, its updates compared with the closed form in
-float64, its logits by PEFT with those of the closed form where the base is on this machine, and only then renamed.
+Each is written to a folder under a temporary name and read back. Its updates are compared with the closed form in
+float64, and its logits by PEFT with those of the closed form if the base is on this machine; only then is it renamed.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def resize_adapter(
 def convert_adapter(
     folder: str | Path, out: str | Path, *, base: str | Path | None = None, progress: Progress = NO_PROGRESS
 ) -> Record:
-    """Write an adapter as a plain LoRA of scale alpha/r = 1, for programs that do not know its variant or patterns."""
+    """Write an adapter as plain LoRA of scale alpha/r = 1, for programs that do not support its variant or patterns."""
     adapter = read_folder(Path(folder).expanduser())
     adapter.require_plain("convert")
     place = checked_base([adapter], base, progress)

@@ -1,4 +1,4 @@
-"""What `init` reads from the rows: which columns are prompt and answer, and how answers can be scored."""
+"""What `init` infers from the rows: which columns are prompt and answer, and how answers can be scored."""
 
 from __future__ import annotations
 

@@ -117,7 +117,7 @@ def _find_columns(name: str, rows: Sequence[Row], ask: AskColumns | None) -> dic
                     f"the columns {', '.join(map(str, first))} have no usual names, such as prompt and completion",
                     file=rows[0].file,
                     fix=shlex.join(["loratune", "init", name, "--columns", "prompt=COLUMN,completion=COLUMN"])
-                    + "  # if these are no names, add a line of names at the top",
+                    + "  # if these are not names, add a header line at the top",
                 ) from None
         if not found:
             raise
@@ -303,7 +303,7 @@ def _sources(name: str, number: int, what: str) -> Settings:
 
 
 def held_out_share(number: int) -> float:
-    """Return the share of so many conversations to hold out: a twentieth, more of a few."""
+    """Return the share of this many conversations to hold out: a twentieth, or more if there are few."""
     enough = math.ceil(100 * SHOWN / number) / 100
     return max(HELD_OUT, min(enough, MOST_HELD_OUT))
 

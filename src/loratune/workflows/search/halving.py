@@ -1,8 +1,8 @@
-"""Successive halving: which trials go on, and how far (Jamieson and Talwalkar 2016, arXiv 1502.07943).
+"""Successive halving: which trials continue, and how far (Jamieson and Talwalkar 2016, arXiv 1502.07943).
 
-All trials are trained to the first rung, a fraction of their steps; there the better ones are chosen, and go on to the
-next rung, twice as far. At most half of them go on: the best quarter always, and of the next quarter those that a
-paired test on the held-out rows cannot tell from the best.
+All trials are trained to the first rung, a fraction of their steps; there the better ones are chosen, and continue to
+the next rung, twice as far. At most half of them continue: the best quarter always, and of the next quarter those that
+a paired test on the held-out rows cannot tell from the best.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def step_of(rung: float, num_steps: int) -> int | None:
 
 
 def choose_survivors(losses: Mapping[int, Sequence[NllPair]]) -> list[int]:
-    """Return the trials that go on, the best first.
+    """Return the trials that continue, the best first.
 
     Args:
         losses: Trial → its held-out losses at this rung, row by row, all on the same rows.

@@ -1,4 +1,5 @@
-"""The legs of a sweep's trials: each is taken to a rung as a run of its own, and its held-out losses are recorded."""
+"""The legs of a sweep's trials: a leg trains one trial to a rung, as an ordinary run, and records its held-out
+losses."""
 
 from __future__ import annotations
 
@@ -133,7 +134,7 @@ class Legs:
             free_memory()
         if not path.is_file():
             raise RecipeError(
-                "the trial was finished outside of the sweep, which does not know its losses",
+                "the trial was finished outside the sweep, which does not know its losses",
                 file=trial.run.root,
                 fix="--overwrite (in Python: overwrite=True) to start the sweep over",
             )

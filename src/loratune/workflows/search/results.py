@@ -1,4 +1,4 @@
-"""From the held-out losses of the trials to the ranked table, the sensitivity of each setting, and the words."""
+"""From the held-out losses of the trials to the ranked table, the sensitivity of each setting, and the summary."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ def _sentences(best: TrialSoFar, ranked: Sequence[TrialSoFar], differences: dict
         yield f"It cannot be told apart from {names}{more}."
     for trial in ahead:
         found = differences[trial.number]
-        yield f"{short_name(trial.settings)} was ahead of it at step {found['step']}, and got no further."
+        yield f"{short_name(trial.settings)} was ahead of it at step {found['step']}, but was not trained further."
     for trial in beaten[:MAX_SENTENCES]:
         found = differences[trial.number]
         half = (found["high"] - found["low"]) / 2
@@ -184,6 +184,6 @@ def _sentences(best: TrialSoFar, ranked: Sequence[TrialSoFar], differences: dict
         yield f"Failed: {'; '.join(short_name(trial.settings) for trial in failed)}."
     if len(last.losses) < FEW_ROWS:
         yield (
-            f"The intervals rest on {len(last.losses)} held-out rows, which are few: they are probably too narrow. "
-            "Hold out more (data.eval)."
+            f"The intervals are based on {len(last.losses)} held-out rows, which are few: they are probably too "
+            "narrow. Hold out more (data.eval)."
         )

@@ -1,4 +1,4 @@
-"""A sweep from rung to rung: the trials that go on are taken further, and the result is written."""
+"""A sweep from rung to rung: the trials that continue are trained further, and the result is written."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def write_result(
     """
     values = rank_trials(trials, waiting)
     if values["best"] is None:
-        problem = next((trial.problem for trial in trials if trial.problem), "the time suffices for no trial")
+        problem = next((trial.problem for trial in trials if trial.problem), "the time is too short for any trial")
         raise RunError(f"no trial has a held-out loss: {problem}", file=folder.root, fix="other settings, or more time")
     best = with_settings(Recipe.parse(plan.recipe), as_words(plan.trials[values["best"] - 1]))
     write_text(folder.best, best.to_yaml())

@@ -1,9 +1,9 @@
-"""`loratune sweep`: train a recipe with different settings, drop what is worse, and rank the rest.
+"""`loratune sweep`: train a recipe with different settings, drop worse ones early, and rank them.
 
     settings → trials, all prepared → rung after rung: each trial goes on as a run of its own → survivors → table, page
 
 Each trial goes through the functions of `train`. What is decided depends on the losses in `losses/` alone, so a sweep
-that was killed makes the same decisions again and goes on where it was.
+that was killed makes the same decisions again and continues where it was.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def sweep(
 ) -> SweepResult:
     """Train a recipe with different settings, and rank them by the held-out loss on the same rows.
 
-    The same call goes on where an earlier one was stopped.
+    The same call continues where an earlier one was stopped.
 
     Args:
         recipe: What all trials share: a recipe, or its file.

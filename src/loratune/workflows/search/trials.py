@@ -43,7 +43,7 @@ class Trial:
 
     @property
     def num_steps(self) -> int:
-        """Optimizer steps of the whole run."""
+        """Optimizer steps of the full run."""
         return self.prepared.estimate.num_steps
 
 

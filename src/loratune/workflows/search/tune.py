@@ -71,7 +71,7 @@ def tune(
 ) -> TuneResult:
     """Find a learning rate, a rank and target modules for a recipe, and write it with them.
 
-    The same call goes on where an earlier one was stopped.
+    The same call continues where an earlier one was stopped.
 
     Args:
         recipe: The recipe, or its file.
@@ -109,7 +109,7 @@ def tune(
         shape, reason = _choose_shape(found)
         chosen, reasons = {**chosen, **shape}, [*reasons, reason]
     else:
-        why = "no time was left to compare others" if len(shapes) > 1 else "no other can be trained here"
+        why = "no time was left to compare others" if len(shapes) > 1 else "no others can be trained on this machine"
         reasons.append(f"lora.r and lora.targets stay as they are: {why}.")
     reasons += left_out
     file = root / "tuned.yaml"

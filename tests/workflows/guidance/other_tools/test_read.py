@@ -173,7 +173,7 @@ def test_data_given_beside_the_file_replaces_its_data() -> None:
     ("name", "text", "problem", "fix"),
     [
         ("a.yaml", "rl: grpo\n", "rl is grpo, which is not translated", "`loratune init DATA`"),
-        ("a.yaml", "lora: {r: 8}\n", "this is a recipe of loratune already", "loratune plan"),
+        ("a.yaml", "lora: {r: 8}\n", "this is already a recipe of loratune", "loratune plan"),
         (
             "a.yaml",
             FACTORY,

@@ -1,4 +1,5 @@
-"""The datasets that files of other tools name, as settings of a recipe: every key of theirs is translated or told."""
+"""The datasets that files of other tools name, as settings of a recipe: every key of theirs is translated or
+reported."""
 
 from __future__ import annotations
 

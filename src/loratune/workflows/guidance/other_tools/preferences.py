@@ -1,4 +1,4 @@
-"""Which task a file of another tool trains, and the losses of preferences: translated, or refused by name."""
+"""Which task a file of another tool trains, and the losses of preferences: translated, or refused with the reason."""
 
 from __future__ import annotations
 

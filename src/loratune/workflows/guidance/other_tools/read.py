@@ -78,7 +78,7 @@ def read_other_file(path: Path) -> OtherFile:
         and set(values) <= {"task", *Recipe.model_fields}
         and all(isinstance(part, dict) for name, part in values.items() if name != "task")
     ):
-        raise RecipeError("this is a recipe of loratune already", file=path, fix=f"loratune plan {path}")
+        raise RecipeError("this is already a recipe of loratune", file=path, fix=f"loratune plan {path}")
     everything = dict(_flat(values, ""))
     named = {name: value for name, value in everything.items() if value is not None}
     file = OtherSettings(path=path, named=named, lines=lines)

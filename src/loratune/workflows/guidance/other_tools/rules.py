@@ -1,7 +1,7 @@
-"""What one setting of another tool becomes here, apart from its data and its task.
+"""What becomes of a setting of another tool, apart from those of data and task.
 
-Most settings only have another name (`recipe.other_names`). Those that mean more than that, or that others change, have
-a rule in `_RULES`.
+Most settings only have a different name (`recipe.other_names`). Those that mean more than that, or that depend on
+others, have a rule in `_RULES`.
 """
 
 from __future__ import annotations
@@ -283,7 +283,7 @@ def _initialization(value: Any, _: OtherSettings) -> Answer:
     if value in (True, "default"):
         return "the same here"
     if value == "gaussian":
-        return "A begins with PEFT's default, Kaiming's uniform distribution"
+        return "A is initialized as PEFT does by default, from Kaiming's uniform distribution"
     return {"lora.variant": value} if value in kinds else f"lora.variant has {', '.join(kinds)}"
 
 

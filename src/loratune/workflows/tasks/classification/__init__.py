@@ -56,7 +56,7 @@ _REFUSED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("data.streaming", (True,), "the names of the labels are found by reading all rows"),
     ("train.compile", (True,), "its layers run uncompiled"),
     ("lora.variant", ("pissa", "olora"), "its adapter is saved with the head, for the base as it is"),
-    ("lora.variant", ("eva", "loftq"), "these initializations are made for models that write text"),
+    ("lora.variant", ("eva", "loftq"), "these initializations are made for models that generate text"),
     ("train.optimizer", ("muon",), "its head has vectors, and muon is for matrices"),
     ("train.strategy", ("fsdp",), "it trains in one process"),
 )

@@ -1,4 +1,4 @@
-"""`model.task: causal_lm`: the model learns to write text, by the loss on the tokens that carry it."""
+"""`model.task: causal_lm`: the model learns to generate text, from the loss on the trained tokens."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@
                       → output head and cross-entropy in chunks          → -log p of each token [S]
                       → sums over each answer                            → [P, A], of which `objective` makes losses [P]
 
-Full logits are never held. Examples without pairs (`evaluate.forgetting`) have the loss of `SupervisedLoss`.
+The full logits are never in memory. Examples without pairs (`evaluate.forgetting`) have the loss of `SupervisedLoss`.
 """
 
 from __future__ import annotations
