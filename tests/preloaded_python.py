@@ -11,6 +11,7 @@ output to it.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import runpy
@@ -26,6 +27,18 @@ from contextlib import contextmanager
 from pathlib import Path
 
 VARIABLE = "PRELOADED_PYTHON_SOCKET"
+PRELOADED = (
+    "loratune.workflows.export",
+    "loratune.workflows.resume",
+    "loratune.workflows.selftest",
+    "trl.trainer.sft_trainer",
+    "torch._dynamo.backends.debugging",
+    "torch._functorch.aot_autograd",
+    "torch._inductor.pattern_matcher",
+    "torch._inductor.debug",
+)
+"""Modules that take long, loratune's first, since it sets what others read. `import trl` alone is not enough: its
+parts, and with them torch, are imported at their first use."""
 
 
 @contextmanager
@@ -35,7 +48,8 @@ def preloaded_python(folder: Path) -> Iterator[Path]:
     # -S and -E: nothing but the standard library, so that it starts in no time
     program.write_text(f'#!/bin/sh\nexec env {VARIABLE}={address} {sys.executable} -E -S {__file__} run "$@"\n')
     program.chmod(0o755)
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    # read when a library is imported, thus here and not by what runs later
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     server = subprocess.Popen([sys.executable, __file__, "serve", str(address)], env=environment)
     try:
         while not address.exists():
@@ -59,7 +73,8 @@ def run(arguments: list[str]) -> int:
 
 def serve(address: str) -> None:
     """Import what the steps need, and fork a process for each client."""
-    import trl  # noqa: F401 - what takes long
+    for name in PRELOADED:
+        importlib.import_module(name)
 
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that mind a client
     with socket.socket(socket.AF_UNIX) as listener:

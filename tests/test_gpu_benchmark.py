@@ -182,7 +182,10 @@ def dry_run(script: str, folder: Path, python: Path | str) -> list[dict[str, obj
 
 @pytest.mark.timeout(1200)
 def test_all_steps_run_on_a_cpu(tmp_path: Path) -> None:
+    imported = tmp_path / "imported.py"
+    imported.write_text("import sys; sys.exit(not {'torch._dynamo', 'trl.trainer.sft_trainer'} <= set(sys.modules))")
     with preloaded_python(tmp_path) as python:
+        assert subprocess.run([python, imported], check=False).returncode == 0, "each step would import them again"
         lines = dry_run("run.sh", tmp_path / "out", python)
     assert {line["case"] for line in lines if "case" in line} == {"4k", "4k-trl", "16k-recomputed", "4k-nf4"}
     checks = {str(line["what"]) for line in lines if "what" in line}

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
+from loratune.model.kernels import cross_entropy
+from loratune.planning import speed
 from loratune.recipe.recipe import Recipe
 from loratune.workflows.tiny_model import byte_tokenizer
 
@@ -24,6 +26,9 @@ ON_GPU = DEVICE == "cuda"
 WORK = OUT / "work"
 if not ON_GPU:  # graphs are captured as on a GPU; a C++ compiler would take most of the dry run's time for no answer
     torch.compile = partial(torch.compile, backend="aot_eager")
+    # A plan times products, here once and on few rows; chunks of 128 rows, so that the loss takes several as on a GPU.
+    speed.FEWEST_REPETITIONS, speed.TIMED_SECONDS = 1, 0.0
+    cross_entropy.CHUNK_BYTES[DEVICE] = 4 * 512 * 128
 WORDS = ("red", "green", "blue", "small", "large", "round", "flat", "warm", "cold", "loud")
 
 QWEN2 = {
@@ -43,6 +48,12 @@ TINY_QWEN2 = {
     "num_key_value_heads": 2,
 }
 BIG = QWEN2 if ON_GPU else TINY_QWEN2
+# Rows of very different lengths, a batch of which takes two micro-batches or more. Few tokens on a CPU, whose products
+# in bfloat16 are slow: there they take most of a step.
+RAGGED: dict[str, Any] = (
+    {"tokens": 512, "batch": 8, "ragged": True} if ON_GPU else {"tokens": 192, "batch": 4, "ragged": True}
+)
+TOKEN_BUDGET = 1500 if ON_GPU else 300
 SMALL = TINY_QWEN2 | ({"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4} if ON_GPU else {})
 
 

@@ -19,7 +19,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure_common import BIG, DEVICE, ON_GPU, SMALL, WORK, attempt, recipe, record, write_model
+from measure_common import (
+    BIG,
+    DEVICE,
+    ON_GPU,
+    RAGGED,
+    SMALL,
+    TOKEN_BUDGET,
+    WORK,
+    attempt,
+    recipe,
+    record,
+    write_model,
+)
 
 from loratune.recipe.recipe import Recipe
 from loratune.run.directory import RunDir, read_json
@@ -32,7 +44,7 @@ from loratune.workflows.train import train
 WARM_UP = 2
 """Steps that compile and fill caches."""
 
-LENGTHS = {"1k": 1024, "4k": 4096, "16k": 16_384} if ON_GPU else {"1k": 128, "4k": 256, "16k": 384}
+LENGTHS = {"1k": 1024, "4k": 4096, "16k": 16_384} if ON_GPU else {"1k": 64, "4k": 128, "16k": 192}
 
 CASES: dict[str, dict[str, Any]] = {
     "4k": {"compile": True},
@@ -96,14 +108,14 @@ def losses() -> None:
         found: dict[str, list[float]] = {}
 
         def one(way: str, settings: dict[str, Any], dtype: str = dtype, kind: str = kind, model: Path = model) -> None:
-            budget = {} if way == "trl" else {"token_budget": 1500}
+            budget = {} if way == "trl" else {"token_budget": TOKEN_BUDGET}
             sections = {
                 "model": {"dtype": dtype},
                 "lora": {"dropout": 0.0, "targets": "complete"},
                 "train": {"learning_rate": 1e-3, **budget, **settings},
             }
             name = f"{kind}-{dtype}-{way}"
-            seen = run(recipe(name, model, tokens=512, batch=8, steps=5, ragged=True, **sections))
+            seen = run(recipe(name, model, steps=5, **RAGGED, **sections))
             found[way] = seen["losses"]  # noqa: B023
             apart = max(abs(a - b) for a, b in zip(found[way], found.get("trl", found[way]), strict=True))  # noqa: B023
             limit = 1e-3 if dtype == "float32" else 0.05
@@ -124,8 +136,8 @@ def waiting() -> None:
 
         def work(dtype: str = dtype, model: Path = model) -> None:
             with around_gradients(strict):
-                sections = {"model": {"dtype": dtype}, "train": {"token_budget": 1500, "compile": False}}
-                run(recipe(f"waiting-{dtype}", model, tokens=512, batch=8, steps=4, ragged=True, **sections))
+                sections = {"model": {"dtype": dtype}, "train": {"token_budget": TOKEN_BUDGET, "compile": False}}
+                run(recipe(f"waiting-{dtype}", model, steps=4, **RAGGED, **sections))
             record(what=f"a step in {dtype} waits for nothing", ok=True if ON_GPU else "only a GPU shows it")
 
         attempt(f"a step in {dtype} waits for nothing", work)
@@ -143,9 +155,7 @@ def _no_synchronisation() -> Iterator[None]:
 def resumed() -> None:
     """Resume from what a kill after step 2 leaves, and compare the losses with the run that was not stopped."""
     model = write_model("small-qwen2-bfloat16", "qwen2", SMALL, torch.bfloat16)
-    wanted = recipe(
-        "whole", model, tokens=512, batch=8, steps=5, ragged=True, train={"save_every": 2, "token_budget": 1500}
-    )
+    wanted = recipe("whole", model, steps=5, **RAGGED, train={"save_every": 2, "token_budget": TOKEN_BUDGET})
     whole = train(wanted, overwrite=True).run
     stopped = RunDir(WORK / "runs" / "stopped")
     shutil.rmtree(stopped.root, ignore_errors=True)
@@ -168,7 +178,7 @@ def out_of_memory() -> None:
     wanted = recipe(
         "oom",
         model,
-        tokens=2048 if ON_GPU else 256,
+        tokens=2048 if ON_GPU else 128,
         batch=32 if ON_GPU else 4,
         steps=3,
         lora={"dropout": 0.0},
@@ -314,7 +324,7 @@ def answers() -> None:
     sections: dict[str, Any] = {"data": {"eval": 0.5}, "evaluate": asked}
     # A fast rate, since rounding the merged weights to bfloat16 loses small updates, and the certificate says so.
     sections["train"] = {"learning_rate": 0.02}
-    wanted = recipe("answers", model, tokens=256, batch=number // 2, steps=4, **sections)
+    wanted = recipe("answers", model, tokens=256 if ON_GPU else 128, batch=number // 2, steps=4, **sections)
     finished = train(wanted, overwrite=True).run
     plan = read_json(finished.plan)
     seconds = plan["measured"]["evaluate_seconds"]
