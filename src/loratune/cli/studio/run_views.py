@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from loratune.reporting.run_files import RunFiles
     from loratune.run.directory import RunDir
 
-_SHOWN = ("missing", "verdict", "result", "samples", "events")
+_SHOWN = ("missing", "verdict", "result", "samples", "progress", "events")
 """Sections of the report that the page of a finished run shows."""
 MOST_TURNS = 200
 
