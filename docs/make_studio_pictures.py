@@ -23,7 +23,14 @@ OUT = HERE / "images"
 MINUTES = 15 * 60_000
 DESK, PHONE, HEIGHT = 1280, 390, 844
 QUESTION = "name[The Blue Lamp], eatType[pub], food[Italian], priceRange[cheap], area[riverside], familyFriendly[yes]"
-SETTINGS = {"train.max_steps": "12", "evaluate.samples": "6", "train.eval_every": "4", "train.log_every": "1"}
+SETTINGS = {
+    "train.max_steps": "12",
+    "evaluate.samples": "6",
+    "train.eval_every": "4",
+    "train.log_every": "1",
+    "evaluate.samples_every": "2",
+}
+SWEEP = "train.learning_rate=1e-4,1e-3"
 
 
 class Camera:
@@ -94,7 +101,7 @@ def go(page: Page, camera: Camera) -> None:
     page.get_by_role("button", name="Save and start training").click()
     page.wait_for_url("**/run?*")
     page.get_by_text(re.compile("step (8|9|[1-9]\\d)/")).first.wait_for(timeout=MINUTES)
-    camera.take("running", desk=1500, at="#live")
+    camera.take("running", desk=1900, at="#live")
     page.get_by_role("link", name="Chat").wait_for(timeout=MINUTES)
     camera.take("finished", desk=1700)
     page.get_by_role("link", name="Chat").click()
@@ -102,6 +109,13 @@ def go(page: Page, camera: Camera) -> None:
     page.get_by_role("button", name="Ask both").click()
     expect(page.locator("#chat-status")).to_have_text("", timeout=MINUTES)
     camera.take("chat", desk=690)
+    page.goto(page.url.partition("/run")[0] + "/new")
+    page.get_by_role("link", name="train.yaml").click()
+    page.get_by_label("Settings to vary").fill(SWEEP)
+    page.get_by_role("button", name="Save and start the sweep").click()
+    page.wait_for_url("**/sweep?*")
+    expect(page.locator(".lead .badge")).to_have_text("finished", timeout=MINUTES)
+    camera.take("sweep", desk=1100, at="#live")
 
 
 def main(folder: Path) -> None:
