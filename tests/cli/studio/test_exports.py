@@ -124,6 +124,11 @@ def test_a_damaged_certificate_is_none(run: RunDir, tmp_path: Path, content: str
     assert found.tone == "stopped"
     assert found.verdict in ("no certificate", "the certificate cannot be read")
     (folder / "parity.json").unlink()
+    (folder / "parity.json").symlink_to("/etc/hostname")
+    found = the("ollama", run, tmp_path).certificate
+    assert found is not None
+    assert found.verdict == "no certificate", "nothing outside of the folder is read"
+    (folder / "parity.json").unlink()
     found = the("ollama", run, tmp_path).certificate
     assert found is not None
     assert found.verdict == "no certificate"

@@ -87,18 +87,18 @@ def exports_of(places: StudioFolder, name: str, files: RunFiles, jobs: Sequence[
         words = words_of(key, name)
         place = folder.replace("{run}", name)
         job = next((job for job in jobs if list(job.words) == words), None)
-        certificate = _read(places.root / place, adapter)
+        certificate = _read(places, place, adapter)
         found.append(Export(key=key, what=what, line=command(*words), place=place, certificate=certificate, job=job))
     known = {str(places.root / export.place) for export in found}
     return [*found, *_others(files, known, adapter)]
 
 
-def _read(folder: Path, adapter: str) -> Certificate | None:
+def _read(places: StudioFolder, place: str, adapter: str) -> Certificate | None:
     """Return the certificate in a folder that was written; None if there is no such folder."""
-    if not folder.is_dir():
+    if not (places.root / place).is_dir():
         return None
     try:
-        values = read_json(folder / "parity.json")
+        values = read_json(places.inside(f"{place}/parity.json"))
     except LoratuneError:
         return Certificate(verdict="no certificate", tone="stopped")
     if not isinstance(values, dict):

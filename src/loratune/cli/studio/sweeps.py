@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from loratune.reporting.blocks import Page, PageSection, Paragraph
@@ -113,26 +114,45 @@ def _page(folder: SweepDir, record: SweepRecord | None, state: str, problem: str
 
 def _so_far(folder: SweepDir, plan: SweepPlanRecord, *, running: bool) -> SweepRecord | None:
     """Rank the trials by the losses that were measured up to now; None before the first."""
-    trials = [
-        TrialSoFar(
-            number=number,
-            settings=settings,
-            run=str(folder.trial(number).root),
-            rungs=tuple(_losses(folder, plan, number)),
-        )
-        for number, settings in enumerate(plan.trials, 1)
-    ]
-    if not any(trial.measured for trial in trials):
+    files = [folder.plan, *(path for path, *_ in _loss_files(folder, plan))]
+    stamps = tuple((path.name, path.stat().st_mtime_ns, path.stat().st_size) for path in files)
+    record = _ranked(folder.root, stamps)
+    if record is None:
         return None
-    waiting = {trial.number for trial in trials}
-    values = {**rank_trials(trials, waiting), "rungs": list(plan.rungs)}
-    places = {"folder": str(folder.root), "recipe": None, "page": str(folder.page)}
-    record = parse(SweepRecord, {**values, **places})
     ranked = tuple(
         trial.model_copy(update={"state": _state(folder, trial.number, trial.state, running=running)})
         for trial in record.trials
     )
     return record.model_copy(update={"trials": ranked, "best": None})
+
+
+@lru_cache(maxsize=16)
+def _ranked(root: Path, stamps: tuple[tuple[str, int, int], ...]) -> SweepRecord | None:  # noqa: ARG001 - for the cache
+    """Rank the trials, whose intervals take a while; the stamps are those of the files that are read here."""
+    folder = SweepDir(root)
+    plan = read_record(folder.plan, SweepPlanRecord)
+    rungs: dict[int, list[TrialLosses]] = {number: [] for number in range(1, len(plan.trials) + 1)}
+    for path, number, _ in _loss_files(folder, plan):
+        rungs[number].append(read_record(path, TrialLosses))
+    trials = [
+        TrialSoFar(number=number, settings=settings, run=str(folder.trial(number).root), rungs=tuple(rungs[number]))
+        for number, settings in enumerate(plan.trials, 1)
+    ]
+    if not any(trial.measured for trial in trials):
+        return None
+    values = {**rank_trials(trials, set(rungs)), "rungs": list(plan.rungs)}
+    places = {"folder": str(root), "recipe": None, "page": str(folder.page)}
+    return parse(SweepRecord, {**values, **places})
+
+
+def _loss_files(folder: SweepDir, plan: SweepPlanRecord) -> list[tuple[Path, int, int]]:
+    """Return the files of losses that there are, each with its trial and its rung."""
+    files = (
+        (folder.losses(number, rung), number, rung)
+        for number in range(1, len(plan.trials) + 1)
+        for rung in range(len(plan.rungs))
+    )
+    return [(path, number, rung) for path, number, rung in files if path.is_file()]
 
 
 def _state(folder: SweepDir, number: int, state: str, *, running: bool) -> str:
@@ -141,13 +161,6 @@ def _state(folder: SweepDir, number: int, state: str, *, running: bool) -> str:
     if state != "waiting" or not run.lock.is_file():
         return state
     return "running" if running and run.is_in_use else "paused"
-
-
-def _losses(folder: SweepDir, plan: SweepPlanRecord, number: int) -> Iterator[TrialLosses]:
-    for rung in range(len(plan.rungs)):
-        path = folder.losses(number, rung)
-        if path.is_file():
-            yield read_record(path, TrialLosses)
 
 
 def find_sweeps(roots: list[Path]) -> Iterator[tuple[Path, SweepSoFar]]:
