@@ -31,7 +31,7 @@ SETTINGS = {
     "train.log_every": "1",
     "evaluate.samples_every": "2",
 }
-SWEEP = "train.learning_rate=1e-4,1e-3 train.max_steps=2 evaluate.samples=0 evaluate.samples_every=never"
+SWEEP = "train.learning_rate=1e-4,1e-3 train.max_steps=4 evaluate.samples=0 evaluate.samples_every=never"
 """A sweep that takes little time: what is shown is its page."""
 
 
