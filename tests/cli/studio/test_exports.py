@@ -124,14 +124,21 @@ def test_a_damaged_certificate_is_none(run: RunDir, tmp_path: Path, content: str
     assert found.tone == "stopped"
     assert found.verdict in ("no certificate", "the certificate cannot be read")
     (folder / "parity.json").unlink()
-    (folder / "parity.json").symlink_to("/etc/hostname")
-    found = the("ollama", run, tmp_path).certificate
-    assert found is not None
-    assert found.verdict == "no certificate", "nothing outside of the folder is read"
-    (folder / "parity.json").unlink()
     found = the("ollama", run, tmp_path).certificate
     assert found is not None
     assert found.verdict == "no certificate"
+
+
+def test_a_certificate_outside_of_the_folder_is_not_read(
+    run: RunDir, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, certify: Callable[..., Any]
+) -> None:
+    outside = tmp_path_factory.mktemp("outside")
+    certify(outside)
+    run.exports.mkdir()
+    (run.exports / "vllm").symlink_to(outside)
+    found = the("vllm", run, tmp_path).certificate
+    assert found is not None
+    assert (found.verdict, found.facts) == ("no certificate", ())
 
 
 def test_what_has_no_button_is_shown_too_as_long_as_it_is_there(
