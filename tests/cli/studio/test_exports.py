@@ -134,7 +134,7 @@ def test_a_certificate_outside_of_the_folder_is_not_read(
 ) -> None:
     outside = tmp_path_factory.mktemp("outside")
     certify(outside)
-    run.exports.mkdir()
+    run.exports.mkdir(exist_ok=True)
     (run.exports / "vllm").symlink_to(outside)
     found = the("vllm", run, tmp_path).certificate
     assert found is not None
