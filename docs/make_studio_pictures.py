@@ -1,6 +1,7 @@
 """Take the pictures of docs/studio.md: from a CSV to a chat, in a real browser, on a desktop and on a phone.
 
-`python docs/make_studio_pictures.py [FOLDER]` writes docs/images/studio-*.png; it trains the small packaged model.
+`python docs/make_studio_pictures.py [--sweep]` writes docs/images/studio-*.png; it trains the small packaged model.
+With `--sweep` it takes the picture of a sweep alone.
 """
 
 from __future__ import annotations
@@ -23,7 +24,15 @@ OUT = HERE / "images"
 MINUTES = 15 * 60_000
 DESK, PHONE, HEIGHT = 1280, 390, 844
 QUESTION = "name[The Blue Lamp], eatType[pub], food[Italian], priceRange[cheap], area[riverside], familyFriendly[yes]"
-SETTINGS = {"train.max_steps": "12", "evaluate.samples": "6", "train.eval_every": "4", "train.log_every": "1"}
+SETTINGS = {
+    "train.max_steps": "12",
+    "evaluate.samples": "6",
+    "train.eval_every": "4",
+    "train.log_every": "1",
+    "evaluate.samples_every": "2",
+}
+SWEEP = "train.learning_rate=1e-4,1e-3 train.max_steps=4 evaluate.samples=0 evaluate.samples_every=never"
+"""A sweep that takes little time: what is shown is its page."""
 
 
 class Camera:
@@ -69,16 +78,22 @@ def _save(picture: Image.Image, path: Path) -> None:
     picture.quantize(256).save(path, optimize=True)
 
 
-def go(page: Page, camera: Camera) -> None:
-    """Go from the CSV to a chat."""
+def write_recipe(page: Page, camera: Camera | None) -> None:
+    """Go from the CSV to a recipe."""
     page.get_by_role("link", name="New run").first.click()
     page.get_by_label("A CSV, JSONL").set_input_files(DATA)
     page.get_by_label("prompt").select_option("mr")
     page.get_by_label("completion").select_option("ref")
     page.locator(".pick").first.click()
-    camera.take("columns", desk=1000, at="#columns-title")
+    if camera is not None:
+        camera.take("columns", desk=1000, at="#columns-title")
     page.get_by_role("button", name="Write the recipe").click()
     page.wait_for_url("**/recipe?*")
+
+
+def go(page: Page, camera: Camera) -> None:
+    """Go from the CSV to a chat."""
+    write_recipe(page, camera)
     for name, value in SETTINGS.items():
         field = page.locator(f"[data-field='{name}']")
         if not field.is_visible():
@@ -94,7 +109,7 @@ def go(page: Page, camera: Camera) -> None:
     page.get_by_role("button", name="Save and start training").click()
     page.wait_for_url("**/run?*")
     page.get_by_text(re.compile("step (8|9|[1-9]\\d)/")).first.wait_for(timeout=MINUTES)
-    camera.take("running", desk=1500, at="#live")
+    camera.take("running", desk=1900, at="#live")
     page.get_by_role("link", name="Chat").wait_for(timeout=MINUTES)
     camera.take("finished", desk=1700)
     page.get_by_role("link", name="Chat").click()
@@ -104,8 +119,18 @@ def go(page: Page, camera: Camera) -> None:
     camera.take("chat", desk=690)
 
 
-def main(folder: Path) -> None:
-    """Start a studio, go the whole way, and save the pictures."""
+def sweep(page: Page, camera: Camera) -> None:
+    """Start a sweep, and see it end."""
+    write_recipe(page, None)
+    page.get_by_label("Settings to vary").fill(SWEEP)
+    page.get_by_role("button", name="Save and start the sweep").click()
+    page.wait_for_url("**/sweep?*")
+    expect(page.locator(".lead .badge")).to_have_text("finished", timeout=MINUTES)
+    camera.take("sweep", desk=1100, at="#live")
+
+
+def main(folder: Path, *, whole_way: bool) -> None:
+    """Start a studio, go the whole way or to a sweep alone, and save the pictures."""
     command = [sys.executable, "-m", "loratune", "studio", str(folder), "--no-open"]
     studio: Any = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)  # noqa: S603 - our own program
     try:
@@ -114,17 +139,18 @@ def main(folder: Path) -> None:
             page = browser.new_page(viewport={"width": DESK, "height": HEIGHT})
             page.set_default_timeout(120_000)
             camera = Camera(page)
-            page.goto(studio.stdout.readline().strip())
-            go(page, camera)
-            camera.save_phones(OUT / "studio-phone.png")
+            url = studio.stdout.readline().strip()
+            page.goto(url)
+            if whole_way:
+                go(page, camera)
+                camera.save_phones(OUT / "studio-phone.png")
+                page.goto(url.partition("?")[0])
+            sweep(page, camera)
             browser.close()
     finally:
         studio.terminate()
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        main(Path(sys.argv[1]))
-    else:
-        with tempfile.TemporaryDirectory() as temporary:
-            main(Path(temporary))
+    with tempfile.TemporaryDirectory() as temporary:
+        main(Path(temporary), whole_way="--sweep" not in sys.argv)

@@ -121,6 +121,7 @@ OTHER: dict[str, Any] = {
     "preference.undesirable_weight": 0.5,
     "evaluate.metric": "contains",
     "evaluate.samples": 1,
+    "evaluate.samples_every": 1,
     "evaluate.max_new_tokens": 2,
     "evaluate.forgetting": "FILE",
 }

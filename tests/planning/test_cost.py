@@ -40,11 +40,10 @@ DATA = PreparedData(
 PROMPTS = (prompt(10), prompt(25), prompt(15))
 
 
-def recipe(**train: Any) -> Recipe:
+def recipe(samples_every: str | float = "never", **train: Any) -> Recipe:
     settings = {"batch_size": 4, "epochs": 2, **train}
-    return Recipe.parse(
-        {"data": {"train": "x.jsonl", "eval": "x.jsonl"}, "evaluate": {"max_new_tokens": 8}, "train": settings}
-    )
+    evaluate = {"max_new_tokens": 8, "samples_every": samples_every}
+    return Recipe.parse({"data": {"train": "x.jsonl", "eval": "x.jsonl"}, "evaluate": evaluate, "train": settings})
 
 
 def amounts(**train: Any) -> WorkAmounts:
@@ -78,6 +77,14 @@ def test_base_and_fine_tuned_model_are_evaluated_whatever_the_cadence(eval_every
     # 6 steps: the base's loss, one for each time that the cadence says, which includes the last step. `never` leaves
     # out those during training; the fine-tuned model is evaluated at the end all the same.
     assert amounts(eval_every=eval_every).evaluations == evaluations
+
+
+@pytest.mark.parametrize(("samples_every", "looks"), [("never", 0), ("epoch", 1), (2, 2), (4, 1), (0.5, 1), (9, 0)])
+def test_answers_during_training_are_counted_without_those_of_the_evaluation(
+    samples_every: str | float, looks: int
+) -> None:
+    # 6 steps; the answers after the last one are those of the evaluation.
+    assert amounts(samples_every=samples_every).decode_steps == 8 + 5 + looks * 8
 
 
 def test_the_sizes_are_those_of_the_longest_examples_and_the_largest_step() -> None:

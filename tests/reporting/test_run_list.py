@@ -56,3 +56,11 @@ def test_the_best_run_comes_first(folder: Path) -> None:
     lines = shown(ranked_table([folder / "damaged", folder / "deeper" / "worse", folder / "good"])).splitlines()
     order = [name for line in lines for name in ("good", "worse", "damaged") if f" {name} " in line]
     assert order == ["good", "worse", "damaged"]
+
+
+def test_runs_whose_folders_have_one_name_are_told_apart(folder: Path) -> None:
+    shutil.copytree(folder / "good", folder / "deeper" / "good")
+    lines = shown(ranked_table([folder / "good", folder / "deeper" / "good", folder / "damaged"])).splitlines()
+    for name in (folder / "good", folder / "deeper" / "good"):
+        assert sum(f" {name} " in line for line in lines) == 1
+    assert any(" damaged " in line for line in lines)

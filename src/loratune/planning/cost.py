@@ -195,6 +195,8 @@ def work_amounts(
     # The fine-tuned model is taken to stop where the longest reference does. The base is taken to go on to the limit,
     # as most models do that were not trained for the task.
     answer_tokens = section.max_new_tokens + min(longest_answer, section.max_new_tokens)
+    # Answers during training are taken to go on to the limit; those after the last step are the evaluation's.
+    looks = max(0, count_occurrences(section.samples_every, steps=steps, epochs=epochs) - 1) if prompts else 0
     tokens = epochs * data.scale * sum(len(example.input_ids) for example in data.train) * (1 - data.shared_fraction)
     return WorkAmounts(
         num_layers=config.num_hidden_layers,
@@ -206,7 +208,7 @@ def work_amounts(
         held_out_supervised=sum(num_supervised(example) for example in data.eval),
         evaluations=evaluations,
         prompt_tokens=sum(len(prompt.input_ids) for prompt in prompts),
-        decode_steps=batches * answer_tokens,
+        decode_steps=batches * answer_tokens + looks * section.max_new_tokens,
         load_bytes=load_bytes,
         **_reference_pass(recipe, data, epochs),
     )

@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from loratune.recipe.roles import as_written
-from loratune.recipe.sections.base import Contradiction
+from loratune.recipe.sections.base import Contradiction, check_every
 
 
 def check_regular_expressions(name: str, value: dict[str, Any]) -> dict[str, Any]:
@@ -77,14 +77,7 @@ def check_train(train: Any, decay_fraction: float) -> None:
         Contradiction: Two settings contradict each other.
     """
     for name in ("eval_every", "save_every", "log_every"):
-        value = getattr(train, name)
-        if isinstance(value, str):
-            continue
-        if value <= 0 or (isinstance(value, float) and value >= 1 and value != int(value)):
-            raise Contradiction(
-                f"train.{name} is {value}, neither a number of steps nor a fraction",
-                fix="use a number of steps, a fraction of the run below 1, epoch or never",
-            )
+        check_every(f"train.{name}", getattr(train, name))
     if isinstance(train.token_budget, int) and train.token_budget < 1:
         raise Contradiction(
             f"train.token_budget is {train.token_budget}", fix="use a positive number of tokens, or auto"

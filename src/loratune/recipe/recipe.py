@@ -14,13 +14,13 @@ from pydantic import SerializerFunctionWrapHandler, ValidationError, model_seria
 
 from loratune.recipe.checks import check_beside, check_held_out, check_muon, check_quantization_settings
 from loratune.recipe.given_rows import with_rows_in_files
-from loratune.recipe.sections.base import Section, Source
+from loratune.recipe.sections.base import Cadence, Section, Source
 from loratune.recipe.sections.data import SEED_DATASET, Column, DataSection
 from loratune.recipe.sections.evaluate import EvaluateSection
 from loratune.recipe.sections.lora import TARGET_PRESETS, VARIANTS, LoraSection, TargetPreset, Variant
 from loratune.recipe.sections.model import ModelSection
 from loratune.recipe.sections.preference import PreferenceSection
-from loratune.recipe.sections.train import DECAY_FRACTION, Cadence, Optimizer, Schedule, TrainSection
+from loratune.recipe.sections.train import DECAY_FRACTION, Optimizer, Schedule, TrainSection
 from loratune.recipe.tasks import check_task
 from loratune.recipe.validation_errors import shown, translate_validation_error
 from loratune.recipe.yaml import apply_override, hoist_task, read_yaml, refuse_secrets

@@ -48,7 +48,8 @@ class RunFiles:
         certificates: Certificates in `parity.json`; none if nothing was merged or exported.
         steps: Optimizer steps in `metrics.jsonl`, in order.
         held_out: Evaluations in `metrics.jsonl`.
-        events: Events in `metrics.jsonl`.
+        events: Events in `metrics.jsonl`, without the answers given during training.
+        samples: Answers given during training, in `metrics.jsonl`.
         state: `finished`, `running` or `stopped`.
         is_trained: Whether the adapter is written.
         read_at: When the files were read.
@@ -66,6 +67,7 @@ class RunFiles:
     steps: list[StepLine]
     held_out: list[EvaluationLine]
     events: list[EventLine]
+    samples: list[EventLine]
     state: str
     is_trained: bool
     read_at: datetime
@@ -114,7 +116,8 @@ def read_run(run: RunDir) -> RunFiles:
         certificates=_read_certificates(run.parity, complaints),
         steps=[line for line in lines if isinstance(line, StepLine)],
         held_out=[line for line in lines if isinstance(line, EvaluationLine)],
-        events=[line for line in lines if isinstance(line, EventLine)],
+        events=[line for line in lines if isinstance(line, EventLine) and not line.answers],
+        samples=[line for line in lines if isinstance(line, EventLine) and line.answers],
         state=state,
         is_trained=run.has_adapter,
         read_at=datetime.now(UTC),

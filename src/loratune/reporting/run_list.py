@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from loratune.reporting.blocks import UNEXPECTED
+from loratune.reporting.comparison_page import names
 from loratune.reporting.run_files import read_run
 from loratune.reporting.units import as_interval, as_measure, measure_in_words
 from loratune.reporting.verdict import verdict_on
@@ -139,13 +140,14 @@ def ranked_table(roots: Sequence[str | Path]) -> Table:
         value = run.evaluation.tuned[name]
         return value if name in ("nll", "perplexity") else -value
 
+    shown = {id(run): escape(text) for run, text in zip(runs, names(runs), strict=True)}
     for run in sorted(runs, key=rank):
         record = run.evaluation
         if record is None or name not in record.tuned:
-            table.add_row(escape(run.name), "–", "–", f"not evaluated ({run.state})", "–")
+            table.add_row(shown[id(run)], "–", "–", f"not evaluated ({run.state})", "–")
             continue
         table.add_row(
-            escape(run.name),
+            shown[id(run)],
             as_measure(name, record.tuned[name]),
             as_measure(name, record.base[name]),
             as_interval(name, record.difference[name]),

@@ -26,7 +26,7 @@ from loratune.reporting.curves_section import curves
 from loratune.reporting.data_section import data
 from loratune.reporting.plan_section import planned_and_actual, planned_train_seconds
 from loratune.reporting.result_section import result
-from loratune.reporting.samples_section import failures, last_part, samples
+from loratune.reporting.samples_section import answers_during_training, failures, last_part, samples
 from loratune.reporting.units import as_bytes, as_duration, as_measure, as_path, measure_in_words, unbroken
 from loratune.reporting.verdict import verdict_on
 from loratune.run.errors import plural
@@ -249,24 +249,27 @@ def _exports(files: RunFiles) -> Iterator[Block]:
     )
     yield Table(
         caption="Certificates",
-        columns=("", "same model", "prompts with the same token ids", "same top token", "mean KL", "same answers"),
-        rows=tuple(_certificate_row(record) for record in files.certificates),
+        columns=("", *certificate_facts(files.certificates[0])),
+        rows=tuple(
+            (f"{last_part(record.path)}\n{record.kind}", *certificate_facts(record).values())
+            for record in files.certificates
+        ),
         numeric=True,
     )
     verified = tuple((last_part(record.path), record.checked_with) for record in files.certificates)
     yield Table(caption="Verified with", rows=verified)
 
 
-def _certificate_row(record: CertificateRecord) -> tuple[str, ...]:
+def certificate_facts(record: CertificateRecord) -> dict[str, str]:
+    """Return what a certificate says, by the heads of its columns."""
     template, distributions, answers = record.template, record.distributions, record.answers
-    return (
-        f"{last_part(record.path)}\n{record.kind}",
-        {"same": "yes", "different": "no"}.get(record.verdict, record.verdict),
-        f"{template.same_token_ids} of {template.num_prompts}",
-        "–" if distributions is None else f"{distributions.top1_agreement:.1%}",
-        "–" if distributions is None or distributions.mean_kl is None else f"{distributions.mean_kl:.2g}",
-        f"{answers.same} of {answers.num_prompts}" if answers is not None else "",
-    )
+    return {
+        "same model": {"same": "yes", "different": "no"}.get(record.verdict, record.verdict),
+        "prompts with the same token ids": f"{template.same_token_ids} of {template.num_prompts}",
+        "same top token": "–" if distributions is None else f"{distributions.top1_agreement:.1%}",
+        "mean KL": ("–" if distributions is None or distributions.mean_kl is None else f"{distributions.mean_kl:.2g}"),
+        "same answers": f"{answers.same} of {answers.num_prompts}" if answers is not None else "",
+    }
 
 
 _MAX_EVENTS = 20
@@ -301,6 +304,7 @@ _PARTS: tuple[_Part, ...] = (
     ("verdict", "Verdict", _verdict),
     ("samples", "Samples", samples),
     ("result", "Base vs. fine-tuned", result),
+    ("progress", "Answers during training", answers_during_training),
     ("curves", "Curves", curves),
     ("events", "What happened", _events),
     ("settings", "Model, data, settings", _settings),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from loratune.reporting.blocks import AnswerText, Block, Paragraph, Sample
+from loratune.reporting.blocks import AnswerText, Block, Fold, Paragraph, Sample
 from loratune.reporting.units import is_graded, is_marked
 from loratune.reporting.word_diff import mark_differences, unmarked
 from loratune.run.errors import plural
@@ -16,9 +16,12 @@ if TYPE_CHECKING:
     from loratune.reporting.task import ReportedTask
     from loratune.run.records.base import Place
     from loratune.run.records.evaluation import AnswerRecord, Item
+    from loratune.run.records.metrics import SampleAnswer
 
 MAX_SAMPLES = 20
 MAX_FAILURES = 100
+MAX_TIMES = 8
+"""The times, the last ones, of which the answers to a prompt are shown."""
 MAX_CHARACTERS = 2000
 """Characters shown of a text; the run's files have all of it."""
 
@@ -58,6 +61,44 @@ def failures(files: RunFiles) -> Iterator[Block]:
         yield _sample(number, item, sides=("fine-tuned",), task=files.task)
     if len(ordered) > MAX_FAILURES:
         yield Paragraph(text=f"{len(ordered) - MAX_FAILURES:,} more in evaluation.json.", tone="note")
+
+
+def answers_during_training(files: RunFiles, *, newest_only: bool = False) -> Iterator[Block]:
+    """Build the answers that were given during training, by prompt: one for each time (`evaluate.samples_every`).
+
+    Args:
+        files: The run.
+        newest_only: Whether only the last answers are shown, and the others are folded away.
+    """
+    for number, first in enumerate(files.samples[-1].answers or () if files.samples else (), 1):
+        asked = [
+            (line.step, answer)
+            for line in files.samples
+            for answer in line.answers or ()
+            if (answer.question, answer.reference) == (first.question, first.reference)
+        ]
+        shown = asked[-1:] if newest_only else asked[-MAX_TIMES:]
+        reference = shorten(first.reference)
+        yield Sample(
+            title=f"{number} · " + (f"after step {asked[-1][0]:,}" if newest_only else plural(len(asked), "answer")),
+            prompt=shorten(first.question),
+            prompt_label=files.task.prompt,
+            answers=(
+                AnswerText(title=files.task.reference, pieces=unmarked(reference)),
+                *(_answer_after(step, answer, reference) for step, answer in shown),
+            ),
+        )
+    if newest_only and len(files.samples) > 1:
+        yield Fold(title="Earlier answers", blocks=tuple(answers_during_training(files)))
+
+
+def _answer_after(step: int, answer: SampleAnswer, reference: str) -> AnswerText:
+    text = shorten(answer.text)
+    return AnswerText(
+        title=f"after step {step:,}",
+        pieces=unmarked(text) if text.strip() == reference.strip() else mark_differences(text, reference),
+        remarks=() if answer.stopped else ("hit the token limit",),
+    )
 
 
 def _max_new_tokens(files: RunFiles) -> str:

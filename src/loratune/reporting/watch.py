@@ -155,9 +155,12 @@ def _memory(files: RunFiles) -> str:
 
 
 def _samples(files: RunFiles) -> Iterator[tuple[str, str]]:
-    """Yield verdict and answers of a run that has been evaluated."""
+    """Yield verdict and answers of a run that has been evaluated, or the last answers of one that trains."""
     record = files.evaluation
     if record is None:
+        for answer in files.samples[-1].answers or () if files.samples else ():
+            yield "prompt", _short(answer.question)
+            yield f"step {files.samples[-1].step}", _short(answer.text)
         return
     try:
         yield "result", verdict_on(record).sentence

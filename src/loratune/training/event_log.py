@@ -11,6 +11,8 @@ evaluation_failed
 tracker_failed
 unreached           modules: trained modules and experts without a gradient in the first step
 early_stopping      lowest_at: the step with the lowest held-out loss
+samples             answers: of the adapter as it was after the step; seconds
+samples_failed
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ class RunTimer:
         record.pop("so_far", None)
         record["measured"] = {**self._so_far(), **step_totals(metrics), "packing": packing}
         record["measured"]["evaluate_seconds"] = evaluate_seconds + sum(
-            line["seconds"] for line in metrics if "eval_nll" in line
+            line["seconds"] for line in metrics if "eval_nll" in line or line.get("event") == "samples"
         )
         write_record(self._run.plan, PlanRecord, record)
 

@@ -44,6 +44,7 @@ from loratune.workflows.final_adapter import save_final, select_final_adapter
 from loratune.workflows.load import attach_adapter_and_loss, load_base, load_trained
 from loratune.workflows.measured import RunTimer
 from loratune.workflows.result import RunResult
+from loratune.workflows.samples import sample_callbacks
 from loratune.workflows.tasks.task import Started, task_of
 
 if TYPE_CHECKING:
@@ -229,7 +230,8 @@ def train_steps(
         per_epoch = num_steps_per_epoch(prepared.data.num_examples, recipe.train.batch_size)
         callback = RunCallback(run, progress, task, stop, per_epoch)
         callback.branch = branch_step(recipe.train, total)
-        setup = _trainer_setup(prepared, run, model, loss, stop, progress, callback, leg.callbacks)
+        callbacks = (*sample_callbacks(prepared, run, model, stop, progress, loss.sharded), *leg.callbacks)
+        setup = _trainer_setup(prepared, run, model, loss, stop, progress, callback, callbacks)
         is_fast = recipe.train.engine == "fast"
         trainer = FastTrainer(setup) if is_fast else task_of(recipe).reference_trainer(setup)
         callback.watch(trainer)

@@ -101,6 +101,11 @@ def test_a_path_outside_of_the_folder_is_refused(user: TestClient, work: Path, n
         user.get("/run/report", params={"path": folder}),
         user.post("/run/export", data={"path": folder, "to": "gguf"}, headers=form),
         user.get("/compare", params={"run": [folder, "good.yaml"]}),
+        user.get("/sweep", params={"path": folder}),
+        user.get("/sweep/page", params={"path": folder}),
+        user.post("/sweep/stop", data={"path": folder}, headers=form),
+        user.post("/sweep/continue", data={"path": folder}, headers=form),
+        user.post("/sweep/start", data={"file": name, "settings": "lora.r=4,8"}, headers=form),
     ]
     assert {answer.status_code for answer in answers} == {400}
     assert not any("name: secret" in answer.text for answer in answers)

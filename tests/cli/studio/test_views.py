@@ -13,10 +13,11 @@ from rich.table import Table
 from starlette.testclient import TestClient
 
 from loratune.cli.studio import draft_views, run_views
+from loratune.cli.studio.exports import EXPORTS
 from loratune.cli.studio.pages import as_block, read_static
 from loratune.cli.studio.server import studio_app
 from loratune.run.directory import RunDir
-from tests.reporting.conftest import PLANTED
+from tests.reporting.conftest import PLANTED, rewrite
 
 TOKEN, ORIGIN = "the-right-token", "http://127.0.0.1:8321"
 JSON = {"origin": ORIGIN, "accept": "application/json"}
@@ -53,8 +54,9 @@ def test_a_finished_run_shows_its_verdict_and_has_a_button_with_its_command_for_
     text = user.get("/run", params={"path": NAME}).text
     assert "Verdict" in text
     assert "/run/chat?path=" in text
-    for _, words in run_views.EXPORTS.values():
+    for what, words, _ in EXPORTS.values():
         assert words[0] in text
+        assert what in text
     assert "loratune export &#39;__models/&lt;i&gt;one&#39; --to gguf --merged" in text
     assert "<i>" not in text
 
@@ -76,6 +78,17 @@ def test_two_runs_are_compared_and_more_open_the_page_of_compare(user: TestClien
     assert "2 runs compared" in page.text
     assert "style-src 'sha256-" in page.headers["content-security-policy"]
     assert user.get("/compare", params={"run": NAME}).status_code == 400
+
+
+def test_of_more_than_two_runs_every_setting_that_differs_is_shown(user: TestClient, work: Path) -> None:
+    third = RunDir(Path(shutil.copytree(work / "__models/two", work / "__models/three")))
+    rewrite(third.lock, lambda lock: {**lock, "recipe": {**lock["recipe"], "lora": {**lock["recipe"]["lora"], "r": 5}}})
+    names = [NAME, "__models/two", "__models/three"]
+    text = user.get("/compare", params={"run": names}).text
+    (row,) = re.findall(r'<tr><th scope="row">lora.r</th>(.*?)</tr>', text, re.DOTALL)
+    assert re.findall(r"<td>(.*?)</td>", row) == ["4", "4", "5"]
+    intervals = re.findall(r"\[[^\]]+\]|±|\bto\b", re.sub(r"<[^>]+>", "", text))
+    assert intervals, "the ranked table has intervals"
 
 
 def test_a_run_that_stopped_can_be_resumed_and_its_events_say_how_far_it_is(user: TestClient, work: Path) -> None:

@@ -296,28 +296,27 @@ def test_a_sweep_killed_ten_times_at_random_ends_with_the_same_table(
     file = tmp_path / "recipe.yaml"
     file.write_text(recipe.to_yaml(), encoding="utf-8")
     command = [sys.executable, "-m", "loratune", "sweep", str(file), *SETTINGS, "--json"]
-    chance, kills = random.Random(0), 0
-    while kills < 10:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-        assert process.stdout is not None
-        folder = tmp_path / "run-sweep"
-        lines = _lines(folder) + chance.randint(1, 3)
-        while process.poll() is None and _lines(folder) < lines:
-            time.sleep(0.02)
-        time.sleep(chance.random() * 0.3)
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-            kills += 1
-        out = process.communicate()[0]
-        if process.returncode == 0:
-            break
-    if process.returncode != 0:
-        out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert kills >= 5, "it was over before it was killed"
-    print(f"{kills} kills")  # noqa: T201
+    chance, folder, whole = random.Random(0), tmp_path / "run-sweep", _lines(Path(result.folder))
+    for kill in range(10):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        # Each may take its share of what is left, so that all ten come before the end; the last may come after
+        # the last step, while the winner is evaluated or the page is written.
+        left = whole - _lines(folder)
+        lines = _lines(folder) + chance.randint(1, max(1, left // (10 - kill)))
+        while process.poll() is None and _lines(folder) < min(lines, whole):
+            time.sleep(0.005)
+        time.sleep(chance.random() * 0.3 * max(left, 0) / whole)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, "it ended before it was killed"
+        print(f"kill {kill + 1}: {_lines(folder)} of {whole} lines in {_lines_of_trials(folder)}")  # noqa: T201
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert json.loads(out)["best"] == result.record.best
     assert table(sweep(recipe, SETTINGS)) == table(result)
 
 
 def _lines(folder: Path) -> int:
-    return sum(path.read_bytes().count(b"\n") for path in folder.rglob("metrics.jsonl"))
+    return sum(_lines_of_trials(folder).values())
+
+
+def _lines_of_trials(folder: Path) -> dict[str, int]:
+    return {path.parent.name: path.read_bytes().count(b"\n") for path in sorted(folder.rglob("metrics.jsonl"))}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,6 +98,7 @@ async def recipe_view(request: Request) -> Response:
         "rest": rest,
         "models": models_here(studio.places),
         "command": command("train", as_word(file)),
+        "sweep": command("sweep", as_word(file)),
     }
     return show("recipe.html", request, file=file, text=text, seen=_digest(text), **values)
 
@@ -173,6 +175,39 @@ async def start_view(request: Request) -> Response:
     return go_to("/run", path=about)
 
 
+async def start_sweep_view(request: Request) -> Response:
+    """Save the recipe, start `loratune sweep`, and open the page of the sweep."""
+    studio, form = studio_of(request), await read_form(request)
+    path, _ = _open_recipe(studio, form.get("file", ""))
+    settings = _swept(form.get("settings", ""))
+    if "text" in form:
+        await _save(studio, form)
+    file = studio.places.short(path)
+    own = studio.run_at(await studio.helpers.guide.ask("where", recipe=file)).root
+    sweep = studio.run_at(studio.places.short(own.with_name(f"{own.name}-sweep")))
+    about = studio.places.short(sweep.root)
+    if not any(job.is_running for job in studio.jobs.all(about)) and not sweep.is_in_use:
+        studio.jobs.start(("sweep", as_word(file), *settings), about=about, source=file)
+    return go_to("/sweep", path=about)
+
+
+def _swept(text: str) -> list[str]:
+    """Return the words of what is varied, none of which may be an option.
+
+    Raises:
+        RecipeError: It is not a list of `section.field=values`.
+    """
+    fix = "such as train.learning_rate=1e-4,3e-4 lora.r=8,32"
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise RecipeError(f"cannot read the settings to vary: {error}", fix=fix) from None
+    wrong = next((word for word in words if word.startswith("-") or "=" not in word), None)
+    if not words or wrong is not None:
+        raise RecipeError("no settings to vary" if not words else f"not a setting to vary: {wrong}", fix=fix)
+    return words
+
+
 def _open_recipe(studio: Studio, name: str) -> tuple[Path, str]:
     """Return a recipe's file and text.
 
@@ -202,4 +237,5 @@ ROUTES = [
     Route("/recipe/plan", plan_view),
     Route("/recipe/tokens", tokens_view),
     Route("/start", start_view, methods=["POST"]),
+    Route("/sweep/start", start_sweep_view, methods=["POST"]),
 ]

@@ -67,6 +67,11 @@ class Job:
         return shlex.join(("loratune", *self.words))
 
     @property
+    def page(self) -> str:
+        """The page that shows what the command works on."""
+        return "/sweep" if self.words[0] == "sweep" else "/run"
+
+    @property
     def state(self) -> str:
         """What became of it, in a word or two."""
         if self.is_running:

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files as resources
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, urlencode
 
+import anyio
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
-from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse
+from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, StreamingResponse
 
 from loratune.reporting.blocks import Table
+from loratune.reporting.watch import READING_SHARE
 from loratune.run.directory import RunDir
 from loratune.run.errors import LoratuneError, RecipeError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 
     import rich.table
     from starlette.requests import Request
@@ -28,6 +31,8 @@ if TYPE_CHECKING:
     from loratune.cli.studio.places import StudioFolder
 
 MOST_FORM_BYTES = 2**20
+_SECONDS = 1.0
+"""The least time between two readings of the files of a run or sweep."""
 STATIC = {
     **dict.fromkeys(("page.css", "studio.css"), "text/css"),
     **dict.fromkeys(("studio.js", "chat.js"), "text/javascript"),
@@ -104,6 +109,33 @@ async def read_form(request: Request) -> Mapping[str, str]:
             raise RecipeError("the form is too large", fix="write the recipe in a file")
     found = parse_qs(body.decode("utf-8", "replace"), keep_blank_values=True)
     return {name: values[-1] for name, values in found.items()}
+
+
+def whole_page(text: str) -> Response:
+    """Return a page that brings its own style, and its hash in its own policy."""
+    policy = text.partition('http-equiv="Content-Security-Policy" content="')[2].partition('"')[0].replace("&#39;", "'")
+    headers = {"Content-Security-Policy": f"{policy}; frame-ancestors 'none'"}
+    return HTMLResponse(text.encode("utf-8", "backslashreplace"), headers=headers)
+
+
+def events(request: Request, read: Callable[[], Awaitable[dict[str, str]]]) -> Response:
+    """Send what changes as server-sent events, until its `state` is no longer the one that the page shows."""
+    known = request.query_params.get("state", "")
+
+    async def lines() -> AsyncIterator[str]:
+        last = ""
+        while not await request.is_disconnected():
+            began = anyio.current_time()
+            news = await read()
+            text = json.dumps(news)
+            if text != last:
+                yield f"data: {text}\n\n"
+                last = text
+            if news["state"] != known:
+                return
+            await anyio.sleep(max(_SECONDS, (anyio.current_time() - began) / READING_SHARE))
+
+    return StreamingResponse(lines(), media_type="text/event-stream")
 
 
 async def show_error(request: Request, error: Exception) -> Response:

@@ -18,6 +18,7 @@ DATA_TYPES = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".xlsx", ".txt")
 OWN = ".loratune_studio"
 """The folder in which the studio keeps the output of the commands that it started."""
 MOST_LISTED = 200
+_SWEEP = "sweep.json"
 _DEPTH, _RUN_DEPTH = 3, 5
 """Folders below the studio's own in which files and runs are looked for; trials of a sweep lie deeper."""
 _SKIPPED = {"__pycache__", "node_modules", "site-packages", "checkpoints"}
@@ -84,12 +85,18 @@ class StudioFolder:
         return [self.short(path) for path in (*folders, *files) if path != self.root]
 
     def runs(self) -> list[Path]:
-        """Return the run directories in the folder, down to a limited depth, since the folder may be somebody's home
-        directory."""
+        """Return the run directories in the folder, down to a limited depth, since it may be a home directory."""
+        return self._folders_with("lock.json")
+
+    def sweeps(self) -> list[Path]:
+        """Return the folders of sweeps, up to the same depth."""
+        return self._folders_with(_SWEEP)
+
+    def _folders_with(self, file: str) -> list[Path]:
         found = []
         for folder, below, names in os.walk(self.root):
             here = Path(folder)
-            if "lock.json" in names:
+            if file in names:
                 found.append(here)
             deep = "lock.json" in names or len(here.relative_to(self.root).parts) >= _RUN_DEPTH
             below[:] = [] if deep else [name for name in below if not name.startswith(".") and name not in _SKIPPED]
@@ -123,6 +130,10 @@ class StudioFolder:
             here = Path(folder)
             if "lock.json" in names or ".in_use" in names:  # a run
                 below.clear()
+                continue
+            if _SWEEP in names:
+                below.clear()
+                yield from (here / name for name in names if name.endswith(".yaml"))  # the best recipe is for use
                 continue
             deep = len(here.relative_to(self.root).parts) >= _DEPTH
             below[:] = [] if deep else sorted(b for b in below if not b.startswith(".") and b not in _SKIPPED)

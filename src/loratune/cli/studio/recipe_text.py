@@ -20,6 +20,7 @@ from loratune.run.errors import RecipeError
 MAIN = (
     *("model.name", "train.output_dir", "train.epochs", "train.learning_rate", "train.batch_size"),
     *("lora.r", "lora.alpha", "lora.targets", "data.max_length", "data.eval", "evaluate.metric"),
+    "evaluate.samples_every",
 )
 """The settings that are shown first; all others are folded away by section."""
 

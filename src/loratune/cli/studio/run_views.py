@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import anyio.to_thread
 from markupsafe import Markup
-from starlette.responses import HTMLResponse, Response, StreamingResponse
+from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from loratune.cli.next_steps import command
-from loratune.cli.studio.pages import as_block, fragment, go_to, read_form, show, studio_of
+from loratune.cli.studio.exports import EXPORTS, exports_of, words_of
+from loratune.cli.studio.pages import as_block, events, fragment, go_to, read_form, show, studio_of, whole_page
 from loratune.cli.studio.places import as_word
+from loratune.cli.studio.sweeps import find_sweeps
 from loratune.recipe.tasks import load_task
 from loratune.reporting.blocks import Paragraph
 from loratune.reporting.comparison_page import comparison_page
@@ -23,7 +25,8 @@ from loratune.reporting.run_diff import diff, difference_table
 from loratune.reporting.run_files import read_run
 from loratune.reporting.run_list import list_these, ranked_table
 from loratune.reporting.run_page import run_page
-from loratune.reporting.watch import READING_SHARE, headline, watch_rows
+from loratune.reporting.samples_section import answers_during_training
+from loratune.reporting.watch import headline, watch_rows
 from loratune.run.errors import LoratuneError, RecipeError
 
 if TYPE_CHECKING:
@@ -36,20 +39,9 @@ if TYPE_CHECKING:
     from loratune.reporting.run_files import RunFiles
     from loratune.run.directory import RunDir
 
-EXPORTS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "merge": ("one model that needs no adapter (transformers)", ("merge", "{run}", "{run}-merged")),
-    "gguf": ("the adapter for llama.cpp (GGUF)", ("export", "{run}", "--to", "gguf")),
-    "gguf-merged": ("the full model for llama.cpp (GGUF)", ("export", "{run}", "--to", "gguf", "--merged")),
-    "ollama": ("Ollama", ("export", "{run}", "--to", "ollama")),
-    "vllm": ("vLLM", ("export", "{run}", "--to", "vllm")),
-    "mlx": ("MLX, on a Mac", ("export", "{run}", "--to", "mlx")),
-}
-"""Name of a button → what it writes, and the words of its command."""
-_SHOWN = ("missing", "verdict", "result", "samples", "exports", "events")
+_SHOWN = ("missing", "verdict", "result", "samples", "progress", "events")
 """Sections of the report that the page of a finished run shows."""
 MOST_TURNS = 200
-_SECONDS = 1.0
-"""The least time between two readings of a run's files."""
 
 
 async def home_view(request: Request) -> Response:
@@ -59,7 +51,10 @@ async def home_view(request: Request) -> Response:
     rows = [(studio.places.short(studio.places.inside(run.run)), run) for run in found]
     known = {name for name, _ in rows}
     starting = [job for job in studio.jobs.all() if job.is_running and job.about not in known]
-    return show("home.html", request, rows=rows, starting=starting)
+    sweeps = await anyio.to_thread.run_sync(lambda: list(find_sweeps(studio.places.sweeps())))
+    named = [(studio.places.short(root), sweep) for root, sweep in sweeps]
+    starting = [job for job in starting if job.about not in dict(named)]
+    return show("home.html", request, rows=rows, starting=starting, sweeps=named)
 
 
 async def run_view(request: Request) -> Response:
@@ -75,11 +70,13 @@ async def run_view(request: Request) -> Response:
     if files is None:
         if not jobs:
             raise RecipeError(f"{name} is not a run directory", fix="go back to the runs")
-        return show("run.html", request, files=None, page=None, blocks=[], exports={}, chats=False, **values)
+        return show("run.html", request, files=None, page=None, blocks=[], exports=[], chats=False, **values)
     page = run_page(files)
     blocks = [(section.title, section.blocks) for section in page.sections if section.name in _SHOWN]
     chats = files.is_trained and _writes_text(files)
-    exports = _exports(name) if chats else {}
+    exports = []
+    if chats and state == "finished":
+        exports = await anyio.to_thread.run_sync(exports_of, studio.places, name, files, jobs)
     values |= {"live": _live(files)} if state != "finished" else {}
     return show("run.html", request, files=files, page=page, blocks=blocks, exports=exports, chats=chats, **values)
 
@@ -104,14 +101,6 @@ def _writes_text(files: RunFiles) -> bool:
         return False
 
 
-def _exports(name: str) -> dict[str, tuple[str, str]]:
-    return {key: (what, command(*_words(words, name))) for key, (what, words) in EXPORTS.items()}
-
-
-def _words(words: tuple[str, ...], name: str) -> list[str]:
-    return [word.replace("{run}", as_word(name)) for word in words]
-
-
 def _log(studio: Studio, place: RunDir, jobs: list[Any]) -> str:
     """Return the end of what the last command on the run printed, or of the run's own log."""
     if jobs:
@@ -126,32 +115,26 @@ def _live(files: RunFiles) -> Markup:
     """Return what changes while a run goes on, as a part of a page."""
     rows = list(watch_rows(files, 80)) if files.steps else []
     rows[:2] = [("loss", text) for _, text in rows[1:2]]  # the first is the curve, in characters
-    return fragment("live.html", headline=headline(files), rows=rows, blocks=list(curves(files)))
+    samples = list(answers_during_training(files, newest_only=True)) if files.evaluation is None else []
+    if samples:
+        asked = {"prompt", f"step {files.samples[-1].step}"}
+        rows = [(name, text) for name, text in rows if name not in asked]  # they are shown below, as blocks
+    return fragment("live.html", headline=headline(files), rows=rows, blocks=list(curves(files)), samples=samples)
 
 
 async def events_view(request: Request) -> Response:
     """Send what is new about a run as server-sent events, until its state changes."""
     studio = studio_of(request)
     place = studio.run_at(request.query_params.get("path", ""))
-    name, known = studio.places.short(place.root), request.query_params.get("state", "")
+    name = studio.places.short(place.root)
 
-    async def lines() -> AsyncIterator[str]:
-        last = ""
-        while not await request.is_disconnected():
-            began = anyio.current_time()
-            jobs = studio.jobs.all(name)
-            files = await _files(place)
-            state = _state(files, jobs)
-            news = {"state": state, "live": "" if files is None else _live(files), "log": _log(studio, place, jobs)}
-            text = json.dumps(news)
-            if text != last:
-                yield f"data: {text}\n\n"
-                last = text
-            if state != known:
-                return
-            await anyio.sleep(max(_SECONDS, (anyio.current_time() - began) / READING_SHARE))
+    async def read() -> dict[str, str]:
+        jobs = studio.jobs.all(name)
+        files = await _files(place)
+        live = "" if files is None else _live(files)
+        return {"state": _state(files, jobs), "live": live, "log": _log(studio, place, jobs)}
 
-    return StreamingResponse(lines(), media_type="text/event-stream")
+    return events(request, read)
 
 
 async def stop_view(request: Request) -> Response:
@@ -176,7 +159,7 @@ async def export_view(request: Request) -> Response:
     name, kind = studio.places.short(studio.open_run(form.get("path", "")).root), form.get("to", "")
     if kind not in EXPORTS:
         raise RecipeError(f"{kind!r} is not an export", fix=f"one of {', '.join(EXPORTS)}")
-    job = studio.jobs.start(_words(EXPORTS[kind][1], name), about=name, key=f"{name}: {kind}")
+    job = studio.jobs.start(words_of(kind, name), about=name, key=f"{name}: {kind}")
     return go_to("/job", id=job.id)
 
 
@@ -191,14 +174,7 @@ async def report_view(request: Request) -> Response:
     """Show the report of a run, with the policy of the report."""
     place = studio_of(request).open_run(request.query_params.get("path", ""))
     text = await anyio.to_thread.run_sync(lambda: render_page(run_page(read_run(place))))
-    return _whole_page(text)
-
-
-def _whole_page(text: str) -> Response:
-    """Return a page that brings its own style, and its hash in its own policy."""
-    policy = text.partition('http-equiv="Content-Security-Policy" content="')[2].partition('"')[0].replace("&#39;", "'")
-    headers = {"Content-Security-Policy": f"{policy}; frame-ancestors 'none'"}
-    return HTMLResponse(text.encode("utf-8", "backslashreplace"), headers=headers)
+    return whole_page(text)
 
 
 async def compare_view(request: Request) -> Response:
@@ -210,7 +186,7 @@ async def compare_view(request: Request) -> Response:
     places = [studio.open_run(name) for name in names]
     if request.query_params.get("page"):
         text = await anyio.to_thread.run_sync(lambda: render_page(comparison_page([read_run(p) for p in places])))
-        return _whole_page(text)
+        return whole_page(text)
     roots: list[str | Path] = [place.root for place in places]
     table = await anyio.to_thread.run_sync(ranked_table, roots)
     blocks: list[Any] = [as_block(table, str(table.title), numeric=True)]
@@ -218,6 +194,9 @@ async def compare_view(request: Request) -> Response:
         found = diff(*places)
         same = Paragraph(text="The two runs do not differ.")
         blocks.append(as_block(difference_table(found, *places), "How they differ") if found else same)
+    else:
+        page = await anyio.to_thread.run_sync(lambda: comparison_page([read_run(p) for p in places]))
+        blocks += [block for section in page.sections if section.name == "settings" for block in section.blocks]
     query = "&".join(["page=1", *(request.url.query.split("&"))])
     return show("compare.html", request, names=names, blocks=blocks, query=query)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
@@ -30,6 +30,7 @@ def _refuse_boolean(value: Any) -> Any:
 
 Int = Annotated[int, BeforeValidator(_refuse_boolean)]
 Float = Annotated[float, BeforeValidator(_refuse_boolean)]
+Cadence = Literal["epoch", "never"] | Int | Float
 
 
 class Source(Section):
@@ -61,6 +62,19 @@ class Contradiction(ValueError):
     def __init__(self, problem: str, *, fix: str) -> None:
         super().__init__(problem)
         self.fix = fix
+
+
+def check_every(name: str, value: str | float) -> None:
+    """Check that a number is one of steps, or a fraction of the run.
+
+    Raises:
+        Contradiction: It is neither.
+    """
+    if not isinstance(value, str) and (value <= 0 or (isinstance(value, float) and value >= 1 and value != int(value))):
+        raise Contradiction(
+            f"{name} is {value}, neither a number of steps nor a fraction",
+            fix="use a number of steps, a fraction of the run below 1, epoch or never",
+        )
 
 
 def as_source(value: Any) -> Any:

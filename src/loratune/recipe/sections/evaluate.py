@@ -6,7 +6,16 @@ from typing import Annotated, Literal, Self, get_args
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from loratune.recipe.sections.base import Contradiction, Int, Section, Source, WrittenSources, as_sources_or_setting
+from loratune.recipe.sections.base import (
+    Cadence,
+    Contradiction,
+    Int,
+    Section,
+    Source,
+    WrittenSources,
+    as_sources_or_setting,
+    check_every,
+)
 
 Metric = Literal["none", "exact_match", "json", "contains", "bleu"]
 METRICS = tuple(name for name in get_args(Metric) if name != "none")
@@ -28,6 +37,10 @@ class EvaluateSection(Section):
     """How many held-out prompts to answer, starting from the first; without a metric at most 10. Conversations that
     differ only in their last answer count as one prompt with several references. 0: nothing is generated."""
 
+    samples_every: Cadence = Field(default="never", union_mode="left_to_right")
+    """When to answer the first three held-out prompts during training, to see the answers change; values as for
+    `train.eval_every`. It changes no step of the run."""
+
     max_new_tokens: Int = Field(default=256, ge=1)
     """The maximum length of a generated answer, in tokens."""
 
@@ -44,5 +57,11 @@ class EvaluateSection(Section):
             raise Contradiction(
                 f"evaluate.metric is {self.metric}, but evaluate.samples is 0, so there is nothing to score",
                 fix="evaluate.samples=100, or evaluate.metric=none",
+            )
+        check_every("evaluate.samples_every", self.samples_every)
+        if self.samples_every != "never" and not self.samples:
+            raise Contradiction(
+                f"evaluate.samples_every is {self.samples_every}, but evaluate.samples is 0, so nothing is answered",
+                fix="evaluate.samples=10, or evaluate.samples_every=never",
             )
         return self

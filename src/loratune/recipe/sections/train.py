@@ -7,9 +7,8 @@ from typing import Annotated, Any, Literal, Self, cast
 from pydantic import Field, field_validator, model_validator
 
 from loratune.recipe.checks import check_once, check_regular_expressions, check_train
-from loratune.recipe.sections.base import Float, Int, Section
+from loratune.recipe.sections.base import Cadence, Float, Int, Section
 
-Cadence = Literal["epoch", "never"] | Int | Float
 Optimizer = Literal["adamw", "adamw_8bit", "lion", "muon", "adafactor", "sgd"]
 Schedule = Literal["linear", "cosine", "constant", "cosine_with_min_lr", "warmup_stable_decay", "inverse_sqrt"]
 

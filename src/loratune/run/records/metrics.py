@@ -63,6 +63,19 @@ class SuspectExample(Place):
     """Its text, shortened."""
 
 
+class SampleAnswer(Part):
+    """A held-out prompt that was answered during training."""
+
+    question: str
+    """The prompt, as people read it."""
+    reference: str
+    """The first reference answer."""
+    text: str
+    """The model's answer."""
+    stopped: bool
+    """Whether it ended with a stop token, before the token limit."""
+
+
 class EventLine(Part):
     """Something out of the ordinary that happened."""
 
@@ -72,7 +85,7 @@ class EventLine(Part):
     """Seconds since 1970-01-01 UTC."""
     event: str
     """Kind: `out_of_memory`, `skipped`, `left_out`, `spike`, `evaluation_failed`, `tracker_failed`, `early_stopping`,
-    `smaller_answer_batches`, `unreached`."""
+    `smaller_answer_batches`, `unreached`, `samples`, `samples_failed`."""
     message: str
     """What happened, in words."""
     token_budget: int | None = None
@@ -87,6 +100,10 @@ class EventLine(Part):
     """`spike` only: median loss of the preceding steps, in nats."""
     modules: tuple[str, ...] | None = None
     """`unreached` only: trained modules, and experts of stacks, that got no gradient in the first step."""
+    answers: tuple[SampleAnswer, ...] | None = None
+    """`samples` only: the answers of the adapter as it was after the step."""
+    seconds: float | None = None
+    """`samples` only: duration, in seconds."""
     lowest_at: int | None = None
     """`early_stopping` only: step with the lowest held-out loss."""
 

@@ -45,7 +45,7 @@ TARGETS = ("attention", "complete")
 """What is tried beside the recipe's own rank and targets."""
 RATE_SHARE = 0.5
 """The share of the budget that the range test may take."""
-UNSCORED = ("evaluate.metric=none", "evaluate.samples=0")
+UNSCORED = ("evaluate.metric=none", "evaluate.samples=0", "evaluate.samples_every=never")
 """Trials are compared by their held-out loss, so none of them answers prompts."""
 
 

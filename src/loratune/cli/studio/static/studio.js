@@ -119,11 +119,14 @@ function editRecipe(form) {
   one("#previous").addEventListener("click", () => tokens(first - 3));
   one("#row").addEventListener("change", (event) => tokens(Number(event.target.value) || 1));
   one("#row").addEventListener("keydown", (event) => { if (event.key === "Enter") { event.preventDefault(); event.target.blur(); } });
+  one("#settings").addEventListener("input", (event) => { one("#swept").textContent = event.target.value.trim() || "SETTINGS"; });
+  one("#settings").addEventListener("keydown", (event) => { if (event.key === "Enter") { event.preventDefault(); one("#start-sweep").click(); } });
   form.addEventListener("submit", async (event) => {
     event.preventDefault();
     await changes;
     try {
       await write();
+      form.action = event.submitter?.getAttribute("formaction") || "/start";
       form.submit();
     } catch (error) {
       fail(error);
@@ -132,8 +135,19 @@ function editRecipe(form) {
   plan();
 }
 
+// What a reader has unfolded stays so, and a table that was scrolled, when the part is replaced.
+function showLive(place, text) {
+  const open = [...place.querySelectorAll("details")].map((fold) => fold.open);
+  const scrolled = [...place.querySelectorAll(".scroll")].map((table) => table.scrollLeft);
+  const focused = [...place.querySelectorAll(".scroll, summary, a")].indexOf(document.activeElement);
+  place.innerHTML = text;
+  place.querySelectorAll("details").forEach((fold, number) => { fold.open = open[number] ?? fold.open; });
+  place.querySelectorAll(".scroll").forEach((table, number) => { table.scrollLeft = scrolled[number] ?? 0; });
+  if (focused >= 0) place.querySelectorAll(".scroll, summary, a")[focused]?.focus({ preventScroll: true });
+}
+
 function follow(run) {
-  const source = new EventSource(`/run/events?${new URLSearchParams({ path: run.dataset.path, state: run.dataset.state })}`);
+  const source = new EventSource(`${run.dataset.events}?${new URLSearchParams({ path: run.dataset.path, state: run.dataset.state })}`);
   source.onmessage = (event) => {
     const news = JSON.parse(event.data);
     if (news.state !== run.dataset.state) {
@@ -141,7 +155,7 @@ function follow(run) {
       location.reload();
       return;
     }
-    if (news.live) one("#live").innerHTML = news.live;
+    if (news.live) showLive(one("#live"), news.live);
     const log = one("#log");
     const atEnd = log.scrollTop + log.clientHeight >= log.scrollHeight - 8;
     if (log.textContent !== news.log) log.textContent = news.log;
