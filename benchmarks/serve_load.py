@@ -238,19 +238,20 @@ def server(runs: list[Path], *, at_once: int, queue: int) -> Iterator[dict[str, 
     """`loratune serve --json` as a program of its own, ended by SIGINT."""
     words = [sys.executable, "-m", "loratune", "serve", *map(str, runs), "--server", "loratune", "--json"]
     words += ["--at-once", str(at_once), "--queue", str(queue)]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=os.environ)
-    stdout = process.stdout or sys.stdin  # never None with PIPE
-    text = ""
-    while (line := stdout.readline()) and line != "}\n":
-        text += line
-    if not line:
-        raise SystemExit(f"the server ended with code {process.wait()}")
-    try:
-        yield {**json.loads(f"{text}}}"), "pid": process.pid}
-    finally:
-        process.send_signal(signal.SIGINT)
-        if (code := process.wait(60)) != 0:
-            raise SystemExit(f"the server ended with code {code}")
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=os.environ) as process:
+        stdout = process.stdout or sys.stdin  # never None with PIPE
+        text = ""
+        while (line := stdout.readline()) and line != "}\n":
+            text += line
+        if not line:
+            raise SystemExit(f"the server ended with code {process.wait()}")
+        try:
+            yield {**json.loads(f"{text}}}"), "pid": process.pid}
+        finally:
+            process.send_signal(signal.SIGINT)
+            code = process.wait(60)
+    if code != 0:
+        raise SystemExit(f"the server ended with code {code}")
 
 
 def run(runs: list[Path], *, clients: int, requests: int, tokens: int, changes: int, room: int) -> Tally:

@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 from typer.testing import CliRunner
 
-from loratune.cli import app
+from loratune.__main__ import app
 from loratune.run.directory import RunDir
 from loratune.run.errors import MachineError, RecipeError
 from loratune.workflows.serve import choose_server

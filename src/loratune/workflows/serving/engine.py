@@ -11,7 +11,7 @@ from collections import deque
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -89,6 +89,7 @@ class Engine:
 
     def __init__(self, model: PeftModel, first: str, *, base_name: str, capacity: Capacity) -> None:
         self._model, self._base_name = model, base_name
+        self._base: Any = model.get_base_model()  # which PEFT does not return once no adapter is left
         self._at_once, self._queue = capacity.at_once, capacity.queue
         self._names, self._leaving = {first}, set[str]()
         self._waiting: deque[GenerationJob] = deque()
@@ -169,7 +170,7 @@ class Engine:
                 lambda: self._stopping or all(job.model != name for job in (*self._waiting, *self._active))
             )
         try:
-            self._call(lambda: self._model.delete_adapter(name))
+            self._call(lambda: self._delete(name))
         finally:
             with self._changed:
                 self._leaving.discard(name)
@@ -211,14 +212,19 @@ class Engine:
             self._model.load_adapter(str(folder), adapter_name=name, torch_device=str(self._model.device))
         except BaseException:
             if name in self._model.peft_config:
-                self._model.delete_adapter(name)
+                self._delete(name)
             raise
         self._model.eval()
 
+    def _delete(self, name: str) -> None:
+        others = [other for other in self._model.peft_config if other != name]
+        if others:  # else PEFT chooses one, and warns
+            self._model.set_adapter(others[0], inference_mode=True)
+        self._model.delete_adapter(name)
+
     def _run(self) -> None:
-        base = self._model.get_base_model()
         try:
-            with as_generator(base, generation_config(Sampling(), (), 0)):
+            with as_generator(self._base, generation_config(Sampling(), (), 0)):
                 while self._take_turn():
                     pass
         finally:
@@ -242,7 +248,7 @@ class Engine:
             turn = list(self._active)
         for command in commands:
             command()
-            self._using = None  # PEFT chooses another adapter when the current one is deleted
+            self._using = None  # a deleted adapter is not the current one anymore
         if stopping:
             return False
         ended = {job for job in sorted(turn, key=lambda job: job.model) if self._advance(job)}
@@ -274,8 +280,7 @@ class Engine:
     def _decode(self, job: GenerationJob) -> list[int]:
         if job.continuation is None:
             settings = generation_config(job.sampling, job.stops, job.stops[0])
-            base = self._model.get_base_model()
-            job.continuation = Continuation(base, job.prompt, settings)
+            job.continuation = Continuation(self._base, job.prompt, settings)
         if job.sampling.temperature > 0:
             # Of this request alone, so that what others draw in between changes nothing.
             torch.manual_seed((job.sampling.seed * _SEED_STEP + job.num_tokens) % _SEEDS)

@@ -101,7 +101,7 @@ def read_request(body: Any) -> ChatRequest:
 def _number(name: str, value: Any) -> float:
     kind, low, high = _NUMBERS[name]
     wanted = "a whole number" if kind is int else "a number"
-    if isinstance(value, bool) or not isinstance(value, int | float) or (kind is int and value != int(value)):
+    if isinstance(value, bool) or not isinstance(value, int | float) or (kind is int and value % 1):
         raise BadRequestError(f"{name} is {value!r}, not {wanted}")
     if not low <= value <= high:
         raise BadRequestError(f"{name} is {value}; it must be {low:g}{'' if low == high else f' to {high:g}'}")
