@@ -6,7 +6,8 @@ import http.client
 import json
 import socket
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,29 +35,35 @@ def api(engine: Engine, tiny: ServedModel) -> Api:
     return Api(engine=engine, models={"base": tiny, "tiny": tiny}, open_model=open_model, positions=512)
 
 
-Send = Callable[..., tuple[int, Any]]
+class Send:
+    """Sends requests to a port of this machine."""
+
+    def __init__(self, port: int) -> None:
+        self.port = port
+
+    def connect(self, path: str, body: Any, **headers: str) -> http.client.HTTPConnection:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        content = body if isinstance(body, bytes) else json.dumps(body)
+        given = {"Content-Type": "application/json", **{k.replace("_", "-"): v for k, v in headers.items()}}
+        connection.request("GET" if body is None else "POST", path, None if body is None else content, given)
+        return connection
+
+    def __call__(self, path: str, body: Any = None, **headers: str) -> tuple[int, Any]:
+        connection = self.connect(path, body, **headers)
+        response = connection.getresponse()
+        text = response.read().decode()
+        connection.close()
+        return response.status, json.loads(text) if text.startswith("{") else text
 
 
 @pytest.fixture
 def send(api: Api) -> Iterator[Send]:
     """Sends a request to the API, listening in a thread."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        port = listening.getsockname()[1]
         server = uvicorn.Server(uvicorn.Config(api.app(), log_level="error", lifespan="off"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
         thread.start()
-
-        def request(path: str, body: Any = None, **headers: str) -> tuple[int, Any]:
-            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-            content = body if isinstance(body, bytes) else json.dumps(body)
-            given = {"Content-Type": "application/json", **{k.replace("_", "-"): v for k, v in headers.items()}}
-            connection.request("GET" if body is None else "POST", path, None if body is None else content, given)
-            response = connection.getresponse()
-            text = response.read().decode()
-            connection.close()
-            return response.status, json.loads(text) if text.startswith("{") else text
-
-        yield request
+        yield Send(listening.getsockname()[1])
         server.should_exit = True
         thread.join(60)
 
@@ -143,7 +150,7 @@ def test_a_full_queue_is_status_503_with_a_time_to_ask_again(send: Send, engine:
 
     def ask(number: int) -> None:
         together.wait()
-        statuses.append(send("/v1/chat/completions", chat(max_tokens=200, temperature=1.0, seed=number))[0])
+        statuses.append(send("/v1/chat/completions", chat(max_tokens=50, temperature=1.0, seed=number))[0])
 
     threads = [threading.Thread(target=ask, args=(number,)) for number in range(12)]
     for thread in threads:
@@ -153,6 +160,20 @@ def test_a_full_queue_is_status_503_with_a_time_to_ask_again(send: Send, engine:
     assert len(statuses) == 12
     assert set(statuses) == {200, BUSY_STATUS}
     assert send("/v1/chat/completions", chat())[0] == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_that_nobody_waits_for_is_dropped(send: Send, engine: Engine, stream: bool) -> None:
+    connection = send.connect("/v1/chat/completions", chat("base", max_tokens=450, stream=stream))
+    while not engine.load[0]:
+        time.sleep(0.001)
+    (job,) = engine._active
+    connection.close()
+    while engine.load[0]:
+        time.sleep(0.001)
+    assert job.cancelled
+    assert job.num_tokens < 450, "it was not generated to its end"
+    assert send("/health") == (200, {"status": "ok", "answering": 0, "waiting": 0})
 
 
 def test_a_key_is_required_of_everything_but_health(api: Api, send: Send) -> None:

@@ -30,6 +30,7 @@ def serve_load(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
+@pytest.mark.slow
 def test_nothing_is_lost_and_nothing_mixed_up(
     serve_load: ModuleType, finished_run: RunDir, other_adapter: Path
 ) -> None:

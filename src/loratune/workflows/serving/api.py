@@ -123,8 +123,9 @@ class Api:
             raise BadRequestError(f"the body is not JSON: {error}") from None
 
     async def _health(self, _: Request) -> Response:
-        alive = self.engine.is_alive
-        return JSONResponse({"status": "ok" if alive else "the decoder has ended"}, 200 if alive else 500)
+        alive, (active, waiting) = self.engine.is_alive, self.engine.load
+        state = {"status": "ok" if alive else "the decoder has ended", "answering": active, "waiting": waiting}
+        return JSONResponse(state, 200 if alive else 500)
 
     async def _list(self, _: Request) -> Response:
         models = [{"id": name, "object": "model", "created": 0, "owned_by": "loratune"} for name in self.engine.names]

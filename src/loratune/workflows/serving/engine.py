@@ -176,6 +176,12 @@ class Engine:
                 self._leaving.discard(name)
 
     @property
+    def load(self) -> tuple[int, int]:
+        """The number of requests that are being answered, and of those that wait."""
+        with self._changed:
+            return len(self._active), len(self._waiting)
+
+    @property
     def is_alive(self) -> bool:
         """Whether requests are answered."""
         return self._thread.is_alive() and not self._stopping
