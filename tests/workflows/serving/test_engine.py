@@ -130,6 +130,16 @@ def test_an_adapter_comes_and_goes(engine: Engine, tiny: ServedModel, other_adap
     assert asked(engine, tiny, "again", "Describe thing 1").text() == other
 
 
+@pytest.mark.parametrize("name", ["half", "v1.2", "default", "loaded_1"])
+def test_an_adapter_may_have_any_name(engine: Engine, tiny: ServedModel, other_adapter: Path, name: str) -> None:
+    """Those of torch's methods included, and PEFT's own."""
+    before = asked(engine, tiny, "tiny", "Describe thing 1").text()
+    engine.add(name, other_adapter)
+    assert asked(engine, tiny, name, "Describe thing 1").text() != before
+    engine.remove(name)
+    assert asked(engine, tiny, "tiny", "Describe thing 1").text() == before
+
+
 def test_what_was_accepted_is_answered_before_an_adapter_goes(
     engine: Engine, tiny: ServedModel, held: Any, other_adapter: Path
 ) -> None:

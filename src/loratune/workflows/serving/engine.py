@@ -82,7 +82,7 @@ class Engine:
 
     Args:
         model: The base with its first adapter.
-        first: The first adapter's name, by which PEFT knows it.
+        first: The name of the adapter that it has already.
         base_name: The name of the base in requests.
         capacity: How many requests are answered at the same time, and how many wait.
     """
@@ -92,6 +92,9 @@ class Engine:
         self._base: Any = model.get_base_model()  # which PEFT does not return once no adapter is left
         self._at_once, self._queue = capacity.at_once, capacity.queue
         self._names, self._leaving = {first}, set[str]()
+        # PEFT's names are those of modules: no dot may be in them, and nothing that a module has, such as `half`.
+        self._keys: dict[str, str] = {first: str(model.active_adapter)}
+        self._num_loaded = 0
         self._waiting: deque[GenerationJob] = deque()
         self._active: list[GenerationJob] = []
         self._commands: list[Callable[[], None]] = []
@@ -214,19 +217,23 @@ class Engine:
 
     def _load(self, name: str, folder: Path) -> None:
         """Load an adapter; leave nothing of it behind if it cannot be loaded."""
+        self._num_loaded += 1
+        self._keys[name] = key = f"loaded_{self._num_loaded}"
         try:
-            self._model.load_adapter(str(folder), adapter_name=name, torch_device=str(self._model.device))
+            self._model.load_adapter(str(folder), adapter_name=key, torch_device=str(self._model.device))
         except BaseException:
-            if name in self._model.peft_config:
-                self._delete(name)
+            self._delete(name)
             raise
         self._model.eval()
 
     def _delete(self, name: str) -> None:
-        others = [other for other in self._model.peft_config if other != name]
+        key = self._keys.pop(name)
+        if key not in self._model.peft_config:
+            return
+        others = [other for other in self._model.peft_config if other != key]
         if others:  # else PEFT chooses one, and warns
             self._model.set_adapter(others[0], inference_mode=True)
-        self._model.delete_adapter(name)
+        self._model.delete_adapter(key)
 
     def _run(self) -> None:
         try:
@@ -304,4 +311,4 @@ class Engine:
             tuner.disable_adapter_layers()
             return
         tuner.enable_adapter_layers()
-        self._model.set_adapter(name, inference_mode=True)
+        self._model.set_adapter(self._keys[name], inference_mode=True)

@@ -178,7 +178,7 @@ def load_first(source: ServedSource, progress: Progress) -> tuple[PeftModel, Bas
         device, dtype = choose_device("auto").value, stored_dtype(load_config(base, source.section), source.section)
     progress.line(f"loading {source.section.name} on {device}")
     model = load_model(base, source.section, dtype=dtype, device=device)
-    return load_adapter(model, source.folder, adapter_name=source.name).eval(), base
+    return load_adapter(model, source.folder).eval(), base
 
 
 def served_model(source: ServedSource, base: BaseModel) -> ServedModel:
