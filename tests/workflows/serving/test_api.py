@@ -176,6 +176,24 @@ def test_an_answer_that_nobody_waits_for_is_dropped(send: Send, engine: Engine, 
     assert send("/health") == (200, {"status": "ok", "answering": 0, "waiting": 0})
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_hangs_up_while_it_waits_leaves_its_place(send: Send, engine: Engine, stream: bool) -> None:
+    running = [send.connect("/v1/chat/completions", chat("base", max_tokens=450)) for _ in range(2)]
+    while engine.load[0] < 2:
+        time.sleep(0.001)
+    jobs = list(engine._active)
+    waiting = [send.connect("/v1/chat/completions", chat(stream=stream)) for _ in range(2)]
+    while engine.load[1] < 2:
+        time.sleep(0.001)
+    for connection in waiting:
+        connection.close()
+    while engine.load[1]:
+        time.sleep(0.001)
+    assert all(job.num_tokens < 450 for job in jobs), "its place was free before its turn came"
+    for connection in running:
+        connection.close()
+
+
 def test_a_key_is_required_of_everything_but_health(api: Api, send: Send) -> None:
     api.key, api.local_only = KEY, False
     for given in ({}, {"Authorization": "Bearer other"}, {"Authorization": "Bearer "}):

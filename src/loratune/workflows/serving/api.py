@@ -42,8 +42,6 @@ if TYPE_CHECKING:
 
 BUSY_STATUS = 503
 """The HTTP status of a request for which there is no room in the queue."""
-_LOOK_SECONDS = 0.2
-"""How often the server looks whether the client of an answer is still there."""
 _MOST_BYTES = 16 * 2**20
 _UNFINISHED = "�"
 
@@ -214,26 +212,27 @@ class _Answer:
 
     async def complete(self, request: Request) -> Response:
         """Wait for the whole answer, as long as the client does."""
-        waiting = asyncio.ensure_future(self._all())
+        leaving = asyncio.ensure_future(self.drop_when_gone(request.receive))
         try:
-            while not (await asyncio.wait({waiting}, timeout=_LOOK_SECONDS))[0]:
-                if await request.is_disconnected():
-                    return Response(status_code=499)  # nobody reads it
-            waiting.result()
+            while await self.next():
+                pass
         except LoratuneError as error:
             return _error(500, str(error))
         except Exception as error:  # noqa: BLE001 - of this request; the client hears of it, and the server goes on
             return _error(500, f"{type(error).__name__}: {error}")
         finally:
-            waiting.cancel()
+            leaving.cancel()
             self.engine.cancel(self.job)
         text = self.model.text_of(self.tokens)
         counts = usage(self.job.prompt, self.tokens)
         return JSONResponse(completion(header(), self.request.model, text, self.reason, counts))
 
-    async def _all(self) -> None:
-        while await self.next():
+    async def drop_when_gone(self, receive: Callable[[], Awaitable[Any]]) -> None:
+        """Wait until the client hangs up, and drop its request, so that it holds no place in the queue."""
+        while (await receive())["type"] != "http.disconnect":
             pass
+        self.engine.cancel(self.job)
+        self.events.put_nowait(None)
 
     async def pieces(self) -> AsyncIterator[str]:
         """Yield the answer as server-sent events."""
@@ -267,10 +266,13 @@ class _Stream(StreamingResponse):
         super().__init__(answer.pieces(), media_type="text/event-stream")
         self._answer = answer
 
-    async def __call__(self, *args: Any) -> None:
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        # Starlette looks for a client that hung up only when there is a piece to send: too late for one that waits.
+        leaving = asyncio.ensure_future(self._answer.drop_when_gone(receive))
         try:
-            await super().__call__(*args)
+            await super().__call__(scope, receive, send)
         finally:
+            leaving.cancel()
             self._answer.engine.cancel(self._answer.job)
 
 
