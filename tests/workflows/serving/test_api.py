@@ -150,7 +150,7 @@ def test_a_full_queue_is_status_503_with_a_time_to_ask_again(send: Send, engine:
 
     def ask(number: int) -> None:
         together.wait()
-        statuses.append(send("/v1/chat/completions", chat(max_tokens=50, temperature=1.0, seed=number))[0])
+        statuses.append(send("/v1/chat/completions", chat("base", max_tokens=200, temperature=1.0, seed=number))[0])
 
     threads = [threading.Thread(target=ask, args=(number,)) for number in range(12)]
     for thread in threads:

@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 
 BUSY_STATUS = 503
 """The HTTP status of a request for which there is no room in the queue."""
+_LOOKS, _LOOK_SECONDS = 4, 0.05
+"""How often, and at what distance, the server looks for a place in a full queue before it refuses a request."""
 _MOST_BYTES = 16 * 2**20
 _UNFINISHED = "�"
 
@@ -158,10 +160,19 @@ class Api:
                 f"no model {wanted.model!r} is served", fix=f"one of {', '.join(self.engine.names)}"
             )
         answer = _Answer(self, wanted)
-        self.engine.submit(answer.job)
+        await self._submit(answer.job)
         if wanted.stream:
             return _Stream(answer)
         return await answer.complete(request)
+
+    async def _submit(self, job: GenerationJob) -> None:
+        """Queue a request; before it is refused, give the places of clients that have just hung up time to be free."""
+        for _ in range(_LOOKS):
+            with suppress(QueueFullError):
+                self.engine.submit(job)
+                return
+            await asyncio.sleep(_LOOK_SECONDS)
+        self.engine.submit(job)
 
 
 class _Answer:
