@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,10 +13,12 @@ import torch
 from loratune.exporting.adapter_matrices import LowRank
 from loratune.exporting.mlx import MlxReader, check_mlx, has_mlx, read_mlx_adapter, write_mlx_adapter
 from loratune.exporting.weights_proof import prove_adapter
+from loratune.recipe.recipe import Recipe
 from loratune.run.directory import RunDir
 from loratune.run.errors import RecipeError, RunError
 from loratune.workflows import export_mlx
 from loratune.workflows.export import export
+from loratune.workflows.train import train
 
 needs_mlx = pytest.mark.skipif(not has_mlx(), reason="mlx-lm is not installed")
 
@@ -56,9 +60,9 @@ def test_an_adapter_for_mlx_is_certified(finished_run: RunDir, tmp_path: Path, m
     assert exported.certificate["verdict"] == "same"
     assert exported.certificate["checked_with"].startswith("mlx " if has_mlx() else "transformers ")
     assert {path.name for path in (tmp_path / "mlx").iterdir()} == {
-        *("adapters.safetensors", "adapter_config.json", "parity.json")
+        *("adapters.safetensors", "adapter_config.json", "parity.json", "base")
     }
-    assert "--adapter-path" in exported.usage[0]
+    assert f"--model {tmp_path / 'mlx' / 'base'} --adapter-path" in exported.usage[0]
     write = export_mlx.write_mlx_adapter
 
     def halved(updates: dict[str, LowRank], num_layers: int, folder: Path) -> None:
@@ -68,6 +72,25 @@ def test_an_adapter_for_mlx_is_certified(finished_run: RunDir, tmp_path: Path, m
     monkeypatch.setattr(export_mlx, "write_mlx_adapter", halved)
     with pytest.raises(RunError, match="a different update than the adapter's"):
         export(finished_run.root, to="mlx", out=tmp_path / "half")
+
+
+@pytest.fixture
+def theta_run(tiny_model: Path, tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> RunDir:
+    """A run whose base turns its positions by another theta than mlx-lm's default, as SmolLM2 does."""
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "theta"))
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_parameters"]["rope_theta"] = 100.0
+    (folder / "config.json").write_text(json.dumps(config))
+    return train(tiny_recipe(model__name=str(folder))).run
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_rotary_positions_are_where_mlx_lm_reads_them(theta_run: RunDir, tmp_path: Path, merged: bool) -> None:
+    out = tmp_path / "mlx"
+    exported = export(theta_run.root, to="mlx", merged=merged, out=out)
+    assert exported.certificate["verdict"] == "same"
+    written = json.loads((out / ("" if merged else "base") / "config.json").read_text())
+    assert written["rope_theta"] == written["rope_parameters"]["rope_theta"] == 100.0
 
 
 @needs_mlx

@@ -20,7 +20,8 @@ from loratune.evaluation.generate import generate_answers
 from loratune.exporting.transformers_serve import served_name
 from loratune.run.directory import RunDir, read_json
 from loratune.run.errors import MachineError, RecipeError, RunError
-from loratune.workflows.serve import Service, check_access, choose_port, choose_server, serve
+from loratune.workflows.serve import choose_server, serve
+from loratune.workflows.serving.listening import Service, check_access, choose_port
 
 EVERYWHERE = "0.0.0.0"  # noqa: S104 - what is refused
 openai = pytest.importorskip("openai", reason="openai is not installed: pip install openai")
@@ -118,7 +119,7 @@ def test_a_port_that_is_taken_is_named_and_none_given_finds_another(monkeypatch:
         taken = other.getsockname()[1]
         with pytest.raises(MachineError, match=f"cannot listen on 127.0.0.1:{taken}"):
             choose_port("127.0.0.1", taken)
-        monkeypatch.setattr("loratune.workflows.serve.DEFAULT_PORT", taken)
+        monkeypatch.setattr("loratune.workflows.serving.listening.DEFAULT_PORT", taken)
         assert choose_port("127.0.0.1", None) != taken
 
 

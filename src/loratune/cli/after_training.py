@@ -24,6 +24,7 @@ from loratune.cli.options import (
     RunFolder,
     RunFolders,
     SameAsOut,
+    ServedFolders,
     one_out,
 )
 from loratune.cli.output import (
@@ -41,7 +42,7 @@ from loratune.run.errors import RecipeError
 
 if TYPE_CHECKING:
     from loratune.run.directory import Record
-    from loratune.workflows.serve import Service
+    from loratune.workflows.serving.listening import Service
 
 
 def report(
@@ -222,9 +223,10 @@ def certify(
 
 
 def serve(
-    run: RunFolder,
+    models: ServedFolders,
     server: Annotated[
-        Literal["auto", "vllm", "transformers"], typer.Option(help="The server. auto: vLLM if it is installed.")
+        Literal["auto", "vllm", "transformers", "loratune"],
+        typer.Option(help="The server of one run. auto: vLLM if it is installed. Several models: loratune's own."),
     ] = "auto",
     host: Annotated[
         str, typer.Option(help="Address to listen on; if other machines can reach it, a key is required.")
@@ -233,18 +235,42 @@ def serve(
         int | None, typer.Option(min=1, max=65535, help="Port to listen on; default: 8000, or a free one.")
     ] = None,
     api_key: Annotated[
-        str | None, typer.Option(envvar="LORATUNE_API_KEY", help="API key that requests must send; vLLM only.")
+        str | None, typer.Option(envvar="LORATUNE_API_KEY", help="Key that requests must send; not with transformers.")
     ] = None,
+    at_once: Annotated[
+        int, typer.Option(min=1, help="Requests that loratune's own server answers at the same time.")
+    ] = 16,
+    queue: Annotated[
+        int, typer.Option(min=0, help="Further requests that wait in loratune's own server; beyond them: status 503.")
+    ] = 64,
     as_json: AsJson = False,
 ) -> None:
-    """Serve the base and the fine-tuned model through an OpenAI-compatible API (chat completions), until Ctrl-C."""
+    """Serve base and fine-tuned models through an OpenAI-compatible API (chat completions), until Ctrl-C."""
     with command_context(as_json) as progress:
+        from loratune.workflows.serve import choose_server
         from loratune.workflows.serve import serve as start
 
         def ready(service: Service) -> None:
             show_service(service, as_json)
 
-        start(run, server=server, host=host, port=port, api_key=api_key, progress=progress, on_ready=ready)
+        if len(models) == 1 and server != "loratune":
+            start(
+                Path(models[0]), server=server, host=host, port=port, api_key=api_key, progress=progress, on_ready=ready
+            )
+            return
+        choose_server("loratune" if server == "auto" else server, several=True)
+        from loratune.workflows.serving.engine import Capacity
+        from loratune.workflows.serving.server import serve_adapters
+
+        serve_adapters(
+            models,
+            host=host,
+            port=port,
+            api_key=api_key,
+            capacity=Capacity(at_once=at_once, queue=queue),
+            progress=progress,
+            on_ready=ready,
+        )
 
 
 def push(

@@ -23,6 +23,13 @@ NoOverrides = Annotated[
 ]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory (its train.output_dir).")]
 RunFolders = Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="Two or more run directories.")]
+ServedFolders = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="RUN [RUN|ADAPTER]...",
+        help="A run directory; or several runs and adapters of one base, each as FOLDER or NAME=FOLDER.",
+    ),
+]
 ReportFile = Annotated[
     Path | None, typer.Option("--out", metavar="FILE", help="The HTML file to write; default: compare.html.")
 ]

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from loratune.workflows.export_types import ExportedTypes
     from loratune.workflows.push import Publication
     from loratune.workflows.result import RunResult
-    from loratune.workflows.serve import Service
+    from loratune.workflows.serving.listening import Service
 
 
 def show_plan(prepared: Preparation, record: Record, console: Console, samples: int, *, full: bool) -> None:
@@ -228,8 +228,9 @@ def show_service(service: Service, as_json: bool) -> None:
     if as_json:
         print_json({"url": service.url, "server": service.server, "models": list(service.models)})
     else:
-        base, tuned = service.models
-        sys.stdout.write(f"{service.url} serves {tuned} and {base} with {service.server}; stop with Ctrl-C\n")
+        base, *tuned = service.models
+        names = ", ".join(tuned)
+        sys.stdout.write(f"{service.url} serves {names} and {base} with {service.server}; stop with Ctrl-C\n")
         sys.stdout.write(f"$ {service.curl}\n>>> {service.python}\n")
     sys.stdout.flush()
 

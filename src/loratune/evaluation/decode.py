@@ -1,7 +1,7 @@
 """Decodes a batch of prompts: what prompts have in common is computed once, and answers that ended leave the batch.
 
 transformers' `generate` does the decoding, `CHUNK` tokens at a time, on a key/value cache that is kept between its
-calls. Used by `evaluation.generate`.
+calls. Used by `evaluation.generate`; `workflows.serving` decodes single answers in turns.
 """
 
 from __future__ import annotations
@@ -58,6 +58,33 @@ def decode(model: PreTrainedModel, prompts: Sequence[Sequence[int]], settings: G
         mask = torch.cat([mask, mask.new_ones(len(going), added)], dim=1)
         left, ids = left - added, output
     return answers
+
+
+class Continuation:
+    """One answer, decoded a few tokens at a time, so that others can be decoded in between.
+
+    Args:
+        model: The model, in evaluation mode. Its weights must be the same at each call of `advance`.
+        prompt: The tokens of the prompt.
+        settings: Settings of `generate`, with `max_new_tokens`, `eos_token_id` and `pad_token_id`.
+    """
+
+    def __init__(self, model: PreTrainedModel, prompt: Sequence[int], settings: GenerationConfig) -> None:
+        self._model, self._settings = model, settings
+        self._ids = torch.tensor([list(prompt)], device=model.device)
+        self._cache = DynamicCache(config=model.config.get_text_config(decoder=True)) if _continues(model) else None
+        self.left: int = settings.max_new_tokens
+        """The number of tokens that may follow; 0 after a stop token."""
+
+    def advance(self, count: int) -> list[int]:
+        """Return the next tokens, at most `count`; all of them if the model's cache cannot be kept between calls."""
+        settings = copy(self._settings)
+        settings.max_new_tokens = self.left if self._cache is None else min(count, self.left)
+        output = _generate(self._model, self._ids, torch.ones_like(self._ids), self._cache, settings)
+        new: list[int] = output[0, self._ids.shape[1] :].tolist()
+        stopped = not set(settings.eos_token_id or ()).isdisjoint(new)
+        self._ids, self.left = output, 0 if stopped else self.left - len(new)
+        return new
 
 
 def _continues(model: PreTrainedModel) -> bool:

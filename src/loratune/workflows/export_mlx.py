@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from loratune.exporting.certificate import Target, Written
 from loratune.exporting.load_back import TransformersReader
 from loratune.exporting.mlx import MlxReader, has_mlx, read_mlx_adapter, write_mlx_adapter
+from loratune.exporting.older_config import lacks_older_names, write_linked_base
 from loratune.exporting.weights_proof import prove_adapter, with_base
 from loratune.model.load import stored_dtype
 from loratune.workflows.merged_folder import (
@@ -50,7 +51,7 @@ class MlxExport:
             return (shlex.join(["mlx_lm.chat", "--model", str(self.target)]),)
         base = self.finished.prepared.model.base
         name = base.name if base.revision else str(self.finished.base)
-        if is_packed_run(self.finished):
+        if is_packed_run(self.finished) or lacks_older_names(self.finished.base):
             name = str(self.target / TRAINED_BASE)
         return (shlex.join(["mlx_lm.chat", "--model", name, "--adapter-path", str(self.target)]),)
 
@@ -64,6 +65,12 @@ class MlxExport:
         write_mlx_adapter(finished.updates, num_layers, folder)
         if is_packed_run(finished):
             write_trained_base(finished, folder / TRAINED_BASE)
+        elif lacks_older_names(finished.base):
+            finished.progress.line(
+                "mlx-lm does not read the base's rotary positions from rope_parameters: a folder with links to the "
+                f"base's weights and a config.json that it reads is written beside the adapter, {TRAINED_BASE}"
+            )
+            write_linked_base(finished.base, finished.run.adapter, folder / TRAINED_BASE, finished.stops)
         tolerance = merged_tolerance(finished)
         return Written(load=self._loader(folder), tolerance=tolerance, prove=lambda: self._proof(folder))
 

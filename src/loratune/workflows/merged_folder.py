@@ -15,6 +15,7 @@ from loratune.exporting.certificate import EXACT, QUANTIZED, ROUNDED, Target, To
 from loratune.exporting.gguf.model import is_quantized
 from loratune.exporting.load_back import TransformersReader
 from loratune.exporting.merge_weights import DTYPES, MergedWeights, Values, copy_companions, write_merged
+from loratune.exporting.older_config import add_older_names
 from loratune.exporting.structure import config_differences
 from loratune.exporting.weights_proof import for_all, prove_weights
 from loratune.exporting.written_tensors import FolderTensors, rounding_to
@@ -84,6 +85,7 @@ def write_merged_folder(finished: FinishedRun, folder: Path, dtype: str) -> Writ
         _merge_with_peft(finished, folder, wanted)
     else:
         write_merged(finished.base, finished.updates, folder, dtype=wanted, frozen=frozen, replaced=finished.replaced)
+    add_older_names(folder)
     copy_companions(finished.base, finished.run.adapter, folder, finished.stops)
 
     return read_merged_folder(finished, folder)
@@ -98,6 +100,7 @@ def write_trained_base(finished: FinishedRun, folder: Path) -> None:
     )
     folder.mkdir()
     write_merged(finished.base, {}, folder, dtype=torch_dtype(section.dtype), frozen=trained_values(finished))
+    add_older_names(folder)
     copy_companions(finished.base, finished.run.adapter, folder, finished.stops)
 
 

@@ -1,5 +1,7 @@
 """Serve a run through an OpenAI-compatible API, with an existing server: vLLM, or else `transformers serve`.
 
+Several runs and adapters are served by loratune's own server: see `workflows.serving`.
+
 This module exports what the server loads, with a certificate; starts the server; waits until the fine-tuned model
 answers; and forwards signals.
 """
@@ -10,13 +12,11 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import threading
 import time
 import urllib.request
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,14 +33,12 @@ from loratune.run.extras import pip_install
 from loratune.run.progress import NO_PROGRESS, Progress
 from loratune.workflows.export import export, write_served_layout
 from loratune.workflows.finished import recipe_of
+from loratune.workflows.serving.listening import Service, check_access, choose_port, service_at
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from types import FrameType
 
-LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
-DEFAULT_PORT = 8000
-KEY_VARIABLE = "LORATUNE_API_KEY"
 START_SECONDS = 1800.0
 """How long the server may take to load the weights and, with vLLM on a GPU, to compile."""
 STOP_SECONDS = 20.0
@@ -51,39 +49,6 @@ SERVE_PACKAGES = ("fastapi", "uvicorn", "openai")
 _STDERR = 2
 # Without a proxy: the server is on this machine.
 _direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Service:
-    """A running server.
-
-    Attributes:
-        url: The `base_url` of an OpenAI client.
-        server: `vllm` or `transformers`.
-        models: The names of the base and the fine-tuned model.
-        needs_key: Whether requests need the API key.
-    """
-
-    url: str
-    server: str
-    models: tuple[str, str]
-    needs_key: bool
-
-    @property
-    def curl(self) -> str:
-        """A request with curl."""
-        key = f"-H 'Authorization: Bearer $'{KEY_VARIABLE} " if self.needs_key else ""
-        body = {"model": self.models[1], "messages": [{"role": "user", "content": "Hello"}]}
-        return f"curl {self.url}/chat/completions {key}-H 'Content-Type: application/json' -d '{json.dumps(body)}'"
-
-    @property
-    def python(self) -> str:
-        """The same request with OpenAI's Python client."""
-        key = f'os.environ["{KEY_VARIABLE}"]' if self.needs_key else '"none"'
-        return (
-            f'OpenAI(base_url="{self.url}", api_key={key}).chat.completions.create(model="{self.models[1]}", '
-            'messages=[{"role": "user", "content": "Hello"}])'
-        )
 
 
 def serve(
@@ -124,10 +89,7 @@ def serve(
     port = choose_port(host, port)
     name = served_name(run.root.name)
     command = _command(run, chosen, host=host, port=port, api_key=api_key, progress=progress)
-    address = f"[{host}]" if ":" in host else host
-    service = Service(
-        url=f"http://{address}:{port}/v1", server=chosen, models=(BASE_NAME, name), needs_key=api_key is not None
-    )
+    service = service_at(host, port, server=chosen, models=(BASE_NAME, name), needs_key=api_key is not None)
     with _run_server(command) as process, _forward_signals(process) as stopped:
         with progress.task(f"starting {chosen}", None, "s") as task:
             _wait_until_ready(service, process, stopped, task.advance)
@@ -138,63 +100,37 @@ def serve(
         raise RunError(f"{chosen} exited with code {code}", fix="see its messages above")
 
 
-def choose_server(wanted: str) -> str:
+def choose_server(wanted: str, *, several: bool = False) -> str:
     """Choose the server to use.
+
+    Args:
+        wanted: `vllm`, `transformers`, `loratune` or `auto`.
+        several: Whether several models are to be served.
 
     Raises:
         MachineError: It is not installed.
+        RecipeError: It cannot serve several models.
     """
+    if several and wanted != "loratune":
+        raise RecipeError(
+            f"--server {wanted} is started with one run",
+            fix="--server loratune; or export each run with --to vllm and give vllm serve all of them: "
+            "--lora-modules A=FOLDER B=FOLDER",
+        )
     has_vllm = shutil.which("vllm") is not None
     missing = [name for name in SERVE_PACKAGES if find_spec(name) is None]
     if wanted == "vllm" and not has_vllm:
         raise MachineError("vLLM is not installed", fix="pip install vllm, or --server transformers")
-    if wanted != "transformers" and has_vllm:
+    if wanted not in ("transformers", "loratune") and has_vllm:
         return "vllm"
     if missing:
+        own = wanted == "loratune"
         raise MachineError(
-            f"no server is installed: transformers serve needs {', '.join(missing)}",
+            f"{'packages are missing' if own else 'no server is installed'}: "
+            f"{'the server' if own else 'transformers serve'} needs {', '.join(missing)}",
             fix=pip_install("serve"),
         )
-    return "transformers"
-
-
-def check_access(server: str, host: str, api_key: str | None) -> None:
-    """Check that other machines cannot send requests without a key.
-
-    Raises:
-        RecipeError: They could, or the server does not support keys.
-    """
-    if server == "transformers" and (api_key is not None or host not in LOCAL_HOSTS):
-        what = f"--host {host}" if host not in LOCAL_HOSTS else "--api-key"
-        raise RecipeError(
-            f"{what}: transformers serve does not support API keys, and loads any model that a request names",
-            fix="keep 127.0.0.1, behind a proxy that checks a key (or `ssh -L`), or install vLLM",
-        )
-    if host not in LOCAL_HOSTS and not api_key:
-        raise RecipeError(
-            f"--host {host} lets other machines send requests, and there is no API key",
-            fix=f"set {KEY_VARIABLE}, or use --api-key",
-        )
-
-
-def choose_port(host: str, wanted: int | None) -> int:
-    """Return the wanted port if it is free; without one, 8000 or a free port.
-
-    Raises:
-        MachineError: The port is taken, or the address is not this machine's.
-    """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    candidates = (wanted,) if wanted is not None else (DEFAULT_PORT, 0)
-    problem: OSError | None = None
-    for candidate in candidates:
-        try:
-            with socket.socket(family, socket.SOCK_STREAM) as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                probe.bind((host, candidate))
-                return int(probe.getsockname()[1])
-        except OSError as error:
-            problem = error
-    raise MachineError(f"cannot listen on {host}:{candidates[0]}: {problem}", fix="choose another --port or --host")
+    return "loratune" if wanted == "loratune" else "transformers"
 
 
 def _command(

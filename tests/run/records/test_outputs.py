@@ -23,7 +23,7 @@ from loratune.run.records.outputs import PlanOutput
 from loratune.run.records.schemas import OUTPUTS, schema_of
 from loratune.workflows.push import Publication, PushedFile
 from loratune.workflows.reproduce import Reproduction
-from loratune.workflows.serve import Service
+from loratune.workflows.serving.listening import Service
 
 
 def call(*arguments: object) -> Any:

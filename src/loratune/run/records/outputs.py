@@ -157,9 +157,9 @@ class ServiceOutput(Part):
     url: str
     """Base URL of the OpenAI-compatible API."""
     server: str
-    """`vllm` or `transformers`."""
+    """`vllm`, `transformers` or `loratune`."""
     models: tuple[str, ...]
-    """Model names: base and fine-tuned."""
+    """Model names: base and fine-tuned, or several of them."""
 
 
 class FilePushed(Part):
