@@ -22,7 +22,7 @@ from loratune.cli.studio.sweeps import find_sweeps, read_sweep
 from loratune.run.directory import RunDir
 from loratune.run.errors import RecipeError
 from loratune.run.records.files import write_record
-from loratune.run.records.sweep import SweepPlanRecord, TrialLosses
+from loratune.run.records.sweep import SweepPlanRecord, SweepRecord, TrialLosses
 from loratune.workflows.search.folder import SweepDir
 from tests.reporting.conftest import PLANTED
 
@@ -30,6 +30,21 @@ TOKEN, ORIGIN = "the-right-token", "http://127.0.0.1:8321"
 JSON = {"origin": ORIGIN, "accept": "application/json"}
 NAME = "__models/<i>x-sweep"
 TRIALS = ({"lora.r": "4"}, {"lora.r": "8"}, {"lora.r": PLANTED[1]})
+
+
+OLD: dict[str, Any] = {
+    "state": "time is up",
+    "best": None,
+    "recipe": None,
+    "num_examples": 6,
+    "level": 0.95,
+    "rungs": [0.5, 1.0],
+    "trials": [
+        {"number": 1, "run": "x", "settings": {"lora.r": "4"}, "state": "waiting", "rungs": [], "to_best": None}
+    ],
+    "sensitivity": [],
+    "sentences": ["an older result"],
+}
 
 
 def measure(folder: SweepDir, number: int, rung: int, loss: float, **values: Any) -> None:
@@ -78,9 +93,12 @@ def test_a_sweep_that_was_stopped_is_ranked_with_intervals_as_far_as_it_went(fol
 
 
 def test_while_it_runs_the_trial_in_turn_is_named_and_no_older_result_is_shown(folder: SweepDir) -> None:
-    folder.result.write_text("{}")
+    so_far = read_sweep(folder).summary
+    write_record(folder.result, SweepRecord, {**OLD, "folder": str(folder.root), "page": str(folder.page)})
+    assert read_sweep(folder).summary == "an older result"
     with folder.exclusive(), folder.trial(2).exclusive():
         found = read_sweep(folder)
+    assert found.summary == so_far
     assert (found.state, [trial.state for trial in found.trials]) == ("running", ["paused", "running", "failed"])
     for path in folder.all_losses():
         path.unlink()
@@ -164,7 +182,8 @@ def test_a_sweep_is_started_once_with_the_words_that_are_shown(
         wrong = user.post("/sweep/start", data={**form, "settings": settings}, headers=JSON)
         assert wrong.status_code == 400
     with SweepDir.create(tmp_path / "__models/-r-sweep", overwrite=False).exclusive():
-        user.post("/sweep/start", data=form, headers={"origin": ORIGIN}, follow_redirects=False)
+        again = user.post("/sweep/start", data=form, headers={"origin": ORIGIN}, follow_redirects=False)
+    assert again.headers["location"] == answer.headers["location"], "its page shows how far it is"
     assert len(started) == 1, "another shell works on it"
     assert draft_views.ROUTES[-1].path == "/sweep/start"
     page = user.get("/recipe", params={"file": "-r.yaml"}).text

@@ -102,7 +102,7 @@ def begun_sweep(folder: SweepDir, *, is_running: bool) -> SweepSoFar:
 
 
 def _page(folder: SweepDir, record: SweepRecord | None, state: str, problem: str) -> Page:
-    if record is None:
+    if record is None or not record.trials:
         page = Page(title=f"Sweep {folder.root.name}", lead="", badge=state, footer="")
     else:
         page = replace(sweep_page(record), badge=state)
