@@ -86,7 +86,7 @@ full table, which exists while that of a micro-batch is computed. Three details 
 - If the base is 16-bit, the copies are float32, like the adapter, and are cast to 16 bits for computation. Stock
   PEFT, which loads them into such a base, computes the same.
 - The fast loss uses the trained head, and its gradient is that of the stock forward pass
-  (`tests/invariants/test_whole.py`).
+  (`tests/invariants/test_modules_trained_in_full.py`).
 
 `merge` and merged exports include them; GGUF adapters and vLLM cannot represent them. Matrices inside the layers
 cannot be fully trained together with `model.quantization`; embedding, head and norms can. `loratune eject` refuses

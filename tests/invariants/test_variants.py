@@ -27,7 +27,7 @@ from tests.invariants.test_same_mathematics import assert_same
 
 MakeRecipe = Callable[..., Recipe]
 IDS = torch.arange(40, 60)[None]
-OTHERS = [variant for variant in VARIANTS if variant not in ("plain", "loftq")]  # loftq wants nf4: test_beginnings
+OTHERS = [variant for variant in VARIANTS if variant not in ("plain", "loftq")]  # loftq: test_initial_adapters
 
 
 def held_out_losses(run: RunDir) -> list[float]:

@@ -243,7 +243,7 @@ def test_what_cannot_be_written_or_read_back_is_refused_before(
     with pytest.raises(RecipeError, match=r"no convert_hf_to_gguf\.py in it") as error:
         check_checkout(tmp_path, merged=True)
     assert "git clone https://github.com/ggml-org/llama.cpp" in error.value.fix
-    with pytest.raises(RecipeError, match="no export --to vllm"):
+    with pytest.raises(RecipeError, match="not an export --to vllm"):
         export(finished_run.root, to="vllm", merged=True, out=tmp_path / "out", llama_cpp=checkout)
     for model_type, merged in (("starcoder2", False), ("olmo2", True)):
         if not has_llama_cpp():

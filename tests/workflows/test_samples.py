@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +22,8 @@ from loratune.workflows import samples as module
 from loratune.workflows.resume import resume
 from loratune.workflows.samples import NUM_SAMPLES
 from loratune.workflows.train import train
+from tests.invariants.test_processes import TORCHRUN, command, write_recipe
+from tests.invariants.test_same_mathematics import assert_same
 
 SHORT: dict[str, Any] = {"evaluate__samples": 5, "evaluate__max_new_tokens": 3, "lora__dropout": 0.1}
 
@@ -89,6 +92,19 @@ def test_a_run_that_was_stopped_at_its_answers_has_them_when_it_is_resumed(recip
     assert answered(run) == {}, "who stops does not wait for answers"
     assert answered(resume(run.root).run) == answered(whole)
     assert trajectory(run) == trajectory(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_processes_record_the_answers_of_one(recipes: Callable[..., Recipe], tmp_path: Path, strategy: str) -> None:
+    """With ddp the first answers while the other waits in the next step; with fsdp both answer."""
+    settings = {"evaluate__samples_every": 2, "train__token_budget": 150}
+    alone = train(recipes("alone", **settings)).run
+    file, run = write_recipe(recipes("two", **settings, train__strategy=strategy), tmp_path, "two")
+    done = command([*TORCHRUN, "--nproc-per-node=2", "-m", "loratune", "train", file])
+    assert done.returncode == 0, done.stderr
+    assert answered(run) == answered(alone)
+    assert_same(alone, run, tolerance=1e-5)
 
 
 def test_a_failure_is_recorded_and_costs_nothing(

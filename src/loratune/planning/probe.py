@@ -49,6 +49,9 @@ _KNOWN: dict[tuple[Any, ...], LayerTimings] = {}
 MAX_HEAD_ROWS = 32_768
 """The most rows of the vocabulary that are timed; the time is scaled up to the full vocabulary."""
 
+MAX_HEAD_POSITIONS = 2048
+"""The most positions of a chunk that are timed: with a tiny vocabulary, a chunk has tens of thousands."""
+
 
 def probe(
     config: Any,
@@ -199,7 +202,7 @@ def _head_seconds(
     vocab_size: int, hidden_size: int, num_answers: int, dtype: torch.dtype, device: str
 ) -> dict[str, float]:
     rows = min(vocab_size, MAX_HEAD_ROWS)
-    share, positions = vocab_size / rows, chunk_rows(vocab_size, device)
+    share, positions = vocab_size / rows, min(chunk_rows(vocab_size, device), MAX_HEAD_POSITIONS)
     weight = torch.randn(rows, hidden_size, dtype=dtype, device=device) / 32
     hidden = torch.randn(positions, hidden_size, dtype=dtype, device=device)
     targets = torch.zeros(positions, dtype=torch.long, device=device)

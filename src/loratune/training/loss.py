@@ -238,7 +238,7 @@ def make_loss(model: PeftModel, examples: Sequence[Example]) -> tuple[Supervised
 
     Args:
         model: The adapted model.
-        examples: The training examples; the beginnings of the first and the last are compared.
+        examples: The training examples; the first tokens of the first and the last are compared.
 
     Raises:
         RunError: Neither packed nor separate examples reproduce the model's own loss.
@@ -248,13 +248,13 @@ def make_loss(model: PeftModel, examples: Sequence[Example]) -> tuple[Supervised
 
 def make_loss_of(kind: type[L], model: PeftModel, examples: Sequence[Example]) -> tuple[L, str]:
     """Return the same for a class whose log-probabilities are those of `SupervisedLoss`."""
-    beginnings = _beginnings_of(examples)
+    short_examples = _first_tokens_of(examples)
     return fastest_loss(
         kind,
         kind.per_token,
         model,
-        beginnings,
-        _plain_losses(model, beginnings),
+        short_examples,
+        _plain_losses(model, short_examples),
         longest=max(len(sequence.input_ids) for example in examples for sequence in example.sequences),
     )
 
@@ -263,7 +263,7 @@ def fastest_loss(
     kind: type[L],
     ask: Callable[[L, MicroBatch], torch.Tensor],
     model: PeftModel,
-    beginnings: Sequence[Example],
+    short_examples: Sequence[Example],
     expected: torch.Tensor,
     *,
     longest: int,
@@ -275,7 +275,7 @@ def fastest_loss(
         kind: The class of the loss.
         ask: Computes the compared values from a loss and a micro-batch.
         model: The adapted model; its PEFT layers get the fast `forward`.
-        beginnings: Short examples to compare on.
+        short_examples: Short examples to compare on.
         expected: The same values from the model's own forward.
         longest: Tokens of the longest training example.
         may_pack: Whether to try the packed loss.
@@ -286,7 +286,7 @@ def fastest_loss(
     base: Any = model.get_base_model()
     own_attention = base.config._attn_implementation
     use_fast_layers(model)
-    batch = collate(beginnings).to(model.device)
+    batch = collate(short_examples).to(model.device)
     tolerance, reason = TOLERANCE[loss_dtype(model)], obstacle(base) if may_pack else ""
     if may_pack and not reason:
         try:
@@ -325,8 +325,8 @@ def loss_dtype(model: PeftModel) -> torch.dtype:
     return dtype
 
 
-def _beginnings_of(examples: Sequence[Example]) -> list[Example]:
-    """Return the beginnings of the first and the last example, with every token supervised."""
+def _first_tokens_of(examples: Sequence[Example]) -> list[Example]:
+    """Return the first tokens of the first and the last example, with every token supervised."""
     # Of different lengths, so that a kernel that mixes up the boundaries cannot agree by chance.
     return [
         Example(

@@ -31,9 +31,9 @@ from loratune.training.checkpoint import adopt_checkpoint, averaged_steps, best_
 from loratune.training.early_stopping import EVENT
 from loratune.training.event_log import History
 from loratune.workflows.before_training import keep_start
-from loratune.workflows.extension import Beginning, Extension, as_if_planned_longer, with_new_schedule
+from loratune.workflows.extension import Extension, ExtensionStart, as_if_planned_longer, with_new_schedule
 from loratune.workflows.resume import continue_run, was_relaunched
-from loratune.workflows.start import write_beginning
+from loratune.workflows.start import write_initial_files
 from loratune.workflows.steps import write_lock
 
 if TYPE_CHECKING:
@@ -92,15 +92,15 @@ def _begin_and_train(
     on_plan: Callable[[Preparation], None] | None,
 ) -> RunResult:
     """Decide how the new run begins, write its directory, and train it."""
-    beginning = (None if rewarm else as_if_planned_longer(extension, progress)) or with_new_schedule(
+    start = (None if rewarm else as_if_planned_longer(extension, progress)) or with_new_schedule(
         extension, progress, rewarm=rewarm
     )
     if on_plan is not None:
-        on_plan(beginning.prepared)
+        on_plan(start.prepared)
     new = RunDir.create(extension.out, overwrite=overwrite)
     progress.begin(new.log)
     with new.exclusive():
-        _write(extension, beginning, new)
+        _write(extension, start, new)
     processes.store_set("extended", str(new.root))
     result = continue_run(new, progress)
     _compare_on_old_data(extension, new, progress)
@@ -142,19 +142,19 @@ def _read(parent: RunDir, overrides: Sequence[str], out: str | Path | None) -> E
     return extension
 
 
-def _write(extension: Extension, beginning: Beginning, new: RunDir) -> None:
+def _write(extension: Extension, start: ExtensionStart, new: RunDir) -> None:
     """Write the directory of the new run up to its first checkpoint; the lock, which makes it a run, comes last."""
-    prepared, checkpoint = beginning.prepared, beginning.checkpoint
+    prepared, checkpoint = start.prepared, start.checkpoint
     step = int(checkpoint.name)
-    train = {**beginning.settings.get("train", {}), "output_dir": str(extension.out)}
-    written = extension.written.replace(**{**beginning.settings, "train": train})
+    train = {**start.settings.get("train", {}), "output_dir": str(extension.out)}
+    written = extension.written.replace(**{**start.settings, "train": train})
     title = f"# Extends {extension.parent.root} from its step {step}.\n"
-    write_beginning(prepared, new, title + written.to_yaml())
+    write_initial_files(prepared, new, title + written.to_yaml())
     if (extension.parent.start / WEIGHTS).is_file():
         keep_start(new, extension.parent.start)
-    if beginning.exact:
+    if start.exact:
         _write_history(extension, prepared, new, step)
-    for number, source in _wanted(extension.parent, beginning, new).items():
+    for number, source in _wanted(extension.parent, start, new).items():
         adopt_checkpoint(
             source, new.checkpoints / str(number), prepared.recipe.train, num_steps=prepared.estimate.num_steps
         )
@@ -162,9 +162,9 @@ def _write(extension: Extension, beginning: Beginning, new: RunDir) -> None:
         "run": str(extension.parent.root),
         "step": step,
         "adapter": file_sha256(checkpoint / "adapter_model.safetensors"),
-        "exact": beginning.exact,
+        "exact": start.exact,
         "trained_on": _trained_on(extension.lock),
-        "differs": list(beginning.differs),
+        "differs": list(start.differs),
         "command": extension.command,
     }
     write_lock(prepared, new, extends=lineage)
@@ -176,11 +176,11 @@ def _trained_on(lock: Record) -> list[str]:
     return list(dict.fromkeys([*earlier, *(source["name"] for source in lock["recipe"]["data"]["train"])]))
 
 
-def _wanted(parent: RunDir, beginning: Beginning, new: RunDir) -> dict[int, Path]:
+def _wanted(parent: RunDir, start: ExtensionStart, new: RunDir) -> dict[int, Path]:
     """Return the checkpoints that a new run begins with, by their step in it: one, the best, those to be averaged."""
-    if not beginning.exact:
-        return {0: beginning.checkpoint}
-    step, prepared = int(beginning.checkpoint.name), beginning.prepared
+    if not start.exact:
+        return {0: start.checkpoint}
+    step, prepared = int(start.checkpoint.name), start.prepared
     train, steps = prepared.recipe.train, prepared.estimate.num_steps
     per_epoch = num_steps_per_epoch(prepared.data.num_examples, train.batch_size)
     held_out = {number: loss for number, loss in History.of(new.read_metrics()).held_out.items() if number <= step}

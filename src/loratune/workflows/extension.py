@@ -89,7 +89,7 @@ class Extension:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Beginning:
+class ExtensionStart:
     """How a new run begins.
 
     Attributes:
@@ -107,8 +107,8 @@ class Beginning:
     differs: tuple[str, ...]
 
 
-def as_if_planned_longer(extension: Extension, progress: Progress) -> Beginning | None:
-    """Return the beginning of a run whose steps are those of the run that had been planned longer, to the bit.
+def as_if_planned_longer(extension: Extension, progress: Progress) -> ExtensionStart | None:
+    """Return the start of a run whose steps are those of the run that had been planned longer, to the bit.
 
     None if the examples, or a setting that decides steps, are others.
 
@@ -147,7 +147,7 @@ def as_if_planned_longer(extension: Extension, progress: Progress) -> Beginning 
         f"as if {parent.root.name} had been planned for {plural(longer.epochs, 'epoch')}: from its step "
         f"{int(checkpoint.name):,} to step {steps:,}"
     )
-    return Beginning(
+    return ExtensionStart(
         prepared=prepared,
         settings={"train": settings} if settings else {},
         checkpoint=checkpoint,
@@ -156,8 +156,8 @@ def as_if_planned_longer(extension: Extension, progress: Progress) -> Beginning 
     )
 
 
-def with_new_schedule(extension: Extension, progress: Progress, *, rewarm: bool) -> Beginning:
-    """Return the beginning of a run with the adapter and the optimizer's state of the run, and a schedule of its own.
+def with_new_schedule(extension: Extension, progress: Progress, *, rewarm: bool) -> ExtensionStart:
+    """Return the start of a run with the adapter and the optimizer's state of the run, and a schedule of its own.
 
     Raises:
         RecipeError: There is nothing more to train, no checkpoint, or `rewarm` is needed and false.
@@ -197,7 +197,7 @@ def with_new_schedule(extension: Extension, progress: Progress, *, rewarm: bool)
         f"{plural(prepared.estimate.num_steps, 'step')} with a new {final.schedule} schedule, warm-up over "
         f"{final.warmup_fraction:.0%} of them"
     )
-    return Beginning(
+    return ExtensionStart(
         prepared=prepared,
         settings=settings,
         checkpoint=checkpoint,

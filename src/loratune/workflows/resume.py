@@ -16,7 +16,7 @@ from loratune.training.checkpoint import checkpoints_in, newest_valid_checkpoint
 from loratune.training.fsdp import is_sharded
 from loratune.workflows.locked_recipe import located
 from loratune.workflows.result import RunResult
-from loratune.workflows.steps import WHOLE, Leg, finish_trained_run, run_from_weights, settings_as_written
+from loratune.workflows.steps import FULL_RUN, Leg, finish_trained_run, run_from_weights, settings_as_written
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -79,7 +79,9 @@ def was_relaunched(run: RunDir) -> bool:
     return processes.gather(bool(launch) and run.lock.is_file() and read_json(run.lock).get("launch") == launch)[0]
 
 
-def continue_run(run: RunDir, progress: Progress, prepared: Preparation | None = None, leg: Leg = WHOLE) -> RunResult:
+def continue_run(
+    run: RunDir, progress: Progress, prepared: Preparation | None = None, leg: Leg = FULL_RUN
+) -> RunResult:
     """Resume on every rank: check what changed, agree on a checkpoint, and continue from it.
 
     Args:
@@ -110,7 +112,7 @@ def continue_run(run: RunDir, progress: Progress, prepared: Preparation | None =
             progress.line("all steps are done and the adapter is saved; resuming with the evaluation")
             return finish_trained_run(prepared, run, progress, leg)
         checkpoint = newest_valid_checkpoint(run, progress)
-        _require_beginning(lock, checkpoint, run)
+        _require_initial_adapter(lock, checkpoint, run)
         step = resume_state(checkpoint) if checkpoint is not None else 0
         run.rewind_metrics(step)
         processes.store_set(_NEXT, checkpoint.name if checkpoint is not None else "")
@@ -143,7 +145,7 @@ def _changed_inputs(lock: Record, prepared: Preparation, run: RunDir) -> list[st
     return changed_inputs(lock, prepared.as_lock(), known_only=known_only)
 
 
-def _require_beginning(lock: Record, checkpoint: Path | None, run: RunDir) -> None:
+def _require_initial_adapter(lock: Record, checkpoint: Path | None, run: RunDir) -> None:
     """Refuse to start an extended run without the checkpoint that it began with."""
     lineage = lock.get("extends")
     if checkpoint is None and lineage is not None and not lineage["exact"]:

@@ -11,7 +11,7 @@ from loratune.run.records.files import write_record
 from loratune.run.records.plan import PlanRecord
 from loratune.run.records.preview import PreviewRecord
 from loratune.workflows.before_training import keep_start
-from loratune.workflows.steps import WHOLE, Leg, run_from_weights, write_lock
+from loratune.workflows.steps import FULL_RUN, Leg, run_from_weights, write_lock
 
 if TYPE_CHECKING:
     from loratune.planning.preparation import Preparation
@@ -22,7 +22,7 @@ PREVIEW_EXAMPLES = 5
 """Examples whose tokens are kept in the run directory."""
 
 
-def start_run(prepared: Preparation, run: RunDir, written: str, progress: Progress, leg: Leg = WHOLE) -> RunResult:
+def start_run(prepared: Preparation, run: RunDir, written: str, progress: Progress, leg: Leg = FULL_RUN) -> RunResult:
     """Write what was planned into the empty run directory, and train.
 
     Args:
@@ -36,12 +36,12 @@ def start_run(prepared: Preparation, run: RunDir, written: str, progress: Progre
         Paused: The leg ends before the run does.
     """
     with run.exclusive():
-        write_beginning(prepared, run, written)
+        write_initial_files(prepared, run, written)
         write_lock(prepared, run)
         return run_from_weights(prepared, run, None, progress, leg)
 
 
-def write_beginning(prepared: Preparation, run: RunDir, written: str) -> None:
+def write_initial_files(prepared: Preparation, run: RunDir, written: str) -> None:
     """Write what a run begins with, but for the lock: recipe as written, data report, examples, plan, first adapter."""
     write_text(run.recipe, written)
     write_record(run.data, DataRecord, prepared.data.report)

@@ -87,7 +87,7 @@ class Leg:
     callbacks: Sequence[TrainerCallback] = ()
 
 
-WHOLE = Leg()
+FULL_RUN = Leg()
 """From where a run is to its end."""
 
 
@@ -97,7 +97,7 @@ def settings_as_written(run: RunDir) -> Record:
 
 
 def run_from_weights(
-    prepared: Preparation, run: RunDir, checkpoint: Path | None, progress: Progress, leg: Leg = WHOLE
+    prepared: Preparation, run: RunDir, checkpoint: Path | None, progress: Progress, leg: Leg = FULL_RUN
 ) -> RunResult:
     """Train from the loaded weights on, evaluate, and write everything that follows.
 
@@ -144,7 +144,7 @@ def run_from_weights(
     return _finish(prepared, run, model, loss, timer, progress, leg, tuned_nll)
 
 
-def finish_trained_run(prepared: Preparation, run: RunDir, progress: Progress, leg: Leg = WHOLE) -> RunResult:
+def finish_trained_run(prepared: Preparation, run: RunDir, progress: Progress, leg: Leg = FULL_RUN) -> RunResult:
     """Evaluate a run whose adapter is saved, or only write its report if that is done too."""
     timer = RunTimer(run, prepared.recipe.train.device)
     if "measured" in read_json(run.plan):
@@ -214,7 +214,7 @@ def train_steps(
     checkpoint: Path | None,
     stop: StopRequest,
     progress: Progress,
-    leg: Leg = WHOLE,
+    leg: Leg = FULL_RUN,
 ) -> tuple[int, Nll | None]:
     """Take all optimizer steps; return the number of the last one, and its held-out losses if it was evaluated.
 

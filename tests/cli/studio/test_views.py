@@ -137,7 +137,7 @@ def test_a_recipe_is_saved_only_if_it_is_one_and_nobody_changed_it(user: TestCli
     assert saved["fields"]["lora.r"] == "8"
     assert (work / "tiny.yaml").read_text() == changed
     late = user.post("/recipe/save", data={**form, "text": before}, headers=JSON)
-    assert "was changed since" in late.json()["problem"]
+    assert "has changed since" in late.json()["problem"]
     assert (work / "tiny.yaml").read_text() == changed
 
 

@@ -88,7 +88,7 @@ def test_a_template_that_wants_to_do_harm_is_stopped(name: str, smollm2_tokenize
             ChatTemplate(tokenizer).render([{"role": "user", "content": "Hello there"}])
         assert "chat template" in str(caught.value)
         assert len(str(caught.value)) < 1000
-        assert time.monotonic() - started < 8
+        assert time.monotonic() - started < 30  # half a second where memory comes fast
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

@@ -45,7 +45,7 @@ def test_arguments_are_read_wherever_they_stand(call: dict[str, Any]) -> None:
         ({"name": "f", "arguments": [1]}, "arguments must be a JSON object"),
         ({"name": "f", "arguments": "x = 1"}, "arguments must be a JSON object"),
         ({"type": "custom", "name": "f", "input": "x"}, "of type str"),
-        ({"function": {"name": "f", "arguments": {}}, "arguments": {"a": 1}}, "calls f with arguments beside"),
+        ({"function": {"name": "f", "arguments": {}}, "arguments": {"a": 1}}, "calls f with arguments next to"),
         ("rain", "without a function name"),
     ],
 )

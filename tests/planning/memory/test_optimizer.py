@@ -10,7 +10,7 @@ from loratune.recipe.recipe import LoraSection, Optimizer
 
 MATRICES = [Matrix(name="a", d_in=1024, d_out=512), Matrix(name="b", d_in=512, d_out=512)]
 A_AND_B = 4 * (1024 + 512) + 4 * (512 + 512)
-WHOLE = [(100, 50), (7,)]
+TRAINED_IN_FULL = [(100, 50), (7,)]
 
 
 @pytest.mark.parametrize(
@@ -26,4 +26,4 @@ WHOLE = [(100, 50), (7,)]
     ],
 )
 def test_the_state_is_its_formula(optimizer: Optimizer, expected: int) -> None:
-    assert state_bytes(optimizer, MATRICES, LoraSection(r=4), WHOLE) == expected
+    assert state_bytes(optimizer, MATRICES, LoraSection(r=4), TRAINED_IN_FULL) == expected

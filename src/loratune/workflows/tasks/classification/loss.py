@@ -119,7 +119,7 @@ def make_classification_loss(model: PeftModel, examples: Sequence[Example]) -> t
 
     Args:
         model: The adapted classifier.
-        examples: The training examples; the beginnings of the first and the last are compared.
+        examples: The training examples; the first tokens of the first and the last are compared.
 
     Raises:
         RunError: Neither packed nor padded examples reproduce the model's own logits.
