@@ -30,13 +30,28 @@ def unpacked(weight_OI: Any, dtype: torch.dtype) -> torch.Tensor:
         weight_OI: [O, I], a tensor of torchao.
         dtype: Type of the result.
     """
-    # torchao multiplies int8 with one scale per row first, and then scales with the scale in the weight's type. It
-    # unpacks all other kinds to the weight's type and multiplies.
-    by_row = type(weight_OI).__name__ == "Int8Tensor" and weight_OI.block_size[-1] == weight_OI.shape[-1]
-    if not by_row:
+    if not _is_scaled_by_row(weight_OI):
         values: torch.Tensor = weight_OI.dequantize().to(dtype)
         return values
-    return weight_OI.qdata.to(dtype).mul_(weight_OI.scale.to(weight_OI.dtype).to(dtype))
+    return weight_OI.qdata.to(dtype).mul_(_row_scales(weight_OI, dtype))
+
+
+def _is_scaled_by_row(weight_OI: Any) -> bool:
+    """Return whether torchao multiplies with the whole numbers, and scales the product. It unpacks all other kinds."""
+    return type(weight_OI).__name__ == "Int8Tensor" and weight_OI.block_size[-1] == weight_OI.shape[-1]
+
+
+def _row_scales(weight_OI: Any, dtype: torch.dtype) -> torch.Tensor:
+    """Return the scales, [O, 1], rounded to the weight's type as torchao does before it scales."""
+    scales: torch.Tensor = weight_OI.scale.to(weight_OI.dtype).to(dtype)
+    return scales
+
+
+def _input_gradient(grad_y: torch.Tensor, weight_OI: Any) -> torch.Tensor:
+    """Return the gradient to x by the operations of torchao's own backward pass, thus with the same bits."""
+    if not _is_scaled_by_row(weight_OI):
+        return grad_y @ unpacked(weight_OI, grad_y.dtype)
+    return (grad_y * _row_scales(weight_OI, grad_y.dtype).T) @ weight_OI.qdata.to(grad_y.dtype)
 
 
 class _PackedLinear(torch.autograd.Function):
@@ -48,5 +63,5 @@ class _PackedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        grad_x = grad_y @ unpacked(ctx.weight_OI, grad_y.dtype) if ctx.needs_input_grad[0] else None
+        grad_x = _input_gradient(grad_y, ctx.weight_OI) if ctx.needs_input_grad[0] else None
         return grad_x, None, None
