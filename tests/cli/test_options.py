@@ -46,3 +46,11 @@ def test_times_have_a_unit() -> None:
     for text in ("90", "0s", "soon"):
         with pytest.raises(RecipeError, match="not a time"):
             as_seconds(text)
+
+
+@pytest.mark.parametrize("option", ["--at-once", "--queue"])
+def test_options_of_loratunes_own_server_are_refused_with_another(option: str, finished_run: RunDir) -> None:
+    done = CliRunner().invoke(app, ["serve", str(finished_run.root), option, "3"])
+    assert done.exit_code == 2
+    assert f"{option} is an option of loratune's own server" in done.stderr
+    assert "--server loratune" in done.stderr

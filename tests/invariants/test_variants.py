@@ -13,9 +13,9 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from loratune.model.gguf_import import file_sha256
 from loratune.planning.prepare import prepare
 from loratune.recipe.recipe import VARIANTS, Recipe
+from loratune.run.digest import file_sha256
 from loratune.run.directory import RunDir, read_json
 from loratune.run.errors import RecipeError
 from loratune.run.progress import NoProgress

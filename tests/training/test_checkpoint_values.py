@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from loratune.model.adapter.attach import attach_adapter, trainable_parameters
-from loratune.model.gguf_import import file_sha256
 from loratune.recipe.recipe import LoraSection, TrainSection
+from loratune.run.digest import file_sha256
 from loratune.run.directory import RunDir
 from loratune.run.errors import RunError
 from loratune.run.progress import NoProgress

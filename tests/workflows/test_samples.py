@@ -124,5 +124,7 @@ def test_a_failure_is_recorded_and_costs_nothing(
 def test_what_cannot_be_answered_is_refused(recipes: Callable[..., Recipe]) -> None:
     with pytest.raises(RecipeError, match=r"evaluate\.samples_every is 2, but evaluate\.samples is 0"):
         recipes("none", evaluate__samples_every=2, evaluate__samples=0)
+    with pytest.raises(RecipeError, match=r"evaluate\.samples_every is 2, but data\.eval is none"):
+        recipes("unheld", evaluate__samples_every=2, evaluate__metric="none", data__eval="none")
     with pytest.raises(RecipeError, match=r"evaluate\.samples_every is 1\.5, neither"):
         recipes("wrong", evaluate__samples_every=1.5)

@@ -238,11 +238,13 @@ def serve(
         str | None, typer.Option(envvar="LORATUNE_API_KEY", help="Key that requests must send; not with transformers.")
     ] = None,
     at_once: Annotated[
-        int, typer.Option(min=1, help="Requests that loratune's own server answers at the same time.")
-    ] = 16,
+        int | None,
+        typer.Option(min=1, help="Requests that loratune's own server answers at the same time; default: 16."),
+    ] = None,
     queue: Annotated[
-        int, typer.Option(min=0, help="Further requests that wait in loratune's own server; beyond them: status 503.")
-    ] = 64,
+        int | None,
+        typer.Option(min=0, help="Further requests that wait in loratune's own server; default: 64. More: status 503."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Serve base and fine-tuned models through an OpenAI-compatible API (chat completions), until Ctrl-C."""
@@ -253,7 +255,13 @@ def serve(
         def ready(service: Service) -> None:
             show_service(service, as_json)
 
+        capacity = {name: value for name, value in (("at_once", at_once), ("queue", queue)) if value is not None}
         if len(models) == 1 and server != "loratune":
+            if capacity:
+                raise RecipeError(
+                    f"--{next(iter(capacity)).replace('_', '-')} is an option of loratune's own server",
+                    fix="--server loratune, or leave it out",
+                )
             start(
                 Path(models[0]), server=server, host=host, port=port, api_key=api_key, progress=progress, on_ready=ready
             )
@@ -267,7 +275,7 @@ def serve(
             host=host,
             port=port,
             api_key=api_key,
-            capacity=Capacity(at_once=at_once, queue=queue),
+            capacity=Capacity(**capacity),
             progress=progress,
             on_ready=ready,
         )

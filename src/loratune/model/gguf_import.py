@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from loratune.model.gguf_config import gguf_config
 from loratune.run.cache_folder import cache_dir
+from loratune.run.digest import file_sha256
 from loratune.run.errors import RecipeError, RunError
 
 if TYPE_CHECKING:
@@ -25,12 +26,6 @@ if TYPE_CHECKING:
 _MAGIC = b"GGUF"
 _HEADER_BYTES = 64 * 2**20  # larger than any header with its vocabulary
 _VERSION = "2"  # of what is made of a file; folders of other versions are not used
-
-
-def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file, as hexadecimal digits."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def imported_folder(file: Path) -> Path:

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from loratune.data.examples import Example, labels_fingerprint
-from loratune.model.gguf_import import file_sha256
 from loratune.model.quantization.kinds import package_of
 from loratune.planning.memory.optimizer import OF_BITSANDBYTES
 from loratune.run import processes
+from loratune.run.digest import file_sha256
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

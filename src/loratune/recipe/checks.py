@@ -142,6 +142,12 @@ def check_held_out(recipe: Any) -> None:
         raise Contradiction(
             f"evaluate.metric is {recipe.evaluate.metric}, but data.eval is none, so there is nothing to score", fix=fix
         )
+    if recipe.evaluate.samples_every != "never":
+        raise Contradiction(
+            f"evaluate.samples_every is {recipe.evaluate.samples_every}, but data.eval is none, so there are no "
+            "held-out prompts to answer",
+            fix=fix,
+        )
     if recipe.train.final_adapter == "best":
         raise Contradiction(
             "train.final_adapter is best, but data.eval is none, so no held-out loss is measured", fix=fix

@@ -8,7 +8,6 @@ again. Giving the same rows again writes the same file again.
 from __future__ import annotations
 
 import difflib
-import hashlib
 import json
 import tempfile
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from loratune.recipe.sections.base import Source
 from loratune.run.cache_folder import cache_dir
+from loratune.run.digest import file_sha256
 from loratune.run.errors import DataError, MachineError
 
 if TYPE_CHECKING:
@@ -109,9 +109,7 @@ def _keep(suffix: str, write: Callable[[Path], Any]) -> Path:
         with tempfile.TemporaryDirectory(dir=folder) as place:
             written = Path(place) / f"rows{suffix}"
             write(written)
-            with written.open("rb") as stream:
-                digest = hashlib.file_digest(stream, "sha256").hexdigest()
-            return written.replace(folder / f"{digest[:16]}{suffix}")
+            return written.replace(folder / f"{file_sha256(written)[:16]}{suffix}")
     except OSError as error:
         raise MachineError(
             f"cannot write the rows: {error}", file=folder, fix="set LORATUNE_CACHE to a folder on another disk"

@@ -91,8 +91,7 @@ def watch_view(files: RunFiles, width: int = 80) -> RenderableType:
 
 
 def headline(files: RunFiles) -> str:
-    """Return name, state, step and time left in one line, with the last loss: which is all that a pipe gets while a run
-    is in progress."""
+    """Return name, state, step, last loss and time left in one line, which is all that a pipe gets during a run."""
     total = _num_steps(files)
     parts = [f"{files.name}: {files.state}", f"step {files.num_done:,}" + (f"/{total:,}" if total else "")]
     if files.steps:

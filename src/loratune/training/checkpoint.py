@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 
 from loratune.data.steps import trigger_steps
 from loratune.model.adapter.modules_to_save import with_copies, without_copies
-from loratune.model.gguf_import import file_sha256
+from loratune.run.digest import file_sha256
 from loratune.run.directory import RunDir, cannot_write
 from loratune.run.errors import MachineError, RunError
 from loratune.training.token_budget import random_state, set_random_state

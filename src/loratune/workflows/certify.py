@@ -15,8 +15,8 @@ from loratune.evaluation.scoring import score
 from loratune.exporting.certificate import Written, certify, summary
 from loratune.exporting.load_back import LlamaCppReader
 from loratune.exporting.staging import atomic_folder
-from loratune.model.gguf_import import file_sha256
 from loratune.reporting.html import report_or_warn
+from loratune.run.digest import file_sha256
 from loratune.run.directory import Record, RunDir, read_json
 from loratune.run.errors import DataError, RunError
 from loratune.run.records.certificate import CertificateRecord, Certificates

@@ -12,7 +12,7 @@ from loratune.exporting.endpoint.decision import ServedEvidence, served_certific
 from loratune.exporting.endpoint.proof import ServedAnswers, ServedDistributions
 from loratune.exporting.endpoint.reader import EndpointReader
 from loratune.exporting.transformers_serve import served_name
-from loratune.model.gguf_import import file_sha256
+from loratune.run.digest import file_sha256
 from loratune.run.directory import RunDir
 from loratune.run.records.base import as_json, parse
 from loratune.run.records.certificate import CertificateRecord

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING
 
 from loratune.data.steps import num_steps_per_epoch, trigger_steps
 from loratune.model.adapter.start_from import WEIGHTS
-from loratune.model.gguf_import import file_sha256
 from loratune.planning.lock import changed_inputs
 from loratune.recipe.recipe import Recipe
 from loratune.run import processes
+from loratune.run.digest import file_sha256
 from loratune.run.directory import RunDir, read_json
 from loratune.run.errors import RecipeError, plural
 from loratune.run.progress import NO_PROGRESS, Progress

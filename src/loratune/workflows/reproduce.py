@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors.torch import load_file
 
-from loratune.model.gguf_import import file_sha256
 from loratune.planning.lock import changed_inputs, versions
 from loratune.recipe.recipe import Recipe
 from loratune.run import processes
+from loratune.run.digest import file_sha256
 from loratune.run.directory import Record, RunDir, read_json
 from loratune.run.errors import RecipeError, RunError
 from loratune.run.progress import NO_PROGRESS, Progress

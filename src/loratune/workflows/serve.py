@@ -24,9 +24,9 @@ from typing import TYPE_CHECKING
 from loratune.exporting.transformers_serve import BASE_NAME, ServerCommand, served_name, transformers_command
 from loratune.exporting.vllm import serve_words
 from loratune.model.device import device_here
-from loratune.model.gguf_import import file_sha256
 from loratune.planning.lock import model_fingerprint
 from loratune.recipe.tasks import require_text
+from loratune.run.digest import file_sha256
 from loratune.run.directory import RunDir, read_json
 from loratune.run.errors import MachineError, RecipeError, RunError
 from loratune.run.extras import pip_install

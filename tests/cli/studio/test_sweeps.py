@@ -108,7 +108,7 @@ def test_while_it_runs_the_trial_in_turn_is_named_and_no_older_result_is_shown(f
     assert (found.summary, found.trials[1].state, found.page.sections) == ("0 of 3 trials are done", "running", ())
 
 
-def test_a_damaged_result_is_named_and_a_damaged_plan_is_left_out(folder: SweepDir, tmp_path: Path) -> None:
+def test_a_damaged_result_is_named_and_so_is_a_damaged_plan(folder: SweepDir, tmp_path: Path) -> None:
     result = {"trials": [{"number": 1, "rungs": [{"step": 4}], "settings": "x"}], "state": "finished"}
     folder.result.write_text(json.dumps(result))
     found = read_sweep(folder)
@@ -117,7 +117,9 @@ def test_a_damaged_result_is_named_and_a_damaged_plan_is_left_out(folder: SweepD
     assert "r=8 is best" in found.summary, "ranked from the losses"
     assert len(list(find_sweeps([folder.root, tmp_path]))) == 1, "a folder that is not a sweep is left out"
     folder.plan.write_text("{")
-    assert list(find_sweeps([folder.root])) == []
+    ((_, damaged),) = find_sweeps([folder.root])
+    assert damaged.state == "damaged"
+    assert damaged.summary.startswith("sweep.json: damaged: Expecting property name")
 
 
 def test_sweeps_are_listed_and_their_trials_lead_to_their_runs(user: TestClient, folder: SweepDir) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +10,7 @@ from loratune.cli.next_steps import command
 from loratune.cli.studio.places import as_word
 from loratune.reporting.blocks import UNEXPECTED
 from loratune.reporting.run_page import certificate_facts
+from loratune.run.digest import file_sha256
 from loratune.run.directory import read_json
 from loratune.run.errors import LoratuneError
 from loratune.run.records.base import read_valid_parts
@@ -81,7 +81,7 @@ def words_of(key: str, name: str) -> list[str]:
 
 def exports_of(places: StudioFolder, name: str, files: RunFiles, jobs: Sequence[Job]) -> list[Export]:
     """Return the exports that have a button, and then what else has a certificate, such as a server."""
-    adapter = _digest(files.run.adapter_weights) if files.run.adapter_weights.is_file() else ""
+    adapter = file_sha256(files.run.adapter_weights) if files.run.adapter_weights.is_file() else ""
     found = []
     for key, (what, _, folder) in EXPORTS.items():
         words = words_of(key, name)
@@ -104,11 +104,6 @@ def _read(places: StudioFolder, place: str, adapter: str) -> Certificate | None:
     if not isinstance(values, dict):
         return Certificate(verdict="no certificate", tone="stopped")
     return _in_words(read_valid_parts(CertificateRecord, values), adapter)
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _others(files: RunFiles, known: set[str], adapter: str) -> Iterator[Export]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from loratune.reporting.blocks import Page, PageSection, Paragraph
 from loratune.reporting.sweep_page import sweep_page
 from loratune.run.directory import RunDir
-from loratune.run.errors import LoratuneError, RecipeError, RunError
+from loratune.run.errors import RecipeError, RunError
 from loratune.run.records.base import parse
 from loratune.run.records.files import read_record
 from loratune.run.records.sweep import SweepPlanRecord, SweepRecord, TrialLosses
@@ -44,7 +44,7 @@ class SweepSoFar:
     """What the files of a sweep hold at one moment.
 
     Attributes:
-        state: `starting`, `failed`, `running`, `stopped`, `finished` or `time is up`.
+        state: `starting`, `failed`, `running`, `stopped`, `finished`, `time is up` or `damaged`.
         summary: The result, or how far it is, in a sentence.
         trials: The trials, in the order of their numbers.
         page: The sections of its page; of one that was measured nowhere yet none.
@@ -164,9 +164,17 @@ def _state(folder: SweepDir, number: int, state: str, *, running: bool) -> str:
 
 
 def find_sweeps(roots: list[Path]) -> Iterator[tuple[Path, SweepSoFar]]:
-    """Yield the sweeps that can be read, each with its folder."""
+    """Yield the sweeps, each with its folder; a damaged one says what is damaged."""
     for root in roots:
         try:
             yield root, read_sweep(SweepDir(root))
-        except LoratuneError:
+        except RecipeError:  # not a sweep
             continue
+        except RunError as error:
+            page = Page(title=f"Sweep {root.name}", lead="", badge="damaged", footer="")
+            yield (
+                root,
+                SweepSoFar(
+                    state="damaged", summary=f"{SweepDir(root).plan.name}: {error.problem}", trials=(), page=page
+                ),
+            )

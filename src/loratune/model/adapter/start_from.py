@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 
 from loratune.model.adapter.patterns import rank_of
 from loratune.model.adapter.variants import initialization_that_changes_base
-from loratune.model.gguf_import import file_sha256
 from loratune.model.hub import explain_hub_errors
 from loratune.model.weight_facts import first_not_finite
+from loratune.run.digest import file_sha256
 from loratune.run.errors import RecipeError
 
 if TYPE_CHECKING:

@@ -9,9 +9,9 @@ from safetensors import safe_open
 from transformers import AutoConfig
 
 from loratune.exporting.merge_weights import stored_weight
-from loratune.model.gguf_import import file_sha256
 from loratune.model.quantization.kinds import PACKED
 from loratune.model.safetensors_headers import read_header, stored_name, weight_files_of
+from loratune.run.digest import file_sha256
 from loratune.run.directory import read_json
 from loratune.run.errors import RecipeError
 from loratune.run.progress import NO_PROGRESS, Progress
