@@ -4,13 +4,16 @@
     python benchmarks/tune_grid.py RECIPE --rates 1e-4,1e-3 --ranks 8,32 --targets attention train.epochs=0.5
 
 Trains every point of the grid to its end, tunes within the budget, trains the tuned recipe to its end, and compares the
-held-out losses on the same rows. By default the grid has 24 points: 6 rates × 2 ranks × 2 targets.
+held-out losses on the same rows. By default the grid has 24 points: 6 rates × 2 ranks × 2 targets; each rank with each
+target is a sweep of its own. What was done before a kill is not done again, and sweeps that `loratune sweep` ended are
+taken as they are, so that several processes may share the grid. Its cost is the sum of what its trials took.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,27 +46,26 @@ def main() -> None:
     recipe = with_settings(Recipe.load(asked.recipe, asked.overrides), UNSCORED)
     progress = TerminalProgress()
 
-    started = time.monotonic()
-    tuned = tune(recipe, budget=as_seconds(asked.budget), progress=progress).record
-    tune_seconds = time.monotonic() - started
-
-    ranks = [f"{r}" for r in asked.ranks.split(",")]
-    started = time.monotonic()
+    places = [{"r": r, "targets": t} for r in asked.ranks.split(",") for t in asked.targets.split(",")]
     parts = [
         sweep(
-            _elsewhere(recipe, f"grid-r{r}"),
+            _elsewhere(recipe, f"grid-r{place['r']}-{place['targets']}"),
             [
                 f"train.learning_rate={asked.rates}",
-                f"lora.targets={asked.targets}",
-                f"lora.r={r}",
-                f"lora.alpha={alpha_for(recipe.lora, int(r)):.8g}",
+                f"lora.targets={place['targets']}",
+                f"lora.r={place['r']}",
+                f"lora.alpha={alpha_for(recipe.lora, int(place['r'])):.8g}",
             ],
             halving=False,
             progress=progress,
         ).record
-        for r in ranks
+        for place in places
     ]
-    grid_seconds = time.monotonic() - started
+    grid_seconds = math.fsum(rung.seconds for part in parts for trial in part.trials for rung in trial.rungs)
+
+    started = time.monotonic()
+    tuned = tune(recipe, budget=as_seconds(asked.budget), progress=progress).record
+    tune_seconds = time.monotonic() - started
 
     own = _elsewhere(with_settings(recipe, as_words(tuned.settings)), "tuned")
     losses: list[tuple[float, int]] = []
@@ -75,7 +77,7 @@ def main() -> None:
     (difference,) = paired_differences([_losses(best, best.trials[0].number), losses])
     report: dict[str, Any] = {
         "grid_points": sum(len(part.trials) for part in parts),
-        "grid_best": {**best.trials[0].settings, "nll": best.trials[0].rungs[-1].nll},
+        "grid_best": {**places[parts.index(best)], **best.trials[0].settings, "nll": best.trials[0].rungs[-1].nll},
         "tuned": {
             **tuned.settings,
             "nll": mean_loss(losses),
@@ -87,8 +89,8 @@ def main() -> None:
         "cost_ratio": tune_seconds / grid_seconds,
         "reasons": list(tuned.reasons),
         "grid": [
-            {**trial.settings, "nll": trial.rungs[-1].nll if trial.rungs else None, "problem": trial.problem}
-            for part in parts
+            {**where, **trial.settings, "nll": trial.rungs[-1].nll if trial.rungs else None, "problem": trial.problem}
+            for where, part in zip(places, parts, strict=True)
             for trial in part.trials
         ],
     }

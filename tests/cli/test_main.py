@@ -459,6 +459,9 @@ def test_options_of_another_engine_are_refused(
 ) -> None:
     code, _, told = loratune("train", recipe, *options)
     assert (code, words in told) == (exit_code, True), told
+    if "--processes" not in options:
+        code, _, told = loratune("sweep", recipe, "lora.r=2,4", *options)
+        assert (code, words in told) == (exit_code, True), told
 
 
 def test_a_missing_ray_is_told_before_the_recipe_is_read(

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from loratune.cli import ray
+from loratune.cli.ray_cluster import Mailbox
 from loratune.run.errors import RecipeError
 
 
@@ -23,7 +24,7 @@ def test_a_storage_that_ray_cannot_write_to_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_first_error_of_the_workers_is_kept_and_output_is_drained() -> None:
-    mailbox = ray._Mailbox()
+    mailbox = Mailbox()
     mailbox.write("one ")
     mailbox.write("two")
     assert (mailbox.drain(), mailbox.drain()) == ("one two", "")

@@ -98,6 +98,10 @@ Engine = Annotated[
     Literal["torch", "ray"],
     typer.Option("--engine", help="What starts the processes: torch's launchers, or Ray Train."),
 ]
+SearchEngine = Annotated[
+    Literal["ray"] | None,
+    typer.Option("--engine", help="Let Ray workers take the trials, several at once; default: one after the other."),
+]
 Workers = Annotated[int | None, typer.Option("--workers", min=1, help="Number of Ray workers, one per GPU.")]
 Address = Annotated[
     str | None,

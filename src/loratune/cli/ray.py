@@ -8,9 +8,7 @@ the same launch began the run. The run directory and the current folder must be 
 
 from __future__ import annotations
 
-import io
 import os
-import signal
 import socket
 import sys
 import time
@@ -20,7 +18,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import IO, Any, cast
 
 import ray
@@ -29,20 +26,28 @@ from pyarrow.fs import FileSystem
 from ray.train.backend import Backend
 from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from loratune.cli.output import show_plan
+from loratune.cli.ray_cluster import (
+    POLL_SECONDS,
+    Mailbox,
+    MailboxFile,
+    connect,
+    enter,
+    here,
+    stopped_with,
+    uses_gpus,
+    warn_of_waiting,
+)
 from loratune.cli.terminal import SafeConsole, TerminalProgress
 from loratune.planning.auto import output_dir
 from loratune.planning.preparation import Preparation
 from loratune.recipe.recipe import Recipe
 from loratune.run import processes
 from loratune.run.directory import Record, RunDir, read_json
-from loratune.run.errors import Interrupted, LoratuneError, MachineError, RecipeError, RunError, Terminated, plural
+from loratune.run.errors import LoratuneError, RecipeError, RunError
 from loratune.workflows.result import RunResult
 from loratune.workflows.train import train
-
-_POLL_SECONDS = 0.2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,39 +73,6 @@ class _NoProcessGroup(TorchConfig):
 
     backend_cls = Backend
     train_func_context = nullcontext
-
-
-class _Mailbox:
-    """Output of the first worker, and the first error that ends the run; an actor that the command polls."""
-
-    def __init__(self) -> None:
-        self._lines: list[str] = []
-        self._failure: LoratuneError | None = None
-
-    def write(self, text: str) -> None:
-        self._lines.append(text)
-
-    def drain(self) -> str:
-        """Return what was written since the last call."""
-        text, self._lines = "".join(self._lines), []
-        return text
-
-    def fail(self, error: LoratuneError) -> None:
-        self._failure = self._failure or error
-
-    def failure(self) -> LoratuneError | None:
-        return self._failure
-
-
-class _MailboxFile(io.TextIOBase):
-    """A text stream that writes to a mailbox: the terminal of the first worker."""
-
-    def __init__(self, mailbox: Any) -> None:
-        self._mailbox = mailbox
-
-    def write(self, text: str) -> int:
-        self._mailbox.write.remote(text)
-        return len(text)
 
 
 class _WorkerProgress(TerminalProgress):
@@ -141,13 +113,11 @@ def train_on_ray(
     root = RunDir.at(output_dir(recipe)).root
     storage = _storage(options.storage, root)
     launch = uuid.uuid4().hex
-    _connect(options.address, options.workers)
+    connect(options.address, options.workers)
     try:
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        # On this machine, since others may be lost.
-        mailbox = ray.remote(num_cpus=0, scheduling_strategy=here)(_Mailbox).remote()
-        gpus = _uses_gpus(recipe)
-        _warn_of_waiting("GPU" if gpus else "CPU", options.workers, progress)
+        mailbox = ray.remote(num_cpus=0, scheduling_strategy=here())(Mailbox).remote()
+        gpus = uses_gpus(recipe)
+        warn_of_waiting("GPU" if gpus else "CPU", options.workers, progress)
         job = {
             "recipe": recipe,
             "written": written,
@@ -186,20 +156,6 @@ def _run_config(name: str, storage: str, options: RayOptions, keep_checkpoints: 
     )
 
 
-def _connect(address: str | None, workers: int) -> None:
-    address = address or os.environ.get("RAY_ADDRESS")
-    try:
-        if address is not None:
-            ray.init(address, log_to_driver=False, logging_level="error")
-        else:  # each worker needs one core of those that Ray counts, even if the machine has fewer
-            cores = max(workers, os.cpu_count() or 1)
-            ray.init("local", num_cpus=cores, include_dashboard=False, log_to_driver=False, logging_level="error")
-    except (ConnectionError, ValueError) as error:
-        raise MachineError(
-            f"the Ray cluster at {address} cannot be reached: {error}", fix="check it with `ray status --address`"
-        ) from error
-
-
 def _storage(given: str | None, root: Path) -> str:
     """Return an absolute folder, or a URL as it is. Checked here because Ray would fail later, with a traceback."""
     if given is None or "://" not in given:
@@ -214,45 +170,20 @@ def _storage(given: str | None, root: Path) -> str:
     return given
 
 
-def _uses_gpus(recipe: Recipe) -> bool:
-    if recipe.train.device == "auto":
-        return bool(ray.cluster_resources().get("GPU"))
-    return recipe.train.device == "cuda"
-
-
-def _warn_of_waiting(kind: str, workers: int, progress: TerminalProgress) -> None:
-    """Warn if the cluster has too few devices: Ray would wait for them forever, silently."""
-    available = ray.cluster_resources().get(kind, 0)
-    progress.line(f"starting {plural(workers, 'Ray worker')}")
-    if available < workers:
-        progress.warn(f"the cluster has {available:.0f} {kind}s now; Ray waits until it has {workers}")
-
-
 def _wait(work: Callable[[], Any], mailbox: Any, root: Path) -> Any:
-    """Run the work in a thread, and print what the workers write.
-
-    Signals reach this thread instead of Ray's handler, which would end the process without an exit code.
-    """
-
-    def on_sigterm(_number: int, _frame: FrameType | None) -> None:
-        raise Terminated("stopped immediately", fix=fix)
-
-    fix = f"`loratune resume {root}` continues from the last checkpoint"
-    before = signal.signal(signal.SIGTERM, on_sigterm)
+    """Run the work in a thread, and print what the workers write."""
     executor = ThreadPoolExecutor(1)
     try:
-        done = executor.submit(work)
-        while True:
-            finished = done.done()
-            sys.stderr.write(ray.get(mailbox.drain.remote()))
-            sys.stderr.flush()
-            if finished:
-                return done.result()
-            time.sleep(_POLL_SECONDS)
-    except KeyboardInterrupt:
-        raise Interrupted("stopped immediately", fix=fix) from None
+        with stopped_with(f"`loratune resume {root}` continues from the last checkpoint"):
+            done = executor.submit(work)
+            while True:
+                finished = done.done()
+                sys.stderr.write(ray.get(mailbox.drain.remote()))
+                sys.stderr.flush()
+                if finished:
+                    return done.result()
+                time.sleep(POLL_SECONDS)
     finally:
-        signal.signal(signal.SIGTERM, before)
         executor.shutdown(wait=False)
 
 
@@ -288,7 +219,7 @@ def _work(job: Record) -> None:
         return  # Ray restarts workers after any error; this one would happen again
     rank = ray.train.get_context().get_world_rank()
     console = SafeConsole(
-        file=cast("IO[str]", _MailboxFile(mailbox)), quiet=rank > 0, width=job["width"], highlight=False, soft_wrap=True
+        file=cast("IO[str]", MailboxFile(mailbox)), quiet=rank > 0, width=job["width"], highlight=False, soft_wrap=True
     )
     progress = _WorkerProgress(console)
 
@@ -298,7 +229,7 @@ def _work(job: Record) -> None:
     _set_environment(job["launch"])
     processes.start()
     try:
-        _enter(job["folder"])
+        enter(job["folder"])
         train(
             job["recipe"],
             written=job["written"],
@@ -332,14 +263,3 @@ def _set_environment(launch: str) -> None:
         MASTER_PORT=str(port),
         TORCHELASTIC_RUN_ID=launch,
     )
-
-
-def _enter(folder: str) -> None:
-    """Change to the folder of the command: paths in a recipe may be relative."""
-    try:
-        os.chdir(folder)
-    except OSError as error:
-        raise RecipeError(
-            f"the current folder does not exist on a worker's machine: {error}",
-            fix="run the command in a folder that all machines share",
-        ) from error

@@ -75,6 +75,8 @@ def command_context(as_json: bool, *, together: bool = False) -> Iterator[Termin
         if earlier is not None:
             raise SystemExit(earlier) from None
         raise
+    finally:
+        processes.stop_at_exit()
 
 
 _LEAD = 15.0

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -28,6 +30,7 @@ from loratune.cli.options import (
     RunFolder,
     RunsFolder,
     SameAsOut,
+    SearchEngine,
     Storage,
     SweptSettings,
     Workers,
@@ -43,6 +46,9 @@ from loratune.run.errors import RecipeError, RunError
 from loratune.run.processes import is_main
 
 if TYPE_CHECKING:
+    from loratune.cli.ray import RayOptions
+    from loratune.cli.ray_workers import RayWorkers
+    from loratune.cli.terminal import TerminalProgress
     from loratune.planning.preparation import Preparation
 
 
@@ -99,25 +105,32 @@ def sweep(
     ] = True,
     as_json: AsJson = False,
     overwrite: OverwriteSweep = False,
+    engine: SearchEngine = None,
+    workers: Workers = None,
+    address: Address = None,
+    max_failures: MaxFailures = None,
 ) -> None:
     """Train with different settings, drop worse ones early, and rank them with confidence intervals.
 
     The same command continues an interrupted sweep. Its folder is named like the run directory, plus `-sweep`.
     """
     with command_context(as_json) as progress:
+        ray = _ray_options(engine, workers, address, max_failures)
         loaded = Recipe.load(recipe)
         from loratune.workflows.search.sweep import sweep as run_sweep
 
         seconds = None if budget is None else as_seconds(budget)
-        result = run_sweep(
-            loaded,
-            settings,
-            trials=trials,
-            budget=seconds,
-            halving=halving,
-            overwrite=overwrite,
-            progress=progress,
-        )
+        with _workers(loaded, ray, progress) as taking:
+            result = run_sweep(
+                loaded,
+                settings,
+                trials=trials,
+                budget=seconds,
+                halving=halving,
+                overwrite=overwrite,
+                workers=taking,
+                progress=progress,
+            )
         show_sweep(result.record, as_json)
 
 
@@ -127,6 +140,10 @@ def tune(
     budget: Budget = "15m",
     as_json: AsJson = False,
     overwrite: OverwriteSweep = False,
+    engine: SearchEngine = None,
+    workers: Workers = None,
+    address: Address = None,
+    max_failures: MaxFailures = None,
 ) -> None:
     """Choose learning rate, rank and target modules within a time budget, with a reason for each.
 
@@ -134,10 +151,36 @@ def tune(
     """
     with command_context(as_json) as progress:
         seconds = as_seconds(budget)
+        ray = _ray_options(engine, workers, address, max_failures)
         loaded = Recipe.load(recipe, overrides or ())
         from loratune.workflows.search.tune import tune as run_tune
 
-        show_tuned(run_tune(loaded, budget=seconds, overwrite=overwrite, progress=progress).record, as_json)
+        with _workers(loaded, ray, progress) as taking:
+            result = run_tune(loaded, budget=seconds, overwrite=overwrite, workers=taking, progress=progress)
+        show_tuned(result.record, as_json)
+
+
+def _ray_options(
+    engine: str | None, workers: int | None, address: str | None, max_failures: int | None
+) -> RayOptions | None:
+    """Return the settings of Ray for a search; None if this process takes all trials."""
+    check_engine(engine or "", 1, {"--workers": workers, "--address": address, "--max-failures": max_failures})
+    if engine is None:
+        return None
+    from loratune.cli.ray import RayOptions
+
+    return RayOptions(workers=workers or 1, address=address, max_failures=max_failures or 0)
+
+
+@contextmanager
+def _workers(recipe: Recipe, options: RayOptions | None, progress: TerminalProgress) -> Iterator[RayWorkers | None]:
+    if options is None:
+        yield None
+        return
+    from loratune.cli.ray_workers import ray_workers
+
+    with ray_workers(recipe, options, progress) as workers:
+        yield workers
 
 
 def resume(run: RunFolder, overrides: NoOverrides = None, as_json: AsJson = False, processes: Processes = 1) -> None:

@@ -19,10 +19,16 @@ NO_LIMIT = 2**31
 """Stands for no limit of an example's tokens."""
 
 
-def free_device_bytes(device: str) -> int | None:
+def free_device_bytes(device: str, at_once: int = 1) -> int | None:
     """Return this process's share of the memory that the processes of a machine share; None if it has the device to
-    itself."""
-    return None if processes.local_size() == 1 or device != "cpu" else free_bytes(device) // processes.local_size()
+    itself.
+
+    Args:
+        device: `cpu`, `cuda` or `mps`.
+        at_once: How many runs of one process each share the machine.
+    """
+    sharers = max(processes.local_size(), at_once)
+    return None if sharers == 1 or device != "cpu" else free_bytes(device) // sharers
 
 
 def output_dir(recipe: Recipe) -> Path:

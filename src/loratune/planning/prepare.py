@@ -90,6 +90,7 @@ def prepare(
     cluster: Cluster | None = None,
     weights: bool = True,
     like: Preparation | None = None,
+    at_once: int = 1,
 ) -> Preparation:
     """Find out everything that can be known before the weights load.
 
@@ -100,6 +101,7 @@ def prepare(
         cluster: Several of that device to plan for.
         weights: Whether the weights will be loaded later; if not, the header of a GGUF file is enough.
         like: A prepared run of the same model and data, whose tokenizer and examples are taken.
+        at_once: How many such runs share this machine; each has a GPU of its own, or its share of the memory.
 
     Raises:
         RecipeError: A setting does not fit the model, or the model's files are incomplete.
@@ -119,7 +121,7 @@ def prepare(
     check_cadence(recipe.train, data.num_examples)
     parts = RunParts(model=model, adapter=adapter, data=data)
     presets = count_presets(model.skeleton, recipe.lora, model.head)
-    choices, costs = estimate_run(recipe, parts, presets, device, cluster)
+    choices, costs = estimate_run(recipe, parts, presets, device, cluster, at_once)
     choices |= {"data.streaming": streaming, **shared, **planned_task(recipe).choices(recipe)}
     effective = resolve_auto(recipe, choices)
     check_disk(effective, adapter.parameters, data.num_examples)
@@ -290,8 +292,9 @@ def estimate_run(
     presets: tuple[PresetCount, ...],
     device: Device | None,
     cluster: Cluster | None,
+    at_once: int = 1,
 ) -> tuple[dict[str, Choice], RunEstimate]:
-    """Return what every `auto` becomes, and the resulting memory and time.
+    """Return what every `auto` becomes, and the resulting memory and time; the arguments are those of `prepare`.
 
     Raises:
         MachineError: The run does not fit.
@@ -300,7 +303,7 @@ def estimate_run(
     model, adapter, data = parts.model, parts.adapter, parts.data
     where, dtype = model.device, choose_base_dtype(recipe, model.device.value, device)
     free_memory()  # a model that was just converted leaves free pages in the heap, which loading takes again
-    place = _execution_setup(recipe, parts, dtype.value, device)
+    place = _execution_setup(recipe, parts, dtype.value, device, at_once)
     estimate_at: Callable[..., Estimate] = partial(estimate, recipe, parts, device=device)
     ranks = processes.size() if cluster is None else cluster.size
     strategy, estimated = strategy_for(recipe.train.strategy, ranks, place, estimate_at)
@@ -330,7 +333,9 @@ def estimate_run(
     )
 
 
-def _execution_setup(recipe: Recipe, parts: RunParts, dtype: str, device: Device | None) -> ExecutionSetup:
+def _execution_setup(
+    recipe: Recipe, parts: RunParts, dtype: str, device: Device | None, at_once: int
+) -> ExecutionSetup:
     """Return where the run would compute, not yet compiled and holding the whole base."""
     model, parameters = parts.model, parts.adapter.parameters
     converted = bytes_to_convert(
@@ -346,7 +351,7 @@ def _execution_setup(recipe: Recipe, parts: RunParts, dtype: str, device: Device
         **quantized_setup(recipe.model.quantization, model.base.path, model.skeleton, dtype),
         stored_bytes=converted + model.num_added_parameters * torch_dtype(dtype).itemsize,
         resident_bytes=resident_bytes(),  # before the timing of layers, which leaves memory behind
-        free_bytes=free_device_bytes(model.device.value) if device is None else device.memory_bytes,
+        free_bytes=free_device_bytes(model.device.value, at_once) if device is None else device.memory_bytes,
     )
 
 

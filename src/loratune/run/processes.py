@@ -199,6 +199,20 @@ def stop() -> None:
     dist.destroy_process_group()
 
 
+def stop_at_exit() -> None:
+    """Disconnect a process that is about to end, with or without an error.
+
+    At the end of the interpreter, gloo's threads (torch 2.13) may abort the process: its exit code is then SIGABRT's.
+    NCCL is left alone, because destroying it waits for operations that the other processes began.
+    """
+    if not is_connected():
+        return
+    import torch.distributed as dist
+
+    if dist.get_backend() == "gloo":
+        stop()
+
+
 def all_reduce_sum(tensor: torch.Tensor) -> None:
     """Replace a tensor by its sum over all processes, bit for bit the same in each.
 

@@ -94,13 +94,16 @@ class Legs:
             return evaluation + steps * math.fsum(losses.seconds for losses in known) / known[-1].step
         return evaluation + steps / trial.num_steps * planned.train_seconds
 
-    def take(self, trial: Trial, rung: int) -> TrialLosses:
-        """Take a trial to a rung, unless it was there already, and return its losses."""
+    def known(self, trial: Trial, rung: int) -> TrialLosses | None:
+        """Return the losses of a trial at a rung, or where it ended before; None if it is still to be taken there."""
         known = list(self._recorded(trial))
         if len(known) > rung:
             return known[rung]
-        if known and (known[-1].is_final or known[-1].problem):
-            return known[-1]
+        return known[-1] if known and (known[-1].is_final or known[-1].problem) else None
+
+    def take(self, trial: Trial, rung: int) -> TrialLosses:
+        """Take a trial to a rung, and return its losses."""
+        known = list(self._recorded(trial))
         until = step_of(self._plan.rungs[rung], trial.num_steps)
         where = f"step {until} of {trial.num_steps}" if until is not None else "the end"
         self._progress.line(f"trial {trial.number}, {short_name(trial.settings)}: to {where}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from loratune.recipe.recipe import Recipe
@@ -14,15 +15,16 @@ from loratune.run.records.sweep import SweepPlanRecord, SweepRecord
 from loratune.workflows.search.halving import choose_survivors
 from loratune.workflows.search.results import TrialSoFar, rank_trials
 from loratune.workflows.search.settings import as_words, with_settings
+from loratune.workflows.search.workers import Lanes
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
     from loratune.run.progress import Progress
-    from loratune.training.held_out_loss import Nll
     from loratune.workflows.search.folder import SweepDir
     from loratune.workflows.search.legs import Legs
     from loratune.workflows.search.trials import Trial
+    from loratune.workflows.search.workers import Workers
 
 
 def run_sweep(
@@ -33,8 +35,28 @@ def run_sweep(
     legs: Legs,
     budget: float | None,
     progress: Progress,
+    workers: Workers | None = None,
 ) -> SweepRecord:
-    """Take all trials from rung to rung; write the result, and return it."""
+    """Take all trials from rung to rung; write the result, and return it.
+
+    Args:
+        folder: The sweep's folder.
+        plan: What is tried.
+        trials: The trials, prepared.
+        legs: What takes a trial to a rung, and knows how far it was taken.
+        budget: Seconds of all workers together; None: no limit.
+        progress: Shows how far the sweep is.
+        workers: Processes that take trials; None: this one.
+    """
+    with nullcontext() if workers is None else workers.on(folder):
+        waiting = _take_all_rungs(plan, trials, legs, Lanes(legs, workers), budget, progress)
+    return write_result(folder, plan, legs.measured(trials), waiting)
+
+
+def _take_all_rungs(
+    plan: SweepPlanRecord, trials: Sequence[Trial], legs: Legs, lanes: Lanes, budget: float | None, progress: Progress
+) -> set[int]:
+    """Take trials from rung to rung until few enough are left; return those for which there was no time."""
     going, waiting = list(trials), set[int]()
     for rung, fraction in enumerate(plan.rungs):
         affordable = legs.affordable(going, rung, budget) if rung else going
@@ -43,16 +65,13 @@ def run_sweep(
         waiting |= {trial.number for trial in going} - {trial.number for trial in affordable}
         if not affordable:
             break
-        measured: dict[int, Nll] = {}
-        for trial in affordable:
-            if rung == 0 and measured and not legs.affordable([trial], rung, budget):
-                waiting.add(trial.number)
-            elif (losses := legs.take(trial, rung)).losses:
-                measured[trial.number] = list(losses.losses)
+        taken, left_out = lanes.take_all(affordable, rung, budget)
+        waiting |= left_out
+        measured = {number: losses for number, losses in taken.items() if losses}
         going = [trials[number - 1] for number in choose_survivors(measured)]
         if rung + 1 < len(plan.rungs):
             progress.line(f"{fraction:.0%} of a run: {len(going)} of {plural(len(measured), 'trial')} continue")
-    return write_result(folder, plan, legs.measured(trials), waiting)
+    return waiting
 
 
 def write_result(

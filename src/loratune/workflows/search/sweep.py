@@ -23,6 +23,7 @@ from loratune.workflows.search.rungs import run_sweep
 from loratune.workflows.search.settings import draw_trials, parse_settings, with_settings
 from loratune.workflows.search.shared_base import SharedBase
 from loratune.workflows.search.trials import prepare_trials, write_plan
+from loratune.workflows.search.workers import num_workers
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
     from loratune.run.records.sweep import SweepPlanRecord, SweepRecord
     from loratune.workflows.search.trials import Trial
+    from loratune.workflows.search.workers import Workers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
@@ -62,6 +64,7 @@ def sweep(
     budget: float | None = None,
     halving: bool = True,
     overwrite: bool = False,
+    workers: Workers | None = None,
     progress: Progress = NO_PROGRESS,
 ) -> SweepResult:
     """Train a recipe with different settings, and rank them by the held-out loss on the same rows.
@@ -75,6 +78,7 @@ def sweep(
         budget: Seconds for all trials together; the rest is dropped where they do not suffice. None: no limit.
         halving: Whether trials that are worse are dropped early; if not, all are trained to the end.
         overwrite: Whether an existing sweep in the folder may be deleted.
+        workers: Processes that take trials, several at once; None: this one takes them one after the other.
         progress: Shows how far the sweep is.
 
     Raises:
@@ -83,16 +87,18 @@ def sweep(
         RunError: All trials failed.
     """
     processes.start()
+    size = num_workers(workers)
+    budget = None if budget is None else budget * size
     fixed, swept = parse_settings(settings)
     base = with_settings(as_recipe(recipe), fixed)
     drawn = draw_trials(swept, trials, base.train.seed)
     own = output_dir(base)
     folder = SweepDir.create(own.with_name(f"{own.name}-sweep"), overwrite=overwrite)
     with folder.exclusive():
-        found = prepare_trials(folder, base, drawn, progress)
+        found = prepare_trials(folder, base, drawn, progress, at_once=size)
         plan = _plan(folder, base, found, halving=halving, budget=budget)
         legs = Legs(folder, plan, SharedBase(), progress)
-        record = run_sweep(folder, plan, found, legs=legs, budget=budget, progress=progress)
+        record = run_sweep(folder, plan, found, legs=legs, workers=workers, budget=budget, progress=progress)
     return SweepResult(folder=folder.root, record=record)
 
 

@@ -47,8 +47,17 @@ class Trial:
         return self.prepared.estimate.num_steps
 
 
-def prepare_trials(folder: SweepDir, base: Recipe, drawn: Sequence[Settings], progress: Progress) -> list[Trial]:
+def prepare_trials(
+    folder: SweepDir, base: Recipe, drawn: Sequence[Settings], progress: Progress, *, at_once: int = 1
+) -> list[Trial]:
     """Prepare all trials before the weights load: the data once, everything else for each.
+
+    Args:
+        folder: The sweep's folder.
+        base: What all trials share.
+        drawn: What each has for itself.
+        progress: Shows how far it is.
+        at_once: How many trials are trained at the same time.
 
     Raises:
         RecipeError: The sweep in the folder is another one, no data is held out, or trials would be compared on
@@ -67,16 +76,39 @@ def prepare_trials(folder: SweepDir, base: Recipe, drawn: Sequence[Settings], pr
     with progress.task("preparing", len(drawn), "trials") as task:
         for number, settings in enumerate(drawn, 1):
             run = folder.trial(number)
-            recipe = with_settings(base, as_words(settings)).replace(train={"output_dir": str(run.root)})
-            prepared = _prepare(recipe, run, found[0].prepared if found else None, dtype, progress)
+            recipe = recipe_of_trial(base, settings, run)
+            prepared = _prepare(recipe, run, found[0].prepared if found else None, dtype, progress, at_once)
             dtype = prepared.recipe.model.dtype
             found.append(Trial(number=number, settings=settings, recipe=recipe, prepared=prepared, run=run))
             task.advance()
     return found
 
 
+def recipe_of_trial(base: Recipe, settings: Settings, run: RunDir) -> Recipe:
+    """Return the recipe of a trial, with `auto` unresolved."""
+    return with_settings(base, as_words(settings)).replace(train={"output_dir": str(run.root)})
+
+
+def prepare_alone(folder: SweepDir, number: int, resolved: Recipe, like: Trial | None, progress: Progress) -> Trial:
+    """Prepare one trial in a process that takes some of them, with what `prepare_trials` found elsewhere.
+
+    Args:
+        folder: The sweep's folder, with its plan.
+        number: The trial's number, from 1.
+        resolved: Its recipe, with every `auto` resolved.
+        like: A trial of the same sweep that this process has prepared.
+        progress: Shows how far it is.
+    """
+    plan, run = read_record(folder.plan, SweepPlanRecord), folder.trial(number)
+    settings = dict(plan.trials[number - 1])
+    same_rows = like is not None and like.recipe.train.seed == resolved.train.seed
+    prepared = prepare(resolved, progress, like=like.prepared if like is not None and same_rows else None)
+    recipe = recipe_of_trial(Recipe.parse(plan.recipe), settings, run)
+    return Trial(number=number, settings=settings, recipe=recipe, prepared=prepared, run=run)
+
+
 def _prepare(
-    recipe: Recipe, run: RunDir, first: Preparation | None, dtype: str | None, progress: Progress
+    recipe: Recipe, run: RunDir, first: Preparation | None, dtype: str | None, progress: Progress, at_once: int
 ) -> Preparation:
     """Prepare a trial: one that has begun from its lock, as `resume` does."""
     if run.lock.is_file():
@@ -84,7 +116,7 @@ def _prepare(
     elif dtype is not None:  # it may be measured, and trials must not differ in it
         recipe = recipe.replace(model={"dtype": dtype})
     same_rows = first is not None and first.recipe.train.seed == recipe.train.seed
-    prepared = prepare(recipe, progress, like=first if same_rows else None)
+    prepared = prepare(recipe, progress, like=first if same_rows else None, at_once=at_once)
     if not prepared.data.eval:
         raise RecipeError("no data is held out, so trials cannot be compared", fix="data.eval=FILE, or data.eval=0.1")
     if prepared.data.stream is not None:

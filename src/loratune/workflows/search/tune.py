@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,7 @@ from loratune.workflows.search.rungs import run_sweep
 from loratune.workflows.search.settings import Settings, as_words, short_name, with_settings
 from loratune.workflows.search.shared_base import SharedBase
 from loratune.workflows.search.trials import prepare_trials, write_plan
+from loratune.workflows.search.workers import num_workers
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from loratune.recipe.sections.lora import LoraSection
     from loratune.training.held_out_loss import Nll
     from loratune.workflows.search.trials import Trial
+    from loratune.workflows.search.workers import Workers
 
 RATES = ("1e-5", "3e-5", "1e-4", "3e-4", "1e-3", "3e-3", "1e-2")
 """Learning rates of the range test, about half a decade apart."""
@@ -67,7 +70,12 @@ class TuneResult:
 
 
 def tune(
-    recipe: Recipe | str | Path, *, budget: float = 900.0, overwrite: bool = False, progress: Progress = NO_PROGRESS
+    recipe: Recipe | str | Path,
+    *,
+    budget: float = 900.0,
+    overwrite: bool = False,
+    workers: Workers | None = None,
+    progress: Progress = NO_PROGRESS,
 ) -> TuneResult:
     """Find a learning rate, a rank and target modules for a recipe, and write it with them.
 
@@ -77,6 +85,7 @@ def tune(
         recipe: The recipe, or its file.
         budget: Seconds for all trials together.
         overwrite: Whether earlier results in the folder may be deleted.
+        workers: Processes that take trials, several at once; None: this one takes them one after the other.
         progress: Shows how far it is.
 
     Raises:
@@ -86,26 +95,29 @@ def tune(
     """
     processes.start()
     started = time.monotonic()
+    size = num_workers(workers)
+    budget *= size
     given = as_recipe(recipe)
     own = output_dir(given)
     root = own.with_name(f"{own.name}-tune").expanduser().resolve()
     bare, shared = with_settings(given, UNSCORED), SharedBase()
+    stage = partial(_stage, shared=shared, workers=workers, overwrite=overwrite, progress=progress)
 
     progress.line(f"range test of the learning rate: {', '.join(RATES)}")
     drawn: list[Settings] = [{"train.learning_rate": rate} for rate in RATES]
-    rates = _stage(root / "rates", bare, drawn, shared, RATE_SHARE * budget, overwrite=overwrite, progress=progress)
+    rates = stage(root / "rates", bare, drawn, RATE_SHARE * budget)
     best_rate = _best(rates).settings["train.learning_rate"]
     reasons = [_reason_for_rate(rates, _first_losses(rates))]
 
     shared.release()  # or the plans of the next trials would count it as somebody else's memory
     fast = with_settings(bare, [f"train.learning_rate={best_rate}"])
-    shapes, left_out = _fitting(fast, _shapes(given), progress)
-    spent = max(time.monotonic() - started, _seconds(rates))
+    shapes, left_out = _fitting(fast, _shapes(given), progress, at_once=size)
+    spent = max(size * (time.monotonic() - started), _seconds(rates))
     chosen = _best(rates).settings
     found = None
     if len(shapes) > 1 and spent < budget:
         progress.line(f"ranks and targets at learning rate {best_rate}: {len(shapes)} trials")
-        found = _stage(root / "shapes", fast, shapes, shared, budget - spent, overwrite=overwrite, progress=progress)
+        found = stage(root / "shapes", fast, shapes, budget - spent)
         shape, reason = _choose_shape(found)
         chosen, reasons = {**chosen, **shape}, [*reasons, reason]
     else:
@@ -130,19 +142,20 @@ def _stage(
     root: Path,
     base: Recipe,
     drawn: Sequence[Settings],
-    shared: SharedBase,
     budget: float,
     *,
+    shared: SharedBase,
+    workers: Workers | None,
     overwrite: bool,
     progress: Progress,
 ) -> SweepRecord:
-    """Run a sweep of these trials."""
+    """Run a sweep of these trials, within as many seconds of all workers together."""
     folder = SweepDir.create(root, overwrite=overwrite)
     with folder.exclusive():
-        trials = prepare_trials(folder, base, drawn, progress)
+        trials = prepare_trials(folder, base, drawn, progress, at_once=num_workers(workers))
         plan = _plan(folder, base, trials, budget)
         legs = Legs(folder, plan, shared, progress)
-        return run_sweep(folder, plan, trials, legs=legs, budget=budget, progress=progress)
+        return run_sweep(folder, plan, trials, legs=legs, workers=workers, budget=budget, progress=progress)
 
 
 def _plan(folder: SweepDir, base: Recipe, trials: Sequence[Trial], budget: float) -> SweepPlanRecord:
@@ -249,12 +262,14 @@ def _shapes(recipe: Recipe) -> list[Settings]:
     ]
 
 
-def _fitting(base: Recipe, shapes: Sequence[Settings], progress: Progress) -> tuple[list[Settings], list[str]]:
+def _fitting(
+    base: Recipe, shapes: Sequence[Settings], progress: Progress, *, at_once: int
+) -> tuple[list[Settings], list[str]]:
     """Return those that this model and this machine can train, and a sentence about each of the others."""
-    first, found, left_out = prepare(base, progress), [], list[str]()
+    first, found, left_out = prepare(base, progress, at_once=at_once), [], list[str]()
     for settings in shapes:
         try:
-            prepare(with_settings(base, as_words(settings)), progress, like=first)
+            prepare(with_settings(base, as_words(settings)), progress, like=first, at_once=at_once)
         except (RecipeError, MachineError) as error:
             left_out.append(f"{short_name(settings)} is left out: {error.problem}.")
             progress.line(left_out[-1])
