@@ -263,7 +263,7 @@ def _shapes(recipe: Recipe) -> list[Settings]:
 
 
 def _fitting(
-    base: Recipe, shapes: Sequence[Settings], progress: Progress, *, at_once: int
+    base: Recipe, shapes: Sequence[Settings], progress: Progress, *, at_once: int = 1
 ) -> tuple[list[Settings], list[str]]:
     """Return those that this model and this machine can train, and a sentence about each of the others."""
     first, found, left_out = prepare(base, progress, at_once=at_once), [], list[str]()
