@@ -17,7 +17,7 @@ from loratune.workflows.search.legs import Legs
 from loratune.workflows.search.rungs import run_sweep
 from loratune.workflows.search.shared_base import SharedBase
 from loratune.workflows.search.trials import Trial
-from loratune.workflows.search.workers import Lanes, num_workers
+from loratune.workflows.search.workers import Lanes, trials_at_once
 from tests.workflows.search.test_rungs import plan_of, stand_in
 
 LOSSES = {1: 1.0, 2: 0.5, 3: 0.7, 4: 0.9}
@@ -100,4 +100,4 @@ def test_runs_that_share_a_machine_plan_with_their_share_of_its_memory(monkeypat
     assert auto.free_device_bytes("cpu", 3) == 4_000
     assert auto.free_device_bytes("cpu") is None, "all that is free when it is asked for"
     assert auto.free_device_bytes("cuda", 3) is None, "each has a GPU of its own"
-    assert num_workers(None) == 1
+    assert trials_at_once(None) == 1

@@ -23,7 +23,7 @@ from loratune.workflows.search.rungs import run_sweep
 from loratune.workflows.search.settings import draw_trials, parse_settings, with_settings
 from loratune.workflows.search.shared_base import SharedBase
 from loratune.workflows.search.trials import prepare_trials, write_plan
-from loratune.workflows.search.workers import num_workers
+from loratune.workflows.search.workers import trials_at_once
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -87,7 +87,7 @@ def sweep(
         RunError: All trials failed.
     """
     processes.start()
-    size = num_workers(workers)
+    size = trials_at_once(workers)
     budget = None if budget is None else budget * size
     fixed, swept = parse_settings(settings)
     base = with_settings(as_recipe(recipe), fixed)

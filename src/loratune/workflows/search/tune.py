@@ -31,7 +31,7 @@ from loratune.workflows.search.rungs import run_sweep
 from loratune.workflows.search.settings import Settings, as_words, short_name, with_settings
 from loratune.workflows.search.shared_base import SharedBase
 from loratune.workflows.search.trials import prepare_trials, write_plan
-from loratune.workflows.search.workers import num_workers
+from loratune.workflows.search.workers import trials_at_once
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -95,7 +95,7 @@ def tune(
     """
     processes.start()
     started = time.monotonic()
-    size = num_workers(workers)
+    size = trials_at_once(workers)
     budget *= size
     given = as_recipe(recipe)
     own = output_dir(given)
@@ -152,7 +152,7 @@ def _stage(
     """Run a sweep of these trials, within as many seconds of all workers together."""
     folder = SweepDir.create(root, overwrite=overwrite)
     with folder.exclusive():
-        trials = prepare_trials(folder, base, drawn, progress, at_once=num_workers(workers))
+        trials = prepare_trials(folder, base, drawn, progress, at_once=trials_at_once(workers))
         plan = _plan(folder, base, trials, budget)
         legs = Legs(folder, plan, shared, progress)
         return run_sweep(folder, plan, trials, legs=legs, workers=workers, budget=budget, progress=progress)

@@ -39,7 +39,7 @@ class Workers(Protocol):
         """
 
 
-def num_workers(workers: Workers | None) -> int:
+def trials_at_once(workers: Workers | None) -> int:
     """Return how many trials are taken at once."""
     return 1 if workers is None else workers.size
 
@@ -67,7 +67,7 @@ class Lanes:
         queue, left_out = deque(trials), set[int]()
         found: dict[int, TrialLosses] = {}
         while queue or self._under_way:
-            while queue and len(self._under_way) < num_workers(self._workers):
+            while queue and len(self._under_way) < trials_at_once(self._workers):
                 trial = queue.popleft()
                 if (known := self._legs.known(trial, rung)) is not None:
                     found[trial.number] = known
