@@ -124,15 +124,27 @@ def tune(
         why = "no time was left to compare others" if len(shapes) > 1 else "no others can be trained on this machine"
         reasons.append(f"lora.r and lora.targets stay as they are: {why}.")
     reasons += left_out
+    return _write(root, with_settings(given, as_words(chosen)), chosen, reasons, rates, found)
+
+
+def _write(
+    root: Path,
+    recipe: Recipe,
+    chosen: Settings,
+    reasons: Sequence[str],
+    rates: SweepRecord,
+    shapes: SweepRecord | None,
+) -> TuneResult:
+    """Write the recipe that was found and why it is this one; return both."""
     file = root / "tuned.yaml"
-    write_text(file, with_settings(given, as_words(chosen)).to_yaml())
+    write_text(file, recipe.to_yaml())
     record = {
         "folder": str(root),
         "recipe": str(file),
         "settings": chosen,
-        "reasons": reasons,
+        "reasons": list(reasons),
         "rates": rates.model_dump(mode="json"),
-        "shapes": None if found is None else found.model_dump(mode="json"),
+        "shapes": None if shapes is None else shapes.model_dump(mode="json"),
     }
     write_record(root / "tune.json", TuneRecord, record)
     return TuneResult(recipe=file, record=read_record(root / "tune.json", TuneRecord))
