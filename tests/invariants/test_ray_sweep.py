@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import sys
 from pathlib import Path
@@ -63,28 +62,28 @@ def test_two_workers_end_with_the_table_and_the_adapters_of_one_process(
     assert json.loads(again.stdout)["trials"] == json.loads(done.stdout)["trials"]
 
 
-@pytest.mark.parametrize("kill_worker", [True, False])
+@pytest.mark.parametrize(("number", "exit_code"), [(None, 0), (signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_sweep_that_lost_a_worker_or_was_stopped_ends_with_the_same_table(
     swept: tuple[Recipe, SweepResult],  # noqa: F811
     tmp_path: Path,
-    *,
-    kill_worker: bool,
+    number: int | None,
+    exit_code: int,
 ) -> None:
     recipe, expected = swept
     words = sweep_command(recipe, tmp_path)
     begun = tmp_path / "run-sweep" / "trials" / "02" / "metrics.jsonl"
-    with started([*words, *RAY, *(["--max-failures=1"] if kill_worker else [])]) as process:
-        wait_for(begun.is_file)
+    with started([*words, *RAY, *(["--max-failures=1"] if number is None else [])]) as process:
+        wait_for(lambda: begun.is_file() and len(workers_of(process.pid)) == 2)
         workers = workers_of(process.pid)
-        assert len(workers) == 2
-        if kill_worker:
+        if number is None:
             workers[0].kill()
         else:
-            os.kill(process.pid, signal.SIGINT)
+            process.send_signal(number)
         output, _ = process.communicate(timeout=WAIT_SECONDS)
-    assert process.returncode == (0 if kill_worker else 130), output
-    if not kill_worker:
+    assert process.returncode == exit_code, output
+    if number is not None:
         assert "run the same command again to continue" in output
+        assert "Traceback" not in output
         wait_for(lambda: not any(worker.is_running() for worker in workers))
         assert command([*words, *RAY]).returncode == 0
     assert_same_sweep(tmp_path / "run-sweep", expected)
@@ -96,7 +95,8 @@ def test_a_lost_worker_is_told_where_none_may_fail(
 ) -> None:
     recipe, _ = swept
     with started([*sweep_command(recipe, tmp_path), *RAY]) as process:
-        wait_for((tmp_path / "run-sweep" / "trials" / "02" / "metrics.jsonl").is_file)
+        begun = tmp_path / "run-sweep" / "trials" / "02" / "metrics.jsonl"
+        wait_for(lambda: begun.is_file() and len(workers_of(process.pid)) == 2)
         for worker in workers_of(process.pid):
             worker.kill()
         output, _ = process.communicate(timeout=WAIT_SECONDS)

@@ -100,15 +100,18 @@ def stopped_with(fix: str) -> Iterator[None]:
     Raises:
         Interrupted: The user stopped the command.
     """
+    ended = False
 
     def on_sigterm(_number: int, _frame: FrameType | None) -> None:
-        raise Terminated("stopped immediately", fix=fix)
+        nonlocal ended
+        ended = True
+        raise KeyboardInterrupt  # the only one that Ray lets through while it waits
 
     before = signal.signal(signal.SIGTERM, on_sigterm)
     try:
         yield
     except KeyboardInterrupt:
-        raise Interrupted("stopped immediately", fix=fix) from None
+        raise (Terminated if ended else Interrupted)("stopped immediately", fix=fix) from None
     finally:
         signal.signal(signal.SIGTERM, before)
 

@@ -117,10 +117,12 @@ def sweep(
     with command_context(as_json) as progress:
         ray = _ray_options(engine, workers, address, max_failures)
         loaded = Recipe.load(recipe)
+        from loratune.workflows.search.settings import parse_settings, with_settings
         from loratune.workflows.search.sweep import sweep as run_sweep
 
         seconds = None if budget is None else as_seconds(budget)
-        with _workers(loaded, ray, progress) as taking:
+        fixed, _ = parse_settings(settings)
+        with _workers(with_settings(loaded, fixed), ray, progress) as taking:
             result = run_sweep(
                 loaded,
                 settings,

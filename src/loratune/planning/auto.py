@@ -28,7 +28,7 @@ def free_device_bytes(device: str, at_once: int = 1) -> int | None:
         at_once: How many runs of one process each share the machine.
     """
     sharers = max(processes.local_size(), at_once)
-    return None if sharers == 1 or device != "cpu" else free_bytes(device) // sharers
+    return None if sharers == 1 or device == "cuda" else free_bytes(device) // sharers
 
 
 def output_dir(recipe: Recipe) -> Path:

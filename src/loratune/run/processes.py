@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_LAUNCHER_VARIABLES = (
+LAUNCHER_VARIABLES = (
     "RANK",
     "WORLD_SIZE",
     "LOCAL_RANK",
@@ -36,7 +36,7 @@ _LAUNCHER_VARIABLES = (
     "OMPI_COMM_WORLD_SIZE",
     "MV2_COMM_WORLD_SIZE",
 )
-"""The variables by which transformers and accelerate detect that a process is one of several."""
+"""Variables by which loratune, transformers and accelerate detect that a process is one of several."""
 
 RENDEZVOUS_SECONDS = 1800
 """How long processes wait for each other at the start; torch's default."""
@@ -153,7 +153,7 @@ def start() -> None:
         local_size=hosts.count(socket.gethostname()),
         store=dist.PrefixStore("loratune", store),  # type: ignore[attr-defined]
     )
-    for name in _LAUNCHER_VARIABLES:
+    for name in LAUNCHER_VARIABLES:
         os.environ.pop(name, None)
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from loratune.evaluation.record import nll_record, paired_differences
 from loratune.run.records.sweep import SweepRecord, TrialLosses
-from loratune.workflows.search.halving import choose_survivors, level_for, mean_loss, plan_rungs, step_of
+from loratune.workflows.search.halving import by_clock, choose_survivors, level_for, mean_loss, plan_rungs, step_of
 from loratune.workflows.search.results import TrialSoFar, rank_trials, sensitivity
 
 ROWS = 60
@@ -137,3 +137,15 @@ def test_sensitivity_takes_many_numbers_in_thirds() -> None:
     assert rate["values"][0]["value"] == "1e-02 to 1e+00"
     assert rate["spread"] == pytest.approx(0.6, abs=0.05)
     assert sensitivity([measured(1)]) == []
+
+
+def test_the_clock_counts_the_longest_trial_or_the_share_of_each_worker() -> None:
+    assert by_clock([1.0, 2.0, 3.0], 1) == 6.0
+    assert by_clock([1.0, 2.0, 3.0], 2) == 3.0
+    assert by_clock([10.0, 1.0], 2) == 10.0
+    assert by_clock([], 3) == 0.0
+
+
+def test_several_workers_afford_a_longer_first_rung() -> None:
+    assert plan_rungs(24, 1000, run_seconds=100, budget=300)[0] == 1 / 32
+    assert plan_rungs(24, 1000, run_seconds=100, budget=300, at_once=4)[0] == 1 / 8

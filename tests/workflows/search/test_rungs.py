@@ -32,7 +32,7 @@ def stand_in(folder: SweepDir, number: int, *losses: float, ends: bool = False, 
         values = {"step": 4, "is_final": False, "losses": [], "seconds": 1.0, "problem": problem}
         write_record(folder.losses(number, len(losses)), TrialLosses, values)
     estimate = SimpleNamespace(num_steps=16, time=SimpleNamespace(train_seconds=100.0, evaluate_seconds=1.0))
-    recipe = SimpleNamespace(model=SimpleNamespace(dtype="float32"))
+    recipe = SimpleNamespace(model=SimpleNamespace(dtype="float32"), train=SimpleNamespace(device="cuda"))
     prepared: Any = SimpleNamespace(estimate=estimate, recipe=recipe)
     run: Any = SimpleNamespace(root=folder.trial(number).root, is_complete=ends)
     return Trial(number=number, settings={"lora.r": str(number)}, recipe=Recipe(), prepared=prepared, run=run)

@@ -172,9 +172,5 @@ def find_sweeps(roots: list[Path]) -> Iterator[tuple[Path, SweepSoFar]]:
             continue
         except RunError as error:
             page = Page(title=f"Sweep {root.name}", lead="", badge="damaged", footer="")
-            yield (
-                root,
-                SweepSoFar(
-                    state="damaged", summary=f"{SweepDir(root).plan.name}: {error.problem}", trials=(), page=page
-                ),
-            )
+            file = SweepDir(root).plan if error.file is None else Path(error.file)
+            yield root, SweepSoFar(state="damaged", summary=f"{file.name}: {error.problem}", trials=(), page=page)

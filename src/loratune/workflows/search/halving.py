@@ -27,7 +27,7 @@ FEWEST_STEPS = 4
 
 
 def plan_rungs(
-    num_trials: int, num_steps: int, *, run_seconds: float = 0.0, budget: float | None = None
+    num_trials: int, num_steps: int, *, run_seconds: float = 0.0, budget: float | None = None, at_once: int = 1
 ) -> list[float]:
     """Return the fractions of a run at which trials are compared; the last one is 1.
 
@@ -35,13 +35,14 @@ def plan_rungs(
         num_trials: Trials.
         num_steps: Optimizer steps of the shortest trial.
         run_seconds: Seconds that one whole trial takes.
-        budget: Seconds for all of them; the first rung is made short enough. None: no limit.
+        budget: Seconds by the clock for all of them; the first rung is made short enough. None: no limit.
+        at_once: How many trials are taken at the same time.
     """
     num_halvings = min(MAX_HALVINGS, int(math.log2(num_trials))) if num_trials > 1 else 0
     first = 0.5**num_halvings
     while (
         budget is not None
-        and num_trials * first * run_seconds > BUDGET_SHARE * budget
+        and by_clock([first * run_seconds] * num_trials, at_once) > BUDGET_SHARE * budget
         and first / 2 * num_steps >= FEWEST_STEPS
     ):
         first /= 2
@@ -49,6 +50,14 @@ def plan_rungs(
     while rungs[-1] < 1:
         rungs.append(min(1.0, 2 * rungs[-1]))
     return rungs
+
+
+def by_clock(seconds: Sequence[float], at_once: int) -> float:
+    """Return how long trials of so many seconds each take by the clock, if so many are taken at once.
+
+    No less than the longest, and no less than all workers need for the sum.
+    """
+    return max(math.fsum(seconds) / at_once, max(seconds, default=0.0))
 
 
 def step_of(rung: float, num_steps: int) -> int | None:

@@ -15,9 +15,10 @@ from loratune.run.records.sweep import TrialLosses
 from loratune.run.run_log import RunLog
 from loratune.workflows.assess import explain_out_of_memory
 from loratune.workflows.resume import continue_run
-from loratune.workflows.search.halving import step_of
+from loratune.workflows.search.halving import by_clock, step_of
 from loratune.workflows.search.results import TrialSoFar
 from loratune.workflows.search.settings import short_name
+from loratune.workflows.search.trials import run_seconds, slowdown
 from loratune.workflows.start import start_run
 from loratune.workflows.steps import Leg, Paused
 
@@ -40,10 +41,14 @@ class Legs:
         plan: What is tried.
         base: The base model that the trials share.
         progress: Shows how far a trial is.
+        at_once: How many trials are taken at the same time, by this process or by others.
     """
 
-    def __init__(self, folder: SweepDir, plan: SweepPlanRecord, base: SharedBase, progress: Progress) -> None:
+    def __init__(
+        self, folder: SweepDir, plan: SweepPlanRecord, base: SharedBase, progress: Progress, at_once: int = 1
+    ) -> None:
         self._folder, self._plan, self._base, self._progress = folder, plan, base, progress
+        self._at_once = at_once
 
     def measured(self, trials: Sequence[Trial]) -> list[TrialSoFar]:
         """Return the trials as far as they were taken.
@@ -73,14 +78,19 @@ class Legs:
         """Return the trials that are at a rung already, and those that the rest of the budget takes there."""
         if budget is None:
             return list(trials)
-        spent = math.fsum(read_record(path, TrialLosses).seconds for path in self._folder.all_losses())
+        spent = [self._seconds_at(number) for number in range(len(self._plan.rungs))]
         chosen = []
         for trial in trials:
             needed = self._expected_seconds(trial, rung)
-            spent += needed
-            if not needed or spent <= budget:
+            spent[rung].append(needed)
+            if not needed or math.fsum(by_clock(seconds, self._at_once) for seconds in spent) <= budget:
                 chosen.append(trial)
         return chosen
+
+    def _seconds_at(self, rung: int) -> list[float]:
+        """Return the seconds that each trial took to a rung from the one before."""
+        paths = (path for path in self._folder.all_losses() if path.stem.endswith(f"-{rung}"))
+        return [read_record(path, TrialLosses).seconds for path in paths]
 
     def _expected_seconds(self, trial: Trial, rung: int) -> float:
         """Return the seconds that a trial needs to a rung: at its own speed so far, or else at the plan's."""
@@ -89,10 +99,10 @@ class Legs:
             return 0.0
         planned, until = trial.prepared.estimate.time, step_of(self._plan.rungs[rung], trial.num_steps)
         steps = (until or trial.num_steps) - (known[-1].step if known else 0)
-        evaluation = planned.evaluate_seconds if until is None else 0.0
+        evaluation = planned.evaluate_seconds * slowdown(trial.prepared, self._at_once) if until is None else 0.0
         if known:
             return evaluation + steps * math.fsum(losses.seconds for losses in known) / known[-1].step
-        return evaluation + steps / trial.num_steps * planned.train_seconds
+        return evaluation + steps / trial.num_steps * run_seconds(trial.prepared, self._at_once)
 
     def known(self, trial: Trial, rung: int) -> TrialLosses | None:
         """Return the losses of a trial at a rung, or where it ended before; None if it is still to be taken there."""

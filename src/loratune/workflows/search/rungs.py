@@ -44,11 +44,11 @@ def run_sweep(
         plan: What is tried.
         trials: The trials, prepared.
         legs: What takes a trial to a rung, and knows how far it was taken.
-        budget: Seconds of all workers together; None: no limit.
+        budget: Seconds by the clock for all trials together; None: no limit.
         progress: Shows how far the sweep is.
         workers: Processes that take trials; None: this one.
     """
-    with nullcontext() if workers is None else workers.on(folder):
+    with nullcontext() if workers is None else workers.on(folder, trials):
         waiting = _take_all_rungs(plan, trials, legs, Lanes(legs, workers), budget, progress)
     return write_result(folder, plan, legs.measured(trials), waiting)
 

@@ -22,7 +22,7 @@ from loratune.workflows.search.legs import Legs
 from loratune.workflows.search.rungs import run_sweep
 from loratune.workflows.search.settings import draw_trials, parse_settings, with_settings
 from loratune.workflows.search.shared_base import SharedBase
-from loratune.workflows.search.trials import prepare_trials, write_plan
+from loratune.workflows.search.trials import prepare_trials, run_seconds, write_plan
 from loratune.workflows.search.workers import trials_at_once
 
 if TYPE_CHECKING:
@@ -87,23 +87,22 @@ def sweep(
         RunError: All trials failed.
     """
     processes.start()
-    size = trials_at_once(workers)
-    budget = None if budget is None else budget * size
     fixed, swept = parse_settings(settings)
     base = with_settings(as_recipe(recipe), fixed)
     drawn = draw_trials(swept, trials, base.train.seed)
+    at_once = trials_at_once(workers, len(drawn))
     own = output_dir(base)
     folder = SweepDir.create(own.with_name(f"{own.name}-sweep"), overwrite=overwrite)
     with folder.exclusive():
-        found = prepare_trials(folder, base, drawn, progress, at_once=size)
-        plan = _plan(folder, base, found, halving=halving, budget=budget)
-        legs = Legs(folder, plan, SharedBase(), progress)
+        found = prepare_trials(folder, base, drawn, progress, at_once=at_once)
+        plan = _plan(folder, base, found, halving=halving, budget=budget, at_once=at_once)
+        legs = Legs(folder, plan, SharedBase(), progress, at_once)
         record = run_sweep(folder, plan, found, legs=legs, workers=workers, budget=budget, progress=progress)
     return SweepResult(folder=folder.root, record=record)
 
 
 def _plan(
-    folder: SweepDir, base: Recipe, trials: Sequence[Trial], *, halving: bool, budget: float | None
+    folder: SweepDir, base: Recipe, trials: Sequence[Trial], *, halving: bool, budget: float | None, at_once: int = 1
 ) -> SweepPlanRecord:
     """Plan the rungs of a new sweep; return what was written, now or when it began.
 
@@ -115,8 +114,9 @@ def _plan(
         rungs = plan_rungs(
             len(trials),
             min(trial.num_steps for trial in trials),
-            run_seconds=max(trial.prepared.estimate.time.train_seconds for trial in trials),
+            run_seconds=max(run_seconds(trial.prepared, at_once) for trial in trials),
             budget=budget,
+            at_once=at_once,
         )
     plan = write_plan(folder, base, trials, rungs)
     began_halving = len(plan.rungs) > 1

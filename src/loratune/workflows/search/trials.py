@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from loratune.planning.auto import free_device_bytes
 from loratune.planning.lock import examples_fingerprint
 from loratune.planning.prepare import prepare
 from loratune.recipe.recipe import Recipe
 from loratune.run.directory import RunDir, read_json
-from loratune.run.errors import RecipeError
+from loratune.run.errors import MachineError, RecipeError
 from loratune.run.records.files import read_record, write_record
 from loratune.run.records.sweep import SweepPlanRecord
 from loratune.workflows.locked_recipe import located
@@ -62,6 +63,7 @@ def prepare_trials(
     Raises:
         RecipeError: The sweep in the folder is another one, no data is held out, or trials would be compared on
             different rows.
+        MachineError: Not so many trials fit the machine at once.
     """
     given = {"recipe": base.model_dump(mode="json", exclude_unset=True), "trials": drawn}
     before = read_json(folder.plan) if folder.plan.is_file() else None
@@ -76,35 +78,12 @@ def prepare_trials(
     with progress.task("preparing", len(drawn), "trials") as task:
         for number, settings in enumerate(drawn, 1):
             run = folder.trial(number)
-            recipe = recipe_of_trial(base, settings, run)
+            recipe = with_settings(base, as_words(settings)).replace(train={"output_dir": str(run.root)})
             prepared = _prepare(recipe, run, found[0].prepared if found else None, dtype, progress, at_once)
             dtype = prepared.recipe.model.dtype
             found.append(Trial(number=number, settings=settings, recipe=recipe, prepared=prepared, run=run))
             task.advance()
     return found
-
-
-def recipe_of_trial(base: Recipe, settings: Settings, run: RunDir) -> Recipe:
-    """Return the recipe of a trial, with `auto` unresolved."""
-    return with_settings(base, as_words(settings)).replace(train={"output_dir": str(run.root)})
-
-
-def prepare_alone(folder: SweepDir, number: int, resolved: Recipe, like: Trial | None, progress: Progress) -> Trial:
-    """Prepare one trial in a process that takes some of them, with what `prepare_trials` found elsewhere.
-
-    Args:
-        folder: The sweep's folder, with its plan.
-        number: The trial's number, from 1.
-        resolved: Its recipe, with every `auto` resolved.
-        like: A trial of the same sweep that this process has prepared.
-        progress: Shows how far it is.
-    """
-    plan, run = read_record(folder.plan, SweepPlanRecord), folder.trial(number)
-    settings = dict(plan.trials[number - 1])
-    same_rows = like is not None and like.recipe.train.seed == resolved.train.seed
-    prepared = prepare(resolved, progress, like=like.prepared if like is not None and same_rows else None)
-    recipe = recipe_of_trial(Recipe.parse(plan.recipe), settings, run)
-    return Trial(number=number, settings=settings, recipe=recipe, prepared=prepared, run=run)
 
 
 def _prepare(
@@ -117,6 +96,7 @@ def _prepare(
         recipe = recipe.replace(model={"dtype": dtype})
     same_rows = first is not None and first.recipe.train.seed == recipe.train.seed
     prepared = prepare(recipe, progress, like=first if same_rows else None, at_once=at_once)
+    _check_share(prepared, at_once)
     if not prepared.data.eval:
         raise RecipeError("no data is held out, so trials cannot be compared", fix="data.eval=FILE, or data.eval=0.1")
     if prepared.data.stream is not None:
@@ -132,6 +112,30 @@ def _prepare(
             "train.seed decides which rows are held out, so its trials cannot be compared", fix="data.eval=FILE"
         )
     return prepared
+
+
+def _check_share(prepared: Preparation, at_once: int) -> None:
+    """Check that a run fits its share of the memory: one that has begun keeps the micro-batches that it began with.
+
+    Raises:
+        MachineError: It does not.
+    """
+    share, needed = free_device_bytes(prepared.recipe.train.device, at_once), prepared.estimate.memory.peak_bytes
+    if at_once > 1 and share is not None and needed > share:
+        raise MachineError(
+            f"a trial needs {needed / 2**30:.1f} GiB, and {at_once} at once have {share / 2**30:.1f} GiB each",
+            fix="a smaller --workers",
+        )
+
+
+def slowdown(prepared: Preparation, at_once: int) -> int:
+    """Return by how much a run is slower than planned if so many share the machine: on a CPU, they share the cores."""
+    return at_once if prepared.recipe.train.device == "cpu" else 1
+
+
+def run_seconds(prepared: Preparation, at_once: int) -> float:
+    """Return the planned seconds of a run's training, if so many share the machine."""
+    return prepared.estimate.time.train_seconds * slowdown(prepared, at_once)
 
 
 def write_plan(folder: SweepDir, base: Recipe, trials: Sequence[Trial], rungs: Sequence[float]) -> SweepPlanRecord:

@@ -7,6 +7,7 @@ Both are sweeps of the same recipe: the same seed, the same rows in the same ord
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from dataclasses import dataclass
@@ -25,12 +26,12 @@ from loratune.run.progress import NO_PROGRESS, Progress
 from loratune.run.records.files import read_record, write_record
 from loratune.run.records.sweep import SweepPlanRecord, SweepRecord, TrialLosses, TrialResult, TuneRecord
 from loratune.workflows.search.folder import SweepDir
-from loratune.workflows.search.halving import plan_rungs
+from loratune.workflows.search.halving import by_clock, plan_rungs
 from loratune.workflows.search.legs import Legs
 from loratune.workflows.search.rungs import run_sweep
 from loratune.workflows.search.settings import Settings, as_words, short_name, with_settings
 from loratune.workflows.search.shared_base import SharedBase
-from loratune.workflows.search.trials import prepare_trials, write_plan
+from loratune.workflows.search.trials import prepare_trials, run_seconds, write_plan
 from loratune.workflows.search.workers import trials_at_once
 
 if TYPE_CHECKING:
@@ -95,8 +96,6 @@ def tune(
     """
     processes.start()
     started = time.monotonic()
-    size = trials_at_once(workers)
-    budget *= size
     given = as_recipe(recipe)
     own = output_dir(given)
     root = own.with_name(f"{own.name}-tune").expanduser().resolve()
@@ -111,8 +110,8 @@ def tune(
 
     shared.release()  # or the plans of the next trials would count it as somebody else's memory
     fast = with_settings(bare, [f"train.learning_rate={best_rate}"])
-    shapes, left_out = _fitting(fast, _shapes(given), progress, at_once=size)
-    spent = max(size * (time.monotonic() - started), _seconds(rates))
+    shapes, left_out = _fitting(fast, _shapes(given), progress, workers)
+    spent = max(time.monotonic() - started, _seconds(rates, trials_at_once(workers, len(drawn))))
     chosen = _best(rates).settings
     found = None
     if len(shapes) > 1 and spent < budget:
@@ -161,21 +160,22 @@ def _stage(
     overwrite: bool,
     progress: Progress,
 ) -> SweepRecord:
-    """Run a sweep of these trials, within as many seconds of all workers together."""
-    folder = SweepDir.create(root, overwrite=overwrite)
+    """Run a sweep of these trials."""
+    folder, at_once = SweepDir.create(root, overwrite=overwrite), trials_at_once(workers, len(drawn))
     with folder.exclusive():
-        trials = prepare_trials(folder, base, drawn, progress, at_once=trials_at_once(workers))
-        plan = _plan(folder, base, trials, budget)
-        legs = Legs(folder, plan, shared, progress)
+        trials = prepare_trials(folder, base, drawn, progress, at_once=at_once)
+        plan = _plan(folder, base, trials, budget, at_once)
+        legs = Legs(folder, plan, shared, progress, at_once)
         return run_sweep(folder, plan, trials, legs=legs, workers=workers, budget=budget, progress=progress)
 
 
-def _plan(folder: SweepDir, base: Recipe, trials: Sequence[Trial], budget: float) -> SweepPlanRecord:
+def _plan(folder: SweepDir, base: Recipe, trials: Sequence[Trial], budget: float, at_once: int) -> SweepPlanRecord:
     rungs = plan_rungs(
         len(trials),
         min(trial.num_steps for trial in trials),
-        run_seconds=max(trial.prepared.estimate.time.train_seconds for trial in trials),
+        run_seconds=max(run_seconds(trial.prepared, at_once) for trial in trials),
         budget=budget,
+        at_once=at_once,
     )
     return write_plan(folder, base, trials, rungs)
 
@@ -198,8 +198,10 @@ def _untried(record: SweepRecord) -> list[TrialResult]:
     return [trial for trial in record.trials if not trial.rungs and not trial.problem]
 
 
-def _seconds(record: SweepRecord) -> float:
-    return math.fsum(rung.seconds for trial in record.trials for rung in trial.rungs)
+def _seconds(record: SweepRecord, at_once: int) -> float:
+    """Return how long a sweep took by the clock, if it was not interrupted."""
+    rungs = itertools.zip_longest(*(trial.rungs for trial in record.trials))
+    return math.fsum(by_clock([rung.seconds for rung in at if rung is not None], at_once) for at in rungs)
 
 
 # ---- the learning rate
@@ -275,9 +277,10 @@ def _shapes(recipe: Recipe) -> list[Settings]:
 
 
 def _fitting(
-    base: Recipe, shapes: Sequence[Settings], progress: Progress, *, at_once: int = 1
+    base: Recipe, shapes: Sequence[Settings], progress: Progress, workers: Workers | None = None
 ) -> tuple[list[Settings], list[str]]:
     """Return those that this model and this machine can train, and a sentence about each of the others."""
+    at_once = trials_at_once(workers, len(shapes))
     first, found, left_out = prepare(base, progress, at_once=at_once), [], list[str]()
     for settings in shapes:
         try:

@@ -25,7 +25,7 @@ class Workers(Protocol):
 
     size: int
 
-    def on(self, folder: SweepDir) -> AbstractContextManager[None]:
+    def on(self, folder: SweepDir, trials: Sequence[Trial]) -> AbstractContextManager[None]:
         """Work on the sweep in a folder, whose plan is written, until the context ends."""
 
     def submit(self, trial: Trial, rung: int) -> None:
@@ -39,9 +39,9 @@ class Workers(Protocol):
         """
 
 
-def trials_at_once(workers: Workers | None) -> int:
-    """Return how many trials are taken at once."""
-    return 1 if workers is None else workers.size
+def trials_at_once(workers: Workers | None, num_trials: int) -> int:
+    """Return how many of so many trials are taken at once."""
+    return 1 if workers is None else min(workers.size, num_trials)
 
 
 class Lanes:
@@ -62,16 +62,20 @@ class Lanes:
         Args:
             trials: Trials that were not dropped.
             rung: The rung, from 0. At the first one, the first trial starts whatever the budget is.
-            budget: Seconds of all workers together, which is their number times those of a clock; None: no limit.
+            budget: Seconds by the clock for the whole sweep; None: no limit.
         """
         queue, left_out = deque(trials), set[int]()
         found: dict[int, TrialLosses] = {}
+        at_once = trials_at_once(self._workers, len(trials))
         while queue or self._under_way:
-            while queue and len(self._under_way) < trials_at_once(self._workers):
+            while queue and len(self._under_way) < at_once:
                 trial = queue.popleft()
                 if (known := self._legs.known(trial, rung)) is not None:
                     found[trial.number] = known
                 elif rung == 0 and (found or self._under_way) and not self._is_affordable(trial, rung, budget):
+                    if self._under_way:  # what these take decides, not what was planned
+                        queue.appendleft(trial)
+                        break
                     left_out.add(trial.number)
                 else:
                     self._start(trial, rung)
