@@ -155,7 +155,7 @@ ALSO: dict[str, dict[str, Any]] = {
     "train.on_bad_step": {"lora.alpha": 1e38, "train.on_bad_step": "skip"},  # no gradient of such a scale has a norm
     "train.max_skipped_steps": {"lora.alpha": 1e38, "train.on_bad_step": "skip"},
     "train.average_checkpoints": {"train.save_every": 1},
-    "train.early_stopping": {"train.eval_every": 1, "train.learning_rate": 20.0},
+    "train.early_stopping": {"train.eval_every": 1, "train.learning_rate": 0.3},
     **dict.fromkeys(
         ("preference.loss", "preference.beta", "preference.label_smoothing", "preference.sft_weight"), PAIRS
     ),
