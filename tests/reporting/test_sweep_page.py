@@ -44,6 +44,8 @@ def test_the_table_shows_who_lost_where_and_by_how_much() -> None:
     console.print(trial_table(found))
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     first, second, third = (line for line in shown.splitlines() if line.strip()[:1].isdigit())
+    assert "learning_rate" in shown
+    assert "train.learning_rate" not in shown, "a section is named where two have a field of the name"
     assert "best" in first
     assert "finished" in first
     assert "±" in second

@@ -60,7 +60,9 @@ def _varied(record: SweepRecord) -> list[str]:
 
 
 def _columns(record: SweepRecord) -> tuple[str, ...]:
-    return ("trial", *_varied(record), "state", "step", "held-out loss", "worse than the best by")
+    fields = [name.rpartition(".")[2] for name in _varied(record)]
+    names = fields if len(set(fields)) == len(fields) else _varied(record)
+    return ("trial", *names, "state", "step", "held-out loss", "worse than the best by")
 
 
 def _rows(record: SweepRecord) -> Iterator[tuple[str, ...]]:
