@@ -29,17 +29,25 @@ BEFORE_FORK = ("loratune", "torch", "transformers.models.llama.modeling_llama", 
 MASKS = ["tests/data/masking/test_spans.py", "tests/data/masking/test_render.py"]
 MEMORY = ["tests/planning/memory"]
 TESTS = {
-    "data.masking.spans_by_substitution": [*MASKS, "tests/data/masking/test_render_refusals.py"],
+    "data.masking.spans_by_substitution": [
+        *MASKS,
+        "tests/data/masking/test_render_refusals.py",
+        "tests/data/masking/test_roles.py",
+    ],
     "data.masking.spans_by_prompting": [*MASKS, "tests/data/masking/test_render_refusals.py"],
     "data.masking.token_labels": ["tests/data/masking/test_token_labels.py", *MASKS],
     "data.steps": ["tests/data/test_steps_values.py", "tests/data/test_steps.py"],
     "training.loss": ["tests/training/test_loss.py"],
     "model.kernels.cross_entropy": ["tests/model/kernels/test_cross_entropy.py"],
-    "training.checkpoint": ["tests/training/test_checkpoint_values.py", "tests/training/test_checkpoint.py"],
+    "training.checkpoint": [
+        "tests/training/test_checkpoint_values.py",
+        "tests/training/test_checkpoint.py",
+        "tests/workflows/test_extend.py",
+    ],
     **{f"planning.memory.{name}": MEMORY for name in ("memory", "adapter", "encoder", "optimizer", "quantized")},
     "planning.speed": ["tests/planning/test_speed_values.py", "tests/planning/test_speed.py"],
     "planning.cost": ["tests/planning/test_cost.py", "tests/planning/test_cost_values.py"],
-    "exporting.certificate": ["tests/exporting/test_certificate.py"],
+    "exporting.certificate": ["tests/exporting/test_certificate.py", "tests/workflows/test_certify_endpoint.py"],
     "exporting.verdict": ["tests/exporting/test_verdict.py", "tests/exporting/test_certificate.py"],
     "exporting.weights_proof": ["tests/exporting/test_weights_proof.py", "tests/workflows/adapters/test_proofs.py"],
     "model.kernels.dropout": ["tests/model/kernels/test_dropout.py"],

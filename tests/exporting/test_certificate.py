@@ -12,7 +12,7 @@ import torch
 
 from loratune.data.examples import Example
 from loratune.data.rows.row import Origin
-from loratune.exporting.certificate import EXACT, Target, Tolerance, Written, certify, summary
+from loratune.exporting.certificate import EXACT, Target, Tolerance, Written, certify, score_in_words, summary
 from loratune.exporting.places import Question
 from loratune.exporting.reference_outputs import Divergence, ReferenceOutputs
 from loratune.exporting.verdict import allowed_flips
@@ -160,6 +160,12 @@ def test_rounding_as_large_as_training_decides_nothing() -> None:
     assert record["tolerance"]["mean_kl"] == pytest.approx(0.8, rel=1e-3)
 
 
+def test_the_divergence_of_rounding_alone_is_recorded_and_zero_where_nothing_is_rounded() -> None:
+    noisy = replace(EXPECTED, rounded=replace(FAR, kl=torch.full((3,), 0.4)))
+    found = [certificate(Table(), expected=expected)["distributions"]["rounding_kl"] for expected in (EXPECTED, noisy)]
+    assert found == [0.0, pytest.approx(0.4)]
+
+
 def test_where_rounding_is_unknown_the_outputs_alone_say_same_or_nothing() -> None:
     many = Divergence(kl=torch.full((30,), 0.5), same_top=torch.ones(30, dtype=torch.bool))
     ten = replace(EXPECTED, examples=EXPECTED.examples * 10, logprobs=EXPECTED.logprobs * 10, base=many, rounded=many)
@@ -207,3 +213,17 @@ def test_a_rounding_error_larger_than_the_update_is_not_shown_as_a_share_of_it()
 def test_a_padded_vocabulary_is_the_same_model() -> None:
     padded = torch.cat([LOGITS_SV, torch.full((3, 2), 9.0)], dim=1)
     assert certificate(Table(padded))["passed"]
+
+
+@pytest.mark.parametrize(
+    ("metric", "factor", "words"),
+    [
+        ("json", 1, "JSON correct 80.0% (-2.0 points, -6.0 to +2.0)"),
+        ("bleu", 100, "BLEU 80 (-2.0 points, -6.0 to +2.0)"),  # is a number up to 100 itself
+    ],
+)
+def test_scores_of_answers_are_shown_in_percent_and_bleu_as_it_is(metric: str, factor: int, words: str) -> None:
+    scores = {"score": 0.8, "difference": {"value": -0.02, "low": -0.06, "high": 0.02}}
+    scaled = {key: value * factor for key, value in scores["difference"].items()}
+    answers = {"metric": metric, "scores": {"score": 0.8 * factor, "difference": scaled}}
+    assert score_in_words(answers) == words

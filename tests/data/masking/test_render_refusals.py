@@ -42,6 +42,21 @@ def test_a_system_message_that_the_template_refuses_or_drops_is_rejected(
     assert "drops the text of message 1 (system)" in rejection(rendered([conversation], with_template(dropping)))
 
 
+def test_a_question_that_the_template_changes_is_rejected_and_one_that_it_only_looks_into_is_not(
+    with_template: WithTemplate, converse: Make, rendered: Render, trained_texts: Trained
+) -> None:
+    conversation = converse(user('Hi "you"'), assistant("Hello."))
+    looking = "{% if 'Hi' in messages[0]['content'] %}!{% endif %}" + SMOLLM2
+    changing = looking.replace("+ message['content'] +", "+ message['content'] | replace('you', 'me') +")
+
+    changed = rendered([conversation], with_template(changing))
+    tokenizer = with_template(looking)
+    (example,) = rendered([conversation], tokenizer).examples
+
+    assert "drops or changes the text of message 1 (user)" in rejection(changed)
+    assert trained_texts(example, tokenizer) == ["Hello.<|im_end|>"]
+
+
 @pytest.mark.parametrize(
     "messages",
     [

@@ -165,3 +165,14 @@ def test_the_last_token_of_a_span_is_the_one_with_its_last_character() -> None:
     assert _tokens_of(tokens, text, 0, 1, "it") == (0, 0, False)
     assert _tokens_of(tokens, text, 0, 2, "it") == (0, 1, False)
     assert _tokens_of(tokens, text, 1, 2, "it") == (1, 1, False)
+
+
+@pytest.mark.parametrize("text", ["Øne two", "One twø"])
+def test_every_token_must_give_back_its_text_the_first_one_too(
+    smollm2_tokenizer: PreTrainedTokenizerBase, text: str
+) -> None:
+    (tokens,) = Encoder(backend_of(smollm2_tokenizer))(["One two"])
+    tokens = replace(tokens, decoded="One two")  # as of a tokenizer that writes Ø and ø without their strokes
+    masker = TokenMasker(smollm2_tokenizer, max_length=64, on_long="error")
+    with pytest.raises(BadRow, match="cannot write it"):
+        masker(replace(RENDERED, text=text, spans=None, is_plain_text=True), tokens)

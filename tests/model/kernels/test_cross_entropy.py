@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache, partial
 
 import pytest
@@ -8,7 +9,13 @@ import torch.nn.functional as F
 
 from loratune.model.device import cpp_compiler
 from loratune.model.kernels import cross_entropy
-from loratune.model.kernels.cross_entropy import Head, cross_entropy_each, cross_entropy_per_token, sum_cross_entropy
+from loratune.model.kernels.cross_entropy import (
+    Head,
+    cross_entropy_each,
+    cross_entropy_per_token,
+    head_logits,
+    sum_cross_entropy,
+)
 
 
 def reference(
@@ -203,7 +210,25 @@ def test_a_gpu_gets_full_tiles_of_rows() -> None:
     assert cross_entropy.chunk_rows(256_000, "cuda") == 1024  # 1,048 fit
     assert cross_entropy.chunk_rows(3_000_000, "cuda") == 89  # less than a tile fits
     assert cross_entropy.chunk_rows(49_152, "cpu") == 170
+    assert cross_entropy.chunk_rows(49_152, "mps") == 682
     assert cross_entropy.chunk_rows(10**9, "cpu") == 16
+
+
+@pytest.mark.parametrize("loss", [sum_cross_entropy, cross_entropy_each, cross_entropy_per_token])
+def test_no_more_logits_are_held_at_once_than_a_chunk_has(
+    monkeypatch: pytest.MonkeyPatch, loss: Callable[..., torch.Tensor]
+) -> None:
+    monkeypatch.setitem(cross_entropy.CHUNK_BYTES, "cpu", 4 * 101 * 16)
+    held = []
+
+    def recorded(hidden: torch.Tensor, head: Head) -> torch.Tensor:
+        logits = head_logits(hidden, head)
+        held.append(logits.numel())
+        return logits
+
+    monkeypatch.setattr(cross_entropy, "head_logits", recorded)
+    loss(torch.randn(70, 24), Head(torch.randn(101, 24)), torch.randint(0, 101, (70,)))
+    assert held == [16 * 101] * 4 + [6 * 101]
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0])

@@ -6,7 +6,12 @@ import pytest
 
 from loratune.planning.memory import memory
 from loratune.planning.memory.memory import generation_bytes, per_token_bytes, wants_rehearsal
-from loratune.planning.memory.overhead import CONTEXT_BYTES, SIZES_BYTES
+from loratune.planning.memory.overhead import (
+    CONTEXT_BYTES,
+    GPU_OVERHEAD_FRACTION,
+    HEAP_OVERHEAD_FRACTION,
+    SIZES_BYTES,
+)
 from loratune.run.errors import MachineError
 from tests.planning.memory.records import MODEL, WORK, plan
 
@@ -73,6 +78,20 @@ def test_a_micro_batch_has_an_example_at_least_and_a_step_at_most(budget: int, t
 
 def test_a_run_without_held_out_examples_and_prompts_plans_no_evaluation() -> None:
     assert plan(held_out=0).evaluation_bytes == 0
+
+
+def test_answers_that_take_more_than_a_step_replace_all_that_a_step_alone_needs() -> None:
+    made = plan(prompt=60_000, num_prompts=1, max_new_tokens=60, variant_bytes=70_000)
+    assert made.evaluation_bytes == 60_060 * (11 * 50 + 400)
+    kept = 2_000_000 + 100_000 * (8 + 2) + 800_000 + 70_000
+    assert made.peak_bytes == kept + made.process_bytes + made.allocator_bytes + made.evaluation_bytes
+
+
+def test_fragmentation_grows_with_the_activations() -> None:
+    activations = 400 * 10 * 1000
+    assert plan().allocator_bytes == pytest.approx(activations * GPU_OVERHEAD_FRACTION, abs=1)
+    eager = plan(device="cpu", dtype_bytes=4, num_sizes=0)
+    assert eager.allocator_bytes == pytest.approx(activations * HEAP_OVERHEAD_FRACTION["float32"], abs=1)
 
 
 @pytest.mark.parametrize(("free", "wanted"), [(2**40, False), (1000, True)])
