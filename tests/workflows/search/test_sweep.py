@@ -179,11 +179,11 @@ class Killed(BaseException):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("writes", [2, 7, 15, 26, 33])
+@pytest.mark.parametrize("writes", [2, 7, 15, 22, 28])
 def test_a_sweep_that_was_killed_ends_with_the_same_table(
     swept: tuple[Recipe, SweepResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writes: int
 ) -> None:
-    """Killed at the n-th line of the metrics, in the middle of a trial."""
+    """Killed at the n-th of 29 lines of the metrics, in the middle of a trial."""
     recipe, result = swept
     recipe = recipe.replace(train={"output_dir": str(tmp_path / "run")})
     append, done = RunDir.append_metrics, 0
