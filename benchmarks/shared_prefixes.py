@@ -173,7 +173,7 @@ def beside_trl(recipe: Recipe, rounds: int, steps: int) -> list[dict[str, Any]]:
     own = Path(recipe.train.output_dir)
     written = own.with_suffix(".yaml")
     written.write_text(recipe.to_yaml(), encoding="utf-8")
-    stock = [Path(__file__).parent / "stock_trl.py", recipe.data.train, "--steps", steps, "--assistant-only"]
+    stock = [Path(__file__).parent / "stock_trl.py", recipe.data.train[0].name, "--steps", steps]
     for number in range(rounds):
         for engine in ("trl", "fast") if number % 2 else ("fast", "trl"):
             if engine == "trl":
