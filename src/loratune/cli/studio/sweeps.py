@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loratune.reporting.blocks import Page, PageSection, Paragraph
@@ -19,7 +20,6 @@ from loratune.workflows.search.settings import short_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
