@@ -8,14 +8,14 @@ SmolLM2-135M-Instruct with the seed's hyper-parameters. Cases, whose rows are ma
     tools    four groups of rows, each with tool schemas of its own in the system prompt (some 300 tokens)
     gsm8k    benchmarks/gsm8k-64.jsonl: only the system prompt of the model's template is shared
 
-With `--trl-rounds 2`, runs of stock TRL with its own defaults (gradient checkpointing, bf16 autocast) and of the recipe
-alternate instead. Otherwise:
-
 Both ways compute the gradients of the same step, of the same examples and with the same dropout masks, one right after
 the other; which goes first alternates. So a ratio of one step compares two neighboring spans of time, and other load
 cancels as far as it lasts longer than a step. Seconds are the process's CPU time, which other programs change less
 than the clock; those of the clock stand beside them. The first step compiles and is not counted.
 Every step is printed when it is done, as a line of JSON, and a summary at the end.
+
+With `--trl-rounds N`, N runs each of the recipe and of stock TRL with its own defaults (gradient checkpointing, bf16
+autocast) alternate instead; a line of JSON for each, and the ratio of the medians.
 """
 
 from __future__ import annotations

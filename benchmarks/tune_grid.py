@@ -6,7 +6,7 @@
 Trains every point of the grid to its end, tunes within the budget, trains the tuned recipe to its end, and compares the
 held-out losses on the same rows. By default the grid has 24 points: 6 rates × 2 ranks × 2 targets; each rank with each
 target is a sweep of its own. What was done before a kill is not done again, and sweeps that `loratune sweep` ended are
-taken as they are, so that several processes may share the grid. Its cost is the sum of what its trials took.
+taken as they are, so that several processes may share the grid. The cost of either is the sum of what its trials took.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +36,8 @@ from loratune.workflows.start import start_run
 from loratune.workflows.steps import Leg
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from loratune.run.records.sweep import SweepRecord
 
 
@@ -61,11 +62,9 @@ def main() -> None:
         ).record
         for place in places
     ]
-    grid_seconds = math.fsum(rung.seconds for part in parts for trial in part.trials for rung in trial.rungs)
-
-    started = time.monotonic()
     tuned = tune(recipe, budget=as_seconds(asked.budget), progress=progress).record
-    tune_seconds = time.monotonic() - started
+    grid_seconds = _seconds(parts)
+    tune_seconds = _seconds([tuned.rates, *([tuned.shapes] if tuned.shapes is not None else [])])
 
     own = _elsewhere(with_settings(recipe, as_words(tuned.settings)), "tuned")
     losses: list[tuple[float, int]] = []
@@ -101,6 +100,10 @@ def main() -> None:
 
 def _elsewhere(recipe: Recipe, name: str) -> Recipe:
     return with_settings(recipe, [f"train.output_dir={recipe.train.output_dir}-{name}"])
+
+
+def _seconds(sweeps: Sequence[SweepRecord]) -> float:
+    return math.fsum(rung.seconds for each in sweeps for trial in each.trials for rung in trial.rungs)
 
 
 def _losses(record: SweepRecord, number: int) -> list[tuple[float, int]]:

@@ -12,15 +12,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from loratune import __main__ as cli
-from loratune.cli import shell
 from loratune.model.load import SMALL_PACKAGE
 from loratune.run.directory import RunDir
+from tests.cli.conftest import Run
 from tests.conftest import conversation, write_jsonl
 
 VERBS = [
@@ -48,41 +47,11 @@ VERBS = [
     "schema",
 ]
 
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def loratune(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run the command in this process; exit code, stdout, stderr."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["loratune", *map(str, arguments)])
-        before = signal.getsignal(signal.SIGPIPE)
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        assert signal.getsignal(signal.SIGPIPE) == before, "a connection that is closed must not end a run"
-        captured = capsys.readouterr()
-        return int(stop.value.code or 0), captured.out, captured.err
-
-    return run
-
 
 def test_a_reader_that_has_gone_ends_the_command_without_a_word() -> None:
     command = f"{sys.executable} -m loratune schema | true; exit ${{PIPESTATUS[0]}}"
     ended = subprocess.run(["bash", "-c", command], check=False, capture_output=True, text=True, timeout=120)
     assert (ended.returncode, ended.stdout, ended.stderr) == (1, "", "")
-
-
-@pytest.fixture
-def recipe(tiny_model: Path, chat_files: tuple[Path, Path], tmp_path: Path) -> Path:
-    path = tmp_path / "recipe.yaml"
-    path.write_text(
-        f"model:\n  name: {tiny_model}\n  dtype: float32\n"
-        f"data:\n  train: {chat_files[0]}\n  eval: {chat_files[1]}\n"
-        f"train:\n  output_dir: {tmp_path / 'run'}\n  epochs: 1\n  device: cpu\n  learning_rate: 1e-2\n"
-        "evaluate:\n  metric: exact_match\n  max_new_tokens: 3\n"
-    )
-    return path
 
 
 def test_help_is_quick_and_names_every_verb() -> None:
@@ -444,30 +413,3 @@ def test_a_gate_that_fails_is_exit_code_1_and_the_record_is_whole(
     code, out, err = loratune("evaluate", run, "--metric", "own.py:score", "--json")
     assert code == 2
     assert "--allow-code" in json.loads(out)["fix"]
-
-
-@pytest.mark.parametrize(
-    ("options", "exit_code", "words"),
-    [
-        (("--workers", 2), 2, "--workers is only for Ray"),
-        (("--max-failures", 0), 2, "--max-failures is only for Ray"),
-        (("--engine", "ray", "--processes", 2), 2, "--engine ray --workers 2"),
-    ],
-)
-def test_options_of_another_engine_are_refused(
-    loratune: Run, recipe: Path, options: tuple[object, ...], exit_code: int, words: str
-) -> None:
-    code, _, told = loratune("train", recipe, *options)
-    assert (code, words in told) == (exit_code, True), told
-    if "--processes" not in options:
-        code, _, told = loratune("sweep", recipe, "lora.r=2,4", *options)
-        assert (code, words in told) == (exit_code, True), told
-
-
-def test_a_missing_ray_is_told_before_the_recipe_is_read(
-    loratune: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(shell, "find_spec", lambda name: None)
-    code, _, told = loratune("train", tmp_path / "no.yaml", "--engine", "ray")
-    assert code == 4
-    assert "pip install 'ray[train]>=" in told

@@ -53,6 +53,10 @@ def test_more_workers_than_gpus_are_refused_on_a_cluster_that_no_machine_will_jo
     options = RayOptions(workers=3)
     with pytest.raises(MachineError, match="--workers 3 need a GPU each, and this machine has 2"):
         module.check_placeable(options, gpus=True, is_own=True)
+    monkeypatch.setattr(module.ray, "cluster_resources", dict)
+    with pytest.raises(MachineError, match=r"this machine has 0\n  fix: train\.device=cpu or auto"):
+        module.check_placeable(options, gpus=True, is_own=True)
+    monkeypatch.setattr(module.ray, "cluster_resources", lambda: {"GPU": 2.0})
     module.check_placeable(options, gpus=True, is_own=False)
     module.check_placeable(options, gpus=False, is_own=True)
     module.check_placeable(RayOptions(workers=2), gpus=True, is_own=True)

@@ -13,10 +13,12 @@ from loratune.run import processes
 from loratune.run.errors import RecipeError
 
 ALONE = """
-import sys
+import atexit
+import torch.distributed
 from loratune.cli.shell import command_context
 from loratune.run import processes
 from loratune.run.errors import DataError
+atexit.register(lambda: print("connected at exit:", torch.distributed.is_initialized()))
 with command_context(False, together=True):
     assert processes.gather(processes.rank()) == [0, 1]
     if processes.rank() == 1:
@@ -39,6 +41,8 @@ def test_an_error_of_one_process_is_told_once_with_its_number_and_ends_the_other
     assert done.stderr.count("DataError") == 1
     assert "DataError process 1: train.jsonl:7: a row that only this process sees" in done.stderr
     assert "exitcode  : 3" in done.stderr, "torchrun reports it"
+    assert "connected at exit: False" in done.stdout
+    assert "connected at exit: True" not in done.stdout, "gloo's threads could abort the interpreter"
     assert "LostPeerError" not in done.stderr
 
 

@@ -64,12 +64,12 @@ def ray_workers(recipe: Recipe, options: RayOptions, progress: TerminalProgress)
     connect(options.address, options.workers)
     try:
         gpus = uses_gpus(recipe)
+        check_placeable(options, gpus=gpus, is_own=not (options.address or os.environ.get("RAY_ADDRESS")))
         if gpus and not torch.cuda.is_available():
             raise MachineError(
-                "the workers have GPUs, and this machine, which plans the trials, has none",
+                "the workers have GPUs, and this machine, which plans the trials, has none that torch can use",
                 fix="run the command on a machine like theirs, or train.device=cpu",
             )
-        check_placeable(options, gpus=gpus, is_own=not (options.address or os.environ.get("RAY_ADDRESS")))
         warn_of_waiting("GPU" if gpus else "CPU", options.workers, progress)
         with stopped_with(_AGAIN):
             yield RayWorkers(options, progress, gpus=gpus)
@@ -87,7 +87,7 @@ def check_placeable(options: RayOptions, *, gpus: bool, is_own: bool) -> None:
     if gpus and is_own and available < options.workers:
         raise MachineError(
             f"--workers {options.workers} need a GPU each, and this machine has {available}",
-            fix=f"--workers {available}, or train.device=cpu",
+            fix=f"--workers {available}, or train.device=cpu" if available else "train.device=cpu or auto",
         )
 
 
@@ -194,10 +194,8 @@ class _Worker:
     """
 
     def __init__(self, folder: SweepDir, trials: Sequence[Trial], cwd: str, mailbox: Any) -> None:
-        for name in (
-            *LAUNCHER_VARIABLES,
-            "SLURM_STEP_ID",
-        ):  # of the launcher that started Ray here: each trial is a run of one process
+        # Those of the launcher that started Ray here; each trial is a run of one process.
+        for name in (*LAUNCHER_VARIABLES, "SLURM_STEP_ID"):
             os.environ.pop(name, None)
         self._folder, self._trials, self._cwd, self._mailbox = folder, trials, cwd, mailbox
         self._base = SharedBase()

@@ -17,12 +17,11 @@ from loratune.run import processes
 from loratune.run.errors import RecipeError
 from loratune.run.progress import NO_PROGRESS, Progress
 from loratune.workflows.search.folder import SweepDir
-from loratune.workflows.search.halving import plan_rungs
 from loratune.workflows.search.legs import Legs
 from loratune.workflows.search.rungs import run_sweep
 from loratune.workflows.search.settings import draw_trials, parse_settings, with_settings
 from loratune.workflows.search.shared_base import SharedBase
-from loratune.workflows.search.trials import prepare_trials, run_seconds, write_plan
+from loratune.workflows.search.trials import prepare_trials, rungs_of, write_plan
 from loratune.workflows.search.workers import trials_at_once
 
 if TYPE_CHECKING:
@@ -109,15 +108,7 @@ def _plan(
     Raises:
         RecipeError: The sweep in the folder drops trials early and this one does not, or the other way round.
     """
-    rungs = [1.0]
-    if halving:
-        rungs = plan_rungs(
-            len(trials),
-            min(trial.num_steps for trial in trials),
-            run_seconds=max(run_seconds(trial.prepared, at_once) for trial in trials),
-            budget=budget,
-            at_once=at_once,
-        )
+    rungs = rungs_of(trials, budget, at_once) if halving else [1.0]
     plan = write_plan(folder, base, trials, rungs)
     began_halving = len(plan.rungs) > 1
     if began_halving is not halving and len(trials) > 1:

@@ -14,6 +14,7 @@ from loratune.run.errors import MachineError, RecipeError
 from loratune.run.records.files import read_record, write_record
 from loratune.run.records.sweep import SweepPlanRecord
 from loratune.workflows.locked_recipe import located
+from loratune.workflows.search.halving import plan_rungs
 from loratune.workflows.search.settings import Settings, as_words, with_settings
 
 if TYPE_CHECKING:
@@ -136,6 +137,17 @@ def slowdown(prepared: Preparation, at_once: int) -> int:
 def run_seconds(prepared: Preparation, at_once: int) -> float:
     """Return the planned seconds of a run's training, if so many share the machine."""
     return prepared.estimate.time.train_seconds * slowdown(prepared, at_once)
+
+
+def rungs_of(trials: Sequence[Trial], budget: float | None, at_once: int) -> list[float]:
+    """Return the fractions of a run at which these trials are compared; the arguments are those of `plan_rungs`."""
+    return plan_rungs(
+        len(trials),
+        min(trial.num_steps for trial in trials),
+        run_seconds=max(run_seconds(trial.prepared, at_once) for trial in trials),
+        budget=budget,
+        at_once=at_once,
+    )
 
 
 def write_plan(folder: SweepDir, base: Recipe, trials: Sequence[Trial], rungs: Sequence[float]) -> SweepPlanRecord:

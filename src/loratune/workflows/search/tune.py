@@ -24,14 +24,14 @@ from loratune.run.directory import RunDir, read_json, write_text
 from loratune.run.errors import MachineError, RecipeError
 from loratune.run.progress import NO_PROGRESS, Progress
 from loratune.run.records.files import read_record, write_record
-from loratune.run.records.sweep import SweepPlanRecord, SweepRecord, TrialLosses, TrialResult, TuneRecord
+from loratune.run.records.sweep import SweepRecord, TrialLosses, TrialResult, TuneRecord
 from loratune.workflows.search.folder import SweepDir
-from loratune.workflows.search.halving import by_clock, plan_rungs
+from loratune.workflows.search.halving import by_clock
 from loratune.workflows.search.legs import Legs
 from loratune.workflows.search.rungs import run_sweep
 from loratune.workflows.search.settings import Settings, as_words, short_name, with_settings
 from loratune.workflows.search.shared_base import SharedBase
-from loratune.workflows.search.trials import prepare_trials, run_seconds, write_plan
+from loratune.workflows.search.trials import prepare_trials, rungs_of, write_plan
 from loratune.workflows.search.workers import trials_at_once
 
 if TYPE_CHECKING:
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 
     from loratune.recipe.sections.lora import LoraSection
     from loratune.training.held_out_loss import Nll
-    from loratune.workflows.search.trials import Trial
     from loratune.workflows.search.workers import Workers
 
 RATES = ("1e-5", "3e-5", "1e-4", "3e-4", "1e-3", "3e-3", "1e-2")
@@ -164,20 +163,9 @@ def _stage(
     folder, at_once = SweepDir.create(root, overwrite=overwrite), trials_at_once(workers, len(drawn))
     with folder.exclusive():
         trials = prepare_trials(folder, base, drawn, progress, at_once=at_once)
-        plan = _plan(folder, base, trials, budget, at_once)
+        plan = write_plan(folder, base, trials, rungs_of(trials, budget, at_once))
         legs = Legs(folder, plan, shared, progress, at_once)
         return run_sweep(folder, plan, trials, legs=legs, workers=workers, budget=budget, progress=progress)
-
-
-def _plan(folder: SweepDir, base: Recipe, trials: Sequence[Trial], budget: float, at_once: int) -> SweepPlanRecord:
-    rungs = plan_rungs(
-        len(trials),
-        min(trial.num_steps for trial in trials),
-        run_seconds=max(run_seconds(trial.prepared, at_once) for trial in trials),
-        budget=budget,
-        at_once=at_once,
-    )
-    return write_plan(folder, base, trials, rungs)
 
 
 def _best(record: SweepRecord) -> TrialResult:
