@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 from loratune.data.mixture import held_out_groups
 from loratune.evaluation.record import nll_record
 from loratune.model.device import is_out_of_memory
+from loratune.planning.lock import examples_fingerprint
 from loratune.run import processes
 from loratune.run.errors import OutOfMemory
 from loratune.run.records.evaluation import EvaluationRecord
@@ -40,6 +42,7 @@ def compare_base_and_tuned(
     progress: Progress,
     tuned_nll: Nll | None = None,
     metric: UserMetric | None = None,
+    base_losses: dict[str, Nll] | None = None,
 ) -> tuple[Record, Nll]:
     """Measure the fine-tuned model and the one before the run, which are the same loaded model with another adapter or
     none, and write `evaluation.json`; return it, and the held-out losses of the fine-tuned model.
@@ -52,10 +55,13 @@ def compare_base_and_tuned(
         progress: Shows how far the evaluation is.
         tuned_nll: The fine-tuned model's held-out losses, if training ended with them.
         metric: A metric of the user's, instead of the recipe's.
+        base_losses: `Leg.base_losses`.
     """
     events = EventLog(run, progress)
     events.step = max((line["step"] for line in run.read_metrics()), default=prepared.estimate.num_steps)
     started = started_from_adapter(run, progress)
+    token_budget = processes.gather(_token_budget(prepared, run))[0]
+    known, key = {} if base_losses is None else base_losses, _key_before(prepared, token_budget, started=started)
     compared = task_of(prepared.recipe).compare(
         Comparison(
             prepared=prepared,
@@ -63,14 +69,16 @@ def compare_base_and_tuned(
             started=started,
             before=partial(before_training, model, run, started=started),
             loss=loss,
-            budget=TokenBudget(processes.gather(_token_budget(prepared, run))[0], events, together=loss.sharded),
+            budget=TokenBudget(token_budget, events, together=loss.sharded),
             events=events,
             progress=progress,
             run=run,
+            base_nll=known.get(key),
             tuned_nll=tuned_nll,
             metric=metric,
         )
     )
+    known[key] = compared.base_nll
     record = compared.record
     record["before"] = "start" if started else "base"
     groups = held_out_groups(prepared.data.eval, prepared.data.report)
@@ -104,3 +112,11 @@ def explain_out_of_memory(run: RunDir) -> Iterator[None]:
 def _token_budget(prepared: Preparation, run: RunDir) -> int:
     """Return the plan's token budget, or what an out-of-memory error reduced it to."""
     return History.of(run.read_metrics()).token_budget or prepared.estimate.memory.token_budget
+
+
+def _key_before(prepared: Preparation, token_budget: int, *, started: bool) -> str:
+    """Return what decides, to the bit, the held-out losses before the first step: everything in the recipe but what is
+    left out here. Targets decide which loss is the fastest, and alpha scales a start adapter.
+    """
+    recipe = prepared.recipe.model_dump(mode="json", exclude={"train": {"learning_rate", "output_dir"}})
+    return json.dumps([recipe, examples_fingerprint(prepared.data.eval), token_budget, started])

@@ -77,6 +77,8 @@ class Leg:
             saves one there. None: there was no pause.
         on_losses: Called with a step and the held-out losses there, at the pause; with None and those of the final
             adapter, at the end.
+        base_losses: Held-out losses before the first step, which runs on the same base share: a run takes what another
+            one measured, or adds its own. None: it measures them.
         callbacks: The user's own callbacks of the trainer.
     """
 
@@ -84,6 +86,7 @@ class Leg:
     until: int | None = None
     dropped: int | None = None
     on_losses: Callable[[int | None, Nll], None] | None = None
+    base_losses: dict[str, Nll] | None = None
     callbacks: Sequence[TrainerCallback] = ()
 
 
@@ -170,7 +173,9 @@ def _finish(
     try:
         with explain_out_of_memory(run), explain_lost_process():
             if prepared.data.eval:
-                evaluation, losses = compare_base_and_tuned(prepared, run, model, loss, progress, tuned_nll)
+                evaluation, losses = compare_base_and_tuned(
+                    prepared, run, model, loss, progress, tuned_nll, base_losses=leg.base_losses
+                )
                 if leg.on_losses is not None:
                     leg.on_losses(None, losses)
     except KeyboardInterrupt:

@@ -33,6 +33,7 @@ from loratune.workflows.search import legs as module
 from loratune.workflows.search.folder import SweepDir
 from loratune.workflows.search.shared_base import SharedBase
 from loratune.workflows.search.sweep import SweepResult, sweep
+from loratune.workflows.tasks.generation import compare
 from loratune.workflows.train import train
 from tests.conftest import recipe_maker
 
@@ -116,6 +117,27 @@ def test_a_dropped_trial_goes_on_to_the_end_as_any_run(swept: tuple[Recipe, Swee
     rate, r = float(lost.settings["train.learning_rate"]), int(lost.settings["lora.r"])
     own = recipe.replace(train={"learning_rate": rate, "output_dir": str(tmp_path / "run")}, lora={"r": r})
     assert run.adapter_weights.read_bytes() == train(own).run.adapter_weights.read_bytes()
+
+
+def test_the_loss_of_the_base_is_measured_once_and_not_taken_where_it_may_differ(
+    tiny_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of_base: list[bool] = []
+    original = compare.evaluate_nll
+
+    def counted(loss: Any, *others: Any) -> Any:
+        of_base.append(any(getattr(module, "disable_adapters", False) for module in loss.model.modules()))
+        return original(loss, *others)
+
+    monkeypatch.setattr(compare, "evaluate_nll", counted)
+    recipe = tiny_recipe(train__max_steps=2, evaluate__metric="none", evaluate__samples=0)
+    result = sweep(recipe, ["train.learning_rate=1e-3,1e-2", "lora.targets=attention,complete"], halving=False)
+    assert of_base.count(True) == 2, "one for each choice of targets"
+    for trial in result.record.trials:
+        own = {"learning_rate": float(trial.settings["train.learning_rate"]), "output_dir": str(tmp_path / "own")}
+        alone = recipe.replace(train=own, lora={"targets": trial.settings["lora.targets"]})
+        expected = read_json(train(alone, overwrite=True).run.evaluation)
+        assert read_json(RunDir.open(trial.run).evaluation) == expected
 
 
 def test_the_table_says_which_rates_lose_and_by_how_much(swept: tuple[Recipe, SweepResult]) -> None:

@@ -131,7 +131,7 @@ class Legs:
             write_record(path, TrialLosses, {**values, **({"problem": problem} if problem else {})})
 
         paused = step_of(self._plan.rungs[rung - 1], trial.num_steps) if rung else None
-        leg = Leg(load=self._base, until=until, dropped=paused, on_losses=record)
+        leg = Leg(load=self._base, until=until, dropped=paused, on_losses=record, base_losses=self._base.losses)
         try:
             with explain_out_of_memory(trial.run):
                 self._go(trial, leg)

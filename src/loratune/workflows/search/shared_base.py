@@ -14,6 +14,7 @@ from loratune.workflows.load import load_base
 if TYPE_CHECKING:
     from loratune.planning.preparation import Preparation
     from loratune.run.progress import Progress
+    from loratune.training.held_out_loss import Nll
 
 
 class SharedBase:
@@ -22,9 +23,13 @@ class SharedBase:
     What attaches an adapter to a model replaces its modules, their classes and their calls, and none of it can be
     taken back for certain. So every run gets new modules, and only the memory of the frozen weights is the same. A run
     that changes or packs these weights gets a model of its own.
+
+    Attributes:
+        losses: The base's held-out losses that the runs measured, as `Leg.base_losses`.
     """
 
     def __init__(self) -> None:
+        self.losses: dict[str, Nll] = {}
         self._base: Any = None
 
     def __call__(self, prepared: Preparation, progress: Progress) -> Any:
