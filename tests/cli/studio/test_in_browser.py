@@ -26,6 +26,7 @@ from tests.reporting.conftest import PLANTED, rewrite
 HARM = PLANTED[1] + PLANTED[2]
 RUN = "__models/<svg onload=window.hacked=6>"
 SWEEP = "__models/<b onclick=window.hacked=8>-sweep"
+TUNE = "__models/<b onclick=window.hacked=9>-tune"
 UNNAMED = """() => [...document.querySelectorAll('input:not([type=hidden]), select, textarea, button, a')]
   .filter(one => !(one.labels?.length || one.ariaLabel || one.textContent.trim())).map(one => one.outerHTML)"""
 
@@ -42,6 +43,7 @@ def work(finished_run: RunDir, tmp_path: Path) -> Path:
     (tmp_path / "<b>.yaml").write_text(f"{recipe}\n# {HARM}\n", encoding="utf-8")
     (tmp_path / "<img src=x onerror=window.hacked=7>.csv").write_text("a,b\n", encoding="utf-8")
     plant_sweep(SweepDir.create(tmp_path / SWEEP, overwrite=False))
+    plant_sweep(SweepDir.create(tmp_path / TUNE / "rates", overwrite=False))
     own = tmp_path / OWN
     own.mkdir()
     words = ["train", f"{HARM}.yaml"]
@@ -114,6 +116,7 @@ def test_planted_text_is_text_and_all_pages_fit_a_phone(url: str, visit: Callabl
         f"/run?{urlencode(run)}": HARM,
         "/job?id=1-a": HARM,
         f"/sweep?{urlencode({'path': SWEEP})}": HARM,
+        f"/tune?{urlencode({'path': TUNE})}": HARM,
         f"/compare?{urlencode({'run': [RUN, '__models/two']}, doseq=True)}": RUN.rpartition("/")[2],
         f"/recipe?{urlencode({'file': '<b>.yaml'})}": HARM,
         f"/run/chat?{urlencode(run)}": RUN,
@@ -189,7 +192,7 @@ def test_a_file_that_is_dropped_in_is_opened(url: str, visit: Callable[[str], Vi
     assert visitor.complaints == []
 
 
-def test_enter_in_the_settings_of_a_sweep_starts_the_sweep_and_not_a_training(
+def test_enter_in_what_a_search_is_given_starts_the_search_and_not_a_training(
     url: str, visit: Callable[[str], Visitor]
 ) -> None:
     page = visit(url).page
@@ -205,12 +208,19 @@ def test_enter_in_the_settings_of_a_sweep_starts_the_sweep_and_not_a_training(
     page.goto(f"{url.partition('/?')[0]}/recipe?{urlencode({'file': '<b>.yaml'})}")
     page.get_by_label("Settings to vary").fill("lora.r=4,8 <b>")
     expect(page.locator("#swept")).to_have_text("lora.r=4,8 <b>")
+    page.get_by_label("Time for all of them").fill("2h")
+    expect(page.locator("#sweep-title ~ pre")).to_contain_text("lora.r=4,8 <b> --budget 2h")
+    page.keyboard.press("Enter")
+    expect(page.get_by_text("started")).to_be_visible()
+    page.go_back()
+    page.get_by_label("Time for it").fill("30m")
+    expect(page.locator("#tune-title ~ pre")).to_contain_text("tune '<b>.yaml' --budget 30m")
     page.keyboard.press("Enter")
     expect(page.get_by_text("started")).to_be_visible()
     page.go_back()
     page.get_by_role("button", name="Save and start training").click()
     expect(page.get_by_text("started")).to_be_visible()
-    assert asked == ["sweep/start", "start"]
+    assert asked == ["sweep/start", "tune/start", "start"]
 
 
 def test_what_a_reader_unfolded_stays_open_when_the_page_is_renewed(url: str, visit: Callable[[str], Visitor]) -> None:

@@ -101,3 +101,38 @@ def test_a_sweep_is_started_from_a_recipe_and_followed_to_its_ranks(
     page.get_by_role("link", name="Recipe with the best settings").click()
     expect(page.get_by_label("train.learning_rate", exact=True)).not_to_have_value("0.01")
     visitor.finds_no_harm()
+
+
+@pytest.mark.slow
+def test_settings_are_found_within_a_time_and_lead_to_a_recipe(
+    start_studio: Callable[[Path], Started],
+    visit: Callable[[str], Visitor],
+    folder: Path,
+    write_recipe: Callable[..., None],
+) -> None:
+    """Also stopped on the way: the same command continues."""
+    write_recipe("three", train={"epochs": 30, "learning_rate": 1e-5}, evaluate={})
+    studio = start_studio(folder)
+    visitor = visit(studio.url)
+    page = visitor.page
+    page.set_default_timeout(LONG)
+    page.goto(f"{studio.origin}/recipe?file=three.yaml")
+    page.get_by_label("Time for it").fill("1h")
+    page.get_by_role("button", name="Save and find the settings").click()
+    page.wait_for_url("**/tune?*")
+    expect(page.locator(".lead .badge")).to_have_text("running", timeout=LONG)
+    expect(page.locator("#live")).to_contain_text("Learning rate", timeout=LONG)
+    page.get_by_role("button", name="Stop after this step").click()
+    page.get_by_role("button", name="Continue").click()
+    expect(page.locator(".lead .badge")).to_have_text("finished", timeout=LONG)
+    expect(page.locator("header .lead")).to_contain_text("Chosen: learning_rate=")
+    expect(page.locator("main")).to_contain_text("the lowest held-out loss of 7 rates")
+    expect(page.locator("#live")).to_contain_text("Rank and target modules")
+    page.get_by_role("link", name="Rank and target modules: trials, curves and runs").click()
+    expect(page.locator("main")).to_contain_text("Trial 1")
+    page.go_back()
+    page.get_by_role("link", name="Recipe with these settings").click()
+    expect(page.get_by_label("train.learning_rate", exact=True)).not_to_have_value("1e-5")
+    page.goto(studio.origin)
+    expect(page.get_by_role("link", name="__models/three-tune", exact=True)).to_be_visible()
+    visitor.finds_no_harm()

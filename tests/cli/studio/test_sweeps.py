@@ -18,7 +18,8 @@ from loratune.cli.studio.helper import Helper
 from loratune.cli.studio.jobs import Job, Jobs
 from loratune.cli.studio.places import StudioFolder
 from loratune.cli.studio.server import studio_app
-from loratune.cli.studio.sweeps import find_sweeps, read_sweep
+from loratune.cli.studio.sweeps import read_or_damaged, read_sweep
+from loratune.cli.studio.tunes import find_searches
 from loratune.run.directory import RunDir
 from loratune.run.errors import RecipeError
 from loratune.run.records.files import write_record
@@ -115,9 +116,9 @@ def test_a_damaged_result_is_named_and_so_is_a_damaged_plan(folder: SweepDir, tm
     assert found.state == "stopped"
     assert found.page.sections[0].title == "Missing data"
     assert "r=8 is best" in found.summary, "ranked from the losses"
-    assert len(list(find_sweeps([folder.root, tmp_path]))) == 1, "a folder that is not a sweep is left out"
+    assert len(list(find_searches([folder.root, tmp_path]))) == 1, "a folder that is not a sweep is left out"
     folder.plan.write_text("{")
-    ((_, damaged),) = find_sweeps([folder.root])
+    damaged = read_or_damaged(folder)
     assert damaged.state == "damaged"
     assert damaged.summary.startswith("sweep.json: damaged: Expecting property name")
 
@@ -176,10 +177,15 @@ def test_a_sweep_is_started_once_with_the_words_that_are_shown(
     monkeypatch.setattr(Helper, "ask", where)
     (tmp_path / "-r.yaml").write_text("model:\n  name: x\n")
     form = {"file": "-r.yaml", "settings": "train.learning_rate=1e-4,3e-4 'lora.r=8, 32'"}
-    answer = user.post("/sweep/start", data=form, headers={"origin": ORIGIN}, follow_redirects=False)
+    answer = user.post(
+        "/sweep/start", data={**form, "sweep_budget": " 2 h"}, headers={"origin": ORIGIN}, follow_redirects=False
+    )
     assert answer.headers["location"] == "/sweep?path=__models%2F-r-sweep"
-    assert started[0].words == ("sweep", "./-r.yaml", "train.learning_rate=1e-4,3e-4", "lora.r=8, 32")
+    varied = ("train.learning_rate=1e-4,3e-4", "lora.r=8, 32")
+    assert started[0].words == ("sweep", "./-r.yaml", *varied, "--budget", "2h")
     assert started[0].page == "/sweep"
+    wrong = user.post("/sweep/start", data={**form, "sweep_budget": "soon"}, headers=JSON)
+    assert wrong.json()["problem"] == "--budget soon: not a time"
     for settings in ("", "--overwrite", "lora.r=4 --out=/etc", "lora.r", "'"):
         wrong = user.post("/sweep/start", data={**form, "settings": settings}, headers=JSON)
         assert wrong.status_code == 400

@@ -12,10 +12,11 @@ import pytest
 from loratune.model.adapter.variants import scale_of
 from loratune.planning.prepare import prepare
 from loratune.recipe.recipe import Recipe
-from loratune.run.errors import MachineError
+from loratune.run.errors import MachineError, RecipeError
 from loratune.run.progress import NO_PROGRESS
 from loratune.run.records.sweep import RungResult, SweepRecord, TrialDifference, TrialResult
 from loratune.workflows.search import tune as module
+from loratune.workflows.search.folder import SweepDir, TuneDir
 from loratune.workflows.search.settings import as_words, with_settings
 from loratune.workflows.search.tune import RATES, diverging_rates, tune
 
@@ -129,6 +130,25 @@ def test_shapes_that_cannot_be_trained_are_left_out_and_named(tiny_recipe: Calla
     assert fitting == [{"lora.r": "4"}]
     (sentence,) = left_out
     assert sentence.startswith("targets=[no_such_module] is left out: ")
+
+
+def test_what_is_started_over_leaves_nothing_of_what_was_found_before(tmp_path: Path) -> None:
+    folder = TuneDir.create(tmp_path / "x-tune", overwrite=False)
+    for sweep in (folder.rates, folder.shapes):
+        SweepDir.create(sweep.root, overwrite=False).plan.write_text("{}")
+    folder.result.touch()
+    TuneDir.create(folder.root, overwrite=False)
+    assert folder.result.is_file()
+    assert [TuneDir.around(sweep.root) for sweep in (folder.rates, folder.shapes)] == [folder, folder]
+    assert TuneDir.around(folder.root) is None
+    assert folder.working() is None
+    with folder.shapes.exclusive():
+        assert folder.working() == folder.shapes
+    with folder.rates.exclusive(), pytest.raises(RecipeError, match="another"):
+        TuneDir.create(folder.root, overwrite=True)
+    assert folder.result.is_file()
+    TuneDir.create(folder.root, overwrite=True)
+    assert [path.name for path in folder.root.iterdir()] == ["rates"]
 
 
 @pytest.mark.slow

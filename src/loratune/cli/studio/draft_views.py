@@ -13,6 +13,7 @@ from starlette.routing import Route
 
 from loratune.cli import plan_tables
 from loratune.cli.next_steps import command
+from loratune.cli.options import as_seconds
 from loratune.cli.studio.known_models import models_here
 from loratune.cli.studio.pages import as_block, go_to, read_form, show, studio_of
 from loratune.cli.studio.places import as_word
@@ -22,13 +23,16 @@ from loratune.recipe.yaml import read_settings
 from loratune.reporting.blocks import Charts
 from loratune.reporting.plan_section import memory_chart
 from loratune.reporting.run_page import token_text
-from loratune.run.directory import write_text
+from loratune.run.directory import RunDir, write_text
 from loratune.run.errors import MachineError, RecipeError
 from loratune.run.records.base import read_valid_parts
 from loratune.run.records.plan import PlanRecord
 from loratune.run.records.preview import PreviewRecord
+from loratune.workflows.search.folder import TuneDir
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from starlette.requests import Request
 
     from loratune.cli.studio.pages import Studio
@@ -99,6 +103,7 @@ async def recipe_view(request: Request) -> Response:
         "models": models_here(studio.places),
         "command": command("train", as_word(file)),
         "sweep": command("sweep", as_word(file)),
+        "tune": command("tune", as_word(file)),
     }
     return show("recipe.html", request, file=file, text=text, seen=_digest(text), **values)
 
@@ -177,18 +182,42 @@ async def start_view(request: Request) -> Response:
 
 async def start_sweep_view(request: Request) -> Response:
     """Save the recipe, start `loratune sweep`, and open the page of the sweep."""
-    studio, form = studio_of(request), await read_form(request)
+    form = await read_form(request)
+    words = _swept(form.get("settings", ""))
+    if form.get("sweep_budget", "").strip():
+        words += _budget(form["sweep_budget"])
+    return await _start_search(studio_of(request), form, "sweep", words)
+
+
+async def start_tune_view(request: Request) -> Response:
+    """Save the recipe, start `loratune tune`, and open its page."""
+    form = await read_form(request)
+    return await _start_search(studio_of(request), form, "tune", _budget(form.get("tune_budget", "")))
+
+
+async def _start_search(studio: Studio, form: Mapping[str, str], verb: str, words: Sequence[str]) -> Response:
+    """Start a verb whose folder is named like the run directory, plus the verb; not if it is at work there already."""
     path, _ = _open_recipe(studio, form.get("file", ""))
-    settings = _swept(form.get("settings", ""))
     if "text" in form:
         await _save(studio, form)
     file = studio.places.short(path)
     own = studio.run_at(await studio.helpers.guide.ask("where", recipe=file)).root
-    sweep = studio.run_at(studio.places.short(own.with_name(f"{own.name}-sweep")))
-    about = studio.places.short(sweep.root)
-    if not any(job.is_running for job in studio.jobs.all(about)) and not sweep.is_in_use:
-        studio.jobs.start(("sweep", as_word(file), *settings), about=about, source=file)
-    return go_to("/sweep", path=about)
+    root = studio.run_at(studio.places.short(own.with_name(f"{own.name}-{verb}"))).root
+    about = studio.places.short(root)
+    works = RunDir(root).is_in_use or TuneDir(root).working() is not None
+    if not works and not any(job.is_running for job in studio.jobs.all(about)):
+        studio.jobs.start((verb, as_word(file), *words), about=about, source=file)
+    return go_to(f"/{verb}", path=about)
+
+
+def _budget(text: str) -> list[str]:
+    """Return the words of a time budget.
+
+    Raises:
+        RecipeError: It is not a time.
+    """
+    as_seconds(text)
+    return ["--budget", "".join(text.split())]
 
 
 def _swept(text: str) -> list[str]:
@@ -237,5 +266,6 @@ ROUTES = [
     Route("/recipe/plan", plan_view),
     Route("/recipe/tokens", tokens_view),
     Route("/start", start_view, methods=["POST"]),
+    Route("/tune/start", start_tune_view, methods=["POST"]),
     Route("/sweep/start", start_sweep_view, methods=["POST"]),
 ]

@@ -69,7 +69,7 @@ class Job:
     @property
     def page(self) -> str:
         """The page that shows what the command works on."""
-        return "/sweep" if self.words[0] == "sweep" else "/run"
+        return f"/{self.words[0]}" if self.words[0] in ("sweep", "tune") else "/run"
 
     @property
     def state(self) -> str:
@@ -150,6 +150,10 @@ class Jobs:
         found = [self._read(path) for path in self._places.own.glob("*.json")]
         jobs = [job for job in found if job is not None and about in (None, job.about)]
         return sorted(jobs, key=lambda job: -job.started)
+
+    def latest(self, about: str) -> Job | None:
+        """Return the command that was started here last about a folder."""
+        return next(iter(self.all(about)), None)
 
     def get(self, name: str) -> Job:
         """Return a command by its id.

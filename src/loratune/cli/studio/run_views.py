@@ -15,7 +15,7 @@ from loratune.cli.next_steps import command
 from loratune.cli.studio.exports import EXPORTS, exports_of, words_of
 from loratune.cli.studio.pages import as_block, events, fragment, go_to, read_form, show, studio_of, whole_page
 from loratune.cli.studio.places import as_word
-from loratune.cli.studio.sweeps import find_sweeps
+from loratune.cli.studio.tunes import find_searches
 from loratune.recipe.tasks import load_task
 from loratune.reporting.blocks import Paragraph
 from loratune.reporting.comparison_page import comparison_page
@@ -51,10 +51,10 @@ async def home_view(request: Request) -> Response:
     rows = [(studio.places.short(studio.places.inside(run.run)), run) for run in found]
     known = {name for name, _ in rows}
     starting = [job for job in studio.jobs.all() if job.is_running and job.about not in known]
-    sweeps = await anyio.to_thread.run_sync(lambda: list(find_sweeps(studio.places.sweeps())))
-    named = [(studio.places.short(root), sweep) for root, sweep in sweeps]
-    starting = [job for job in starting if job.about not in dict(named)]
-    return show("home.html", request, rows=rows, starting=starting, sweeps=named)
+    searches = await anyio.to_thread.run_sync(lambda: list(find_searches(studio.places.sweeps())))
+    named = {studio.places.short(search.folder): search for search in searches}
+    starting = [job for job in starting if job.about not in named]
+    return show("home.html", request, rows=rows, starting=starting, searches=named)
 
 
 async def run_view(request: Request) -> Response:

@@ -29,7 +29,7 @@ async def sweep_view(request: Request) -> Response:
     """Show a sweep: the trials as far as they are, ranked, with a link to the run of each."""
     studio = studio_of(request)
     folder, name = _folder(studio, request.query_params.get("path", ""))
-    job = _job(studio, name)
+    job = studio.jobs.latest(name)
     found = await _read(folder, job)
     values: dict[str, Any] = {
         "name": name,
@@ -46,11 +46,6 @@ async def sweep_view(request: Request) -> Response:
 def _folder(studio: Studio, path: str) -> tuple[SweepDir, str]:
     root = studio.places.inside(path)
     return SweepDir(root), studio.places.short(root)
-
-
-def _job(studio: Studio, name: str) -> Job | None:
-    """Return the command that was started here last for the sweep."""
-    return next(iter(studio.jobs.all(name)), None)
 
 
 async def _read(folder: SweepDir, job: Job | None) -> SweepSoFar:
@@ -72,7 +67,7 @@ async def sweep_events_view(request: Request) -> Response:
     folder, name = _folder(studio, request.query_params.get("path", ""))
 
     async def read() -> dict[str, str]:
-        job = _job(studio, name)
+        job = studio.jobs.latest(name)
         found = await _read(folder, job)
         log = "" if job is None else studio.jobs.output(job)
         return {"state": found.state, "live": _live(name, found), "log": log}
@@ -99,7 +94,7 @@ async def continue_sweep_view(request: Request) -> Response:
     """Run the command again that started the sweep here."""
     studio, form = studio_of(request), await read_form(request)
     _, name = _folder(studio, form.get("path", ""))
-    job = _job(studio, name)
+    job = studio.jobs.latest(name)
     if job is None:
         raise RecipeError("the sweep was not started here", fix="run the command again that started it")
     studio.jobs.start(job.words, about=name, source=job.source)

@@ -19,7 +19,7 @@ from loratune.workflows.search.results import TrialSoFar, rank_trials
 from loratune.workflows.search.settings import short_name
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    pass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,14 +163,15 @@ def _state(folder: SweepDir, number: int, state: str, *, running: bool) -> str:
     return "running" if running and run.is_in_use else "paused"
 
 
-def find_sweeps(roots: list[Path]) -> Iterator[tuple[Path, SweepSoFar]]:
-    """Yield the sweeps, each with its folder; a damaged one says what is damaged."""
-    for root in roots:
-        try:
-            yield root, read_sweep(SweepDir(root))
-        except RecipeError:  # not a sweep
-            continue
-        except RunError as error:
-            page = Page(title=f"Sweep {root.name}", lead="", badge="damaged", footer="")
-            file = SweepDir(root).plan if error.file is None else Path(error.file)
-            yield root, SweepSoFar(state="damaged", summary=f"{file.name}: {error.problem}", trials=(), page=page)
+def read_or_damaged(folder: SweepDir) -> SweepSoFar:
+    """Read a sweep; a damaged one says what is damaged.
+
+    Raises:
+        RecipeError: The folder is not a sweep.
+    """
+    try:
+        return read_sweep(folder)
+    except RunError as error:
+        page = Page(title=f"Sweep {folder.root.name}", lead="", badge="damaged", footer="")
+        file = folder.plan if error.file is None else Path(error.file)
+        return SweepSoFar(state="damaged", summary=f"{file.name}: {error.problem}", trials=(), page=page)

@@ -1,8 +1,11 @@
-"""The folder of a sweep.
+"""The folders of `loratune sweep` and `loratune tune`.
 
 SWEEP/sweep.json        what is tried          SWEEP/result.json   the ranked trials
 SWEEP/trials/01/        a run directory        SWEEP/sweep.html    the same as a page
 SWEEP/losses/01-0.json  losses at a rung       SWEEP/best.yaml     the recipe with the best settings
+
+TUNE/rates/             a sweep of rates       TUNE/tune.json      what was chosen, and why
+TUNE/shapes/            one of rank, targets   TUNE/tuned.yaml     the recipe with it
 """
 
 from __future__ import annotations
@@ -45,6 +48,11 @@ class SweepDir:
     def best(self) -> Path:
         return self.root / "best.yaml"
 
+    @property
+    def _never_began(self) -> bool:
+        """Whether the folder holds only what is there before the plan: an error in the data may have ended a sweep."""
+        return all(path.name == "losses" or path.name.startswith(".") for path in self.root.iterdir())
+
     def trial(self, number: int) -> RunDir:
         """Return the run directory of a trial, counted from 1."""
         return RunDir.at(self.root / "trials" / f"{number:02}")
@@ -66,7 +74,7 @@ class SweepDir:
             MachineError: It cannot be written.
         """
         folder = cls(root.expanduser().resolve())
-        if folder.root.exists() and any(folder.root.iterdir()) and not folder.plan.is_file():
+        if folder.root.exists() and not folder.plan.is_file() and not folder._never_began:
             raise RecipeError(
                 "the folder exists and is not a sweep", file=folder.root, fix="train.output_dir=… for another folder"
             )
@@ -85,3 +93,56 @@ class SweepDir:
             RecipeError: Another process has the lock.
         """
         return RunDir(self.root).exclusive()
+
+
+@dataclass(frozen=True, slots=True)
+class TuneDir:
+    """The folder of one `loratune tune`.
+
+    Attributes:
+        root: The folder itself.
+    """
+
+    root: Path
+
+    @property
+    def rates(self) -> SweepDir:
+        return SweepDir(self.root / "rates")
+
+    @property
+    def shapes(self) -> SweepDir:
+        return SweepDir(self.root / "shapes")
+
+    @property
+    def result(self) -> Path:
+        return self.root / "tune.json"
+
+    @property
+    def recipe(self) -> Path:
+        return self.root / "tuned.yaml"
+
+    @classmethod
+    def around(cls, sweep: Path) -> TuneDir | None:
+        """Return the folder that a sweep is a part of; None for a sweep of its own."""
+        found = cls(sweep.parent)
+        is_part = sweep in (found.rates.root, found.shapes.root) and found.root.name.endswith("-tune")
+        return found if is_part else None
+
+    @classmethod
+    def create(cls, root: Path, *, overwrite: bool) -> TuneDir:
+        """Return the folder of a new `loratune tune`, or of one that is to be continued.
+
+        Raises:
+            RecipeError: Another process works in it.
+        """
+        folder = cls(root.expanduser().resolve())
+        if overwrite and folder.rates.plan.is_file():
+            with folder.rates.exclusive():
+                folder.result.unlink(missing_ok=True)  # it would belong to sweeps that are gone
+                folder.recipe.unlink(missing_ok=True)
+                shutil.rmtree(folder.shapes.root, ignore_errors=True)
+        return folder
+
+    def working(self) -> SweepDir | None:
+        """Return the sweep that a process works on."""
+        return next((sweep for sweep in (self.rates, self.shapes) if RunDir(sweep.root).is_in_use), None)

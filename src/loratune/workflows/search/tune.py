@@ -25,7 +25,7 @@ from loratune.run.errors import MachineError, RecipeError
 from loratune.run.progress import NO_PROGRESS, Progress
 from loratune.run.records.files import read_record, write_record
 from loratune.run.records.sweep import SweepRecord, TrialLosses, TrialResult, TuneRecord
-from loratune.workflows.search.folder import SweepDir
+from loratune.workflows.search.folder import SweepDir, TuneDir
 from loratune.workflows.search.halving import by_clock
 from loratune.workflows.search.legs import Legs
 from loratune.workflows.search.rungs import run_sweep
@@ -97,13 +97,13 @@ def tune(
     started = time.monotonic()
     given = as_recipe(recipe)
     own = output_dir(given)
-    root = own.with_name(f"{own.name}-tune").expanduser().resolve()
+    folder = TuneDir.create(own.with_name(f"{own.name}-tune"), overwrite=overwrite)
     bare, shared = with_settings(given, UNSCORED), SharedBase()
     stage = partial(_stage, shared=shared, workers=workers, overwrite=overwrite, progress=progress)
 
     progress.line(f"range test of the learning rate: {', '.join(RATES)}")
     drawn: list[Settings] = [{"train.learning_rate": rate} for rate in RATES]
-    rates = stage(root / "rates", bare, drawn, RATE_SHARE * budget)
+    rates = stage(folder.rates, bare, drawn, RATE_SHARE * budget)
     best_rate = _best(rates).settings["train.learning_rate"]
     reasons = [_reason_for_rate(rates, _first_losses(rates))]
 
@@ -115,18 +115,18 @@ def tune(
     found = None
     if len(shapes) > 1 and spent < budget:
         progress.line(f"ranks and targets at learning rate {best_rate}: {len(shapes)} trials")
-        found = stage(root / "shapes", fast, shapes, budget - spent)
+        found = stage(folder.shapes, fast, shapes, budget - spent)
         shape, reason = _choose_shape(found)
         chosen, reasons = {**chosen, **shape}, [*reasons, reason]
     else:
         why = "no time was left to compare others" if len(shapes) > 1 else "no others can be trained on this machine"
         reasons.append(f"lora.r and lora.targets stay as they are: {why}.")
     reasons += left_out
-    return _write(root, with_settings(given, as_words(chosen)), chosen, reasons, rates, found)
+    return _write(folder, with_settings(given, as_words(chosen)), chosen, reasons, rates, found)
 
 
 def _write(
-    root: Path,
+    folder: TuneDir,
     recipe: Recipe,
     chosen: Settings,
     reasons: Sequence[str],
@@ -134,22 +134,21 @@ def _write(
     shapes: SweepRecord | None,
 ) -> TuneResult:
     """Write the recipe that was found and why it is this one; return both."""
-    file = root / "tuned.yaml"
-    write_text(file, recipe.to_yaml())
+    write_text(folder.recipe, recipe.to_yaml())
     record = {
-        "folder": str(root),
-        "recipe": str(file),
+        "folder": str(folder.root),
+        "recipe": str(folder.recipe),
         "settings": chosen,
         "reasons": list(reasons),
         "rates": rates.model_dump(mode="json"),
         "shapes": None if shapes is None else shapes.model_dump(mode="json"),
     }
-    write_record(root / "tune.json", TuneRecord, record)
-    return TuneResult(recipe=file, record=read_record(root / "tune.json", TuneRecord))
+    write_record(folder.result, TuneRecord, record)
+    return TuneResult(recipe=folder.recipe, record=read_record(folder.result, TuneRecord))
 
 
 def _stage(
-    root: Path,
+    planned: SweepDir,
     base: Recipe,
     drawn: Sequence[Settings],
     budget: float,
@@ -160,7 +159,7 @@ def _stage(
     progress: Progress,
 ) -> SweepRecord:
     """Run a sweep of these trials."""
-    folder, at_once = SweepDir.create(root, overwrite=overwrite), trials_at_once(workers, len(drawn))
+    folder, at_once = SweepDir.create(planned.root, overwrite=overwrite), trials_at_once(workers, len(drawn))
     with folder.exclusive():
         trials = prepare_trials(folder, base, drawn, progress, at_once=at_once)
         plan = write_plan(folder, base, trials, rungs_of(trials, budget, at_once))

@@ -119,8 +119,22 @@ function editRecipe(form) {
   one("#previous").addEventListener("click", () => tokens(first - 3));
   one("#row").addEventListener("change", (event) => tokens(Number(event.target.value) || 1));
   one("#row").addEventListener("keydown", (event) => { if (event.key === "Enter") { event.preventDefault(); event.target.blur(); } });
-  one("#settings").addEventListener("input", (event) => { one("#swept").textContent = event.target.value.trim() || "SETTINGS"; });
-  one("#settings").addEventListener("keydown", (event) => { if (event.key === "Enter") { event.preventDefault(); one("#start-sweep").click(); } });
+  // What a search is given stands in its command, and Enter presses its button, not the first one of the form.
+  const shown = [...form.querySelectorAll("[data-shown]")];
+  const show = (field) => {
+    const { shown: place, before = "", empty = "" } = field.dataset;
+    const text = field.value.trim();
+    document.getElementById(place).textContent = text ? before + text : empty;
+  };
+  for (const field of shown) {
+    field.addEventListener("input", () => show(field));
+    field.addEventListener("keydown", (event) => {
+      if (event.key !== "Enter") return;
+      event.preventDefault();
+      document.getElementById(field.dataset.button).click();
+    });
+  }
+  addEventListener("pageshow", () => shown.forEach(show)); // the browser fills the form again after "back"
   form.addEventListener("submit", async (event) => {
     event.preventDefault();
     await changes;
