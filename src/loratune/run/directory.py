@@ -30,7 +30,8 @@ from loratune.run.locks import lock_file
 from loratune.run.records.metrics import parse_metrics_line
 
 Record = dict[str, Any]
-_IN_USE = ".in_use"
+IN_USE = ".in_use"
+"""The file whose lock says that a process works in a folder; it holds the number of that process."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +143,7 @@ class RunDir:
     def is_in_use(self) -> bool:
         """Whether a process is working on the run."""
         try:
-            with (self.root / _IN_USE).open("rb") as stream:
+            with (self.root / IN_USE).open("rb") as stream:
                 lock_file(stream, shared=True)
         except FileNotFoundError:
             return False
@@ -154,8 +155,8 @@ class RunDir:
     def _never_began(self) -> bool:
         """Whether the directory holds only what is written before the first step, as after a kill."""
         files = (self.recipe, self.data, self.preview, self.plan, self.checkpoints, self.log)
-        early = {_IN_USE, *(path.name for path in files)}
-        names = {path.name for path in self.root.iterdir() if not _is_leftover(path)}
+        early = {IN_USE, *(path.name for path in files)}
+        names = {path.name for path in self.root.iterdir() if not is_leftover(path)}
         return names <= early and not any(self.checkpoints.glob("*"))
 
     @classmethod
@@ -199,8 +200,8 @@ class RunDir:
         if not run.root.exists() or (run.root.is_dir() and not any(run.root.iterdir())):
             return run
         other = "train.output_dir=… for another folder"
-        _refuse_links([run.root / _IN_USE])
-        if not ((run.root / _IN_USE).exists() or run.lock.is_file()):
+        _refuse_links([run.root / IN_USE])
+        if not ((run.root / IN_USE).exists() or run.lock.is_file()):
             raise RecipeError("the output directory exists and is not a run of loratune", file=run.root, fix=other)
         with run.exclusive():
             pass
@@ -227,7 +228,7 @@ class RunDir:
             run.checkpoints.mkdir(parents=True, exist_ok=True)
             with run.exclusive():
                 for path in run.root.iterdir():
-                    if path.name != _IN_USE:
+                    if path.name != IN_USE:
                         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
                 run.checkpoints.mkdir()
         return run
@@ -235,7 +236,7 @@ class RunDir:
     def clean(self) -> None:
         """Delete files that a kill left half written."""
         for path in (*self.root.glob(".*"), *self.checkpoints.glob(".*"), *self.adapter.glob(".*")):
-            if _is_leftover(path):
+            if is_leftover(path):
                 shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
     @contextmanager
@@ -252,7 +253,7 @@ class RunDir:
             yield
             return
         with cannot_write(self.root):
-            stream = (self.root / _IN_USE).open("a+")
+            stream = (self.root / IN_USE).open("a+")
         with stream:
             try:
                 lock_file(stream)
@@ -375,5 +376,6 @@ def cannot_write(path: Path, fix: str = _FREE_SPACE) -> Iterator[None]:
         raise MachineError(f"cannot write: {error}", file=path, fix=fix) from error
 
 
-def _is_leftover(path: Path) -> bool:
+def is_leftover(path: Path) -> bool:
+    """Whether a kill left the file half written."""
     return path.name.startswith(".") and path.name.endswith(".tmp")

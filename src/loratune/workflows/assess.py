@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from loratune.data.mixture import held_out_groups
 from loratune.evaluation.record import nll_record
+from loratune.model.adapter.start_from import adapter_fingerprint
 from loratune.model.device import is_out_of_memory
 from loratune.planning.lock import examples_fingerprint
 from loratune.run import processes
@@ -60,8 +61,9 @@ def compare_base_and_tuned(
     events = EventLog(run, progress)
     events.step = max((line["step"] for line in run.read_metrics()), default=prepared.estimate.num_steps)
     started = started_from_adapter(run, progress)
-    token_budget = processes.gather(_token_budget(prepared, run))[0]
-    known, key = {} if base_losses is None else base_losses, _key_before(prepared, token_budget, started=started)
+    budget = TokenBudget(processes.gather(_token_budget(prepared, run))[0], events, together=loss.sharded)
+    start = adapter_fingerprint(run.start) if started else ""
+    known, key = {} if base_losses is None else base_losses, _key_before(prepared, start, loss, budget)
     compared = task_of(prepared.recipe).compare(
         Comparison(
             prepared=prepared,
@@ -69,7 +71,7 @@ def compare_base_and_tuned(
             started=started,
             before=partial(before_training, model, run, started=started),
             loss=loss,
-            budget=TokenBudget(token_budget, events, together=loss.sharded),
+            budget=budget,
             events=events,
             progress=progress,
             run=run,
@@ -78,7 +80,8 @@ def compare_base_and_tuned(
             metric=metric,
         )
     )
-    known[key] = compared.base_nll
+    if key == _key_before(prepared, start, loss, budget):  # memory may have run out on the way
+        known[key] = compared.base_nll
     record = compared.record
     record["before"] = "start" if started else "base"
     groups = held_out_groups(prepared.data.eval, prepared.data.report)
@@ -114,9 +117,10 @@ def _token_budget(prepared: Preparation, run: RunDir) -> int:
     return History.of(run.read_metrics()).token_budget or prepared.estimate.memory.token_budget
 
 
-def _key_before(prepared: Preparation, token_budget: int, *, started: bool) -> str:
+def _key_before(prepared: Preparation, start: str, loss: SupervisedLoss, budget: TokenBudget) -> str:
     """Return what decides, to the bit, the held-out losses before the first step: everything in the recipe but what is
-    left out here. Targets decide which loss is the fastest, and alpha scales a start adapter.
+    left out here, the adapter that the run starts from, and how examples share a forward.
     """
     recipe = prepared.recipe.model_dump(mode="json", exclude={"train": {"learning_rate", "output_dir"}})
-    return json.dumps([recipe, examples_fingerprint(prepared.data.eval), token_budget, started])
+    forward = [loss.packed, loss.longest_packed, loss.pads, loss.shares_prefixes, budget.tokens]
+    return json.dumps([recipe, examples_fingerprint(prepared.data.eval), start, forward])

@@ -117,7 +117,7 @@ def test_settings_are_found_within_a_time_and_lead_to_a_recipe(
     page = visitor.page
     page.set_default_timeout(LONG)
     page.goto(f"{studio.origin}/recipe?file=three.yaml")
-    page.get_by_label("Time for it").fill("1h")
+    page.get_by_label("Time for finding the settings").fill("1h")
     page.get_by_role("button", name="Save and find the settings").click()
     page.wait_for_url("**/tune?*")
     expect(page.locator(".lead .badge")).to_have_text("running", timeout=LONG)

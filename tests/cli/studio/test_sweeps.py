@@ -116,7 +116,7 @@ def test_a_damaged_result_is_named_and_so_is_a_damaged_plan(folder: SweepDir, tm
     assert found.state == "stopped"
     assert found.page.sections[0].title == "Missing data"
     assert "r=8 is best" in found.summary, "ranked from the losses"
-    assert len(list(find_searches([folder.root, tmp_path]))) == 1, "a folder that is not a sweep is left out"
+    assert len(list(find_searches([folder.root, tmp_path], tmp_path))) == 1, "a folder that is not a sweep is left out"
     folder.plan.write_text("{")
     damaged = read_or_damaged(folder)
     assert damaged.state == "damaged"
@@ -130,7 +130,7 @@ def test_sweeps_are_listed_and_their_trials_lead_to_their_runs(user: TestClient,
     page = user.get("/sweep", params={"path": NAME}).text
     assert "/run?path=__models%2F%3Ci%3Ex-sweep%2Ftrials%2F02" in page
     assert page.count('type="checkbox" name="run"') == 3
-    assert "The command that started the sweep continues it." in page
+    assert "The command that started the search continues it." in page
     assert "window.hacked=2" in page
     assert "<script>window" not in page
     assert "<i>" not in page
@@ -202,7 +202,7 @@ def test_a_sweep_that_was_started_here_is_continued_by_the_same_words(
     user: TestClient, folder: SweepDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     refused = user.post("/sweep/continue", data={"path": NAME}, headers=JSON)
-    assert refused.json()["problem"] == "the sweep was not started here"
+    assert refused.json()["problem"] == "the search was not started here"
     own = tmp_path / ".loratune_studio"
     own.mkdir()
     words = ["sweep", "r.yaml", "lora.r=4,8"]

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from loratune.cli.studio import tune_views
+from loratune.cli.studio import search_views, tune_views
 from loratune.cli.studio.helper import Helper
 from loratune.cli.studio.jobs import Job, Jobs
+from loratune.cli.studio.places import StudioFolder
 from loratune.cli.studio.server import studio_app
 from loratune.cli.studio.tunes import find_searches, read_tune
 from loratune.run.errors import RecipeError
@@ -56,7 +57,7 @@ def finish(folder: TuneDir) -> None:
 @pytest.fixture
 def folder(tmp_path: Path) -> TuneDir:
     """A search that was stopped after its rates."""
-    found = TuneDir.create(tmp_path / NAME, overwrite=False)
+    found = TuneDir(tmp_path / NAME)
     begin(found.rates, "train.learning_rate", {"1e-4": 2.0, "1e-3": 1.5})
     return found
 
@@ -91,17 +92,19 @@ def test_both_sweeps_are_one_search_as_far_as_it_went(folder: TuneDir) -> None:
     assert found.state == "stopped"
     assert found.summary.startswith("Learning rate: So far: learning_rate=1e-3 is best: held-out loss 1.5000")
     begin(folder.shapes, "lora.r", {"8": 1.4, "32": 1.2})
-    with folder.shapes.exclusive():
+    with folder.exclusive():
         found = read_tune(folder)
     assert (found.state, len(found.trials)) == ("running", 4)
     assert found.summary.startswith("Rank and target modules: So far: r=32 is best")
     alone = SweepDir.create(folder.root.with_name("y-sweep"), overwrite=False)
     begin(alone, "lora.r", {"8": 1.0})
     roots = [folder.rates.root, folder.shapes.root, alone.root]
-    assert [(search.verb, search.folder) for search in find_searches(roots)] == [
+    assert [(search.verb, search.folder) for search in find_searches(roots, folder.root.parent)] == [
         ("tune", folder.root),
         ("sweep", alone.root),
     ]
+    inside = list(find_searches(roots[:1], folder.rates.root))
+    assert [search.verb for search in inside] == ["sweep"], "for a studio in its folder, it is a sweep of its own"
     with pytest.raises(RecipeError, match="not a folder of `loratune tune`"):
         read_tune(TuneDir(alone.root))
 
@@ -118,8 +121,9 @@ def test_what_was_chosen_is_shown_with_the_reasons_and_the_recipe(user: TestClie
     assert "/sweep?path=__models%2Fx-tune%2Frates" in page
     assert "window.hacked=2" in page
     assert "<script>window" not in page
-    with folder.rates.exclusive():
+    with folder.exclusive():
         assert read_tune(folder).reasons == (), "it is being searched again"
+    assert read_tune(folder, works=True).state == "running"
     folder.result.write_text("{")
     assert (read_tune(folder).state, read_tune(folder).summary[:18]) == ("damaged", "tune.json: damaged")
     folder.rates.plan.write_text("{")
@@ -133,7 +137,7 @@ def test_what_was_chosen_is_shown_with_the_reasons_and_the_recipe(user: TestClie
 def test_it_is_started_once_with_its_time(user: TestClient, tmp_path: Path, started: list[Job]) -> None:
     (tmp_path / "r.yaml").write_text("model:\n  name: x\n")
     form = {"file": "r.yaml", "tune_budget": "15 m"}
-    for budget in ("", "15", "-1m", "0m", "15m --overwrite"):
+    for budget in ("soon", "15", "-1m", "0m", "15m --overwrite"):
         answer = user.post("/tune/start", data={**form, "tune_budget": budget}, headers=JSON)
         assert answer.status_code == 400
         assert "not a time" in answer.json()["problem"]
@@ -141,9 +145,7 @@ def test_it_is_started_once_with_its_time(user: TestClient, tmp_path: Path, star
     assert answer.headers["location"] == "/tune?path=__models%2Fr-tune"
     assert started[0].words == ("tune", "r.yaml", "--budget", "15m")
     assert started[0].page == "/tune"
-    other = TuneDir.create(tmp_path / "__models/r-tune", overwrite=False)
-    begin(other.shapes, "lora.r", {"8": 1.0})
-    with other.shapes.exclusive():
+    with TuneDir(tmp_path / "__models/r-tune").exclusive():
         again = user.post("/tune/start", data=form, headers=HTML, follow_redirects=False)
     assert again.headers["location"] == answer.headers["location"], "its page shows how far it is"
     assert len(started) == 1, "another shell works on it"
@@ -155,10 +157,10 @@ def test_it_is_stopped_and_continued_by_the_same_words(
     user: TestClient, folder: TuneDir, tmp_path: Path, started: list[Job], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     refused = user.post("/tune/continue", data={"path": NAME}, headers=JSON)
-    assert refused.json()["problem"] == "it was not started here"
+    assert refused.json()["problem"] == "the search was not started here"
     refused = user.post("/tune/stop", data={"path": NAME}, headers=JSON)
     assert refused.json()["problem"] == "nothing is running here"
-    assert "The command that started it continues it." in user.get("/tune", params={"path": NAME}).text
+    assert "The command that started the search continues it." in user.get("/tune", params={"path": NAME}).text
     own = tmp_path / ".loratune_studio"
     own.mkdir()
     words = ["tune", "r.yaml", "--budget", "15m"]
@@ -172,11 +174,14 @@ def test_it_is_stopped_and_continued_by_the_same_words(
     assert [job.words for job in started] == [tuple(words)]
     stopped: list[Path] = []
     monkeypatch.setattr(Jobs, "stop", lambda self, run: stopped.append(run.root))
-    with folder.rates.exclusive():
-        user.post("/tune/stop", data={"path": NAME}, headers=HTML, follow_redirects=False)
-        user.post("/tune/continue", data={"path": NAME}, headers=HTML, follow_redirects=False)
-    assert stopped == [folder.rates.root], "the sweep that the command works on knows its process"
+    with folder.exclusive():
+        answer = user.post("/tune/stop", data={"path": NAME}, headers=HTML, follow_redirects=False)
+        refused = user.post("/tune/continue", data={"path": NAME}, headers=JSON)
+    assert answer.headers["location"] == "/tune?path=__models%2Fx-tune"
+    assert stopped == [folder.root]
+    assert refused.json()["problem"].startswith("another command is working on")
     assert len(started) == 1
+    assert {route.path for route in search_views.ROUTES} >= {"/tune/stop", "/sweep/continue"}
 
 
 def test_the_page_says_when_it_begins_and_when_it_failed_there(
@@ -191,9 +196,52 @@ def test_the_page_says_when_it_begins_and_when_it_failed_there(
     assert "The command ended before the first trial." in user.get("/tune", params={"path": NAME}).text
     job = Job(id="1", words=("tune", "r.yaml"), about=NAME, source="", started=1.0, pid=1, is_running=True)
     assert "Preparing the data" in user.get("/tune", params={"path": NAME}).text
-    begin(folder.shapes, "lora.r", {"8": 1.0})
-    begin(TuneDir(tmp_path / "z-tune").rates, "lora.r", {"8": 1.0})
-    (folder.rates.plan).write_bytes((tmp_path / "z-tune/rates/sweep.json").read_bytes())
+    plan = {"recipe": {}, "trials": [{"lora.r": "8"}], "rungs": [1.0], "dtype": "float32"}
+    write_record(folder.rates.plan, SweepPlanRecord, plan)
     page = user.get("/tune", params={"path": NAME}).text
-    assert 'data-state="running"' in page, "the command is between two sweeps"
+    assert 'data-state="running"' in page, "the command has not locked the folder yet"
     assert tune_views.ROUTES[0].path == "/tune"
+
+
+def test_a_command_that_failed_does_not_look_like_what_was_found_before_it(
+    user: TestClient, folder: TuneDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as another one with the recipe that was found, whose folder is the same."""
+    finish(folder)
+    began = folder.result.stat().st_mtime
+    job = Job(id="1", words=("tune", "r.yaml"), about=NAME, source="", started=began + 1, pid=1, code=2)
+    monkeypatch.setattr(Jobs, "all", lambda self, about=None: [job] if about in (None, NAME) else [])
+    page = user.get("/tune", params={"path": NAME}).text
+    assert "failed The last command ended with exit code 2; its output is below. Found before it: Chosen" in plain(page)
+    assert "Recipe with these settings" not in page
+    job = Job(id="1", words=("tune", "r.yaml"), about=NAME, source="", started=began - 1, pid=1, code=0)
+    assert "Recipe with these settings" in user.get("/tune", params={"path": NAME}).text
+
+
+def test_the_page_of_one_of_its_sweeps_leads_back_and_offers_no_recipe(
+    user: TestClient, folder: TuneDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sweep of rates is without metric and answers, and the lowest loss is not what `tune` chooses."""
+    folder.rates.best.write_text("model:\n  name: x\n")
+    finish(folder)
+    job = Job(id="1", words=("tune", "r.yaml"), about=NAME, source="", started=1.0, pid=1, code=0)
+    monkeypatch.setattr(Jobs, "all", lambda self, about=None: [job] if about in (None, NAME) else [])
+    page = user.get("/sweep", params={"path": f"{NAME}/rates"}).text
+    assert "/tune?path=__models%2Fx-tune" in page
+    assert "best.yaml" not in page
+    assert "$ loratune tune r.yaml : done" in plain(page)
+    with folder.exclusive():  # which leaves a file
+        pass
+    places = StudioFolder.of(tmp_path)
+    assert places.data_files() == [], "what it writes is not offered as data"
+    assert places.recipes() == [f"{NAME}/tuned.yaml"]
+
+
+def test_links_do_not_lead_out_of_the_folder(user: TestClient, folder: TuneDir, tmp_path: Path) -> None:
+    outside = tmp_path.with_name("outside")
+    begin(SweepDir(outside), "lora.r", {"8": 1.0})
+    folder.shapes.root.symlink_to(outside)
+    for page in ("/", "/tune"):
+        shown = user.get(page, params={"path": NAME}).text
+        assert "Learning rate" in shown
+        assert "Rank and target modules" not in shown

@@ -305,6 +305,10 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_trained(
     (tmp_path / "else-sweep" / "thesis.txt").touch()
     with pytest.raises(RecipeError, match="is not a sweep"):
         sweep(tiny_recipe(train__output_dir=str(tmp_path / "else")), ["lora.r=4,2"], overwrite=True)
+    (tmp_path / "old-sweep" / "losses").mkdir(parents=True)
+    (tmp_path / "old-sweep" / "losses" / "01-0.json").touch()
+    with pytest.raises(RecipeError, match="is not a sweep"):  # losses of another one would decide
+        sweep(tiny_recipe(train__output_dir=str(tmp_path / "old")), ["lora.r=4,2"])
     assert not list(tmp_path.rglob("metrics.jsonl"))
     folder = SweepDir(tmp_path)
     assert folder.trial(3).root == tmp_path / "trials" / "03"

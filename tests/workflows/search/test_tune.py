@@ -133,22 +133,22 @@ def test_shapes_that_cannot_be_trained_are_left_out_and_named(tiny_recipe: Calla
 
 
 def test_what_is_started_over_leaves_nothing_of_what_was_found_before(tmp_path: Path) -> None:
-    folder = TuneDir.create(tmp_path / "x-tune", overwrite=False)
-    for sweep in (folder.rates, folder.shapes):
-        SweepDir.create(sweep.root, overwrite=False).plan.write_text("{}")
-    folder.result.touch()
-    TuneDir.create(folder.root, overwrite=False)
-    assert folder.result.is_file()
+    folder = TuneDir(tmp_path / "x-tune")
+    with folder.exclusive():
+        assert folder.is_in_use
+        for sweep in (folder.rates, folder.shapes):
+            SweepDir.create(sweep.root, overwrite=False).plan.write_text("{}")
+        folder.result.touch()
+        with pytest.raises(RecipeError, match="another run is using"), folder.exclusive(overwrite=True):
+            pass
+    assert folder.shapes.plan.is_file(), "nothing is taken from under a command that works on it"
+    with folder.exclusive():
+        assert folder.result.is_file()
     assert [TuneDir.around(sweep.root) for sweep in (folder.rates, folder.shapes)] == [folder, folder]
     assert TuneDir.around(folder.root) is None
-    assert folder.working() is None
-    with folder.shapes.exclusive():
-        assert folder.working() == folder.shapes
-    with folder.rates.exclusive(), pytest.raises(RecipeError, match="another"):
-        TuneDir.create(folder.root, overwrite=True)
-    assert folder.result.is_file()
-    TuneDir.create(folder.root, overwrite=True)
-    assert [path.name for path in folder.root.iterdir()] == ["rates"]
+    with folder.exclusive(overwrite=True):
+        left = sorted(path.name for path in folder.root.rglob("*") if not path.name.startswith("."))
+    assert left == ["losses", "losses", "rates", "shapes"]
 
 
 @pytest.mark.slow

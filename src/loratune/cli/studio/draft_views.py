@@ -23,12 +23,11 @@ from loratune.recipe.yaml import read_settings
 from loratune.reporting.blocks import Charts
 from loratune.reporting.plan_section import memory_chart
 from loratune.reporting.run_page import token_text
-from loratune.run.directory import RunDir, write_text
+from loratune.run.directory import write_text
 from loratune.run.errors import MachineError, RecipeError
 from loratune.run.records.base import read_valid_parts
 from loratune.run.records.plan import PlanRecord
 from loratune.run.records.preview import PreviewRecord
-from loratune.workflows.search.folder import TuneDir
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -39,6 +38,7 @@ if TYPE_CHECKING:
 
 SHOWN_EXAMPLES = 3
 """Examples whose tokens are shown at once."""
+USUAL_BUDGET = "15m"
 COLUMNS = {"prompt": "what the model is asked", "completion": "what it should answer", "system": "system message"}
 """Fields that a column is asked for → what they are."""
 
@@ -104,6 +104,7 @@ async def recipe_view(request: Request) -> Response:
         "command": command("train", as_word(file)),
         "sweep": command("sweep", as_word(file)),
         "tune": command("tune", as_word(file)),
+        "usual_budget": USUAL_BUDGET,
     }
     return show("recipe.html", request, file=file, text=text, seen=_digest(text), **values)
 
@@ -192,7 +193,9 @@ async def start_sweep_view(request: Request) -> Response:
 async def start_tune_view(request: Request) -> Response:
     """Save the recipe, start `loratune tune`, and open its page."""
     form = await read_form(request)
-    return await _start_search(studio_of(request), form, "tune", _budget(form.get("tune_budget", "")))
+    return await _start_search(
+        studio_of(request), form, "tune", _budget(form.get("tune_budget", "").strip() or USUAL_BUDGET)
+    )
 
 
 async def _start_search(studio: Studio, form: Mapping[str, str], verb: str, words: Sequence[str]) -> Response:
@@ -201,11 +204,10 @@ async def _start_search(studio: Studio, form: Mapping[str, str], verb: str, word
     if "text" in form:
         await _save(studio, form)
     file = studio.places.short(path)
-    own = studio.run_at(await studio.helpers.guide.ask("where", recipe=file)).root
-    root = studio.run_at(studio.places.short(own.with_name(f"{own.name}-{verb}"))).root
-    about = studio.places.short(root)
-    works = RunDir(root).is_in_use or TuneDir(root).working() is not None
-    if not works and not any(job.is_running for job in studio.jobs.all(about)):
+    own = Path(await studio.helpers.guide.ask("where", recipe=file))
+    place = studio.run_at(str(own.with_name(f"{own.name}-{verb}")))
+    about = studio.places.short(place.root)
+    if not place.is_in_use and not any(job.is_running for job in studio.jobs.all(about)):
         studio.jobs.start((verb, as_word(file), *words), about=about, source=file)
     return go_to(f"/{verb}", path=about)
 

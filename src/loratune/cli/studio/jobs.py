@@ -23,7 +23,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
-from loratune.run.directory import RunDir, write_text
+from loratune.run.directory import IN_USE, RunDir, write_text
 from loratune.run.errors import MachineError, RecipeError, RunError
 from loratune.run.locks import lock_file
 
@@ -44,8 +44,8 @@ class Job:
     Attributes:
         id: Its name among the studio's files.
         words: The command's words after `loratune`.
-        about: The run directory, relative to the studio's folder.
-        source: The recipe of a training; else empty.
+        about: The folder of the run or search, relative to the studio's.
+        source: The recipe of a training or search; else empty.
         started: When, in seconds since 1970.
         pid: Its process.
         code: Its exit code; None while it runs, or if the studio was closed before it ended.
@@ -90,9 +90,9 @@ class Jobs:
 
         Args:
             words: The command's words.
-            about: The run directory, relative to the folder.
-            key: What must not be done twice at a time; by default any work on the run.
-            source: The recipe, for a training.
+            about: The folder of the run or search, relative to the studio's.
+            key: What must not be done twice at a time; by default any work in that folder.
+            source: The recipe, for a training or search.
 
         Raises:
             RecipeError: The same is being done already.
@@ -200,7 +200,7 @@ class Jobs:
 
     def _working_on(self, run: RunDir) -> int | None:
         if run.is_in_use:  # also by a command that another shell started
-            text = (run.root / ".in_use").read_text(encoding="utf-8").strip()
+            text = (run.root / IN_USE).read_text(encoding="utf-8").strip()
             if text.isdigit():
                 return int(text)
         about = self._places.short(run.root)

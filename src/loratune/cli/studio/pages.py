@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from loratune.cli.studio.places import StudioFolder
 
 MOST_FORM_BYTES = 2**20
+_TONES = {"starting": "running", "failed": "stopped", "damaged": "stopped", "time is up": "stopped"}
+"""States of runs and searches that look like another one."""
 _SECONDS = 1.0
 """The least time between two readings of the files of a run or sweep."""
 STATIC = {
@@ -179,4 +181,5 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.globals["address"] = address
+    environment.globals["tone"] = lambda state: _TONES.get(state, state)
     return environment

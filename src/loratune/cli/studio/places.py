@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from loratune.run.directory import IN_USE
 from loratune.run.errors import RecipeError
+from loratune.workflows.search.folder import TuneDir
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -128,12 +130,12 @@ class StudioFolder:
         """Yield the files up to some depth: links are not followed, and runs and hidden folders not entered."""
         for folder, below, names in os.walk(self.root):
             here = Path(folder)
-            if "lock.json" in names or ".in_use" in names:  # a run
-                below.clear()
-                continue
-            if _SWEEP in names:
+            if _SWEEP in names or any(TuneDir.around(here / name) for name in below):
                 below.clear()
                 yield from (here / name for name in names if name.endswith(".yaml"))  # the best recipe is for use
+                continue
+            if "lock.json" in names or IN_USE in names:  # a run
+                below.clear()
                 continue
             deep = len(here.relative_to(self.root).parts) >= _DEPTH
             below[:] = [] if deep else sorted(b for b in below if not b.startswith(".") and b not in _SKIPPED)

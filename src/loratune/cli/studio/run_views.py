@@ -51,8 +51,9 @@ async def home_view(request: Request) -> Response:
     rows = [(studio.places.short(studio.places.inside(run.run)), run) for run in found]
     known = {name for name, _ in rows}
     starting = [job for job in studio.jobs.all() if job.is_running and job.about not in known]
-    searches = await anyio.to_thread.run_sync(lambda: list(find_searches(studio.places.sweeps())))
-    named = {studio.places.short(search.folder): search for search in searches}
+    places = studio.places
+    searches = await anyio.to_thread.run_sync(lambda: list(find_searches(places.sweeps(), places.root)))
+    named = {places.short(search.folder): search for search in searches}
     starting = [job for job in starting if job.about not in named]
     return show("home.html", request, rows=rows, starting=starting, searches=named)
 

@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.routing import Route
 
-from loratune.cli.studio import draft_views, run_views, sweep_views, tune_views
+from loratune.cli.studio import draft_views, run_views, search_views, sweep_views, tune_views
 from loratune.cli.studio.guard import Guard
 from loratune.cli.studio.helper import Helpers
 from loratune.cli.studio.jobs import Jobs
@@ -53,7 +53,7 @@ def studio_app(folder: Path, *, token: str, port: int) -> ASGIApp:
         yield
         await studio.helpers.close()
 
-    views = (run_views, sweep_views, tune_views, draft_views)
+    views = (run_views, sweep_views, tune_views, search_views, draft_views)
     app = Starlette(
         routes=[*(route for view in views for route in view.ROUTES), Route("/static/{name}", _static)],
         exception_handlers={LoratuneError: show_error},

@@ -69,21 +69,23 @@ class Search:
     found: SweepSoFar | TuneSoFar
 
 
-def read_tune(folder: TuneDir) -> TuneSoFar:
+def read_tune(folder: TuneDir, *, works: bool = False) -> TuneSoFar:
     """Read what `loratune tune` has found, also while it runs or after it was stopped.
+
+    Args:
+        folder: Its folder.
+        works: Whether its command runs, which may not have locked the folder yet.
 
     Raises:
         RecipeError: The folder is not that of a `loratune tune`.
     """
-    both = (("Learning rate", folder.rates), ("Rank and target modules", folder.shapes))
-    stages = tuple(
-        Stage(title=title, folder=sweep.root, sweep=read_or_damaged(sweep))
-        for title, sweep in both
-        if sweep.plan.is_file()
-    )
+    both = {"Learning rate": folder.rates, "Rank and target modules": folder.shapes}
+    # A link may lead out of the studio's folder.
+    begun = {title: of for title, of in both.items() if of.plan.is_file() and not of.root.is_symlink()}
+    stages = tuple(Stage(title=title, folder=of.root, sweep=read_or_damaged(of)) for title, of in begun.items())
     if not stages:
         raise RecipeError("not a folder of `loratune tune`", file=folder.root, fix="go back to the runs")
-    running = folder.working() is not None
+    running = works or folder.is_in_use
     if not running and folder.result.is_file():
         try:
             record = read_record(folder.result, TuneRecord)
@@ -102,15 +104,15 @@ def begun_tune(*, is_running: bool) -> TuneSoFar:
     return TuneSoFar(state="failed", summary="The command ended before the first trial.")
 
 
-def find_searches(sweeps: Sequence[Path]) -> Iterator[Search]:
-    """Yield the searches that these sweeps are, those of one `loratune tune` together."""
+def find_searches(sweeps: Sequence[Path], within: Path) -> Iterator[Search]:
+    """Yield the searches that these sweeps are, those of one `loratune tune` in that folder together."""
     tunes: set[TuneDir] = set()
     for root in sweeps:
         around = TuneDir.around(root)
         if around in tunes:
             continue
         try:
-            if around is None:
+            if around is None or not around.root.is_relative_to(within):
                 yield Search(verb="sweep", folder=root, found=read_or_damaged(SweepDir(root)))
             else:
                 tunes.add(around)

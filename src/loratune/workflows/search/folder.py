@@ -11,13 +11,15 @@ TUNE/shapes/            one of rank, targets   TUNE/tuned.yaml     the recipe wi
 from __future__ import annotations
 
 import shutil
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from loratune.run.directory import RunDir, cannot_write
+from loratune.run.directory import IN_USE, RunDir, cannot_write, is_leftover
 from loratune.run.errors import RecipeError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from contextlib import AbstractContextManager
     from pathlib import Path
 
@@ -51,7 +53,8 @@ class SweepDir:
     @property
     def _never_began(self) -> bool:
         """Whether the folder holds only what is there before the plan: an error in the data may have ended a sweep."""
-        return all(path.name == "losses" or path.name.startswith(".") for path in self.root.iterdir())
+        others = {path.name for path in self.root.iterdir() if not is_leftover(path)} - {"losses", IN_USE}
+        return not others and not self.all_losses()
 
     def trial(self, number: int) -> RunDir:
         """Return the run directory of a trial, counted from 1."""
@@ -128,21 +131,29 @@ class TuneDir:
         is_part = sweep in (found.rates.root, found.shapes.root) and found.root.name.endswith("-tune")
         return found if is_part else None
 
-    @classmethod
-    def create(cls, root: Path, *, overwrite: bool) -> TuneDir:
-        """Return the folder of a new `loratune tune`, or of one that is to be continued.
+    @property
+    def is_in_use(self) -> bool:
+        """Whether a process works on it."""
+        return RunDir(self.root).is_in_use
+
+    @contextmanager
+    def exclusive(self, *, overwrite: bool = False) -> Iterator[None]:
+        """Lock it against other commands, both sweeps and what comes between them.
+
+        Args:
+            overwrite: Whether what was found before is deleted.
 
         Raises:
-            RecipeError: Another process works in it.
+            RecipeError: Another process has the lock.
+            MachineError: It cannot be written.
         """
-        folder = cls(root.expanduser().resolve())
-        if overwrite and folder.rates.plan.is_file():
-            with folder.rates.exclusive():
-                folder.result.unlink(missing_ok=True)  # it would belong to sweeps that are gone
-                folder.recipe.unlink(missing_ok=True)
-                shutil.rmtree(folder.shapes.root, ignore_errors=True)
-        return folder
-
-    def working(self) -> SweepDir | None:
-        """Return the sweep that a process works on."""
-        return next((sweep for sweep in (self.rates, self.shapes) if RunDir(sweep.root).is_in_use), None)
+        with cannot_write(self.root, fix="train.output_dir=… for another folder"):
+            self.root.mkdir(parents=True, exist_ok=True)
+        with RunDir(self.root).exclusive():
+            if overwrite:
+                for sweep in (self.rates, self.shapes):
+                    SweepDir.create(sweep.root, overwrite=True)
+                with cannot_write(self.root):
+                    self.result.unlink(missing_ok=True)
+                    self.recipe.unlink(missing_ok=True)
+            yield

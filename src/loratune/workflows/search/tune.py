@@ -97,9 +97,17 @@ def tune(
     started = time.monotonic()
     given = as_recipe(recipe)
     own = output_dir(given)
-    folder = TuneDir.create(own.with_name(f"{own.name}-tune"), overwrite=overwrite)
+    folder = TuneDir(own.with_name(f"{own.name}-tune").expanduser().resolve())
+    with folder.exclusive(overwrite=overwrite):
+        return _find(given, folder, budget, started, workers, progress)
+
+
+def _find(
+    given: Recipe, folder: TuneDir, budget: float, started: float, workers: Workers | None, progress: Progress
+) -> TuneResult:
+    """Run the range test, then the comparison of ranks and targets at its best rate, and choose."""
     bare, shared = with_settings(given, UNSCORED), SharedBase()
-    stage = partial(_stage, shared=shared, workers=workers, overwrite=overwrite, progress=progress)
+    stage = partial(_stage, shared=shared, workers=workers, progress=progress)
 
     progress.line(f"range test of the learning rate: {', '.join(RATES)}")
     drawn: list[Settings] = [{"train.learning_rate": rate} for rate in RATES]
@@ -155,11 +163,10 @@ def _stage(
     *,
     shared: SharedBase,
     workers: Workers | None,
-    overwrite: bool,
     progress: Progress,
 ) -> SweepRecord:
     """Run a sweep of these trials."""
-    folder, at_once = SweepDir.create(planned.root, overwrite=overwrite), trials_at_once(workers, len(drawn))
+    folder, at_once = SweepDir.create(planned.root, overwrite=False), trials_at_once(workers, len(drawn))
     with folder.exclusive():
         trials = prepare_trials(folder, base, drawn, progress, at_once=at_once)
         plan = write_plan(folder, base, trials, rungs_of(trials, budget, at_once))

@@ -122,8 +122,8 @@ function editRecipe(form) {
   // What a search is given stands in its command, and Enter presses its button, not the first one of the form.
   const shown = [...form.querySelectorAll("[data-shown]")];
   const show = (field) => {
-    const { shown: place, before = "", empty = "" } = field.dataset;
-    const text = field.value.trim();
+    const { shown: place, before = "", empty = "", joined } = field.dataset;
+    const text = joined === undefined ? field.value.trim() : field.value.replace(/\s/g, "");
     document.getElementById(place).textContent = text ? before + text : empty;
   };
   for (const field of shown) {
