@@ -62,7 +62,7 @@ def compare_base_and_tuned(
     events.step = max((line["step"] for line in run.read_metrics()), default=prepared.estimate.num_steps)
     started = started_from_adapter(run, progress)
     budget = TokenBudget(processes.gather(_token_budget(prepared, run))[0], events, together=loss.sharded)
-    start = adapter_fingerprint(run.start) if started else ""
+    start = adapter_fingerprint(run.start) if started else None
     known, key = {} if base_losses is None else base_losses, _key_before(prepared, start, loss, budget)
     compared = task_of(prepared.recipe).compare(
         Comparison(
@@ -117,7 +117,7 @@ def _token_budget(prepared: Preparation, run: RunDir) -> int:
     return History.of(run.read_metrics()).token_budget or prepared.estimate.memory.token_budget
 
 
-def _key_before(prepared: Preparation, start: str, loss: SupervisedLoss, budget: TokenBudget) -> str:
+def _key_before(prepared: Preparation, start: object, loss: SupervisedLoss, budget: TokenBudget) -> str:
     """Return what decides, to the bit, the held-out losses before the first step: everything in the recipe but what is
     left out here, the adapter that the run starts from, and how examples share a forward.
     """

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from loratune.cli.studio.jobs import Job
 
 
-class SoFar(Protocol):
+class SearchSoFar(Protocol):
     """How far a search is.
 
     Attributes:
@@ -37,7 +37,7 @@ class SoFar(Protocol):
     def summary(self) -> str: ...
 
 
-Found = TypeVar("Found", bound=SoFar)
+Found = TypeVar("Found", bound=SearchSoFar)
 
 
 def told_of_failure(found: Found, result: Path, job: Job | None) -> Found:
@@ -49,7 +49,7 @@ def told_of_failure(found: Found, result: Path, job: Job | None) -> Found:
     return replace(found, state="failed", summary=words)  # type: ignore[type-var]
 
 
-def search_events(request: Request, read: Callable[[], Awaitable[tuple[SoFar, Markup, Job | None]]]) -> Response:
+def search_events(request: Request, read: Callable[[], Awaitable[tuple[SearchSoFar, Markup, Job | None]]]) -> Response:
     """Send what is new about a search, until its state changes.
 
     Args:
