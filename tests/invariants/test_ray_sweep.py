@@ -75,6 +75,7 @@ def test_a_sweep_that_lost_a_worker_or_was_stopped_ends_with_the_same_table(
     with started([*words, *RAY, *(["--max-failures=1"] if number is None else [])]) as process:
         wait_for(lambda: begun.is_file() and len(workers_of(process.pid)) == 2)
         workers = workers_of(process.pid)
+        assert process.poll() is None, "the sweep was over before it could be stopped"
         if number is None:
             workers[0].kill()
         else:

@@ -346,4 +346,4 @@ def _lines(folder: Path) -> int:
 
 
 def _lines_of_trials(folder: Path) -> dict[str, int]:
-    return {path.parent.name: path.read_bytes().count(b"\n") for path in sorted(folder.rglob("metrics.jsonl"))}
+    return {path.parent.name: path.read_bytes().count(b"\n") for path in sorted(folder.glob("trials/*/metrics.jsonl"))}
