@@ -10,6 +10,8 @@ import typer
 
 from loratune.run.errors import RecipeError
 
+USUAL_BUDGET = "15m"
+"""Time that `tune` takes if none is given."""
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe in YAML; `loratune init` writes one.")]
 Overrides = Annotated[
     list[str] | None,

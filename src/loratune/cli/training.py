@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from loratune.cli.options import (
+    USUAL_BUDGET,
     Address,
     AsJson,
     Budget,
@@ -139,7 +140,7 @@ def sweep(
 def tune(
     recipe: RecipeFile,
     overrides: Overrides = None,
-    budget: Budget = "15m",
+    budget: Budget = USUAL_BUDGET,
     as_json: AsJson = False,
     overwrite: OverwriteSweep = False,
     engine: SearchEngine = None,

@@ -62,8 +62,8 @@ def compare_base_and_tuned(
     events.step = max((line["step"] for line in run.read_metrics()), default=prepared.estimate.num_steps)
     started = started_from_adapter(run, progress)
     budget = TokenBudget(processes.gather(_token_budget(prepared, run))[0], events, together=loss.sharded)
-    start = adapter_fingerprint(run.start) if started else None
-    known, key = {} if base_losses is None else base_losses, _key_before(prepared, start, loss, budget)
+    known = {} if base_losses is None else base_losses
+    key = _key_before(prepared, run, loss, budget, started)
     compared = task_of(prepared.recipe).compare(
         Comparison(
             prepared=prepared,
@@ -80,7 +80,7 @@ def compare_base_and_tuned(
             metric=metric,
         )
     )
-    if key == _key_before(prepared, start, loss, budget):  # memory may have run out on the way
+    if key == _key_before(prepared, run, loss, budget, started):  # memory may have run out on the way
         known[key] = compared.base_nll
     record = compared.record
     record["before"] = "start" if started else "base"
@@ -117,10 +117,11 @@ def _token_budget(prepared: Preparation, run: RunDir) -> int:
     return History.of(run.read_metrics()).token_budget or prepared.estimate.memory.token_budget
 
 
-def _key_before(prepared: Preparation, start: object, loss: SupervisedLoss, budget: TokenBudget) -> str:
+def _key_before(prepared: Preparation, run: RunDir, loss: SupervisedLoss, budget: TokenBudget, started: bool) -> str:
     """Return what decides, to the bit, the held-out losses before the first step: everything in the recipe but what is
     left out here, the adapter that the run starts from, and how examples share a forward.
     """
     recipe = prepared.recipe.model_dump(mode="json", exclude={"train": {"learning_rate", "output_dir"}})
+    start = adapter_fingerprint(run.start) if started else None
     forward = [loss.packed, loss.longest_packed, loss.pads, loss.shares_prefixes, budget.tokens]
     return json.dumps([recipe, examples_fingerprint(prepared.data.eval), start, forward])

@@ -15,9 +15,12 @@ from pathlib import Path
 import psutil
 import pytest
 from playwright.sync_api import Browser, Page
+from starlette.testclient import TestClient
 
+from loratune.cli.studio.server import studio_app
 from tests.reporting.conftest import chromium  # noqa: F401 - a fixture
 
+TOKEN, ORIGIN = "the-right-token", "http://127.0.0.1:8321"
 HARMLESS = """() => ({
   hacked: window.hacked ?? null,
   elements: [...document.querySelectorAll('img, iframe, object, embed, base, script:not([src^="/static/"])')]
@@ -27,6 +30,14 @@ HARMLESS = """() => ({
     .map(attribute => attribute.name),
 })"""
 NOTHING = {"hacked": None, "elements": [], "handlers": []}
+
+
+@pytest.fixture
+def user(tmp_path: Path) -> Iterator[TestClient]:
+    """A browser that has opened the URL of a studio on `tmp_path`."""
+    with TestClient(studio_app(tmp_path, token=TOKEN, port=8321), base_url=ORIGIN) as client:
+        client.get(f"/?token={TOKEN}")
+        yield client
 
 
 @dataclass(frozen=True, kw_only=True)

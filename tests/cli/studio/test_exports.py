@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,26 +16,18 @@ from starlette.testclient import TestClient
 from loratune.cli.studio.exports import EXPORTS, Export, exports_of, words_of
 from loratune.cli.studio.jobs import Job
 from loratune.cli.studio.places import StudioFolder
-from loratune.cli.studio.server import studio_app
 from loratune.reporting.run_files import read_run
 from loratune.run.directory import RunDir
 from loratune.run.records.certificate import CertificateRecord
 from loratune.run.records.files import write_record
 from tests.reporting.conftest import PLANTED
 
-TOKEN, ORIGIN, NAME = "the-right-token", "http://127.0.0.1:8321", "__models/<i>one"
+NAME = "__models/<i>one"
 
 
 @pytest.fixture
 def run(finished_run: RunDir, tmp_path: Path) -> RunDir:
     return RunDir(Path(shutil.copytree(finished_run.root, tmp_path / NAME)))
-
-
-@pytest.fixture
-def user(run: RunDir, tmp_path: Path) -> Iterator[TestClient]:
-    with TestClient(studio_app(tmp_path, token=TOKEN, port=8321), base_url=ORIGIN) as client:
-        client.get(f"/?token={TOKEN}")
-        yield client
 
 
 @pytest.fixture

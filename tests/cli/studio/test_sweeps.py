@@ -6,7 +6,6 @@ import json
 import re
 import shlex
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from loratune.cli.studio import draft_views, sweep_views
 from loratune.cli.studio.helper import Helper
 from loratune.cli.studio.jobs import Job, Jobs
 from loratune.cli.studio.places import StudioFolder
-from loratune.cli.studio.server import studio_app
 from loratune.cli.studio.sweeps import read_or_damaged, read_sweep
 from loratune.cli.studio.tunes import find_searches
 from loratune.run.directory import RunDir
@@ -25,9 +23,9 @@ from loratune.run.errors import RecipeError
 from loratune.run.records.files import write_record
 from loratune.run.records.sweep import SweepPlanRecord, SweepRecord, TrialLosses
 from loratune.workflows.search.folder import SweepDir
+from tests.cli.studio.conftest import ORIGIN
 from tests.reporting.conftest import PLANTED
 
-TOKEN, ORIGIN = "the-right-token", "http://127.0.0.1:8321"
 JSON = {"origin": ORIGIN, "accept": "application/json"}
 NAME = "__models/<i>x-sweep"
 TRIALS = ({"lora.r": "4"}, {"lora.r": "8"}, {"lora.r": PLANTED[1]})
@@ -69,13 +67,6 @@ def folder(tmp_path: Path) -> SweepDir:
         trial.root.mkdir(parents=True)
         trial.lock.write_text("{}")
     return found
-
-
-@pytest.fixture
-def user(folder: SweepDir, tmp_path: Path) -> Iterator[TestClient]:
-    with TestClient(studio_app(tmp_path, token=TOKEN, port=8321), base_url=ORIGIN) as client:
-        client.get(f"/?token={TOKEN}")
-        yield client
 
 
 def plain(text: str) -> str:

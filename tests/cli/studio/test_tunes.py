@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +14,14 @@ from loratune.cli.studio import search_views, tune_views
 from loratune.cli.studio.helper import Helper
 from loratune.cli.studio.jobs import Job, Jobs
 from loratune.cli.studio.places import StudioFolder
-from loratune.cli.studio.server import studio_app
 from loratune.cli.studio.tunes import find_searches, read_tune
 from loratune.run.errors import RecipeError
 from loratune.run.records.files import write_record
 from loratune.run.records.sweep import SweepPlanRecord, TrialLosses, TuneRecord
 from loratune.workflows.search.folder import SweepDir, TuneDir
+from tests.cli.studio.conftest import ORIGIN
 from tests.reporting.conftest import PLANTED
 
-TOKEN, ORIGIN = "the-right-token", "http://127.0.0.1:8321"
 JSON = {"origin": ORIGIN, "accept": "application/json"}
 HTML = {"origin": ORIGIN}
 NAME = "__models/x-tune"
@@ -60,13 +58,6 @@ def folder(tmp_path: Path) -> TuneDir:
     found = TuneDir(tmp_path / NAME)
     begin(found.rates, "train.learning_rate", {"1e-4": 2.0, "1e-3": 1.5})
     return found
-
-
-@pytest.fixture
-def user(folder: TuneDir, tmp_path: Path) -> Iterator[TestClient]:
-    with TestClient(studio_app(tmp_path, token=TOKEN, port=8321), base_url=ORIGIN) as client:
-        client.get(f"/?token={TOKEN}")
-        yield client
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from starlette.routing import Route
 
 from loratune.cli import plan_tables
 from loratune.cli.next_steps import command
-from loratune.cli.options import as_seconds
+from loratune.cli.options import USUAL_BUDGET, as_seconds
 from loratune.cli.studio.known_models import models_here
 from loratune.cli.studio.pages import as_block, go_to, read_form, show, studio_of
 from loratune.cli.studio.places import as_word
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 
 SHOWN_EXAMPLES = 3
 """Examples whose tokens are shown at once."""
-USUAL_BUDGET = "15m"
 COLUMNS = {"prompt": "what the model is asked", "completion": "what it should answer", "system": "system message"}
 """Fields that a column is asked for → what they are."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from starlette.routing import Route
 
@@ -20,24 +20,11 @@ if TYPE_CHECKING:
     from starlette.responses import Response
 
     from loratune.cli.studio.jobs import Job
+    from loratune.cli.studio.sweeps import SweepSoFar
+    from loratune.cli.studio.tunes import TuneSoFar
 
 
-class SearchSoFar(Protocol):
-    """How far a search is.
-
-    Attributes:
-        state: In a word or two.
-        summary: In a sentence.
-    """
-
-    @property
-    def state(self) -> str: ...
-
-    @property
-    def summary(self) -> str: ...
-
-
-Found = TypeVar("Found", bound=SearchSoFar)
+Found = TypeVar("Found", "SweepSoFar", "TuneSoFar")
 
 
 def told_of_failure(found: Found, result: Path, job: Job | None) -> Found:
@@ -46,10 +33,12 @@ def told_of_failure(found: Found, result: Path, job: Job | None) -> Found:
     if not is_older or job is None or job.is_running or not job.code:
         return found
     words = f"The last command ended with exit code {job.code}; its output is below. Found before it: {found.summary}"
-    return replace(found, state="failed", summary=words)  # type: ignore[type-var]
+    return replace(found, state="failed", summary=words)
 
 
-def search_events(request: Request, read: Callable[[], Awaitable[tuple[SearchSoFar, Markup, Job | None]]]) -> Response:
+def search_events(
+    request: Request, read: Callable[[], Awaitable[tuple[SweepSoFar | TuneSoFar, Markup, Job | None]]]
+) -> Response:
     """Send what is new about a search, until its state changes.
 
     Args:

@@ -33,6 +33,7 @@ async def sweep_view(request: Request) -> Response:
     found = await _sweep_so_far(folder, None if tune else job)
     has_best = not tune and found.state in _MEASURED and folder.best.is_file()
     values: dict[str, Any] = {
+        "verb": "sweep",
         "name": name,
         "search": found,
         "live": _live_sweep(name, found),
@@ -40,6 +41,7 @@ async def sweep_view(request: Request) -> Response:
         "log": "" if job is None else studio.jobs.output(job),
         "tune": tune,
         "recipe": studio.places.short(folder.best) if has_best else "",
+        "recipe_words": "Recipe with the best settings",
     }
     return show("sweep.html", request, **values)
 

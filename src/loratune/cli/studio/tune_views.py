@@ -27,13 +27,17 @@ async def tune_view(request: Request) -> Response:
     folder, name = _tune_at(studio, request.query_params.get("path", ""))
     job = studio.jobs.latest(name)
     found = await _tune_so_far(folder, job)
+    has_recipe = found.state == "finished" and folder.recipe.is_file()
     values: dict[str, Any] = {
+        "verb": "tune",
         "name": name,
         "search": found,
         "live": _live_tune(studio, found),
         "job": job,
         "log": "" if job is None else studio.jobs.output(job),
-        "recipe": studio.places.short(folder.recipe) if found.state == "finished" and folder.recipe.is_file() else "",
+        "tune": "",
+        "recipe": studio.places.short(folder.recipe) if has_recipe else "",
+        "recipe_words": "Recipe with these settings",
     }
     return show("tune.html", request, **values)
 

@@ -138,7 +138,7 @@ class Legs:
         except Paused:
             pass
         except Interrupted as error:
-            again = "run the same command again to continue the sweep"
+            again = "run the same command again to continue"
             raise type(error)(f"trial {trial.number}: {error.problem}", file=self._folder.root, fix=again) from None
         except (RunError, OutOfMemory) as error:  # such as a loss of NaN: a bad setting loses, and the others go on
             self._progress.warn(f"trial {trial.number} failed: {error.problem}")
